@@ -1,0 +1,1 @@
+"""What is trained inside the frozen towers, one method a file."""

@@ -1,0 +1,1 @@
+"""Files the package carries: the tiny towers' weights and vocabulary."""

@@ -1,0 +1,362 @@
+"""The command line. Each command is a function here that reads its arguments and calls the library.
+
+Libraries that take long to import are imported inside the commands, so that `dcris --help` answers at once. Standard argparse
+is used rather than a library that derives options from types: settings are `--SECTION.FIELD VALUE` pairs checked by the
+configuration itself, and every error has to be one plain sentence.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dcris.errors import DcrisError
+from dcris.version import __version__
+
+if TYPE_CHECKING:
+    from dcris.config import RunConfig
+
+BAD_INPUT, INTERRUPTED = 2, 130
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
+    try:
+        args, rest = _parser().parse_known_args(arguments)
+        if rest and not getattr(args, "takes_settings", False):
+            raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
+        args.settings = rest
+        args.run(args)
+    except DcrisError as error:
+        print(f"dcris: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("dcris: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `dcris recipes | head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DcrisError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="dcris",
+        description="Referring image segmentation: a photograph and a phrase in, the mask of that object out.",
+        epilog="example: dcris quickstart --out runs/quickstart",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dcris {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    add = _adder(commands, "dcris ")
+    quick = add("quickstart", _quickstart, "generate scenes, train, evaluate, segment, report", "--out runs/quickstart")
+    quick.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (%(default)s)")
+    quick.add_argument("--seed", type=_natural, default=0, help="of the scenes and the training (%(default)s)")
+    _device(quick, precision=False)
+
+    data = commands.add_parser("data", help="check data sets, make generated ones", allow_abbrev=False)
+    add_data = _adder(data.add_subparsers(title="commands", metavar="COMMAND", required=True), "dcris data ")
+    check = add_data("check", _data_check, "validate a data set", "ROOT --dataset refcoco --split-by unc")
+    check.add_argument("root", type=Path, metavar="ROOT", help="the REFER layout's root")
+    _data_set(check)
+    check.add_argument("--deep", action="store_true", help="decode every photograph, not its header alone")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    scenes = add_data(
+        "scenes", _data_scenes, "generate scenes in the REFER layout", "data/scenes --train 5000 --seed 1"
+    )
+    scenes.add_argument("out", type=Path, metavar="OUT", help="the root to make")
+    for split, count in (("train", 5000), ("val", 200), ("test", 300)):
+        scenes.add_argument(f"--{split}", type=_natural, default=count, metavar="N", help="scenes (%(default)s)")
+    scenes.add_argument("--seed", type=_natural, default=0, help="same seed, same files (%(default)s)")
+    scenes.add_argument("--side", type=_natural, default=112, help="pixels of a picture's side (%(default)s)")
+
+    train = add(
+        "train",
+        _train,
+        "train a recipe's adapters and head",
+        "dcris_tiny --data data/scenes --out runs/tiny --train.lr 1e-3",
+        "Further settings of the recipe are given as --SECTION.FIELD VALUE; `dcris recipes --show RECIPE` lists them.",
+    )
+    train.set_defaults(takes_settings=True)
+    train.add_argument("recipe", metavar="RECIPE", help="see `dcris recipes`, or a config.json of an earlier run")
+    _data_root(train)
+    _data_set(train, required=False)
+    train.add_argument("--out", type=Path, required=True, help="the run's directory")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    _device(train)
+
+    evaluate = add("evaluate", _evaluate, "score a checkpoint", "runs/tiny --data data/scenes --split test")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's or checkpoint's directory")
+    _data_root(evaluate)
+    _data_set(evaluate, required=False)
+    evaluate.add_argument("--split", default="val", help="(%(default)s)")
+    evaluate.add_argument("--protocol", default="cris", help="(%(default)s)")
+    evaluate.add_argument("--out", type=Path, help="result file (JSON)")
+    evaluate.add_argument("--report", type=Path, help="HTML file with pictures of good and bad predictions")
+    _device(evaluate)
+
+    predict = add("predict", _predict, "segment what phrases refer to", 'runs/tiny photo.jpg -e "left slice" --out out')
+    predict.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's or checkpoint's directory")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
+    predict.add_argument(
+        "-e", "--expression", action="append", required=True, metavar="PHRASE", help="may be given several times"
+    )
+    predict.add_argument("--out", type=Path, required=True, help="folder for the results")
+    predict.add_argument(
+        "--format", nargs="+", choices=("mask", "overlay", "coco", "scores"), help="what to write (all of it)"
+    )
+    predict.add_argument("--threshold", type=float, help="probability above which a pixel is the object's (0.35)")
+    _device(predict)
+
+    recipes = add("recipes", _recipes, "list the recipes with their trainable counts", "--show dcris_b")
+    recipes.add_argument("--show", metavar="RECIPE", help="print a recipe's whole configuration")
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
+    def add(name: str, run: Command, summary: str, example: str, more: str = "") -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {more}",
+            epilog=f"example: {prefix}{name} {example}",
+            allow_abbrev=False,
+        )
+        parser.set_defaults(run=run, name=f"{prefix}{name}".removeprefix("dcris "))
+        return parser
+
+    return add
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _data_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="the REFER layout's root")
+
+
+def _data_set(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--dataset", required=required, help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT")
+    parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
+
+
+def _device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    if precision:
+        parser.add_argument(
+            "--precision", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 where the device has it"
+        )
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------------
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from dcris.engine.train import Interrupted
+    from dcris.quickstart import quickstart
+
+    try:
+        metrics = quickstart(args.out, seed=args.seed, device=args.device)
+    except Interrupted as stop:
+        _leave(stop)
+    print(
+        f"mIoU {metrics['miou']:.1f}, with exchanged phrases {metrics['miou_shuffled']:.1f}, in {metrics['seconds']:.0f} s; "
+        f"open {args.out / 'report.html'}"
+    )
+
+
+def _leave(stop: Any) -> NoReturn:
+    print(f"dcris: {stop}", file=sys.stderr)
+    sys.exit(stop.exit_code)
+
+
+def _data_check(args: argparse.Namespace) -> None:
+    from dcris.data.check import check_dataset
+
+    report = check_dataset(args.root, args.dataset, args.split_by, deep=args.deep)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.table())
+    if report.problem_count:
+        raise DcrisError(
+            f"{report.problem_count} references of {args.dataset} in {args.root} cannot be used as they are"
+        )
+
+
+def _data_scenes(args: argparse.Namespace) -> None:
+    import os
+
+    from tqdm import tqdm
+
+    from dcris.data.scenes import write_scenes
+
+    counts = {"train": args.train, "val": args.val, "test": args.test}
+    with tqdm(total=sum(counts.values()), unit="scene", disable=not sys.stderr.isatty()) as bar:
+        write_scenes(
+            args.out,
+            **counts,
+            seed=args.seed,
+            side=args.side,
+            workers=os.cpu_count() or 1,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    made = ", ".join(f"{count} {split}" for split, count in counts.items())
+    print(f"{args.out}: {made} scenes; next: dcris data check {args.out} --dataset scenes")
+
+
+def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """`--section.field value` and `--section.field=value` pairs."""
+    pairs, waiting = [], list(rest)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--") or "." not in word.partition("=")[0]:
+            raise DcrisError(f"`dcris train` does not take {word!r}; settings are given as --SECTION.FIELD VALUE")
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not waiting:
+                raise DcrisError(f"the setting --{key} has no value; give one behind it")
+            value = waiting.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _train(args: argparse.Namespace) -> None:
+    from dcris.config import load_config, override
+    from dcris.data.references import load_references
+    from dcris.data.tokenizer import get_tokenizer
+    from dcris.engine.device import choose_device
+    from dcris.engine.train import Interrupted, build_model, train
+    from dcris.recipes import get_recipe
+
+    config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
+    settings = _settings(args.settings)
+    for key, value in (
+        ("data.dataset", args.dataset),
+        ("data.split_by", args.split_by),
+        ("train.precision", args.precision),
+    ):
+        if value is not None:
+            settings.append((key, json.dumps(value)))
+    config = override(config, settings)
+    table = load_references(args.data, config.data.dataset, config.data.split_by)
+    device = choose_device(args.device)
+    model = build_model(config)
+    counts = model.count_weights()
+    print(
+        f"{config.recipe} on {table.dataset} ({table.split_by}): {counts['adapters']:,} adapter and {counts['head']:,} head "
+        f"weights train, {counts['frozen']:,} are frozen"
+    )
+    tokenizer = get_tokenizer(config.model.text.tokenizer)
+    try:
+        result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume)
+    except Interrupted as stop:
+        _leave(stop)
+    print(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}")
+
+
+def _data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
+    """The data set named on the command line, or else the run's own."""
+    from dcris.data.references import load_references
+
+    if args.dataset is None or args.dataset == config.data.dataset:
+        return load_references(args.data, config.data.dataset, args.split_by or config.data.split_by)
+    return load_references(args.data, args.dataset, args.split_by)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.data.dataset import all_questions
+    from dcris.data.tokenizer import get_tokenizer
+    from dcris.engine.checkpoint import load_checkpoint
+    from dcris.engine.device import choose_device, choose_precision
+    from dcris.engine.evaluate import answer_questions, result_record
+    from dcris.files import write_json
+    from dcris.protocols import get_protocol
+
+    protocol, device = get_protocol(args.protocol), choose_device(args.device)
+    model, config = load_checkpoint(args.checkpoint)
+    table = _data_of(args, config)
+    questions = all_questions(table.split(args.split))
+    with tqdm(total=len(questions), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+        answers = list(
+            answer_questions(
+                model.to(device),
+                questions,
+                config.data,
+                get_tokenizer(config.model.text.tokenizer),
+                protocol,
+                device=device,
+                dtype=choose_precision(args.precision or config.train.precision, device),
+                workers=config.data.workers,
+                progress=lambda done: bar.update(done - bar.n),
+            )
+        )
+    result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
+    if args.out is not None:
+        write_json(args.out, result)
+    if args.report is not None:
+        from dcris.quickstart import NOTE_TINY, write_evaluation_report
+
+        tiny = config.model.vision.name.startswith("tiny")
+        title = f"{config.recipe} on {table.dataset} {args.split}"
+        write_evaluation_report(
+            args.report,
+            title=title,
+            config=config,
+            model=model,
+            answers=answers,
+            metrics=result,
+            curve=[],
+            notes=(NOTE_TINY,) if tiny else (),
+        )
+    print(json.dumps(result, indent=2))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from dcris.outputs import FORMATS, find_images, predict_to_files
+    from dcris.segmenter import Segmenter
+
+    images = find_images(args.images)
+    segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
+    for image, answer in predict_to_files(
+        segmenter, images, args.expression, args.out, args.format or FORMATS, args.threshold
+    ):
+        place = f"box {answer.box}" if answer.box else "nothing found"
+        print(f"{image}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from dcris.recipes import RECIPES, get_recipe
+
+    if args.show is not None:
+        print(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
+        return
+    import torch
+
+    from dcris.model.dcris import DCRIS
+
+    rows = []
+    for name, recipe in RECIPES.items():
+        with torch.device("meta"):  # shapes without memory
+            rows.append({"name": name, **DCRIS(recipe().model).count_weights()})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{'recipe':<16}{'adapters':>12}{'head':>14}{'frozen':>14}")
+    for row, recipe in zip(rows, RECIPES.values(), strict=True):
+        print(f"{row['name']:<16}{row['adapters']:>12,}{row['head']:>14,}{row['frozen']:>14,}")
+        print(f"    {' '.join((recipe.__doc__ or '').split())}")

@@ -1,0 +1,243 @@
+"""One typed, frozen configuration for a whole run. What a run did is what its config.json says.
+
+Unknown keys, wrong types and values out of range are errors that name the key. Defaults are the paper's (DCRIS-B, RefCOCO).
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dcris.errors import DcrisError
+from dcris.files import read_json
+
+PositionRule = Literal["exact", "offset"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+Count = Annotated[int, Field(gt=0)]
+Layers = tuple[Annotated[int, Field(ge=0)], ...]
+Channels = tuple[float, float, float]
+
+CLIP_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    # Strict would refuse 1 for 1.0 and a JSON list for a tuple; booleans for numbers are refused by the checks below.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class VisionConfig(Section):
+    """The shape of a DINOv2 tower."""
+
+    name: str = "dinov2-base"
+    """Which weights fill it: a name from dcris.encoders.weights."""
+    width: Count = 768
+    depth: Count = 12
+    heads: Count = 12
+    patch: Count = 14
+    registers: Annotated[int, Field(ge=0)] = 4
+    grid: Count = 37
+    """Side of the position table."""
+    position_rule: PositionRule = "offset"
+    """How positions are brought to another grid; see dcris.encoders.dinov2.interpolate_positions."""
+
+
+class TextConfig(Section):
+    """The shape of a CLIP text tower."""
+
+    name: str = "clip-vit-base-patch16"
+    """Which weights fill it: a name from dcris.encoders.weights."""
+    tokenizer: Literal["clip", "tiny"] = "clip"
+    width: Count = 512
+    depth: Count = 12
+    heads: Count = 8
+    vocabulary: Count = 49408
+    length: Count = 77
+    """Rows of the position table."""
+    sentence_width: Count = 512
+
+
+class DenseCrossConfig(Section):
+    """The visual DenseCrossAdapter (equations 1 and 2)."""
+
+    layers: Layers = (1, 3, 5, 7, 9, 11)
+    width: Annotated[int, Field(gt=0, multiple_of=16)] = 128
+    attention_width: Count = 128
+    heads: Count = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    scale: float = 0.2
+    zero_init: bool = False
+    """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
+
+
+class TextAdapterConfig(Section):
+    """The text adapter (equation 3)."""
+
+    layers: Layers = (1, 3, 5, 7, 9, 11)
+    width: Count = 64
+    scale: float = 0.2
+    zero_init: bool = False
+    """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
+
+
+class HeadConfig(Section):
+    """Neck, decoder and projector (section 3.4)."""
+
+    taps: tuple[int, int] = (4, 8)
+    """The two visual blocks (from 0) whose outputs the neck reads beside the last."""
+    width: Annotated[int, Field(gt=0, multiple_of=4)] = 512
+    heads: Count = 8
+    layers: Count = 3
+    feedforward: Count = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    bias: float | None = None
+    """What the last bias starts at; None leaves it as PyTorch has it. Below zero says that most pixels are background."""
+
+
+class ModelConfig(Section):
+    """The whole network. An adapter that is None is left out."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    visual_adapter: DenseCrossConfig | None = DenseCrossConfig()
+    text_adapter: TextAdapterConfig | None = TextAdapterConfig()
+    head: HeadConfig = HeadConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (visual := self.visual_adapter) and visual.attention_width % visual.heads:
+            raise ValueError(
+                f"visual_adapter.attention_width {visual.attention_width} does not divide into {visual.heads} heads"
+            )
+        for section, width, heads in (
+            ("vision", self.vision.width, self.vision.heads),
+            ("text", self.text.width, self.text.heads),
+            ("head", self.head.width, self.head.heads),
+        ):
+            if width % heads:
+                raise ValueError(f"{section}.width {width} does not divide into {heads} heads")
+        for key, layers, depth in (
+            ("visual_adapter.layers", self.visual_adapter and self.visual_adapter.layers, self.vision.depth),
+            ("text_adapter.layers", self.text_adapter and self.text_adapter.layers, self.text.depth),
+            ("head.taps", self.head.taps, self.vision.depth),
+        ):
+            if layers and (max(layers) >= depth or len(set(layers)) < len(layers)):
+                raise ValueError(f"{key} {list(layers)} must be different numbers below the tower's {depth} blocks")
+        if not 0 <= self.head.taps[0] < self.head.taps[1]:
+            raise ValueError("head.taps must be two block numbers in ascending order")
+        return self
+
+
+class DataConfig(Section):
+    """Which references are read and how they become tensors."""
+
+    dataset: str = "refcoco"
+    split_by: str | None = None
+    """Which partition (unc, umd, google, ...); None where the data set has only one."""
+    train_split: str = "train"
+    val_split: str | None = "val"
+    """Evaluated after each epoch; None for not at all."""
+    image_size: Count = 448
+    """Side of the network's square input."""
+    word_length: Annotated[int, Field(ge=3)] = 17
+    """Tokens per expression, start and end included: 17 for RefCOCO and RefCOCO+, 22 for G-Ref."""
+    mean: Channels = CLIP_MEAN
+    """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
+    std: Channels = CLIP_STD
+    workers: Annotated[int, Field(ge=0)] = 2
+
+
+class TrainConfig(Section):
+    """How the weights are found (sections 3.5 and 4.2)."""
+
+    epochs: Count = 50
+    batch_size: Count = 32
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] = (35,)
+    """Epochs at which a step schedule multiplies the learning rate by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Gradients are scaled down to this norm; None leaves them."""
+    seed: int = 0
+    precision: Precision = "auto"
+    log_every: Count = 20
+    """Steps between lines of the log."""
+    save_every: Count | None = None
+    """Steps between checkpoints, beside the one at each epoch's end."""
+    keep_last: Count = 2
+    """Checkpoints kept beside the best."""
+    max_steps: Count | None = None
+    """Stop after so many steps, whatever the epochs say."""
+
+
+class RunConfig(Section):
+    """Everything that decides what a run does, apart from where its files are."""
+
+    recipe: str = "dcris_b"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.image_size % self.model.vision.patch:
+            raise ValueError(f"data.image_size {self.data.image_size} must be a multiple of {self.model.vision.patch}")
+        if self.data.word_length > self.model.text.length:
+            raise ValueError(
+                f"data.word_length {self.data.word_length} is more than the text tower's {self.model.text.length}"
+            )
+        return self
+
+
+def parse_config(value: Any, where: str) -> RunConfig:
+    """A configuration from plain data (a parsed JSON file). `where` names its source in the error.
+
+    Raises DcrisError naming the first offending key.
+    """
+    try:
+        return RunConfig.model_validate(value)
+    except ValidationError as error:
+        raise DcrisError(f"{where}: {_first_complaint(error)}") from error
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a run's config.json. Raises DcrisError where it is missing, not JSON or not a configuration."""
+    return parse_config(read_json(path, "the run's configuration"), str(path))
+
+
+def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfig:
+    """The configuration with `SECTION.FIELD VALUE` pairs applied, as typed on the command line.
+
+    A value is read as JSON where it is JSON (numbers, lists, null, true) and as text otherwise.
+    Raises DcrisError naming the key where it is unknown or its value does not fit.
+    """
+    tree = config.model_dump()
+    for key, text in settings:
+        *parents, last = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise DcrisError(f"there is no setting {key}; `dcris recipes --show {config.recipe}` lists them all")
+        try:
+            node[last] = json.loads(text)
+        except ValueError:
+            node[last] = text
+    return parse_config(tree, "the settings given do not fit")
+
+
+def _first_complaint(error: ValidationError) -> str:
+    first: Mapping[str, Any] = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {key}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}" if key else message

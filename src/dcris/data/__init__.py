@@ -1,0 +1,1 @@
+"""References, photographs, masks and words: everything that comes before the network."""

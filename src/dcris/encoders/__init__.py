@@ -1,0 +1,1 @@
+"""The two frozen towers, and how their weights are read."""

@@ -1,0 +1,136 @@
+"""The transformer block both towers are made of, with a slot in each branch where an adapter goes.
+
+Shape letters: B batch, P tokens (class, registers and patches, or text tokens), D width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class SlotContext:
+    """What an adapter may need beside the branch it sits in. It is an argument, so that no module keeps per-call state."""
+
+    grid: tuple[int, int] | None = None
+    """Patch rows and columns h, w; None in the text tower."""
+    prefix: int = 0
+    """Tokens before the patches: the class token and the registers."""
+    text: Tensor | None = None
+    """[B, L, T] token features of the finished text tower; None in the text tower itself, and where nothing reads the text."""
+
+
+class Slot(nn.Module):
+    """A place in a block for an adapter. This one is empty: the branch's output passes through."""
+
+    reads_text = False
+    """Whether the output depends on the text: what comes before the first such slot is shared by all phrases of an image."""
+
+    def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
+        """Return what takes the place of the branch's output.
+
+        Args:
+            output: [B, P, D] what the branch (attention or MLP) made, before LayerScale.
+            normed: [B, P, D] what the branch read: the layer norm's output.
+            residual: [B, P, D] the residual stream before that norm.
+            context: the rest an adapter may read.
+        """
+        return output
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation CLIP was trained with; the exact GELU differs by up to 0.02."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it elementwise to a tensor of any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a branch's output (DINOv2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale [..., D]."""
+        return x * self.gamma
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, P, D] -> [B, P, D]."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear; the hidden layer is four times as wide."""
+
+    def __init__(self, width: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.activation = activation
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, P, D] -> [B, P, D]."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block in two halves, each with a slot.
+
+    The halves are callable apart because what precedes the first slot that reads text is computed once per image, and that
+    is usually in the middle of a block.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        layer_scale: bool = True,
+        activation: Literal["gelu", "quick_gelu"] = "gelu",
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, heads, causal)
+        self.attention_slot = Slot()
+        self.scale1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, nn.GELU() if activation == "gelu" else QuickGELU())
+        self.mlp_slot = Slot()
+        self.scale2 = LayerScale(width) if layer_scale else nn.Identity()
+
+    def attend(self, x: Tensor, context: SlotContext) -> Tensor:
+        """The first half: x + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
+        normed = self.norm1(x)
+        return x + self.scale1(self.attention_slot(self.attention(normed), normed, x, context))
+
+    def feed(self, x: Tensor, context: SlotContext) -> Tensor:
+        """The second half: x + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""
+        normed = self.norm2(x)
+        return x + self.scale2(self.mlp_slot(self.mlp(normed), normed, x, context))
+
+    def forward(self, x: Tensor, context: SlotContext) -> Tensor:
+        """Both halves. [B, P, D] -> [B, P, D]."""
+        return self.feed(self.attend(x, context), context)

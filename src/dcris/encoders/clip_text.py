@@ -1,0 +1,64 @@
+"""The text tower: the text half of CLIP (Radford et al. 2021).
+
+Shape letters: B batch, L text tokens, T width, E width of the sentence feature.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dcris.config import TextConfig
+from dcris.encoders.blocks import Block, SlotContext
+
+
+@dataclass(frozen=True, slots=True)
+class TextFeatures:
+    """What the text tower says of B expressions."""
+
+    tokens: Tensor
+    """f_t [B, L, T]: token features after the final layer norm."""
+    sentence: Tensor
+    """f_s [B, E]: the end token's feature times the text projection."""
+    padding: Tensor
+    """[B, L] bool: True where a token is padding."""
+
+    def select(self, index: Tensor) -> "TextFeatures":
+        """The features of the expressions picked by `index` [B'] int64."""
+        return TextFeatures(self.tokens[index], self.sentence[index], self.padding[index])
+
+
+class TextTower(nn.Module):
+    """CLIP's causal text transformer, any width and depth."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.positions = nn.Parameter(torch.empty(config.length, config.width))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, causal=True, layer_scale=False, activation="quick_gelu", eps=1e-5)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+        self.projection = nn.Parameter(torch.empty(config.width, config.sentence_width))
+        # Never read when segmenting; it is part of the published weights, which are read strictly.
+        self.logit_scale = nn.Parameter(torch.tensor(2.6593))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        nn.init.normal_(self.projection, std=config.width**-0.5)
+
+    def forward(self, tokens: Tensor) -> TextFeatures:
+        """[B, L] int64 tokens (start, words, end, padding 0; L at most the table's length) -> features.
+
+        The sentence is read at the greatest id, which is the end token's in every vocabulary here, as CLIP does.
+        Attention is causal and padding comes last, so the sentence feature does not depend on L.
+        """
+        context = SlotContext()
+        x = self.token_embedding(tokens) + self.positions[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, context)
+        x = self.norm(x)
+        ends = tokens.argmax(dim=-1)
+        sentence = x[torch.arange(len(tokens), device=tokens.device), ends] @ self.projection
+        return TextFeatures(x, sentence, tokens == 0)

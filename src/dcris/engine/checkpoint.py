@@ -1,0 +1,186 @@
+"""Checkpoints: what was trained, in a directory that is either whole or not there.
+
+RUN/config.json and, per checkpoint, RUN/checkpoints/step-00000123/
+    config.json           what the model is and how it was trained
+    model.safetensors     adapters, head and their statistics; names the frozen towers by fingerprint
+    optimizer.safetensors the optimiser's moments, for --resume alone
+    state.json            step, score; written with the rest
+Nothing in a checkpoint can run code.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dcris.adapters.base import trained_state
+from dcris.config import RunConfig, load_config
+from dcris.encoders.weights import copy_strictly, fingerprint, load_towers, tower_state
+from dcris.errors import DcrisError
+from dcris.files import read_json, write_directory, write_json
+from dcris.model.dcris import DCRIS
+from dcris.version import __version__
+
+_MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    path: Path
+    step: int
+    score: float | None
+    """mIoU on the validation split in percent, where it was measured."""
+
+
+Towers = dict[str, dict[str, str]]
+"""The frozen towers by "vision" and "text": the name of their weights, and their SHA-256."""
+
+
+def identify_towers(model: DCRIS) -> Towers:
+    """Name a model's frozen towers. Reads every weight: a second or two for the large ones."""
+    return {
+        name: {"name": part.config.name, "sha256": fingerprint(tower_state(part))}
+        for name, part in (("vision", model.vision), ("text", model.text))
+    }
+
+
+def save_checkpoint(
+    run: Path,
+    model: DCRIS,
+    towers: Towers,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    step: int,
+    score: float | None,
+) -> Checkpoint:
+    """Write the checkpoint of `step` into the run's directory, atomically. Raises DcrisError where it cannot be written."""
+    metadata = {"format": "dcris-1", "version": __version__, "step": str(step), "towers": json.dumps(towers)}
+    state = {name: value.detach().to("cpu").contiguous() for name, value in trained_state(model).items()}
+    moments = {
+        f"{slot}.{key}": value.detach().to("cpu").contiguous()
+        for slot, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+    path = run / "checkpoints" / f"step-{step:08d}"
+
+    def fill(folder: Path) -> None:
+        save_file(state, folder / _MODEL, metadata)
+        save_file(moments, folder / _OPTIMIZER)
+        write_json(folder / _CONFIG, config.model_dump(mode="json"))
+        write_json(folder / _STATE, {"step": step, "score": score})
+
+    try:
+        write_directory(path, fill)
+    except SafetensorError as error:  # safetensors wraps what the disk said
+        raise DcrisError(f"cannot write the checkpoint {path}: {error}") from error
+    return Checkpoint(path, step, score)
+
+
+def list_checkpoints(run: Path) -> list[Checkpoint]:
+    """A run's checkpoints, oldest first."""
+    found = []
+    for path in sorted((run / "checkpoints").glob("step-*")):
+        if re.fullmatch(r"step-\d{8,}", path.name) and (path / _STATE).is_file():
+            state = read_json(path / _STATE, "the checkpoint's state")
+            if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
+            found.append(Checkpoint(path, state["step"], state.get("score")))
+    return found
+
+
+def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
+    """The one with the highest score, the newest of equals; the newest where none has a score."""
+    return max(checkpoints, key=lambda item: (item.score is not None, item.score or 0.0, item.step))
+
+
+def prune_checkpoints(run: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` and the best."""
+    checkpoints = list_checkpoints(run)
+    if checkpoints:
+        kept = {item.path for item in (*checkpoints[-keep_last:], best_checkpoint(checkpoints))}
+        for item in checkpoints:
+            if item.path not in kept:
+                shutil.rmtree(item.path, ignore_errors=True)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint directory that `path` means: itself, or the best of the run it is.
+
+    Raises DcrisError where there is none.
+    """
+    if (path / _MODEL).is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if checkpoints:
+        return best_checkpoint(checkpoints).path
+    if not path.exists():
+        raise DcrisError(f"there is no checkpoint {path}; give a run's directory, as made by `dcris train --out`")
+    raise DcrisError(f"{path} holds no checkpoint: neither {_MODEL} nor checkpoints/step-* is in it")
+
+
+def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
+    """Build the model of a checkpoint directory or run, towers and all, on the CPU in evaluation mode.
+
+    Raises DcrisError where a file is missing, cut short or of another model, or where the frozen towers are not those that
+    the adapters were trained on.
+    """
+    path = find_checkpoint(path)
+    config = load_config(path / _CONFIG)
+    model = DCRIS(config.model)
+    load_towers(model.vision, model.text, config.model)
+    load_trained(model, path)
+    return model, config
+
+
+def load_trained(model: DCRIS, path: Path) -> None:
+    """Copy a checkpoint's adapters and head into a model whose towers are filled. Raises as load_checkpoint does."""
+    tensors, metadata = _read_tensors(path / _MODEL)
+    try:
+        hashes = {name: entry["sha256"] for name, entry in json.loads(metadata["towers"]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DcrisError(
+            f"{path / _MODEL} does not say which towers it was trained on; it was not written by dcris"
+        ) from error
+    for name, tower in identify_towers(model).items():
+        if hashes.get(name) != tower["sha256"]:
+            raise DcrisError(
+                f"{path} was trained on another {name} tower than {tower['name']} as found here; its adapters mean nothing "
+                "on these weights, so load the tower it names or train again"
+            )
+    copy_strictly(trained_state(model), tensors, str(path / _MODEL))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Copy a checkpoint's moments into a fresh optimiser of the same model. Raises DcrisError where they do not fit."""
+    tensors, _ = _read_tensors(path / _OPTIMIZER)
+    state = optimizer.state_dict()
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        slot, _, key = name.partition(".")
+        slots.setdefault(int(slot) if slot.isdecimal() else -1, {})[key] = value
+    wanted = {slot for group in state["param_groups"] for slot in group["params"]}
+    if set(slots) - wanted or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values()):
+        raise DcrisError(
+            f"{path / _OPTIMIZER} is not of this model; delete {path} to go on from the checkpoint before it"
+        )
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DcrisError(f"the checkpoint has no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise DcrisError(
+            f"{path} cannot be read ({error}); it may be cut short, so copy it again or use another checkpoint"
+        ) from error

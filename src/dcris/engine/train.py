@@ -1,0 +1,331 @@
+"""The one training loop, for every method.
+
+All randomness of a step comes from the seed and the step's number, so that a run that was interrupted, however often, ends
+in the same weights as one that was not (bit for bit on a CPU).
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dcris.config import RunConfig, TrainConfig
+from dcris.data.dataset import (
+    TrainingBatches,
+    TrainingSamples,
+    all_questions,
+    normalise,
+    steps_per_epoch,
+    training_loader,
+)
+from dcris.data.references import ReferenceTable
+from dcris.data.tokenizer import Tokenizer
+from dcris.encoders.weights import load_towers
+from dcris.engine.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    identify_towers,
+    list_checkpoints,
+    load_optimizer,
+    load_trained,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from dcris.engine.device import autocast, choose_precision
+from dcris.engine.evaluate import answer_questions
+from dcris.errors import DcrisError
+from dcris.files import make_directory, write_file, write_json
+from dcris.losses import text_to_pixel_loss
+from dcris.metrics import summarise
+from dcris.model.dcris import DCRIS
+from dcris.protocols import Protocol
+from dcris.types import Batch
+
+
+class Interrupted(Exception):
+    """Ctrl-C, or a request to end, after the checkpoint it asked for was written."""
+
+    def __init__(self, number: int, checkpoint: Checkpoint) -> None:
+        super().__init__(f"stopped at step {checkpoint.step}; `--resume` goes on from {checkpoint.path}")
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Where a finished run ended."""
+
+    last: Checkpoint
+    best: Checkpoint
+    seconds: float
+
+
+def build_model(config: RunConfig) -> DCRIS:
+    """A new model whose trained part starts as the seed says and whose towers hold the weights they name.
+
+    Raises DcrisError where those cannot be had.
+    """
+    torch.manual_seed(config.train.seed)
+    model = DCRIS(config.model)
+    load_towers(model.vision, model.text, config.model)
+    return model
+
+
+def total_steps(config: TrainConfig, references: int) -> int:
+    """Optimiser steps of a whole run over a training split of so many references."""
+    steps = config.epochs * steps_per_epoch(references, min(config.batch_size, references))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def learning_rate(config: TrainConfig, step: int, per_epoch: int, total: int) -> float:
+    """The learning rate of a step (from 0): linear warm-up, then a fall by steps (section 4.2) or along half a cosine."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+    passed = sum(step >= milestone * per_epoch for milestone in config.milestones)
+    return config.lr * config.gamma**passed
+
+
+def train(
+    model: DCRIS,
+    config: RunConfig,
+    table: ReferenceTable,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train what is not frozen and leave checkpoints, a log and the configuration in `out`.
+
+    Args:
+        model: with its towers filled; moved to `device`.
+        config: of the run; written to out/config.json.
+        table: the data set; its `config.data.train_split` is trained on.
+        tokenizer: of the model's text tower.
+        out: the run's directory.
+        device: where to train.
+        resume: go on from the newest checkpoint in `out`, or from the start where there is none.
+        say: takes lines for a person.
+
+    Raises DcrisError where `out` holds a run and `resume` is not set, where data cannot be read or results not written, and
+    where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
+    """
+    settings = config.train
+    references = table.split(config.data.train_split)
+    checkpoints = list_checkpoints(out)
+    if checkpoints and not resume:
+        raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
+    model.to(device).train()
+    towers = identify_towers(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    first = 0
+    if checkpoints:
+        load_trained(model, checkpoints[-1].path)
+        load_optimizer(optimizer, checkpoints[-1].path)
+        first = checkpoints[-1].step
+        say(f"going on from step {first}")
+    samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
+    per_epoch = steps_per_epoch(len(samples), min(settings.batch_size, len(samples)))
+    total = total_steps(settings, len(samples))
+    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, total)
+    loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
+    dtype = choose_precision(settings.precision, device)
+    step_fn = _Step(model, config, optimizer, parameters, device, dtype)
+    log = _Log(out / "log.jsonl", first)
+    begin = time.monotonic()
+    last_score: float | None = None
+
+    def save(step: int, score: float | None) -> Checkpoint:
+        saved = save_checkpoint(out, model, towers, optimizer, config, step, score)
+        prune_checkpoints(out, settings.keep_last)
+        return saved
+
+    with _signals() as pending, _Progress(first, total, say) as progress:
+        for step, batch in zip(range(first, total), loader, strict=True):
+            lr = learning_rate(settings, step, per_epoch, total)
+            want_line = (step + 1) % settings.log_every == 0 or step + 1 == total
+            loss, iou = step_fn(step, batch, lr, want_line)
+            done = step + 1
+            if want_line:
+                line = {"step": done, "epoch": done / per_epoch, "loss": loss, "iou": iou, "lr": lr}
+                log.add(line | {"seconds": round(time.monotonic() - begin, 2)})
+            progress.advance(done, loss, lr)
+            ends_epoch = done % per_epoch == 0 or done == total
+            if ends_epoch and config.data.val_split and pending.number is None:
+                last_score = _validate(model, config, table, tokenizer, device, dtype)
+                log.add({"step": done, "epoch": done / per_epoch, "val_miou": last_score})
+                model.train()
+            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
+                saved = save(done, last_score if ends_epoch else None)
+                if pending.number is not None and done < total:
+                    raise Interrupted(pending.number, saved)
+    model.eval()
+    finished = list_checkpoints(out)
+    return TrainResult(finished[-1], best_checkpoint(finished), time.monotonic() - begin)
+
+
+class _Step:
+    """One optimiser step."""
+
+    def __init__(
+        self,
+        model: DCRIS,
+        config: RunConfig,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[torch.nn.Parameter],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.config, self.optimizer, self.parameters = model, config, optimizer, parameters
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float]:
+        """Return the loss and, where wanted, the batch's mIoU in percent (0.0 otherwise).
+
+        Raises DcrisError where the loss is not a number; the weights are then still those of the step before.
+        """
+        # Dropout's random numbers belong to the step: that is what makes resuming exact.
+        torch.manual_seed(self.config.train.seed * 1_000_003 + step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        images = normalise(batch.images.to(self.device, non_blocking=True), self.config.data)
+        tokens, masks = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
+        with autocast(self.device, self.dtype):
+            logits = self.model(images, tokens)
+        loss = text_to_pixel_loss(logits, masks)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DcrisError(
+                f"the loss is {value} at step {step + 1}; the last checkpoint is whole, so go on from it with a lower "
+                "--train.lr or with --train.precision float32"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
+        self.optimizer.step()
+        return value, _batch_iou(logits.detach(), masks) if want_iou else 0.0
+
+
+def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
+    """mIoU in percent on the logits' grid at the CRIS family's threshold; a sign of life, not a result."""
+    truth = torch.nn.functional.interpolate(masks, logits.shape[-2:], mode="nearest") > 0.5
+    guess = torch.sigmoid(logits.float()) > Protocol().threshold
+    shared = (guess & truth).flatten(1).sum(1)
+    covered = (guess | truth).flatten(1).sum(1)
+    return 100 * (shared / covered.clamp(min=1)).mean().item()
+
+
+def _validate(
+    model: DCRIS,
+    config: RunConfig,
+    table: ReferenceTable,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """mIoU in percent on the validation split's first sentences, as the CRIS family validates while training."""
+    model.eval()
+    assert config.data.val_split is not None
+    questions = all_questions(table.split(config.data.val_split), first_only=True)
+    answers = answer_questions(model, questions, config.data, tokenizer, Protocol(), device=device, dtype=dtype)
+    return summarise(answer.overlap for answer in answers)["miou"]
+
+
+class _Log:
+    """log.jsonl: a line of JSON every so many steps. On resuming, lines past the checkpoint are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = []
+        if step and path.exists():
+            for text in path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # cut short when the run was killed
+                    continue
+                if line.get("step", 0) <= step:
+                    kept.append(text + "\n")
+        write_file(path, "".join(kept))
+
+    def add(self, line: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DcrisError(
+                f"cannot write {self.path}: {error.strerror or error}; free some space there and --resume"
+            ) from error
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log. A last line that was cut short is left out."""
+    lines = []
+    for text in (run / "log.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, first: int, total: int, say: Callable[[str], None]) -> None:
+        self.say, self.total, self.every = say, total, max(1, total // 20)
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, done: int, loss: float, lr: float) -> None:
+        self.bar.update(1)
+        if self.terminal:
+            self.bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e}", refresh=False)
+        elif done % self.every == 0 or done == self.total:
+            self.say(f"step {done}/{self.total} loss {loss:.3f} lr {lr:.1e}")
+
+
+class _Pending:
+    number: int | None = None
+
+
+@contextmanager
+def _signals() -> Iterator[_Pending]:
+    """Turn the first Ctrl-C or SIGTERM into a note that the loop reads between steps; a second one ends at once."""
+    pending = _Pending()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        pending.number = number
+        signal.signal(number, before[signal.Signals(number)])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield pending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

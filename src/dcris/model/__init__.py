@@ -1,0 +1,1 @@
+"""The segmentation head, and the whole network."""

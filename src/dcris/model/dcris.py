@@ -1,0 +1,96 @@
+"""The whole network: frozen towers, adapters in their slots, and the segmentation head (figure 1).
+
+Shape letters: B phrases, I images, H W pixels, h w patch grid, P visual tokens, D visual width, L text tokens.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from dcris.adapters.base import attach, freeze, set_mode
+from dcris.adapters.dense_cross import DenseCrossAdapter
+from dcris.adapters.text import TextAdapter
+from dcris.config import ModelConfig
+from dcris.encoders.clip_text import TextFeatures, TextTower
+from dcris.encoders.dinov2 import VisionState, VisionTower
+from dcris.model.decoder import Decoder
+from dcris.model.neck import Neck
+from dcris.model.projector import Projector
+
+
+class Head(nn.Module):
+    """The referring image segmentation head: neck, decoder, projector."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        head, text = config.head, config.text
+        self.neck = Neck(config.vision.width, text.sentence_width, head.width, head.heads)
+        self.decoder = Decoder(head.width, text.width, head.heads, head.layers, head.feedforward, head.dropout)
+        self.projector = Projector(head.width, text.sentence_width, head.bias)
+
+    def forward(self, levels: list[Tensor], text: TextFeatures) -> Tensor:
+        """Three maps [B, D, h, w] and the text -> logits [B, 1, 4h, 4w]."""
+        features = self.neck(levels, text.sentence)
+        features = self.decoder(features, text.tokens, text.padding)
+        logits: Tensor = self.projector(features, text.sentence)
+        return logits
+
+
+class DCRIS(nn.Module):
+    """Segment what a phrase refers to. Text never sees the image; the image sees the text from the first adapter on.
+
+    The three steps may be called apart, so that an image is encoded once for all its phrases and a phrase once for all images.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.text = TextTower(config.text)
+        if (visual := config.visual_adapter) is not None:
+            make = partial(DenseCrossAdapter, config.vision.width, config.text.width, visual)
+            attach(self.vision.blocks, visual.layers, "mlp_slot", make)
+        if (textual := config.text_adapter) is not None:
+            attach(self.text.blocks, textual.layers, "mlp_slot", partial(TextAdapter, config.text.width, textual))
+        self.head = Head(config)
+        freeze(self.vision)
+        freeze(self.text)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "DCRIS":
+        """Switch adapters and head between training and evaluation; the frozen towers stay in evaluation mode."""
+        self.training = mode
+        set_mode(self.vision, mode)
+        set_mode(self.text, mode)
+        self.head.train(mode)
+        return self
+
+    def count_weights(self) -> dict[str, int]:
+        """Exact numbers of "adapters", "head" and "frozen" weights; the first two are trained."""
+        head = sum(parameter.numel() for parameter in self.head.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return {"adapters": trained - head, "head": head, "frozen": total - trained}
+
+    def encode_text(self, tokens: Tensor) -> TextFeatures:
+        """[B, L] int64 -> f_t, f_s and the padding mask."""
+        features: TextFeatures = self.text(tokens)
+        return features
+
+    def encode_images(self, images: Tensor) -> VisionState:
+        """[I, 3, H, W] normalised -> the tower stopped before the first slot that reads the text."""
+        return self.vision.advance(self.vision.start(images), self.vision.first_text_step, taps=self.config.head.taps)
+
+    def segment(self, state: VisionState, text: TextFeatures) -> Tensor:
+        """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w]."""
+        state = self.vision.advance(state, text=text.tokens, taps=self.config.head.taps)
+        levels = [
+            tokens[:, self.vision.prefix :].transpose(1, 2).unflatten(-1, state.grid)
+            for tokens in (*state.taps, self.vision.finish(state))
+        ]
+        logits: Tensor = self.head(levels, text)
+        return logits
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images and [B, L] tokens, pair by pair -> logits [B, 1, 4h, 4w] (h = H / 14)."""
+        return self.segment(self.encode_images(images), self.encode_text(tokens))

@@ -1,0 +1,101 @@
+"""What `dcris predict` leaves on disk: masks, overlays, scores, and one COCO result file for everything."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dcris.data.images import read_image
+from dcris.data.masks import encode_mask
+from dcris.drawing import COLOURS, overlay, png_bytes
+from dcris.errors import DcrisError
+from dcris.files import make_directory, write_file, write_json
+from dcris.segmenter import Segmenter
+from dcris.types import Prediction
+
+Format = Literal["mask", "overlay", "coco", "scores"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """The images that files and folders (not their subfolders) name, in order. Raises DcrisError where a path has none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise DcrisError(f"the folder {path} has no images in it ({', '.join(sorted(_SUFFIXES))})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DcrisError(f"there is no image {path}")
+    return found
+
+
+def _names(images: Sequence[Path]) -> Iterator[str]:
+    """A name for each image's files: its stem, with a number where another image has the same."""
+    seen: dict[str, int] = {}
+    for image in images:
+        seen[image.stem] = seen.get(image.stem, 0) + 1
+        yield image.stem if seen[image.stem] == 1 else f"{image.stem}~{seen[image.stem]}"
+
+
+def predict_to_files(
+    segmenter: Segmenter,
+    images: Sequence[Path],
+    phrases: Sequence[str],
+    out: Path,
+    formats: Sequence[Format] = FORMATS,
+    threshold: float | None = None,
+) -> Iterator[tuple[Path, Prediction]]:
+    """Ask every phrase of every image, write the answers into `out`, and yield them as they come.
+
+    For image a.jpg and phrase number k (from 0): a.k.mask.png (0 and 255), a.k.overlay.png, a.k.scores.npy (float16
+    probabilities), each of the photograph's size; and predictions.json, a list of COCO results with the phrase beside them,
+    written when all is done.
+
+    Raises DcrisError where an image cannot be read or a file not be written.
+    """
+    make_directory(out)
+    results: list[dict[str, Any]] = []
+    for image, name in zip(images, _names(images), strict=True):
+        pixels = read_image(image)
+        for number, answer in enumerate(
+            segmenter.predict(pixels, phrases, threshold=threshold, scores="scores" in formats)
+        ):
+            stem = f"{name}.{number}"
+            if "mask" in formats:
+                write_file(out / f"{stem}.mask.png", png_bytes(answer.mask))
+            if "overlay" in formats:
+                picture = overlay(pixels, answer.mask, COLOURS[number % len(COLOURS)])
+                write_file(out / f"{stem}.overlay.png", png_bytes(picture))
+            if answer.probabilities is not None:
+                write_file(out / f"{stem}.scores.npy", _npy(answer.probabilities.astype(np.float16)))
+            results.append(_coco_result(image, number, answer))
+            yield image, answer
+    if "coco" in formats:
+        write_json(out / "predictions.json", results)
+
+
+def _npy(array: np.ndarray[Any, Any]) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _coco_result(image: Path, number: int, answer: Prediction) -> dict[str, Any]:
+    return {
+        "file_name": image.name,
+        # COCO's own pictures are named by their number; others keep their name alone.
+        **({"image_id": int(digits)} if (digits := image.stem.rpartition("_")[2]).isdecimal() else {}),
+        "category_id": 1,
+        "phrase": answer.phrase,
+        "phrase_number": number,
+        "score": round(answer.score, 6),
+        "bbox": list(answer.box) if answer.box else None,
+        "segmentation": encode_mask(answer.mask),
+    }

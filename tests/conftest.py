@@ -1,0 +1,100 @@
+"""Shared fixtures: a small data set in the REFER layout that a test may spoil, and the real one where it is present."""
+
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@dataclass
+class TinyRefer:
+    """Two photographs, three references in three splits, one mask of each kind. Change it, then `write()` it."""
+
+    root: Path
+    dataset: str = "tiny"
+    split_by: str = "toy"
+    references: list[Any] = field(default_factory=list)
+    instances: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pickle_path(self) -> Path:
+        return self.root / self.dataset / f"refs({self.split_by}).p"
+
+    @property
+    def json_path(self) -> Path:
+        return self.root / self.dataset / "instances.json"
+
+    @property
+    def image_folder(self) -> Path:
+        return self.root / "images/mscoco/images/train2014"
+
+    def write(self) -> Path:
+        """Write both files and the images; return the root."""
+        self.pickle_path.parent.mkdir(parents=True, exist_ok=True)
+        self.pickle_path.write_bytes(pickle.dumps(self.references, 2))
+        self.json_path.write_text(json.dumps(self.instances))
+        self.image_folder.mkdir(parents=True, exist_ok=True)
+        for number, (width, height) in enumerate([(40, 30), (24, 32)], 1):
+            pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(pixels).save(self.image_folder / f"{number}.png")
+        return self.root
+
+
+def _sentences(first: int, *texts: str) -> list[dict[str, Any]]:
+    return [
+        {"sent_id": first + number, "sent": text, "raw": text.upper(), "tokens": text.split()}
+        for number, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture
+def tiny_refer(tmp_path: Path) -> TinyRefer:
+    rectangle = [2.0, 3.0, 12.0, 3.0, 12.0, 9.0, 2.0, 9.0]
+    annotations = [
+        {"id": 71, "image_id": 1, "category_id": 5, "segmentation": [rectangle]},
+        {
+            "id": 72,
+            "image_id": 1,
+            "category_id": 5,
+            "segmentation": {"size": [30, 40], "counts": [100, 20, 30 * 40 - 120]},
+        },
+        # rows 8 to 15 of columns 4 to 7 of 24 x 32 (width x height), as pycocotools compresses it
+        {"id": 73, "image_id": 2, "category_id": 6, "segmentation": {"size": [32, 24], "counts": "X48h000000h?"}},
+    ]
+    references = [
+        {"ref_id": 10, "ann_id": 71, "image_id": 1, "split": "testA", "sentences": _sentences(100, "left one")},
+        {
+            "ref_id": 11,
+            "ann_id": 72,
+            "image_id": 1,
+            "split": "val",
+            "sentences": _sentences(200, "tall thing", "right"),
+        },
+        {"ref_id": 12, "ann_id": 73, "image_id": 2, "split": "train", "sentences": _sentences(300, "the cup", "cup")},
+    ]
+    for reference, annotation in zip(references, annotations, strict=True):
+        reference["category_id"] = annotation["category_id"]
+        reference["sent_ids"] = [sentence["sent_id"] for sentence in reference["sentences"]]
+    instances = {
+        "images": [
+            {"id": 1, "file_name": "1.png", "height": 30, "width": 40},
+            {"id": 2, "file_name": "2.png", "height": 32, "width": 24},
+        ],
+        "annotations": annotations,
+        "categories": [{"id": 5, "name": "person"}, {"id": 6, "name": "cup"}],
+    }
+    return TinyRefer(tmp_path / "data", references=references, instances=instances)
+
+
+@pytest.fixture(scope="session")
+def refer_root() -> Path:
+    """Real data in the REFER layout, which lies beside the checkout where it is present at all."""
+    root = Path(__file__).parents[1].parent / "shared/data/refer"
+    if not root.is_dir():
+        pytest.skip("the real data set is not on this machine")
+    return root

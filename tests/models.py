@@ -1,0 +1,83 @@
+"""Small networks for tests: every size is different from its neighbours, so that a mixed-up axis cannot pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, TextConfig, VisionConfig
+
+TINY_VISION = VisionConfig(name="test", width=32, depth=4, heads=4, grid=4, position_rule="exact")
+TINY_TEXT = TextConfig(name="test", width=24, depth=3, heads=4, vocabulary=40, length=12, sentence_width=20)
+TINY_DENSE = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0)
+TINY_HEAD = HeadConfig(taps=(0, 2), width=16, heads=4, layers=2, feedforward=28, dropout=0.0)
+START, END = 38, 39
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """A whole network of about 100,000 weights; `changes` replace its sections."""
+    sections: dict[str, Any] = {
+        "vision": TINY_VISION,
+        "text": TINY_TEXT,
+        "visual_adapter": TINY_DENSE,
+        "text_adapter": TextAdapterConfig(layers=(0, 2), width=6),
+        "head": TINY_HEAD,
+    }
+    return ModelConfig(**{**sections, **changes})
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Fill every weight and statistic with ordinary numbers.
+
+    Fresh networks are full of zeros and ones (biases, norms, LayerScale, running statistics), which hide mistakes.
+    """
+    source = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=source, dtype=torch.float64).to(like.dtype)
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(noise(parameter) * max(parameter[0].numel(), 1) ** -0.5)
+            elif name.endswith(("weight", "gamma")):
+                parameter.copy_(1 + 0.2 * noise(parameter))
+            else:
+                parameter.copy_(0.1 * noise(parameter))
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.2 * noise(buffer))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + noise(buffer).abs())
+
+
+def tokens_ending_at(ends: Sequence[int], length: int, seed: int = 0) -> Tensor:
+    """[B, L] int64: the start token, words, the end token at the given place of each row, padding."""
+    words = torch.randint(1, START, (len(ends), length), generator=torch.Generator().manual_seed(seed))
+    words[:, 0] = START
+    for row, end in zip(words, ends, strict=True):
+        row[end] = END
+        row[end + 1 :] = 0
+    return words
+
+
+def images(count: int, rows: int, columns: int, seed: int = 0) -> Tensor:
+    """[count, 3, rows * 14, columns * 14] of noise."""
+    return torch.randn(count, 3, rows * 14, columns * 14, generator=torch.Generator().manual_seed(seed))
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """The greatest absolute difference of two tensors of one shape."""
+    assert ours.shape == theirs.shape
+    return (ours - theirs).abs().max().item()
+
+
+def torch_attention(ours: nn.Module) -> nn.MultiheadAttention:
+    """torch.nn.MultiheadAttention with the weights of our attention (dcris.encoders.attention)."""
+    width = ours.out.in_features
+    theirs = nn.MultiheadAttention(width, ours.heads, ours.dropout, batch_first=True).to(ours.in_weight.dtype)
+    weights = {"in_proj_weight": ours.in_weight, "in_proj_bias": ours.in_bias}
+    weights |= {"out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias}
+    theirs.load_state_dict({name: weight.detach() for name, weight in weights.items()})
+    return theirs.train(ours.training)

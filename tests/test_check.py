@@ -1,0 +1,119 @@
+"""`dcris data check`: what it counts, what it finds, and what it lets pass."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcris.data.check import OFFICIAL_SIZES, check_dataset
+from dcris.data.masks import encode_mask
+from dcris.errors import DcrisError
+
+
+def test_a_sound_set_has_no_problems(tiny_refer):
+    report = check_dataset(tiny_refer.write(), "tiny", "toy")
+    assert (report.problem_count, report.problems) == (0, [])
+    assert (report.images, report.official) == (2, None)
+    assert report.splits == {"train": (1, 2), "val": (1, 2), "testA": (1, 1)}
+    assert "no problems" in report.table()
+    assert json.loads(json.dumps(report.to_json()))["splits"]["val"] == {"references": 1, "expressions": 2}
+
+
+def test_a_photograph_in_two_splits_is_a_leak(tiny_refer):
+    """Training on a photograph whose other objects are tested makes the test look better than it is."""
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert report.shared_images == 1  # image 1 is in val and testA
+    assert any("1 images are in more than one split" in warning for warning in report.warnings)
+    tiny_refer.references[1]["split"] = "testA"
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert (report.shared_images, report.warnings) == (0, [])
+
+
+def test_missing_and_wrong_images_are_problems(tiny_refer):
+    """The mask of a photograph that was resized since fits nothing; both are found before a night of training."""
+    root = tiny_refer.write()
+    (tiny_refer.image_folder / "1.png").unlink()
+    Image.new("RGB", (12, 16)).save(tiny_refer.image_folder / "2.png")
+    report = check_dataset(root, "tiny")
+    assert report.problem_count == 2  # one for each photograph, though photograph 1 has two references
+    assert "there is no image file" in report.problems[0]
+    assert "reference 12: " in report.problems[1]
+    assert "16 x 12 pixels (height x width), but instances.json says 32 x 24" in report.problems[1]
+    assert "problem: reference 12" in report.table()
+
+
+def test_only_a_deep_check_decodes_the_photographs(tiny_refer):
+    root = tiny_refer.write()
+    path = tiny_refer.image_folder / "1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert check_dataset(root, "tiny").problem_count == 0
+    report = check_dataset(root, "tiny", deep=True)
+    assert report.problem_count == 1
+    assert "1.png" in report.problems[0]
+
+
+def test_an_empty_mask_is_a_problem(tiny_refer):
+    """Its IoU is 0 whatever a model answers, and the loss teaches to find nothing."""
+    tiny_refer.instances["annotations"][1]["segmentation"] = encode_mask(np.zeros((30, 40), bool))
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert report.problems == ["reference 11: the mask of annotation 72 is empty; leave the reference out"]
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(tiny_refer):
+    """Without its photographs a real set would print twenty thousand lines."""
+    annotation, reference = tiny_refer.instances["annotations"][0], tiny_refer.references[0]
+    for number in range(25):
+        image_id, ann_id = 1000 + number, 2000 + number
+        image = {"id": image_id, "file_name": f"none{number}.png", "height": 30, "width": 40}
+        sentences = [{"sent_id": 5000 + number, "sent": "it"}]
+        tiny_refer.instances["images"].append(image)
+        tiny_refer.instances["annotations"].append({**annotation, "id": ann_id, "image_id": image_id})
+        tiny_refer.references.append(
+            {**reference, "ref_id": 900 + number, "ann_id": ann_id, "image_id": image_id, "sentences": sentences}
+        )
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert (report.problem_count, len(report.problems)) == (25, 10)
+    assert "... and 15 more" in report.table()
+    assert report.to_json()["problem_count"] == 25
+
+
+def test_a_file_that_cannot_be_read_at_all_is_an_error(tiny_refer):
+    tiny_refer.references[0].pop("ann_id")
+    with pytest.raises(DcrisError, match="reference 10 has no 'ann_id'"):
+        check_dataset(tiny_refer.write(), "tiny")
+
+
+def test_official_sizes_add_up_to_the_published_totals():
+    """A slip in one number of the table would call everybody's correct files wrong."""
+    expressions = {key: sum(counts[1] for counts in sizes.values()) for key, sizes in OFFICIAL_SIZES.items()}
+    assert expressions[("refcoco", "unc")] == 142_210
+    assert expressions[("refcoco+", "unc")] == 141_564
+    assert expressions[("refcocog", "umd")] == 95_010
+    assert expressions[("refcocog", "google")] == 95_010
+    references = {key: sum(counts[0] for counts in sizes.values()) for key, sizes in OFFICIAL_SIZES.items()}
+    assert list(references.values()) == [50_000, 49_856, 49_822, 49_822]
+
+
+def test_official_sets_are_compared_with_their_official_size(tiny_refer, monkeypatch):
+    tiny_refer.dataset, tiny_refer.split_by = "refcoco", "unc"
+    root = tiny_refer.write()
+    report = check_dataset(root, "refcoco")
+    assert report.official is False
+    assert report.problem_count == 0  # a subset is fine to work with, but not to compare with
+    assert any("not the official size: train, val, testA" in warning for warning in report.warnings)
+    assert any("not here: testB" in warning for warning in report.warnings)
+    assert "42,404 / 120,624" in report.table()
+    sizes = {("refcoco", "unc"): {"train": (1, 2), "val": (1, 2), "testA": (1, 1)}}
+    monkeypatch.setattr("dcris.data.check.OFFICIAL_SIZES", sizes)
+    report = check_dataset(root, "refcoco")
+    assert report.official is True
+    assert report.table().count("yes") == 3
+
+
+def test_the_real_set_is_sound(refer_root):
+    report = check_dataset(refer_root, "cocomini")
+    assert (report.problem_count, report.images, report.official) == (0, 468, None)
+    assert report.splits == {"train": (1039, 2154), "val": (104, 216), "testA": (131, 271)}
+    report = check_dataset(refer_root, "refcoco", deep=True)
+    assert (report.problem_count, report.official) == (0, False)

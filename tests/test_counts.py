@@ -1,0 +1,101 @@
+"""Parameter counts, to the last weight: the paper's tables are counts, and published weights are read strictly."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import nn
+
+from dcris.adapters.base import slots
+from dcris.adapters.dense_cross import DenseCrossAdapter
+from dcris.adapters.text import TextAdapter
+from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, VisionConfig
+from dcris.model.dcris import DCRIS
+
+TABLE_5 = [
+    ("[8]", "0.45"),
+    ("[6, 11]", "0.90"),
+    ("[4, 8, 11]", "1.35"),
+    ("[3, 6, 9, 11]", "1.80"),
+    ("[3, 5, 7, 9, 11]", "2.25"),
+    ("[1, 3, 5, 7, 9, 11]", "2.69"),
+    ("[1, 3, 5, 7, 9, 10, 11]", "3.14"),
+    ("[1, 3, 4, 5, 7, 9, 10, 11]", "3.59"),
+    ("[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]", "5.39"),
+]
+
+
+def count(modules: nn.Module | Iterable[nn.Module]) -> int:
+    modules = [modules] if isinstance(modules, nn.Module) else modules
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def shapes_only(config: ModelConfig) -> DCRIS:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return DCRIS(config)
+
+
+def adapters(model: DCRIS) -> int:
+    return count(slots(model.vision)) + count(slots(model.text))
+
+
+@pytest.fixture(scope="module")
+def base() -> DCRIS:
+    return shapes_only(ModelConfig())
+
+
+@pytest.mark.parametrize(("width", "expected"), [(768, 382_896), (1024, 448_688)])
+def test_one_dense_cross_adapter(width: int, expected: int) -> None:
+    """Else the adapter is not the paper's, whatever it is called."""
+    assert count(DenseCrossAdapter(width, 512, DenseCrossConfig())) == expected
+
+
+def test_one_text_adapter() -> None:
+    """Else the adapter is not the paper's, whatever it is called."""
+    assert count(TextAdapter(512, TextAdapterConfig())) == 66_112
+
+
+def test_frozen_towers(base: DCRIS) -> None:
+    """Else the towers cannot hold the published weights, and every percentage in the reports is off."""
+    assert count(base.vision) - count(slots(base.vision)) == 86_583_552
+    assert count(base.text) - count(slots(base.text)) == 63_428_097
+
+
+def test_head(base: DCRIS) -> None:
+    """Else the head is not the paper's, whatever it is called."""
+    assert count(base.head.neck) == 10_114_560
+    assert count(base.head.decoder) == 7_899_136
+    assert count(base.head.projector) == 4_788_737
+
+
+def test_dcris_b(base: DCRIS) -> None:
+    """Else the reported trainable share (2.69 M, 1.79 %) is not this network's."""
+    assert adapters(base) == 2_694_048
+    trainable = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
+    assert trainable == 2_694_048 + 10_114_560 + 7_899_136 + 4_788_737
+    paper_frozen = count(base.vision) + count(base.text) - adapters(base) - 77 * 512
+    assert f"{2_694_048 / paper_frozen:.1%}" == "1.8%"
+
+
+def test_dcris_l() -> None:
+    """Else DCRIS-L is built from wrong widths or layers."""
+    large = shapes_only(
+        ModelConfig(
+            vision=VisionConfig(name="dinov2-large", width=1024, depth=24, heads=16),
+            visual_adapter=DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22)),
+            head=HeadConfig(taps=(8, 16)),
+        )
+    )
+    assert adapters(large) == 3_088_800
+
+
+@pytest.mark.parametrize(("position", "millions"), TABLE_5)
+def test_every_row_of_table_5(position: str, millions: str) -> None:
+    """Else the ablation over layers counts something other than the paper's table."""
+    layers = tuple(int(number) for number in position.strip("[]").split(","))
+    model = shapes_only(
+        ModelConfig(visual_adapter=DenseCrossConfig(layers=layers), text_adapter=TextAdapterConfig(layers=layers))
+    )
+    assert adapters(model) == len(layers) * 449_008
+    assert f"{adapters(model) / 1e6:.2f}" == millions

@@ -1,0 +1,171 @@
+"""Masks against pycocotools, which wrote the format, and against what strangers may send."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco
+
+from dcris.data.masks import decode_mask, encode_mask, mask_box, validate_segmentation
+from dcris.errors import DcrisError
+
+
+@st.composite
+def masks(draw):
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    seed, share = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([0, 0.02, 0.5, 0.98, 1]))
+    return (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
+
+
+@given(masks())
+@settings(max_examples=60, deadline=None)
+def test_every_mask_survives_compression_and_pycocotools_agrees(mask):
+    """Predictions are written in this form; another program must read the same mask from it."""
+    encoded = encode_mask(mask)
+    assert json.loads(json.dumps(encoded)) == encoded
+    assert np.array_equal(decode_mask(encoded, mask.shape), mask)
+    assert np.array_equal(coco.decode(encoded), mask)
+    as_bytes = {"size": mask.shape, "counts": encoded["counts"].encode()}
+    assert np.array_equal(decode_mask(as_bytes, mask.shape), mask)
+
+
+@given(masks())
+@settings(max_examples=40, deadline=None)
+def test_plain_run_lengths_give_the_same_mask(mask):
+    """COCO's crowd annotations come uncompressed, down the columns; along the rows every one would be scrambled."""
+    flat = mask.T.ravel()
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, flat.size]).tolist()
+    counts = [0, *runs] if flat[0] else runs
+    decoded = decode_mask({"size": list(mask.shape), "counts": counts}, mask.shape)
+    assert decoded.dtype == np.uint8
+    assert np.array_equal(decoded, mask)
+
+
+def test_a_large_mask_has_long_runs(tmp_path):
+    """Runs above 2**20 need more characters than those of any COCO photograph."""
+    mask = np.zeros((3000, 4000), np.uint8)
+    mask[100:2900, 3000:3010] = 1
+    assert np.array_equal(decode_mask(encode_mask(mask), mask.shape), mask)
+
+
+def test_a_polygon_fills_the_pixels_it_covers():
+    mask = decode_mask([[2, 3, 12, 3, 12, 9, 2, 9]], (30, 40))
+    expected = np.zeros((30, 40), np.uint8)
+    expected[3:9, 2:12] = 1
+    assert np.array_equal(mask, expected)
+
+
+def test_overlapping_polygons_are_a_union():
+    """Summing them would give 2 where they overlap, and a mask of 0 and 1 nowhere else."""
+    left, right = [0, 0, 20, 0, 20, 10, 0, 10], [10, 0, 30, 0, 30, 10, 10, 10]
+    mask = decode_mask([left, right], (10, 40))
+    assert mask.max() == 1
+    assert mask.sum() == 300
+
+
+def test_the_mask_is_a_plain_writable_array():
+    """torch.from_numpy refuses nothing less, and warns at read-only arrays."""
+    for segmentation in ([[0, 0, 4, 0, 4, 4]], {"size": [5, 6], "counts": [3, 4, 23]}):
+        mask = decode_mask(segmentation, (5, 6))
+        assert mask.flags.c_contiguous
+        assert mask.flags.writeable
+        assert mask.shape == (5, 6)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None,
+        5,
+        "text",
+        [],
+        {},
+        [[]],
+        [5],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 2, 3, 4, 5, "6"]],
+        [[1, 2, 3, 4, 5, None]],
+        [[1, 2, 3, 4, 5, True]],
+        [[1, 2, 3, 4, 5, float("nan")]],
+        [[1, 2, 3, 4, 5, float("inf")]],
+        [[1, 2, 3, 4, 5, 10**400]],
+        [[0, 0, 1e9, 0, 1e9, 1e9]],
+        [[-10, -10, 20, -10, 20, 20] * 150_000],
+        {"size": [8, 10]},
+        {"counts": [80]},
+        {"size": [10, 8], "counts": [80]},
+        {"size": 80, "counts": [80]},
+        {"size": [8, 10], "counts": None},
+        {"size": [8, 10], "counts": []},
+        {"size": [8, 10], "counts": [79]},
+        {"size": [8, 10], "counts": [81]},
+        {"size": [8, 10], "counts": [90, -10]},
+        {"size": [8, 10], "counts": [80.0]},
+        {"size": [8, 10], "counts": [True, 79]},
+        {"size": [8, 10], "counts": [10**30]},
+        {"size": [8, 10], "counts": ""},
+        {"size": [8, 10], "counts": "P"},
+        {"size": [8, 10], "counts": "PPP"},
+        {"size": [8, 10], "counts": "ü"},
+        {"size": [8, 10], "counts": "\n"},
+        {"size": [8, 10], "counts": b"\xff\xff"},
+        {"size": [8, 10], "counts": "oooooooooooooooo0"},
+        {"size": [8, 10], "counts": "P2000000O"},
+    ],
+)
+def test_a_malformed_mask_is_refused_in_words(segmentation):
+    """pycocotools answers several of these by ending the process, or by asking for all the memory there is."""
+    for use in (validate_segmentation, decode_mask):
+        with pytest.raises(DcrisError, match=r"segmentation|polygon|run lengths"):
+            use(segmentation, (8, 10))
+
+
+@given(st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_any_text_either_fills_the_mask_exactly_or_is_refused(text):
+    """Predictions of strangers are scored, so the text may be anything."""
+    segmentation = {"size": [6, 7], "counts": text}
+    try:
+        mask = decode_mask(segmentation, (6, 7))
+    except DcrisError:
+        return
+    assert np.array_equal(mask, coco.decode(segmentation))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (-1, -5), (100_000, 100_000)])
+def test_impossible_sizes_are_refused(size):
+    """A mask of ten thousand million pixels would take the machine down before anything else is looked at."""
+    for segmentation in ([[0, 0, 1, 0, 1, 1]], {"size": list(size), "counts": [size[0] * size[1]]}):
+        with pytest.raises(DcrisError):
+            decode_mask(segmentation, size)
+
+
+def test_boxes_are_tight():
+    mask = np.zeros((10, 12), bool)
+    assert mask_box(mask) is None
+    mask[3, 4] = mask[7, 9] = True
+    assert mask_box(mask) == (4, 3, 6, 5)
+    assert mask_box(np.ones((1, 1), np.uint8)) == (0, 0, 1, 1)
+
+
+def test_only_matrices_are_encoded():
+    with pytest.raises(ValueError, match="a mask is"):
+        encode_mask(np.zeros((2, 2, 2), bool))
+    assert encode_mask(np.full((2, 2), 255, np.uint8)) == encode_mask(np.ones((2, 2), bool))
+
+
+def test_real_masks_are_those_of_pycocotools(refer_root):
+    """Crowds, holes and many-part objects as COCO's annotators drew them."""
+    content = json.loads((refer_root / "cocomini/instances.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    crowds = [annotation for annotation in content["annotations"] if annotation["iscrowd"]]
+    for annotation in [*crowds, *content["annotations"][::25]]:
+        height, width = sizes[annotation["image_id"]]
+        runs = coco.frPyObjects(annotation["segmentation"], height, width)
+        expected = coco.decode(coco.merge(runs) if isinstance(runs, list) else runs)
+        assert np.array_equal(decode_mask(annotation["segmentation"], (height, width)), expected)

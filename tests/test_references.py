@@ -1,0 +1,296 @@
+"""Reading REFER files: what is plain data gets in, what is malformed gets one sentence, and nothing runs."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcris.data.references import find_split_by, load_references, safe_unpickle
+from dcris.errors import DcrisError
+
+
+class _Runs:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+class _Outside(pickle.Pickler):
+    def persistent_id(self, obj):
+        return "key" if obj == "outside" else None
+
+
+def _write(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "refs(toy).p"
+    path.write_bytes(data)
+    return path
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_data_of_every_protocol_is_read(tmp_path, protocol):
+    """Whoever converted the files with another Python must still be able to use them."""
+    content = [{"a": 1, "b": [1.5, None, True, -(2**40)], "c": "näh", "d": (1, 2, 3, 4), "e": {"x": {}}}]
+    assert safe_unpickle(_write(tmp_path, pickle.dumps(content, protocol))) == content
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\x80\x02U\x03caf.", "caf"),
+        (b"\x80\x02U\x05caf\xc3\xa9.", "café"),
+        (b"\x80\x02U\x04caf\xe9.", "café"),
+        (b"S'caf'\n.", "caf"),
+    ],
+)
+def test_byte_strings_of_python_2_are_text(tmp_path, data, text):
+    """The released files were written by Python 2, whose strings are bytes: expressions must not arrive as bytes."""
+    assert safe_unpickle(_write(tmp_path, data)) == text
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_code_in_a_pickle_never_runs(tmp_path, protocol):
+    """A file from a mirror could otherwise take over the account of whoever opens it."""
+    proof = tmp_path / "proof"
+    path = _write(tmp_path, pickle.dumps([{"ref_id": 1}, _Runs(f"touch {proof}")], protocol))
+    with pytest.raises(DcrisError, match=r"run code \((posix|nt)\.system\): do not trust it"):
+        safe_unpickle(path)
+    assert not proof.exists()
+
+
+def test_an_instance_in_the_old_style_never_runs(tmp_path):
+    """Protocol 0 has an instruction of its own for calling a class."""
+    with pytest.raises(DcrisError, match=r"run code \(os\.system\)"):
+        safe_unpickle(_write(tmp_path, b"(S'true'\nios\nsystem\n."))
+
+
+def test_objects_other_than_plain_data_are_refused(tmp_path):
+    """Even harmless-looking objects, such as numpy arrays, are built by calling code that the file names."""
+    with pytest.raises(DcrisError, match=r"run code .*numpy"):
+        safe_unpickle(_write(tmp_path, pickle.dumps([np.float64(1)], 2)))
+    outside = tmp_path / "outside.p"
+    with outside.open("wb") as file:
+        _Outside(file, 2).dump(["outside"])
+    with pytest.raises(DcrisError, match="outside the file"):
+        safe_unpickle(outside)
+    with pytest.raises(DcrisError, match="EXT1"):
+        safe_unpickle(_write(tmp_path, b"\x80\x02\x82\x01."))
+
+
+def test_a_tiny_file_cannot_ask_for_gigabytes(tmp_path):
+    """Twelve bytes that name memory place 2**31 made Python's own unpickler ask for 32 GB."""
+    with pytest.raises(DcrisError, match="places of memory"):
+        safe_unpickle(_write(tmp_path, b"\x80\x02Nr" + struct.pack("<I", 2**31) + b"."))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, -2])
+def test_a_pickle_cut_short_is_said_to_be_so(tmp_path, tiny_refer, kept):
+    """A broken download must not end in a traceback."""
+    data = pickle.dumps(tiny_refer.references, 2)
+    with pytest.raises(DcrisError, match="cut short"):
+        safe_unpickle(_write(tmp_path, data[:kept]))
+
+
+@pytest.mark.parametrize(
+    "data", [b"no pickle", b"\x80\x02(((.", b"\x80\x02]q\x00h\x07.", b"<html></html>", b"\x80\x02}(K\x01u."]
+)
+def test_what_is_no_pickle_is_said_to_be_so(tmp_path, data):
+    """A mirror's error page saved as refs(unc).p must be named as such."""
+    with pytest.raises(DcrisError, match="is not a whole pickle"):
+        safe_unpickle(_write(tmp_path, data))
+
+
+def test_a_missing_pickle_is_named(tmp_path):
+    with pytest.raises(DcrisError, match=r"there is no file .*refs\(unc\)\.p"):
+        safe_unpickle(tmp_path / "refs(unc).p")
+    with pytest.raises(DcrisError, match="cannot read"):
+        safe_unpickle(tmp_path)
+
+
+# Which splits
+
+
+def test_the_only_split_by_is_found_and_several_are_listed(tiny_refer):
+    """Nobody should have to type --split-by where there is nothing to choose, nor get one of two by chance."""
+    root = tiny_refer.write()
+    assert find_split_by(root, "tiny") == "toy"
+    (root / "tiny/refs(google).p").write_bytes(b"")
+    with pytest.raises(DcrisError, match="--split-by: google, toy"):
+        find_split_by(root, "tiny")
+    with pytest.raises(DcrisError, match=r"refs\(\.\.\.\)\.p in .*nothing.*mirror"):
+        find_split_by(root, "nothing")
+
+
+# Whole data sets
+
+
+def test_everything_the_files_say_arrives(tiny_refer):
+    """A field put into the wrong place would train on the wrong object without a word."""
+    tiny_refer.references[1]["sentences"][1]["kind"] = "place"
+    root = tiny_refer.write()
+    table = load_references(root, "tiny")
+    assert (table.dataset, table.split_by, table.root) == ("tiny", "toy", root)
+    assert list(table.splits().items()) == [("train", (1, 2)), ("val", (1, 2)), ("testA", (1, 1))]
+    (reference,) = table.split("val")
+    assert (reference.ref_id, reference.ann_id, reference.image_id) == (11, 72, 1)
+    assert reference.image_path == root / "images/mscoco/images/train2014/1.png"
+    assert (reference.image_size, reference.category, reference.split) == ((30, 40), "person", "val")
+    assert reference.segmentation == {"size": [30, 40], "counts": [100, 20, 1080]}
+    assert [(e.sent_id, e.text, e.kind) for e in reference.expressions] == [
+        (200, "tall thing", None),
+        (201, "right", "place"),
+    ]
+
+
+def test_a_split_that_does_not_exist_is_answered_with_those_that_do(tiny_refer):
+    table = load_references(tiny_refer.write(), "tiny")
+    with pytest.raises(DcrisError, match="no split 'testC'; choose from train, val, testA"):
+        table.split("testC")
+
+
+def test_images_may_lie_in_a_folder_of_their_own(tiny_refer):
+    """Generated sets keep their pictures out of COCO's folder."""
+    for image in tiny_refer.instances["images"]:
+        image["file_name"] = "scenes/" + image["file_name"]
+    root = tiny_refer.write()
+    tiny_refer.image_folder.rename(root / "images/scenes")
+    for reference in load_references(root, "tiny").references:
+        assert reference.image_path.is_file()
+        assert reference.image_path.parent == root / "images/scenes"
+
+
+def _set(path, value):
+    """A change to (references, instances): the item at `path` becomes `value`, or goes where `value` is `_set`."""
+
+    def change(data):
+        *outer, last = path
+        for key in outer:
+            data = data[key]
+        if value is _set:
+            del data[last]
+        else:
+            data[last] = value
+
+    return change
+
+
+_REF, _SENT = ("references", 1), ("references", 1, "sentences", 0)
+_ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        *(
+            (_set((*_REF, key), _set), f"reference 11 has no '{key}'")
+            for key in ("ann_id", "image_id", "category_id", "split")
+        ),
+        (_set((*_REF, "ref_id"), _set), "entry 2 has no 'ref_id'"),
+        (_set((*_REF, "sentences"), _set), "reference 11 has no 'sentences'"),
+        (_set((*_REF, "sentences"), []), "reference 11 has an empty 'sentences'"),
+        (_set(_REF, "text"), "entry 2 is not a table"),
+        (_set(_SENT, 5), "sentence 1 of reference 11 is not a table"),
+        (_set((*_SENT, "sent"), _set), "sentence 200 of reference 11 has no 'sent'"),
+        (_set((*_SENT, "sent"), ["a"]), "'sent' that is not text but list"),
+        (_set((*_SENT, "sent"), " \t"), "sentence 200 of reference 11 has a blank 'sent'"),
+        (_set((*_SENT, "sent_id"), True), "'sent_id' that is not a whole number but bool"),
+        (_set((*_SENT, "sent_id"), 300), "sentence 300 of reference 12 is there twice"),
+        (_set((*_SENT, "kind"), 3), "'kind' that is not text"),
+        (_set((*_REF, "ref_id"), True), "'ref_id' that is not a whole number but bool"),
+        (_set((*_REF, "ref_id"), 10), "reference 10 is there twice"),
+        (_set((*_REF, "ann_id"), float("nan")), "reference 11 has a 'ann_id' that is not a whole number but NaN"),
+        (_set((*_REF, "ann_id"), 99), "reference 11 names annotation 99, which instances.json does not have"),
+        (_set((*_REF, "image_id"), 99), "reference 11 names image 99, which instances.json does not have"),
+        (_set((*_REF, "category_id"), 99), "reference 11 names category 99, which instances.json does not have"),
+        (_set((*_REF, "image_id"), 2), "reference 11 names image 2, but its annotation 72 belongs to image 1"),
+        (_set((*_REF, "split"), " "), "reference 11 has a blank 'split'"),
+        (_set(("references",), []), "not a list of references"),
+        (_set(("references",), {}), "not a list of references"),
+        (_set((*_ANN, "segmentation"), _set), "annotation 72, the object of reference 11, has no 'segmentation'"),
+        (_set((*_ANN, "segmentation"), []), "annotation 72, the object of reference 11, has no 'segmentation'"),
+        (_set((*_ANN, "segmentation"), [[1, 2, 3, 4]]), "annotation 72.*polygon 1 is not a list"),
+        (_set((*_ANN, "segmentation"), [[1, 2, 3, 4, 5, float("nan")]]), "annotation 72.*polygon 1 has a corner"),
+        (_set((*_ANN, "segmentation", "counts"), [1200, 1]), "annotation 72.*do not add up"),
+        (_set((*_ANN, "id"), 71), "two entries of 'annotations' have the id 71"),
+        (_set((*_ANN, "image_id"), _set), "annotation 72 has no 'image_id'"),
+        (_set((*_IMG, "height"), 0), "image 1 cannot be 0 x 40"),
+        (_set((*_IMG, "width"), 10**9), "image 1 cannot be 30 x 1000000000"),
+        (_set((*_IMG, "width"), 40.0), "'width' that is not a whole number but float"),
+        (_set((*_IMG, "width"), _set), "image 1 has no 'width'"),
+        *(
+            (_set((*_IMG, "file_name"), name), "image 1 has a 'file_name' that is not a plain path")
+            for name in ("/etc/passwd", "../1.png", "a/../../1.png", "..\\1.png", "C:1.png", "", "a//b.png", "a\0b")
+        ),
+        (_set(("instances", "annotations"), _set), "the file has no 'annotations'"),
+        (_set(("instances", "categories"), {}), "'categories' that is not a list but dict"),
+        (_set(("instances", "categories", 0, "name"), None), "category 5 has a 'name' that is not text"),
+        (_set(("instances", "images", 0), None), "entry 1 of 'images' is not a table"),
+        (_set(("instances",), []), "the file is not a table"),
+    ],
+)
+def test_each_malformed_entry_is_named_with_its_file(tiny_refer, change, sentence):
+    """Whoever prepared the files by hand needs the file, the reference and the field to mend them, in one sentence."""
+    data = {"references": tiny_refer.references, "instances": tiny_refer.instances}
+    change(data)
+    tiny_refer.references, tiny_refer.instances = data["references"], data["instances"]
+    root = tiny_refer.write()
+    with pytest.raises(DcrisError, match=f"(instances.json|p): .*{sentence}") as caught:
+        load_references(root, "tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_annotation_file_may_be_missing_or_cut_short(tiny_refer):
+    root = tiny_refer.write()
+    text = tiny_refer.json_path.read_text()
+    tiny_refer.json_path.write_text(text[: len(text) // 2])
+    with pytest.raises(DcrisError, match=r"instances\.json, is not valid JSON"):
+        load_references(root, "tiny")
+    tiny_refer.json_path.unlink()
+    with pytest.raises(DcrisError, match=r"annotation file of tiny is missing: there is no file .*instances\.json"):
+        load_references(root, "tiny")
+
+
+def test_unknown_fields_are_let_be(tiny_refer):
+    """The released files carry many fields that are not needed here, and others add their own."""
+    plain = load_references(tiny_refer.write(), "tiny").references
+    for record in (*tiny_refer.references, *tiny_refer.instances["images"], *tiny_refer.instances["annotations"]):
+        record["extra"] = {"anything": [1, None]}
+    assert load_references(tiny_refer.write(), "tiny").references == plain
+
+
+# Real files
+
+
+def test_the_real_files_have_the_counts_that_came_with_them(refer_root):
+    table = load_references(refer_root, "cocomini")
+    assert {name: counts[0] for name, counts in table.splits().items()} == {"train": 1039, "val": 104, "testA": 131}
+    assert sum(counts[1] for counts in table.splits().values()) == 2641
+    assert len({reference.image_id for reference in table.references}) == 468
+    for dataset, split_by, count in (("refcoco", "unc", 8), ("refcoco+", "unc", 3), ("refcocog", "umd", 2)):
+        table = load_references(refer_root, dataset)
+        assert (table.split_by, len(table.references)) == (split_by, count)
+
+
+def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root):
+    """The strict reader must not lose or exchange anything that a trusting one finds."""
+    with (refer_root / "cocomini/refs(templated).p").open("rb") as file:
+        records = pickle.load(file)
+    content = json.loads((refer_root / "cocomini/instances.json").read_text())
+    annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
+    images = {image["id"]: image for image in content["images"]}
+    references = load_references(refer_root, "cocomini", "templated").references
+    assert [reference.ref_id for reference in references] == [record["ref_id"] for record in records]
+    for reference, record in zip(references, records, strict=True):
+        image = images[record["image_id"]]
+        assert reference.image_path.name == image["file_name"]
+        assert reference.image_size == (image["height"], image["width"])
+        assert reference.segmentation == annotations[record["ann_id"]]["segmentation"]
+        assert [expression.text for expression in reference.expressions] == [s["sent"] for s in record["sentences"]]

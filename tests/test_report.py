@@ -1,0 +1,293 @@
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcris.drawing import mask_cell
+from dcris.errors import DcrisError
+from dcris.report import PREDICTION_COLOUR, TRUTH_COLOUR, Panel, write_report
+
+VOID = {"meta", "img", "line", "circle", "polyline"}
+METRICS = {
+    "miou": 61.25,
+    "oiou": 63.5,
+    "prec@0.5": 71.0,
+    "prec@0.9": 12.5,
+    "miou_shuffled": 9.75,
+    "references": 40,
+    "expressions": 1234,
+    "dataset": "scenes",
+    "split": "test",
+    "protocol": "cris",
+}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects what a test asks about."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "xlink:href")
+        ]
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    def pictures(self):
+        return [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(attrs["src"].split(",")[1]))).convert("RGB"))
+            for tag, attrs in self.tags
+            if tag == "img"
+        ]
+
+    def named(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture
+def report(tmp_path):
+    def write(**given):
+        arguments = {
+            "title": "A run",
+            "facts": {},
+            "metrics": {},
+            "by_kind": {},
+            "curve": [],
+            "panels": [],
+            "notes": [],
+        }
+        path = tmp_path / "deep" / "report.html"
+        write_report(path, **(arguments | given))
+        return Page(path.read_text(encoding="utf-8"))
+
+    return write
+
+
+def panel(side=112, phrase="left star", truth=True, iou=0.5, shift=0):
+    image = np.full((side, side * 3 // 2, 3), 128, np.uint8)
+    mask = np.zeros(image.shape[:2], bool)
+    mask[side // 4 : side // 2, side // 3 : side] = True
+    return Panel(image, phrase, mask if truth else None, np.roll(mask, shift, axis=1), iou)
+
+
+def curve(count):
+    return [
+        {"step": 20 * n, "loss": 1 / (n + 1), "lr": 1e-3, "iou": 3.0 * n, "val_miou": 2.0 * n} for n in range(count)
+    ]
+
+
+def full(report):
+    return report(
+        facts={"recipe": "scenes_tiny", "seconds": "93"},
+        metrics=METRICS,
+        by_kind={"place": (55.5, 200), "ordinal": (33.25, 1500)},
+        curve=curve(50),
+        panels=[panel(), panel(400, truth=False, iou=None)],
+        notes=["Tiny towers know nothing of photographs."],
+    )
+
+
+def test_stands_alone(report):
+    page = full(report)
+    assert page.links and all(re.match(r"data:image/(png|jpeg);base64,", link) for link in page.links)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base", "form"}
+    text = str(page.tags) + "".join(page.words)
+    assert "http:" not in text and "https:" not in text
+    policy = next(attrs["content"] for attrs in page.named("meta") if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_says_what_was_measured(report):
+    words = " ".join("".join(full(report).words).split())
+    for part in (
+        "Measured on 1,234 expressions for 40 references of scenes, test by protocol cris.",
+        "61.2",
+        "63.5",
+        "71.0",
+        "9.8",
+        "exchanged for that of another object of its scene. Low is good",
+        "over 0.9",
+        "55.5",
+        "1,500",
+        "scenes_tiny",
+        "93",
+        "Tiny towers know nothing of photographs.",
+    ):
+        assert part in words
+
+
+def test_nothing_at_all_is_still_a_page(report):
+    page = report()
+    assert "A run" in "".join(page.words)
+    assert not page.named("img") and not page.named("svg") and not page.named("table") and not page.named("section")
+
+
+def test_other_entries_of_a_result_file_join_the_facts(report):
+    rest = {"weights_sha256": "abcd", "version": "2", "seconds": 12345.6, "miou_by_kind": {"place": 77.7}}
+    words = "".join(report(facts={"version": "1"}, metrics={**METRICS, **rest}).words)
+    assert "weights sha256abcd" in words and words.count("version") == 1 and "seconds12,346" in words
+    assert "77.7" not in words and "by kind" not in words
+
+
+def test_strangers_text_is_text(report):
+    evil = '<script>alert("1")</script>\'"&<img src=http://x.example/a onerror=alert(1)>'
+    page = report(
+        title=evil,
+        facts={evil: evil},
+        metrics={
+            **METRICS,
+            "dataset": evil,
+            "split": evil,
+            "protocol": evil,
+            "prec@<b>": 1.0,
+            evil: evil,
+            "miou": evil,
+        },
+        by_kind={evil: (1.0, 2)},
+        panels=[panel(phrase=evil)],
+        notes=[evil],
+    )
+    assert not page.named("script") and len(page.named("img")) == 3
+    assert "".join(page.words).count(evil) >= 9
+    assert page.named("img")[1]["alt"] == f"true mask for: {evil}"
+
+
+def test_odd_characters(report):
+    words = "".join(
+        report(panels=[panel(phrase="a\x00b\x1b\ud800c \N{HEBREW LETTER ALEF} \N{WHITE HEAVY CHECK MARK}")]).words
+    )
+    assert "\x00" not in words and "\x1b" not in words
+    assert "\N{HEBREW LETTER ALEF} \N{WHITE HEAVY CHECK MARK}" in words
+
+
+@pytest.mark.parametrize("side", [112, 300, 1000])
+def test_masks_lie_where_the_picture_has_them(report, side):
+    truth_and_prediction = panel(side, shift=side // 5)
+    plain, truth, prediction = report(panels=[truth_and_prediction]).pictures()
+    assert plain.shape == truth.shape == prediction.shape and max(plain.shape) <= 480
+    for shown, mask, colour in (
+        (truth, truth_and_prediction.truth, TRUTH_COLOUR),
+        (prediction, truth_and_prediction.prediction, PREDICTION_COLOUR),
+    ):
+        tint = 128 * 0.55 + np.array(colour) * 0.45
+        found = np.abs(shown - tint).max(axis=2) < 12
+        expected = mask_cell(mask, 480)
+        assert (found & expected).sum() / (found | expected).sum() > 0.97
+        moved = np.roll(expected, 4, axis=1)
+        assert (found & moved).sum() / (found | moved).sum() < 0.97
+    assert np.abs(plain.astype(int) - 128).max() < 3
+
+
+def test_small_pictures_are_exact_and_large_ones_compact(report):
+    links = report(panels=[panel(100), panel(1000)]).links
+    assert [link[11:15] for link in links] == ["png;"] * 3 + ["jpeg"] * 3
+
+
+def test_without_truth(report):
+    page = report(panels=[panel(truth=False, iou=None)])
+    assert len(page.pictures()) == 2
+    assert "truth" not in "".join(page.words) and "IoU" not in "".join(page.words)
+
+
+@pytest.mark.parametrize(
+    ("iou", "quality"), [(1.0, "good"), (0.7, "good"), (0.6, "fair"), (0.49, "poor"), (0.0, "poor")]
+)
+def test_badges(report, iou, quality):
+    page = report(panels=[panel(iou=iou)])
+    assert page.named("span")[-1]["class"] == f"badge {quality}"
+    assert f"IoU {100 * iou:.1f}" in "".join(page.words)
+
+
+def test_empty_full_and_extreme_panels(report):
+    panels = [
+        Panel(np.zeros((*shape, 3), np.uint8), "it", np.full(shape, value), np.full(shape, not value), 0.0)
+        for shape in [(1, 1), (1, 3000), (3000, 1), (112, 112)]
+        for value in (True, False)
+    ]
+    page = report(panels=panels)
+    assert len(page.pictures()) == 24
+    assert "".join(page.words).count("prediction: empty") == 4
+
+
+def test_a_mask_of_another_shape_is_a_mistake(report):
+    good = panel()
+    with pytest.raises(ValueError, match="a panel's mask"):
+        report(panels=[Panel(good.image, "x", None, good.prediction.T, None)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 50, 20_000])
+def test_curves_of_any_length(report, count):
+    page = report(curve=curve(count))
+    assert len(page.named("svg")) == 2
+    coordinates = [float(attrs[key]) for attrs in page.named("circle") for key in ("cx", "cy")]
+    for line in page.named("polyline"):
+        coordinates += [float(number) for pair in line["points"].split() for number in pair.split(",")]
+    assert coordinates and all(0 <= number <= 520 for number in coordinates)
+    assert len(page.tags) < 2_000
+
+
+def test_curve_in_part(report):
+    assert not report(curve=[{"step": 1}, {"loss": 2.0}, {"step": 2, "loss": math.nan}]).named("svg")
+    loss_only = report(curve=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": None}])
+    assert len(loss_only.named("svg")) == 1 and len(loss_only.named("circle")) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 1e-12, 1e9])
+def test_a_constant_curve_has_an_axis(report, value):
+    page = report(curve=[{"step": step, "loss": value} for step in range(0, 100, 10)])
+    labels = page.named("text")
+    assert 4 < len(labels) < 25
+    heights = {pair.split(",")[1] for pair in page.named("polyline")[0]["points"].split()}
+    assert len(heights) == 1
+
+
+def test_smoothing_does_not_lag(report):
+    # Of a straight line the smoothed one is the same line, but for the ends.
+    page = report(curve=[{"step": step, "loss": 1000.0 - step} for step in range(1000)])
+    points = np.array([pair.split(",") for pair in page.named("polyline")[0]["points"].split()], float)[30:-30]
+    slope, offset = np.polyfit(points[:, 0], points[:, 1], 1)
+    assert np.abs(slope * points[:, 0] + offset - points[:, 1]).max() < 0.2
+    raw = np.array([[float(c["cx"]), float(c["cy"])] for c in page.named("circle")])
+    assert np.abs(slope * raw[:, 0] + offset - raw[:, 1]).max() < 0.5
+
+
+def test_values_that_are_not_numbers(report):
+    page = report(metrics={"miou": math.nan, "prec@0.5": math.inf}, by_kind={"place": (math.nan, 0)})
+    words = "".join(page.words)
+    assert "nan" not in words and "inf" not in words and "\N{EN DASH}" in words
+
+
+def test_a_failed_write_is_said_plainly(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DcrisError, match="cannot write"):
+        write_report(
+            tmp_path / "file" / "report.html",
+            title="x",
+            facts={},
+            metrics={},
+            by_kind={},
+            curve=[],
+            panels=[],
+            notes=[],
+        )

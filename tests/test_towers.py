@@ -1,0 +1,259 @@
+"""The towers compute what the published weights were trained for; transformers is the oracle."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
+
+from dcris.encoders.blocks import SlotContext
+from dcris.encoders.clip_text import TextTower
+from dcris.encoders.dinov2 import VisionTower, interpolate_positions
+from dcris.model.dcris import DCRIS
+from models import END, START, TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
+
+TOLERANCE = 1e-12  # of float64 numbers about 1
+
+
+@pytest.fixture
+def vision() -> tuple[VisionTower, Dinov2WithRegistersModel]:
+    """Our vision tower and transformers' with the same weights."""
+    tower = VisionTower(TINY_VISION).double().eval()
+    randomise(tower)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=tower.config.width,
+        num_hidden_layers=tower.config.depth,
+        num_attention_heads=tower.config.heads,
+        image_size=14 * tower.config.grid,
+        patch_size=14,
+        num_register_tokens=tower.config.registers,
+    )
+    weights = {
+        "embeddings.cls_token": tower.class_token,
+        "embeddings.mask_token": tower.mask_token,
+        "embeddings.register_tokens": tower.registers,
+        "embeddings.position_embeddings": tower.positions,
+        "embeddings.patch_embeddings.projection.weight": tower.patch_embed.weight,
+        "embeddings.patch_embeddings.projection.bias": tower.patch_embed.bias,
+        "layernorm.weight": tower.norm.weight,
+        "layernorm.bias": tower.norm.bias,
+    }
+    for index, block in enumerate(tower.blocks):
+        at = f"encoder.layer.{index}."
+        weights[at + "layer_scale1.lambda1"] = block.scale1.gamma
+        weights[at + "layer_scale2.lambda1"] = block.scale2.gamma
+        for kind in ("weight", "bias"):
+            query, key, value = getattr(block.attention.qkv, kind).chunk(3)
+            weights[at + f"attention.q_proj.{kind}"] = query
+            weights[at + f"attention.k_proj.{kind}"] = key
+            weights[at + f"attention.v_proj.{kind}"] = value
+            weights[at + f"attention.o_proj.{kind}"] = getattr(block.attention.proj, kind)
+            weights[at + f"norm1.{kind}"] = getattr(block.norm1, kind)
+            weights[at + f"norm2.{kind}"] = getattr(block.norm2, kind)
+            weights[at + f"mlp.fc1.{kind}"] = getattr(block.mlp.fc1, kind)
+            weights[at + f"mlp.fc2.{kind}"] = getattr(block.mlp.fc2, kind)
+    return tower, filled(Dinov2WithRegistersModel(config), weights)
+
+
+@pytest.fixture
+def text() -> tuple[TextTower, CLIPTextModelWithProjection]:
+    """Our text tower and transformers' with the same weights."""
+    tower = TextTower(TINY_TEXT).double().eval()
+    randomise(tower)
+    config = CLIPTextConfig(
+        vocab_size=tower.config.vocabulary,
+        hidden_size=tower.config.width,
+        intermediate_size=4 * tower.config.width,
+        projection_dim=tower.config.sentence_width,
+        num_hidden_layers=tower.config.depth,
+        num_attention_heads=tower.config.heads,
+        max_position_embeddings=tower.config.length,
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=0,
+    )
+    weights = {
+        "text_model.embeddings.token_embedding.weight": tower.token_embedding.weight,
+        "text_model.embeddings.position_embedding.weight": tower.positions,
+        "text_model.final_layer_norm.weight": tower.norm.weight,
+        "text_model.final_layer_norm.bias": tower.norm.bias,
+        "text_projection.weight": tower.projection.T,
+    }
+    for index, block in enumerate(tower.blocks):
+        at = f"text_model.encoder.layers.{index}."
+        for kind in ("weight", "bias"):
+            query, key, value = getattr(block.attention.qkv, kind).chunk(3)
+            weights[at + f"self_attn.q_proj.{kind}"] = query
+            weights[at + f"self_attn.k_proj.{kind}"] = key
+            weights[at + f"self_attn.v_proj.{kind}"] = value
+            weights[at + f"self_attn.out_proj.{kind}"] = getattr(block.attention.proj, kind)
+            weights[at + f"layer_norm1.{kind}"] = getattr(block.norm1, kind)
+            weights[at + f"layer_norm2.{kind}"] = getattr(block.norm2, kind)
+            weights[at + f"mlp.fc1.{kind}"] = getattr(block.mlp.fc1, kind)
+            weights[at + f"mlp.fc2.{kind}"] = getattr(block.mlp.fc2, kind)
+    return tower, filled(CLIPTextModelWithProjection(config), weights)
+
+
+def filled(oracle: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
+    """Transformers' model with our weights: every one of its own, and no other."""
+    oracle = oracle.double().eval()
+    # Newer releases know of buffers (position ids) that hold no weights; they stay.
+    assert {name for name, _ in oracle.named_parameters()} == set(weights)
+    oracle.load_state_dict({**oracle.state_dict(), **{name: weight.detach() for name, weight in weights.items()}})
+    return oracle
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(4, 4), (6, 6), (5, 7), (3, 2), (2, 8)],
+    ids=["the table's own grid", "finer", "not square, 70x98", "coarser", "the table's count, another shape"],
+)
+@torch.no_grad()
+def test_vision_tower_is_dinov2(vision: tuple[VisionTower, Dinov2WithRegistersModel], rows: int, columns: int) -> None:
+    """Else published DINOv2 weights give the features of another network, and every result built on them is off."""
+    tower, oracle = vision
+    pixels = images(2, rows, columns).double()
+    expected = oracle(pixels, output_hidden_states=True)
+    start = tower.start(pixels)
+    state = tower.advance(start, taps=range(len(tower.blocks)))
+    assert state.grid == (rows, columns)
+    assert len(state.taps) == len(tower.blocks)
+    for ours, theirs in zip((start.tokens, *state.taps), expected.hidden_states, strict=True):
+        assert error(ours, theirs) < TOLERANCE
+    assert error(tower.finish(state), expected.last_hidden_state) < TOLERANCE
+    assert error(tower(pixels), expected.last_hidden_state) < TOLERANCE
+
+
+@pytest.mark.parametrize(("ends", "length"), [((1, 4, 6), 7), ((2, 11, 5), 12), ((2, 1, 2), 3)])
+@torch.no_grad()
+def test_text_tower_is_clip(
+    text: tuple[TextTower, CLIPTextModelWithProjection], ends: tuple[int, ...], length: int
+) -> None:
+    """Else published CLIP weights read phrases wrongly: a wrong activation alone shifts features by per cents."""
+    tower, oracle = text
+    tokens = tokens_ending_at(ends, length)
+    ours, theirs = tower(tokens), oracle(tokens)
+    assert error(ours.tokens, theirs.last_hidden_state) < TOLERANCE
+    assert error(ours.sentence, theirs.text_embeds) < TOLERANCE
+    assert ours.padding.sum(1).tolist() == [length - 1 - end for end in ends]
+
+
+@torch.no_grad()
+def test_padding_does_not_change_what_a_phrase_means(text: tuple[TextTower, CLIPTextModelWithProjection]) -> None:
+    """Else a model trained with 17 tokens per phrase answers differently when asked with 22."""
+    tower, _ = text
+    tokens = tokens_ending_at((3, 5), 12)
+    short, long = tower(tokens[:, :6]), tower(tokens)
+    # Not bit for bit: matrix products of other sizes add in another order.
+    assert error(short.sentence, long.sentence) < TOLERANCE
+    assert error(short.tokens, long.tokens[:, :6]) < TOLERANCE
+    picked = long.select(torch.tensor([1, 0, 1]))
+    assert torch.equal(picked.sentence, long.sentence[[1, 0, 1]])
+    assert torch.equal(picked.tokens, long.tokens[[1, 0, 1]])
+    assert torch.equal(picked.padding, long.padding[[1, 0, 1]])
+
+
+def bicubic_offset(table: np.ndarray, size: int) -> np.ndarray:
+    """Cubic convolution (a = -0.75) along the first axis, at the places the 0.1 offset gives, borders repeated."""
+    side = len(table)
+
+    def weight(distance: float) -> float:
+        d = abs(distance)
+        if d <= 1:
+            return 1.25 * d**3 - 2.25 * d**2 + 1
+        return -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+
+    rows = []
+    for target in range(size):
+        place = (target + 0.5) * side / (size + 0.1) - 0.5
+        near = range(math.floor(place) - 1, math.floor(place) + 3)
+        rows.append(sum(weight(place - at) * table[min(max(at, 0), side - 1)] for at in near))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (5, 7), (6, 4), (12, 2)])
+def test_offset_rule_places_positions_as_the_published_code_does(rows: int, columns: int) -> None:
+    """Else the authors' DETRIS weights meet position codes they were not trained with."""
+    table = torch.randn(1, 1 + 4 * 4, 5, generator=torch.Generator().manual_seed(0))
+    square = table[0, 1:].double().reshape(4, 4, 5).numpy()
+    expected = bicubic_offset(bicubic_offset(square, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
+    resized = interpolate_positions(table, (rows, columns), "offset")
+    assert torch.equal(resized[:, :1], table[:, :1])
+    assert error(resized[0, 1:].double(), torch.from_numpy(expected).reshape(rows * columns, 5)) < 1e-5
+
+
+def test_the_two_position_rules_differ() -> None:
+    """Else the setting that tells them apart is dead, and one of the two published families is read wrongly."""
+    table = torch.randn(1, 1 + 37 * 37, 3, generator=torch.Generator().manual_seed(0))
+    offset, exact = (interpolate_positions(table, (32, 32), rule) for rule in ("offset", "exact"))
+    assert offset.shape == exact.shape == (1, 1 + 32 * 32, 3)
+    assert error(offset, exact) > 0.01
+    for rule in ("offset", "exact"):
+        assert interpolate_positions(table, (37, 37), rule) is table
+
+
+@pytest.fixture
+def model() -> DCRIS:
+    network = DCRIS(tiny_config()).double()
+    randomise(network)
+    return network.eval()
+
+
+@torch.no_grad()
+def test_an_image_is_encoded_once_for_all_its_phrases(model: DCRIS) -> None:
+    """Else answers depend on whether a service caches its photographs."""
+    pixels = images(2, 4, 5).double()
+    tokens = tokens_ending_at((3, 6, 2), 7)
+    image_of_phrase = torch.tensor([1, 0, 1])
+    state = model.encode_images(pixels)
+    assert state.step == 3  # block 1 holds the first adapter: block 0 whole and block 1's attention come before it
+    logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens))
+    assert logits.shape == (3, 1, 16, 20)
+    assert torch.equal(logits, model(pixels[image_of_phrase], tokens))
+    one_by_one = [model(pixels[i : i + 1], row[None]) for i, row in zip(image_of_phrase.tolist(), tokens, strict=True)]
+    assert error(logits, torch.cat(one_by_one)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
+    """Else the ablation without visual adapters runs the image again for each phrase, or stops half way."""
+    model = DCRIS(tiny_config(visual_adapter=None)).eval()
+    state = model.encode_images(images(1, 3, 3))
+    assert state.step == 2 * len(model.vision.blocks)
+    tokens = tokens_ending_at((2,), 4)
+    assert torch.equal(model.segment(state, model.encode_text(tokens)), model(images(1, 3, 3), tokens))
+
+
+@torch.no_grad()
+def test_half_blocks_add_up_to_blocks(model: DCRIS) -> None:
+    """Else stopping before the first text-reading slot, in the middle of a block, changes the result."""
+    tower, pixels = model.vision, images(2, 3, 5).double()
+    text = model.encode_text(tokens_ending_at((3, 5), 6)).tokens
+    start = tower.start(pixels)
+    whole, outputs = start.tokens, []
+    context = SlotContext(grid=start.grid, prefix=tower.prefix, text=text)
+    for block in tower.blocks:
+        whole = block(whole, context)
+        outputs.append(whole)
+    state = start
+    for step in range(1, 2 * len(tower.blocks) + 1):
+        state = tower.advance(state, step, text=text, taps=(0, 2))
+        assert state.step == step
+    assert torch.equal(state.tokens, whole)
+    assert len(state.taps) == 2
+    assert all(torch.equal(tap, outputs[index]) for tap, index in zip(state.taps, (0, 2), strict=True))
+    assert torch.equal(tower.finish(state), tower(pixels, text))
+
+
+@pytest.mark.parametrize("size", [(56, 57), (55, 56), (13, 14)])
+def test_sizes_that_do_not_divide_are_refused(model: DCRIS, size: tuple[int, int]) -> None:
+    """Else the last pixels are dropped in silence and masks are shifted against the photograph."""
+    with pytest.raises(ValueError, match=f"{size[0]}, {size[1]}.*patches of 14"):
+        model.encode_images(torch.zeros(1, 3, *size).double())
