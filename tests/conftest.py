@@ -98,3 +98,23 @@ def refer_root() -> Path:
     if not root.is_dir():
         pytest.skip("the real data set is not on this machine")
     return root
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated scenes, 12 for training, 3 for validation and 4 for the test; nobody may change them."""
+    from dcris.data.scenes import write_scenes
+
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, train=12, val=3, test=4, seed=5)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on the generated scenes, with masks that are not empty; nobody may change it."""
+    from runs import quick_config, run_training
+
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    run_training(quick_config(12, ("train.log_every", "2")), scenes_root, out)
+    return out

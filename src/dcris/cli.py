@@ -309,20 +309,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.out is not None:
         write_json(args.out, result)
     if args.report is not None:
-        from dcris.quickstart import NOTE_TINY, write_evaluation_report
+        from dcris.report import write_evaluation_report
 
-        tiny = config.model.vision.name.startswith("tiny")
         title = f"{config.recipe} on {table.dataset} {args.split}"
-        write_evaluation_report(
-            args.report,
-            title=title,
-            config=config,
-            model=model,
-            answers=answers,
-            metrics=result,
-            curve=[],
-            notes=(NOTE_TINY,) if tiny else (),
-        )
+        write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=result)
     print(json.dumps(result, indent=2))
 
 

@@ -234,6 +234,31 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
     return parse_config(tree, "the settings given do not fit")
 
 
+_MAY_CHANGE = {"recipe", "data.workers", "data.val_split", "train.epochs", "train.max_steps"}
+_MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last"}
+
+
+def refuse_other_run(before: RunConfig, now: RunConfig, where: Path) -> None:
+    """Check that a run may go on under a configuration: only its length and its bookkeeping may differ from before.
+
+    Raises DcrisError naming the first setting that differs.
+    """
+    old, new = _flatten(before.model_dump()), _flatten(now.model_dump())
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
+            raise DcrisError(
+                f"the run in {where} was started with {key} = {json.dumps(old.get(key))}, not {json.dumps(new.get(key))}; "
+                "resume it as it was, or choose another --out"
+            )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _first_complaint(error: ValidationError) -> str:
     first: Mapping[str, Any] = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(str(part) for part in first["loc"])

@@ -1,10 +1,8 @@
 """One command that shows the whole thing: generate scenes, train DCRIS-tiny, evaluate, segment, report."""
 
 import os
-import platform
-import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch
 
 from dcris.config import RunConfig
 from dcris.data.dataset import all_questions
-from dcris.data.images import read_image
 from dcris.data.references import ReferenceTable, load_references
 from dcris.data.scenes import write_scenes
 from dcris.data.tokenizer import get_tokenizer
@@ -26,72 +23,10 @@ from dcris.model.dcris import DCRIS
 from dcris.outputs import predict_to_files
 from dcris.protocols import Protocol
 from dcris.recipes import get_recipe
-from dcris.report import Panel, write_report
+from dcris.report import write_evaluation_report
 from dcris.segmenter import Segmenter
 
 TRAIN_SCENES, TEST_SCENES = 5400, 200
-
-
-def pick_panels(answers: Sequence[Answer], count: int = 12) -> list[Panel]:
-    """Pictures for a report: the best, the worst, and what lies between, so that nobody has to take our word for it."""
-    ranked = sorted(answers, key=lambda answer: answer.overlap.iou, reverse=True)
-    third = count // 3
-    middle = ranked[third:-third] if len(ranked) > 2 * third else []
-    typical = random.Random(0).sample(middle, min(len(middle), count - 2 * third))
-    chosen = [*ranked[:third], *sorted(typical, key=lambda answer: -answer.overlap.iou), *ranked[third:][-third:]]
-    return [as_panel(answer) for answer in chosen]
-
-
-def as_panel(answer: Answer) -> Panel:
-    """An answer as a picture of the report."""
-    from dcris.data.masks import decode_mask
-
-    reference = answer.reference
-    truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    image = read_image(reference.image_path)
-    return Panel(image, answer.expression.text, truth, answer.mask, answer.overlap.iou)
-
-
-def write_evaluation_report(
-    path: Path,
-    *,
-    title: str,
-    config: RunConfig,
-    model: DCRIS,
-    answers: Sequence[Answer],
-    metrics: dict[str, Any],
-    curve: Sequence[dict[str, Any]],
-    notes: Sequence[str],
-) -> None:
-    """The report of one model on one split, as one HTML file. Raises DcrisError where it cannot be written."""
-    counts = model.count_weights()
-    facts = {
-        "recipe": config.recipe,
-        "trainable adapter weights": f"{counts['adapters']:,}",
-        "trainable head weights": f"{counts['head']:,}",
-        "frozen weights": f"{counts['frozen']:,}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-    }
-    write_report(
-        path,
-        title=title,
-        facts=facts,
-        metrics=metrics,
-        by_kind=by_kind(answers),
-        curve=curve,
-        panels=pick_panels(answers),
-        notes=notes,
-    )
-
-
-NOTE_TINY = (
-    "The towers of this model are tiny, and were pretrained on generated scenes by supervision on their attributes. They know "
-    "nothing of photographs, and these figures say nothing about the paper's model."
-)
-NOTE_SHUFFLED = (
-    "For miou_shuffled every phrase was exchanged for that of another object of the same scene. It is low when the phrase "
-    "decides what is segmented."
-)
 
 
 def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -132,7 +67,6 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
         answers=answers,
         metrics=metrics,
         curve=read_log(out),
-        notes=(NOTE_TINY, NOTE_SHUFFLED),
     )
     return metrics
 

@@ -60,7 +60,14 @@ def dcris_tiny() -> RunConfig:
         ),
         data=DataConfig(dataset="scenes", image_size=112, val_split=None, workers=1),
         train=TrainConfig(
-            epochs=1, batch_size=8, lr=2e-3, schedule="cosine", warmup_steps=20, precision="float32", max_steps=1800
+            epochs=1,
+            batch_size=8,
+            lr=2e-3,
+            schedule="cosine",
+            warmup_steps=20,
+            precision="float32",
+            max_steps=1800,
+            save_every=300,
         ),
     )
 

@@ -7,15 +7,26 @@ own content policy forbids everything else, whatever a phrase may contain.
 import base64
 import html
 import math
+import os
+import platform
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from dcris.config import RunConfig
+from dcris.data.images import read_image
+from dcris.data.masks import decode_mask
 from dcris.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay, png_bytes
+from dcris.engine.evaluate import Answer
+from dcris.engine.evaluate import by_kind as scores_by_kind
 from dcris.files import write_file
+from dcris.model.dcris import DCRIS
 from dcris.types import MaskArray
 
 Floats = NDArray[np.float64]
@@ -84,6 +95,65 @@ def write_report(
     page = _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(part for part in parts if part))
     # A phrase read from a damaged file may hold half a surrogate pair, which has no UTF-8 form.
     write_file(path, page.encode("utf-8", "replace"))
+
+
+# --- from an evaluation -------------------------------------------------------------------------------------------------
+
+
+def pick_panels(answers: Sequence[Answer], count: int = 12) -> list[Panel]:
+    """Pictures for a report: the best, the worst, and what lies between, so that nobody has to take our word for it."""
+    ranked = sorted(answers, key=lambda answer: answer.overlap.iou, reverse=True)
+    third = count // 3
+    middle = ranked[third:-third] if len(ranked) > 2 * third else []
+    typical = random.Random(0).sample(middle, min(len(middle), count - 2 * third))
+    chosen = [*ranked[:third], *sorted(typical, key=lambda answer: -answer.overlap.iou), *ranked[third:][-third:]]
+    return [as_panel(answer) for answer in chosen]
+
+
+def as_panel(answer: Answer) -> Panel:
+    """An answer as a picture of the report."""
+    reference = answer.reference
+    truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+    prediction = decode_mask(answer.prediction, reference.image_size).astype(bool)
+    image = read_image(reference.image_path)
+    return Panel(image, answer.expression.text, truth, prediction, answer.overlap.iou)
+
+
+def write_evaluation_report(
+    path: Path,
+    *,
+    title: str,
+    config: RunConfig,
+    model: DCRIS,
+    answers: Sequence[Answer],
+    metrics: dict[str, Any],
+    curve: Sequence[dict[str, Any]] = (),
+) -> None:
+    """The report of one model on one split, as one HTML file. Raises DcrisError where it cannot be written."""
+    counts = model.count_weights()
+    facts = {
+        "recipe": config.recipe,
+        "trainable adapter weights": f"{counts['adapters']:,}",
+        "trainable head weights": f"{counts['head']:,}",
+        "frozen weights": f"{counts['frozen']:,}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }
+    write_report(
+        path,
+        title=title,
+        facts=facts,
+        metrics=metrics,
+        by_kind=scores_by_kind(answers),
+        curve=curve,
+        panels=pick_panels(answers),
+        notes=(_NOTE_TINY,) if config.model.vision.name.startswith("tiny") else (),
+    )
+
+
+_NOTE_TINY = (
+    "The towers of this model are tiny, and were pretrained on generated scenes by supervision on their attributes. They know "
+    "nothing of photographs, and these figures say nothing about the paper's model."
+)
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------

@@ -179,10 +179,8 @@ def _place(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> 
         for horizontal, near_x in (("left", x < 0.42), ("right", x > 0.58)):
             if near_x and near_y and not any(_in_corner(other, vertical, horizontal) for other in rivals):
                 options.append(_pick(rng, (f"{vertical} {horizontal} {{}}", f"{{}} at {vertical} {horizontal}")))
-    if len(rivals) == 2:
-        low, high = sorted(other.x for other in rivals)
-        if low + _MARGIN < x < high - _MARGIN:
-            options.append(_pick(rng, ("middle {}", "{} in the middle", "center {}")))
+    if _in_the_middle(target, rivals):
+        options.append(_pick(rng, ("middle {}", "{} in the middle", "center {}")))
     return _pick(rng, options).format(description.words(rng)) if options else None
 
 
@@ -191,6 +189,20 @@ def _in_corner(thing: Thing, vertical: str, horizontal: str) -> bool:
     near_y = thing.y < 0.55 if vertical == "top" else thing.y > 0.45
     near_x = thing.x < 0.55 if horizontal == "left" else thing.x > 0.45
     return near_x and near_y
+
+
+def _in_the_middle(thing: Thing, rivals: Sequence[Thing]) -> bool:
+    """Between two rivals in a row rather than a column, and nearest to the picture's middle too: people mean either."""
+    if len(rivals) != 2:
+        return False
+    low, high = sorted(rival.x for rival in rivals)
+    rows = [rival.y for rival in (thing, *rivals)]
+    offset = np.hypot(thing.x - 0.5, thing.y - 0.5)
+    return (
+        low + _MARGIN < thing.x < high - _MARGIN
+        and high - low > max(rows) - min(rows)
+        and all(np.hypot(rival.x - 0.5, rival.y - 0.5) > offset + _MARGIN for rival in rivals)
+    )
 
 
 _ORDINALS = (("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "4th"))
@@ -237,17 +249,28 @@ def _relation(things: Sequence[Thing], target: Thing, rng: np.random.Generator) 
         if not naming:
             continue
         name = naming[0].words(rng)
-        for word, holds, nearly in _RELATIONS:
+        overlapped = any(_gap(other, landmark) < 0 for other in rivals)
+        for words, holds, nearly in _RELATIONS:
             if holds(target, landmark) and not any(nearly(other, landmark) for other in rivals):
-                options.append(f"{{}} {_pick(rng, word)} {_pick(rng, ('', 'the '))}{name}")
-        near = _distance(target, landmark)
-        if near < 0.4 and all(_distance(other, landmark) > 1.4 * near for other in rivals):
+                # "over" and "under" may also tell which of two overlapping things is in front.
+                word = _pick(rng, words[:1] if overlapped else words)
+                options.append(f"{{}} {word} {_pick(rng, ('', 'the '))}{name}")
+        near, gap = _distance(target, landmark), max(0.0, _gap(target, landmark))
+        # By the middles and by the edges: a big thing's edge may be near although its middle is far.
+        if near < 0.4 and all(
+            _distance(other, landmark) > 1.4 * near and _gap(other, landmark) > gap + _MARGIN for other in rivals
+        ):
             options.append(f"{{}} {_pick(rng, ('next to', 'near', 'closest to'))} {_pick(rng, ('', 'the '))}{name}")
     return _pick(rng, options).format(description.words(rng)) if options else None
 
 
 def _distance(a: Thing, b: Thing) -> float:
     return float(np.hypot(a.x - b.x, a.y - b.y))
+
+
+def _gap(a: Thing, b: Thing) -> float:
+    """Between the edges, as if both were round; negative where they overlap."""
+    return _distance(a, b) - a.radius - b.radius
 
 
 # A relation holds when it is plain to see, and a rival rules it out when it holds even doubtfully.

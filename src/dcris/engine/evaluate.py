@@ -3,8 +3,9 @@
 Shape letters: B phrases, I images, S side of the network's square, H W pixels of a photograph.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from dcris.config import DataConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
 from dcris.data.letterbox import Letterbox
+from dcris.data.masks import encode_mask
 from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.weights import fingerprint
 from dcris.engine.device import autocast
@@ -32,8 +34,8 @@ class Answer:
     reference: Reference
     expression: Expression
     overlap: Overlap
-    mask: MaskArray
-    """[H, W] bool: the prediction."""
+    prediction: Mapping[str, Any]
+    """The predicted mask as COCO run lengths: a whole data set's masks must fit into memory."""
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def answer_questions(
             masks += [protocol.mask(picture) for picture in protocol.probabilities(logits, some_boxes)]
         for (task, number), mask in zip(_numbered(group), masks, strict=True):
             reference, expression = task.questions[number]
-            yield Answer(reference, expression, overlap(mask, task.truths[reference.ref_id]), mask)
+            yield Answer(reference, expression, overlap(mask, task.truths[reference.ref_id]), encode_mask(mask))
         done += len(masks)
         progress(done)
 

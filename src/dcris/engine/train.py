@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dcris.config import RunConfig, TrainConfig
+from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     TrainingBatches,
     TrainingSamples,
@@ -119,14 +119,17 @@ def train(
         resume: go on from the newest checkpoint in `out`, or from the start where there is none.
         say: takes lines for a person.
 
-    Raises DcrisError where `out` holds a run and `resume` is not set, where data cannot be read or results not written, and
-    where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
+    Raises DcrisError where `out` holds a run and `resume` is not set or the run was started otherwise, where data cannot be
+    read or results not written, and where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
+    checkpoint written.
     """
     settings = config.train
     references = table.split(config.data.train_split)
     checkpoints = list_checkpoints(out)
     if checkpoints and not resume:
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    if checkpoints:
+        refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
     write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     model.to(device).train()
     towers = identify_towers(model)

@@ -1,0 +1,69 @@
+"""Short training runs of the tiny recipe, for tests of everything that needs a trained model or a loop."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dcris.config import RunConfig, override
+from dcris.data.references import ReferenceTable, load_references
+from dcris.data.tokenizer import get_tokenizer
+from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.train import TrainResult, build_model, train
+from dcris.recipes import dcris_tiny
+
+CPU = torch.device("cpu")
+EVERY_STEP = ("train.log_every", "1")
+
+
+def quick_config(steps: int, *settings: tuple[str, str]) -> RunConfig:
+    """DCRIS-tiny in batches of four, read without worker processes, for so many steps."""
+    base = [
+        ("train.max_steps", str(steps)),
+        ("train.epochs", "1000"),
+        ("train.batch_size", "4"),
+        ("train.warmup_steps", "2"),
+        ("data.workers", "0"),
+    ]
+    return override(dcris_tiny(), [*base, *settings])
+
+
+def run_training(
+    config: RunConfig, table: ReferenceTable | Path, out: Path, resume: bool = False, say: Callable[[str], None] = len
+) -> TrainResult:
+    """Train as `dcris train` does, on the CPU and in silence."""
+    if isinstance(table, Path):
+        table = load_references(table, config.data.dataset)
+    tokenizer = get_tokenizer(config.model.text.tokenizer)
+    return train(build_model(config), config, table, tokenizer, out, device=CPU, resume=resume, say=say)
+
+
+def last_tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    """What the newest checkpoint of a run holds."""
+    return load_file(list_checkpoints(run)[-1].path / file)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, statistics, moments and log of two runs agree bit for bit; only the seconds may differ."""
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = last_tensors(one, file), last_tensors(other, file)
+        assert ours.keys() == theirs.keys()
+        different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+        assert not different, f"{len(different)} tensors of {file} differ, {different[0]} first"
+    assert timeless_log(one) == timeless_log(other)
+
+
+def timeless_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without how long they took."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files with a temporary name, which nothing may leave behind."""
+    return [path for path in folder.rglob(".*") if path.name != ".gitignore"]

@@ -1,0 +1,197 @@
+"""A configuration that is not understood exactly is refused: a misspelt setting must not cost somebody a week of GPU time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dcris.config import ModelConfig, RunConfig, load_config, override, parse_config
+from dcris.errors import DcrisError
+from dcris.files import write_json
+from dcris.recipes import RECIPES, dcris_b, dcris_tiny, get_recipe
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    """A whole configuration as plain data, with fields of its sections replaced."""
+    plain = dcris_b().model_dump(mode="json")
+    for section, fields in sections.items():
+        plain[section].update(fields)
+    return plain
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_the_way_through_its_file(name: str, tmp_path: Path) -> None:
+    """Else a run cannot be run again from the config.json it left."""
+    config = get_recipe(name)
+    write_json(tmp_path / "config.json", config.model_dump(mode="json"))
+    assert load_config(tmp_path / "config.json") == config
+    assert config.recipe == name
+
+
+def test_an_unknown_recipe_lists_those_there_are() -> None:
+    """Else a person who misspells a name has to read the source."""
+    with pytest.raises(DcrisError, match="'dcris_xl'.*dcris_b"):
+        get_recipe("dcris_xl")
+
+
+@pytest.mark.parametrize(
+    ("plain", "key"),
+    [
+        (tree(train={"learning_rate": 1e-3}), "train.learning_rate"),
+        (tree(model={"adapter": {}}), "model.adapter"),
+        ({**tree(), "trian": {}}, "trian"),
+    ],
+)
+def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
+    """Else `learning_rate` for `lr` trains silently with the default."""
+    with pytest.raises(DcrisError, match=rf"^here: there is no setting {key}$"):
+        parse_config(plain, "here")
+
+
+@pytest.mark.parametrize(
+    ("plain", "key"),
+    [
+        (tree(train={"epochs": "many"}), "train.epochs"),
+        (tree(train={"epochs": 2.5}), "train.epochs"),
+        (tree(train={"batch_size": 0}), "train.batch_size"),
+        (tree(train={"lr": -1.0}), "train.lr"),
+        (tree(train={"lr": float("nan")}), "train.lr"),
+        (tree(train={"lr": float("inf")}), "train.lr"),
+        (tree(train={"weight_decay": None}), "train.weight_decay"),
+        (tree(train={"schedule": "linear"}), "train.schedule"),
+        (tree(train={"precision": "float16"}), "train.precision"),
+        (tree(train={"gamma": 1.5}), "train.gamma"),
+        (tree(data={"mean": [0.5, 0.5]}), "data.mean"),
+        (tree(data={"mean": [0.5, float("nan"), 0.5]}), "data.mean"),
+        (tree(data={"dataset": 3}), "data.dataset"),
+        (tree(data={"word_length": 2}), "data.word_length"),
+        (tree(model={"visual_adapter": {"width": 100}}), "model.visual_adapter.width"),
+        (tree(model={"visual_adapter": {"layers": [-1]}}), "model.visual_adapter.layers"),
+        (tree(model={"vision": None}), "model.vision"),
+        ({**tree(), "data": []}, "data"),
+    ],
+)
+def test_a_value_that_does_not_fit_names_its_key_in_one_line(plain: dict[str, Any], key: str) -> None:
+    """Else NaN or text for a number surfaces hours later, far from where it was typed."""
+    with pytest.raises(DcrisError, match=rf"^here: {key}[.:]") as caught:
+        parse_config(plain, "here")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plain", "words"),
+    [
+        (tree(model={"visual_adapter": {"layers": [1, 12]}}), "visual_adapter.layers"),
+        (tree(model={"visual_adapter": {"layers": [3, 3]}}), "visual_adapter.layers"),
+        (tree(model={"text_adapter": {"layers": [40]}}), "text_adapter.layers"),
+        (tree(model={"head": {"taps": [4, 12]}}), "head.taps"),
+        (tree(model={"head": {"taps": [8, 4]}}), "head.taps.*ascending"),
+        (tree(model={"head": {"width": 500}}), "head.width 500"),
+        (tree(model={"vision": {"heads": 7}}), "vision.width 768"),
+        (tree(model={"text": {"heads": 5}}), "text.width 512"),
+        (tree(model={"visual_adapter": {"attention_width": 130}}), "attention_width 130"),
+        (tree(data={"image_size": 450}), "image_size 450.*14"),
+        (tree(data={"word_length": 78}), "word_length 78.*77"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused(plain: dict[str, Any], words: str) -> None:
+    """Else an adapter for block 12 of 12 is dropped without a word, or a shape error appears inside the network."""
+    with pytest.raises(DcrisError, match=words):
+        parse_config(plain, "here")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"train": ', '{"train": {"lr": 1e-3, "epochs": "x"}}'])
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
+    """Else a person with twenty runs does not know which config.json is broken."""
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(DcrisError, match=r"config\.json"):
+        load_config(path)
+    with pytest.raises(DcrisError, match=r"there is no file .*absent\.json"):
+        load_config(tmp_path / "absent.json")
+
+
+def test_a_configuration_is_frozen() -> None:
+    """Else code that runs in the middle of a run can make its config.json a lie."""
+    config = dcris_tiny()
+    with pytest.raises(ValidationError):
+        config.train.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.train = config.train  # type: ignore[misc]
+    assert isinstance(config.model.head.taps, tuple)
+
+
+def test_settings_of_the_command_line_change_only_what_they_name() -> None:
+    """Else an ablation differs in more than its one setting."""
+    before = dcris_tiny()
+    after = override(
+        before,
+        [
+            ("train.lr", "3e-4"),
+            ("data.val_split", "val"),
+            ("data.split_by", "null"),
+            ("model.visual_adapter.layers", "[1, 3]"),
+            ("model.text_adapter", "null"),
+            ("model.head.bias", "-1.5"),
+            ("train.epochs", "2"),
+            ("train.epochs", "3"),
+        ],
+    )
+    assert (after.train.lr, after.train.epochs) == (3e-4, 3)  # the last of two wins
+    assert (after.data.val_split, after.data.split_by) == ("val", None)
+    assert after.model.visual_adapter is not None
+    assert after.model.visual_adapter.layers == (1, 3)
+    assert after.model.text_adapter is None
+    assert after.model.head.bias == -1.5
+
+    plain, changed = before.model_dump(), after.model_dump()
+    changed["train"].update(lr=plain["train"]["lr"], epochs=plain["train"]["epochs"])
+    changed["data"].update(val_split=plain["data"]["val_split"])
+    for part in ("visual_adapter", "text_adapter"):
+        changed["model"][part] = plain["model"][part]
+    changed["model"]["head"]["bias"] = plain["model"]["head"]["bias"]
+    assert changed == plain
+    assert before == dcris_tiny()
+
+
+@pytest.mark.parametrize("key", ["lr", "train", "train.", ".lr", "train.lr.x", "trian.lr", "train.Lr", "", "."])
+def test_a_setting_that_is_not_there_is_named(key: str) -> None:
+    """Else a misspelt `--train.lrr 1e-3` changes nothing and nobody notices."""
+    with pytest.raises(DcrisError, match="setting"):
+        override(dcris_tiny(), [(key, "1e-3")])
+
+
+def test_a_setting_inside_an_adapter_that_was_left_out() -> None:
+    """Else it crashes: there is no section to put the value into."""
+    with pytest.raises(DcrisError, match=r"there is no setting model\.text_adapter\.width"):
+        override(dcris_tiny(), [("model.text_adapter", "null"), ("model.text_adapter.width", "8")])
+
+
+@given(st.floats(1e-9, 1e3), st.integers(0, 2**63 - 1), st.text(max_size=20))
+def test_any_number_or_name_arrives_as_it_was_typed(lr: float, seed: int, name: str) -> None:
+    """Else a learning rate is rounded, or a folder called `null-2` or `1e` cannot be named."""
+    config = override(
+        dcris_tiny(), [("train.lr", repr(lr)), ("train.seed", str(seed)), ("data.dataset", json.dumps(name))]
+    )
+    assert (config.train.lr, config.train.seed, config.data.dataset) == (lr, seed, name)
+
+
+@given(st.text(max_size=30))
+def test_a_value_of_any_text_is_taken_or_refused_in_one_sentence(text: str) -> None:
+    """Else odd input on the command line ends in a traceback."""
+    for key in ("train.lr", "train.milestones", "model.vision", "data.val_split"):
+        try:
+            config = override(dcris_tiny(), [(key, text)])
+        except DcrisError as error:
+            assert key.split(".")[1] in str(error)
+        else:
+            assert isinstance(config, RunConfig)
+
+
+def test_what_a_setting_holds_is_validated_by_default_too() -> None:
+    """Else a default that breaks its own rule goes unseen until somebody writes it down."""
+    assert ModelConfig.model_validate(ModelConfig().model_dump()) == ModelConfig()

@@ -1,0 +1,157 @@
+"""A full disk, a killed process or a wrong place must never leave half a result, nor take the old one away."""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dcris import files
+from dcris.errors import DcrisError
+from dcris.files import make_directory, read_json, write_directory, write_file, write_json
+from runs import leftovers
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half(path: Path) -> None:
+    path.write_bytes(b"half")
+    full_disk()
+
+
+def in_folder(folder: Path) -> None:
+    (folder / "new").write_bytes(b"new")
+
+
+def half_a_folder(folder: Path) -> None:
+    in_folder(folder)
+    full_disk()
+
+
+@pytest.mark.parametrize("content", ["täxt", b"bytes", lambda path: path.write_bytes(b"by a function")])
+def test_a_file_is_written_and_replaced(tmp_path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """And its folder is made where it is missing; others may read it, which temporary files do not allow."""
+    path = tmp_path / "a" / "b" / "file.txt"
+    for _ in range(2):
+        write_file(path, content)
+    assert len(path.read_bytes()) >= 5
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert os.listdir(path.parent) == ["file.txt"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
+def test_a_disk_that_fills_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Else the results of yesterday are gone with those of today."""
+    path = tmp_path / "result.json"
+    write_file(path, "old")
+    if when == "fsync":
+        monkeypatch.setattr(files.os, "fsync", full_disk)
+    if when == "the rename":
+        monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(DcrisError, match=r"cannot write .*result\.json: No space left on device; free some space"):
+        write_file(path, half if when == "the content" else "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    """Ctrl-C in the middle of a write, or a defect of what writes."""
+
+    def stopped(path: Path) -> None:
+        raise error
+
+    for write in (write_file, write_directory):
+        with pytest.raises(error):
+            write(tmp_path / "target", stopped)
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file where a folder must be, a folder where a file must be, and a name that is too long: one sentence each."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    for write in (
+        lambda: write_file(tmp_path / "file" / "a.txt", "x"),
+        lambda: write_file(tmp_path / "folder", "x"),
+        lambda: write_file(tmp_path / ("n" * 300), "x"),
+        lambda: write_directory(tmp_path / "file" / "a", in_folder),
+        lambda: make_directory(tmp_path / "file"),
+        lambda: make_directory(tmp_path / "file" / "a"),
+    ):
+        with pytest.raises(DcrisError, match=r"cannot write .*; free some space there or choose another place"):
+            write()
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]  # noqa: PTH208
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    """Another person's folder."""
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(DcrisError, match=r"cannot write .*Permission denied"):
+        write_file(folder / "a.txt", "x")
+
+
+def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+    """Else a checkpoint mixes files of two steps."""
+    path = tmp_path / "checkpoint"
+    write_directory(path, lambda folder: [(folder / name).write_text("old") for name in ("one", "two")] and None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    write_directory(path, in_folder)
+    assert [item.name for item in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
+def test_a_disk_that_fills_keeps_the_old_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Else the last checkpoint is gone with the one that did not fit."""
+    path = tmp_path / "checkpoint"
+    write_directory(path, lambda folder: (folder / "old").write_text("old") and None)
+    if when == "fsync":
+        monkeypatch.setattr(files.os, "fsync", full_disk)
+    if when == "the rename":
+        rename = Path.rename
+        # The old directory steps aside, and then the new one cannot take its place.
+        monkeypatch.setattr(Path, "rename", lambda self, to: full_disk() if to == path and (self / "new").exists() else rename(self, to))
+    with pytest.raises(DcrisError, match=r"cannot write .*checkpoint: No space left on device"):
+        write_directory(path, half_a_folder if when == "the content" else in_folder)
+    monkeypatch.undo()
+    assert [item.name for item in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_is_not_json(tmp_path: Path) -> None:
+    """Else other programs cannot read our results."""
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"miou": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    """Through write_json and read_json, or anybody's reader."""
+    path, value = tmp_path / "a.json", {"phrase": "größer", "box": [1, 2.5, None]}
+    write_json(path, value)
+    assert read_json(path, "the file") == value == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": [1, 2', b"\xff\xfe\x00", b"[" * 100_000])
+def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    """Cut short, binary, or made to exhaust the reader."""
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DcrisError, match=r"the thing, .*a\.json, is not valid JSON"):
+        read_json(path, "the thing")
+    with pytest.raises(DcrisError, match="the thing is missing"):
+        read_json(tmp_path / "b.json", "the thing")
+    with pytest.raises(DcrisError, match="cannot read the thing"):
+        read_json(tmp_path, "the thing")
