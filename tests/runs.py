@@ -20,13 +20,14 @@ EVERY_STEP = ("train.log_every", "1")
 
 
 def quick_config(steps: int, *settings: tuple[str, str]) -> RunConfig:
-    """DCRIS-tiny in batches of four, read without worker processes, for so many steps."""
+    """DCRIS-tiny in batches of four small squares, read without worker processes, for so many steps."""
     base = [
         ("train.max_steps", str(steps)),
         ("train.epochs", "1000"),
         ("train.batch_size", "4"),
         ("train.warmup_steps", "2"),
         ("data.workers", "0"),
+        ("data.image_size", "56"),
     ]
     return override(dcris_tiny(), [*base, *settings])
 

@@ -34,7 +34,7 @@ def test_a_recipe_survives_the_way_through_its_file(name: str, tmp_path: Path) -
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
     """Else a person who misspells a name has to read the source."""
-    with pytest.raises(DcrisError, match="'dcris_xl'.*dcris_b"):
+    with pytest.raises(DcrisError, match=r"'dcris_xl'.*dcris_b"):
         get_recipe("dcris_xl")
 
 

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,7 +16,7 @@ from dcris.files import make_directory, read_json, write_directory, write_file, 
 from runs import leftovers
 
 
-def full_disk(*_: object) -> None:
+def full_disk(*_: object) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -111,9 +112,7 @@ def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
-def test_a_disk_that_fills_keeps_the_old_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
+def test_a_disk_that_fills_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Else the last checkpoint is gone with the one that did not fit."""
     path = tmp_path / "checkpoint"
     write_directory(path, lambda folder: (folder / "old").write_text("old") and None)
@@ -121,8 +120,12 @@ def test_a_disk_that_fills_keeps_the_old_directory(
         monkeypatch.setattr(files.os, "fsync", full_disk)
     if when == "the rename":
         rename = Path.rename
-        # The old directory steps aside, and then the new one cannot take its place.
-        monkeypatch.setattr(Path, "rename", lambda self, to: full_disk() if to == path and (self / "new").exists() else rename(self, to))
+
+        def refused(self: Path, target: Path) -> Path:
+            # The old directory steps aside, and then the new one cannot take its place.
+            return full_disk() if (self / "new").exists() else rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refused)
     with pytest.raises(DcrisError, match=r"cannot write .*checkpoint: No space left on device"):
         write_directory(path, half_a_folder if when == "the content" else in_folder)
     monkeypatch.undo()

@@ -75,7 +75,11 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
             retired = path.with_name(f".{path.name}.old")
             shutil.rmtree(retired, ignore_errors=True)
             path.rename(retired)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                retired.rename(path)
+                raise
             shutil.rmtree(retired, ignore_errors=True)
         else:
             temporary.rename(path)

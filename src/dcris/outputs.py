@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,10 +39,12 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 def _names(images: Sequence[Path]) -> Iterator[str]:
     """A name for each image's files: its stem, with a number where another image has the same."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for image in images:
-        seen[image.stem] = seen.get(image.stem, 0) + 1
-        yield image.stem if seen[image.stem] == 1 else f"{image.stem}~{seen[image.stem]}"
+        numbered = (f"{image.stem}~{number}" for number in count(2))
+        name = next(name for name in chain([image.stem], numbered) if name not in taken)
+        taken.add(name)
+        yield name
 
 
 def predict_to_files(

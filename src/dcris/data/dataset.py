@@ -6,9 +6,10 @@ the number of workers and wherever it was interrupted.
 Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of a photograph.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -192,9 +193,22 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         return ImageTask(square, box, tokens, questions, truths)
 
 
-def _one_thread(worker: int) -> None:
-    # Each worker is one process on one core; cv2's own threads would only fight with the others.
+def _start_worker(worker: int) -> None:
+    # Ctrl-C on a terminal reaches every process, but the batches of the step in progress are still wanted.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _start(loader: DataLoader[T]) -> Iterator[Any]:
+    """Start the loader's workers with one cv2 thread each: a worker is one process on one core.
+
+    Set here and not in the worker: after a fork cv2 waits for ever for the threads that its parent had.
+    """
+    threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
+    try:
+        return iter(loader)
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers: int, pin: bool) -> Iterator[Batch]:
@@ -204,18 +218,18 @@ def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers:
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=pin,
     )
-    return _or_raise(iter(loader))
+    return _or_raise(_start(loader))
 
 
 def task_loader(tasks: ImageTasks, images: int, workers: int) -> Iterator[list[ImageTask]]:
     """Lists of up to `images` tasks in order. Raises DcrisError where one cannot be read."""
     loader: DataLoader[ImageTask | Failure] = DataLoader(
-        tasks, batch_size=images, num_workers=workers, collate_fn=list, worker_init_fn=_one_thread
+        tasks, batch_size=images, num_workers=workers, collate_fn=list, worker_init_fn=_start_worker
     )
-    for group in loader:
+    for group in _start(loader):
         yield list(_or_raise(iter(group)))
 
 

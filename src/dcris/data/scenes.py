@@ -6,6 +6,7 @@ one object answers it, with a margin a person would grant. A scene depends on it
 """
 
 import itertools
+import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -523,6 +524,8 @@ def write_scenes(
     counts = {"train": train, "val": val, "test": test}
     if any(count < 0 for count in counts.values()) or not any(counts.values()):
         raise DcrisError(f"the numbers of scenes must not be negative nor all zero, and are {counts}")
+    if seed < 0:
+        raise DcrisError(f"the scenes' seed must be 0 or more, and is {seed}")
     if not 56 <= side <= 4096:
         raise DcrisError(
             f"the scenes' side must be 56 to 4096 pixels, and is {side}: smaller ones cannot show a texture"
@@ -546,6 +549,8 @@ def write_scenes(
             progress(len(records))
     references, instances = _annotations(records, side)
     write_json(out / DATASET / "instances.json", instances)
+    # A pickle tells one string used twice from two that are equal, which depends on the processes; JSON's reader does not.
+    references = json.loads(json.dumps(references))
     # Last: a set is complete once its references are there.
     write_file(references_path, pickle.dumps(references, protocol=2))
     return out

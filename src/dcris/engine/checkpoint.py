@@ -23,7 +23,7 @@ from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, load_config
 from dcris.encoders.weights import copy_strictly, fingerprint, load_towers, tower_state
 from dcris.errors import DcrisError
-from dcris.files import read_json, write_directory, write_json
+from dcris.files import read_json, write_directory
 from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
@@ -74,8 +74,8 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, metadata)
         save_file(moments, folder / _OPTIMIZER)
-        write_json(folder / _CONFIG, config.model_dump(mode="json"))
-        write_json(folder / _STATE, {"step": step, "score": score})
+        (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        (folder / _STATE).write_text(json.dumps({"step": step, "score": score}) + "\n")
 
     try:
         write_directory(path, fill)
@@ -90,7 +90,8 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     for path in sorted((run / "checkpoints").glob("step-*")):
         if re.fullmatch(r"step-\d{8,}", path.name) and (path / _STATE).is_file():
             state = read_json(path / _STATE, "the checkpoint's state")
-            if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            fits = isinstance(state, dict) and isinstance(state.get("step"), int)
+            if not fits or not isinstance(state.get("score"), int | float | None):
                 raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
             found.append(Checkpoint(path, state["step"], state.get("score")))
     return found
@@ -167,7 +168,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         slot, _, key = name.partition(".")
         slots.setdefault(int(slot) if slot.isdecimal() else -1, {})[key] = value
     wanted = {slot for group in state["param_groups"] for slot in group["params"]}
-    if set(slots) - wanted or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values()):
+    if not slots or set(slots) - wanted or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values()):
         raise DcrisError(
             f"{path / _OPTIMIZER} is not of this model; delete {path} to go on from the checkpoint before it"
         )

@@ -130,7 +130,6 @@ def train(
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if checkpoints:
         refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
-    write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     model.to(device).train()
     towers = identify_towers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -141,6 +140,7 @@ def train(
         load_optimizer(optimizer, checkpoints[-1].path)
         first = checkpoints[-1].step
         say(f"going on from step {first}")
+    write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
     per_epoch = steps_per_epoch(len(samples), min(settings.batch_size, len(samples)))
     total = total_steps(settings, len(samples))
@@ -150,7 +150,6 @@ def train(
     step_fn = _Step(model, config, optimizer, parameters, device, dtype)
     log = _Log(out / "log.jsonl", first)
     begin = time.monotonic()
-    last_score: float | None = None
 
     def save(step: int, score: float | None) -> Checkpoint:
         saved = save_checkpoint(out, model, towers, optimizer, config, step, score)
@@ -168,12 +167,13 @@ def train(
                 log.add(line | {"seconds": round(time.monotonic() - begin, 2)})
             progress.advance(done, loss, lr)
             ends_epoch = done % per_epoch == 0 or done == total
+            score: float | None = None
             if ends_epoch and config.data.val_split and pending.number is None:
-                last_score = _validate(model, config, table, tokenizer, device, dtype)
-                log.add({"step": done, "epoch": done / per_epoch, "val_miou": last_score})
+                score = _validate(model, config, table, tokenizer, device, dtype)
+                log.add({"step": done, "epoch": done / per_epoch, "val_miou": score})
                 model.train()
             if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
-                saved = save(done, last_score if ends_epoch else None)
+                saved = save(done, score)
                 if pending.number is not None and done < total:
                     raise Interrupted(pending.number, saved)
     model.eval()

@@ -1,0 +1,228 @@
+"""What a model is shown, and in which order: nothing twice, nothing left out, and the same again whoever reads it."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import TinyRefer
+from dcris.config import DataConfig
+from dcris.data.dataset import (
+    ImageTasks,
+    TrainingBatches,
+    TrainingSamples,
+    all_questions,
+    normalise,
+    steps_per_epoch,
+    task_loader,
+    to_square,
+    training_loader,
+)
+from dcris.data.masks import decode_mask
+from dcris.data.references import ReferenceTable, load_references
+from dcris.data.tokenizer import TinyTokenizer
+from dcris.engine.evaluate import exchange_phrases
+from dcris.errors import DcrisError
+from dcris.types import Batch, Reference
+
+CONFIG = DataConfig(dataset="scenes", image_size=56, word_length=9)
+TOKENIZER = TinyTokenizer.embedded()
+
+
+@pytest.fixture(scope="module")
+def table(scenes_root: Path) -> ReferenceTable:
+    return load_references(scenes_root, "scenes")
+
+
+@pytest.fixture
+def toy(tiny_refer: TinyRefer) -> tuple[Reference, ...]:
+    """Three references with one or two sentences each, on two photographs."""
+    return load_references(tiny_refer.write(), tiny_refer.dataset).references
+
+
+def batches_of(references: tuple[Reference, ...], first: int, last: int, workers: int, size: int = 4) -> list[Batch]:
+    samples = TrainingSamples(references, CONFIG, TOKENIZER, seed=3)
+    return list(training_loader(samples, TrainingBatches(len(samples), size, 3, first, last), workers, pin=False))
+
+
+def assert_same_batches(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        for field in ("images", "tokens", "masks"):
+            assert torch.equal(getattr(our, field), getattr(their, field)), field
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 100), st.integers(1, 4))
+def test_each_reference_once_an_epoch(length: int, batch_size: int, seed: int, epochs: int) -> None:
+    """Else some objects weigh twice; a last part that fills no batch is left out, another one in every epoch."""
+    per_epoch = steps_per_epoch(length, min(batch_size, length))
+    batches = list(TrainingBatches(length, batch_size, seed, 0, epochs * per_epoch))
+    assert len(batches) == epochs * per_epoch
+    assert {len(batch) for batch in batches} == {min(batch_size, length)}
+    for epoch in range(epochs):
+        indices = [index for batch in batches[epoch * per_epoch : (epoch + 1) * per_epoch] for index in batch]
+        assert {index // length for index in indices} == {epoch}
+        assert len(set(indices)) == len(indices) == per_epoch * min(batch_size, length)
+    assert epochs * per_epoch == len(TrainingBatches(length, batch_size, seed, 0, epochs * per_epoch))
+
+
+def test_order_follows_from_seed_and_epoch_alone() -> None:
+    """Else two runs of one seed differ, or every epoch shows the same order."""
+
+    def epoch(number: int, seed: int) -> list[int]:
+        batches = TrainingBatches(40, 8, seed, 5 * number, 5 * number + 5)
+        return [index % 40 for batch in batches for index in batch]
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = epoch(2, 7)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert first == epoch(2, 7)
+    assert sorted(first) == list(range(40))
+    assert len({tuple(epoch(number, seed)) for number in range(5) for seed in range(5)}) == 25
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 40), st.integers(0, 40))
+def test_batches_from_a_step_on_are_those_of_the_unbroken_run(length: int, size: int, first: int, more: int) -> None:
+    """Else a resumed run repeats or leaves out what the unbroken one saw."""
+    whole = list(TrainingBatches(length, size, 1, 0, first + more))
+    assert list(TrainingBatches(length, size, 1, first, first + more)) == whole[first:]
+
+
+def test_one_sentence_of_each_reference_an_epoch_and_all_in_the_end(table: ReferenceTable) -> None:
+    """Else the first sentence is all the model ever hears, as with a sampler that is seeded once for each worker."""
+    references = table.split("train")
+    samples = TrainingSamples(references, CONFIG, TOKENIZER, seed=3)
+    drawn: dict[int, Counter[int]] = defaultdict(Counter)
+    for index in range(120 * len(samples)):
+        number = index % len(samples)
+        expression = samples.draw(index)
+        assert expression in references[number].expressions
+        assert expression == samples.draw(index)
+        drawn[number][expression.sent_id] += 1
+    for number, reference in enumerate(references):
+        counts = [drawn[number][expression.sent_id] for expression in reference.expressions]
+        assert min(counts) > 120 / len(counts) / 3, f"{counts} of reference {reference.ref_id}"
+    # Neighbouring references draw independently: an epoch is not all first or all second sentences.
+    several = [i for i, reference in enumerate(references) if len(reference.expressions) > 1]
+    places = {references[i].expressions.index(samples.draw(5 * len(samples) + i)) for i in several}
+    assert len(places) > 1
+    # Another seed draws other sentences.
+    other = TrainingSamples(references, CONFIG, TOKENIZER, seed=4)
+    assert any(other.draw(i) != samples.draw(i) for i in several)
+
+
+def test_a_sample_is_the_photograph_its_phrase_and_its_mask(table: ReferenceTable) -> None:
+    """Else a model trains on the mask of another object, on a mirrored one, or on blue for red."""
+    references = table.split("train")
+    samples = TrainingSamples(references, CONFIG.model_copy(update={"image_size": 112}), TOKENIZER, seed=3)
+    for index in (0, 5, len(samples) + 7):
+        reference, sample = references[index % len(samples)], samples[index]
+        pixels = np.array(Image.open(reference.image_path).convert("RGB"))
+        assert pixels.shape == (112, 112, 3)  # the square's own size, so the letterbox moves nothing
+        assert sample.image.dtype == torch.uint8
+        np.testing.assert_array_equal(sample.image.permute(1, 2, 0).numpy(), pixels)
+        np.testing.assert_array_equal(sample.mask.numpy(), decode_mask(reference.segmentation, (112, 112)))
+        assert torch.equal(sample.tokens, TOKENIZER([samples.draw(index).text], CONFIG.word_length)[0])
+
+
+def test_padding_of_the_letterbox_is_normalised_to_nothing(table: ReferenceTable) -> None:
+    """Else bars above and below a wide photograph are a bright thing that every model has to learn to ignore."""
+    square, box = to_square(np.full((20, 60, 3), 255, np.uint8), CONFIG)
+    normalised = normalise(square[None], CONFIG)[0]
+    assert box.size == (20, 60)
+    assert normalised[:, :10].abs().max() < 0.01 / min(CONFIG.std)
+    expected = (1 - torch.tensor(CONFIG.mean)) / torch.tensor(CONFIG.std)
+    torch.testing.assert_close(normalised[:, 28, 28], expected)
+
+
+def test_workers_do_not_change_what_is_read(table: ReferenceTable) -> None:
+    """Else a run cannot be repeated on a machine with another number of cores."""
+    references = table.split("train")
+    alone = batches_of(references, 0, 12, workers=0)
+    assert_same_batches(alone, batches_of(references, 0, 12, workers=2))
+    assert_same_batches(alone[5:], batches_of(references, 5, 12, workers=1))
+    assert alone[0].images.shape == (4, 3, 56, 56)
+    assert alone[0].tokens.shape == (4, 9)
+    assert alone[0].masks.shape == (4, 1, 56, 56)
+
+
+def test_a_set_smaller_than_the_batch_is_one_batch(toy: tuple[Reference, ...]) -> None:
+    """Else a person's first ten photographs train for no step at all."""
+    batches = batches_of(toy, 0, 3, workers=0, size=32)
+    assert [len(batch.images) for batch in batches] == [3, 3, 3]
+    assert steps_per_epoch(3, 3) == 1
+
+
+def test_photographs_come_once_with_all_that_is_asked_of_them(table: ReferenceTable) -> None:
+    """Else an image is encoded again for each phrase, or an expression is lost, or counted twice."""
+    questions = all_questions(table.split("test"))
+    shuffled = [questions[i] for i in np.random.default_rng(0).permutation(len(questions))]
+    tasks = ImageTasks(shuffled, CONFIG, TOKENIZER)
+    assert len(tasks) == len({reference.image_path for reference, _ in questions}) == 4
+    groups = [task for group in task_loader(tasks, images=3, workers=0) for task in group]
+    asked = [pair for task in groups for pair in task.questions]
+    assert Counter(expression.sent_id for _, expression in asked) == Counter(e.sent_id for _, e in questions)
+    for task in groups:
+        assert len({reference.image_path for reference, _ in task.questions}) == 1
+        assert torch.equal(task.tokens, TOKENIZER([e.text for _, e in task.questions], CONFIG.word_length))
+        for reference, _ in task.questions:
+            truth = decode_mask(reference.segmentation, reference.image_size)
+            np.testing.assert_array_equal(task.truths[reference.ref_id], truth.astype(bool))
+    parallel = [task for group in task_loader(tasks, images=3, workers=2) for task in group]
+    assert [task.questions for task in parallel] == [task.questions for task in groups]
+
+
+def test_validation_asks_the_first_sentence_or_all(table: ReferenceTable) -> None:
+    """The CRIS family validates on the first while it trains, and tests on all."""
+    references = table.split("val")
+    assert [e for _, e in all_questions(references, first_only=True)] == [r.expressions[0] for r in references]
+    assert [e for _, e in all_questions(references)] == [e for r in references for e in r.expressions]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["missing", "resized", "cut short"])
+def test_a_broken_photograph_is_one_sentence(toy: tuple[Reference, ...], damage: str, workers: int) -> None:
+    """Also out of a worker process, where torch would wrap it in a page of traceback."""
+    path = toy[2].image_path
+    if damage == "missing":
+        path.unlink()
+    elif damage == "resized":
+        Image.new("RGB", (12, 16)).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:200])
+    words = {"missing": "there is no image file", "resized": "is 12x16 pixels but .* 24x32", "cut short": "cannot read"}
+    with pytest.raises(DcrisError, match=words[damage]) as training:
+        batches_of(toy, 0, 2, workers, size=3)
+    with pytest.raises(DcrisError, match=words[damage]) as evaluation:
+        list(task_loader(ImageTasks(all_questions(toy), CONFIG, TOKENIZER), images=2, workers=workers))
+    for caught in (training, evaluation):
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_exchanged_phrases_are_those_of_another_object_of_the_picture(table: ReferenceTable) -> None:
+    """Else the control that shows that a model listens is no control."""
+    references = table.split("test")
+    mixed = exchange_phrases(references)
+    owner = {e.sent_id: reference for reference in references for e in reference.expressions}
+    for reference, expression in mixed:
+        assert owner[expression.sent_id].ref_id != reference.ref_id
+        assert owner[expression.sent_id].image_id == reference.image_id
+    counts = Counter(expression.sent_id for _, expression in mixed)
+    assert counts == Counter(e.sent_id for _, e in all_questions(references))  # each phrase is asked once, as before
+    assert {reference.ref_id for reference, _ in mixed} == {reference.ref_id for reference in references}
+
+
+def test_an_object_alone_on_its_picture_has_nobody_to_exchange_with(toy: tuple[Reference, ...]) -> None:
+    """Else it gets its own phrase back and raises the control's score."""
+    mixed = exchange_phrases(toy)
+    assert {reference.ref_id for reference, _ in mixed} == {10, 11}
+    assert [(r.ref_id, e.text) for r, e in mixed] == [(10, "tall thing"), (10, "right"), (11, "left one")]
+    assert exchange_phrases(toy[2:]) == []

@@ -1,0 +1,111 @@
+"""Scores are what papers are compared by: a count that is off by one pixel, or an average of averages, moves them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcris.metrics import PRECISION_THRESHOLDS, Overlap, overlap, summarise
+
+KEYS = ["miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"]
+OVERLAPS = st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)).map(lambda pair: Overlap(min(pair), max(pair)))
+
+
+def grid(*rows: str) -> np.ndarray:
+    """A mask from text: # is the object."""
+    return np.array([[character == "#" for character in row] for row in rows])
+
+
+def test_pixels_are_counted() -> None:
+    """By hand: three shared, five in the prediction, four in the truth."""
+    prediction = grid("##..", "##..", "#...")
+    truth = grid("##..", "#...", "...#")
+    assert overlap(prediction, truth) == Overlap(3, 6)
+    assert overlap(truth, prediction) == Overlap(3, 6)
+    assert Overlap(3, 6).iou == 0.5
+
+
+def test_counts_do_not_overflow() -> None:
+    """Else a photograph of 300 million pixels, or a sum over a split, has a negative union."""
+    mask = np.ones((20_000, 5_000), bool)
+    assert overlap(mask, mask) == Overlap(10**8, 10**8)
+    assert summarise([Overlap(2**40, 2**40)] * 3)["oiou"] == 100.0
+
+
+def test_masks_of_two_photographs_are_not_compared() -> None:
+    """Else numpy broadcasts a thin mask over a wide one and the score means nothing."""
+    with pytest.raises(ValueError, match=r"\(1, 4\).*\(3, 4\)"):
+        overlap(np.ones((1, 4), bool), np.ones((3, 4), bool))
+
+
+def test_an_empty_prediction_scores_nothing() -> None:
+    """Also where the truth is empty: 0, not NaN and not 1, or a model that answers nothing would gain by it."""
+    nothing, something = np.zeros((3, 3), bool), np.ones((3, 3), bool)
+    assert overlap(nothing, something).iou == 0
+    assert overlap(nothing, nothing).iou == 0
+    assert summarise([overlap(nothing, nothing)]) == dict.fromkeys(KEYS, 0.0)
+
+
+def test_scores_by_hand() -> None:
+    """IoU 1/2, 3/4 and 0 over unions of 2, 100 and 10 pixels: the two averages differ, as they must."""
+    scores = summarise([Overlap(1, 2), Overlap(75, 100), Overlap(0, 10)])
+    assert list(scores) == KEYS
+    assert scores["miou"] == pytest.approx(100 * (0.5 + 0.75 + 0) / 3)
+    assert scores["oiou"] == pytest.approx(100 * 76 / 112)
+    assert [scores[f"prec@{t}"] for t in PRECISION_THRESHOLDS] == pytest.approx([100 / 3, 100 / 3, 100 / 3, 0, 0])
+
+
+@pytest.mark.parametrize("threshold", PRECISION_THRESHOLDS)
+def test_a_threshold_is_not_reached_by_equality(threshold: float) -> None:
+    """Strict, as in the CRIS family: at IoU 0.5 exactly, Prec@0.5 is 0, and one pixel more makes it 100."""
+    shared = round(threshold * 10_000)
+    key = f"prec@{threshold}"
+    assert summarise([Overlap(shared, 10_000)])[key] == 0
+    assert summarise([Overlap(shared + 1, 10_000)])[key] == 100
+
+
+def test_no_expressions_give_zeros() -> None:
+    """Else the mean of nothing is NaN, which is no JSON."""
+    assert summarise([]) == dict.fromkeys(KEYS, 0.0)
+
+
+@given(st.lists(OVERLAPS, min_size=1, max_size=30), st.randoms())
+def test_order_and_grouping_do_not_matter(items: list[Overlap], random: object) -> None:
+    """Else the scores depend on how photographs were shared out among processes."""
+    scores = summarise(items)
+    assert all(0 <= value <= 100 + 1e-9 and math.isfinite(value) for value in scores.values())
+    mixed = list(items)
+    random.shuffle(mixed)  # type: ignore[attr-defined]
+    assert summarise(mixed) == pytest.approx(scores, abs=1e-9)
+    assert summarise(iter(mixed)) == pytest.approx(scores, abs=1e-9)  # a generator is read once
+
+    cut = len(mixed) // 2
+    first, second = summarise(mixed[:cut]), summarise(mixed[cut:])
+    for key in ("miou", *(f"prec@{t}" for t in PRECISION_THRESHOLDS)):
+        merged = (cut * first[key] + (len(mixed) - cut) * second[key]) / len(mixed)
+        assert merged == pytest.approx(scores[key], abs=1e-9)
+    unions = sum(item.union for item in items)
+    if unions:
+        assert scores["oiou"] == pytest.approx(100 * sum(item.intersection for item in items) / unions)
+
+
+@given(st.lists(OVERLAPS, min_size=1, max_size=30))
+def test_precision_falls_with_its_threshold(items: list[Overlap]) -> None:
+    """And a set given twice scores as given once."""
+    scores = summarise(items)
+    precisions = [scores[f"prec@{t}"] for t in PRECISION_THRESHOLDS]
+    assert precisions == sorted(precisions, reverse=True)
+    assert summarise([*items, *items]) == pytest.approx(scores, abs=1e-9)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_counts_against_sets_of_pixels(height: int, width: int, seed: int) -> None:
+    """The definition, word for word, on masks of any shape and memory layout."""
+    source = np.random.default_rng(seed)
+    prediction, truth = source.random((2, height, width)) < source.random((2, 1, 1))
+    ours, theirs = (set(zip(*np.nonzero(mask), strict=True)) for mask in (prediction, truth))
+    expected = Overlap(len(ours & theirs), len(ours | theirs))
+    assert overlap(prediction, truth) == expected
+    assert overlap(np.asfortranarray(prediction), truth[::-1][::-1]) == expected

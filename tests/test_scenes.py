@@ -1,0 +1,550 @@
+"""Generated scenes: what their phrases mean, what their pictures show, and what ends up on disk.
+
+The phrases are read here by an interpreter of their own, written from what a person would understand and not from the code that
+makes them. It is generous: where people could disagree, it returns everything that could be meant.
+"""
+
+import itertools
+import json
+import math
+from collections import Counter
+from importlib import resources
+
+import cv2
+import numpy as np
+import pytest
+
+from dcris.data import scenes
+from dcris.data.images import read_image
+from dcris.data.masks import decode_mask, mask_box
+from dcris.data.references import load_references
+from dcris.data.scenes import COLOURS, KINDS, SHAPES, SIZES, TEXTURES, make_scene, scene_rng, vocabulary, write_scenes
+from dcris.engine.evaluate import exchange_phrases
+from dcris.errors import DcrisError
+
+SIDE = 112
+DOUBT = 0.05  # of the side: two things nearer than this may be told in either order
+
+SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "medium": "medium", "big": "big", "large": "big"}
+NOUNS = (*SHAPES, "one", "thing", "shape")
+NUMBERS = {"first": 1, "1st": 1, "second": 2, "2nd": 2, "third": 3, "3rd": 3, "fourth": 4, "4th": 4}
+TOWARDS = {
+    **dict.fromkeys(("left", "leftmost"), (-1, 0)),
+    **dict.fromkeys(("right", "rightmost"), (1, 0)),
+    **dict.fromkeys(("top", "highest", "above", "over"), (0, -1)),
+    **dict.fromkeys(("bottom", "lowest", "below", "under"), (0, 1)),
+}
+
+
+# ---- a reader of phrases -------------------------------------------------------------------------------------------------
+
+
+def described(words, things):
+    """The things that have every attribute named."""
+    assert words, "there is nothing to say what is meant"
+    assert words[-1] in NOUNS, f"no noun at the end of {words}"
+    for word in words:
+        if word in SIZE_WORDS:
+            things = [thing for thing in things if thing.size == SIZE_WORDS[word]]
+        elif word in COLOURS:
+            things = [thing for thing in things if thing.colour == word]
+        elif word in TEXTURES:
+            things = [thing for thing in things if thing.texture == word]
+        elif word in SHAPES:
+            things = [thing for thing in things if thing.shape == word]
+        else:
+            assert word in NOUNS, f"{word!r} describes nothing"
+    return list(things)
+
+
+def along(thing, direction):
+    return thing.x * direction[0] + thing.y * direction[1]
+
+
+def nth(things, direction, number):
+    """Those that could be counted as the `number`-th when one starts at the end that `direction` points to."""
+    chosen = []
+    for thing in things:
+        ahead = [along(other, direction) - along(thing, direction) for other in things if other is not thing]
+        if sum(lead > DOUBT for lead in ahead) < number <= sum(lead > -DOUBT for lead in ahead) + 1:
+            chosen.append(thing)
+    return chosen
+
+
+def distance(a, b):
+    return math.hypot(a.x - b.x, a.y - b.y)
+
+
+def off_centre(thing):
+    return math.hypot(thing.x - 0.5, thing.y - 0.5)
+
+
+def in_the_middle(things):
+    """The nearest to the picture's middle, and the middle one of the row or column: people mean either."""
+    nearest = min(off_centre(thing) for thing in things)
+    wide = np.ptp([thing.x for thing in things]) >= np.ptp([thing.y for thing in things])
+    row = nth(things, (-1, 0) if wide else (0, -1), (len(things) + 1) // 2)
+    return row + [thing for thing in things if off_centre(thing) < nearest + DOUBT and thing not in row]
+
+
+def gap(a, b):
+    """Between the edges, taking both for round; things that touch are all equally near."""
+    return max(0.0, distance(a, b) - a.radius - b.radius)
+
+
+def in_relation(things, relation, landmark, doubt):
+    """Those that stand so to the landmark; `doubt` below 0 asks that it be plain to see."""
+    others = [thing for thing in things if thing is not landmark]
+    if relation in ("next", "near", "closest"):
+        nearest, least = min(distance(o, landmark) for o in others), min(gap(o, landmark) for o in others)
+        close = [o for o in others if distance(o, landmark) < 1.25 * nearest or gap(o, landmark) < least + DOUBT]
+        return [o for o in close if doubt > 0 or gap(o, landmark) < 0.25]
+    chosen = []
+    for other in others:
+        (dx, dy), (ax, ay) = (other.x - landmark.x, other.y - landmark.y), TOWARDS[relation]
+        ahead, aside = dx * ax + dy * ay, abs(dx * ay) + abs(dy * ax)
+        if ahead > 0 if doubt > 0 else ahead > max(aside, -doubt):
+            chosen.append(other)
+    return chosen
+
+
+def meant(text, things, doubt=DOUBT):
+    """The things a phrase could mean; with `doubt` below 0, those of which it is plainly true."""
+    match [word for word in text.split() if word != "the"]:
+        case [number, *description, "from", start] if number in NUMBERS:
+            return nth(described(description, things), TOWARDS[start], NUMBERS[number])
+        case ["biggest" | "largest", *description]:
+            fit = described(description, things)
+            return [thing for thing in fit if thing.radius > max(other.radius for other in fit) / 1.2]
+        case ["smallest", *description]:
+            fit = described(description, things)
+            return [thing for thing in fit if thing.radius < min(other.radius for other in fit) * 1.2]
+        case ["middle" | "center", *description] | [*description, "in", "middle"]:
+            return in_the_middle(described(description, things))
+        case [("top" | "bottom") as y, ("left" | "right") as x, *description]:
+            return corner(described(description, things), x, y, doubt)
+        case [*description, "at", ("top" | "bottom") as y, ("left" | "right") as x]:
+            return corner(described(description, things), x, y, doubt)
+        case [edge, *description] if edge in TOWARDS:
+            return nth(described(description, things), TOWARDS[edge], 1)
+        case [*description, "on", edge]:
+            # Of two on the right, the one "on the right" is the one further right.
+            return nth(described(description, things), TOWARDS[edge], 1)
+        case words:
+            at = [number for number, word in enumerate(words) if word in TOWARDS or word in ("next", "near", "closest")]
+            if not at:
+                return described(words, things)
+            (at,) = at
+            landmark_words = words[at + 1 :]
+            if words[at] in ("left", "right", "next", "closest"):
+                assert landmark_words.pop(0) == ("of" if words[at] in TOWARDS else "to")
+            landmarks = described(landmark_words, things)
+            assert len(landmarks) == 1, f"the landmark of {text!r} could be any of {len(landmarks)}"
+            candidates = [*described(words[:at], things), *landmarks]
+            return in_relation(candidates, words[at], landmarks[0], doubt)
+
+
+def corner(things, x, y, doubt):
+    return [
+        thing
+        for thing in things
+        if (thing.x < 0.5 + doubt if x == "left" else thing.x > 0.5 - doubt)
+        and (thing.y < 0.5 + doubt if y == "top" else thing.y > 0.5 - doubt)
+    ]
+
+
+# ---- fixtures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """400 scenes, each with the background it was painted on."""
+    with pytest.MonkeyPatch.context() as patch:
+        canvases = []
+        original = scenes._background
+
+        def keep(rng, side):
+            canvas = original(rng, side)
+            canvases[:] = [canvas.copy()]  # a scene may be drawn several times; the last one counts
+            return canvas
+
+        patch.setattr(scenes, "_background", keep)
+        made = []
+        for number in range(400):
+            scene = make_scene(scene_rng(3, "train", number), SIDE)
+            made.append((scene, cv2.resize(canvases[0], (SIDE, SIDE), interpolation=cv2.INTER_AREA)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pictures(drawn):
+    return [scene for scene, _ in drawn]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("set") / "data", train=8, val=2, test=3, seed=5, side=64)
+
+
+def content(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# ---- what the phrases mean -----------------------------------------------------------------------------------------------
+
+
+def phrases_of(pictures):
+    for number, scene in enumerate(pictures):
+        for index, phrases in scene.phrases.items():
+            for phrase in phrases:
+                yield number, scene, scene.things[index], phrase
+
+
+def test_every_phrase_means_its_target_and_nothing_else(pictures):
+    """Otherwise training teaches contradictions, and a model is marked down for an answer a person would give."""
+    wrong = []
+    for number, scene, target, phrase in phrases_of(pictures):
+        could, plainly = meant(phrase.text, scene.things), meant(phrase.text, scene.things, -DOUBT)
+        if could != [target] or plainly != [target]:
+            wrong.append(f"scene {number}: {phrase.text!r} ({phrase.kind}): {len(could)} could be meant, {target}")
+    assert not wrong, "\n".join(wrong[:10])
+
+
+def test_the_noun_alone_is_never_enough(pictures):
+    """A model that looks for the shape and ignores the rest must fail, or the scenes measure nothing."""
+    for scene in pictures:
+        assert len(scene.phrases) >= 2
+        for index, phrases in scene.phrases.items():
+            assert sum(thing.shape == scene.things[index].shape for thing in scene.things) >= 2
+            assert 1 <= len(phrases) <= 3
+            assert len({phrase.kind for phrase in phrases}) == len(phrases)
+
+
+def test_the_kind_of_a_phrase_is_what_tells_its_target_apart(pictures):
+    """Scores by kind would otherwise be reported under the wrong name."""
+    signs = {
+        "ordinal": set(NUMBERS),
+        "superlative": {"biggest", "largest", "smallest"},
+        "relation": {"of", "above", "over", "below", "under", "next", "near", "closest"},
+        "place": {*TOWARDS, "middle", "center"},
+    }
+    for _, _, _, phrase in phrases_of(pictures):
+        # From the most telling sign on: "second star from left" and "star left of the ring" hold a place's word too.
+        kind = next((kind for kind, words in signs.items() if words & set(phrase.text.split())), "attribute")
+        assert kind == phrase.kind, phrase
+
+
+def test_all_five_kinds_of_phrase_are_common(pictures):
+    """A kind that hardly occurs is neither learnt nor measured."""
+    counts = Counter(phrase.kind for *_, phrase in phrases_of(pictures))
+    assert set(counts) == set(KINDS)
+    assert min(counts.values()) > 0.05 * counts.total(), counts
+    assert max(counts.values()) < 0.5 * counts.total(), counts
+
+
+def test_the_reader_itself_tells_clear_from_doubtful():
+    """A reader that accepted everything would make the test above worthless."""
+
+    def thing(x, y, colour="red", radius=0.1):
+        return scenes.Thing("star", colour, "plain", "medium", x, y, radius, 0.0)
+
+    left, middle, right = row = [thing(0.2, 0.5), thing(0.5, 0.5), thing(0.8, 0.5, "blue", 0.13)]
+    assert meant("star on the left", row) == meant("3rd star from right", row) == [left]
+    assert meant("star left of the blue star", row) == row[:2]
+    assert meant("middle star", row) == meant("star closest to blue one", row) == [middle]
+    assert meant("biggest star", row) == meant("blue thing", row) == [right]
+    assert meant("red one", row) == [left, middle]
+    assert meant("top star", row) == row
+    assert meant("star at top left", row) == row[:2]
+    assert meant("star at top left", row, -DOUBT) == []
+    column = [thing(0.4, 0.1), thing(0.5, 0.9), thing(0.6, 0.5)]
+    assert meant("middle star", column) == [column[2]]
+    doubtful = [thing(0.1, 0.5), thing(0.2, 0.5), thing(0.6, 0.5)]  # the second in the row, the third in the picture
+    assert meant("star in the middle", doubtful) == doubtful[1:]
+
+
+def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(pictures):
+    """A word that is missing from the tiny tokenizer would reach the model as unknown, and be learnt as noise."""
+    words = vocabulary()
+    assert words == sorted(set(words))
+    assert words == resources.files("dcris.assets").joinpath("tiny_words.txt").read_text("utf-8").split()
+    used = {word for *_, phrase in phrases_of(pictures) for word in phrase.text.split()}
+    assert used <= set(words)
+    # "first" and "1st" are never used: one would say "leftmost". Anything else unused would be a dead branch.
+    assert set(words) - used <= {"first", "1st", "fourth", "4th"}
+
+
+# ---- what the pictures show ----------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_varied(pictures):
+    """The README promises clutter; a generator stuck on a few looks would make the task trivial."""
+    counts = Counter(len(scene.things) for scene in pictures)
+    assert set(counts) == set(range(3, 9))
+    things = [thing for scene in pictures for thing in scene.things]
+    for name, values, least in (
+        ("shape", SHAPES, 6),
+        ("colour", COLOURS, 8),
+        ("texture", TEXTURES, 3),
+        ("size", SIZES, 3),
+    ):
+        shares = Counter(getattr(thing, name) for thing in things)
+        assert set(shares) == set(values)
+        assert len(values) >= least
+        assert min(shares.values()) > 0.5 * len(things) / len(values), shares
+
+
+def test_sizes_never_shade_into_each_other(pictures):
+    """ "Big" must be plain to see next to "medium"."""
+    radii = {
+        size: [t.radius for scene in pictures for t in scene.things if t.size == size]
+        for size in ("small", "medium", "big")
+    }
+    assert max(radii["small"]) * 1.2 < min(radii["medium"])
+    assert max(radii["medium"]) * 1.2 < min(radii["big"])
+
+
+AREAS = {  # of a shape of radius 1, by the formula in the book
+    "circle": math.pi * 0.95**2,
+    "ring": math.pi * (1 - 0.5**2),
+    "square": 1.7**2,
+    "triangle": 3 * math.sqrt(3) / 4 * 1.1**2,
+    "star": 5 * 1.15 * 0.5 * math.sin(math.pi / 5),
+    "cross": 2 * 0.72 * 2 - 0.72**2,
+    "heart": 180 * math.pi / 16**2 * 1.05**2,
+}
+
+
+def test_things_overlap_but_none_is_hidden(pictures):
+    """Without overlaps masks are too easy; a thing that is mostly hidden cannot be asked for."""
+    whole = []
+    for scene in pictures:
+        for index, thing in enumerate(scene.things):
+            seen = np.count_nonzero(scene.owners == index) / SIDE**2
+            whole.append(seen / (AREAS[thing.shape] * thing.radius**2))
+    # Up to 60 % by the pixels it was drawn with; a corner may lie outside the picture besides, and the small ones are coarse.
+    assert min(whole) > 0.55
+    assert max(whole) < 1.2  # OpenCV also fills the pixels its outline touches
+    assert np.mean(np.array(whole) < 0.9) > 0.04, "hardly anything is overlapped"
+    assert np.median(whole) > 0.9
+
+    def touches(owners):
+        pairs = ((owners[1:], owners[:-1]), (owners[:, 1:], owners[:, :-1]))
+        return any(((a != b) & (a >= 0) & (b >= 0)).any() for a, b in pairs)
+
+    assert np.mean([touches(scene.owners) for scene in pictures]) > 0.6
+
+
+def test_masks_lie_where_their_things_are(pictures):
+    """A mask shifted or swapped against its thing teaches the model to point next to it."""
+    y, x = (np.mgrid[:SIDE, :SIDE] + 0.5) / SIDE
+    pixel = 1.5 / SIDE
+    for scene in pictures[:150]:
+        assert scene.image.shape == (SIDE, SIDE, 3)
+        assert scene.image.dtype == np.uint8
+        assert set(np.unique(scene.owners)) == {-1, *range(len(scene.things))}
+        later = np.zeros((SIDE, SIDE), bool)
+        for index, thing in reversed(list(enumerate(scene.things))):
+            mask, away = scene.owners == index, np.hypot(x - thing.x, y - thing.y)
+            assert (away[mask] < 1.3 * thing.radius + pixel).all()
+            if thing.shape == "circle":  # exactly, pixel by pixel, where what was painted later does not cover it
+                assert (away[mask] < 0.95 * thing.radius + pixel).all()
+                assert (mask | later)[away < 0.95 * thing.radius - pixel].all()
+            if thing.shape == "ring":
+                assert (away[mask] > 0.5 * thing.radius - pixel).all()
+                between = (away < thing.radius - pixel) & (away > 0.5 * thing.radius + pixel)
+                assert (mask | later)[between].all()
+            later |= mask
+
+
+def test_masks_hold_what_was_painted_and_the_rest_is_background(drawn):
+    """A mask that disagrees with the picture caps every score, and nobody can tell why."""
+    for scene, background in drawn[:150]:
+        differs = np.abs(scene.image.astype(int) - background).max(axis=2) > 25  # the noise has a deviation of 4
+        for index in range(len(scene.things)):
+            # Not all: the shade of a texture may happen to be the grey that lies behind.
+            assert differs[scene.owners == index].mean() > 0.5
+        # Each thing has a thin outline, half of which lies outside.
+        empty = cv2.erode((scene.owners < 0).astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+        assert differs[empty].mean() < 0.001
+
+
+def test_colour_and_texture_are_what_the_words_say(pictures):
+    """ "Red" and "striped" must be seen in the pixels: no model can learn a word that the picture contradicts."""
+    names, values = list(COLOURS), np.array(list(COLOURS.values()))
+    spreads = {texture: [] for texture in TEXTURES}
+    for scene in pictures[:150]:
+        for index, thing in enumerate(scene.things):
+            inner = cv2.erode((scene.owners == index).astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+            pixels = scene.image[inner].astype(float)
+            order = np.argsort(pixels.mean(axis=1))
+            # The shade of a texture is darker than the colour, except on black.
+            at = 0.25 if thing.colour == "black" else 0.75
+            colour = np.median(
+                pixels[order[int(max(0, at - 0.15) * len(order)) : int((at + 0.15) * len(order)) + 1]], axis=0
+            )
+            assert names[int(np.abs(values - colour).sum(axis=1).argmin())] == thing.colour, (thing, colour)
+            spreads[thing.texture].append(pixels.mean(axis=1).std())
+    assert np.quantile(spreads["plain"], 0.95) < np.quantile(spreads["striped"], 0.05)
+    assert np.quantile(spreads["plain"], 0.95) < np.quantile(spreads["dotted"], 0.05)
+
+
+# ---- the same every time -------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_depends_on_seed_split_and_number_only(pictures):
+    """A set of 10 scenes must begin like a set of 1000, or a smaller set is another data set."""
+    again = make_scene(scene_rng(3, "train", 7), SIDE)
+    assert np.array_equal(again.image, pictures[7].image)
+    assert np.array_equal(again.owners, pictures[7].owners)
+    assert (again.things, again.phrases) == (pictures[7].things, pictures[7].phrases)
+
+
+def test_splits_seeds_and_the_pretraining_stream_share_nothing():
+    """A test scene that was trained on, by the adapters or by the towers before them, would make the score a lie."""
+    streams = (*itertools.product((0, 1), (*scenes.SPLITS, "pretraining")),)
+    seen = Counter()
+    for seed, split in streams:
+        for number in range(8):
+            seen.update(thing for thing in make_scene(scene_rng(seed, split, number), 56).things)
+    assert max(seen.values()) == 1
+    draws = {tuple(scene_rng(seed, split, n).integers(0, 2**32, 4)) for seed, split in streams for n in range(500)}
+    assert len(draws) == len(streams) * 500
+
+
+def test_the_same_seed_writes_the_same_bytes_whatever_the_number_of_processes(tmp_path):
+    """Results are compared across machines with different numbers of cores; the data must not differ with them."""
+    # More than 64, which is what one process takes at a time.
+    sizes = {"train": 60, "val": 2, "test": 6, "side": 56}
+    done = []
+    alone = content(write_scenes(tmp_path / "one", seed=2, **sizes, progress=done.append))
+    assert done == list(range(1, 69))
+    assert alone == content(write_scenes(tmp_path / "two", seed=2, **sizes, workers=2))
+    other = content(write_scenes(tmp_path / "other", seed=3, **sizes))
+    assert not {name for name in alone if alone[name] == other[name]}
+
+
+def test_a_larger_set_begins_with_the_smaller(tmp_path, root):
+    """Adding training scenes must not replace those of the test split."""
+    larger = write_scenes(tmp_path / "data", train=12, val=2, test=3, seed=5, side=64)
+    for split, count in (("train", 20), ("val", 99), ("test", 99)):
+        small, large = (load_references(where, "scenes").split(split)[:count] for where in (root, larger))
+        for a, b in zip(small, large, strict=False):
+            assert a.segmentation == b.segmentation
+            assert [e.text for e in a.expressions] == [e.text for e in b.expressions]
+            assert a.image_path.read_bytes() == b.image_path.read_bytes()
+
+
+# ---- on disk -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_what_is_read(root):
+    """The scenes must come through the REFER reader as they were made: masks, phrases and kinds."""
+    table = load_references(root, "scenes")
+    assert (table.dataset, table.split_by) == ("scenes", "generated")
+    assert list(table.splits()) == ["train", "val", "test"]
+    instances = json.loads((root / "scenes/instances.json").read_bytes())
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    image_ids, expressions = itertools.count(1), 0
+    for split, count in (("train", 8), ("val", 2), ("test", 3)):
+        for number in range(count):
+            scene, image_id = make_scene(scene_rng(5, split, number), 64), next(image_ids)
+            found = [reference for reference in table.references if reference.image_id == image_id]
+            assert {reference.split for reference in found} == {split}
+            stored = read_image(found[0].image_path).astype(float)
+            assert np.abs(stored - scene.image).mean() < 8  # JPEG
+            for (index, phrases), reference in zip(sorted(scene.phrases.items()), found, strict=True):
+                mask = scene.owners == index
+                assert reference.category == scene.things[index].shape
+                assert reference.image_size == (64, 64)
+                assert np.array_equal(decode_mask(reference.segmentation, (64, 64)), mask)
+                assert annotations[reference.ann_id]["area"] == mask.sum()
+                assert tuple(annotations[reference.ann_id]["bbox"]) == mask_box(mask)
+                assert [(e.text, e.kind) for e in reference.expressions] == [(p.text, p.kind) for p in phrases]
+                expressions += len(phrases)
+            of_image = [a for a in annotations.values() if a["image_id"] == image_id]
+            assert len(of_image) == len(scene.things), "the things nobody asks for are annotated as well"
+    assert len(instances["images"]) == next(image_ids) - 1 == 13
+    assert sum(count for _, count in table.splits().values()) == expressions
+
+
+def test_a_split_may_be_empty(tmp_path):
+    """The quickstart has no use for a validation split."""
+    write_scenes(tmp_path, train=1, val=0, test=1, side=56)
+    assert list(load_references(tmp_path, "scenes").splits()) == ["train", "test"]
+
+
+def test_a_finished_set_is_not_overwritten(tmp_path):
+    """A second call with another seed would change the data under results that were measured on it."""
+    write_scenes(tmp_path, train=1, val=0, test=0, side=56)
+    before = content(tmp_path)
+    with pytest.raises(DcrisError, match="already holds generated scenes; choose another folder"):
+        write_scenes(tmp_path, train=1, val=0, test=0, seed=1, side=56)
+    assert content(tmp_path) == before
+
+
+def test_an_interrupted_writing_is_completed_by_calling_again(tmp_path):
+    """Whoever pressed Ctrl-C must neither clean up by hand nor be left with half a set that looks whole."""
+    sizes = {"train": 4, "val": 1, "test": 1, "seed": 9, "side": 56}
+
+    def stop(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_scenes(tmp_path / "cut", **sizes, progress=stop)
+    assert len(content(tmp_path / "cut")) == 3
+    with pytest.raises(DcrisError):
+        load_references(tmp_path / "cut", "scenes")
+    write_scenes(tmp_path / "cut", **sizes)
+    assert content(tmp_path / "cut") == content(write_scenes(tmp_path / "whole", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "complaint"),
+    [
+        ({"train": -1}, "must not be negative"),
+        ({"train": 0, "val": 0, "test": 0}, "nor all zero"),
+        ({"side": 55}, "56 to 4096 pixels, and is 55"),
+        ({"side": 4097}, "56 to 4096"),
+        ({"seed": -1}, "seed must be 0 or more, and is -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, numbers, complaint):
+    """The message must say which number and what it may be, and leave no folder behind."""
+    with pytest.raises(DcrisError, match=complaint):
+        write_scenes(tmp_path / "data", **{"train": 1, "val": 0, "test": 0, "side": 56, **numbers})
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    """A file where the folder should be gives a sentence, not a traceback."""
+    (tmp_path / "data").write_text("not a folder")
+    with pytest.raises(DcrisError, match="data"):
+        write_scenes(tmp_path / "data", train=1, val=0, test=0, side=56)
+
+
+# ---- the wrong phrases ---------------------------------------------------------------------------------------------------
+
+
+def test_exchanged_phrases_belong_to_another_object_of_the_same_scene(root):
+    """The check that a model listens asks for the wrong object; with an own or a foreign phrase it would prove nothing."""
+    references = load_references(root, "scenes").references
+    owner = {e.sent_id: reference for reference in references for e in reference.expressions}
+    questions = exchange_phrases(references)
+    for reference, expression in questions:
+        assert owner[expression.sent_id].image_id == reference.image_id
+        assert owner[expression.sent_id].ann_id != reference.ann_id
+    # Every scene has at least two references, so none is left out, and every phrase is asked once.
+    assert {reference.ref_id for reference, _ in questions} == {reference.ref_id for reference in references}
+    assert sorted(expression.sent_id for _, expression in questions) == sorted(owner)
+
+
+def test_a_reference_alone_on_its_picture_has_no_phrase_to_exchange(root):
+    """It would get its own phrase, and a model that listens would seem not to."""
+    references = load_references(root, "scenes").references
+    alone = references[0]
+    others = [reference for reference in references if reference.image_id != alone.image_id]
+    asked = exchange_phrases([alone, *others])
+    assert alone.ref_id not in {reference.ref_id for reference, _ in asked}
+    assert len(asked) == sum(len(reference.expressions) for reference in others)

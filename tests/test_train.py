@@ -1,0 +1,412 @@
+"""A run may be stopped, killed or starved of disk at any moment, and must lose nothing by it."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dcris.engine.train as engine
+from dcris import files
+from dcris.data.references import ReferenceTable, load_references
+from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
+from dcris.engine.train import Interrupted, build_model, learning_rate, read_log
+from dcris.errors import DcrisError
+from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def table(scenes_root: Path) -> ReferenceTable:
+    return load_references(scenes_root, "scenes")
+
+
+@pytest.fixture(scope="module")
+def unbroken(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps without a stop."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    run_training(quick_config(STEPS, EVERY_STEP), table, out)
+    return out
+
+
+@pytest.fixture
+def broken(trained_run: Path, tmp_path: Path) -> Path:
+    """A run that a test may spoil."""
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))
+
+
+def stop_at(step: int) -> Callable[[str], None]:
+    """Ctrl-C as that step ends."""
+
+    def say(line: str) -> None:
+        if line.startswith(f"step {step}/"):
+            signal.raise_signal(signal.SIGINT)
+
+    return say
+
+
+def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> None:
+    """Else gradients do not reach what trains, or masks are not those of the phrases."""
+    few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:8])
+    config = quick_config(30, EVERY_STEP, ("train.batch_size", "8"), ("train.schedule", "step"))
+    run_training(config, few, tmp_path / "run")
+    lines = read_log(tmp_path / "run")
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert lines[-1]["iou"] > 10
+
+
+@pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((3,), 2), ((2, 5, 7), 1)])
+def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
+    table: ReferenceTable, unbroken: Path, tmp_path: Path, stops: tuple[int, ...], workers: int
+) -> None:
+    """Bit for bit, with any number of workers: else what a paper reports depends on when the cluster was busy."""
+    config = quick_config(STEPS, EVERY_STEP, ("data.workers", str(workers)))
+    out = tmp_path / "run"
+    for number, step in enumerate(stops):
+        with pytest.raises(Interrupted, match=f"stopped at step {step};") as stop:
+            run_training(config, table, out, resume=number > 0, say=stop_at(step))
+        assert stop.value.exit_code == 130
+        assert list_checkpoints(out)[-1].step == step
+        load_checkpoint(out)  # what it left can be used
+    run_training(config, table, out, resume=True)
+    assert_same_run(unbroken, out)
+    assert not leftovers(out)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    table: ReferenceTable, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power fails in step 6, with a half-written log line: what was logged after the checkpoint is taken back."""
+    out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, ("train.save_every", "2"))
+    loss = engine.text_to_pixel_loss
+    calls = iter(range(100))
+    monkeypatch.setattr(engine, "text_to_pixel_loss", lambda *args: loss(*args) if next(calls) < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_training(config, table, out)
+    monkeypatch.undo()
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "lo')
+    assert [line["step"] for line in read_log(out)] == [1, 2, 3, 4, 5]
+    assert list_checkpoints(out)[-1].step == 4
+    run_training(config, table, out, resume=True)
+    assert_same_run(unbroken, out)
+
+
+def test_another_seed_is_another_run(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
+    """Else three seeds report no spread."""
+    run_training(quick_config(2, EVERY_STEP, ("train.seed", "1")), table, tmp_path / "run")
+    assert timeless_log(tmp_path / "run")[0]["loss"] != timeless_log(unbroken)[0]["loss"]
+
+
+def test_a_finished_run_has_nothing_to_resume(table: ReferenceTable, broken: Path) -> None:
+    """Else `--resume` in a job script that restarts trains on and on."""
+    before, log = last_tensors(broken), (broken / "log.jsonl").read_text()
+    result = run_training(quick_config(12, ("train.log_every", "2")), table, broken, resume=True)
+    assert result.last.step == 12
+    after = last_tensors(broken)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (broken / "log.jsonl").read_text() == log
+
+
+def test_resuming_where_nothing_is_starts(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
+    """Else a job script needs another command the first time."""
+    run_training(quick_config(STEPS, EVERY_STEP), table, tmp_path / "new", resume=True)
+    assert_same_run(unbroken, tmp_path / "new")
+
+
+def test_a_run_is_not_overwritten(table: ReferenceTable, broken: Path) -> None:
+    """Else a forgotten --out costs somebody the run of last week."""
+    before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
+    with pytest.raises(DcrisError, match=r"already holds a run; add --resume"):
+        run_training(quick_config(2), table, broken)
+    with pytest.raises(DcrisError, match=r"train\.lr"):
+        run_training(quick_config(12, ("train.lr", "1e-4")), table, broken, resume=True)
+    assert {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Before the weights are spoilt: the sentence names the step, and the last checkpoint still loads."""
+    loss = engine.text_to_pixel_loss
+    calls = iter(range(100))
+
+    def spoilt(*args: torch.Tensor) -> torch.Tensor:
+        return loss(*args) * (value if next(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(engine, "text_to_pixel_loss", spoilt)
+    out = tmp_path / "run"
+    with pytest.raises(DcrisError, match=rf"the loss is {value} at step 5; .*--train.lr"):
+        run_training(quick_config(STEPS, ("train.save_every", "2")), table, out)
+    assert list_checkpoints(out)[-1].step == 4
+    model, _ = load_checkpoint(out)
+    assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+
+
+def test_a_disk_that_fills_leaves_the_checkpoint_before(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, and a run that can be resumed."""
+    out, syncs, fsync = tmp_path / "run", [], os.fsync
+
+    def fills(handle: int) -> None:
+        syncs.append(handle)
+        if len(list_checkpoints(out)) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fills)
+    with pytest.raises(DcrisError, match=r"cannot write .*step-00000004: No space left on device"):
+        run_training(quick_config(6, ("train.save_every", "2")), table, out)
+    monkeypatch.undo()
+    assert syncs
+    assert [item.step for item in list_checkpoints(out)] == [2]
+    assert not leftovers(out)
+    run_training(quick_config(6, ("train.save_every", "2")), table, out, resume=True)
+    assert list_checkpoints(out)[-1].step == 6
+
+
+def test_old_checkpoints_go_and_the_best_stays(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a long run fills the disk, or the weights that the paper reports are deleted."""
+    scores = iter([10.0, 30.0, 20.0, 30.0, 5.0, 1.0])
+    monkeypatch.setattr(engine, "_validate", lambda *_: next(scores))
+    few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
+    out = tmp_path / "run"
+    result = run_training(quick_config(6, ("data.val_split", "val"), ("train.keep_last", "1")), few, out)
+    assert [(item.step, item.score) for item in list_checkpoints(out)] == [(4, 30.0), (6, 1.0)]  # the newest of equals
+    assert (result.best.step, result.last.step) == (4, 6)
+    assert find_checkpoint(out).name == "step-00000004"
+    assert find_checkpoint(list_checkpoints(out)[-1].path).name == "step-00000006"
+    assert [line["val_miou"] for line in read_log(out) if "val_miou" in line] == [10.0, 30.0, 20.0, 30.0, 5.0, 1.0]
+
+
+def test_a_checkpoint_that_was_not_validated_has_no_score(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at an epoch's end skips validation; the epoch before must not lend its score to weights it never saw."""
+    monkeypatch.setattr(engine, "_validate", lambda *_: 40.0)
+    few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run_training(quick_config(6, ("data.val_split", "val")), few, out, say=stop_at(2))
+    assert [item.score for item in list_checkpoints(out)] == [40.0, None]
+    assert best_checkpoint(list_checkpoints(out)).step == 1
+
+
+def test_validation_is_a_real_score_and_leaves_training_as_it_was(table: ReferenceTable, tmp_path: Path) -> None:
+    """Else turning validation on changes the weights a run ends in."""
+    few = ReferenceTable(table.dataset, table.split_by, table.root, (*table.split("train")[:8], *table.split("val")))
+    for name, split in (("with", "val"), ("without", "null")):
+        run_training(quick_config(4, ("data.val_split", split)), few, tmp_path / name)
+    ours, theirs = last_tensors(tmp_path / "with"), last_tensors(tmp_path / "without")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    scores = [line["val_miou"] for line in read_log(tmp_path / "with") if "val_miou" in line]
+    assert len(scores) == 2
+    assert all(0 <= score <= 100 for score in scores)
+
+
+def test_the_learning_rate_by_hand() -> None:
+    """Section 4.2: a tenth from epoch 35 on. And warm-up, and half a cosine that ends at nothing."""
+    paper = quick_config(1, ("train.schedule", "step"), ("train.lr", "1e-4"), ("train.warmup_steps", "0")).train
+    rates = [learning_rate(paper, step, per_epoch=10, total=500) for step in (0, 349, 350, 499)]
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+    cosine = quick_config(1, ("train.lr", "1.0"), ("train.warmup_steps", "4")).train
+    rates = [learning_rate(cosine, step, per_epoch=10, total=12) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[8] == pytest.approx(0.5)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.05
+
+
+# ---- what a checkpoint is ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_what_was_trained_and_no_code(trained_run: Path) -> None:
+    """Else a stranger's checkpoint can run code, or every one of them carries the frozen towers along."""
+    folder = list_checkpoints(trained_run)[-1].path
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    model, config = load_checkpoint(trained_run)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    stored = load_file(folder / "model.safetensors")
+    assert trained <= stored.keys()
+    assert all("head." in name or "_slot." in name for name in stored)
+    assert json.loads(metadata["towers"])["vision"]["name"] == config.model.vision.name
+    assert len(json.loads(metadata["towers"])["text"]["sha256"]) == 64
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert name not in stored or torch.equal(value, stored[name])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def reshape_first(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors[min(tensors)] = torch.zeros(3, 5, 7)
+
+
+def other_towers(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    towers = json.loads(metadata["towers"])
+    towers["vision"]["sha256"] = "0" * 64
+    metadata["towers"] = json.dumps(towers)
+
+
+MODEL = "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda at: cut(at / MODEL), r"model\.safetensors cannot be read .* cut short"),
+        (lambda at: (at / MODEL).write_bytes(b""), r"model\.safetensors cannot be read"),
+        (lambda at: (at / MODEL).unlink(), r"no file .*model\.safetensors|no checkpoint"),
+        (lambda at: (at / "config.json").unlink(), r"configuration is missing: .*config\.json"),
+        (lambda at: cut(at / "config.json"), r"config\.json, is not valid JSON"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: t.pop(min(t))), r"has no tensor .*not for this model"),
+        (
+            lambda at: rewritten(at / MODEL, lambda t, m: t.update(extra=torch.zeros(1))),
+            r"tensor extra that this model",
+        ),
+        (lambda at: rewritten(at / MODEL, reshape_first), r"has the shape \[3, 5, 7\]"),
+        (lambda at: rewritten(at / MODEL, other_towers), r"trained on another vision tower than tiny-vision"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"does not say which towers"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"does not say which towers"),
+        (lambda at: shutil.rmtree(at.parent), r"holds no checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Path], object], words: str) -> None:
+    """Cut short by a copy, of another model, of other towers: never a traceback, never a model that answers nonsense."""
+    damage(list_checkpoints(broken)[-1].path)
+    with pytest.raises(DcrisError, match=words) as caught:
+        load_checkpoint(broken)
+    assert "\n" not in str(caught.value)
+    assert str(broken) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda at: cut(at / "optimizer.safetensors"), r"optimizer\.safetensors cannot be read"),
+        (lambda at: (at / "optimizer.safetensors").unlink(), r"no file .*optimizer\.safetensors"),
+        (lambda at: save_file({"x": torch.zeros(1)}, at / "optimizer.safetensors"), r"is not of this model"),
+        (lambda at: save_file({}, at / "optimizer.safetensors"), r"is not of this model"),
+        (lambda at: (at / "state.json").write_text("[]"), r"state\.json is not the state of a checkpoint"),
+        (lambda at: (at / "state.json").write_text('{"step": 12, "score": "x"}'), r"is not the state of a checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_is_one_sentence(
+    table: ReferenceTable, broken: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    """Else training goes on with moments of nothing and the loss jumps."""
+    damage(list_checkpoints(broken)[-1].path)
+    with pytest.raises(DcrisError, match=words):
+        run_training(quick_config(14, ("train.log_every", "2")), table, broken, resume=True)
+
+
+def test_a_place_without_checkpoints(tmp_path: Path) -> None:
+    """A misspelt path and an empty folder are told apart."""
+    with pytest.raises(DcrisError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "absent")
+    with pytest.raises(DcrisError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_tower_that_is_not_here(tmp_path: Path) -> None:
+    """Recipes whose weights this version cannot load say so before anything is read or written."""
+    with pytest.raises(DcrisError, match="cannot load the weights 'dinov2-base'"):
+        build_model(quick_config(1, ("model.vision.name", '"dinov2-base"')))
+
+
+# ---- signals, in a process of its own ------------------------------------------------------------------------------------
+
+
+def start_training(data: Path, out: Path, steps: int, workers: int) -> subprocess.Popen[str]:
+    settings = {"max_steps": steps, "epochs": 1000, "batch_size": 4, "warmup_steps": 2, "log_every": 1}
+    words = [word for key, value in settings.items() for word in (f"--train.{key}", str(value))]
+    command = [sys.executable, "-m", "dcris", "train", "dcris_tiny", "--data", str(data), "--out", str(out), "--resume"]
+    command += ["--data.image_size", "56"]
+    return subprocess.Popen(
+        [*command, "--data.workers", str(workers), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(process: subprocess.Popen[str], out: Path, steps: int) -> None:
+    log, patience = out / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= steps):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_an_exit_code(
+    scenes_root: Path, table: ReferenceTable, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Ctrl-C as a terminal sends it, to the workers too; and a scheduler's request to end."""
+    out, steps = tmp_path / "run", 400
+    process = start_training(scenes_root, out, steps, workers=1)
+    wait_for_steps(process, out, 2)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == code, complaint
+    stopped = list_checkpoints(out)[-1].step
+    assert 2 <= stopped < steps
+    assert re.fullmatch(rf"dcris: stopped at step {stopped}; `--resume` goes on from .*\n", complaint)
+    load_checkpoint(out)
+    assert not leftovers(out)
+    assert timeless_log(out)[-1]["step"] == stopped
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(
+    scenes_root: Path, table: ReferenceTable, tmp_path: Path
+) -> None:
+    """Through the command line, as people do it."""
+    out, steps = tmp_path / "run", 30
+    process = start_training(scenes_root, out, steps, workers=0)
+    wait_for_steps(process, out, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    again = start_training(scenes_root, out, steps, workers=1)
+    _, complaint = again.communicate(timeout=120)
+    assert again.returncode == 0, complaint
+    run_training(quick_config(steps, EVERY_STEP), table, tmp_path / "unbroken")
+    assert_same_run(tmp_path / "unbroken", out)
