@@ -112,7 +112,7 @@ def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on the generated scenes, with masks that are not empty; nobody may change it."""
+    """A run of a few steps on the generated scenes, with two checkpoints; nobody may change it."""
     from runs import quick_config, run_training
 
     out = tmp_path_factory.mktemp("run") / "tiny"

@@ -60,16 +60,15 @@ def stop_at(step: int) -> Callable[[str], None]:
 def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> None:
     """Else gradients do not reach what trains, or masks are not those of the phrases."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:8])
-    config = quick_config(30, EVERY_STEP, ("train.batch_size", "8"), ("train.schedule", "step"))
-    run_training(config, few, tmp_path / "run")
+    settings = {"train.batch_size": "8", "train.lr": "5e-4", "model.head.bias": "null", "model.head.layers": "1"}
+    run_training(quick_config(40, EVERY_STEP, *settings.items()), few, tmp_path / "run")
     lines = read_log(tmp_path / "run")
-    losses = [line["loss"] for line in lines]
-    assert len(losses) == 30
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    assert lines[-1]["iou"] > 10
+    assert len(lines) == 40
+    assert sum(line["loss"] for line in lines[-5:]) < 0.4 * sum(line["loss"] for line in lines[:5])
+    assert max(line["iou"] for line in lines[-5:]) > 20
 
 
-@pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((3,), 2), ((2, 5, 7), 1)])
+@pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((3,), 2), ((2, 5), 1)])
 def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, stops: tuple[int, ...], workers: int
 ) -> None:
@@ -399,7 +398,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(
     scenes_root: Path, table: ReferenceTable, tmp_path: Path
 ) -> None:
     """Through the command line, as people do it."""
-    out, steps = tmp_path / "run", 30
+    out, steps = tmp_path / "run", 20
     process = start_training(scenes_root, out, steps, workers=0)
     wait_for_steps(process, out, 2)
     os.killpg(process.pid, signal.SIGINT)

@@ -168,7 +168,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         slot, _, key = name.partition(".")
         slots.setdefault(int(slot) if slot.isdecimal() else -1, {})[key] = value
     wanted = {slot for group in state["param_groups"] for slot in group["params"]}
-    if not slots or set(slots) - wanted or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values()):
+    if (
+        not slots
+        or set(slots) - wanted
+        or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values())
+    ):
         raise DcrisError(
             f"{path / _OPTIMIZER} is not of this model; delete {path} to go on from the checkpoint before it"
         )

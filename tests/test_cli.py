@@ -1,0 +1,386 @@
+"""What a person types, end to end: results where they are promised, and one plain sentence where something is wrong."""
+
+import json
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from conftest import TinyRefer
+from dcris import Segmenter
+from dcris.cli import main
+from dcris.engine.checkpoint import list_checkpoints
+from runs import assert_same_run, leftovers
+
+COMMANDS = ["quickstart", "data check", "data scenes", "train", "evaluate", "predict", "recipes"]
+QUICK = shlex.split(
+    "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
+)
+RESULT_KEYS = {"miou", "oiou", *(f"prec@0.{digit}" for digit in "56789"), "references", "expressions", "dataset"}
+RESULT_KEYS |= {"split", "protocol", "weights_sha256", "version"}
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photos" / "COCO_train2014_000000000042.jpg"
+    path.parent.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).resize((60, 45), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def dcris(*words: object) -> int:
+    """One command, in this process."""
+    return main([str(word) for word in words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must fail as bad input does, and return its sentence."""
+    code = dcris(*words)
+    complaint = capsys.readouterr().err
+    assert code == 2, complaint
+    assert complaint.startswith("dcris: ")
+    assert complaint.count("\n") == 1
+    assert complaint.endswith("\n")
+    return complaint
+
+
+# ---- everything in turn --------------------------------------------------------------------------------------------------
+
+
+def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The way of somebody who has nothing yet: scenes, check, train, evaluate, predict."""
+    data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
+    assert dcris("data", "scenes", data, "--train", 5, "--val", 0, "--test", 2, "--seed", 1) == 0
+    assert dcris("data", "check", data, "--dataset", "scenes", "--deep", "--json") == 0
+    printed = capsys.readouterr().out
+    assert set(json.loads(printed[printed.index("{") :])) >= {"dataset", "splits"}
+    assert dcris("train", "dcris_tiny", "--data", data, "--out", run, *QUICK) == 0
+    assert "adapter" in capsys.readouterr().out
+    assert list_checkpoints(run)[-1].step == 3
+    result, report = tmp_path / "results" / "test.json", tmp_path / "results" / "test.html"
+    assert dcris("evaluate", run, "--data", data, "--split", "test", "--out", result, "--report", report) == 0
+    record = json.loads(result.read_text())
+    assert json.loads(capsys.readouterr().out) == record
+    assert record.keys() >= RESULT_KEYS
+    assert (record["dataset"], record["split"], record["protocol"]) == ("scenes", "test", "cris")
+    assert record["expressions"] >= record["references"] >= 4
+    assert "<html" in report.read_text()
+    images = data / "images/mscoco/images/train2014"
+    assert dcris("predict", run, images, "-e", "red circle", "-e", "the ring", "--out", out) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 14
+    assert len(json.loads((out / "predictions.json").read_text())) == 14
+    assert len(list(out.iterdir())) == 1 + 3 * 14
+    # A run can be run again from the configuration it left.
+    again = tmp_path / "again"
+    assert dcris("train", run / "config.json", "--data", data, "--out", again) == 0
+    assert (again / "config.json").read_text() == (run / "config.json").read_text()
+    assert_same_run(run, again)
+    assert not leftovers(tmp_path)
+
+
+def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Photographs and masks as they come: any size, grey, polygons and crowds."""
+    assert dcris("data", "check", refer_root, "--dataset", "cocomini") == 0
+    run = tmp_path / "run"
+    assert dcris("train", "dcris_tiny", "--data", refer_root, "--dataset", "cocomini", "--out", run, *QUICK) == 0
+    split = ("--split", "val", "--dataset", "refcoco")
+    assert dcris("evaluate", run, "--data", refer_root, *split) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(printed[printed.rindex("\n{\n") :])
+    assert record["dataset"] == "refcoco"
+    assert 0 <= record["miou"] <= 100
+
+
+def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+    """Masks, scores and COCO results say the same, at the photograph's size, whoever reads them."""
+    phrases = ["red circle", "the leftmost ring"]
+    scores = Segmenter.from_pretrained(trained_run, device="cpu").predict(photo, phrases, scores=True)
+    assert scores[0].probabilities is not None
+    threshold = float(np.median(scores[0].probabilities))
+    words = [word for phrase in phrases for word in ("-e", phrase)]
+    assert dcris("predict", trained_run, photo, *words, "--out", tmp_path / "out", "--threshold", threshold) == 0
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["phrase"] for entry in results] == phrases
+    areas = []
+    for number, entry in enumerate(results):
+        stem = tmp_path / "out" / f"{photo.stem}.{number}"
+        mask = np.array(Image.open(f"{stem}.mask.png"))
+        assert mask.shape == (45, 60)
+        assert set(np.unique(mask)) <= {0, 255}
+        areas.append(int((mask > 0).sum()))
+        np.testing.assert_array_equal(coco.decode(entry["segmentation"]), mask > 0)
+        probabilities = np.load(f"{stem}.scores.npy")
+        assert probabilities.dtype == np.float16
+        expected = scores[number].probabilities
+        assert expected is not None
+        np.testing.assert_allclose(probabilities, expected, atol=1e-3)
+        np.testing.assert_array_equal(expected > threshold, mask > 0)
+        assert Image.open(f"{stem}.overlay.png").size == (60, 45)
+        assert (entry["image_id"], entry["file_name"]) == (42, photo.name)
+        assert 0 <= entry["score"] <= 1
+        if areas[-1]:
+            assert entry["bbox"] == list(coco.toBbox(entry["segmentation"]))
+        else:
+            assert entry["bbox"] is None
+    assert 0 < areas[0] < 45 * 60
+    assert len(list((tmp_path / "out").iterdir())) == 7
+    assert not leftovers(tmp_path)
+
+
+def test_only_what_was_asked_for_is_written(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+    """Overlays of ten thousand photographs fill a disk."""
+    assert dcris("predict", trained_run, photo, "-e", "ring", "--out", tmp_path / "a", "--format", "mask", "coco") == 0
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{photo.stem}.0.mask.png", "predictions.json"}
+
+
+def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+    """Else a.jpg and a.png, or those of two folders, overwrite each other's masks and nobody notices."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for number, (folder, name) in enumerate([(0, "a.png"), (0, "a~2.png"), (1, "a.png"), (1, "a.bmp")]):
+        folders[folder].mkdir(exist_ok=True)
+        Image.new("RGB", (10 + number, 10)).save(folders[folder] / name)
+    out = tmp_path / "out"
+    assert dcris("predict", trained_run, *folders, "-e", "ring", "--out", out, "--format", "mask") == 0
+    assert sorted(Image.open(path).size[0] for path in out.iterdir()) == [10, 11, 12, 13]
+
+
+def odd_images(folder: Path) -> dict[str, tuple[int, int]]:
+    """Images as they come from scanners, phones and the web, with the height and width that a viewer shows."""
+    folder.mkdir()
+    picture = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(folder / "deep.png")
+    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "turned.jpg", exif=exif)
+    picture.convert("L").save(folder / "grey.webp")
+    picture.convert("1").save(folder / "black and white.tiff")
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    picture.save(folder / "größe 猫.JPG")
+    return {path.stem: (30, 40) for path in folder.iterdir()} | {"turned": (40, 30), "one": (1, 1)}
+
+
+def test_odd_images_are_answered(trained_run: Path, tmp_path: Path) -> None:
+    """At the size a viewer shows them."""
+    sizes = odd_images(tmp_path / "in")
+    out = tmp_path / "out"
+    assert dcris("predict", trained_run, tmp_path / "in", "-e", "the cup", "--out", out) == 0
+    assert len(sizes) == 9
+    for stem, size in sizes.items():
+        assert np.array(Image.open(out / f"{stem}.0.mask.png")).shape == size
+        assert np.load(out / f"{stem}.0.scores.npy").shape == size
+
+
+@pytest.mark.slow
+def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
+    """A panorama or a scan of 108 million pixels."""
+    Image.new("RGB", (12_000, 9_000), "green").save(tmp_path / "large.jpg")
+    assert dcris("predict", trained_run, tmp_path / "large.jpg", "-e", "left", "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "large.0.mask.png") as mask:
+        assert mask.size == (12_000, 9_000)
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "COMMAND"),
+        ("data", "COMMAND"),
+        ("fly", "fly"),
+        ("predict RUN PHOTO --out OUT", "-e"),
+        ("predict RUN -e ring --out OUT", "IMAGE_OR_FOLDER"),
+        ("predict RUN PHOTO -e ring --out OUT --colour red", "--colour"),
+        ("predict RUN PHOTO -e ring --out OUT --format jpeg", "jpeg"),
+        ("predict RUN PHOTO -e ring --out OUT --threshold 2", "threshold"),
+        ("predict RUN PHOTO -e ring --out OUT --threshold much", "much"),
+        ("predict RUN PHOTO -e '' --out OUT", "empty"),
+        ("predict RUN PHOTO -e ring -e '  ' --out OUT", "empty"),
+        ("predict RUN ABSENT -e ring --out OUT", "absent"),
+        ("predict RUN EMPTY -e ring --out OUT", "no images"),
+        ("predict RUN NOIMAGE -e ring --out OUT", "notes.jpg"),
+        ("predict ABSENT PHOTO -e ring --out OUT", "no checkpoint"),
+        ("predict EMPTY PHOTO -e ring --out OUT", "holds no checkpoint"),
+        ("predict CUT PHOTO -e ring --out OUT", "cut short"),
+        ("predict RUN PHOTO -e ring --out OUT --device cuda:99", "cuda:99"),
+        ("predict RUN PHOTO -e ring --out OUT --device tpu", "tpu"),
+        ("predict RUN PHOTO -e ring --out NOIMAGE", "cannot write"),
+        ("predict RUN PHOTO -e ring --out NOIMAGE/deeper", "cannot write"),
+        ("evaluate RUN --data DATA --split dev", "'dev'"),
+        ("evaluate RUN --data DATA --split test --protocol lavt", "lavt"),
+        ("evaluate RUN --data DATA --dataset refcoco9 --split test", "refcoco9"),
+        ("evaluate RUN --data ABSENT --split test", "absent"),
+        ("evaluate RUN --data DATA --split test --out NOIMAGE/a.json", "cannot write"),
+        ("evaluate CUT --data DATA --split test", "cut short"),
+        ("train dcris_xl --data DATA --out OUT", "dcris_xl"),
+        ("train dcris_tiny --data DATA --out OUT --train.lrr 1", "train.lrr"),
+        ("train dcris_tiny --data DATA --out OUT --train.lr fast", "train.lr"),
+        ("train dcris_tiny --data DATA --out OUT --train.lr -1", "train.lr"),
+        ("train dcris_tiny --data DATA --out OUT --train.lr NaN", "train.lr"),
+        ("train dcris_tiny --data DATA --out OUT --train.lr", "no value"),
+        ("train dcris_tiny --data DATA --out OUT --model.visual_adapter.layers [1,99]", "layers"),
+        ("train dcris_tiny --data DATA --out OUT --lr 1", "--lr"),
+        ("train dcris_tiny --data DATA --out OUT --data.train_split dev", "'dev'"),
+        ("train dcris_tiny --data DATA --dataset nowhere --out OUT", "nowhere"),
+        ("train dcris_tiny --data ABSENT --out OUT", "absent"),
+        ("train dcris_tiny --data DATA --out NOIMAGE", "cannot write"),
+        ("train dcris_tiny --data DATA --out RUN", "already holds a run"),
+        ("train dcris_tiny --data DATA --out OUT --device cuda:99", "cuda:99"),
+        ("train ABSENT.json --data DATA --out OUT", "absent.json"),
+        ("train dcris_b --data DATA --dataset scenes --out OUT", "dinov2-base"),
+        ("data check ABSENT --dataset scenes", "absent"),
+        ("data check DATA --dataset scenes --split-by unc", "unc"),
+        ("data check DATA", "--dataset"),
+        ("data scenes OUT --train -1", "-1"),
+        ("data scenes OUT --train 0 --val 0 --test 0", "zero"),
+        ("data scenes DATA --train 1", "scenes"),
+        ("data scenes NOIMAGE --train 1", "notes.jpg"),
+        ("recipes --show dcris_xl", "dcris_xl"),
+        ("quickstart --seed x", "x"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    words: str,
+    sentence: str,
+    trained_run: Path,
+    scenes_root: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2, one line that names what is wrong, no traceback, and no half result that looks like a whole one."""
+    (tmp_path / "notes.jpg").write_text("these are notes")
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": trained_run, "DATA": scenes_root, "PHOTO": photo, "OUT": tmp_path / "out"}
+    places |= {"ABSENT": tmp_path / "absent", "EMPTY": tmp_path / "empty", "NOIMAGE": tmp_path / "notes.jpg"}
+    if "CUT" in words:
+        places["CUT"] = Path(shutil.copytree(trained_run, tmp_path / "cut"))
+        for path in (tmp_path / "cut").rglob("model.safetensors"):
+            path.write_bytes(path.read_bytes()[:5000])
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    before = {path for root in (tmp_path, trained_run, scenes_root) for path in root.rglob("*")}
+    assert sentence in refused(capsys, *shlex.split(words))
+    after = {path for root in (tmp_path, trained_run, scenes_root) for path in root.rglob("*")}
+    # The folder for the results may be there, but nothing in it.
+    assert after - before <= {tmp_path / "out"}
+    assert (tmp_path / "notes.jpg").read_text() == "these are notes"
+
+
+class Hostile:
+    """Pickled, it asks whoever opens it to run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch HACKED",)
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut refs", "hostile pickle", "no mask", "no pictures", "broken json", "two splits"]
+)
+def test_bad_data_is_one_sentence(
+    tiny_refer: TinyRefer,
+    damage: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From `data check` and from `train` alike, whatever a mirror or a half download handed out."""
+    monkeypatch.chdir(tmp_path)
+    if damage == "no mask":
+        del tiny_refer.instances["annotations"][2]["segmentation"]
+    root = tiny_refer.write()
+    if damage == "cut refs":
+        tiny_refer.pickle_path.write_bytes(tiny_refer.pickle_path.read_bytes()[:300])
+    if damage == "hostile pickle":
+        tiny_refer.pickle_path.write_bytes(pickle.dumps([Hostile()]))
+    if damage == "no pictures":
+        for path in tiny_refer.image_folder.iterdir():
+            path.unlink()
+    if damage == "broken json":
+        tiny_refer.json_path.write_text(tiny_refer.json_path.read_text()[:100])
+    if damage == "two splits":
+        shutil.copy(tiny_refer.pickle_path, tiny_refer.pickle_path.with_name("refs(other).p"))
+    words = {
+        "cut refs": "cut short",
+        "hostile pickle": "do not trust it",
+        "no mask": "annotation 73",
+        "no pictures": "",
+        "broken json": "instances.json",
+        "two splits": "--split-by",
+    }
+    assert words[damage] in refused(capsys, "data", "check", root, "--dataset", "tiny")
+    train = ("train", "dcris_tiny", "--data", root, "--dataset", "tiny", "--out", tmp_path / "run")
+    assert words[damage] in refused(capsys, *train, *QUICK)
+    assert not (tmp_path / "HACKED").exists()
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+# ---- the program itself --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", "data", *COMMANDS])
+def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a person has to guess how the arguments go together."""
+    with pytest.raises(SystemExit) as leave:
+        dcris(*command.split(), "--help")
+    assert leave.value.code == 0
+    printed = capsys.readouterr().out
+    if command != "data":
+        assert f"example: dcris {command}".rstrip() in " ".join(printed.split())
+
+
+def test_examples_of_the_help_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the first thing a person copies does not work."""
+    from dcris.cli import _parser
+
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            dcris(*command.split(), "--help")
+        example = " ".join(capsys.readouterr().out.split()).partition("example: dcris ")[2]
+        args, rest = _parser().parse_known_args(shlex.split(example))
+        assert not rest or args.name == "train", example
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """With exact numbers, which papers quote."""
+    assert dcris("recipes", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["dcris_tiny"]["adapters"] > 0 == rows["fixed_tiny"]["adapters"]
+    assert dcris("recipes") == 0
+    assert f"{rows['dcris_b']['adapters']:,}" in capsys.readouterr().out
+    assert dcris("recipes", "--show", "dcris_tiny") == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "dcris_tiny"
+
+
+def in_a_process(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_is_quick() -> None:
+    """It imports neither torch nor numpy, which takes seconds on a cold disk."""
+    code = "import sys; from dcris.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    done = in_a_process("-c", code + "print({'torch', 'numpy', 'cv2', 'PIL', 'pydantic'} & set(sys.modules))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
+def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+    """Through `python -m dcris`, as scripts see it: 0 with nothing on stderr, 2 with one line."""
+    command = ("-m", "dcris", "predict", str(trained_run), str(photo), "--out", str(tmp_path / "out"))
+    good, bad = in_a_process(*command, "-e", "ring"), in_a_process(*command, "-e", "")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("dcris: ")
+    assert bad.stderr.count("\n") == 1
