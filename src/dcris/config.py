@@ -163,6 +163,8 @@ class TrainConfig(Section):
     """Epochs at which a step schedule multiplies the learning rate by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's memory of the gradient and of its square; a run of few steps wants a shorter one of the square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients are scaled down to this norm; None leaves them."""

@@ -43,7 +43,8 @@ KINDS = ("attribute", "place", "ordinal", "superlative", "relation")
 # Radius as a share of the picture's side, by size; the gaps between them keep "small" and "medium" apart.
 _RADII = {"small": (0.075, 0.09), "medium": (0.115, 0.135), "big": (0.17, 0.195)}
 _SYNONYMS = {"small": ("small", "little", "tiny"), "medium": ("medium",), "big": ("big", "large")}
-_KIND_WEIGHTS = {"attribute": 3.0, "place": 3.0, "ordinal": 1.5, "superlative": 2.0, "relation": 2.0}
+_SIZE_SHARES = (0.25, 0.35, 0.4)
+_KIND_WEIGHTS = {"attribute": 3.0, "place": 3.0, "ordinal": 1.0, "superlative": 2.0, "relation": 2.0}
 _PHRASES_PER_OBJECT = 3
 _OBJECTS_PER_SCENE = 3
 _MARGIN = 0.08  # of the side: nearer than this, people disagree on what is further left
@@ -429,7 +430,7 @@ def _arrange(rng: np.random.Generator) -> list[Thing]:
     for number in range(count):
         # The first two share a shape, so that there is always a target with a distractor.
         shape = shapes[0] if number < 2 else _pick(rng, shapes)
-        size = _pick(rng, SIZES)
+        size = str(rng.choice(SIZES, p=_SIZE_SHARES))
         for _ in range(30):
             radius = float(rng.uniform(*_RADII[size]))
             x, y = rng.uniform(radius * 0.9, 1 - radius * 0.9, size=2).tolist()

@@ -133,7 +133,9 @@ def train(
     model.to(device).train()
     towers = identify_towers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.Adam(
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
     first = 0
     if checkpoints:
         load_trained(model, checkpoints[-1].path)
