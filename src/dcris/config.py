@@ -19,6 +19,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Count = Annotated[int, Field(gt=0)]
 Layers = tuple[Annotated[int, Field(ge=0)], ...]
 Channels = tuple[float, float, float]
+Revision = Annotated[str, Field(min_length=1)]
 
 CLIP_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
@@ -35,7 +36,9 @@ class VisionConfig(Section):
     """The shape of a DINOv2 tower."""
 
     name: str = "dinov2-base"
-    """Which weights fill it: a name from dcris.encoders.weights."""
+    """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
+    revision: Revision = "main"
+    """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
     width: Count = 768
     depth: Count = 12
     heads: Count = 12
@@ -45,13 +48,17 @@ class VisionConfig(Section):
     """Side of the position table."""
     position_rule: PositionRule = "offset"
     """How positions are brought to another grid; see dcris.encoders.dinov2.interpolate_positions."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """The blocks' second half: "swiglu" in the giant alone; see dcris.encoders.blocks."""
 
 
 class TextConfig(Section):
     """The shape of a CLIP text tower."""
 
     name: str = "clip-vit-base-patch16"
-    """Which weights fill it: a name from dcris.encoders.weights."""
+    """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
+    revision: Revision = "main"
+    """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
     tokenizer: Literal["clip", "tiny"] = "clip"
     width: Count = 512
     depth: Count = 12
@@ -238,6 +245,8 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
 
 _MAY_CHANGE = {"recipe", "data.workers", "data.val_split", "train.epochs", "train.max_steps"}
 _MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last"}
+# Naming the commit is how a run goes on after its branch has moved; that the towers are the same is checked by their hashes.
+_MAY_CHANGE |= {"model.vision.revision", "model.text.revision"}
 
 
 def refuse_other_run(before: RunConfig, now: RunConfig, where: Path) -> None:

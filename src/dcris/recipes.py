@@ -19,6 +19,27 @@ from dcris.config import (
 )
 from dcris.errors import DcrisError
 
+VISION_TOWERS: dict[str, VisionConfig] = {
+    tower.name: tower
+    for tower in (
+        VisionConfig(name="dinov2-small", width=384, heads=6),
+        VisionConfig(name="dinov2-base"),
+        VisionConfig(name="dinov2-large", width=1024, depth=24, heads=16),
+        VisionConfig(name="dinov2-giant", width=1536, depth=40, heads=24, mlp="swiglu"),
+    )
+}
+"""The published DINOv2 towers with registers, by name."""
+
+TEXT_TOWERS: dict[str, TextConfig] = {
+    tower.name: tower
+    for tower in (
+        TextConfig(name="clip-vit-base-patch16"),
+        TextConfig(name="clip-vit-base-patch32"),
+        TextConfig(name="clip-vit-large-patch14", width=768, heads=12, sentence_width=768),
+    )
+}
+"""The published CLIP text towers, by name."""
+
 
 def dcris_b() -> RunConfig:
     """DCRIS-B on RefCOCO (table 1): two A100, batch 32, 50 epochs. Paper: IoU 76.4 / 77.9 / 73.7. Here: unmeasured."""
@@ -30,7 +51,7 @@ def dcris_l() -> RunConfig:
     return RunConfig(
         recipe="dcris_l",
         model=ModelConfig(
-            vision=VisionConfig(name="dinov2-large", width=1024, depth=24, heads=16),
+            vision=VISION_TOWERS["dinov2-large"],
             visual_adapter=DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22)),
             head=HeadConfig(taps=(8, 16)),
         ),

@@ -94,6 +94,28 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP: silu(gate) * value, gate and value from one projection (DINOv2-giant)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Two thirds of the plain MLP's 4 * width, so that three matrices weigh what two did; rounded up to eights.
+        hidden = (8 * width // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, P, D] -> [B, P, D]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def _make_mlp(width: int, kind: Literal["gelu", "quick_gelu", "swiglu"]) -> nn.Module:
+    if kind == "swiglu":
+        return SwiGLU(width)
+    return MLP(width, nn.GELU() if kind == "gelu" else QuickGELU())
+
+
 class Block(nn.Module):
     """A pre-norm transformer block in two halves, each with a slot.
 
@@ -108,7 +130,7 @@ class Block(nn.Module):
         *,
         causal: bool = False,
         layer_scale: bool = True,
-        activation: Literal["gelu", "quick_gelu"] = "gelu",
+        mlp: Literal["gelu", "quick_gelu", "swiglu"] = "gelu",
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -117,7 +139,7 @@ class Block(nn.Module):
         self.attention_slot = Slot()
         self.scale1 = LayerScale(width) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, nn.GELU() if activation == "gelu" else QuickGELU())
+        self.mlp = _make_mlp(width, mlp)
         self.mlp_slot = Slot()
         self.scale2 = LayerScale(width) if layer_scale else nn.Identity()
 

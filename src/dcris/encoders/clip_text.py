@@ -34,10 +34,12 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        self.source: dict[str, str] = {}
+        """Where its weights came from, as dcris.encoders.weights.fill_tower found out."""
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Parameter(torch.empty(config.length, config.width))
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, causal=True, layer_scale=False, activation="quick_gelu", eps=1e-5)
+            Block(config.width, config.heads, causal=True, layer_scale=False, mlp="quick_gelu", eps=1e-5)
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-5)

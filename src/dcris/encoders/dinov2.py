@@ -37,6 +37,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.source: dict[str, str] = {}
+        """Where its weights came from, as dcris.encoders.weights.fill_tower found out."""
         width = config.width
         self.patch_embed = nn.Conv2d(3, width, config.patch, config.patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -44,7 +46,7 @@ class VisionTower(nn.Module):
         # Never read when segmenting; it is part of the published weights, which are read strictly.
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.positions = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads, mlp=config.mlp) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         for table in (self.class_token, self.registers, self.positions):
             nn.init.trunc_normal_(table, std=0.02)
