@@ -1,24 +1,40 @@
-"""Where the frozen towers' weights come from.
+"""Where the frozen towers' weights come from, and how they are filled: strictly.
 
-A tower's configuration names its weights. "tiny-vision" and "tiny-text" ship in the package; "random" leaves a tower as it was
-made, for tests and for measuring speed.
+A tower's configuration names its weights:
+- "dinov2-base", "clip-vit-base-patch16" and so on (recipes.VISION_TOWERS and TEXT_TOWERS) are fetched from the Hub, at the
+  revision beside the name, and cached;
+- the path of a file: what the Hub has, Meta's dinov2_*_reg4_pretrain.pth, OpenAI's ViT-*.pt, a plain state dict of either;
+- "tiny-vision" and "tiny-text" ship in the package;
+- "random" leaves a tower as it was made, for tests and for measuring speed.
 """
 
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 
 import torch
 from safetensors.torch import load as load_bytes
 from torch import Tensor, nn
 
 from dcris.config import ModelConfig
+from dcris.encoders.archives import StoredTensor, open_tensors
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
+from dcris.encoders.hub import fetch
 from dcris.errors import DcrisError
 
 RANDOM = "random"
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}
 _EMBEDDED_FILE = "tiny_towers.safetensors"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_VISION = {
+    f"dinov2-{size}": f"facebook/dinov2-with-registers-{size}" for size in ("small", "base", "large", "giant")
+}
+_HUB_TEXT = {
+    name: f"openai/{name}" for name in ("clip-vit-base-patch16", "clip-vit-base-patch32", "clip-vit-large-patch14")
+}
 
 
 def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> None:
@@ -26,22 +42,78 @@ def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> No
 
     Raises DcrisError where the weights cannot be had or do not fit the tower's shape.
     """
-    fill_tower(vision, config.vision.name)
-    fill_tower(text, config.text.name)
+    fill_tower(vision, config.vision.name, config.vision.revision)
+    fill_tower(text, config.text.name, config.text.revision)
 
 
-def fill_tower(tower: VisionTower | TextTower, name: str) -> None:
-    """Fill one tower with the weights of that name, strictly: every tensor of the right shape, and none left over."""
+def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> None:
+    """Fill one tower with the weights of that name, strictly, and note on it where they came from (`tower.source`).
+
+    Raises DcrisError where there are no such weights, where they cannot be fetched or read, and where a tensor is missing,
+    left over or of another shape.
+    """
+    layouts, published = (VISION_LAYOUTS, _HUB_VISION) if isinstance(tower, VisionTower) else (TEXT_LAYOUTS, _HUB_TEXT)
     if name == RANDOM:
         return
-    if name not in _EMBEDDED:
-        raise DcrisError(
-            f"this version of dcris cannot load the weights {name!r}; it carries {', '.join(_EMBEDDED)} (recipe dcris_tiny)"
-        )
-    prefix = _EMBEDDED[name]
-    stored = load_bytes((resources.files("dcris.assets") / _EMBEDDED_FILE).read_bytes())
-    tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-    copy_strictly(tower_state(tower), tensors, name)
+    if name in _EMBEDDED:
+        prefix = _EMBEDDED[name]
+        stored = load_bytes((resources.files("dcris.assets") / _EMBEDDED_FILE).read_bytes())
+        tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        copy_strictly(tower_state(tower), tensors, name)
+    elif name in published:
+        file = fetch(published[name], revision, _HUB_FILES)
+        fill_from_file(tower, file.path, layouts)
+        tower.source = {"source": f"{file.repo}/{file.name}", "revision": file.commit}
+    elif Path(name).is_file():
+        fill_from_file(tower, Path(name), layouts)
+        tower.source = {"source": Path(name).name}
+    else:
+        known = ", ".join((*published, *_EMBEDDED))
+        raise DcrisError(f"there are no weights {name!r}: it is neither a file nor one of {known}")
+
+
+def fill_from_file(tower: nn.Module, path: Path, layouts: Sequence[Layout]) -> None:
+    """Copy a published file into a tower, one tensor at a time, so that no second copy of all is ever in memory.
+
+    Numbers of half precision become float32. Raises DcrisError, before anything is copied, naming the first tensor that is
+    missing, of another shape, or that nothing here has a place for; and where the file is damaged.
+    """
+    stored = open_tensors(path)
+    layout = next((layout for layout in layouts if layout.marker in stored), None)
+    if layout is None:
+        kinds = ", nor ".join(f"{layout.title} ({layout.marker})" for layout in layouts)
+        raise DcrisError(f"{path} is neither {kinds}: none of these tensors is in it")
+    target = tower_state(tower)
+    plan = {name: layout.parts(name) for name in target}
+    for name, parts in plan.items():
+        for part in parts:
+            _check_part(stored, part, _shape_of_part(target[name], len(parts), name in layout.transposed), path)
+    used = {part for parts in plan.values() for part in parts}
+    for part in stored:
+        if part not in used and not part.startswith(layout.needless):
+            raise DcrisError(f"{path} has a tensor {part} that this model has no place for; it is for another model")
+    with torch.no_grad():
+        for name, parts in plan.items():
+            tensors = [stored[part].read() for part in parts]
+            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            target[name].copy_(whole.T if name in layout.transposed else whole)
+
+
+def _shape_of_part(whole: Tensor, parts: int, transposed: bool) -> tuple[int, ...]:
+    shape = tuple(whole.shape)
+    if transposed:
+        return shape[::-1]
+    return (shape[0] // parts, *shape[1:]) if parts > 1 else shape
+
+
+def _check_part(stored: dict[str, StoredTensor], part: str, shape: tuple[int, ...], path: Path) -> None:
+    if part not in stored:
+        raise DcrisError(f"{path} has no tensor {part}; it is not for this model, or is cut short")
+    if stored[part].shape != shape:
+        shapes = f"{list(stored[part].shape)}, while this model needs {list(shape)}"
+        raise DcrisError(f"the tensor {part} of {path} has the shape {shapes}; it is for another model")
+    if not stored[part].floating:
+        raise DcrisError(f"the tensor {part} of {path} holds whole numbers; quantised weights cannot be loaded")
 
 
 def tower_state(tower: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,111 @@
+"""Files of repositories on the Hugging Face Hub, fetched once and kept in its cache.
+
+Everything is huggingface_hub's: the cache (HF_HOME), HF_HUB_OFFLINE, HF_ENDPOINT, tokens, progress bars, and going on where a
+connection broke. What is added here: one sentence for each way it can fail, and a look at the checksum of what arrived.
+"""
+
+import errno
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcris.errors import DcrisError
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of the Hub in the local cache."""
+
+    path: Path
+    repo: str
+    name: str
+    commit: str
+    """The commit that the revision asked for stood for."""
+
+
+def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
+    """The first of the files `names` that the repository has at a revision (branch, tag or commit), from the cache or the Hub.
+
+    A file in the cache needs no network where the revision is a commit; for a branch the Hub is asked whether it has moved,
+    and the cached file serves where it cannot be reached.
+
+    Raises DcrisError where there is no such repository, revision or file; where the Hub cannot be reached, or is not to be,
+    and the cache lacks the file; where the disk is full; and where what arrived is damaged.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = {name: try_to_load_from_cache(repo, name, revision=revision) for name in names}
+    # What is cached comes first: without a network, asking for any other name takes half a minute to fail.
+    for name in sorted(names, key=lambda name: not isinstance(cached[name], str)):
+        try:
+            path = Path(hf_hub_download(repo, name, revision=revision, library_name="dcris"))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # nothing is said of the repository: it could not be asked
+                raise _explain(error, repo, revision) from error
+        except (
+            Exception
+        ) as error:  # each release has its own network library, and each of those its own family of errors
+            raise _explain(error, repo, revision) from error
+        else:
+            if str(path) != cached[name]:
+                _verify(path, repo)
+            return HubFile(path, repo, name, path.parent.name)  # CACHE/models--.../snapshots/COMMIT/NAME
+    raise DcrisError(f"{repo} at revision {revision} has no file {' or '.join(names)}; is the revision right?")
+
+
+def _verify(path: Path, repo: str) -> None:
+    """Compare a large file that has just arrived with its SHA-256, by which the cache names it; small ones have none.
+
+    The size has been compared by huggingface_hub. This is done once: it takes a second or two per gigabyte.
+    """
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink()
+            blob.unlink()
+            raise DcrisError(
+                f"{path.name} of {repo} arrived damaged: its SHA-256 is {found}, not {blob.name}; "
+                "it has been deleted, so try again"
+            )
+
+
+def _explain(error: Exception, repo: str, revision: str) -> DcrisError:
+    """One sentence for what huggingface_hub, the network library below it or the disk said."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return DcrisError(
+            f"{repo} is open only to people who accepted its terms; do so there, then run `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DcrisError(f"there is no repository {repo} on {constants.ENDPOINT}, or it is private (`hf auth login`)")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DcrisError(
+            f"{repo} has no revision {revision}; give a branch, a tag or a whole commit hash, or leave it out"
+        )
+    file_instead = "give the path of a file in place of the name"
+    if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
+        return DcrisError(
+            f"{repo} at revision {revision} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching "
+            f"it; unset that once, or {file_instead}"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        return DcrisError(
+            f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({reason}); "
+            f"check the network, or {file_instead}"
+        )
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):  # hf_xet, which large files come through, has only words
+        return DcrisError(
+            f"the disk of the cache {constants.HF_HUB_CACHE} is full; free some space there, or set HF_HOME to another place"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return DcrisError(f"cannot write to the cache {constants.HF_HUB_CACHE}: {error.strerror or error}; set HF_HOME")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DcrisError(f"fetching {repo} from {constants.ENDPOINT} failed ({reason}); try again, or {file_instead}")
