@@ -11,6 +11,7 @@ Nothing in a checkpoint can run code.
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,14 @@ class Checkpoint:
 
 
 Towers = dict[str, dict[str, str]]
-"""The frozen towers by "vision" and "text": the name of their weights, and their SHA-256."""
+"""The frozen towers by "vision" and "text": the name of their weights and their SHA-256; and where they are known, the file's
+"source" and the Hub's "revision"."""
 
 
 def identify_towers(model: DCRIS) -> Towers:
     """Name a model's frozen towers. Reads every weight: a second or two for the large ones."""
     return {
-        name: {"name": part.config.name, "sha256": fingerprint(tower_state(part))}
+        name: {"name": part.config.name, **part.source, "sha256": fingerprint(tower_state(part))}
         for name, part in (("vision", model.vision), ("text", model.text))
     }
 
@@ -134,7 +136,7 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
     the adapters were trained on.
     """
     path = find_checkpoint(path)
-    config = load_config(path / _CONFIG)
+    config = _pin(load_config(path / _CONFIG), _read_towers(path))
     model = DCRIS(config.model)
     load_towers(model.vision, model.text, config.model)
     load_trained(model, path)
@@ -143,20 +145,41 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
 
 def load_trained(model: DCRIS, path: Path) -> None:
     """Copy a checkpoint's adapters and head into a model whose towers are filled. Raises as load_checkpoint does."""
-    tensors, metadata = _read_tensors(path / _MODEL)
+    tensors, _ = _read_tensors(path / _MODEL)
+    towers = _read_towers(path)
+    for name, tower in identify_towers(model).items():
+        recorded = towers.get(name, {})
+        if recorded.get("sha256") != tower["sha256"]:
+            revision = f" of revision {recorded['revision']}" if "revision" in recorded else ""
+            raise DcrisError(
+                f"{path} was trained on another {name} tower than {tower['name']} as found here; its adapters mean nothing "
+                f"on these weights, so load the tower it names, {recorded.get('name')}{revision}, or train again"
+            )
+    copy_strictly(trained_state(model), tensors, str(path / _MODEL))
+
+
+def _pin(config: RunConfig, towers: Towers) -> RunConfig:
+    """The configuration with the Hub's commits that the checkpoint was trained on: "main" may have moved since."""
+    model = config.model
+    for part in ("vision", "text"):
+        section, recorded = getattr(model, part), towers.get(part, {})
+        commit = recorded.get("revision", "")
+        if recorded.get("name") == section.name and re.fullmatch("[0-9a-f]{40,64}", commit):
+            pinned = section.model_copy(update={"revision": commit})
+            model = model.model_copy(update={part: pinned})
+    return config.model_copy(update={"model": model})
+
+
+def _read_towers(path: Path) -> Towers:
+    """Which towers a checkpoint says it was trained on. Raises DcrisError where it does not say."""
+    _, metadata = _read_tensors(path / _MODEL, names=())
     try:
-        hashes = {name: entry["sha256"] for name, entry in json.loads(metadata["towers"]).items()}
+        towers = json.loads(metadata["towers"])
+        return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DcrisError(
             f"{path / _MODEL} does not say which towers it was trained on; it was not written by dcris"
         ) from error
-    for name, tower in identify_towers(model).items():
-        if hashes.get(name) != tower["sha256"]:
-            raise DcrisError(
-                f"{path} was trained on another {name} tower than {tower['name']} as found here; its adapters mean nothing "
-                "on these weights, so load the tower it names or train again"
-            )
-    copy_strictly(trained_state(model), tensors, str(path / _MODEL))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -179,10 +202,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors (those of `names`, or all) and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            wanted = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
     except FileNotFoundError as error:
         raise DcrisError(f"the checkpoint has no file {path}") from error
     except (SafetensorError, OSError) as error:

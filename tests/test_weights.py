@@ -1,0 +1,491 @@
+"""Published weights, in each form they come in, fill the towers exactly; what does not fit is refused by name."""
+
+import errno
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, file_download
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, Dinov2WithRegistersConfig
+from transformers import Dinov2WithRegistersModel as HubVision
+
+from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse_other_run
+from dcris.encoders import weights
+from dcris.encoders.archives import StoredTensor, open_tensors
+from dcris.encoders.clip_text import TextTower
+from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.hub import fetch
+from dcris.encoders.weights import fill_tower, tower_state
+from dcris.engine.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
+from dcris.errors import DcrisError
+from dcris.model.dcris import DCRIS
+from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
+from hub import Hub
+from models import TINY_TEXT, TINY_VISION, error, images, tiny_config, tokens_ending_at
+from published import archive_without_program, as_meta, hub_clip, hub_dinov2, openai_clip, saved, written
+
+VISION_REPO, TEXT_REPO = "facebook/dinov2-with-registers-base", "openai/clip-vit-base-patch16"
+VISION, TEXT = "dinov2-base", "clip-vit-base-patch16"
+GIANT = TINY_VISION.model_copy(update={"mlp": "swiglu"})
+# Archives in OpenAI's form can only be made by what newer releases of torch advise against.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+TOLERANCE = 2e-5  # of float32 numbers about 1
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that huggingface_hub takes for the real one, with an empty cache."""
+    with Hub() as server:
+        # What HF_ENDPOINT and HF_HOME set, had they been there when the library was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
+
+
+def vision_tower(shape: VisionConfig = TINY_VISION) -> VisionTower:
+    return VisionTower(shape).eval()
+
+
+def text_tower(shape: TextConfig = TINY_TEXT) -> TextTower:
+    return TextTower(shape).eval()
+
+
+def file_of(folder: Path, name: str, content: bytes) -> str:
+    path = folder / name
+    path.write_bytes(content)
+    return str(path)
+
+
+@torch.no_grad()
+def assert_same_images(tower: VisionTower, oracle: nn.Module) -> None:
+    pixels = images(2, 3, 5)
+    assert error(tower(pixels), oracle(pixels).last_hidden_state) < TOLERANCE
+
+
+@torch.no_grad()
+def assert_same_phrases(tower: TextTower, oracle: Callable[[Tensor], Tensor]) -> None:
+    tokens = tokens_ending_at((2, 5, 3), 7)
+    assert error(tower(tokens).sentence, oracle(tokens)) < TOLERANCE
+
+
+# What each form holds
+
+
+@pytest.mark.parametrize("shape", [TINY_VISION, GIANT], ids=["gelu", "swiglu"])
+def test_vision_tower_from_the_hub(hub: Hub, tmp_path: Path, shape: VisionConfig) -> None:
+    """Else the published DINOv2 gives features of another network, and nobody can tell from the scores why."""
+    oracle = hub_dinov2(shape)
+    commit = hub.push(VISION_REPO, {"model.safetensors": written(oracle, tmp_path / "m")})
+    tower = vision_tower(shape)
+    fill_tower(tower, VISION)
+    assert_same_images(tower, oracle)
+    assert tower.source == {"source": f"{VISION_REPO}/model.safetensors", "revision": commit}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_text_tower_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """Else CLIP's text half is misread, or its image half, three fifths of the file, fills the memory."""
+    oracle = hub_clip(TINY_TEXT)
+    content = written(oracle, tmp_path / "m")
+    if file.endswith(".bin"):  # the old files hold position numbers too
+        numbers = {f"{half}_model.embeddings.position_ids": torch.arange(12)[None] for half in ("text", "vision")}
+        content = saved({**load(content), **numbers})
+    hub.push(TEXT_REPO, {file: content})
+    read: list[str] = []
+
+    def spying(path: Path) -> dict[str, StoredTensor]:
+        def reader(name: str, stored: StoredTensor) -> StoredTensor:
+            return StoredTensor(stored.shape, stored.floating, lambda: read.append(name) or stored.read())
+
+        return {name: reader(name, stored) for name, stored in open_tensors(path).items()}
+
+    monkeypatch.setattr(weights, "open_tensors", spying)
+    tower = text_tower()
+    fill_tower(tower, TEXT)
+    assert_same_phrases(tower, lambda tokens: oracle.get_text_features(tokens).pooler_output)
+    assert tower.logit_scale.item() == oracle.logit_scale.item()
+    assert read
+    assert not [name for name in read if name.startswith(("vision", "visual")) or "position_ids" in name]
+
+
+@pytest.mark.parametrize("shape", [TINY_VISION, GIANT], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
+def test_vision_tower_from_metas_file(tmp_path: Path, shape: VisionConfig, in_zip: bool) -> None:
+    """Else people with the file Meta publishes, and no Hub, are left out."""
+    oracle = hub_dinov2(shape)
+    state = as_meta(load(written(oracle, tmp_path)), shape.depth)
+    path = tmp_path / "dinov2_vitb14_reg4_pretrain.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=in_zip)
+    tower = vision_tower(shape)
+    fill_tower(tower, str(path))
+    assert_same_images(tower, oracle)
+    assert tower.source == {"source": path.name}
+
+
+def test_text_tower_from_openais_archive(tmp_path: Path) -> None:
+    """Else a program out of a downloaded file runs: this one's is unreadable, so that nothing could have run it."""
+    oracle = openai_clip(TINY_TEXT)
+    path = tmp_path / "ViT-B-16.pt"
+    archive_without_program(oracle, path)
+    with pytest.raises(RuntimeError):
+        torch.jit.load(path)
+    tower = text_tower()
+    fill_tower(tower, str(path))
+    assert {value.dtype for value in tower_state(tower).values()} == {torch.float32}
+    assert_same_phrases(tower, oracle)
+
+
+def test_text_tower_from_openais_state_dict(tmp_path: Path) -> None:
+    """Else those who saved OpenAI's weights themselves cannot use them."""
+    oracle = openai_clip(TINY_TEXT)
+    tower = text_tower()
+    fill_tower(tower, file_of(tmp_path, "clip.pt", saved(oracle.half().state_dict())))
+    assert_same_phrases(tower, oracle.float())
+
+
+def test_named_towers_have_the_published_sizes() -> None:
+    """Else the first thing a published file says to a tower of that name is that it does not fit."""
+    with torch.device("meta"):
+        for shape in VISION_TOWERS.values():
+            theirs = HubVision(
+                Dinov2WithRegistersConfig(
+                    hidden_size=shape.width,
+                    num_hidden_layers=shape.depth,
+                    num_attention_heads=shape.heads,
+                    image_size=518,
+                    patch_size=14,
+                    use_swiglu_ffn=shape.name == "dinov2-giant",
+                )
+            )
+            assert count(VisionTower(shape)) == count(theirs)
+        for shape in TEXT_TOWERS.values():
+            large = shape.name == "clip-vit-large-patch14"
+            sizes: dict[str, Any] = (
+                {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}
+            )
+            theirs = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=768 if large else 512))
+            assert count(TextTower(shape)) == count(theirs) + 1  # the scale belongs to both halves
+    assert set(VISION_TOWERS) == set(weights._HUB_VISION)
+    assert set(TEXT_TOWERS) == set(weights._HUB_TEXT)
+    assert CLIPConfig().text_config.max_position_embeddings == TextConfig().length
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# What does not fit
+
+
+def _hub_vision(folder: Path) -> dict[str, Tensor]:
+    return load(written(hub_dinov2(TINY_VISION), folder))
+
+
+def _hub_text(folder: Path) -> dict[str, Tensor]:
+    return load(written(hub_clip(TINY_TEXT), folder))
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Path], dict[str, Tensor]], str]] = {
+    "hub dinov2": (vision_tower, _hub_vision, "encoder.layer.2.attention.attention.key.weight"),
+    "meta dinov2": (vision_tower, lambda folder: as_meta(_hub_vision(folder), 4), "blocks.2.attn.qkv.weight"),
+    "hub clip": (text_tower, _hub_text, "text_projection.weight"),
+    "openai clip": (text_tower, lambda folder: openai_clip(TINY_TEXT).state_dict(), "text_projection"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fault", ["missing", "left over", "another shape", "whole numbers"])
+def test_the_first_tensor_that_does_not_fit_is_named(tmp_path: Path, family: str, fault: str) -> None:
+    """Else a file for another model is half used in silence, or a person is left to guess which."""
+    make, state_of, name = FAMILIES[family]
+    state = state_of(tmp_path)
+    if fault == "missing":
+        del state[name]
+        expected = f"no tensor {name};"
+    elif fault == "left over":
+        state["classifier.weight"] = torch.zeros(2)
+        expected = "a tensor classifier.weight that"
+    elif fault == "whole numbers":
+        state[name] = torch.zeros(state[name].shape, dtype=torch.int8)
+        expected = f"tensor {name} of .* holds whole numbers"
+    else:
+        rows, *rest = state[name].shape
+        state[name] = torch.zeros(rows + 3, *rest)
+        expected = rf"tensor {name} of .*\[{rows + 3}, .*needs \[{rows}, "
+    tower = make()
+    before = {key: value.clone() for key, value in tower_state(tower).items()}
+    with pytest.raises(DcrisError, match=expected):
+        fill_tower(tower, file_of(tmp_path, "weights.pth", saved(state)))
+    assert all(torch.equal(value, before[key]) for key, value in tower_state(tower).items())
+
+
+def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+    """Else a person who mixed up two files gets a stack trace."""
+    clip = file_of(tmp_path, "clip.pth", saved(openai_clip(TINY_TEXT).state_dict()))
+    with pytest.raises(DcrisError, match=r"neither DINOv2.*embeddings\.cls_token.*nor DINOv2.*cls_token"):
+        fill_tower(vision_tower(), clip)
+    with pytest.raises(DcrisError, match="entry 'epoch' is a int, no tensor"):
+        fill_tower(vision_tower(), file_of(tmp_path, "run.pth", saved({"epoch": 3})))
+    with pytest.raises(DcrisError, match="holds a list"):
+        fill_tower(vision_tower(), file_of(tmp_path, "list.pth", saved([1])))
+    with pytest.raises(DcrisError, match=r"no weights 'dinov3'.*dinov2-small, .*tiny-vision"):
+        fill_tower(vision_tower(), "dinov3")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 500, -40])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "old.pth", "archive.pt"])
+def test_cut_files_are_called_so(tmp_path: Path, name: str, keep: int) -> None:
+    """Else a download that broke off ends in a parser's traceback."""
+    path = tmp_path / name
+    if name == "archive.pt":
+        archive_without_program(openai_clip(TINY_TEXT), path)
+    elif name == "model.safetensors":
+        path.write_bytes(save(openai_clip(TINY_TEXT).state_dict()))
+    else:
+        torch.save(openai_clip(TINY_TEXT).state_dict(), path, _use_new_zipfile_serialization=name == "model.pth")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DcrisError, match=rf"{name} cannot be read as weights \(.*\); it may be cut short"):
+        fill_tower(text_tower(), str(path))
+
+
+class Trap:
+    """Unpickled carelessly, it leaves a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "archive"])
+def test_files_that_ask_to_run_code_are_refused(tmp_path: Path, kind: str) -> None:
+    """Else whoever can put a file on a mirror owns the machine of everyone who loads it."""
+    trace, path = tmp_path / "trace", tmp_path / "pytorch_model.bin"
+    state = {**openai_clip(TINY_TEXT).state_dict(), "positional_embedding": Trap(trace)}
+    if kind == "archive":
+        archive_without_program(openai_clip(TINY_TEXT), tmp_path / "good.pt")
+        with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(path, "w") as bad:
+            for entry in good.infolist():
+                harmless = not entry.filename.endswith("/data.pkl")
+                bad.writestr(entry.filename, good.read(entry) if harmless else pickle.dumps(Trap(trace), 2))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(DcrisError, match=r"pytorch_model\.bin asks to run code \(\w+\.mkdir\)"):
+        fill_tower(text_tower(), str(path))
+    assert not trace.exists()
+
+
+def test_archives_cannot_read_outside_their_numbers(tmp_path: Path) -> None:
+    """Else a crafted file copies whatever lies next to its numbers in memory into the weights."""
+    path = tmp_path / "a.pt"
+    archive_without_program(openai_clip(TINY_TEXT), path)
+    with zipfile.ZipFile(path) as whole:
+        entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    largest = max((name for name in entries if "/data/" in name), key=lambda name: len(entries[name]))
+    entries[largest] = entries[largest][:-2]
+    with zipfile.ZipFile(path, "w") as spoilt:
+        for name, content in entries.items():
+            spoilt.writestr(name, content)
+    with pytest.raises(DcrisError, match="cannot be read as weights"):
+        fill_tower(text_tower(), str(path))
+
+
+# The way from the Hub
+
+
+@pytest.fixture
+def served(hub: Hub) -> Hub:
+    """With one repository, whose only weights are in a .bin, so that both names are asked for."""
+    hub.push(VISION_REPO, {"pytorch_model.bin": bytes(range(256)) * 256})
+    return hub
+
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def test_a_cached_file_is_not_fetched_again(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every start moves 350 MB, and a train journey ends the work."""
+    first = fetch(VISION_REPO, "main", FILES)
+    assert first.name == "pytorch_model.bin"
+    assert first.path.read_bytes() == bytes(range(256)) * 256
+    assert served.bodies() == ["pytorch_model.bin"]
+    assert fetch(VISION_REPO, "main", FILES) == first
+    assert served.bodies() == ["pytorch_model.bin"]
+    asked = len(served.requests)
+    assert fetch(VISION_REPO, first.commit, FILES) == first
+    assert len(served.requests) == asked  # a commit cannot have changed
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch(VISION_REPO, "main", FILES) == first
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    served.stop()
+    assert fetch(VISION_REPO, "main", FILES) == first
+
+
+def test_a_revision_stays_what_it_was(served: Hub) -> None:
+    """Else a repository's owner changes what a published result was made with."""
+    old = fetch(VISION_REPO, "main", FILES)
+    served.push(VISION_REPO, {"model.safetensors": b"x" * 10, "pytorch_model.bin": b"new" * 100})
+    new = fetch(VISION_REPO, "main", FILES)
+    assert new.commit != old.commit
+    assert fetch(VISION_REPO, old.commit, FILES) == old
+
+
+def test_a_broken_download_goes_on_where_it_broke(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a bad line never gets a large file."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    served.cuts = [20_000, 30_000]
+    assert fetch(VISION_REPO, "main", FILES).path.read_bytes() == bytes(range(256)) * 256
+    ranges = [asked for method, _, asked in served.requests if method == "GET"]
+    assert ranges == [None, "bytes=20000-", "bytes=50000-"]
+
+
+def test_a_download_that_breaks_for_good_says_so(served: Hub, tmp_path: Path) -> None:
+    """Else half a file is taken for a whole one."""
+    served.cuts = [0] * 20
+    with pytest.raises(DcrisError, match=rf"fetching {VISION_REPO} from {served.url} failed \(.*\); try again"):
+        fetch(VISION_REPO, "main", FILES)
+    served.cuts = []
+    assert fetch(VISION_REPO, "main", FILES).path.stat().st_size == 256 * 256
+
+
+def test_what_arrives_damaged_is_not_kept(served: Hub) -> None:
+    """Else damaged weights stay in the cache for good, and every later run reads them."""
+    served.damage = True
+    with pytest.raises(DcrisError, match=r"pytorch_model\.bin of .* arrived damaged: its SHA-256 is .*try again"):
+        fetch(VISION_REPO, "main", FILES)
+    served.damage = False
+    assert fetch(VISION_REPO, "main", FILES).path.read_bytes() == bytes(range(256)) * 256
+
+
+def test_a_damaged_header_is_called_so(hub: Hub) -> None:
+    """Else a file that was damaged before it was published ends in a traceback."""
+    hub.push(VISION_REPO, {"model.safetensors": b"\x00" * 100})
+    with pytest.raises(
+        DcrisError, match=r"model\.safetensors cannot be read as weights .* delete it and fetch it again"
+    ):
+        fill_tower(vision_tower(), VISION)
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "names", "sentence"),
+    [
+        ("facebook/nothing", "main", FILES, "no repository facebook/nothing on http.*or it is private"),
+        (VISION_REPO, "v9", FILES, f"{VISION_REPO} has no revision v9; give a branch, a tag or a whole commit hash"),
+        (VISION_REPO, "main", ("a.safetensors", "b.bin"), r"revision main has no file a\.safetensors or b\.bin"),
+    ],
+    ids=["repository", "revision", "file"],
+)
+def test_what_the_hub_does_not_have(
+    served: Hub, repo: str, revision: str, names: tuple[str, ...], sentence: str
+) -> None:
+    """Else a typing mistake ends in a page of HTTP."""
+    with pytest.raises(DcrisError, match=sentence):
+        fetch(repo, revision, names)
+
+
+def test_no_network_and_no_cache(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a person on a machine without network is not told what to do instead."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DcrisError, match=rf"{VISION_REPO} at .* not in the cache .*HF_HUB_OFFLINE.*path of a file"):
+        fetch(VISION_REPO, "main", FILES)
+    assert not served.requests
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    served.stop()
+    with pytest.raises(
+        DcrisError, match=rf"not in the cache .*{served.url} cannot be reached \(.*refused.*path of a file"
+    ):
+        fetch(VISION_REPO, "main", FILES)
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "is full; free some space there, or set HF_HOME"),
+        (errno.EROFS, "cannot write to the cache .*HF_HOME"),
+    ],
+)
+def test_a_disk_that_takes_nothing(served: Hub, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
+    """Else a full disk looks like a fault of dcris."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", refuse)
+        with pytest.raises(DcrisError, match=sentence):
+            fetch(VISION_REPO, "main", FILES)
+    assert fetch(VISION_REPO, "main", FILES).path.is_file()
+
+
+def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
+    """Else HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which people's machines are set up with, are passed over."""
+    hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
+    program = (
+        "from dcris.config import VisionConfig; from dcris.encoders.dinov2 import VisionTower\n"
+        "from dcris.encoders.weights import fill_tower\n"
+        f"tower = VisionTower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
+        f"fill_tower(tower, '{VISION}'); print(tower.source['revision'])"
+    )
+    settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": ""}
+    settings = {key: value for key, value in settings.items() if value}
+
+    def run(**more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env={**settings, **more}, capture_output=True, text=True, check=False)
+
+    online = run()
+    assert online.returncode == 0, online.stderr
+    assert hub.bodies() == ["model.safetensors"]
+    hub.stop()
+    offline = run(HF_HUB_OFFLINE="1")
+    assert offline.stdout == online.stdout
+    assert list((tmp_path / "home/hub").glob("models--*"))
+
+
+def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path) -> None:
+    """Else a checkpoint cannot be loaded any more once its towers' repository has moved."""
+    shapes = {
+        "vision": TINY_VISION.model_copy(update={"name": VISION}),
+        "text": TINY_TEXT.model_copy(update={"name": TEXT}),
+    }
+    hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path / "v")})
+    hub.push(TEXT_REPO, {"model.safetensors": written(hub_clip(TINY_TEXT), tmp_path / "t")})
+    config = RunConfig(model=tiny_config(**shapes), data=DataConfig(word_length=12))
+    model = DCRIS(config.model)
+    weights.load_towers(model.vision, model.text, config.model)
+    towers = identify_towers(model)
+    optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+    saved_at = save_checkpoint(tmp_path / "run", model, towers, optimizer, config, 1, None).path
+    hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION, seed=1), tmp_path / "w")})
+    shutil.rmtree(tmp_path / "cache")
+    again, pinned = load_checkpoint(saved_at)
+    assert identify_towers(again) == towers
+    assert pinned.model.vision.revision == towers["vision"]["revision"]
+    refuse_other_run(config, pinned, saved_at)  # so that a run can go on there too
+    moved = DCRIS(config.model)
+    weights.load_towers(moved.vision, moved.text, config.model)
+    with pytest.raises(
+        DcrisError, match=f"another vision tower than {VISION} .* revision {towers['vision']['revision']}"
+    ):
+        load_trained(moved, saved_at)
