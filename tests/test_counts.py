@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from dcris.adapters.base import slots
+from dcris.adapters.base import adapters as adapters_of
 from dcris.adapters.dense_cross import DenseCrossAdapter
+from dcris.adapters.dense_text import DenseTextAdapter
 from dcris.adapters.text import TextAdapter
 from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, VisionConfig
 from dcris.model.dcris import DCRIS
+from dcris.recipes import get_recipe
 
 TABLE_5 = [
     ("[8]", "0.45"),
@@ -37,7 +39,7 @@ def shapes_only(config: ModelConfig) -> DCRIS:
 
 
 def adapters(model: DCRIS) -> int:
-    return count(slots(model.vision)) + count(slots(model.text))
+    return count(adapters_of(model.vision)) + count(adapters_of(model.text))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,8 @@ def test_one_text_adapter() -> None:
 
 def test_frozen_towers(base: DCRIS) -> None:
     """Else the towers cannot hold the published weights, and every percentage in the reports is off."""
-    assert count(base.vision) - count(slots(base.vision)) == 86_583_552
-    assert count(base.text) - count(slots(base.text)) == 63_428_097
+    assert count(base.vision) - count(adapters_of(base.vision)) == 86_583_552
+    assert count(base.text) - count(adapters_of(base.text)) == 63_428_097
 
 
 def test_head(base: DCRIS) -> None:
@@ -99,3 +101,29 @@ def test_every_row_of_table_5(position: str, millions: str) -> None:
     )
     assert adapters(model) == len(layers) * 449_008
     assert f"{adapters(model) / 1e6:.2f}" == millions
+
+
+def test_one_dense_text_adapter() -> None:
+    """Else DETRIS's published weights do not fit: by its code, 64 wide for CLIP's 512."""
+    convolutions = sum(
+        inputs * kernel * outputs + 3 * outputs  # weight and bias, and the batch norm's two
+        for inputs, kernel, outputs in ((64, 1, 32), (96, 1, 4), (4, 3, 16), (112, 1, 4), (4, 5, 16))
+    )
+    linear = 2 * 512 * 64 + 512 + 64
+    assert count(DenseTextAdapter(512, TextAdapterConfig(kind="dense"))) == convolutions + linear == 69_720
+
+
+@pytest.mark.parametrize(
+    ("recipe", "visual", "text"),
+    [
+        ("detris_b", 6 * 382_896, 6 * 69_720),
+        ("detris_l", 6 * 448_688, 6 * 69_720),
+        ("detris_l_mixed", 23 * 1_201_680, 11 * 517_520),
+    ],
+)
+def test_detris(recipe: str, visual: int, text: int) -> None:
+    """Else a recipe of the successor has the wrong widths or layers: per adapter, what the published classes count."""
+    config = get_recipe(recipe).model
+    model = shapes_only(config)
+    assert count(adapters_of(model.vision)) == visual
+    assert count(adapters_of(model.text)) == text

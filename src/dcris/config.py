@@ -83,8 +83,10 @@ class DenseCrossConfig(Section):
 
 
 class TextAdapterConfig(Section):
-    """The text adapter (equation 3)."""
+    """The text adapter."""
 
+    kind: Literal["plain", "dense"] = "plain"
+    """plain is the paper's (equation 3); dense is the published DETRIS code's, with convolutions along the sentence."""
     layers: Layers = (1, 3, 5, 7, 9, 11)
     width: Count = 64
     scale: float = 0.2
@@ -121,6 +123,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"visual_adapter.attention_width {visual.attention_width} does not divide into {visual.heads} heads"
             )
+        if (textual := self.text_adapter) and textual.kind == "dense" and textual.width % 16:
+            raise ValueError(f"text_adapter.width {textual.width} must be a multiple of 16 for the dense kind")
         for section, width, heads in (
             ("vision", self.vision.width, self.vision.heads),
             ("text", self.text.width, self.text.heads),

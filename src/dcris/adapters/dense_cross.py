@@ -8,23 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcris.adapters.dense import DenseAdapter
 from dcris.config import DenseCrossConfig
 from dcris.encoders.attention import MultiHeadAttention
-from dcris.encoders.blocks import Slot, SlotContext
+from dcris.encoders.blocks import SlotContext
 
 
-class ConvUnit(nn.Sequential):
-    """A convolution that keeps the grid, batch norm, ReLU. The convolution has a bias, as in the published code."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
-        super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2),
-            nn.BatchNorm2d(outputs, eps=1e-3),
-            nn.ReLU(inplace=True),
-        )
-
-
-class DenseCrossAdapter(Slot):
+class DenseCrossAdapter(DenseAdapter):
     """Equations 1 and 2, with the details of the authors' code for DETRIS.
 
     It reads what the MLP reads. Class and register tokens skip the convolutions and the attention.
@@ -33,13 +23,9 @@ class DenseCrossAdapter(Slot):
     reads_text = True
 
     def __init__(self, width: int, text_width: int, config: DenseCrossConfig) -> None:
-        super().__init__()
         r = config.width
+        super().__init__(width, r, dimensions=2)
         self.scale = config.scale
-        self.down = nn.Linear(width, r)
-        self.branch1 = ConvUnit(r, r // 2, 1)
-        self.branch2 = nn.Sequential(ConvUnit(r + r // 2, r // 16, 1), ConvUnit(r // 16, r // 4, 3))
-        self.branch3 = nn.Sequential(ConvUnit(r + r // 2 + r // 4, r // 16, 1), ConvUnit(r // 16, r // 4, 5))
         self.image_proj = nn.Linear(r, config.attention_width)
         self.text_proj = nn.Linear(text_width, config.attention_width)
         self.attention = MultiHeadAttention(config.attention_width, config.heads, config.dropout)
@@ -59,18 +45,9 @@ class DenseCrossAdapter(Slot):
         # F_v = ReLU(Linear_down(f_v))
         features = F.relu(self.down(normed))
         prefix, patches = features[:, : context.prefix], features[:, context.prefix :]
-        dense = self._dense(patches, context.grid)
+        dense = self.dense(patches.transpose(1, 2).unflatten(-1, context.grid)).flatten(2).transpose(1, 2)
         # F_cross = MHCA(F_dense, f_t) + F_v. Padding tokens are attended to, as in the published code.
         text = self.text_proj(context.text)
         cross = self.back_proj(self.attention(self.image_proj(dense), text, text)) + patches
         adapted = self.up(torch.cat((2 * prefix, cross), dim=1))
         return output + self.scale * adapted
-
-    def _dense(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """F_dense of equation 1: [B, N, r] -> [B, N, r]."""
-        features = patches.transpose(1, 2).unflatten(-1, grid)
-        first = self.branch1(features)
-        second = self.branch2(torch.cat((features, first), dim=1))
-        third = self.branch3(torch.cat((features, first, second), dim=1))
-        dense = torch.cat((first, second, third), dim=1) + features
-        return dense.flatten(2).transpose(1, 2)

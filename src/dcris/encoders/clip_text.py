@@ -54,7 +54,8 @@ class TextTower(nn.Module):
         """[B, L] int64 tokens (start, words, end, padding 0; L at most the table's length) -> features.
 
         The sentence is read at the greatest id, which is the end token's in every vocabulary here, as CLIP does.
-        Attention is causal and padding comes last, so the sentence feature does not depend on L.
+        Attention is causal and padding comes last, so the sentence feature does not depend on L, unless an adapter looks ahead
+        (dcris.adapters.dense_text).
         """
         context = SlotContext()
         x = self.token_embedding(tokens) + self.positions[: tokens.shape[1]]

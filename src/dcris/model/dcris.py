@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dcris.adapters.base import attach, freeze, set_mode
 from dcris.adapters.dense_cross import DenseCrossAdapter
+from dcris.adapters.dense_text import DenseTextAdapter
 from dcris.adapters.text import TextAdapter
 from dcris.config import ModelConfig
 from dcris.encoders.clip_text import TextFeatures, TextTower
@@ -51,7 +52,8 @@ class DCRIS(nn.Module):
             make = partial(DenseCrossAdapter, config.vision.width, config.text.width, visual)
             attach(self.vision.blocks, visual.layers, "mlp_slot", make)
         if (textual := config.text_adapter) is not None:
-            attach(self.text.blocks, textual.layers, "mlp_slot", partial(TextAdapter, config.text.width, textual))
+            kind = DenseTextAdapter if textual.kind == "dense" else TextAdapter
+            attach(self.text.blocks, textual.layers, "mlp_slot", partial(kind, config.text.width, textual))
         self.head = Head(config)
         freeze(self.vision)
         freeze(self.text)
