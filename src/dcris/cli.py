@@ -119,6 +119,19 @@ def _parser() -> _Parser:
     predict.add_argument("--threshold", type=float, help="probability above which a pixel is the object's (0.35)")
     _device(predict)
 
+    convert = add(
+        "convert",
+        _convert,
+        "turn published DETRIS checkpoints into this format",
+        "base_refcoco.pth --out models",
+        "Each FILE becomes a checkpoint directory of its name in DIR, with the frozen towers in it.",
+    )
+    convert.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .pth of thuteam/DETRIS on the Hub")
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the directories go")
+    convert.add_argument(
+        "--word-length", type=_natural, metavar="N", help="tokens per phrase, where the file's name does not say it"
+    )
+
     recipes = add("recipes", _recipes, "list the recipes with their trainable counts", "--show dcris_b")
     recipes.add_argument("--show", metavar="RECIPE", help="print a recipe's whole configuration")
     recipes.add_argument("--json", action="store_true", help="print JSON")
@@ -327,6 +340,20 @@ def _predict(args: argparse.Namespace) -> None:
     ):
         place = f"box {answer.box}" if answer.box else "nothing found"
         print(f"{image}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from dcris.convert import convert_file
+
+    targets = {args.out / file.stem: file for file in args.files}
+    if len(targets) < len(args.files):
+        raise DcrisError("two of the files have one name, so their results would be in one place; convert them apart")
+    for target, file in targets.items():
+        config = convert_file(file, target, args.word_length)
+        print(
+            f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
+            f'next: dcris predict {target} photo.jpg -e "left slice" --out out'
+        )
 
 
 def _recipes(args: argparse.Namespace) -> None:

@@ -5,13 +5,17 @@ RUN/config.json and, per checkpoint, RUN/checkpoints/step-00000123/
     model.safetensors     adapters, head and their statistics; names the frozen towers by fingerprint
     optimizer.safetensors the optimiser's moments, for --resume alone
     state.json            step, score; written with the rest
+A converted checkpoint has only the first two, and beside them
+    towers.safetensors    the frozen towers themselves, so that no other source is needed
+Where that file is missing the towers are looked for under their names, and either way they must have the fingerprints that
+model.safetensors names. So the file may be deleted to save space where the named weights are at hand.
 Nothing in a checkpoint can run code.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
+_TOWERS = "towers.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ def save_checkpoint(
     score: float | None,
 ) -> Checkpoint:
     """Write the checkpoint of `step` into the run's directory, atomically. Raises DcrisError where it cannot be written."""
-    metadata = {"format": "dcris-1", "version": __version__, "step": str(step), "towers": json.dumps(towers)}
+    metadata = _metadata(towers, step)
     state = {name: value.detach().to("cpu").contiguous() for name, value in trained_state(model).items()}
     moments = {
         f"{slot}.{key}": value.detach().to("cpu").contiguous()
@@ -79,11 +84,47 @@ def save_checkpoint(
         (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
         (folder / _STATE).write_text(json.dumps({"step": step, "score": score}) + "\n")
 
+    _write(path, fill)
+    return Checkpoint(path, step, score)
+
+
+def save_whole(path: Path, tensors: dict[str, Tensor], config: RunConfig) -> None:
+    """Write a whole model, given as its state dict, as the checkpoint directory `path`: what was trained, and the towers.
+
+    Tensors are read one by one, so they may be mapped from a file. Raises DcrisError where it cannot be written.
+    """
+    with torch.device("meta"):  # names without memory
+        model = DCRIS(config.model)
+    trained = trained_state(model).keys()
+    state = {name: value.contiguous() for name, value in tensors.items() if name in trained}
+    frozen = {name: value.contiguous() for name, value in tensors.items() if name not in trained}
+    towers: Towers = {
+        name: {"name": part.config.name, "sha256": fingerprint(_part(frozen, name))}
+        for name, part in (("vision", model.vision), ("text", model.text))
+    }
+
+    def fill(folder: Path) -> None:
+        save_file(state, folder / _MODEL, _metadata(towers, step=0))
+        save_file(frozen, folder / _TOWERS)
+        write_json(folder / _CONFIG, config.model_dump(mode="json"))
+
+    _write(path, fill)
+
+
+def _metadata(towers: Towers, step: int) -> dict[str, str]:
+    return {"format": "dcris-1", "version": __version__, "step": str(step), "towers": json.dumps(towers)}
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _write(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         write_directory(path, fill)
     except SafetensorError as error:  # safetensors wraps what the disk said
         raise DcrisError(f"cannot write the checkpoint {path}: {error}") from error
-    return Checkpoint(path, step, score)
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
@@ -138,7 +179,16 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
     path = find_checkpoint(path)
     config = _pin(load_config(path / _CONFIG), _read_towers(path))
     model = DCRIS(config.model)
-    load_towers(model.vision, model.text, config.model)
+    if (path / _TOWERS).is_file():
+        tensors, _ = _read_tensors(path / _TOWERS)
+        towers = {
+            f"{name}.{key}": value
+            for name, tower in (("vision", model.vision), ("text", model.text))
+            for key, value in tower_state(tower).items()
+        }
+        copy_strictly(towers, tensors, str(path / _TOWERS))
+    else:
+        load_towers(model.vision, model.text, config.model)
     load_trained(model, path)
     return model, config
 

@@ -1,0 +1,255 @@
+"""Published DETRIS checkpoints (Huang et al. 2025, the successor of DCRIS) -> our format.
+
+Their file is one state dict of both towers, adapters and head; beside it may lie the state of the optimiser and of the
+schedule, which are left out. Every tensor in it has a counterpart here and the other way round, so nothing is skipped: CLIP's
+image half and the neck's former weights are not in it, and what is never read when segmenting (`logit_scale`, `mask_token`)
+is part of our towers too.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcris.config import ModelConfig, RunConfig, override, parse_config
+from dcris.engine.checkpoint import save_whole
+from dcris.errors import DcrisError
+from dcris.model.dcris import DCRIS
+from dcris.recipes import detris_b, detris_l, detris_l_mixed
+
+# By the vision tower's width and depth. What no tensor tells, heads and the blocks the neck reads, comes with the recipe.
+_RECIPES = {(768, 12): (detris_b,), (1024, 24): (detris_l, detris_l_mixed)}
+
+# What a file's name says: pattern, data set, partition, word length. The first that is found counts.
+_DATA_SETS = (
+    (r"mix", "refcoco", "unc", 17),
+    (r"refcoco(\+|plus)", "refcoco+", "unc", 17),
+    (r"refcocog_?(u|umd)(?![a-z])", "refcocog", "umd", 22),
+    (r"refcocog_?(g|google)(?![a-z])", "refcocog", "google", 17),
+    (r"refcoco(?!g)", "refcoco", "unc", 17),
+)
+
+# Our names -> theirs: all that fit are applied, in this order.
+_NAMES = tuple(
+    (re.compile(pattern), theirs)
+    for pattern, theirs in (
+        # the adapters, in either tower
+        (r"\.mlp_slot\.", ".adapter."),
+        (r"(?<=adapter\.)down\.", "D_fc1."),
+        (r"(?<=adapter\.)up\.", "D_fc2."),
+        (r"(?<=adapter\.)(branch1|branch[23]\.[01])\.0\.", r"dense_\1.conv."),
+        (r"(?<=adapter\.)(branch1|branch[23]\.[01])\.1\.", r"dense_\1.bn."),
+        (r"(?<=adapter\.)((image|text|back)_proj)\.", r"cross.\1."),
+        (r"(?<=adapter\.)attention\.in_", "cross.multihead_attn.in_proj_"),
+        (r"(?<=adapter\.)attention\.out\.", "cross.multihead_attn.out_proj."),
+        # the vision tower
+        (r"^vision\.", "dinov2."),
+        (r"^dinov2\.class_token$", "dinov2.cls_token"),
+        (r"^dinov2\.registers$", "dinov2.register_tokens"),
+        (r"^dinov2\.positions$", "dinov2.pos_embed"),
+        (r"^dinov2\.patch_embed\.", "dinov2.patch_embed.proj."),
+        (r"(?<=^dinov2)(\.blocks\.\d+\.)scale", r"\1ls"),
+        (r"(?<=^dinov2)(\.blocks\.\d+\.)attention\.", r"\1attn."),
+        # the text tower
+        (r"^text\.", "txt_backbone."),
+        (r"^txt_backbone\.positions$", "txt_backbone.positional_embedding"),
+        (r"^txt_backbone\.projection$", "txt_backbone.text_projection"),
+        (r"^txt_backbone\.norm\.", "txt_backbone.ln_final."),
+        (r"^txt_backbone\.blocks\.", "txt_backbone.transformer.resblocks."),
+        (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.)norm", r"\1ln_"),
+        (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.)attention\.qkv\.", r"\1attn.in_proj_"),
+        (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.)attention\.proj\.", r"\1attn.out_proj."),
+        (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.mlp\.)fc1\.", r"\1c_fc."),
+        (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.mlp\.)fc2\.", r"\1c_proj."),
+        # the neck; its levels are numbered from 3, as the stages of the ResNet that once stood there
+        (r"^head\.neck\.", "neck."),
+        (r"^neck\.text_proj\.", "neck.txt_proj."),
+        (r"^neck\.aggregate\.", "neck.aggr."),
+        (r"^neck\.coordinate_conv\.0\.", "neck.coordconv.0.conv1."),
+        (r"^neck\.coordinate_conv\.1\.", "neck.coordconv.1."),
+        *((rf"^neck\.level_convs\.{i}\.", f"neck.f{i + 3}_proj.") for i in range(3)),
+        *((rf"^neck\.level_attentions\.{i}\.", f"neck.fusion{i + 3}.multihead_attn.") for i in range(3)),
+        # the decoder
+        (r"^head\.decoder\.", "decoder."),
+        (r"^(decoder\.layers\.\d+\.)self_attention\.", r"\1self_attn."),
+        (r"^(decoder\.layers\.\d+\.)cross_attention\.", r"\1multihead_attn."),
+        (r"^(decoder\.layers\.\d+\.)(self|cross)_norm\.", r"\1\2_attn_norm."),
+        (r"^(decoder\.layers\.\d+\.)feedforward\.", r"\1ffn."),
+        # torch's own attention, in neck and decoder
+        (r"^((neck|decoder)\..*attn\.)in_(weight|bias)$", r"\1in_proj_\3"),
+        (r"^((neck|decoder)\..*attn\.)out\.", r"\1out_proj."),
+        # the projector
+        (r"^head\.projector\.refine1\.", "proj.vis.1."),
+        (r"^head\.projector\.refine2\.", "proj.vis.3."),
+        (r"^head\.projector\.visual\.", "proj.vis.4."),
+        (r"^head\.projector\.text\.", "proj.txt."),
+    )
+)
+
+_WRAPPER = "module."
+"""What torch's wrapper for several GPUs puts before every name."""
+
+_TRANSPOSED = "neck.f5_proj.0.weight"
+"""Theirs is a transposed 1x1 convolution, which is a plain one with its first two axes exchanged."""
+
+
+def convert_file(path: Path, out: Path, word_length: int | None = None) -> RunConfig:
+    """Write the published checkpoint `path` as a checkpoint directory `out`, which must not exist.
+
+    The directory has the frozen towers in it, so that it can be used without a network. Returns its configuration.
+    Raises DcrisError as convert_detris does, or where `out` cannot be made; it is then not there at all.
+    """
+    if out.exists():
+        raise DcrisError(f"{out} exists already; delete it or choose another --out")
+    config, tensors = convert_detris(path, word_length)
+    save_whole(out, tensors, config)
+    return config
+
+
+def convert_detris(path: Path, word_length: int | None = None) -> tuple[RunConfig, dict[str, Tensor]]:
+    """A published DETRIS checkpoint's configuration, and its tensors (mapped from the file) by our names.
+
+    Widths, layers and the kind of text adapter are read off the tensors. The data set follows from the file's name, as
+    published, and the word length from the data set where it is not given.
+
+    Raises DcrisError where the file cannot be read, is no such checkpoint (naming the first tensor that is missing, of
+    another shape, or has no place), or does not say its word length.
+    """
+    theirs = read_state(path)
+    config = recognise(theirs, str(path))
+    config = override(config, _data_settings(path, word_length))
+    return config, rename_tensors(theirs, config.model, str(path))
+
+
+def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
+    """The tensors of a published state dict by our names, exactly those of the model. `where` names it in errors.
+
+    Raises DcrisError naming the first tensor that is missing, of another shape or kind, or has no place.
+    """
+    with torch.device("meta"):  # names and shapes without memory
+        ours = DCRIS(config).state_dict()
+    left, renamed = dict(theirs), {}
+    for name, expected in ours.items():
+        published = published_name(name)
+        if published not in left:
+            raise DcrisError(
+                f"{where} has no tensor {published}; it is not a whole DETRIS checkpoint, so fetch it again"
+            )
+        value = left.pop(published)
+        if published == _TRANSPOSED and value.dim() == expected.dim():
+            value = value.transpose(0, 1)
+        numbers = value.layout == torch.strided and not value.is_meta
+        if (
+            value.shape != expected.shape
+            or value.dtype.is_floating_point != expected.dtype.is_floating_point
+            or not numbers
+        ):
+            raise DcrisError(
+                f"the tensor {published} of {where} is {value.dtype} {list(value.shape)}, where this model needs "
+                f"{expected.dtype} {list(expected.shape)}"
+            )
+        renamed[name] = value
+    for name in left:
+        raise DcrisError(f"{where} has a tensor {name} that a DETRIS model has no place for")
+    return renamed
+
+
+def published_name(name: str) -> str:
+    """What the published checkpoints call the tensor of ours."""
+    for pattern, theirs in _NAMES:
+        name = pattern.sub(theirs, name)
+    return name
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch's. Nothing in it is executed, and tensors are read when they are needed.
+
+    Raises DcrisError where the file is missing, cut short, or holds anything but plain tensors.
+    """
+    if not path.is_file():
+        raise DcrisError(f"there is no file {path}; give a DETRIS checkpoint (.pth)")
+    try:
+        try:
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises whatever the bytes happen to break
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise DcrisError(
+            f"{path} cannot be read as a torch checkpoint of plain tensors ({reason}); it may be cut short or of another "
+            "kind, so fetch it again"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise DcrisError(f"{path} is not a DETRIS checkpoint: it holds no state dict of tensors")
+    wrapped = all(name.startswith(_WRAPPER) for name in state)
+    return {name.removeprefix(_WRAPPER) if wrapped else name: value for name, value in state.items()}
+
+
+def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
+    """The run that a published state dict is of, from its names and shapes. `where` names it in errors.
+
+    It is a recipe's where one has that model, and else the nearest recipe's with that model put in.
+    Raises DcrisError where it is of no DETRIS model.
+    """
+    width, depth = (
+        _size(tensors, "dinov2.cls_token", -1, where),
+        len(_numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\.")),
+    )
+    if (width, depth) not in _RECIPES:
+        known = " or ".join(f"{blocks} blocks, {wide} wide" for wide, blocks in _RECIPES)
+        raise DcrisError(f"{where} has a vision tower of {depth} blocks, {width} wide; a DETRIS model has {known}")
+    recipes = [recipe() for recipe in _RECIPES[width, depth]]
+    tree = recipes[0].model_dump()
+    model = tree["model"]
+    visual, text = model["visual_adapter"], model["text_adapter"]
+    if layers := _numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\.adapter\."):
+        at = f"dinov2.blocks.{layers[0]}.adapter"
+        visual |= {
+            "layers": layers,
+            "width": _size(tensors, f"{at}.D_fc1.weight", 0, where),
+            "attention_width": _size(tensors, f"{at}.cross.image_proj.weight", 0, where),
+        }
+    else:
+        model["visual_adapter"] = None
+    if layers := _numbers(tensors, r"txt_backbone\.transformer\.resblocks\.([0-9]{1,4})\.adapter\."):
+        at = f"txt_backbone.transformer.resblocks.{layers[0]}.adapter"
+        text |= {
+            "kind": "dense" if any(name.startswith(f"{at}.dense_") for name in tensors) else "plain",
+            "layers": layers,
+            "width": _size(tensors, f"{at}.D_fc1.weight", 0, where),
+        }
+    else:
+        model["text_adapter"] = None
+    found = parse_config(tree, f"{where} is of no model that dcris knows")
+    return next((recipe for recipe in recipes if recipe.model == found.model), found)
+
+
+def _numbers(names: Iterable[str], pattern: str) -> list[int]:
+    """The different numbers that the pattern finds at the names' starts, ascending."""
+    return sorted({int(found[1]) for name in names if (found := re.match(pattern, name))})
+
+
+def _size(tensors: Mapping[str, Tensor], name: str, axis: int, where: str) -> int:
+    if name not in tensors or tensors[name].dim() == 0:
+        raise DcrisError(f"{where} is not a DETRIS checkpoint: it has no tensor {name}")
+    return tensors[name].shape[axis]
+
+
+def _data_settings(path: Path, word_length: int | None) -> list[tuple[str, str]]:
+    """Settings of the data section, from the file's name."""
+    known = next((row for row in _DATA_SETS if re.search(row[0], path.stem.lower())), None)
+    settings = [] if known is None else [("data.dataset", known[1]), ("data.split_by", known[2])]
+    if word_length is None:
+        if known is None:
+            raise DcrisError(
+                f"the name of {path} does not say which data set it was trained on; give --word-length 17, or 22 for the "
+                "umd partition of G-Ref"
+            )
+        word_length = known[3]
+    return [*settings, ("data.word_length", str(word_length))]
