@@ -1,12 +1,13 @@
 """Published DETRIS checkpoints (Huang et al. 2025, the successor of DCRIS) -> our format.
 
 Their file is one state dict of both towers, adapters and head; beside it may lie the state of the optimiser and of the
-schedule, which are left out. Every tensor in it has a counterpart here and the other way round, so nothing is skipped: CLIP's
-image half and the neck's former weights are not in it, and what is never read when segmenting (`logit_scale`, `mask_token`)
-is part of our towers too.
+schedule, which are left out. Every tensor in the dict has a counterpart here and the other way round, so nothing is skipped:
+their code drops CLIP's image half before it saves and their `fusion` has no weights, while the two tensors that are never read
+when segmenting, `logit_scale` and `mask_token`, are part of our towers too.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,16 @@ def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str
         value = left.pop(published)
         if published == _TRANSPOSED and value.dim() == expected.dim():
             value = value.transpose(0, 1)
-        numbers = value.layout == torch.strided and not value.is_meta
-        if (
-            value.shape != expected.shape
-            or value.dtype.is_floating_point != expected.dtype.is_floating_point
-            or not numbers
-        ):
+        plain = value.layout == torch.strided and not value.is_meta
+        same_kind = value.dtype.is_floating_point == expected.dtype.is_floating_point
+        if value.shape != expected.shape or not same_kind or not plain:
             raise DcrisError(
                 f"the tensor {published} of {where} is {value.dtype} {list(value.shape)}, where this model needs "
                 f"{expected.dtype} {list(expected.shape)}"
             )
         renamed[name] = value
     for name in left:
-        raise DcrisError(f"{where} has a tensor {name} that a DETRIS model has no place for")
+        raise DcrisError(f"{where} has a tensor {name!r} that a DETRIS model has no place for")
     return renamed
 
 
@@ -172,10 +170,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DcrisError(f"there is no file {path}; give a DETRIS checkpoint (.pth)")
     try:
-        try:
-            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about old formats; there is nothing to do about them
+            try:
+                content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # torch's format from before 1.6 cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises whatever the bytes happen to break
         reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise DcrisError(
@@ -197,10 +196,8 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     It is a recipe's where one has that model, and else the nearest recipe's with that model put in.
     Raises DcrisError where it is of no DETRIS model.
     """
-    width, depth = (
-        _size(tensors, "dinov2.cls_token", -1, where),
-        len(_numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\.")),
-    )
+    width = _size(tensors, "dinov2.cls_token", -1, where)
+    depth = len(_numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\."))
     if (width, depth) not in _RECIPES:
         known = " or ".join(f"{blocks} blocks, {wide} wide" for wide, blocks in _RECIPES)
         raise DcrisError(f"{where} has a vision tower of {depth} blocks, {width} wide; a DETRIS model has {known}")

@@ -70,6 +70,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         for file in temporary.iterdir():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
         temporary.chmod(0o755)
         if path.exists():  # a rename cannot replace a directory that holds something
             retired = path.with_name(f".{path.name}.old")

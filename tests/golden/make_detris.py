@@ -1,0 +1,169 @@
+"""Make detris.safetensors: what the published DETRIS code computes with the random weights of tests/detris_layout.py.
+
+    python tests/golden/make_detris.py CHECKOUT [VARIANT ...]
+
+CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It is run as it is and not kept here; modules that it imports and
+does not need for this are replaced by empty ones, and so is the reading of the towers' files. VARIANT limits what is made
+anew; the numbers of the others stay. The large model takes a few minutes and 6 GB.
+
+Each variant has, in its own precision and with dropout off:
+    tokens          [2, L]
+    logits          [2, s/2, s/2]: every second one of each axis, evaluation mode
+    scores          [2, H, W]: probabilities at the photograph's size
+    train_logits    as logits, training mode
+    loss            []
+    gradients       [n] norms, of what trains, by name in alphabetical order
+    statistics      [2, m] sum and norm of each batch norm's mean and variance after the step, by name
+"""
+
+import sys
+import types
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from detris_layout import COMPARED, HEAD, PHRASES, TEXT, VARIANTS, Variant, layout, masks, photograph, weights
+
+OUT = Path(__file__).with_name("detris.safetensors")
+
+
+def stub_imports() -> None:
+    for name in ("fvcore", "fvcore.nn", "fvcore.nn.weight_init", "loguru", "lmdb", "pyarrow", "torchvision"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["fvcore.nn"].__dict__["weight_init"] = sys.modules["fvcore.nn.weight_init"]
+    sys.modules["loguru"].__dict__["logger"] = None
+
+
+def build(variant: Variant) -> nn.Module:
+    """The published model with the random weights; its towers' files are never read."""
+    import model.clip as clip
+    import model.segmenter as segmenter
+    from model.dinov2.models import vision_transformer
+
+    from_clip = {
+        "visual.proj": torch.zeros(1),
+        "visual.conv1.weight": torch.zeros(64, 3, 16, 16),
+        "visual.positional_embedding": torch.zeros(197, 64),
+        "visual.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(1),
+        **{
+            name: torch.zeros(shape)
+            for name, shape in (("positional_embedding", (77, TEXT)), ("ln_final.weight", (TEXT,)))
+        },
+        "text_projection": torch.zeros(TEXT, TEXT),
+        "token_embedding.weight": torch.zeros(49408, TEXT),
+        **{f"transformer.resblocks.{layer}.any": torch.zeros(1) for layer in range(12)},
+    }
+    archive = SimpleNamespace(eval=lambda: SimpleNamespace(state_dict=lambda: from_clip))
+    torch.jit.load = lambda *_, **__: archive
+    torch.load = lambda *_, **__: {}
+    clip.adapt_position_encoding = lambda state, *_, **__: state
+    clip.CLIP.load_state_dict = lambda self, state, strict: None
+    small = variant.width == 384
+    segmenter.vit_base = vision_transformer.vit_small if small else vision_transformer.vit_base
+    config = SimpleNamespace(
+        clip_pretrain="",
+        dino_pretrain="",
+        dino_name="dino-base" if variant.depth == 12 else "dinov2-large",
+        word_len=variant.word_length,
+        input_size=variant.image_size // 16 * 16,
+        txtual_adapter_layer=variant.text_layers,
+        txt_adapter_dim=variant.text_width,
+        visual_adapter_layer=variant.visual_layers,
+        visual_adapter_dim=variant.visual_width,
+        ladder_dim=128,
+        nhead=8,
+        dino_layers=variant.depth,
+        output_dinov2=list(variant.taps),
+        fpn_in=[variant.width] * 3,
+        fpn_out=[256, 512, 1024],
+        stride=[1, 1, 1],
+        num_layers=3,
+        vis_dim=HEAD,
+        num_head=8,
+        dim_ffn=512,
+        dropout=0.1,
+        intermediate=False,
+        word_dim=TEXT,
+    )
+    network = segmenter.DETRIS(config)
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert expected == layout(variant), sorted(set(expected.items()) ^ set(layout(variant).items()))[:4]
+    nn.Module.load_state_dict(network, weights(variant), strict=True)
+    for module in network.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if variant.double:
+        clip.LayerNorm.forward = nn.LayerNorm.forward  # theirs goes through float32
+        network.double()
+    return network
+
+
+def compute(variant: Variant) -> dict[str, Tensor]:
+    from utils.dataset import RefDataset, tokenize
+
+    network: Any = build(variant)
+    size = variant.image_size
+    data: Any = object.__new__(RefDataset)
+    data.input_size = (size, size)
+    data.mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)
+    data.std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
+    picture = photograph()
+    there, back = data.getTransformMat(picture.shape[:2], True)
+    colour = [255 * value.item() for value in data.mean.flatten()]
+    square = cv2.warpAffine(picture, there, (size, size), flags=cv2.INTER_CUBIC, borderValue=colour)
+    images = torch.stack([data.convert(square)[0]] * 2).to(network.proj.txt.weight.dtype)
+    tokens = tokenize(PHRASES, variant.word_length, True)
+
+    network.eval()
+    with torch.no_grad():
+        logits = network(images, tokens)
+    probabilities = F.interpolate(torch.sigmoid(logits.float()), size=(size, size), mode="bicubic", align_corners=True)
+    height, width = picture.shape[:2]
+    warp = partial(cv2.warpAffine, M=back, dsize=(width, height), flags=cv2.INTER_CUBIC, borderValue=0.0)
+    scores = torch.stack([torch.from_numpy(warp(each)) for each in probabilities[:, 0].numpy()])
+
+    network.train()
+    train_logits, _, loss = network(images, tokens, masks(size).to(images.dtype))
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.requires_grad}
+    statistics = {name: value for name, value in network.named_buffers() if "running" in name}
+    print(f"  loss {loss.item():.4f}; shares of the masks {(scores > 0.35).float().mean((1, 2)).tolist()}")
+    return {
+        "tokens": tokens,
+        "logits": logits[:, 0, ::2, ::2].contiguous(),
+        "scores": scores,
+        "train_logits": train_logits[:, 0, ::2, ::2].contiguous(),
+        "loss": loss.detach(),
+        "gradients": torch.stack([gradients[name].double().norm() for name in sorted(gradients)]),
+        "statistics": torch.stack(
+            [
+                torch.stack([statistics[name].double().sum() for name in sorted(statistics)]),
+                torch.stack([statistics[name].double().norm() for name in sorted(statistics)]),
+            ]
+        ),
+    }
+
+
+def main() -> None:
+    sys.path.insert(0, sys.argv[1])
+    stub_imports()
+    golden = load_file(OUT) if OUT.exists() else {}
+    for name in sys.argv[2:] or COMPARED:
+        print(name)
+        golden |= {f"{name}.{key}": value for key, value in compute(VARIANTS[name]).items()}
+    save_file(golden, OUT)
+    print(OUT, OUT.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()

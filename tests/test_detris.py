@@ -1,0 +1,392 @@
+"""Published DETRIS checkpoints: the same answers as the authors' code, and plain words for what is no such file.
+
+The golden numbers are the published code's, on random weights in its layout (tests/golden/make_detris.py).
+"""
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcris.cli import main
+from dcris.config import HeadConfig, RunConfig, TextAdapterConfig, VisionConfig
+from dcris.convert import convert_detris, published_name, rename_tensors
+from dcris.data.dataset import normalise, to_square
+from dcris.data.tokenizer import get_tokenizer
+from dcris.encoders.weights import copy_strictly
+from dcris.engine.checkpoint import load_checkpoint
+from dcris.errors import DcrisError
+from dcris.losses import text_to_pixel_loss
+from dcris.model.dcris import DCRIS
+from dcris.protocols import Protocol
+from dcris.recipes import detris_b, detris_l, detris_l_mixed
+from dcris.segmenter import Segmenter
+from detris_layout import PHRASES, VARIANTS, layout, masks, photograph, weights
+
+GOLDEN = Path(__file__).parent / "golden" / "detris.safetensors"
+RECIPES = {"base": detris_b(), "large": detris_l(), "mixed": detris_l_mixed()}
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in load_file(GOLDEN).items() if key.startswith(prefix)}
+
+
+def config_of(name: str) -> RunConfig:
+    """The recipe's configuration with the variant's input; the small one is the base model on a smaller tower."""
+    variant = VARIANTS[name]
+    config = RECIPES[name.replace("small", "base")]
+    if name == "small":
+        vision = VisionConfig(name="dinov2-small", width=384, heads=6)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vision": vision})})
+    data = {"image_size": variant.image_size, "word_length": variant.word_length}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+def without_dropout(model: DCRIS) -> DCRIS:
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def inputs(config: RunConfig) -> tuple[Tensor, Tensor, list[Any]]:
+    square, box = to_square(photograph(), config.data)
+    images = normalise(torch.stack([square, square]), config.data)
+    return images, get_tokenizer("clip")(PHRASES, config.data.word_length), [box, box]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["small", pytest.param("base", marks=pytest.mark.slow), pytest.param("large", marks=pytest.mark.slow)],
+)
+def test_the_published_code_s_own_numbers(name: str) -> None:
+    """Else a published checkpoint does not do here what it did for its authors, or trains on to something else."""
+    config, expected = config_of(name), golden(name)
+    model = DCRIS(config.model)
+    copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS[name]), config.model, "here"), "here")
+    images, tokens, boxes = inputs(config)
+    dtype = torch.float64 if VARIANTS[name].double else torch.float32
+    model, images = model.to(dtype), images.to(dtype)
+    assert torch.equal(tokens, expected["tokens"])
+
+    with torch.no_grad():
+        logits = model(images, tokens)
+    torch.testing.assert_close(logits[:, 0, ::2, ::2], expected["logits"], rtol=0, atol=2e-4)
+    protocol = Protocol()
+    for ours, theirs in zip(protocol.probabilities(logits, boxes), expected["scores"].numpy(), strict=True):
+        assert np.abs(ours - theirs.clip(0, 1)).mean() <= 1e-5
+        mask, other = protocol.mask(ours), protocol.mask(theirs)
+        assert 0.02 < other.mean() < 0.98
+        assert (mask & other).sum() / (mask | other).sum() >= 0.995
+
+    without_dropout(model).train()
+    logits = model(images, tokens)
+    truth = masks(config.data.image_size)
+    loss = F.binary_cross_entropy_with_logits(logits, F.interpolate(truth, logits.shape[-2:]).to(dtype))
+    loss.backward()
+    torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
+    for each in (loss, text_to_pixel_loss(logits, truth)):
+        assert each.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+
+    norms = {published_name(key): p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert len(norms) == len(expected["gradients"])
+    # Some are zero in theory (a bias before a batch norm) and others nearly cancel, so rounding is judged by the whole.
+    rel, floor = (1e-6, 1e-14) if VARIANTS[name].double else (1e-3, 1e-6)
+    floor *= expected["gradients"].norm().item()
+    for key, theirs in zip(sorted(norms), expected["gradients"].tolist(), strict=True):
+        gradient = norms[key]
+        assert gradient is not None, key
+        assert gradient.double().norm().item() == pytest.approx(theirs, rel=rel, abs=floor), key
+
+    trained = {published_name(key): value for key, value in model.named_buffers() if "running" in key}
+    sums = torch.stack([trained[key].double().sum() for key in sorted(trained)])
+    sizes = torch.stack([trained[key].double().norm() for key in sorted(trained)])
+    torch.testing.assert_close(torch.stack([sums, sizes]), expected["statistics"], rtol=1e-5, atol=1e-4)
+
+
+def empty(name: str) -> dict[str, Tensor]:
+    """A state dict of a variant's names and shapes whose values take no room."""
+    state = {}
+    for key, shape in layout(VARIANTS[name]).items():
+        state[key] = torch.zeros((), dtype=torch.int64 if key.endswith("tracked") else torch.float32).expand(shape)
+    return state
+
+
+def save(path: Path, state: Any) -> Path:
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["base", "large", "mixed"])
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_variants_are_recognised_from_their_tensors(name: str, wrapper: str, tmp_path: Path) -> None:
+    """Else a person has to know and say which of ten files is which."""
+    state = {wrapper + key: value for key, value in empty(name).items()}
+    config, tensors = convert_detris(save(tmp_path / "x_refcoco.pth", {"state_dict": state, "epoch": 3}))
+    assert config.model == RECIPES[name].model
+    assert config.recipe == RECIPES[name].recipe
+    assert config.train == RECIPES[name].train
+    assert len(tensors) == len(state)
+    if name == "base":
+        assert len(state) == 994  # as in the published file
+
+
+def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:
+    """Else only the published settings could be read, and not an ablation run with their code."""
+    state = empty("base")
+    for key in [key for key in state if ".adapter." in key and key.startswith("dinov2") and ".blocks.3." in key]:
+        del state[key]
+    for key in [key for key in state if ".adapter." in key and key.startswith("txt")]:
+        del state[key]
+    config, _ = convert_detris(save(tmp_path / "refcoco.pth", state))
+    assert config.model.text_adapter is None
+    assert config.model.visual_adapter is not None
+    assert config.model.visual_adapter.layers == (1, 5, 7, 9, 11)
+
+
+@pytest.mark.parametrize(
+    ("stem", "dataset", "split_by", "length"),
+    [
+        ("base_refcoco", "refcoco", "unc", 17),
+        ("base_refcoco+", "refcoco+", "unc", 17),
+        ("base_refcocog_u", "refcocog", "umd", 22),
+        ("base_refcocog_g", "refcocog", "google", 17),
+        ("lagre_RefCOCOg_umd", "refcocog", "umd", 22),
+        ("mix_refcocog_u", "refcoco", "unc", 17),
+    ],
+)
+def test_the_file_s_name_says_the_data_set(stem: str, dataset: str, split_by: str, length: int, tmp_path: Path) -> None:
+    """Else the phrases are cut at another length than the weights were trained with."""
+    config, _ = convert_detris(save(tmp_path / f"{stem}.pth", empty("base")))
+    assert (config.data.dataset, config.data.split_by, config.data.word_length) == (dataset, split_by, length)
+
+
+def test_a_name_that_says_nothing_needs_the_flag(tmp_path: Path) -> None:
+    """Else the word length is guessed."""
+    for stem in ("best_model", "refcocog"):
+        path = save(tmp_path / f"{stem}.pth", empty("base"))
+        with pytest.raises(DcrisError, match="--word-length"):
+            convert_detris(path)
+        assert convert_detris(path, 22)[0].data.word_length == 22
+    with pytest.raises(DcrisError, match=r"word_length"):
+        convert_detris(path, 78)
+
+
+def test_training_state_beside_the_weights_is_left_out(tmp_path: Path) -> None:
+    """Else the older files, which hold optimiser and schedule, cannot be read."""
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([weight])
+    weight.sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [35, 55])
+    content = {
+        "epoch": 50,
+        "best_iou": 0.76,
+        "prec": {"Pr@50": 0.87},
+        "state_dict": empty("base"),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": schedule.state_dict(),
+    }
+    assert len(convert_detris(save(tmp_path / "refcoco.pth", content))[1]) == 994
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("malicious"),))
+
+
+def _drop(state: dict[str, Any]) -> None:
+    del state["neck.f5_proj.0.weight"]
+
+
+def _reshape(state: dict[str, Any]) -> None:
+    state["dinov2.blocks.0.ls1.gamma"] = torch.zeros(5)
+
+
+def _add(state: dict[str, Any]) -> None:
+    state["fusion.extra"] = torch.zeros(5)
+
+
+def _add_lines(state: dict[str, Any]) -> None:
+    state["two\nlines"] = torch.zeros(5)
+
+
+def _sparse(state: dict[str, Any]) -> None:
+    state["dinov2.norm.bias"] = torch.zeros(768).to_sparse()
+
+
+def _integers(state: dict[str, Any]) -> None:
+    state["dinov2.norm.bias"] = torch.zeros(768, dtype=torch.int64)
+
+
+def _meta(state: dict[str, Any]) -> None:
+    state["dinov2.norm.bias"] = torch.zeros(768, device="meta")
+
+
+def _odd_width(state: dict[str, Any]) -> None:
+    for layer in (1, 3, 5, 7, 9, 11):
+        state[f"dinov2.blocks.{layer}.adapter.D_fc1.weight"] = torch.zeros(100, 768)
+
+
+def _deep(state: dict[str, Any]) -> None:
+    state["dinov2.blocks.12.norm1.weight"] = torch.zeros(768)
+
+
+def _no_tower(state: dict[str, Any]) -> None:
+    del state["dinov2.cls_token"]
+
+
+def _not_tensor(state: dict[str, Any]) -> None:
+    state["dinov2.norm.bias"] = [1.0]
+
+
+def _scalar(state: dict[str, Any]) -> None:
+    state["dinov2.cls_token"] = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_drop, "neck.f5_proj.0.weight"),
+        (_reshape, "dinov2.blocks.0.ls1.gamma"),
+        (_add, "fusion.extra"),
+        (_add_lines, "lines"),
+        (_sparse, "dinov2.norm.bias"),
+        (_integers, "dinov2.norm.bias"),
+        (_meta, "dinov2.norm.bias"),
+        (_odd_width, "visual_adapter.width"),
+        (_deep, "13 blocks"),
+        (_no_tower, "dinov2.cls_token"),
+        (_not_tensor, "no state dict"),
+        (_scalar, "dinov2.cls_token"),
+    ],
+)
+def test_a_foreign_state_dict_is_named(spoil: Any, says: str, tmp_path: Path, capsys: Any) -> None:
+    """Else a wrong file ends in a traceback, or worse, in a model that is filled in part."""
+    state = empty("base")
+    spoil(state)
+    check_refusal(save(tmp_path / "refcoco.pth", state), says, capsys)
+
+
+def check_refusal(path: Path, says: str, capsys: Any) -> None:
+    out = path.parent / "out"
+    before = set(path.parent.iterdir())
+    assert main(["convert", str(path), "--out", str(out)]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    assert says in complaint
+    assert str(path.parent) in complaint
+    assert set(path.parent.iterdir()) == before
+
+
+def _cut(path: Path) -> None:
+    save(path, empty("base"))
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def _cut_early(path: Path) -> None:
+    save(path, empty("base"))
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _malicious(path: Path) -> None:
+    save(path, {"state_dict": empty("base"), "args": Malicious()})
+
+
+def _old_malicious(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Malicious()))
+
+
+def _text(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _cut,
+        _cut_early,
+        _malicious,
+        _old_malicious,
+        _text,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.mkdir(),
+        lambda path: save(path, [1, 2]),
+        lambda path: save(path, {}),
+        lambda path: save(path, {"state_dict": 3}),
+        lambda path: save(path, Counter(a=1)),
+        lambda path: save(path, torch.zeros(3)),
+        lambda path: save(path, {1: torch.zeros(3)}),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(
+    make: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a damaged download is a riddle, and a hostile one runs code."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "refcoco.pth"
+    make(path)
+    check_refusal(path, "refcoco.pth", capsys)
+    assert not Path("malicious").exists()
+
+
+def test_the_command_refuses_what_stands_in_its_way(tmp_path: Path, capsys: Any) -> None:
+    """Else a folder of the same name is replaced, or one result by the next."""
+    path = save(tmp_path / "refcoco.pth", empty("base"))
+    (tmp_path / "out" / "refcoco").mkdir(parents=True)
+    assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["convert", str(path), str(tmp_path / "b" / "refcoco.pth"), "--out", str(tmp_path / "new")]) == 2
+    assert "one name" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "nowhere.pth"), "--out", str(tmp_path / "new")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main(["convert", str(path), "--out", str(path)]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_file_to_mask(tmp_path: Path, capsys: Any) -> None:
+    """Else the pieces fit and the whole does not: the command, the directory it leaves, and the answer for a photograph."""
+    path = save(tmp_path / "base_refcoco.pth", {"state_dict": weights(VARIANTS["base"])})
+    assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "detris_b" in capsys.readouterr().out
+    path.unlink()
+    folder = tmp_path / "out" / "base_refcoco"
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "towers.safetensors"}
+    assert (folder / "model.safetensors").stat().st_size < 103e6
+    answers = Segmenter.from_pretrained(folder, device="cpu", precision="float32").predict(
+        photograph(), PHRASES, scores=True
+    )
+    for answer, theirs in zip(answers, golden("base")["scores"].numpy(), strict=True):
+        assert answer.probabilities is not None
+        assert np.abs(answer.probabilities - theirs.clip(0, 1)).mean() <= 1e-5
+        other = theirs > 0.35
+        assert (answer.mask & other).sum() / (answer.mask | other).sum() >= 0.995
+
+    # Other towers under the same adapters are refused, and so are cut ones.
+    towers = folder / "towers.safetensors"
+    content = towers.read_bytes()
+    towers.write_bytes(content[:-4] + b"\0\0\0\x3f")
+    with pytest.raises(DcrisError, match=r"another (vision|text) tower"):
+        load_checkpoint(folder)
+    towers.write_bytes(content[:-4])
+    with pytest.raises(DcrisError, match="cut short"):
+        load_checkpoint(folder)
+
+
+def test_older_configurations_mean_the_plain_text_adapter() -> None:
+    """Else runs from before there were two kinds cannot be opened."""
+    assert TextAdapterConfig.model_validate_json(json.dumps({"layers": [1], "width": 64})).kind == "plain"
+    assert HeadConfig() == RECIPES["base"].model.head
