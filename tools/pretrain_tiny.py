@@ -195,7 +195,7 @@ def word_roles(text: str, words: list[str]) -> Tensor:
 def phrases(rng: np.random.Generator) -> Iterator[str]:
     """Phrases without end, from arrangements that are never drawn."""
     while True:
-        things = scenes._arrange(rng)
+        things = scenes.arrange(rng)
         for thing in things:
             yield from (phrase.text for phrase in scenes.make_phrases(things, thing, rng))
 
@@ -248,9 +248,11 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="sums depend on it in the last digits (%(default)s)")
     args = parser.parse_args()
     from safetensors.torch import save_file
 
+    torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
     text = pretrain_text(args.text_steps, 128, args.seed)
     vision = pretrain_vision(args.vision_steps, args.batch, args.seed)

@@ -422,7 +422,7 @@ def _draw(canvas: Pixels, owners: NDArray[np.int8], number: int, thing: Thing, r
     return int(mask.sum())
 
 
-def _arrange(rng: np.random.Generator) -> list[Thing]:
+def arrange(rng: np.random.Generator) -> list[Thing]:
     """Three to eight things of one to three shapes, placed so that they touch and overlap but do not hide each other."""
     count = int(rng.integers(3, 9))
     shapes = [str(name) for name in rng.choice(SHAPES, size=int(rng.integers(1, 4)), replace=False)]
@@ -445,7 +445,7 @@ def _arrange(rng: np.random.Generator) -> list[Thing]:
 def make_scene(rng: np.random.Generator, side: int = 112) -> Scene:
     """Draw one scene of `side` x `side` pixels in which at least two things have phrases."""
     while True:
-        things = _arrange(rng)
+        things = arrange(rng)
         if len(things) < 3:
             continue
         canvas = _background(rng, _SAMPLES * side)
