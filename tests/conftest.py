@@ -1,6 +1,7 @@
 """Shared fixtures: a small data set in the REFER layout that a test may spoil, and the real one where it is present."""
 
 import json
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,8 @@ def tiny_refer(tmp_path: Path) -> TinyRefer:
 
 @pytest.fixture(scope="session")
 def refer_root() -> Path:
-    """Real data in the REFER layout, which lies beside the checkout where it is present at all."""
-    root = Path(__file__).parents[1].parent / "shared/data/refer"
+    """Real data in the REFER layout: $DCRIS_REFER_ROOT, or beside the checkout; tests that need it are skipped without."""
+    root = Path(os.environ.get("DCRIS_REFER_ROOT", Path(__file__).parents[2] / "shared/data/refer"))
     if not root.is_dir():
         pytest.skip("the real data set is not on this machine")
     return root

@@ -128,16 +128,16 @@ def test_bicubic_with_corners_aligned_by_hand() -> None:
     probabilities = 1 / (1 + np.exp(-logits.double().numpy()))
     expected = weights(5, 28) @ probabilities @ weights(7, 28).T
     # A photograph of the square's own size makes the warp the identity.
-    found = CRIS.probabilities(logits[None, None], [Letterbox((28, 28), 28)])[0]
+    found = next(CRIS.probabilities(logits[None, None], [Letterbox((28, 28), 28)]))
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-5)
 
 
 def test_half_precision_logits_are_worked_on_in_float32() -> None:
     """Else evaluation on a GPU in bfloat16 rounds probabilities to steps of 1/256 around the threshold."""
     logits = logits_like(spotted(60, 80, 2), 2)[None, None].bfloat16()
-    found = CRIS.probabilities(logits, [Letterbox((60, 80), SIDE)])[0]
+    found = next(CRIS.probabilities(logits, [Letterbox((60, 80), SIDE)]))
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, CRIS.probabilities(logits.float(), [Letterbox((60, 80), SIDE)])[0])
+    np.testing.assert_array_equal(found, next(CRIS.probabilities(logits.float(), [Letterbox((60, 80), SIDE)])))
 
 
 def test_the_threshold_is_not_reached_by_equality() -> None:

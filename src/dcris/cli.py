@@ -205,16 +205,14 @@ def _data_check(args: argparse.Namespace) -> None:
     print(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
         raise DcrisError(
-            f"{report.problem_count} references of {args.dataset} in {args.root} cannot be used as they are"
+            f"{report.problem_count} problems in {args.dataset} of {args.root}; mend or fetch again what is named above"
         )
 
 
 def _data_scenes(args: argparse.Namespace) -> None:
-    import os
-
     from tqdm import tqdm
 
-    from dcris.data.scenes import write_scenes
+    from dcris.data.scenes import cores, write_scenes
 
     counts = {"train": args.train, "val": args.val, "test": args.test}
     with tqdm(total=sum(counts.values()), unit="scene", disable=not sys.stderr.isatty()) as bar:
@@ -223,7 +221,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             **counts,
             seed=args.seed,
             side=args.side,
-            workers=os.cpu_count() or 1,
+            workers=cores(),
             progress=lambda done: bar.update(done - bar.n),
         )
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
@@ -319,6 +317,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             )
         )
     result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
+    print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
     if args.out is not None:
         write_json(args.out, result)
     if args.report is not None:
@@ -326,7 +325,6 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         title = f"{config.recipe} on {table.dataset} {args.split}"
         write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=result)
-    print(json.dumps(result, indent=2))
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -16,9 +16,10 @@ from dcris.files import read_json
 PositionRule = Literal["exact", "offset"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, strict=True)]
 Layers = tuple[Annotated[int, Field(ge=0)], ...]
 Channels = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
 Revision = Annotated[str, Field(min_length=1)]
 
 CLIP_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
@@ -28,7 +29,7 @@ CLIP_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
 class Section(BaseModel):
     """A frozen part of the configuration that refuses keys it does not know."""
 
-    # Strict would refuse 1 for 1.0 and a JSON list for a tuple; booleans for numbers are refused by the checks below.
+    # Not strict as a whole, which would refuse 1 for 1.0 and a list for a tuple; counts are, as True is no number of epochs.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
@@ -159,7 +160,7 @@ class DataConfig(Section):
     """Tokens per expression, start and end included: 17 for RefCOCO and RefCOCO+, 22 for G-Ref."""
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
-    std: Channels = CLIP_STD
+    std: tuple[Positive, Positive, Positive] = CLIP_STD
     workers: Annotated[int, Field(ge=0)] = 2
 
 
@@ -179,7 +180,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients are scaled down to this norm; None leaves them."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     precision: Precision = "auto"
     log_every: Count = 20
     """Steps between lines of the log."""

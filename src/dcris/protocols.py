@@ -3,7 +3,7 @@
 Shape letters: B phrases, S side of the network's square, H W pixels of the photograph, h w logit grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,15 +26,16 @@ class Protocol:
     threshold: float = 0.35
     """A pixel is the object's if its probability is greater."""
 
-    def probabilities(self, logits: Tensor, letterboxes: Sequence[Letterbox]) -> list[NDArray[np.float32]]:
+    def probabilities(self, logits: Tensor, letterboxes: Sequence[Letterbox]) -> Iterator[NDArray[np.float32]]:
         """Logits [B, 1, h, w] -> for each phrase its photograph's probabilities [H, W].
 
-        Sigmoid, bicubic to the square with corners aligned, and the letterbox undone with a bicubic warp. Bicubic
-        interpolation overshoots, so values may lie a little outside 0..1.
+        Sigmoid, bicubic to the square with corners aligned, and the letterbox undone with a bicubic warp. One at a time: a
+        large photograph's take half a gigabyte each.
         """
         side = letterboxes[0].side
         squares = F.interpolate(torch.sigmoid(logits.float()), (side, side), mode="bicubic", align_corners=True)
-        return [box.restore(square[0]) for box, square in zip(letterboxes, squares.cpu().numpy(), strict=True)]
+        for box, square in zip(letterboxes, squares.cpu().numpy(), strict=True):
+            yield box.restore(square[0])
 
     def mask(self, probabilities: NDArray[np.float32]) -> MaskArray:
         """Probabilities [H, W] -> [H, W] bool."""

@@ -1,6 +1,5 @@
 """One command that shows the whole thing: generate scenes, train DCRIS-tiny, evaluate, segment, report."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +7,16 @@ from typing import Any
 
 import torch
 
-from dcris.config import RunConfig
+from dcris.config import RunConfig, load_config, refuse_other_run
 from dcris.data.dataset import all_questions
 from dcris.data.references import ReferenceTable, load_references
-from dcris.data.scenes import write_scenes
+from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import get_tokenizer
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import Answer, answer_questions, by_kind, exchange_phrases, result_record
 from dcris.engine.train import build_model, read_log, train
-from dcris.files import write_json
+from dcris.files import make_directory, write_json
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.outputs import predict_to_files
@@ -35,16 +34,21 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
     Leaves scenes/ (the data set), config.json, log.jsonl and checkpoints/ (the run), metrics.json, predictions/ and
     report.html. Called again, it goes on from where it was stopped.
 
-    Raises DcrisError where something cannot be written, and Interrupted after Ctrl-C while training.
+    Raises DcrisError where something cannot be written or `out` holds a run of another seed, and Interrupted after Ctrl-C
+    while training.
     """
     begin = time.monotonic()
     chosen = choose_device(device)
     base = get_recipe("dcris_tiny")
     config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
     data = out / "scenes"
+    if (out / "config.json").exists():
+        refuse_other_run(load_config(out / "config.json"), config, out)
+    # Before the scenes, so that a run broken off among them is not taken up with another seed.
+    write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     if not (data / "scenes" / "refs(generated).p").exists():
         say(f"generating {TRAIN_SCENES + TEST_SCENES} scenes")
-        write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=seed, workers=os.cpu_count() or 1)
+        write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=seed, workers=cores())
     table = load_references(data, config.data.dataset)
     tokenizer = get_tokenizer(config.model.text.tokenizer)
     say(f"training the adapters and the head ({time.monotonic() - begin:.0f} s so far)")

@@ -151,8 +151,7 @@ def _prediction(phrase: str, probabilities: NDArray[np.float32], threshold: floa
     return Prediction(
         phrase=phrase,
         mask=mask,
-        # The bicubic warp overshoots, hence the clip.
-        score=float(np.clip(probabilities[mask].mean(), 0, 1)) if found else 0.0,
+        score=float(probabilities[mask].mean()) if found else 0.0,
         box=mask_box(mask) if found else None,
-        probabilities=np.clip(probabilities, 0, 1) if scores else None,
+        probabilities=probabilities if scores else None,
     )

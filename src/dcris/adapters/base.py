@@ -1,6 +1,7 @@
 """How adapters get into the towers, and what trains.
 
-An adapter is a Slot (dcris.encoders.blocks). A method is one file with its slots and one line in `build_adapters`.
+An adapter is a Slot (dcris.encoders.blocks). A method is one file with its slots, and the
+lines of dcris.model.dcris that attach them.
 """
 
 from collections.abc import Callable, Iterable

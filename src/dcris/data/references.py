@@ -138,7 +138,7 @@ def find_split_by(root: Path, dataset: str) -> str:
     if not choices:
         raise DcrisError(
             f"there is no file refs(...).p in {folder}; the university server that gave them out is gone, so get {dataset} "
-            f"with 'dcris data fetch' or from a mirror, or name another root folder"
+            f"from a mirror, or name another root folder"
         )
     if len(choices) > 1:
         raise DcrisError(f"{folder} holds several sets of splits; choose one with --split-by: {', '.join(choices)}")

@@ -7,6 +7,7 @@ one object answers it, with a margin a person would grant. A scene depends on it
 
 import itertools
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -476,6 +477,11 @@ def scene_rng(seed: int, split: str, number: int) -> np.random.Generator:
     """The random numbers of one scene. Splits, and the scenes the tiny towers were pretrained on, never share any."""
     streams = (*SPLITS, "pretraining")
     return np.random.default_rng([seed, streams.index(split), number])
+
+
+def cores() -> int:
+    """Processors this process may use, which in a container or under a scheduler are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_picture(folder: Path, seed: int, side: int, place: tuple[str, int, int]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def save_whole(path: Path, tensors: dict[str, Tensor], config: RunConfig) -> Non
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, _metadata(towers, step=0))
         save_file(frozen, folder / _TOWERS)
-        write_json(folder / _CONFIG, config.model_dump(mode="json"))
+        (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
     _write(path, fill)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
+    Questions,
     TrainingBatches,
     TrainingSamples,
     all_questions,
@@ -125,6 +126,8 @@ def train(
     """
     settings = config.train
     references = table.split(config.data.train_split)
+    # Read now, so that a split that is not there ends the run before its first step and not after its first epoch.
+    questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
     checkpoints = list_checkpoints(out)
     if checkpoints and not resume:
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
@@ -148,6 +151,7 @@ def train(
     total = total_steps(settings, len(samples))
     batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, total)
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
+    say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype)
     log = _Log(out / "log.jsonl", first)
@@ -169,15 +173,18 @@ def train(
                 log.add(line | {"seconds": round(time.monotonic() - begin, 2)})
             progress.advance(done, loss, lr)
             ends_epoch = done % per_epoch == 0 or done == total
-            score: float | None = None
-            if ends_epoch and config.data.val_split and pending.number is None:
-                score = _validate(model, config, table, tokenizer, device, dtype)
-                log.add({"step": done, "epoch": done / per_epoch, "val_miou": score})
-                model.train()
             if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
-                saved = save(done, score)
-                if pending.number is not None and done < total:
+                saved = save(done, None)
+                if pending.number is not None:
                     raise Interrupted(pending.number, saved)
+            if ends_epoch and questions:
+                # After saving: validation may be long, and a photograph of that split may be broken.
+                score = _validate(model, config, questions, tokenizer, device, dtype)
+                log.add({"step": done, "epoch": done / per_epoch, "val_miou": score})
+                saved = save(done, score)
+                if pending.number is not None:
+                    raise Interrupted(pending.number, saved)
+                model.train()
     model.eval()
     finished = list_checkpoints(out)
     return TrainResult(finished[-1], best_checkpoint(finished), time.monotonic() - begin)
@@ -238,16 +245,17 @@ def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
 def _validate(
     model: DCRIS,
     config: RunConfig,
-    table: ReferenceTable,
+    questions: Questions,
     tokenizer: Tokenizer,
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
     """mIoU in percent on the validation split's first sentences, as the CRIS family validates while training."""
     model.eval()
-    assert config.data.val_split is not None
-    questions = all_questions(table.split(config.data.val_split), first_only=True)
-    answers = answer_questions(model, questions, config.data, tokenizer, Protocol(), device=device, dtype=dtype)
+    workers = config.data.workers
+    answers = answer_questions(
+        model, questions, config.data, tokenizer, Protocol(), device=device, dtype=dtype, workers=workers
+    )
     return summarise(answer.overlap for answer in answers)["miou"]
 
 
