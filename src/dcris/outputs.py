@@ -70,7 +70,7 @@ def predict_to_files(
     try:
         yield from _predict_each(segmenter, images, phrases, out, formats, threshold, results)
     finally:  # also after an unreadable image, a full disk or Ctrl-C: what is done is done
-        if "coco" in formats:
+        if "coco" in formats and results:
             write_json(out / "predictions.json", results)
 
 
