@@ -147,12 +147,16 @@ def save_model(
     """
     weights = {name for name, _ in model.named_parameters()}
     state = {
-        name: value.half() if half and name in weights else value for name, value in _on_cpu(trained_state(model)).items()
+        name: value.half() if half and name in weights else value
+        for name, value in _on_cpu(trained_state(model)).items()
     }
     metadata = _metadata(towers, origin=origin)
     if path.suffix == _BUNDLE:
         whole = {**state, **_on_cpu(_tower_tensors(model))}
-        _guarded(path, lambda: write_file(path, lambda at: save_file(whole, at, {**metadata, "config": _config_text(config)})))
+        _guarded(
+            path,
+            lambda: write_file(path, lambda at: save_file(whole, at, {**metadata, "config": _config_text(config)})),
+        )
         return
     if path.exists():
         raise DcrisError(f"{path} exists already; delete it or choose another place")
@@ -299,7 +303,9 @@ def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, Run
     recorded = _require_towers(path, towers)
     with torch.device("meta"):  # names and shapes without memory
         model = DCRIS(config.model)
-    copy_strictly(_tower_tensors(model), _tower_tensors(shared), "the tower in memory")  # compares alone: nothing is there
+    copy_strictly(
+        _tower_tensors(model), _tower_tensors(shared), "the tower in memory"
+    )  # compares alone: nothing is there
     expected, tensors = trained_state(model), _read_trained(path, model)
     copy_strictly(expected, tensors, str(path))
     device = shared.head.projector.visual.weight.device
@@ -399,7 +405,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 def _read_tensors(path: Path, only: Container[str] | None = None, but: Container[str] = ()) -> dict[str, Tensor]:
     """A safetensors file's tensors: all, or those whose names are in `only` and not in `but`."""
     with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys() if (only is None or name in only) and name not in but}
+        return {
+            name: file.get_tensor(name) for name in file.keys() if (only is None or name in only) and name not in but
+        }
 
 
 @contextmanager
