@@ -75,8 +75,8 @@ def model_card(
     ]
     if published:
         lines += [
-            f"- Converted from `{origin.get('source')}` at {origin.get('revision')}, SHA-256 {origin.get('sha256')}: the weights "
-            "are the work of DETRIS's authors",
+            f"- Converted from `{origin.get('source')}` at {origin.get('revision')}, SHA-256 {origin.get('sha256')}: "
+            "the weights are the work of DETRIS's authors",
         ]
     lines += ["", "## Scores", ""]
     if metrics:

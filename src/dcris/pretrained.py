@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dcris.convert import convert_file, data_set_of
@@ -67,10 +68,8 @@ def _repository(source: str, towers: bool) -> Path:
     except DcrisError as error:
         raise DcrisError(f"there is no file or folder {source} here, and on the Hub: {error}") from error
     if towers:
-        try:
+        with suppress(FileMissingError):  # its configuration then names them
             fetch(repo, config.commit, ["towers.safetensors"])
-        except FileMissingError:
-            pass  # then its configuration names them
     return config.path.parent
 
 

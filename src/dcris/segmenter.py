@@ -258,8 +258,8 @@ class Segmenter:
         Returns:
             One prediction per phrase, in order; for a list of images, one such list per image.
 
-        Raises DcrisError where an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or there are no such
-        adapters.
+        Raises DcrisError where an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or there are
+        no such adapters.
         """
         wanted = [require_phrase(phrase) for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
         if threshold is not None and not 0 < threshold < 1:

@@ -35,8 +35,9 @@ def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
     A file in the cache needs no network where the revision is a commit; for a branch the Hub is asked whether it has moved,
     and the cached file serves where it cannot be reached.
 
-    Raises FileMissingError where the repository has none of them; DcrisError where there is no such repository or revision; where the Hub cannot be reached, or is not to be,
-    and the cache lacks the file; where the disk is full; and where what arrived is damaged.
+    Raises FileMissingError where the repository has none of them; DcrisError where there is no such repository or revision;
+    where the Hub cannot be reached, or is not to be, and the cache lacks the file; where the disk is full; and where what
+    arrived is damaged.
     """
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

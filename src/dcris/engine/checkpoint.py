@@ -405,9 +405,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 def _read_tensors(path: Path, only: Container[str] | None = None, but: Container[str] = ()) -> dict[str, Tensor]:
     """A safetensors file's tensors: all, or those whose names are in `only` and not in `but`."""
     with _open(path) as file:
-        return {
-            name: file.get_tensor(name) for name in file.keys() if (only is None or name in only) and name not in but
-        }
+        names: list[str] = list(file.keys())  # it is no dict
+        return {name: file.get_tensor(name) for name in names if (only is None or name in only) and name not in but}
 
 
 @contextmanager
