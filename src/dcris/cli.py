@@ -135,6 +135,7 @@ def _parser() -> _Parser:
     convert.add_argument(
         "--word-length", type=_natural, metavar="N", help="tokens per phrase, where the file's name does not say it"
     )
+    convert.add_argument("--half", action="store_true", help="store adapters and head in float16, in half the space")
 
     recipes = add("recipes", _recipes, "list the recipes with their trainable counts", "--show dcris_b")
     recipes.add_argument("--show", metavar="RECIPE", help="print a recipe's whole configuration")
@@ -354,7 +355,7 @@ def _convert(args: argparse.Namespace) -> None:
     if len(targets) < len(args.files):
         raise DcrisError("two of the files have one name, so their results would be in one place; convert them apart")
     for target, file in targets.items():
-        config = convert_file(file, target, args.word_length)
+        config = convert_file(file, target, args.word_length, half=args.half)
         print(
             f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
             f'next: dcris predict {target} photo.jpg -e "left slice" --out out'

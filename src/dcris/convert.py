@@ -98,18 +98,22 @@ _TRANSPOSED = "neck.f5_proj.0.weight"
 
 
 def convert_file(
-    path: Path, out: Path, word_length: int | None = None, origin: Mapping[str, str] | None = None
+    path: Path,
+    out: Path,
+    word_length: int | None = None,
+    origin: Mapping[str, str] | None = None,
+    half: bool = False,
 ) -> RunConfig:
     """Write the published checkpoint `path` as a checkpoint directory `out`, which must not exist.
 
     The directory has the frozen towers in it, so that it can be used without a network. `origin` is recorded in it: which
-    published checkpoint it is, where that is known. Returns its configuration.
+    published checkpoint it is, where that is known. `half` stores adapters and head in float16. Returns its configuration.
     Raises DcrisError as convert_detris does, or where `out` cannot be made; it is then not there at all.
     """
     if out.exists():
         raise DcrisError(f"{out} exists already; delete it or choose another --out")
     config, tensors = convert_detris(path, word_length)
-    save_whole(out, tensors, config, origin)
+    save_whole(out, tensors, config, origin, half)
     return config
 
 

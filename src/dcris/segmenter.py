@@ -71,7 +71,7 @@ class Segmenter:
         """Which published checkpoint the model was converted from; empty where it was trained."""
         self.tokenizer = get_tokenizer(config.model.text.tokenizer)
         self.protocol = Protocol()
-        self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {}
+        self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self.model, config)}
 
     @classmethod
     def from_pretrained(
@@ -100,7 +100,8 @@ class Segmenter:
         if not named:
             raise DcrisError("no model was given to load")
         segmenter = cls._one(named[0][1], device, precision)
-        segmenter._sets = {named[0][0] or segmenter.config.data.dataset: (segmenter.model, segmenter.config)}
+        if named[0][0] is not None:
+            segmenter._sets = {named[0][0]: (segmenter.model, segmenter.config)}
         for name, each in named[1:]:
             segmenter._add(name, each)
         return segmenter
@@ -119,8 +120,9 @@ class Segmenter:
     def add_adapters(self, name: str, source: Source) -> None:
         """Load another checkpoint's adapters and head, to be chosen by `predict(..., adapters=name)`.
 
-        They stand on the frozen towers that are in memory already, and answer as their own checkpoint does. Threads that are
-        predicting meanwhile are not disturbed; two that add at one time have to take turns.
+        The model that was loaded first is called by its data set. The new ones stand on the frozen towers that are in memory
+        already, and answer as their own checkpoint does. Threads that are predicting meanwhile are not disturbed; two that
+        add at one time have to take turns.
 
         Raises DcrisError as from_pretrained does, where the name is taken, and where they were trained on other towers.
         """
@@ -274,7 +276,7 @@ class Segmenter:
             return self.model, self.config
         sets = self._sets
         if adapters not in sets:
-            raise DcrisError(f"there are no adapters {adapters!r}; there are {', '.join(sets) or 'none by any name'}")
+            raise DcrisError(f"there are no adapters {adapters!r}; there are {', '.join(sets)}")
         return sets[adapters]
 
     @torch.no_grad()

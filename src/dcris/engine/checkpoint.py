@@ -95,15 +95,20 @@ def save_checkpoint(
     return Checkpoint(path, step, score)
 
 
-def save_whole(path: Path, tensors: dict[str, Tensor], config: RunConfig, origin: Origin | None = None) -> None:
+def save_whole(
+    path: Path, tensors: dict[str, Tensor], config: RunConfig, origin: Origin | None = None, half: bool = False
+) -> None:
     """Write a whole model, given as its state dict, as the checkpoint directory `path`: what was trained, and the towers.
 
-    Tensors are read one by one, so they may be mapped from a file. Raises DcrisError where it cannot be written.
+    Tensors are read one by one, so they may be mapped from a file. `origin` and `half` are as of save_model.
+    Raises DcrisError where it cannot be written.
     """
     with torch.device("meta"):  # names without memory
         model = DCRIS(config.model)
     trained = trained_state(model).keys()
     state = {name: value.contiguous() for name, value in tensors.items() if name in trained}
+    if half:
+        state = _halved(state, model)
     frozen = {name: value.contiguous() for name, value in tensors.items() if name not in trained}
     towers: Towers = {
         name: {"name": part.config.name, "sha256": fingerprint(_part(frozen, name))}
@@ -145,11 +150,9 @@ def save_model(
 
     Raises DcrisError where the directory exists or cannot be written.
     """
-    weights = {name for name, _ in model.named_parameters()}
-    state = {
-        name: value.half() if half and name in weights else value
-        for name, value in _on_cpu(trained_state(model)).items()
-    }
+    state = _on_cpu(trained_state(model))
+    if half:
+        state = _halved(state, model)
     metadata = _metadata(towers, origin=origin)
     if path.suffix == _BUNDLE:
         whole = {**state, **_on_cpu(_tower_tensors(model))}
@@ -183,6 +186,12 @@ def _config_text(config: RunConfig) -> str:
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+
+
+def _halved(state: Mapping[str, Tensor], model: DCRIS) -> dict[str, Tensor]:
+    """Weights in float16; statistics as they are."""
+    weights = {name for name, _ in model.named_parameters()}
+    return {name: value.half() if name in weights else value for name, value in state.items()}
 
 
 def _tower_tensors(model: DCRIS) -> dict[str, Tensor]:
