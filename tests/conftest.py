@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from hub import Hub
 
 
 @dataclass
@@ -119,3 +123,24 @@ def trained_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("run") / "tiny"
     run_training(quick_config(12, ("train.log_every", "2")), scenes_root, out)
     return out
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that huggingface_hub takes for the real one, with an empty cache."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with Hub() as server:
+        # What HF_ENDPOINT and HF_HOME set, had they been there when the library was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()

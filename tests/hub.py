@@ -1,6 +1,8 @@
 """A small Hub on the loopback address: what huggingface_hub asks of the real one, and the ways in which that fails."""
 
+import base64
 import hashlib
+import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +38,8 @@ class Hub:
         """For each of the next answers: how many bytes are sent before the connection breaks."""
         self.damage = False
         """Send other bytes than those whose checksum was announced."""
+        self.read_only = False
+        """Nobody may upload."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -72,7 +76,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def answer(self, with_body: bool) -> None:
             address, what, rest = unquote(self.path.split("?")[0]).strip("/").partition("/resolve/")
             if address.startswith("stored/"):
-                return self.send_file(*address.split("/")[1:], with_body)
+                return self.send_file(*address.split("/", 2)[1:], with_body)
+            if address.startswith("api/models/") and "/tree/" in address:
+                return self.list_files(*address.removeprefix("api/models/").split("/tree/"))
             if not what:  # the client asks for a thing or two that are no files
                 return self.refuse(404, "")
             revision, _, name = rest.partition("/")
@@ -92,6 +98,42 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             where = f"{hub.url.replace('127.0.0.1', 'localhost')}/stored/{checksum}/{name}?signature=1"
             headers = {"ETag": f'"{commit}"', "X-Linked-ETag": f'"{checksum}"', "X-Linked-Size": str(len(content))}
             self.head(302, {**headers, "X-Repo-Commit": commit, "Location": where, "Content-Length": "0"})
+
+        def list_files(self, name: str, revision: str) -> None:
+            repository = hub.repositories.get(name)
+            if repository is None:
+                return self.refuse(401, "RepoNotFound")
+            files = repository.commits[repository.refs.get(revision, revision)]
+            self.send_json(
+                [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files.items()]
+            )
+
+        def do_POST(self) -> None:
+            """What an upload asks for. Every file comes inside the commit, as small ones do at the real Hub."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            address = unquote(self.path.split("?")[0]).strip("/").removeprefix("api/")
+            if address == "validate-yaml":
+                return self.send_json({"errors": [], "warnings": []})
+            if hub.read_only:
+                return self.refuse(403, "")
+            if address == "repos/create":
+                return self.send_json(
+                    {"url": f"{hub.url}/{json.loads(body).get('organization')}/{json.loads(body)['name']}"}
+                )
+            repository, _, what = address.removeprefix("models/").rpartition("/main")[0].rpartition("/")
+            if what == "preupload":
+                names = [file["path"] for file in json.loads(body)["files"]]
+                modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+                return self.send_json({"files": modes})
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            commit = hub.push(repository, {file["path"]: base64.b64decode(file["content"]) for file in files})
+            self.send_json({"commitUrl": f"{hub.url}/{repository}/commit/{commit}", "commitOid": commit})
+
+        def send_json(self, value: object) -> None:
+            content = json.dumps(value).encode()
+            self.head(200, {"Content-Type": "application/json", "Content-Length": str(len(content))})
+            self.wfile.write(content)
 
         def send_file(self, checksum: str, name: str, with_body: bool) -> None:
             byte_range = self.headers.get("Range")

@@ -345,9 +345,9 @@ def test_a_place_without_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_tower_that_is_not_here(tmp_path: Path) -> None:
-    """Recipes whose weights this version cannot load say so before anything is read or written."""
-    with pytest.raises(DcrisError, match="cannot load the weights 'dinov2-base'"):
-        build_model(quick_config(1, ("model.vision.name", '"dinov2-base"')))
+    """A name that means no weights is refused before anything is read or written, and the names there are are listed."""
+    with pytest.raises(DcrisError, match=r"no weights 'dinov5'.*dinov2-base.*tiny-vision"):
+        build_model(quick_config(1, ("model.vision.name", '"dinov5"')))
 
 
 # ---- signals, in a process of its own ------------------------------------------------------------------------------------

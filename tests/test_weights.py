@@ -6,13 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, file_download
@@ -42,24 +40,6 @@ GIANT = TINY_VISION.model_copy(update={"mlp": "swiglu"})
 # Archives in OpenAI's form can only be made by what newer releases of torch advise against.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 TOLERANCE = 2e-5  # of float32 numbers about 1
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that huggingface_hub takes for the real one, with an empty cache."""
-    with Hub() as server:
-        # What HF_ENDPOINT and HF_HOME set, had they been there when the library was imported.
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        huggingface_hub.close_session()
-        yield server
-        huggingface_hub.close_session()
 
 
 def vision_tower(shape: VisionConfig = TINY_VISION) -> VisionTower:

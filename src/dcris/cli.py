@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 BAD_INPUT, INTERRUPTED = 2, 130
 Command = Callable[[argparse.Namespace], None]
+_CHECKPOINT = (
+    "a run's or checkpoint's directory, a .safetensors bundle, owner/name on the Hub, or a published model: "
+    "detris-{b,l}-{refcoco,refcoco+,refcocog-umd,refcocog-google}, detris-l-mixed"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +101,7 @@ def _parser() -> _Parser:
     _device(train)
 
     evaluate = add("evaluate", _evaluate, "score a checkpoint", "runs/tiny --data data/scenes --split test")
-    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's or checkpoint's directory")
+    evaluate.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
     _data_root(evaluate)
     _data_set(evaluate, required=False)
     evaluate.add_argument("--split", default="val", help="(%(default)s)")
@@ -107,7 +111,7 @@ def _parser() -> _Parser:
     _device(evaluate)
 
     predict = add("predict", _predict, "segment what phrases refer to", 'runs/tiny photo.jpg -e "left slice" --out out')
-    predict.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's or checkpoint's directory")
+    predict.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     predict.add_argument(
         "-e", "--expression", action="append", required=True, metavar="PHRASE", help="may be given several times"
@@ -131,6 +135,7 @@ def _parser() -> _Parser:
     convert.add_argument(
         "--word-length", type=_natural, metavar="N", help="tokens per phrase, where the file's name does not say it"
     )
+    convert.add_argument("--half", action="store_true", help="store adapters and head in float16, in half the space")
 
     recipes = add("recipes", _recipes, "list the recipes with their trainable counts", "--show dcris_b")
     recipes.add_argument("--show", metavar="RECIPE", help="print a recipe's whole configuration")
@@ -296,10 +301,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.engine.device import choose_device, choose_precision
     from dcris.engine.evaluate import answer_questions, result_record
     from dcris.files import write_json
+    from dcris.pretrained import locate
     from dcris.protocols import get_protocol
 
     protocol, device = get_protocol(args.protocol), choose_device(args.device)
-    model, config = load_checkpoint(args.checkpoint)
+    model, config = load_checkpoint(locate(args.checkpoint))
     table = _data_of(args, config)
     questions = all_questions(table.split(args.split))
     with tqdm(total=len(questions), unit="phrase", disable=not sys.stderr.isatty()) as bar:
@@ -347,7 +353,7 @@ def _convert(args: argparse.Namespace) -> None:
     if len(targets) < len(args.files):
         raise DcrisError("two of the files have one name, so their results would be in one place; convert them apart")
     for target, file in targets.items():
-        config = convert_file(file, target, args.word_length)
+        config = convert_file(file, target, args.word_length, half=args.half)
         print(
             f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
             f'next: dcris predict {target} photo.jpg -e "left slice" --out out'

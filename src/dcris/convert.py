@@ -97,16 +97,23 @@ _TRANSPOSED = "neck.f5_proj.0.weight"
 """Theirs is a transposed 1x1 convolution, which is a plain one with its first two axes exchanged."""
 
 
-def convert_file(path: Path, out: Path, word_length: int | None = None) -> RunConfig:
+def convert_file(
+    path: Path,
+    out: Path,
+    word_length: int | None = None,
+    origin: Mapping[str, str] | None = None,
+    half: bool = False,
+) -> RunConfig:
     """Write the published checkpoint `path` as a checkpoint directory `out`, which must not exist.
 
-    The directory has the frozen towers in it, so that it can be used without a network. Returns its configuration.
+    The directory has the frozen towers in it, so that it can be used without a network. `origin` is recorded in it: which
+    published checkpoint it is, where that is known. `half` stores adapters and head in float16. Returns its configuration.
     Raises DcrisError as convert_detris does, or where `out` cannot be made; it is then not there at all.
     """
     if out.exists():
         raise DcrisError(f"{out} exists already; delete it or choose another --out")
     config, tensors = convert_detris(path, word_length)
-    save_whole(out, tensors, config)
+    save_whole(out, tensors, config, origin, half)
     return config
 
 
@@ -238,15 +245,20 @@ def _size(tensors: Mapping[str, Tensor], name: str, axis: int, where: str) -> in
     return tensors[name].shape[axis]
 
 
+def data_set_of(stem: str) -> tuple[str, str, int] | None:
+    """Data set, partition and word length that a published file's name speaks of; None where it speaks of none."""
+    return next((row[1:] for row in _DATA_SETS if re.search(row[0], stem.lower())), None)
+
+
 def _data_settings(path: Path, word_length: int | None) -> list[tuple[str, str]]:
     """Settings of the data section, from the file's name."""
-    known = next((row for row in _DATA_SETS if re.search(row[0], path.stem.lower())), None)
-    settings = [] if known is None else [("data.dataset", known[1]), ("data.split_by", known[2])]
+    known = data_set_of(path.stem)
+    settings = [] if known is None else [("data.dataset", known[0]), ("data.split_by", known[1])]
     if word_length is None:
         if known is None:
             raise DcrisError(
                 f"the name of {path} does not say which data set it was trained on; give --word-length 17, or 22 for the "
                 "umd partition of G-Ref"
             )
-        word_length = known[3]
+        word_length = known[2]
     return [*settings, ("data.word_length", str(word_length))]

@@ -1,7 +1,9 @@
 """The public Python API: a photograph and phrases in, masks out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import overload
 
 import numpy as np
@@ -9,21 +11,37 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dcris.card import Metrics, model_card
 from dcris.config import Precision, RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import read_image, to_rgb
 from dcris.data.masks import mask_box
 from dcris.data.tokenizer import get_tokenizer, require_phrase
-from dcris.engine.checkpoint import load_checkpoint
+from dcris.encoders.hub import push
+from dcris.encoders.weights import can_be_had
+from dcris.engine.checkpoint import (
+    Origin,
+    Towers,
+    find_checkpoint,
+    identify_towers,
+    load_adapters,
+    load_checkpoint,
+    read_origin,
+    save_model,
+)
 from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.engine.evaluate import PHRASES_PER_PASS
 from dcris.errors import DcrisError
 from dcris.model.dcris import DCRIS
+from dcris.pretrained import locate
 from dcris.protocols import Protocol
 from dcris.types import Prediction
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 """A path, a PIL image of any mode, or RGB pixels [H, W, 3] uint8."""
+
+Source = str | Path
+"""What names a trained model; see Segmenter.from_pretrained."""
 
 
 class Segmenter:
@@ -37,30 +55,167 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: DCRIS, config: RunConfig, *, device: str = "auto", precision: Precision | None = None
+        self,
+        model: DCRIS,
+        config: RunConfig,
+        *,
+        device: str = "auto",
+        precision: Precision | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_precision(precision or config.train.precision, self.device)
         self.model = model.to(self.device).eval()
         self.config = config
+        self.origin: Origin = origin or {}
+        """Which published checkpoint the model was converted from; empty where it was trained."""
         self.tokenizer = get_tokenizer(config.model.text.tokenizer)
         self.protocol = Protocol()
+        self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self.model, config)}
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str = "auto", precision: Precision | None = None
+        cls,
+        source: Source | Mapping[str, Source] | Sequence[Source],
+        *,
+        device: str = "auto",
+        precision: Precision | None = None,
     ) -> "Segmenter":
-        """Load a run's directory, or one of its checkpoints.
+        """Load a trained model, or several adapter sets of one pair of towers.
 
         Args:
-            path: as made by `dcris train --out` or `dcris quickstart`.
+            source: a run's directory (its best checkpoint), a checkpoint's directory, a .safetensors bundle, a repository
+                "owner/name" or "owner/name@revision" of the Hub, or a published DETRIS model such as "detris-b-refcoco".
+                Several of them, as a list (each is then called by its data set) or as a dict by names of your own, share
+                the towers of the first, which also answers where `predict` is given no name.
             device: auto, cpu, cuda or cuda:N.
             precision: auto, float32 or bfloat16; the run's own by default.
 
-        Raises DcrisError where there is no checkpoint, or it cannot be used.
+        Raises DcrisError where there is no such model, it cannot be fetched or used, its towers are not those it was trained
+        on, or one of several has other towers than the first.
         """
-        model, config = load_checkpoint(Path(path))
-        return cls(model, config, device=device, precision=precision)
+        if isinstance(source, str | Path):
+            return cls._one(source, device, precision)
+        named = list(source.items()) if isinstance(source, Mapping) else [(None, each) for each in source]
+        if not named:
+            raise DcrisError("no model was given to load")
+        segmenter = cls._one(named[0][1], device, precision)
+        if named[0][0] is not None:
+            segmenter._sets = {named[0][0]: (segmenter.model, segmenter.config)}
+        for name, each in named[1:]:
+            segmenter._add(name, each)
+        return segmenter
+
+    @classmethod
+    def _one(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
+        path = find_checkpoint(locate(source))
+        model, config = load_checkpoint(path)
+        return cls(model, config, device=device, precision=precision, origin=read_origin(path))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that `predict(..., adapters=)` takes, in the order in which they were added."""
+        return tuple(self._sets)
+
+    def add_adapters(self, name: str, source: Source) -> None:
+        """Load another checkpoint's adapters and head, to be chosen by `predict(..., adapters=name)`.
+
+        The model that was loaded first is called by its data set. The new ones stand on the frozen towers that are in memory
+        already, and answer as their own checkpoint does. Threads that are predicting meanwhile are not disturbed; two that
+        add at one time have to take turns.
+
+        Raises DcrisError as from_pretrained does, where the name is taken, and where they were trained on other towers.
+        """
+        self._add(name, source)
+
+    def _add(self, name: str | None, source: Source) -> None:
+        if name in self._sets:
+            raise DcrisError(f"there are adapters {name!r} already; choose another name")
+        model, config = load_adapters(locate(source, towers=False), self.model, self._towers)
+        name = name or config.data.dataset
+        if name in self._sets:
+            raise DcrisError(f"two of the models were trained on {name}; give a dict, with a name for each")
+        # Replaced, not changed: another thread may be reading it.
+        self._sets = {**self._sets, name: (model.to(self.device).eval(), config)}
+
+    @cached_property
+    def _towers(self) -> Towers:
+        return identify_towers(self.model)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        half: bool = False,
+        bundle: bool = False,
+        towers: bool | None = None,
+        metrics: Metrics | Sequence[Metrics] = (),
+        licence: str | None = None,
+    ) -> Path:
+        """Write the model where from_pretrained finds it again: config.json, model.safetensors and a model card, README.md.
+
+        Of several adapter sets, the first is written.
+
+        Args:
+            path: a directory, which must not exist; or a file with `bundle`.
+            half: store adapters and head in float16, in half the space. They are read back as float32.
+            bundle: write one .safetensors file with everything in it, and no card; also chosen by a path of that ending.
+            towers: write the frozen towers too, as towers.safetensors; by default where whoever loads the model could not
+                have them from the Hub or the package.
+            metrics: what `dcris evaluate --out` wrote, or several of those, for the card.
+            licence: the Hub's short name of one, for the card.
+
+        Returns the path. Raises DcrisError where it exists or cannot be written.
+        """
+        path = Path(path)
+        bundle = bundle or path.suffix == ".safetensors"
+        if bundle and path.suffix != ".safetensors":
+            raise DcrisError(f"a bundle is one file whose name ends in .safetensors, and {path} does not")
+        self._write(path, path.name, half, towers, metrics, licence)
+        return path
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        half: bool = False,
+        towers: bool | None = None,
+        metrics: Metrics | Sequence[Metrics] = (),
+        licence: str | None = None,
+        message: str = "Upload a dcris model",
+    ) -> str:
+        """Upload what save_pretrained writes to the Hub, as one commit, and return the repository's address.
+
+        Args:
+            repo: "owner/name"; made where there is none.
+            private: whether a repository that is made can be seen by its owner alone.
+            half, towers, metrics, licence: as of save_pretrained.
+            message: of the commit.
+
+        Raises DcrisError where the Hub cannot be reached, or the token of `hf auth login` may not write there.
+        """
+        with TemporaryDirectory() as folder:
+            made = Path(folder) / "model"
+            self._write(made, repo, half, towers, metrics, licence)
+            return push(made, repo, private=private, message=message)
+
+    def _write(
+        self,
+        path: Path,
+        name: str,
+        half: bool,
+        towers: bool | None,
+        metrics: Metrics | Sequence[Metrics],
+        licence: str | None,
+    ) -> None:
+        if towers is None:
+            towers = not all(can_be_had(tower) for tower in (self.model.vision, self.model.text))
+        rows = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+        card = model_card(self.config, self._towers, name=name, origin=self.origin, metrics=rows, licence=licence)
+        save_model(
+            path, self.model, self._towers, self.config, with_towers=towers, half=half, origin=self.origin, card=card
+        )
 
     @overload
     def predict(
@@ -70,6 +225,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         scores: bool = False,
+        adapters: str | None = None,
     ) -> list[Prediction]: ...
 
     @overload
@@ -80,6 +236,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         scores: bool = False,
+        adapters: str | None = None,
     ) -> list[list[Prediction]]: ...
 
     def predict(
@@ -89,6 +246,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         scores: bool = False,
+        adapters: str | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """Find what each phrase refers to.
 
@@ -97,36 +255,53 @@ class Segmenter:
             phrases: asked of each image; a single string is one phrase.
             threshold: a pixel is the object's if its probability is greater; 0.35 by default.
             scores: keep each pixel's probability in the predictions.
+            adapters: the name of the adapter set that answers; the first by default.
 
         Returns:
             One prediction per phrase, in order; for a list of images, one such list per image.
 
-        Raises DcrisError where an image cannot be read, a phrase is empty or the threshold is not between 0 and 1.
+        Raises DcrisError where an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or there are
+        no such adapters.
         """
         wanted = [require_phrase(phrase) for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
         if threshold is not None and not 0 < threshold < 1:
             raise DcrisError(f"the threshold must lie between 0 and 1, and is {threshold}")
+        chosen = self._choose(adapters)
         if isinstance(image, list):
-            return [self._predict(_pixels(each), wanted, threshold, scores) for each in image]
-        return self._predict(_pixels(image), wanted, threshold, scores)
+            return [self._predict(_pixels(each), wanted, threshold, scores, *chosen) for each in image]
+        return self._predict(_pixels(image), wanted, threshold, scores, *chosen)
+
+    def _choose(self, adapters: str | None) -> tuple[DCRIS, RunConfig]:
+        if adapters is None:
+            return self.model, self.config
+        sets = self._sets
+        if adapters not in sets:
+            raise DcrisError(f"there are no adapters {adapters!r}; there are {', '.join(sets)}")
+        return sets[adapters]
 
     @torch.no_grad()
     def _predict(
-        self, pixels: NDArray[np.uint8], phrases: list[str], threshold: float | None, scores: bool
+        self,
+        pixels: NDArray[np.uint8],
+        phrases: list[str],
+        threshold: float | None,
+        scores: bool,
+        model: DCRIS,
+        config: RunConfig,
     ) -> list[Prediction]:
         if not phrases:
             return []
         threshold = self.protocol.threshold if threshold is None else threshold
-        square, box = to_square(pixels, self.config.data)
-        images = normalise(square[None].to(self.device), self.config.data)
-        tokens = self.tokenizer(phrases, self.config.data.word_length).to(self.device)
+        square, box = to_square(pixels, config.data)
+        images = normalise(square[None].to(self.device), config.data)
+        tokens = get_tokenizer(config.model.text.tokenizer)(phrases, config.data.word_length).to(self.device)
         answers: list[Prediction] = []
         with autocast(self.device, self.dtype):
-            state = self.model.encode_images(images)
-            text = self.model.encode_text(tokens)
+            state = model.encode_images(images)
+            text = model.encode_text(tokens)
             for start in range(0, len(phrases), PHRASES_PER_PASS):
                 some = torch.arange(start, min(start + PHRASES_PER_PASS, len(phrases)), device=self.device)
-                logits = self.model.segment(state.select(torch.zeros_like(some)), text.select(some))
+                logits = model.segment(state.select(torch.zeros_like(some)), text.select(some))
                 pictures = self.protocol.probabilities(logits, [box] * len(some))
                 answers += [
                     _prediction(phrase, picture, threshold, scores)

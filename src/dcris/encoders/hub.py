@@ -25,21 +25,28 @@ class HubFile:
     """The commit that the revision asked for stood for."""
 
 
+class FileMissingError(DcrisError):
+    """The repository is there, at that revision, and has none of the files asked for."""
+
+
 def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
     """The first of the files `names` that the repository has at a revision (branch, tag or commit), from the cache or the Hub.
 
     A file in the cache needs no network where the revision is a commit; for a branch the Hub is asked whether it has moved,
     and the cached file serves where it cannot be reached.
 
-    Raises DcrisError where there is no such repository, revision or file; where the Hub cannot be reached, or is not to be,
-    and the cache lacks the file; where the disk is full; and where what arrived is damaged.
+    Raises FileMissingError where the repository has none of them; DcrisError where there is no such repository or revision;
+    where the Hub cannot be reached, or is not to be, and the cache lacks the file; where the disk is full; and where what
+    arrived is damaged.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = {name: try_to_load_from_cache(repo, name, revision=revision) for name in names}
     # What is cached comes first: without a network, asking for any other name takes half a minute to fail.
     for name in sorted(names, key=lambda name: not isinstance(cached[name], str)):
+        if cached[name] is _CACHED_NO_EXIST and re.fullmatch("[0-9a-f]{40}", revision):
+            continue  # a commit will not get a file that it lacks
         try:
             path = Path(hf_hub_download(repo, name, revision=revision, library_name="dcris"))
         except EntryNotFoundError as error:
@@ -52,8 +59,43 @@ def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
         else:
             if str(path) != cached[name]:
                 _verify(path, repo)
-            return HubFile(path, repo, name, path.parent.name)  # CACHE/models--.../snapshots/COMMIT/NAME
-    raise DcrisError(f"{repo} at revision {revision} has no file {' or '.join(names)}; is the revision right?")
+            # CACHE/models--.../snapshots/COMMIT/NAME, where a name may have folders in it
+            return HubFile(path, repo, name, path.parents[name.count("/")].name)
+    raise FileMissingError(f"{repo} at revision {revision} has no file {' or '.join(names)}; is the revision right?")
+
+
+def list_files(repo: str, revision: str = "main") -> list[str]:
+    """The names of a repository's files, as the Hub says now. Raises DcrisError where it cannot be asked."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise DcrisError(f"HF_HUB_OFFLINE forbids asking which files {repo} has; unset it once")
+    try:
+        return sorted(HfApi(library_name="dcris").list_repo_files(repo, revision=revision))
+    except Exception as error:  # as in fetch
+        raise _explain(error, repo, revision) from error
+
+
+def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Upload a folder's files as one commit to a repository, which is made where there is none; return its address.
+
+    Raises DcrisError where the Hub cannot be reached or does not let this person write there.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise DcrisError(f"HF_HUB_OFFLINE forbids uploading to {repo}; unset it")
+    api = HfApi(library_name="dcris")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except Exception as error:  # as in fetch
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DcrisError(
+            f"uploading to {repo} on {constants.ENDPOINT} failed ({reason}); check its name and that `hf auth login` was done "
+            "with a token that may write"
+        ) from error
+    return f"{constants.ENDPOINT}/{repo}"
 
 
 def _verify(path: Path, repo: str) -> None:

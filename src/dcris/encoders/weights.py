@@ -116,6 +116,11 @@ def _check_part(stored: dict[str, StoredTensor], part: str, shape: tuple[int, ..
         raise DcrisError(f"the tensor {part} of {path} holds whole numbers; quantised weights cannot be loaded")
 
 
+def can_be_had(tower: VisionTower | TextTower) -> bool:
+    """Whether anybody can fill this tower by its name: its weights are in the package or came from the Hub."""
+    return tower.config.name in _EMBEDDED or "revision" in tower.source
+
+
 def tower_state(tower: nn.Module) -> dict[str, Tensor]:
     """A tower's own tensors by name, without those of the adapters in its slots."""
     return {name: value for name, value in tower.state_dict().items() if "_slot." not in name}

@@ -9,15 +9,18 @@ A converted checkpoint has only the first two, and beside them
     towers.safetensors    the frozen towers themselves, so that no other source is needed
 Where that file is missing the towers are looked for under their names, and either way they must have the fingerprints that
 model.safetensors names. So the file may be deleted to save space where the named weights are at hand.
+A bundle is all of it in one .safetensors file, the configuration in its metadata.
 Nothing in a checkpoint can run code.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,15 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcris.adapters.base import trained_state
-from dcris.config import RunConfig, load_config
+from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.weights import copy_strictly, fingerprint, load_towers, tower_state
 from dcris.errors import DcrisError
-from dcris.files import read_json, write_directory
+from dcris.files import read_json, write_directory, write_file
 from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 _TOWERS = "towers.safetensors"
+_BUNDLE = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,9 @@ class Checkpoint:
 Towers = dict[str, dict[str, str]]
 """The frozen towers by "vision" and "text": the name of their weights and their SHA-256; and where they are known, the file's
 "source" and the Hub's "revision"."""
+
+Origin = Mapping[str, str]
+"""Of a published checkpoint that was converted, which one it was: "name", "source", "revision", "sha256"; else nothing."""
 
 
 def identify_towers(model: DCRIS) -> Towers:
@@ -70,7 +77,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write the checkpoint of `step` into the run's directory, atomically. Raises DcrisError where it cannot be written."""
     metadata = _metadata(towers, step)
-    state = {name: value.detach().to("cpu").contiguous() for name, value in trained_state(model).items()}
+    state = _on_cpu(trained_state(model))
     moments = {
         f"{slot}.{key}": value.detach().to("cpu").contiguous()
         for slot, values in optimizer.state_dict()["state"].items()
@@ -81,22 +88,27 @@ def save_checkpoint(
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, metadata)
         save_file(moments, folder / _OPTIMIZER)
-        (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        (folder / _CONFIG).write_text(_config_text(config))
         (folder / _STATE).write_text(json.dumps({"step": step, "score": score}) + "\n")
 
     _write(path, fill)
     return Checkpoint(path, step, score)
 
 
-def save_whole(path: Path, tensors: dict[str, Tensor], config: RunConfig) -> None:
+def save_whole(
+    path: Path, tensors: dict[str, Tensor], config: RunConfig, origin: Origin | None = None, half: bool = False
+) -> None:
     """Write a whole model, given as its state dict, as the checkpoint directory `path`: what was trained, and the towers.
 
-    Tensors are read one by one, so they may be mapped from a file. Raises DcrisError where it cannot be written.
+    Tensors are read one by one, so they may be mapped from a file. `origin` and `half` are as of save_model.
+    Raises DcrisError where it cannot be written.
     """
     with torch.device("meta"):  # names without memory
         model = DCRIS(config.model)
     trained = trained_state(model).keys()
     state = {name: value.contiguous() for name, value in tensors.items() if name in trained}
+    if half:
+        state = _halved(state, model)
     frozen = {name: value.contiguous() for name, value in tensors.items() if name not in trained}
     towers: Towers = {
         name: {"name": part.config.name, "sha256": fingerprint(_part(frozen, name))}
@@ -104,15 +116,91 @@ def save_whole(path: Path, tensors: dict[str, Tensor], config: RunConfig) -> Non
     }
 
     def fill(folder: Path) -> None:
-        save_file(state, folder / _MODEL, _metadata(towers, step=0))
+        save_file(state, folder / _MODEL, _metadata(towers, origin=origin))
         save_file(frozen, folder / _TOWERS)
-        (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        (folder / _CONFIG).write_text(_config_text(config))
 
     _write(path, fill)
 
 
-def _metadata(towers: Towers, step: int) -> dict[str, str]:
-    return {"format": "dcris-1", "version": __version__, "step": str(step), "towers": json.dumps(towers)}
+def save_model(
+    path: Path,
+    model: DCRIS,
+    towers: Towers,
+    config: RunConfig,
+    *,
+    with_towers: bool,
+    half: bool = False,
+    origin: Origin | None = None,
+    card: str | None = None,
+) -> None:
+    """Write a model to be used, not to be trained on: a directory, which must not exist, or a bundle if `path` is a
+    .safetensors file (which brings its towers in any case).
+
+    Args:
+        path: where.
+        model: on any device.
+        towers: as identify_towers names them.
+        config: of the run that trained it.
+        with_towers: write the frozen towers too.
+        half: store what was trained in float16. Batch norm statistics and towers stay float32: the former are few and may be
+            large, the latter are known by a fingerprint of exact numbers.
+        origin: which published checkpoint it is.
+        card: what README.md says of it.
+
+    Raises DcrisError where the directory exists or cannot be written.
+    """
+    state = _on_cpu(trained_state(model))
+    if half:
+        state = _halved(state, model)
+    metadata = _metadata(towers, origin=origin)
+    if path.suffix == _BUNDLE:
+        whole = {**state, **_on_cpu(_tower_tensors(model))}
+        _guarded(
+            path,
+            lambda: write_file(path, lambda at: save_file(whole, at, {**metadata, "config": _config_text(config)})),
+        )
+        return
+    if path.exists():
+        raise DcrisError(f"{path} exists already; delete it or choose another place")
+
+    def fill(folder: Path) -> None:
+        save_file(state, folder / _MODEL, metadata)
+        if with_towers:
+            save_file(_on_cpu(_tower_tensors(model)), folder / _TOWERS)
+        (folder / _CONFIG).write_text(_config_text(config))
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+    _write(path, fill)
+
+
+def _metadata(towers: Towers, step: int = 0, origin: Origin | None = None) -> dict[str, str]:
+    metadata = {"format": "dcris-1", "version": __version__, "step": str(step), "towers": json.dumps(towers)}
+    return {**metadata, "origin": json.dumps(dict(origin))} if origin else metadata
+
+
+def _config_text(config: RunConfig) -> str:
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+
+
+def _halved(state: Mapping[str, Tensor], model: DCRIS) -> dict[str, Tensor]:
+    """Weights in float16; statistics as they are."""
+    weights = {name for name, _ in model.named_parameters()}
+    return {name: value.half() if name in weights else value for name, value in state.items()}
+
+
+def _tower_tensors(model: DCRIS) -> dict[str, Tensor]:
+    """The frozen towers' tensors by their names in the whole model."""
+    return {
+        f"{name}.{key}": value
+        for name, tower in (("vision", model.vision), ("text", model.text))
+        for key, value in tower_state(tower).items()
+    }
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -121,8 +209,12 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _write(path: Path, fill: Callable[[Path], None]) -> None:
+    _guarded(path, lambda: write_directory(path, fill))
+
+
+def _guarded(path: Path, write: Callable[[], None]) -> None:
     try:
-        write_directory(path, fill)
+        write()
     except SafetensorError as error:  # safetensors wraps what the disk said
         raise DcrisError(f"cannot write the checkpoint {path}: {error}") from error
 
@@ -156,10 +248,17 @@ def prune_checkpoints(run: Path, keep_last: int) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory that `path` means: itself, or the best of the run it is.
+    """The checkpoint directory or bundle that `path` means: itself, or the best of the run it is.
 
     Raises DcrisError where there is none.
     """
+    if path.is_file():
+        if path.suffix == _BUNDLE:
+            return path
+        raise DcrisError(
+            f"{path} is neither a checkpoint's directory nor a {_BUNDLE} file; a published DETRIS checkpoint (.pth) has to go "
+            "through `dcris convert` first"
+        )
     if (path / _MODEL).is_file():
         return path
     checkpoints = list_checkpoints(path)
@@ -171,22 +270,18 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
-    """Build the model of a checkpoint directory or run, towers and all, on the CPU in evaluation mode.
+    """Build the model of a checkpoint directory, a run or a bundle, towers and all, on the CPU in evaluation mode.
 
     Raises DcrisError where a file is missing, cut short or of another model, or where the frozen towers are not those that
     the adapters were trained on.
     """
     path = find_checkpoint(path)
-    config = _pin(load_config(path / _CONFIG), _read_towers(path))
+    config = _read_config(path)
     model = DCRIS(config.model)
-    if (path / _TOWERS).is_file():
-        tensors, _ = _read_tensors(path / _TOWERS)
-        towers = {
-            f"{name}.{key}": value
-            for name, tower in (("vision", model.vision), ("text", model.text))
-            for key, value in tower_state(tower).items()
-        }
-        copy_strictly(towers, tensors, str(path / _TOWERS))
+    beside = path if path.is_file() else path / _TOWERS
+    if beside.is_file():
+        towers = _tower_tensors(model)
+        copy_strictly(towers, _read_tensors(beside, only=towers if path.is_file() else None), str(beside))
     else:
         load_towers(model.vision, model.text, config.model)
     load_trained(model, path)
@@ -195,22 +290,78 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
 
 def load_trained(model: DCRIS, path: Path) -> None:
     """Copy a checkpoint's adapters and head into a model whose towers are filled. Raises as load_checkpoint does."""
-    tensors, _ = _read_tensors(path / _MODEL)
-    towers = _read_towers(path)
-    for name, tower in identify_towers(model).items():
-        recorded = towers.get(name, {})
-        if recorded.get("sha256") != tower["sha256"]:
-            revision = f" of revision {recorded['revision']}" if "revision" in recorded else ""
+    towers = _require_towers(path, identify_towers(model))
+    copy_strictly(trained_state(model), _read_trained(path, model), str(path))
+    for name, tower in (("vision", model.vision), ("text", model.text)):
+        # The fingerprint has shown that these are the recorded weights, so they come from where the record says.
+        tower.source = tower.source or {key: towers[name][key] for key in ("source", "revision") if key in towers[name]}
+
+
+def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, RunConfig]:
+    """A checkpoint's model on the frozen towers of another: only its adapters and head take memory.
+
+    Args:
+        path: a checkpoint directory, a run or a bundle; towers in it are not read.
+        shared: the model whose towers' tensors become this one's too, on any device.
+        towers: what identify_towers says of it.
+
+    Raises DcrisError where a file is missing, cut short or of another model, or where it was trained on other towers.
+    """
+    path = find_checkpoint(path)
+    config = _read_config(path)
+    recorded = _require_towers(path, towers)
+    with torch.device("meta"):  # names and shapes without memory
+        model = DCRIS(config.model)
+    copy_strictly(
+        _tower_tensors(model), _tower_tensors(shared), "the tower in memory"
+    )  # compares alone: nothing is there
+    expected, tensors = trained_state(model), _read_trained(path, model)
+    copy_strictly(expected, tensors, str(path))
+    device = shared.head.projector.visual.weight.device
+    trained = {name: value.to(device, expected[name].dtype) for name, value in tensors.items()}
+    model.load_state_dict({**_tower_tensors(shared), **trained}, assign=True)
+    for name, tower in (("vision", model.vision), ("text", model.text)):
+        tower.source = {key: recorded[name][key] for key in ("source", "revision") if key in recorded[name]}
+    return model, config
+
+
+def read_origin(path: Path) -> Origin:
+    """Which published checkpoint this one was converted from; empty where it was trained. Raises DcrisError if unreadable."""
+    try:
+        return {str(key): str(value) for key, value in json.loads(_read_metadata(path).get("origin", "{}")).items()}
+    except (ValueError, AttributeError) as error:
+        raise DcrisError(f"{path} does not say where it comes from in a way that can be read") from error
+
+
+def _require_towers(path: Path, towers: Towers) -> Towers:
+    """Check that a checkpoint was trained on these towers, and return what it records of them.
+
+    Raises DcrisError where it was trained on others.
+    """
+    recorded = _read_towers(path)
+    for name, tower in towers.items():
+        known = recorded.get(name, {})
+        if known.get("sha256") != tower["sha256"]:
+            revision = f" of revision {known['revision']}" if "revision" in known else ""
             raise DcrisError(
                 f"{path} was trained on another {name} tower than {tower['name']} as found here; its adapters mean nothing "
-                f"on these weights, so load the tower it names, {recorded.get('name')}{revision}, or train again"
+                f"on these weights, so load the tower it names, {known.get('name')}{revision}, or train again"
             )
-    copy_strictly(trained_state(model), tensors, str(path / _MODEL))
+    return recorded
 
 
-def _pin(config: RunConfig, towers: Towers) -> RunConfig:
+def _read_config(path: Path) -> RunConfig:
     """The configuration with the Hub's commits that the checkpoint was trained on: "main" may have moved since."""
-    model = config.model
+    if path.is_file():
+        try:
+            config = parse_config(json.loads(_read_metadata(path)["config"]), str(path))
+        except (KeyError, ValueError) as error:
+            raise DcrisError(
+                f"{path} has no configuration in it, so it is no bundle; if it lies in a checkpoint's directory, give that"
+            ) from error
+    else:
+        config = load_config(path / _CONFIG)
+    model, towers = config.model, _read_towers(path)
     for part in ("vision", "text"):
         section, recorded = getattr(model, part), towers.get(part, {})
         commit = recorded.get("revision", "")
@@ -220,21 +371,29 @@ def _pin(config: RunConfig, towers: Towers) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
+def _read_trained(path: Path, model: DCRIS) -> dict[str, Tensor]:
+    """What was trained: all of a directory's model file, and of a bundle what is no tower's."""
+    return _read_tensors(path, but=_tower_tensors(model)) if path.is_file() else _read_tensors(path / _MODEL)
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    file = path if path.is_file() else path / _MODEL
+    with _open(file) as opened:
+        return opened.metadata() or {}
+
+
 def _read_towers(path: Path) -> Towers:
     """Which towers a checkpoint says it was trained on. Raises DcrisError where it does not say."""
-    _, metadata = _read_tensors(path / _MODEL, names=())
     try:
-        towers = json.loads(metadata["towers"])
+        towers = json.loads(_read_metadata(path)["towers"])
         return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DcrisError(
-            f"{path / _MODEL} does not say which towers it was trained on; it was not written by dcris"
-        ) from error
+        raise DcrisError(f"{path} does not say which towers it was trained on; it was not written by dcris") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Copy a checkpoint's moments into a fresh optimiser of the same model. Raises DcrisError where they do not fit."""
-    tensors, _ = _read_tensors(path / _OPTIMIZER)
+    tensors = _read_tensors(path / _OPTIMIZER)
     state = optimizer.state_dict()
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -252,12 +411,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
-def _read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors (those of `names`, or all) and metadata."""
+def _read_tensors(path: Path, only: Container[str] | None = None, but: Container[str] = ()) -> dict[str, Tensor]:
+    """A safetensors file's tensors: all, or those whose names are in `only` and not in `but`."""
+    with _open(path) as file:
+        names: list[str] = list(file.keys())  # it is no dict
+        return {name: file.get_tensor(name) for name in names if (only is None or name in only) and name not in but}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            wanted = file.keys() if names is None else names
-            return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
+            yield file
     except FileNotFoundError as error:
         raise DcrisError(f"the checkpoint has no file {path}") from error
     except (SafetensorError, OSError) as error:

@@ -1,0 +1,106 @@
+"""The model card: what README.md says beside published weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dcris.config import RunConfig
+from dcris.engine.checkpoint import Origin, Towers
+from dcris.published import LICENCE, PUBLISHED
+from dcris.version import __version__
+
+Metrics = Mapping[str, Any]
+"""What `dcris evaluate --out` writes."""
+
+_TITLES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "G-Ref", "scenes": "generated scenes"}
+
+
+def model_card(
+    config: RunConfig,
+    towers: Towers,
+    *,
+    name: str,
+    origin: Origin,
+    metrics: Sequence[Metrics] = (),
+    licence: str | None = None,
+) -> str:
+    """README.md as the Hub shows it, with its header.
+
+    Args:
+        config: of the run that trained the model.
+        towers: the frozen ones, as identify_towers names them.
+        name: what the model is to be loaded by.
+        origin: which published checkpoint it was converted from, if it was.
+        metrics: what was measured, by any number of evaluations; said to be unmeasured without any.
+        licence: the Hub's short name for one; DETRIS's own for its converted checkpoints, else said not to be stated.
+    """
+    published = PUBLISHED.get(origin.get("name", ""))
+    licence = licence or (LICENCE if published else None)
+    bases = sorted({tower["source"].rpartition("/")[0] for tower in towers.values() if "revision" in tower})
+    header = ["---", "library_name: dcris", "pipeline_tag: image-segmentation"]
+    header += ["tags:", "- referring-image-segmentation", "- adapters"]
+    header += [f"license: {licence}"] if licence else []
+    header += ["base_model:", *(f"- {base}" for base in bases)] if bases else []
+    partition = f", {config.data.split_by} partition" if config.data.split_by else ""
+    data = f"{_TITLES.get(config.data.dataset, config.data.dataset)}{partition}"
+    if origin.get("name") == "detris-l-mixed":
+        data = "RefCOCO, RefCOCO+ and G-Ref mixed"
+    method = (
+        "DETRIS (Huang et al. 2025, *Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation*)"
+        if config.recipe.startswith("detris")
+        else "DCRIS (Xu et al. 2024, *Enhancing Fine-grained Multi-modal Alignment via Adapters*)"
+    )
+    counted = [f"- {part} tower: {_tower(tower)}" for part, tower in towers.items()]
+    lines = [
+        *header,
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "Referring image segmentation: a photograph and a phrase in, the mask of that object out.",
+        "",
+        "```python",
+        "from dcris import Segmenter",
+        "",
+        f'segmenter = Segmenter.from_pretrained("{name}")',
+        'answers = segmenter.predict("photo.jpg", ["left slice"])',
+        "```",
+        "",
+        "## What it is",
+        "",
+        f"- Method: {method}; adapters and head are trained, the towers are frozen",
+        *counted,
+        f"- Recipe: `{config.recipe}`; the whole configuration is in `config.json`",
+        f"- Trained on: {data}; phrases of {config.data.word_length} tokens, images of {config.data.image_size} pixels",
+        f"- Written by dcris {__version__}",
+    ]
+    if published:
+        lines += [
+            f"- Converted from `{origin.get('source')}` at {origin.get('revision')}, SHA-256 {origin.get('sha256')}: "
+            "the weights are the work of DETRIS's authors",
+        ]
+    lines += ["", "## Scores", ""]
+    if metrics:
+        lines += ["| data set | split | protocol | mIoU | oIoU |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {row.get('dataset')} | {row.get('split')} | {row.get('protocol')} | {_number(row, 'miou')} | "
+            f"{_number(row, 'oiou')} |"
+            for row in metrics
+        ]
+    else:
+        lines += ["Not measured with dcris."]
+    if published:
+        lines += ["", "As the authors report them in their own README (not measured here):", ""]
+        lines += ["| split | mIoU | oIoU |", "|---|---|---|"]
+        lines += [f"| {split} | {miou:.1f} | {oiou:.1f} |" for split, miou, oiou in published.scores]
+    stated = {LICENCE: "MIT, as DETRIS's authors published them"}.get(licence or "", licence) if published else licence
+    return "\n".join([*lines, "", "## Licence", "", f"{stated or 'Not stated by whoever trained it'}.", ""])
+
+
+def _tower(tower: Mapping[str, str]) -> str:
+    revision = f" at {tower['revision']}" if "revision" in tower else ""
+    return f"{tower.get('source', tower['name'])}{revision} (fingerprint {tower['sha256'][:16]})"
+
+
+def _number(row: Metrics, key: str) -> str:
+    value = row.get(key)
+    return f"{value:.2f}" if isinstance(value, int | float) else "-"

@@ -1,0 +1,411 @@
+"""Every name a trained model goes by leads to the same answers, and what is written can be read by others."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+import dcris.convert
+from dcris import Segmenter
+from dcris.adapters.base import trained_state
+from dcris.cli import main
+from dcris.config import RunConfig, override
+from dcris.convert import published_name
+from dcris.encoders.weights import load_towers
+from dcris.errors import DcrisError
+from dcris.model.dcris import DCRIS
+from dcris.pretrained import locate
+from dcris.published import PUBLISHED, REPOSITORY
+from dcris.recipes import dcris_tiny
+from hub import Hub
+from models import randomise
+from published import saved
+
+PHRASES = ["red circle", "the small ring"]
+PHOTO = np.random.default_rng(3).integers(0, 256, (40, 64, 3), np.uint8)
+REPO = "somebody/tiny"
+
+
+def tiny_run(*settings: tuple[str, str]) -> RunConfig:
+    return override(dcris_tiny(), [("data.image_size", "56"), *settings])
+
+
+def segmenter(seed: int = 0, dataset: str = "scenes", **changes: str) -> Segmenter:
+    """Tiny towers under adapters and a head of random numbers."""
+    settings = [(key.replace("__", "."), value) for key, value in changes.items()]
+    config = tiny_run(("data.dataset", json.dumps(dataset)), *settings)
+    torch.manual_seed(seed)
+    model = DCRIS(config.model)
+    randomise(model, seed)
+    load_towers(model.vision, model.text, config.model)
+    return Segmenter(model, config, device="cpu")
+
+
+def scores(answering: Segmenter, adapters: str | None = None) -> list[np.ndarray]:
+    answers = answering.predict(PHOTO, PHRASES, scores=True, adapters=adapters)
+    return [answer.probabilities for answer in answers if answer.probabilities is not None]
+
+
+def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray], tolerance: float = 0.0) -> None:
+    assert len(ours) == len(theirs) == len(PHRASES)
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(our, their, rtol=0, atol=tolerance)
+
+
+def load(source: str | Path) -> Segmenter:
+    return Segmenter.from_pretrained(source, device="cpu")
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("towers", [None, True], ids=["named", "beside"])
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_what_is_saved_answers_as_before(name: str, towers: bool | None, tmp_path: Path) -> None:
+    """Else a model that was given away is not the one that was measured."""
+    ours = segmenter()
+    path = ours.save_pretrained(tmp_path / name, towers=towers)
+    assert_same(scores(load(path)), scores(ours))
+    if path.is_dir():
+        expected = {"config.json", "model.safetensors", "README.md"} | ({"towers.safetensors"} if towers else set())
+        assert {file.name for file in path.iterdir()} == expected
+    else:
+        assert load_file(path).keys() == ours.model.state_dict().keys()
+    again = load(path).save_pretrained(tmp_path / f"again-{name}")
+    assert_same(scores(load(again)), scores(ours))
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_half_precision_takes_half_the_space(name: str, tmp_path: Path) -> None:
+    """Else --half saves nothing, or changes what is segmented."""
+    ours = segmenter()
+    whole, half = (ours.save_pretrained(tmp_path / f"{half}-{name}", half=half) for half in (False, True))
+    tensors = load_file(half / "model.safetensors" if half.is_dir() else half)
+    weights = {key for key, value in ours.model.named_parameters() if value.requires_grad}
+    assert {key for key, value in tensors.items() if value.dtype == torch.float16} == weights
+    if half.is_dir():
+        sizes = [(folder / "model.safetensors").stat().st_size for folder in (half, whole)]
+        assert sizes[0] < 0.6 * sizes[1]
+    loaded = load(half)
+    assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
+    assert_same(scores(loaded), scores(ours), tolerance=0.02)
+    for answer, other in zip(loaded.predict(PHOTO, PHRASES), ours.predict(PHOTO, PHRASES), strict=True):
+        assert (answer.mask == other.mask).mean() >= 0.99
+
+
+def test_towers_that_nobody_else_has_are_written(tmp_path: Path) -> None:
+    """Else a model on towers from a file of one's own cannot be loaded anywhere else."""
+    ours = segmenter(model__vision__name='"random"')
+    path = ours.save_pretrained(tmp_path / "model")
+    assert (path / "towers.safetensors").is_file()
+    assert_same(scores(load(path)), scores(ours))
+
+
+def test_a_bundle_does_not_fit_other_towers(tmp_path: Path) -> None:
+    """Else damaged towers segment nonsense in silence."""
+    path = segmenter().save_pretrained(tmp_path / "m.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["vision.norm.bias"][0] += 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(DcrisError, match="another vision tower"):
+        load(path)
+    save_file({**tensors, "extra": torch.zeros(1)}, path, metadata)
+    with pytest.raises(DcrisError, match=r"no place for|another vision tower"):
+        load(path)
+
+
+def test_the_model_card(tmp_path: Path) -> None:
+    """Else weights travel without what they are, what they were measured on, and whose they are."""
+    ours = segmenter()
+    metrics = {"dataset": "scenes", "split": "test", "protocol": "cris", "miou": 71.234, "oiou": 70}
+    card = (ours.save_pretrained(tmp_path / "a", metrics=metrics, licence="cc0-1.0") / "README.md").read_text()
+    for words in (
+        "license: cc0-1.0",
+        "DCRIS (Xu",
+        "`dcris_tiny`",
+        "generated scenes",
+        "| test | cris | 71.23 | 70.00 |",
+    ):
+        assert words in card
+    bare = (ours.save_pretrained(tmp_path / "b") / "README.md").read_text()
+    assert "license:" not in bare
+    assert "Not measured" in bare
+    assert "Not stated" in bare
+
+
+# ---- what is given ---------------------------------------------------------------------------------------------------
+
+
+def _pickle(folder: Path) -> str:
+    (folder / "base_refcoco.pth").write_bytes(b"x")
+    return str(folder / "base_refcoco.pth")
+
+
+def _headless(folder: Path) -> str:
+    return str(segmenter().save_pretrained(folder / "m") / "model.safetensors")
+
+
+def _empty_bundle(folder: Path) -> str:
+    (folder / "m.safetensors").write_bytes(b"")
+    return str(folder / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (_pickle, "go through `dcris convert` first"),
+        (_headless, "no configuration in it, so it is no bundle"),
+        (_empty_bundle, "cannot be read"),
+        (lambda folder: "nowhere", "there is no checkpoint nowhere; give a run's directory.* detris-b-refcoco"),
+        (lambda folder: "detris-b-refcok", "no published model 'detris-b-refcok'; there are detris-b-refcoco, "),
+        (lambda folder: "a/b/c", "there is no checkpoint a/b/c"),
+        (lambda folder: "no/body", "no file or folder no/body here, and on the Hub: there is no repository no/body"),
+        (lambda folder: "some/thing", "some/thing on the Hub is not a dcris model: .* no file config.json"),
+    ],
+)
+def test_bad_names_are_one_sentence(
+    hub: Hub, source: Callable[[Path], str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a typing mistake ends in a traceback."""
+    hub.push("some/thing", {"weights.bin": b"1"})
+    name = source(tmp_path)
+    with pytest.raises(DcrisError, match=words) as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+    assert main(["evaluate", name, "--data", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_stands_in_the_way_stays(tmp_path: Path) -> None:
+    """Else a slip of the hand replaces a folder of somebody's work."""
+    (tmp_path / "work").write_text("mine")
+    for name in (tmp_path, tmp_path / "work"):
+        with pytest.raises(DcrisError, match="exists already"):
+            segmenter().save_pretrained(name)
+    with pytest.raises(DcrisError, match=r"ends in \.safetensors"):
+        segmenter().save_pretrained(tmp_path / "new", bundle=True)
+    assert (tmp_path / "work").read_text() == "mine"
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("towers", [None, True], ids=["named", "beside"])
+def test_there_and_back(hub: Hub, towers: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what one person uploads another cannot use, or not without a network."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    ours = segmenter()
+    assert ours.push_to_hub(REPO, towers=towers) == f"{hub.url}/{REPO}"
+    (files,) = hub.repositories[REPO].commits.values()
+    assert set(files) >= {"README.md", "config.json", "model.safetensors"}
+    assert f'from_pretrained("{REPO}")' in files["README.md"].decode()
+    assert_same(scores(load(REPO)), scores(ours))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same(scores(load(REPO)), scores(ours))
+    with pytest.raises(DcrisError, match="HF_HUB_OFFLINE forbids uploading"):
+        ours.push_to_hub(REPO)
+
+
+def test_a_revision_can_be_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a published number cannot be repeated once the repository has moved."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    one, two = segmenter(0), segmenter(1)
+    one.push_to_hub(REPO)
+    commit = hub.repositories[REPO].refs["main"]
+    two.push_to_hub(REPO)
+    assert_same(scores(load(REPO)), scores(two))
+    assert_same(scores(load(f"{REPO}@{commit}")), scores(one))
+
+
+def test_a_refused_upload_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a person without a token reads a page of HTTP."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    hub.read_only = True
+    with pytest.raises(DcrisError, match=f"uploading to {REPO} on {hub.url} failed .*hf auth login") as caught:
+        segmenter().push_to_hub(REPO)
+    assert "\n" not in str(caught.value)
+
+
+# ---- published models ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where converted models go; and models of the tiny towers' size count as DETRIS-B."""
+    monkeypatch.setattr(dcris.convert, "_RECIPES", {(128, 12): (tiny_run,)})
+    monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "converted"))
+    return tmp_path / "converted"
+
+
+def published_file(ours: Segmenter) -> bytes:
+    state = {published_name(name): value for name, value in ours.model.state_dict().items()}
+    state["neck.f5_proj.0.weight"] = state["neck.f5_proj.0.weight"].transpose(0, 1).contiguous()
+    return saved({"state_dict": {f"module.{name}": value for name, value in state.items()}})
+
+
+def test_a_published_model_by_its_short_name(
+    hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the first thing a user tries takes a page of instructions, and a download each time."""
+    ours, name = segmenter(), "detris-b-refcocog-umd"
+    content = published_file(ours)
+    commit = hub.push(REPOSITORY, {"base/base_refcocog_u.pth": content})
+    known = replace(PUBLISHED[name], sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(PUBLISHED, name, known)
+    loaded = load(name)
+    said = capsys.readouterr().err
+    assert f"{name}: fetching base/base_refcocog_u.pth of {REPOSITORY}" in said
+    assert f"converting it, once, into {cache / name}" in said
+    assert loaded.config.data.word_length == 22
+    assert loaded.origin == {
+        "name": name,
+        "source": f"{REPOSITORY}/base/base_refcocog_u.pth",
+        "revision": commit,
+        "sha256": known.sha256,
+    }
+    hub.stop()
+    assert_same(scores(load(name)), scores(loaded))
+    assert capsys.readouterr().err == ""
+    card = (loaded.save_pretrained(tmp_path / "given", half=True) / "README.md").read_text()
+    for words in ("license: mit", "in their own README (not measured here)", "| test | 68.1 | 66.4 |", commit, "MIT"):
+        assert words in card
+    assert load(tmp_path / "given").origin == loaded.origin
+
+
+def test_a_published_file_that_is_another(hub: Hub, cache: Path) -> None:
+    """Else somebody who gets hold of the repository gives everyone other weights."""
+    hub.push(REPOSITORY, {"base/base_refcoco.pth": b"other"})
+    with pytest.raises(DcrisError, match=r"base_refcoco\.pth .*not the file that was published.*f52c5b00"):
+        load("detris-b-refcoco")
+    assert not (cache / "detris-b-refcoco").exists()
+
+
+def test_files_with_unknown_names_are_found(hub: Hub, cache: Path) -> None:
+    """Else the large and mixed models, whose files have names that nobody noted, cannot be had."""
+    content = published_file(segmenter())
+    names = [f"large/large_{data}.pth" for data in ("refcoco", "refcoco+", "refcocog_u", "refcocog_g")]
+    files = dict.fromkeys(["README.md", "base/base_refcoco.pth", *names, "mix/large_mix_refcoco.pth"], content)
+    hub.push(REPOSITORY, files)
+    for short, name in zip(
+        ("refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "mixed"),
+        [*names, "mix/large_mix_refcoco.pth"],
+        strict=True,
+    ):
+        place = locate(f"detris-l-{short}", say=lambda line: None)
+        assert name in {asked for _, asked, _ in hub.requests}
+        assert place == cache / f"detris-l-{short}"
+    record = json.loads((cache / "sha256.json").read_text())
+    assert set(record) == {*names, "mix/large_mix_refcoco.pth"}
+
+    # What was seen first is what is expected from then on.
+    (cache / "sha256.json").write_text(json.dumps({names[0]: "0" * 64}))
+    (cache / "detris-l-refcoco").rename(cache / "away")
+    with pytest.raises(DcrisError, match=r"large_refcoco\.pth .*not the file .*0000"):
+        load("detris-l-refcoco")
+
+
+def test_converting_to_half_precision(cache: Path, tmp_path: Path) -> None:
+    """Else --half saves nothing, or changes the answers."""
+    ours = segmenter()
+    (tmp_path / "base_refcoco.pth").write_bytes(published_file(ours))
+    for out, flags in (("whole", []), ("half", ["--half"])):
+        assert main(["convert", str(tmp_path / "base_refcoco.pth"), "--out", str(tmp_path / out), *flags]) == 0
+    whole, half = (tmp_path / name / "base_refcoco" for name in ("whole", "half"))
+    assert (half / "model.safetensors").stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
+    assert (half / "towers.safetensors").read_bytes() == (whole / "towers.safetensors").read_bytes()
+    assert_same(scores(load(half)), scores(load(whole)), tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["base/base_refcoco.pth"], "none of its files is detris-l-refcoco"),
+        (["large/a_refcoco.pth", "large/b_refcoco.pth"], "several files fit .*: large/a_refcoco.pth, large/b_ref"),
+    ],
+)
+def test_a_repository_that_has_changed(hub: Hub, cache: Path, files: list[str], words: str) -> None:
+    """Else a wrong model is taken, or nobody knows what to do."""
+    hub.push(REPOSITORY, dict.fromkeys(files, b"x"))
+    with pytest.raises(DcrisError, match=f"{words}.*dcris convert"):
+        load("detris-l-refcoco")
+
+
+# ---- several adapters, one tower -------------------------------------------------------------------------------------
+
+
+def pointers(model: DCRIS) -> dict[str, int]:
+    return {name: value.data_ptr() for name, value in model.state_dict().items() if value.numel() > 1}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three models on the same towers, of different sizes and in different forms."""
+    folder = tmp_path_factory.mktemp("several")
+    return {
+        "scenes": segmenter(0).save_pretrained(folder / "a", towers=True),
+        "refcoco+": segmenter(1, "refcoco+", data__word_length="9").save_pretrained(folder / "b", half=True),
+        "refcocog": segmenter(2, "refcocog", model__head__width="32").save_pretrained(folder / "c.safetensors"),
+    }
+
+
+def test_adapter_sets_share_their_towers(several: dict[str, Path]) -> None:
+    """Else three data sets take three times the memory, or answer for one another."""
+    alone = {name: load(path) for name, path in several.items()}
+    listed = Segmenter.from_pretrained(list(several.values()), device="cpu")
+    mine = {f"my {name}": path for name, path in several.items()}
+    named = Segmenter.from_pretrained(mine, device="cpu")
+    assert listed.adapters == tuple(several)
+    assert named.adapters == tuple(mine)
+    first = pointers(listed.model)
+    for name, (model, _) in listed._sets.items():
+        own = trained_state(model).keys()
+        for tensor, place in pointers(model).items():
+            assert (place == first.get(tensor)) == (tensor not in own or name == "scenes"), tensor
+        assert not any(value.is_meta for value in model.state_dict().values())
+    for name, single in alone.items():
+        assert_same(scores(listed, name), scores(single))
+        assert_same(scores(named, f"my {name}"), scores(single))
+    assert_same(scores(listed), scores(alone["scenes"]))
+
+
+def test_threads_choose_adapters(several: dict[str, Path]) -> None:
+    """Else a visitor's question is answered by the adapters of another's, or while a third are being added."""
+    alone = {name: scores(load(path)) for name, path in several.items()}
+    shared = Segmenter.from_pretrained([several["scenes"], several["refcoco+"]], device="cpu")
+    names = ["scenes", "refcoco+"] * 6
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(scores, shared, name) for name in names]
+        pool.submit(shared.add_adapters, "refcocog", several["refcocog"]).result()
+        names.append("refcocog")
+        answers.append(pool.submit(scores, shared, "refcocog"))
+        for name, answer in zip(names, answers, strict=True):
+            assert_same(answer.result(), alone[name])
+
+
+def test_adapters_that_do_not_belong(several: dict[str, Path], tmp_path: Path) -> None:
+    """Else adapters run on towers they were not made for, or under a name that means something else."""
+    shared = Segmenter.from_pretrained([several["scenes"]], device="cpu")
+    other = segmenter(model__text__name='"random"').save_pretrained(tmp_path / "other")
+    with pytest.raises(DcrisError, match="trained on another text tower than tiny-text"):
+        shared.add_adapters("other", other)
+    with pytest.raises(DcrisError, match="adapters 'scenes' already"):
+        shared.add_adapters("scenes", several["refcoco+"])
+    with pytest.raises(DcrisError, match="no adapters 'refcocog'; there are scenes"):
+        shared.predict(PHOTO, PHRASES, adapters="refcocog")
+    with pytest.raises(DcrisError, match="two of the models were trained on scenes; give a dict"):
+        Segmenter.from_pretrained([several["scenes"], several["scenes"]], device="cpu")
+    with pytest.raises(DcrisError, match="no model was given"):
+        Segmenter.from_pretrained([], device="cpu")
+    assert shared.adapters == load(several["scenes"]).adapters == ("scenes",)
