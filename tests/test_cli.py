@@ -239,7 +239,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("train dcris_tiny --data DATA --out RUN", "already holds a run"),
         ("train dcris_tiny --data DATA --out OUT --device cuda:99", "cuda:99"),
         ("train ABSENT.json --data DATA --out OUT", "absent.json"),
-        ("train dcris_b --data DATA --dataset scenes --out OUT", "dinov2-base"),
+        ("train dcris_b --data DATA --dataset scenes --out OUT --model.vision.name dinov5", "dinov2-base"),
         ("data check ABSENT --dataset scenes", "absent"),
         ("data check DATA --dataset scenes --split-by unc", "unc"),
         ("data check DATA", "--dataset"),

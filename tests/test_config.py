@@ -171,7 +171,7 @@ def test_a_setting_inside_an_adapter_that_was_left_out() -> None:
         override(dcris_tiny(), [("model.text_adapter", "null"), ("model.text_adapter.width", "8")])
 
 
-@given(st.floats(1e-9, 1e3), st.integers(0, 2**63 - 1), st.text(max_size=20))
+@given(st.floats(1e-9, 1e3), st.integers(0, 2**32 - 1), st.text(max_size=20))
 def test_any_number_or_name_arrives_as_it_was_typed(lr: float, seed: int, name: str) -> None:
     """Else a learning rate is rounded, or a folder called `null-2` or `1e` cannot be named."""
     config = override(

@@ -188,7 +188,7 @@ def test_old_checkpoints_go_and_the_best_stays(
     monkeypatch.setattr(engine, "_validate", lambda *_: next(scores))
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
-    result = run_training(quick_config(6, ("data.val_split", "val"), ("train.keep_last", "1")), few, out)
+    result = run_training(quick_config(6, ("data.val_split", "train"), ("train.keep_last", "1")), few, out)
     assert [(item.step, item.score) for item in list_checkpoints(out)] == [(4, 30.0), (6, 1.0)]  # the newest of equals
     assert (result.best.step, result.last.step) == (4, 6)
     assert find_checkpoint(out).name == "step-00000004"
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_was_not_validated_has_no_score(
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run_training(quick_config(6, ("data.val_split", "val")), few, out, say=stop_at(2))
+        run_training(quick_config(6, ("data.val_split", "train")), few, out, say=stop_at(2))
     assert [item.score for item in list_checkpoints(out)] == [40.0, None]
     assert best_checkpoint(list_checkpoints(out)).step == 1
 
