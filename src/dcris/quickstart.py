@@ -25,7 +25,7 @@ from dcris.recipes import get_recipe
 from dcris.report import write_evaluation_report
 from dcris.segmenter import Segmenter
 
-TRAIN_SCENES, TEST_SCENES = 5200, 200
+TRAIN_SCENES, TEST_SCENES = 4800, 200
 
 
 def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def dcris_tiny() -> RunConfig:
             betas=(0.9, 0.98),
             clip_norm=0.3,
             precision="float32",
-            max_steps=1850,
+            max_steps=1700,
             save_every=500,
         ),
     )
