@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dcris.segmenter
+import dcris.engine.evaluate
 from dcris import Segmenter
 from dcris.data.references import load_references
 from dcris.engine.evaluate import answer_questions
@@ -115,7 +115,7 @@ def test_grouping_does_not_matter(segmenter: Segmenter, photo: Path, monkeypatch
     together = segmenter.predict(photo, phrases, scores=True)
     alone = [segmenter.predict(photo, phrase, scores=True)[0] for phrase in phrases]
     assert_same(together, alone, tolerance=1e-5)
-    monkeypatch.setattr(dcris.segmenter, "PHRASES_PER_PASS", 4)
+    monkeypatch.setattr(dcris.engine.evaluate, "PHRASES_PER_PASS", 4)
     assert_same(together, segmenter.predict(photo, phrases, scores=True), tolerance=1e-5)
     assert_same(together[::-1], segmenter.predict(photo, phrases[::-1], scores=True), tolerance=1e-5)
     # The phrases are listened to at all.

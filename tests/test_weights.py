@@ -456,7 +456,7 @@ def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: 
     weights.load_towers(model.vision, model.text, config.model)
     towers = identify_towers(model)
     optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
-    saved_at = save_checkpoint(tmp_path / "run", model, towers, optimizer, config, 1, None).path
+    saved_at = save_checkpoint(tmp_path / "run", model, towers, optimizer, config, 1).path
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION, seed=1), tmp_path / "w")})
     shutil.rmtree(tmp_path / "cache")
     again, pinned = load_checkpoint(saved_at)

@@ -29,8 +29,8 @@ from dcris.engine.checkpoint import (
     read_origin,
     save_model,
 )
-from dcris.engine.device import autocast, choose_device, choose_precision
-from dcris.engine.evaluate import PHRASES_PER_PASS
+from dcris.engine.device import choose_device, choose_precision
+from dcris.engine.evaluate import segment_in_passes
 from dcris.errors import DcrisError
 from dcris.model.dcris import DCRIS
 from dcris.pretrained import locate
@@ -296,17 +296,11 @@ class Segmenter:
         images = normalise(square[None].to(self.device), config.data)
         tokens = get_tokenizer(config.model.text.tokenizer)(phrases, config.data.word_length).to(self.device)
         answers: list[Prediction] = []
-        with autocast(self.device, self.dtype):
-            state = model.encode_images(images)
-            text = model.encode_text(tokens)
-            for start in range(0, len(phrases), PHRASES_PER_PASS):
-                some = torch.arange(start, min(start + PHRASES_PER_PASS, len(phrases)), device=self.device)
-                logits = model.segment(state.select(torch.zeros_like(some)), text.select(some))
-                pictures = self.protocol.probabilities(logits, [box] * len(some))
-                answers += [
-                    _prediction(phrase, picture, threshold, scores)
-                    for phrase, picture in zip(phrases[start : start + PHRASES_PER_PASS], pictures, strict=True)
-                ]
+        owners = torch.zeros(len(phrases), dtype=torch.int64, device=self.device)
+        boxes = [box] * len(phrases)
+        for logits, some in segment_in_passes(model, images, tokens, owners, boxes, self.device, self.dtype):
+            for picture in self.protocol.probabilities(logits, some):
+                answers.append(_prediction(phrases[len(answers)], picture, threshold, scores))
         return answers
 
 

@@ -222,6 +222,7 @@ class TinyTokenizer:
         return self._first_bucket + zlib.crc32(word.encode()) % TINY_BUCKETS
 
 
+@lru_cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a text tower's configuration: "clip" or "tiny"."""
+    """The tokenizer of a text tower's configuration, "clip" or "tiny"; made once, as it never changes and may be shared."""
     return ClipTokenizer() if name == "clip" else TinyTokenizer.embedded()

@@ -31,7 +31,7 @@ from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.weights import copy_strictly, fingerprint, load_towers, tower_state
 from dcris.errors import DcrisError
-from dcris.files import read_json, write_directory, write_file
+from dcris.files import read_json, write_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
@@ -73,26 +73,30 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     step: int,
-    score: float | None,
 ) -> Checkpoint:
-    """Write the checkpoint of `step` into the run's directory, atomically. Raises DcrisError where it cannot be written."""
+    """Write the checkpoint of `step`, which has no score yet, into the run's directory, atomically.
+
+    Raises DcrisError where it cannot be written.
+    """
     metadata = _metadata(towers, step)
     state = _on_cpu(trained_state(model))
-    moments = {
-        f"{slot}.{key}": value.detach().to("cpu").contiguous()
-        for slot, values in optimizer.state_dict()["state"].items()
-        for key, value in values.items()
-    }
+    slots = optimizer.state_dict()["state"].items()
+    moments = _on_cpu({f"{slot}.{key}": value for slot, values in slots for key, value in values.items()})
     path = run / "checkpoints" / f"step-{step:08d}"
 
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, metadata)
         save_file(moments, folder / _OPTIMIZER)
         (folder / _CONFIG).write_text(_config_text(config))
-        (folder / _STATE).write_text(json.dumps({"step": step, "score": score}) + "\n")
+        (folder / _STATE).write_text(json.dumps({"step": step, "score": None}) + "\n")
 
     _write(path, fill)
-    return Checkpoint(path, step, score)
+    return Checkpoint(path, step, None)
+
+
+def score_checkpoint(checkpoint: Checkpoint, score: float) -> None:
+    """Note what validation gave. The weights are not written again. Raises DcrisError where it cannot be written."""
+    write_json(checkpoint.path / _STATE, {"step": checkpoint.step, "score": score})
 
 
 def save_whole(

@@ -73,7 +73,7 @@ def answer_questions(
         owners = torch.tensor([index for index, task in enumerate(group) for _ in task.questions], device=device)
         boxes = [task.box for task in group for _ in task.questions]
         masks: list[MaskArray] = []
-        for logits, some_boxes in _passes(model, images, tokens, owners, boxes, device, dtype):
+        for logits, some_boxes in segment_in_passes(model, images, tokens, owners, boxes, device, dtype):
             masks += [protocol.mask(picture) for picture in protocol.probabilities(logits, some_boxes)]
         for (task, number), mask in zip(_numbered(group), masks, strict=True):
             reference, expression = task.questions[number]
@@ -88,7 +88,7 @@ def _numbered(group: Sequence[ImageTask]) -> Iterator[tuple[ImageTask, int]]:
             yield task, number
 
 
-def _passes(
+def segment_in_passes(
     model: DCRIS,
     images: Tensor,
     tokens: Tensor,
@@ -97,7 +97,18 @@ def _passes(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Sequence[Letterbox]]]:
-    """Encode images [I, 3, S, S] and phrases [B, L] once, and finish them some phrases at a time."""
+    """Encode images and phrases once, and finish them some phrases at a time, so that memory is bounded.
+
+    Args:
+        model: on `device`, in evaluation mode.
+        images: [I, 3, S, S] normalised.
+        tokens: [B, L].
+        owners: [B] int64: each phrase's image.
+        boxes: B, each phrase's photograph on the square.
+        device, dtype: where and in which precision.
+
+    Yields logits [b, 1, h, w] and the letterboxes that belong to them, in order.
+    """
     with autocast(device, dtype):
         state = model.encode_images(images)
         text = model.encode_text(tokens)

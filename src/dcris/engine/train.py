@@ -40,6 +40,7 @@ from dcris.engine.checkpoint import (
     load_trained,
     prune_checkpoints,
     save_checkpoint,
+    score_checkpoint,
 )
 from dcris.engine.device import autocast, choose_precision
 from dcris.engine.evaluate import answer_questions
@@ -157,11 +158,6 @@ def train(
     log = _Log(out / "log.jsonl", first)
     begin = time.monotonic()
 
-    def save(step: int, score: float | None) -> Checkpoint:
-        saved = save_checkpoint(out, model, towers, optimizer, config, step, score)
-        prune_checkpoints(out, settings.keep_last)
-        return saved
-
     with _signals() as pending, _Progress(first, total, say) as progress:
         for step, batch in zip(range(first, total), loader, strict=True):
             lr = learning_rate(settings, step, per_epoch, total)
@@ -174,14 +170,16 @@ def train(
             progress.advance(done, loss, lr)
             ends_epoch = done % per_epoch == 0 or done == total
             if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
-                saved = save(done, None)
+                saved = save_checkpoint(out, model, towers, optimizer, config, done)
+                prune_checkpoints(out, settings.keep_last)
                 if pending.number is not None:
                     raise Interrupted(pending.number, saved)
             if ends_epoch and questions:
                 # After saving: validation may be long, and a photograph of that split may be broken.
                 score = _validate(model, config, questions, tokenizer, device, dtype)
                 log.add({"step": done, "epoch": done / per_epoch, "val_miou": score})
-                saved = save(done, score)
+                score_checkpoint(saved, score)
+                prune_checkpoints(out, settings.keep_last)
                 if pending.number is not None:
                     raise Interrupted(pending.number, saved)
                 model.train()
