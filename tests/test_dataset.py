@@ -24,7 +24,8 @@ from dcris.data.dataset import (
     training_loader,
 )
 from dcris.data.masks import decode_mask
-from dcris.data.references import ReferenceTable, load_references
+from dcris.data.references import load_references
+from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import TinyTokenizer
 from dcris.engine.evaluate import exchange_phrases
 from dcris.errors import DcrisError

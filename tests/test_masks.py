@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco
 
 from dcris.data.masks import decode_mask, encode_mask, mask_box, validate_segmentation
@@ -169,3 +170,25 @@ def test_real_masks_are_those_of_pycocotools(refer_root):
         runs = coco.frPyObjects(annotation["segmentation"], height, width)
         expected = coco.decode(coco.merge(runs) if isinstance(runs, list) else runs)
         assert np.array_equal(decode_mask(annotation["segmentation"], (height, width)), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
+def test_a_picture_of_a_mask_is_the_object_wherever_it_is_not_black(tmp_path, mode):
+    """Tools write masks as 0/1, 0/255, palette numbers or colours; each must give the same object."""
+    truth = np.zeros((5, 7), np.uint8)
+    truth[1:3, 2:6] = 1
+    if mode == "I;16":
+        image = Image.fromarray(truth.astype(np.uint16) * 300)
+    elif mode == "P":
+        image = Image.fromarray(truth * np.uint8(3)).convert("L")
+        image.putpalette([0, 0, 0] * 256)
+    elif mode in ("RGBA", "LA"):
+        image = Image.fromarray(truth * np.uint8(255)).convert(mode)
+        image.putalpha(Image.fromarray(truth * np.uint8(255)))
+    else:
+        image = Image.fromarray(truth * np.uint8(255)).convert(mode)
+    path = tmp_path / "mask.png"
+    image.save(path)
+    np.testing.assert_array_equal(decode_mask(path, (5, 7)), truth)
+    with pytest.raises(DcrisError, match=r"5 x 7 pixels .* but its photograph 7 x 5"):
+        decode_mask(path, (7, 5))

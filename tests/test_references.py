@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcris.data.references import find_split_by, load_references, safe_unpickle
+from dcris.data.photographs import OFFICIAL_FOLDER, find_photographs
+from dcris.data.refer import find_split_by, safe_unpickle
+from dcris.data.references import load_references
 from dcris.errors import DcrisError
 
 
@@ -294,3 +296,24 @@ def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root
         assert reference.image_size == (image["height"], image["width"])
         assert reference.segmentation == annotations[record["ann_id"]]["segmentation"]
         assert [expression.text for expression in reference.expressions] == [s["sent"] for s in record["sentences"]]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "folder", "stored"),
+    [
+        ("COCO_train2014_000000000036.jpg", "images/mscoco/images/train2014", "COCO_train2014_000000000036.jpg"),
+        ("COCO_train2014_000000000036.jpg", "images/train2017", "000000000036.jpg"),
+        ("000000000036.jpg", "images/train2014", "COCO_train2014_000000000036.jpg"),
+        ("scene 1.png", "images", "scene 1.png"),
+    ],
+)
+def test_photographs_are_found_under_either_of_cocos_namings(tmp_path, recorded, folder, stored):
+    """train2017 holds the same pictures as train2014 under shorter names; many people have that one alone."""
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / stored).touch()
+    assert find_photographs(tmp_path, [recorded]).path(recorded) == tmp_path / folder / stored
+
+
+def test_photographs_that_are_nowhere_are_expected_in_the_official_folder(tmp_path):
+    """The error that follows must name the place where a person is to put them."""
+    assert find_photographs(tmp_path, ["a.jpg"]).path("a.jpg") == tmp_path / OFFICIAL_FOLDER / "a.jpg"

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import dcris.engine.train as engine
 from dcris import files
-from dcris.data.references import ReferenceTable, load_references
+from dcris.data.references import load_references
+from dcris.data.table import ReferenceTable
 from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.engine.train import Interrupted, build_model, learning_rate, read_log
 from dcris.errors import DcrisError

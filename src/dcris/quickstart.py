@@ -9,8 +9,9 @@ import torch
 
 from dcris.config import RunConfig, load_config, refuse_other_run
 from dcris.data.dataset import all_questions
-from dcris.data.references import ReferenceTable, load_references
+from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
+from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_device, choose_precision

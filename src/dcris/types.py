@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Segmentation = list[list[float]] | Mapping[str, Any]
-"""A mask as COCO stores it: polygons (x, y, x, y, ...), or run lengths {"size": [H, W], "counts": list, str or bytes}."""
+Segmentation = list[list[float]] | Mapping[str, Any] | Path
+"""A mask as COCO stores it, polygons (x, y, x, y, ...) or run lengths {"size": [H, W], "counts": list, str or bytes}; or the
+path of a picture in which what is not 0 is the object."""
 
 MaskArray = NDArray[np.bool_]
 """[H, W] bool: True where the object is."""

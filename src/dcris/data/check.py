@@ -8,7 +8,8 @@ from typing import Any
 
 from dcris.data.images import image_size, read_image
 from dcris.data.masks import decode_mask
-from dcris.data.references import ReferenceTable, load_references
+from dcris.data.references import load_references
+from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 
 OFFICIAL_SIZES: Mapping[tuple[str, str], Mapping[str, tuple[int, int]]] = {

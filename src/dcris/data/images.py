@@ -44,6 +44,28 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise _cannot_read(path, error) from error
 
 
+def read_mask_image(path: Path) -> NDArray[np.uint8]:
+    """Read a picture of a mask as [H, W] uint8 of 0 and 1: a pixel is 1 unless it is 0, black, or wholly transparent.
+
+    Palettes are read by index, as segmentation tools write them. No orientation is applied. Raises DcrisError where the file
+    is missing, not an image, cut short, or larger than `MAX_PIXELS`.
+    """
+    try:
+        with path.open("rb") as file:
+            image = _open(file)
+            image.load()
+            pixels = np.asarray(image)
+    except Exception as error:
+        raise _cannot_read(path, error) from error
+    if pixels.ndim == 2:
+        return (pixels != 0).astype(np.uint8)
+    colours = pixels[..., :-1] if image.mode in ("LA", "RGBA") else pixels
+    found = colours.any(axis=2)
+    if image.mode in ("LA", "RGBA"):
+        found &= pixels[..., -1] != 0
+    return found.astype(np.uint8)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of the image that `read_image` would return, from the file's header alone.
 

@@ -1,4 +1,4 @@
-"""Masks as COCO stores them, to arrays and back.
+"""Masks as COCO or a picture stores them, to arrays and back.
 
 Run lengths are decoded here in numpy and polygons by pycocotools. pycocotools is C and trusts its input: a run-length string
 that claims too much, or a polygon with far corners, makes it write or ask for memory where it should not. So nothing reaches it
@@ -6,13 +6,14 @@ that was not measured first.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from dcris.data.images import MAX_PIXELS
+from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
 from dcris.errors import DcrisError
 from dcris.types import Segmentation
 
@@ -24,12 +25,15 @@ _LONGEST_NUMBER = 7
 
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decode polygons or run lengths to [H, W] uint8 of 0 and 1 for a photograph of `size` (H, W).
+    """Decode polygons, run lengths or a picture to [H, W] uint8 of 0 and 1 for a photograph of `size` (H, W).
 
-    Several polygons give their union. Raises DcrisError where the segmentation is malformed or belongs to another size.
+    Several polygons give their union. A picture is read from its file. Raises DcrisError where the segmentation is malformed
+    or belongs to another size.
     """
     height, width = size
     validate_segmentation(segmentation, size)
+    if isinstance(segmentation, Path):
+        return read_mask_image(segmentation)
     if isinstance(segmentation, list):
         segmentation = coco.merge(coco.frPyObjects(segmentation, height, width))
     runs = _run_lengths(segmentation, size)
@@ -75,6 +79,14 @@ def validate_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentat
         if outline > _LONGEST_OUTLINE:
             raise DcrisError(
                 f"the polygons' outline is {outline:,.0f} pixels long; at most {_LONGEST_OUTLINE:,} can be decoded"
+            )
+        return segmentation
+    if isinstance(segmentation, Path):
+        found = image_size(segmentation)
+        if found != size:
+            raise DcrisError(
+                f"the mask {segmentation} is {found[0]} x {found[1]} pixels (height x width), but its photograph {height} x "
+                f"{width}; make it anew from that photograph"
             )
         return segmentation
     _run_lengths(segmentation, size)

@@ -1,0 +1,57 @@
+"""Where a data set's photographs are, and under which of COCO's two namings."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+OFFICIAL_FOLDER = "images/mscoco/images/train2014"
+"""Below the root, in the REFER release."""
+
+_FOLDERS = (
+    OFFICIAL_FOLDER,
+    "images/train2014",
+    "train2014",
+    "images/mscoco/images/train2017",
+    "images/train2017",
+    "train2017",
+    "images",
+)
+_LONG_NAME = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
+_SHORT_NAME = re.compile(r"\d{12}\.jpg")
+
+
+@dataclass(frozen=True, slots=True)
+class Photographs:
+    """A folder of photographs and the naming in it."""
+
+    folder: Path
+    naming: str = "as recorded"
+    """One of "as recorded", "2014" (COCO_train2014_000000000036.jpg) and "2017" (000000000036.jpg)."""
+
+    def path(self, name: str) -> Path:
+        """The file of a photograph that the annotations call `name`. It is not looked for."""
+        return self.folder / _renamed(name, self.naming)
+
+
+def _renamed(name: str, naming: str) -> str:
+    """COCO released train2014 again as a part of train2017, without the prefix; the pictures are the same."""
+    if naming == "2017" and (match := _LONG_NAME.fullmatch(name)):
+        return match[1]
+    if naming == "2014" and _SHORT_NAME.fullmatch(name):
+        return f"COCO_train2014_{name}"
+    return name
+
+
+def find_photographs(root: Path, names: Iterable[str]) -> Photographs:
+    """The folder below `root` that has the first of `names` that is found at all, under either naming.
+
+    Where none is found, the official folder, so that errors name the place where people will put them.
+    """
+    for name in names:
+        for folder in _FOLDERS:
+            for naming in ("as recorded", "2017", "2014"):
+                photographs = Photographs(root / folder, naming)
+                if photographs.path(name).exists():
+                    return photographs
+    return Photographs(root / OFFICIAL_FOLDER)

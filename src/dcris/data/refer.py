@@ -1,0 +1,215 @@
+"""The REFER layout, read strictly: `<root>/<dataset>/refs(<split_by>).p` and `instances.json` become one table of references.
+
+These files come from mirrors and strangers. The first is a pickle, which could run code, so only plain data is admitted; and
+every field is looked at here, once, so that nothing behind this file has to ask again.
+"""
+
+import io
+import pickle
+import pickletools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dcris.data.images import MAX_PIXELS
+from dcris.data.masks import validate_segmentation
+from dcris.data.photographs import Photographs, find_photographs
+from dcris.data.table import ReferenceTable, bad, field, plain_path, read_expressions
+from dcris.errors import DcrisError
+from dcris.files import read_json
+from dcris.types import Reference
+
+_MAX_PICKLE = 1 << 30
+"""Bytes. The largest official file has about 30 MB."""
+
+_PLAIN_NAMES = (
+    "PROTO FRAME STOP MARK POP POP_MARK "
+    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT "
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS "
+    "EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE"
+)
+_PLAIN = frozenset(_PLAIN_NAMES.split())
+"""The pickle instructions that build plain containers, strings and numbers; all others call, import or refer to something."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """A second lock: nothing that gets here asks for a class, and if it did, it would not get it."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
+
+
+def safe_unpickle(path: Path) -> Any:
+    """Read a pickle of plain containers, strings and numbers, written by Python 2 or 3.
+
+    Every instruction is looked at before any is run. Raises DcrisError where the file is missing, damaged, over 1 GiB, or
+    with anything else in it, above all a request to run code.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_PICKLE + 1)
+    except FileNotFoundError as error:
+        raise DcrisError(f"there is no file {path}; check the folder and the name, or fetch the file") from error
+    except OSError as error:
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
+    if len(data) > _MAX_PICKLE:
+        raise DcrisError(
+            f"{path} is larger than 1 GiB, which no list of references is; fetch it again from a source you know"
+        )
+    try:
+        request = _first_request(data)
+        if request is None:
+            return _unpickle(data)
+    except Exception as error:  # a damaged pickle makes its readers raise nearly anything
+        raise DcrisError(f"{path} is not a whole pickle ({error}); it may be cut short, so fetch it again") from error
+    raise DcrisError(f"{path} asks to {request}: do not trust it; fetch it again from a source you know")
+
+
+def _unpickle(data: bytes) -> Any:
+    try:
+        return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+    except UnicodeDecodeError:  # byte strings of Python 2, which has no rule for what they mean
+        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+def _first_request(data: bytes) -> str | None:
+    """The first thing in a pickle that is not plain data, in words."""
+    words = ["", ""]
+    for instruction, argument, _ in pickletools.genops(data):
+        name = instruction.name
+        if name in _PLAIN:
+            if "UNICODE" in name:
+                words = [words[1], str(argument)[:40]]
+            elif name.endswith("PUT") and int(argument or 0) > len(
+                data
+            ):  # Python would make a table of that many entries
+                return f"take up {argument:,} places of memory"
+        elif name in ("GLOBAL", "INST"):
+            return f"run code ({str(argument).replace(' ', '.')[:80]})"
+        elif name == "STACK_GLOBAL":
+            return f"run code ({'.'.join(words)})"
+        elif name in ("PERSID", "BINPERSID"):
+            return "load an object from outside the file"
+        else:
+            return f"do what plain data never needs (the pickle instruction {name})"
+    return None
+
+
+def find_split_by(root: Path, dataset: str) -> str:
+    """The `split_by` of the one file `<root>/<dataset>/refs(<split_by>).p`.
+
+    Raises DcrisError where there is no such file, or several to choose from.
+    """
+    folder = root / dataset
+    choices = sorted(path.name[len("refs(") : -len(").p")] for path in folder.glob("refs(*).p"))
+    if not choices:
+        raise DcrisError(
+            f"there is no file refs(...).p in {folder}; the university server that gave them out is gone, so get {dataset} "
+            f"from a mirror, or name another root folder"
+        )
+    if len(choices) > 1:
+        raise DcrisError(f"{folder} holds several sets of splits; choose one with --split-by: {', '.join(choices)}")
+    return choices[0]
+
+
+def load_refer(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
+    """Read a data set in the REFER layout. Without `split_by`, the only one that is there is taken.
+
+    Only the first photograph is looked for (see find_photographs). Raises DcrisError for anything missing, malformed or
+    contradictory, naming the file, the reference and the field.
+    """
+    split_by = split_by or find_split_by(root, dataset)
+    path = root / dataset / f"refs({split_by}).p"
+    records = safe_unpickle(path)
+    if type(records) is not list or not records:
+        raise bad(path, "it is not a list of references")
+    instances = _Instances.read(root, dataset)
+    references: dict[int, Reference] = {}
+    sentences: set[int] = set()
+    for number, record in enumerate(records, 1):
+        ref_id = field(record, "ref_id", int, path, f"entry {number}")
+        where = f"reference {ref_id}"
+        if ref_id in references:
+            raise bad(path, f"{where} is there twice")
+        references[ref_id] = _reference(record, ref_id, instances, path, sentences)
+    return ReferenceTable(dataset, split_by, root, tuple(references.values()))
+
+
+@dataclass(frozen=True)
+class _Instances:
+    """`instances.json`, indexed by identifier."""
+
+    path: Path
+    photographs: Photographs
+    images: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    categories: dict[int, dict[str, Any]]
+
+    @classmethod
+    def read(cls, root: Path, dataset: str) -> "_Instances":
+        path = root / dataset / "instances.json"
+        content = read_json(path, f"the annotation file of {dataset}")
+        images, annotations, categories = (
+            _index(field(content, key, list, path, "the file"), key, path)
+            for key in ("images", "annotations", "categories")
+        )
+        first = next(iter(images.values()), None)
+        names = [] if first is None else [_file_name(first, path)]
+        return cls(path, find_photographs(root, names), images, annotations, categories)
+
+
+def _reference(record: Any, ref_id: int, instances: _Instances, path: Path, sentences: set[int]) -> Reference:
+    where = f"reference {ref_id}"
+    ann_id, image_id, category_id = (
+        field(record, key, int, path, where) for key in ("ann_id", "image_id", "category_id")
+    )
+    split = field(record, "split", str, path, where)
+    if not split.strip():
+        raise bad(path, f"{where} has a blank 'split'")
+    annotation, image = instances.annotations.get(ann_id), instances.images.get(image_id)
+    category = instances.categories.get(category_id)
+    if annotation is None:
+        raise bad(path, f"{where} names annotation {ann_id}, which instances.json does not have")
+    if image is None:
+        raise bad(path, f"{where} names image {image_id}, which instances.json does not have")
+    if category is None:
+        raise bad(path, f"{where} names category {category_id}, which instances.json does not have")
+    owner = field(annotation, "image_id", int, instances.path, f"annotation {ann_id}")
+    if owner != image_id:
+        raise bad(path, f"{where} names image {image_id}, but its annotation {ann_id} belongs to image {owner}")
+    height, width = (field(image, key, int, instances.path, f"image {image_id}") for key in ("height", "width"))
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise bad(instances.path, f"image {image_id} cannot be {height} x {width} pixels")
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        raise bad(instances.path, f"annotation {ann_id}, the object of {where}, has no 'segmentation'")
+    try:
+        segmentation = validate_segmentation(segmentation, (height, width))
+    except DcrisError as error:
+        raise bad(instances.path, f"annotation {ann_id}, the object of {where}, cannot be decoded ({error})") from error
+    return Reference(
+        ref_id=ref_id,
+        ann_id=ann_id,
+        image_id=image_id,
+        image_path=instances.photographs.path(_file_name(image, instances.path)),
+        image_size=(height, width),
+        category=field(category, "name", str, instances.path, f"category {category_id}"),
+        split=split,
+        segmentation=segmentation,
+        expressions=tuple(read_expressions(record, path, where, sentences)),
+    )
+
+
+def _index(records: list[Any], key: str, path: Path) -> dict[int, dict[str, Any]]:
+    index: dict[int, dict[str, Any]] = {}
+    for number, record in enumerate(records, 1):
+        identifier = field(record, "id", int, path, f"entry {number} of '{key}'")
+        if index.setdefault(identifier, record) != record:
+            raise bad(path, f"two entries of '{key}' have the id {identifier} and differ")
+    return index
+
+
+def _file_name(image: dict[str, Any], path: Path) -> str:
+    where = f"image {image['id']}"
+    return plain_path(field(image, "file_name", str, path, where), path, where)
