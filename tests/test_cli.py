@@ -219,7 +219,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("predict RUN PHOTO -e ring --out NOIMAGE", "cannot write"),
         ("predict RUN PHOTO -e ring --out NOIMAGE/deeper", "cannot write"),
         ("evaluate RUN --data DATA --split dev", "'dev'"),
-        ("evaluate RUN --data DATA --split test --protocol lavt", "lavt"),
+        ("evaluate RUN --data DATA --split test --protocol lvat", "lvat"),
         ("evaluate RUN --data DATA --dataset refcoco9 --split test", "refcoco9"),
         ("evaluate RUN --data ABSENT --split test", "absent"),
         ("evaluate RUN --data DATA --split test --out NOIMAGE/a.json", "cannot write"),

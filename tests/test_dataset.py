@@ -23,6 +23,7 @@ from dcris.data.dataset import (
     to_square,
     training_loader,
 )
+from dcris.data.fits import Letterbox
 from dcris.data.masks import decode_mask
 from dcris.data.references import load_references
 from dcris.data.table import ReferenceTable
@@ -135,7 +136,7 @@ def test_a_sample_is_the_photograph_its_phrase_and_its_mask(table: ReferenceTabl
 
 def test_padding_of_the_letterbox_is_normalised_to_nothing(table: ReferenceTable) -> None:
     """Else bars above and below a wide photograph are a bright thing that every model has to learn to ignore."""
-    square, box = to_square(np.full((20, 60, 3), 255, np.uint8), CONFIG)
+    square, box = to_square(np.full((20, 60, 3), 255, np.uint8), CONFIG, Letterbox)
     normalised = normalise(square[None], CONFIG)[0]
     assert box.size == (20, 60)
     assert normalised[:, :10].abs().max() < 0.01 / min(CONFIG.std)

@@ -1,62 +1,109 @@
-"""The cris protocol against a slow and obvious one: published scores were made so, pixel by pixel."""
+"""Each protocol against a slow and obvious one, written a second time here: published scores were made so, pixel by pixel."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from dcris.data.letterbox import Letterbox
+from dcris.data.fits import Letterbox, Squash, TopLeft
 from dcris.data.masks import decode_mask
 from dcris.data.references import load_references
 from dcris.errors import DcrisError
-from dcris.metrics import overlap, summarise
-from dcris.protocols import Protocol, get_protocol
+from dcris.metrics import CURVE_THRESHOLDS, overlap, overlap_curve, summarise
+from dcris.protocols import PROTOCOLS, Cris, get_protocol
 
-CRIS = get_protocol("cris")
+CRIS = Cris()
 SIDE = 112
+Size = tuple[int, int]
 
 
-def slow_mask(logits: torch.Tensor, size: tuple[int, int], side: int) -> np.ndarray:
-    """One map of logits [h, w] to the mask of one photograph, as the CRIS family's evaluation does it."""
-    height, width = size
-    square = F.interpolate(torch.sigmoid(logits)[None, None], (side, side), mode="bicubic", align_corners=True)[0, 0]
-    scale = min(side / height, side / width)
-    left, top = (side - width * scale) / 2, (side - height * scale) / 2
-    photograph = np.array([[0, 0], [width, 0], [0, height]], np.float32)
-    fitted = np.array([[left, top], [left + width * scale, top], [left, top + height * scale]], np.float32)
-    back = cv2.getAffineTransform(fitted, photograph)
-    picture = cv2.warpAffine(square.numpy(), back, (width, height), flags=cv2.INTER_CUBIC, borderValue=0.0)
-    return picture > 0.35
+# ---- the slow ones: logits [h, w] in float64, a truth [H, W] -> what is an object where it is above 0, and its truth ----
 
 
-def slow_scores(masks: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> dict[str, float]:
+def resized(values: torch.Tensor, size: Size, mode: str, corners: bool) -> torch.Tensor:
+    return F.interpolate(values[None, None], size, mode=mode, align_corners=corners)[0, 0]
+
+
+def cubic(x: np.ndarray) -> np.ndarray:
+    x = abs(x)
+    near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def slow_cris_probabilities(logits: torch.Tensor, size: Size, side: int) -> np.ndarray:
+    square = np.pad(resized(torch.sigmoid(logits), (side, side), "bicubic", True).numpy(), 3)
+    scale = min(side / size[0], side / size[1])
+    top, left = np.float32((side - size[0] * scale) / 2), np.float32((side - size[1] * scale) / 2)
+    rows, columns = np.arange(size[0]) * scale + top, np.arange(size[1]) * scale + left
+    picture = np.zeros(size)
+    for dy in range(-1, 3):
+        for dx in range(-1, 3):
+            y, x = np.floor(rows).astype(int) + dy, np.floor(columns).astype(int) + dx
+            taps = square[np.ix_((y + 3).clip(0, side + 5), (x + 3).clip(0, side + 5))]
+            picture += cubic(rows - y)[:, None] * cubic(columns - x) * taps
+    return picture
+
+
+def slow_cris(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    return slow_cris_probabilities(logits, truth.shape, side) - np.float32(0.35), truth
+
+
+def slow_lavt(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    classes = torch.stack([resized(torch.zeros_like(logits), (480, 480), "bilinear", True)] * 2)
+    classes[1] = resized(logits, (480, 480), "bilinear", True)
+    target = np.asarray(Image.fromarray(truth.astype(np.uint8), mode="P").resize((480, 480), Image.Resampling.NEAREST))
+    return (classes[1] - classes[0]).numpy(), target == 1
+
+
+def slow_cgformer(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    return resized(torch.sigmoid(logits), truth.shape, "bicubic", True).numpy() - 0.5, truth
+
+
+def slow_refer(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    scale = side / max(truth.shape)
+    height, width = int(truth.shape[0] * scale + 0.5), int(truth.shape[1] * scale + 0.5)
+    square = resized(logits, (side, side), "bilinear", False)[: max(1, height), : max(1, width)]
+    return resized(square, truth.shape, "bilinear", False).numpy(), truth
+
+
+SLOW: dict[str, Callable[[torch.Tensor, np.ndarray, int], tuple[np.ndarray, np.ndarray]]]
+SLOW = {"cris": slow_cris, "lavt": slow_lavt, "cgformer": slow_cgformer, "refer": slow_refer}
+every_protocol = pytest.mark.parametrize("name", PROTOCOLS)
+
+
+def slow_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]], inclusive: bool) -> dict[str, float]:
     """Every average from its definition."""
     ious, shared_sum, covered_sum = [], 0, 0
-    for mask, truth in zip(masks, truths, strict=True):
+    for mask, truth in pairs:
         shared, covered = int(np.logical_and(mask, truth).sum()), int(np.logical_or(mask, truth).sum())
-        ious.append(shared / (covered + 1e-6))
+        ious.append(shared / covered if covered else 0)
         shared_sum, covered_sum = shared_sum + shared, covered_sum + covered
     scores = {"miou": 100 * sum(ious) / len(ious), "oiou": 100 * shared_sum / covered_sum}
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9):
-        scores[f"prec@{threshold}"] = 100 * sum(iou > threshold for iou in ious) / len(ious)
+        counted = sum(iou >= threshold if inclusive else iou > threshold for iou in ious)
+        scores[f"prec@{threshold}"] = 100 * counted / len(ious)
     return scores
+
+
+# ---- what they are tried on ----------------------------------------------------------------------------------------------
 
 
 def logits_like(mask: np.ndarray, seed: int, grid: int = 32) -> torch.Tensor:
     """[grid, grid] what a middling network would say of a mask: blurred, noisy, in places unsure."""
-    box = Letterbox((mask.shape[0], mask.shape[1]), SIDE)
-    square = torch.from_numpy(box.mask(mask.astype(np.uint8)))[None, None]
-    coarse = F.interpolate(square, (grid, grid), mode="area")[0, 0]
+    coarse = resized(
+        torch.from_numpy(Letterbox(mask.shape, SIDE).mask(mask.astype(np.uint8))), (grid, grid), "area", None
+    )
     noise = torch.randn(grid, grid, generator=torch.Generator().manual_seed(seed))
     return 8 * coarse - 4 + 2 * noise
 
 
-@functools.cache
+@cache
 def spotted(height: int, width: int, seed: int) -> np.ndarray:
     """[H, W] bool: a few ellipses, which may touch the edges."""
     picture, source = np.zeros((height, width), np.uint8), np.random.default_rng(seed)
@@ -67,52 +114,81 @@ def spotted(height: int, width: int, seed: int) -> np.ndarray:
     return picture.astype(bool)
 
 
-def check(truths: Sequence[np.ndarray], logits: torch.Tensor, side: int = SIDE) -> dict[str, float]:
-    """Masks agree in every pixel, and scores to what the published code adds to a denominator."""
-    boxes = [Letterbox((truth.shape[0], truth.shape[1]), side) for truth in truths]
-    ours = [CRIS.mask(picture) for picture in CRIS.probabilities(logits[:, None], boxes)]
-    slow = [slow_mask(one, box.size, side) for one, box in zip(logits, boxes, strict=True)]
-    for our, their, truth in zip(ours, slow, truths, strict=True):
-        assert our.dtype == bool
-        assert our.shape == truth.shape
-        np.testing.assert_array_equal(our, their)
-    scores = summarise(overlap(our, truth) for our, truth in zip(ours, truths, strict=True))
-    assert scores == pytest.approx(slow_scores(slow, truths), abs=1e-4)
+ADVERSARIAL = {
+    "empty": torch.full((32, 32), -30.0),
+    "full": torch.full((32, 32), 30.0),
+    # Uneven, or whole lines would lie exactly on the edge of a decision, where rounding decides.
+    "a chessboard": 3.0 * ((torch.arange(32)[:, None] + torch.arange(32)) % 2) - 1.2,
+    "one pixel": torch.full((32, 32), -9.0).index_put((torch.tensor(3), torch.tensor(17)), torch.tensor(8.0)),
+    "the border": 17 * F.pad(torch.zeros(30, 30), (1, 1, 1, 1), value=1.0) - 9,
+    "beyond float16": torch.linspace(-1e5, 1.1e5, 1024).view(32, 32),
+}
+
+
+def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: int = SIDE) -> dict[str, float]:
+    """Masks agree in every pixel, and scores to a millionth."""
+    protocol = get_protocol(name)
+    fits = [protocol.fit(truth.shape, side) for truth in truths]
+    ours, slow, ties = [], [], 0
+    for picture, truth, one in zip(protocol.probabilities(logits[:, None], fits), truths, logits, strict=True):
+        mask, compared = picture.numpy() > protocol.threshold, protocol.compared(truth)
+        margin, target = SLOW[name](one.double(), truth, side)
+        np.testing.assert_array_equal(compared, target)
+        assert mask.shape == margin.shape
+        # Pixels exactly on the edge of a decision are rounding's to decide.
+        unsure = abs(margin) < 1e-6
+        ties += int(unsure.sum())
+        expected = np.where(unsure, mask, margin > 0)
+        np.testing.assert_array_equal(mask, expected)
+        counted, *curve = overlap_curve(picture, torch.from_numpy(compared), protocol.threshold)
+        assert counted == overlap(mask, compared)
+        assert len(curve) == len(CURVE_THRESHOLDS)
+        ours.append(counted)
+        slow.append((expected, target))
+    assert ties <= 1e-4 * sum(mask.size for mask, _ in slow)
+    scores = summarise(ours, protocol.precision_includes_threshold)
+    assert scores == pytest.approx(slow_scores(slow, protocol.precision_includes_threshold), abs=1e-4)  # in percent
     return scores
 
 
-def test_photographs_of_many_shapes() -> None:
+@every_protocol
+def test_photographs_of_many_shapes(name: str) -> None:
     """Wide, tall, square, the square's own size, tiny, and a strip: a mixed-up axis or a half pixel shows at once."""
     sizes = [(427, 640), (640, 427), (300, 300), (112, 112), (113, 111), (7, 9), (3, 200), (1, 1), (480, 640)]
     truths = [spotted(*size, seed) for seed, size in enumerate(sizes)]
-    logits = torch.stack([logits_like(truth, seed) for seed, truth in enumerate(truths)])
-    scores = check(truths, logits)
+    scores = check(name, truths, torch.stack([logits_like(truth, seed) for seed, truth in enumerate(truths)]))
     assert 5 < scores["miou"] < 95  # else the comparison says nothing
     assert scores["miou"] != pytest.approx(scores["oiou"], abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("name", "logits"),
-    [
-        ("nothing", torch.full((32, 32), -30.0)),
-        ("everything", torch.full((32, 32), 30.0)),
-        ("at the threshold", torch.full((32, 32), float(np.log(0.35 / 0.65)))),
-        ("a chessboard", 20.0 * ((torch.arange(32)[:, None] + torch.arange(32)) % 2) - 10),
-        ("one pixel", torch.full((32, 32), -9.0).index_put((torch.tensor(3), torch.tensor(17)), torch.tensor(9.0))),
-        ("the rim", 18 * F.pad(torch.zeros(30, 30), (1, 1, 1, 1), value=1.0) - 9),
-        ("beyond float16", torch.linspace(-1e5, 1e5, 1024).view(32, 32)),
-        ("infinite", torch.tensor([-np.inf, np.inf]).float().repeat(512).view(32, 32)),
-    ],
-)
-def test_adversarial_logits(name: str, logits: torch.Tensor) -> None:
-    """Where bicubic overshoots most, at the border of the letterbox, and where a sigmoid saturates."""
+@every_protocol
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_logits(name: str, kind: str) -> None:
+    """Where bicubic overshoots most, at the border of the square, and where a sigmoid saturates."""
     truths = [np.zeros((90, 140), bool), np.ones((90, 140), bool), spotted(140, 90, 1)]
     truths[0][45, 70] = True
-    check(truths, logits.expand(3, 32, 32))
+    check(name, truths, ADVERSARIAL[kind].expand(3, 32, 32))
+
+
+@every_protocol
+@pytest.mark.slow
+def test_two_hundred_real_photographs(name: str, refer_root: Path) -> None:
+    """Instances as people drew them (holes, several parts, crowds), against middling answers and adversarial ones in turn."""
+    references = load_references(refer_root, "cocomini").references
+    references = list({reference.image_id: reference for reference in references}.values())[:200]
+    assert len(references) == 200
+    truths = [decode_mask(reference.segmentation, reference.image_size).astype(bool) for reference in references]
+    extremes = list(ADVERSARIAL.values())
+    logits = [
+        logits_like(truth, seed) if seed % 2 else extremes[seed // 2 % len(extremes)]
+        for seed, truth in enumerate(truths)
+    ]
+    scores = check(name, truths, torch.stack(logits), 448)
+    assert 1 < scores["miou"] < 99
 
 
 def test_bicubic_with_corners_aligned_by_hand() -> None:
-    """The interpolation from its formula (a = -0.75), not from the library that both sides above call."""
+    """The interpolation from its formula (a = -0.75), not from a library."""
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 
     def weights(source: int, target: int) -> np.ndarray:
@@ -120,46 +196,85 @@ def test_bicubic_with_corners_aligned_by_hand() -> None:
         for row in range(target):
             place = row * (source - 1) / (target - 1)
             for tap in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-                x, a = abs(place - tap), -0.75
-                near, far = ((a + 2) * x - (a + 3)) * x * x + 1, a * (((x - 5) * x + 8) * x - 4)
-                table[row, min(max(tap, 0), source - 1)] += near if x <= 1 else far if x < 2 else 0
+                table[row, min(max(tap, 0), source - 1)] += cubic(np.float64(place - tap))
         return table
 
-    probabilities = 1 / (1 + np.exp(-logits.double().numpy()))
-    expected = weights(5, 28) @ probabilities @ weights(7, 28).T
+    expected = weights(5, 28) @ torch.sigmoid(logits.double()).numpy() @ weights(7, 28).T
     # A photograph of the square's own size makes the warp the identity.
     found = next(CRIS.probabilities(logits[None, None], [Letterbox((28, 28), 28)]))
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-5)
+
+
+def test_opencv_undoes_the_letterbox_in_the_same_way() -> None:
+    """The published code calls cv2; version 5 samples at the same places, version 4 at the nearest 1/32 pixel."""
+    truths = [spotted(427, 640, 1), spotted(640, 480, 2), spotted(333, 500, 3)]
+    for seed, truth in enumerate(truths):
+        logits, box = logits_like(truth, seed), Letterbox(truth.shape, 448)
+        square = resized(torch.sigmoid(logits), (448, 448), "bicubic", True).numpy()
+        theirs = cv2.warpAffine(square, box.inverse(), truth.shape[::-1], flags=cv2.INTER_CUBIC, borderValue=0.0)
+        ours = next(CRIS.probabilities(logits[None, None], [box])).numpy()
+        assert abs(ours - theirs.clip(0, 1)).max() < (1e-4 if cv2.__version__ >= "5" else 5e-2)
+        assert overlap(ours > 0.35, theirs > 0.35).iou > 0.9999 if cv2.__version__ >= "5" else 0.995
 
 
 def test_half_precision_logits_are_worked_on_in_float32() -> None:
     """Else evaluation on a GPU in bfloat16 rounds probabilities to steps of 1/256 around the threshold."""
     logits = logits_like(spotted(60, 80, 2), 2)[None, None].bfloat16()
     found = next(CRIS.probabilities(logits, [Letterbox((60, 80), SIDE)]))
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, next(CRIS.probabilities(logits.float(), [Letterbox((60, 80), SIDE)])))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, next(CRIS.probabilities(logits.float(), [Letterbox((60, 80), SIDE)])), rtol=0, atol=0
+    )
 
 
-def test_the_threshold_is_not_reached_by_equality() -> None:
-    """Strict, as published."""
+def test_the_thresholds_are_not_reached_by_equality() -> None:
+    """Strict, as published; on the curve too."""
     edge = np.float32(0.35)
-    assert CRIS.threshold == 0.35
-    above = np.nextafter(edge, np.float32(1))
-    found = Protocol(threshold=float(edge)).mask(np.array([[edge, above]]))
-    np.testing.assert_array_equal(found, [[False, True]])
+    values = torch.tensor([[edge, np.nextafter(edge, np.float32(1))]])
+    assert get_protocol("cris").threshold == 0.35
+    own, *curve = overlap_curve(values, torch.ones(1, 2, dtype=torch.bool), 0.35)
+    assert own.intersection == 1
+    assert [item.intersection for item in curve[5:8]] == [2, 1, 0]  # 0.30, 0.35, 0.40
+
+
+def test_the_curve_is_the_overlap_at_each_threshold() -> None:
+    """A threshold is chosen by it."""
+    probabilities = torch.rand(40, 50, generator=torch.Generator().manual_seed(1))
+    probabilities[0, :2] = torch.tensor([0.0, 1.0])
+    truth = torch.from_numpy(spotted(40, 50, 5))
+    _, *curve = overlap_curve(probabilities, truth, 0.5)
+    assert curve == [overlap((probabilities > t).numpy(), truth.numpy()) for t in CURVE_THRESHOLDS]
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_precision_at_exactly_one_half(inclusive: bool) -> None:
+    """LAVT counts an IoU of 0.5 as found, CRIS does not: a point of precision on small masks."""
+    half = overlap(np.array([[True, False]]), np.array([[True, True]]))
+    assert summarise([half], inclusive)["prec@0.5"] == (100.0 if inclusive else 0.0)
+    assert get_protocol("lavt").precision_includes_threshold is True
+    assert get_protocol("cris").precision_includes_threshold is False
+
+
+def test_a_mask_on_the_canvas_is_shown_at_the_photographs_size() -> None:
+    """Reports draw LAVT's masks onto the photograph."""
+    lavt, truth = get_protocol("lavt"), spotted(90, 140, 1)
+    assert lavt.compared(truth).shape == (480, 480)
+    np.testing.assert_array_equal(lavt.shown(lavt.compared(truth), (90, 140)), truth)
 
 
 def test_an_unknown_protocol_lists_those_there_are() -> None:
-    """Else `--protocol lavt` would score by another rule than it says."""
-    with pytest.raises(DcrisError, match=r"'lavt'.*cris"):
-        get_protocol("lavt")
+    """Else a typing error would score by another rule than it says."""
+    with pytest.raises(DcrisError, match=r"'lvat'.*cris, lavt, cgformer, refer"):
+        get_protocol("lvat")
 
 
-@pytest.mark.parametrize(("dataset", "split"), [("cocomini", "val"), ("refcoco", "val"), ("refcocog", "val")])
-def test_real_masks(refer_root: Path, dataset: str, split: str) -> None:
-    """Instances as people drew them: holes, several parts, crowds, a few pixels."""
-    references = load_references(refer_root, dataset).split(split)[:24]
-    truths = [decode_mask(reference.segmentation, reference.image_size).astype(bool) for reference in references]
-    logits = torch.stack([logits_like(truth, seed, 28) for seed, truth in enumerate(truths)])
-    scores = check(truths, logits)
-    assert 1 < scores["miou"] < 99
+def test_squares_of_each_kind() -> None:
+    """Squashed over everything; in the top left corner with the mean colour beside it; never another size's photograph."""
+    image = np.full((50, 100, 3), 200, np.uint8)
+    assert (Squash((50, 100), 56).image(image, (1, 2, 3)) == 200).all()
+    padded = TopLeft((50, 100), 56).image(image, (1.4, 2, 3))
+    assert (padded[:28] == 200).all()
+    assert (padded[28:] == (1, 2, 3)).all()
+    for fit in (Squash, TopLeft, Letterbox):
+        with pytest.raises(ValueError, match="but the fit"):
+            fit((100, 50), 56).image(image, (0, 0, 0))

@@ -105,7 +105,10 @@ def _parser() -> _Parser:
     _data_root(evaluate)
     _data_set(evaluate, required=False)
     evaluate.add_argument("--split", default="val", help="(%(default)s)")
-    evaluate.add_argument("--protocol", default="cris", help="(%(default)s)")
+    _protocol(evaluate)
+    evaluate.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="photographs read at a time; changes no result (8)"
+    )
     evaluate.add_argument("--out", type=Path, help="result file (JSON)")
     evaluate.add_argument("--report", type=Path, help="HTML file with pictures of good and bad predictions")
     _device(evaluate)
@@ -164,6 +167,12 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
 def _data_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="the REFER layout's root")
 
@@ -171,6 +180,15 @@ def _data_root(parser: argparse.ArgumentParser) -> None:
 def _data_set(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--dataset", required=required, help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT")
     parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
+
+
+def _protocol(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--protocol",
+        default="cris",
+        metavar="NAME",
+        help="cris, lavt, cgformer or refer: how masks are compared (cris)",
+    )
 
 
 def _device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
@@ -299,29 +317,42 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.data.tokenizer import get_tokenizer
     from dcris.engine.checkpoint import load_checkpoint
     from dcris.engine.device import choose_device, choose_precision
-    from dcris.engine.evaluate import answer_questions, result_record
+    from dcris.engine.distributed import processes
+    from dcris.engine.evaluate import Answer, answer_questions, answer_together, result_record
     from dcris.files import write_json
     from dcris.pretrained import locate
     from dcris.protocols import get_protocol
 
-    protocol, device = get_protocol(args.protocol), choose_device(args.device)
-    model, config = load_checkpoint(locate(args.checkpoint))
-    table = _data_of(args, config)
-    questions = all_questions(table.split(args.split))
-    with tqdm(total=len(questions), unit="phrase", disable=not sys.stderr.isatty()) as bar:
-        answers = list(
-            answer_questions(
-                model.to(device),
-                questions,
-                config.data,
-                get_tokenizer(config.model.text.tokenizer),
-                protocol,
-                device=device,
-                dtype=choose_precision(args.precision or config.train.precision, device),
-                workers=config.data.workers,
-                progress=lambda done: bar.update(done - bar.n),
-            )
-        )
+    protocol = get_protocol(args.protocol)
+    with processes(args.device) as group:
+        device = choose_device(args.device)
+        model, config = load_checkpoint(locate(args.checkpoint))
+        model.to(device)
+        table = _data_of(args, config)
+        questions = all_questions(table.split(args.split))
+        quiet = not (group.first and sys.stderr.isatty())
+
+        def answer(share: tuple[int, int]) -> list[Answer]:
+            with tqdm(total=len(questions) // share[1], unit="phrase", disable=quiet) as bar:
+                found = answer_questions(
+                    model,
+                    questions,
+                    config.data,
+                    get_tokenizer(config.model.text.tokenizer),
+                    protocol,
+                    device=device,
+                    dtype=choose_precision(args.precision or config.train.precision, device),
+                    batch_size=args.batch_size,
+                    workers=config.data.workers,
+                    share=share,
+                    keep_masks=args.report is not None,
+                    progress=lambda done: bar.update(done - bar.n),
+                )
+                return list(found)
+
+        answers = answer_together(group, questions, answer)
+        if not group.first:
+            return
     result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
     print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
     if args.out is not None:

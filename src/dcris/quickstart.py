@@ -21,7 +21,7 @@ from dcris.files import make_directory, write_json
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.outputs import predict_to_files
-from dcris.protocols import Protocol
+from dcris.protocols import Cris
 from dcris.recipes import get_recipe
 from dcris.report import write_evaluation_report
 from dcris.segmenter import Segmenter
@@ -81,7 +81,7 @@ def evaluate_both_ways(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
     references = table.split(split)
-    protocol, tokenizer = Protocol(), get_tokenizer(config.model.text.tokenizer)
+    protocol, tokenizer = Cris(), get_tokenizer(config.model.text.tokenizer)
     dtype = choose_precision(config.train.precision, device)
 
     def answer(questions: Any) -> list[Answer]:

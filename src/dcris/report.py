@@ -114,7 +114,7 @@ def as_panel(answer: Answer) -> Panel:
     """An answer as a picture of the report."""
     reference = answer.reference
     truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    prediction = decode_mask(answer.prediction, reference.image_size).astype(bool)
+    prediction = answer.mask()
     image = read_image(reference.image_path)
     return Panel(image, answer.expression.text, truth, prediction, answer.overlap.iou)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from dcris.card import Metrics, model_card
 from dcris.config import Precision, RunConfig
 from dcris.data.dataset import normalise, to_square
-from dcris.data.images import read_image, to_rgb
+from dcris.data.images import read_image, refuse_shape, to_rgb
 from dcris.data.masks import mask_box
 from dcris.data.tokenizer import get_tokenizer, require_phrase
 from dcris.encoders.hub import push
@@ -34,7 +34,7 @@ from dcris.engine.evaluate import segment_in_passes
 from dcris.errors import DcrisError
 from dcris.model.dcris import DCRIS
 from dcris.pretrained import locate
-from dcris.protocols import Protocol
+from dcris.protocols import Cris
 from dcris.types import Prediction
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
@@ -70,7 +70,7 @@ class Segmenter:
         self.origin: Origin = origin or {}
         """Which published checkpoint the model was converted from; empty where it was trained."""
         self.tokenizer = get_tokenizer(config.model.text.tokenizer)
-        self.protocol = Protocol()
+        self.protocol = Cris()
         self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self.model, config)}
 
     @classmethod
@@ -292,15 +292,13 @@ class Segmenter:
         if not phrases:
             return []
         threshold = self.protocol.threshold if threshold is None else threshold
-        square, box = to_square(pixels, config.data)
+        square, fit = to_square(pixels, config.data, self.protocol.fit)
         images = normalise(square[None].to(self.device), config.data)
         tokens = get_tokenizer(config.model.text.tokenizer)(phrases, config.data.word_length).to(self.device)
         answers: list[Prediction] = []
-        owners = torch.zeros(len(phrases), dtype=torch.int64, device=self.device)
-        boxes = [box] * len(phrases)
-        for logits, some in segment_in_passes(model, images, tokens, owners, boxes, self.device, self.dtype):
-            for picture in self.protocol.probabilities(logits, some):
-                answers.append(_prediction(phrases[len(answers)], picture, threshold, scores))
+        for logits in segment_in_passes(model, images, tokens, self.device, self.dtype):
+            for picture in self.protocol.probabilities(logits, [fit] * len(logits)):
+                answers.append(_prediction(phrases[len(answers)], picture.cpu().numpy(), threshold, scores))
         return answers
 
 
@@ -311,6 +309,7 @@ def _pixels(image: ImageLike) -> NDArray[np.uint8]:
         return to_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise DcrisError(f"an array must be uint8 [H, W, 3] in RGB, and is {image.dtype} {list(image.shape)}")
+    refuse_shape(*image.shape[:2])
     return image
 
 

@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dcris.config import DataConfig
+from dcris.data.fits import Fit, Letterbox
 from dcris.data.images import read_image
-from dcris.data.letterbox import Letterbox
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Fit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,11 @@ def letterbox_colour(config: DataConfig) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def to_square(image: NDArray[np.uint8], config: DataConfig) -> tuple[Tensor, Letterbox]:
-    """[H, W, 3] uint8 RGB -> the network's square [3, S, S] uint8, and the way back."""
-    box = Letterbox((image.shape[0], image.shape[1]), config.image_size)
-    square = box.image(image, letterbox_colour(config))
-    return torch.from_numpy(square).permute(2, 0, 1).contiguous(), box
+def to_square(image: NDArray[np.uint8], config: DataConfig, fit: type[F]) -> tuple[Tensor, F]:
+    """[H, W, 3] uint8 RGB -> the network's square [3, S, S] uint8, and the geometry by which it got there."""
+    fitted = fit((image.shape[0], image.shape[1]), config.image_size)
+    square = fitted.image(image, letterbox_colour(config))
+    return torch.from_numpy(square).permute(2, 0, 1).contiguous(), fitted
 
 
 def normalise(images: Tensor, config: DataConfig) -> Tensor:
@@ -79,7 +80,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
                 raise DcrisError(size_mismatch(reference, image))
         except DcrisError as error:
             return Failure(str(error))
-        square, box = to_square(image, self.config)
+        square, box = to_square(image, self.config, Letterbox)
         tokens = self.tokenizer([self.draw(index).text], self.config.word_length)[0]
         return Sample(square, tokens, torch.from_numpy(box.mask(mask)))
 
@@ -142,7 +143,7 @@ class ImageTask:
 
     image: Tensor
     """[3, S, S] uint8."""
-    box: Letterbox
+    fit: Fit
     tokens: Tensor
     """[K, L] int64, one row per phrase."""
     questions: tuple[tuple[Reference, Expression], ...]
@@ -166,12 +167,20 @@ def all_questions(references: Sequence[Reference], first_only: bool = False) -> 
 class ImageTasks(Dataset[ImageTask | Failure]):
     """Questions gathered by photograph, so that what does not depend on the phrase is worked out once for each."""
 
-    def __init__(self, questions: Questions, config: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        questions: Questions,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        fit: type[Fit] = Letterbox,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Take every n-th photograph from the k-th on, for a `share` of (k, n)."""
         by_image: dict[str, list[tuple[Reference, Expression]]] = {}
         for reference, expression in questions:
             by_image.setdefault(str(reference.image_path), []).append((reference, expression))
-        self.groups = [tuple(group) for group in by_image.values()]
-        self.config, self.tokenizer = config, tokenizer
+        self.groups = [tuple(group) for group in by_image.values()][share[0] :: share[1]]
+        self.config, self.tokenizer, self.fit = config, tokenizer, fit
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -188,9 +197,9 @@ class ImageTasks(Dataset[ImageTask | Failure]):
                 truths[reference.ref_id] = decode_mask(reference.segmentation, reference.image_size).astype(bool)
         except DcrisError as error:
             return Failure(str(error))
-        square, box = to_square(image, self.config)
+        square, fit = to_square(image, self.config, self.fit)
         tokens = self.tokenizer([expression.text for _, expression in questions], self.config.word_length)
-        return ImageTask(square, box, tokens, questions, truths)
+        return ImageTask(square, fit, tokens, questions, truths)
 
 
 def _start_worker(worker: int) -> None:
@@ -227,7 +236,11 @@ def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers:
 def task_loader(tasks: ImageTasks, images: int, workers: int) -> Iterator[list[ImageTask]]:
     """Lists of up to `images` tasks in order. Raises DcrisError where one cannot be read."""
     loader: DataLoader[ImageTask | Failure] = DataLoader(
-        tasks, batch_size=images, num_workers=workers, collate_fn=list, worker_init_fn=_start_worker
+        tasks,
+        batch_size=images,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_start_worker,
     )
     for group in _start(loader):
         yield list(_or_raise(iter(group)))

@@ -16,6 +16,9 @@ from dcris.errors import DcrisError
 MAX_PIXELS = 300_000_000
 """Larger images are refused: a file of a few kilobytes can claim any size."""
 
+MAX_SIDE = 65_535
+"""So are longer ones, which no JPEG holds: what is kept for each row and column of a photograph adds up."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """What is tried. Pillow knows dozens more, of which some start other programs (EPS) or hold no pixels of their own."""
 
@@ -58,12 +61,12 @@ def read_mask_image(path: Path) -> NDArray[np.uint8]:
     except Exception as error:
         raise _cannot_read(path, error) from error
     if pixels.ndim == 2:
-        return (pixels != 0).astype(np.uint8)
+        return np.asarray(pixels != 0, np.uint8)
     colours = pixels[..., :-1] if image.mode in ("LA", "RGBA") else pixels
     found = colours.any(axis=2)
     if image.mode in ("LA", "RGBA"):
         found &= pixels[..., -1] != 0
-    return found.astype(np.uint8)
+    return np.asarray(found, np.uint8)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -112,9 +115,15 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _refuse_size(image: Image.Image) -> None:
-    width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise DcrisError(f"it is {width} x {height} pixels, and 1 to {MAX_PIXELS:,} pixels are read")
+    refuse_shape(image.size[1], image.size[0])
+
+
+def refuse_shape(height: int, width: int) -> None:
+    """Raise DcrisError for a picture of no pixels, more than `MAX_PIXELS`, or a side over `MAX_SIDE`."""
+    if not 0 < width * height <= MAX_PIXELS or max(height, width) > MAX_SIDE:
+        raise DcrisError(
+            f"it is {width} x {height} pixels, and 1 to {MAX_PIXELS:,} pixels are read, up to {MAX_SIDE:,} a side"
+        )
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

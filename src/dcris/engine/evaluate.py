@@ -1,10 +1,11 @@
 """The one evaluator: every method, every data set, every protocol.
 
-Shape letters: B phrases, I images, S side of the network's square, H W pixels of a photograph.
+Shape letters: B phrases, S side of the network's square, H W pixels of a photograph.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,19 +13,19 @@ from torch import Tensor
 
 from dcris.config import DataConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
-from dcris.data.letterbox import Letterbox
-from dcris.data.masks import encode_mask
+from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.weights import fingerprint
 from dcris.engine.device import autocast
-from dcris.metrics import Overlap, overlap, summarise
+from dcris.engine.distributed import Processes
+from dcris.metrics import Overlap, overlap_curve, summarise
 from dcris.model.dcris import DCRIS
 from dcris.protocols import Protocol
 from dcris.types import Expression, MaskArray, Reference
 from dcris.version import __version__
 
 PHRASES_PER_PASS = 32
-"""Phrases that finish the network together. Results do not depend on it beyond rounding."""
+"""Phrases of one photograph that finish the network together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,16 @@ class Answer:
     reference: Reference
     expression: Expression
     overlap: Overlap
-    prediction: Mapping[str, Any]
-    """The predicted mask as COCO run lengths: a whole data set's masks must fit into memory."""
+    prediction: Mapping[str, Any] | None
+    """The predicted mask as COCO run lengths, since a whole data set's masks must fit into memory; None if not kept."""
+    curve: tuple[Overlap, ...] = ()
+    """The overlap at each of CURVE_THRESHOLDS; nothing where the probabilities are not known."""
+
+    def mask(self) -> MaskArray:
+        """The predicted mask [H, W] at the photograph's size. Raises ValueError where it was not kept."""
+        if self.prediction is None:
+            raise ValueError("the masks of these answers were not kept")
+        return decode_mask(self.prediction, self.reference.image_size).astype(bool)
 
 
 @torch.no_grad()
@@ -48,76 +57,98 @@ def answer_questions(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
     workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+    keep_masks: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Answer]:
     """Predict a mask for every question and score it, photograph by photograph.
+
+    Each photograph goes through the network by itself, with all its phrases. So the shapes of all products, and with them
+    every rounding, are the same whatever the batch size and however many processes share the work: the answers are too, bit
+    for bit, on equal devices with an equal number of threads.
 
     Args:
         model: on `device`, in evaluation mode.
         questions: expressions, each with the reference whose mask is its truth.
         config: how photographs and phrases become tensors.
         tokenizer: of the model's text tower.
-        protocol: how logits become masks.
+        protocol: how photographs become squares, logits masks, and on what those are compared.
         device, dtype: where and in which precision.
+        batch_size: photographs that are read, and moved to the device, together.
         workers: processes that read photographs.
+        share: (k, n) for the k-th of n processes, which answers for every n-th photograph.
+        keep_masks: whether answers hold their masks.
         progress: called with the number of expressions done so far.
 
     Raises DcrisError where a photograph or mask cannot be read.
     """
     done = 0
-    tasks = ImageTasks(questions, config, tokenizer)
-    for group in task_loader(tasks, images=max(1, PHRASES_PER_PASS // 4), workers=workers):
+    tasks = ImageTasks(questions, config, tokenizer, protocol.fit, share)
+    for group in task_loader(tasks, images=batch_size, workers=workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config)
-        tokens = torch.cat([task.tokens for task in group]).to(device)
-        owners = torch.tensor([index for index, task in enumerate(group) for _ in task.questions], device=device)
-        boxes = [task.box for task in group for _ in task.questions]
-        masks: list[MaskArray] = []
-        for logits, some_boxes in segment_in_passes(model, images, tokens, owners, boxes, device, dtype):
-            masks += [protocol.mask(picture) for picture in protocol.probabilities(logits, some_boxes)]
-        for (task, number), mask in zip(_numbered(group), masks, strict=True):
-            reference, expression = task.questions[number]
-            yield Answer(reference, expression, overlap(mask, task.truths[reference.ref_id]), encode_mask(mask))
-        done += len(masks)
-        progress(done)
+        for task, image in zip(group, images, strict=True):
+            yield from _answer_task(model, task, image[None], protocol, device, dtype, keep_masks)
+            done += len(task.questions)
+            progress(done)
 
 
-def _numbered(group: Sequence[ImageTask]) -> Iterator[tuple[ImageTask, int]]:
-    for task in group:
-        for number in range(len(task.questions)):
-            yield task, number
+def _answer_task(
+    model: DCRIS,
+    task: ImageTask,
+    image: Tensor,
+    protocol: Protocol,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep_masks: bool,
+) -> Iterator[Answer]:
+    truths = {number: torch.from_numpy(protocol.compared(mask)).to(device) for number, mask in task.truths.items()}
+    logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
+    for (reference, expression), one in zip(task.questions, logits, strict=True):
+        (picture,) = protocol.probabilities(one[None], [task.fit])
+        overlap, *curve = overlap_curve(picture, truths[reference.ref_id], protocol.threshold)
+        mask = None
+        if keep_masks:
+            found = (picture > protocol.threshold).cpu().numpy()
+            mask = encode_mask(protocol.shown(found, reference.image_size))
+        yield Answer(reference, expression, overlap, mask, tuple(curve))
 
 
 def segment_in_passes(
-    model: DCRIS,
-    images: Tensor,
-    tokens: Tensor,
-    owners: Tensor,
-    boxes: Sequence[Letterbox],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[tuple[Tensor, Sequence[Letterbox]]]:
-    """Encode images and phrases once, and finish them some phrases at a time, so that memory is bounded.
+    model: DCRIS, image: Tensor, tokens: Tensor, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Encode an image and its phrases once, and finish the phrases some at a time, so that memory is bounded.
 
     Args:
         model: on `device`, in evaluation mode.
-        images: [I, 3, S, S] normalised.
+        image: [1, 3, S, S] normalised.
         tokens: [B, L].
-        owners: [B] int64: each phrase's image.
-        boxes: B, each phrase's photograph on the square.
         device, dtype: where and in which precision.
 
-    Yields logits [b, 1, h, w] and the letterboxes that belong to them, in order.
+    Yields logits [b, 1, h, w], in the phrases' order.
     """
     with autocast(device, dtype):
-        state = model.encode_images(images)
+        state = model.encode_images(image)
         text = model.encode_text(tokens)
         for start in range(0, len(tokens), PHRASES_PER_PASS):
             chosen = torch.arange(start, min(start + PHRASES_PER_PASS, len(tokens)), device=device)
-            yield (
-                model.segment(state.select(owners[chosen]), text.select(chosen)),
-                boxes[start : start + PHRASES_PER_PASS],
-            )
+            yield model.segment(state.select(torch.zeros_like(chosen)), text.select(chosen))
+
+
+def answer_together(
+    group: Processes, questions: Questions, answer: Callable[[tuple[int, int]], Iterable[Answer]]
+) -> list[Answer]:
+    """What several processes answer, each its share, in the questions' order; every process gets all of it.
+
+    Args:
+        group: the processes. Each must call this with the same questions.
+        questions: all of them.
+        answer: gives the answers of the share (k, n), as answer_questions does.
+    """
+    order = {(reference.ref_id, expression.sent_id): number for number, (reference, expression) in enumerate(questions)}
+    parts = group.gather(list(answer((group.rank, group.count))))
+    return sorted(chain.from_iterable(parts), key=lambda item: order[item.reference.ref_id, item.expression.sent_id])
 
 
 def by_kind(answers: Sequence[Answer]) -> dict[str, tuple[float, int]]:
@@ -151,7 +182,7 @@ def result_record(
 ) -> dict[str, float | int | str]:
     """What every result file holds: the scores in percent, and all that is needed to know what they are scores of."""
     return {
-        **summarise(answer.overlap for answer in answers),
+        **summarise((answer.overlap for answer in answers), protocol.precision_includes_threshold),
         "references": len({answer.reference.ref_id for answer in answers}),
         "expressions": len(answers),
         "dataset": dataset,

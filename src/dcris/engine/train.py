@@ -28,7 +28,7 @@ from dcris.data.dataset import (
     steps_per_epoch,
     training_loader,
 )
-from dcris.data.references import ReferenceTable
+from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.weights import load_towers
 from dcris.engine.checkpoint import (
@@ -49,7 +49,7 @@ from dcris.files import make_directory, write_file, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
-from dcris.protocols import Protocol
+from dcris.protocols import Cris
 from dcris.types import Batch
 
 
@@ -234,7 +234,7 @@ class _Step:
 def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
     """mIoU in percent on the logits' grid at the CRIS family's threshold; a sign of life, not a result."""
     truth = torch.nn.functional.interpolate(masks, logits.shape[-2:], mode="nearest") > 0.5
-    guess = torch.sigmoid(logits.float()) > Protocol().threshold
+    guess = torch.sigmoid(logits.float()) > Cris().threshold
     shared = (guess & truth).flatten(1).sum(1)
     covered = (guess | truth).flatten(1).sum(1)
     return 100 * (shared / covered.clamp(min=1)).mean().item()
@@ -252,7 +252,7 @@ def _validate(
     model.eval()
     workers = config.data.workers
     answers = answer_questions(
-        model, questions, config.data, tokenizer, Protocol(), device=device, dtype=dtype, workers=workers
+        model, questions, config.data, tokenizer, Cris(), device=device, dtype=dtype, workers=workers, keep_masks=False
     )
     return summarise(answer.overlap for answer in answers)["miou"]
 
