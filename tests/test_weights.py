@@ -24,10 +24,10 @@ from dcris.encoders import weights
 from dcris.encoders.archives import StoredTensor, open_tensors
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.dinov2 import VisionTower
-from dcris.encoders.hub import fetch
 from dcris.encoders.weights import fill_tower, tower_state
 from dcris.engine.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
 from dcris.errors import DcrisError
+from dcris.hub import fetch
 from dcris.model.dcris import DCRIS
 from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
 from hub import Hub

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from dcris.convert import convert_file, data_set_of
-from dcris.encoders.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, write_json
+from dcris.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.published import PUBLISHED, REPOSITORY, Published
 
 Say = Callable[[str], None]

@@ -17,7 +17,6 @@ from dcris.data.dataset import normalise, to_square
 from dcris.data.images import read_image, refuse_shape, to_rgb
 from dcris.data.masks import mask_box
 from dcris.data.tokenizer import get_tokenizer, require_phrase
-from dcris.encoders.hub import push
 from dcris.encoders.weights import can_be_had
 from dcris.engine.checkpoint import (
     Origin,
@@ -32,6 +31,7 @@ from dcris.engine.checkpoint import (
 from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import segment_in_passes
 from dcris.errors import DcrisError
+from dcris.hub import push
 from dcris.model.dcris import DCRIS
 from dcris.pretrained import locate
 from dcris.protocols import Cris

@@ -22,8 +22,8 @@ from dcris.encoders.archives import StoredTensor, open_tensors
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.dinov2 import VisionTower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
-from dcris.encoders.hub import fetch
 from dcris.errors import DcrisError
+from dcris.hub import fetch
 
 RANDOM = "random"
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}
