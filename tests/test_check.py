@@ -39,7 +39,7 @@ def test_missing_and_wrong_images_are_problems(tiny_refer):
     assert report.problem_count == 2  # one for each photograph, though photograph 1 has two references
     assert "there is no image file" in report.problems[0]
     assert "reference 12: " in report.problems[1]
-    assert "16 x 12 pixels (height x width), but instances.json says 32 x 24" in report.problems[1]
+    assert "16 x 12 pixels (height x width), but the annotations say 32 x 24" in report.problems[1]
     assert "problem: reference 12" in report.table()
 
 

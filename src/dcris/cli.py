@@ -72,7 +72,7 @@ def _parser() -> _Parser:
     data = commands.add_parser("data", help="check data sets, make generated ones", allow_abbrev=False)
     add_data = _adder(data.add_subparsers(title="commands", metavar="COMMAND", required=True), "dcris data ")
     check = add_data("check", _data_check, "validate a data set", "ROOT --dataset refcoco --split-by unc")
-    check.add_argument("root", type=Path, metavar="ROOT", help="the REFER layout's root")
+    check.add_argument("root", type=Path, metavar="ROOT", help="the folder of the data sets")
     _data_set(check)
     check.add_argument("--deep", action="store_true", help="decode every photograph, not its header alone")
     check.add_argument("--json", action="store_true", help="print JSON")
@@ -174,7 +174,7 @@ def _positive(text: str) -> int:
 
 
 def _data_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="the REFER layout's root")
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="the folder of the data sets")
 
 
 def _data_set(parser: argparse.ArgumentParser, required: bool = True) -> None:

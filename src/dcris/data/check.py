@@ -94,10 +94,10 @@ class CheckReport:
 
 
 def check_dataset(root: Path, dataset: str, split_by: str | None = None, deep: bool = False) -> CheckReport:
-    """Check a data set in the REFER layout: counts, leaks, and that each image and each mask can be used.
+    """Check a data set in any layout: counts, leaks, and that each image and each mask can be used.
 
     Of an image only the header is read, unless `deep`, which decodes it. Each image and each mask is looked at once. Raises
-    DcrisError where `refs(...).p` or `instances.json` itself is unusable: nothing behind them can be checked then.
+    DcrisError where the files of references themselves are unusable: nothing behind them can be checked then.
     """
     table = load_references(root, dataset, split_by)
     splits_of_image: defaultdict[Path, set[str]] = defaultdict(set)
@@ -145,7 +145,7 @@ def _look(table: ReferenceTable, report: CheckReport, deep: bool) -> None:
                     recorded = "{} x {}".format(*reference.image_size)
                     report.add_problem(
                         f"{where}: {reference.image_path} is {height} x {width} pixels (height x width), but "
-                        f"instances.json says {recorded}, so the mask does not fit; fetch the image again"
+                        f"the annotations say {recorded}, so the mask does not fit; fetch the image again"
                     )
             except DcrisError as error:
                 report.add_problem(f"{where}: {error}")

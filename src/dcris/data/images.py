@@ -4,6 +4,7 @@ Pillow decodes everything. The published results were made with cv2, which gives
 nine tenths of the time, but fills what a cut file lacks with grey and says nothing.
 """
 
+import io
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,26 +64,28 @@ def read_mask_image(path: Path) -> NDArray[np.uint8]:
     if pixels.ndim == 2:
         return np.asarray(pixels != 0, np.uint8)
     colours = pixels[..., :-1] if image.mode in ("LA", "RGBA") else pixels
-    found = colours.any(axis=2)
+    found: NDArray[np.bool_] = np.any(colours, axis=2)
     if image.mode in ("LA", "RGBA"):
         found &= pixels[..., -1] != 0
     return np.asarray(found, np.uint8)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the image that `read_image` would return, from the file's header alone.
+def image_size(source: Path | bytes) -> tuple[int, int]:
+    """Height and width of the image that `read_image` would return, from the header of a file or of its bytes alone.
 
     Raises DcrisError where the file is missing, not an image, or larger than `MAX_PIXELS`.
     """
     try:
-        with path.open("rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             image = _open(file)
             width, height = image.size
             # Of a TIFF, Pillow gives the size after its orientation.
             turn = None if image.format == "TIFF" else _turn(image)
             return (width, height) if turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]) else (height, width)
     except Exception as error:
-        raise _cannot_read(path, error) from error
+        if isinstance(source, bytes):
+            raise DcrisError(f"cannot read the image ({_reason(error)}); replace it or leave it out") from error
+        raise _cannot_read(source, error) from error
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -18,6 +18,7 @@ _FOLDERS = (
     "images",
 )
 _LONG_NAME = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
+_NUMBER = re.compile(r"\d{12}\.jpg$")
 _SHORT_NAME = re.compile(r"\d{12}\.jpg")
 
 
@@ -31,16 +32,30 @@ class Photographs:
 
     def path(self, name: str) -> Path:
         """The file of a photograph that the annotations call `name`. It is not looked for."""
-        return self.folder / _renamed(name, self.naming)
+        return self.folder / renamed(name, self.naming)
 
 
-def _renamed(name: str, naming: str) -> str:
-    """COCO released train2014 again as a part of train2017, without the prefix; the pictures are the same."""
+def renamed(name: str, naming: str) -> str:
+    """A photograph's name under a naming.
+
+    COCO released train2014 again as a part of train2017, without the prefix; the pictures are the same.
+    """
     if naming == "2017" and (match := _LONG_NAME.fullmatch(name)):
         return match[1]
     if naming == "2014" and _SHORT_NAME.fullmatch(name):
         return f"COCO_train2014_{name}"
     return name
+
+
+def image_ids(names: Iterable[str]) -> dict[str, int]:
+    """A number for each photograph, where annotations give none: COCO's, or, if any has none, their places in the list."""
+    distinct = list(dict.fromkeys(names))
+    numbers = {name: int(match[0][:12]) for name in distinct if (match := _NUMBER.search(name))}
+    return (
+        numbers
+        if len(set(numbers.values())) == len(distinct)
+        else {name: place for place, name in enumerate(distinct, 1)}
+    )
 
 
 def find_photographs(root: Path, names: Iterable[str]) -> Photographs:

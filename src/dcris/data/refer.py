@@ -96,13 +96,18 @@ def _first_request(data: bytes) -> str | None:
     return None
 
 
+def find_refer(root: Path, dataset: str, split_by: str | None = None) -> list[str]:
+    """The `split_by` of each file `<root>/<dataset>/refs(<split_by>).p` that is there, or the one asked for, if it is."""
+    found = sorted(path.name[len("refs(") : -len(").p")] for path in (root / dataset).glob("refs(*).p"))
+    return found if split_by is None else [name for name in found if name == split_by]
+
+
 def find_split_by(root: Path, dataset: str) -> str:
     """The `split_by` of the one file `<root>/<dataset>/refs(<split_by>).p`.
 
     Raises DcrisError where there is no such file, or several to choose from.
     """
-    folder = root / dataset
-    choices = sorted(path.name[len("refs(") : -len(").p")] for path in folder.glob("refs(*).p"))
+    folder, choices = root / dataset, find_refer(root, dataset)
     if not choices:
         raise DcrisError(
             f"there is no file refs(...).p in {folder}; the university server that gave them out is gone, so get {dataset} "
@@ -120,11 +125,27 @@ def load_refer(root: Path, dataset: str, split_by: str | None = None) -> Referen
     contradictory, naming the file, the reference and the field.
     """
     split_by = split_by or find_split_by(root, dataset)
-    path = root / dataset / f"refs({split_by}).p"
+    path, instances = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
     records = safe_unpickle(path)
+    content = read_json(instances, f"the annotation file of {dataset}")
+    return ReferenceTable(dataset, split_by, root, read_records(records, path, content, instances, root))
+
+
+def read_records(records: Any, path: Path, content: Any, instances_path: Path, root: Path) -> tuple[Reference, ...]:
+    """The references that REFER's records and COCO's annotations spell out.
+
+    Args:
+        records: what `refs(...).p` holds, a list of references.
+        path: where they are from, for errors.
+        content: what `instances.json` holds: images, annotations and categories.
+        instances_path: where that is from, for errors.
+        root: where the photographs are looked for.
+
+    Raises DcrisError as load_refer does.
+    """
     if type(records) is not list or not records:
         raise bad(path, "it is not a list of references")
-    instances = _Instances.read(root, dataset)
+    instances = _Instances.read(content, instances_path, root)
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
     for number, record in enumerate(records, 1):
@@ -133,12 +154,12 @@ def load_refer(root: Path, dataset: str, split_by: str | None = None) -> Referen
         if ref_id in references:
             raise bad(path, f"{where} is there twice")
         references[ref_id] = _reference(record, ref_id, instances, path, sentences)
-    return ReferenceTable(dataset, split_by, root, tuple(references.values()))
+    return tuple(references.values())
 
 
 @dataclass(frozen=True)
 class _Instances:
-    """`instances.json`, indexed by identifier."""
+    """COCO's annotations, indexed by identifier."""
 
     path: Path
     photographs: Photographs
@@ -147,9 +168,7 @@ class _Instances:
     categories: dict[int, dict[str, Any]]
 
     @classmethod
-    def read(cls, root: Path, dataset: str) -> "_Instances":
-        path = root / dataset / "instances.json"
-        content = read_json(path, f"the annotation file of {dataset}")
+    def read(cls, content: Any, path: Path, root: Path) -> "_Instances":
         images, annotations, categories = (
             _index(field(content, key, list, path, "the file"), key, path)
             for key in ("images", "annotations", "categories")
@@ -170,11 +189,11 @@ def _reference(record: Any, ref_id: int, instances: _Instances, path: Path, sent
     annotation, image = instances.annotations.get(ann_id), instances.images.get(image_id)
     category = instances.categories.get(category_id)
     if annotation is None:
-        raise bad(path, f"{where} names annotation {ann_id}, which instances.json does not have")
+        raise bad(path, f"{where} names annotation {ann_id}, which {instances.path.name} does not have")
     if image is None:
-        raise bad(path, f"{where} names image {image_id}, which instances.json does not have")
+        raise bad(path, f"{where} names image {image_id}, which {instances.path.name} does not have")
     if category is None:
-        raise bad(path, f"{where} names category {category_id}, which instances.json does not have")
+        raise bad(path, f"{where} names category {category_id}, which {instances.path.name} does not have")
     owner = field(annotation, "image_id", int, instances.path, f"annotation {ann_id}")
     if owner != image_id:
         raise bad(path, f"{where} names image {image_id}, but its annotation {ann_id} belongs to image {owner}")

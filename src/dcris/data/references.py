@@ -2,13 +2,27 @@
 
 from pathlib import Path
 
-from dcris.data.refer import load_refer
+from dcris.data.parquet import find_parquet, load_parquet
+from dcris.data.prepared import find_prepared, load_prepared
+from dcris.data.refer import find_refer, load_refer
 from dcris.data.table import ReferenceTable
+from dcris.errors import DcrisError
 
 
 def load_references(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
     """Read a data set from whatever layout it is in. Without `split_by`, the only one that is there is taken.
 
+    REFER's layout comes first, then the one that CRIS's tools prepare, then Parquet: what is nearest to the release counts.
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field.
     """
-    return load_refer(root, dataset, split_by)
+    if find_refer(root, dataset, split_by):
+        return load_refer(root, dataset, split_by)
+    if find_prepared(root, dataset, split_by):
+        return load_prepared(root, dataset, split_by)
+    if find_parquet(root, dataset):
+        return load_parquet(root, dataset, split_by)
+    name = f"refs({split_by or '...'}).p"
+    raise DcrisError(
+        f"there is no data set {dataset} in {root}: neither {dataset}/{name}, nor anns/{dataset}/*.json, nor "
+        f"{dataset}/**/*.parquet; `dcris data fetch` gets one, or name another root folder"
+    )

@@ -45,7 +45,7 @@ class ReferenceTable:
         return chosen
 
 
-_KINDS = {int: "a whole number", str: "text", list: "a list"}
+_KINDS = {int: "a whole number", str: "text", list: "a list", bytes: "bytes"}
 
 
 def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:

@@ -1,0 +1,265 @@
+"""Parquet as the Hub has it: the references that REFER's files spell out, and pictures unpacked once."""
+
+import io
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import TinyRefer
+from dcris.data.check import check_dataset
+from dcris.data.masks import decode_mask
+from dcris.data.parquet import refer_split, split_in_name
+from dcris.data.references import load_references
+from dcris.errors import DcrisError
+from layouts import PICTURES, hub_files, hub_rows, parquet
+
+
+def _write(root: Path, dataset: str, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / dataset / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / dataset / name).write_bytes(content)
+    return root
+
+
+# ---- jxu124's form -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_references_as_in_the_refer_layout(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """The Hub's copy of RefCOCO must give the numbers that the release gives; its `test` is testA."""
+    tiny_refer.instances["categories"] = [{"id": 5, "name": "airplane"}, {"id": 6, "name": "bus"}]  # as COCO has it
+    original = load_references(tiny_refer.write(), "tiny")
+    root = _write(tmp_path / "hub", "refcoco", hub_files(tiny_refer.references, tiny_refer.instances))
+    (root / "images").mkdir()
+    tiny_refer.image_folder.rename(root / "images/train2014")
+    table = load_references(root, "refcoco")
+    assert (table.dataset, table.split_by, table.splits()) == ("refcoco", "unc", original.splits())
+    found = {reference.ref_id: reference for reference in table.references}
+    for truth in original.references:
+        reference = found[truth.ref_id]
+        assert reference.image_path == root / "images/train2014" / truth.image_path.name
+        for attribute in ("ann_id", "image_id", "image_size", "category", "split", "segmentation", "expressions"):
+            assert getattr(reference, attribute) == getattr(truth, attribute)
+    assert check_dataset(root, "refcoco").problem_count == 0
+    with pytest.raises(DcrisError, match="split by unc, not by google"):
+        load_references(root, "refcoco", "google")
+
+
+def test_real_references(refer_root: Path, tmp_path: Path) -> None:
+    """Masks of COCO's three kinds, and text with the errors people made."""
+    with (refer_root / "cocomini/refs(templated).p").open("rb") as file:
+        records = pickle.load(file)
+    instances = json.loads((refer_root / "cocomini/instances.json").read_text())
+    _write(tmp_path, "RefCOCOplus", hub_files(records, instances))
+    original = load_references(refer_root, "cocomini")
+    table = load_references(tmp_path, "refcoco+")
+    assert (table.dataset, table.split_by, table.splits()) == ("refcoco+", "unc", original.splits())
+    expected = {reference.ref_id: reference for reference in original.references}
+    for reference in table.references:
+        truth = expected[reference.ref_id]
+        for attribute in ("ann_id", "image_id", "image_size", "category", "split", "segmentation", "expressions"):
+            assert getattr(reference, attribute) == getattr(truth, attribute)
+
+
+def test_what_downloaders_keep_beside_the_files_is_let_be(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """`hf download --local-dir` leaves a folder of its own there, and an interrupted one half a file in it."""
+    root = _write(tmp_path, "mine", hub_files(tiny_refer.references, tiny_refer.instances))
+    _write(root, "mine", {".cache/huggingface/train-0.parquet": b"half", "README.md": b"", "data/notes.txt": b""})
+    assert load_references(root, "mine").splits() == {"train": (1, 2), "val": (1, 2), "testA": (1, 1)}
+
+
+_Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda row: row.update(raw_anns="{"), "row 1 has a 'raw_anns' that is not JSON"),
+        (lambda row: row.update(raw_anns="[]"), "entry 1 of 'annotations' is not a table"),
+        (lambda row: row.update(raw_image_info=None), "row 1 has a 'raw_image_info' that is not text but NoneType"),
+        (lambda row: row.update(ann_id=None), "row 1 has a 'ann_id' that is not a whole number but NoneType"),
+        (lambda row: row.update(ann_id=5), "reference 11 names annotation 5, which data does not have"),
+        (lambda row: row.update(sentences=None), "row 1 has a 'sentences' that is not a list"),
+        (lambda row: row.update(sentences=[]), "reference 11 has an empty 'sentences'"),
+        (lambda row: row["sentences"][0].update(sent=None), "'sent' that is not text but NoneType"),
+        (lambda row: row.pop("sentences"), "those of jxu124/refcoco or lmms-lab/RefCOCO are read"),
+        (
+            lambda row: row.update(raw_image_info=row["raw_image_info"].replace("1.png", "../1.png")),
+            "image 1 has a 'file_name' that is not a plain path",
+        ),
+    ],
+)
+def test_each_malformed_row_is_named(tiny_refer: TinyRefer, tmp_path: Path, change: _Change, sentence: str) -> None:
+    """Whoever made the file needs the row and the field, and no file may lead out of the image folder."""
+    (row,) = hub_rows(tiny_refer.references, tiny_refer.instances)["validation"]
+    change(row)
+    root = _write(tmp_path, "refcoco", {"data/validation-00000-of-00001.parquet": parquet([row])})
+    with pytest.raises(DcrisError, match=sentence) as caught:
+        load_references(root, "refcoco")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>not found</html>" * 9, None])
+def test_what_is_no_parquet_is_said_to_be_so(tiny_refer: TinyRefer, tmp_path: Path, content: bytes | None) -> None:
+    """A download cut short, or an error page under the file's name."""
+    if content is None:
+        content = next(iter(hub_files(tiny_refer.references, tiny_refer.instances).values()))[:-20]
+    root = _write(tmp_path, "refcoco", {"validation.parquet": content})
+    with pytest.raises(DcrisError, match="is not a whole Parquet file") as caught:
+        load_references(root, "refcoco")
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_in_a_file_is_one_sentence_or_none(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """A stranger's file, or a failing disk: whatever byte is wrong, there is no traceback and no crash."""
+    whole = bytearray(next(iter(hub_files(tiny_refer.references, tiny_refer.instances).values())))
+    random = np.random.default_rng(0)
+    refused = 0
+    for place in random.integers(4, len(whole) - 4, 300):
+        spoiled = bytearray(whole)
+        spoiled[place] ^= int(random.integers(1, 256))
+        root = _write(tmp_path, "refcoco", {"validation.parquet": bytes(spoiled)})
+        try:
+            load_references(root, "refcoco")
+        except DcrisError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50
+
+
+def test_without_pyarrow_the_sentence_says_how_to_get_it(
+    tiny_refer: TinyRefer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is large and few need it, so it is not installed with the package."""
+    root = _write(tmp_path, "refcoco", hub_files(tiny_refer.references, tiny_refer.instances))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DcrisError, match=r'pip install "pyarrow>=14\.0\.1"'):
+        load_references(root, "refcoco")
+
+
+@given(
+    split=st.sampled_from(["train", "validation", "val", "test", "testA", "testB"]),
+    before=st.sampled_from(["", "data/", "default/", "a/test-b/"]),
+    after=st.from_regex(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?)?", fullmatch=True),
+)
+def test_splits_are_read_off_the_names_that_the_hub_gives(split: str, before: str, after: str) -> None:
+    """Test references taken for training ones would spoil every number."""
+    assert split_in_name(Path(f"{before}{split}{after}.parquet")) == split
+    assert split_in_name(Path(f"{before}parquet-{split}.parquet")) == split
+    assert split_in_name(Path(f"{before}{split}/0000.parquet")) == split
+
+
+def test_splits_by_their_names_in_refer() -> None:
+    assert [refer_split("refcoco", name) for name in ("validation", "test", "testB")] == ["val", "testA", "testB"]
+    assert [refer_split("refcocog", name) for name in ("validation", "test", "train")] == ["val", "test", "train"]
+    with pytest.raises(DcrisError, match="does not say its split"):
+        split_in_name(Path("data/attested.parquet"))
+
+
+# ---- lmms-lab's form -----------------------------------------------------------------------------------------------------
+
+
+def _picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (30 + number, 40, 3), np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _picture_row(number: int, image: int, *answers: str) -> dict[str, Any]:
+    return {
+        "question_id": str(900 + number),
+        "image": {"bytes": _picture(image), "path": None},
+        "question": "Please carefully observe the area circled in the image and come up with a caption for the area.",
+        "answer": list(answers),
+        "segmentation": [2.01, 3.0, 12.34, 3.0, 12.34, 9.99, 2.01, 9.99],
+        "bbox": [2.0, 3.0, 10.0, 6.0],
+        "iscrowd": 0,
+        "file_name": f"COCO_train2014_{image:012d}_{900 + number}.jpg",
+    }
+
+
+@pytest.fixture
+def with_pictures(tmp_path: Path) -> Path:
+    val = [_picture_row(0, 1, "left one"), _picture_row(1, 1, "right", "the right"), _picture_row(2, 2, "cup")]
+    files = {
+        "data/val-00000-of-00001.parquet": parquet(val, PICTURES),
+        "data/testA-00000-of-00001.parquet": parquet([_picture_row(3, 3, "man")], PICTURES),
+    }
+    return _write(tmp_path, "RefCOCO", files)
+
+
+def test_pictures_within_are_unpacked_once(with_pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The network reads files; a gigabyte must not be written anew each time."""
+    table = load_references(with_pictures, "refcoco")
+    assert capsys.readouterr().err.count("unpacking") == 2
+    assert (table.dataset, table.split_by) == ("refcoco", "unc")
+    assert table.splits() == {"val": (3, 4), "testA": (1, 1)}
+    first, second, third = table.split("val")
+    assert first.image_path == with_pictures / "RefCOCO/unpacked/COCO_train2014_000000000001.jpg"
+    assert first.image_path.read_bytes() == _picture(1)
+    assert first.image_path == second.image_path != third.image_path
+    assert (first.image_id, second.image_id, third.image_id) == (1, 1, 2)
+    assert (first.image_size, third.image_size) == ((31, 40), (32, 40))
+    assert first.segmentation == [[2.01, 3.0, 12.34, 3.0, 12.34, 9.99, 2.01, 9.99]]
+    assert decode_mask(first.segmentation, first.image_size).any()
+    assert [expression.text for expression in second.expressions] == ["right", "the right"]
+    numbers = [expression.sent_id for reference in table.references for expression in reference.expressions]
+    assert len(set(numbers)) == len(numbers) == 5
+    stamp = first.image_path.stat().st_mtime_ns
+    assert load_references(with_pictures, "refcoco").references == table.references
+    assert capsys.readouterr().err == ""
+    assert first.image_path.stat().st_mtime_ns == stamp
+    assert check_dataset(with_pictures, "refcoco", deep=True).problem_count == 0
+
+
+def test_unpacking_goes_on_where_it_was_interrupted(with_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills, space is made, and the same command works."""
+    from dcris.data import parquet as module
+
+    write_file, written = module.write_file, []
+
+    def fail_at_second(path: Path, content: bytes) -> None:
+        if written:
+            raise DcrisError("cannot write: no space")
+        written.append(path)
+        write_file(path, content)
+
+    monkeypatch.setattr(module, "write_file", fail_at_second)
+    with pytest.raises(DcrisError, match="no space"):
+        load_references(with_pictures, "refcoco")
+    assert len(list((with_pictures / "RefCOCO/unpacked").iterdir())) == 1
+    monkeypatch.undo()
+    assert len(load_references(with_pictures, "refcoco").references) == 4
+    assert len(list((with_pictures / "RefCOCO/unpacked").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"file_name": "../../evil.jpg"}, "row 1 has a 'file_name' that is not a plain path"),
+        ({"image": {"bytes": None, "path": "/etc/passwd"}}, "the picture of row 1 has a 'bytes' that is not bytes"),
+        ({"image": {"bytes": b"no picture", "path": None}}, "row 1 holds no picture"),
+        ({"image": None}, "the picture of row 1 is not a table"),
+        ({"answer": []}, "row 1 has an empty 'sentences'|row 1 has an empty 'answer'"),
+        ({"answer": None}, "row 1 has a 'answer' that is not a list"),
+        ({"segmentation": [1.0, 2.0]}, "row 1 has a 'segmentation' that cannot be decoded .polygon 1"),
+        ({"segmentation": [None] * 6}, "row 1 has a 'segmentation' that cannot be decoded"),
+        ({"segmentation": [float("nan")] * 6}, "row 1 has a 'segmentation' that cannot be decoded"),
+    ],
+)
+def test_each_malformed_row_with_a_picture_is_named(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    """No name in a stranger's file may lead out of the folder, and no picture be fetched from elsewhere."""
+    content = parquet([_picture_row(0, 1, "left one") | change], PICTURES)
+    root = _write(tmp_path / "root", "RefCOCO", {"val.parquet": content})
+    with pytest.raises(DcrisError, match=sentence) as caught:
+        load_references(root, "refcoco")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.jpg"))[1:]
