@@ -70,9 +70,20 @@ def read_mask_image(path: Path) -> NDArray[np.uint8]:
     return np.asarray(found, np.uint8)
 
 
+def mask_image_size(path: Path) -> tuple[int, int]:
+    """Height and width of the mask that `read_mask_image` would return, from the file's header alone. Raises as that does."""
+    try:
+        with path.open("rb") as file:
+            width, height = _open(file).size
+            return height, width
+    except Exception as error:
+        raise _cannot_read(path, error) from error
+
+
 def image_size(source: Path | bytes) -> tuple[int, int]:
     """Height and width of the image that `read_image` would return, from the header of a file or of its bytes alone.
 
+    A PNG is decoded for it, since its orientation may stand behind the pixels.
     Raises DcrisError where the file is missing, not an image, or larger than `MAX_PIXELS`.
     """
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
+from dcris.data.images import MAX_PIXELS, mask_image_size, read_mask_image
 from dcris.errors import DcrisError
 from dcris.types import Segmentation
 
@@ -82,7 +82,7 @@ def validate_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentat
             )
         return segmentation
     if isinstance(segmentation, Path):
-        found = image_size(segmentation)
+        found = mask_image_size(segmentation)
         if found != size:
             raise DcrisError(
                 f"the mask {segmentation} is {found[0]} x {found[1]} pixels (height x width), but its photograph {height} x "
