@@ -30,6 +30,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        """By name; a data set's begins with datasets/."""
         self.stored: dict[str, bytes] = {}
         """Large files by checksum, as the Hub's store has them."""
         self.requests: list[tuple[str, str, str | None]] = []
@@ -77,8 +78,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             address, what, rest = unquote(self.path.split("?")[0]).strip("/").partition("/resolve/")
             if address.startswith("stored/"):
                 return self.send_file(*address.split("/", 2)[1:], with_body)
-            if address.startswith("api/models/") and "/tree/" in address:
-                return self.list_files(*address.removeprefix("api/models/").split("/tree/"))
+            if address.startswith(("api/models/", "api/datasets/")) and "/tree/" in address:
+                return self.list_files(*address.removeprefix("api/").removeprefix("models/").split("/tree/"))
             if not what:  # the client asks for a thing or two that are no files
                 return self.refuse(404, "")
             revision, _, name = rest.partition("/")

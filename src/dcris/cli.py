@@ -69,8 +69,25 @@ def _parser() -> _Parser:
     quick.add_argument("--seed", type=_natural, default=0, help="of the scenes and the training (%(default)s)")
     _device(quick, precision=False)
 
-    data = commands.add_parser("data", help="check data sets, make generated ones", allow_abbrev=False)
+    data = commands.add_parser("data", help="get and check data sets, make generated ones", allow_abbrev=False)
     add_data = _adder(data.add_subparsers(title="commands", metavar="COMMAND", required=True), "dcris data ")
+    fetch = add_data(
+        "fetch",
+        _data_fetch,
+        "get a data set's annotations and just the photographs it needs",
+        "refcoco --out data --splits val testA",
+        "What is there already is kept, so the same command goes on after an interruption. The annotations come from the "
+        "Hugging Face Hub; the photographs keep the licences of those who took them.",
+    )
+    fetch.add_argument("dataset", metavar="DATASET", help="refcoco, refcoco+ or refcocog (umd)")
+    fetch.add_argument("--out", type=Path, required=True, metavar="ROOT", help="the folder of the data sets")
+    fetch.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, val, testA, testB or test (all of them)")
+    fetch.add_argument(
+        "--photographs",
+        metavar="PATH_OR_URL",
+        help="a train2014 folder or zip to copy from, or the address of a mirror (COCO's own server)",
+    )
+    fetch.add_argument("--connections", type=_natural, default=8, metavar="N", help="at a time (%(default)s)")
     check = add_data("check", _data_check, "validate a data set", "ROOT --dataset refcoco --split-by unc")
     check.add_argument("root", type=Path, metavar="ROOT", help="the folder of the data sets")
     _data_set(check)
@@ -219,6 +236,39 @@ def _quickstart(args: argparse.Namespace) -> None:
 def _leave(stop: Any) -> NoReturn:
     print(f"dcris: {stop}", file=sys.stderr)
     sys.exit(stop.exit_code)
+
+
+def _data_fetch(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.data.fetch import fetch_dataset
+    from dcris.data.gather import COCO
+
+    bar: Any = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="photograph", disable=not sys.stderr.isatty())
+        bar.update(1)
+        if bar.disable and (done % max(1, total // 20) == 0 or done == total):
+            print(f"dcris: {done:,} of {total:,} photographs", file=sys.stderr, flush=True)
+
+    try:
+        table = fetch_dataset(
+            args.dataset,
+            args.out,
+            splits=args.splits,
+            photographs=args.photographs or COCO,
+            connections=args.connections,
+            progress=progress,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    print(
+        f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {args.out} --dataset {table.dataset}"
+    )
 
 
 def _data_check(args: argparse.Namespace) -> None:

@@ -10,8 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dcris.errors import DcrisError
+
+Kind = Literal["model", "dataset"]
+"""The Hub keeps models and data sets apart: one name may stand for one of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class FileMissingError(DcrisError):
     """The repository is there, at that revision, and has none of the files asked for."""
 
 
-def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
+def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") -> HubFile:
     """The first of the files `names` that the repository has at a revision (branch, tag or commit), from the cache or the Hub.
 
     A file in the cache needs no network where the revision is a commit; for a branch the Hub is asked whether it has moved,
@@ -42,20 +46,20 @@ def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    cached = {name: try_to_load_from_cache(repo, name, revision=revision) for name in names}
+    cached = {name: try_to_load_from_cache(repo, name, revision=revision, repo_type=kind) for name in names}
     # What is cached comes first: without a network, asking for any other name takes half a minute to fail.
     for name in sorted(names, key=lambda name: not isinstance(cached[name], str)):
         if cached[name] is _CACHED_NO_EXIST and re.fullmatch("[0-9a-f]{40}", revision):
             continue  # a commit will not get a file that it lacks
         try:
-            path = Path(hf_hub_download(repo, name, revision=revision, library_name="dcris"))
+            path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind, library_name="dcris"))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # nothing is said of the repository: it could not be asked
-                raise _explain(error, repo, revision) from error
+                raise _explain(error, repo, revision, kind) from error
         except (
             Exception
         ) as error:  # each release has its own network library, and each of those its own family of errors
-            raise _explain(error, repo, revision) from error
+            raise _explain(error, repo, revision, kind) from error
         else:
             if str(path) != cached[name]:
                 _verify(path, repo)
@@ -64,16 +68,16 @@ def fetch(repo: str, revision: str, names: Sequence[str]) -> HubFile:
     raise FileMissingError(f"{repo} at revision {revision} has no file {' or '.join(names)}; is the revision right?")
 
 
-def list_files(repo: str, revision: str = "main") -> list[str]:
+def list_files(repo: str, revision: str = "main", kind: Kind = "model") -> list[str]:
     """The names of a repository's files, as the Hub says now. Raises DcrisError where it cannot be asked."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         raise DcrisError(f"HF_HUB_OFFLINE forbids asking which files {repo} has; unset it once")
     try:
-        return sorted(HfApi(library_name="dcris").list_repo_files(repo, revision=revision))
+        return sorted(HfApi(library_name="dcris").list_repo_files(repo, revision=revision, repo_type=kind))
     except Exception as error:  # as in fetch
-        raise _explain(error, repo, revision) from error
+        raise _explain(error, repo, revision, kind) from error
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
@@ -116,7 +120,7 @@ def _verify(path: Path, repo: str) -> None:
             )
 
 
-def _explain(error: Exception, repo: str, revision: str) -> DcrisError:
+def _explain(error: Exception, repo: str, revision: str, kind: Kind) -> DcrisError:
     """One sentence for what huggingface_hub, the network library below it or the disk said."""
     from huggingface_hub import constants, errors
 
@@ -130,7 +134,7 @@ def _explain(error: Exception, repo: str, revision: str) -> DcrisError:
         return DcrisError(
             f"{repo} has no revision {revision}; give a branch, a tag or a whole commit hash, or leave it out"
         )
-    file_instead = "give the path of a file in place of the name"
+    file_instead = "give the path of a file in place of the name" if kind == "model" else "get the files from a mirror"
     if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
         return DcrisError(
             f"{repo} at revision {revision} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching "

@@ -236,16 +236,25 @@ def _rows(path: Path, columns: Sequence[str], at_once: int = 1000) -> Iterator[R
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, as pyarrow has it. Whatever it says of the content becomes a DcrisError."""
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DcrisError(
-            f'{path} is Parquet, which pyarrow reads, and that is not installed; run: pip install "pyarrow>=14.0.1"'
-        ) from error
+    require_pyarrow()
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(path) as file:
             yield file
     except DcrisError:
         raise
     except Exception as error:  # pyarrow's own errors, and those of decoding
-        raise bad(path, f"it is not a whole Parquet file ({str(error).strip().splitlines()[0]})") from error
+        raise bad(
+            path, f"it is not a whole Parquet file ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        ) from error
+
+
+def require_pyarrow() -> None:
+    """Raise DcrisError where the library that reads Parquet is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise DcrisError(
+            'Parquet is read by pyarrow, which is not installed; run: pip install "pyarrow>=14.0.1"'
+        ) from error

@@ -17,6 +17,7 @@ _FOLDERS = (
     "train2017",
     "images",
 )
+NAMINGS = ("as recorded", "2017", "2014")
 _LONG_NAME = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
 _NUMBER = re.compile(r"\d{12}\.jpg$")
 _SHORT_NAME = re.compile(r"\d{12}\.jpg")
@@ -65,7 +66,7 @@ def find_photographs(root: Path, names: Iterable[str]) -> Photographs:
     """
     for name in names:
         for folder in _FOLDERS:
-            for naming in ("as recorded", "2017", "2014"):
+            for naming in NAMINGS:
                 photographs = Photographs(root / folder, naming)
                 if photographs.path(name).exists():
                     return photographs

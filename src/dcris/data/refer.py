@@ -121,7 +121,7 @@ def find_split_by(root: Path, dataset: str) -> str:
 def load_refer(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
     """Read a data set in the REFER layout. Without `split_by`, the only one that is there is taken.
 
-    Only the first photograph is looked for (see find_photographs). Raises DcrisError for anything missing, malformed or
+    Only a few photographs are looked for (see find_photographs). Raises DcrisError for anything missing, malformed or
     contradictory, naming the file, the reference and the field.
     """
     split_by = split_by or find_split_by(root, dataset)
@@ -173,8 +173,8 @@ class _Instances:
             _index(field(content, key, list, path, "the file"), key, path)
             for key in ("images", "annotations", "categories")
         )
-        first = next(iter(images.values()), None)
-        names = [] if first is None else [_file_name(first, path)]
+        # A hundred of them: of a data set of which some splits were fetched, any one may be missing.
+        names = (_file_name(image, path) for image in list(images.values())[:: 1 + len(images) // 100])
         return cls(path, find_photographs(root, names), images, annotations, categories)
 
 
