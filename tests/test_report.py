@@ -10,7 +10,8 @@ from PIL import Image
 
 from dcris.drawing import mask_cell
 from dcris.errors import DcrisError
-from dcris.report import PREDICTION_COLOUR, TRUTH_COLOUR, Panel, write_report
+from dcris.report.evaluation import write_report
+from dcris.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Panel
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
 METRICS = {

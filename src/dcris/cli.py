@@ -408,7 +408,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.out is not None:
         write_json(args.out, result)
     if args.report is not None:
-        from dcris.report import write_evaluation_report
+        from dcris.report.evaluation import write_evaluation_report
 
         title = f"{config.recipe} on {table.dataset} {args.split}"
         write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=result)

@@ -23,7 +23,7 @@ from dcris.model.dcris import DCRIS
 from dcris.outputs import predict_to_files
 from dcris.protocols import Cris
 from dcris.recipes import get_recipe
-from dcris.report import write_evaluation_report
+from dcris.report.evaluation import write_evaluation_report
 from dcris.segmenter import Segmenter
 
 TRAIN_SCENES, TEST_SCENES = 4800, 200
