@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
-from dcris.data.masks import decode_mask, encode_mask, mask_box, validate_segmentation
+from dcris.data.masks import decode_mask, encode_mask, mask_area, mask_box, validate_segmentation
 from dcris.errors import DcrisError
 
 
@@ -43,6 +43,20 @@ def test_plain_run_lengths_give_the_same_mask(mask):
     decoded = decode_mask({"size": list(mask.shape), "counts": counts}, mask.shape)
     assert decoded.dtype == np.uint8
     assert np.array_equal(decoded, mask)
+
+
+@given(masks(), st.sampled_from(["run lengths", "polygons", "picture"]))
+@settings(max_examples=60, deadline=None)
+def test_the_area_is_that_of_the_decoded_mask(tmp_path_factory, mask, form):
+    """Scores by the size of objects would otherwise sort them by another mask than the one they are scored on."""
+    segmentation = encode_mask(mask)
+    if form == "polygons":
+        height, width = mask.shape
+        segmentation = [[0.0, 0.0, width, 1.5, 0.3 * width, height], [0.0, 0.0, width / 2, 0.0, width / 2, height]]
+    elif form == "picture":
+        segmentation = tmp_path_factory.mktemp("mask") / "mask.png"
+        Image.fromarray(mask).save(segmentation)
+    assert mask_area(segmentation, mask.shape) == decode_mask(segmentation, mask.shape).sum()
 
 
 def test_a_large_mask_has_long_runs(tmp_path):

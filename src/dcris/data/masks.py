@@ -6,6 +6,7 @@ that was not measured first.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,24 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np
     validate_segmentation(segmentation, size)
     if isinstance(segmentation, Path):
         return read_mask_image(segmentation)
-    if isinstance(segmentation, list):
-        segmentation = coco.merge(coco.frPyObjects(segmentation, height, width))
-    runs = _run_lengths(segmentation, size)
+    runs = _runs(segmentation, size)
     values = (np.arange(len(runs)) % 2).astype(np.uint8)  # runs of 0 and 1 in turn, down the columns
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
+
+
+def mask_area(segmentation: Segmentation, size: tuple[int, int]) -> int:
+    """The object's pixels in what `decode_mask` would return, mostly without making it. Raises DcrisError as that does."""
+    validate_segmentation(segmentation, size)
+    if isinstance(segmentation, Path):
+        return int(np.count_nonzero(read_mask_image(segmentation)))
+    return int(_runs(segmentation, size)[1::2].sum())
+
+
+def _runs(segmentation: list[list[float]] | Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.int64]:
+    """The run lengths [runs] int64 of validated polygons, which are united, or run lengths."""
+    if isinstance(segmentation, list):
+        segmentation = coco.merge(coco.frPyObjects(segmentation, *size))
+    return _run_lengths(segmentation, size)
 
 
 def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:

@@ -1,0 +1,250 @@
+"""What a paper says beside an average, against slow references and counts by hand."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from answers import answer
+from dcris import analysis
+from dcris.analysis import METRICS, analyse, difference, phrase_kinds, resample, scores, tally
+from dcris.engine.evaluate import Answer
+from dcris.metrics import CURVE_THRESHOLDS, Overlap, summarise
+
+SHARES = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda pair: (min(pair), max(pair)))
+
+
+def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[Answer]:
+    """Answers of every quality, several to a photograph."""
+    random = np.random.default_rng(seed)
+    unions = random.integers(1, 1000, count)
+    shares = [(int(random.integers(0, union + 1)), int(union)) for union in unions]
+    return [answer(share, photograph=int(random.integers(photographs))) for share in shares]
+
+
+def in_order(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """The answers of each photograph, in the order of the photographs' paths."""
+    names = sorted({str(each.reference.image_path) for each in answers})
+    return [[each for each in answers if str(each.reference.image_path) == name] for name in names]
+
+
+# ---- intervals -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(SHARES, st.integers(0, 4)), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_counts_by_photograph_add_up_to_the_scores(pairs: list[tuple[tuple[int, int], int]]) -> None:
+    """Else the interval would be of another figure than the one it stands beside."""
+    answers = [answer(share, photograph=photograph) for share, photograph in pairs]
+    expected = summarise(each.overlap for each in answers)
+    found = dict(zip(METRICS, scores(tally(answers).sum(axis=0)), strict=True))
+    assert found == pytest.approx(expected)
+    assert len(tally(answers)) == len({photograph for _, photograph in pairs})
+
+
+def test_intervals_are_those_of_a_plain_loop() -> None:
+    """Drawing photographs one by one, with the same indices, and averaging their phrases as an evaluation does."""
+    answers = mixed(0)
+    photographs = in_order(answers)
+    chosen = np.random.default_rng(analysis.SEED).integers(len(photographs), size=(1000, len(photographs)))
+    rows = []
+    for row in chosen:
+        drawn = [each for place in row for each in photographs[place]]
+        rows.append(list(summarise(each.overlap for each in drawn).values()))
+    low, high = np.percentile(rows, [2.5, 97.5], axis=0)
+    found = analyse(answers)["intervals"]
+    assert list(found) == list(METRICS)
+    np.testing.assert_allclose(list(found.values()), np.stack([low, high], axis=1), rtol=1e-9)
+
+
+def test_paired_intervals_are_those_of_a_plain_loop() -> None:
+    """Both systems on the same drawn photographs, whichever order their answers came in."""
+    ours = mixed(1)
+    random = np.random.default_rng(2)
+    theirs = [
+        replace(each, overlap=Overlap(int(random.integers(0, each.overlap.union + 1)), each.overlap.union))
+        for each in ours
+    ]
+    chosen = np.random.default_rng(analysis.SEED).integers(7, size=(1000, 7))
+    rows = []
+    for row in chosen:
+        one, other = (
+            list(summarise(each.overlap for place in row for each in in_order(system)[place]).values())
+            for system in (ours, theirs)
+        )
+        rows.append(np.subtract(one, other))
+    found = difference(ours, theirs[::-1])
+    np.testing.assert_allclose(list(found["intervals"].values()), np.percentile(rows, [2.5, 97.5], axis=0).T, atol=1e-9)
+    gained = summarise(e.overlap for e in ours)["miou"] - summarise(e.overlap for e in theirs)["miou"]
+    assert found["miou"] == pytest.approx(gained)
+
+
+def test_phrases_of_one_photograph_are_drawn_together() -> None:
+    """Drawn one by one, a hundred phrases on two photographs would claim a precision that two photographs do not have."""
+    answers = [answer((photograph, 1), photograph=photograph) for photograph in (0, 1) for _ in range(50)]
+    assert analyse(answers)["intervals"]["miou"] == [0.0, 100.0]
+
+
+def test_an_interval_covers_as_often_as_it_says() -> None:
+    """95 per cent of the time, nearly: over 300 splits drawn from a known distribution, phrases alike within a photograph."""
+    random = np.random.default_rng(3)
+    covered = 0
+    for _ in range(300):
+        quality = random.beta(2, 2, size=80).repeat(3)
+        answers = tally_of(quality, np.arange(80).repeat(3))
+        low, high = np.percentile(scores(resample(answers))[:, 0], [2.5, 97.5])
+        covered += low <= 50 <= high
+    assert 0.91 <= covered / 300 <= 0.98
+
+
+def tally_of(ious: np.ndarray, photographs: np.ndarray) -> np.ndarray:
+    """What `tally` gives for such IoUs, without making answers."""
+    columns = np.column_stack(
+        [np.ones_like(ious), ious, ious, np.ones_like(ious), *(ious > t for t in np.r_[5:10] / 10)]
+    )
+    sums = np.zeros((photographs.max() + 1, columns.shape[1]))
+    np.add.at(sums, photographs, columns)
+    return sums
+
+
+def test_a_large_split_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training splits have twenty thousand photographs; all resamples at once would need gigabytes."""
+    counts = tally(mixed(4))
+    whole = resample(counts)
+    monkeypatch.setattr(analysis, "_DRAWN_AT_ONCE", 50)
+    parts = resample(counts)
+    assert whole.shape == parts.shape == (1000, counts.shape[1])
+    np.testing.assert_allclose(whole, parts)
+
+
+def test_a_system_is_no_better_than_itself() -> None:
+    """And one that is better everywhere by as much has an interval without width, however different the photographs are."""
+    answers = [answer((share, 100), photograph=share) for share in range(0, 80, 4)]
+    same = difference(answers, answers)
+    assert same["miou"] == 0
+    assert same["intervals"]["oiou"] == [0, 0]
+    better = [replace(each, overlap=Overlap(each.overlap.intersection + 10, 100)) for each in answers]
+    found = difference(better, answers)
+    assert found["intervals"]["miou"] == pytest.approx([10, 10])
+    assert found["by_length"][0]["miou"] == pytest.approx(10)
+    low, high = analyse(answers)["intervals"]["miou"]
+    assert high - low > 10
+
+
+def test_systems_are_compared_on_the_same_expressions() -> None:
+    """Else a difference between two splits passes for one between two systems."""
+    answers = mixed(5)
+    for others in (answers[1:], [*answers[1:], answer()], [*answers[1:], answers[1]]):
+        with pytest.raises(ValueError, match="the same expressions"):
+            difference(answers, others)
+
+
+def test_little_or_nothing_to_analyse() -> None:
+    """One photograph says nothing of how photographs differ; no prediction and no answers are results too, and plain JSON."""
+    one = analyse([answer((1, 4)), answer((3, 4))])
+    assert one["photographs"] == 1
+    assert one["intervals"] == {}
+    assert one["by_length"] == [{"name": "1-2 words", "expressions": 2, "miou": 50, "oiou": 50, "intervals": {}}]
+    assert analyse([]) == {"photographs": 0, "intervals": {}, "by_length": [], "by_size": [], "by_kind": []}
+    zero = analyse([answer((0, 0), photograph=photograph) for photograph in range(3)])
+    assert zero["intervals"]["oiou"] == [0, 0]
+    assert difference([], [])["miou"] == 0
+    for found in (one, zero):
+        json.dumps(found, allow_nan=False)
+
+
+# ---- groups and curve ----------------------------------------------------------------------------------------------------
+
+
+def test_groups_by_hand() -> None:
+    """Lengths, sizes and kinds that overlap, at their very limits; what no phrase belongs to is left out."""
+    answers = [
+        answer((1, 2), photograph=1, phrase="left one", area=32**2),
+        answer((1, 4), photograph=2, phrase="second red cup from left", area=32**2 + 1),
+        answer((0, 2), photograph=3, phrase="the very tall man over there", area=96**2),
+        answer((3, 4), photograph=4, phrase="it", area=96**2 + 1),
+    ]
+    found = analyse(answers)
+
+    def short(way: str) -> dict[str, tuple[int, float, float]]:
+        return {row["name"]: (row["expressions"], row["miou"], pytest.approx(row["oiou"])) for row in found[way]}
+
+    assert short("by_length") == {
+        "1-2 words": (2, 62.5, 100 * 4 / 6),
+        "3-5 words": (1, 25, 25),
+        "6-10 words": (1, 0, 0),
+    }
+    assert short("by_size") == {"small": (1, 50, 50), "medium": (2, 12.5, 100 / 6), "large": (1, 75, 75)}
+    assert short("by_kind") == {
+        "attribute": (2, 12.5, 100 / 6),
+        "ordinal": (1, 25, 25),
+        "place": (2, 37.5, 100 / 3),
+        "other": (1, 75, 75),
+    }
+    assert list(short("by_kind"))[-1] == "other"
+    low, high = found["by_length"][0]["intervals"]["miou"]
+    assert (low, high) == (50, 75)  # of these two photographs alone
+    assert found["by_length"][1]["intervals"] == {}
+
+
+def test_a_generated_phrase_has_the_kind_it_was_made_as() -> None:
+    """Its words would say something else: "the left star" of a relation is not a place."""
+    answers = [answer(phrase="star left of the ring", kind="relation"), answer(phrase="red <b>", kind="<b>")]
+    assert [row["name"] for row in analyse(answers)["by_kind"]] == ["<b>", "relation"]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "kinds"),
+    [
+        ("left slice", "place"),
+        ("Guy on the LEFT", "place"),
+        ("3rd from the right", "place ordinal"),
+        ("two from left", "place ordinal"),
+        ("second to last giraffe", "ordinal"),
+        ("12th man, 21st row", "ordinal"),
+        ("two men", "other"),
+        ("man in t-shirt", "attribute"),
+        ("the girl's red umbrella", "attribute"),
+        ("bottom-left big orange", "place attribute"),
+        ("leftovers in a redder dish", "other"),
+        ("giraffe", "other"),
+        ("", "other"),
+        ("\N{CJK UNIFIED IDEOGRAPH-5DE6}", "other"),
+        ("9" * 50_000 + " from " * 9, "ordinal"),
+    ],
+)
+def test_kinds_of_phrases(phrase: str, kinds: str) -> None:
+    """Words of RefCOCO as people typed them, in any case and with any punctuation; parts of words do not count."""
+    assert phrase_kinds(phrase) == tuple(kinds.split())
+
+
+def test_sizes_of_polygons_and_pictures(tmp_path: Path) -> None:
+    """A mask is as often polygons or a picture as run lengths; each object is of the size it has on its photograph."""
+    Image.new("L", (1000, 1000), 255).save(tmp_path / "mask.png")
+    polygon = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
+    answers = [answer(), answer()]
+    answers[0] = replace(answers[0], reference=replace(answers[0].reference, segmentation=polygon))
+    answers[1] = replace(answers[1], reference=replace(answers[1].reference, segmentation=tmp_path / "mask.png"))
+    assert [row["name"] for row in analyse(answers)["by_size"]] == ["small", "large"]
+
+
+def test_the_threshold_curve() -> None:
+    """Each threshold's scores are of that threshold's masks; without all curves there is none."""
+    count = len(CURVE_THRESHOLDS)
+    answers = [
+        replace(answer(), curve=tuple(Overlap(number, 20) for number in range(count))),
+        replace(answer(), curve=tuple(Overlap(number, 40) for number in range(count))),
+    ]
+    curve = analyse(answers)["curve"]
+    assert curve["thresholds"] == [pytest.approx(0.05 * number) for number in range(1, 20)]
+    for number in range(count):
+        expected = summarise(each.curve[number] for each in answers)
+        assert curve["miou"][number] == pytest.approx(expected["miou"])
+        assert curve["oiou"][number] == pytest.approx(expected["oiou"])
+    assert "curve" not in analyse([*answers, answer()])
