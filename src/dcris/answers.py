@@ -1,0 +1,134 @@
+"""Answers in a file, one JSON object a line, so that scores and pictures can be made later without running a model again.
+
+A line holds `sent_id`, `ref_id`, `image` (the photograph's file name), `phrase`, `protocol`, `iou` in 0..1, `intersection` and
+`union` in pixels, `segmentation` (the predicted mask, COCO's compressed run lengths), and where it was measured `curve`, a pair
+of intersection and union for each of metrics.CURVE_THRESHOLDS.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dcris.data.dataset import Questions
+from dcris.data.images import MAX_PIXELS
+from dcris.data.masks import validate_segmentation
+from dcris.data.table import bad, field
+from dcris.engine.evaluate import Answer
+from dcris.errors import DcrisError
+from dcris.files import write_file
+from dcris.metrics import CURVE_THRESHOLDS, Overlap
+from dcris.protocols import Protocol
+from dcris.types import Expression, Reference
+
+
+def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol) -> None:
+    """Write the answers, measured by `protocol`, atomically. Raises DcrisError where the file cannot be written."""
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("w", encoding="ascii") as file:
+            file.writelines(json.dumps(_line(answer, protocol)) + "\n" for answer in answers)
+
+    write_file(path, fill)
+
+
+def _line(answer: Answer, protocol: Protocol) -> dict[str, Any]:
+    found = {
+        "sent_id": answer.expression.sent_id,
+        "ref_id": answer.reference.ref_id,
+        "image": answer.reference.image_path.name,
+        "phrase": answer.expression.text,
+        "protocol": protocol.name,
+        "iou": round(answer.overlap.iou, 6),
+        "intersection": answer.overlap.intersection,
+        "union": answer.overlap.union,
+    }
+    if answer.curve:
+        found["curve"] = [[overlap.intersection, overlap.union] for overlap in answer.curve]
+    return {**found, "segmentation": dict(answer.prediction)}
+
+
+def read_answers(path: Path, questions: Questions, protocol: Protocol) -> list[Answer]:
+    """The answers that `write_answers` wrote for these questions, in the questions' order.
+
+    Nothing is measured again: the file's counts are believed, if they were counted by `protocol`.
+
+    Raises DcrisError, naming the file and the line, where it cannot be read, was measured by another protocol, or does not
+    answer each question once.
+    """
+    lines = _lines(path)
+    answers = []
+    for reference, expression in questions:
+        if expression.sent_id not in lines:
+            raise DcrisError(
+                f"{path} has no answer to sentence {expression.sent_id}, {expression.text!r}; it is of another data set or "
+                "split, or cut short"
+            )
+        answers.append(_answer(*lines.pop(expression.sent_id), reference, expression, protocol, path))
+    if lines:
+        raise DcrisError(
+            f"{path} also answers sentence {next(iter(lines))}, which is not asked here; it is of another data set or split"
+        )
+    return answers
+
+
+def _lines(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Where each sentence's line is, and what it holds."""
+    lines: dict[int, tuple[str, dict[str, Any]]] = {}
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"line {number}"
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise bad(path, f"{where} is not JSON ({error})") from error
+                sent_id = field(record, "sent_id", int, path, where)
+                if sent_id in lines:
+                    raise bad(path, f"{where} answers sentence {sent_id}, which {lines[sent_id][0]} did already")
+                lines[sent_id] = where, record
+    except OSError as error:
+        raise DcrisError(f"cannot read the answers {path}: {error.strerror or error}") from error
+    return lines
+
+
+def _answer(
+    where: str, record: dict[str, Any], reference: Reference, expression: Expression, protocol: Protocol, path: Path
+) -> Answer:
+    found = field(record, "ref_id", int, path, where), field(record, "phrase", str, path, where)
+    if found != (reference.ref_id, expression.text):
+        raise DcrisError(
+            f"{path}, {where}, answers {found[1]!r} of reference {found[0]} as sentence {expression.sent_id}, which is "
+            f"{expression.text!r} of reference {reference.ref_id} here; it is of another data set"
+        )
+    measured = field(record, "protocol", str, path, where)
+    if measured != protocol.name:
+        raise DcrisError(
+            f"{path}, {where}, was measured by protocol {measured!r}, and here it is {protocol.name!r}; give --protocol, or "
+            "evaluate again"
+        )
+    curve = field(record, "curve", list, path, where) if "curve" in record else []
+    if len(curve) not in (0, len(CURVE_THRESHOLDS)):
+        raise bad(path, f"{where} has a 'curve' that is not {len(CURVE_THRESHOLDS)} pairs")
+    overlap = _overlap([record.get("intersection"), record.get("union")], path, where)
+    mask = _mask(record.get("segmentation"), path, where)
+    return Answer(reference, expression, overlap, mask, tuple(_overlap(pair, path, where) for pair in curve))
+
+
+def _overlap(pair: Any, path: Path, where: str) -> Overlap:
+    good = type(pair) is list and len(pair) == 2 and all(type(count) is int for count in pair)
+    if not good or not 0 <= pair[0] <= pair[1] <= MAX_PIXELS:
+        raise bad(path, f"{where} has an intersection and union that are no numbers of pixels")
+    return Overlap(*pair)
+
+
+def _mask(mask: Any, path: Path, where: str) -> Mapping[str, Any]:
+    # Of a size of its own: some protocols compare masks on their square, not on the photograph.
+    size = mask.get("size") if type(mask) is dict else None
+    if type(size) is not list or len(size) != 2 or any(type(side) is not int for side in size):
+        raise bad(path, f"{where} has a 'segmentation' that is not run lengths with their size")
+    try:
+        validate_segmentation(mask, (size[0], size[1]))
+    except DcrisError as error:
+        raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
+    return mask

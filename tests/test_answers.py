@@ -1,0 +1,135 @@
+"""Answers in a file: what was measured comes back as it was, and what somebody changed is refused in words."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from answers import answer, drawn
+from dcris.answers import read_answers, write_answers
+from dcris.data.dataset import Questions
+from dcris.engine.evaluate import Answer
+from dcris.errors import DcrisError
+from dcris.protocols import Protocol
+
+
+def some(count: int = 3) -> list[Answer]:
+    """Answers with and without a curve, on masks that can be decoded."""
+    made = [answer((number, 7), photograph=number, phrase=f"phrase {number}") for number in range(count)]
+    mask = np.zeros((1000, 1000), bool)
+    mask[:20, :20] = True
+    return [drawn(made[0].reference, 0, mask, mask), *made[1:]]
+
+
+def asked(answers: list[Answer]) -> Questions:
+    return [(each.reference, each.expression) for each in answers]
+
+
+@given(st.lists(st.text(), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_answers_come_back(tmp_path_factory: pytest.TempPathFactory, phrases: list[str]) -> None:
+    """Whatever a phrase holds, line ends and half surrogate pairs among it, in the order in which it is asked now."""
+    path = tmp_path_factory.mktemp("answers") / "deep" / "a.jsonl"
+    answers = [*some(), *(answer(phrase=phrase) for phrase in phrases), answer(phrase="\ud800\u2028\n")]
+    write_answers(path, answers, Protocol())
+    assert len(path.read_bytes().splitlines()) == len(answers)
+    assert read_answers(path, asked(answers)[::-1], Protocol()) == answers[::-1]
+
+
+def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
+    """People read these lines with pandas."""
+    write_answers(tmp_path / "a.jsonl", some(), Protocol())
+    first = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
+    assert (first["image"], first["phrase"], first["protocol"]) == ("0.jpg", "phrase 0", "cris")
+    assert (first["iou"], first["intersection"], first["union"]) == (1.0, 400, 400)
+    assert first["segmentation"]["size"] == [1000, 1000]
+    assert first["curve"] == [[400, 400]] * 19
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sent_id": None}, "'sent_id'"),
+        ({"sent_id": True}, "'sent_id'"),
+        ({"ref_id": 10**6}, "another data set"),
+        ({"phrase": "another"}, "another data set"),
+        ({"phrase": 5}, "'phrase'"),
+        ({"protocol": "lavt"}, "protocol 'lavt'"),
+        ({"protocol": ["cris"]}, "'protocol'"),
+        ({"union": -1}, "numbers of pixels"),
+        ({"union": 10**30}, "numbers of pixels"),
+        ({"union": float("nan")}, "numbers of pixels"),
+        ({"intersection": 8}, "numbers of pixels"),
+        ({"intersection": 0.5}, "numbers of pixels"),
+        ({"curve": [[1, 2]]}, "'curve'"),
+        ({"curve": 5}, "'curve'"),
+        ({"curve": [[1, 2, 3]] * 19}, "numbers of pixels"),
+        ({"segmentation": None}, "'segmentation'"),
+        ({"segmentation": [[0, 0, 5, 5, 0, 5]]}, "'segmentation'"),
+        ({"segmentation": {"size": [10**9, 10**9], "counts": "1"}}, "cannot be decoded"),
+        ({"segmentation": {"size": [-3, -4], "counts": [12]}}, "cannot be decoded"),
+        ({"segmentation": {"size": [3, 4], "counts": [5, 6]}}, "cannot be decoded"),
+        ({"segmentation": {"size": [3, 4, 5], "counts": [12]}}, "'segmentation'"),
+        ({"segmentation": {"size": "34", "counts": [12]}}, "'segmentation'"),
+    ],
+)
+def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    """The file's name and line among them; a count that is not one would end in a wrong table, not in an error."""
+    path, answers = tmp_path / "a.jsonl", some()
+    write_answers(path, answers, Protocol())
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | change)
+    path.write_text("\n".join(lines))
+    with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
+        read_answers(path, asked(answers), Protocol())
+    assert sentence in str(caught.value)
+    assert "line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "no answer to sentence"),
+        (b"\xff\xfe\n", "line 1 is not JSON"),
+        (b"{}\n", "'sent_id'"),
+        (b"[1]\n", "named fields"),
+        (b"\n", "line 1 is not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
+        (b'{"sent_id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+    ],
+)
+def test_another_file_is_refused_in_words(tmp_path: Path, content: bytes, sentence: str) -> None:
+    """A picture, a result file, or half a line after a full disk."""
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
+        read_answers(tmp_path / "a.jsonl", asked(some()), Protocol())
+    assert sentence in str(caught.value)
+
+
+def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
+    """One of another split, cut short, answered twice, or not there at all."""
+    path, answers = tmp_path / "a.jsonl", some()
+    write_answers(path, answers, Protocol())
+    with pytest.raises(DcrisError, match="no answer to sentence"):
+        read_answers(path, asked([*answers, answer()]), Protocol())
+    with pytest.raises(DcrisError, match="also answers sentence"):
+        read_answers(path, asked(answers[1:]), Protocol())
+    write_answers(path, [*answers, answers[0]], Protocol())
+    with pytest.raises(DcrisError, match=r"line 4 answers sentence \d+, which line 1 did already"):
+        read_answers(path, asked(answers), Protocol())
+    with pytest.raises(DcrisError, match="cannot read the answers"):
+        read_answers(tmp_path / "absent.jsonl", [], Protocol())
+
+
+def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path) -> None:
+    """Half a file of answers looks like that of a smaller split."""
+    answers = some()
+    answers[2] = replace(answers[2], prediction={"size": object()})
+    with pytest.raises(TypeError):
+        write_answers(tmp_path / "a.jsonl", answers, Protocol())
+    assert not list(tmp_path.iterdir())
