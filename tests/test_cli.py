@@ -67,10 +67,17 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "adapter" in capsys.readouterr().out
     assert list_checkpoints(run)[-1].step == 3
     result, report = tmp_path / "results" / "test.json", tmp_path / "results" / "test.html"
-    assert dcris("evaluate", run, "--data", data, "--split", "test", "--out", result, "--report", report) == 0
+    answers = tmp_path / "results" / "test.jsonl"
+    files = ("--out", result, "--report", report, "--answers", answers)
+    assert dcris("evaluate", run, "--data", data, "--split", "test", *files) == 0
     record = json.loads(result.read_text())
+    analysis = record.pop("analysis")
     assert json.loads(capsys.readouterr().out) == record
     assert record.keys() >= RESULT_KEYS
+    assert analysis["intervals"]["miou"][0] <= record["miou"] <= analysis["intervals"]["miou"][1]
+    assert sum(group["expressions"] for group in analysis["by_length"]) == record["expressions"]
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert 100 * np.mean([line["iou"] for line in lines]) == pytest.approx(record["miou"], abs=1e-3)
     assert (record["dataset"], record["split"], record["protocol"]) == ("scenes", "test", "cris")
     assert record["expressions"] >= record["references"] >= 4
     assert "<html" in report.read_text()
@@ -223,6 +230,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("evaluate RUN --data DATA --dataset refcoco9 --split test", "refcoco9"),
         ("evaluate RUN --data ABSENT --split test", "absent"),
         ("evaluate RUN --data DATA --split test --out NOIMAGE/a.json", "cannot write"),
+        ("evaluate RUN --data DATA --split test --answers NOIMAGE/a.jsonl", "cannot write"),
         ("evaluate CUT --data DATA --split test", "cut short"),
         ("train dcris_xl --data DATA --out OUT", "dcris_xl"),
         ("train dcris_tiny --data DATA --out OUT --train.lrr 1", "train.lrr"),

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from answers import answer, drawn, rectangle
+from dcris.data.references import load_references
 from dcris.drawing import mask_cell
 from dcris.errors import DcrisError
+from dcris.report.charts import threshold_chart
 from dcris.report.evaluation import write_report
-from dcris.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Panel
+from dcris.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel, as_panel, pick
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
 METRICS = {
@@ -73,12 +76,13 @@ def report(tmp_path):
             "title": "A run",
             "facts": {},
             "metrics": {},
-            "by_kind": {},
             "curve": [],
-            "panels": [],
+            "panels": {},
             "notes": [],
         }
         path = tmp_path / "deep" / "report.html"
+        if isinstance(given.get("panels"), list):
+            given["panels"] = {"Examples": given["panels"]}
         write_report(path, **(arguments | given))
         return Page(path.read_text(encoding="utf-8"))
 
@@ -89,7 +93,22 @@ def panel(side=112, phrase="left star", truth=True, iou=0.5, shift=0):
     image = np.full((side, side * 3 // 2, 3), 128, np.uint8)
     mask = np.zeros(image.shape[:2], bool)
     mask[side // 4 : side // 2, side // 3 : side] = True
-    return Panel(image, phrase, mask if truth else None, np.roll(mask, shift, axis=1), iou)
+    return Panel(image, phrase, mask if truth else None, (Guess("prediction", np.roll(mask, shift, axis=1), iou),))
+
+
+def group(name, miou, count, low=None, high=None):
+    intervals = {} if low is None else {"miou": [low, high], "oiou": [low, high]}
+    return {"name": name, "expressions": count, "miou": miou, "oiou": miou + 0.5, "intervals": intervals}
+
+
+ANALYSIS = {
+    "photographs": 90,
+    "intervals": {"miou": [58.125, 64.5], "oiou": [60.0, 67.0], "prec@0.5": [-0.0, 100.0]},
+    "by_kind": [group("place", 55.5, 200, 49.0, 61.75), group("ordinal", 33.25, 1500)],
+    "by_length": [group("1-2 words", 44.125, 70, 40.0, 48.0)],
+    "by_size": [],
+    "curve": {"thresholds": [0.25, 0.5, 0.75], "miou": [50.0, 61.0, 40.0], "oiou": [51.0, 62.0, 41.0]},
+}
 
 
 def curve(count):
@@ -101,8 +120,7 @@ def curve(count):
 def full(report):
     return report(
         facts={"recipe": "scenes_tiny", "seconds": "93"},
-        metrics=METRICS,
-        by_kind={"place": (55.5, 200), "ordinal": (33.25, 1500)},
+        metrics={**METRICS, "analysis": ANALYSIS},
         curve=curve(50),
         panels=[panel(), panel(400, truth=False, iou=None)],
         notes=["Tiny towers know nothing of photographs."],
@@ -134,8 +152,15 @@ def test_says_what_was_measured(report):
         "scenes_tiny",
         "93",
         "Tiny towers know nothing of photographs.",
+        "95%: 58.1\u202f\u2013\u202f64.5".replace("\u202f", " "),
+        "By length of the phrase",
+        "44.1",
+        "photographs, each with all its phrases, are drawn anew",
+        "By threshold",
     ):
         assert part in words
+    assert "By size of the object" not in words
+    assert "drawn anew" not in " ".join(report(metrics=METRICS).words)
 
 
 def test_nothing_at_all_is_still_a_page(report):
@@ -164,13 +189,13 @@ def test_strangers_text_is_text(report):
             "prec@<b>": 1.0,
             evil: evil,
             "miou": evil,
+            "analysis": {"by_kind": [group(evil, 1.0, 2)]},
         },
-        by_kind={evil: (1.0, 2)},
-        panels=[panel(phrase=evil)],
+        panels={evil: [panel(phrase=evil)]},
         notes=[evil],
     )
     assert not page.named("script") and len(page.named("img")) == 3
-    assert "".join(page.words).count(evil) >= 9
+    assert "".join(page.words).count(evil) >= 10
     assert page.named("img")[1]["alt"] == f"true mask for: {evil}"
 
 
@@ -189,7 +214,7 @@ def test_masks_lie_where_the_picture_has_them(report, side):
     assert plain.shape == truth.shape == prediction.shape and max(plain.shape) <= 480
     for shown, mask, colour in (
         (truth, truth_and_prediction.truth, TRUTH_COLOUR),
-        (prediction, truth_and_prediction.prediction, PREDICTION_COLOUR),
+        (prediction, truth_and_prediction.guesses[0].mask, PREDICTION_COLOUR),
     ):
         tint = 128 * 0.55 + np.array(colour) * 0.45
         found = np.abs(shown - tint).max(axis=2) < 12
@@ -222,7 +247,12 @@ def test_badges(report, iou, quality):
 
 def test_empty_full_and_extreme_panels(report):
     panels = [
-        Panel(np.zeros((*shape, 3), np.uint8), "it", np.full(shape, value), np.full(shape, not value), 0.0)
+        Panel(
+            np.zeros((*shape, 3), np.uint8),
+            "it",
+            np.full(shape, value),
+            (Guess("prediction", np.full(shape, not value), 0.0),),
+        )
         for shape in [(1, 1), (1, 3000), (3000, 1), (112, 112)]
         for value in (True, False)
     ]
@@ -231,10 +261,10 @@ def test_empty_full_and_extreme_panels(report):
     assert "".join(page.words).count("prediction: empty") == 4
 
 
-def test_a_mask_of_another_shape_is_a_mistake(report):
+def test_a_mask_of_another_shape_is_a_mistake():
     good = panel()
     with pytest.raises(ValueError, match="a panel's mask"):
-        report(panels=[Panel(good.image, "x", None, good.prediction.T, None)])
+        Panel(good.image, "x", None, (Guess("prediction", good.truth.T, None),))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 50, 20_000])
@@ -246,6 +276,80 @@ def test_curves_of_any_length(report, count):
         coordinates += [float(number) for pair in line["points"].split() for number in pair.split(",")]
     assert coordinates and all(0 <= number <= 520 for number in coordinates)
     assert len(page.tags) < 2_000
+
+
+def test_bars_carry_their_intervals(report):
+    page = report(metrics={**METRICS, "analysis": ANALYSIS})
+    marks = [attrs["style"] for attrs in page.named("b") if "style" in attrs]
+    assert marks == [
+        "left:49.0%;width:12.8%",  # place
+        "left:40.0%;width:8.0%",  # 1-2 words
+        "left:0.0%;width:100.0%",  # over 0.5
+    ]
+
+
+@pytest.mark.parametrize("systems", [1, 2, 9])
+def test_the_threshold_curve_shows_each_system(systems):
+    curves = {f"<{number}>": ANALYSIS["curve"] for number in range(systems)}
+    page = Page(threshold_chart(curves))
+    words = " ".join(page.words)
+    if systems == 1:
+        assert "mIoU" in words and "oIoU" in words
+    else:
+        assert all(name in words for name in curves)
+    assert len(page.named("polyline")) == max(2, systems)
+    assert all(0 <= float(attrs["cx"]) <= 520 for attrs in page.named("circle"))
+
+
+def test_panels_show_the_best_the_worst_and_some_between():
+    """Only good pictures would be an advertisement, and one photograph four times says nothing new."""
+    answers = [answer((share, 1000), photograph=share // 5) for share in range(100)]
+    picked = pick(answers, 12)
+    shown = {heading: [each.overlap.intersection for each in some] for heading, some in picked.items()}
+    assert shown["The best"] == [99, 94, 89, 84]
+    assert shown["The worst"] == [0, 5, 10, 15]
+    between = shown["Drawn at random"]
+    assert len(between) == 4 and between == sorted(between, reverse=True)
+    for some in shown.values():
+        assert len({share // 5 for share in some}) == 4
+    everything = [share for some in shown.values() for share in some]
+    assert len(set(everything)) == 12
+    assert pick(answers, 12) == picked
+
+
+def test_few_or_equal_answers_are_shown_too():
+    assert pick([]) == {"Examples": []}
+    some = [answer((share, 3)) for share in (1, 3, 2)]
+    assert pick(some) == {"Examples": [some[1], some[2], some[0]]}
+    equal = [answer((0, 0), photograph=number) for number in range(40)]
+    assert [len(shown) for shown in pick(equal).values()] == [4, 4, 4]
+    on_one = [answer(photograph=1) for _ in range(40)]
+    assert [len(shown) for shown in pick(on_one).values()] == [1, 1, 1]
+
+
+def test_a_mask_of_the_squares_size_is_shown_on_its_photograph(tiny_refer):
+    """Some protocols compare masks on the network's square; the picture has to show the object where it is."""
+    tiny_refer.write()
+    reference = load_references(tiny_refer.root, "tiny").split("testA")[0]
+    truth = rectangle((30, 40), 3, 2, 9, 12)
+    square = rectangle((300, 400), 30, 20, 90, 120)
+    panel = as_panel({"a": drawn(reference, 0, truth, truth), "b": drawn(reference, 0, square, square)})
+    for guess in panel.guesses:
+        np.testing.assert_array_equal(guess.mask, truth)
+
+
+def test_several_guesses_stand_side_by_side(report):
+    good = panel()
+    guesses = (
+        Guess("ours", good.truth, 1.0),
+        Guess("<theirs>", ~good.truth, 0.25),
+        Guess("nobody's", good.truth & False, 0.0),
+    )
+    page = report(panels=[Panel(good.image, "left star", good.truth, guesses)])
+    assert len(page.pictures()) == 5
+    words = " ".join("".join(page.words).split())
+    for part in ("ours IoU 100.0", "<theirs> IoU 25.0", "nobody's: empty IoU 0.0"):
+        assert part in words.replace("\u202f", " ")
 
 
 def test_curve_in_part(report):
@@ -274,7 +378,9 @@ def test_smoothing_does_not_lag(report):
 
 
 def test_values_that_are_not_numbers(report):
-    page = report(metrics={"miou": math.nan, "prec@0.5": math.inf}, by_kind={"place": (math.nan, 0)})
+    page = report(
+        metrics={"miou": math.nan, "prec@0.5": math.inf, "analysis": {"by_kind": [group("place", math.nan, 0)]}}
+    )
     words = "".join(page.words)
     assert "nan" not in words and "inf" not in words and "\N{EN DASH}" in words
 
@@ -287,8 +393,7 @@ def test_a_failed_write_is_said_plainly(tmp_path):
             title="x",
             facts={},
             metrics={},
-            by_kind={},
             curve=[],
-            panels=[],
+            panels={},
             notes=[],
         )

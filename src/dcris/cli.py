@@ -126,8 +126,9 @@ def _parser() -> _Parser:
     evaluate.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="photographs read at a time; changes no result (8)"
     )
-    evaluate.add_argument("--out", type=Path, help="result file (JSON)")
+    evaluate.add_argument("--out", type=Path, help="result file (JSON), with intervals and scores by group of phrases")
     evaluate.add_argument("--report", type=Path, help="HTML file with pictures of good and bad predictions")
+    evaluate.add_argument("--answers", type=Path, help="JSON Lines file with every mask, for `dcris compare`")
     _device(evaluate)
 
     predict = add("predict", _predict, "segment what phrases refer to", 'runs/tiny photo.jpg -e "left slice" --out out')
@@ -363,6 +364,8 @@ def _data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
 def _evaluate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from dcris.analysis import analyse
+    from dcris.answers import write_answers
     from dcris.data.dataset import all_questions
     from dcris.data.tokenizer import get_tokenizer
     from dcris.engine.checkpoint import load_checkpoint
@@ -395,7 +398,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                     batch_size=args.batch_size,
                     workers=config.data.workers,
                     share=share,
-                    keep_masks=args.report is not None,
+                    keep_masks=args.report is not None or args.answers is not None,
                     progress=lambda done: bar.update(done - bar.n),
                 )
                 return list(found)
@@ -405,13 +408,16 @@ def _evaluate(args: argparse.Namespace) -> None:
             return
     result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
     print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
+    metrics = {**result, "analysis": analyse(answers)}
+    if args.answers is not None:
+        write_answers(args.answers, answers, protocol)
     if args.out is not None:
-        write_json(args.out, result)
+        write_json(args.out, metrics)
     if args.report is not None:
         from dcris.report.evaluation import write_evaluation_report
 
         title = f"{config.recipe} on {table.dataset} {args.split}"
-        write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=result)
+        write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=metrics)
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dcris.analysis import analyse
 from dcris.config import RunConfig, load_config, refuse_other_run
 from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
@@ -15,7 +16,7 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_device, choose_precision
-from dcris.engine.evaluate import Answer, answer_questions, by_kind, exchange_phrases, result_record
+from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.train import build_model, read_log, train
 from dcris.files import make_directory, write_json
 from dcris.metrics import summarise
@@ -94,10 +95,12 @@ def evaluate_both_ways(
     answers = answer(all_questions(references))
     shuffled = answer(exchange_phrases(references))
     metrics = result_record(answers, model, dataset=table.dataset, split=split, protocol=protocol)
+    analysis = analyse(answers)
     return answers, {
         **metrics,
         "miou_shuffled": summarise(item.overlap for item in shuffled)["miou"],
-        "miou_by_kind": {kind: score for kind, (score, _) in by_kind(answers).items()},
+        "miou_by_kind": {group["name"]: group["miou"] for group in analysis["by_kind"]},
+        "analysis": analysis,
     }
 
 

@@ -151,15 +151,6 @@ def answer_together(
     return sorted(chain.from_iterable(parts), key=lambda item: order[item.reference.ref_id, item.expression.sent_id])
 
 
-def by_kind(answers: Sequence[Answer]) -> dict[str, tuple[float, int]]:
-    """For each kind of phrase its mIoU in percent and the number of expressions; nothing where kinds are not known."""
-    kinds: dict[str, list[Overlap]] = {}
-    for answer in answers:
-        if answer.expression.kind is not None:
-            kinds.setdefault(answer.expression.kind, []).append(answer.overlap)
-    return {kind: (summarise(items)["miou"], len(items)) for kind, items in sorted(kinds.items())}
-
-
 def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, Expression]]:
     """Questions in which each reference gets the phrases of another object of its photograph, in turn.
 

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dcris.report.page import text
 
 Floats = NDArray[np.float64]
 
@@ -67,58 +70,92 @@ def _tick_label(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value + 0.0:.4g}"
 
 
-def chart(heading: str, unit: str, lines: Sequence[tuple[str, str, Floats, bool]]) -> str:
-    """One chart as inline SVG. A line is its name, colour class, points [N, 2], and whether it is noisy and needs smoothing."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve of a chart."""
+
+    name: str
+    points: Floats
+    """[N, 2], in order."""
+    noisy: bool = False
+    """Drawn as points with a smoothed line through them."""
+
+
+def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = False) -> str:
+    """A chart as a card with inline SVG, each line in its place's colour; an x axis of `whole` numbers gets no others."""
     width, height, left, right, top, bottom = 520, 280, 56, 24, 14, 44
-    everything = np.concatenate([points for _, _, points, _ in lines])
+    everything = np.concatenate([line.points for line in lines])
     first, last = min(0.0, float(everything[:, 0].min())), float(everything[:, 0].max())
     if first == last:
         last += 1
     low, high = _range(everything[:, 1])
 
-    def x(value: float) -> float:
+    def across(value: float) -> float:
         return left + (value - first) / (last - first) * (width - left - right)
 
-    def y(value: float) -> float:
+    def up(value: float) -> float:
         return height - bottom - (value - low) / (high - low) * (height - top - bottom)
-
-    def trace(points: Floats) -> str:
-        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
 
     base = height - bottom
     marks = []
     for tick in _ticks(low, high):
-        marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        marks.append(f'<text x="{left - 8}" y="{y(tick) + 4.5:.1f}" text-anchor="end">{_tick_label(tick)}</text>')
+        marks.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
+        marks.append(f'<text x="{left - 8}" y="{up(tick) + 4.5:.1f}" text-anchor="end">{_tick_label(tick)}</text>')
     for tick in _ticks(first, last):
-        if tick == round(tick):  # there is no half step
-            marks.append(f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{base}" y2="{base + 5}"/>')
-            marks.append(f'<text x="{x(tick):.1f}" y="{base + 20}" text-anchor="middle">{_tick_label(tick)}</text>')
+        if not whole or tick == round(tick):
+            at = f"{across(tick):.1f}"
+            marks.append(f'<line class="axis" x1="{at}" x2="{at}" y1="{base}" y2="{base + 5}"/>')
+            marks.append(f'<text x="{at}" y="{base + 20}" text-anchor="middle">{_tick_label(tick)}</text>')
     marks.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{base}" y2="{base}"/>')
-    marks.append(
-        f'<text class="unit" x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">step</text>'
-    )
-    middle = (top + base) / 2
-    marks.append(
-        f'<text class="unit" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{unit}</text>'
-    )
-    for _, colour, points, noisy in lines:
-        smoothed = noisy and len(points) >= 8
-        dots = "raw" if smoothed else "point"
-        radius = 1.8 if smoothed else 3
-        if smoothed or len(points) <= 60:
+    middle, side = (left + width - right) / 2, (top + base) / 2
+    marks.append(f'<text class="unit" x="{middle}" y="{height - 4}" text-anchor="middle">{text(x)}</text>')
+    turn = f'transform="rotate(-90 14 {side})"'
+    marks.append(f'<text class="unit" x="14" y="{side}" text-anchor="middle" {turn}>{text(y)}</text>')
+    for place, line in enumerate(lines):
+        smoothed = line.noisy and len(line.points) >= 8
+        shape = f'class="{line_class(place)}'
+        if smoothed or len(line.points) <= 60:
+            dots, radius = ("raw", 1.8) if smoothed else ("point", 3)
             marks += [
-                f'<circle class="{colour} {dots}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{radius}"/>'
-                for a, b in _thin(points)
+                f'<circle {shape} {dots}" cx="{across(a):.1f}" cy="{up(b):.1f}" r="{radius}"/>'
+                for a, b in _thin(line.points)
             ]
-        if len(points) > 1:
-            marks.append(
-                f'<polyline class="{colour}" points="{trace(_smooth(points) if smoothed else _thin(points))}"/>'
-            )
-    names = "".join(f'<span class="key {colour}">{name}</span>' for name, colour, _, _ in lines)
-    latest = "; ".join(f"{name} ends at {points[-1, 1]:.4g}" for name, _, points, _ in lines)
+        if len(line.points) > 1:
+            drawn = _smooth(line.points) if smoothed else _thin(line.points)
+            trace = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in drawn)
+            marks.append(f'<polyline {shape}" points="{trace}"/>')
+    names = "".join(
+        f'<span class="key {line_class(place)}">{text(line.name)}</span>' for place, line in enumerate(lines)
+    )
+    ends = "; ".join(f"{line.name} ends at {line.points[-1, 1]:.4g}" for line in lines)
     return (
-        f'<div class="card"><h2>{heading} <small>{names}</small></h2>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{heading} over the steps of training: {latest}">'
+        f'<div class="card"><h2>{text(heading)} <small>{names}</small></h2>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(f"{heading} by {x}: {ends}")}">'
         f"{''.join(marks)}</svg></div>"
+    )
+
+
+def line_class(place: int) -> str:
+    """The style's class for the line at that place; there are six."""
+    return "abcdef"[place % 6]
+
+
+def threshold_chart(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """The mIoU by the threshold on the probability; of one system also the oIoU.
+
+    Args:
+        curves: for each system's name what `dcris.analysis.analyse` gives as its `curve`.
+    """
+    several = len(curves) > 1
+    names = {"miou": ""} if several else {"miou": "mIoU", "oiou": "oIoU"}
+    lines = [
+        Line(f"{system} {name}".strip(), np.column_stack([curve["thresholds"], curve[key]]))
+        for system, curve in curves.items()
+        for key, name in names.items()
+    ]
+    return chart(
+        "By threshold",
+        lines,
+        x="probability over which a pixel is the object's",
+        y=f"{'mIoU' if several else 'IoU'} in percent",
     )

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 
 from dcris.config import RunConfig
 from dcris.engine.evaluate import Answer
-from dcris.engine.evaluate import by_kind as scores_by_kind
 from dcris.model.dcris import DCRIS
-from dcris.report.charts import chart, series
-from dcris.report.page import number, percent, text, write_page
-from dcris.report.panels import Panel, panels_section, pick_panels
+from dcris.report.charts import Line, chart, series, threshold_chart
+from dcris.report.page import interval, number, percent, text, write_page
+from dcris.report.panels import Panel, as_panel, panels_section, pick
 
 
 def write_report(
@@ -23,10 +23,9 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
-    metrics: Mapping[str, float | int | str],
-    by_kind: Mapping[str, tuple[float, int]],
+    metrics: Mapping[str, Any],
     curve: Sequence[Mapping[str, float]],
-    panels: Sequence[Panel],
+    panels: Mapping[str, Iterable[Panel]],
     notes: Sequence[str],
 ) -> None:
     """Write the report atomically to `path`. All text is escaped; a part without content is left out.
@@ -35,24 +34,26 @@ def write_report(
         path: the .html file; its directory is created.
         title: the heading.
         facts: short pairs about the run, shown in their order.
-        metrics: a result file's content, in percent: `miou`, `oiou`, `prec@0.5` ..., `miou_shuffled`, and what they were
-            measured on (`dataset`, `split`, `protocol`, `references`, `expressions`). Any other number or text joins the facts.
-        by_kind: for each kind of phrase its mIoU in percent and its number of expressions.
+        metrics: a result file's content, in percent: `miou`, `oiou`, `prec@0.5` ..., `miou_shuffled`, what they were measured
+            on (`dataset`, `split`, `protocol`, `references`, `expressions`), and `analysis`, as `dcris.analysis.analyse` gives
+            it. Any other number or text joins the facts.
         curve: lines of the training log, each with `step` and, where they were measured, `loss`, `iou` and `val_miou`, the last
             two in percent. Values that are not finite are passed over.
-        panels: examples in the order in which they are shown.
+        panels: examples by heading, in the order in which they are shown.
         notes: plain sentences for the end.
 
-    Raises DcrisError where the file cannot be written, ValueError where a panel's masks do not have its image's shape.
+    Raises DcrisError where the file cannot be written.
     """
+    analysis = metrics.get("analysis", {})
+    intervals = analysis.get("intervals", {})
     parts = [
         _header(title, metrics),
-        _headline(metrics),
-        _bars_section(metrics, by_kind),
-        _curve_section(curve),
-        panels_section(panels),
+        _headline(metrics, intervals),
+        _bars_section(metrics, analysis),
+        _charts_section(analysis, curve),
+        *(panels_section(heading, some) for heading, some in panels.items()),
         _facts_section(facts, metrics),
-        _notes_section(notes),
+        _notes_section([*notes, NOTE_INTERVALS] if intervals else notes),
     ]
     write_page(path, title, parts)
 
@@ -61,30 +62,43 @@ def write_evaluation_report(
     path: Path,
     *,
     title: str,
-    config: RunConfig,
-    model: DCRIS,
     answers: Sequence[Answer],
-    metrics: dict[str, Any],
+    metrics: Mapping[str, Any],
+    config: RunConfig | None = None,
+    model: DCRIS | None = None,
     curve: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """The report of one model on one split, as one HTML file. Raises DcrisError where it cannot be written."""
-    counts = model.count_weights()
-    facts = {
-        "recipe": config.recipe,
-        "trainable adapter weights": f"{counts['adapters']:,}",
-        "trainable head weights": f"{counts['head']:,}",
-        "frozen weights": f"{counts['frozen']:,}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-    }
+    """The report of one model's answers on one split, or of anybody's (then without `config` and `model`), as one HTML file.
+
+    Args:
+        path, title, metrics, curve: as of `write_report`.
+        answers: some are shown, so their photographs are read.
+        config: of the run that trained the model.
+        model: its weights are counted.
+
+    Raises DcrisError where a photograph cannot be read or the file not be written.
+    """
+    facts = {}
+    if config is not None:
+        facts["recipe"] = config.recipe
+    if model is not None:
+        counts = model.count_weights()
+        facts["trainable adapter weights"] = f"{counts['adapters']:,}"
+        facts["trainable head weights"] = f"{counts['head']:,}"
+        facts["frozen weights"] = f"{counts['frozen']:,}"
+        facts["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    tiny = config is not None and config.model.vision.name.startswith("tiny")
     write_report(
         path,
         title=title,
         facts=facts,
         metrics=metrics,
-        by_kind=scores_by_kind(answers),
         curve=curve,
-        panels=pick_panels(answers),
-        notes=(_NOTE_TINY,) if config.model.vision.name.startswith("tiny") else (),
+        # Made one by one while the page is put together: a panel holds its whole photograph.
+        panels={
+            heading: (as_panel({"prediction": answer}) for answer in some) for heading, some in pick(answers).items()
+        },
+        notes=(_NOTE_TINY,) if tiny else (),
     )
 
 
@@ -94,10 +108,28 @@ _NOTE_TINY = (
 )
 
 
+NOTE_INTERVALS = (
+    "Intervals are 95% bootstrap intervals: photographs, each with all its phrases, are drawn anew a thousand times. They say "
+    "how far a score depends on which photographs are in the split, not what another training seed would give."
+)
+
+_KIND_HINT = (
+    "What tells the object apart: known for generated scenes, else looked up in a list of words, and then a phrase may be of "
+    "several kinds."
+)
+_SIZE_HINT = "COCO's sizes: small up to 32 by 32 pixels of the photograph, medium up to 96 by 96."
+GROUPINGS = {
+    "by_kind": ("By kind of phrase", "Kind", _KIND_HINT),
+    "by_length": ("By length of the phrase", "Words", ""),
+    "by_size": ("By size of the object", "Size", _SIZE_HINT),
+}
+"""Heading, column and hint of the analysis's groupings."""
+
+
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
-def _header(title: str, metrics: Mapping[str, float | int | str]) -> str:
+def _header(title: str, metrics: Mapping[str, Any]) -> str:
     counts = [f"{text(number(metrics[key]))} {key}" for key in ("expressions", "references") if key in metrics]
     places = [f"<b>{text(str(metrics[key]))}</b>" for key in ("dataset", "split") if metrics.get(key)]
     sentence = "Measured on " + " for ".join(counts) if counts else ""
@@ -123,64 +155,102 @@ _HEADLINE = {
 }
 
 
-def _headline(metrics: Mapping[str, float | int | str]) -> str:
+def _headline(metrics: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]) -> str:
     tiles = [
         f'<div class="tile{" control" if key == "miou_shuffled" else ""}"><h3>{name}</h3>'
-        f'<p class="value">{percent(metrics[key])}</p><p class="hint">{hint}</p></div>'
+        f'<p class="value">{percent(metrics[key])}</p>'
+        + (f'<p class="interval">95%: {interval(intervals[key])}</p>' if key in intervals else "")
+        + f'<p class="hint">{hint}</p></div>'
         for key, (name, hint) in _HEADLINE.items()
         if key in metrics
     ]
     return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
 
 
-def _bars_section(metrics: Mapping[str, float | int | str], by_kind: Mapping[str, tuple[float, int]]) -> str:
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    """A row of a table of percentages."""
+
+    name: str
+    value: float | int | str
+    interval: Sequence[float] | None
+    others: tuple[str, ...] = ()
+    """Further columns, as HTML."""
+
+
+def _bars_section(metrics: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
     tables = []
-    if by_kind:
-        rows = [(text(kind), value, number(count)) for kind, (value, count) in by_kind.items()]
-        tables.append(_bars("By kind of phrase", ("Kind", "mIoU", "Phrases"), rows))
+    for key, (heading, column, hint) in GROUPINGS.items():
+        if groups := analysis.get(key):
+            rows = [
+                _Bar(
+                    group["name"],
+                    group["miou"],
+                    group["intervals"].get("miou"),
+                    (percent(group["oiou"]), text(number(group["expressions"]))),
+                )
+                for group in groups
+            ]
+            tables.append(_bars(heading, (column, "mIoU", "oIoU", "Phrases"), rows, hint))
     thresholds = [key for key in metrics if key.startswith("prec@")]
     if thresholds:
-        precisions = [(f"over {text(key.removeprefix('prec@'))}", metrics[key], None) for key in thresholds]
-        tables.append(_bars("By overlap reached", ("IoU", "Share of the phrases"), precisions))
+        intervals = analysis.get("intervals", {})
+        rows = [_Bar(f"over {key.removeprefix('prec@')}", metrics[key], intervals.get(key)) for key in thresholds]
+        tables.append(_bars("By overlap reached", ("IoU", "Share of the phrases"), rows))
     return f'<section class="columns">{"".join(tables)}</section>' if tables else ""
 
 
-def _bars(heading: str, columns: Sequence[str], rows: Iterable[tuple[str, float | int | str, str | None]]) -> str:
-    """A table whose second column is a bar of a percentage; a row is its (escaped) name, percentage and count."""
-    first, second, *last = (f'<th scope="col">{name}</th>' for name in columns)
+def _bars(heading: str, columns: Sequence[str], rows: Sequence[_Bar], hint: str = "") -> str:
+    """A table whose second column is a bar of a percentage with its interval."""
+    spans = any(row.interval for row in rows)
     body = []
-    for name, value, count in rows:
-        share = min(100.0, max(0.0, value)) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    for row in rows:
+        mark = ""
+        if row.interval:
+            low, high = (_share(bound) for bound in row.interval)
+            mark = f'<b style="left:{low:.1f}%;width:{high - low:.1f}%"></b>'
         body.append(
-            f'<tr><th scope="row">{name}</th><td class="track"><div><i style="width:{share:.1f}%"></i></div></td>'
-            f'<td class="figure">{percent(value)}</td>'
-            + (f'<td class="figure quiet">{count}</td>' if count is not None else "")
+            f'<tr><th scope="row">{text(row.name)}</th>'
+            f'<td class="track"><div><i style="width:{_share(row.value):.1f}%"></i>{mark}</div></td>'
+            f'<td class="figure">{percent(row.value)}</td>'
+            + (f'<td class="figure quiet">{interval(row.interval) if row.interval else ""}</td>' if spans else "")
+            + "".join(f'<td class="figure quiet">{other}</td>' for other in row.others)
             + "</tr>"
         )
-    second = second.replace("<th ", '<th colspan="2" ', 1)
-    head = "".join([first, second, *(cell_.replace("<th ", '<th class="figure" ', 1) for cell_ in last)])
+    first, second, *last = columns
+    head = (
+        f'<th scope="col">{first}</th><th colspan="2" scope="col">{second}</th>'
+        + ('<th class="figure" scope="col">95%</th>' if spans else "")
+        + "".join(f'<th class="figure" scope="col">{name}</th>' for name in last)
+    )
+    below = f'<p class="hint">{hint}</p>' if hint else ""
     return (
-        f'<div class="card"><h2>{heading}</h2><table class="bars"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="card"><h2>{heading}</h2><div class="scroll"><table class="bars"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>{below}</div>"
     )
 
 
-def _curve_section(curve: Sequence[Mapping[str, float]]) -> str:
-    charts = []
+def _share(value: float | int | str) -> float:
+    """A percentage as a length from 0 to 100."""
+    return min(100.0, max(0.0, value)) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _charts_section(analysis: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> str:
+    charts = [threshold_chart({"": analysis["curve"]})] if "curve" in analysis else []
     loss = series(curve, "loss")
     if len(loss):
-        charts.append(chart("Loss", "loss", [("training loss", "a", loss, True)]))
+        charts.append(chart("Loss", [Line("training loss", loss, noisy=True)], x="step", y="loss", whole=True))
     shares = [
-        (name, colour, points, smooth)
-        for key, name, colour, smooth in (("iou", "training", "a", True), ("val_miou", "validation mIoU", "b", False))
+        Line(name, points, noisy)
+        for key, name, noisy in (("iou", "training", True), ("val_miou", "validation mIoU", False))
         if len(points := series(curve, key))
     ]
     if shares:
-        charts.append(chart("Overlap", "IoU in percent", shares))
+        charts.append(chart("Overlap", shares, x="step", y="IoU in percent", whole=True))
     return f'<section class="columns">{"".join(charts)}</section>' if charts else ""
 
 
-def _facts_section(facts: Mapping[str, str], metrics: Mapping[str, float | int | str]) -> str:
+def _facts_section(facts: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
     shown = {"dataset", "split", "protocol", "references", "expressions", *_HEADLINE}
     # A result file may hold more than single values, as the scores by kind, which have their own table.
     rest = {

@@ -6,7 +6,7 @@ everything else, whatever a phrase may contain.
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dcris.files import write_file
@@ -33,6 +33,13 @@ def percent(value: float | int | str) -> str:
     if isinstance(value, str):
         return text(value)
     return f"{value:.1f}<small>\N{NARROW NO-BREAK SPACE}%</small>" if math.isfinite(value) else DASH
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """An interval of percentages, or of differences of them, as HTML."""
+    return "\N{NARROW NO-BREAK SPACE}\N{EN DASH}\N{NARROW NO-BREAK SPACE}".join(
+        f"{bound:.1f}".replace("-", "\N{MINUS SIGN}") for bound in bounds
+    )
 
 
 def number(value: float | int | str) -> str:
@@ -66,13 +73,13 @@ _STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #fff; --ink: #1b2430; --quiet: #5d6b7c; --line: #e1e6ec; --grid: #edf0f4;
-  --a: #0b6bd8; --b: #d05c00; --track: #e9eef4;
+  --a: #0b6bd8; --b: #d05c00; --c: #16794a; --d: #b0249a; --e: #8a6d00; --f: #5b3fd6; --track: #e9eef4;
   --good: #16794a; --good-bg: #dcf5e7; --fair: #8a5a00; --fair-bg: #fdf0cf; --poor: #b3261e; --poor-bg: #fde4e1;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #10151c; --card: #19212b; --ink: #e8edf3; --quiet: #9aa8b8; --line: #2b3643; --grid: #242e3a;
-    --a: #5aa9ff; --b: #ff9d4d; --track: #273240;
+    --a: #5aa9ff; --b: #ff9d4d; --c: #4cd08f; --d: #ff86e8; --e: #e3c44f; --f: #a994ff; --track: #273240;
     --good: #7fe0ae; --good-bg: #123b28; --fair: #f3cd77; --fair-bg: #43340d; --poor: #ff9d94; --poor-bg: #4b1a17;
   }
 }
@@ -95,6 +102,7 @@ section > h2 { font-size: 1.25rem; margin: 12px 0 2px; }
 .value { font-size: 2.4rem; font-weight: 650; line-height: 1.25; letter-spacing: -0.03em; font-variant-numeric: tabular-nums; }
 .value small { font-size: 1.1rem; font-weight: 500; color: var(--quiet); letter-spacing: 0; }
 .hint { font-size: .85rem; line-height: 1.4; color: var(--quiet); margin-top: 4px; }
+.interval { font-size: .85rem; font-variant-numeric: tabular-nums; }
 .control { border-style: dashed; }
 .columns { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 .bars { width: 100%; border-collapse: collapse; font-size: .92rem; }
@@ -102,8 +110,11 @@ section > h2 { font-size: 1.25rem; margin: 12px 0 2px; }
 .bars thead th { font-size: .8rem; color: var(--quiet); font-weight: 500; }
 .bars td { padding: 5px 0; }
 .bars .track { width: 100%; min-width: 60px; }
-.track div { background: var(--track); border-radius: 5px; height: 10px; overflow: hidden; }
+.track div { position: relative; background: var(--track); border-radius: 5px; height: 10px; }
 .track i { display: block; height: 100%; background: var(--a); border-radius: 5px; }
+.track b { position: absolute; top: 4px; height: 2px; min-width: 2px; background: var(--ink);
+  box-shadow: 0 0 0 1px var(--card); }
+.scroll { overflow-x: auto; }
 .bars tbody th, .figure { white-space: nowrap; }
 .bars .figure { text-align: right; padding-left: 14px; padding-right: 0; font-variant-numeric: tabular-nums; }
 .bars small { color: var(--quiet); }
@@ -113,19 +124,22 @@ svg text { font-size: 13px; fill: var(--quiet); font-variant-numeric: tabular-nu
 svg .grid { stroke: var(--grid); }
 svg .axis { stroke: var(--quiet); }
 svg polyline { fill: none; stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round; }
-svg polyline.a { stroke: var(--a); } svg polyline.b { stroke: var(--b); }
-svg circle.a { fill: var(--a); } svg circle.b { fill: var(--b); }
+.a { --line-colour: var(--a); } .b { --line-colour: var(--b); } .c { --line-colour: var(--c); }
+.d { --line-colour: var(--d); } .e { --line-colour: var(--e); } .f { --line-colour: var(--f); }
+svg polyline { stroke: var(--line-colour); }
+svg circle { fill: var(--line-colour); }
 svg .raw { opacity: .28; }
 h2 small { float: right; font-weight: 400; font-size: .82rem; color: var(--quiet); line-height: 1.6rem; }
 .key { margin-left: 14px; white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 6px;
-  vertical-align: middle; }
-.key.a::before { background: var(--a); } .key.b::before { background: var(--b); }
+  vertical-align: middle; background: var(--line-colour); }
 .legend { font-size: .9rem; color: var(--quiet); margin-bottom: 12px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 3px 0 0; }
 .swatch:not(:first-child) { margin-left: 14px; }
 .panels { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 .panels .card { padding: 12px; }
+.panels.wide { grid-template-columns: minmax(0, 1fr); }
+.wide .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 170px), 1fr)); }
 .pictures { display: grid; gap: 8px; grid-template-columns: repeat(3, minmax(0, 1fr)); align-items: end; }
 .pictures img { display: block; width: 100%; height: auto; max-height: 260px; object-fit: contain; border-radius: 6px; }
 figcaption { font-size: .75rem; color: var(--quiet); text-align: center; margin-top: 3px; }

@@ -3,9 +3,12 @@
 import base64
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,61 +23,112 @@ _ORANGE, _BLUE = COLOURS[0], COLOURS[1]
 TRUTH_COLOUR, PREDICTION_COLOUR = _BLUE, _ORANGE
 """Told apart by colour-blind eyes too."""
 
-_CELL = 480  # pixels on a picture's longer side
+CELL = 480  # pixels on a picture's longer side
 _PNG_UP_TO = 200  # longer side: smaller pictures are drawn scenes, which JPEG would smear
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """What one model answered."""
+
+    name: str
+    mask: MaskArray
+    """[H, W] bool."""
+    iou: float | None
+    """Overlap with the truth in 0..1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Panel:
-    """One phrase on one picture, with what was right and what the model answered."""
+    """One phrase on one picture, with what was right and what one model or several answered."""
 
     image: NDArray[np.uint8]
     """[H, W, 3] RGB."""
     phrase: str
     truth: MaskArray | None
-    """[H, W]; None where nobody knows it, and then only the prediction is shown."""
-    prediction: MaskArray
-    """[H, W]."""
-    iou: float | None
-    """Overlap of the two in 0..1."""
+    """[H, W] bool; None where nobody knows it, and then only guesses are shown."""
+    guesses: tuple[Guess, ...]
+
+    def __post_init__(self) -> None:
+        for mask in (self.truth, *(guess.mask for guess in self.guesses)):
+            if mask is not None and mask.shape != self.image.shape[:2]:
+                raise ValueError(f"a panel's mask is {list(mask.shape)}, but its image {list(self.image.shape[:2])}")
 
 
-def pick_panels(answers: Sequence[Answer], count: int = 12) -> list[Panel]:
-    """Pictures for a report: the best, the worst, and what lies between, so that nobody has to take our word for it."""
-    ranked = sorted(answers, key=lambda answer: answer.overlap.iou, reverse=True)
+def pick(answers: Sequence[Answer], count: int = 12) -> dict[str, list[Answer]]:
+    """Answers to show, by heading: the best, the worst, and what lies between, so that nobody has to take our word for it.
+
+    A third of `count` each, where there are so many; under one heading no photograph comes twice. Of equal ones chance decides,
+    by the same seed each time.
+    """
+    ranked = random.Random(0).sample(list(answers), len(answers))
+    ranked.sort(key=lambda answer: -answer.overlap.iou)
+    if len(answers) <= count:
+        return {"Examples": ranked}
     third = count // 3
-    middle = ranked[third:-third] if len(ranked) > 2 * third else []
-    typical = random.Random(0).sample(middle, min(len(middle), count - 2 * third))
-    chosen = [*ranked[:third], *sorted(typical, key=lambda answer: -answer.overlap.iou), *ranked[third:][-third:]]
-    return [as_panel(answer) for answer in chosen]
+    best = first_apart(ranked, third)
+    worst = first_apart([answer for answer in reversed(ranked) if answer not in best], third)
+    between = [answer for answer in ranked if answer not in best and answer not in worst]
+    typical = first_apart(random.Random(0).sample(between, len(between)), count - 2 * third)
+    typical.sort(key=lambda answer: -answer.overlap.iou)
+    return {"The best": best, "Drawn at random": typical, "The worst": worst}
 
 
-def as_panel(answer: Answer) -> Panel:
-    """An answer as a picture of the report."""
+def first_apart(answers: Iterable[Answer], count: int) -> list[Answer]:
+    """The first `count` answers that are on different photographs."""
+    found: dict[Path, Answer] = {}
+    for answer in answers:
+        if len(found) == count:
+            break
+        found.setdefault(answer.reference.image_path, answer)
+    return list(found.values())
+
+
+def as_panel(named: Mapping[str, Answer]) -> Panel:
+    """Answers to one expression as one picture of the report, by their models' names.
+
+    Raises DcrisError where the photograph or the true mask cannot be read.
+    """
+    answer = next(iter(named.values()))
     reference = answer.reference
     truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    prediction = answer.mask()
-    image = read_image(reference.image_path)
-    return Panel(image, answer.expression.text, truth, prediction, answer.overlap.iou)
+    guesses = tuple(
+        Guess(name, _on_photograph(each.prediction, reference.image_size), each.overlap.iou)
+        for name, each in named.items()
+    )
+    return Panel(read_image(reference.image_path), answer.expression.text, truth, guesses)
 
 
-def panels_section(panels: Sequence[Panel]) -> str:
-    """The panels as cards under a heading; nothing where there are none."""
-    if not panels:
+def _on_photograph(prediction: Mapping[str, Any], size: tuple[int, int]) -> MaskArray:
+    """A predicted mask at the photograph's size: some protocols compare masks at another."""
+    height, width = prediction["size"]
+    mask = decode_mask(prediction, (height, width))
+    if (height, width) != size:
+        mask = np.asarray(cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST), np.uint8)
+    return mask.astype(bool)
+
+
+def panels_section(heading: str, panels: Iterable[Panel]) -> str:
+    """The panels as cards under a heading, taken one by one; nothing where there are none."""
+    truths, several, cards = False, False, []
+    for panel in panels:
+        cards.append(_card(panel))
+        truths |= panel.truth is not None
+        several |= len(panel.guesses) > 1
+    if not cards:
         return ""
     legend = f"{_swatch(PREDICTION_COLOUR)} prediction"
-    if any(panel.truth is not None for panel in panels):
+    if truths:
         legend = f"{_swatch(TRUTH_COLOUR)} truth {legend}"
-    cards = "".join(_card(panel) for panel in panels)
-    return f'<section><h2>Examples</h2><p class="legend">{legend}</p><div class="panels">{cards}</div></section>'
+    return (
+        f'<section><h2>{text(heading)}</h2><p class="legend">{legend}</p>'
+        f'<div class="panels{" wide" if several else ""}">{"".join(cards)}</div></section>'
+    )
 
 
 def _card(panel: Panel) -> str:
     # Masks are drawn on the cell, not on the photograph: so contours are equally thin on all cards.
-    for mask in (panel.truth, panel.prediction):
-        if mask is not None and mask.shape != panel.image.shape[:2]:
-            raise ValueError(f"a panel's mask is {list(mask.shape)}, but its image {list(panel.image.shape[:2])}")
-    small = cell(panel.image, _CELL)
+    small = cell(panel.image, CELL)
     drawn = max(panel.image.shape[:2]) <= _PNG_UP_TO
     phrase = text(panel.phrase)
 
@@ -88,19 +142,28 @@ def _card(panel: Panel) -> str:
 
     pictures = [picture(small, "picture", "the picture alone")]
     if panel.truth is not None:
-        truth = overlay(small, mask_cell(panel.truth, _CELL), TRUTH_COLOUR)
+        truth = overlay(small, mask_cell(panel.truth, CELL), TRUTH_COLOUR)
         pictures.append(picture(truth, "truth", f"true mask for: {phrase}"))
-    prediction = overlay(small, mask_cell(panel.prediction, _CELL), PREDICTION_COLOUR)
-    label = "prediction" if panel.prediction.any() else "prediction: empty"
-    pictures.append(picture(prediction, label, f"predicted mask for: {phrase}"))
-    badge = ""
-    if panel.iou is not None and math.isfinite(panel.iou):
-        quality = "good" if panel.iou >= 0.7 else "fair" if panel.iou >= 0.5 else "poor"
-        badge = f'<span class="badge {quality}">IoU {percent(100 * panel.iou)}</span>'
+    below = ""
+    for guess in panel.guesses:
+        label, badge = text(guess.name) + ("" if guess.mask.any() else ": empty"), _badge(guess.iou)
+        if len(panel.guesses) == 1:
+            below = badge
+        else:
+            label += f" {badge}"
+        prediction = overlay(small, mask_cell(guess.mask, CELL), PREDICTION_COLOUR)
+        pictures.append(picture(prediction, label, f"mask predicted by {text(guess.name)} for: {phrase}"))
     return (
         f'<article class="card"><div class="pictures">{"".join(pictures)}</div>'
-        f'<p class="caption"><q dir="auto">{phrase}</q>{badge}</p></article>'
+        f'<p class="caption"><q dir="auto">{phrase}</q>{below}</p></article>'
     )
+
+
+def _badge(iou: float | None) -> str:
+    if iou is None or not math.isfinite(iou):
+        return ""
+    quality = "good" if iou >= 0.7 else "fair" if iou >= 0.5 else "poor"
+    return f'<span class="badge {quality}">IoU {percent(100 * iou)}</span>'
 
 
 def _swatch(colour: tuple[int, int, int]) -> str:
