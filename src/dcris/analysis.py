@@ -62,12 +62,18 @@ def difference(answers: Sequence[Answer], baseline: Sequence[Answer]) -> dict[st
     Returns METRICS, each with the difference, and `photographs`, `intervals`, `by_length`, `by_size` and `by_kind` as of
     `analyse`. Raises ValueError where the two did not answer the same expressions.
     """
-    placed = {answer.expression.sent_id: answer for answer in baseline}
-    if len(placed) != len(answers) or any(answer.expression.sent_id not in placed for answer in answers):
-        raise ValueError("two systems are compared on the same expressions, each answered once")
-    ordered = [placed[answer.expression.sent_id] for answer in answers]
+    ordered = align(baseline, answers)
     total = _figures(_joined([tally(answers), tally(ordered)]).sum(axis=0))
     return dict(zip(METRICS, total.tolist(), strict=True)) | _describe([answers, ordered])
+
+
+def align(answers: Sequence[Answer], like: Sequence[Answer]) -> list[Answer]:
+    """The answers in the order of another system's. Raises ValueError where those are not to the same expressions."""
+    placed = {answer.expression.sent_id: answer for answer in answers}
+    order = [answer.expression.sent_id for answer in like]
+    if not len(answers) == len(placed) == len(order) or placed.keys() != set(order):
+        raise ValueError("two systems are compared on the same expressions, each answered once")
+    return [placed[sent_id] for sent_id in order]
 
 
 # ---- intervals -----------------------------------------------------------------------------------------------------------

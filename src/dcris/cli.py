@@ -131,6 +131,32 @@ def _parser() -> _Parser:
     evaluate.add_argument("--answers", type=Path, help="JSON Lines file with every mask, for `dcris compare`")
     _device(evaluate)
 
+    compare = add(
+        "compare",
+        _compare,
+        "show systems side by side, with intervals of their differences",
+        "runs/a runs/b --data data/scenes --split test --out compare.html",
+        "The first is what the others are compared with.",
+    )
+    compare.add_argument(
+        "systems",
+        nargs="+",
+        metavar="SYSTEM",
+        help=f"{_CHECKPOINT}; or a .jsonl file of answers that `dcris evaluate --answers` wrote",
+    )
+    _data_root(compare)
+    _data_set(compare, required=False)
+    compare.add_argument("--split", default="val", help="(%(default)s)")
+    compare.add_argument("--protocol", default="cris", help="(%(default)s)")
+    compare.add_argument("--names", nargs="+", metavar="NAME", help="of the systems, in their order")
+    compare.add_argument("--count", type=_natural, default=8, metavar="N", help="phrases to show (%(default)s)")
+    compare.add_argument("--out", type=Path, help="HTML file with tables, curves and pictures")
+    compare.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="pictures for a paper: each row, figure.png and figure.pdf"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON, with the scores by group of phrases")
+    _device(compare)
+
     predict = add("predict", _predict, "segment what phrases refer to", 'runs/tiny photo.jpg -e "left slice" --out out')
     predict.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
@@ -418,6 +444,68 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         title = f"{config.recipe} on {table.dataset} {args.split}"
         write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=metrics)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.compare import as_text, compare, gather, is_answers, name_systems, telling
+    from dcris.data.dataset import all_questions
+    from dcris.data.references import load_references
+    from dcris.engine.checkpoint import find_checkpoint, read_config
+    from dcris.engine.device import choose_device
+    from dcris.pretrained import locate
+    from dcris.protocols import get_protocol
+    from dcris.report.comparison import write_comparison_report
+    from dcris.report.figure import write_figures
+    from dcris.report.panels import as_panel
+
+    names = name_systems(args.systems, args.names or ())
+    protocol, device = get_protocol(args.protocol), choose_device(args.device)
+    paths = [Path(each) if is_answers(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
+    models = [path for path in paths if not is_answers(path)]
+    if models:
+        table = _data_of(args, read_config(models[0]))
+    elif args.dataset is None:
+        raise DcrisError("files of answers do not say which data set they are of; give --dataset")
+    else:
+        table = load_references(args.data, args.dataset, args.split_by)
+    questions = all_questions(table.split(args.split))
+    with tqdm(total=len(questions) * len(models), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+        done = dict.fromkeys(names, 0)
+
+        def progress(name: str, count: int) -> None:
+            bar.update(count - done[name])
+            done[name] = count
+
+        systems = gather(
+            dict(zip(names, paths, strict=True)),
+            questions,
+            protocol,
+            device=device,
+            precision=args.precision,
+            progress=progress,
+        )
+    comparison = compare(systems)
+    print(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
+    shown = telling(systems, args.count)
+    if args.out is not None:
+        write_comparison_report(
+            args.out,
+            title=f"{', '.join(names[:-1])} and {names[-1]}",
+            comparison=comparison,
+            measured={"dataset": table.dataset, "split": args.split, "protocol": protocol.name},
+            panels={heading: map(as_panel, some) for heading, some in shown.items()},
+        )
+    if args.images is not None and shown:
+        rows = enumerate((answers for some in shown.values() for answers in some), 1)
+        write_figures(
+            args.images,
+            (
+                (f"{number:02}-sentence-{answers[names[0]].expression.sent_id}", as_panel(answers))
+                for number, answers in rows
+            ),
+        )
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -280,7 +280,7 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
     the adapters were trained on.
     """
     path = find_checkpoint(path)
-    config = _read_config(path)
+    config = read_config(path)
     model = DCRIS(config.model)
     beside = path if path.is_file() else path / _TOWERS
     if beside.is_file():
@@ -312,7 +312,7 @@ def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, Run
     Raises DcrisError where a file is missing, cut short or of another model, or where it was trained on other towers.
     """
     path = find_checkpoint(path)
-    config = _read_config(path)
+    config = read_config(path)
     recorded = _require_towers(path, towers)
     with torch.device("meta"):  # names and shapes without memory
         model = DCRIS(config.model)
@@ -354,7 +354,7 @@ def _require_towers(path: Path, towers: Towers) -> Towers:
     return recorded
 
 
-def _read_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> RunConfig:
     """The configuration with the Hub's commits that the checkpoint was trained on: "main" may have moved since."""
     if path.is_file():
         try:

@@ -47,7 +47,7 @@ def write_report(
     analysis = metrics.get("analysis", {})
     intervals = analysis.get("intervals", {})
     parts = [
-        _header(title, metrics),
+        header(title, metrics),
         _headline(metrics, intervals),
         _bars_section(metrics, analysis),
         _charts_section(analysis, curve),
@@ -129,7 +129,8 @@ GROUPINGS = {
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
-def _header(title: str, metrics: Mapping[str, Any]) -> str:
+def header(title: str, metrics: Mapping[str, Any]) -> str:
+    """The heading, and a sentence on what was measured, from a result file's content."""
     counts = [f"{text(number(metrics[key]))} {key}" for key in ("expressions", "references") if key in metrics]
     places = [f"<b>{text(str(metrics[key]))}</b>" for key in ("dataset", "split") if metrics.get(key)]
     sentence = "Measured on " + " for ".join(counts) if counts else ""

@@ -37,9 +37,8 @@ def percent(value: float | int | str) -> str:
 
 def interval(bounds: Sequence[float]) -> str:
     """An interval of percentages, or of differences of them, as HTML."""
-    return "\N{NARROW NO-BREAK SPACE}\N{EN DASH}\N{NARROW NO-BREAK SPACE}".join(
-        f"{bound:.1f}".replace("-", "\N{MINUS SIGN}") for bound in bounds
-    )
+    between = " to " if min(bounds) < 0 else "\N{NARROW NO-BREAK SPACE}\N{EN DASH}\N{NARROW NO-BREAK SPACE}"
+    return between.join(f"{bound:.1f}".replace("-", "\N{MINUS SIGN}") for bound in bounds)
 
 
 def number(value: float | int | str) -> str:
@@ -115,6 +114,16 @@ section > h2 { font-size: 1.25rem; margin: 12px 0 2px; }
 .track b { position: absolute; top: 4px; height: 2px; min-width: 2px; background: var(--ink);
   box-shadow: 0 0 0 1px var(--card); }
 .scroll { overflow-x: auto; }
+.scores { width: 100%; border-collapse: collapse; font-size: .92rem; }
+.scores th, .scores td { text-align: left; font-weight: 500; padding: 6px 0 6px 18px; vertical-align: top; }
+.scores th:first-child { padding-left: 0; }
+.scores .figure { text-align: right; white-space: nowrap; }
+.scores .figure:last-child { padding-right: 8px; }
+.scores thead .figure { font-weight: 650; vertical-align: bottom; white-space: normal; }
+.scores .part { padding: 18px 0 4px; font-weight: 650; border-bottom: 1px solid var(--line); }
+.scores small { color: var(--quiet); font-weight: 400; }
+.scores .interval { color: var(--quiet); font-size: .8rem; }
+.change { border-radius: 99px; padding: 0 8px; margin-right: -8px; }
 .bars tbody th, .figure { white-space: nowrap; }
 .bars .figure { text-align: right; padding-left: 14px; padding-right: 0; font-variant-numeric: tabular-nums; }
 .bars small { color: var(--quiet); }
@@ -139,7 +148,7 @@ h2 small { float: right; font-weight: 400; font-size: .82rem; color: var(--quiet
 .panels { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 .panels .card { padding: 12px; }
 .panels.wide { grid-template-columns: minmax(0, 1fr); }
-.wide .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 170px), 1fr)); }
+.wide .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 170px), 1fr)); align-items: start; }
 .pictures { display: grid; gap: 8px; grid-template-columns: repeat(3, minmax(0, 1fr)); align-items: end; }
 .pictures img { display: block; width: 100%; height: auto; max-height: 260px; object-fit: contain; border-radius: 6px; }
 figcaption { font-size: .75rem; color: var(--quiet); text-align: center; margin-top: 3px; }

@@ -1,0 +1,163 @@
+"""Panels as one picture for a paper, in the manner of the paper's figures 3 and 4.
+
+A row is a phrase: the photograph, the true mask, and each model's answer with its IoU. Text is drawn in the one typeface that
+comes with Pillow, so a figure is the same on every machine. It has English letters alone; for others a typeface of the machine
+is looked for, and a letter that this lacks too is a box.
+"""
+
+import io
+import string
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dcris.drawing import cell, mask_cell, overlay, png_bytes
+from dcris.files import write_file
+from dcris.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Panel
+
+Pixels = NDArray[np.uint8]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_GAP = 20
+_PHRASE, _LABEL = 34, 28  # pixels of the letters
+_DOTS_PER_INCH = 300
+_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+_OPEN, _CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
+_OWN_LETTERS = {*string.printable, _ELLIPSIS, _OPEN, _CLOSE}
+_WIDER_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows
+
+
+def row(panel: Panel, names: bool = True) -> Pixels:
+    """One panel as a picture [H, W, 3] uint8 on white, with what each column is below it if `names`."""
+    pictures = _cells(panel)
+    width = len(pictures) * (CELL + _GAP) + _GAP
+    lines = _wrap(_OPEN + panel.phrase + _CLOSE, _PHRASE, width - 2 * _GAP, 2)
+    top = _GAP + len(lines) * _line(_PHRASE)
+    labels = [_labels(panel, column, names) for column in range(len(pictures))]
+    below = top + _GAP // 2 + pictures[0].shape[0] + _GAP // 2
+    height = below + max(len(each) for each in labels) * _line(_LABEL) + _GAP
+    page = np.full((height, width, 3), 255, np.uint8)
+    for column, picture in enumerate(pictures):
+        left = _GAP + column * (CELL + _GAP) + (CELL - picture.shape[1]) // 2
+        page[top + _GAP // 2 :][: picture.shape[0], left : left + picture.shape[1]] = picture
+    canvas = Image.fromarray(page)
+    for number, line in enumerate(lines):
+        _write(canvas, line, _PHRASE, width / 2, _GAP + number * _line(_PHRASE))
+    for column, some in enumerate(labels):
+        for number, line in enumerate(some):
+            _write(canvas, line, _LABEL, _middle(column), below + number * _line(_LABEL))
+    return np.asarray(canvas)
+
+
+def figure(panels: Iterable[Panel]) -> Pixels:
+    """Panels of the same models under one another, with letters and names below the columns: [H, W, 3] uint8.
+
+    Raises ValueError where there is none.
+    """
+    rows, names = [], []
+    for panel in panels:
+        rows.append(row(panel, names=False))
+        names = _names(panel)
+    if not rows:
+        raise ValueError("a figure needs at least one panel")
+    foot = Image.new("RGB", (rows[0].shape[1], _line(_LABEL) * 2 + _GAP), "white")
+    for column, name in enumerate(names):
+        letter = chr(ord("a") + column % 26)
+        for number, line in enumerate(_wrap(f"({letter}) {name}", _LABEL, CELL, 2)):
+            _write(foot, line, _LABEL, _middle(column), number * _line(_LABEL))
+    return np.concatenate([*rows, np.asarray(foot)])
+
+
+def write_figures(folder: Path, panels: Iterable[tuple[str, Panel]]) -> None:
+    """Write each panel as a picture of its name, and all of them as figure.png and figure.pdf, into a folder.
+
+    Panels are taken one by one. Raises DcrisError where a file cannot be written, ValueError where there is no panel.
+    """
+
+    def written() -> Iterator[Panel]:
+        for name, panel in panels:
+            write_file(folder / f"{name}.png", png_bytes(row(panel)))
+            yield panel
+
+    whole = figure(written())
+    write_file(folder / "figure.png", png_bytes(whole))
+    write_file(folder / "figure.pdf", pdf_bytes(whole))
+
+
+def pdf_bytes(picture: Pixels) -> bytes:
+    """A picture [H, W, 3] uint8 as a page of PDF, at 300 dots per inch."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PDF", resolution=_DOTS_PER_INCH, quality=95)
+    return file.getvalue()
+
+
+def _cells(panel: Panel) -> list[Pixels]:
+    small = cell(panel.image, CELL)
+    pictures = [small]
+    if panel.truth is not None:
+        pictures.append(overlay(small, mask_cell(panel.truth, CELL), TRUTH_COLOUR))
+    return pictures + [overlay(small, mask_cell(guess.mask, CELL), PREDICTION_COLOUR) for guess in panel.guesses]
+
+
+def _names(panel: Panel) -> list[str]:
+    truth = ["ground truth"] if panel.truth is not None else []
+    return ["input", *truth, *(guess.name for guess in panel.guesses)]
+
+
+def _labels(panel: Panel, column: int, names: bool) -> list[str]:
+    """The lines below a column: its name where it is wanted, and the IoU of a guess."""
+    named = _wrap(_names(panel)[column], _LABEL, CELL, 1) if names else []
+    guess = column - (1 if panel.truth is None else 2)
+    iou = panel.guesses[guess].iou if guess >= 0 else None
+    return named + ([f"IoU {100 * iou:.1f}"] if iou is not None else [])
+
+
+def _middle(column: int) -> float:
+    return _GAP + column * (CELL + _GAP) + CELL / 2
+
+
+def _line(size: int) -> int:
+    return round(1.3 * size)
+
+
+def _wrap(words: str, size: int, width: float, most: int) -> list[str]:
+    """Text in at most so many lines of a width in pixels; where something does not fit, an ellipsis says so."""
+    visible = "".join(letter if letter.isprintable() else " " for letter in words[:1000])
+    font = _font(visible, size)
+    lines: list[str] = []
+    for word in visible.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [line if font.getlength(line) <= width else _shorten(line, font, width) for line in lines]
+
+
+def _shorten(line: str, font: Font, width: float) -> str:
+    ends = range(1, len(line))
+    fits = bisect_right(ends, width, key=lambda end: font.getlength(line[:end] + _ELLIPSIS))
+    return line[:fits] + _ELLIPSIS
+
+
+def _font(words: str, size: int) -> Font:
+    return _load_font(size, own=set(words) <= _OWN_LETTERS)
+
+
+@cache
+def _load_font(size: int, own: bool) -> Font:
+    for name in () if own else _WIDER_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _write(canvas: Image.Image, line: str, size: int, middle: float, top: float) -> None:
+    ImageDraw.Draw(canvas).text((middle, top), line, "black", _font(line, size), anchor="ma")

@@ -1,0 +1,355 @@
+"""Systems side by side: the tables and figures that a paper's claims are read from."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from answers import answer, drawn, rectangle
+from conftest import TinyRefer
+from dcris.analysis import METRICS
+from dcris.answers import write_answers
+from dcris.cli import main
+from dcris.compare import as_text, compare, name_systems, telling
+from dcris.data.references import load_references
+from dcris.engine.evaluate import Answer
+from dcris.errors import DcrisError
+from dcris.metrics import Overlap
+from dcris.protocols import Protocol
+from dcris.report.comparison import write_comparison_report
+from dcris.report.figure import figure, pdf_bytes, row
+from dcris.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel
+from pages import Page
+from runs import leftovers, quick_config, run_training
+
+EVIL = '<script>alert("1")</script>\'&<img src=x onerror=alert(1)>'
+
+
+def dcris(*words: object) -> int:
+    """One command, in this process."""
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def other_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that knows even less than trained_run."""
+    out = tmp_path_factory.mktemp("run") / "other"
+    run_training(quick_config(2), scenes_root, out)
+    return out
+
+
+def rescored(answers: Sequence[Answer], shares: Sequence[int]) -> list[Answer]:
+    """Another system's answers to the same expressions, each sharing so many of its pixels."""
+    return [
+        replace(each, overlap=Overlap(share, each.overlap.union)) for each, share in zip(answers, shares, strict=True)
+    ]
+
+
+# ---- from the command line -----------------------------------------------------------------------------------------------
+
+
+def test_two_runs_side_by_side(
+    trained_run: Path, other_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From two runs to a page and pictures for a paper; and the same again from the answers they left, without the models."""
+    where = ("--data", scenes_root, "--split", "test", "--device", "cpu")
+    page, images = tmp_path / "results" / "compare.html", tmp_path / "images"
+    words = ("compare", trained_run, other_run, *where, "--names", "DCRIS", EVIL, "--out", page, "--images", images)
+    assert dcris(*words, "--count", 4, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in printed["systems"]] == ["DCRIS", EVIL]
+    ours, theirs = printed["systems"]
+    (gap,) = printed["differences"]
+    assert gap["miou"] == pytest.approx(theirs["miou"] - ours["miou"])
+    assert sum(group["expressions"] for group in gap["by_kind"]) == printed["expressions"]
+    read = Page(page.read_text())
+    assert read.stands_alone()
+    assert EVIL in read.text()
+    assert f"Measured on {printed['expressions']} expressions" in read.text()
+    assert len(read.pictures()) == 4 * 4
+    names = sorted(path.name for path in images.iterdir())
+    assert len(names) == 4 + 2
+    assert names[-2:] == ["figure.pdf", "figure.png"]
+    rows = [Image.open(images / name) for name in names[:4]]
+    assert {picture.width for picture in (*rows, Image.open(images / "figure.png"))} == {4 * CELL + 5 * 20}
+
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for run, file in zip((trained_run, other_run), files, strict=True):
+        assert dcris("evaluate", run, *where, "--answers", file) == 0
+    capsys.readouterr()
+    given = (*where, "--dataset", "scenes", "--names", "DCRIS", EVIL, "--json")
+    assert dcris("compare", *files, *given) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert dcris("compare", trained_run, files[1], *given) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert not leftovers(tmp_path)
+
+
+def test_real_photographs_and_phrases(
+    refer_root: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Photographs of any shape, grey ones among them, and masks as polygons, in pages and pictures."""
+    references = load_references(refer_root, "refcoco").split("val")
+    answers = [
+        drawn(reference, number, mask, mask)
+        for reference in references
+        for number in range(len(reference.expressions))
+        for mask in [rectangle(reference.image_size, 5, 5, 50, 60)]
+    ]
+    write_answers(tmp_path / "boxes.jsonl", answers, Protocol())
+    write_answers(tmp_path / "worse.jsonl", rescored(answers, [0] * len(answers)), Protocol())
+    where = ("--data", refer_root, "--dataset", "refcoco", "--split", "val", "--out", tmp_path / "page.html")
+    assert dcris("compare", tmp_path / "boxes.jsonl", tmp_path / "worse.jsonl", *where) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["boxes", "worse", "worse", "-", "boxes"]
+    assert table[1].split() == [
+        "mIoU",
+        "100.0",
+        "[100.0,",
+        "100.0]",
+        "0.0",
+        "[0.0,",
+        "0.0]",
+        "-100.0",
+        "[-100.0,",
+        "-100.0]",
+    ]
+    assert len(Page((tmp_path / "page.html").read_text()).pictures()) >= 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("RUN", "one system alone"),
+        ("", "SYSTEM"),
+        ("RUN RUN", "--names"),
+        ("RUN A.jsonl --names one", "2 systems and 1 names"),
+        ("RUN A.jsonl --names x x", "--names"),
+        ("RUN ABSENT", "no checkpoint"),
+        ("RUN ABSENT.jsonl", "cannot read the answers"),
+        ("RUN B.jsonl", "no answer to sentence"),
+        ("RUN A.jsonl --split train", "no answer to sentence"),
+        ("RUN A.jsonl --split dev", "'dev'"),
+        ("RUN A.jsonl --protocol fast", "fast"),
+        ("RUN A.jsonl --count some", "some"),
+        ("RUN A.jsonl --count -1", "-1"),
+        ("RUN A.jsonl --out A.jsonl/page.html", "cannot write"),
+        ("RUN A.jsonl --images A.jsonl", "cannot write"),
+        ("A.jsonl C.jsonl", "--dataset"),
+        ("A.jsonl C.jsonl --dataset nowhere", "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    words: str,
+    sentence: str,
+    trained_run: Path,
+    scenes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2, and no page that looks like a result."""
+    answers = [
+        drawn(reference, number, mask, mask)
+        for reference in load_references(scenes_root, "scenes").split("test")
+        for number in range(len(reference.expressions))
+        for mask in [rectangle(reference.image_size, 0, 0, 9, 9)]
+    ]
+    write_answers(tmp_path / "A.jsonl", answers, Protocol())
+    write_answers(tmp_path / "C.jsonl", answers, Protocol())
+    write_answers(tmp_path / "B.jsonl", answers[:-1], Protocol())
+    places = {"RUN": trained_run, "ABSENT": tmp_path / "absent"}
+    given = [str(places.get(word, tmp_path / word if ".jsonl" in word else word)) for word in words.split()]
+    before = set(tmp_path.rglob("*"))
+    split = () if "--split" in words else ("--split", "test")
+    assert dcris("compare", *given, "--data", scenes_root, *split, "--device", "cpu") == 2
+    complaint = capsys.readouterr().err
+    assert sentence in complaint
+    assert complaint.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_wrong_file_is_found_before_a_model_has_worked(
+    trained_run: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may work for hours on a test split."""
+
+    def work(*args: object, **kwargs: object) -> Iterator[Answer]:
+        raise AssertionError
+
+    monkeypatch.setattr("dcris.compare.answer_questions", work)
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert dcris("compare", trained_run, tmp_path / "a.jsonl", "--data", scenes_root, "--split", "test") == 2
+
+
+# ---- names, figures, and what is shown -----------------------------------------------------------------------------------
+
+
+def test_systems_are_named_by_their_places() -> None:
+    """Short where that tells them apart, whole where it does not."""
+    assert name_systems(["runs/a", "out/b.jsonl", "me/model"]) == ["a", "b", "model"]
+    assert name_systems(["one/run", "two/run"]) == ["one/run", "two/run"]
+    assert name_systems(["a", "b"], ["ours ", "fixed"]) == ["ours", "fixed"]
+    for sources, names in ((["a", "a"], []), (["a", "b"], ["", "x"]), (["a"], []), (["a", "b", "c"], ["x", "y"])):
+        with pytest.raises(DcrisError):
+            name_systems(sources, names)
+
+
+def test_figures_by_hand() -> None:
+    """Each system's own scores, and the others minus the first, in the groups of both."""
+    ours = [answer((1, 2), photograph=1), answer((3, 4), photograph=2, phrase="red cup in the back row of shelves")]
+    theirs = rescored(ours, [1, 2])
+    found = compare({"ours": ours, "theirs": theirs})
+    assert (found["references"], found["expressions"]) == (2, 2)
+    assert [each["miou"] for each in found["systems"]] == [62.5, 50.0]
+    (gap,) = found["differences"]
+    assert (gap["name"], gap["minus"], gap["miou"]) == ("theirs", "ours", -12.5)
+    assert gap["oiou"] == pytest.approx(100 * (3 / 6 - 4 / 6))
+    assert gap["intervals"]["miou"] == [-25, 0]
+    assert [(group["name"], group["miou"]) for group in gap["by_length"]] == [("1-2 words", 0), ("6-10 words", -25)]
+    json.dumps(found, allow_nan=False)
+    table = as_text(found).splitlines()
+    assert len(table) == 1 + len(METRICS)
+    assert len({len(line) for line in table}) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_little_or_nothing_to_compare(count: int, tmp_path: Path) -> None:
+    """One answer gives no interval and no answers no picture, but both a page."""
+    answers = [answer((0, 0)) for _ in range(count)]
+    systems = {"a": answers, "b": answers, "c": answers}
+    found = compare(systems)
+    json.dumps(found, allow_nan=False)
+    assert as_text(found).count("0.0") == 5 * len(METRICS)
+    assert sum(len(some) for some in telling(systems, 6).values()) == count
+    write_comparison_report(tmp_path / "a.html", title="x", comparison=found, measured={}, panels={})
+    assert "minus a" in Page((tmp_path / "a.html").read_text()).text()
+
+
+def test_rows_show_where_systems_differ_both_ways_and_some_by_chance() -> None:
+    """Only the wins would be an advertisement; the same photograph over and over would say one thing."""
+    ours = [answer((50, 100), photograph=number // 4) for number in range(80)]
+    theirs = rescored(ours, range(0, 80))  # behind ours in the first 50, ahead in the last 29
+    shown = telling({"ours": ours, "theirs": theirs}, 9)
+    assert list(shown) == ["ours furthest ahead of theirs", "ours furthest behind theirs", "Drawn at random"]
+    ahead, behind, chance = ([row["theirs"].overlap.intersection for row in rows] for rows in shown.values())
+    assert ahead == [0, 4, 8]
+    assert behind == [79, 75, 71]
+    assert len({share // 4 for share in chance}) == 3
+    assert not set(chance) & {*ahead, *behind}
+    for rows in shown.values():
+        assert all(row["ours"].expression == row["theirs"].expression for row in rows)
+    assert telling({"ours": ours, "theirs": theirs}, 9) == shown
+    three = telling({"ours": ours, "theirs": theirs, "best": rescored(ours, [100] * 80)}, 2)
+    assert list(three) == ["ours furthest behind the others", "Drawn at random"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 1000])
+def test_systems_that_agree_are_shown_at_random(count: int) -> None:
+    """There is nothing to tell them apart, and nobody is ahead."""
+    answers = [answer((1, 2), photograph=number) for number in range(20)]
+    shown = telling({"a": answers, "b": answers}, count)
+    assert set(shown) <= {"Drawn at random"}
+    assert sum(map(len, shown.values())) == min(count, 20)
+
+
+# ---- page and pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_only_sure_differences_are_coloured(tmp_path: Path) -> None:
+    """A reader looks at the colours first."""
+    ours = [answer((50, 100), photograph=number) for number in range(40)]
+    better, mixed = rescored(ours, range(51, 91)), rescored(ours, [10, 90] * 20)
+    path = tmp_path / "page.html"
+    write_comparison_report(
+        path, title=EVIL, comparison=compare({EVIL: ours, "up": better, "same": mixed}), measured={}, panels={}
+    )
+    page = Page(path.read_text())
+    assert not page.named("script")
+    assert EVIL in page.text()
+    colours = [attrs["class"] for attrs in page.named("span") if attrs.get("class", "").startswith("change")]
+    rows = len(METRICS) + 3  # and one length, one size, one kind
+    assert colours[0::2][:2] == ["change good"] * 2
+    assert colours[1::2][:2] == ["change"] * 2
+    assert len(colours) == 2 * rows
+
+
+def panel(*names: str, phrase: str = "left one", size: tuple[int, int] = (300, 400), truth: bool = True) -> Panel:
+    """Grey, with the truth on the left and each guess a little further right."""
+    masks = [rectangle(size, 50, 20 + 60 * number, 150, 70 + 60 * number) for number in range(len(names) + 1)]
+    guesses = tuple(Guess(name, mask, 0.5) for name, mask in zip(names, masks[1:], strict=True))
+    return Panel(np.full((*size, 3), 128, np.uint8), phrase, masks[0] if truth else None, guesses)
+
+
+def test_a_row_shows_each_mask_in_its_column() -> None:
+    """Under the right name: a figure with two systems exchanged would say the opposite."""
+    shown = row(panel("a", "b"))
+    assert shown.shape[1] == 4 * (CELL + 20) + 20
+    for column, colour in enumerate((None, TRUTH_COLOUR, PREDICTION_COLOUR, PREDICTION_COLOUR)):
+        left = 20 + column * (CELL + 20)
+        part = shown[:, left : left + CELL].astype(int)
+        for other in (TRUTH_COLOUR, PREDICTION_COLOUR):
+            tint = np.abs(part - (128 * 0.55 + np.array(other) * 0.45)).max(axis=2) < 3
+            assert tint.any() == (other is colour)
+            if other is colour:
+                place = np.flatnonzero(tint.any(axis=0)).mean() - (CELL - 400) / 2
+                assert place == pytest.approx(45 + 60 * max(0, column - 1), abs=2)
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "",
+        " ",
+        "a\nb\x00c",
+        "\ud800",
+        "word " * 500,
+        "w" * 5000,
+        "\N{CJK UNIFIED IDEOGRAPH-5DE6}\N{HEBREW LETTER ALEF}",
+        EVIL,
+    ],
+)
+def test_any_phrase_and_any_shape_fit(phrase: str) -> None:
+    """Nothing leaves the page's edges, and what is too long is cut, not drawn over the neighbour."""
+    for size in ((160, 500), (700, 160), (112, 112)):
+        for guesses in (("a",), (phrase, "b", "c")):
+            shown = row(panel(*guesses, phrase=phrase, size=size, truth=len(guesses) > 1))
+            assert shown.dtype == np.uint8
+            assert (shown[:, :8] == 255).all() and (shown[:, -8:] == 255).all()
+            assert (shown[-4:] == 255).all()
+            assert shown.shape[0] < 900
+
+
+def test_a_figure_is_its_rows_and_a_foot() -> None:
+    """Names stand once, below, as in the paper's figure 4."""
+    panels = [panel("a", "b"), panel("a", "b", size=(500, 300))]
+    shown = figure(panels)
+    heights = [row(each, names=False).shape[0] for each in panels]
+    np.testing.assert_array_equal(shown[: heights[0]], row(panels[0], names=False))
+    assert 40 < len(shown) - sum(heights) < 150
+    assert (shown[sum(heights) :] < 100).any()
+    with pytest.raises(ValueError, match="at least one"):
+        figure([])
+    assert pdf_bytes(shown).startswith(b"%PDF")
+
+
+def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """Photographs of 30 pixels are shown large enough to see, in whole pixels."""
+    tiny_refer.write()
+    reference = load_references(tiny_refer.root, "tiny").split("val")[0]
+    mask = rectangle(reference.image_size, 3, 3, 9, 9)
+    systems = {name: [drawn(reference, number, mask, mask) for number in (0, 1)] for name in "ab"}
+    for name, answers in systems.items():
+        write_answers(tmp_path / f"{name}.jsonl", answers, Protocol())
+    words = ("--data", tiny_refer.root, "--dataset", "tiny", "--images", tmp_path / "images")
+    assert dcris("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *words) == 0
+    content = (tmp_path / "images" / "figure.png").read_bytes()
+    assert Image.open(io.BytesIO(content)).width == 4 * CELL + 5 * 20
+    assert (
+        dcris("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *words[:-1], tmp_path / "none", "--count", 0) == 0
+    )
+    assert not (tmp_path / "none").exists()
