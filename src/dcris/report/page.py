@@ -176,6 +176,7 @@ footer h2 { color: var(--ink); margin-bottom: 0; }
 }
 @media print {
   :root { color-scheme: light; --page: #fff; }
+  html { font-size: 11px; }
   body { font-size: 12px; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   main { padding: 0; max-width: none; display: block; }
   main > * { margin-bottom: 14px; }
@@ -183,5 +184,7 @@ footer h2 { color: var(--ink); margin-bottom: 0; }
   .panels, .columns { grid-template-columns: 1fr 1fr; }
   .tiles { grid-template-columns: repeat(4, 1fr); gap: 10px; }
   .tile { padding: 10px 12px; }
+  .scroll { overflow-x: visible; }
+  .wide .pictures { grid-template-columns: repeat(auto-fit, minmax(80px, 1fr)); }
 }
 """
