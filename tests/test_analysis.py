@@ -14,6 +14,7 @@ from PIL import Image
 from answers import answer
 from dcris import analysis
 from dcris.analysis import METRICS, analyse, difference, phrase_kinds, resample, scores, tally
+from dcris.compare import compare
 from dcris.engine.evaluate import Answer
 from dcris.metrics import CURVE_THRESHOLDS, Overlap, summarise
 
@@ -37,13 +38,13 @@ def in_order(answers: Sequence[Answer]) -> list[list[Answer]]:
 # ---- intervals -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(SHARES, st.integers(0, 4)), max_size=12))
+@given(st.lists(st.tuples(SHARES | st.just((7, 10)), st.integers(0, 4)), max_size=12), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_counts_by_photograph_add_up_to_the_scores(pairs: list[tuple[tuple[int, int], int]]) -> None:
+def test_counts_by_photograph_add_up_to_the_scores(pairs: list[tuple[tuple[int, int], int]], inclusive: bool) -> None:
     """Else the interval would be of another figure than the one it stands beside."""
     answers = [answer(share, photograph=photograph) for share, photograph in pairs]
-    expected = summarise(each.overlap for each in answers)
-    found = dict(zip(METRICS, scores(tally(answers).sum(axis=0)), strict=True))
+    expected = summarise((each.overlap for each in answers), inclusive)
+    found = dict(zip(METRICS, scores(tally(answers, inclusive).sum(axis=0)), strict=True))
     assert found == pytest.approx(expected)
     assert len(tally(answers)) == len({photograph for _, photograph in pairs})
 
@@ -232,6 +233,16 @@ def test_sizes_of_polygons_and_pictures(tmp_path: Path) -> None:
     answers[0] = replace(answers[0], reference=replace(answers[0].reference, segmentation=polygon))
     answers[1] = replace(answers[1], reference=replace(answers[1].reference, segmentation=tmp_path / "mask.png"))
     assert [row["name"] for row in analyse(answers)["by_size"]] == ["small", "large"]
+
+
+def test_precision_is_the_protocols_in_intervals_and_differences_too() -> None:
+    """LAVT counts an IoU of exactly 0.5 for precision at 0.5; an interval that does not would lie beside its score."""
+    answers = [answer((1, 2), photograph=photograph) for photograph in range(3)]
+    nothing = [replace(each, overlap=Overlap(0, 2)) for each in answers]
+    for inclusive, share in ((False, 0), (True, 100)):
+        assert analyse(answers, inclusive)["intervals"]["prec@0.5"] == [share, share]
+        assert difference(answers, nothing, inclusive)["prec@0.5"] == share
+        assert compare({"a": nothing, "b": answers}, inclusive)["systems"][1]["prec@0.5"] == share
 
 
 def test_the_threshold_curve() -> None:

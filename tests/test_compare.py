@@ -20,13 +20,14 @@ from dcris.data.references import load_references
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
 from dcris.metrics import Overlap
-from dcris.protocols import Protocol
+from dcris.protocols import get_protocol
 from dcris.report.comparison import write_comparison_report
 from dcris.report.figure import figure, pdf_bytes, row
 from dcris.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel
 from pages import Page
 from runs import leftovers, quick_config, run_training
 
+CRIS = get_protocol("cris")
 EVIL = '<script>alert("1")</script>\'&<img src=x onerror=alert(1)>'
 
 
@@ -101,8 +102,8 @@ def test_real_photographs_and_phrases(
         for number in range(len(reference.expressions))
         for mask in [rectangle(reference.image_size, 5, 5, 50, 60)]
     ]
-    write_answers(tmp_path / "boxes.jsonl", answers, Protocol())
-    write_answers(tmp_path / "worse.jsonl", rescored(answers, [0] * len(answers)), Protocol())
+    write_answers(tmp_path / "boxes.jsonl", answers, CRIS)
+    write_answers(tmp_path / "worse.jsonl", rescored(answers, [0] * len(answers)), CRIS)
     where = ("--data", refer_root, "--dataset", "refcoco", "--split", "val", "--out", tmp_path / "page.html")
     assert dcris("compare", tmp_path / "boxes.jsonl", tmp_path / "worse.jsonl", *where) == 0
     table = capsys.readouterr().out.splitlines()
@@ -159,9 +160,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         for number in range(len(reference.expressions))
         for mask in [rectangle(reference.image_size, 0, 0, 9, 9)]
     ]
-    write_answers(tmp_path / "A.jsonl", answers, Protocol())
-    write_answers(tmp_path / "C.jsonl", answers, Protocol())
-    write_answers(tmp_path / "B.jsonl", answers[:-1], Protocol())
+    write_answers(tmp_path / "A.jsonl", answers, CRIS)
+    write_answers(tmp_path / "C.jsonl", answers, CRIS)
+    write_answers(tmp_path / "B.jsonl", answers[:-1], CRIS)
     places = {"RUN": trained_run, "ABSENT": tmp_path / "absent"}
     given = [str(places.get(word, tmp_path / word if ".jsonl" in word else word)) for word in words.split()]
     before = set(tmp_path.rglob("*"))
@@ -344,7 +345,7 @@ def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path
     mask = rectangle(reference.image_size, 3, 3, 9, 9)
     systems = {name: [drawn(reference, number, mask, mask) for number in (0, 1)] for name in "ab"}
     for name, answers in systems.items():
-        write_answers(tmp_path / f"{name}.jsonl", answers, Protocol())
+        write_answers(tmp_path / f"{name}.jsonl", answers, CRIS)
     words = ("--data", tiny_refer.root, "--dataset", "tiny", "--images", tmp_path / "images")
     assert dcris("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *words) == 0
     content = (tmp_path / "images" / "figure.png").read_bytes()

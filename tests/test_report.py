@@ -281,15 +281,15 @@ def test_few_or_equal_answers_are_shown_too():
     assert [len(shown) for shown in pick(on_one).values()] == [1, 1, 1]
 
 
-def test_a_mask_of_the_squares_size_is_shown_on_its_photograph(tiny_refer):
-    """Some protocols compare masks on the network's square; the picture has to show the object where it is."""
+def test_a_panel_shows_what_was_answered_and_the_truth(tiny_refer):
     tiny_refer.write()
     reference = load_references(tiny_refer.root, "tiny").split("testA")[0]
-    truth = rectangle((30, 40), 3, 2, 9, 12)
-    square = rectangle((300, 400), 30, 20, 90, 120)
-    panel = as_panel({"a": drawn(reference, 0, truth, truth), "b": drawn(reference, 0, square, square)})
-    for guess in panel.guesses:
-        np.testing.assert_array_equal(guess.mask, truth)
+    truth, other = rectangle((30, 40), 3, 2, 9, 12), rectangle((30, 40), 3, 2, 9, 7)
+    shown = as_panel({"a": drawn(reference, 0, truth, truth), "b": drawn(reference, 0, other, truth)})
+    assert shown.phrase == "left one" and shown.image.shape == (30, 40, 3)
+    assert [(guess.name, guess.iou) for guess in shown.guesses] == [("a", 1.0), ("b", 0.5)]
+    for mask, expected in ((shown.truth, truth), (shown.guesses[0].mask, truth), (shown.guesses[1].mask, other)):
+        np.testing.assert_array_equal(mask, expected)
 
 
 def test_several_guesses_stand_side_by_side(report):

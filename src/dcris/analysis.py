@@ -34,8 +34,12 @@ _COLUMNS = 4 + len(PRECISION_THRESHOLDS)
 _DRAWN_AT_ONCE = 4_000_000  # photographs; 32 MB of weights
 
 
-def analyse(answers: Sequence[Answer]) -> dict[str, Any]:
+def analyse(answers: Sequence[Answer], inclusive: bool = False) -> dict[str, Any]:
     """Intervals, scores by group of phrases and threshold curve of an evaluation, as plain JSON data.
+
+    Args:
+        answers: what was predicted for a split, each with its overlap.
+        inclusive: of precision, as of `metrics.summarise`.
 
     Returns a dict of
         photographs: how many there are to draw from.
@@ -47,12 +51,12 @@ def analyse(answers: Sequence[Answer]) -> dict[str, Any]:
 
     Raises DcrisError where a true mask cannot be decoded.
     """
-    described = _describe([answers])
+    described = _describe([answers], inclusive)
     curve = _curve(answers)
     return described | ({"curve": curve} if curve else {})
 
 
-def difference(answers: Sequence[Answer], baseline: Sequence[Answer]) -> dict[str, Any]:
+def difference(answers: Sequence[Answer], baseline: Sequence[Answer], inclusive: bool = False) -> dict[str, Any]:
     """How much better than a baseline a system is on the same expressions: its scores, in percentage points, minus the other's.
 
     The intervals are paired: both systems are scored on the same drawn photographs, so what makes a photograph hard for both
@@ -63,8 +67,8 @@ def difference(answers: Sequence[Answer], baseline: Sequence[Answer]) -> dict[st
     `analyse`. Raises ValueError where the two did not answer the same expressions.
     """
     ordered = align(baseline, answers)
-    total = _figures(_joined([tally(answers), tally(ordered)]).sum(axis=0))
-    return dict(zip(METRICS, total.tolist(), strict=True)) | _describe([answers, ordered])
+    total = _figures(_counts([answers, ordered], inclusive).sum(axis=0))
+    return dict(zip(METRICS, total.tolist(), strict=True)) | _describe([answers, ordered], inclusive)
 
 
 def align(answers: Sequence[Answer], like: Sequence[Answer]) -> list[Answer]:
@@ -79,16 +83,17 @@ def align(answers: Sequence[Answer], like: Sequence[Answer]) -> list[Answer]:
 # ---- intervals -----------------------------------------------------------------------------------------------------------
 
 
-def tally(answers: Sequence[Answer]) -> Floats:
+def tally(answers: Sequence[Answer], inclusive: bool = False) -> Floats:
     """Additive counts [P, C] of each photograph, in the order of the photographs' paths.
 
-    The columns: expressions, their IoUs added up, intersections, unions, and expressions whose IoU is over each threshold.
+    The columns: expressions, their IoUs added up, intersections, unions, and expressions whose IoU is over each threshold, or
+    at least it where `inclusive`.
     """
     names = [str(answer.reference.image_path) for answer in answers]
     photographs, owners = np.unique(np.array(names, np.str_), return_inverse=True)
     ious = np.array([answer.overlap.iou for answer in answers], np.float64)
     pixels = np.array([(answer.overlap.intersection, answer.overlap.union) for answer in answers], np.float64)
-    over = ious[:, None] > np.array(PRECISION_THRESHOLDS)
+    over = (np.greater_equal if inclusive else np.greater)(ious[:, None], PRECISION_THRESHOLDS)
     sums = np.zeros((len(photographs), _COLUMNS))
     np.add.at(sums, owners, np.column_stack([np.ones_like(ious), ious, pixels.reshape(-1, 2), over]))
     return sums
@@ -118,9 +123,9 @@ def resample(counts: Floats) -> Floats:
     return np.concatenate(drawn)
 
 
-def _joined(tallies: Sequence[Floats]) -> Floats:
-    """The tallies of one system or of two, [P, C] each, side by side, so that both are drawn the same photographs."""
-    return np.concatenate(tallies, axis=1)
+def _counts(systems: Sequence[Sequence[Answer]], inclusive: bool) -> Floats:
+    """The tallies of one system [P, C], or of two side by side [P, 2 C], so that both are drawn the same photographs."""
+    return np.concatenate([tally(answers, inclusive) for answers in systems], axis=1)
 
 
 def _figures(counts: Floats) -> Floats:
@@ -137,20 +142,20 @@ def _intervals(counts: Floats, metrics: Sequence[str]) -> dict[str, list[float]]
     return {name: bounds[name] for name in metrics}
 
 
-def _describe(systems: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+def _describe(systems: Sequence[Sequence[Answer]], inclusive: bool) -> dict[str, Any]:
     """Intervals and groups of one system's answers, or of two systems' difference, whose answers are in one order."""
-    counts = _joined([tally(answers) for answers in systems])
+    counts = _counts(systems, inclusive)
     described: dict[str, Any] = {"photographs": len(counts), "intervals": _intervals(counts, METRICS)}
     for grouping, groups in _groups(systems[0]).items():
         described[grouping] = [
-            _group(name, [[answers[place] for place in places] for answers in systems])
+            _group(name, [[answers[place] for place in places] for answers in systems], inclusive)
             for name, places in groups.items()
         ]
     return described
 
 
-def _group(name: str, systems: Sequence[Sequence[Answer]]) -> dict[str, Any]:
-    counts = _joined([tally(answers) for answers in systems])
+def _group(name: str, systems: Sequence[Sequence[Answer]], inclusive: bool) -> dict[str, Any]:
+    counts = _counts(systems, inclusive)
     miou, oiou, *_ = _figures(counts.sum(axis=0)).tolist()
     found = {"name": name, "expressions": len(systems[0]), "miou": miou, "oiou": oiou}
     return {**found, "intervals": _intervals(counts, ("miou", "oiou"))}

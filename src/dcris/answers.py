@@ -1,12 +1,12 @@
 """Answers in a file, one JSON object a line, so that scores and pictures can be made later without running a model again.
 
 A line holds `sent_id`, `ref_id`, `image` (the photograph's file name), `phrase`, `protocol`, `iou` in 0..1, `intersection` and
-`union` in pixels, `segmentation` (the predicted mask, COCO's compressed run lengths), and where it was measured `curve`, a pair
-of intersection and union for each of metrics.CURVE_THRESHOLDS.
+`union` in pixels as the protocol counts them, `segmentation` (the predicted mask on the photograph, COCO's compressed run
+lengths), and where it was measured `curve`, a pair of intersection and union for each of metrics.CURVE_THRESHOLDS.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from dcris.types import Expression, Reference
 
 
 def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol) -> None:
-    """Write the answers, measured by `protocol`, atomically. Raises DcrisError where the file cannot be written."""
+    """Write the answers, measured by `protocol`, atomically.
+
+    Raises DcrisError where the file cannot be written, ValueError where an answer comes without its mask.
+    """
 
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="ascii") as file:
@@ -45,6 +48,8 @@ def _line(answer: Answer, protocol: Protocol) -> dict[str, Any]:
     }
     if answer.curve:
         found["curve"] = [[overlap.intersection, overlap.union] for overlap in answer.curve]
+    if answer.prediction is None:
+        raise ValueError("the masks of these answers were not kept")
     return {**found, "segmentation": dict(answer.prediction)}
 
 
@@ -111,7 +116,13 @@ def _answer(
     if len(curve) not in (0, len(CURVE_THRESHOLDS)):
         raise bad(path, f"{where} has a 'curve' that is not {len(CURVE_THRESHOLDS)} pairs")
     overlap = _overlap([record.get("intersection"), record.get("union")], path, where)
-    mask = _mask(record.get("segmentation"), path, where)
+    mask = record.get("segmentation")
+    if type(mask) is not dict:
+        raise bad(path, f"{where} has no 'segmentation' in run lengths")
+    try:
+        validate_segmentation(mask, reference.image_size)
+    except DcrisError as error:
+        raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
     return Answer(reference, expression, overlap, mask, tuple(_overlap(pair, path, where) for pair in curve))
 
 
@@ -120,15 +131,3 @@ def _overlap(pair: Any, path: Path, where: str) -> Overlap:
     if not good or not 0 <= pair[0] <= pair[1] <= MAX_PIXELS:
         raise bad(path, f"{where} has an intersection and union that are no numbers of pixels")
     return Overlap(*pair)
-
-
-def _mask(mask: Any, path: Path, where: str) -> Mapping[str, Any]:
-    # Of a size of its own: some protocols compare masks on their square, not on the photograph.
-    size = mask.get("size") if type(mask) is dict else None
-    if type(size) is not list or len(size) != 2 or any(type(side) is not int for side in size):
-        raise bad(path, f"{where} has a 'segmentation' that is not run lengths with their size")
-    try:
-        validate_segmentation(mask, (size[0], size[1]))
-    except DcrisError as error:
-        raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
-    return mask

@@ -434,7 +434,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             return
     result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
     print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
-    metrics = {**result, "analysis": analyse(answers)}
+    metrics = {**result, "analysis": analyse(answers, protocol.precision_includes_threshold)}
     if args.answers is not None:
         write_answers(args.answers, answers, protocol)
     if args.out is not None:
@@ -486,7 +486,7 @@ def _compare(args: argparse.Namespace) -> None:
             precision=args.precision,
             progress=progress,
         )
-    comparison = compare(systems)
+    comparison = compare(systems, protocol.precision_includes_threshold)
     print(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
     shown = telling(systems, args.count)
     if args.out is not None:

@@ -116,8 +116,12 @@ def gather(
     return {name: align(found[name], first) for name in sources}
 
 
-def compare(systems: Systems) -> dict[str, Any]:
+def compare(systems: Systems, inclusive: bool = False) -> dict[str, Any]:
     """The systems' scores, and how each but the first differs from the first, as plain JSON data.
+
+    Args:
+        systems: two or more.
+        inclusive: of precision, as of `metrics.summarise`.
 
     Returns a dict of
         systems: for each its `name`, its scores in percent and what `dcris.analysis.analyse` gives.
@@ -130,10 +134,16 @@ def compare(systems: Systems) -> dict[str, Any]:
         "references": len({answer.reference.ref_id for answer in baseline}),
         "expressions": len(baseline),
         "systems": [
-            {"name": name, **summarise(answer.overlap for answer in answers), **analyse(answers)}
+            {
+                "name": name,
+                **summarise((answer.overlap for answer in answers), inclusive),
+                **analyse(answers, inclusive),
+            }
             for name, answers in systems.items()
         ],
-        "differences": [{"name": name, "minus": first, **difference(answers, baseline)} for name, answers in others],
+        "differences": [
+            {"name": name, "minus": first, **difference(answers, baseline, inclusive)} for name, answers in others
+        ],
     }
 
 

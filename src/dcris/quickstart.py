@@ -95,7 +95,7 @@ def evaluate_both_ways(
     answers = answer(all_questions(references))
     shuffled = answer(exchange_phrases(references))
     metrics = result_record(answers, model, dataset=table.dataset, split=split, protocol=protocol)
-    analysis = analyse(answers)
+    analysis = analyse(answers, protocol.precision_includes_threshold)
     return answers, {
         **metrics,
         "miou_shuffled": summarise(item.overlap for item in shuffled)["miou"],

@@ -6,9 +6,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -92,20 +90,8 @@ def as_panel(named: Mapping[str, Answer]) -> Panel:
     answer = next(iter(named.values()))
     reference = answer.reference
     truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    guesses = tuple(
-        Guess(name, _on_photograph(each.prediction, reference.image_size), each.overlap.iou)
-        for name, each in named.items()
-    )
+    guesses = tuple(Guess(name, each.mask(), each.overlap.iou) for name, each in named.items())
     return Panel(read_image(reference.image_path), answer.expression.text, truth, guesses)
-
-
-def _on_photograph(prediction: Mapping[str, Any], size: tuple[int, int]) -> MaskArray:
-    """A predicted mask at the photograph's size: some protocols compare masks at another."""
-    height, width = prediction["size"]
-    mask = decode_mask(prediction, (height, width))
-    if (height, width) != size:
-        mask = np.asarray(cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST), np.uint8)
-    return mask.astype(bool)
 
 
 def panels_section(heading: str, panels: Iterable[Panel]) -> str:
