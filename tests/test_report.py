@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from answers import answer, drawn, rectangle
+from dcris.analysis import analyse
 from dcris.data.references import load_references
 from dcris.drawing import mask_cell
 from dcris.errors import DcrisError
+from dcris.metrics import summarise
 from dcris.report.charts import threshold_chart
-from dcris.report.evaluation import write_report
+from dcris.report.evaluation import write_evaluation_report, write_report
 from dcris.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel, as_panel, pick
 from pages import Page
 
@@ -290,6 +292,29 @@ def test_a_panel_shows_what_was_answered_and_the_truth(tiny_refer):
     assert [(guess.name, guess.iou) for guess in shown.guesses] == [("a", 1.0), ("b", 0.5)]
     for mask, expected in ((shown.truth, truth), (shown.guesses[0].mask, truth), (shown.guesses[1].mask, other)):
         np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_report_of_anybodys_answers(tiny_refer, tmp_path, count):
+    """Scores of masks that came in a folder have no model and no run; there may be one answer or none, and all may be empty."""
+    tiny_refer.write()
+    references = load_references(tiny_refer.root, "tiny").references
+    answers = [
+        drawn(
+            reference, number, rectangle(reference.image_size, 0, 0, 0, 0), rectangle(reference.image_size, 0, 0, 5, 5)
+        )
+        for reference in references
+        for number in range(len(reference.expressions))
+    ][:count]
+    metrics = {**summarise(each.overlap for each in answers), "analysis": analyse(answers)}
+    write_evaluation_report(tmp_path / "a.html", title="Theirs", answers=answers, metrics=metrics)
+    page = Page((tmp_path / "a.html").read_text())
+    assert page.stands_alone()
+    assert len(page.pictures()) == 3 * count
+    assert page.text().count("prediction: empty") == count
+    assert ("By length of the phrase" in page.text()) == (count > 0)
+    assert ("95%: 0.0" in page.text()) == (count == 5)  # which are on two photographs
+    assert "recipe" not in page.text()
 
 
 def test_several_guesses_stand_side_by_side(report):
