@@ -20,7 +20,17 @@ from dcris.cli import main
 from dcris.engine.checkpoint import list_checkpoints
 from runs import assert_same_run, leftovers
 
-COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "train", "evaluate", "compare", "predict", "recipes"]
+COMMANDS = [
+    "quickstart",
+    "data fetch",
+    "data check",
+    "data scenes",
+    "train",
+    "evaluate",
+    "compare",
+    "predict",
+    "recipes",
+]
 QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
 )

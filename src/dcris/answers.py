@@ -6,7 +6,7 @@ lengths), and where it was measured `curve`, a pair of intersection and union fo
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def read_answers(path: Path, questions: Questions, protocol: Protocol) -> list[A
     Raises DcrisError, naming the file and the line, where it cannot be read, was measured by another protocol, or does not
     answer each question once.
     """
-    lines = _lines(path)
+    lines = _by_sentence(path)
     answers = []
     for reference, expression in questions:
         if expression.sent_id not in lines:
@@ -77,23 +77,28 @@ def read_answers(path: Path, questions: Questions, protocol: Protocol) -> list[A
     return answers
 
 
-def _lines(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Where each sentence's line is, and what it holds."""
-    lines: dict[int, tuple[str, dict[str, Any]]] = {}
+def answer_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line's name for errors, and what it holds. Raises DcrisError where the file cannot be read or is not JSON Lines."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"line {number}"
                 try:
-                    record = json.loads(line)
+                    yield where, json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise bad(path, f"{where} is not JSON ({error})") from error
-                sent_id = field(record, "sent_id", int, path, where)
-                if sent_id in lines:
-                    raise bad(path, f"{where} answers sentence {sent_id}, which {lines[sent_id][0]} did already")
-                lines[sent_id] = where, record
     except OSError as error:
         raise DcrisError(f"cannot read the answers {path}: {error.strerror or error}") from error
+
+
+def _by_sentence(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Where each sentence's line is, and what it holds."""
+    lines: dict[int, tuple[str, dict[str, Any]]] = {}
+    for where, record in answer_lines(path):
+        sent_id = field(record, "sent_id", int, path, where)
+        if sent_id in lines:
+            raise bad(path, f"{where} answers sentence {sent_id}, which {lines[sent_id][0]} did already")
+        lines[sent_id] = where, record
     return lines
 
 

@@ -131,6 +131,26 @@ def _parser() -> _Parser:
     evaluate.add_argument("--answers", type=Path, help="JSON Lines file with every mask, for `dcris compare`")
     _device(evaluate)
 
+    score = add(
+        "score",
+        _score,
+        "score anybody's masks",
+        "masks --data ROOT --dataset refcoco --split testA --protocol lavt",
+        "PREDICTIONS is a folder of <sent_id>.png, a COCO result .json with sent_id, an .npz of arrays named by sent_id, or "
+        "what `dcris evaluate --answers` wrote.",
+    )
+    score.add_argument("predictions", type=Path, nargs="+", metavar="PREDICTIONS", help="several give a table's rows")
+    _data_root(score)
+    _data_set(score)
+    score.add_argument("--split", default="val", help="(%(default)s)")
+    _protocol(score)
+    score.add_argument(
+        "--missing-is-empty", action="store_true", help="an expression without a mask counts as found nothing"
+    )
+    score.add_argument("--format", choices=("markdown", "latex", "json"), default="markdown", help="(%(default)s)")
+    score.add_argument("--out", type=Path, help="result file (JSON)")
+    score.add_argument("--report", type=Path, help="HTML file with pictures of good and bad predictions")
+
     compare = add(
         "compare",
         _compare,
@@ -147,7 +167,7 @@ def _parser() -> _Parser:
     _data_root(compare)
     _data_set(compare, required=False)
     compare.add_argument("--split", default="val", help="(%(default)s)")
-    compare.add_argument("--protocol", default="cris", help="(%(default)s)")
+    _protocol(compare)
     compare.add_argument("--names", nargs="+", metavar="NAME", help="of the systems, in their order")
     compare.add_argument("--count", type=_natural, default=8, metavar="N", help="phrases to show (%(default)s)")
     compare.add_argument("--out", type=Path, help="HTML file with tables, curves and pictures")
@@ -444,6 +464,52 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         title = f"{config.recipe} on {table.dataset} {args.split}"
         write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=metrics)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.analysis import analyse
+    from dcris.data.dataset import all_questions
+    from dcris.data.references import load_references
+    from dcris.engine.evaluate import result_record
+    from dcris.files import write_json
+    from dcris.metrics import PRECISION_THRESHOLDS
+    from dcris.protocols import get_protocol
+    from dcris.scoring import score_predictions
+    from dcris.tables import latex, markdown
+
+    if len(args.predictions) > 1 and (args.out or args.report):
+        raise DcrisError("--out and --report are of one system's masks; give them one at a time")
+    protocol = get_protocol(args.protocol)
+    table = load_references(args.data, args.dataset, args.split_by)
+    questions = all_questions(table.split(args.split))
+    results, rows = [], []
+    for path in args.predictions:
+        with tqdm(total=len(questions), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+            answers = []
+            for answer in score_predictions(
+                path, questions, protocol, missing_is_empty=args.missing_is_empty, keep_masks=args.report is not None
+            ):
+                answers.append(answer)
+                bar.update(1)
+        result = result_record(answers, None, dataset=table.dataset, split=args.split, protocol=protocol)
+        results.append({"predictions": path.name, **result})
+        rows.append([path.stem, *(f"{value:.2f}" for value in result.values() if isinstance(value, float))])
+    if args.format == "json":
+        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))
+    else:
+        precisions = (f"P@{threshold}" for threshold in PRECISION_THRESHOLDS)
+        header = [f"{table.dataset} {args.split} ({protocol.name})", "mIoU", "oIoU", *precisions]
+        print((latex if args.format == "latex" else markdown)(header, rows))
+    metrics = {**results[0], "analysis": analyse(answers, protocol.precision_includes_threshold)}
+    if args.out is not None:
+        write_json(args.out, metrics)
+    if args.report is not None:
+        from dcris.report.evaluation import write_evaluation_report
+
+        title = f"{args.predictions[0].name} on {table.dataset} {args.split}"
+        write_evaluation_report(args.report, title=title, answers=answers, metrics=metrics)
 
 
 def _compare(args: argparse.Namespace) -> None:

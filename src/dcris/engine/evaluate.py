@@ -169,9 +169,12 @@ def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, E
 
 
 def result_record(
-    answers: Sequence[Answer], model: DCRIS, *, dataset: str, split: str, protocol: Protocol
-) -> dict[str, float | int | str]:
-    """What every result file holds: the scores in percent, and all that is needed to know what they are scores of."""
+    answers: Sequence[Answer], model: DCRIS | None, *, dataset: str, split: str, protocol: Protocol
+) -> dict[str, float | int | str | None]:
+    """What every result file holds: the scores in percent, and all that is needed to know what they are scores of.
+
+    A `model` of None is somebody else's, of which nothing but masks is known.
+    """
     return {
         **summarise((answer.overlap for answer in answers), protocol.precision_includes_threshold),
         "references": len({answer.reference.ref_id for answer in answers}),
@@ -179,6 +182,6 @@ def result_record(
         "dataset": dataset,
         "split": split,
         "protocol": protocol.name,
-        "weights_sha256": fingerprint(model.state_dict()),
+        "weights_sha256": fingerprint(model.state_dict()) if model is not None else None,
         "version": __version__,
     }

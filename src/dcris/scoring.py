@@ -1,0 +1,170 @@
+"""Anybody's masks, scored by any protocol, so that systems can be compared on equal terms.
+
+Masks are those of whole photographs, one for each expression, found by its `sent_id`:
+- a folder of pictures named `<sent_id>.png`, in which what is not black is the object;
+- a COCO result file (.json), a list whose entries have `sent_id` and `segmentation` (run lengths or polygons);
+- an .npz file of arrays [H, W] named by sent_id, in which what is not 0 is the object;
+- answers (.jsonl) that `dcris evaluate --answers` wrote: their masks count, not their scores.
+"""
+
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcris.answers import answer_lines
+from dcris.data.dataset import Questions
+from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.table import bad, field
+from dcris.engine.evaluate import Answer
+from dcris.errors import DcrisError
+from dcris.files import read_json
+from dcris.metrics import overlap
+from dcris.protocols import Protocol
+from dcris.types import MaskArray
+
+
+class Predictions(ABC):
+    """Masks by sent_id."""
+
+    @abstractmethod
+    def __contains__(self, sent_id: object) -> bool: ...
+
+    @abstractmethod
+    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
+        """The mask [H, W] for a photograph of that size. Raises DcrisError where it cannot be read or has another size."""
+
+
+class _Pictures(Predictions):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not any(folder.glob("*.png")):
+            raise DcrisError(f"the folder {folder} has no masks in it; they are to be named by sentence, as in 42.png")
+
+    def __contains__(self, sent_id: object) -> bool:
+        return (self.folder / f"{sent_id}.png").is_file()
+
+    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
+        return decode_mask(self.folder / f"{sent_id}.png", size).astype(bool)
+
+
+class _Records(Predictions):
+    """Masks as COCO stores them, by sentence."""
+
+    def __init__(self, path: Path, records: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        self.path = path
+        self.found: dict[int, tuple[str, Any]] = {}
+        for where, record in records:
+            sent_id = field(record, "sent_id", int, path, where)
+            if sent_id in self.found:
+                raise bad(path, f"{where} answers sentence {sent_id}, which {self.found[sent_id][0]} did already")
+            self.found[sent_id] = where, record.get("segmentation")
+
+    def __contains__(self, sent_id: object) -> bool:
+        return sent_id in self.found
+
+    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
+        where, segmentation = self.found[sent_id]
+        if type(segmentation) not in (list, dict):
+            raise bad(self.path, f"{where} has no 'segmentation' in run lengths or polygons")
+        try:
+            return decode_mask(segmentation, size).astype(bool)
+        except DcrisError as error:
+            raise bad(self.path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
+
+
+class _Arrays(Predictions):
+    """An .npz file. Each array's header is looked at first: a small file can claim any size, or ask to run code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._opened() as archive:
+            self.names = set(archive.namelist())
+
+    def __contains__(self, sent_id: object) -> bool:
+        return f"{sent_id}.npy" in self.names
+
+    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
+        with self._opened() as archive, archive.open(f"{sent_id}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read: Callable[..., Any] = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read(file)
+            if shape != size or dtype.kind not in "bui":
+                raise DcrisError(
+                    f"the array {sent_id} of {self.path} is {dtype} {list(shape)}, not bool or whole numbers {list(size)}; "
+                    "give masks of the photographs' size"
+                )
+        with self._opened() as archive, archive.open(f"{sent_id}.npy") as file:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False) != 0)
+
+    @contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except DcrisError:
+            raise
+        except Exception as error:  # a damaged archive makes its readers raise nearly anything
+            raise DcrisError(
+                f"cannot read the masks of {self.path} ({error}); it may be cut short, so make it again"
+            ) from error
+
+
+def open_predictions(path: Path) -> Predictions:
+    """The masks that a folder or file holds. Raises DcrisError where there is none, or it is of no known kind."""
+    if path.is_dir():
+        return _Pictures(path)
+    if not path.exists():
+        raise DcrisError(f"there are no masks at {path}; give a folder of PNGs, or a .json, .npz or .jsonl file")
+    if path.suffix == ".npz":
+        return _Arrays(path)
+    if path.suffix == ".jsonl":
+        return _Records(path, answer_lines(path))
+    if path.suffix == ".json":
+        records = read_json(path, "the result file")
+        if type(records) is not list:
+            raise bad(path, "it is not a list of results")
+        return _Records(path, ((f"entry {number}", record) for number, record in enumerate(records, 1)))
+    raise DcrisError(f"{path} is neither a folder of PNGs nor a .json, .npz or .jsonl file")
+
+
+def score_predictions(
+    path: Path,
+    questions: Questions,
+    protocol: Protocol,
+    *,
+    missing_is_empty: bool = False,
+    keep_masks: bool = False,
+) -> Iterator[Answer]:
+    """Compare masks with the truth by a protocol's rule. The photographs themselves are not needed.
+
+    Args:
+        path: a folder or file as described above. Masks for other sentences may be in it.
+        questions: the expressions that count.
+        protocol: on which pixels masks are compared.
+        missing_is_empty: let an expression without a mask count as an empty one.
+        keep_masks: whether answers hold their masks.
+
+    Yields one answer for each question, in their order. Raises DcrisError where an expression has no mask, and where a mask cannot be read or is not of its photograph's size.
+    """
+    predictions = open_predictions(path)
+    missing = [expression for _, expression in questions if expression.sent_id not in predictions]
+    if len(missing) == len(questions) or (missing and not missing_is_empty):
+        raise DcrisError(
+            f"{path} has no mask for {len(missing):,} of {len(questions):,} expressions, of which the first is sentence "
+            f"{missing[0].sent_id}, {missing[0].text!r}; add them, or let them count as empty with --missing-is-empty"
+        )
+    for reference, expression in questions:
+        if expression.sent_id in predictions:
+            mask = predictions.mask(expression.sent_id, reference.image_size)
+        else:
+            mask = np.zeros(reference.image_size, bool)
+        truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        counted = overlap(protocol.compared(mask), protocol.compared(truth))
+        yield Answer(reference, expression, counted, encode_mask(mask) if keep_masks else None)

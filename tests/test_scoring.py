@@ -1,0 +1,225 @@
+"""Anybody's masks are scored as ours are, whatever they come in."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcris.cli import main
+from dcris.data.dataset import all_questions
+from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.references import load_references
+from dcris.errors import DcrisError
+from dcris.protocols import get_protocol
+from dcris.scoring import score_predictions
+from dcris.tables import latex, markdown
+
+Masks = Mapping[int, np.ndarray]
+CRIS = get_protocol("cris")
+
+
+@pytest.fixture(scope="module")
+def questions(scenes_root: Path) -> list:
+    return all_questions(load_references(scenes_root, "scenes").split("test"))
+
+
+@pytest.fixture(scope="module")
+def truths(questions: list) -> Masks:
+    return {
+        expression.sent_id: decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        for reference, expression in questions
+    }
+
+
+# ---- the kinds of files --------------------------------------------------------------------------------------------------
+
+
+def as_pictures(masks: Masks, folder: Path) -> Path:
+    folder /= "masks"
+    folder.mkdir()
+    for sent_id, mask in masks.items():
+        Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).save(folder / f"{sent_id}.png")
+    return folder
+
+
+def as_coco(masks: Masks, folder: Path) -> Path:
+    path = folder / "results.json"
+    path.write_text(json.dumps([{"sent_id": key, "segmentation": encode_mask(mask)} for key, mask in masks.items()]))
+    return path
+
+
+def as_arrays(masks: Masks, folder: Path) -> Path:
+    np.savez_compressed(folder / "masks.npz", **{str(key): mask for key, mask in masks.items()})
+    return folder / "masks.npz"
+
+
+KINDS = {"pictures": as_pictures, "coco": as_coco, "arrays": as_arrays}
+every_kind = pytest.mark.parametrize("write", KINDS.values(), ids=KINDS)
+Writer = Callable[[Masks, Path], Path]
+
+
+def score_line(capsys: pytest.CaptureFixture[str], root: Path, *words: object) -> dict:
+    arguments = ["score", *words, "--data", root, "--dataset", "scenes", "--split", "test", "--format", "json"]
+    assert main([str(word) for word in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@every_kind
+@pytest.mark.parametrize("protocol", ["cris", "lavt", "cgformer", "refer"])
+def test_perfect_masks_have_a_hundred_and_empty_ones_nothing(
+    write: Writer, protocol: str, truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two ends of the scale; a mask read upside down or with another object's number would not get there."""
+    (tmp_path / "none").mkdir()
+    empty = {key: np.zeros_like(mask) for key, mask in truths.items()}
+    perfect = score_line(capsys, scenes_root, write(truths, tmp_path), "--protocol", protocol)
+    nothing = score_line(capsys, scenes_root, write(empty, tmp_path / "none"), "--protocol", protocol)
+    keys = ["miou", "oiou", *(f"prec@0.{digit}" for digit in "56789")]
+    assert [perfect[key] for key in keys] == [100.0] * 7
+    assert [nothing[key] for key in keys] == [0.0] * 7
+    assert perfect["expressions"] == len(truths)
+    assert perfect["weights_sha256"] is None
+
+
+@every_kind
+def test_shifted_squares_have_what_paper_and_pencil_give(write: Writer, tmp_path: Path, tiny_refer) -> None:
+    """A square of 10, shifted by 5 in both directions: 25 in common, 175 covered."""
+    reference, expression = _square(tiny_refer)
+    mask = np.zeros(reference.image_size, bool)
+    mask[10:20, 15:25] = True
+    shifted = np.roll(mask, (5, 5), (0, 1))
+    (answer,) = score_predictions(write({expression.sent_id: shifted}, tmp_path), [(reference, expression)], CRIS)
+    assert (answer.overlap.intersection, answer.overlap.union) == (25, 175)
+
+
+def _square(tiny_refer):
+    from dataclasses import replace
+
+    reference = load_references(tiny_refer.write(), tiny_refer.dataset).references[0]
+    reference = replace(reference, segmentation=[[15, 10, 25, 10, 25, 20, 15, 20]], image_size=(40, 60))
+    assert decode_mask(reference.segmentation, reference.image_size).sum() == 100
+    return reference, reference.expressions[0]
+
+
+def test_answers_of_a_model_keep_their_score(
+    trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the table would mix two ways of counting."""
+    out = tmp_path / "answers.jsonl"
+    words = ["evaluate", trained_run, "--data", scenes_root, "--split", "test", "--answers", out, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    theirs = json.loads(capsys.readouterr().out)
+    ours = score_line(capsys, scenes_root, out)
+    assert {key: ours[key] for key in theirs if key != "weights_sha256"} == {
+        key: theirs[key] for key in theirs if key != "weights_sha256"
+    }
+
+
+def test_tables_for_a_readme_and_a_paper(
+    truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several systems make a table; figures are right-aligned and names are no markup."""
+    files = [as_coco(truths, tmp_path), as_arrays(truths, tmp_path)]
+    words = ["score", *files, "--data", scenes_root, "--dataset", "scenes", "--split", "test"]
+    assert main([str(word) for word in words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split("|")[1:3] == [" results            ", " 100.00 "]
+    assert main([str(word) for word in [*words, "--format", "latex"]]) == 0
+    assert r"masks & 100.00 & 100.00" in capsys.readouterr().out
+    assert r"a\_b \& 50\% \textbackslash{}x" in latex(["name"], [["a_b & 50% \\x"]])
+    assert r"a\|b" in markdown(["name", "n"], [["a|b", "1"]])
+
+
+def test_a_report_of_somebody_elses_masks(
+    truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures and result file as for our own models."""
+    out, report = tmp_path / "result.json", tmp_path / "report.html"
+    result = score_line(capsys, scenes_root, as_coco(truths, tmp_path), "--out", out, "--report", report)
+    written = json.loads(out.read_text())
+    assert result.items() <= written.items()
+    assert written["analysis"]["intervals"]["miou"] == [100.0, 100.0]
+    assert "data:image/png" in report.read_text()
+
+
+# ---- what does not fit ---------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_missing_masks_are_said_or_empty(write: Writer, questions: list, truths: Masks, tmp_path: Path) -> None:
+    """A system that failed on one photograph must neither be flattered nor crash the comparison."""
+    left_out = questions[3][1].sent_id
+    path = write({key: mask for key, mask in truths.items() if key != left_out}, tmp_path)
+    with pytest.raises(DcrisError, match=f"no mask for 1 of .* sentence {left_out}"):
+        next(score_predictions(path, questions, CRIS))
+    answers = score_predictions(path, questions, CRIS, missing_is_empty=True)
+    assert [answer.expression.sent_id for answer in answers if answer.overlap.iou < 1] == [left_out]
+
+
+@every_kind
+def test_masks_of_another_size_are_refused(write: Writer, questions: list, truths: Masks, tmp_path: Path) -> None:
+    """Masks at the network's size would be scored against other pixels."""
+    path = write({**truths, questions[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
+    with pytest.raises(DcrisError, match="448|not for a photograph of 112 x 112"):
+        list(score_predictions(path, questions, CRIS))
+
+
+def _npz(folder: Path, **arrays: bytes) -> Path:
+    with zipfile.ZipFile(folder / "masks.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in arrays.items():
+            archive.writestr(f"{name}.npy", content)
+    return folder / "masks.npz"
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def _bomb(folder: Path, key: str) -> Path:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|b1", "fortran_order": False, "shape": (10**9, 10**9)})
+    return _npz(folder, **{key: header.getvalue()})
+
+
+def _text(name: str, content: str) -> Callable[[Path, str], Path]:
+    def write(folder: Path, key: str) -> Path:
+        (folder / name).write_text(content.replace("KEY", key))
+        return folder / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder, key: folder / "absent", "there are no masks"),
+        (lambda folder, key: folder, "no masks in it"),
+        (_text("a.txt", "x"), "neither a folder"),
+        (_text("a.json", "{}"), "not a list"),
+        (_text("a.json", "[1]"), "entry 1 is not a table"),
+        (_text("a.json", '[{"sent_id": "KEY"}]'), "not a whole number"),
+        (_text("a.json", '[{"sent_id": KEY}, {"sent_id": KEY}]'), "which entry 1 did already"),
+        (_text("a.json", '[{"sent_id": KEY, "segmentation": 5}]'), "no 'segmentation'"),
+        (_text("a.json", '[{"sent_id": KEY, "segmentation": {"size": [1, 1], "counts": [1]}}]'), "cannot be decoded"),
+        (_text("a.jsonl", "{"), "line 1 is not JSON"),
+        (_text("a.npz", "PK"), "cannot read the masks"),
+        (_bomb, "1000000000"),
+        (lambda folder, key: _npz(folder, **{key: b"nothing"}), "cannot read the masks"),
+        (lambda folder, key: _npz(folder, **{key: _npy(np.array([{}], object))}), "object"),
+        (lambda folder, key: _npz(folder, **{key: _npy(np.ones((112, 112)))}), "float64"),
+        (lambda folder, key: _npz(folder, **{key: _npy(np.ones((112, 112), bool))[:600]}), "cannot read the masks"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(make: Callable, words: str, questions: list, tmp_path: Path) -> None:
+    """Files of other people's systems come in all states; none may run code, fill the memory, or pass as a score."""
+    with pytest.raises(DcrisError, match=words):
+        list(score_predictions(make(tmp_path, str(questions[0][1].sent_id)), questions[:1], CRIS))
