@@ -167,7 +167,7 @@ def test_missing_masks_are_said_or_empty(write: Writer, questions: list, truths:
 def test_masks_of_another_size_are_refused(write: Writer, questions: list, truths: Masks, tmp_path: Path) -> None:
     """Masks at the network's size would be scored against other pixels."""
     path = write({**truths, questions[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
-    with pytest.raises(DcrisError, match="448|not for a photograph of 112 x 112"):
+    with pytest.raises(DcrisError, match=r"448|not for a photograph of 112 x 112"):
         list(score_predictions(path, questions, CRIS))
 
 

@@ -151,7 +151,8 @@ def score_predictions(
         missing_is_empty: let an expression without a mask count as an empty one.
         keep_masks: whether answers hold their masks.
 
-    Yields one answer for each question, in their order. Raises DcrisError where an expression has no mask, and where a mask cannot be read or is not of its photograph's size.
+    Yields one answer for each question, in their order. Raises DcrisError where an expression has no mask, and where a mask
+    cannot be read or is not of its photograph's size.
     """
     predictions = open_predictions(path)
     missing = [expression for _, expression in questions if expression.sent_id not in predictions]
