@@ -16,12 +16,14 @@ from tokenizers.models import BPE
 from dcris.data import tokenizer as module
 from dcris.data.tokenizer import (
     CLIP_END,
+    CLIP_REPOSITORY,
     CLIP_START,
     TINY_BUCKETS,
     ClipTokenizer,
     TinyTokenizer,
     Tokenizer,
     clean_text,
+    get_tokenizer,
     require_phrase,
 )
 from dcris.errors import DcrisError
@@ -116,6 +118,21 @@ def test_a_missing_library_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     with pytest.raises(DcrisError, match=r"tokenizer\.json.*3\.11"):
         ClipTokenizer()(["red"], 5)
+
+
+def test_without_the_library_the_hubs_vocabulary_serves(hub, monkeypatch, tmp_path):
+    """On Python 3.13 there is no wheel of the library, and models on CLIP must work there too."""
+    hub.push(CLIP_REPOSITORY, {"tokenizer.json": hub_file(tmp_path / "tokenizer.json").read_bytes()})
+    monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
+    get_tokenizer.cache_clear()
+    try:
+        expected = ClipTokenizer(tmp_path / "tokenizer.json")(["red circle"], 9)
+        assert torch.equal(get_tokenizer("clip")(["red circle"], 9), expected)
+        hub.stop()
+        get_tokenizer.cache_clear()
+        assert torch.equal(get_tokenizer("clip")(["red circle"], 9), expected)  # from the cache
+    finally:
+        get_tokenizer.cache_clear()
 
 
 def test_shape_cut_and_empty_text(tokenizer):

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 
 from dcris.errors import DcrisError
+from dcris.hub import fetch
 
 PADDING = 0
 """The padding id of both tokenizers. In CLIP it is also the token of a "!" with more punctuation behind it."""
+
+CLIP_REPOSITORY = "openai/clip-vit-base-patch16"
+"""On the Hub; all of CLIP's text towers have one vocabulary."""
 
 CLIP_VOCABULARY_SIZE = 49408
 CLIP_START = 49406
@@ -224,5 +229,13 @@ class TinyTokenizer:
 
 @lru_cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a text tower's configuration, "clip" or "tiny"; made once, as it never changes and may be shared."""
-    return ClipTokenizer() if name == "clip" else TinyTokenizer.embedded()
+    """The tokenizer of a text tower's configuration, "clip" or "tiny"; made once, as it never changes and may be shared.
+
+    CLIP's vocabulary is that of instant-clip-tokenizer where it is installed, which is where Python is 3.11 or 3.12, and else
+    the Hub's, fetched once. Raises DcrisError where neither can be had.
+    """
+    if name == "tiny":
+        return TinyTokenizer.embedded()
+    if find_spec("instant_clip_tokenizer") is not None:
+        return ClipTokenizer()
+    return ClipTokenizer(fetch(CLIP_REPOSITORY, "main", ["tokenizer.json"]).path)
