@@ -24,10 +24,14 @@ def test_a_photograph_in_two_splits_is_a_leak(tiny_refer):
     """Training on a photograph whose other objects are tested makes the test look better than it is."""
     report = check_dataset(tiny_refer.write(), "tiny")
     assert report.shared_images == 1  # image 1 is in val and testA
-    assert any("1 images are in more than one split" in warning for warning in report.warnings)
+    assert report.warnings == ["1 images are in more than one split; training sees none of them"]
+    tiny_refer.references[1]["split"] = "train"
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert report.warnings == ["1 images are in more than one split; training sees 1 of them"]
+    assert (report.shared_images, report.leaked_images) == (1, 1)
     tiny_refer.references[1]["split"] = "testA"
     report = check_dataset(tiny_refer.write(), "tiny")
-    assert (report.shared_images, report.warnings) == (0, [])
+    assert (report.shared_images, report.leaked_images, report.warnings) == (0, 0, [])
 
 
 def test_missing_and_wrong_images_are_problems(tiny_refer):

@@ -20,17 +20,8 @@ from dcris.cli import main
 from dcris.engine.checkpoint import list_checkpoints
 from runs import assert_same_run, leftovers
 
-COMMANDS = [
-    "quickstart",
-    "data fetch",
-    "data check",
-    "data scenes",
-    "train",
-    "evaluate",
-    "compare",
-    "predict",
-    "recipes",
-]
+COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]
+COMMANDS += ["predict", "recipes"]
 QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
 )
@@ -115,6 +106,42 @@ def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.Captu
     record = json.loads(printed[printed.rindex("\n{\n") :])
     assert record["dataset"] == "refcoco"
     assert 0 <= record["miou"] <= 100
+
+
+def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From an annotation tool's export to a model that is tuned on it; the file alone says which data set it is."""
+    folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))
+    data, coco = folder / "shapes.jsonl", folder / "scenes/instances.json"
+    photographs = folder / "images/mscoco/images/train2014"
+    assert dcris("data", "import-coco", coco, "--images", photographs, "--out", data, "--val", "0.2") == 0
+    assert f"next: dcris data check {data}" in capsys.readouterr().out
+    assert dcris("data", "check", data, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["dataset"], report["leaked_images"], set(report["splits"])) == ("shapes", 0, {"train", "val"})
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    assert dcris("train", "dcris_tiny", "--data", data, "--out", run, *QUICK) == 0
+    assert json.loads((run / "config.json").read_text())["data"]["dataset"] == "shapes"
+    assert json.loads((run / "data.json").read_text())["splits"] == report["splits"]
+    assert dcris("evaluate", run, "--data", data, "--split", "val", "--out", tmp_path / "a.json") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["dataset"] == "shapes"
+    # Without a split for validation, and from the run before.
+    text = data.read_text().replace('"split": "val"', '"split": "held out"')
+    other = folder / "other.jsonl"
+    other.write_text(text)
+    config = tmp_path / "config.json"
+    config.write_text((run / "config.json").read_text().replace('"val_split": null', '"val_split": "val"'))
+    capsys.readouterr()
+    assert dcris("train", config, "--data", other, "--from", run, "--out", tuned) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("other has no split 'val', so nothing is scored while training")
+    assert f"starting from the adapters and the head of {list_checkpoints(run)[-1].path}" in printed
+    assert f"next: dcris evaluate {tuned} --data {other} --split 'held out'" in printed
+    assert dcris("evaluate", tuned, "--data", other, "--split", "held out") == 0
+    assert dcris("evaluate", tuned, "--data", scenes_root, "--dataset", "scenes") == 0
+    assert dcris("train", config, "--data", other, "--from", run, "--out", tuned, "--resume") == 0
+    for words in (("train", config, "--out", tmp_path / "b", "--data.val_split", "val"), ("evaluate", run)):
+        assert "no split 'val'; choose from train, held out" in refused(capsys, *words, "--data", other)
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> None:
@@ -261,6 +288,18 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("data check ABSENT --dataset scenes", "absent"),
         ("data check DATA --dataset scenes --split-by unc", "unc"),
         ("data check DATA", "--dataset"),
+        ("data check NOIMAGE.jsonl", "there is no file"),
+        ("data check DATA/x.jsonl --dataset y", "leave out --dataset"),
+        ("train dcris_tiny --data DATA/x.jsonl --split-by unc --out OUT", "leave out --dataset and --split-by"),
+        ("evaluate RUN --data DATA/x.jsonl --dataset y", "leave out --dataset"),
+        ("train dcris_tiny --data DATA --from ABSENT --out OUT", "no checkpoint"),
+        ("train dcris_tiny --data DATA --from RUN --model.head.width 96 --out OUT --device cpu", "its own model alone"),
+        ("data import-coco DATA/scenes/instances.json --images DATA --out OUT.json", "out.jsonl"),
+        ("data import-coco DATA/scenes/instances.json --images EMPTY --out EMPTY/x.jsonl", "no image file"),
+        ("data import-coco ABSENT --images DATA --out DATA/x.jsonl", "is missing"),
+        ("data import-coco NOIMAGE --images DATA --out DATA/x.jsonl", "not valid JSON"),
+        ("data import-coco DATA/scenes/instances.json --images DATA --out DATA/x.jsonl --val 1", "share"),
+        ("data import-coco DATA/scenes/instances.json --images DATA --out DATA/x.jsonl --val much", "share"),
         ("data scenes OUT --train -1", "-1"),
         ("data scenes OUT --train 0 --val 0 --test 0", "zero"),
         ("data scenes DATA --train 1", "scenes"),

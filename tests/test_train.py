@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dcris.engine.train as engine
-from dcris import files
+from dcris import Segmenter, files
 from dcris.data.references import load_references
 from dcris.data.table import ReferenceTable
 from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
@@ -233,6 +234,95 @@ def test_the_learning_rate_by_hand() -> None:
     assert rates[8] == pytest.approx(0.5)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.05
+
+
+# ---- what a run starts from ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_path: Path) -> None:
+    """Else nobody can tell next year whether the mixture was filtered, or which version of one's own data it was."""
+    noted, lines = replace(table, notes=("two were left out",)), []
+    run_training(quick_config(1), noted, tmp_path / "run", say=lines.append)
+    record = json.loads((tmp_path / "run/data.json").read_text())
+    assert record == {
+        "dataset": "scenes",
+        "split_by": "generated",
+        "splits": {
+            name: {"references": references, "expressions": expressions}
+            for name, (references, expressions) in table.splits().items()
+        },
+        "notes": ["two were left out"],
+        "sha256": table.sha256(),
+    }
+    assert lines[0] == "two were left out"
+
+
+def test_a_run_does_not_go_on_with_other_data(table: ReferenceTable, broken: Path) -> None:
+    """Else a corrected phrase file gives weights that neither version of the data explains."""
+    first = table.references[0]
+    phrase = replace(first.expressions[0], text="the other one")
+    changed = replace(table, references=(replace(first, expressions=(phrase,)), *table.references[1:]))
+    config, before = quick_config(14, ("train.log_every", "2")), (broken / "data.json").read_text()
+    with pytest.raises(DcrisError, match=r"references of scenes .* are not those that the run in .* was started on"):
+        run_training(config, changed, broken, resume=True)
+    assert list_checkpoints(broken)[-1].step == 12
+    assert (broken / "data.json").read_text() == before
+    (broken / "data.json").write_text("[]")
+    with pytest.raises(DcrisError, match="are not those"):
+        run_training(config, table, broken, resume=True)
+    (broken / "data.json").unlink()  # as runs from before there was one
+    run_training(config, table, broken, resume=True)
+    assert (broken / "data.json").read_text() == before
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What the optimiser moves; running statistics follow the data."""
+    return {name: value for name, value in last_tensors(run).items() if "running" not in name and "tracked" not in name}
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "bundle"])
+def test_a_run_may_start_from_another(table: ReferenceTable, trained_run: Path, tmp_path: Path, kind: str) -> None:
+    """Fine-tuning: the first step is taken from the other run's adapters and head, and the run says whose those were."""
+    checkpoint = list_checkpoints(trained_run)[-1].path
+    start = {"run": trained_run, "checkpoint": checkpoint, "bundle": tmp_path / "model.safetensors"}[kind]
+    if kind == "bundle":
+        Segmenter.from_pretrained(trained_run, device="cpu").save_pretrained(start)
+    settings = [("train.start", json.dumps(str(start))), ("train.lr", "1e-30")]
+    run_training(quick_config(1, *settings), table, tmp_path / "run")
+    ours, theirs = weights(tmp_path / "run"), weights(trained_run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    recorded = json.loads((tmp_path / "run/data.json").read_text())["start"]
+    assert recorded["checkpoint"] == str(start if kind == "bundle" else checkpoint)
+    assert len(recorded["sha256"]) == 64
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["start"] == str(start)
+
+
+def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
+    """Neither from the other run's weights, nor with a need for them: they may be gone by then."""
+    config = quick_config(4, EVERY_STEP, ("train.start", json.dumps(str(broken))))
+    run_training(config, table, tmp_path / "unbroken")
+    with pytest.raises(Interrupted):
+        run_training(config, table, tmp_path / "new", say=stop_at(2))
+    record = (tmp_path / "new/data.json").read_text()
+    shutil.rmtree(broken)
+    run_training(config, table, tmp_path / "new", resume=True)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "new")
+    assert (tmp_path / "new/data.json").read_text() == record
+    with pytest.raises(DcrisError, match=r"train\.start"):
+        run_training(quick_config(4, EVERY_STEP), table, tmp_path / "new", resume=True)
+
+
+def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
+    """A head of another width, or other towers: one sentence, before anything is written."""
+    start = ("train.start", json.dumps(str(broken)))
+    with pytest.raises(DcrisError, match=r"has the shape .*of its own model alone"):
+        run_training(quick_config(1, start, ("model.head.width", "96")), table, tmp_path / "new")
+    rewritten(list_checkpoints(broken)[-1].path / MODEL, other_towers)
+    with pytest.raises(DcrisError, match=r"trained on another vision tower"):
+        run_training(quick_config(1, start), table, tmp_path / "new")
+    with pytest.raises(DcrisError, match=r"there is no checkpoint"):
+        run_training(quick_config(1, ("train.start", "absent")), table, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # ---- what a checkpoint is ------------------------------------------------------------------------------------------------

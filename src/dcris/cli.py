@@ -7,6 +7,7 @@ configuration itself, and every error has to be one plain sentence.
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _CHECKPOINT = (
     "a run's or checkpoint's directory, a .safetensors bundle, owner/name on the Hub, or a published model: "
     "detris-{b,l}-{refcoco,refcoco+,refcocog-umd,refcocog-google}, detris-l-mixed"
 )
+_ROOT = "the folder of the data sets, or a data set of one's own: a .jsonl file"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +91,7 @@ def _parser() -> _Parser:
     )
     fetch.add_argument("--connections", type=_natural, default=8, metavar="N", help="at a time (%(default)s)")
     check = add_data("check", _data_check, "validate a data set", "ROOT --dataset refcoco --split-by unc")
-    check.add_argument("root", type=Path, metavar="ROOT", help="the folder of the data sets")
+    check.add_argument("root", type=Path, metavar="ROOT", help=_ROOT)
     _data_set(check)
     check.add_argument("--deep", action="store_true", help="decode every photograph, not its header alone")
     check.add_argument("--json", action="store_true", help="print JSON")
@@ -101,6 +103,24 @@ def _parser() -> _Parser:
         scenes.add_argument(f"--{split}", type=_natural, default=count, metavar="N", help="scenes (%(default)s)")
     scenes.add_argument("--seed", type=_natural, default=0, help="same seed, same files (%(default)s)")
     scenes.add_argument("--side", type=_natural, default=112, help="pixels of a picture's side (%(default)s)")
+    coco = add_data(
+        "import-coco",
+        _data_import_coco,
+        "make a data set of one's own from COCO annotations",
+        "instances.json --images photos --out my.jsonl",
+        "Each object's phrase is its own, or its category's name where no other object of the photograph has that.",
+    )
+    coco.add_argument("annotations", type=Path, metavar="INSTANCES.json", help="as annotation tools export it")
+    coco.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="where its file names begin")
+    coco.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="beside the photographs or above")
+    coco.add_argument(
+        "--phrases", type=Path, metavar="FILE", help="JSON or CSV: phrases by annotation id or category name"
+    )
+    coco.add_argument("--val", type=_share, default=0.1, metavar="SHARE", help="of the photographs (%(default)s)")
+    coco.add_argument("--seed", type=_natural, default=0, help="which photographs those are (%(default)s)")
+    coco.add_argument("--split", metavar="NAME", help="put everything into this split")
+    coco.add_argument("--ambiguous", choices=("skip", "keep"), default="skip", help="phrases that fit several objects")
+    coco.add_argument("--crowds", choices=("skip", "keep"), default="skip", help="annotations with iscrowd")
 
     train = add(
         "train",
@@ -112,15 +132,18 @@ def _parser() -> _Parser:
     train.set_defaults(takes_settings=True)
     train.add_argument("recipe", metavar="RECIPE", help="see `dcris recipes`, or a config.json of an earlier run")
     _data_root(train)
-    _data_set(train, required=False)
+    _data_set(train)
     train.add_argument("--out", type=Path, required=True, help="the run's directory")
+    train.add_argument(
+        "--from", dest="start", metavar="CKPT", help="start from its adapters and head; the model has to be the same"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     _device(train)
 
     evaluate = add("evaluate", _evaluate, "score a checkpoint", "runs/tiny --data data/scenes --split test")
     evaluate.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
     _data_root(evaluate)
-    _data_set(evaluate, required=False)
+    _data_set(evaluate)
     evaluate.add_argument("--split", default="val", help="(%(default)s)")
     _protocol(evaluate)
     evaluate.add_argument(
@@ -165,7 +188,7 @@ def _parser() -> _Parser:
         help=f"{_CHECKPOINT}; or a .jsonl file of answers that `dcris evaluate --answers` wrote",
     )
     _data_root(compare)
-    _data_set(compare, required=False)
+    _data_set(compare)
     compare.add_argument("--split", default="val", help="(%(default)s)")
     _protocol(compare)
     compare.add_argument("--names", nargs="+", metavar="NAME", help="of the systems, in their order")
@@ -237,12 +260,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
+    return share
+
+
 def _data_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="the folder of the data sets")
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help=_ROOT)
 
 
-def _data_set(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--dataset", required=required, help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT")
+def _data_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT")
     parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
 
 
@@ -321,11 +354,12 @@ def _data_fetch(args: argparse.Namespace) -> None:
 def _data_check(args: argparse.Namespace) -> None:
     from dcris.data.check import check_dataset
 
+    _own_name(args.root, args)
     report = check_dataset(args.root, args.dataset, args.split_by, deep=args.deep)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
         raise DcrisError(
-            f"{report.problem_count} problems in {args.dataset} of {args.root}; mend or fetch again what is named above"
+            f"{report.problem_count} problems in {report.dataset} of {args.root}; mend or fetch again what is named above"
         )
 
 
@@ -348,6 +382,23 @@ def _data_scenes(args: argparse.Namespace) -> None:
     print(f"{args.out}: {made} scenes; next: dcris data check {args.out} --dataset scenes")
 
 
+def _data_import_coco(args: argparse.Namespace) -> None:
+    from dcris.data.import_coco import import_coco
+
+    done = import_coco(
+        args.annotations,
+        args.images,
+        args.out,
+        phrases=args.phrases,
+        split=args.split,
+        val=args.val,
+        seed=args.seed,
+        keep_ambiguous=args.ambiguous == "keep",
+        keep_crowds=args.crowds == "keep",
+    )
+    print(f"{args.out}: {done}; next: dcris data check {args.out}")
+
+
 def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
     """`--section.field value` and `--section.field=value` pairs."""
     pairs, waiting = [], list(rest)
@@ -364,25 +415,47 @@ def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _own_name(root: Path, args: argparse.Namespace) -> str | None:
+    """The name of a data set that is one file; None where ROOT holds data sets by name."""
+    from dcris.data.jsonl import is_jsonl
+
+    if not is_jsonl(root):
+        return None
+    if args.split_by is not None or args.dataset not in {None, root.stem}:
+        raise DcrisError(f"{root} is one data set, called {root.stem}; leave out --dataset and --split-by")
+    return root.stem
+
+
 def _train(args: argparse.Namespace) -> None:
     from dcris.config import load_config, override
     from dcris.data.references import load_references
     from dcris.data.tokenizer import get_tokenizer
     from dcris.engine.device import choose_device
     from dcris.engine.train import Interrupted, build_model, train
+    from dcris.pretrained import locate
     from dcris.recipes import get_recipe
 
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
+    own = _own_name(args.data, args)
     settings = _settings(args.settings)
+    choose_val = "data.val_split" not in dict(settings)
     for key, value in (
-        ("data.dataset", args.dataset),
+        ("data.dataset", own or args.dataset),
         ("data.split_by", args.split_by),
         ("train.precision", args.precision),
+        ("train.start", None if args.start is None else str(locate(args.start))),
     ):
         if value is not None:
             settings.append((key, json.dumps(value)))
+    if own:
+        settings.append(("data.split_by", "null"))
     config = override(config, settings)
     table = load_references(args.data, config.data.dataset, config.data.split_by)
+    if own and choose_val and config.data.val_split not in {None, *table.splits()}:
+        print(
+            f"{own} has no split {config.data.val_split!r}, so nothing is scored while training, and the last checkpoint counts"
+        )
+        config = override(config, [("data.val_split", "null")])
     device = choose_device(args.device)
     model = build_model(config)
     counts = model.count_weights()
@@ -395,13 +468,15 @@ def _train(args: argparse.Namespace) -> None:
         result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume)
     except Interrupted as stop:
         _leave(stop)
-    print(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}")
+    split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
+    print(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}{split}")
 
 
 def _data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
     """The data set named on the command line, or else the run's own."""
     from dcris.data.references import load_references
 
+    _own_name(args.data, args)
     if args.dataset is None or args.dataset == config.data.dataset:
         return load_references(args.data, config.data.dataset, args.split_by or config.data.split_by)
     return load_references(args.data, args.dataset, args.split_by)
@@ -482,6 +557,7 @@ def _score(args: argparse.Namespace) -> None:
     if len(args.predictions) > 1 and (args.out or args.report):
         raise DcrisError("--out and --report are of one system's masks; give them one at a time")
     protocol = get_protocol(args.protocol)
+    _own_name(args.data, args)
     table = load_references(args.data, args.dataset, args.split_by)
     questions = all_questions(table.split(args.split))
     results, rows = [], []
@@ -532,7 +608,7 @@ def _compare(args: argparse.Namespace) -> None:
     models = [path for path in paths if not is_answers(path)]
     if models:
         table = _data_of(args, read_config(models[0]))
-    elif args.dataset is None:
+    elif _own_name(args.data, args) is None and args.dataset is None:
         raise DcrisError("files of answers do not say which data set they are of; give --dataset")
     else:
         table = load_references(args.data, args.dataset, args.split_by)

@@ -167,6 +167,8 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How the weights are found (sections 3.5 and 4.2)."""
 
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """A run, checkpoint directory or bundle whose adapters and head the run starts from; None for fresh ones."""
     epochs: Count = 50
     batch_size: Count = 32
     lr: Annotated[float, Field(gt=0)] = 1e-4

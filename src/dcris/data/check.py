@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.images import image_size, read_image
+from dcris.data.jsonl import is_jsonl, load_jsonl
 from dcris.data.masks import decode_mask
 from dcris.data.references import load_references
 from dcris.data.table import ReferenceTable
@@ -45,8 +46,12 @@ class CheckReport:
     """Distinct photographs."""
     shared_images: int
     """Photographs that occur in more than one split."""
+    leaked_images: int
+    """Those of them of which one split is train."""
     official: bool | None
     """Whether every split has its official size; None where the data set has no official size."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader of the data set has to say of it."""
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """The first ten, in words."""
@@ -68,6 +73,7 @@ class CheckReport:
             )
             lines.append(f"{name:<10}{counts[0]:>12,}{counts[1]:>13,}  {expected}".rstrip())
         lines.append(f"{self.images:,} images")
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines += [f"problem: {problem}" for problem in self.problems]
         if self.problem_count > len(self.problems):
@@ -86,20 +92,24 @@ class CheckReport:
             },
             "images": self.images,
             "shared_images": self.shared_images,
+            "leaked_images": self.leaked_images,
             "official": self.official,
+            "notes": list(self.notes),
             "warnings": list(self.warnings),
             "problems": list(self.problems),
             "problem_count": self.problem_count,
         }
 
 
-def check_dataset(root: Path, dataset: str, split_by: str | None = None, deep: bool = False) -> CheckReport:
+def check_dataset(root: Path, dataset: str | None, split_by: str | None = None, deep: bool = False) -> CheckReport:
     """Check a data set in any layout: counts, leaks, and that each image and each mask can be used.
 
     Of an image only the header is read, unless `deep`, which decodes it. Each image and each mask is looked at once. Raises
-    DcrisError where the files of references themselves are unusable: nothing behind them can be checked then.
+    DcrisError where the files of references themselves are unusable: nothing behind them can be checked then. Of JSON Lines,
+    each line that is wrong is a problem.
     """
-    table = load_references(root, dataset, split_by)
+    wrong: list[DcrisError] = []
+    table = load_jsonl(root, wrong.append) if is_jsonl(root) else load_references(root, dataset, split_by)
     splits_of_image: defaultdict[Path, set[str]] = defaultdict(set)
     for reference in table.references:
         splits_of_image[reference.image_path].add(reference.split)
@@ -109,8 +119,12 @@ def check_dataset(root: Path, dataset: str, split_by: str | None = None, deep: b
         splits=table.splits(),
         images=len(splits_of_image),
         shared_images=sum(len(splits) > 1 for splits in splits_of_image.values()),
+        leaked_images=sum(len(splits) > 1 and "train" in splits for splits in splits_of_image.values()),
         official=None,
+        notes=list(table.notes),
     )
+    for error in wrong:
+        report.add_problem(str(error))
     _compare(report)
     _look(table, report, deep)
     return report
@@ -127,9 +141,10 @@ def _compare(report: CheckReport) -> None:
         if missing:
             report.warnings.append(f"official splits that are not here: {', '.join(missing)}")
     if report.shared_images:
-        report.warnings.append(
-            f"{report.shared_images:,} images are in more than one split, so training may have seen test images"
+        seen = (
+            f"training sees {report.leaked_images:,} of them" if report.leaked_images else "training sees none of them"
         )
+        report.warnings.append(f"{report.shared_images:,} images are in more than one split; {seen}")
 
 
 def _look(table: ReferenceTable, report: CheckReport, deep: bool) -> None:

@@ -18,6 +18,7 @@ _FOLDERS = (
     "images",
 )
 NAMINGS = ("as recorded", "2017", "2014")
+_NUMBERED = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg")
 _LONG_NAME = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
 _NUMBER = re.compile(r"\d{12}\.jpg$")
 _SHORT_NAME = re.compile(r"\d{12}\.jpg")
@@ -57,6 +58,14 @@ def image_ids(names: Iterable[str]) -> dict[str, int]:
         if len(set(numbers.values())) == len(distinct)
         else {name: place for place, name in enumerate(distinct, 1)}
     )
+
+
+def name_within(path: Path, folder: Path) -> str:
+    """What a file is called wherever its data set lies: COCO's number of it, or else its path from the data set's folder."""
+    number = _NUMBERED.fullmatch(path.name)
+    if number:
+        return number[1]
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def find_photographs(root: Path, names: Iterable[str]) -> Photographs:

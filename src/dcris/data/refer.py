@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.photographs import Photographs, find_photographs
-from dcris.data.table import ReferenceTable, bad, field, plain_path, read_expressions
+from dcris.data.table import ReferenceTable, bad, field, index_by_id, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.files import read_json
 from dcris.types import Reference
@@ -170,7 +170,7 @@ class _Instances:
     @classmethod
     def read(cls, content: Any, path: Path, root: Path) -> "_Instances":
         images, annotations, categories = (
-            _index(field(content, key, list, path, "the file"), key, path)
+            index_by_id(field(content, key, list, path, "the file"), key, path)
             for key in ("images", "annotations", "categories")
         )
         # A hundred of them: of a data set of which some splits were fetched, any one may be missing.
@@ -218,15 +218,6 @@ def _reference(record: Any, ref_id: int, instances: _Instances, path: Path, sent
         segmentation=segmentation,
         expressions=tuple(read_expressions(record, path, where, sentences)),
     )
-
-
-def _index(records: list[Any], key: str, path: Path) -> dict[int, dict[str, Any]]:
-    index: dict[int, dict[str, Any]] = {}
-    for number, record in enumerate(records, 1):
-        identifier = field(record, "id", int, path, f"entry {number} of '{key}'")
-        if index.setdefault(identifier, record) != record:
-            raise bad(path, f"two entries of '{key}' have the id {identifier} and differ")
-    return index
 
 
 def _file_name(image: dict[str, Any], path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dcris.data.jsonl import is_jsonl, load_jsonl
 from dcris.data.parquet import find_parquet, load_parquet
 from dcris.data.prepared import find_prepared, load_prepared
 from dcris.data.refer import find_refer, load_refer
@@ -9,12 +10,17 @@ from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 
 
-def load_references(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
+def load_references(root: Path, dataset: str | None, split_by: str | None = None) -> ReferenceTable:
     """Read a data set from whatever layout it is in. Without `split_by`, the only one that is there is taken.
 
     REFER's layout comes first, then the one that CRIS's tools prepare, then Parquet: what is nearest to the release counts.
+    A `.jsonl` file is one data set and has its own name, so there the other two do not count.
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field.
     """
+    if is_jsonl(root):
+        return load_jsonl(root)
+    if dataset is None:
+        raise DcrisError(f"{root} may hold several data sets; name one with --dataset")
     if find_refer(root, dataset, split_by):
         return load_refer(root, dataset, split_by)
     if find_prepared(root, dataset, split_by):

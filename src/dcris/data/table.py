@@ -3,12 +3,16 @@
 Whatever a file holds is looked at here, once, so that nothing behind a reader has to ask again.
 """
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
+from dcris.data.photographs import name_within
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 
@@ -25,6 +29,8 @@ class ReferenceTable:
     split_by: str
     root: Path
     references: tuple[Reference, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out or put together on the way here, for whoever trains on it."""
 
     def splits(self) -> dict[str, tuple[int, int]]:
         """References and expressions of each split that exists; train, val, testA, testB and test come first."""
@@ -43,6 +49,42 @@ class ReferenceTable:
                 f"{self.dataset} ({self.split_by}) in {self.root} has no split '{name}'; choose from {', '.join(self.splits())}"
             )
         return chosen
+
+    def sha256(self) -> str:
+        """A checksum of what the references say, in their order: identifiers, splits, phrases, masks, names of files.
+
+        Where the root is does not count, nor under which of COCO's namings the photographs lie, so that a data set may move to
+        another machine. Nor do the pixels of photographs and of masks that are pictures: reading them would take minutes.
+        """
+        digest = hashlib.sha256()
+        folder = self.root.parent if self.root.is_file() else self.root
+
+        def plain(value: Any) -> Any:
+            """What JSON has no word for in a segmentation."""
+            if isinstance(value, Path):
+                return name_within(value, folder)
+            return value.decode("latin1") if isinstance(value, bytes) else dict(value)
+
+        for reference in self.references:
+            identifiers = (reference.ref_id, reference.ann_id, reference.image_id, reference.split)
+            photograph = (name_within(reference.image_path, folder), reference.image_size)
+            phrases = [(expression.sent_id, expression.text) for expression in reference.expressions]
+            content = (identifiers, photograph, phrases, reference.segmentation)
+            digest.update(json.dumps(content, default=plain).encode())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down about its data, ready for JSON."""
+        return {
+            "dataset": self.dataset,
+            "split_by": self.split_by,
+            "splits": {
+                name: {"references": references, "expressions": expressions}
+                for name, (references, expressions) in self.splits().items()
+            },
+            "notes": list(self.notes),
+            "sha256": self.sha256(),
+        }
 
 
 _KINDS = {int: "a whole number", str: "text", list: "a list", bytes: "bytes"}
@@ -69,8 +111,34 @@ def bad(path: Path, what: str) -> DcrisError:
 def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:
     """A relative path that a stranger's file names, which must not lead out of its folder, on any system."""
     if {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or PureWindowsPath(name).drive:
-        raise bad(path, f"{where} has a '{key}' that is not a plain path inside the image folder")
+        raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder")
     return name
+
+
+def index_by_id(records: list[Any], key: str, path: Path) -> dict[int, dict[str, Any]]:
+    """COCO's records by their identifiers. Raises DcrisError where two that differ have the same one.
+
+    `key` is what the file calls the list.
+    """
+    index: dict[int, dict[str, Any]] = {}
+    for number, record in enumerate(records, 1):
+        identifier = field(record, "id", int, path, f"entry {number} of '{key}'")
+        if index.setdefault(identifier, record) != record:
+            raise bad(path, f"two entries of '{key}' have the id {identifier} and differ")
+    return index
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character, as JSON can spell it ("\\ud83d"). Python holds it as text, but nothing can encode it."""
+
+
+def check_text(text: str, path: Path, where: str, key: str) -> str:
+    """Return `text` as it is. Raises DcrisError where it is blank, or holds half a character and can be written nowhere."""
+    if not text.strip():
+        raise bad(path, f"{where} has a blank '{key}'")
+    if _HALF.search(text):
+        raise bad(path, f"{where} has a '{key}' that is no proper text: {text!r}")
+    return text
 
 
 def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Iterable[Expression]:
@@ -84,8 +152,7 @@ def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Ite
         kind = sentence.get("kind")
         if sent_id in seen:
             raise bad(path, f"sentence {sent_id} of {where} is there twice")
-        if not text.strip():
-            raise bad(path, f"sentence {sent_id} of {where} has a blank 'sent'")
+        check_text(text, path, f"sentence {sent_id} of {where}", "sent")
         if not (kind is None or type(kind) is str):
             raise bad(path, f"sentence {sent_id} of {where} has a 'kind' that is not text")
         seen.add(sent_id)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
@@ -30,10 +31,11 @@ from dcris.data.dataset import (
 )
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
-from dcris.encoders.weights import load_towers
+from dcris.encoders.weights import fingerprint, load_towers
 from dcris.engine.checkpoint import (
     Checkpoint,
     best_checkpoint,
+    find_checkpoint,
     identify_towers,
     list_checkpoints,
     load_optimizer,
@@ -45,12 +47,15 @@ from dcris.engine.checkpoint import (
 from dcris.engine.device import autocast, choose_precision
 from dcris.engine.evaluate import answer_questions
 from dcris.errors import DcrisError
-from dcris.files import make_directory, write_file, write_json
+from dcris.files import make_directory, read_json, write_file, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
 from dcris.types import Batch
+
+_DATA = "data.json"
+"""In a run's directory: which references it was trained on, and which checkpoint it was started from."""
 
 
 class Interrupted(Exception):
@@ -121,9 +126,9 @@ def train(
         resume: go on from the newest checkpoint in `out`, or from the start where there is none.
         say: takes lines for a person.
 
-    Raises DcrisError where `out` holds a run and `resume` is not set or the run was started otherwise, where data cannot be
-    read or results not written, and where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
-    checkpoint written.
+    Raises DcrisError where `out` holds a run and `resume` is not set or the run was started otherwise or on other references,
+    where `config.train.start` is of another model, where data cannot be read or results not written, and where the loss is
+    no longer a number; Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     settings = config.train
     references = table.split(config.data.train_split)
@@ -134,6 +139,9 @@ def train(
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if checkpoints:
         refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
+    data = _record_data(table, out, going_on=bool(checkpoints))
+    for note in table.notes:
+        say(note)
     model.to(device).train()
     towers = identify_towers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -146,7 +154,18 @@ def train(
         load_optimizer(optimizer, checkpoints[-1].path)
         first = checkpoints[-1].step
         say(f"going on from step {first}")
+    elif settings.start is not None:
+        start = find_checkpoint(Path(settings.start))
+        try:
+            load_trained(model, start)
+        except DcrisError as error:
+            raise DcrisError(
+                f"{error}; a run can start from a checkpoint of its own model alone, so train with the config.json of that one"
+            ) from error
+        data["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(model))}
+        say(f"starting from the adapters and the head of {start}")
     write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
+    write_json(out / _DATA, data)
     samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
     per_epoch = steps_per_epoch(len(samples), min(settings.batch_size, len(samples)))
     total = total_steps(settings, len(samples))
@@ -186,6 +205,20 @@ def train(
     model.eval()
     finished = list_checkpoints(out)
     return TrainResult(finished[-1], best_checkpoint(finished), time.monotonic() - begin)
+
+
+def _record_data(table: ReferenceTable, out: Path, going_on: bool) -> dict[str, Any]:
+    """What data.json is to say. Raises DcrisError where a run goes on and its data are no longer those it started on."""
+    record = table.record()
+    if not (going_on and (out / _DATA).exists()):
+        return record
+    before = read_json(out / _DATA, "the record of the run's data")
+    if not isinstance(before, dict) or before.get("sha256") != record["sha256"]:
+        raise DcrisError(
+            f"the references of {table.dataset} in {table.root} are not those that the run in {out} was started on (see "
+            f"{out / _DATA}); bring those back, or choose another --out"
+        )
+    return before
 
 
 class _Step:

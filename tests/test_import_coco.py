@@ -1,0 +1,354 @@
+"""`dcris data import-coco`: what annotation tools export becomes references, and what cannot be one is left out and counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dcris.data.import_coco import Imported, import_coco
+from dcris.data.jsonl import load_jsonl
+from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.table import ReferenceTable
+from dcris.errors import DcrisError
+from runs import leftovers
+
+H, W = 8, 12
+MASK = np.zeros((H, W), np.uint8)
+MASK[1:4, 2:9] = 1
+POLYGON = [[2.0, 1.0, 9.0, 1.0, 9.0, 4.0, 2.0, 4.0]]
+RUNS = encode_mask(MASK)
+CUP, DOG, DOT = 1, 2, 3
+
+
+class Export:
+    """A folder as an annotation tool leaves it. Change `content`, then `load()` it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "photos").mkdir(parents=True)
+        for number in range(1, 5):
+            Image.new("RGB", (W, H), (number, 0, 0)).save(folder / f"photos/{number}.png")
+        self.content: dict[str, Any] = {
+            "images": [{"id": n, "file_name": f"{n}.png", "height": H, "width": W} for n in range(1, 5)],
+            "categories": [{"id": CUP, "name": "cup"}, {"id": DOG, "name": "dog"}, {"id": DOT, "name": "7"}],
+            "annotations": [],
+        }
+        for image_id, category_id, segmentation in (
+            (1, CUP, POLYGON),
+            (1, DOG, RUNS),
+            (2, CUP, POLYGON),
+            (2, CUP, POLYGON),
+            (3, DOG, {"size": [H, W], "counts": [0, H * W]}),
+        ):
+            self.add(image_id, category_id, segmentation)
+
+    def add(self, image_id: int, category_id: int, segmentation: Any = POLYGON, **more: Any) -> int:
+        number = 11 + len(self.content["annotations"])
+        record = {"id": number, "image_id": image_id, "category_id": category_id, "segmentation": segmentation}
+        self.content["annotations"].append(record | more)
+        return number
+
+    def load(self, phrases: Any = None, **settings: Any) -> tuple[ReferenceTable, Imported]:
+        out = self.folder / "my.jsonl"
+        out.unlink(missing_ok=True)
+        (self.folder / "coco.json").write_text(json.dumps(self.content))
+        if phrases is not None:
+            file = self.folder / ("phrases.csv" if isinstance(phrases, str) else "phrases.json")
+            file.write_text(phrases if isinstance(phrases, str) else json.dumps(phrases), encoding="utf-8")
+            settings["phrases"] = file
+        done = import_coco(self.folder / "coco.json", self.folder / "photos", out, **{"val": 0.0} | settings)
+        return load_jsonl(out), done
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Export:
+    return Export(tmp_path / "export")
+
+
+def said(table: ReferenceTable) -> list[tuple[int, list[str]]]:
+    """Photograph and phrases of each reference."""
+    return [(int(item.image_path.stem), [each.text for each in item.expressions]) for item in table.references]
+
+
+def test_category_names_are_phrases_where_they_mean_one_object(export: Export) -> None:
+    """ "cup" on a photograph with two cups teaches nothing but to guess."""
+    table, done = export.load()
+    assert said(table) == [(1, ["cup"]), (1, ["dog"]), (3, ["dog"])]
+    assert (done.splits, done.images, done.expressions, done.ambiguous) == ({"train": 3}, 2, 3, 2)
+    assert "left out: 2 whose phrase fits several objects" in str(done)
+    assert [item.category for item in table.references] == ["cup", "dog", "dog"]
+    for item, mask in zip(table.references, (MASK, MASK, np.ones((H, W))), strict=True):
+        np.testing.assert_array_equal(decode_mask(item.segmentation, (H, W)), mask)
+    table, done = export.load(keep_ambiguous=True)
+    assert [phrases for number, phrases in said(table) if number == 2] == [["cup"], ["cup"]]
+    assert done.left_out == ""
+
+
+def test_crowds_are_left_out_but_seen(export: Export) -> None:
+    """One dog beside a crowd of dogs is not "the dog"."""
+    export.add(3, DOG, RUNS, iscrowd=1)
+    table, done = export.load()
+    assert said(table) == [(1, ["cup"]), (1, ["dog"])]
+    assert (done.crowds, done.ambiguous) == (1, 3)
+    table, done = export.load(keep_crowds=True, keep_ambiguous=True)
+    assert (len(table.references), done.crowds) == (6, 0)
+
+
+def test_boxes_are_no_masks(export: Export) -> None:
+    """Some tools export them with an empty segmentation."""
+    export.add(4, DOG, [], bbox=[1, 2, 3, 4])
+    del export.content["annotations"][0]["segmentation"]
+    table, done = export.load()
+    assert (len(table.references), done.maskless) == (2, 2)
+
+
+def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
+    """Whatever the field is called, and however many objects of its kind there are."""
+    for record, (key, value) in zip(
+        export.content["annotations"][1:4],
+        [
+            ("caption", "the brown dog"),
+            ("phrase", "left cup"),
+            ("expressions", ["right cup", "the red cup", "right cup"]),
+        ],
+        strict=True,
+    ):
+        record[key] = value
+    export.content["annotations"][0]["caption"] = ""  # a field that was not filled in
+    export.content["annotations"][4]["attributes"] = {"occluded": False, "phrase": "the dog"}  # as CVAT exports them
+    table, done = export.load()
+    assert said(table) == [
+        (1, ["cup"]),
+        (1, ["the brown dog"]),
+        (2, ["left cup"]),
+        (2, ["right cup", "the red cup"]),
+        (3, ["the dog"]),
+    ]
+    assert done.left_out == ""
+
+
+def test_phrases_from_a_file(export: Export) -> None:
+    """By annotation before the annotation's own, by category after it; what the file does not name has no phrase."""
+    export.content["annotations"][1]["phrase"] = "the brown dog"
+    export.content["annotations"][4]["phrase"] = "the black dog"
+    table, done = export.load({"13": ["left cup"], "14": "right cup", "15": "it", "cup": ["a mug", "cup"]})
+    assert said(table) == [
+        (1, ["a mug", "cup"]),
+        (1, ["the brown dog"]),
+        (2, ["left cup"]),
+        (2, ["right cup"]),
+        (3, ["it"]),
+    ]
+    table, done = export.load({"dog": "a dog"})
+    assert said(table) == [(1, ["the brown dog"]), (3, ["the black dog"])]
+    assert done.phraseless == 3
+
+
+def test_one_phrase_for_two_categories_fits_both(export: Export) -> None:
+    """ "thing" for cups and for dogs means neither, where both are."""
+    table, done = export.load({"cup": ["Thing ", "cup"], "dog": "thing"})
+    assert said(table) == [(1, ["cup"]), (3, ["thing"])]
+    assert done.ambiguous == 3
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
+    """Saved as CSV, by a program of any language, with further columns and rows that are not filled in yet."""
+    rows = [
+        ["\ufeffAnnotation", "who", "Phrase"],
+        ["11", "me", '"the ""blue"" cup"'],
+        ["12", "me", ""],
+        ["11", "", "кубок"],
+    ]
+    table, done = export.load("\r\n".join(mark.join(row) for row in rows))
+    assert said(table) == [(1, ['the "blue" cup', "кубок"])]
+    assert done.phraseless == 4
+    table, _ = export.load(f"category{mark}phrase\n7{mark}dot\ncup{mark}a cup\n")
+    assert said(table) == [(1, ["a cup"])]
+
+
+@pytest.mark.parametrize(
+    ("phrases", "sentence"),
+    [
+        ({"99": "x"}, "'99' is the id of no annotation and the name of no category"),
+        ({"cups": "x"}, "'cups' is the id of no annotation"),
+        ({"cup": ""}, "blank 'phrase'"),
+        ({"cup": []}, "neither text nor a list of texts"),
+        ({"cup": {"a": "b"}}, "neither text nor a list of texts"),
+        (["cup"], "not a table of phrases"),
+        ("id,text\n1,x", "heading"),
+        ("annotation\n11", "heading"),
+        ("", "heading"),
+        ("annotation,phrase\n11,x\n12,y\n99,x", "row 4, with the annotation '99', is the id of no annotation"),
+        ("annotation,phrase\ncup,x", "row 2, with the annotation 'cup', is the id of no"),
+        ("category,phrase\n11,x", "row 2, with the category '11', is the id of no"),
+        ('annotation,phrase\n11,"' + "x" * 200_000 + '"', "not CSV"),
+    ],
+)
+def test_phrases_that_mean_nothing_are_refused(export: Export, phrases: Any, sentence: str) -> None:
+    """A typing error in a name would leave out a whole category in silence."""
+    with pytest.raises(DcrisError, match=rf"phrases\.(json|csv).*{sentence}"):
+        export.load(phrases)
+    assert not (export.folder / "my.jsonl").exists()
+
+
+def test_a_key_that_may_mean_two_things(export: Export) -> None:
+    """Categories of digits exist; which is meant is said by a CSV heading."""
+    for number, record in enumerate(export.content["annotations"], 5):
+        record["id"] = number
+    with pytest.raises(DcrisError, match="'7' may be an annotation's id or a category's name"):
+        export.load({"7": "x"})
+    table, _ = export.load("annotation,phrase\n7,x\n")
+    assert said(table) == [(2, ["x"])]
+
+
+def _set(place: tuple[Any, ...], value: Any) -> Any:
+    def change(content: dict[str, Any]) -> None:
+        node: Any = content
+        for key in place[:-1]:
+            node = node[key]
+        node[place[-1]] = value
+
+    return change
+
+
+FIRST = ("annotations", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_set(("annotations",), None), "'annotations' that is not a list"),
+        (_set((*FIRST, "image_id"), 99), "annotation 11 names image 99, which the file does not have"),
+        (_set((*FIRST, "category_id"), 99), "annotation 11 names category 99, which the file does not have"),
+        (_set((*FIRST, "category_id"), None), "annotation 11 has a 'category_id' that is not a whole number"),
+        (_set((*FIRST, "id"), "a"), "entry 1 of 'annotations' has a 'id' that is not a whole number"),
+        (_set((*FIRST, "id"), 12), "two entries of 'annotations' have the id 12"),
+        (_set((*FIRST, "segmentation"), [[1, 2]]), "annotation 11 cannot be decoded .*polygon 1"),
+        (_set((*FIRST, "segmentation"), {"size": [W, H], "counts": [W * H]}), "annotation 11 cannot be decoded"),
+        (_set((*FIRST, "segmentation"), [[float("nan")] * 6]), "annotation 11 cannot be decoded"),
+        (_set((*FIRST, "caption"), 5), "annotation 11 has a 'caption' that is neither text"),
+        (_set((*FIRST, "phrase"), " "), "annotation 11 has a blank 'phrase'"),
+        (_set(("categories", 0, "name"), ""), "category 1 has a blank 'name'"),
+        (_set(("images", 0, "file_name"), "../photos/1.png"), "image 1 has a 'file_name' that is not a plain path"),
+        (_set(("images", 0, "file_name"), "none.png"), "no image file .*none.png"),
+        (_set(("images", 0, "height"), W), r"1.png is 8 x 12 pixels .* says 12 x 12, so its masks do not fit"),
+        (_set(("annotations",), []), "nothing in .* has both a mask and a phrase"),
+    ],
+)
+def test_what_is_wrong_with_an_export_is_named(export: Export, change: Any, sentence: str) -> None:
+    """And nothing is written, as half a data set looks like a whole one."""
+    change(export.content)
+    with pytest.raises(DcrisError, match=sentence) as caught:
+        export.load()
+    assert "\n" not in str(caught.value)
+    assert not (export.folder / "my.jsonl").exists()
+    assert not leftovers(export.folder)
+
+
+def test_a_disk_that_is_full_leaves_nothing(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dcris.files.os.fsync", full)
+    with pytest.raises(DcrisError, match=r"cannot write .*my\.jsonl: No space left"):
+        export.load()
+    assert not (export.folder / "my.jsonl").exists()
+    assert not leftovers(export.folder)
+
+
+def test_paths_are_those_from_the_file(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the folder can be moved or packed as a whole."""
+    export.load()
+    assert json.loads((export.folder / "my.jsonl").read_text().splitlines()[0])["image"] == "photos/1.png"
+    coco, photos = export.folder / "coco.json", export.folder / "photos"
+    import_coco(coco, photos, photos / "beside.jsonl")
+    assert json.loads((photos / "beside.jsonl").read_text().splitlines()[0])["image"] == "1.png"
+    monkeypatch.chdir(photos)
+    import_coco(coco, Path("../photos"), Path("../relative.jsonl"), val=0)
+    assert (export.folder / "relative.jsonl").read_bytes() == (export.folder / "my.jsonl").read_bytes()
+    (export.folder / "elsewhere").mkdir()
+    with pytest.raises(DcrisError, match="not below"):
+        import_coco(coco, photos, export.folder / "elsewhere/my.jsonl")
+    (export.folder / "elsewhere/link").symlink_to(photos)
+    import_coco(coco, export.folder / "elsewhere/link", export.folder / "elsewhere/my.jsonl")
+    assert len(load_jsonl(export.folder / "elsewhere/my.jsonl").references) == 3
+
+
+def test_what_is_there_is_not_overwritten(export: Export) -> None:
+    """Somebody may have gone through the phrases by hand."""
+    export.load()
+    coco, photos, out = export.folder / "coco.json", export.folder / "photos", export.folder / "my.jsonl"
+    before = out.read_bytes()
+    with pytest.raises(DcrisError, match="exists already"):
+        import_coco(coco, photos, out)
+    with pytest.raises(DcrisError, match=r"call it .*my\.jsonl"):
+        import_coco(coco, photos, export.folder / "my.json")
+    with pytest.raises(DcrisError, match="no folder"):
+        import_coco(coco, export.folder / "images", export.folder / "new.jsonl")
+    with pytest.raises(DcrisError, match="split needs a name"):
+        import_coco(coco, photos, export.folder / "new.jsonl", split=" ")
+    assert out.read_bytes() == before
+    assert not (export.folder / "new.jsonl").exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    objects=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([CUP, DOG, DOT])), min_size=1, max_size=12),
+    val=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    seed=st.integers(0, 5),
+)
+def test_splits_go_by_photograph(
+    tmp_path_factory: pytest.TempPathFactory, objects: list[tuple[int, int]], val: float, seed: int
+) -> None:
+    """No photograph is in two splits, the share is kept to, and the same seed gives the same file."""
+    export = Export(tmp_path_factory.mktemp("x") / "export")
+    export.content["annotations"] = []
+    for image_id, category_id in objects:
+        export.add(image_id, category_id)
+    table, done = export.load(val=val, seed=seed, keep_ambiguous=True)
+    text = (export.folder / "my.jsonl").read_bytes()
+    images = {split: {item.image_id for item in table.references if item.split == split} for split in ("train", "val")}
+    count = len({image_id for image_id, _ in objects})
+    assert not images["train"] & images["val"]
+    assert images["train"]
+    assert len(images["val"]) == (min(max(1, round(val * count)), count - 1) if val else 0)
+    assert len(table.references) == len(objects) == sum(done.splits.values())
+    export.load(val=val, seed=seed, keep_ambiguous=True)
+    assert (export.folder / "my.jsonl").read_bytes() == text
+
+
+def test_a_split_by_name(export: Export) -> None:
+    """For exports that are divided already: one file each, and `cat` puts them together."""
+    files = []
+    for split in ("train", "test"):
+        _, done = export.load(split=split, val=0.5)
+        assert done.splits == {split: 3}
+        files.append((export.folder / "my.jsonl").read_bytes())
+    (export.folder / "both.jsonl").write_bytes(b"".join(files))
+    assert load_jsonl(export.folder / "both.jsonl").splits() == {"train": (3, 3), "test": (3, 3)}
+
+
+def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
+    """COCO's own annotations: polygons in parts, crowds, thousands of objects."""
+    out = tmp_path / "coco.jsonl"
+    (tmp_path / "photos").symlink_to(refer_root / "images/mscoco/images/train2014")
+    done = import_coco(refer_root / "cocomini/instances.json", tmp_path / "photos", out)
+    assert (done.crowds, sum(done.splits.values()) + done.ambiguous) == (49, 4624 - 49)
+    table = load_jsonl(out)
+    content = json.loads((refer_root / "cocomini/instances.json").read_text())
+    by_id = {record["id"]: record for record in content["annotations"]}
+    for text, item in zip(out.read_text().splitlines(), table.references, strict=True):
+        annotation = by_id[json.loads(text)["annotation"]]
+        assert annotation["segmentation"] == item.segmentation
+        same = [
+            other
+            for other in content["annotations"]
+            if (other["image_id"], other["category_id"]) == (annotation["image_id"], annotation["category_id"])
+        ]
+        assert same == [annotation]

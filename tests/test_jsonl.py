@@ -1,0 +1,275 @@
+"""One's own data in JSON Lines: what a person writes by hand or by script, and what they get wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dcris.data import jsonl
+from dcris.data.check import check_dataset
+from dcris.data.jsonl import load_jsonl
+from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.references import load_references
+from dcris.data.table import ReferenceTable
+from dcris.errors import DcrisError
+
+H, W = 8, 12
+RECTANGLE = np.zeros((H, W), np.uint8)
+RECTANGLE[2:6, 3:9] = 1
+POLYGON = [[3.0, 2.0, 9.0, 2.0, 9.0, 6.0, 3.0, 6.0]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two photographs of 12 x 8 pixels (one of them lying on its side in its file) and a mask picture."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "img").mkdir()
+    Image.new("RGB", (W, H), "green").save(folder / "img/1.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (H, W), "blue").save(folder / "img/turned.jpg", exif=exif)
+    Image.fromarray(RECTANGLE * 255).save(folder / "mask.png")
+    Image.new("L", (W, H + 1), 1).save(folder / "taller.png")
+    (folder / "notes.jpg").write_text("these are notes")
+    return folder
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    return {"image": "img/1.jpg", "mask": "mask.png", "expressions": ["the box"]} | changes
+
+
+def write(folder: Path, *lines: dict[str, Any] | str | bytes, name: str = "mine") -> Path:
+    path = folder / f"{name}.jsonl"
+    texts = [json.dumps(each) if isinstance(each, dict) else each for each in lines]
+    path.write_bytes(b"\n".join(each.encode() if isinstance(each, str) else each for each in texts))
+    return path
+
+
+def load(folder: Path, *lines: dict[str, Any] | str | bytes) -> ReferenceTable:
+    return load_jsonl(write(folder, *lines))
+
+
+def test_what_is_read(folder: Path) -> None:
+    """The format of the documentation: masks of all kinds, numbers, splits and defaults."""
+    runs = encode_mask(RECTANGLE)
+    plain = {"size": [H, W], "counts": [0, H * W]}
+    table = load(
+        folder,
+        line(expressions=["the box", "a box in the middle"], category="box"),
+        line(image="img/turned.jpg", mask=POLYGON, split="val"),
+        "",
+        line(image="./img/1.jpg", mask=runs, split="my test", note="not ours"),
+        line(mask=plain),
+    )
+    assert (table.dataset, table.split_by, table.root) == ("mine", "own", folder / "mine.jsonl")
+    assert [item.split for item in table.references] == ["train", "val", "my test", "train"]
+    assert [item.category for item in table.references] == ["box", "object", "object", "object"]
+    assert [item.ref_id for item in table.references] == [1, 2, 4, 5]  # the lines
+    assert [item.image_id for item in table.references] == [1, 2, 1, 1]
+    assert [item.image_path for item in table.references][:2] == [folder / "img/1.jpg", folder / "img/turned.jpg"]
+    assert {item.image_size for item in table.references} == {(H, W)}
+    assert [each.text for each in table.references[0].expressions] == ["the box", "a box in the middle"]
+    assert [each.sent_id for item in table.references for each in item.expressions] == [1, 2, 3, 4, 5]
+    masks = [decode_mask(item.segmentation, item.image_size) for item in table.references]
+    for mask in masks[:3]:
+        np.testing.assert_array_equal(mask, RECTANGLE)
+    assert masks[3].all()
+
+
+def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
+    """Whatever command takes a root takes the file, whatever data set a recipe names."""
+    path = write(folder, line(), line(split="val"))
+    table = load_references(path, "refcoco", "unc")
+    assert table == load_references(path, None)
+    assert (table.dataset, table.splits()) == ("mine", {"train": (1, 1), "val": (1, 1)})
+    report = check_dataset(path, None, deep=True)
+    assert (report.dataset, report.problem_count, report.leaked_images) == ("mine", 0, 1)
+    with pytest.raises(DcrisError, match="--dataset"):
+        load_references(folder, None)
+
+
+def test_ids_of_ones_own(folder: Path) -> None:
+    assert [item.ref_id for item in load(folder, line(id=7), line(id=1)).references] == [7, 1]
+    with pytest.raises(DcrisError, match="line 3 has the id 7, which is that of line 1"):
+        load(folder, line(id=7), line(id=8), line(id=7))
+    with pytest.raises(DcrisError, match="line 2 has the id 2, which is that of line 1"):  # a line's number is an id
+        load(folder, line(id=2), line())
+
+
+def test_files_as_windows_writes_them(folder: Path) -> None:
+    """A byte order mark, carriage returns, no line feed at the end."""
+    text = "\ufeff" + "\r\n".join(
+        json.dumps(line(expressions=[each]), ensure_ascii=False) for each in ("кот", "el niño")
+    )
+    table = load(folder, text)
+    assert [item.expressions[0].text for item in table.references] == ["кот", "el niño"]
+    with pytest.raises(DcrisError, match=r"line 1 is not UTF-8 text \(from byte 1 on\)"):
+        load(folder, text.encode("utf-16"))
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in line().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (without("image"), "has no 'image'"),
+        (without("mask"), "has no 'mask'"),
+        (without("expressions"), "has no 'expressions'"),
+        (line(image=3), "'image' that is not text but int"),
+        (line(image="img/2.jpg"), "there is no image file .*2.jpg"),
+        (line(image="notes.jpg"), "cannot read the image .*notes.jpg"),
+        *(
+            (line(image=path), "'image' that is not a plain path")
+            for path in ("/etc/passwd", "../own/img/1.jpg", "", ".")
+        ),
+        *(
+            (line(image=path), "'image' that is not a plain path")
+            for path in ("img\\1.jpg", "C:/1.jpg", "img/../img/1.jpg")
+        ),
+        (line(mask="../mask.png"), "'mask' that is not a plain path"),
+        (line(mask="/tmp/mask.png"), "'mask' that is not a plain path"),
+        (line(mask="masks/1.png"), "'mask' that does not fit .*no image file .*1.png"),
+        (line(mask="taller.png"), r"taller.png is 9 x 12 pixels \(height x width\), but its photograph 8 x 12"),
+        (line(mask=None), "has no 'mask'"),
+        (line(mask=5), "neither a list of polygons nor run lengths"),
+        (line(mask=[]), "the segmentation is empty"),
+        (line(mask=[[1, 2, 3, 4]]), "polygon 1 is not a list of an even count of at least 6 numbers"),
+        (line(mask=[1, 2, 3, 4, 5, 6]), "polygon 1 is not a list"),
+        (line(mask=[[0, 0, 1e6, 0, 1e6, 1e6]]), "lies far outside the photograph"),
+        (line(mask=encode_mask(np.ones((W, H)))), "not for a photograph of 8 x 12"),
+        (line(mask={"size": [H, W], "counts": "0"}), "run lengths"),
+        (line(expressions=[]), "has an empty 'expressions'"),
+        (line(expressions="the box"), "'expressions' that is not a list but str"),
+        (line(expressions=["a", 1]), "'expressions' that are not all text"),
+        (line(expressions=["a", " \t"]), "has a blank 'expressions'"),
+        (json.dumps(line(expressions=["half \ud83d"])), "is no proper text"),
+        (line(split=""), "has a blank 'split'"),
+        (line(split=1), "'split' that is not text but int"),
+        (line(category=["x"]), "'category' that is not text but list"),
+        (line(id="7"), "'id' that is not a whole number but str"),
+        (line(id=True), "'id' that is not a whole number but bool"),
+        ('{"image": "img/1.jpg", ', "is not one whole JSON object"),
+        ("[1, 2]", "is not a table of named fields"),
+        ("null", "is not a table of named fields"),
+        (json.dumps(line(mask=[[float("nan")] * 6])), "NaN is not a JSON number"),
+        (json.dumps(line(id=1))[:-1] + "1" * 5000 + "}", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (b'{"image": "img/\xff.jpg"}', r"is not UTF-8 text \(from byte 16 on\)"),
+        (b"\0", "is not one whole JSON object"),
+    ],
+)
+def test_each_wrong_line_is_named(folder: Path, wrong: dict[str, Any] | str | bytes, sentence: str) -> None:
+    """By file, line and field, in one sentence: the file was written by hand, or by a script that has to be mended."""
+    with pytest.raises(DcrisError, match=rf"mine\.jsonl: line 2\b.*{sentence}") as caught:
+        load(folder, line(), wrong, line())
+    assert "\n" not in str(caught.value)
+    report = check_dataset(folder / "mine.jsonl", None)
+    assert (report.problem_count, report.splits) == (1, {"train": (2, 2)})
+    assert report.problems == [str(caught.value)]
+
+
+def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
+    """Else a person mends a file of a thousand lines one run at a time."""
+    path = write(folder, *[line(mask="none.png")] * 25)
+    report = check_dataset(path, None)
+    assert (report.problem_count, len(report.problems), report.splits) == (25, 10, {})
+    assert "line 1 " in report.problems[0]
+    assert "... and 15 more" in report.table()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "there is no file"), (b"", "no references"), (b"\xef\xbb\xbf\n \r\n", "no references")],
+)
+def test_files_with_nothing_in_them(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DcrisError, match=sentence):
+        load_jsonl(path)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DcrisError, match="cannot read"):
+        load_jsonl(tmp_path / "folder.jsonl")
+
+
+def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another kind, or made to fill the memory, may be one line of eight gigabytes."""
+    path = folder / "endless.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 33)  # a hole: nothing is on the disk
+    with pytest.raises(DcrisError, match="line 1 is longer than 16 MiB"):
+        load_jsonl(path)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", len(json.dumps(line())) + 1)
+    assert len(load(folder, line(), line()).references) == 1 + 1
+    with pytest.raises(DcrisError, match="line 2 is longer"):
+        load(folder, line(), line(split="a longer one"))
+
+
+def test_headers_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photograph with fifty objects on a network drive is opened once, not fifty times."""
+    asked = []
+    size = jsonl.image_size
+    monkeypatch.setattr(jsonl, "image_size", lambda path: asked.append(path) or size(path))
+    load(folder, *[line(mask=POLYGON)] * 5)
+    assert asked == [folder / "img/1.jpg"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = ("image", "mask", "expressions", "split", "category", "id")
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3), cut=st.integers(0, 200))
+def test_whatever_a_line_holds_it_is_read_or_refused(folder: Path, changes: dict[str, Any], cut: int) -> None:
+    """Never a traceback; and what is read can be trained on."""
+    text = json.dumps(line(mask=POLYGON) | changes)
+    for content in (text, text[:cut]):
+        try:
+            table = load(folder, content)
+        except DcrisError as error:
+            assert "\n" not in str(error)
+        else:
+            (item,) = table.references
+            assert decode_mask(item.segmentation, item.image_size).shape == (H, W)
+            assert item.image_path.resolve().is_relative_to(folder.resolve())
+            assert all(each.text.strip() for each in item.expressions)
+            assert len(table.sha256()) == 64
+
+
+# ---- the checksum of what a table says -----------------------------------------------------------------------------------
+
+
+def test_the_checksum_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
+    """Else a run is resumed on other data, or refused on the same data in another place."""
+    lines = [line(), line(image="img/turned.jpg", mask=POLYGON), line(mask=encode_mask(RECTANGLE), split="val")]
+    before = load(folder, *lines).sha256()
+    moved = tmp_path / "elsewhere"
+    for name in ("img/1.jpg", "img/turned.jpg", "mask.png"):
+        (moved / name).parent.mkdir(parents=True, exist_ok=True)
+        (moved / name).write_bytes((folder / name).read_bytes())
+    assert load(moved, *lines).sha256() == before
+    Image.fromarray(RECTANGLE).save(moved / "other.png")
+    changes: list[dict[str, Any]] = [
+        {"expressions": ["the boy"]},
+        {"expressions": ["the box", "it"]},
+        {"split": "val"},
+        {"mask": "other.png"},
+        {"mask": POLYGON},
+        {"image": "img/turned.jpg"},
+        {"id": 9},
+    ]
+    sums = {load(moved, line(**change), *lines[1:]).sha256() for change in changes}
+    sums |= {load(moved, *lines[1:], lines[0]).sha256(), load(moved, *lines[:2]).sha256()}
+    assert len(sums) == len(changes) + 2
+    assert before not in sums

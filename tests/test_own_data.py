@@ -1,0 +1,64 @@
+"""The documentation and the worked example of one's own data: what people copy has to work."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcris.data.check import check_dataset
+from dcris.data.jsonl import load_jsonl
+from dcris.data.masks import decode_mask
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_documented_line_is_read(tmp_path: Path) -> None:
+    """The first thing that anybody copies."""
+    text = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^\{.*\}$", text, re.MULTILINE)
+    for name in ("img/1.jpg", "masks/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (4, 3), 255).save(tmp_path / name)
+    (tmp_path / "my.jsonl").write_text(line)
+    assert len(load_jsonl(tmp_path / "my.jsonl").references[0].expressions) == 2
+
+
+def test_the_documented_script_takes_object_pictures_apart(tmp_path: Path) -> None:
+    """A colour for each object, as CVAT exports them: one mask, one line each, and nothing for the background."""
+    code = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    objects = np.zeros((6, 8, 3), np.uint8)
+    objects[1:3, 1:4] = (128, 0, 0)
+    objects[4:, 5:] = (0, 0, 128)
+    objects[0, 7] = (0, 0, 128)
+    for folder in ("SegmentationObject", "JPEGImages"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(objects).quantize(16).save(tmp_path / "SegmentationObject/a b.png")
+    Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages/a b.jpg")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert check_dataset(tmp_path / "my.jsonl", None, deep=True).problem_count == 0
+    masks = [decode_mask(item.segmentation, (6, 8)) for item in load_jsonl(tmp_path / "my.jsonl").references]
+    assert sorted(int(mask.sum()) for mask in masks) == [6, 7]
+    np.testing.assert_array_equal(sum(masks), objects.any(axis=2))
+
+
+@pytest.mark.slow
+def test_the_worked_example(tmp_path: Path) -> None:
+    """From a folder of pictures to a tuned model, as the script does it, and fine-tuning is what makes the difference."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    script = ["bash", str(REPOSITORY / "examples/own_data/run.sh"), str(tmp_path / "work")]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    scores = [json.loads((tmp_path / "work" / name).read_text()) for name in ("before.json", "after.json")]
+    assert [score["dataset"] for score in scores] == ["things", "things"]
+    assert scores[1]["miou"] > scores[0]["miou"] + 15
+    assert json.loads((tmp_path / "work/tuned/data.json").read_text())["start"]["checkpoint"].startswith(
+        str(tmp_path / "work/base")
+    )
+    assert "<html" in (tmp_path / "work/report.html").read_text()
+    assert len(list((tmp_path / "work/predictions").glob("*.mask.png"))) == 2
