@@ -144,6 +144,26 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "b").exists()
 
 
+def test_a_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name is the data set's wherever one is asked for; what was left out is said and kept."""
+    root = Path(shutil.copytree(scenes_root, tmp_path / "data"))
+    content = pickle.loads((root / "scenes/refs(generated).p").read_bytes())
+    tested = {record["image_id"] for record in content if record["split"] == "val"}
+    for record in content:
+        record["split"] = "train"
+    shutil.copytree(root / "scenes", root / "again")
+    (root / "again/refs(generated).p").write_bytes(pickle.dumps(content))
+    leaks = sum(record["image_id"] in tested for record in content)
+    run, name = tmp_path / "run", "mixed:scenes,again"
+    assert dcris("train", "dcris_tiny", "--data", root, "--dataset", name, "--out", run, *QUICK) == 0
+    assert "again generated: " in capsys.readouterr().out
+    record = json.loads((run / "data.json").read_text())
+    assert (record["dataset"], len(record["notes"])) == (name, 3)
+    assert leaks > 0
+    assert dcris("evaluate", run, "--data", root) == 0
+    assert json.loads(capsys.readouterr().out)["dataset"] == name
+
+
 def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Masks, scores and COCO results say the same, at the photograph's size, whoever reads them."""
     phrases = ["red circle", "the leftmost ring"]
@@ -294,6 +314,9 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("evaluate RUN --data DATA/x.jsonl --dataset y", "leave out --dataset"),
         ("train dcris_tiny --data DATA --from ABSENT --out OUT", "no checkpoint"),
         ("train dcris_tiny --data DATA --from RUN --model.head.width 96 --out OUT --device cpu", "its own model alone"),
+        ("train dcris_tiny --data DATA --dataset mixed --out OUT", "refcoco"),
+        ("train dcris_tiny --data DATA --dataset mixed:scenes,scenes --out OUT", "no list of different sets"),
+        ("data check DATA --dataset mixed:scenes --split-by unc", "mixed:refcoco(unc)"),
         ("data import-coco DATA/scenes/instances.json --images DATA --out OUT.json", "out.jsonl"),
         ("data import-coco DATA/scenes/instances.json --images EMPTY --out EMPTY/x.jsonl", "no image file"),
         ("data import-coco ABSENT --images DATA --out DATA/x.jsonl", "is missing"),

@@ -163,10 +163,12 @@ def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:
         ("base_refcocog_u", "refcocog", "umd", 22),
         ("base_refcocog_g", "refcocog", "google", 17),
         ("lagre_RefCOCOg_umd", "refcocog", "umd", 22),
-        ("mix_refcocog_u", "refcoco", "unc", 17),
+        ("mix_refcocog_u", "mixed-unfiltered", None, 17),
     ],
 )
-def test_the_file_s_name_says_the_data_set(stem: str, dataset: str, split_by: str, length: int, tmp_path: Path) -> None:
+def test_the_file_s_name_says_the_data_set(
+    stem: str, dataset: str, split_by: str | None, length: int, tmp_path: Path
+) -> None:
     """Else the phrases are cut at another length than the weights were trained with."""
     config, _ = convert_detris(save(tmp_path / f"{stem}.pth", empty("base")))
     assert (config.data.dataset, config.data.split_by, config.data.word_length) == (dataset, split_by, length)
@@ -181,6 +183,8 @@ def test_a_name_that_says_nothing_needs_the_flag(tmp_path: Path) -> None:
         assert convert_detris(path, 22)[0].data.word_length == 22
     with pytest.raises(DcrisError, match=r"word_length"):
         convert_detris(path, 78)
+    # The mixed model's shapes are no other's.
+    assert convert_detris(save(tmp_path / "best.pth", empty("mixed")), 17)[0].data.dataset == "mixed-unfiltered"
 
 
 def test_training_state_beside_the_weights_is_left_out(tmp_path: Path) -> None:

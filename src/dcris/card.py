@@ -12,6 +12,8 @@ Metrics = Mapping[str, Any]
 """What `dcris evaluate --out` writes."""
 
 _TITLES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "G-Ref", "scenes": "generated scenes"}
+_TITLES["mixed-unfiltered"] = "RefCOCO, RefCOCO+ and G-Ref mixed"
+_TITLES["mixed"] = f"{_TITLES['mixed-unfiltered']}, without the photographs of their val and test splits"
 
 
 def model_card(
@@ -42,8 +44,6 @@ def model_card(
     header += ["base_model:", *(f"- {base}" for base in bases)] if bases else []
     partition = f", {config.data.split_by} partition" if config.data.split_by else ""
     data = f"{_TITLES.get(config.data.dataset, config.data.dataset)}{partition}"
-    if origin.get("name") == "detris-l-mixed":
-        data = "RefCOCO, RefCOCO+ and G-Ref mixed"
     method = (
         "DETRIS (Huang et al. 2025, *Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation*)"
         if config.recipe.startswith("detris")

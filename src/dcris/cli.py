@@ -275,7 +275,11 @@ def _data_root(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT")
+    parser.add_argument(
+        "--dataset",
+        help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT; mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY) "
+        "for several as one",
+    )
     parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
 
 

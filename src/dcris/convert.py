@@ -6,6 +6,7 @@ their code drops CLIP's image half before it saves and their `fusion` has no wei
 when segmenting, `logit_scale` and `mask_token`, are part of our towers too.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,8 +26,8 @@ from dcris.recipes import detris_b, detris_l, detris_l_mixed
 _RECIPES = {(768, 12): (detris_b,), (1024, 24): (detris_l, detris_l_mixed)}
 
 # What a file's name says: pattern, data set, partition, word length. The first that is found counts.
-_DATA_SETS = (
-    (r"mix", "refcoco", "unc", 17),
+_DATA_SETS: tuple[tuple[str, str, str | None, int], ...] = (
+    (r"mix", "mixed-unfiltered", None, 17),
     (r"refcoco(\+|plus)", "refcoco+", "unc", 17),
     (r"refcocog_?(u|umd)(?![a-z])", "refcocog", "umd", 22),
     (r"refcocog_?(g|google)(?![a-z])", "refcocog", "google", 17),
@@ -245,7 +246,7 @@ def _size(tensors: Mapping[str, Tensor], name: str, axis: int, where: str) -> in
     return tensors[name].shape[axis]
 
 
-def data_set_of(stem: str) -> tuple[str, str, int] | None:
+def data_set_of(stem: str) -> tuple[str, str | None, int] | None:
     """Data set, partition and word length that a published file's name speaks of; None where it speaks of none."""
     return next((row[1:] for row in _DATA_SETS if re.search(row[0], stem.lower())), None)
 
@@ -253,7 +254,7 @@ def data_set_of(stem: str) -> tuple[str, str, int] | None:
 def _data_settings(path: Path, word_length: int | None) -> list[tuple[str, str]]:
     """Settings of the data section, from the file's name."""
     known = data_set_of(path.stem)
-    settings = [] if known is None else [("data.dataset", known[0]), ("data.split_by", known[1])]
+    settings = [] if known is None else [("data.dataset", known[0]), ("data.split_by", json.dumps(known[1]))]
     if word_length is None:
         if known is None:
             raise DcrisError(

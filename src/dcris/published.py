@@ -11,7 +11,7 @@ class Published:
     """One published checkpoint."""
 
     dataset: str
-    split_by: str
+    split_by: str | None
     word_length: int
     scores: tuple[tuple[str, float, float], ...]
     """Split, mIoU and oIoU in percent, from the authors' README. They have not been measured here."""
@@ -77,8 +77,8 @@ PUBLISHED: dict[str, Published] = {
     "detris-l-refcocog-umd": Published("refcocog", "umd", 22, _scores(_UMD, (69.3, 70.2), (66.8, 68.0)), "large"),
     "detris-l-refcocog-google": Published("refcocog", "google", 17, _scores(_GOOGLE, (67.9,), (65.0,)), "large"),
     "detris-l-mixed": Published(
-        "refcoco",
-        "unc",
+        "mixed-unfiltered",
+        None,
         17,
         (
             *_scores(_UNC, (81.0, 81.9, 79.0), (80.7, 82.2, 77.9)),

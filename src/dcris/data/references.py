@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dcris.data.jsonl import is_jsonl, load_jsonl
-from dcris.data.parquet import find_parquet, load_parquet
+from dcris.data.mixing import load_mixture, parse_mixture
+from dcris.data.parquet import SPLIT_BY, find_parquet, load_parquet
 from dcris.data.prepared import find_prepared, load_prepared
 from dcris.data.refer import find_refer, load_refer
 from dcris.data.table import ReferenceTable
@@ -14,13 +15,18 @@ def load_references(root: Path, dataset: str | None, split_by: str | None = None
     """Read a data set from whatever layout it is in. Without `split_by`, the only one that is there is taken.
 
     REFER's layout comes first, then the one that CRIS's tools prepare, then Parquet: what is nearest to the release counts.
-    A `.jsonl` file is one data set and has its own name, so there the other two do not count.
+    A `.jsonl` file is one data set and has its own name, so there the other two do not count. For names such as "mixed" or
+    "mixed-unfiltered:refcoco,refcocog(google)" see dcris.data.mixing.
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field.
     """
     if is_jsonl(root):
         return load_jsonl(root)
     if dataset is None:
         raise DcrisError(f"{root} may hold several data sets; name one with --dataset")
+    if mixture := parse_mixture(dataset):
+        if split_by is not None:
+            raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
+        return load_mixture(root, dataset, mixture, load_references, has_references)
     if find_refer(root, dataset, split_by):
         return load_refer(root, dataset, split_by)
     if find_prepared(root, dataset, split_by):
@@ -32,3 +38,9 @@ def load_references(root: Path, dataset: str | None, split_by: str | None = None
         f"there is no data set {dataset} in {root}: neither {dataset}/{name}, nor anns/{dataset}/*.json, nor "
         f"{dataset}/**/*.parquet; `dcris data fetch` gets one, or name another root folder"
     )
+
+
+def has_references(root: Path, dataset: str, split_by: str) -> bool:
+    """Whether that partition of a data set is there, in any layout."""
+    in_parquet = SPLIT_BY.get(dataset) == split_by and find_parquet(root, dataset)
+    return bool(find_refer(root, dataset, split_by) or find_prepared(root, dataset, split_by) or in_parquet)

@@ -1,0 +1,277 @@
+"""Several sets as one: nothing lost that is to be kept, nothing trained on that is tested, no number given twice."""
+
+import json
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcris.data.check import OFFICIAL_SIZES, check_dataset
+from dcris.data.mixing import _FAMILY, Mixture, mix, parse_mixture
+from dcris.data.references import has_references, load_references
+from dcris.data.table import ReferenceTable
+from dcris.engine.evaluate import exchange_phrases
+from dcris.errors import DcrisError
+from dcris.recipes import get_recipe
+from dcris.types import Expression, Reference
+
+ROOT = Path("data")
+SPLITS = ("train", "train", "train", "val", "testA", "test")
+
+
+def reference(number: int, image: int, split: str, ann_id: int | None = None, sentences: int = 1) -> Reference:
+    return Reference(
+        ref_id=number,
+        ann_id=number if ann_id is None else ann_id,
+        image_id=image,
+        image_path=ROOT / f"images/COCO_train2014_{image:012}.jpg",
+        image_size=(4, 5),
+        category="cup",
+        split=split,
+        segmentation={"size": [4, 5], "counts": [number, 20 - number]},
+        expressions=tuple(Expression(100 * number + k, f"phrase {number} {k}") for k in range(sentences)),
+    )
+
+
+def table(name: str, *references: Reference) -> ReferenceTable:
+    return ReferenceTable(name, "toy", ROOT, references)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[ReferenceTable]:
+    """Up to three sets over the same six photographs, which they number alike."""
+    made = []
+    for name in "abc"[: draw(st.integers(1, 3))]:
+        rows = draw(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(SPLITS), st.integers(1, 3)), max_size=10))
+        made.append(
+            table(name, *(reference(n, image, split, sentences=k) for n, (image, split, k) in enumerate(rows, 1)))
+        )
+    return made
+
+
+def content(item: Reference) -> tuple[Any, ...]:
+    """What renumbering may not change."""
+    return item.image_path, item.split, str(item.segmentation), tuple(each.text for each in item.expressions)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sets=tables(), others=tables())
+def test_no_photograph_that_is_trained_on_is_tested(sets: list[ReferenceTable], others: list[ReferenceTable]) -> None:
+    """And nothing else is left out: what goes is training references of photographs in evaluation splits, to the last one."""
+    mixed = mix("mixed", sets, others)
+    tested = {item.image_path for each in (*sets, *others) for item in each.references if item.split != "train"}
+    expected = [
+        content(item)
+        for each in sets
+        for item in each.references
+        if item.split != "train" or item.image_path not in tested
+    ]
+    assert [content(item) for item in mixed.references] == expected
+    assert not tested & {item.image_path for item in mixed.references if item.split == "train"}
+    left_out = sum(len(each.references) for each in sets) - len(mixed.references)
+    counts = [note.split(": ")[1].split() for note in mixed.notes if ": " in note]
+    assert sum(int(words[words.index("left") - 1]) for words in counts) == left_out
+    assert sum(int(words[0]) for words in counts) == mixed.splits().get("train", (0, 0))[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets=tables())
+def test_the_unfiltered_mixture_is_a_concatenation(sets: list[ReferenceTable]) -> None:
+    """Else DETRIS's published result is not what `mixed-unfiltered` reproduces."""
+    mixed = mix("mixed-unfiltered", sets, filtered=False)
+    assert [content(item) for item in mixed.references] == [content(item) for each in sets for item in each.references]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets=tables(), filtered=st.booleans())
+def test_identifiers_are_unique(sets: list[ReferenceTable], filtered: bool) -> None:
+    """Else masks are scored for another set's reference, and predictions overwrite each other's files."""
+    references = mix("mixed", sets, filtered=filtered).references
+    for counts in (
+        Counter(item.ref_id for item in references),
+        Counter(item.ann_id for item in references),
+        Counter(each.sent_id for item in references for each in item.expressions),
+    ):
+        assert set(counts.values()) <= {1}
+    assert len({(item.image_id, item.image_path) for item in references}) == len({item.image_id for item in references})
+    assert all(item.image_id == int(item.image_path.stem[-12:]) for item in references)  # COCO's stay
+
+
+def test_references_of_one_annotation_stay_together() -> None:
+    """`data check` decodes each annotation once."""
+    one = table("a", reference(1, 1, "train", ann_id=7), reference(2, 1, "train", ann_id=7), reference(3, 1, "train"))
+    mixed = mix("mixed", [one, replace(one, dataset="b")])
+    assert [item.ann_id for item in mixed.references] == [1, 1, 2, 3, 3, 4]
+
+
+def test_photographs_under_both_of_cocos_namings_are_the_same() -> None:
+    """Else a set prepared from train2017 leaks into the tests of one from train2014."""
+    short = replace(reference(1, 5, "train"), image_path=ROOT / "train2017/000000000005.jpg", image_id=1)
+    mixed = mix("mixed", [table("a", short, reference(2, 6, "train")), table("b", reference(1, 5, "val"))])
+    assert [(item.image_id, item.split) for item in mixed.references] == [(6, "train"), (5, "val")]
+
+
+def test_different_photographs_under_one_number_stay_apart() -> None:
+    """Generated sets all begin at 1: exchanging phrases within a photograph must not cross sets."""
+    own = [replace(reference(n, n, "train"), image_path=ROOT / f"images/scene_{n}.jpg") for n in (1, 2)]
+    coco = [reference(1, 1, "train"), reference(2, 1, "train")]
+    mixed = mix("mixed", [table("a", *own), table("b", *coco)])
+    assert [item.image_id for item in mixed.references] == [1, 2, 3, 3]
+    assert {item.image_id for item, _ in exchange_phrases(mixed.references)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "filtered"),
+    [
+        ("mixed", [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")], True),
+        ("mixed-unfiltered", [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")], False),
+        ("mixed:refcoco,refcocog(google)", [("refcoco", "unc"), ("refcocog", "google")], True),
+        ("mixed-unfiltered: scenes , refcocog", [("scenes", None), ("refcocog", "umd")], False),
+        ("mixed:refcocog(umd),refcocog(google)", [("refcocog", "umd"), ("refcocog", "google")], True),
+    ],
+)
+def test_names_of_mixtures(name: str, members: list[tuple[str, str | None]], filtered: bool) -> None:
+    assert parse_mixture(name) == Mixture(tuple(members), filtered)
+
+
+@pytest.mark.parametrize("name", ["refcoco", "mixed2", "mixed-filtered", "my-mixed", "mixed refcoco", ""])
+def test_other_names_are_single_sets(name: str) -> None:
+    assert parse_mixture(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixed:", "mixed:a,,b", "mixed:a,a", "mixed:refcoco,refcoco(unc)", "mixed:a(", "mixed:a()", "mixed:mixed,a"],
+)
+def test_names_that_make_no_sense(name: str) -> None:
+    with pytest.raises(DcrisError, match="no list of different sets"):
+        parse_mixture(name)
+
+
+def test_the_published_mixture_has_its_published_size() -> None:
+    """DETRIS counts 126,908 references; `mixed-unfiltered` names the same three partitions."""
+    mixture = parse_mixture("mixed-unfiltered")
+    assert mixture is not None
+    sizes = [OFFICIAL_SIZES[name, split_by or ""]["train"][0] for name, split_by in mixture.members]
+    assert sum(sizes) == 126_908
+
+
+@pytest.mark.parametrize(("recipe", "filtered"), [("dcris_l_mixed", True), ("detris_l_mixed", False)])
+def test_recipes_name_their_mixture(recipe: str, filtered: bool) -> None:
+    """Else "mixed" in a recipe's name trains on RefCOCO alone."""
+    mixture = parse_mixture(get_recipe(recipe).data.dataset)
+    assert mixture is not None
+    assert (len(mixture.members), mixture.filtered) == (3, filtered)
+
+
+def write_refer(root: Path, dataset: str, split_by: str, rows: list[tuple[int, str]]) -> None:
+    """A set in the REFER layout: a photograph's number and a split for each reference."""
+    references, annotations = [], []
+    for number, (image, split) in enumerate(rows, 1):
+        sentence = {"sent_id": number, "sent": f"{dataset} {number}"}
+        annotations.append({"id": number, "image_id": image, "segmentation": [[0, 0, 4, 0, 4, 4]]})
+        references.append(
+            {"ref_id": number, "ann_id": number, "image_id": image, "category_id": 1, "split": split}
+            | {"sentences": [sentence]}
+        )
+    images = [
+        {"id": image, "file_name": f"COCO_train2014_{image:012}.jpg", "height": 4, "width": 5} for image in range(1, 9)
+    ]
+    instances = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cup"}]}
+    (root / dataset).mkdir(parents=True, exist_ok=True)
+    (root / dataset / f"refs({split_by}).p").write_bytes(pickle.dumps(references))
+    (root / dataset / "instances.json").write_text(json.dumps(instances))
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """The RefCOCO family in small; photograph 4 is held out by G-Ref's google partition alone."""
+    tests = [(7, "testA"), (8, "testB")]
+    write_refer(tmp_path, "refcoco", "unc", [(1, "train"), (2, "train"), (3, "val"), (4, "train"), *tests])
+    write_refer(tmp_path, "refcoco+", "unc", [(1, "train"), (2, "testB"), (5, "train"), (7, "testA"), (8, "val")])
+    write_refer(tmp_path, "refcocog", "google", [(1, "train"), (4, "val")])
+    write_refer(tmp_path, "refcocog", "umd", [(1, "train"), (4, "train"), (5, "test"), (7, "val")])
+    return tmp_path
+
+
+def trained(table: ReferenceTable) -> list[tuple[str, int]]:
+    return [(item.expressions[0].text.split()[0], item.image_id) for item in table.references if item.split == "train"]
+
+
+def test_the_whole_family_holds_out(family: Path) -> None:
+    """Also what is not mixed, where it is at hand: RefCOCO+ must be testable on a model trained on RefCOCO and G-Ref."""
+    mixed = load_references(family, "mixed")
+    assert trained(mixed) == [("refcoco", 1), ("refcoco+", 1), ("refcocog", 1)]
+    assert mixed.splits() == {"train": (3, 3), "val": (3, 3), "testA": (2, 2), "testB": (2, 2), "test": (1, 1)}
+    assert (mixed.dataset, mixed.split_by) == ("mixed", "refcoco unc, refcoco+ unc, refcocog umd")
+    assert mixed.notes == (
+        "training sees no photograph of the val and test splits of refcoco unc, refcoco+ unc, refcocog umd, refcocog google",
+        "refcoco unc: 1 training references, and 2 left out, of photographs in val or test splits",
+        "refcoco+ unc: 1 training references, and 1 left out, of photographs in val or test splits",
+        "refcocog umd: 1 training references, and 1 left out, of photographs in val or test splits",
+    )
+    assert trained(load_references(family, "mixed:refcoco")) == [("refcoco", 1)]
+    (family / "refcocog/refs(google).p").unlink()
+    assert trained(load_references(family, "mixed:refcoco")) == [("refcoco", 1), ("refcoco", 4)]
+    unfiltered = load_references(family, "mixed-unfiltered")
+    assert len(trained(unfiltered)) == 7
+    assert unfiltered.notes[1] == "refcoco unc: 2 training references, and 1 more, of photographs in val or test splits"
+
+
+def test_a_partition_is_found_in_any_layout(tmp_path: Path) -> None:
+    """Else what is held out depends on how the data were prepared."""
+    assert not has_references(tmp_path, "refcocog", "google")
+    for name in ("anns/refcocog_g/val.json", "refcoco/train-00000-of-00001.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    found = [member for member in _FAMILY if has_references(tmp_path, *member)]
+    assert found == [("refcoco", "unc"), ("refcocog", "google")]
+
+
+def test_splits_that_were_not_fetched(family: Path) -> None:
+    """What cannot be left out, as nobody knows its photographs, is said: fetching train alone would mix without a filter."""
+    write_refer(family, "refcoco+", "unc", [(1, "train"), (8, "val")])
+    notes = load_references(family, "mixed:refcoco").notes
+    assert notes[1] == "refcoco+ unc has no testA, testB here, so training may see their photographs"
+    assert len(notes) == 3
+
+
+def test_a_set_that_is_missing_or_broken(family: Path) -> None:
+    """A set whose test photographs cannot be read must not simply hold out nothing."""
+    (family / "refcocog/refs(google).p").write_bytes(b"")
+    with pytest.raises(DcrisError, match=r"refs\(google\)\.p is not a whole pickle"):
+        load_references(family, "mixed")
+    (family / "refcoco+/refs(unc).p").unlink()
+    with pytest.raises(DcrisError, match=r"no data set refcoco\+ in"):
+        load_references(family, "mixed-unfiltered")
+    with pytest.raises(DcrisError, match=r"takes no --split-by"):
+        load_references(family, "mixed", "unc")
+
+
+def test_a_mixture_is_checked_as_a_whole(family: Path) -> None:
+    """`dcris data check` says what was left out, and no longer speaks of a leak."""
+    report = check_dataset(family, "mixed")
+    assert report.leaked_images == 0
+    assert "note: refcoco unc: 1 training references, and 2 left out" in report.table()
+    assert check_dataset(family, "mixed-unfiltered").leaked_images == 2
+
+
+def test_real_sets(refer_root: Path) -> None:
+    """Genuine val references stand on photographs that the templated set trains on."""
+    alone = load_references(refer_root, "cocomini")
+    for name in ("mixed:cocomini", "mixed:cocomini,refcoco,refcoco+,refcocog"):
+        mixed = load_references(refer_root, name)
+        tested = {item.image_path.name for item in mixed.references if item.split != "train"}
+        for other in ("refcoco", "refcoco+", "refcocog"):
+            tested |= {item.image_path.name for item in load_references(refer_root, other).references}
+        assert mixed.splits()["train"] == (1022, 2118)
+        assert not tested & {item.image_path.name for item in mixed.split("train")}
+        dropped = [item for item in alone.split("train") if item.image_path.name in tested]
+        assert len(dropped) == 1039 - 1022
+    whole = load_references(refer_root, "mixed-unfiltered:cocomini,refcoco,refcoco+,refcocog")
+    assert whole.splits() == {"train": (1039, 2154), "val": (104 + 8 + 3 + 2, 242), "testA": (131, 271)}
