@@ -1,6 +1,6 @@
 """Checkpoints: what was trained, in a directory that is either whole or not there.
 
-RUN/config.json and, per checkpoint, RUN/checkpoints/step-00000123/
+RUN/config.json, RUN/data.json (what it was trained on) and, per checkpoint, RUN/checkpoints/step-00000123/
     config.json           what the model is and how it was trained
     model.safetensors     adapters, head and their statistics; names the frozen towers by fingerprint
     optimizer.safetensors the optimiser's moments, for --resume alone
