@@ -1,11 +1,25 @@
-"""Multi-head attention as the adapters and the head use it.
+"""Attention, and its multi-head form as the adapters and the head use it.
 
-Shape letters: B batch, Q queries, K keys, C width.
+Shape letters: B batch, H heads, Q queries, K keys, C width, D head width.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dcris.encoders import cpu_attention
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """softmax(QK^T / sqrt(D)) V with dropout on the weights: [B, H, Q, D], [B, H, K, D] twice -> [B, H, Q, D].
+
+    `mask` is bool, True where a query may attend to a key; `causal` lets it attend to keys up to its own place.
+    """
+    if mask is None and not causal and cpu_attention.pays(query, key, value, dropout):
+        return cpu_attention.attend(query, key, value, dropout)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)
 
 
 class MultiHeadAttention(nn.Module):
@@ -33,7 +47,7 @@ class MultiHeadAttention(nn.Module):
         )
         mask = None if padding is None else ~padding[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        mixed = attend(query, key, value, mask=mask, dropout=dropout)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def single_key(self, value: Tensor) -> Tensor:

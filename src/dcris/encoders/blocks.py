@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcris.encoders.attention import attend
+
 
 @dataclass(frozen=True, slots=True)
 class SlotContext:
@@ -76,7 +78,7 @@ class SelfAttention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed = attend(query, key, value, causal=self.causal)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 

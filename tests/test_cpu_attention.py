@@ -1,0 +1,132 @@
+"""The quick attention of CPUs against torch's own: the same outputs and gradients, and dropout that is dropout."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcris.encoders import cpu_attention
+from dcris.encoders.attention import attend
+
+# Samples, queries, keys, heads and width of a head; keys are not always as many as queries.
+SHAPES = [(2, 260, 260, 3, 16), (1, 300, 257, 2, 8), (2, 65, 70, 1, 4)]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Queries, keys and values as the layers hand them over: heads side by side in memory."""
+    batch, queries, keys, heads, width = shape
+    made = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, length, heads * width, dtype=torch.float64, generator=made)
+        .to(dtype)
+        .unflatten(-1, (heads, width))
+        .transpose(1, 2)
+        .requires_grad_()
+        for length in (queries, keys, keys)
+    ]
+
+
+def with_gradients(function, tensors: list[Tensor], seed: int = 1) -> list[Tensor]:
+    out = function(*tensors)
+    upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_outputs_and_gradients_are_torchs(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """Else training on a CPU trains another network."""
+    exact = with_gradients(F.scaled_dot_product_attention, inputs(shape, torch.float64))
+    ours = with_gradients(lambda *x: cpu_attention.attend(*x, 0.0), inputs(shape, dtype))
+    for our, their in zip(ours, exact, strict=True):
+        assert our.dtype == dtype
+        assert ((our.double() - their).norm() / their.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_is_that_of_an_explicit_mask(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were dropped forwards must be dropped backwards, and the rest made up for."""
+    drawn = []
+    draw = cpu_attention._draw
+    monkeypatch.setattr(cpu_attention, "_draw", lambda *x: drawn.append(draw(*x)) or drawn[-1])
+    for shape in SHAPES:
+        ours = with_gradients(lambda *x: cpu_attention.attend(*x, dropout), inputs(shape, torch.float64))
+        kept, stretch = drawn[-1]
+        assert stretch == pytest.approx(1 / (1 - dropout), rel=1e-4)
+        assert kept.double().mean().item() == pytest.approx(1 - dropout, abs=0.02)
+
+        def explicit(
+            query: Tensor, key: Tensor, value: Tensor, kept: Tensor = kept, stretch: float = stretch
+        ) -> Tensor:
+            weights = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1)
+            return (weights * kept * stretch) @ value
+
+        for our, their in zip(ours, with_gradients(explicit, inputs(shape, torch.float64)), strict=True):
+            assert ((our - their).norm() / their.norm()).item() < 1e-6
+
+
+def test_dropout_follows_torchs_seed_and_differs_between_heads() -> None:
+    """A step's randomness comes from its number: that is what makes resuming exact."""
+    query, key, _ = inputs(SHAPES[0], torch.float32)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return cpu_attention._draw(query, key, 0.3)[0]
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+    kept = draw(5)
+    for one, other in ((kept[0, 0], kept[0, 1]), (kept[0, 0], kept[1, 0])):
+        both = (one & other).double().mean().item()
+        assert both == pytest.approx(0.49, abs=0.01)  # independent
+
+
+@pytest.mark.parametrize(
+    ("queries", "gradients", "dropout", "dtype", "expected"),
+    [
+        (260, True, 0.1, torch.float32, True),
+        (260, True, 0.0, torch.bfloat16, True),
+        (260, True, 0.0, torch.float32, False),
+        (260, False, 0.1, torch.bfloat16, False),
+        (20, True, 0.1, torch.bfloat16, False),
+    ],
+)
+def test_it_is_used_where_it_pays(
+    queries: int, gradients: bool, dropout: float, dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small maps, predictions and float32 without dropout are quicker in torch's own hands."""
+    used = []
+    monkeypatch.setattr(cpu_attention, "attend", lambda *x: used.append(1) or x[0])
+    tensors = inputs((1, queries, 260, 1, 8), dtype)
+    with torch.set_grad_enabled(gradients):
+        attend(*tensors, dropout=dropout)
+        attend(*tensors, dropout=dropout, mask=torch.ones(queries, 260, dtype=torch.bool))
+        attend(*tensors, dropout=dropout, causal=True)
+    assert bool(used) == expected
+    assert len(used) <= 1
+
+
+def test_a_step_through_a_model_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast too: the parts must agree on types."""
+    from dcris.model.dcris import DCRIS
+    from dcris.recipes import dcris_tiny
+    from models import images, randomise
+
+    model = DCRIS(dcris_tiny().model).train()
+    randomise(model)
+    pictures, tokens = images(1, 16, 17), torch.randint(4, 100, (1, 9))
+
+    def gradients() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(pictures, tokens).float().square().mean()
+        return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True))
+
+    plain = gradients()
+    calls = []
+    monkeypatch.setattr(cpu_attention, "pays", lambda *x: calls.append(1) or torch.is_grad_enabled())
+    for ours, theirs in zip(gradients(), plain, strict=True):
+        if theirs is not None:
+            assert ((ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-4 * plain[0].norm()).item()
+    assert calls
