@@ -122,6 +122,16 @@ def test_grouping_does_not_matter(segmenter: Segmenter, photo: Path, monkeypatch
     assert any(not np.array_equal(together[0].probabilities, other.probabilities) for other in together[1:])
 
 
+def test_bfloat16_ends_with_the_network(segmenter: Segmenter, trained_run: Path, photo: Path) -> None:
+    """Else what follows it runs in bfloat16 too: an error where NumPy takes over, and coarse probabilities elsewhere."""
+    half = Segmenter.from_pretrained(trained_run, device="cpu", precision="bfloat16")
+    answers = half.predict(photo, PHRASES, scores=True)
+    assert_same(answers, segmenter.predict(photo, PHRASES, scores=True), tolerance=0.1)
+    for answer in answers:
+        assert answer.probabilities is not None
+        assert len(np.unique(answer.probabilities)) > 1000  # bfloat16 has 128 steps between a half and one
+
+
 def test_threads_share_a_segmenter(segmenter: Segmenter, scenes_root: Path) -> None:
     """Else a web server mixes up the pictures of two visitors."""
     images = sorted({reference.image_path for reference in load_references(scenes_root, "scenes").references})[:8]

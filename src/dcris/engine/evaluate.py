@@ -131,9 +131,12 @@ def segment_in_passes(
     with autocast(device, dtype):
         state = model.encode_images(image)
         text = model.encode_text(tokens)
-        for start in range(0, len(tokens), PHRASES_PER_PASS):
-            chosen = torch.arange(start, min(start + PHRASES_PER_PASS, len(tokens)), device=device)
-            yield model.segment(state.select(torch.zeros_like(chosen)), text.select(chosen))
+    for start in range(0, len(tokens), PHRASES_PER_PASS):
+        chosen = torch.arange(start, min(start + PHRASES_PER_PASS, len(tokens)), device=device)
+        # Not around the yield: what a generator has entered holds for its caller, who would interpolate in bfloat16.
+        with autocast(device, dtype):
+            logits = model.segment(state.select(torch.zeros_like(chosen)), text.select(chosen))
+        yield logits
 
 
 def answer_together(
