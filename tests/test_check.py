@@ -20,18 +20,31 @@ def test_a_sound_set_has_no_problems(tiny_refer):
     assert json.loads(json.dumps(report.to_json()))["splits"]["val"] == {"references": 1, "expressions": 2}
 
 
-def test_a_photograph_in_two_splits_is_a_leak(tiny_refer):
+def test_a_training_photograph_in_another_split_is_a_leak(tiny_refer):
     """Training on a photograph whose other objects are tested makes the test look better than it is."""
-    report = check_dataset(tiny_refer.write(), "tiny")
-    assert report.shared_images == 1  # image 1 is in val and testA
-    assert report.warnings == ["1 images are in more than one split; training sees none of them"]
     tiny_refer.references[1]["split"] = "train"
     report = check_dataset(tiny_refer.write(), "tiny")
-    assert report.warnings == ["1 images are in more than one split; training sees 1 of them"]
-    assert (report.shared_images, report.leaked_images) == (1, 1)
+    assert (report.problem_count, report.shared_images, report.leaked_images, report.warnings) == (1, 1, 1, [])
+    assert "1.png is in testA (reference 10) and train (reference 11), so training sees a test" in report.problems[0]
     tiny_refer.references[1]["split"] = "testA"
     report = check_dataset(tiny_refer.write(), "tiny")
-    assert (report.shared_images, report.leaked_images, report.warnings) == (0, 0, [])
+    assert (report.problem_count, report.shared_images, report.warnings) == (0, 0, [])
+
+
+def test_sharing_among_the_other_splits_is_worth_a_warning(tiny_refer):
+    """It spoils no test result, but a threshold chosen on val was chosen on test photographs."""
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert (report.problem_count, report.shared_images) == (0, 1)  # image 1 is in val and testA
+    assert report.warnings == ["1 images are in more than one split; training sees none of them"]
+
+
+def test_refcocogs_google_partition_shares_photographs_by_design(tiny_refer):
+    """Calling the official file damaged would send people looking for another, which there is not."""
+    tiny_refer.dataset, tiny_refer.split_by = "refcocog", "google"
+    tiny_refer.references[1]["split"] = "train"
+    report = check_dataset(tiny_refer.write(), "refcocog")
+    assert (report.problem_count, report.shared_images) == (0, 1)
+    assert "1 images are in more than one split, as this set was made; training sees 1 of them" in report.warnings
 
 
 def test_missing_and_wrong_images_are_problems(tiny_refer):
@@ -82,9 +95,25 @@ def test_a_long_list_of_problems_is_cut_and_counted(tiny_refer):
     assert report.to_json()["problem_count"] == 25
 
 
-def test_a_file_that_cannot_be_read_at_all_is_an_error(tiny_refer):
+def test_each_malformed_reference_is_a_problem(tiny_refer):
+    """Whoever mends a file by hand wants to see what is wrong in it at once, not one mistake at each try."""
     tiny_refer.references[0].pop("ann_id")
-    with pytest.raises(DcrisError, match="reference 10 has no 'ann_id'"):
+    tiny_refer.references[2]["sentences"] = []
+    tiny_refer.references.append(7)
+    report = check_dataset(tiny_refer.write(), "tiny")
+    assert [problem.partition(": ")[2].partition(";")[0] for problem in report.problems] == [
+        "reference 10 has no 'ann_id'",
+        "reference 12 has an empty 'sentences'",
+        "entry 4 is not a table of named fields",
+    ]
+    assert report.splits == {"val": (1, 2)}
+    tiny_refer.references = [7]
+    assert check_dataset(tiny_refer.write(), "tiny").table().count("problem: ") == 1
+
+
+def test_a_file_that_cannot_be_read_at_all_is_an_error(tiny_refer):
+    tiny_refer.references = []
+    with pytest.raises(DcrisError, match="not a list of references"):
         check_dataset(tiny_refer.write(), "tiny")
 
 

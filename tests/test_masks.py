@@ -28,6 +28,7 @@ def test_every_mask_survives_compression_and_pycocotools_agrees(mask):
     assert json.loads(json.dumps(encoded)) == encoded
     assert np.array_equal(decode_mask(encoded, mask.shape), mask)
     assert np.array_equal(coco.decode(encoded), mask)
+    assert mask_area(encoded, mask.shape) == mask.sum()
     as_bytes = {"size": mask.shape, "counts": encoded["counts"].encode()}
     assert np.array_equal(decode_mask(as_bytes, mask.shape), mask)
 
@@ -78,7 +79,7 @@ def test_overlapping_polygons_are_a_union():
     left, right = [0, 0, 20, 0, 20, 10, 0, 10], [10, 0, 30, 0, 30, 10, 10, 10]
     mask = decode_mask([left, right], (10, 40))
     assert mask.max() == 1
-    assert mask.sum() == 300
+    assert mask.sum() == mask_area([left, right], (10, 40)) == 300
 
 
 def test_the_mask_is_a_plain_writable_array():
@@ -135,7 +136,7 @@ def test_the_mask_is_a_plain_writable_array():
 )
 def test_a_malformed_mask_is_refused_in_words(segmentation):
     """pycocotools answers several of these by ending the process, or by asking for all the memory there is."""
-    for use in (validate_segmentation, decode_mask):
+    for use in (validate_segmentation, decode_mask, mask_area):
         with pytest.raises(DcrisError, match=r"segmentation|polygon|run lengths"):
             use(segmentation, (8, 10))
 
@@ -184,6 +185,7 @@ def test_real_masks_are_those_of_pycocotools(refer_root):
         runs = coco.frPyObjects(annotation["segmentation"], height, width)
         expected = coco.decode(coco.merge(runs) if isinstance(runs, list) else runs)
         assert np.array_equal(decode_mask(annotation["segmentation"], (height, width)), expected)
+        assert mask_area(annotation["segmentation"], (height, width)) == expected.sum()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
@@ -204,5 +206,6 @@ def test_a_picture_of_a_mask_is_the_object_wherever_it_is_not_black(tmp_path, mo
     path = tmp_path / "mask.png"
     image.save(path)
     np.testing.assert_array_equal(decode_mask(path, (5, 7)), truth)
+    assert mask_area(path, (5, 7)) == 8
     with pytest.raises(DcrisError, match=r"5 x 7 pixels .* but its photograph 7 x 5"):
         decode_mask(path, (7, 5))

@@ -1,5 +1,6 @@
 """Reading REFER files: what is plain data gets in, what is malformed gets one sentence, and nothing runs."""
 
+import gc
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcris.data.photographs import OFFICIAL_FOLDER, find_photographs
-from dcris.data.refer import find_split_by, safe_unpickle
+from dcris.data.refer import _first_request, _is_plain, find_split_by, safe_unpickle
 from dcris.data.references import load_references
 from dcris.errors import DcrisError
 
@@ -115,6 +116,28 @@ def test_a_missing_pickle_is_named(tmp_path):
         safe_unpickle(tmp_path / "refs(unc).p")
     with pytest.raises(DcrisError, match="cannot read"):
         safe_unpickle(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_quick_look_at_a_pickle_lets_nothing_pass_that_the_thorough_one_names(protocol):
+    """The quick one alone stands between a stranger's file and the unpickler."""
+    source = np.random.default_rng(protocol)
+    content = [{"id": 2**40, "b": (0.5, None, True, 7), "c": "näh" * 90, 7: {"x": []}}] * 3 + ["text"] * 2
+    if protocol >= 4:
+        content += [{1, 2}, frozenset("ab"), b"raw"]
+    for sound in (content, [*content, _Runs("true")], [np.float64(1), "text"]):
+        data = pickle.dumps(sound, protocol)
+        assert _is_plain(data) == (_first_request(data) is None) == (sound is content)
+        for _ in range(200):
+            spoilt = bytearray(data)
+            for place in source.integers(len(data), size=source.integers(1, 4)):
+                spoilt[place] = source.choice(spoilt) if place % 2 else source.integers(256)
+            try:
+                plain = _is_plain(bytes(spoilt))
+                request = _first_request(bytes(spoilt)) if plain else None
+            except ValueError:  # no number where one should be: both stop there, and so does the unpickler
+                continue
+            assert request is None or "places of memory" in request
 
 
 # Which splits
@@ -258,6 +281,20 @@ def test_the_annotation_file_may_be_missing_or_cut_short(tiny_refer):
     tiny_refer.json_path.unlink()
     with pytest.raises(DcrisError, match=r"annotation file of tiny is missing: there is no file .*instances\.json"):
         load_references(root, "tiny")
+
+
+def test_the_collector_is_as_it_was_afterwards(tiny_refer):
+    """Left off, a long training run would fill the memory."""
+    root = tiny_refer.write()
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            load_references(root, "tiny")
+            with pytest.raises(DcrisError):
+                load_references(root, "nothing")
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
 
 
 def test_unknown_fields_are_let_be(tiny_refer):

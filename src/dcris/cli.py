@@ -356,15 +356,19 @@ def _data_fetch(args: argparse.Namespace) -> None:
 
 
 def _data_check(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from dcris.data.check import check_dataset
 
     _own_name(args.root, args)
-    report = check_dataset(args.root, args.dataset, args.split_by, deep=args.deep)
+    with tqdm(unit="image", disable=not sys.stderr.isatty()) as bar:
+        report = check_dataset(
+            args.root, args.dataset, args.split_by, deep=args.deep, progress=lambda done: bar.update(done - bar.n)
+        )
     print(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
-        raise DcrisError(
-            f"{report.problem_count} problems in {report.dataset} of {args.root}; mend or fetch again what is named above"
-        )
+        several = "problems, the first" if report.problem_count > 1 else "problem"
+        raise DcrisError(f"{report.problem_count:,} {several}: {report.problems[0]}")
 
 
 def _data_scenes(args: argparse.Namespace) -> None:

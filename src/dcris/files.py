@@ -95,13 +95,15 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read a JSON file; `what` names it in the error ("the run's configuration").
+
+    `each_object` is given every object of the file as soon as it is read, and returns what takes its place.
 
     Raises DcrisError where the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=each_object)
     except FileNotFoundError as error:
         raise DcrisError(f"{what} is missing: there is no file {path}") from error
     except OSError as error:

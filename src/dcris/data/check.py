@@ -1,17 +1,20 @@
 """`dcris data check`: is everything there that training and evaluation will ask for, and is it what the papers used?"""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dcris.data.images import image_size, read_image
-from dcris.data.jsonl import is_jsonl, load_jsonl
-from dcris.data.masks import decode_mask
+from dcris.data.masks import mask_area
 from dcris.data.references import load_references
+from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
+from dcris.types import Reference
 
 OFFICIAL_SIZES: Mapping[tuple[str, str], Mapping[str, tuple[int, int]]] = {
     ("refcoco", "unc"): {
@@ -30,6 +33,9 @@ OFFICIAL_SIZES: Mapping[tuple[str, str], Mapping[str, tuple[int, int]]] = {
     ("refcocog", "google"): {"train": (44_822, 85_474), "val": (5_000, 9_536)},
 }
 """References and expressions of each split, by data set and `split_by`, as the REFER release gives them."""
+
+_SHARING_BY_DESIGN = {("refcocog", "google")}
+"""Partitions that were made by object and not by photograph."""
 
 _SHOWN = 10
 
@@ -78,7 +84,8 @@ class CheckReport:
         lines += [f"problem: {problem}" for problem in self.problems]
         if self.problem_count > len(self.problems):
             lines.append(f"problem: ... and {self.problem_count - len(self.problems):,} more")
-        lines.append(f"{self.problem_count:,} problems" if self.problem_count else "no problems")
+        count = self.problem_count
+        lines.append("no problems" if not count else f"{count:,} problem{'s' if count > 1 else ''}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,75 +108,114 @@ class CheckReport:
         }
 
 
-def check_dataset(root: Path, dataset: str | None, split_by: str | None = None, deep: bool = False) -> CheckReport:
-    """Check a data set in any layout: counts, leaks, and that each image and each mask can be used.
+def check_dataset(
+    root: Path,
+    dataset: str | None,
+    split_by: str | None = None,
+    deep: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> CheckReport:
+    """Check a data set in any layout: its references, their counts, leaks, and that each image and each mask can be used.
 
-    Of an image only the header is read, unless `deep`, which decodes it. Each image and each mask is looked at once. Raises
-    DcrisError where the files of references themselves are unusable: nothing behind them can be checked then. Of JSON Lines,
-    each line that is wrong is a problem.
+    Of an image only the header is read, unless `deep`, which decodes it. Each image and each mask is looked at once.
+    `progress` is told how many images have been.
+
+    A training photograph that is in another split too is a problem, except in RefCOCOg's google partition and in mixtures that
+    are not filtered, which share by design; other sharing is a warning. So is another size than the official one: a part is
+    fine to work with.
+
+    Raises DcrisError where a file of annotations is unusable as a whole: nothing behind it can be checked then.
     """
     wrong: list[DcrisError] = []
-    table = load_jsonl(root, wrong.append) if is_jsonl(root) else load_references(root, dataset, split_by)
-    splits_of_image: defaultdict[Path, set[str]] = defaultdict(set)
-    for reference in table.references:
-        splits_of_image[reference.image_path].add(reference.split)
+    table = load_references(root, dataset, split_by, wrong.append)
     report = CheckReport(
         dataset=table.dataset,
         split_by=table.split_by,
         splits=table.splits(),
-        images=len(splits_of_image),
-        shared_images=sum(len(splits) > 1 for splits in splits_of_image.values()),
-        leaked_images=sum(len(splits) > 1 and "train" in splits for splits in splits_of_image.values()),
+        images=len({reference.image_path for reference in table.references}),
+        shared_images=0,
+        leaked_images=0,
         official=None,
         notes=list(table.notes),
     )
     for error in wrong:
         report.add_problem(str(error))
     _compare(report)
-    _look(table, report, deep)
+    _find_leaks(table, report)
+    _look(table, report, deep, progress)
     return report
 
 
 def _compare(report: CheckReport) -> None:
     sizes = OFFICIAL_SIZES.get((report.dataset, report.split_by))
-    if sizes is not None:
-        missing = [name for name in sizes if name not in report.splits]
-        odd = [name for name, counts in report.splits.items() if sizes.get(name) != counts]
-        report.official = not missing and not odd
-        if odd:
-            report.warnings.append(f"not the official size: {', '.join(odd)}; published results do not compare")
-        if missing:
-            report.warnings.append(f"official splits that are not here: {', '.join(missing)}")
-    if report.shared_images:
-        seen = (
-            f"training sees {report.leaked_images:,} of them" if report.leaked_images else "training sees none of them"
+    if sizes is None:
+        return
+    missing = [name for name in sizes if name not in report.splits]
+    odd = [name for name, counts in report.splits.items() if sizes.get(name) != counts]
+    report.official = not missing and not odd
+    if odd:
+        report.warnings.append(f"not the official size: {', '.join(odd)}; published results do not compare")
+    if missing:
+        report.warnings.append(f"official splits that are not here: {', '.join(missing)}")
+
+
+def _find_leaks(table: ReferenceTable, report: CheckReport) -> None:
+    splits_of: defaultdict[Path, dict[str, int]] = defaultdict(dict)
+    for reference in table.references:
+        splits_of[reference.image_path].setdefault(reference.split, reference.ref_id)
+    shared = {path: splits for path, splits in splits_of.items() if len(splits) > 1}
+    leaked = {path: splits for path, splits in shared.items() if "train" in splits}
+    report.shared_images, report.leaked_images = len(shared), len(leaked)
+    by_design = (report.dataset, report.split_by) in _SHARING_BY_DESIGN or report.dataset.startswith("mixed-unfiltered")
+    for path, splits in leaked.items() if not by_design else ():
+        places = " and ".join(f"{split} (reference {ref_id})" for split, ref_id in splits.items())
+        report.add_problem(
+            f"{path} is in {places}, so training sees a test image; keep all references of an image in one split"
         )
-        report.warnings.append(f"{report.shared_images:,} images are in more than one split; {seen}")
+    if shared and (by_design or len(shared) > len(leaked)):
+        why = ", as this set was made" if by_design else ""
+        seen = f"{len(leaked):,}" if leaked else "none"
+        report.warnings.append(f"{len(shared):,} images are in more than one split{why}; training sees {seen} of them")
 
 
-def _look(table: ReferenceTable, report: CheckReport, deep: bool) -> None:
-    images: set[Path] = set()
+def _look(table: ReferenceTable, report: CheckReport, deep: bool, progress: Callable[[int], None] | None) -> None:
+    firsts: dict[Path, Reference] = {}
+    for reference in table.references:
+        firsts.setdefault(reference.image_path, reference)
+    complaints: list[str | None] = []
+    # Threads are enough: reading waits for the disk, and decoders let others run meanwhile.
+    with ThreadPoolExecutor(cores()) as pool:
+        for complaint in pool.map(partial(_look_at_image, deep=deep), firsts.values()):
+            complaints.append(complaint)
+            if progress is not None:
+                progress(len(complaints))
+    of_image = dict(zip(firsts, complaints, strict=True))
     annotations: set[int] = set()
     for reference in table.references:
         where = f"reference {reference.ref_id}"
-        if reference.image_path not in images:
-            images.add(reference.image_path)
-            try:
-                height, width = read_image(reference.image_path).shape[:2] if deep else image_size(reference.image_path)
-                if (height, width) != reference.image_size:
-                    recorded = "{} x {}".format(*reference.image_size)
-                    report.add_problem(
-                        f"{where}: {reference.image_path} is {height} x {width} pixels (height x width), but "
-                        f"the annotations say {recorded}, so the mask does not fit; fetch the image again"
-                    )
-            except DcrisError as error:
-                report.add_problem(f"{where}: {error}")
+        if complaint := of_image.pop(reference.image_path, None):
+            report.add_problem(f"{where}: {complaint}")
         if reference.ann_id not in annotations:
             annotations.add(reference.ann_id)
             try:
-                if not decode_mask(reference.segmentation, reference.image_size).any():
+                if not mask_area(reference.segmentation, reference.image_size):
                     report.add_problem(
                         f"{where}: the mask of annotation {reference.ann_id} is empty; leave the reference out"
                     )
             except DcrisError as error:
                 report.add_problem(f"{where}: annotation {reference.ann_id}: {error}")
+
+
+def _look_at_image(reference: Reference, deep: bool) -> str | None:
+    """What is wrong with a reference's photograph."""
+    path = reference.image_path
+    try:
+        found = read_image(path).shape[:2] if deep else image_size(path)
+    except DcrisError as error:
+        return str(error)
+    if found == reference.image_size:
+        return None
+    return (
+        "{} is {} x {} pixels (height x width), but the annotations say {} x {}, so the mask does not fit; fetch the image "
+        "again".format(path, *found, *reference.image_size)
+    )

@@ -8,14 +8,14 @@ missing. `category` (text) and `id` (a whole number) may be given; other fields 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import ReferenceTable, bad, check_text, plain_path
+from dcris.data.table import Complain, ReferenceTable, bad, check_text, plain_path
 from dcris.data.table import field as entry
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, Segmentation
@@ -31,7 +31,7 @@ def is_jsonl(root: Path) -> bool:
     return root.suffix.lower() == ".jsonl"
 
 
-def load_jsonl(path: Path, complain: Callable[[DcrisError], None] | None = None) -> ReferenceTable:
+def load_jsonl(path: Path, complain: Complain | None = None) -> ReferenceTable:
     """Read a data set of one's own. Its name is the file's stem.
 
     A reference's `ref_id` is its `id`, or else the number of its line; sentences and distinct photographs are numbered in the

@@ -115,7 +115,7 @@ def _outline_length(polygon: Any, number: int, size: tuple[int, int]) -> float:
     if not all(type(value) in (int, float) and -longest <= value <= 2 * longest for value in polygon):
         raise DcrisError(f"polygon {number} has a corner that is not a number, or lies far outside the photograph")
     corners = np.array(polygon, np.float64).reshape(-1, 2)
-    return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum())
+    return float(np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum())
 
 
 def _run_lengths(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
 from dcris.data.photographs import image_ids
 from dcris.data.refer import read_records
-from dcris.data.table import ReferenceTable, bad, field, plain_path, read_expressions
+from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.files import write_file
 from dcris.types import Reference
@@ -81,7 +81,9 @@ def refer_split(dataset: str, split: str) -> str:
     return "val" if split == "validation" else split
 
 
-def load_parquet(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
+def load_parquet(
+    root: Path, dataset: str, split_by: str | None = None, complain: Complain | None = None
+) -> ReferenceTable:
     """Read a data set from Parquet in either form of columns.
 
     In lmms-lab's form, the pictures are unpacked once into `unpacked` in the data set's folder. Three things about it: of an
@@ -89,7 +91,7 @@ def load_parquet(root: Path, dataset: str, split_by: str | None = None) -> Refer
     that are there; and `val` and `test` of its RefCOCO hold google's splits, too, as `dcris data check` notices by their size.
 
     Raises DcrisError where pyarrow is not installed, and for anything missing, malformed or contradictory, naming the file, the
-    reference or row, and the field.
+    reference or row, and the field; what is wrong with a single reference goes to `complain`, where that is given.
     """
     files = find_parquet(root, dataset)
     name = _canonical(dataset)
@@ -100,7 +102,7 @@ def load_parquet(root: Path, dataset: str, split_by: str | None = None) -> Refer
     names = _columns(first)
     if names.issuperset(set(_RECORDS) - {"split", "file_name"}):
         records, content = to_refer(files, name)
-        references = read_records(records, first.parent, content, first.parent, root)
+        references = read_records(records, first.parent, content, first.parent, root, complain)
     elif names.issuperset(_PICTURES):
         references = _read_pictures(files, root / first.relative_to(root).parts[0] / "unpacked")
     else:

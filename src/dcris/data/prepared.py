@@ -11,7 +11,7 @@ from typing import Any
 from dcris.data.coco import CATEGORIES
 from dcris.data.images import mask_image_size
 from dcris.data.photographs import find_photographs, image_ids
-from dcris.data.table import ReferenceTable, bad, field, plain_path, read_expressions
+from dcris.data.table import Complain, ReferenceTable, bad, field, forgiving, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.files import read_json
 from dcris.types import Expression, Reference
@@ -44,7 +44,9 @@ def _files(root: Path, folder: str) -> list[Path]:
     return sorted((root / "anns" / folder).glob("*.json"))
 
 
-def load_prepared(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
+def load_prepared(
+    root: Path, dataset: str, split_by: str | None = None, complain: Complain | None = None
+) -> ReferenceTable:
     """Read a data set that CRIS's tools prepared. Without `split_by`, the only one that is there is taken.
 
     The size of a photograph is taken from the header of its first mask: the masks were drawn at the size that the annotations
@@ -52,7 +54,8 @@ def load_prepared(root: Path, dataset: str, split_by: str | None = None) -> Refe
     is looked for; its own size is compared when it is decoded. Annotations have no identifiers in this layout, so that of the
     reference stands for its annotation's, too.
 
-    Raises DcrisError for anything missing, malformed or contradictory, naming the file, the reference and the field.
+    Raises DcrisError for anything missing, malformed or contradictory, naming the file, the reference and the field;
+    what is wrong with a single reference goes to `complain`, where that is given.
     """
     found = find_prepared(root, dataset, split_by)
     if len(found) > 1:
@@ -70,16 +73,17 @@ def load_prepared(root: Path, dataset: str, split_by: str | None = None) -> Refe
         if type(records) is not list:
             raise bad(path, "it is not a list of references")
         for number, record in enumerate(records, 1):
-            entry = _Entry(record, path, number, sentences)
-            if entry.ref_id in identifiers:
-                raise bad(path, f"reference {entry.ref_id} is there twice, in this file or in another beside it")
-            if entry.mask not in drawn:
-                raise DcrisError(
-                    f"{path}: reference {entry.ref_id} has no mask {entry.mask} in {masks}; prepare the data set again, with "
-                    "--generate_mask"
-                )
-            identifiers.add(entry.ref_id)
-            entries.append(entry)
+            with forgiving(complain):
+                entry = _Entry(record, path, number, sentences)
+                if entry.ref_id in identifiers:
+                    raise bad(path, f"reference {entry.ref_id} is there twice, in this file or in another beside it")
+                if entry.mask not in drawn:
+                    raise DcrisError(
+                        f"{path}: reference {entry.ref_id} has no mask {entry.mask} in {masks}; prepare the data set again, "
+                        "with --generate_mask"
+                    )
+                identifiers.add(entry.ref_id)
+                entries.append(entry)
     if not entries:
         raise DcrisError(f"there are no references in {root / 'anns' / folder}; prepare the data set again")
     photographs = find_photographs(root, {entry.split: entry.image for entry in reversed(entries)}.values())

@@ -7,6 +7,7 @@ every field is looked at here, once, so that nothing behind this file has to ask
 import io
 import pickle
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,16 @@ from typing import Any, NoReturn
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.photographs import Photographs, find_photographs
-from dcris.data.table import ReferenceTable, bad, field, index_by_id, plain_path, read_expressions
+from dcris.data.table import (
+    Complain,
+    ReferenceTable,
+    bad,
+    field,
+    forgiving,
+    index_by_id,
+    plain_path,
+    read_expressions,
+)
 from dcris.errors import DcrisError
 from dcris.files import read_json
 from dcris.types import Reference
@@ -58,7 +68,7 @@ def safe_unpickle(path: Path) -> Any:
             f"{path} is larger than 1 GiB, which no list of references is; fetch it again from a source you know"
         )
     try:
-        request = _first_request(data)
+        request = None if _is_plain(data) else _first_request(data)
         if request is None:
             return _unpickle(data)
     except Exception as error:  # a damaged pickle makes its readers raise nearly anything
@@ -71,6 +81,55 @@ def _unpickle(data: bytes) -> Any:
         return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
     except UnicodeDecodeError:  # byte strings of Python 2, which has no rule for what they mean
         return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+def _code(name: str) -> int:
+    return next(ord(opcode.code) for opcode in pickletools.opcodes if opcode.name == name)
+
+
+def _skips() -> list[int]:
+    """By instruction: its bytes with its argument's; or, below 0, of how many bytes is the count of bytes behind it; else 0."""
+    counts = {
+        pickletools.UP_TO_NEWLINE: 0,
+        pickletools.TAKEN_FROM_ARGUMENT1: -1,
+        pickletools.TAKEN_FROM_ARGUMENT4: -4,
+        pickletools.TAKEN_FROM_ARGUMENT4U: -4,
+        pickletools.TAKEN_FROM_ARGUMENT8U: -8,
+    }
+    skips = [0] * 256
+    for opcode in pickletools.opcodes:
+        if opcode.name in _PLAIN - {"STOP", "LONG_BINPUT"}:
+            size = opcode.arg.n if opcode.arg else 0
+            skips[ord(opcode.code)] = counts.get(size, 1 + size)
+    return skips
+
+
+_SKIPS = _skips()
+_STOP, _PUT, _LONG_BINPUT = map(_code, ("STOP", "PUT", "LONG_BINPUT"))
+_LINES = {_code(name) for name in ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "GET", "PUT")}
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether `_first_request` would find nothing, in a quarter of the time: official files have five million instructions."""
+    at, end = 0, len(data)
+    while at < end:
+        opcode = data[at]
+        skip = _SKIPS[opcode]
+        if skip > 0:
+            at += skip
+        elif skip < 0:
+            at += 1 - skip + int.from_bytes(data[at + 1 : at + 1 - skip], "little")
+        elif opcode == _LONG_BINPUT:
+            if int.from_bytes(data[at + 1 : at + 5], "little") > end:
+                return False
+            at += 5
+        elif opcode in _LINES:
+            start, at = at + 1, data.find(b"\n", at) + 1
+            if at == 0 or (opcode == _PUT and int(data[start:at]) > end):
+                return False
+        else:
+            return opcode == _STOP
+    return False
 
 
 def _first_request(data: bytes) -> str | None:
@@ -118,20 +177,39 @@ def find_split_by(root: Path, dataset: str) -> str:
     return choices[0]
 
 
-def load_refer(root: Path, dataset: str, split_by: str | None = None) -> ReferenceTable:
+def load_refer(
+    root: Path, dataset: str, split_by: str | None = None, complain: Complain | None = None
+) -> ReferenceTable:
     """Read a data set in the REFER layout. Without `split_by`, the only one that is there is taken.
 
     Only a few photographs are looked for (see find_photographs). Raises DcrisError for anything missing, malformed or
-    contradictory, naming the file, the reference and the field.
+    contradictory, naming the file, the reference and the field; what is wrong with a single reference goes to `complain`,
+    where that is given.
     """
     split_by = split_by or find_split_by(root, dataset)
     path, instances = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
     records = safe_unpickle(path)
-    content = read_json(instances, f"the annotation file of {dataset}")
-    return ReferenceTable(dataset, split_by, root, read_records(records, path, content, instances, root))
+    content = read_json(instances, f"the annotation file of {dataset}", each_object=_slimmer(records))
+    references = read_records(records, path, content, instances, root, complain)
+    return ReferenceTable(dataset, split_by, root, references)
 
 
-def read_records(records: Any, path: Path, content: Any, instances_path: Path, root: Path) -> tuple[Reference, ...]:
+def _slimmer(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Leaves of annotations that no record names, three in four of the official files', their identifiers alone."""
+    found = (record.get("ann_id") for record in (records if type(records) is list else ()) if type(record) is dict)
+    wanted = {ann_id for ann_id in found if type(ann_id) is int}
+
+    def slim(record: dict[str, Any]) -> dict[str, Any]:
+        ann_id = record.get("id")
+        needless = "segmentation" in record and type(ann_id) is int and ann_id not in wanted
+        return {"id": ann_id} if needless else record
+
+    return slim
+
+
+def read_records(
+    records: Any, path: Path, content: Any, instances_path: Path, root: Path, complain: Complain | None = None
+) -> tuple[Reference, ...]:
     """The references that REFER's records and COCO's annotations spell out.
 
     Args:
@@ -140,6 +218,7 @@ def read_records(records: Any, path: Path, content: Any, instances_path: Path, r
         content: what `instances.json` holds: images, annotations and categories.
         instances_path: where that is from, for errors.
         root: where the photographs are looked for.
+        complain: as of load_refer.
 
     Raises DcrisError as load_refer does.
     """
@@ -149,11 +228,11 @@ def read_records(records: Any, path: Path, content: Any, instances_path: Path, r
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
     for number, record in enumerate(records, 1):
-        ref_id = field(record, "ref_id", int, path, f"entry {number}")
-        where = f"reference {ref_id}"
-        if ref_id in references:
-            raise bad(path, f"{where} is there twice")
-        references[ref_id] = _reference(record, ref_id, instances, path, sentences)
+        with forgiving(complain):
+            ref_id = field(record, "ref_id", int, path, f"entry {number}")
+            if ref_id in references:
+                raise bad(path, f"reference {ref_id} is there twice")
+            references[ref_id] = _reference(record, ref_id, instances, path, sentences)
     return tuple(references.values())
 
 

@@ -1,5 +1,8 @@
 """Whatever holds references -> one table of references."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dcris.data.jsonl import is_jsonl, load_jsonl
@@ -7,20 +10,29 @@ from dcris.data.mixing import load_mixture, parse_mixture
 from dcris.data.parquet import SPLIT_BY, find_parquet, load_parquet
 from dcris.data.prepared import find_prepared, load_prepared
 from dcris.data.refer import find_refer, load_refer
-from dcris.data.table import ReferenceTable
+from dcris.data.table import Complain, ReferenceTable
 from dcris.errors import DcrisError
 
 
-def load_references(root: Path, dataset: str | None, split_by: str | None = None) -> ReferenceTable:
+def load_references(
+    root: Path, dataset: str | None, split_by: str | None = None, complain: Complain | None = None
+) -> ReferenceTable:
     """Read a data set from whatever layout it is in. Without `split_by`, the only one that is there is taken.
 
     REFER's layout comes first, then the one that CRIS's tools prepare, then Parquet: what is nearest to the release counts.
     A `.jsonl` file is one data set and has its own name, so there the other two do not count. For names such as "mixed" or
     "mixed-unfiltered:refcoco,refcocog(google)" see dcris.data.mixing.
-    Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field.
+
+    Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field; what is wrong
+    with a single reference goes to `complain`, where that is given.
     """
+    with _no_collection():
+        return _load(root, dataset, split_by, complain)
+
+
+def _load(root: Path, dataset: str | None, split_by: str | None, complain: Complain | None) -> ReferenceTable:
     if is_jsonl(root):
-        return load_jsonl(root)
+        return load_jsonl(root, complain)
     if dataset is None:
         raise DcrisError(f"{root} may hold several data sets; name one with --dataset")
     if mixture := parse_mixture(dataset):
@@ -28,11 +40,11 @@ def load_references(root: Path, dataset: str | None, split_by: str | None = None
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
         return load_mixture(root, dataset, mixture, load_references, has_references)
     if find_refer(root, dataset, split_by):
-        return load_refer(root, dataset, split_by)
+        return load_refer(root, dataset, split_by, complain)
     if find_prepared(root, dataset, split_by):
-        return load_prepared(root, dataset, split_by)
+        return load_prepared(root, dataset, split_by, complain)
     if find_parquet(root, dataset):
-        return load_parquet(root, dataset, split_by)
+        return load_parquet(root, dataset, split_by, complain)
     name = f"refs({split_by or '...'}).p"
     raise DcrisError(
         f"there is no data set {dataset} in {root}: neither {dataset}/{name}, nor anns/{dataset}/*.json, nor "
@@ -44,3 +56,15 @@ def has_references(root: Path, dataset: str, split_by: str) -> bool:
     """Whether that partition of a data set is there, in any layout."""
     in_parquet = SPLIT_BY.get(dataset) == split_by and find_parquet(root, dataset)
     return bool(find_refer(root, dataset, split_by) or find_prepared(root, dataset, split_by) or in_parquet)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Put off the search for unreachable cycles, which goes through millions of new objects again and again and finds none."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 
 _T = TypeVar("_T")
+
+Complain = Callable[[DcrisError], None]
+"""Is told what is wrong with a single reference, which is then left out."""
 
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
 
@@ -106,6 +110,17 @@ def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
 def bad(path: Path, what: str) -> DcrisError:
     """The error for a file of annotations that has something wrong in it."""
     return DcrisError(f"{path}: {what}; correct that, or fetch the file again")
+
+
+@contextmanager
+def forgiving(complain: Complain | None) -> Iterator[None]:
+    """Around the reading of one reference: with `complain`, what is wrong with it goes there, and the next may be read."""
+    try:
+        yield
+    except DcrisError as error:
+        if complain is None:
+            raise
+        complain(error)
 
 
 def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:
