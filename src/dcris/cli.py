@@ -9,6 +9,7 @@ import argparse
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dcris.config import RunConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
+_LONGEST_LINE = 1000
 Command = Callable[[argparse.Namespace], None]
 _CHECKPOINT = (
     "a run's or checkpoint's directory, a .safetensors bundle, owner/name on the Hub, or a published model: "
@@ -35,9 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and not getattr(args, "takes_settings", False):
             raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
         args.settings = rest
-        args.run(args)
+        with warnings.catch_warnings():
+            # Pillow's, about metadata that nobody here reads; what makes a picture unreadable is an error.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            args.run(args)
     except DcrisError as error:
-        print(f"dcris: {error}", file=sys.stderr)
+        print(f"dcris: {_one_line(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("dcris: interrupted", file=sys.stderr)
@@ -46,6 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return 0
+
+
+def _printable(text: str) -> str:
+    """Text with names in it that files of strangers chose: what a terminal would obey, or cannot write, is spelt out."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
+def _say(text: str) -> None:
+    print(_printable(text))
+
+
+def _one_line(text: str) -> str:
+    text = _printable(text).replace("\n", "\\n")
+    return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -308,10 +327,10 @@ def _quickstart(args: argparse.Namespace) -> None:
     from dcris.quickstart import quickstart
 
     try:
-        metrics = quickstart(args.out, seed=args.seed, device=args.device)
+        metrics = quickstart(args.out, seed=args.seed, device=args.device, say=_say)
     except Interrupted as stop:
         _leave(stop)
-    print(
+    _say(
         f"mIoU {metrics['miou']:.1f}, with exchanged phrases {metrics['miou_shuffled']:.1f}, in {metrics['seconds']:.0f} s; "
         f"open {args.out / 'report.html'}"
     )
@@ -350,7 +369,7 @@ def _data_fetch(args: argparse.Namespace) -> None:
     finally:
         if bar is not None:
             bar.close()
-    print(
+    _say(
         f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {args.out} --dataset {table.dataset}"
     )
 
@@ -365,7 +384,7 @@ def _data_check(args: argparse.Namespace) -> None:
         report = check_dataset(
             args.root, args.dataset, args.split_by, deep=args.deep, progress=lambda done: bar.update(done - bar.n)
         )
-    print(json.dumps(report.to_json(), indent=2) if args.json else report.table())
+    _say(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
         several = "problems, the first" if report.problem_count > 1 else "problem"
         raise DcrisError(f"{report.problem_count:,} {several}: {report.problems[0]}")
@@ -387,7 +406,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             progress=lambda done: bar.update(done - bar.n),
         )
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
-    print(f"{args.out}: {made} scenes; next: dcris data check {args.out} --dataset scenes")
+    _say(f"{args.out}: {made} scenes; next: dcris data check {args.out} --dataset scenes")
 
 
 def _data_import_coco(args: argparse.Namespace) -> None:
@@ -404,7 +423,7 @@ def _data_import_coco(args: argparse.Namespace) -> None:
         keep_ambiguous=args.ambiguous == "keep",
         keep_crowds=args.crowds == "keep",
     )
-    print(f"{args.out}: {done}; next: dcris data check {args.out}")
+    _say(f"{args.out}: {done}; next: dcris data check {args.out}")
 
 
 def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
@@ -460,24 +479,24 @@ def _train(args: argparse.Namespace) -> None:
     config = override(config, settings)
     table = load_references(args.data, config.data.dataset, config.data.split_by)
     if own and choose_val and config.data.val_split not in {None, *table.splits()}:
-        print(
+        _say(
             f"{own} has no split {config.data.val_split!r}, so nothing is scored while training, and the last checkpoint counts"
         )
         config = override(config, [("data.val_split", "null")])
     device = choose_device(args.device)
     model = build_model(config)
     counts = model.count_weights()
-    print(
+    _say(
         f"{config.recipe} on {table.dataset} ({table.split_by}): {counts['adapters']:,} adapter and {counts['head']:,} head "
         f"weights train, {counts['frozen']:,} are frozen"
     )
     tokenizer = get_tokenizer(config.model.text.tokenizer)
     try:
-        result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume)
+        result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, say=_say)
     except Interrupted as stop:
         _leave(stop)
     split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
-    print(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}{split}")
+    _say(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}{split}")
 
 
 def _data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
@@ -585,7 +604,7 @@ def _score(args: argparse.Namespace) -> None:
     else:
         precisions = (f"P@{threshold}" for threshold in PRECISION_THRESHOLDS)
         header = [f"{table.dataset} {args.split} ({protocol.name})", "mIoU", "oIoU", *precisions]
-        print((latex if args.format == "latex" else markdown)(header, rows))
+        _say((latex if args.format == "latex" else markdown)(header, rows))
     metrics = {**results[0], "analysis": analyse(answers, protocol.precision_includes_threshold)}
     if args.out is not None:
         write_json(args.out, metrics)
@@ -637,7 +656,7 @@ def _compare(args: argparse.Namespace) -> None:
             progress=progress,
         )
     comparison = compare(systems, protocol.precision_includes_threshold)
-    print(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
+    _say(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
     shown = telling(systems, args.count)
     if args.out is not None:
         write_comparison_report(
@@ -668,7 +687,7 @@ def _predict(args: argparse.Namespace) -> None:
         segmenter, images, args.expression, args.out, args.format or FORMATS, args.threshold
     ):
         place = f"box {answer.box}" if answer.box else "nothing found"
-        print(f"{image}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+        _say(f"{image}: {answer.phrase!r} {place}, score {answer.score:.2f}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -679,7 +698,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise DcrisError("two of the files have one name, so their results would be in one place; convert them apart")
     for target, file in targets.items():
         config = convert_file(file, target, args.word_length, half=args.half)
-        print(
+        _say(
             f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
             f'next: dcris predict {target} photo.jpg -e "left slice" --out out'
         )
