@@ -295,16 +295,8 @@ class _Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = []
-        if step and path.exists():
-            for text in path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:  # cut short when the run was killed
-                    continue
-                if line.get("step", 0) <= step:
-                    kept.append(text + "\n")
-        write_file(path, "".join(kept))
+        lines = _lines(path) if step and path.exists() else ()
+        write_file(path, b"".join(text + b"\n" for text, line in lines if line["step"] <= step))
 
     def add(self, line: dict[str, Any]) -> None:
         try:
@@ -317,14 +309,24 @@ class _Log:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. A last line that was cut short is left out."""
-    lines = []
-    for text in (run / "log.jsonl").read_text().splitlines():
+    """The lines of a run's log. Raises DcrisError where it cannot be read."""
+    return [line for _, line in _lines(run / "log.jsonl")]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a log, as they are and read; what is no line of numbers (the last may be cut short) is left out."""
+    try:
+        texts = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}; move it away to go on without it") from error
+    for text in texts:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
-    return lines
+        numbers = line.values() if isinstance(line, dict) and type(line.get("step")) is int else (None,)
+        if all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers):
+            yield text, line
 
 
 class _Progress:
