@@ -16,7 +16,10 @@ from dcris.files import read_json
 PositionRule = Literal["exact", "offset"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-Count = Annotated[int, Field(gt=0, strict=True)]
+# The upper bounds are far above anything sensible; they keep a stranger's file from asking for any amount of work.
+Count = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+Width = Annotated[int, Field(gt=0, le=16_384, strict=True)]
+Blocks = Annotated[int, Field(gt=0, le=256, strict=True)]
 Layers = tuple[Annotated[int, Field(ge=0)], ...]
 Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
@@ -40,12 +43,12 @@ class VisionConfig(Section):
     """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
-    width: Count = 768
-    depth: Count = 12
-    heads: Count = 12
-    patch: Count = 14
-    registers: Annotated[int, Field(ge=0)] = 4
-    grid: Count = 37
+    width: Width = 768
+    depth: Blocks = 12
+    heads: Width = 12
+    patch: Annotated[int, Field(gt=0, le=256, strict=True)] = 14
+    registers: Annotated[int, Field(ge=0, le=1024)] = 4
+    grid: Annotated[int, Field(gt=0, le=1024, strict=True)] = 37
     """Side of the position table."""
     position_rule: PositionRule = "offset"
     """How positions are brought to another grid; see dcris.encoders.dinov2.interpolate_positions."""
@@ -61,22 +64,22 @@ class TextConfig(Section):
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
     tokenizer: Literal["clip", "tiny"] = "clip"
-    width: Count = 512
-    depth: Count = 12
-    heads: Count = 8
-    vocabulary: Count = 49408
-    length: Count = 77
+    width: Width = 512
+    depth: Blocks = 12
+    heads: Width = 8
+    vocabulary: Annotated[int, Field(gt=0, le=1_000_000, strict=True)] = 49408
+    length: Width = 77
     """Rows of the position table."""
-    sentence_width: Count = 512
+    sentence_width: Width = 512
 
 
 class DenseCrossConfig(Section):
     """The visual DenseCrossAdapter (equations 1 and 2)."""
 
     layers: Layers = (1, 3, 5, 7, 9, 11)
-    width: Annotated[int, Field(gt=0, multiple_of=16)] = 128
-    attention_width: Count = 128
-    heads: Count = 8
+    width: Annotated[int, Field(gt=0, le=16_384, multiple_of=16)] = 128
+    attention_width: Width = 128
+    heads: Width = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     scale: float = 0.2
     zero_init: bool = False
@@ -89,7 +92,7 @@ class TextAdapterConfig(Section):
     kind: Literal["plain", "dense"] = "plain"
     """plain is the paper's (equation 3); dense is the published DETRIS code's, with convolutions along the sentence."""
     layers: Layers = (1, 3, 5, 7, 9, 11)
-    width: Count = 64
+    width: Width = 64
     scale: float = 0.2
     zero_init: bool = False
     """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
@@ -100,10 +103,10 @@ class HeadConfig(Section):
 
     taps: tuple[int, int] = (4, 8)
     """The two visual blocks (from 0) whose outputs the neck reads beside the last."""
-    width: Annotated[int, Field(gt=0, multiple_of=4)] = 512
-    heads: Count = 8
-    layers: Count = 3
-    feedforward: Count = 512
+    width: Annotated[int, Field(gt=0, le=16_384, multiple_of=4)] = 512
+    heads: Width = 8
+    layers: Blocks = 3
+    feedforward: Width = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     bias: float | None = None
     """What the last bias starts at; None leaves it as PyTorch has it. Below zero says that most pixels are background."""
@@ -154,14 +157,14 @@ class DataConfig(Section):
     train_split: str = "train"
     val_split: str | None = "val"
     """Evaluated after each epoch; None for not at all."""
-    image_size: Count = 448
+    image_size: Annotated[int, Field(gt=0, le=4096, strict=True)] = 448
     """Side of the network's square input."""
     word_length: Annotated[int, Field(ge=3)] = 17
     """Tokens per expression, start and end included: 17 for RefCOCO and RefCOCO+, 22 for G-Ref."""
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Positive, Positive, Positive] = CLIP_STD
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
 
 
 class TrainConfig(Section):

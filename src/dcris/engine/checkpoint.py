@@ -229,10 +229,11 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     for path in sorted((run / "checkpoints").glob("step-*")):
         if re.fullmatch(r"step-\d{8,}", path.name) and (path / _STATE).is_file():
             state = read_json(path / _STATE, "the checkpoint's state")
-            fits = isinstance(state, dict) and isinstance(state.get("step"), int)
+            step = state.get("step") if isinstance(state, dict) else None
+            fits = type(step) is int and step == int(path.name.removeprefix("step-"))
             if not fits or not isinstance(state.get("score"), int | float | None):
                 raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
-            found.append(Checkpoint(path, state["step"], state.get("score")))
+            found.append(Checkpoint(path, step, state.get("score")))
     return found
 
 
@@ -281,7 +282,11 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
     """
     path = find_checkpoint(path)
     config = read_config(path)
-    model = DCRIS(config.model)
+    with torch.device("meta"):  # names and shapes without memory
+        model = DCRIS(config.model)
+    # A stranger's configuration may ask for any amount of memory: what was trained has to be there in those shapes first.
+    copy_strictly(trained_state(model), _read_trained(path, model), str(path))
+    model.to_empty(device="cpu")
     beside = path if path.is_file() else path / _TOWERS
     if beside.is_file():
         towers = _tower_tensors(model)
