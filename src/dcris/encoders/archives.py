@@ -8,6 +8,7 @@ walked with stand-ins for its classes while its program is left unread.
 import errno
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,9 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
                 return _open_torchscript(path, archive, root)
             archive.close()
         # Without mmap both halves of CLIP would be in memory; files from before 2020 are not zip files and cannot have it.
-        return _from_state_dict(path, torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip))
+        with warnings.catch_warnings(action="ignore"):  # about old formats; there is nothing to do about them
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        return _from_state_dict(path, content)
 
 
 @contextmanager
