@@ -59,6 +59,11 @@ def _sentences(first: int, *texts: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def tiny_refer(tmp_path: Path) -> TinyRefer:
+    return make_tiny_refer(tmp_path / "data")
+
+
+def make_tiny_refer(root: Path) -> TinyRefer:
+    """The set that is to be below `root`; nothing is written yet."""
     rectangle = [2.0, 3.0, 12.0, 3.0, 12.0, 9.0, 2.0, 9.0]
     annotations = [
         {"id": 71, "image_id": 1, "category_id": 5, "segmentation": [rectangle]},
@@ -93,7 +98,7 @@ def tiny_refer(tmp_path: Path) -> TinyRefer:
         "annotations": annotations,
         "categories": [{"id": 5, "name": "person"}, {"id": 6, "name": "cup"}],
     }
-    return TinyRefer(tmp_path / "data", references=references, instances=instances)
+    return TinyRefer(root, references=references, instances=instances)
 
 
 @pytest.fixture(scope="session")

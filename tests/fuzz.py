@@ -1,0 +1,488 @@
+"""Spoiling files of every format, and running the command that reads them.
+
+A `Spoil` damages one file, as a bad download, a careless script or a stranger would; everything it does follows from the random
+numbers it is given. Those that know a format take its content apart, put something hostile at one place, and write it again, so
+that they get past the outermost check. `survives` runs one command on a spoilt file and says what was not as it has to be.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from dcris.cli import main
+
+Spoil = Callable[[Random, Path], str]
+"""Damages the file at the path and says how."""
+
+
+class Hostile:
+    """Pickled, it asks whoever opens it to run a command, which leaves a file in the working directory."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch HACKED",)
+
+
+# ---- any file ------------------------------------------------------------------------------------------------------------
+
+
+def cut(random: Random, path: Path) -> str:
+    data = path.read_bytes()
+    kept = random.choice([0, 1, len(data) - 1, random.randrange(len(data)), random.randrange(len(data))])
+    path.write_bytes(data[:kept])
+    return f"cut to {kept} bytes"
+
+
+def flip(random: Random, path: Path) -> str:
+    """A few bytes become others, one half of the time near the start, where the headers are."""
+    data = bytearray(path.read_bytes())
+    end = random.choice([len(data), min(64, len(data))])
+    places = [random.randrange(end) for _ in range(random.choice([1, 1, 3, 20]))]
+    for place in places:
+        data[place] = random.choice([0, 0xFF, data[place] ^ 1 << random.randrange(8), random.randrange(256)])
+    path.write_bytes(bytes(data))
+    return f"other bytes at {places}"
+
+
+def shift(random: Random, path: Path) -> str:
+    """Bytes are left out, put in or repeated, so that everything behind them is in another place."""
+    data = path.read_bytes()
+    place, length = random.randrange(len(data)), random.choice([1, 2, 7, 300])
+    put = random.choice(
+        [b"", os.urandom(0) + random.randbytes(length), data[place : place + length] * 2, b"\0" * length]
+    )
+    path.write_bytes(data[:place] + put + data[place + length * random.randrange(2) :])
+    return f"{len(put)} bytes put in at {place}"
+
+
+_OTHERS = (
+    *(
+        b"",
+        b"\0",
+        b"\n",
+        b"5",
+        b'"text"',
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"PK\3\4",
+        b"\x80\x04.",
+        b"\x89PNG\r\n\x1a\n",
+    ),
+    *(
+        b"<html>404 Not Found</html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"II*\0\x08\0\0\0",
+        b"GIF89a\xff\xff\xff\xff",
+    ),
+)
+
+
+def replace(random: Random, path: Path) -> str:
+    """Something else altogether lies in the file's place."""
+    kind = random.choice(
+        ["nothing", "folder", "full folder", "link to nothing", "link to itself", "link to folder", "other"]
+    )
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "full folder":
+        (path / path.name).mkdir(parents=True)
+    elif kind == "link to nothing":
+        path.symlink_to("nowhere")
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
+    elif kind == "link to folder":
+        path.with_name("empty").mkdir(exist_ok=True)
+        path.symlink_to("empty")
+    elif kind == "other":
+        path.write_bytes(random.choice([*_OTHERS, random.randbytes(999)]))
+    return kind
+
+
+ANY: tuple[Spoil, ...] = (cut, flip, shift, replace)
+
+# ---- trees of plain data ---------------------------------------------------------------------------------------------------
+
+_DEEP = "@deep@"
+"""Stands for something nested deeper than any writer could write it."""
+
+_WORDS = (
+    *(
+        "",
+        " ",
+        "\0",
+        "a\nb",
+        "\r",
+        "\t",
+        "\x1b[31m",
+        "\u2028",
+        "\u202e",
+        "\ud800",
+        "\udcff",
+        "NaN",
+        "é",
+        "猫" * 9,
+        "x" * 5000,
+    ),
+    *(
+        "..",
+        ".",
+        "/",
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "C:\\x",
+        "a\\b",
+        "a/../b",
+        "%s%n{}",
+        "a" * 255 + ".png",
+        "-1",
+        _DEEP,
+    ),
+)
+_NUMBERS = (
+    *(
+        0,
+        1,
+        -1,
+        2,
+        255,
+        2**16,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**53 + 1,
+        2**63 - 1,
+        2**63,
+        2**64,
+        2**80,
+        -(2**31),
+        -(2**80),
+        10**400,
+    ),
+    *(0.0, -0.0, 0.5, 1e-320, 1e30, -1e30, 1.8e308, float("nan"), float("inf"), -float("inf")),
+)
+
+
+def hostile(random: Random) -> Any:
+    """A value that hardly any field expects."""
+    nan = float("nan")
+    others = (
+        None,
+        True,
+        False,
+        [],
+        {},
+        [[]],
+        [{}],
+        [None],
+        {"": None},
+        [nan] * 6,
+        [[nan] * 8],
+        [1, 2, 3],
+        [[0] * 6],
+        "text",
+    )
+    kind = random.choice([_WORDS, _NUMBERS, others])
+    return copy.deepcopy(random.choice(kind))
+
+
+def _places(tree: Any) -> list[Any]:
+    return list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+
+
+def _descend(random: Random, tree: Any) -> tuple[Any, Any] | None:
+    """A container and a place in it: at each level as likely here as deeper, so that long lists do not get all of it."""
+    while isinstance(tree, dict | list) and tree:
+        place = random.choice(_places(tree))
+        if not isinstance(tree[place], dict | list) or not tree[place] or random.random() < 0.3:
+            return tree, place
+        tree = tree[place]
+    return None
+
+
+def spoil_tree(random: Random, tree: Any, strange: Callable[[Random], Any] = hostile) -> tuple[Any, str]:
+    """The tree with one thing changed, and in words what."""
+    found = _descend(random, tree)
+    if found is None or random.random() < 0.02:
+        return strange(random), "all of it replaced"
+    owner, place = found
+    old, where = owner[place], f"{place!r}"[:60]
+    match random.choice(
+        ["set", "set", "set", "set", "drop", "copy", "wrap", "number", "swap", "more", "rename", "kind"]
+    ):
+        case "drop":
+            del owner[place]
+            return tree, f"without {where}"
+        case "copy" if isinstance(owner, list):
+            owner.insert(place, copy.deepcopy(old))
+            return tree, f"{where} twice"
+        case "wrap":
+            owner[place] = random.choice([[old], {"value": old}, [old] * 3])
+            return tree, f"{where} in a container"
+        case "number" if isinstance(old, int | float):
+            owner[place] = random.choice([-old, old + 1, old - 1, old * 10**6, old + 0.5 if abs(old) < 1e300 else 0])
+            return tree, f"{where} is {owner[place]!r}"
+        case "swap":
+            other, there = _descend(random, tree) or found
+            owner[place] = copy.deepcopy(other[there])
+            return tree, f"{where} is what is at {there!r:.60}"
+        case "more" if isinstance(owner, dict):
+            owner[random.choice(_WORDS)] = strange(random)
+            return tree, f"something more beside {where}"
+        case "rename" if isinstance(owner, dict):
+            owner[random.choice([str(place).upper(), f"{place} ", random.choice(_WORDS)])] = owner.pop(place)
+            return tree, f"{where} has another name"
+        case "kind":
+            owner[place] = str(old)[:1000]
+            return tree, f"{where} as text"
+    owner[place] = strange(random)
+    return tree, f"{where} is {owner[place]!r:.60}"
+
+
+def _several(random: Random, tree: Any, strange: Callable[[Random], Any] = hostile) -> tuple[Any, str]:
+    words = []
+    for _ in range(random.choice([1, 1, 1, 2, 4])):
+        tree, what = spoil_tree(random, tree, strange)
+        words.append(what)
+    return tree, "; ".join(words)
+
+
+def _json(random: Random, tree: Any) -> bytes:
+    """JSON, and what passes for it."""
+    text = json.dumps(tree, ensure_ascii=random.random() < 0.8)
+    depth = random.choice([300, 900, 980, 100_000])
+    text = text.replace(f'"{_DEEP}"', "[" * depth + "]" * depth)
+    if random.random() < 0.05:
+        return text.encode(random.choice(["utf-16", "utf-8-sig", "utf-32"]), "surrogatepass")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def json_tree(random: Random, path: Path) -> str:
+    """A JSON file that says something else in one place."""
+    tree, what = _several(random, json.loads(path.read_bytes()))
+    path.write_bytes(_json(random, tree))
+    return what
+
+
+def json_lines(random: Random, path: Path) -> str:
+    """The same of a file with JSON on each line."""
+    tree, what = _several(random, [json.loads(line) for line in path.read_bytes().splitlines()])
+    path.write_bytes(b"\n".join(_json(random, line) for line in (tree if isinstance(tree, list) else [tree])) + b"\n")
+    return what
+
+
+def pickle_tree(random: Random, path: Path) -> str:
+    """A pickle of other data, of data that contains itself, or of more than data."""
+
+    def strange(random: Random) -> Any:
+        if random.random() < 0.8:
+            return hostile(random)
+        endless: list[Any] = []
+        endless.append(endless)
+        rest = (
+            endless,
+            {"sentences": endless},
+            (),
+            (1, "a"),
+            {1, 2},
+            b"bytes",
+            2j,
+            Hostile(),
+            Path("x"),
+            bytearray(b"x"),
+            len,
+        )
+        return random.choice(rest)
+
+    tree, what = _several(random, pickle.loads(path.read_bytes()), strange)
+    if isinstance(tree, list) and random.random() < 0.05:
+        tree.append(tree)
+        what += "; contains itself"
+    protocol = random.randrange(6)
+    try:
+        data = pickle.dumps(tree, protocol)
+    except UnicodeEncodeError:  # protocol 0 knows no lone surrogates
+        data = pickle.dumps(tree, 2)
+    marker, depth = b"X\6\0\0\0" + _DEEP.encode(), random.choice([300, 100_000])
+    path.write_bytes(data.replace(marker, b"]" * depth + b"a" * (depth - 1)))
+    return f"{what} (protocol {protocol})"
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------------------
+
+
+def safetensors_tree(random: Random, path: Path) -> str:
+    """Another header before the same numbers. Metadata that is itself JSON is changed inside."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, numbers = json.loads(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.setdefault("__metadata__", {})
+    inside = random.choice([key for key in ("towers", "config", "origin") if key in metadata] or [None])
+    if inside is not None and random.random() < 0.6:
+        tree, what = _several(random, json.loads(metadata[inside]))
+        metadata[inside] = _json(random, tree).decode("utf-8", "replace")
+        what = f"{inside}: {what}"
+    else:
+        header, what = _several(random, header)
+    text = _json(random, header)
+    size = random.choice([len(text)] * 9 + [2**63, len(text) + 1, 0])
+    path.write_bytes(struct.pack("<Q", size) + text + numbers)
+    return what
+
+
+def torch_tree(random: Random, path: Path) -> str:
+    """A file of torch.save with other things in its dictionary."""
+
+    def strange(random: Random) -> Any:
+        tensors = (
+            torch.zeros(0),
+            torch.zeros(()),
+            torch.zeros(3, 4, 5),
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(2, dtype=torch.complex64),
+            torch.zeros(2, 2).to_sparse(),
+            torch.zeros(3, device="meta"),
+            torch.full((4,), float("nan")),
+            torch.zeros(1).expand(1000, 1000),
+            torch.nn.Parameter(torch.zeros(2)),
+        )
+        return random.choice(
+            [hostile(random), random.choice(tensors), random.choice([Hostile(), len, {"a": torch.zeros(1)}, 2j])]
+        )
+
+    content = torch.load(path, weights_only=False)
+    tree, what = _several(random, dict(content), strange)
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(tree, path, _use_new_zipfile_serialization=random.random() < 0.7)
+    return what
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+def png_chunks(random: Random, path: Path) -> str:
+    """A PNG file whose parts are other, fewer or more, each with the checksum that it ought to have."""
+    data, at, chunks = path.read_bytes(), 8, []
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        chunks.append([data[at + 4 : at + 8], data[at + 8 : at + 8 + length]])
+        at += 12 + length
+    place = random.randrange(len(chunks))
+    kind = random.choice(["size", "size", "bytes", "drop", "twice", "more"])
+    if kind == "size":
+        side = struct.pack(">II", *(random.choice([0, 1, 40, 2**16, 2**31 - 1, 2**32 - 1, 12_000]) for _ in range(2)))
+        chunks[0][1] = side + chunks[0][1][8:]
+    elif kind == "bytes" and chunks[place][1]:
+        content = bytearray(chunks[place][1])
+        content[random.randrange(len(content))] = random.randrange(256)
+        chunks[place][1] = bytes(content)
+    elif kind == "drop":
+        del chunks[place]
+    elif kind == "twice":
+        chunks.insert(place, chunks[place])
+    else:
+        bomb = b"a\0\0" + zlib.compress(bytes(20_000_000), 1)
+        more = (
+            [b"zTXt", bomb],
+            [b"iCCP", bomb],
+            [b"tRNS", b"\0"],
+            [b"PLTE", b"\0" * 4],
+            [b"eXIf", random.randbytes(40)],
+        )
+        more += ([b"acTL", b"\xff" * 8], [b"fdAT", b"\0"], [b"gAMA", b""], [b"cHRM", b"\0"], [b"IDAT", b"\0\0"])
+        chunks.insert(place, random.choice(more))
+    parts = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    path.write_bytes(data[:8] + b"".join(parts))
+    return f"{kind} in {len(chunks)} chunks"
+
+
+# ---- running a command on it ------------------------------------------------------------------------------------------
+
+
+class _TooSlowError(BaseException):
+    """Not an Exception, so that nothing takes it for a damaged file."""
+
+
+@contextlib.contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _TooSlowError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+"""What Python does not show to people."""
+
+
+def complaint(words: Sequence[object], seconds: int = 20) -> tuple[int, str | None]:
+    """Run a command in this process: its exit code, and what a person would rightly complain of, if anything."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as a terminal's
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", newline="")
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with warnings.catch_warnings(record=True) as shown, streams[0], streams[1]:
+        warnings.simplefilter("always")
+        try:
+            with _limit(seconds):
+                code = main([str(word) for word in words])
+            out.flush()
+        except (Exception, SystemExit, _TooSlowError):
+            return -1, "it ended in\n" + traceback.format_exc(limit=-6)
+    err.flush()
+    said = err.buffer.getvalue().decode() if isinstance(err.buffer, io.BytesIO) else ""
+    for warning in shown:
+        if not issubclass(warning.category, _QUIET):
+            return code, f"it warned of {warning.message}"
+    if code == 0:
+        return code, f"it succeeded, but said {said!r}" if said else None
+    if code != 2 or not said.startswith("dcris: ") or not said.endswith("\n") or not said[:-1].isprintable():
+        return code, f"it ended with {code} and said {said!r}"
+    return code, f"its sentence has {len(said)} letters" if len(said) > 2000 else None
+
+
+def files_in(folder: Path) -> set[str]:
+    """Every file below a folder, and every link."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+class Snapshot:
+    """What a folder's files were, to make them so again. Copying the folder for each case would take ten times as long."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = {name: (folder / name).read_bytes() for name in files_in(folder)}
+
+    def restore(self) -> None:
+        for name in files_in(self.folder) - set(self.files):
+            (self.folder / name).unlink()
+        for name, data in self.files.items():
+            path = self.folder / name
+            if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                path.unlink(missing_ok=True)
+                path.write_bytes(data)
