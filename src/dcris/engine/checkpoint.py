@@ -229,8 +229,8 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     for path in sorted((run / "checkpoints").glob("step-*")):
         if re.fullmatch(r"step-\d{8,}", path.name) and (path / _STATE).is_file():
             state = read_json(path / _STATE, "the checkpoint's state")
-            step = state.get("step") if isinstance(state, dict) else None
-            fits = type(step) is int and step == int(path.name.removeprefix("step-"))
+            step = int(path.name.removeprefix("step-"))
+            fits = isinstance(state, dict) and type(state.get("step")) is int and state["step"] == step
             if not fits or not isinstance(state.get("score"), int | float | None):
                 raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
             found.append(Checkpoint(path, step, state.get("score")))

@@ -324,8 +324,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        numbers = line.values() if isinstance(line, dict) and type(line.get("step")) is int else (None,)
-        if all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers):
+        known = isinstance(line, dict) and type(line.get("step")) is int
+        if known and all(type(value) in (int, float) and abs(value) < 1e300 for value in line.values()):
             yield text, line
 
 
