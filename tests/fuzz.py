@@ -11,17 +11,20 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 
 from dcris.cli import main
@@ -373,6 +376,96 @@ def torch_tree(random: Random, path: Path) -> str:
     return what
 
 
+def npz_arrays(random: Random, path: Path) -> str:
+    """An .npz file with arrays of other kinds, shapes and names, or whose headers say so."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    name = random.choice(list(files))
+    kind = random.choice(["array", "array", "header", "name", "twice", "bytes"])
+    if kind == "array":
+        stream = io.BytesIO()
+        nan = np.array([[float("nan")]])
+        arrays = (
+            nan,
+            np.zeros(0, bool),
+            np.zeros((), bool),
+            np.zeros((30, 40), "S3"),
+            np.array([Hostile()]),
+            np.zeros(3, "i4,f8"),
+        )
+        arrays += (
+            np.zeros((30, 40), complex),
+            np.asfortranarray(np.ones((30, 40), ">u2")),
+            np.zeros((30, 40), "M8[s]"),
+        )
+        np.save(stream, random.choice(arrays))
+        files[name] = stream.getvalue()
+    elif kind == "header":
+        shapes = (
+            b"(30, 40, 1)",
+            b"(2**9, 1)",
+            b"(10**12, 40)",
+            b"(-30, -40)",
+            b"(30.0, 40)",
+            b"((30, 40),)",
+            b"x",
+            b"[30, 40]",
+        )
+        text = b"{'descr': '" + random.choice([b"|b1", b"|O", b"<u1", b"|V9", b"<M8[s]", b"x"]) + b"', "
+        text += (
+            b"'fortran_order': "
+            + random.choice([b"False", b"0", b"None"])
+            + b", 'shape': "
+            + random.choice(shapes)
+            + b"}"
+        )
+        files[name] = (
+            b"\x93NUMPY"
+            + bytes([random.choice([0, 1, 2, 3, 255]), 0])
+            + struct.pack("<H", len(text))
+            + text
+            + bytes(1200)
+        )
+    elif kind == "name":
+        files[random.choice(["1.npy", f"../{name}", f"/{name}", name.upper(), name[:-4], "a\0.npy"])] = files.pop(name)
+    elif kind == "bytes":
+        data = bytearray(files[name])
+        data[random.randrange(len(data))] = random.randrange(256)
+        files[name] = bytes(data[: random.choice([len(data), 5, 90])])
+    with zipfile.ZipFile(path, "w", random.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+        for each, data in files.items():
+            archive.writestr(each, data)
+        if kind == "twice":
+            with warnings.catch_warnings(action="ignore"):
+                archive.writestr(name, files[name])
+    return f"{kind} of {name}"
+
+
+def parquet_rows(random: Random, path: Path) -> str:
+    """A Parquet file with other values, types or columns. What is JSON inside is changed inside."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    for _ in range(20):
+        tree = copy.deepcopy(rows)
+        column = random.choice(list(tree[0]))
+        if column.startswith("raw_") and random.random() < 0.8:
+            inside, what = _several(random, json.loads(tree[0][column]))
+            tree[0][column] = _json(random, inside).decode("utf-8", "replace")
+        elif random.random() < 0.4:  # a column has one type
+            value, what = hostile(random), "another type"
+            tree = [{**row, column: value} for row in tree]
+        else:
+            tree, what = _several(random, tree)
+        try:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tree), path)
+        except (pyarrow.ArrowException, LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            continue  # nobody can write that, not even a stranger
+        return f"{column}: {what}"
+    return "nothing"
+
+
 # ---- pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +547,7 @@ def complaint(words: Sequence[object], seconds: int = 20) -> tuple[int, str | No
             return -1, "it ended in\n" + traceback.format_exc(limit=-6)
     err.flush()
     said = err.buffer.getvalue().decode() if isinstance(err.buffer, io.BytesIO) else ""
+    said = re.sub(r"^dcris: unpacking [^\n]*\n", "", said)  # what Parquet holds, which takes a while
     for warning in shown:
         if not issubclass(warning.category, _QUIET):
             return code, f"it warned of {warning.message}"

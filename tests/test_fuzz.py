@@ -5,8 +5,10 @@ A few variants of each are tried always; `DCRIS_FUZZ_CASES=5000 pytest -m slow t
 DCRIS_FUZZ_SEED=1 others. A failure names the format and the case, which alone decide what was done to the file.
 """
 
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,14 +27,19 @@ from torch import Tensor, nn
 import detris_layout
 from conftest import make_tiny_refer
 from dcris import Segmenter
+from dcris.answers import write_answers
 from dcris.config import RunConfig, override
+from dcris.data.dataset import all_questions
+from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.references import load_references
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.dinov2 import VisionTower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.encoders.weights import tower_state
 from dcris.model.dcris import DCRIS
+from dcris.protocols import get_protocol
 from dcris.recipes import dcris_tiny
+from dcris.scoring import score_predictions
 from fuzz import (
     ANY,
     Snapshot,
@@ -41,11 +48,14 @@ from fuzz import (
     files_in,
     json_lines,
     json_tree,
+    npz_arrays,
+    parquet_rows,
     pickle_tree,
     png_chunks,
     safetensors_tree,
     torch_tree,
 )
+from layouts import PICTURES, hub_files, parquet, write_prepared
 from models import randomise
 from runs import run_training
 
@@ -154,6 +164,64 @@ def detris(root: Path) -> None:
     torch.save({"epoch": 50, "state_dict": state}, root / "base_refcoco.pth")
 
 
+def prepared(root: Path) -> None:
+    """What CRIS's tools leave."""
+    tiny = make_tiny_refer(root / "refer")
+    write_prepared(load_references(tiny.write(), "tiny"), root, "refcoco")
+    (root / "images").mkdir()
+    tiny.image_folder.rename(root / "images/train2014")
+    shutil.rmtree(root / "refer")
+
+
+def hub(root: Path) -> None:
+    """Parquet without pictures."""
+    tiny = make_tiny_refer(root)
+    tiny.write()
+    for name, content in hub_files(tiny.references, tiny.instances).items():
+        (root / "refcoco" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "refcoco" / name).write_bytes(content)
+    shutil.rmtree(root / "tiny")
+    (root / "refcoco/data/validation-00000-of-00001-0123456789abcdef.parquet").rename(root / "refcoco/data/val.parquet")
+
+
+def pictured(root: Path) -> None:
+    """Parquet with pictures within."""
+    stream = io.BytesIO()
+    Image.new("RGB", (30, 20), "green").save(stream, "JPEG")
+    rows = [
+        {
+            "question_id": str(number),
+            "image": {"bytes": stream.getvalue(), "path": None},
+            "question": "what is it?",
+            "answer": ["the cup", "cup"],
+            "segmentation": [2.0, 3.0, 12.0, 3.0, 12.0, 9.0],
+            "bbox": [2.0, 3.0, 10.0, 6.0],
+            "iscrowd": 0,
+            "file_name": f"COCO_train2014_{number:012}_7.jpg",
+        }
+        for number in range(2)
+    ]
+    (root / "refcoco").mkdir(parents=True)
+    (root / "refcoco/val.parquet").write_bytes(parquet(rows, PICTURES))
+
+
+def predictions(root: Path) -> None:
+    """Masks for the two sentences of a split, in everything that they may come in."""
+    questions = all_questions(load_references(make_tiny_refer(root / "data").write(), "tiny").split("val"))
+    masks = {expression.sent_id: decode_mask(reference.segmentation, (30, 40)) for reference, expression in questions}
+    (root / "masks").mkdir()
+    for sent_id, mask in masks.items():
+        Image.fromarray(mask * np.uint8(255)).save(root / f"masks/{sent_id}.png")
+    results = [{"sent_id": sent_id, "segmentation": encode_mask(mask)} for sent_id, mask in masks.items()]
+    results[0]["segmentation"] = [[2, 3, 12, 3, 12, 9]]
+    (root / "results.json").write_text(json.dumps(results))
+    np.savez(root / "masks.npz", **{str(sent_id): mask for sent_id, mask in masks.items()})
+    protocol = get_protocol("cris")
+    answers = list(score_predictions(root / "masks", questions, protocol, keep_masks=True))
+    for name in ("answers.jsonl", "other.jsonl"):
+        write_answers(root / name, answers, protocol)
+
+
 # ---- formats -------------------------------------------------------------------------------------------------------------
 
 
@@ -174,16 +242,20 @@ class Format:
     """Variants that are always tried."""
     valid: bool = True
     """Whether the unspoilt file is accepted."""
-    leaves: tuple[str, ...] = ()
-    """What may be found in OUT after a refusal."""
+    leaves: str = ""
+    """A pattern of what may be found in SET or OUT after a refusal."""
 
 
 _CHECK = "data check SET --dataset tiny --deep"
+_CHECK_OTHER = "data check SET --dataset refcoco --deep"
+_SCORED = "--data SET/data --dataset tiny --split val --out OUT/result.json"
+_COMPARED = "--data SET/data --dataset tiny --split val --out OUT/page.html --images OUT/images"
 _PREDICT = "--expression cup --out OUT --device cpu"
 _TRAIN = "train SET/config.json --data SET/data --out OUT --device cpu"
 _RESUME = "train SET/run/config.json --data SET/data --out SET/run --resume --device cpu"
-_BEGUN = ("config.json", "log.jsonl")
+_BEGUN = r"config\.json|log\.jsonl"
 """Of a run that ended before its first checkpoint, as one with weights that are no numbers does."""
+_UNPACKED = r"refcoco/unpacked/.*"
 _STEP = "run/checkpoints/step-00000002"
 
 FORMATS = (
@@ -240,6 +312,28 @@ FORMATS = (
             ("text", "openai.pt", ()),
         )
     ),
+    Format("prepared json", prepared, "anns/refcoco/val.json", (json_tree,) * 4, _CHECK_OTHER, 60),
+    Format("prepared mask", prepared, "masks/refcoco/11.png", (png_chunks,) * 2, _CHECK_OTHER),
+    Format("parquet", hub, "refcoco/data/val.parquet", (parquet_rows,) * 6, _CHECK_OTHER, 60),
+    Format(
+        "parquet with pictures", pictured, "refcoco/val.parquet", (parquet_rows,) * 6, _CHECK_OTHER, leaves=_UNPACKED
+    ),
+    *(
+        Format(f"scored {file}", predictions, file, spoils, f"score SET/{file.partition('/')[0]} {_SCORED}")
+        for file, spoils in (
+            ("masks/200.png", (png_chunks,) * 2),
+            ("results.json", (json_tree,) * 4),
+            ("masks.npz", (npz_arrays,) * 4),
+            ("answers.jsonl", (json_lines,) * 4),
+        )
+    ),
+    Format(
+        "compared",
+        predictions,
+        "other.jsonl",
+        (json_lines,) * 4,
+        f"compare SET/answers.jsonl SET/other.jsonl {_COMPARED}",
+    ),
     Format(
         "DETRIS", detris, "base_refcoco.pth", (torch_tree,) * 4, "convert SET/base_refcoco.pth --out OUT", valid=False
     ),
@@ -281,7 +375,7 @@ def faults(format: Format, source: Path, model: Path, folder: Path, seed: int, n
         done = "nothing" if number < 0 else random.choice([*ANY, *format.spoils])(random, root / format.file)
         before = files_in(root)
         code, wrong = complaint(words)
-        left = files_in(root) - before | files_in(out) - set(format.leaves)
+        left = {name for name in files_in(root) - before | files_in(out) if not re.fullmatch(format.leaves, name)}
         if wrong is None and number < 0 and format.valid and code != 0:
             wrong = "the valid file was refused"
         elif wrong is None and code == 2 and left:

@@ -252,7 +252,18 @@ _ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
         (_set((*_IMG, "width"), _set), "image 1 has no 'width'"),
         *(
             (_set((*_IMG, "file_name"), name), "image 1 has a 'file_name' that is not a plain path")
-            for name in ("/etc/passwd", "../1.png", "a/../../1.png", "..\\1.png", "C:1.png", "", "a//b.png", "a\0b")
+            for name in (
+                "/etc/passwd",
+                "../1.png",
+                "a/../../1.png",
+                "..\\1.png",
+                "C:1.png",
+                "",
+                "a//b.png",
+                "a\0b",
+                "猫" * 99,
+                "a/" * 999 + "b",
+            )
         ),
         (_set(("instances", "annotations"), _set), "the file has no 'annotations'"),
         (_set(("instances", "categories"), {}), "'categories' that is not a list but dict"),

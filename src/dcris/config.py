@@ -164,7 +164,7 @@ class DataConfig(Section):
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Positive, Positive, Positive] = CLIP_STD
-    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    workers: Annotated[int, Field(ge=0, le=64)] = 2
 
 
 class TrainConfig(Section):

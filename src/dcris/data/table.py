@@ -125,7 +125,10 @@ def forgiving(complain: Complain | None) -> Iterator[None]:
 
 def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:
     """A relative path that a stranger's file names, which must not lead out of its folder, on any system."""
-    if {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or PureWindowsPath(name).drive:
+    parts = name.split("/")
+    leads_out = {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name or PureWindowsPath(name).drive
+    # Longer ones are an error of the system's, not a file that is not there.
+    if leads_out or len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in parts):
         raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder")
     return name
 
