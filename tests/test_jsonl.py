@@ -88,7 +88,8 @@ def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
     assert table == load_references(path, None)
     assert (table.dataset, table.splits()) == ("mine", {"train": (1, 1), "val": (1, 1)})
     report = check_dataset(path, None, deep=True)
-    assert (report.dataset, report.problem_count, report.leaked_images) == ("mine", 0, 1)
+    assert (report.dataset, report.problem_count, report.leaked_images) == ("mine", 1, 1)
+    assert "is in train (reference 1) and val (reference 2)" in report.problems[0]
     with pytest.raises(DcrisError, match="--dataset"):
         load_references(folder, None)
 
