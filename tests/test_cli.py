@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -405,6 +406,38 @@ def test_bad_data_is_one_sentence(
     assert words[damage] in refused(capsys, *train, *QUICK)
     assert not (tmp_path / "HACKED").exists()
     assert not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 16.0 EiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: 12"),
+    ],
+)
+def test_too_little_memory_is_said_in_a_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commonest way in which training ends on somebody's GPU; a page of traceback hides what would help."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dcris.data.check.check_dataset", fail)
+    assert "not enough memory" in refused(capsys, "data", "check", ".", "--dataset", "any")
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):  # a defect keeps its traceback
+        dcris("data", "check", ".", "--dataset", "any")
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's file may choose names that clear the screen, or that no terminal can show."""
+    name = "a\x1b[2J\n\udcff" + "x" * 5000
+    complaint = refused(capsys, "data", "check", tmp_path, "--dataset", name)
+    assert r"a\x1b[2J\n\udcff" in complaint
+    assert len(complaint) < 1100
 
 
 # ---- the program itself --------------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from dcris.data.tokenizer import (
     clean_text,
     get_tokenizer,
     require_phrase,
+    tokenizer_of,
 )
 from dcris.errors import DcrisError
+from dcris.recipes import dcris_tiny
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "clip_tokens.json").read_text())
 WORDS = ["the", "red", "circle", ","]
@@ -221,3 +223,11 @@ def test_an_empty_phrase_is_refused(text):
 
 def test_a_phrase_is_returned_as_written():
     assert require_phrase(" Left  SLICE ") == " Left  SLICE "
+
+
+def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
+    """A checkpoint's configuration that names another tokenizer would end in an index error, on a GPU in worse."""
+    config = dcris_tiny().model.text
+    assert tokenizer_of(config).name == "tiny"
+    with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, and model\.text\.vocabulary is 129"):
+        tokenizer_of(config.model_copy(update={"tokenizer": "clip"}))

@@ -44,13 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DcrisError as error:
         print(f"dcris: {_one_line(str(error))}", file=sys.stderr)
         return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "out of memory").splitlines()[0]
+        advice = "ask for less at once, such as a smaller batch, picture or model"
+        print(f"dcris: {_one_line(f'there is not enough memory ({reason}); {advice}')}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("dcris: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `dcris recipes | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # What no reader foresees: names that are too long, folders of others, links in a circle, disks that fail.
+        print(f"dcris: {_one_line(f'cannot use {error.filename}: {error.strerror}; check that path')}", file=sys.stderr)
+        return BAD_INPUT
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch or a GPU had no memory left. torch has a class of its own for GPUs alone."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _printable(text: str) -> str:
@@ -456,7 +475,7 @@ def _own_name(root: Path, args: argparse.Namespace) -> str | None:
 def _train(args: argparse.Namespace) -> None:
     from dcris.config import load_config, override
     from dcris.data.references import load_references
-    from dcris.data.tokenizer import get_tokenizer
+    from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.device import choose_device
     from dcris.engine.train import Interrupted, build_model, train
     from dcris.pretrained import locate
@@ -490,7 +509,7 @@ def _train(args: argparse.Namespace) -> None:
         f"{config.recipe} on {table.dataset} ({table.split_by}): {counts['adapters']:,} adapter and {counts['head']:,} head "
         f"weights train, {counts['frozen']:,} are frozen"
     )
-    tokenizer = get_tokenizer(config.model.text.tokenizer)
+    tokenizer = tokenizer_of(config.model.text)
     try:
         result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, say=_say)
     except Interrupted as stop:
@@ -515,7 +534,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.analysis import analyse
     from dcris.answers import write_answers
     from dcris.data.dataset import all_questions
-    from dcris.data.tokenizer import get_tokenizer
+    from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.checkpoint import load_checkpoint
     from dcris.engine.device import choose_device, choose_precision
     from dcris.engine.distributed import processes
@@ -539,7 +558,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                     model,
                     questions,
                     config.data,
-                    get_tokenizer(config.model.text.tokenizer),
+                    tokenizer_of(config.model.text),
                     protocol,
                     device=device,
                     dtype=choose_precision(args.precision or config.train.precision, device),

@@ -16,7 +16,7 @@ from dcris.analysis import METRICS, align, analyse, difference
 from dcris.answers import read_answers
 from dcris.config import Precision
 from dcris.data.dataset import Questions
-from dcris.data.tokenizer import get_tokenizer
+from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_precision
 from dcris.engine.evaluate import Answer, answer_questions
@@ -84,7 +84,7 @@ def answers_of(
             model.to(device),
             questions,
             config.data,
-            get_tokenizer(config.model.text.tokenizer),
+            tokenizer_of(config.model.text),
             protocol,
             device=device,
             dtype=choose_precision(precision or config.train.precision, device),

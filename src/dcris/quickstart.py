@@ -13,7 +13,7 @@ from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
-from dcris.data.tokenizer import get_tokenizer
+from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
@@ -52,7 +52,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
         say(f"generating {TRAIN_SCENES + TEST_SCENES} scenes")
         write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=seed, workers=cores())
     table = load_references(data, config.data.dataset)
-    tokenizer = get_tokenizer(config.model.text.tokenizer)
+    tokenizer = tokenizer_of(config.model.text)
     say(f"training the adapters and the head ({time.monotonic() - begin:.0f} s so far)")
     model = build_model(config)
     result = train(model, config, table, tokenizer, out, device=chosen, resume=True, say=say)
@@ -82,7 +82,7 @@ def evaluate_both_ways(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
     references = table.split(split)
-    protocol, tokenizer = Cris(), get_tokenizer(config.model.text.tokenizer)
+    protocol, tokenizer = Cris(), tokenizer_of(config.model.text)
     dtype = choose_precision(config.train.precision, device)
 
     def answer(questions: Any) -> list[Answer]:

@@ -16,7 +16,7 @@ from dcris.config import Precision, RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import read_image, refuse_shape, to_rgb
 from dcris.data.masks import mask_box
-from dcris.data.tokenizer import get_tokenizer, require_phrase
+from dcris.data.tokenizer import require_phrase, tokenizer_of
 from dcris.encoders.weights import can_be_had
 from dcris.engine.checkpoint import (
     Origin,
@@ -69,7 +69,7 @@ class Segmenter:
         self.config = config
         self.origin: Origin = origin or {}
         """Which published checkpoint the model was converted from; empty where it was trained."""
-        self.tokenizer = get_tokenizer(config.model.text.tokenizer)
+        self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
         self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self.model, config)}
 
@@ -294,7 +294,7 @@ class Segmenter:
         threshold = self.protocol.threshold if threshold is None else threshold
         square, fit = to_square(pixels, config.data, self.protocol.fit)
         images = normalise(square[None].to(self.device), config.data)
-        tokens = get_tokenizer(config.model.text.tokenizer)(phrases, config.data.word_length).to(self.device)
+        tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
         answers: list[Prediction] = []
         for logits in segment_in_passes(model, images, tokens, self.device, self.dtype):
             for picture in self.protocol.probabilities(logits, [fit] * len(logits)):

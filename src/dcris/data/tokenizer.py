@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dcris.config import TextConfig
 from dcris.errors import DcrisError
 from dcris.hub import fetch
 
@@ -239,3 +240,18 @@ def get_tokenizer(name: str) -> Tokenizer:
     if find_spec("instant_clip_tokenizer") is not None:
         return ClipTokenizer()
     return ClipTokenizer(fetch(CLIP_REPOSITORY, "main", ["tokenizer.json"]).path)
+
+
+def tokenizer_of(tower: TextConfig) -> Tokenizer:
+    """The tokenizer of a text tower.
+
+    Raises DcrisError where it cannot be had (see get_tokenizer), and where the tower lacks some of its ids: looking those up
+    ends a program, and on a GPU everything after it.
+    """
+    tokenizer = get_tokenizer(tower.tokenizer)
+    if tokenizer.vocabulary_size > tower.vocabulary:
+        raise DcrisError(
+            f"model.text.tokenizer {tower.tokenizer!r} has {tokenizer.vocabulary_size:,} ids, and model.text.vocabulary is "
+            f"{tower.vocabulary:,}; they are of different towers"
+        )
+    return tokenizer
