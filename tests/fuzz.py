@@ -142,6 +142,7 @@ _WORDS = (
         "é",
         "猫" * 9,
         "x" * 5000,
+        "9" * 5000,
     ),
     *(
         "..",
@@ -290,6 +291,16 @@ def json_lines(random: Random, path: Path) -> str:
     return what
 
 
+def csv_cells(random: Random, path: Path) -> str:
+    """A table with other cells, or more or fewer of them in a row."""
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    tree, what = _several(random, rows)
+    lines = [row if isinstance(row, list) else [row] for row in (tree if isinstance(tree, list) else [tree])]
+    text = "\n".join(",".join(map(str, row)) for row in lines)
+    path.write_bytes(text.encode(random.choice(["utf-8", "utf-8", "utf-8", "utf-16"]), "surrogatepass"))
+    return what
+
+
 def pickle_tree(random: Random, path: Path) -> str:
     """A pickle of other data, of data that contains itself, or of more than data."""
 
@@ -310,6 +321,7 @@ def pickle_tree(random: Random, path: Path) -> str:
             Path("x"),
             bytearray(b"x"),
             len,
+            10**5000,
         )
         return random.choice(rest)
 

@@ -45,6 +45,7 @@ from fuzz import (
     Snapshot,
     Spoil,
     complaint,
+    csv_cells,
     files_in,
     json_lines,
     json_tree,
@@ -205,6 +206,32 @@ def pictured(root: Path) -> None:
     (root / "refcoco/val.parquet").write_bytes(parquet(rows, PICTURES))
 
 
+def own(root: Path) -> None:
+    """A data set of one's own, with masks of each kind."""
+    (root / "m").mkdir(parents=True)
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 5:25] = 1
+    Image.new("RGB", (30, 20), "green").save(root / "1.jpg")
+    Image.fromarray(mask * np.uint8(255)).save(root / "m/1.png")
+    masks = ("m/1.png", [[2, 3, 12, 3, 12, 9]], encode_mask(mask))
+    lines = [
+        {"image": "1.jpg", "mask": each, "expressions": ["the cup", "cup"], "id": 7 + number}
+        for number, each in enumerate(masks)
+    ]
+    (root / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def export(root: Path) -> None:
+    """What annotation tools leave, with phrases beside it."""
+    tiny = make_tiny_refer(root / "tiny")
+    tiny.write()
+    tiny.image_folder.rename(root / "photos")
+    (root / "coco.json").write_text(json.dumps(tiny.instances))
+    (root / "phrases.json").write_text(json.dumps({"71": "left one", "72": ["tall"], "cup": ["mug", "cup"]}))
+    (root / "phrases.csv").write_text("annotation,phrase\n71,left one\n72,tall\n73,mug\n73,cup\n")
+    shutil.rmtree(root / "tiny")
+
+
 def predictions(root: Path) -> None:
     """Masks for the two sentences of a split, in everything that they may come in."""
     questions = all_questions(load_references(make_tiny_refer(root / "data").write(), "tiny").split("val"))
@@ -248,6 +275,7 @@ class Format:
 
 _CHECK = "data check SET --dataset tiny --deep"
 _CHECK_OTHER = "data check SET --dataset refcoco --deep"
+_IMPORT = "--images SET/photos --out SET/my.jsonl"
 _SCORED = "--data SET/data --dataset tiny --split val --out OUT/result.json"
 _COMPARED = "--data SET/data --dataset tiny --split val --out OUT/page.html --images OUT/images"
 _PREDICT = "--expression cup --out OUT --device cpu"
@@ -333,6 +361,22 @@ FORMATS = (
         "other.jsonl",
         (json_lines,) * 4,
         f"compare SET/answers.jsonl SET/other.jsonl {_COMPARED}",
+    ),
+    Format("own data", own, "mine.jsonl", (json_lines,) * 4, "data check SET/mine.jsonl --deep", 100),
+    Format("own mask", own, "m/1.png", (png_chunks,) * 2, "data check SET/mine.jsonl --deep"),
+    *(
+        Format(
+            f"imported {file}",
+            export,
+            file,
+            spoils,
+            f"data import-coco SET/coco.json --phrases SET/{phrases} {_IMPORT}",
+        )
+        for file, phrases, spoils in (
+            ("coco.json", "phrases.json", (json_tree,) * 4),
+            ("phrases.json", "phrases.json", (json_tree,) * 4),
+            ("phrases.csv", "phrases.csv", (csv_cells,) * 4),
+        )
     ),
     Format(
         "DETRIS", detris, "base_refcoco.pth", (torch_tree,) * 4, "convert SET/base_refcoco.pth --out OUT", valid=False

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -135,14 +136,17 @@ def read_phrases(path: Path, annotations: set[int], categories: set[str]) -> Phr
     pairs: Iterable[tuple[str, Texts, str]]
     by, pairs = _read_csv(path) if path.suffix.lower() == ".csv" else (None, _read_mapping(path))
     for key, texts, where in pairs:
-        is_annotation = key.isascii() and key.isdecimal() and int(key) in annotations and by != "category"
+        number = (
+            int(key) if re.fullmatch("[0-9]{1,99}", key) else None
+        )  # Python converts no text of thousands of digits
+        is_annotation = number in annotations and by != "category"
         is_category = key in categories and by != "annotation"
         if is_annotation and is_category:
             raise bad(
                 path, f"{where} may be an annotation's id or a category's name; use CSV, whose heading says which"
             )
-        if is_annotation:
-            by_annotation[int(key)] = by_annotation.get(int(key), ()) + texts
+        if number is not None and is_annotation:
+            by_annotation[number] = by_annotation.get(number, ()) + texts
         elif is_category:
             by_category[key] = by_category.get(key, ()) + texts
         else:

@@ -407,7 +407,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         slot, _, key = name.partition(".")
-        slots.setdefault(int(slot) if slot.isdecimal() else -1, {})[key] = value
+        slots.setdefault(int(slot) if re.fullmatch("[0-9]{1,9}", slot) else -1, {})[key] = value
     wanted = {slot for group in state["param_groups"] for slot in group["params"]}
     if (
         not slots
