@@ -23,7 +23,8 @@ from dcris import Segmenter, files
 from dcris.data.references import load_references
 from dcris.data.table import ReferenceTable
 from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
-from dcris.engine.train import Interrupted, build_model, learning_rate, read_log
+from dcris.engine.trackers import read_log
+from dcris.engine.train import Interrupted, build_model, learning_rate
 from dcris.errors import DcrisError
 from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log
 

@@ -17,7 +17,8 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
-from dcris.engine.train import build_model, read_log, train
+from dcris.engine.trackers import read_log
+from dcris.engine.train import build_model, train
 from dcris.files import make_directory, write_json
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS

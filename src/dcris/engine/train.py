@@ -4,10 +4,8 @@ All randomness of a step comes from the seed and the step's number, so that a ru
 in the same weights as one that was not (bit for bit on a CPU).
 """
 
-import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
@@ -46,8 +43,9 @@ from dcris.engine.checkpoint import (
 )
 from dcris.engine.device import autocast, choose_precision
 from dcris.engine.evaluate import answer_questions
+from dcris.engine.trackers import Log, Progress
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_file, write_json
+from dcris.files import make_directory, read_json, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
@@ -174,10 +172,10 @@ def train(
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype)
-    log = _Log(out / "log.jsonl", first)
+    log = Log(out / "log.jsonl", first)
     begin = time.monotonic()
 
-    with _signals() as pending, _Progress(first, total, say) as progress:
+    with _signals() as pending, Progress(first, total, say) as progress:
         for step, batch in zip(range(first, total), loader, strict=True):
             lr = learning_rate(settings, step, per_epoch, total)
             want_line = (step + 1) % settings.log_every == 0 or step + 1 == total
@@ -288,67 +286,6 @@ def _validate(
         model, questions, config.data, tokenizer, Cris(), device=device, dtype=dtype, workers=workers, keep_masks=False
     )
     return summarise(answer.overlap for answer in answers)["miou"]
-
-
-class _Log:
-    """log.jsonl: a line of JSON every so many steps. On resuming, lines past the checkpoint are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        lines = _lines(path) if step and path.exists() else ()
-        write_file(path, b"".join(text + b"\n" for text, line in lines if line["step"] <= step))
-
-    def add(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise DcrisError(
-                f"cannot write {self.path}: {error.strerror or error}; free some space there and --resume"
-            ) from error
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. Raises DcrisError where it cannot be read."""
-    return [line for _, line in _lines(run / "log.jsonl")]
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a log, as they are and read; what is no line of numbers (the last may be cut short) is left out."""
-    try:
-        texts = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; move it away to go on without it") from error
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        known = isinstance(line, dict) and type(line.get("step")) is int
-        if known and all(type(value) in (int, float) and abs(value) < 1e300 for value in line.values()):
-            yield text, line
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, first: int, total: int, say: Callable[[str], None]) -> None:
-        self.say, self.total, self.every = say, total, max(1, total // 20)
-        self.bar = tqdm(total=total, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def advance(self, done: int, loss: float, lr: float) -> None:
-        self.bar.update(1)
-        if self.terminal:
-            self.bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e}", refresh=False)
-        elif done % self.every == 0 or done == self.total:
-            self.say(f"step {done}/{self.total} loss {loss:.3f} lr {lr:.1e}")
 
 
 class _Pending:
