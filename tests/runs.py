@@ -49,7 +49,7 @@ def last_tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, statistics, moments and log of two runs agree bit for bit; only the seconds may differ."""
+    """Weights, statistics, moments and log of two runs agree bit for bit; only speed and memory may differ."""
     for file in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = last_tensors(one, file), last_tensors(other, file)
         assert ours.keys() == theirs.keys()
@@ -59,10 +59,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def timeless_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without how long they took."""
+    """The lines of a log, without what depends on the machine."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("seconds", None)
+        for name in ("seconds", "images_per_second", "peak_memory_mb"):
+            line.pop(name, None)
     return lines
 
 

@@ -188,7 +188,7 @@ def test_old_checkpoints_go_and_the_best_stays(
 ) -> None:
     """Else a long run fills the disk, or the weights that the paper reports are deleted."""
     scores = iter([10.0, 30.0, 20.0, 30.0, 5.0, 1.0])
-    monkeypatch.setattr(engine, "_validate", lambda *_: next(scores))
+    monkeypatch.setattr(engine, "_validate", lambda *_: {"miou": next(scores)})
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
     result = run_training(quick_config(6, ("data.val_split", "train"), ("train.keep_last", "1")), few, out)
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_was_not_validated_has_no_score(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at an epoch's end skips validation; the epoch before must not lend its score to weights it never saw."""
-    monkeypatch.setattr(engine, "_validate", lambda *_: 40.0)
+    monkeypatch.setattr(engine, "_validate", lambda *_: {"miou": 40.0})
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
     with pytest.raises(Interrupted):

@@ -193,6 +193,8 @@ class TrainConfig(Section):
     """Steps between checkpoints, beside the one at each epoch's end."""
     keep_last: Count = 2
     """Checkpoints kept beside the best."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Who shows the curves and some predictions, beside the log; see dcris.engine.trackers."""
     max_steps: Count | None = None
     """Stop after so many steps, whatever the epochs say."""
 
@@ -254,7 +256,7 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
 
 
 _MAY_CHANGE = {"recipe", "data.workers", "data.val_split", "train.epochs", "train.max_steps"}
-_MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last"}
+_MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last", "train.trackers"}
 # Naming the commit is how a run goes on after its branch has moved; that the towers are the same is checked by their hashes.
 _MAY_CHANGE |= {"model.vision.revision", "model.text.revision"}
 

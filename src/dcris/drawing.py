@@ -30,6 +30,12 @@ COLOURS: tuple[Colour, ...] = (
 )
 """For several phrases on one picture: `COLOURS[k % len(COLOURS)]`. Neighbours differ for colour-blind eyes too."""
 
+PREDICTION_COLOUR, TRUTH_COLOUR = COLOURS[:2]
+"""Where a model's answer stands beside what was right."""
+
+PNG_UP_TO = 200
+"""Longer side of pictures that are kept as PNG: smaller ones are drawn scenes, which JPEG would smear."""
+
 _ALPHA = 0.45  # of the tint: the object under it stays recognisable
 _CASING: Colour = (255, 255, 255)  # around the contour, which would vanish on a background of its own colour
 _BAND = 256  # rows tinted at a time

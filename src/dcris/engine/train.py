@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ from dcris.engine.checkpoint import (
     score_checkpoint,
 )
 from dcris.engine.device import autocast, choose_precision
-from dcris.engine.evaluate import answer_questions
-from dcris.engine.trackers import Log, Progress
+from dcris.engine.evaluate import Answer, answer_questions
+from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, write_json
 from dcris.losses import text_to_pixel_loss
@@ -129,6 +130,7 @@ def train(
     no longer a number; Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     settings = config.train
+    check_trackers(settings.trackers)
     references = table.split(config.data.train_split)
     # Read now, so that a split that is not there ends the run before its first step and not after its first epoch.
     questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
@@ -172,19 +174,16 @@ def train(
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype)
-    log = Log(out / "log.jsonl", first)
+    shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
     begin = time.monotonic()
 
-    with _signals() as pending, Progress(first, total, say) as progress:
+    # Signals are let go before the monitor is: what a tracker still has to send, a second Ctrl-C may break off.
+    with Monitor(out, config, (first, total, per_epoch), device, say) as monitor, _signals() as pending:
         for step, batch in zip(range(first, total), loader, strict=True):
             lr = learning_rate(settings, step, per_epoch, total)
-            want_line = (step + 1) % settings.log_every == 0 or step + 1 == total
-            loss, iou = step_fn(step, batch, lr, want_line)
             done = step + 1
-            if want_line:
-                line = {"step": done, "epoch": done / per_epoch, "loss": loss, "iou": iou, "lr": lr}
-                log.add(line | {"seconds": round(time.monotonic() - begin, 2)})
-            progress.advance(done, loss, lr)
+            loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
+            monitor.step(done, loss, iou, lr, len(batch.images))
             ends_epoch = done % per_epoch == 0 or done == total
             if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
                 saved = save_checkpoint(out, model, towers, optimizer, config, done)
@@ -193,9 +192,9 @@ def train(
                     raise Interrupted(pending.number, saved)
             if ends_epoch and questions:
                 # After saving: validation may be long, and a photograph of that split may be broken.
-                score = _validate(model, config, questions, tokenizer, device, dtype)
-                log.add({"step": done, "epoch": done / per_epoch, "val_miou": score})
-                score_checkpoint(saved, score)
+                scores = _validate(model, config, questions, tokenizer, device, dtype)
+                score_checkpoint(saved, scores["miou"])
+                monitor.validated(done, scores, shown)
                 prune_checkpoints(out, settings.keep_last)
                 if pending.number is not None:
                     raise Interrupted(pending.number, saved)
@@ -234,8 +233,8 @@ class _Step:
         self.model, self.config, self.optimizer, self.parameters = model, config, optimizer, parameters
         self.device, self.dtype = device, dtype
 
-    def __call__(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float]:
-        """Return the loss and, where wanted, the batch's mIoU in percent (0.0 otherwise).
+    def __call__(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
+        """Return the loss and, where wanted, the batch's mIoU in percent.
 
         Raises DcrisError where the loss is not a number; the weights are then still those of the step before.
         """
@@ -259,7 +258,7 @@ class _Step:
         if self.config.train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
         self.optimizer.step()
-        return value, _batch_iou(logits.detach(), masks) if want_iou else 0.0
+        return value, _batch_iou(logits.detach(), masks) if want_iou else None
 
 
 def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
@@ -278,14 +277,33 @@ def _validate(
     tokenizer: Tokenizer,
     device: torch.device,
     dtype: torch.dtype,
-) -> float:
-    """mIoU in percent on the validation split's first sentences, as the CRIS family validates while training."""
+) -> dict[str, float]:
+    """Scores in percent on the validation split's first sentences, as the CRIS family validates while training."""
+    return summarise(answer.overlap for answer in _answers(model, config, questions, tokenizer, device, dtype))
+
+
+def _answers(
+    model: DCRIS,
+    config: RunConfig,
+    questions: Questions,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep_masks: bool = False,
+) -> Iterator[Answer]:
     model.eval()
     workers = config.data.workers
-    answers = answer_questions(
-        model, questions, config.data, tokenizer, Cris(), device=device, dtype=dtype, workers=workers, keep_masks=False
+    return answer_questions(
+        model,
+        questions,
+        config.data,
+        tokenizer,
+        Cris(),
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        keep_masks=keep_masks,
     )
-    return summarise(answer.overlap for answer in answers)["miou"]
 
 
 class _Pending:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dcris.drawing import cell, mask_cell, overlay, png_bytes
+from dcris.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, mask_cell, overlay, png_bytes
 from dcris.files import write_file
-from dcris.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Panel
+from dcris.report.panels import CELL, Panel
 
 Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

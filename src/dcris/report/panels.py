@@ -12,17 +12,12 @@ from numpy.typing import NDArray
 
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay, png_bytes
+from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay, png_bytes
 from dcris.engine.evaluate import Answer
 from dcris.report.page import percent, text
 from dcris.types import MaskArray
 
-_ORANGE, _BLUE = COLOURS[0], COLOURS[1]
-TRUTH_COLOUR, PREDICTION_COLOUR = _BLUE, _ORANGE
-"""Told apart by colour-blind eyes too."""
-
 CELL = 480  # pixels on a picture's longer side
-_PNG_UP_TO = 200  # longer side: smaller pictures are drawn scenes, which JPEG would smear
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +110,7 @@ def panels_section(heading: str, panels: Iterable[Panel]) -> str:
 def _card(panel: Panel) -> str:
     # Masks are drawn on the cell, not on the photograph: so contours are equally thin on all cards.
     small = cell(panel.image, CELL)
-    drawn = max(panel.image.shape[:2]) <= _PNG_UP_TO
+    drawn = max(panel.image.shape[:2]) <= PNG_UP_TO
     phrase = text(panel.phrase)
 
     def picture(pixels: NDArray[np.uint8], label: str, alt: str) -> str:
