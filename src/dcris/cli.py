@@ -176,6 +176,12 @@ def _parser() -> _Parser:
         "--from", dest="start", metavar="CKPT", help="start from its adapters and head; the model has to be the same"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument(
+        "--tracker",
+        action="append",
+        choices=("tensorboard", "wandb"),
+        help="show curves and predictions there, beside OUT/log.jsonl; may be given several times",
+    )
     _device(train)
 
     evaluate = add("evaluate", _evaluate, "score a checkpoint", "runs/tiny --data data/scenes --split test")
@@ -490,6 +496,7 @@ def _train(args: argparse.Namespace) -> None:
         ("data.split_by", args.split_by),
         ("train.precision", args.precision),
         ("train.start", None if args.start is None else str(locate(args.start))),
+        ("train.trackers", args.tracker),
     ):
         if value is not None:
             settings.append((key, json.dumps(value)))

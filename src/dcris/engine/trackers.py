@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ _PACKAGES = {"tensorboard": "tensorboard>=2.20", "wandb": "wandb>=0.31"}
 _LINES = 20  # of a run, where there is no terminal
 _SHOWN = {"miou": "mIoU", "oiou": "oIoU", "prec@0.5": "prec@0.5"}  # of a validation
 _REFRESH = 1.0  # seconds between new figures on a bar
-_PATIENCE = 60  # seconds that W&B may take to begin, and to send what it still has at the end
+_PATIENCE = 30  # seconds that W&B may take to begin, and to send what it still has at the end
 
 
 class Monitor:
@@ -69,21 +69,22 @@ class Monitor:
         say: Callable[[str], None] = print,
         speaks: bool = True,
     ) -> None:
-        self.first, self.total, self.per_epoch = steps
-        self.log_every, self.device, self.speaks = config.train.log_every, device, speaks
-        self.speed = _Speed()
-        self.logged = self.speed
-        self.begin = time.monotonic()
+        first, self.total, self.per_epoch = steps
+        self.log_every, self.device, self.speaks, self._say = config.train.log_every, device, speaks, say
         if not speaks:
             return
-        self.log = Log(out / "log.jsonl", self.first)
-        self.progress = Progress(self.first, self.total, self.per_epoch, say)
+        self.log = Log(out / "log.jsonl", first)
         self.trackers: dict[str, Tracker] = {}
+        self.pictures = True
         for name in dict.fromkeys(config.train.trackers):
             try:
-                self.trackers[name] = _TRACKERS[name](out, config, self.first)
+                self.trackers[name] = _TRACKERS[name](out, config, first)
             except Exception as error:  # whatever a library, a network or a disk may raise
                 self._leave_out(name, error)
+        # From here on time counts: a tracker may have waited for its network.
+        self.progress = Progress(first, self.total, self.per_epoch, self.say)
+        self.speed = self.logged = _Speed(at=time.monotonic())
+        self.begin = self.speed.at
 
     def __enter__(self) -> "Monitor":
         return self
@@ -92,6 +93,11 @@ class Monitor:
         if self.speaks:
             self.progress.close()
             self._each(lambda tracker: tracker.close(kind is None))
+
+    def say(self, line: str) -> None:
+        """Tell a person something, above the bar if there is one."""
+        with tqdm.external_write_mode():
+            self._say(line)
 
     def wants_iou(self, done: int) -> bool:
         """Whether a step's IoU will be written or shown, so that it is worth waiting for."""
@@ -133,11 +139,12 @@ class Monitor:
             return
         self._write(done, {f"val_{name}": score for name, score in scores.items()})
         self.progress.validated(done, scores)
-        if self.trackers:
+        if self.trackers and self.pictures:
             try:
                 panels = [_panel(answer) for answer in answers()]
-            except Exception as error:  # pictures are no reason to end a run
-                self.progress.say(f"no pictures of step {done}: {_reason(error)}")
+            except Exception as error:  # no reason to end a run
+                self.pictures = False
+                self.say(f"predictions are not shown from here on, training goes on: {_reason(error)}")
             else:
                 self._each(lambda tracker: tracker.show(done, panels))
         self.speed = self.speed.resumed()
@@ -163,7 +170,7 @@ class Monitor:
                 self._leave_out(name, error)
 
     def _leave_out(self, name: str, error: Exception) -> None:
-        self.progress.say(f"{name} is left out from here on, training goes on: {_reason(error)}")
+        self.say(f"{name} is left out from here on, training goes on: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -177,7 +184,7 @@ class _Speed:
 
     images: int = 0
     seconds: float = 0.0
-    at: float = field(default_factory=time.monotonic)
+    at: float = 0.0
 
     def after(self, images: int) -> "_Speed":
         """After a step on so many images."""
@@ -255,7 +262,7 @@ class Progress:
     """A bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, first: int, total: int, per_epoch: int, say: Callable[[str], None]) -> None:
-        self.first, self.total, self.per_epoch, self._say = first, total, per_epoch, say
+        self.first, self.total, self.per_epoch, self.say = first, total, per_epoch, say
         self.every = max(1, math.ceil(total / _LINES))
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -271,11 +278,6 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
-
-    def say(self, line: str) -> None:
-        """Tell a person something, above the bar if there is one."""
-        with tqdm.external_write_mode():
-            self._say(line)
 
     def due(self, done: int) -> bool:
         """Whether new figures are to be shown with this step: on a terminal now and then, in a log with each line."""

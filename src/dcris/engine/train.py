@@ -125,9 +125,10 @@ def train(
         resume: go on from the newest checkpoint in `out`, or from the start where there is none.
         say: takes lines for a person.
 
-    Raises DcrisError where `out` holds a run and `resume` is not set or the run was started otherwise or on other references,
-    where `config.train.start` is of another model, where data cannot be read or results not written, and where the loss is
-    no longer a number; Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
+    Raises DcrisError where a tracker that was asked for is not installed, where `out` holds a run and `resume` is not set or
+    the run was started otherwise or on other references, where `config.train.start` is of another model, where data cannot be
+    read or results not written, and where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
+    checkpoint written.
     """
     settings = config.train
     check_trackers(settings.trackers)

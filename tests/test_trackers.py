@@ -1,0 +1,547 @@
+"""Watching a run: what a person, log.jsonl, TensorBoard and W&B are told, and that none of it can break or change a run."""
+
+import errno
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import dcris.engine.train as engine
+from dcris.cli import main
+from dcris.data.dataset import all_questions
+from dcris.data.images import read_image
+from dcris.data.masks import decode_mask
+from dcris.data.references import load_references
+from dcris.data.table import ReferenceTable
+from dcris.drawing import cell
+from dcris.engine import trackers
+from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.trackers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_questions, read_log
+from dcris.errors import DcrisError
+from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
+
+VAL = ("data.val_split", "val")
+TENSORBOARD, WANDB = ("train.trackers", '["tensorboard"]'), ("train.trackers", '["wandb"]')
+BOTH = ("train.trackers", '["wandb", "tensorboard"]')
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def table(scenes_root: Path) -> ReferenceTable:
+    """Eight references to train on, so that an epoch is two steps, and those of three scenes to validate on."""
+    whole = load_references(scenes_root, "scenes")
+    return replace(whole, references=(*whole.split("train")[:8], *whole.split("val")))
+
+
+@pytest.fixture(scope="module")
+def unwatched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs, validated, that only the log has seen."""
+    out = tmp_path_factory.mktemp("unwatched") / "run"
+    run_training(quick_config(STEPS, EVERY_STEP, VAL), table, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def watched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same under TensorBoard's eyes."""
+    out = tmp_path_factory.mktemp("watched") / "run"
+    run_training(quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD), table, out)
+    return out
+
+
+def events(run: Path) -> Any:
+    """A run's events as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    return reader.Reload()
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    found = events(run)
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def logged(run: Path, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in read_log(run) if name in line]
+
+
+def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The power fails in the step after so many."""
+    loss, calls = engine.text_to_pixel_loss, iter(range(100))
+    monkeypatch.setattr(engine, "text_to_pixel_loss", lambda *args: loss(*args) if next(calls) < steps else 1 / 0)
+
+
+# ---- the log -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
+    """Else somebody's plots of last year's runs do not work on this year's, and a slow loader stays unseen."""
+    steps = [line for line in read_log(unwatched) if "loss" in line]
+    scores = [line for line in read_log(unwatched) if "loss" not in line]
+    old = ["step", "epoch", "loss", "iou", "lr", "seconds"]
+    assert all(list(line) == [*old, "images_per_second", "peak_memory_mb"] for line in steps)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [(line["step"], line["epoch"]) for line in scores] == [(2, 1), (4, 2)]
+    precisions = [f"val_prec@0.{digit}" for digit in "56789"]
+    assert all(list(line) == ["step", "epoch", "val_miou", "val_oiou", *precisions] for line in scores)
+    assert all(50 < line["peak_memory_mb"] < 50_000 for line in steps)  # a process with torch in it
+    assert all(0 < line["images_per_second"] < 10_000 for line in steps)
+
+
+def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four images in two seconds are two a second, however long the validation between the steps takes."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    with Monitor(tmp_path, quick_config(3, EVERY_STEP), (0, 3, 1), CPU, len) as monitor:
+        for step in (1, 2, 3):
+            clock.now += 2
+            monitor.step(step, 0.5, 10.0, 1e-3, 4)
+            clock.now += 500
+            monitor.validated(step, {"miou": 1.0}, list)
+    assert logged(tmp_path, "images_per_second") == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert [seconds for _, seconds in logged(tmp_path, "seconds")] == [2, 504, 1006]
+
+
+def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the log of a run that nearly filled its GPU speaks of the computer's memory."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
+    assert trackers._memory(torch.device("cuda", 0)) == {"peak_memory_mb": 12345.7}
+    held = trackers._memory(CPU)["peak_memory_mb"]
+    block = np.ones(50_000_000, np.uint8)
+    assert trackers._memory(CPU)["peak_memory_mb"] >= held
+    assert len(block) == 50_000_000
+
+
+# ---- for a person --------------------------------------------------------------------------------------------------------
+
+
+def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path) -> None:
+    """What somebody sees who looks into a cluster job's output: how well, how fast, how long still."""
+    lines: list[str] = []
+    run_training(quick_config(4, ("train.log_every", "3"), VAL), table, tmp_path / "run", say=lines.append)
+    log = read_log(tmp_path / "run")
+    last = next(line for line in log if line["step"] == 4 and "loss" in line)
+    shown = [line for line in lines if line.startswith("step ")]
+    assert len(shown) == 4
+    assert shown[-1].startswith(
+        f"step 4/4 epoch 2/2 loss {last['loss']:.3f} IoU {last['iou']:.1f} lr {last['lr']:.1e} "
+    )
+    assert shown[-1].endswith(" images/s 00:00 left")
+    score = log[-1]
+    assert lines[-1] == (
+        f"validation after epoch 2/2 mIoU {score['val_miou']:.1f} oIoU {score['val_oiou']:.1f} "
+        f"prec@0.5 {score['val_prec@0.5']:.1f}"
+    )
+
+
+@given(total=st.integers(1, 3000), data=st.data())
+def test_a_log_file_stays_short(total: int, data: st.DataObject) -> None:
+    """At most twenty lines beside those of the epochs, the last step's among them, however long the run."""
+    first = data.draw(st.integers(0, total - 1))
+    lines: list[str] = []
+    progress = trackers.Progress(first, total, 7, lines.append)
+    for done in range(first + 1, total + 1):
+        progress.advance(done, 0.5, 10.0 if progress.due(done) else None, 1e-3, trackers._Speed())
+    assert 1 <= len(lines) <= 20
+    assert lines[-1].startswith(f"step {total}/{total} epoch {math.ceil(total / 7)}/")
+
+
+class Terminal(io.StringIO):
+    """A standard error that a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same figures; and the IoU, which has to be waited for, is asked for once a second at most."""
+    screen, clock, lines = Terminal(), SimpleNamespace(now=100.0), []
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    asked = []
+    with Monitor(tmp_path, quick_config(100, ("train.log_every", "50")), (0, 100, 10), CPU, lines.append) as monitor:
+        for step in range(1, 101):
+            clock.now += 0.25
+            wanted = monitor.wants_iou(step)
+            asked += [step] * wanted
+            monitor.step(step, 0.125, 43.21 if wanted else None, 1e-3, 8)
+            monitor.progress.bar.refresh()
+        monitor.validated(100, {"miou": 56.78}, list)
+    assert asked == sorted({*range(1, 101, 4), 50, 100})
+    assert "epoch 10/10" in screen.getvalue()
+    assert "loss 0.125 IoU 43.2 lr 1.0e-03 32 images/s]" in screen.getvalue()
+    assert lines == ["validation after epoch 10/10 mIoU 56.8"]
+
+
+def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else eight processes write one log eight times, and W&B has eight runs."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = quick_config(2, EVERY_STEP, BOTH)
+    with Monitor(tmp_path, config, (0, 2, 1), CPU, pytest.fail, speaks=False) as monitor:
+        assert not monitor.wants_iou(1)
+        monitor.step(1, 0.5, None, 1e-3, 4)
+        monitor.validated(1, {"miou": 1.0}, lambda: pytest.fail("nobody looks at these"))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- TensorBoard ---------------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_those_of_the_log(watched: Path) -> None:
+    """Every number of the log at its own step: else the curve that a decision is made on is not the run's."""
+    found = curves(watched)
+    for tag in ("loss", "iou", "lr", "images_per_second", "peak_memory_mb"):
+        assert found[f"train/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(watched, tag)]
+    for tag in ("miou", "oiou", "prec@0.5", "prec@0.9"):
+        assert found[f"val/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(watched, f"val_{tag}")]
+    assert [step for step, _ in found["val/miou"]] == [2, 4]
+    assert found["epoch"][-1] == (4, 2.0)
+
+
+def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceTable) -> None:
+    """The same phrases at each validation: the scene, with the true object tinted, and with what was found."""
+    found, questions = events(watched), panel_questions(all_questions(table.split("val"), first_only=True))
+    assert 1 < len(questions) <= PANELS
+    tags = [f"panels/{number} {expression.text}" for number, (_, expression) in enumerate(questions, 1)]
+    assert found.Tags()["images"] == tags
+    for tag, (reference, _) in zip(tags, questions, strict=True):
+        shown = found.Images(tag)
+        assert [event.step for event in shown] == [2, 4]
+        scene = cell(read_image(reference.image_path), PANEL_CELL)
+        height, width = scene.shape[:2]
+        for event in shown:
+            picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+            assert picture.shape == (event.height, event.width, 3) == (height, 3 * width + 16, 3)
+            assert np.array_equal(picture[:, :width], scene)
+            changed = (picture[:, width + 8 : 2 * width + 8] != scene).any(axis=2)
+            truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+            truth = truth.repeat(height // len(truth), 0).repeat(width // truth.shape[1], 1)
+            assert changed[truth].mean() > 0.9
+            assert changed[~truth].mean() < 0.2  # the contour
+
+
+def test_a_resumed_run_has_one_curve(
+    table: ReferenceTable, unwatched: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power fails in step 4, the checkpoint is of step 2: step 3 is taken again, and stands there once."""
+    out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD)
+    dies_after(3, monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        run_training(config, table, out)
+    monkeypatch.undo()
+    assert list_checkpoints(out)[-1].step == 2
+    assert [step for step, _ in curves(out)["train/loss"]] == [1, 2, 3]
+    run_training(config, table, out, resume=True)
+    assert len(list((out / "tensorboard").iterdir())) == 2
+    measured = {"train/images_per_second", "train/peak_memory_mb"}
+    ours, theirs = curves(out), curves(watched)
+    assert {tag: points for tag, points in ours.items() if tag not in measured} == {
+        tag: points for tag, points in theirs.items() if tag not in measured
+    }
+    found = events(out)
+    assert all([event.step for event in found.Images(tag)] == [2, 4] for tag in found.Tags()["images"])
+    assert_same_run(unwatched, out)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_curves_again(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As log.jsonl does."""
+    out, config = tmp_path / "run", quick_config(2, EVERY_STEP, TENSORBOARD)
+    dies_after(1, monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        run_training(config, table, out)
+    monkeypatch.undo()
+    run_training(config, table, out)
+    assert [step for step, _ in curves(out)["train/loss"]] == [1, 2]
+
+
+def test_watching_does_not_change_a_run(unwatched: Path, watched: Path) -> None:
+    """Bit for bit: else a score depends on who looked on."""
+    assert_same_run(unwatched, watched)
+
+
+def test_pictures_are_of_different_photographs(table: ReferenceTable) -> None:
+    """Six phrases of one photograph say less than six photographs; and they are the same on every start."""
+    reference = table.references[0]
+    many = [
+        (replace(reference, image_path=Path(f"{number // 4}.jpg"), ref_id=number), expression)
+        for number in range(400)
+        for expression in reference.expressions[:1]
+    ]
+    chosen = panel_questions(many)
+    assert len({question[0].image_path for question in chosen}) == len(chosen) == PANELS
+    assert [question[0].ref_id for question in chosen] == [0, 64, 132, 200, 264, 332]
+    assert chosen == panel_questions(many)
+    assert len(panel_questions(many[:9])) == 3
+    assert panel_questions([]) == []
+
+
+# ---- Weights & Biases ----------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """What is used of a wandb.Run."""
+
+    def __init__(self, starting_step: int) -> None:
+        self.starting_step, self.exit_code = starting_step, None
+        self.points: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.points.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+class FakeWandB(ModuleType):
+    """W&B's package, and a server that has `known` steps of a run."""
+
+    __version__ = "0.31.0"
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.known, self.calls, self.runs = 0, [], []
+        self.Settings = SimpleNamespace
+        self.Image = lambda pixels, caption: (pixels.shape, caption)
+
+    def init(self, **settings: Any) -> FakeRun:
+        self.calls.append(settings)
+        self.runs.append(FakeRun(self.known if settings["resume"] else 0))
+        return self.runs[-1]
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandB]:
+    fake = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    yield fake
+
+
+def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path) -> None:
+    """Curves at their steps, settings, pictures with captions; and neither the code nor what is printed goes there."""
+    out = tmp_path / "run"
+    run_training(quick_config(STEPS, EVERY_STEP, VAL, WANDB), table, out)
+    (call,), (run,) = wandb.calls, wandb.runs
+    assert (call["project"], call["name"], call["dir"], call["resume"]) == ("dcris", "run", out, None)
+    assert call["config"] == json.loads((out / "config.json").read_text())
+    assert json.loads((out / "wandb.json").read_text()) == {"id": call["id"]}
+    settings = vars(call["settings"])
+    assert settings["console"] == "off"
+    assert settings["disable_code"] and settings["disable_git"] and not settings["save_code"]
+    assert 0 < settings["finish_timeout"] <= 60
+    losses = [(step, values["train/loss"]) for step, values in run.points if "train/loss" in values]
+    assert losses == logged(unwatched, "loss")
+    assert [(step, values["val/miou"]) for step, values in run.points if "val/miou" in values] == logged(
+        unwatched, "val_miou"
+    )
+    assert [step for step, _ in run.points] == sorted(step for step, _ in run.points)  # W&B drops what goes back
+    (shape, caption), *_ = next(values for _, values in run.points if "panels/1" in values).values()
+    assert shape[1] == 3 * shape[0] + 16
+    assert "prediction with IoU " in caption
+    assert run.exit_code == 0
+    assert_same_run(unwatched, out)
+
+
+def test_a_resumed_run_goes_on_at_wandb(
+    wandb: FakeWandB, table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run there, not a second one, and step 3, which was taken twice, only once."""
+    out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, WANDB, ("train.save_every", "2"))
+    dies_after(3, monkeypatch)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    with pytest.raises(ZeroDivisionError):
+        run_training(config, table, out)
+    assert wandb.runs[0].exit_code == 1
+    assert list_checkpoints(out)[-1].step == 2
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb.known = 4  # the next that W&B expects
+    run_training(config, table, out, resume=True)
+    first, second = wandb.calls
+    assert first["project"] == "mine"
+    assert (second["id"], second["resume"], second["allow_val_change"]) == (first["id"], "allow", True)
+    assert [[step for step, _ in run.points] for run in wandb.runs] == [[1, 2, 3], [4]]
+
+
+@pytest.mark.slow
+def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package takes what it is given, and sends nothing where the person says so."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    out, lines = tmp_path / "run", []
+    for steps in (1, 2):
+        run_training(quick_config(steps, VAL, WANDB), table, out, resume=True, say=lines.append)
+        identifier = json.loads((out / "wandb.json").read_text())["id"]
+        assert len(list(out.glob(f"wandb/offline-run-*-{identifier}/run-{identifier}.wandb"))) == steps
+        assert len(list(out.glob(f"wandb/offline-run-*-{identifier}/files/media/images/panels/*.png"))) == 3 * steps
+    assert not [line for line in lines if "left out" in line or "not shown" in line]
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------------
+
+
+def fails(*_: object, **__: object) -> Any:
+    raise ConnectionError("no way to the server\nfor a long list of reasons")
+
+
+def full(*_: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def goes_on(table: ReferenceTable, out: Path, unwatched: Path) -> list[str]:
+    """What is said about trackers in a run that has to end as if there were none."""
+    lines: list[str] = []
+    run_training(quick_config(STEPS, EVERY_STEP, VAL, BOTH), table, out, say=lines.append)
+    assert_same_run(unwatched, out)
+    return [line for line in lines if "from here on" in line]
+
+
+def spoil_start(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "init", fails)
+
+
+def spoil_points(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "log", fails)
+
+
+def spoil_end(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "finish", fails)
+
+
+@pytest.mark.parametrize("spoil", [spoil_start, spoil_points, spoil_end])
+def test_a_tracker_that_fails_is_left_out(
+    wandb: FakeWandB,
+    table: ReferenceTable,
+    unwatched: Path,
+    watched: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[FakeWandB, pytest.MonkeyPatch], None],
+) -> None:
+    """The network goes at the start, in between or at the end: said once, and all else goes on."""
+    spoil(wandb, monkeypatch)
+    said = goes_on(table, tmp_path / "run", unwatched)
+    assert said == ["wandb is left out from here on, training goes on: no way to the server"]
+    assert curves(tmp_path / "run")["train/loss"] == curves(watched)["train/loss"]
+
+
+def test_a_full_disk_leaves_tensorboard_out(
+    wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, no traceback of a thread; the other tracker goes on."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write, calls = RecordWriter.write, iter(range(100))
+    monkeypatch.setattr(RecordWriter, "write", lambda *args: write(*args) if next(calls) < 4 else full())
+    said = goes_on(table, tmp_path / "run", unwatched)
+    assert said == ["tensorboard is left out from here on, training goes on: [Errno 28] No space left on device"]
+    assert [step for step, _ in curves(tmp_path / "run")["train/loss"]] == [1, 2]
+    assert [step for step, values in wandb.runs[0].points if "train/loss" in values] == [1, 2, 3, 4]
+
+
+def test_a_place_that_cannot_be_written_leaves_tensorboard_out(
+    wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path
+) -> None:
+    """Known at the start."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "tensorboard").write_text("a file of somebody's")
+    (said,) = goes_on(table, out, unwatched)
+    assert said.startswith(
+        f"tensorboard is left out from here on, training goes on: cannot write {out / 'tensorboard'}"
+    )
+
+
+def test_pictures_that_cannot_be_made_are_left_out(
+    wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said once, not after each epoch, and the curves go on."""
+    monkeypatch.setattr(trackers, "overlay", fails)
+    (said,) = goes_on(table, tmp_path / "run", unwatched)
+    assert said == "predictions are not shown from here on, training goes on: no way to the server"
+    assert events(tmp_path / "run").Tags()["images"] == []
+    assert [step for step, _ in curves(tmp_path / "run")["val/miou"]] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("there", [None, ModuleType("a folder of that name")])
+def test_a_package_that_is_missing_is_said_before_training(
+    scenes_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    there: ModuleType | None,
+) -> None:
+    """One sentence with the line to type, also where W&B's own folder `wandb` is mistaken for its package."""
+    monkeypatch.setitem(sys.modules, name, there)
+    words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--tracker", name]
+    assert main([*words, "--device", "cpu"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    assert f'the tracker {name} is not installed here; run: pip install "{name}>=' in complaint
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DcrisError, match="is not installed"):
+        check_trackers([name])
+
+
+# ---- nothing without being asked -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path: Path) -> None:
+    """Else a run on a machine without a network waits for one, or tells somebody about itself."""
+    program = (
+        "import sys\n"
+        "from dcris.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "sys.exit(code or ' '.join({'tensorboard', 'wandb', 'torch.utils.tensorboard'} & set(sys.modules)) or None)\n"
+    )
+    words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.max_steps 2".split()
+    words += ["--train.batch_size", "4", "--data.workers", "0", "--data.image_size", "56", "--train.warmup_steps", "1"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "data.json",
+        "log.jsonl",
+    }
+
+
+def test_trackers_are_chosen_on_the_command_line_and_may_change(
+    wandb: FakeWandB, scenes_root: Path, tmp_path: Path
+) -> None:
+    """Somebody who wants to see the curves of a run that has begun resumes it with --tracker."""
+    words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.batch_size 4".split()
+    words += ["--data.workers", "0", "--data.image_size", "56", "--train.log_every", "1", "--train.schedule", "step"]
+    assert main([*words, "--train.max_steps", "1"]) == 0
+    assert not wandb.calls
+    both = ["--tracker", "tensorboard", "--tracker", "wandb"]
+    assert main([*words, "--train.max_steps", "2", "--resume", *both]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["trackers"] == ["tensorboard", "wandb"]
+    assert [step for step, _ in curves(tmp_path / "run")["train/loss"]] == [2]
+    assert len(wandb.calls) == 1
+    assert main([*words, "--train.max_steps", "3", "--resume"]) == 0
+    assert [step for step, _ in curves(tmp_path / "run")["train/loss"]] == [2]
+    assert main([*words, "--tracker", "smoke"]) == 2
