@@ -382,6 +382,19 @@ def test_a_resumed_run_goes_on_at_wandb(
     assert [[step for step, _ in run.points] for run in wandb.runs] == [[1, 2, 3], [4]]
 
 
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"id": 5}', "{"])
+def test_a_spoilt_record_starts_no_second_run(wandb: FakeWandB, tmp_path: Path, content: str) -> None:
+    """Half of a run's curves in a run of their own help nobody; the sentence names the file."""
+    (tmp_path / "wandb.json").write_text(content)
+    lines: list[str] = []
+    with Monitor(tmp_path, quick_config(8, WANDB), (4, 8, 2), CPU, lines.append):
+        assert not wandb.calls
+    (said,) = lines
+    assert said.startswith("wandb is left out from here on, training goes on: ")
+    assert str(tmp_path / "wandb.json") in said
+    assert (tmp_path / "wandb.json").read_text() == content
+
+
 @pytest.mark.slow
 def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real package takes what it is given, and sends nothing where the person says so."""

@@ -292,10 +292,10 @@ class Progress:
             self.refreshed = time.monotonic()
         epoch = f"epoch {self._epoch(done)}/{self._epoch(self.total)}"
         figures = f"loss {loss:.3f} IoU {self.iou:.1f} lr {lr:.1e} {self.rate:,.{self.rate < 10:d}f} images/s"
-        self.bar.update(1)
         if self.terminal:
             self.bar.set_description_str(epoch, refresh=False)
             self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(1)  # last, as it draws
         elif self.due(done):
             a_step = (time.monotonic() - self.begin) / (done - self.first)
             left = tqdm.format_interval(a_step * (self.total - done))
@@ -431,7 +431,7 @@ class _WeightsAndBiases:
 
         record = out / "wandb.json"
         known = first > 0 and record.exists()
-        run_id = read_json(record, "the record of the run at W&B")["id"] if known else uuid.uuid4().hex
+        run_id = _read_id(record) if known else uuid.uuid4().hex
         write_json(record, {"id": run_id})
         self.wandb = wandb
         self.run = wandb.init(
@@ -469,6 +469,13 @@ class _WeightsAndBiases:
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)
+
+
+def _read_id(record: Path) -> str:
+    value = read_json(record, "the record of the run at W&B")
+    if not (isinstance(value, dict) and isinstance(value.get("id"), str)):
+        raise DcrisError(f"{record} does not say which run at W&B this is; move it away to start another there")
+    return str(value["id"])
 
 
 _TRACKERS: Mapping[str, Callable[[Path, RunConfig, int], Tracker]] = {
