@@ -250,7 +250,7 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
             raise DcrisError(f"there is no setting {key}; `dcris recipes --show {config.recipe}` lists them all")
         try:
             node[last] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             node[last] = text
     return parse_config(tree, "the settings given do not fit")
 

@@ -338,7 +338,7 @@ def read_origin(path: Path) -> Origin:
     """Which published checkpoint this one was converted from; empty where it was trained. Raises DcrisError if unreadable."""
     try:
         return {str(key): str(value) for key, value in json.loads(_read_metadata(path).get("origin", "{}")).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DcrisError(f"{path} does not say where it comes from in a way that can be read") from error
 
 
@@ -364,7 +364,7 @@ def read_config(path: Path) -> RunConfig:
     if path.is_file():
         try:
             config = parse_config(json.loads(_read_metadata(path)["config"]), str(path))
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise DcrisError(
                 f"{path} has no configuration in it, so it is no bundle; if it lies in a checkpoint's directory, give that"
             ) from error
@@ -396,7 +396,7 @@ def _read_towers(path: Path) -> Towers:
     try:
         towers = json.loads(_read_metadata(path)["towers"])
         return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DcrisError(f"{path} does not say which towers it was trained on; it was not written by dcris") from error
 
 
