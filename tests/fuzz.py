@@ -39,6 +39,9 @@ class Hostile:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch HACKED",)
 
+    def __deepcopy__(self, memo: object) -> "Hostile":
+        return self  # or copying would do it already
+
 
 # ---- any file ------------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ nine tenths of the time, but fills what a cut file lacks with grey and says noth
 """
 
 import io
+import logging
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcris.errors import DcrisError
+
+# What Pillow logs of a broken file is raised, too; nobody who has not asked for a log is to read it twice.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 300_000_000
 """Larger images are refused: a file of a few kilobytes can claim any size."""
