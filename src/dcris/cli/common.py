@@ -1,0 +1,147 @@
+"""What the commands share: arguments, and how they speak."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dcris.errors import DcrisError
+
+if TYPE_CHECKING:
+    from dcris.config import RunConfig
+
+_LONGEST_LINE = 1000
+Command = Callable[[argparse.Namespace], None]
+CHECKPOINT = (
+    "a run's or checkpoint's directory, a .safetensors bundle, owner/name on the Hub, or a published model: "
+    "detris-{b,l}-{refcoco,refcoco+,refcocog-umd,refcocog-google}, detris-l-mixed"
+)
+ROOT = "the folder of the data sets, or a data set of one's own: a .jsonl file"
+
+
+def printable(text: str) -> str:
+    """Text with names in it that files of strangers chose: what a terminal would obey, or cannot write, is spelt out."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
+def say(text: str) -> None:
+    """Print a line for a person."""
+    print(printable(text))
+
+
+def one_line(text: str) -> str:
+    """The text as one line of bounded length, as errors are shown."""
+    text = printable(text).replace("\n", "\\n")
+    return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
+
+
+def leave(stop: Any) -> NoReturn:
+    """End as an interrupted run does: a sentence, and the exit code of the signal."""
+    print(f"dcris: {stop}", file=sys.stderr)
+    sys.exit(stop.exit_code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise DcrisError, where argparse would print its usage and leave."""
+        raise DcrisError(f"{message}; see `{self.prog} --help`")
+
+
+def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
+    """A function that adds a command to `commands`, with the example that every command's help ends in."""
+
+    def add(name: str, run: Command, summary: str, example: str, more: str = "") -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {more}",
+            epilog=f"example: {prefix}{name} {example}",
+            allow_abbrev=False,
+        )
+        parser.set_defaults(run=run, name=f"{prefix}{name}".removeprefix("dcris "))
+        return parser
+
+    return add
+
+
+def natural(text: str) -> int:
+    """A whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
+    return share
+
+
+def data_root_argument(parser: argparse.ArgumentParser) -> None:
+    """--data ROOT."""
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help=ROOT)
+
+
+def data_set_arguments(parser: argparse.ArgumentParser) -> None:
+    """--dataset and --split-by."""
+    parser.add_argument(
+        "--dataset",
+        help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT; mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY) "
+        "for several as one",
+    )
+    parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
+
+
+def protocol_argument(parser: argparse.ArgumentParser) -> None:
+    """--protocol."""
+    parser.add_argument(
+        "--protocol",
+        default="cris",
+        metavar="NAME",
+        help="cris, lavt, cgformer or refer: how masks are compared (cris)",
+    )
+
+
+def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
+    """--device and, where it is a choice, --precision."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    if precision:
+        parser.add_argument(
+            "--precision", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 where the device has it"
+        )
+
+
+def own_name(root: Path, args: argparse.Namespace) -> str | None:
+    """The name of a data set that is one file; None where ROOT holds data sets by name."""
+    from dcris.data.jsonl import is_jsonl
+
+    if not is_jsonl(root):
+        return None
+    if args.split_by is not None or args.dataset not in {None, root.stem}:
+        raise DcrisError(f"{root} is one data set, called {root.stem}; leave out --dataset and --split-by")
+    return root.stem
+
+
+def data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
+    """The data set named on the command line, or else the run's own."""
+    from dcris.data.references import load_references
+
+    own_name(args.data, args)
+    if args.dataset is None or args.dataset == config.data.dataset:
+        return load_references(args.data, config.data.dataset, args.split_by or config.data.split_by)
+    return load_references(args.data, args.dataset, args.split_by)

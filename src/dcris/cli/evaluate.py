@@ -1,0 +1,254 @@
+"""`dcris evaluate`, `dcris score` and `dcris compare`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dcris.cli.common import (
+    CHECKPOINT,
+    adder,
+    data_of,
+    data_root_argument,
+    data_set_arguments,
+    device_arguments,
+    natural,
+    own_name,
+    positive,
+    protocol_argument,
+    say,
+)
+from dcris.errors import DcrisError
+
+
+def add(commands: Any) -> None:
+    """Describe the commands of this file."""
+    add = adder(commands, "dcris ")
+    evaluate = add("evaluate", _evaluate, "score a checkpoint", "runs/tiny --data data/scenes --split test")
+    evaluate.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
+    data_root_argument(evaluate)
+    data_set_arguments(evaluate)
+    evaluate.add_argument("--split", default="val", help="(%(default)s)")
+    protocol_argument(evaluate)
+    evaluate.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="photographs read at a time; changes no result (8)"
+    )
+    evaluate.add_argument("--out", type=Path, help="result file (JSON), with intervals and scores by group of phrases")
+    evaluate.add_argument("--report", type=Path, help="HTML file with pictures of good and bad predictions")
+    evaluate.add_argument("--answers", type=Path, help="JSON Lines file with every mask, for `dcris compare`")
+    device_arguments(evaluate)
+
+    score = add(
+        "score",
+        _score,
+        "score anybody's masks",
+        "masks --data ROOT --dataset refcoco --split testA --protocol lavt",
+        "PREDICTIONS is a folder of <sent_id>.png, a COCO result .json with sent_id, an .npz of arrays named by sent_id, or "
+        "what `dcris evaluate --answers` wrote.",
+    )
+    score.add_argument("predictions", type=Path, nargs="+", metavar="PREDICTIONS", help="several give a table's rows")
+    data_root_argument(score)
+    data_set_arguments(score)
+    score.add_argument("--split", default="val", help="(%(default)s)")
+    protocol_argument(score)
+    score.add_argument(
+        "--missing-is-empty", action="store_true", help="an expression without a mask counts as found nothing"
+    )
+    score.add_argument("--format", choices=("markdown", "latex", "json"), default="markdown", help="(%(default)s)")
+    score.add_argument("--out", type=Path, help="result file (JSON)")
+    score.add_argument("--report", type=Path, help="HTML file with pictures of good and bad predictions")
+
+    compare = add(
+        "compare",
+        _compare,
+        "show systems side by side, with intervals of their differences",
+        "runs/a runs/b --data data/scenes --split test --out compare.html",
+        "The first is what the others are compared with.",
+    )
+    compare.add_argument(
+        "systems",
+        nargs="+",
+        metavar="SYSTEM",
+        help=f"{CHECKPOINT}; or a .jsonl file of answers that `dcris evaluate --answers` wrote",
+    )
+    data_root_argument(compare)
+    data_set_arguments(compare)
+    compare.add_argument("--split", default="val", help="(%(default)s)")
+    protocol_argument(compare)
+    compare.add_argument("--names", nargs="+", metavar="NAME", help="of the systems, in their order")
+    compare.add_argument("--count", type=natural, default=8, metavar="N", help="phrases to show (%(default)s)")
+    compare.add_argument("--out", type=Path, help="HTML file with tables, curves and pictures")
+    compare.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="pictures for a paper: each row, figure.png and figure.pdf"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON, with the scores by group of phrases")
+    device_arguments(compare)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.analysis import analyse
+    from dcris.answers import write_answers
+    from dcris.data.dataset import all_questions
+    from dcris.data.tokenizer import tokenizer_of
+    from dcris.engine.checkpoint import load_checkpoint
+    from dcris.engine.device import choose_device, choose_precision
+    from dcris.engine.distributed import processes
+    from dcris.engine.evaluate import Answer, answer_questions, answer_together, result_record
+    from dcris.files import write_json
+    from dcris.pretrained import locate
+    from dcris.protocols import get_protocol
+
+    protocol = get_protocol(args.protocol)
+    with processes(args.device) as group:
+        device = choose_device(args.device)
+        model, config = load_checkpoint(locate(args.checkpoint))
+        model.to(device)
+        table = data_of(args, config)
+        questions = all_questions(table.split(args.split))
+        quiet = not (group.first and sys.stderr.isatty())
+
+        def answer(share: tuple[int, int]) -> list[Answer]:
+            with tqdm(total=len(questions) // share[1], unit="phrase", disable=quiet) as bar:
+                found = answer_questions(
+                    model,
+                    questions,
+                    config.data,
+                    tokenizer_of(config.model.text),
+                    protocol,
+                    device=device,
+                    dtype=choose_precision(args.precision or config.train.precision, device),
+                    batch_size=args.batch_size,
+                    workers=config.data.workers,
+                    share=share,
+                    keep_masks=args.report is not None or args.answers is not None,
+                    progress=lambda done: bar.update(done - bar.n),
+                )
+                return list(found)
+
+        answers = answer_together(group, questions, answer)
+        if not group.first:
+            return
+    result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
+    print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
+    metrics = {**result, "analysis": analyse(answers, protocol.precision_includes_threshold)}
+    if args.answers is not None:
+        write_answers(args.answers, answers, protocol)
+    if args.out is not None:
+        write_json(args.out, metrics)
+    if args.report is not None:
+        from dcris.report.evaluation import write_evaluation_report
+
+        title = f"{config.recipe} on {table.dataset} {args.split}"
+        write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=metrics)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.analysis import analyse
+    from dcris.data.dataset import all_questions
+    from dcris.data.references import load_references
+    from dcris.engine.evaluate import result_record
+    from dcris.files import write_json
+    from dcris.metrics import PRECISION_THRESHOLDS
+    from dcris.protocols import get_protocol
+    from dcris.scoring import score_predictions
+    from dcris.tables import latex, markdown
+
+    if len(args.predictions) > 1 and (args.out or args.report):
+        raise DcrisError("--out and --report are of one system's masks; give them one at a time")
+    protocol = get_protocol(args.protocol)
+    own_name(args.data, args)
+    table = load_references(args.data, args.dataset, args.split_by)
+    questions = all_questions(table.split(args.split))
+    results, rows = [], []
+    for path in args.predictions:
+        with tqdm(total=len(questions), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+            answers = []
+            for answer in score_predictions(
+                path, questions, protocol, missing_is_empty=args.missing_is_empty, keep_masks=args.report is not None
+            ):
+                answers.append(answer)
+                bar.update(1)
+        result = result_record(answers, None, dataset=table.dataset, split=args.split, protocol=protocol)
+        results.append({"predictions": path.name, **result})
+        rows.append([path.stem, *(f"{value:.2f}" for value in result.values() if isinstance(value, float))])
+    if args.format == "json":
+        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))
+    else:
+        precisions = (f"P@{threshold}" for threshold in PRECISION_THRESHOLDS)
+        header = [f"{table.dataset} {args.split} ({protocol.name})", "mIoU", "oIoU", *precisions]
+        say((latex if args.format == "latex" else markdown)(header, rows))
+    metrics = {**results[0], "analysis": analyse(answers, protocol.precision_includes_threshold)}
+    if args.out is not None:
+        write_json(args.out, metrics)
+    if args.report is not None:
+        from dcris.report.evaluation import write_evaluation_report
+
+        title = f"{args.predictions[0].name} on {table.dataset} {args.split}"
+        write_evaluation_report(args.report, title=title, answers=answers, metrics=metrics)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.compare import as_text, compare, gather, is_answers, name_systems, telling
+    from dcris.data.dataset import all_questions
+    from dcris.data.references import load_references
+    from dcris.engine.checkpoint import find_checkpoint, read_config
+    from dcris.engine.device import choose_device
+    from dcris.pretrained import locate
+    from dcris.protocols import get_protocol
+    from dcris.report.comparison import write_comparison_report
+    from dcris.report.figure import write_figures
+    from dcris.report.panels import as_panel
+
+    names = name_systems(args.systems, args.names or ())
+    protocol, device = get_protocol(args.protocol), choose_device(args.device)
+    paths = [Path(each) if is_answers(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
+    models = [path for path in paths if not is_answers(path)]
+    if models:
+        table = data_of(args, read_config(models[0]))
+    elif own_name(args.data, args) is None and args.dataset is None:
+        raise DcrisError("files of answers do not say which data set they are of; give --dataset")
+    else:
+        table = load_references(args.data, args.dataset, args.split_by)
+    questions = all_questions(table.split(args.split))
+    with tqdm(total=len(questions) * len(models), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+        done = dict.fromkeys(names, 0)
+
+        def progress(name: str, count: int) -> None:
+            bar.update(count - done[name])
+            done[name] = count
+
+        systems = gather(
+            dict(zip(names, paths, strict=True)),
+            questions,
+            protocol,
+            device=device,
+            precision=args.precision,
+            progress=progress,
+        )
+    comparison = compare(systems, protocol.precision_includes_threshold)
+    say(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
+    shown = telling(systems, args.count)
+    if args.out is not None:
+        write_comparison_report(
+            args.out,
+            title=f"{', '.join(names[:-1])} and {names[-1]}",
+            comparison=comparison,
+            measured={"dataset": table.dataset, "split": args.split, "protocol": protocol.name},
+            panels={heading: map(as_panel, some) for heading, some in shown.items()},
+        )
+    if args.images is not None and shown:
+        rows = enumerate((answers for some in shown.values() for answers in some), 1)
+        write_figures(
+            args.images,
+            (
+                (f"{number:02}-sentence-{answers[names[0]].expression.sent_id}", as_panel(answers))
+                for number, answers in rows
+            ),
+        )
