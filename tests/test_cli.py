@@ -22,7 +22,7 @@ from dcris.engine.checkpoint import list_checkpoints
 from runs import assert_same_run, leftovers
 
 COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]
-COMMANDS += ["predict", "recipes"]
+COMMANDS += ["predict", "recipes", "completion"]
 QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
 )
@@ -497,3 +497,16 @@ def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Pa
     assert bad.returncode == 2
     assert bad.stderr.startswith("dcris: ")
     assert bad.stderr.count("\n") == 1
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    """As bash does when somebody presses the tab key, from the printed script alone."""
+    printed = in_a_process("-m", "dcris", "completion", "bash")
+    assert printed.returncode == 0, printed.stderr
+    ask = """
+    words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_dcris; echo "${COMPREPLY[@]}"; }
+    words dcris ev; words dcris evaluate --spl; words dcris data ch
+    """
+    done = subprocess.run(["bash", "-c", printed.stdout + ask], capture_output=True, text=True, check=False)
+    found = [set(line.split()) for line in done.stdout.splitlines()]
+    assert found == [{"evaluate"}, {"--split", "--split-by"}, {"check"}]

@@ -1,0 +1,80 @@
+"""The packages that people install: whole, small, and of use outside the source tree."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dcris
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel and the source archive, as an index would get them."""
+    out = tmp_path_factory.mktemp("dist")
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(out)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(packages: Path) -> None:
+    """A module or the tiny towers left out break an installation that no clone would show."""
+    (wheel,) = packages.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    sources = {
+        str(path.relative_to(REPOSITORY / "src")) for path in (REPOSITORY / "src/dcris").rglob("*") if path.is_file()
+    }
+    sources = {name for name in sources if "__pycache__" not in name}
+    packaged = {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
+    assert packaged == sources
+    assert "dcris/py.typed" in packaged
+    assert wheel.stat().st_size < 10 * 2**20
+
+
+def test_the_source_archive_builds_the_same_wheel(packages: Path, tmp_path: Path) -> None:
+    """Distributions build from it."""
+    (source,) = packages.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (again,), (wheel,) = (tmp_path / "dist").glob("*.whl"), packages.glob("*.whl")
+    with zipfile.ZipFile(again) as one, zipfile.ZipFile(wheel) as other:
+        assert {item.filename: item.CRC for item in one.infolist()} == {
+            item.filename: item.CRC for item in other.infolist()
+        }
+
+
+def test_version_and_pythons_are_told(packages: Path) -> None:
+    """By the command, the module and the metadata alike; 3.11 to 3.13 may install it."""
+    (wheel,) = packages.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+    assert f"Version: {dcris.__version__}\n" in text
+    assert "Requires-Python: >=3.11\n" in text
+    for python in ("3.11", "3.12", "3.13"):
+        assert f"Classifier: Programming Language :: Python :: {python}\n" in text
+    for extra in ("data", "dev", "docs", "tensorboard", "wandb"):
+        assert f"Provides-Extra: {extra}\n" in text
+    done = subprocess.run([sys.executable, "-m", "dcris", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"dcris {dcris.__version__}\n"
