@@ -225,6 +225,7 @@ def test_a_phrase_is_returned_as_written():
     assert require_phrase(" Left  SLICE ") == " Left  SLICE "
 
 
+@needs_instant
 def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
     """A checkpoint's configuration that names another tokenizer would end in an index error, on a GPU in worse."""
     config = dcris_tiny().model.text

@@ -216,7 +216,8 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: DCRIS) -> None:
     assert state.step == 3  # block 1 holds the first adapter: block 0 whole and block 1's attention come before it
     logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens))
     assert logits.shape == (3, 1, 16, 20)
-    assert torch.equal(logits, model(pixels[image_of_phrase], tokens))
+    # Not to the last digit: products of other shapes may round otherwise, which depends on the processor.
+    assert error(logits, model(pixels[image_of_phrase], tokens)) < TOLERANCE
     one_by_one = [model(pixels[i : i + 1], row[None]) for i, row in zip(image_of_phrase.tolist(), tokens, strict=True)]
     assert error(logits, torch.cat(one_by_one)) < TOLERANCE
 
