@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dcris.engine.evaluate
 from dcris import Segmenter
 from dcris.data.references import load_references
 from dcris.engine.evaluate import answer_questions
 from dcris.errors import DcrisError
 from dcris.metrics import overlap
-from dcris.types import Prediction
+from dcris.prediction import Prediction
 from runs import CPU
 
 PHRASES = ["red circle", "the small striped ring", "leftmost", "a phrase with words nobody taught it: größer, 猫"]
@@ -109,17 +108,105 @@ def test_a_string_is_one_phrase_and_none_are_none(segmenter: Segmenter, photo: P
     assert segmenter.predict([photo], []) == [[]]
 
 
-def test_grouping_does_not_matter(segmenter: Segmenter, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouping_does_not_matter(segmenter: Segmenter, photo: Path) -> None:
     """Else a phrase's answer depends on what else was asked, which no user can know."""
     phrases = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("ring", "circle", "star")]
     together = segmenter.predict(photo, phrases, scores=True)
     alone = [segmenter.predict(photo, phrase, scores=True)[0] for phrase in phrases]
     assert_same(together, alone, tolerance=1e-5)
-    monkeypatch.setattr(dcris.engine.evaluate, "PHRASES_PER_PASS", 4)
-    assert_same(together, segmenter.predict(photo, phrases, scores=True), tolerance=1e-5)
+    assert_same(together, segmenter.predict(photo, phrases, scores=True, memory=1), tolerance=1e-5)
     assert_same(together[::-1], segmenter.predict(photo, phrases[::-1], scores=True), tolerance=1e-5)
     # The phrases are listened to at all.
     assert any(not np.array_equal(together[0].probabilities, other.probabilities) for other in together[1:])
+
+
+@pytest.fixture
+def passes(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many images or phrases went through each step of the network, call by call."""
+    seen: dict[str, list[int]] = {"encode_images": [], "encode_text": [], "segment": []}
+
+    def watch(name: str) -> None:
+        original = getattr(segmenter.model, name)
+
+        def call(*arguments: Any) -> Any:
+            first = arguments[0]
+            seen[name].append(len(first.tokens if name == "segment" else first))
+            return original(*arguments)
+
+        monkeypatch.setattr(segmenter.model, name, call)
+
+    for name in seen:
+        watch(name)
+    return seen
+
+
+def test_many_images_with_many_phrases_go_together(
+    segmenter: Segmenter, scenes_root: Path, photo: Path, passes: dict[str, list[int]]
+) -> None:
+    """Images in one pass, a phrase encoded once for all of them; with less memory in smaller passes, to the same answers."""
+    images: list[Any] = [
+        photo,
+        *sorted({each.image_path for each in load_references(scenes_root, "scenes").references})[:4],
+    ]
+    together = segmenter.predict(images, PHRASES, scores=True)
+    assert passes == {"encode_images": [5], "encode_text": [len(PHRASES)], "segment": [20]}
+    small = segmenter.predict(images, PHRASES, scores=True, memory=1)
+    assert passes["segment"][1:] == [1] * 20
+    alone = [segmenter.predict(image, PHRASES, scores=True) for image in images]
+    for ours, theirs, fewer in zip(together, alone, small, strict=True):
+        assert_same(ours, theirs, tolerance=1e-5)
+        assert_same(ours, fewer, tolerance=1e-5)
+
+
+def test_each_image_may_have_its_own_phrases(segmenter: Segmenter, photo: Path, passes: dict[str, list[int]]) -> None:
+    """As a list of pairs needs it; an image of which nothing is asked gets no answer, and the rest stay in their places."""
+    other = np.zeros((30, 20, 3), np.uint8)
+    answers = segmenter.predict([photo, other, other], [["ring", "star"], [], ["star"]])
+    assert [[answer.phrase for answer in each] for each in answers] == [["ring", "star"], [], ["star"]]
+    assert [answer.mask.shape for each in answers for answer in each] == [(70, 110), (70, 110), (30, 20)]
+    assert passes["encode_text"] == [2]
+    assert segmenter.predict([other], [[]]) == [[]]
+
+
+def test_an_image_is_encoded_once_for_interactive_use(
+    segmenter: Segmenter, photo: Path, passes: dict[str, list[int]]
+) -> None:
+    """A phrase after the other costs its own part alone, and another threshold nothing at all."""
+    encoded = segmenter.encode_image(photo)
+    assert encoded.size == (70, 110)
+    answers = [segmenter.segment(encoded, phrase, scores=True)[0] for phrase in PHRASES]
+    assert passes["encode_images"] == [1]
+    assert passes["segment"] == [1] * len(PHRASES)
+    moved = [answer.with_threshold(0.2) for answer in answers]
+    assert passes["segment"] == [1] * len(PHRASES)
+    assert_same(answers, segmenter.predict(photo, PHRASES, scores=True), tolerance=1e-5)
+    for ours, theirs in zip(moved, segmenter.predict(photo, PHRASES, threshold=0.2), strict=True):
+        assert (ours.mask == theirs.mask).mean() > 0.999
+        assert ours.score == pytest.approx(theirs.score, abs=1e-3)
+
+
+def test_grey_and_transparent_arrays(segmenter: Segmenter, photo: Path) -> None:
+    """Cameras and cut-outs give such; they are what a picture of the same pixels would be."""
+    colour = np.array(Image.open(photo))
+    clear = np.dstack((colour, np.full((70, 110), 255, np.uint8)))
+    assert_same(segmenter.predict(clear, "ring", scores=True), segmenter.predict(colour, "ring", scores=True))
+    grey = colour[..., 0]
+    expected = segmenter.predict(np.repeat(grey[..., None], 3, axis=2), "ring", scores=True)
+    for array in (grey, grey[..., None], np.asfortranarray(grey)):
+        assert_same(segmenter.predict(array, "ring", scores=True), expected)
+
+
+def test_the_way_the_camera_was_held_counts(segmenter: Segmenter, tmp_path: Path, photo: Path) -> None:
+    """In a file and in a PIL image alike: else masks lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    answers = [
+        segmenter.predict(each, "ring", scores=True)
+        for each in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png"))
+    ]
+    assert answers[0][0].mask.shape == (110, 70)
+    assert_same(*answers)
 
 
 def test_bfloat16_ends_with_the_network(segmenter: Segmenter, trained_run: Path, photo: Path) -> None:
@@ -166,10 +253,15 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
         (lambda s, p: s.predict(p, "ring", threshold=0), "between 0 and 1"),
         (lambda s, p: s.predict(p, "ring", threshold=float("nan")), "between 0 and 1"),
         (lambda s, p: s.predict(p.with_name("absent.jpg"), "ring"), r"no image file .*absent\.jpg"),
-        (lambda s, p: s.predict(np.zeros((4, 4), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
+        (lambda s, p: s.predict(np.zeros((4, 4, 2), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
+        (lambda s, p: s.predict(np.zeros((2, 4, 4, 3), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
+        (lambda s, p: s.predict([p], [["a"], ["b"]]), "phrases for 2 images, and 1 images"),
+        (lambda s, p: s.predict(p, "ring", adapters="others"), "no adapters 'others'"),
+        (lambda s, p: s.segment(s.encode_image(p), "ring", threshold=1), "between 0 and 1"),
+        (lambda s, p: s.predict(p, "ring")[0].with_threshold(0.5), "scores=True"),
         (lambda s, p: s.predict(np.zeros((4, 4, 3)), "ring"), "float64"),
         (lambda s, p: s.predict(np.zeros((4, 0, 3), np.uint8), "ring"), r"\[4, 0, 3\]"),
-        (lambda s, p: s.predict([p, np.zeros((3, 4, 4), np.uint8)], "ring"), r"\[3, 4, 4\]"),
+        (lambda s, p: s.predict([p, np.zeros((3, 4, 5), np.uint8)], "ring"), r"\[3, 4, 5\]"),
         (lambda s, p: s.predict(Image.new("F", (4, 4)), "ring"), "floating-point"),
     ],
 )

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from dcris.version import __version__
 
-__all__ = ["Prediction", "Segmenter", "__version__"]
+__all__ = ["EncodedImage", "Prediction", "Segmenter", "__version__", "to_detections"]
 
 if TYPE_CHECKING:
-    from dcris.segmenter import Segmenter
-    from dcris.types import Prediction
+    from dcris.prediction import Prediction, to_detections
+    from dcris.segmenter import EncodedImage, Segmenter
 
 
 def __getattr__(name: str) -> Any:
@@ -17,8 +17,12 @@ def __getattr__(name: str) -> Any:
         from dcris.segmenter import Segmenter
 
         return Segmenter
-    if name == "Prediction":
-        from dcris.types import Prediction
+    if name in {"Prediction", "to_detections"}:
+        from dcris import prediction
 
-        return Prediction
+        return getattr(prediction, name)
+    if name == "EncodedImage":
+        from dcris.segmenter import EncodedImage
+
+        return EncodedImage
     raise AttributeError(f"module 'dcris' has no attribute {name!r}")

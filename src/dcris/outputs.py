@@ -10,12 +10,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dcris.data.images import read_image
-from dcris.data.masks import encode_mask
 from dcris.drawing import COLOURS, overlay, png_bytes
 from dcris.errors import DcrisError
 from dcris.files import make_directory, write_file, write_json
+from dcris.prediction import Prediction
 from dcris.segmenter import Segmenter
-from dcris.types import Prediction
 
 Format = Literal["mask", "overlay", "coco", "scores"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -118,12 +117,7 @@ def _npy(array: np.ndarray[Any, Any]) -> bytes:
 
 def _coco_result(image: Path, image_id: int, number: int, answer: Prediction) -> dict[str, Any]:
     return {
-        "image_id": image_id,
+        **answer.to_coco(image_id),
         "file_name": image.name,
-        "category_id": 1,
-        "phrase": answer.phrase,
         "phrase_number": number,
-        "score": round(answer.score, 6),
-        "bbox": list(answer.box or (0, 0, 0, 0)),
-        "segmentation": encode_mask(answer.mask),
     }

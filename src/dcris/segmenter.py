@@ -1,22 +1,21 @@
 """The public Python API: a photograph and phrases in, masks out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import overload
+from typing import cast, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from dcris.card import Metrics, model_card
 from dcris.config import Precision, RunConfig
 from dcris.data.dataset import normalise, to_square
-from dcris.data.images import read_image, refuse_shape, to_rgb
-from dcris.data.masks import mask_box
+from dcris.data.fits import Fit
+from dcris.data.images import ImageLike, as_pixels
 from dcris.data.tokenizer import require_phrase, tokenizer_of
+from dcris.encoders.dinov2 import VisionState
 from dcris.encoders.weights import can_be_had
 from dcris.engine.checkpoint import (
     Origin,
@@ -28,20 +27,37 @@ from dcris.engine.checkpoint import (
     read_origin,
     save_model,
 )
-from dcris.engine.device import choose_device, choose_precision
-from dcris.engine.evaluate import segment_in_passes
+from dcris.engine.device import autocast, choose_device, choose_precision, free_memory
+from dcris.engine.evaluate import finish_in_passes
 from dcris.errors import DcrisError
 from dcris.hub import push
 from dcris.model.dcris import DCRIS
+from dcris.prediction import Prediction, require_threshold
 from dcris.pretrained import locate
 from dcris.protocols import Cris
-from dcris.types import Prediction
-
-ImageLike = str | Path | Image.Image | NDArray[np.uint8]
-"""A path, a PIL image of any mode, or RGB pixels [H, W, 3] uint8."""
 
 Source = str | Path
 """What names a trained model; see Segmenter.from_pretrained."""
+
+Phrases = str | Sequence[str]
+
+_AT_MOST = 32
+"""Pairs of an image and a phrase in one pass, however much memory there is: more are no faster."""
+
+_SHARE_OF_MEMORY = 0.25
+"""Of what is free: others want some, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """What of an image does not depend on the phrase, worked out once by `Segmenter.encode_image`."""
+
+    size: tuple[int, int]
+    """H and W of the image in pixels."""
+    adapters: str
+    """The adapter set it was encoded with; only that can go on from it."""
+    _fit: Fit
+    _state: VisionState
 
 
 class Segmenter:
@@ -221,105 +237,179 @@ class Segmenter:
     def predict(
         self,
         image: ImageLike,
-        phrases: str | Sequence[str],
+        phrases: Phrases,
         *,
         threshold: float | None = None,
         scores: bool = False,
         adapters: str | None = None,
+        memory: float | None = None,
     ) -> list[Prediction]: ...
 
     @overload
     def predict(
         self,
         image: list[ImageLike],
-        phrases: str | Sequence[str],
+        phrases: Phrases | Sequence[Sequence[str]],
         *,
         threshold: float | None = None,
         scores: bool = False,
         adapters: str | None = None,
+        memory: float | None = None,
     ) -> list[list[Prediction]]: ...
 
     def predict(
         self,
         image: ImageLike | list[ImageLike],
-        phrases: str | Sequence[str],
+        phrases: Phrases | Sequence[Sequence[str]],
         *,
         threshold: float | None = None,
         scores: bool = False,
         adapters: str | None = None,
+        memory: float | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """Find what each phrase refers to.
 
         Args:
-            image: one image or a list of images.
-            phrases: asked of each image; a single string is one phrase.
+            image: one image (a path, a PIL image of any mode, or an array; EXIF's orientation is applied) or a list of images,
+                which go through the network together as far as the memory allows.
+            phrases: asked of each image; a single string is one phrase. For a list of images also a list of lists, the phrases
+                of each image.
             threshold: a pixel is the object's if its probability is greater; 0.35 by default.
             scores: keep each pixel's probability in the predictions.
             adapters: the name of the adapter set that answers; the first by default.
+            memory: bytes that the network's features may take while it runs; a quarter of what is free there by default.
 
         Returns:
-            One prediction per phrase, in order; for a list of images, one such list per image.
+            One prediction per phrase, in order; for a list of images, one such list per image. What else is asked in the same
+            call changes an answer by no more than rounding.
 
         Raises DcrisError where an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or there are
         no such adapters.
         """
-        wanted = [require_phrase(phrase) for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
-        if threshold is not None and not 0 < threshold < 1:
-            raise DcrisError(f"the threshold must lie between 0 and 1, and is {threshold}")
-        chosen = self._choose(adapters)
-        if isinstance(image, list):
-            return [self._predict(_pixels(each), wanted, threshold, scores, *chosen) for each in image]
-        return self._predict(_pixels(image), wanted, threshold, scores, *chosen)
+        name, threshold = self._check(adapters, threshold)
+        if not isinstance(image, list):
+            wanted = _phrases(cast(Phrases, phrases))
+            (answers,) = self._predict([image], [wanted], name, threshold, scores, memory)
+            return answers
+        if isinstance(phrases, str) or all(isinstance(phrase, str) for phrase in phrases):
+            wanted = _phrases(cast(Phrases, phrases))
+            return self._predict(image, [wanted] * len(image), name, threshold, scores, memory)
+        if len(phrases) != len(image):
+            raise DcrisError(f"there are phrases for {len(phrases)} images, and {len(image)} images; give as many")
+        return self._predict(image, [_phrases(each) for each in phrases], name, threshold, scores, memory)
 
-    def _choose(self, adapters: str | None) -> tuple[DCRIS, RunConfig]:
-        if adapters is None:
-            return self.model, self.config
+    @torch.no_grad()
+    def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
+        """Work out what of an image does not depend on the phrase, for `segment` to go on from as often as wanted.
+
+        Args: as of `predict`. Raises DcrisError as that does.
+        """
+        name, _ = self._check(adapters, None)
+        state, (fit,) = self._encode([image], *self._sets[name])
+        return EncodedImage(fit.size, name, fit, state)
+
+    @torch.no_grad()
+    def segment(
+        self, encoded: EncodedImage, phrases: Phrases, *, threshold: float | None = None, scores: bool = False
+    ) -> list[Prediction]:
+        """Find what each phrase refers to in an image that was encoded before; the answers are `predict`'s.
+
+        Another threshold costs no further pass through the network: ask with `scores` and use `Prediction.with_threshold`.
+
+        Args and errors: as of `predict`.
+        """
+        _, threshold = self._check(encoded.adapters, threshold)
+        wanted = _phrases(phrases)
+        pairs = [(0, number) for number in range(len(wanted))]
+        return list(
+            self._finish(encoded._state, [encoded._fit], wanted, pairs, encoded.adapters, threshold, scores, None)
+        )
+
+    def _check(self, adapters: str | None, threshold: float | None) -> tuple[str, float]:
         sets = self._sets
-        if adapters not in sets:
+        name = next(iter(sets)) if adapters is None else adapters
+        if name not in sets:
             raise DcrisError(f"there are no adapters {adapters!r}; there are {', '.join(sets)}")
-        return sets[adapters]
+        return name, self.protocol.threshold if threshold is None else require_threshold(threshold)
 
     @torch.no_grad()
     def _predict(
         self,
-        pixels: NDArray[np.uint8],
-        phrases: list[str],
-        threshold: float | None,
+        images: Sequence[ImageLike],
+        phrases: Sequence[Sequence[str]],
+        adapters: str,
+        threshold: float,
         scores: bool,
-        model: DCRIS,
-        config: RunConfig,
-    ) -> list[Prediction]:
-        if not phrases:
-            return []
-        threshold = self.protocol.threshold if threshold is None else threshold
-        square, fit = to_square(pixels, config.data, self.protocol.fit)
-        images = normalise(square[None].to(self.device), config.data)
-        tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
-        answers: list[Prediction] = []
-        for logits in segment_in_passes(model, images, tokens, self.device, self.dtype):
-            for picture in self.protocol.probabilities(logits, [fit] * len(logits)):
-                answers.append(_prediction(phrases[len(answers)], picture.cpu().numpy(), threshold, scores))
+        memory: float | None,
+    ) -> list[list[Prediction]]:
+        model, config = self._sets[adapters]
+        answers: list[list[Prediction]] = []
+        at_once = self._at_once(model, config, memory)
+        for start in range(0, len(images), at_once):
+            asked = phrases[start : start + at_once]
+            if not any(asked):
+                # Nothing is asked of them, but that they cannot be read is said.
+                answers += [[] for image in images[start : start + at_once] if as_pixels(image).size]
+                continue
+            # A phrase that is asked of several images is encoded once for all of them.
+            distinct = {
+                phrase: number for number, phrase in enumerate(dict.fromkeys(p for each in asked for p in each))
+            }
+            state, fits = self._encode(images[start : start + at_once], model, config)
+            pairs = [(number, distinct[phrase]) for number, each in enumerate(asked) for phrase in each]
+            found = self._finish(state, fits, list(distinct), pairs, adapters, threshold, scores, memory)
+            answers += [[next(found) for _ in each] for each in asked]
         return answers
 
+    def _encode(self, images: Sequence[ImageLike], model: DCRIS, config: RunConfig) -> tuple[VisionState, list[Fit]]:
+        squares, fits = zip(
+            *(to_square(as_pixels(image), config.data, self.protocol.fit) for image in images), strict=True
+        )
+        pixels = normalise(torch.stack(squares).to(self.device), config.data)
+        with autocast(self.device, self.dtype):
+            return model.encode_images(pixels), list(fits)
 
-def _pixels(image: ImageLike) -> NDArray[np.uint8]:
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise DcrisError(f"an array must be uint8 [H, W, 3] in RGB, and is {image.dtype} {list(image.shape)}")
-    refuse_shape(*image.shape[:2])
-    return image
+    def _finish(
+        self,
+        state: VisionState,
+        fits: Sequence[Fit],
+        phrases: Sequence[str],
+        pairs: Sequence[tuple[int, int]],
+        adapters: str,
+        threshold: float,
+        scores: bool,
+        memory: float | None,
+    ) -> Iterator[Prediction]:
+        """The answers to pairs of an image and a phrase, in order, at each image's size."""
+        if not pairs:
+            return
+        model, config = self._sets[adapters]
+        tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
+        at_once = self._at_once(model, config, memory)
+        done = 0
+        for logits in finish_in_passes(model, state, tokens, pairs, self.device, self.dtype, at_once):
+            some = pairs[done : done + len(logits)]
+            pictures = self.protocol.probabilities(logits, [fits[image] for image, _ in some])
+            for (_, phrase), picture in zip(some, pictures, strict=True):
+                yield Prediction.decide(phrases[phrase], picture.cpu().numpy(), threshold, keep=scores)
+            done += len(logits)
+
+    def _at_once(self, model: DCRIS, config: RunConfig, memory: float | None) -> int:
+        """Pairs of an image and a phrase for which a pass through the network stays within the memory."""
+        budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
+        return int(min(_AT_MOST, max(1, budget // _bytes_per_pair(model, config))))
 
 
-def _prediction(phrase: str, probabilities: NDArray[np.float32], threshold: float, scores: bool) -> Prediction:
-    mask = probabilities > threshold
-    found = bool(mask.any())
-    return Prediction(
-        phrase=phrase,
-        mask=mask,
-        score=float(probabilities[mask].mean()) if found else 0.0,
-        box=mask_box(mask) if found else None,
-        probabilities=probabilities if scores else None,
-    )
+def _phrases(phrases: Phrases) -> list[str]:
+    return [require_phrase(phrase) for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
+
+
+def _bytes_per_pair(model: DCRIS, config: RunConfig) -> int:
+    """What one image with one phrase takes at the network's widest place, in float32: an estimate from above.
+
+    That is either the projector, whose maps are four times as fine as the patches, or a block's hidden layer.
+    """
+    cells = (config.data.image_size // config.model.vision.patch) ** 2
+    projector = 16 * cells * 4 * config.model.head.width
+    block = cells * 12 * config.model.vision.width
+    return 4 * max(projector, block)

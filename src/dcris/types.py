@@ -68,18 +68,3 @@ class Batch:
     """[B, L] int64."""
     masks: Tensor
     """[B, 1, S, S] float32 in 0..1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the model answers for one phrase on one photograph."""
-
-    phrase: str
-    mask: MaskArray
-    """[H, W] bool, at the photograph's size."""
-    score: float
-    """Confidence in 0..1: the mean probability inside the mask, 0 where the mask is empty."""
-    box: tuple[int, int, int, int] | None
-    """x, y, width, height in pixels of the mask's bounding box; None where the mask is empty."""
-    probabilities: NDArray[np.float32] | None = None
-    """[H, W] in 0..1, where they were asked for."""

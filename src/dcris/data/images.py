@@ -103,6 +103,28 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
         raise _cannot_read(source, error) from error
 
 
+ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+"""A path, a PIL image of any mode, or pixels of uint8: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]."""
+
+
+def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
+    """Whatever people have as an image, as [H, W, 3] uint8 RGB. Raises DcrisError where it cannot be read, or is none."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
+        raise DcrisError(
+            f"an array must be uint8 [H, W, 3] in RGB ([H, W, 4] and [H, W] are taken, too), and is {image.dtype} "
+            f"{list(image.shape)}"
+        )
+    refuse_shape(*image.shape[:2])
+    if channels == 3:
+        return image
+    return to_rgb(Image.fromarray(np.ascontiguousarray(image if channels == 4 else image.reshape(image.shape[:2]))))
+
+
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """A Pillow image as [H, W, 3] uint8 RGB, by the same rules as `read_image`: orientation applied, transparency on white.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -41,3 +42,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device: of a GPU, or of the machine (where that does not say, 4 GiB are assumed)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 4 * 2**30

@@ -15,6 +15,7 @@ from dcris.config import DataConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.tokenizer import Tokenizer
+from dcris.encoders.dinov2 import VisionState
 from dcris.encoders.weights import fingerprint
 from dcris.engine.device import autocast
 from dcris.engine.distributed import Processes
@@ -130,12 +131,38 @@ def segment_in_passes(
     """
     with autocast(device, dtype):
         state = model.encode_images(image)
+    pairs = [(0, phrase) for phrase in range(len(tokens))]
+    yield from finish_in_passes(model, state, tokens, pairs, device, dtype, PHRASES_PER_PASS)
+
+
+def finish_in_passes(
+    model: DCRIS,
+    state: VisionState,
+    tokens: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    at_once: int,
+) -> Iterator[Tensor]:
+    """Finish encoded images with phrases, each of which is encoded once, `at_once` pairs at a time.
+
+    Args:
+        model: on `device`, in evaluation mode.
+        state: of I images, as DCRIS.encode_images leaves it.
+        tokens: [K, L] of K phrases.
+        pairs: an image (from 0) and a phrase (from 0) each.
+        device, dtype: where and in which precision.
+        at_once: pairs in one pass through the rest of the network.
+
+    Yields logits [b, 1, h, w], in the pairs' order.
+    """
+    with autocast(device, dtype):
         text = model.encode_text(tokens)
-    for start in range(0, len(tokens), PHRASES_PER_PASS):
-        chosen = torch.arange(start, min(start + PHRASES_PER_PASS, len(tokens)), device=device)
+    for start in range(0, len(pairs), at_once):
+        images, phrases = torch.tensor(pairs[start : start + at_once], device=device).unbind(1)
         # Not around the yield: what a generator has entered holds for its caller, who would interpolate in bfloat16.
         with autocast(device, dtype):
-            logits = model.segment(state.select(torch.zeros_like(chosen)), text.select(chosen))
+            logits = model.segment(state.select(images), text.select(phrases))
         yield logits
 
 

@@ -1,0 +1,114 @@
+"""What a prediction turns into for other programs: nothing of the mask may be lost on the way."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+from pycocotools import mask as coco
+from scipy import ndimage
+
+from dcris import Prediction, to_detections
+from dcris.errors import DcrisError
+
+MASKS = arrays.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))
+
+
+def prediction(mask: np.ndarray, phrase: str = "cup") -> Prediction:
+    return Prediction.decide(phrase, np.where(mask, np.float32(0.9), np.float32(0.1)), 0.35)
+
+
+def disc() -> np.ndarray:
+    rows, columns = np.mgrid[:40, :60]
+    return (rows - 18) ** 2 + (columns - 30) ** 2 < 150
+
+
+@given(MASKS)
+@settings(max_examples=300, deadline=None)
+def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
+    """pycocotools makes the same mask of them: half a pixel lost at each border is a tenth of a small object."""
+    polygons = prediction(mask).polygons()
+    if not mask.any():
+        assert polygons == []
+        return
+    found = coco.decode(coco.merge(coco.frPyObjects(polygons, *mask.shape)))
+    np.testing.assert_array_equal(found.astype(bool), ndimage.binary_fill_holes(mask))
+
+
+def test_simpler_polygons_stay_near() -> None:
+    """A tolerance leaves corners out, not the object."""
+    answer = prediction(disc())
+    exact, simple = answer.polygons()[0], answer.polygons(tolerance=1.5)[0]
+    assert 6 <= len(simple) < len(exact) / 3
+    found = coco.decode(coco.merge(coco.frPyObjects([simple], 40, 60))).astype(bool)
+    assert (found & disc()).sum() / (found | disc()).sum() > 0.9
+
+
+@given(MASKS)
+@settings(max_examples=100, deadline=None)
+def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:
+    """An evaluation server gets JSON that pycocotools decodes to the mask."""
+    entry = json.loads(json.dumps(prediction(mask).to_coco(image_id=7, category_id=3)))
+    np.testing.assert_array_equal(coco.decode(entry["segmentation"]).astype(bool), mask)
+    assert (entry["image_id"], entry["category_id"], entry["phrase"]) == (7, 3, "cup")
+    assert entry["bbox"] == coco.toBbox(entry["segmentation"]).tolist()
+    assert entry["score"] == (pytest.approx(0.9) if mask.any() else 0)
+
+
+def test_another_threshold_is_another_decision() -> None:
+    """As if it had been asked for at once."""
+    picture = np.linspace(0, 1, 35, dtype=np.float32).reshape(5, 7)
+    answer = Prediction.decide("cup", picture, 0.35)
+    for threshold in (0.1, 0.5, 0.99):
+        moved = answer.with_threshold(threshold)
+        np.testing.assert_array_equal(moved.mask, picture > threshold)
+        assert moved.score == pytest.approx(picture[picture > threshold].mean())
+        assert moved.probabilities is not None
+    assert answer.with_threshold(0.35).box == answer.box
+    for threshold in (0, 1, float("nan")):
+        with pytest.raises(DcrisError, match="between 0 and 1"):
+            answer.with_threshold(threshold)
+
+
+def test_cutouts_and_overlays() -> None:
+    """The object's pixels as they were, and nothing else; on the picture, the mask alone is coloured."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    answer = prediction(disc())
+    whole, cropped = answer.cutout(pixels, crop=False), answer.cutout(Image.fromarray(pixels))
+    assert (whole.mode, whole.size) == ("RGBA", (60, 40))
+    np.testing.assert_array_equal(np.array(whole)[..., 3] == 255, disc())
+    np.testing.assert_array_equal(np.array(whole)[disc()][:, :3], pixels[disc()])
+    left, top, width, height = answer.box or (0, 0, 0, 0)
+    np.testing.assert_array_equal(np.array(cropped), np.array(whole)[top : top + height, left : left + width])
+    shown = np.array(answer.overlay(pixels))
+    far = ~ndimage.binary_dilation(disc(), iterations=4)
+    np.testing.assert_array_equal(shown[far], pixels[far])
+    assert (shown[disc()] != pixels[disc()]).any()
+    with pytest.raises(DcrisError, match="50 x 40 pixels and the mask 60 x 40"):
+        answer.overlay(pixels[:, :50])
+    with pytest.raises(DcrisError, match="nothing to cut out"):
+        prediction(np.zeros((40, 60), bool)).cutout(pixels)
+
+
+def test_supervision_gets_what_was_found() -> None:
+    """Its boxes are corners, and what found nothing is no detection."""
+    pytest.importorskip("supervision")
+    answers = [prediction(disc(), "disc"), prediction(np.zeros((40, 60), bool), "none"), prediction(~disc(), "rest")]
+    found = to_detections(answers)
+    assert found.xyxy[0].tolist() == [18, 6, 43, 31]
+    assert found.xyxy[1].tolist() == [0, 0, 60, 40]
+    assert found.class_id.tolist() == [0, 2]
+    assert found.data["class_name"].tolist() == ["disc", "rest"]
+    np.testing.assert_allclose(found.confidence, [0.9, 0.9], rtol=1e-5)
+    np.testing.assert_array_equal(found.mask[0], disc())
+    assert len(to_detections([answers[1]])) == 0
+
+
+def test_without_supervision_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no dependency."""
+    monkeypatch.setitem(__import__("sys").modules, "supervision", None)
+    with pytest.raises(DcrisError, match="pip install supervision"):
+        to_detections([])
