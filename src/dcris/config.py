@@ -174,6 +174,13 @@ class TrainConfig(Section):
     """A run, checkpoint directory or bundle whose adapters and head the run starts from; None for fresh ones."""
     epochs: Count = 50
     batch_size: Count = 32
+    """Samples in a step, over all processes and passes."""
+    micro_batch: Count | None = None
+    """At most so many samples per process and pass through the network; None for a process's whole share of the batch."""
+    checkpoint_activations: bool = False
+    """Run vision blocks and decoder layers again in the backward pass instead of remembering what they made."""
+    shard_towers: bool = False
+    """Spread the frozen towers' weights over the processes (FSDP2), for towers that do not fit."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = (35,)
@@ -256,6 +263,8 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
 
 
 _MAY_CHANGE = {"recipe", "data.workers", "data.val_split", "train.epochs", "train.max_steps"}
+# Where a run goes on there may be less memory, or more processes.
+_MAY_CHANGE |= {"train.micro_batch", "train.checkpoint_activations", "train.shard_towers"}
 _MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last", "train.trackers"}
 # Naming the commit is how a run goes on after its branch has moved; that the towers are the same is checked by their hashes.
 _MAY_CHANGE |= {"model.vision.revision", "model.text.revision"}

@@ -36,9 +36,10 @@ def one_line(text: str) -> str:
     return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
 
 
-def leave(stop: Any) -> NoReturn:
-    """End as an interrupted run does: a sentence, and the exit code of the signal."""
-    print(f"dcris: {stop}", file=sys.stderr)
+def leave(stop: Any, quiet: bool = False) -> NoReturn:
+    """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal."""
+    if not quiet:
+        print(f"dcris: {stop}", file=sys.stderr)
     sys.exit(stop.exit_code)
 
 

@@ -97,12 +97,16 @@ def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
 class TrainingBatches(Sampler[list[int]]):
     """The indices of every batch from one step to another: each epoch a new order, each reference once, whole batches only.
 
-    A set smaller than the batch gives one smaller batch an epoch.
+    A set smaller than the batch gives one smaller batch an epoch. Of several processes each takes its `places` of every batch;
+    the batches are the same however many there are.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, first: int, last: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, first: int, last: int, places: Sequence[int] | None = None
+    ) -> None:
         self.length, self.seed, self.first, self.last = length, seed, first, last
         self.batch_size = min(batch_size, length)
+        self.places = range(self.batch_size) if places is None else places
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -115,7 +119,7 @@ class TrainingBatches(Sampler[list[int]]):
             if epoch != epoch_of_order:
                 order, epoch_of_order = np.random.default_rng([self.seed, epoch]).permutation(self.length), epoch
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            yield [epoch * self.length + int(number) for number in chosen]
+            yield [epoch * self.length + int(chosen[number]) for number in self.places]
 
 
 def steps_per_epoch(length: int, batch_size: int) -> int:

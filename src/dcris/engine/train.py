@@ -7,7 +7,7 @@ in the same weights as one that was not (bit for bit on a CPU).
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.weights import fingerprint, load_towers
 from dcris.engine.checkpoint import (
     Checkpoint,
+    Towers,
     best_checkpoint,
     find_checkpoint,
     identify_towers,
@@ -43,7 +44,8 @@ from dcris.engine.checkpoint import (
     score_checkpoint,
 )
 from dcris.engine.device import autocast, choose_precision
-from dcris.engine.evaluate import Answer, answer_questions
+from dcris.engine.distributed import Processes, divide_batch, shard_towers, synchronise_batch_norm
+from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, write_json
@@ -53,8 +55,13 @@ from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
 from dcris.types import Batch
 
+_SPREAD = 0x9E3779B97F4A7C15  # between the seeds of two places in a batch: far from any other step's or run's
+
 _DATA = "data.json"
 """In a run's directory: which references it was trained on, and which checkpoint it was started from."""
+
+
+_ALONE = Processes()
 
 
 class Interrupted(Exception):
@@ -112,8 +119,12 @@ def train(
     device: torch.device,
     resume: bool = False,
     say: Callable[[str], None] = print,
+    group: Processes = _ALONE,
 ) -> TrainResult:
     """Train what is not frozen and leave checkpoints, a log and the configuration in `out`.
+
+    Several processes train together: the batch is divided among them, gradients are those of its mean, batch norm counts
+    all of it. The first alone reads and writes in `out`, which the others need not see.
 
     Args:
         model: with its towers filled; moved to `device`.
@@ -124,10 +135,12 @@ def train(
         device: where to train.
         resume: go on from the newest checkpoint in `out`, or from the start where there is none.
         say: takes lines for a person.
+        group: the processes, each of which calls this with the same arguments but for `device` and `say`.
 
     Raises DcrisError where a tracker that was asked for is not installed, where `out` holds a run and `resume` is not set or
     the run was started otherwise or on other references, where `config.train.start` is of another model, where data cannot be
-    read or results not written, and where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
+    read or results not written, where processes cannot divide the batch or were started differently, and where the loss is no
+    longer a number; Interrupted after Ctrl-C or SIGTERM, with a
     checkpoint written.
     """
     settings = config.train
@@ -135,7 +148,7 @@ def train(
     references = table.split(config.data.train_split)
     # Read now, so that a split that is not there ends the run before its first step and not after its first epoch.
     questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
-    checkpoints = list_checkpoints(out)
+    checkpoints = list_checkpoints(out) if group.first else []
     if checkpoints and not resume:
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if checkpoints:
@@ -143,8 +156,14 @@ def train(
     data = _record_data(table, out, going_on=bool(checkpoints))
     for note in table.notes:
         say(note)
-    model.to(device).train()
     towers = identify_towers(model)
+    _refuse_strangers(group, config, data["sha256"], towers)
+    if settings.shard_towers:
+        shard_towers((model.vision, model.text), device, group)
+    if group.count > 1:
+        synchronise_batch_norm(model)
+    model.to(device).train()
+    model.checkpoint_activations(settings.checkpoint_activations)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -155,7 +174,7 @@ def train(
         load_optimizer(optimizer, checkpoints[-1].path)
         first = checkpoints[-1].step
         say(f"going on from step {first}")
-    elif settings.start is not None:
+    elif settings.start is not None and group.first:
         start = find_checkpoint(Path(settings.start))
         try:
             load_trained(model, start)
@@ -165,43 +184,55 @@ def train(
             ) from error
         data["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(model))}
         say(f"starting from the adapters and the head of {start}")
-    write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
-    write_json(out / _DATA, data)
+    first = _take_over(model, optimizer, first, group)
     samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
-    per_epoch = steps_per_epoch(len(samples), min(settings.batch_size, len(samples)))
+    batch_size = min(settings.batch_size, len(samples))
+    passes = divide_batch(batch_size, settings.micro_batch, group)
+    if group.first:
+        write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
+        write_json(out / _DATA, data)
+    per_epoch = steps_per_epoch(len(samples), batch_size)
     total = total_steps(settings, len(samples))
-    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, total)
+    places = [place for one in passes for place in one]
+    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, total, places)
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
-    step_fn = _Step(model, config, optimizer, parameters, device, dtype)
+    step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
     shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
     begin = time.monotonic()
 
     # Signals are let go before the monitor is: what a tracker still has to send, a second Ctrl-C may break off.
-    with Monitor(out, config, (first, total, per_epoch), device, say) as monitor, _signals() as pending:
-        for step, batch in zip(range(first, total), loader, strict=True):
+    with Monitor(out, config, (first, total, per_epoch), device, say, group.first) as monitor, _signals() as pending:
+        for step, batch in zip(range(first, total), _read_together(loader, group), strict=True):
             lr = learning_rate(settings, step, per_epoch, total)
             done = step + 1
             loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
-            monitor.step(done, loss, iou, lr, len(batch.images))
+            monitor.step(done, loss, iou, lr, batch_size)
             ends_epoch = done % per_epoch == 0 or done == total
-            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
-                saved = save_checkpoint(out, model, towers, optimizer, config, done)
-                prune_checkpoints(out, settings.keep_last)
-                if pending.number is not None:
-                    raise Interrupted(pending.number, saved)
+            stop = group.agree(pending.number)
+            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or stop is not None:
+                saved = group.from_first(partial(save_checkpoint, out, model, towers, optimizer, config, done))
+                if group.first:
+                    prune_checkpoints(out, settings.keep_last)
+                if stop is not None:
+                    raise Interrupted(stop, saved)
             if ends_epoch and questions:
                 # After saving: validation may be long, and a photograph of that split may be broken.
-                scores = _validate(model, config, questions, tokenizer, device, dtype)
-                score_checkpoint(saved, scores["miou"])
-                monitor.validated(done, scores, shown)
-                prune_checkpoints(out, settings.keep_last)
-                if pending.number is not None:
-                    raise Interrupted(pending.number, saved)
+                scores = _validate(model, config, questions, tokenizer, device, dtype, group)
+                if group.first:
+                    score_checkpoint(saved, scores["miou"])
+                # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
+                panels = [*shown()] if settings.shard_towers and settings.trackers else None
+                monitor.validated(done, scores, shown if panels is None else panels.copy)
+                if group.first:
+                    prune_checkpoints(out, settings.keep_last)
+                stop = group.agree(pending.number)
+                if stop is not None:
+                    raise Interrupted(stop, saved)
                 model.train()
     model.eval()
-    finished = list_checkpoints(out)
+    finished = group.from_first(partial(list_checkpoints, out))
     return TrainResult(finished[-1], best_checkpoint(finished), time.monotonic() - begin)
 
 
@@ -219,6 +250,49 @@ def _record_data(table: ReferenceTable, out: Path, going_on: bool) -> dict[str, 
     return before
 
 
+def _refuse_strangers(group: Processes, config: RunConfig, data: str, towers: Towers) -> None:
+    """Check that all processes were started alike. Raises DcrisError naming what differs."""
+    known = {"settings": config.model_dump(), "references": data, "towers": towers}
+    for rank, other in enumerate(group.gather(known)):
+        for what, value in other.items():
+            if value != known[what]:
+                raise DcrisError(
+                    f"process {rank} has other {what} than process {group.rank}; start all with the same command and bring the "
+                    "same files to every machine"
+                )
+
+
+def _take_over(model: DCRIS, optimizer: torch.optim.Optimizer, first: int, group: Processes) -> int:
+    """Give every process the step, weights, statistics and moments of the first, and return the step."""
+    if group.count == 1:
+        return first
+    weights, optimised = trained_state(model), optimizer.state_dict()
+    # On the CPU: a tensor that travels goes to the device it came from, which is another process's.
+    moments = {slot: {key: x.cpu() for key, x in values.items()} for slot, values in optimised["state"].items()}
+    first, values, moments = group.from_first(
+        lambda: (first, {name: value.cpu() for name, value in weights.items()}, moments)
+    )
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimised["param_groups"]})
+    return first
+
+
+def _read_together(loader: Iterator[Batch], group: Processes) -> Iterator[Batch]:
+    """Batches as they come. Where one process cannot read its own, the same DcrisError is raised in all."""
+    while True:
+        error, batch = None, None
+        try:
+            batch = next(loader, None)
+        except DcrisError as met:
+            error = met
+        group.raise_together(error)
+        if batch is None:
+            return
+        yield batch
+
+
 class _Step:
     """One optimiser step."""
 
@@ -230,36 +304,53 @@ class _Step:
         parameters: list[torch.nn.Parameter],
         device: torch.device,
         dtype: torch.dtype,
+        passes: Sequence[range],
+        batch_size: int,
+        group: Processes,
     ) -> None:
         self.model, self.config, self.optimizer, self.parameters = model, config, optimizer, parameters
         self.device, self.dtype = device, dtype
+        self.passes, self.batch_size, self.group = passes, batch_size, group
 
     def __call__(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
-        """Return the loss and, where wanted, the batch's mIoU in percent.
+        """Return the loss and, where wanted, the batch's mIoU in percent, both over all passes and processes.
 
         Raises DcrisError where the loss is not a number; the weights are then still those of the step before.
         """
-        # Dropout's random numbers belong to the step: that is what makes resuming exact.
-        torch.manual_seed(self.config.train.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images = normalise(batch.images.to(self.device, non_blocking=True), self.config.data)
-        tokens, masks = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
-        with autocast(self.device, self.dtype):
-            logits = self.model(images, tokens)
-        loss = text_to_pixel_loss(logits, masks)
-        value = loss.item()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Whether the first process shows the IoU is a question of its clock, which the others do not know.
+        want_iou_of_all = want_iou or self.group.count > 1
+        losses, ious, begin = [], [], 0
+        for places in self.passes:
+            part = slice(begin, begin + len(places))
+            begin += len(places)
+            # Dropout's random numbers belong to the step and to the place in the batch: that is what makes resuming exact.
+            torch.manual_seed((self.config.train.seed * 1_000_003 + step + places.start * _SPREAD) % 2**63)
+            images = normalise(batch.images[part].to(self.device, non_blocking=True), self.config.data)
+            tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
+            with autocast(self.device, self.dtype):
+                logits = self.model(images, tokens)
+            # The mean over the batch is the sum of the passes' means, each by its share of the batch.
+            share = len(places) / self.batch_size
+            loss = text_to_pixel_loss(logits, masks) * share
+            loss.backward()
+            losses.append(loss.detach())
+            if want_iou_of_all:
+                ious.append(_batch_iou(logits.detach(), masks) * share)
+            del logits, loss  # before the next pass, and not while it runs
+        value, iou = self.group.sum(sum(loss.item() for loss in losses), sum(ious))
         if not math.isfinite(value):
             raise DcrisError(
                 f"the loss is {value} at step {step + 1}; the last checkpoint is whole, so go on from it with a lower "
                 "--train.lr or with --train.precision float32"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.group.sum_gradients(self.parameters)
         if self.config.train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
         self.optimizer.step()
-        return value, _batch_iou(logits.detach(), masks) if want_iou else None
+        return value, iou if want_iou else None
 
 
 def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
@@ -278,9 +369,16 @@ def _validate(
     tokenizer: Tokenizer,
     device: torch.device,
     dtype: torch.dtype,
+    group: Processes,
 ) -> dict[str, float]:
     """Scores in percent on the validation split's first sentences, as the CRIS family validates while training."""
-    return summarise(answer.overlap for answer in _answers(model, config, questions, tokenizer, device, dtype))
+    answer = partial(_answers, model, config, questions, tokenizer, device, dtype)
+    if config.train.shard_towers:
+        # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
+        answers: Iterable[Answer] = answer()
+    else:
+        answers = answer_together(group, questions, lambda share: answer(share=share))
+    return summarise(answer.overlap for answer in answers)
 
 
 def _answers(
@@ -291,6 +389,7 @@ def _answers(
     device: torch.device,
     dtype: torch.dtype,
     keep_masks: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Answer]:
     model.eval()
     workers = config.data.workers
@@ -303,6 +402,7 @@ def _answers(
         device=device,
         dtype=dtype,
         workers=workers,
+        share=share,
         keep_masks=keep_masks,
     )
 
