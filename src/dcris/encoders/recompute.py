@@ -21,13 +21,17 @@ def recomputed(owner: nn.Module, function: Callable[..., Tensor], *arguments: ob
 
 @contextmanager
 def statistics_kept(owner: nn.Module) -> Iterator[None]:
-    """Batch norms inside `owner` work as before, but leave their running statistics alone."""
+    """Batch norms inside `owner` work as before, but leave their running statistics alone.
+
+    By a momentum of 0 and not by track_running_stats: without that, autograd keeps fewer tensors than in the first pass, which
+    torch refuses.
+    """
     norms = [module for module in owner.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [norm.track_running_stats for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, tracked in zip(norms, before, strict=True):
-            norm.track_running_stats = tracked
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

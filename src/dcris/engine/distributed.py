@@ -4,9 +4,11 @@ Shape letters: B batch, C channels, * any further dimensions.
 """
 
 import os
+import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -142,11 +144,16 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DcrisError(
-            f"another process of this run has ended or does not answer ({reason[:200]}); look for what it said, and go on from "
-            "the last checkpoint with --resume"
+            f"another process of this run has ended or does not answer ({_reason(error)}); look for what it said, and go on "
+            "from the last checkpoint with --resume"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says, without the places in its source that it begins with."""
+    text = re.sub(r"^(\[[^\]]*\]\s*)+", "", str(error).strip()) or type(error).__name__
+    return text.splitlines()[0].split(". ")[0][:200]
 
 
 @contextmanager
@@ -183,18 +190,26 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         shared = PrefixStore("dcris", store)
         distributed.init_process_group(backend, store=shared, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:  # both are the library's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DcrisError(
-            f"process {rank} of {count} did not find the others ({reason[:200]}); check the address and port given to torchrun"
+            f"process {rank} of {count} did not find the others ({_reason(error)}); check the address and port of torchrun"
         ) from error
     try:
         yield group
     except Exception as error:
+        # torchrun sends SIGTERM to the others as soon as one has left; they have their own exit code to give.
+        _ignore_sigterm()
         if not _is_first_to_fail(store):
             raise SystemExit(2) from error
         raise
-    else:
+    except SystemExit:
         distributed.destroy_process_group()
+        raise
+    distributed.destroy_process_group()
+
+
+def _ignore_sigterm() -> None:
+    with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_first_to_fail(store: Store) -> bool:
@@ -208,7 +223,7 @@ def _is_first_to_fail(store: Store) -> bool:
 def leave_together(group: Processes) -> None:
     """Wait for all, and end undisturbed: torchrun sends SIGTERM to those that end later than another that was interrupted."""
     if group.count > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _ignore_sigterm()
         group.gather(None)
 
 
@@ -261,12 +276,11 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         y, mean, variance, samples = _Normalise.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
-        if self.track_running_stats:
-            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-            assert self.num_batches_tracked is not None
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (samples / (samples - 1)), self.momentum)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (samples / (samples - 1)), self.momentum)
+            if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         return y
 
@@ -347,9 +361,12 @@ def shard_towers(towers: Sequence[VisionTower | TextTower], device: torch.device
         raise DcrisError(
             "train.shard_towers needs several processes to shard over; start them with torchrun, or leave it off"
         )
+    # Nothing here writes into what an attention or an MLP returned, which is what FSDP2 warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (group.count,))
     for tower in towers:
         for block in tower.blocks:
             for part in (block.attention, block.mlp):
                 assert isinstance(part, nn.Module)
-                fully_shard(part, mesh=mesh)
+                # Said explicitly, as each part is a root of its own, and roots stay whole by default.
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
