@@ -52,6 +52,11 @@ def add(commands: Any) -> None:
         help="samples in a step, over all processes; auto: the recipe's, in as large passes as this device's memory holds",
     )
     train.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        help="what a photograph or mask that cannot be read does: ends the run, or is said and replaced by another (stop)",
+    )
+    train.add_argument(
         "--tracker",
         action="append",
         choices=("tensorboard", "wandb"),
@@ -124,6 +129,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
         ("train.precision", args.precision),
         ("train.start", None if args.start is None else str(locate(args.start))),
         ("train.trackers", args.tracker),
+        ("data.on_bad_image", args.on_bad_image),
     ):
         if value is not None:
             settings.append((key, json.dumps(value)))

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
+from dcris.data.dataset import dead_worker
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.dinov2 import VisionTower
 from dcris.errors import DcrisError
@@ -144,6 +145,8 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if dead_worker(error) is not None:  # raised wherever this process is
+            raise
         raise DcrisError(
             f"another process of this run has ended or does not answer ({_reason(error)}); look for what it said, and go on "
             "from the last checkpoint with --resume"

@@ -8,10 +8,12 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
+    Skipped,
     TrainingBatches,
     TrainingSamples,
     all_questions,
+    dead_worker,
     normalise,
     steps_per_epoch,
     training_loader,
@@ -42,13 +46,14 @@ from dcris.engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
     score_checkpoint,
+    sound_checkpoints,
 )
 from dcris.engine.device import autocast, choose_precision
 from dcris.engine.distributed import Processes, divide_batch, shard_towers, synchronise_batch_norm
 from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
-from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_json
+from dcris.errors import DcrisError, out_of_memory
+from dcris.files import claim, make_directory, read_json, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
@@ -138,18 +143,47 @@ def train(
         group: the processes, each of which calls this with the same arguments but for `device` and `say`.
 
     Raises DcrisError where a tracker that was asked for is not installed, where `out` holds a run and `resume` is not set or
-    the run was started otherwise or on other references, where `config.train.start` is of another model, where data cannot be
-    read or results not written, where processes cannot divide the batch or were started differently, and where the loss is no
-    longer a number; Interrupted after Ctrl-C or SIGTERM, with a
+    the run was started otherwise or on other references, where another process trains there, where all its checkpoints are
+    damaged, where `config.train.start` is of another model, where data cannot be read or results not written, where processes
+    cannot divide the batch or were started differently, where a worker dies or memory does not suffice, and where the loss is
+    no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
     checkpoint written.
     """
+    with ExitStack() as held:
+        # Until the monitor is let go, too: what a tracker still has to send, a second Ctrl-C may break off.
+        pending = held.enter_context(_signals())
+        try:
+            return _train(model, config, table, tokenizer, out, device, resume, say, group, held, pending)
+        except RuntimeError as error:
+            if (died := dead_worker(error)) is None:
+                raise
+            raise died from error
+
+
+def _train(
+    model: DCRIS,
+    config: RunConfig,
+    table: ReferenceTable,
+    tokenizer: Tokenizer,
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    say: Callable[[str], None],
+    group: Processes,
+    held: ExitStack,
+    pending: "_Pending",
+) -> TrainResult:
     settings = config.train
     check_trackers(settings.trackers)
     references = table.split(config.data.train_split)
     # Read now, so that a split that is not there ends the run before its first step and not after its first epoch.
     questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
-    checkpoints = list_checkpoints(out) if group.first else []
-    if checkpoints and not resume:
+    going_on = resume and out.is_dir()
+    checkpoints = []
+    if group.first and going_on:
+        held.enter_context(claim(out))
+        checkpoints = sound_checkpoints(out, say)
+    elif group.first and list_checkpoints(out):
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if checkpoints:
         refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
@@ -184,53 +218,70 @@ def train(
             ) from error
         data["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(model))}
         say(f"starting from the adapters and the head of {start}")
+    last = group.from_first(lambda: checkpoints[-1] if checkpoints else None)
     first = _take_over(model, optimizer, first, group)
     samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
     batch_size = min(settings.batch_size, len(samples))
     passes = divide_batch(batch_size, settings.micro_batch, group)
     if group.first:
+        if not going_on:
+            held.enter_context(claim(out))  # only now, as nothing is to be written before all is known to be right
         write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
         write_json(out / _DATA, data)
     per_epoch = steps_per_epoch(len(samples), batch_size)
     total = total_steps(settings, len(samples))
     places = [place for one in passes for place in one]
-    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, total, places)
+    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, max(first, total), places)
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
     shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
+    skipped = Skipped(len(samples), say)
     begin = time.monotonic()
 
-    # Signals are let go before the monitor is: what a tracker still has to send, a second Ctrl-C may break off.
-    with Monitor(out, config, (first, total, per_epoch), device, say, group.first) as monitor, _signals() as pending:
+    def end_if_asked(saved: Checkpoint) -> None:
+        number = group.agree(pending.number)
+        if number is not None:
+            raise Interrupted(number, saved)
+
+    def validate(saved: Checkpoint) -> None:
+        # After saving: validation may be long, and a photograph of that split may be broken.
+        scores = _validate(
+            model, config, questions, tokenizer, device, dtype, group, lambda answer: pending.number is None
+        )
+        end_if_asked(saved)  # the scores are of a part, then
+        # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
+        panels = [*shown()] if settings.shard_towers and settings.trackers else None
+        monitor.validated(saved.step, scores, shown if panels is None else panels.copy)
+        if group.first:
+            # The score comes last: a checkpoint without one is validated again on resuming.
+            score_checkpoint(saved, scores[settings.best_by], settings.best_by)
+            prune_checkpoints(out, settings.keep_last)
+        model.train()
+
+    with Monitor(out, config, (first, total, per_epoch), device, say, group.first) as monitor:
+        if last is not None and last.score is None and questions and (first % per_epoch == 0 or first == total):
+            validate(last)  # the run was broken off before it could be
         for step, batch in zip(range(first, total), _read_together(loader, group), strict=True):
             lr = learning_rate(settings, step, per_epoch, total)
             done = step + 1
+            if config.data.on_bad_image == "skip":
+                for part in group.gather(batch.skipped):
+                    skipped.note(part)
             loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
             monitor.step(done, loss, iou, lr, batch_size)
             ends_epoch = done % per_epoch == 0 or done == total
-            stop = group.agree(pending.number)
-            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or stop is not None:
+            asked = group.agree(pending.number)
+            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or asked is not None:
                 saved = group.from_first(partial(save_checkpoint, out, model, towers, optimizer, config, done))
                 if group.first:
                     prune_checkpoints(out, settings.keep_last)
-                if stop is not None:
-                    raise Interrupted(stop, saved)
+                if asked is not None:
+                    raise Interrupted(asked, saved)
             if ends_epoch and questions:
-                # After saving: validation may be long, and a photograph of that split may be broken.
-                scores = _validate(model, config, questions, tokenizer, device, dtype, group)
-                if group.first:
-                    score_checkpoint(saved, scores["miou"])
-                # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
-                panels = [*shown()] if settings.shard_towers and settings.trackers else None
-                monitor.validated(done, scores, shown if panels is None else panels.copy)
-                if group.first:
-                    prune_checkpoints(out, settings.keep_last)
-                stop = group.agree(pending.number)
-                if stop is not None:
-                    raise Interrupted(stop, saved)
-                model.train()
+                validate(saved)
+    skipped.conclude()
     model.eval()
     finished = group.from_first(partial(list_checkpoints, out))
     return TrainResult(finished[-1], best_checkpoint(finished), time.monotonic() - begin)
@@ -315,8 +366,21 @@ class _Step:
     def __call__(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
         """Return the loss and, where wanted, the batch's mIoU in percent, both over all passes and processes.
 
-        Raises DcrisError where the loss is not a number; the weights are then still those of the step before.
+        Raises DcrisError where the loss is not a number (the weights are then still those of the step before) or memory does
+        not suffice.
         """
+        try:
+            return self._take(step, batch, lr, want_iou)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = (str(error).strip() or "out of memory").splitlines()[0]
+            raise DcrisError(
+                f"there is not enough memory for step {step + 1} ({reason}); the last checkpoint is whole, so --resume with a "
+                "smaller --train.micro_batch or with --train.checkpoint_activations true, or start with a smaller batch"
+            ) from error
+
+    def _take(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -370,14 +434,18 @@ def _validate(
     device: torch.device,
     dtype: torch.dtype,
     group: Processes,
+    wanted: Callable[[Answer], bool],
 ) -> dict[str, float]:
-    """Scores in percent on the validation split's first sentences, as the CRIS family validates while training."""
+    """Scores in percent on the validation split's first sentences, as the CRIS family validates while training.
+
+    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split.
+    """
     answer = partial(_answers, model, config, questions, tokenizer, device, dtype)
     if config.train.shard_towers:
         # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
         answers: Iterable[Answer] = answer()
     else:
-        answers = answer_together(group, questions, lambda share: answer(share=share))
+        answers = answer_together(group, questions, lambda share: takewhile(wanted, answer(share=share)))
     return summarise(answer.overlap for answer in answers)
 
 
@@ -408,18 +476,27 @@ def _answers(
 
 
 class _Pending:
+    """A request to end that has come and not been met yet."""
+
     number: int | None = None
 
 
 @contextmanager
 def _signals() -> Iterator[_Pending]:
-    """Turn the first Ctrl-C or SIGTERM into a note that the loop reads between steps; a second one ends at once."""
-    pending = _Pending()
+    """Turn Ctrl-C or SIGTERM into a note that the loop reads between steps; a second Ctrl-C ends at once.
+
+    A second SIGTERM does not: a scheduler sends one to every process, and torchrun then passes its own on. Nor does a copy of
+    Ctrl-C within a second, for that reason.
+    """
+    pending, begin = _Pending(), 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, frame: object) -> None:
-        pending.number = number
-        signal.signal(number, before[signal.Signals(number)])
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal begin
+        if pending.number is None:
+            pending.number, begin = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - begin > 1:
+            raise KeyboardInterrupt
 
     try:
         for number in before:
