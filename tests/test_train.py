@@ -26,7 +26,7 @@ from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_check
 from dcris.engine.trackers import read_log
 from dcris.engine.train import Interrupted, build_model, learning_rate
 from dcris.errors import DcrisError
-from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log
+from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log, unseal
 
 STEPS = 8
 
@@ -366,9 +366,8 @@ def flip(path: Path) -> None:
 
 
 def unsealed(checkpoint: Path, damage: Callable[[], object]) -> None:
-    """Damage a checkpoint from before there were checksums."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({"step": state["step"], "score": state["score"]}))
+    """Damage a checkpoint that has no checksums to tell."""
+    unseal(checkpoint)
     damage()
 
 

@@ -71,6 +71,7 @@ def _termination() -> Iterator[None]:
     """Let a request to end (SIGTERM) unwind as Ctrl-C does, so that nothing half-written stays. Training has its own way."""
 
     def end(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # it is on its way
         raise SystemExit(128 + number)
 
     try:
@@ -81,7 +82,8 @@ def _termination() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> Parser:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,6 +59,8 @@ def complain(text: str) -> None:
 
 def leave(stop: Any, quiet: bool = False) -> NoReturn:
     """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal."""
+    with suppress(ValueError):  # where this is not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would take the place of the sentence
     if not quiet:
         complain(str(stop))
     sys.exit(stop.exit_code)

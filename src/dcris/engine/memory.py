@@ -12,7 +12,6 @@ from dcris.config import RunConfig, load_config
 from dcris.data.dataset import normalise
 from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.recompute import statistics_kept
-from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.device import autocast, choose_precision
 from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
@@ -122,8 +121,10 @@ def largest_micro_batch(
 
 
 def _recorded(out: Path) -> int | None:
-    checkpoints = list_checkpoints(out)
-    return load_config(checkpoints[-1].path / "config.json").train.micro_batch if checkpoints else None
+    for path in sorted(out.glob("checkpoints/step-*"), reverse=True):
+        with suppress(DcrisError):  # a damaged one, as resuming will find and say
+            return load_config(path / "config.json").train.micro_batch
+    return None
 
 
 def _try_on_cuda(run: Callable[[int], None], sizes: Sequence[int], device: torch.device) -> int:
