@@ -292,7 +292,10 @@ def _record_data(table: ReferenceTable, out: Path, going_on: bool) -> dict[str, 
     record = table.record()
     if not (going_on and (out / _DATA).exists()):
         return record
-    before = read_json(out / _DATA, "the record of the run's data")
+    try:
+        before = read_json(out / _DATA, "the record of the run's data")
+    except DcrisError as error:
+        raise DcrisError(f"{error}; or delete it, if you know that the data are the same") from error
     if not isinstance(before, dict) or before.get("sha256") != record["sha256"]:
         raise DcrisError(
             f"the references of {table.dataset} in {table.root} are not those that the run in {out} was started on (see "
