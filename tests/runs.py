@@ -70,3 +70,9 @@ def timeless_log(run: Path) -> list[dict[str, Any]]:
 def leftovers(folder: Path) -> list[Path]:
     """Files with a temporary name, which nothing may leave behind."""
     return [path for path in folder.rglob(".*") if path.name != ".gitignore"]
+
+
+def unseal(checkpoint: Path) -> None:
+    """Make it one from before there were checksums, or of somebody who knows none."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({"step": state["step"], "score": state["score"]}))

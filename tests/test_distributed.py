@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,15 @@ import torch
 
 from dcris import Segmenter
 from dcris.cli import main
-from dcris.engine.distributed import processes
+from dcris.data.scenes import write_scenes
+from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.distributed import divide_batch, processes, synchronise_batch_norm
+from dcris.engine.trackers import read_log
 from dcris.errors import DcrisError
+from dcris.losses import text_to_pixel_loss
+from dcris.model.dcris import DCRIS
+from models import randomise
+from runs import last_tensors, quick_config, timeless_log
 
 
 def torchrun(count: int, *words: object) -> subprocess.CompletedProcess[str]:
@@ -24,9 +35,36 @@ def torchrun(count: int, *words: object) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
+
+
+def train_words(data: Path, out: Path, steps: int, *more: str) -> list[str]:
+    """A short run in batches of 8, at the paper's learning rate: at the recipe's, rounding soon decides."""
+    settings = {"max_steps": steps, "epochs": 1000, "batch_size": 8, "warmup_steps": 2, "log_every": 1, "lr": 1e-4}
+    words = [
+        "train",
+        "dcris_tiny",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--data.image_size",
+        "56",
+    ]
+    return [*words, *(word for key, value in settings.items() for word in (f"--train.{key}", str(value))), *more]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run) if "loss" in line]
+
+
+def sentences(text: str) -> list[str]:
+    """What dcris said on stderr, without what torchrun says of the processes."""
+    return [line for line in text.splitlines() if line.startswith("dcris: ")]
 
 
 def daring(run: Path, path: Path) -> Path:
@@ -79,3 +117,190 @@ def test_a_broken_environment_is_one_sentence(
         pass
     assert main(["evaluate", "nothing", "--data", "nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, train=16, val=3, test=1, seed=5)
+    return root
+
+
+def compare_gradients(rank: int, folder: str) -> None:
+    """In one of three processes: gradients and statistics of a batch of 8 in double precision, against all of it at once."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = folder.rpartition("/")[2]
+    torch.set_num_threads(1)
+    models = [DCRIS(quick_config(1).model).double() for _ in range(2)]
+    for model in models:
+        randomise(model)
+        model.train()
+    source = torch.Generator().manual_seed(1)
+    images, tokens = (
+        torch.randn(8, 3, 56, 56, generator=source).double(),
+        torch.randint(1, 99, (8, 14), generator=source),
+    )
+    masks = (torch.rand(8, 1, 56, 56, generator=source) > 0.8).float()
+    with processes("cpu") as group:
+        text_to_pixel_loss(models[0](images, tokens), masks).backward()
+        synchronise_batch_norm(models[1])
+        assert models[0].state_dict().keys() == models[1].state_dict().keys()
+        (places,) = divide_batch(8, None, group)
+        mine = slice(places.start, places.stop)
+        (text_to_pixel_loss(models[1](images[mine], tokens[mine]), masks[mine]) * (len(places) / 8)).backward()
+        group.sum_gradients([*models[1].parameters()])
+        assert group.gather(rank) == [0, 1, 2]
+        assert group.agree(None) is None
+        assert group.agree(7 if rank == 1 else None) == 7
+        assert group.sum(1.0, rank) == [3.0, 3.0]
+        assert group.from_first(lambda: f"of {rank}") == "of 0"
+        for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None), name
+            if one.grad is not None:
+                assert (one.grad - other.grad).abs().max() < 1e-6 * (1e-3 + one.grad.abs().max()), name
+        for (name, one), other in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
+            assert torch.allclose(one, other, rtol=1e-12, atol=1e-12), name
+        # Beyond one's own eyes: what is optimised has to stay the same in all processes, to the last bit.
+        total = sum(item.grad.sum().item() for item in models[1].parameters() if item.grad is not None)
+        assert len(set(group.gather(total))) == 1
+
+
+def test_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """Uneven shares too (3, 3 and 2 samples): the mean over the batch, and batch norm over all of it."""
+    port = 20_000 + os.getpid() % 20_000
+    torch.multiprocessing.spawn(compare_gradients, (f"{tmp_path}/{port}",), nprocs=3)
+
+
+def test_two_processes_train_as_one(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same curve and scores, one log, one checkpoint, one voice: else a recipe means another run on every machine."""
+    more = ["--data.val_split", "val"]
+    assert main(train_words(scenes, tmp_path / "one", 6, *more)) == 0
+    alone = capsys.readouterr().out
+    done = torchrun(2, *train_words(scenes, tmp_path / "two", 6, *more))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(ours) == 6
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert [line.keys() for line in timeless_log(tmp_path / "two")] == [
+        line.keys() for line in timeless_log(tmp_path / "one")
+    ]
+    assert done.stdout.count("references, ") == alone.count("references, ") == 1
+    assert [item.path.name for item in list_checkpoints(tmp_path / "two")] == ["step-00000005", "step-00000006"]
+    ours, theirs = last_tensors(tmp_path / "two"), last_tensors(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # A bias before a batch norm has no gradient but rounding, which Adam makes steps of the learning rate of.
+        assert torch.allclose(ours[name].double(), value.double(), rtol=1e-3, atol=1.5e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "more"),
+    [
+        (1, ()),
+        (2, ()),
+        (3, ()),
+        (4, ()),
+        (2, ("--train.checkpoint_activations", "true")),
+        (2, ("--train.shard_towers", "true", "--data.val_split", "val", "--tracker", "tensorboard")),
+    ],
+)
+def test_twenty_steps_are_the_same(scenes: Path, tmp_path: Path, count: int, more: Sequence[str]) -> None:
+    """Relative 1e-5 in single precision; the towers' fingerprints and the checkpoint are right where towers are sharded."""
+    assert main(train_words(scenes, tmp_path / "one", 20)) == 0
+    done = torchrun(count, *train_words(scenes, tmp_path / "many", 20, *more))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    Segmenter.from_pretrained(tmp_path / "many", device="cpu")  # which checks the towers
+    assert not sentences(done.stderr)
+
+
+@pytest.mark.slow
+def test_passes_of_two_processes_are_those_of_one(scenes: Path, tmp_path: Path) -> None:
+    """A pass of two processes with 2 samples each is a pass of one with 4, batch norm and all."""
+    assert main(train_words(scenes, tmp_path / "one", 3, "--train.micro_batch", "4")) == 0
+    done = torchrun(2, *train_words(scenes, tmp_path / "two", 3, "--train.micro_batch", "2"))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_any_number_of_processes(scenes: Path, tmp_path: Path) -> None:
+    """Begun in two, continued in one and in three: the same samples, so the same curve; in two again, the same bits."""
+    for name, counts in (("two", (2,)), ("split", (2, 2)), ("changing", (2, 1, 3))):
+        for number, count in enumerate(counts, 1):
+            steps = 9 * number // len(counts)
+            done = torchrun(count, *train_words(scenes, tmp_path / name, steps, "--train.schedule", "step", "--resume"))
+            assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    assert losses(tmp_path / "split") == losses(tmp_path / "two")
+    ours, theirs = last_tensors(tmp_path / "split"), last_tensors(tmp_path / "two")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---- how several processes end ---------------------------------------------------------------------------------------------
+
+
+def start(scenes: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dcris"]
+    process = subprocess.Popen(
+        [*command, *train_words(scenes, out, 5000)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    patience = time.monotonic() + 300
+    while not losses(out) if (out / "log.jsonl").exists() else True:
+        assert process.poll() is None and time.monotonic() < patience
+        time.sleep(0.1)
+    return process
+
+
+def second_worker(agent: int) -> int:
+    """The process that torchrun started as the second."""
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
+    raise AssertionError("there is no second worker")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes as Linux lists them")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_happens_to_one_process_ends_all(scenes: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A request to end leaves a checkpoint and exit code 143 everywhere; a death leaves no process waiting."""
+    process = start(scenes, tmp_path / "run")
+    os.kill(second_worker(process.pid), number)
+    _, complaint = process.communicate(timeout=120)
+    codes = sorted(set(re.findall(r"exitcode  : (-?\d+)", complaint)))
+    (said,) = sentences(complaint)
+    if number == signal.SIGTERM:
+        assert codes == ["143"]
+        assert re.match(r"dcris: stopped at step \d+; `--resume` goes on from", said)
+        assert list_checkpoints(tmp_path / "run")
+    else:
+        assert codes == ["-9", "2"]
+        assert re.match(r"dcris: another process of this run has ended or does not answer", said)
+    assert "dcris/cli" not in complaint  # no traceback but torchrun's own
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_said_once(tmp_path: Path) -> None:
+    """A picture that one of them cannot read; and a batch that cannot be divided."""
+    write_scenes(tmp_path / "data", train=6, val=1, test=1, seed=5)
+    words = train_words(tmp_path / "data", tmp_path / "run", 50)
+    done = torchrun(2, *words, "--train.batch_size", "1")
+    (said,) = sentences(done.stderr)
+    assert said.startswith("dcris: a batch of 1 leaves some of 2 processes without a sample; start fewer")
+    assert not (tmp_path / "run").exists()
+    pictures = sorted((tmp_path / "data/images/mscoco/images/train2014").iterdir())
+    pictures[0].write_bytes(b"no picture")
+    done = torchrun(2, *words, "--data.train_split", "train")
+    (said,) = sentences(done.stderr)
+    assert pictures[0].name in said
+    assert set(re.findall(r"exitcode  : (-?\d+)", done.stderr)) == {"2"}
+    assert "dcris/cli" not in done.stderr

@@ -26,7 +26,7 @@ from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_check
 from dcris.engine.trackers import read_log
 from dcris.engine.train import Interrupted, build_model, learning_rate
 from dcris.errors import DcrisError
-from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log
+from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log, unseal
 
 STEPS = 8
 
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(
 
     def fills(handle: int) -> None:
         syncs.append(handle)
-        if len(list_checkpoints(out)) == 1:
+        if [*out.glob("checkpoints/.step-00000004*")]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(handle)
 
@@ -358,7 +358,22 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path: Path) -> None:
+    """One bit, as a bad disk or cable does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def unsealed(checkpoint: Path, damage: Callable[[], object]) -> None:
+    """Damage a checkpoint that has no checksums to tell."""
+    unseal(checkpoint)
+    damage()
+
+
 def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
+    """Change what is in a checkpoint that has no checksums, as that of a stranger may."""
+    unsealed(path.parent, lambda: None)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -383,10 +398,14 @@ MODEL = "model.safetensors"
     ("damage", "words"),
     [
         (lambda at: cut(at / MODEL), r"model\.safetensors cannot be read .* cut short"),
+        (lambda at: flip(at / MODEL), r"model\.safetensors cannot be read as it was written"),
+        (lambda at: flip(at / "config.json"), r"config\.json cannot be read as it was written"),
         (lambda at: (at / MODEL).write_bytes(b""), r"model\.safetensors cannot be read"),
         (lambda at: (at / MODEL).unlink(), r"no file .*model\.safetensors|no checkpoint"),
-        (lambda at: (at / "config.json").unlink(), r"configuration is missing: .*config\.json"),
-        (lambda at: cut(at / "config.json"), r"config\.json, is not valid JSON"),
+        (lambda at: (at / "config.json").unlink(), r"has no file .*config\.json"),
+        (lambda at: cut(at / "config.json"), r"config\.json cannot be read as it was written"),
+        (lambda at: unsealed(at, (at / "config.json").unlink), r"configuration is missing: .*config\.json"),
+        (lambda at: unsealed(at, lambda: cut(at / "config.json")), r"config\.json, is not valid JSON"),
         (lambda at: rewritten(at / MODEL, lambda t, m: t.pop(min(t))), r"has no tensor .*not for this model"),
         (
             lambda at: rewritten(at / MODEL, lambda t, m: t.update(extra=torch.zeros(1))),
@@ -409,22 +428,15 @@ def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Pa
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda at: cut(at / "optimizer.safetensors"), r"optimizer\.safetensors cannot be read"),
-        (lambda at: (at / "optimizer.safetensors").unlink(), r"no file .*optimizer\.safetensors"),
-        (lambda at: save_file({"x": torch.zeros(1)}, at / "optimizer.safetensors"), r"is not of this model"),
-        (lambda at: save_file({}, at / "optimizer.safetensors"), r"is not of this model"),
-        (lambda at: (at / "state.json").write_text("[]"), r"state\.json is not the state of a checkpoint"),
-        (lambda at: (at / "state.json").write_text('{"step": 12, "score": "x"}'), r"is not the state of a checkpoint"),
-    ],
+    "tensors", [{}, {"x": torch.zeros(1)}, {"1.step": torch.zeros(1)}], ids=["none", "another name", "a part"]
 )
-def test_a_checkpoint_that_cannot_be_resumed_is_one_sentence(
-    table: ReferenceTable, broken: Path, damage: Callable[[Path], object], words: str
+def test_moments_that_are_not_of_this_model_are_one_sentence(
+    table: ReferenceTable, broken: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Else training goes on with moments of nothing and the loss jumps."""
-    damage(list_checkpoints(broken)[-1].path)
-    with pytest.raises(DcrisError, match=words):
+    checkpoint = list_checkpoints(broken)[-1].path
+    unsealed(checkpoint, lambda: save_file(tensors, checkpoint / "optimizer.safetensors"))
+    with pytest.raises(DcrisError, match="is not of this model"):
         run_training(quick_config(14, ("train.log_every", "2")), table, broken, resume=True)
 
 

@@ -165,6 +165,9 @@ class DataConfig(Section):
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Positive, Positive, Positive] = CLIP_STD
     workers: Annotated[int, Field(ge=0, le=64)] = 2
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What a photograph or mask that cannot be read does to training: ends it, or lets another reference take its place (see
+    dcris.data.dataset.TrainingSamples). Evaluation always stops."""
 
 
 class TrainConfig(Section):
@@ -174,6 +177,13 @@ class TrainConfig(Section):
     """A run, checkpoint directory or bundle whose adapters and head the run starts from; None for fresh ones."""
     epochs: Count = 50
     batch_size: Count = 32
+    """Samples in a step, over all processes and passes."""
+    micro_batch: Count | None = None
+    """At most so many samples per process and pass through the network; None for a process's whole share of the batch."""
+    checkpoint_activations: bool = False
+    """Run vision blocks and decoder layers again in the backward pass instead of remembering what they made."""
+    shard_towers: bool = False
+    """Spread the frozen towers' weights over the processes (FSDP2), for towers that do not fit."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = (35,)
@@ -193,6 +203,8 @@ class TrainConfig(Section):
     """Steps between checkpoints, beside the one at each epoch's end."""
     keep_last: Count = 2
     """Checkpoints kept beside the best."""
+    best_by: Literal["miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"] = "miou"
+    """The validation score by which a checkpoint is the best."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Who shows the curves and some predictions, beside the log; see dcris.engine.trackers."""
     max_steps: Count | None = None
@@ -255,7 +267,9 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
     return parse_config(tree, "the settings given do not fit")
 
 
-_MAY_CHANGE = {"recipe", "data.workers", "data.val_split", "train.epochs", "train.max_steps"}
+_MAY_CHANGE = {"recipe", "data.workers", "data.on_bad_image", "data.val_split", "train.epochs", "train.max_steps"}
+# Where a run goes on there may be less memory, or more processes.
+_MAY_CHANGE |= {"train.micro_batch", "train.checkpoint_activations", "train.shard_towers"}
 _MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last", "train.trackers"}
 # Naming the commit is how a run goes on after its branch has moved; that the towers are the same is checked by their hashes.
 _MAY_CHANGE |= {"model.vision.revision", "model.text.revision"}

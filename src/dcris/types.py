@@ -4,7 +4,7 @@ Shape letters: B batch, H W pixels of a photograph, S side of the network's squa
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Sample:
     """[L] int64."""
     mask: Tensor
     """[S, S] float32 in 0..1: the object's mask on the network's square."""
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    """As of Batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +70,5 @@ class Batch:
     """[B, L] int64."""
     masks: Tensor
     """[B, 1, S, S] float32 in 0..1."""
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    """References that could not be read and that others stand for here: why, by their number in the training split."""

@@ -5,13 +5,16 @@ is used rather than a library that derives options from types: settings are `--S
 configuration itself, and every error has to be one plain sentence.
 """
 
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 from dcris.cli import completion, data, evaluate, predict, train
-from dcris.cli.common import Parser, one_line
-from dcris.errors import DcrisError
+from dcris.cli.common import Parser, complain
+from dcris.errors import DcrisError, out_of_memory
 from dcris.version import __version__
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -24,22 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and not getattr(args, "takes_settings", False):
             raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
         args.settings = rest
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _termination():
             # Pillow's, about metadata that nobody here reads; what makes a picture unreadable is an error.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             args.run(args)
     except DcrisError as error:
-        print(f"dcris: {one_line(str(error))}", file=sys.stderr)
+        complain(str(error))
         return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if (sentence := _of_worker(error)) is not None:
+            complain(sentence)
+            return BAD_INPUT
+        if not out_of_memory(error):
             raise
         reason = (str(error).strip() or "out of memory").splitlines()[0]
         advice = "ask for less at once, such as a smaller batch, picture or model"
-        print(f"dcris: {one_line(f'there is not enough memory ({reason}); {advice}')}", file=sys.stderr)
+        complain(f"there is not enough memory ({reason}); {advice}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("dcris: interrupted", file=sys.stderr)
+        complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # `dcris recipes | head`
         sys.stderr.close()
@@ -48,15 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         # What no reader foresees: names that are too long, folders of others, links in a circle, disks that fail.
-        print(f"dcris: {one_line(f'cannot use {error.filename}: {error.strerror}; check that path')}", file=sys.stderr)
+        complain(f"cannot use {error.filename}: {error.strerror}; check that path")
         return BAD_INPUT
     return 0
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch or a GPU had no memory left. torch has a class of its own for GPUs alone."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+def _of_worker(error: Exception) -> str | None:
+    """The sentence for the death of a worker; nothing where the error is another, as is any before there could be workers."""
+    dataset = sys.modules.get("dcris.data.dataset")
+    died = dataset and isinstance(error, RuntimeError) and dataset.dead_worker(error)
+    return str(died) if died else None
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Let a request to end (SIGTERM) unwind as Ctrl-C does, so that nothing half-written stays. Training has its own way."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # it is on its way
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> Parser:

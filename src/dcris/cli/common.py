@@ -1,8 +1,11 @@
 """What the commands share: arguments, and how they speak."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,8 +29,20 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line for a person."""
-    print(printable(text))
+    """Print a line for a person, at once: what a killed program still held back would be lost.
+
+    Raises DcrisError where the output is a file on a disk that is full.
+    """
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What could not be written is written again as the program ends, and fails again, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise DcrisError(
+            f"cannot write to the standard output: {error.strerror or error}; send it elsewhere or free some space"
+        ) from error
 
 
 def one_line(text: str) -> str:
@@ -36,9 +51,18 @@ def one_line(text: str) -> str:
     return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
 
 
-def leave(stop: Any) -> NoReturn:
-    """End as an interrupted run does: a sentence, and the exit code of the signal."""
-    print(f"dcris: {stop}", file=sys.stderr)
+def complain(text: str) -> None:
+    """Print why a command ends, as one line, where that can be printed: errors may be on a full disk themselves."""
+    with suppress(OSError):
+        print(f"dcris: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def leave(stop: Any, quiet: bool = False) -> NoReturn:
+    """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal."""
+    with suppress(ValueError):  # where this is not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would take the place of the sentence
+    if not quiet:
+        complain(str(stop))
     sys.exit(stop.exit_code)
 
 

@@ -15,6 +15,7 @@ from dcris.cli.common import (
     leave,
     natural,
     own_name,
+    positive,
     say,
 )
 from dcris.errors import DcrisError
@@ -44,6 +45,17 @@ def add(commands: Any) -> None:
         "--from", dest="start", metavar="CKPT", help="start from its adapters and head; the model has to be the same"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help="samples in a step, over all processes; auto: the recipe's, in as large passes as this device's memory holds",
+    )
+    train.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        help="what a photograph or mask that cannot be read does: ends the run, or is said and replaced by another (stop)",
+    )
     train.add_argument(
         "--tracker",
         action="append",
@@ -84,14 +96,28 @@ def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from dcris.engine.distributed import leave_together, processes
+    from dcris.engine.train import Interrupted
+
+    with processes(args.device) as group:
+        try:
+            _train_in(group, args)
+        except Interrupted as stop:
+            leave_together(group)
+            leave(stop, quiet=not group.first)
+
+
+def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.config import load_config, override
     from dcris.data.references import load_references
     from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.device import choose_device
-    from dcris.engine.train import Interrupted, build_model, train
+    from dcris.engine.memory import choose_micro_batch
+    from dcris.engine.train import build_model, train
     from dcris.pretrained import locate
     from dcris.recipes import get_recipe
 
+    tell = say if group.first else lambda text: None
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
     own = own_name(args.data, args)
     settings = _settings(args.settings)
@@ -99,9 +125,11 @@ def _train(args: argparse.Namespace) -> None:
     for key, value in (
         ("data.dataset", own or args.dataset),
         ("data.split_by", args.split_by),
+        ("train.batch_size", None if args.batch_size == "auto" else args.batch_size),
         ("train.precision", args.precision),
         ("train.start", None if args.start is None else str(locate(args.start))),
         ("train.trackers", args.tracker),
+        ("data.on_bad_image", args.on_bad_image),
     ):
         if value is not None:
             settings.append((key, json.dumps(value)))
@@ -110,21 +138,26 @@ def _train(args: argparse.Namespace) -> None:
     config = override(config, settings)
     table = load_references(args.data, config.data.dataset, config.data.split_by)
     if own and choose_val and config.data.val_split not in {None, *table.splits()}:
-        say(
+        tell(
             f"{own} has no split {config.data.val_split!r}, so nothing is scored while training, and the last checkpoint counts"
         )
         config = override(config, [("data.val_split", "null")])
     device = choose_device(args.device)
     model = build_model(config)
     counts = model.count_weights()
-    say(
+    tell(
         f"{config.recipe} on {table.dataset} ({table.split_by}): {counts['adapters']:,} adapter and {counts['head']:,} head "
         f"weights train, {counts['frozen']:,} are frozen"
     )
     tokenizer = tokenizer_of(config.model.text)
-    try:
-        result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, say=say)
-    except Interrupted as stop:
-        leave(stop)
+    if args.batch_size == "auto":
+        references = len(table.split(config.data.train_split))
+        micro_batch = choose_micro_batch(model, config, tokenizer, references, args.out, device, group, tell)
+        config = override(config, [("train.micro_batch", str(micro_batch))])
+    result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, say=tell, group=group)
     split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
-    say(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}{split}")
+    tell(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}{split}")
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive(text)

@@ -6,9 +6,12 @@ the number of workers and wherever it was interrupted.
 Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of a photograph.
 """
 
+import os
+import re
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import cv2
@@ -28,6 +31,13 @@ from dcris.types import Batch, Expression, MaskArray, Reference, Sample
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Fit)
+
+
+_REPLACEMENTS = 20
+"""How many references are tried in the place of one that cannot be read."""
+
+_MOST_SKIPPED = 0.05
+"""The share of the references that training does without before it stops; one is always allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,12 @@ def normalise(images: Tensor, config: DataConfig) -> Tensor:
 
 
 class TrainingSamples(Dataset[Sample | Failure]):
-    """One sample per reference. Index `epoch * len(self) + i` is reference i with the sentence drawn for it in that epoch."""
+    """One sample per reference. Index `epoch * len(self) + i` is reference i with the sentence drawn for it in that epoch.
+
+    Where reference i cannot be read and `config.on_bad_image` is "skip", another takes its place, so that batches keep their
+    size: the first that can be read of those that a generator seeded with (seed, epoch, i, 1) draws. That depends on nothing
+    but the seed, the index and which files are broken, so a run that skips is resumed as exactly as any other.
+    """
 
     def __init__(self, references: Sequence[Reference], config: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
         self.references, self.config, self.tokenizer, self.seed = references, config, tokenizer, seed
@@ -72,6 +87,20 @@ class TrainingSamples(Dataset[Sample | Failure]):
         return expressions[int(np.random.default_rng([self.seed, epoch, number]).integers(len(expressions)))]
 
     def __getitem__(self, index: int) -> Sample | Failure:
+        first = self._read(index)
+        if isinstance(first, Sample) or self.config.on_bad_image == "stop":
+            return first
+        epoch, number = divmod(index, len(self))
+        skipped = {number: first.message}
+        draws = np.random.default_rng([self.seed, epoch, number, 1])
+        for other in draws.integers(len(self), size=_REPLACEMENTS).tolist():
+            sample = self._read(epoch * len(self) + other)
+            if isinstance(sample, Sample):
+                return replace(sample, skipped=skipped)
+            skipped[other] = sample.message
+        return Failure(f"{first.message} ({_REPLACEMENTS} others that were drawn in its place cannot be read either)")
+
+    def _read(self, index: int) -> Sample | Failure:
         reference = self.references[index % len(self)]
         try:
             image = read_image(reference.image_path)
@@ -83,6 +112,38 @@ class TrainingSamples(Dataset[Sample | Failure]):
         square, box = to_square(image, self.config, Letterbox)
         tokens = self.tokenizer([self.draw(index).text], self.config.word_length)[0]
         return Sample(square, tokens, torch.from_numpy(box.mask(mask)))
+
+
+class Skipped:
+    """The references that training did without; what is wrong with a file is said once.
+
+    Args:
+        references: in the training split.
+        say: takes lines for a person.
+    """
+
+    def __init__(self, references: int, say: Callable[[str], None]) -> None:
+        self.references, self.say = references, say
+        self.numbers: set[int] = set()
+        self.messages: set[str] = set()
+
+    def note(self, skipped: Mapping[int, str]) -> None:
+        """Take what a batch did without. Raises DcrisError where that becomes too much of the split to be bad luck."""
+        for number, message in sorted(skipped.items()):
+            self.numbers.add(number)
+            if message not in self.messages:  # a photograph has several references
+                self.messages.add(message)
+                self.say(f"skipped: {message}")
+        if len(self.numbers) > max(1, _MOST_SKIPPED * self.references):
+            raise DcrisError(
+                f"{len(self.numbers)} of {self.references:,} references cannot be read, more than {_MOST_SKIPPED:.0%}; "
+                "`dcris data check --deep` names them all, so repair the data set and --resume"
+            )
+
+    def conclude(self) -> None:
+        """Say how many there were, if any."""
+        if self.numbers:
+            self.say(f"{len(self.numbers)} of {self.references:,} references could not be read and were skipped")
 
 
 def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
@@ -97,12 +158,16 @@ def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
 class TrainingBatches(Sampler[list[int]]):
     """The indices of every batch from one step to another: each epoch a new order, each reference once, whole batches only.
 
-    A set smaller than the batch gives one smaller batch an epoch.
+    A set smaller than the batch gives one smaller batch an epoch. Of several processes each takes its `places` of every batch;
+    the batches are the same however many there are.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, first: int, last: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, first: int, last: int, places: Sequence[int] | None = None
+    ) -> None:
         self.length, self.seed, self.first, self.last = length, seed, first, last
         self.batch_size = min(batch_size, length)
+        self.places = range(self.batch_size) if places is None else places
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -115,7 +180,7 @@ class TrainingBatches(Sampler[list[int]]):
             if epoch != epoch_of_order:
                 order, epoch_of_order = np.random.default_rng([self.seed, epoch]).permutation(self.length), epoch
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            yield [epoch * self.length + int(number) for number in chosen]
+            yield [epoch * self.length + int(chosen[number]) for number in self.places]
 
 
 def steps_per_epoch(length: int, batch_size: int) -> int:
@@ -134,6 +199,7 @@ def collate(samples: list[Sample | Failure]) -> Batch | Failure:
         torch.stack([sample.image for sample in good]),
         torch.stack([sample.tokens for sample in good]),
         torch.stack([sample.mask for sample in good])[:, None],
+        {number: message for sample in good for number, message in sample.skipped.items()},
     )
 
 
@@ -203,8 +269,32 @@ class ImageTasks(Dataset[ImageTask | Failure]):
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C on a terminal reaches every process, but the batches of the step in progress are still wanted.
+    # Ctrl-C on a terminal reaches every process, and so do many schedulers' requests to end, but the batches of the step in
+    # progress are still wanted. Only the process that these are for may end its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS; there SIGTERM ends a worker, and that is said
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
+
+
+def dead_worker(error: RuntimeError) -> DcrisError | None:
+    """The sentence for the death of a loader's worker, if that is what torch raised; it does so wherever this process is."""
+    if (died := _WORKER_DIED.match(str(error))) is None:
+        return None
+    how = f"was killed ({died[2].strip()})" if died[2] else "ended without a word"
+    return DcrisError(
+        f"a worker that reads photographs, process {died[1]}, {how}; the memory of this machine (or its shared memory, "
+        "/dev/shm) may be too small, so try fewer --data.workers (0 for none); of a training run the last checkpoint is whole"
+    )
 
 
 def _start(loader: DataLoader[T]) -> Iterator[Any]:

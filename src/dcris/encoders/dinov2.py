@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dcris.config import PositionRule, VisionConfig
 from dcris.encoders.blocks import Block, SlotContext
+from dcris.encoders.recompute import recomputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class VisionTower(nn.Module):
         self.config = config
         self.source: dict[str, str] = {}
         """Where its weights came from, as dcris.encoders.weights.fill_tower found out."""
+        self.checkpoint_activations = False
+        """Whether half blocks with gradients are run again in the backward pass instead of remembered."""
         width = config.width
         self.patch_embed = nn.Conv2d(3, width, config.patch, config.patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -102,7 +105,12 @@ class VisionTower(nn.Module):
             index, half = divmod(step, 2)
             block = self.blocks[index]
             assert isinstance(block, Block)
-            tokens = block.feed(tokens, context) if half else block.attend(tokens, context)
+            run = block.feed if half else block.attend
+            # Before the first adapter there is no gradient, so nothing is kept that could be done without.
+            if self.checkpoint_activations and torch.is_grad_enabled() and (tokens.requires_grad or _trains(block)):
+                tokens = recomputed(block, run, tokens, context)
+            else:
+                tokens = run(tokens, context)
             if half and index in wanted:
                 collected.append(tokens)
         return VisionState(tokens, state.grid, max(stop, state.step), tuple(collected))
@@ -115,6 +123,10 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor, text: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] -> [B, P, D], the final normalised tokens."""
         return self.finish(self.advance(self.start(images), text=text))
+
+
+def _trains(block: Block) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 def interpolate_positions(table: Tensor, grid: tuple[int, int], rule: PositionRule) -> Tensor:

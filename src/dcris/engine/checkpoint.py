@@ -4,7 +4,7 @@ RUN/config.json, RUN/data.json (what it was trained on) and, per checkpoint, RUN
     config.json           what the model is and how it was trained
     model.safetensors     adapters, head and their statistics; names the frozen towers by fingerprint
     optimizer.safetensors the optimiser's moments, for --resume alone
-    state.json            step, score; written with the rest
+    state.json            step, score and by what, and a checksum of each of the other files and of itself
 A converted checkpoint has only the first two, and beside them
     towers.safetensors    the frozen towers themselves, so that no other source is needed
 Where that file is missing the towers are looked for under their names, and either way they must have the fingerprints that
@@ -13,9 +13,9 @@ A bundle is all of it in one .safetensors file, the configuration in its metadat
 Nothing in a checkpoint can run code.
 """
 
+import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +31,15 @@ from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.weights import copy_strictly, fingerprint, load_towers, tower_state
 from dcris.errors import DcrisError
-from dcris.files import read_json, write_directory, write_file, write_json
+from dcris.files import read_json, remove_directory, remove_partial, write_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 _TOWERS = "towers.safetensors"
 _BUNDLE = ".safetensors"
+_DAMAGED = "damaged-"
+"""Before the name of a checkpoint that was moved aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Checkpoint:
     path: Path
     step: int
     score: float | None
-    """mIoU on the validation split in percent, where it was measured."""
+    """On the validation split, in percent, by the run's `train.best_by`; None where it was not measured."""
 
 
 Towers = dict[str, dict[str, str]]
@@ -88,15 +90,39 @@ def save_checkpoint(
         save_file(state, folder / _MODEL, metadata)
         save_file(moments, folder / _OPTIMIZER)
         (folder / _CONFIG).write_text(_config_text(config))
-        (folder / _STATE).write_text(json.dumps({"step": step, "score": None}) + "\n")
+        files = {name: _sha256(folder / name) for name in (_MODEL, _OPTIMIZER, _CONFIG)}
+        (folder / _STATE).write_text(
+            json.dumps(_sealed({"step": step, "score": None, "files": files}), indent=2) + "\n"
+        )
 
     _write(path, fill)
     return Checkpoint(path, step, None)
 
 
-def score_checkpoint(checkpoint: Checkpoint, score: float) -> None:
-    """Note what validation gave. The weights are not written again. Raises DcrisError where it cannot be written."""
-    write_json(checkpoint.path / _STATE, {"step": checkpoint.step, "score": score})
+def score_checkpoint(checkpoint: Checkpoint, score: float, by: str) -> None:
+    """Note what validation gave, and which score it is. The weights are not written again.
+
+    Raises DcrisError where the checkpoint's state cannot be read or written.
+    """
+    write_json(
+        checkpoint.path / _STATE, _sealed({**_read_state(checkpoint.path, checkpoint.step), "score": score, "by": by})
+    )
+
+
+def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with its own checksum."""
+    content = {key: value for key, value in state.items() if key != "sha256"}
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise DcrisError(f"the checkpoint has no file {path}") from error
+    except OSError as error:
+        raise DcrisError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def save_whole(
@@ -224,17 +250,93 @@ def _guarded(path: Path, write: Callable[[], None]) -> None:
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
-    """A run's checkpoints, oldest first."""
+    """A run's checkpoints, oldest first. Raises DcrisError where the state of one cannot be read."""
     found = []
-    for path in sorted((run / "checkpoints").glob("step-*")):
-        if re.fullmatch(r"step-\d{8,}", path.name) and (path / _STATE).is_file():
-            state = read_json(path / _STATE, "the checkpoint's state")
-            step = int(path.name.removeprefix("step-"))
-            fits = isinstance(state, dict) and type(state.get("step")) is int and state["step"] == step
-            if not fits or not isinstance(state.get("score"), int | float | None):
-                raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
-            found.append(Checkpoint(path, step, state.get("score")))
+    for path, step in _steps(run, ""):
+        try:
+            found.append(Checkpoint(path, step, _read_state(path, step)["score"]))
+        except DcrisError:
+            if path.exists():  # else a run that goes on has just deleted it
+                raise
     return found
+
+
+def _steps(run: Path, prefix: str) -> list[tuple[Path, int]]:
+    """The directories of a run that are named as checkpoints, and their steps, oldest first."""
+    names = re.compile(rf"{prefix}step-(\d{{8,18}})")
+    paths = (path for path in (run / "checkpoints").glob(f"{prefix}step-*") if path.is_dir())
+    found = [(path, int(match[1])) for path in paths if (match := names.fullmatch(path.name))]
+    return sorted(found, key=lambda item: item[1])
+
+
+def _read_state(path: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises DcrisError where it is missing, damaged or of another step."""
+    state = read_json(path / _STATE, "the checkpoint's state")
+    if (
+        not isinstance(state, dict)
+        or type(state.get("step")) is not int
+        or state["step"] != step
+        or not isinstance(state.setdefault("score", None), int | float | None)
+        or not isinstance(state.get("files", {}), dict)
+        or ("sha256" in state) != ("files" in state)  # neither is in those from before there were checksums
+        or ("sha256" in state and state["sha256"] != _sealed(state)["sha256"])
+    ):
+        raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
+    return state
+
+
+def check_files(path: Path, names: Container[str] = (_MODEL, _OPTIMIZER, _CONFIG)) -> None:
+    """Compare files of a checkpoint's directory with the checksums beside them, where there are any.
+
+    Raises DcrisError naming the first that is missing or not as it was written.
+    """
+    if not (path / _STATE).is_file():
+        return
+    state = read_json(path / _STATE, "the checkpoint's state")
+    step = state.get("step") if isinstance(state, dict) else None
+    for name, known in _read_state(path, step if isinstance(step, int) else -1).get("files", {}).items():
+        if name in names and _sha256(path / name) != known:
+            raise DcrisError(
+                f"{path / name} cannot be read as it was written (its checksum is another): it is cut short or changed, so "
+                "copy it again or use another checkpoint"
+            )
+
+
+def sound_checkpoints(run: Path, say: Callable[[str], None]) -> list[Checkpoint]:
+    """The checkpoints a run can go on from, oldest first, after the traces of a kill were removed; `say` takes a line for each
+    that is damaged and was moved aside.
+
+    Every file is read. Raises DcrisError where all are damaged; then none is moved.
+    """
+    remove_partial(run)
+    remove_partial(run / "checkpoints")
+    damaged: list[tuple[Path, int, str]] = []
+    steps = _steps(run, "")
+    for path, step in steps:
+        remove_partial(path)
+        try:
+            if "files" in _read_state(path, step):
+                check_files(path)
+            else:  # from before there were checksums: what is cut short shows
+                load_config(path / _CONFIG)
+                for name in (_MODEL, _OPTIMIZER):
+                    with _open(path / name):
+                        pass
+        except DcrisError as error:
+            damaged.append((path, step, str(error)))
+    if damaged and len(damaged) == len(steps):
+        raise DcrisError(
+            f"no checkpoint in {run} can be gone on from: {damaged[-1][2]}; bring back a copy, or delete {run} to start again"
+        )
+    for path, step, complaint in damaged:
+        aside = path.with_name(_DAMAGED + path.name)
+        remove_directory(aside)
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise DcrisError(f"cannot move {path} aside ({error.strerror or error}); delete it: {complaint}") from error
+        say(f"the checkpoint of step {step} is damaged and is left out, moved to {aside}: {complaint}")
+    return list_checkpoints(run)
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
@@ -243,13 +345,16 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def prune_checkpoints(run: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` and the best."""
+    """Delete all but the newest `keep_last` and the best, and damaged ones that were made anew."""
     checkpoints = list_checkpoints(run)
     if checkpoints:
         kept = {item.path for item in (*checkpoints[-keep_last:], best_checkpoint(checkpoints))}
         for item in checkpoints:
             if item.path not in kept:
-                shutil.rmtree(item.path, ignore_errors=True)
+                remove_directory(item.path)
+        for path, step in _steps(run, _DAMAGED):
+            if step <= checkpoints[-1].step:
+                remove_directory(path)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -281,6 +386,7 @@ def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
     the adapters were trained on.
     """
     path = find_checkpoint(path)
+    check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     with torch.device("meta"):  # names and shapes without memory
         model = DCRIS(config.model)
@@ -317,6 +423,7 @@ def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, Run
     Raises DcrisError where a file is missing, cut short or of another model, or where it was trained on other towers.
     """
     path = find_checkpoint(path)
+    check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     recorded = _require_towers(path, towers)
     with torch.device("meta"):  # names and shapes without memory

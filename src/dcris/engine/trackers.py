@@ -30,7 +30,7 @@ from dcris.data.masks import decode_mask
 from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay, png_bytes
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_file, write_json
+from dcris.files import make_directory, read_json, sync_directory, write_file, write_json
 
 PANELS = 6
 """Validation phrases whose pictures the trackers show."""
@@ -135,7 +135,7 @@ class Monitor:
 
         Raises DcrisError where the log cannot be written.
         """
-        if not self.speaks:
+        if not self.speaks or done in self.log.validated:  # known from before the run was broken off
             return
         self._write(done, {f"val_{name}": score for name, score in scores.items()})
         self.progress.validated(done, scores)
@@ -220,14 +220,21 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        lines = _lines(path) if step and path.exists() else ()
-        write_file(path, b"".join(text + b"\n" for text, line in lines if line["step"] <= step))
+        lines = [item for item in _lines(path) if item[1]["step"] <= step] if step and path.exists() else []
+        self.validated = {line["step"] for _, line in lines if any(name.startswith("val_") for name in line)}
+        write_file(path, b"".join(text + b"\n" for text, _ in lines))
+        sync_directory(path.parent)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line. Raises DcrisError where the disk is full."""
+        """Append a line, for good: a checkpoint must not outlive the lines before it.
+
+        Raises DcrisError where the disk is full.
+        """
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise DcrisError(
                 f"cannot write {self.path}: {error.strerror or error}; free some space there and --resume"

@@ -7,11 +7,13 @@ in the same weights as one that was not (bit for bit on a CPU).
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
+    Skipped,
     TrainingBatches,
     TrainingSamples,
     all_questions,
+    dead_worker,
     normalise,
     steps_per_epoch,
     training_loader,
@@ -32,6 +36,7 @@ from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.weights import fingerprint, load_towers
 from dcris.engine.checkpoint import (
     Checkpoint,
+    Towers,
     best_checkpoint,
     find_checkpoint,
     identify_towers,
@@ -41,20 +46,27 @@ from dcris.engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
     score_checkpoint,
+    sound_checkpoints,
 )
 from dcris.engine.device import autocast, choose_precision
-from dcris.engine.evaluate import Answer, answer_questions
+from dcris.engine.distributed import Processes, divide_batch, shard_towers, synchronise_batch_norm
+from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
-from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_json
+from dcris.errors import DcrisError, out_of_memory
+from dcris.files import claim, make_directory, read_json, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
 from dcris.types import Batch
 
+_SPREAD = 0x9E3779B97F4A7C15  # between the seeds of two places in a batch: far from any other step's or run's
+
 _DATA = "data.json"
 """In a run's directory: which references it was trained on, and which checkpoint it was started from."""
+
+
+_ALONE = Processes()
 
 
 class Interrupted(Exception):
@@ -112,8 +124,12 @@ def train(
     device: torch.device,
     resume: bool = False,
     say: Callable[[str], None] = print,
+    group: Processes = _ALONE,
 ) -> TrainResult:
     """Train what is not frozen and leave checkpoints, a log and the configuration in `out`.
+
+    Several processes train together: the batch is divided among them, gradients are those of its mean, batch norm counts
+    all of it. The first alone reads and writes in `out`, which the others need not see.
 
     Args:
         model: with its towers filled; moved to `device`.
@@ -124,27 +140,64 @@ def train(
         device: where to train.
         resume: go on from the newest checkpoint in `out`, or from the start where there is none.
         say: takes lines for a person.
+        group: the processes, each of which calls this with the same arguments but for `device` and `say`.
 
     Raises DcrisError where a tracker that was asked for is not installed, where `out` holds a run and `resume` is not set or
-    the run was started otherwise or on other references, where `config.train.start` is of another model, where data cannot be
-    read or results not written, and where the loss is no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
+    the run was started otherwise or on other references, where another process trains there, where all its checkpoints are
+    damaged, where `config.train.start` is of another model, where data cannot be read or results not written, where processes
+    cannot divide the batch or were started differently, where a worker dies or memory does not suffice, and where the loss is
+    no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
     checkpoint written.
     """
+    with ExitStack() as held:
+        # Until the monitor is let go, too: what a tracker still has to send, a second Ctrl-C may break off.
+        pending = held.enter_context(_signals())
+        try:
+            return _train(model, config, table, tokenizer, out, device, resume, say, group, held, pending)
+        except RuntimeError as error:
+            if (died := dead_worker(error)) is None:
+                raise
+            raise died from error
+
+
+def _train(
+    model: DCRIS,
+    config: RunConfig,
+    table: ReferenceTable,
+    tokenizer: Tokenizer,
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    say: Callable[[str], None],
+    group: Processes,
+    held: ExitStack,
+    pending: "_Pending",
+) -> TrainResult:
     settings = config.train
     check_trackers(settings.trackers)
     references = table.split(config.data.train_split)
     # Read now, so that a split that is not there ends the run before its first step and not after its first epoch.
     questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
-    checkpoints = list_checkpoints(out)
-    if checkpoints and not resume:
+    going_on = resume and out.is_dir()
+    checkpoints = []
+    if group.first and going_on:
+        held.enter_context(claim(out))
+        checkpoints = sound_checkpoints(out, say)
+    elif group.first and list_checkpoints(out):
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if checkpoints:
         refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
     data = _record_data(table, out, going_on=bool(checkpoints))
     for note in table.notes:
         say(note)
-    model.to(device).train()
     towers = identify_towers(model)
+    _refuse_strangers(group, config, data["sha256"], towers)
+    if settings.shard_towers:
+        shard_towers((model.vision, model.text), device, group)
+    if group.count > 1:
+        synchronise_batch_norm(model)
+    model.to(device).train()
+    model.checkpoint_activations(settings.checkpoint_activations)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -155,7 +208,7 @@ def train(
         load_optimizer(optimizer, checkpoints[-1].path)
         first = checkpoints[-1].step
         say(f"going on from step {first}")
-    elif settings.start is not None:
+    elif settings.start is not None and group.first:
         start = find_checkpoint(Path(settings.start))
         try:
             load_trained(model, start)
@@ -165,43 +218,72 @@ def train(
             ) from error
         data["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(model))}
         say(f"starting from the adapters and the head of {start}")
-    write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
-    write_json(out / _DATA, data)
+    last = group.from_first(lambda: checkpoints[-1] if checkpoints else None)
+    first = _take_over(model, optimizer, first, group)
     samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
-    per_epoch = steps_per_epoch(len(samples), min(settings.batch_size, len(samples)))
+    batch_size = min(settings.batch_size, len(samples))
+    passes = divide_batch(batch_size, settings.micro_batch, group)
+    if group.first:
+        if not going_on:
+            held.enter_context(claim(out))  # only now, as nothing is to be written before all is known to be right
+        write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
+        write_json(out / _DATA, data)
+    per_epoch = steps_per_epoch(len(samples), batch_size)
     total = total_steps(settings, len(samples))
-    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, total)
+    places = [place for one in passes for place in one]
+    batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, max(first, total), places)
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
-    step_fn = _Step(model, config, optimizer, parameters, device, dtype)
+    step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
     shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
+    skipped = Skipped(len(samples), say)
     begin = time.monotonic()
 
-    # Signals are let go before the monitor is: what a tracker still has to send, a second Ctrl-C may break off.
-    with Monitor(out, config, (first, total, per_epoch), device, say) as monitor, _signals() as pending:
-        for step, batch in zip(range(first, total), loader, strict=True):
+    def end_if_asked(saved: Checkpoint) -> None:
+        number = group.agree(pending.number)
+        if number is not None:
+            raise Interrupted(number, saved)
+
+    def validate(saved: Checkpoint) -> None:
+        # After saving: validation may be long, and a photograph of that split may be broken.
+        scores = _validate(
+            model, config, questions, tokenizer, device, dtype, group, lambda answer: pending.number is None
+        )
+        end_if_asked(saved)  # the scores are of a part, then
+        # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
+        panels = [*shown()] if settings.shard_towers and settings.trackers else None
+        monitor.validated(saved.step, scores, shown if panels is None else panels.copy)
+        if group.first:
+            # The score comes last: a checkpoint without one is validated again on resuming.
+            score_checkpoint(saved, scores[settings.best_by], settings.best_by)
+            prune_checkpoints(out, settings.keep_last)
+        model.train()
+
+    with Monitor(out, config, (first, total, per_epoch), device, say, group.first) as monitor:
+        if last is not None and last.score is None and questions and (first % per_epoch == 0 or first == total):
+            validate(last)  # the run was broken off before it could be
+        for step, batch in zip(range(first, total), _read_together(loader, group), strict=True):
             lr = learning_rate(settings, step, per_epoch, total)
             done = step + 1
+            if config.data.on_bad_image == "skip":
+                for part in group.gather(batch.skipped):
+                    skipped.note(part)
             loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
-            monitor.step(done, loss, iou, lr, len(batch.images))
+            monitor.step(done, loss, iou, lr, batch_size)
             ends_epoch = done % per_epoch == 0 or done == total
-            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or pending.number is not None:
-                saved = save_checkpoint(out, model, towers, optimizer, config, done)
-                prune_checkpoints(out, settings.keep_last)
-                if pending.number is not None:
-                    raise Interrupted(pending.number, saved)
+            asked = group.agree(pending.number)
+            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or asked is not None:
+                saved = group.from_first(partial(save_checkpoint, out, model, towers, optimizer, config, done))
+                if group.first:
+                    prune_checkpoints(out, settings.keep_last)
+                if asked is not None:
+                    raise Interrupted(asked, saved)
             if ends_epoch and questions:
-                # After saving: validation may be long, and a photograph of that split may be broken.
-                scores = _validate(model, config, questions, tokenizer, device, dtype)
-                score_checkpoint(saved, scores["miou"])
-                monitor.validated(done, scores, shown)
-                prune_checkpoints(out, settings.keep_last)
-                if pending.number is not None:
-                    raise Interrupted(pending.number, saved)
-                model.train()
+                validate(saved)
+    skipped.conclude()
     model.eval()
-    finished = list_checkpoints(out)
+    finished = group.from_first(partial(list_checkpoints, out))
     return TrainResult(finished[-1], best_checkpoint(finished), time.monotonic() - begin)
 
 
@@ -210,13 +292,59 @@ def _record_data(table: ReferenceTable, out: Path, going_on: bool) -> dict[str, 
     record = table.record()
     if not (going_on and (out / _DATA).exists()):
         return record
-    before = read_json(out / _DATA, "the record of the run's data")
+    try:
+        before = read_json(out / _DATA, "the record of the run's data")
+    except DcrisError as error:
+        raise DcrisError(f"{error}; or delete it, if you know that the data are the same") from error
     if not isinstance(before, dict) or before.get("sha256") != record["sha256"]:
         raise DcrisError(
             f"the references of {table.dataset} in {table.root} are not those that the run in {out} was started on (see "
             f"{out / _DATA}); bring those back, or choose another --out"
         )
     return before
+
+
+def _refuse_strangers(group: Processes, config: RunConfig, data: str, towers: Towers) -> None:
+    """Check that all processes were started alike. Raises DcrisError naming what differs."""
+    known = {"settings": config.model_dump(), "references": data, "towers": towers}
+    for rank, other in enumerate(group.gather(known)):
+        for what, value in other.items():
+            if value != known[what]:
+                raise DcrisError(
+                    f"process {rank} has other {what} than process {group.rank}; start all with the same command and bring the "
+                    "same files to every machine"
+                )
+
+
+def _take_over(model: DCRIS, optimizer: torch.optim.Optimizer, first: int, group: Processes) -> int:
+    """Give every process the step, weights, statistics and moments of the first, and return the step."""
+    if group.count == 1:
+        return first
+    weights, optimised = trained_state(model), optimizer.state_dict()
+    # On the CPU: a tensor that travels goes to the device it came from, which is another process's.
+    moments = {slot: {key: x.cpu() for key, x in values.items()} for slot, values in optimised["state"].items()}
+    first, values, moments = group.from_first(
+        lambda: (first, {name: value.cpu() for name, value in weights.items()}, moments)
+    )
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimised["param_groups"]})
+    return first
+
+
+def _read_together(loader: Iterator[Batch], group: Processes) -> Iterator[Batch]:
+    """Batches as they come. Where one process cannot read its own, the same DcrisError is raised in all."""
+    while True:
+        error, batch = None, None
+        try:
+            batch = next(loader, None)
+        except DcrisError as met:
+            error = met
+        group.raise_together(error)
+        if batch is None:
+            return
+        yield batch
 
 
 class _Step:
@@ -230,36 +358,66 @@ class _Step:
         parameters: list[torch.nn.Parameter],
         device: torch.device,
         dtype: torch.dtype,
+        passes: Sequence[range],
+        batch_size: int,
+        group: Processes,
     ) -> None:
         self.model, self.config, self.optimizer, self.parameters = model, config, optimizer, parameters
         self.device, self.dtype = device, dtype
+        self.passes, self.batch_size, self.group = passes, batch_size, group
 
     def __call__(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
-        """Return the loss and, where wanted, the batch's mIoU in percent.
+        """Return the loss and, where wanted, the batch's mIoU in percent, both over all passes and processes.
 
-        Raises DcrisError where the loss is not a number; the weights are then still those of the step before.
+        Raises DcrisError where the loss is not a number (the weights are then still those of the step before) or memory does
+        not suffice.
         """
-        # Dropout's random numbers belong to the step: that is what makes resuming exact.
-        torch.manual_seed(self.config.train.seed * 1_000_003 + step)
+        try:
+            return self._take(step, batch, lr, want_iou)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = (str(error).strip() or "out of memory").splitlines()[0]
+            raise DcrisError(
+                f"there is not enough memory for step {step + 1} ({reason}); the last checkpoint is whole, so --resume with a "
+                "smaller --train.micro_batch or with --train.checkpoint_activations true, or start with a smaller batch"
+            ) from error
+
+    def _take(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images = normalise(batch.images.to(self.device, non_blocking=True), self.config.data)
-        tokens, masks = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
-        with autocast(self.device, self.dtype):
-            logits = self.model(images, tokens)
-        loss = text_to_pixel_loss(logits, masks)
-        value = loss.item()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Whether the first process shows the IoU is a question of its clock, which the others do not know.
+        want_iou_of_all = want_iou or self.group.count > 1
+        losses, ious, begin = [], [], 0
+        for places in self.passes:
+            part = slice(begin, begin + len(places))
+            begin += len(places)
+            # Dropout's random numbers belong to the step and to the place in the batch: that is what makes resuming exact.
+            torch.manual_seed((self.config.train.seed * 1_000_003 + step + places.start * _SPREAD) % 2**63)
+            images = normalise(batch.images[part].to(self.device, non_blocking=True), self.config.data)
+            tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
+            with autocast(self.device, self.dtype):
+                logits = self.model(images, tokens)
+            # The mean over the batch is the sum of the passes' means, each by its share of the batch.
+            share = len(places) / self.batch_size
+            loss = text_to_pixel_loss(logits, masks) * share
+            loss.backward()
+            losses.append(loss.detach())
+            if want_iou_of_all:
+                ious.append(_batch_iou(logits.detach(), masks) * share)
+            del logits, loss  # before the next pass, and not while it runs
+        value, iou = self.group.sum(sum(loss.item() for loss in losses), sum(ious))
         if not math.isfinite(value):
             raise DcrisError(
                 f"the loss is {value} at step {step + 1}; the last checkpoint is whole, so go on from it with a lower "
                 "--train.lr or with --train.precision float32"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.group.sum_gradients(self.parameters)
         if self.config.train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
         self.optimizer.step()
-        return value, _batch_iou(logits.detach(), masks) if want_iou else None
+        return value, iou if want_iou else None
 
 
 def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
@@ -278,9 +436,20 @@ def _validate(
     tokenizer: Tokenizer,
     device: torch.device,
     dtype: torch.dtype,
+    group: Processes,
+    wanted: Callable[[Answer], bool],
 ) -> dict[str, float]:
-    """Scores in percent on the validation split's first sentences, as the CRIS family validates while training."""
-    return summarise(answer.overlap for answer in _answers(model, config, questions, tokenizer, device, dtype))
+    """Scores in percent on the validation split's first sentences, as the CRIS family validates while training.
+
+    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split.
+    """
+    answer = partial(_answers, model, config, questions, tokenizer, device, dtype)
+    if config.train.shard_towers:
+        # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
+        answers: Iterable[Answer] = answer()
+    else:
+        answers = answer_together(group, questions, lambda share: takewhile(wanted, answer(share=share)))
+    return summarise(answer.overlap for answer in answers)
 
 
 def _answers(
@@ -291,6 +460,7 @@ def _answers(
     device: torch.device,
     dtype: torch.dtype,
     keep_masks: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Answer]:
     model.eval()
     workers = config.data.workers
@@ -303,23 +473,33 @@ def _answers(
         device=device,
         dtype=dtype,
         workers=workers,
+        share=share,
         keep_masks=keep_masks,
     )
 
 
 class _Pending:
+    """A request to end that has come and not been met yet."""
+
     number: int | None = None
 
 
 @contextmanager
 def _signals() -> Iterator[_Pending]:
-    """Turn the first Ctrl-C or SIGTERM into a note that the loop reads between steps; a second one ends at once."""
-    pending = _Pending()
+    """Turn Ctrl-C or SIGTERM into a note that the loop reads between steps; a second Ctrl-C ends at once.
+
+    A second SIGTERM does not: a scheduler sends one to every process, and torchrun then passes its own on. Nor does a copy of
+    Ctrl-C within a second, for that reason.
+    """
+    pending, begin = _Pending(), 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, frame: object) -> None:
-        pending.number = number
-        signal.signal(number, before[signal.Signals(number)])
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal begin
+        if pending.number is None:
+            pending.number, begin = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - begin > 1:
+            raise KeyboardInterrupt
 
     try:
         for number in before:

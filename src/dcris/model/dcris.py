@@ -67,6 +67,10 @@ class DCRIS(nn.Module):
         self.head.train(mode)
         return self
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Remember only what enters each vision half block and decoder layer, and run them again in the backward pass."""
+        self.vision.checkpoint_activations = self.head.decoder.checkpoint_activations = on
+
     def count_weights(self) -> dict[str, int]:
         """Exact numbers of "adapters", "head" and "frozen" weights; the first two are trained."""
         head = sum(parameter.numel() for parameter in self.head.parameters())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcris.encoders.attention import MultiHeadAttention
+from dcris.encoders.recompute import recomputed
 
 
 def sine_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -67,6 +68,8 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, text_width: int, heads: int, layers: int, feedforward: int, dropout: float) -> None:
         super().__init__()
+        self.checkpoint_activations = False
+        """Whether layers are run again in the backward pass instead of remembered."""
         # The paper's head is as wide as CLIP's text (512), so there is nothing to project and no weight for it.
         self.text_proj = nn.Identity() if text_width == width else nn.Linear(text_width, width)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, feedforward, dropout) for _ in range(layers))
@@ -80,6 +83,9 @@ class Decoder(nn.Module):
         places = sine_positions_2d(rows, columns, x.shape[-1], x.device).to(x.dtype)
         keys = values + sine_positions(values.shape[1], values.shape[2], x.device).to(values.dtype)
         for layer in self.layers:
-            x = layer(x, places, keys, values, padding)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = recomputed(layer, layer, x, places, keys, values, padding)
+            else:
+                x = layer(x, places, keys, values, padding)
         normed: Tensor = self.norm(x)
         return normed.transpose(1, 2).unflatten(-1, (rows, columns))

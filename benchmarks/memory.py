@@ -1,0 +1,70 @@
+"""Peak memory of a training step: recipes, batch sizes, with and without checkpointed activations, as a Markdown table.
+
+    python benchmarks/memory.py [--recipes dcris_b dcris_l] [--batches 1 2] [--to 32]
+
+Each cell is a process of its own that takes two steps (the second with Adam's moments in place) on random towers and blank
+samples in float32 on the CPU, and reads its highest resident memory; the process without a model is in it. The batch of `--to`
+is not run but continued on the straight line through the two largest batches that were.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+
+def measure(recipe: str, batch: int, checkpointed: bool) -> float:
+    """Gigabytes (10^9) at the height of a step, in this process."""
+    import torch
+
+    from dcris.losses import text_to_pixel_loss
+    from dcris.model.dcris import DCRIS
+    from dcris.recipes import get_recipe
+
+    config = get_recipe(recipe)
+    torch.manual_seed(0)
+    model = DCRIS(config.model).train()
+    model.checkpoint_activations(checkpointed)
+    optimizer = torch.optim.Adam([item for item in model.parameters() if item.requires_grad], lr=1e-4, fused=True)
+    side = config.data.image_size
+    tokens = torch.zeros(batch, config.data.word_length, dtype=torch.int64)
+    tokens[:, 0], tokens[:, 1], tokens[:, 2] = 49406, 1823, 49407
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(torch.zeros(batch, 3, side, side), tokens)
+        text_to_pixel_loss(logits, torch.zeros(batch, 1, side, side)).backward()
+        optimizer.step()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def main() -> None:
+    """Measure every cell and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--recipes", nargs="+", default=["dcris_b", "dcris_l"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--to", type=int, default=32)
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        recipe, batch, checkpointed = args.cell
+        print(json.dumps(measure(recipe, int(batch), checkpointed == "True")))
+        return
+    batches = sorted(args.batches)
+    measured = " | ".join(f"batch {batch}" for batch in batches)
+    print(f"| recipe | checkpointed activations | {measured} | batch {args.to}, extrapolated |")
+    print("|---" * (len(batches) + 3) + "|")
+    for recipe in args.recipes:
+        for checkpointed in (False, True):
+            peaks = []
+            for batch in batches:
+                command = [sys.executable, __file__, "--cell", recipe, str(batch), str(checkpointed)]
+                peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            slope = (peaks[-1] - peaks[-2]) / (batches[-1] - batches[-2])
+            cells = [f"{peak:.2f} GB" for peak in peaks] + [f"{peaks[-1] + slope * (args.to - batches[-1]):.0f} GB"]
+            print(f"| `{recipe}` | {'yes' if checkpointed else 'no'} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

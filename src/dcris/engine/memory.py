@@ -1,0 +1,198 @@
+"""The largest micro batch that fits a device, found by trial."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dcris.config import RunConfig, load_config
+from dcris.data.dataset import normalise
+from dcris.data.tokenizer import Tokenizer
+from dcris.encoders.recompute import statistics_kept
+from dcris.engine.device import autocast, choose_precision
+from dcris.engine.distributed import Processes
+from dcris.errors import DcrisError
+from dcris.losses import text_to_pixel_loss
+from dcris.model.dcris import DCRIS
+
+_USED = 0.9
+"""Of the memory that is free, so much may be taken: loader, checkpoints and fragments want some too."""
+
+
+def choose_micro_batch(
+    model: DCRIS,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    references: int,
+    out: Path,
+    device: torch.device,
+    group: Processes,
+    say: Callable[[str], None] = print,
+) -> int:
+    """What `dcris train --batch-size auto` trains in: what the run in `out` has recorded, or else what is found by trial.
+
+    Args:
+        model: of the run; moved to `device`, and else left as it is.
+        config: of the run.
+        tokenizer: of the model's text tower.
+        references: that are trained on.
+        out: the run's directory, read by the first process alone.
+        device: where training is to be.
+        group: the processes. Each tries on its own, and the smallest answer counts.
+        say: takes lines for a person.
+
+    Raises DcrisError where not even one sample fits, and where towers are to be sharded, which can be tried only together.
+    """
+    recorded = group.from_first(lambda: _recorded(out))
+    batch = min(config.train.batch_size, references)
+    if recorded is None:
+        if config.train.shard_towers:
+            raise DcrisError("--batch-size auto cannot try sharded towers; give --train.micro_batch")
+        share = -(-batch // group.count)
+        recorded = min(group.gather(largest_micro_batch(model, config, tokenizer, share, device, group.local_count)))
+        # On the machine of one process there may be less room than on another's.
+        found = "the largest that fits" if recorded < share else "the whole share of the batch fits"
+    else:
+        found = "as the run was begun"
+    passes = -(-batch // (recorded * group.count))
+    say(f"micro batches of {recorded} ({found}): a batch of {batch} takes {passes} passes of {group.count} processes")
+    return recorded
+
+
+def largest_micro_batch(
+    model: DCRIS, config: RunConfig, tokenizer: Tokenizer, share: int, device: torch.device, neighbours: int = 1
+) -> int:
+    """The largest power of two, or `share` if even that fits, of samples whose forward and backward pass the device holds.
+
+    On CUDA passes are tried until memory runs out. A CPU's memory must not run out, so there the growth from one pass to the
+    next says whether the one after it would fit into what is free. Weights, statistics and random state are left alone.
+
+    Args:
+        model: moved to `device`.
+        config: of the run.
+        tokenizer: of the model's text tower.
+        share: the samples of a batch that this process has to take.
+        device: where.
+        neighbours: processes that share this machine's memory.
+
+    Raises DcrisError where not even one sample fits.
+    """
+    sizes = [*(2**power for power in range(share.bit_length()) if 2**power < share), share]
+    dtype = choose_precision(config.train.precision, device)
+    side = config.data.image_size
+    training, parameters = model.training, [item for item in model.parameters() if item.requires_grad]
+    model.to(device).train()
+    model.checkpoint_activations(config.train.checkpoint_activations)
+    on_cuda = device.type == "cuda"
+
+    def run(size: int) -> None:
+        # Blank samples will do: memory does not depend on what is in them.
+        images = normalise(torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device), config.data)
+        tokens = tokenizer(["left"] * size, config.data.word_length).to(device)
+        with autocast(device, dtype):
+            logits = model(images, tokens)
+        text_to_pixel_loss(logits, torch.zeros(size, 1, side, side, device=device)).backward()
+        for item in parameters:
+            item.grad = None
+
+    # Adam's two moments come with the first step, and stay.
+    moments = [torch.zeros_like(item) for item in parameters for _ in range(2)] if on_cuda else []
+    kept = 2 * sum(item.nbytes for item in parameters)
+    try:
+        with statistics_kept(model), torch.random.fork_rng([device] if on_cuda else []):
+            best = _try_on_cuda(run, sizes, device) if on_cuda else _try_on_cpu(run, sizes, kept, neighbours)
+    finally:
+        del moments
+        for item in parameters:
+            item.grad = None
+        model.checkpoint_activations(False)
+        model.train(training)
+        if on_cuda:
+            torch.cuda.empty_cache()
+    if not best:
+        raise DcrisError(
+            f"not even one sample fits the memory of {device}; try --train.checkpoint_activations true, --precision bfloat16 "
+            "or a smaller model"
+        )
+    return best
+
+
+def _recorded(out: Path) -> int | None:
+    for path in sorted(out.glob("checkpoints/step-*"), reverse=True):
+        with suppress(DcrisError):  # a damaged one, as resuming will find and say
+            return load_config(path / "config.json").train.micro_batch
+    return None
+
+
+def _try_on_cuda(run: Callable[[int], None], sizes: Sequence[int], device: torch.device) -> int:
+    best = 0
+    for size in sizes:
+        try:
+            run(size)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            torch.cuda.empty_cache()
+        # Below the whole by a margin, as later allocations come in another order.
+        if torch.cuda.max_memory_reserved(device) > _USED * torch.cuda.mem_get_info(device)[1]:
+            break
+        best = size
+    return best
+
+
+def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], kept: int, neighbours: int) -> int:
+    room = _free_bytes() * _USED / neighbours - kept
+    best, took = 0, 0.0
+    for size in sizes:
+        # As if all of it grew with the size: a little too careful, since a part does not.
+        if took * size > room * max(best, 1):
+            break
+        took = _grown_by(partial(run, size))
+        if took > room:
+            break
+        best = size
+    return best
+
+
+def _grown_by(act: Callable[[], None]) -> float:
+    """Bytes by which this process's memory grew at its height while acting."""
+    before = _resident("VmRSS")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the height so far
+    act()
+    return max(0.0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> float:
+    """Bytes of this process in memory: now (VmRSS), or at its height (VmHWM), which is also all that systems but Linux know."""
+    with suppress(OSError):
+        return _kilobytes("/proc/self/status")[field]
+    import resource  # there is none on Windows
+
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _free_bytes() -> float:
+    """Bytes of memory that are free for this process: the machine's, and within what a container may use."""
+    try:
+        free = [_kilobytes("/proc/meminfo")["MemAvailable"]]
+    except OSError:  # not on Linux: half of what is built in
+        free = [0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    cgroup = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((cgroup / "memory.current").read_text())
+            caches = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            used -= sum(int(value) for name, value in caches if name in {"inactive_file", "active_file"})
+            free.append(float(int(limit) - used))
+    return min(free)
+
+
+def _kilobytes(file: str) -> dict[str, float]:
+    """The bytes that one of Linux's lists of "Name: 123 kB" gives."""
+    lines = (line.split() for line in Path(file).read_text().splitlines())
+    return {words[0].rstrip(":"): 1024.0 * int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}

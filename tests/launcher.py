@@ -1,0 +1,88 @@
+"""Starts `dcris` over and over without importing torch each time: every start is forked from a process that has.
+
+That process is this file, run as a program. A request is a line of JSON: {"start": [words], "output": file, "env": {}} is
+answered with the new process's id, {"poll": id} with its exit code or null. A start is a session of its own, and can be killed
+like any other process.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Launcher:
+    """The side of the tests. A context."""
+
+    def __enter__(self) -> "Launcher":
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert self._ask({"poll": 0}) is None  # it has imported everything
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stdin.close()
+        self.server.wait(30)
+
+    def start(self, words: list[object], output: Path, **env: object) -> int:
+        """`dcris words...` in a session of its own; what it says is appended to `output`. Returns its id."""
+        values = {name: str(value) for name, value in env.items()}
+        return self._ask({"start": [str(word) for word in words], "output": str(output), "env": values})
+
+    def poll(self, process: int) -> int | None:
+        """The exit code, negative for a signal, once there is one. Asked once more, it is there no longer."""
+        return self._ask({"poll": process})
+
+    def wait(self, process: int, seconds: float = 120) -> int:
+        """The exit code, as soon as there is one; what takes longer is killed and fails the test."""
+        deadline = time.monotonic() + seconds
+        while (code := self.poll(process)) is None:
+            if time.monotonic() > deadline:
+                os.killpg(process, signal.SIGKILL)
+                raise AssertionError(f"process {process} still ran after {seconds} s")
+            time.sleep(0.02)
+        return code
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+
+def _serve() -> None:
+    from dcris.cli import main
+    from dcris.data import references  # noqa: F401
+    from dcris.engine import distributed, train  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            child = os.fork()
+            if child == 0:
+                os.setsid()
+                output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.environ.update(request["env"])
+                sys.exit(main(request["start"]))
+            answer = child
+        elif request["poll"] == 0:
+            answer = None
+        else:
+            done, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if done else None
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,591 @@
+"""kill -9 at any moment, and the run goes on as if nothing had happened; whatever else breaks ends in one sentence.
+
+The runs here are processes of their own. Moments are drawn from a seed, by the clock or by what the run has on disk, so that
+they fall on steps, on checkpoints being written or deleted, and on validation.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcris.engine.train as engine
+from dcris.cli import main
+from dcris.data.references import load_references
+from dcris.data.scenes import write_scenes
+from dcris.engine.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
+from dcris.errors import DcrisError
+from dcris.metrics import summarise
+from launcher import Launcher
+from runs import assert_same_run, leftovers, quick_config, run_training, unseal
+
+STEPS, EPOCH = 12, 4
+SETTINGS = {
+    "train.max_steps": STEPS,
+    "train.epochs": 1000,
+    "train.batch_size": 8,  # of 33 references
+    "train.warmup_steps": 2,
+    "train.log_every": 1,
+    "train.save_every": 2,
+    "data.image_size": 56,
+    "data.val_split": "val",
+    "train.schedule": "step",  # which does not depend on the number of steps
+    "model.head.bias": 0.0,
+    "train.lr": 2e-4,  # with the bias, else nothing is found in so few steps, and all scores are 0
+}
+
+
+VALIDATED = ("data.val_split", "val")
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with Launcher() as launcher:
+        yield launcher
+
+
+class Run:
+    """One run's directory, and how it is started there, killed, and started again."""
+
+    def __init__(self, launcher: Launcher, data: Path, out: Path, processes: int = 1, **settings: object) -> None:
+        self.launcher, self.data, self.out, self.processes = launcher, data, out, processes
+        self.settings = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
+        self.output = out.with_name(f"{out.name}.txt")
+
+    def command(self, *words: object) -> list[object]:
+        settings = [word for key, value in self.settings.items() for word in (f"--{key}", value)]
+        command = ["train", "dcris_tiny", "--data", self.data, "--out", self.out, "--device", "cpu", "--resume"]
+        return [*command, *settings, *words]
+
+    def start(self, *words: object, workers: int = 0) -> int:
+        """With --resume, as a job script has it from the beginning on. Returns the first process's id; `started` has all."""
+        command = self.command("--data.workers", workers, *words)
+        port = free_port()
+        self.started = [
+            self.launcher.start(command, self.output, **self.environment(rank, port)) for rank in range(self.processes)
+        ]
+        return self.started[0]
+
+    def environment(self, rank: int, port: int) -> dict[str, object]:
+        """What torchrun tells one of several processes."""
+        if self.processes == 1:
+            return {}
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes, "LOCAL_WORLD_SIZE": self.processes}
+        return numbers | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def finish(self, *words: object, workers: int = 0) -> None:
+        """To the end."""
+        self.start(*words, workers=workers)
+        codes = [self.launcher.wait(process) for process in self.started]
+        assert not any(codes), self.said()
+
+    def said(self) -> str:
+        """Everything, of all starts."""
+        return self.output.read_text() if self.output.exists() else ""
+
+    def steps(self) -> int:
+        """Lines of the log."""
+        log = self.out / "log.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def checkpoints(self, pattern: str) -> set[str]:
+        return {path.name for path in (self.out / "checkpoints").glob(pattern)}
+
+    def scores(self) -> list[tuple[int, float | None]]:
+        return [(item.step, item.score) for item in list_checkpoints(self.out)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher: Launcher, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(launcher, scenes_root, tmp_path_factory.mktemp("unbroken") / "run")
+    run.finish()
+    return run
+
+
+def assert_as_unbroken(unbroken: Run, run: Run) -> None:
+    """Weights, moments, log, which checkpoints there are and their scores; and nothing else."""
+    assert_same_run(unbroken.out, run.out)
+    assert run.scores() == unbroken.scores()
+    assert not leftovers(run.out)
+    for checkpoint in list_checkpoints(run.out):
+        check_files(checkpoint.path)
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------------------------------
+
+MOMENTS = ("clock", "step", "write", "delete", "validation", "start")
+
+
+def wait_for_moment(run: Run, process: int, kind: str, draw: random.Random) -> bool:
+    """Wait for a random moment of a kind. False where the run ended before."""
+    before, lines, begin = run.checkpoints("step-*"), run.steps(), time.monotonic()
+    after = draw.uniform(0, {"clock": 4.0, "start": 1.0, "step": 0.2, "validation": 0.1}.get(kind, 0.01))
+    more = draw.randint(1, 4)
+    reached: dict[str, Callable[[], object]] = {
+        "clock": lambda: True,
+        "start": lambda: True,
+        "step": lambda: run.steps() not in range(lines + more),
+        "write": lambda: run.checkpoints(".step-*partial-*") - run.checkpoints("*-old"),
+        "delete": lambda: run.checkpoints(".step-*-old"),
+        "validation": lambda: any(int(name[-8:]) % EPOCH == 0 for name in run.checkpoints("step-*") - before),
+    }
+    while not reached[kind]():
+        if run.launcher.poll(process) is not None:
+            return False
+        assert time.monotonic() < begin + 120, run.said()
+        time.sleep(0.0005)
+    time.sleep(after)
+    return True
+
+
+def kill(run: Run, draw: random.Random) -> bool:
+    """Kill all, workers too, or of several processes just one, on which the others must end. False where all had ended."""
+    victims = draw.choice([run.started, *([process] for process in run.started)])
+    for process in victims:
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+    codes = [run.launcher.wait(process, 60) for process in run.started]
+    assert all(codes) or not any(codes), run.said()
+    return -signal.SIGKILL in codes
+
+
+def kill_again_and_again(run: Run, kills: int, seed: int) -> list[str]:
+    """Start, kill at a random moment, start again; then let it finish. Returns where it was hit."""
+    draw, hit = random.Random(seed), []
+    kinds = draw.sample(MOMENTS, len(MOMENTS))
+    for number in range(kills):
+        kind = kinds[number % len(kinds)]
+        process = run.start(workers=draw.choice((0, 0, 1, 2)))
+        ended = not wait_for_moment(run, process, kind, draw)
+        if ended or not kill(run, draw):
+            break
+        hit.append(f"{kind} after {run.steps()} lines")
+        for checkpoint in list_checkpoints(run.out):
+            check_files(checkpoint.path)  # whole, at any moment
+    run.finish(workers=draw.choice((0, 1, 2)))
+    return hit
+
+
+def test_a_few_kills(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path) -> None:
+    """The short form of the test below."""
+    run = Run(launcher, scenes_root, tmp_path / "run")
+    assert kill_again_and_again(run, 2, seed=3)
+    assert_as_unbroken(unbroken, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_twenty_moments(
+    launcher: Launcher, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
+) -> None:
+    """A machine that fails costs the steps since the last checkpoint, and changes nothing of what a run ends in."""
+    unbroken = Run(launcher, scenes_root, tmp_path / "unbroken", processes)
+    unbroken.finish()
+    hit: list[str] = []
+    for seed in range(100, 130):
+        run = Run(launcher, scenes_root, tmp_path / f"run{seed}", processes)
+        hit += kill_again_and_again(run, 4, seed)
+        assert_as_unbroken(unbroken, run)
+        if len(hit) >= 24:
+            break
+    assert len(hit) >= 20
+    assert {text.split()[0] for text in hit} == set(MOMENTS)
+    with capsys.disabled():
+        print(f"\n{len(hit)} kills, {processes} process(es): {', '.join(sorted(hit))}")
+
+
+def descendants(process: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return []
+    return [process, *(one for child in children for one in descendants(int(child)))]
+
+
+@pytest.mark.slow
+def test_torchrun_is_killed(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
+    """As people start it: all of it killed, then one process alone, then a request to end; then it may finish."""
+    unbroken = Run(launcher, scenes_root, tmp_path / "unbroken", processes=2)
+    unbroken.finish()
+    run = Run(launcher, scenes_root, tmp_path / "run", processes=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dcris"]
+
+    def start(workers: int) -> subprocess.Popen[str]:
+        command = [*torchrun, *(str(word) for word in run.command("--data.workers", workers))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True, text=True
+        )
+
+    with run.output.open("w") as output:
+        process = start(workers=1)
+        wait_for_lines(run, 3, process)
+        for one in descendants(process.pid):
+            os.kill(one, signal.SIGKILL)
+        process.wait(60)
+        process = start(workers=0)
+        wait_for_lines(run, 6, process)
+        os.kill(descendants(process.pid)[1], signal.SIGKILL)
+        assert process.wait(120) not in {0, None}
+        process = start(workers=2)
+        wait_for_lines(run, 9, process)
+        process.terminate()
+        process.wait(120)
+        assert "dcris: stopped at step " in run.said()
+        assert not leftovers(run.out)
+        assert start(workers=0).wait(300) == 0, run.said()
+    assert_same_run(unbroken.out, run.out)
+
+
+def wait_for_lines(run: Run, lines: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while run.steps() < lines:
+        assert process.poll() is None, run.said()
+        assert time.monotonic() < deadline, run.said()
+        time.sleep(0.01)
+
+
+def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
+    """A job that is queued again while the old one still runs: each would delete what the other writes."""
+    run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=400)
+    first = run.start()
+    wait_for_moment(run, first, "step", random.Random(0))
+    second = Run(launcher, scenes_root, run.out, train__max_steps=400)
+    second.output = tmp_path / "second.txt"
+    assert launcher.wait(second.start()) == 2
+    assert f"another process (process {first} on " in second.said()
+    assert launcher.poll(first) is None
+    kill(run, random.Random(0))
+
+
+# ---- requests to end -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "moment", ["set-up", "step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("write", "validation"))]
+)
+def test_a_request_to_end(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path, moment: str) -> None:
+    """SIGTERM to the whole group, twice, as a scheduler and torchrun send it: the workers must serve the step in progress."""
+    run = Run(launcher, scenes_root, tmp_path / "run")
+    process = run.start(workers=2)
+    if moment == "set-up":
+        while "weights train" not in run.said():  # said right before training begins
+            time.sleep(0.001)
+    else:
+        assert wait_for_moment(run, process, moment, random.Random(1))
+    os.killpg(process, signal.SIGTERM)
+    time.sleep(0.02)
+    os.killpg(process, signal.SIGTERM)
+    assert launcher.wait(process, 60) == 143, run.said()
+    assert not leftovers(run.out)
+    last = run.said().splitlines()[-1]
+    if moment == "set-up" and "steps in all" not in run.said():
+        return  # before training there is nothing to save
+    assert (
+        last
+        == f"dcris: stopped at step {run.scores()[-1][0]}; `--resume` goes on from {list_checkpoints(run.out)[-1].path}"
+    )
+    run.finish(workers=1)
+    assert_same_run(unbroken.out, run.out)  # the checkpoint it was stopped at may be kept in another's place
+
+
+# ---- checkpoints that are not as they were written -----------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.fixture(scope="module")
+def halfway(launcher: Launcher, unbroken: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was stopped after step 8, at an epoch's end, with the checkpoints of steps 4 to 8."""
+    run = Run(launcher, unbroken.data, tmp_path_factory.mktemp("halfway") / "run")
+    run.settings |= {"train.max_steps": 8}
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def spoilt(halfway: Run, tmp_path: Path) -> Run:
+    """A copy of it that a test may spoil."""
+    shutil.copytree(halfway.out, tmp_path / "run")
+    run = Run(halfway.launcher, halfway.data, tmp_path / "run")
+    assert [step for step, _ in run.scores()][-2:] == [6, 8]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", cut),
+        ("model.safetensors", flip),
+        ("optimizer.safetensors", flip),
+        ("optimizer.safetensors", Path.unlink),
+        ("config.json", flip),
+        ("state.json", empty),
+        ("state.json", flip),
+        ("state.json", Path.unlink),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_damaged_checkpoint_is_moved_aside(spoilt: Run, name: str, damage: Callable[[Path], object]) -> None:
+    """One sentence, and the checkpoint before counts."""
+    newest = list_checkpoints(spoilt.out)[-1].path
+    damage(newest / name)
+    lines: list[str] = []
+    assert [item.step for item in sound_checkpoints(spoilt.out, lines.append)][-1] == 6
+    (line,) = lines
+    assert f"step 8 is damaged and is left out, moved to {newest.with_name('damaged-step-00000008')}: " in line
+    assert name in line
+    assert spoilt.checkpoints("damaged-*") == {"damaged-step-00000008"}
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken: Run, spoilt: Run) -> None:
+    """A disk that lies costs a few steps, and not the run. The damaged one is kept until its step is made anew."""
+    flip(list_checkpoints(spoilt.out)[-1].path / "optimizer.safetensors")
+    spoilt.finish()
+    assert "step 8 is damaged" in spoilt.said()
+    assert "going on from step 6" in spoilt.said()
+    assert not spoilt.checkpoints("damaged-*")
+    assert_as_unbroken(unbroken, spoilt)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(spoilt: Run) -> None:
+    """One sentence, and everything stays for whoever can rescue it."""
+    for checkpoint in list_checkpoints(spoilt.out):
+        flip(checkpoint.path / "model.safetensors")
+    before = {path: path.read_bytes() for path in (spoilt.out / "checkpoints").rglob("*") if path.is_file()}
+    assert spoilt.launcher.wait(spoilt.start()) == 2
+    (sentence,) = [line for line in spoilt.said().splitlines() if line.startswith("dcris: ")]
+    assert "no checkpoint in" in sentence
+    assert "step-00000008/model.safetensors" in sentence
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["predict"]])
+def test_a_damaged_best_checkpoint_is_not_used(
+    spoilt: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Else a paper reports what a flipped bit made of the weights."""
+    best = best_checkpoint(list_checkpoints(spoilt.out)).path
+    flip(best / "model.safetensors")
+    image = next(spoilt.data.rglob("*.png"), None) or next(spoilt.data.rglob("*.jpg"))
+    more = {
+        "evaluate": ["--data", str(spoilt.data), "--split", "val"],
+        "predict": [str(image), "-e", "red", "--out", str(tmp_path / "out")],
+    }
+    assert main([*words, str(spoilt.out), *more[words[0]], "--device", "cpu"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    assert f"{best / 'model.safetensors'} cannot be read as it was written" in complaint
+
+
+@pytest.mark.slow
+def test_checkpoints_from_before_there_were_checksums(unbroken: Run, spoilt: Run) -> None:
+    """They load, go on, and are still told from those that were cut short."""
+    for checkpoint in list_checkpoints(spoilt.out):
+        unseal(checkpoint.path)
+    cut(list_checkpoints(spoilt.out)[-1].path / "optimizer.safetensors")
+    spoilt.finish()
+    assert "step 8 is damaged" in spoilt.said()
+    assert_same_run(unbroken.out, spoilt.out)
+
+
+def test_what_a_killed_process_left_goes(spoilt: Run) -> None:
+    """Else every kill costs the disk a checkpoint. What others keep there stays."""
+    before = [item.path for item in list_checkpoints(spoilt.out)]
+    (spoilt.out / ".config.json.partial-abc.json").write_text("{")
+    (before[-1] / ".state.json.partial-abc.json").write_text("{")
+    for name in (".step-00000010.partial-abc", ".step-00000004.partial-old"):
+        shutil.copytree(before[-1], before[-1].with_name(name))
+        (before[-1].with_name(name) / "state.json").unlink()
+    (spoilt.out / ".gitignore").write_text("*")
+    lines: list[str] = []
+    assert [item.path for item in sound_checkpoints(spoilt.out, lines.append)] == before
+    assert not lines
+    assert not leftovers(spoilt.out)
+    assert (spoilt.out / ".gitignore").exists()
+
+
+# ---- what else breaks ----------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path) -> None:
+    """The kernel does that where memory is short: one sentence, no hang, and a run that can go on."""
+    run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=4000)
+    process = run.start(workers=2)
+    assert wait_for_moment(run, process, "step", random.Random(0))
+    workers = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    assert len(workers) >= 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    assert launcher.wait(process, 60) == 2, run.said()
+    assert f"process {workers[1]}, was killed (Killed); the memory" in run.said().splitlines()[-1]
+    assert "Traceback" not in run.said()
+    assert not leftovers(run.out)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Ten megabytes: a checkpoint and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only the superuser can mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full(launcher: Launcher, unbroken: Run, scenes_root: Path, small_disk: Path) -> None:
+    """A real one: the second checkpoint does not fit. Once there is space the run goes on."""
+    run = Run(launcher, scenes_root, small_disk / "run")
+    run.output = small_disk.with_name("output.txt")
+    assert launcher.wait(run.start()) == 2
+    (sentence,) = [line for line in run.said().splitlines() if line.startswith("dcris: ")]
+    assert "cannot write" in sentence
+    assert "No space left" in sentence
+    assert "Traceback" not in run.said()
+    assert [step for step, _ in run.scores()] == [2]
+    assert not leftovers(run.out)
+    # The log, too.
+    (small_disk / "rest").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+    assert launcher.wait(run.start()) == 2
+    assert "No space left" in run.said().splitlines()[-1]
+    assert [step for step, _ in run.scores()] == [2]
+    (small_disk / "rest").unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run.finish()
+    assert_as_unbroken(unbroken, run)
+
+
+def test_output_to_a_disk_that_is_full(launcher: Launcher, scenes_root: Path, small_disk: Path, tmp_path: Path) -> None:
+    """`dcris train ... > RUN.txt 2>&1` on the same disk: nothing more can be said, but the exit code is right."""
+    run = Run(launcher, scenes_root, tmp_path / "run")
+    run.output = small_disk / "output.txt"
+    (small_disk / "rest").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+    assert launcher.wait(run.start()) == 2
+    assert run.said() == ""
+
+
+def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names the step and what to do; the checkpoint before it is whole."""
+    loss, calls = engine.text_to_pixel_loss, iter(range(100))
+    monkeypatch.setattr(
+        engine, "text_to_pixel_loss", lambda *args: loss(*args) if next(calls) < 4 else torch.empty(1 << 55)
+    )
+    with pytest.raises(DcrisError, match=r"not enough memory for step 5 \(.*smaller --train\.") as caught:
+        run_training(quick_config(8, ("train.save_every", "2")), scenes_root, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert list_checkpoints(tmp_path / "run")[-1].step == 4
+
+
+# ---- photographs that cannot be read -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torn(tmp_path: Path) -> tuple[Path, Path]:
+    """Scenes with about 110 training references, of which those of one photograph cannot be read; and that photograph."""
+    root = tmp_path / "scenes"
+    write_scenes(root, train=40, val=2, test=1, seed=5)
+    photograph = load_references(root, "scenes").split("train")[0].image_path
+    cut(photograph)
+    return root, photograph
+
+
+def test_an_unreadable_image_stops_the_run(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
+    """By default, naming the file; and --resume goes on with the other choice."""
+    run = Run(launcher, torn[0], tmp_path / "run")
+    assert launcher.wait(run.start(workers=1)) == 2
+    assert f"cannot read the image {torn[1]}" in run.said().splitlines()[-1]
+    run.finish("--on-bad-image", "skip")
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_is_skipped(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
+    """Said once, counted, and the same samples take its place whatever the workers and wherever the run was killed."""
+    skip = {"data__on_bad_image": "skip"}
+    whole = Run(launcher, torn[0], tmp_path / "whole", **skip)
+    whole.finish(workers=2)
+    assert whole.said().count(f"skipped: cannot read the image {torn[1]}") == 1
+    assert re.search(r"^[123] of \d+ references could not be read and were skipped$", whole.said(), re.MULTILINE)
+    killed = Run(launcher, torn[0], tmp_path / "killed", **skip)
+    assert kill_again_and_again(killed, 1, seed=6)
+    assert_as_unbroken(whole, killed)
+
+
+def test_more_than_a_few_unreadable_images_stop_the_run(
+    launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A disk that is not mounted must not become a model that was trained on five photographs."""
+    for reference in load_references(torn[0], "scenes").split("train")[::4]:
+        reference.image_path.write_bytes(b"")
+    run = Run(launcher, torn[0], tmp_path / "run", data__on_bad_image="skip")
+    assert launcher.wait(run.start()) == 2
+    assert "cannot be read, more than 5%" in run.said().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
+    """Else a score is of other photographs than the one beside it."""
+    root = Path(shutil.copytree(scenes_root, tmp_path / "scenes"))
+    photograph = load_references(root, "scenes").split("val")[0].image_path
+    cut(photograph)
+    run = Run(launcher, root, tmp_path / "run", data__on_bad_image="skip")
+    assert launcher.wait(run.start()) == 2
+    assert f"cannot read the image {photograph}" in run.said().splitlines()[-1]
+    assert run.scores()[-1] == (EPOCH, None)
+
+
+# ---- the best ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.best_by` decides which checkpoint is kept and found, and is recorded with its score."""
+    scores = iter([{"miou": 1.0, "oiou": 9.0}, {"miou": 8.0, "oiou": 2.0}, {"miou": 3.0, "oiou": 3.0}])
+    monkeypatch.setattr(engine, "_validate", lambda *_: next(scores))
+    config = quick_config(9, ("train.batch_size", "11"), ("train.best_by", "oiou"), ("train.keep_last", "1"), VALIDATED)
+    result = run_training(config, scenes_root, tmp_path / "run")
+    assert [(item.step, item.score) for item in list_checkpoints(tmp_path / "run")] == [(3, 9.0), (9, 3.0)]
+    assert result.best.step == 3
+    state = json.loads((result.best.path / "state.json").read_text())
+    assert (state["score"], state["by"]) == (9.0, "oiou")
+    with pytest.raises(DcrisError, match=r"train\.best_by"):
+        run_training(
+            quick_config(12, ("train.batch_size", "11"), VALIDATED), scenes_root, tmp_path / "run", resume=True
+        )
+
+
+@pytest.mark.parametrize("name", ["miou", "oiou", "prec@0.5", "prec@0.9"])
+def test_every_score_may_decide(name: str) -> None:
+    """The names are those that validation gives."""
+    assert name in summarise([])
+    assert quick_config(1, ("train.best_by", name)).train.best_by == name

@@ -1,0 +1,258 @@
+"""Less memory must not mean another result: passes, recomputed activations, and the search for what fits."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dcris.adapters.base import adapters
+from dcris.cli import main
+from dcris.config import RunConfig, override
+from dcris.data.tokenizer import tokenizer_of
+from dcris.engine import memory
+from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.distributed import Processes, divide_batch
+from dcris.engine.train import _Step, build_model
+from dcris.errors import DcrisError
+from dcris.losses import text_to_pixel_loss
+from dcris.model.dcris import DCRIS
+from dcris.types import Batch
+from models import randomise
+from runs import CPU, quick_config
+
+
+def samples(count: int, side: int = 56) -> Batch:
+    source = torch.Generator().manual_seed(3)
+    return Batch(
+        torch.randint(0, 256, (count, 3, side, side), generator=source, dtype=torch.uint8),
+        torch.randint(1, 100, (count, 14), generator=source),
+        (torch.rand(count, 1, side, side, generator=source) > 0.7).float(),
+    )
+
+
+def model_of(config: RunConfig, seed: int = 0) -> DCRIS:
+    model = DCRIS(config.model)
+    randomise(model, seed)
+    return model.train()
+
+
+@contextmanager
+def saved_bytes(counted: list[int]) -> Iterator[None]:
+    """Append the bytes that autograd keeps meanwhile; parameters do not count, as they are there anyway."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    counted.append(sum(seen.values()))
+
+
+# ---- what needs no gradient keeps nothing --------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_before_the_first_adapter() -> None:
+    """Else memory grows by the blocks before it, whose activations no gradient ever asks for."""
+    config, kept = quick_config(1), []
+    model, batch = model_of(config), samples(2)
+    with saved_bytes(kept):
+        state = model.encode_images(batch.images.float())
+    assert state.step == 3  # the second half of block 1
+    assert kept == [0]
+    assert not state.tokens.requires_grad
+    with saved_bytes(kept):
+        model.segment(state, model.encode_text(batch.tokens))
+    assert kept[1] > 0
+
+
+def test_a_frozen_layer_keeps_what_its_activation_needs_alone() -> None:
+    """A product with frozen weights passes gradients on without its input; were the weights to want some, it would keep it."""
+    mlp, kept = model_of(quick_config(1)).vision.blocks[0].mlp, []
+    x = torch.randn(2, 21, 128, requires_grad=True)
+    with saved_bytes(kept):
+        mlp(x * 1)
+    mlp.requires_grad_(True)
+    with saved_bytes(kept):
+        mlp(x * 1)
+    hidden = 2 * 21 * 4 * 128 * 4
+    assert kept[0] == hidden
+    assert kept[1] > hidden
+
+
+# ---- recomputed activations ----------------------------------------------------------------------------------------------
+
+
+def gradients(model: DCRIS, batch: Batch) -> tuple[float, dict[str, Tensor], int]:
+    kept: list[int] = []
+    torch.manual_seed(11)
+    with saved_bytes(kept):
+        loss = text_to_pixel_loss(model(batch.images.float() / 255, batch.tokens), batch.masks)
+    loss.backward()
+    found = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
+    return loss.item(), found, kept[0]
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.3"])
+def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
+    """Loss, gradients and running statistics, bit for bit; dropout draws the same, batch norms count each step once."""
+    side = ("data.image_size", "112")
+    config = quick_config(1, side, ("model.head.dropout", dropout), ("model.visual_adapter.dropout", dropout))
+    plain, batch = model_of(config), samples(2, 112)
+    frugal = copy.deepcopy(plain)
+    frugal.checkpoint_activations()
+    (loss, expected, much), (again, found, little) = gradients(plain, batch), gradients(frugal, batch)
+    assert again == loss
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ours, theirs = dict(frugal.named_buffers()), dict(plain.named_buffers())
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(name.endswith("num_batches_tracked") for name in theirs)
+    assert little < 0.6 * much
+
+
+# ---- several passes ------------------------------------------------------------------------------------------------------
+
+
+def test_places_are_taken_once() -> None:
+    """Every sample of the batch in one pass of one process, in passes no larger than asked for."""
+    for batch in (1, 5, 8, 9, 32):
+        for count in (1, 2, 3, 8):
+            for micro in (None, 1, 2, 3, 64):
+                shares = [partial(divide_batch, batch, micro, Processes(rank, count)) for rank in range(count)]
+                try:
+                    divided = [share() for share in shares]
+                except DcrisError:
+                    assert batch < count or micro == 1
+                    continue
+                assert len({len(ranges) for ranges in divided}) == 1
+                passes = [*zip(*divided, strict=True)]
+                assert [place for one in passes for part in one for place in part] == [*range(batch)]
+                assert all(0 < len(part) <= (micro or batch) for one in passes for part in one)
+    with pytest.raises(DcrisError, match="a batch of 3 leaves some of 4 processes without a sample; start fewer"):
+        divide_batch(3, None, Processes(0, 4))
+    with pytest.raises(DcrisError, match=r"in 3 passes leaves .* raise train\.micro_batch"):
+        divide_batch(5, 1, Processes(0, 2))
+
+
+def without_batch_norm(module: nn.Module) -> nn.Module:
+    """Norms within a sample in the place of those over the batch, whose statistics are a pass's own."""
+    for parent in [*module.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, nn.GroupNorm(1, child.num_features))
+    return module
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_several_passes_are_one_step(micro_batch: int) -> None:
+    """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another."""
+    config, batch = quick_config(1, ("train.batch_size", "5")), samples(5)
+    weights, losses, ious = [], [], []
+    for micro in (None, micro_batch):
+        model = without_batch_norm(model_of(config)).double()
+        start = {name: item.detach().clone() for name, item in model.named_parameters()}
+        parameters = [item for item in model.parameters() if item.requires_grad]
+        optimizer = torch.optim.SGD(parameters)
+        passes = divide_batch(5, micro, Processes())
+        step = _Step(Doubled(model), config, optimizer, parameters, CPU, torch.float32, passes, 5, Processes())
+        loss, iou = step(0, batch, 1.0, want_iou=True)
+        weights.append({name: item.detach() - start[name] for name, item in model.named_parameters()})
+        losses.append(loss)
+        ious.append(iou)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert ious[1] == pytest.approx(ious[0], rel=1e-6)
+    scale = max(change.abs().max() for change in weights[0].values())
+    assert scale > 0
+    for name, change in weights[0].items():
+        assert torch.allclose(weights[1][name], change, rtol=1e-4, atol=1e-6 * scale.item()), name
+
+
+class Doubled(nn.Module):
+    """A model in double precision behind single precision, so that rounding does not hide a wrong weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        return self.model(images.double(), tokens)
+
+
+# ---- the largest that fits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1 << 40, 6), (None, 2), (1 << 20, 0)])
+def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, expected: int
+) -> None:
+    """All of it where there is room, a power of two where there is room for three, a sentence where there is none."""
+    config = quick_config(1)
+    model, tokenizer = build_model(config), tokenizer_of(config.model.text)
+    moments = 2 * sum(item.nbytes for item in model.parameters() if item.requires_grad)
+    grown, ran = iter([1e8, 2e8, 4e8, 6e8]), []
+
+    def grow(act: Callable[[], None]) -> float:
+        act()
+        ran.append(act.args[0])
+        return next(grown)
+
+    monkeypatch.setattr(memory, "_grown_by", grow)
+    monkeypatch.setattr(memory, "_free_bytes", lambda: (moments + 3e8) / 0.9 + 1 if free is None else free)
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    search = partial(memory.largest_micro_batch, model, config, tokenizer, 6, CPU)
+    if expected:
+        assert search() == expected
+        assert ran == ([1, 2, 4, 6] if expected == 6 else [1, 2])
+    else:
+        with pytest.raises(DcrisError, match="not even one sample fits"):
+            search()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(item.grad is None for item in model.parameters())
+    assert not model.training
+    assert all(slot.training is False for slot in adapters(model.vision))
+
+
+def test_growth_and_free_memory_are_real() -> None:
+    """On the machine at hand: 200 MB are seen when they are taken for a moment, even after more was taken before."""
+    torch.ones(100_000_000).sum()
+    grown = memory._grown_by(lambda: torch.ones(50_000_000).sum())
+    assert 1.9e8 < grown < 4e8
+    assert 1e8 < memory._free_bytes() < 1e14
+
+
+def test_auto_is_recorded_and_not_searched_again(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resumed run takes the passes it was begun with, whatever is free by then."""
+    found = iter([2])
+    monkeypatch.setattr(memory, "largest_micro_batch", lambda *_: next(found))
+    words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--batch-size", "auto"]
+    words += ["--device", "cpu", "--data.image_size", "56", "--train.epochs", "9", "--train.batch_size", "4"]
+    assert main([*words, "--train.max_steps", "1"]) == 0
+    assert "micro batches of 2 (the largest that fits): a batch of 4 takes 2 passes" in capsys.readouterr().out
+    assert main([*words, "--train.max_steps", "2", "--resume"]) == 0
+    assert "micro batches of 2 (as the run was begun)" in capsys.readouterr().out
+    assert list_checkpoints(tmp_path / "run")[-1].step == 2
+    recorded = json.loads((tmp_path / "run/config.json").read_text())["train"]
+    assert (recorded["micro_batch"], recorded["batch_size"]) == (2, 4)
+    assert main([*words[:-2], "--batch-size", "none"]) == 2
+
+
+def test_old_configurations_still_load() -> None:
+    """config.json of a run from before there were passes."""
+    tree = quick_config(1).model_dump(mode="json")
+    for name in ("micro_batch", "checkpoint_activations", "shard_towers"):
+        del tree["train"][name]
+    assert RunConfig.model_validate(tree) == quick_config(1)
+    assert override(quick_config(1), [("train.micro_batch", "2")]).train.micro_batch == 2
