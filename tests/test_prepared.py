@@ -1,198 +1,99 @@
-"""The layout that CRIS, ETRIS and DETRIS prepare: the references and masks of REFER's, and one sentence for what is wrong."""
+"""The network as prediction wants it: the same answers, the same state dict, nothing held twice."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+import torch
+from torch import nn
 
-from conftest import TinyRefer
-from dcris.data.check import check_dataset
-from dcris.data.coco import CATEGORIES
-from dcris.data.masks import decode_mask
-from dcris.data.prepared import load_prepared
-from dcris.data.references import load_references
-from dcris.data.table import ReferenceTable
-from dcris.errors import DcrisError
-from layouts import write_prepared
+from dcris.config import ModelConfig, TextAdapterConfig
+from dcris.encoders.weights import fingerprint
+from dcris.model.dcris import DCRIS
+from dcris.model.prepared import Held, hold_frozen, prepare_for_prediction
+from dcris.recipes import dcris_tiny, fixed_tiny
+from models import images, randomise
 
 
-@pytest.fixture
-def prepared(tiny_refer: TinyRefer, tmp_path: Path) -> tuple[ReferenceTable, Path]:
-    """The small data set as REFER's, and the root of the same one as their tools leave it."""
-    table = load_references(tiny_refer.write(), "tiny")
-    root = tmp_path / "prepared"
-    write_prepared(table, root, "refcocog_u")
-    (root / "images").mkdir()
-    tiny_refer.image_folder.rename(root / "images/train2014")
-    return table, root
+def model_of(config: ModelConfig) -> DCRIS:
+    model = DCRIS(config)
+    randomise(model)
+    return model
 
 
-def test_the_same_references_as_in_the_refer_layout(prepared):
-    """Whoever prepared the data for DETRIS must get the very same numbers from it."""
-    original, root = prepared
-    table = load_references(root, "refcocog", "umd")
-    assert (table.dataset, table.split_by, table.root) == ("refcocog", "umd", root)
-    assert table.splits() == original.splits()
-    expected = {reference.ref_id: reference for reference in original.references}
-    for reference in table.references:
-        truth = expected[reference.ref_id]
-        assert reference.image_path == root / "images/train2014" / truth.image_path.name
-        assert reference.image_path.is_file()
-        for attribute in ("split", "category", "expressions", "image_size"):
-            assert getattr(reference, attribute) == getattr(truth, attribute)
-        mask = decode_mask(reference.segmentation, reference.image_size)
-        np.testing.assert_array_equal(mask, decode_mask(truth.segmentation, truth.image_size))
-    assert len({reference.image_id for reference in table.references}) == 2
-    assert check_dataset(root, "refcocog").problem_count == 0
+def dense_text() -> ModelConfig:
+    return dcris_tiny().model.model_copy(update={"text_adapter": TextAdapterConfig(kind="dense", width=32)})
 
 
-def test_real_references(refer_root, tmp_path):
-    """COCO's own names, categories and masks."""
-    original = load_references(refer_root, "cocomini")
-    write_prepared(original, tmp_path, "refcoco")
-    table = load_references(tmp_path, "refcoco")
-    assert (table.dataset, table.split_by) == ("refcoco", "unc")
-    assert table.splits() == original.splits()
-    expected = {reference.ref_id: reference for reference in original.references}
-    for reference in table.references:
-        truth = expected[reference.ref_id]
-        found = (reference.image_id, reference.category, reference.expressions, reference.image_size)
-        assert found == (truth.image_id, truth.category, truth.expressions, truth.image_size)
-    for reference in table.references[::50]:
-        mask = decode_mask(reference.segmentation, reference.image_size)
-        truth = expected[reference.ref_id]
-        np.testing.assert_array_equal(mask, decode_mask(truth.segmentation, truth.image_size))
-
-
-def test_the_categories_are_cocos(refer_root):
-    content = json.loads((refer_root / "cocomini/instances.json").read_text())
-    assert {category["id"]: category["name"] for category in content["categories"]} == CATEGORIES
-
-
-def test_folders_by_their_own_names_and_by_the_data_set_they_hold(prepared):
-    """Their folders' names say the splits, REFER's do not; people will type either, and must not get one of two by chance."""
-    _, root = prepared
-    for dataset, split_by in (("refcocog", None), ("refcocog", "umd"), ("refcocog_u", None), ("refcocog_u", "umd")):
-        table = load_references(root, dataset, split_by)
-        assert (table.dataset, table.split_by) == ("refcocog", "umd")
-    with pytest.raises(DcrisError, match=r"no data set refcocog in .*refs\(google\)\.p, nor anns/refcocog"):
-        load_references(root, "refcocog", "google")
-    (root / "anns/refcocog_u").rename(root / "anns/mine")
-    (root / "masks/refcocog_u").rename(root / "masks/mine")
-    table = load_references(root, "mine")
-    assert (table.dataset, table.split_by) == ("mine", "prepared")
-    for place in ("anns", "masks"):
-        (root / place / "mine").rename(root / place / "refcocog_u")
-        (root / place / "refcocog_g").symlink_to(root / place / "refcocog_u")
-    assert load_references(root, "refcocog", "google").split_by == "google"
-    with pytest.raises(DcrisError, match="several sets of splits of refcocog; choose one with --split-by: google, umd"):
-        load_references(root, "refcocog")
-
-
-def test_the_empty_test_split_of_googles_refcocog(prepared):
-    """Their script writes a test.json for it without any reference."""
-    _, root = prepared
-    (root / "anns/refcocog_u/test.json").write_text("[]")
-    assert list(load_references(root, "refcocog").splits()) == ["train", "val", "testA"]
-    for path in (root / "anns/refcocog_u").iterdir():
-        path.write_text("[]")
-    with pytest.raises(DcrisError, match=r"no references in .*refcocog_u"):
-        load_references(root, "refcocog")
-
-
-def test_masks_may_have_any_value_but_0(prepared):
-    """Some copies hold 1 where others hold 255."""
-    _, root = prepared
-    path = root / "masks/refcocog_u/11.png"
-    pixels = np.array(Image.open(path))
-    Image.fromarray(pixels // 255).save(path)
-    (reference,) = load_references(root, "refcocog").split("val")
-    assert decode_mask(reference.segmentation, reference.image_size).sum() == (pixels > 0).sum() > 0
-
-
-def test_an_orientation_in_a_mask_turns_nothing(prepared):
-    """Pixels are compared with pixels: a mask edited in a tool that writes EXIF must fit as it did before."""
-    _, root = prepared
-    path = root / "masks/refcocog_u/11.png"
-    mask = Image.open(path)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    mask.save(path, exif=exif)
-    (reference,) = load_references(root, "refcocog").split("val")
-    assert reference.image_size == (30, 40)
-    assert decode_mask(reference.segmentation, reference.image_size).any()
-
-
-def test_masks_that_are_missing_or_of_another_size(prepared):
-    """Without --generate_mask their script writes no masks; a resized mask lies beside its object."""
-    _, root = prepared
-    path = root / "masks/refcocog_u/11.png"
-    Image.open(path).resize((20, 15)).save(path)
-    report = check_dataset(root, "refcocog")
-    assert "15 x 20" in report.problems[0]
-    path.unlink()
-    with pytest.raises(DcrisError, match=r"val\.json: reference 11 has no mask 11\.png in .*--generate_mask"):
-        load_references(root, "refcocog")
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    tokens[:, :5] = torch.randint(4, 100, (2, 5))
+    return images(2, 4, 3), tokens
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"segment_id": "../../11"}, "entry 1 has a 'segment_id' that is not a whole number but str"),
-        ({"segment_id": 12}, r"val\.json: reference 12 is there twice"),
-        ({"cat": 80}, "reference 11 has a 'cat' of 80; there are 80"),
-        ({"cat": -1}, "reference 11 has a 'cat' of -1"),
-        ({"img_name": "../1.png"}, "'img_name' that is not a plain path"),
-        ({"sentences": []}, "reference 11 has an empty 'sentences'"),
-        ({"sentences": [{"idx": 0, "sent": "a"}]}, "has no 'sent_id'"),
-        ({"sentences": [{"idx": 0, "sent_id": 300, "sent": "a"}]}, "sentence 300 of reference 11 is there twice"),
-        ({"sentences": [{"idx": 0, "sent_id": 1, "sent": " "}]}, "blank 'sent'"),
-    ],
+    "config", [dcris_tiny().model, fixed_tiny().model, dense_text()], ids=["dcris", "fixed", "dense"]
 )
-def test_each_malformed_entry_is_named(prepared, change, sentence):
-    """Whoever changed their script needs the file, the reference and the field."""
-    _, root = prepared
-    path = root / "anns/refcocog_u/val.json"
-    (entry,) = json.loads(path.read_text())
-    path.write_text(json.dumps([entry | change]))
-    with pytest.raises(DcrisError, match=sentence) as caught:
-        load_references(root, "refcocog")
-    assert "\n" not in str(caught.value)
+def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
+    """Else masks in a user's hands are not those that were evaluated while training."""
+    model = model_of(config).eval()
+    before = fingerprint(model.state_dict())
+    ready = prepare_for_prediction(model)
+    with torch.no_grad():
+        expected, found = model(*inputs()), ready(*inputs())
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in ready.modules())
+    assert fingerprint(model.state_dict()) == before
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
+def test_it_shares_the_towers_and_does_not_train() -> None:
+    """Else every loaded model takes twice the memory."""
+    model = model_of(dcris_tiny().model)
+    ready = prepare_for_prediction(model.train())
+    assert ready.vision.blocks[0].mlp.fc1.weight is model.vision.blocks[0].mlp.fc1.weight
+    assert model.training and not ready.training
+    assert any(weight.requires_grad for weight in model.parameters())
 
 
-@settings(max_examples=60, deadline=None)
-@given(key=st.sampled_from(["segment_id", "cat", "img_name", "sentences", "bbox", "sentences_num"]), value=_VALUES)
-def test_nothing_in_a_file_ends_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
-    """Files from strangers hold anything; what a person sees is one sentence, or the references."""
-    root = tmp_path_factory.mktemp("any")
-    entry = {"segment_id": 1, "cat": 0, "img_name": "1.png", "sentences": [{"sent_id": 1, "sent": "it"}]}
-    (root / "anns/refcoco").mkdir(parents=True)
-    (root / "masks/refcoco").mkdir(parents=True)
-    Image.new("L", (4, 3)).save(root / "masks/refcoco/1.png")
-    (root / "anns/refcoco/val.json").write_text(json.dumps([entry | {key: value}]))
-    try:
-        table = load_prepared(root, "refcoco")
-    except DcrisError as error:
-        assert "\n" not in str(error)
-    else:
-        assert table.references[0].image_size == (3, 4)
+def test_half_precision_is_held_as_autocast_would_cast() -> None:
+    """Else predictions in bfloat16 differ from those of the evaluator that chose the checkpoint by more than rounding."""
+    model = model_of(dcris_tiny().model).eval()
+    ready = prepare_for_prediction(model, torch.bfloat16)
+    assert ready.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert ready.vision.norm.weight.dtype == torch.float32
+    with torch.no_grad():
+        exact = model(*inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            cast, held = model(*inputs()).float(), ready(*inputs()).float()
+    assert (held - exact).norm() < 1.3 * (cast - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_a_data_set_that_is_nowhere_is_looked_for_in_three_places(tmp_path):
-    """The sentence must say where to put the files, whichever of them a person has."""
-    with pytest.raises(DcrisError) as caught:
-        load_references(tmp_path, "refcoco")
-    for place in ("refcoco/refs(...).p", "anns/refcoco/*.json", "refcoco/**/*.parquet", "dcris data fetch"):
-        assert place in str(caught.value)
+def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
+    """Else ten adapter sets hold ten pairs of towers in half precision."""
+    first = model_of(dcris_tiny().model)
+    second = DCRIS(dcris_tiny().model)
+    for (name, weight), (_, shared) in zip(second.named_parameters(), first.named_parameters(), strict=True):
+        if not weight.requires_grad:
+            owner, _, last = name.rpartition(".")
+            setattr(second.get_submodule(owner), last, nn.Parameter(shared.data, requires_grad=False))
+    held: Held = {}
+    one, two = (prepare_for_prediction(model, torch.bfloat16, held) for model in (first, second))
+    assert one.vision.blocks[3].mlp.fc1.weight is two.vision.blocks[3].mlp.fc1.weight
+    assert one.vision.blocks[3].mlp_slot.up.weight is not two.vision.blocks[3].mlp_slot.up.weight
+
+
+def test_frozen_towers_in_half_precision_train_the_same() -> None:
+    """Else training in bfloat16 gives other gradients than it did, or trained weights lose their last bits."""
+    model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
+    hold_frozen(same, torch.bfloat16)
+    gradients = []
+    for each in (model, same):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(*inputs()).float().square().mean()
+        loss.backward()
+        gradients.append({name: weight.grad for name, weight in each.named_parameters() if weight.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert torch.equal(gradient, gradients[1][name]), name
+    assert all(weight.dtype == torch.float32 for weight in same.parameters() if weight.requires_grad)
+    assert same.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16

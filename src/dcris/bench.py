@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
+from dcris.model.prepared import hold_frozen
 from dcris.segmenter import Segmenter
+from dcris.tables import markdown
 from dcris.version import __version__
 
 PHRASES = (
@@ -62,17 +65,25 @@ class Row:
     """Of the machine's matrix products, 0 to 1, by the floating-point operations that were counted in this program."""
 
 
-def median_seconds(tasks: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each task in each of `rounds` rounds. The tasks take turns, after one turn each that does not count."""
+def take_turns(
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each task in each of `rounds` rounds. The tasks take turns, after one turn each that does not count.
+
+    On a machine that others use too, `time.process_time` as `clock` counts this process's work alone, over all its threads.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
             _wait(device)
-            begin = time.perf_counter()
+            begin = clock()
             task()
             _wait(device)
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 
@@ -86,7 +97,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_products(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Callable[[], object], float]:
+def matrix_products(
+    device: torch.device, dtype: torch.dtype, size: int | None = None
+) -> tuple[Callable[[], object], float]:
     """A task that multiplies two large square matrices, and its floating-point operations (a multiply-add is 2)."""
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -129,9 +142,8 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.exists()
-    ) else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
@@ -152,6 +164,7 @@ class TrainingStep:
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
         self.model = DCRIS(config.model).to(device).train()
+        hold_frozen(self.model, dtype)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.train.lr, fused=True)
         side = config.data.image_size
@@ -246,21 +259,26 @@ def bench(
     step = TrainingStep(config, batch_size, chosen, dtype)
     step()
     work = count_operations(step)
-    seconds = median_seconds({"step": step, "product": product}, rounds, chosen)
+    seconds = take_turns({"step": step, "product": product}, rounds, chosen)
     ceiling = operations / median(seconds["product"])
     add("matrix products of this machine", ceiling / 1e9, "GFLOP/s")
     of_step = median(seconds["step"])
     add(f"training step, batch {batch_size}", of_step, "s", share=work / of_step / ceiling)
     add("training", batch_size / of_step, "images/s")
-    del step
-    rows_of_loading = _loading(config, quick)
-    add("data loading, one process", rows_of_loading, "samples/s", ratio=rows_of_loading * of_step / batch_size)
+    del step  # its gradients and the optimiser's memory
+    loaded = _loading(config, quick)
+    add(
+        "data loading by one process, against what training takes",
+        loaded,
+        "samples/s",
+        ratio=loaded * of_step / batch_size,
+    )
 
     segmenter, photograph = _segmenter(config, device, kind), _photograph()
-    one = lambda: segmenter.predict(photograph, PHRASES[0])  # noqa: E731
+    one = partial(segmenter.predict, photograph, PHRASES[0])
     one()
     work = count_operations(one)
-    seconds = median_seconds({"one": one, "product": product}, rounds, chosen)
+    seconds = take_turns({"one": one, "product": product}, rounds, chosen)
     of_one = median(seconds["one"])
     ceiling = operations / median(seconds["product"])
     add("prediction, one photograph and phrase", of_one, "s", share=work / of_one / ceiling)
@@ -270,7 +288,6 @@ def bench(
         model = config.model.model_copy(update={"visual_adapter": late})
         segmenter = _segmenter(config.model_copy(update={"model": model}), device, kind)
         _many_phrases(segmenter, f"the same, adapters on {list(LATE_LAYERS)}", rounds, add)
-    del segmenter
     if not quick:
         text = config.model_dump_json()
         memory = in_own_process(peak_of_training, text, batch_size, device, kind)
@@ -283,6 +300,22 @@ def bench(
         "batch_size": batch_size,
         "rows": [asdict(row) for row in rows],
     }
+
+
+def render(figures: Mapping[str, Any]) -> str:
+    """What `bench` returns, as a Markdown table and a line about the machine."""
+    cells = [
+        [
+            row["what"],
+            f"{row['value']:.4g} {row['unit']}",
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            "" if row["share"] is None else f"{row['share']:.0%}",
+        ]
+        for row in figures["rows"]
+    ]
+    about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
+    title = f"{figures['recipe']}, {figures['precision']}; {about}"
+    return f"{markdown(('what', 'value', 'ratio', 'share of matrix products'), cells)}\n{title}"
 
 
 _STARTS = {"dcris --help": ("-m", "dcris", "--help"), "import dcris": ("-c", "import dcris")}
@@ -305,11 +338,10 @@ def _many_phrases(segmenter: Segmenter, what: str, rounds: int, add: Callable[..
         for phrase in PHRASES:
             segmenter.predict(photograph, phrase)
 
-    tasks: dict[Literal["together", "apart"] | str, Callable[[], object]] = {
-        "together": lambda: segmenter.predict(photograph, list(PHRASES)),
-        "apart": apart,
-    }
-    seconds = median_seconds(tasks, max(2, rounds - 2), segmenter.device)
+    def together() -> None:
+        segmenter.predict(photograph, list(PHRASES))
+
+    seconds = take_turns({"together": together, "apart": apart}, max(2, rounds - 2), segmenter.device)
     add(what, median(seconds["together"]), "s", ratio=ratio(seconds["together"], seconds["apart"]))
 
 

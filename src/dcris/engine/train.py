@@ -50,6 +50,7 @@ from dcris.files import make_directory, read_json, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
+from dcris.model.prepared import hold_frozen
 from dcris.protocols import Cris
 from dcris.types import Batch
 
@@ -174,6 +175,7 @@ def train(
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
+    hold_frozen(model, dtype)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype)
     shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
     begin = time.monotonic()
@@ -245,6 +247,8 @@ class _Step:
             group["lr"] = lr
         images = normalise(batch.images.to(self.device, non_blocking=True), self.config.data)
         tokens, masks = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
+        # Before the forward pass, which would otherwise run beside the last step's gradients.
+        self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
             logits = self.model(images, tokens)
         loss = text_to_pixel_loss(logits, masks)
@@ -254,7 +258,6 @@ class _Step:
                 f"the loss is {value} at step {step + 1}; the last checkpoint is whole, so go on from it with a lower "
                 "--train.lr or with --train.precision float32"
             )
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)

@@ -13,7 +13,10 @@ KERNEL = 3
 
 
 class FinerConvNormReLU(ConvNormReLU):
-    """A map made twice as fine by bilinear interpolation, then a 3x3 convolution without bias, batch norm, ReLU."""
+    """A map made twice as fine by bilinear interpolation, then a 3x3 convolution without bias, batch norm, ReLU.
+
+    There is a bias where batch norm has been folded into the convolution (dcris.model.prepared).
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, KERNEL)
@@ -21,7 +24,7 @@ class FinerConvNormReLU(ConvNormReLU):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, h, w] -> [B, outputs, 2h, 2w]."""
         conv, norm, relu = self
-        return relu(norm(finer_convolution(x, conv.weight)))
+        return relu(norm(finer_convolution(x, conv.weight, conv.bias)))
 
 
 class Projector(nn.Module):
@@ -46,8 +49,10 @@ class Projector(nn.Module):
         return apply_kernels(x, parameters[:, :-1], parameters[:, -1], before)
 
 
-def finer_convolution(x: Tensor, weight: Tensor) -> Tensor:
+def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Interpolate bilinearly to twice the size, then convolve (zero padding): [B, C, h, w], [O, C, 3, 3] -> [B, O, 2h, 2w].
+
+    `bias` is [O], if any.
 
     Interpolation works within a channel and each tap of the kernel between channels, so they can change places: the nine taps
     multiply the coarse map, which takes a quarter of the products, and what they give is interpolated, shifted and added
@@ -60,7 +65,11 @@ def finer_convolution(x: Tensor, weight: Tensor) -> Tensor:
     rows = _finer_taps(height, x).flatten(0, 1).t() @ answers
     rows = rows.view(batch, KERNEL, outputs * 2 * height, width)
     left, middle, right = _finer_taps(width, x).expand(batch, -1, -1, -1).unbind(1)
-    fine = torch.baddbmm(rows[:, 0] @ left, rows[:, 1], middle)
+    if bias is None:
+        fine = rows[:, 0] @ left
+    else:
+        fine = torch.baddbmm(bias.repeat_interleave(2 * height)[None, :, None], rows[:, 0], left)
+    fine = torch.baddbmm(fine, rows[:, 1], middle)
     return torch.baddbmm(fine, rows[:, 2], right).view(batch, outputs, 2 * height, 2 * width)
 
 
