@@ -24,6 +24,7 @@ class FinerConvNormReLU(ConvNormReLU):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, h, w] -> [B, outputs, 2h, 2w]."""
         conv, norm, relu = self
+        assert isinstance(conv, nn.Conv2d)
         return relu(norm(finer_convolution(x, conv.weight, conv.bias)))
 
 
