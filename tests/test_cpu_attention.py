@@ -32,6 +32,11 @@ def with_gradients(function, tensors: list[Tensor], seed: int = 1) -> list[Tenso
     return [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
 
 
+def maps(draw: cpu_attention._Draw, query: Tensor, key: Tensor) -> Tensor:
+    """What a draw keeps of all heads' maps: [B, H, Q, K]."""
+    return torch.stack([kept.clone() for kept in draw.maps(query, key)]).unflatten(0, query.shape[:2])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
@@ -49,11 +54,11 @@ def test_outputs_and_gradients_are_torchs(shape: tuple[int, ...], dtype: torch.d
 def test_dropout_is_that_of_an_explicit_mask(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that were dropped forwards must be dropped backwards, and the rest made up for."""
     drawn = []
-    draw = cpu_attention._draw
-    monkeypatch.setattr(cpu_attention, "_draw", lambda *x: drawn.append(draw(*x)) or drawn[-1])
+    draw = cpu_attention._Draw
+    monkeypatch.setattr(cpu_attention, "_Draw", lambda *x: drawn.append(draw(*x)) or drawn[-1])
     for shape in SHAPES:
         ours = with_gradients(lambda *x: cpu_attention.attend(*x, dropout), inputs(shape, torch.float64))
-        kept, stretch = drawn[-1]
+        kept, stretch = maps(drawn[-1], *inputs(shape, torch.float64)[:2]), drawn[-1].stretch
         assert stretch == pytest.approx(1 / (1 - dropout), rel=1e-4)
         assert kept.double().mean().item() == pytest.approx(1 - dropout, abs=0.02)
 
@@ -73,7 +78,7 @@ def test_dropout_follows_torchs_seed_and_differs_between_heads() -> None:
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return cpu_attention._draw(query, key, 0.3)[0]
+        return maps(cpu_attention._Draw(0.3), query, key)
 
     assert torch.equal(draw(5), draw(5))
     assert not torch.equal(draw(5), draw(6))

@@ -14,7 +14,7 @@ from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.model.decoder import Decoder, sine_positions, sine_positions_2d
 from dcris.model.neck import Neck
-from dcris.model.projector import Projector, apply_kernels
+from dcris.model.projector import Projector, apply_kernels, finer_convolution
 from models import error, images, randomise, tiny_config, tokens_ending_at, torch_attention
 
 TOLERANCE = 1e-12  # of float64 numbers about 1
@@ -186,6 +186,40 @@ def test_kernels_per_sample_are_a_grouped_convolution(
     ours = torch.autograd.grad((found * goal).sum(), (x, kernels, bias))
     theirs = torch.autograd.grad((wanted * goal).sum(), (x, kernels, bias))
     assert all(error(a, b) < 10 * TOLERANCE for a, b in zip(ours, theirs, strict=True))
+
+
+@given(
+    batch=st.integers(1, 3),
+    inputs=st.integers(1, 5),
+    outputs=st.integers(1, 4),
+    rows=st.integers(1, 7),
+    columns=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_finer_convolution_is_interpolation_then_convolution(
+    batch: int, inputs: int, outputs: int, rows: int, columns: int, seed: int
+) -> None:
+    """Else the quarter of the products that is done gives another mask, at the borders above all, or another gradient."""
+    x = noise(batch, inputs, rows, columns, seed=seed).requires_grad_()
+    weight = noise(outputs, inputs, 3, 3, seed=seed + 100).requires_grad_()
+    found = finer_convolution(x, weight)
+    wanted = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="bilinear"), weight, padding=1)
+    assert error(found, wanted) < TOLERANCE
+    goal = noise(*found.shape, seed=seed + 300)
+    ours = torch.autograd.grad((found * goal).sum(), (x, weight))
+    theirs = torch.autograd.grad((wanted * goal).sum(), (x, weight))
+    assert all(error(a, b) < 10 * TOLERANCE for a, b in zip(ours, theirs, strict=True))
+
+
+def test_finer_convolution_rounds_no_worse_in_bfloat16() -> None:
+    """Half precision rounds at other places here; if it lost more, GPUs would train a worse model than the published code."""
+    x, weight = noise(1, 256, 16, 16).float(), noise(64, 256, 3, 3, seed=1).float() / 48
+    exact = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="bilinear"), weight, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = finer_convolution(x, weight).float()
+        plain = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="bilinear"), weight, padding=1).float()
+    assert (ours - exact).norm() < 1.5 * (plain - exact).norm()
 
 
 def test_projector_is_equation_5() -> None:

@@ -32,6 +32,7 @@ from dcris.engine.evaluate import finish_in_passes
 from dcris.errors import DcrisError
 from dcris.hub import push
 from dcris.model.dcris import DCRIS
+from dcris.model.prepared import Held, prepare_for_prediction
 from dcris.prediction import Prediction, require_threshold
 from dcris.pretrained import locate
 from dcris.protocols import Cris
@@ -87,7 +88,9 @@ class Segmenter:
         """Which published checkpoint the model was converted from; empty where it was trained."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
-        self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self.model, config)}
+        self._held: Held = {}
+        self._ready = prepare_for_prediction(self.model, self.dtype, self._held)
+        self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self._ready, config)}
 
     @classmethod
     def from_pretrained(
@@ -117,7 +120,7 @@ class Segmenter:
             raise DcrisError("no model was given to load")
         segmenter = cls._one(named[0][1], device, precision)
         if named[0][0] is not None:
-            segmenter._sets = {named[0][0]: (segmenter.model, segmenter.config)}
+            segmenter._sets = {named[0][0]: (segmenter._ready, segmenter.config)}
         for name, each in named[1:]:
             segmenter._add(name, each)
         return segmenter
@@ -152,7 +155,8 @@ class Segmenter:
         if name in self._sets:
             raise DcrisError(f"two of the models were trained on {name}; give a dict, with a name for each")
         # Replaced, not changed: another thread may be reading it.
-        self._sets = {**self._sets, name: (model.to(self.device).eval(), config)}
+        ready = prepare_for_prediction(model.to(self.device), self.dtype, self._held)
+        self._sets = {**self._sets, name: (ready, config)}
 
     @cached_property
     def _towers(self) -> Towers:

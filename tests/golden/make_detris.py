@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import torch
@@ -42,8 +43,8 @@ def stub_imports() -> None:
     sys.modules["loguru"].__dict__["logger"] = None
 
 
-def build(variant: Variant) -> nn.Module:
-    """The published model with the random weights; its towers' files are never read."""
+def build(variant: Variant, dropout: bool = False) -> nn.Module:
+    """The published model with the random weights, and without its dropout; its towers' files are never read."""
     import model.clip as clip
     import model.segmenter as segmenter
     from model.dinov2.models import vision_transformer
@@ -62,8 +63,6 @@ def build(variant: Variant) -> nn.Module:
         **{f"transformer.resblocks.{layer}.any": torch.zeros(1) for layer in range(12)},
     }
     archive = SimpleNamespace(eval=lambda: SimpleNamespace(state_dict=lambda: from_clip))
-    torch.jit.load = lambda *_, **__: archive
-    torch.load = lambda *_, **__: {}
     clip.adapt_position_encoding = lambda state, *_, **__: state
     clip.CLIP.load_state_dict = lambda self, state, strict: None
     small = variant.width == 384
@@ -93,11 +92,17 @@ def build(variant: Variant) -> nn.Module:
         intermediate=False,
         word_dim=TEXT,
     )
-    network = segmenter.DETRIS(config)
+    with (
+        patch.object(torch.jit, "load", lambda *_, **__: archive),
+        patch.object(torch, "load", lambda *_, **__: {}),
+    ):
+        network = segmenter.DETRIS(config)
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert expected == layout(variant), sorted(set(expected.items()) ^ set(layout(variant).items()))[:4]
     nn.Module.load_state_dict(network, weights(variant), strict=True)
     for module in network.modules():
+        if dropout:
+            break
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
         elif isinstance(module, nn.Dropout):

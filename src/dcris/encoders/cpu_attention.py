@@ -3,12 +3,13 @@
 torch's fused backward pass reaches a sixth of the speed of its own matrix products in bfloat16, and with dropout there is no
 fused path at all: whole attention maps are drawn, masked, multiplied and kept, and a megabyte's worth of them leaves the
 cache between any two of these steps. Here one head's map is worked on at a time, in buffers that are reused and stay in the
-cache. Of a map only what dropout kept, a byte a weight, is remembered for the backward pass; the rest is made again from the
-softmax's denominators.
+cache. Nothing of a map is remembered for the backward pass: it is made again from the softmax's denominators, and what dropout
+kept from the seed of its draw.
 
 Shape letters: B batch, H heads, Q queries, K keys, D head width.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,39 +41,41 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         mixed, denominators = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-        ctx.stretch, kept = 1.0, None
+        ctx.draw = None
         if dropout:
             # Without dropout the map need not be seen; with it, only the denominators are of use.
-            kept, ctx.stretch = _draw(query, key, dropout)
+            ctx.draw = _Draw(dropout)
             scale = query.shape[-1] ** -0.5
             weights, mask = _maps(query, key)
-            stretched = value * ctx.stretch
-            for place in _heads(query):
+            stretched = value * ctx.draw.stretch
+            for place, kept in zip(_heads(query), ctx.draw.maps(query, key), strict=True):
                 torch.mm(*_minus(query[place] * scale, denominators[place], key[place]), out=weights).exp_()
-                weights.mul_(mask.copy_(kept[place]))
+                weights.mul_(mask.copy_(kept))
                 mixed[place] = weights @ stretched[place]
-        ctx.save_for_backward(query, key, value, mixed, denominators, kept)
+        ctx.save_for_backward(query, key, value, mixed, denominators)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, mixed, denominators, kept = ctx.saved_tensors
+        query, key, value, mixed, denominators = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
+        draw: _Draw | None = ctx.draw
         # Heads lie interleaved in memory; each is read several times here.
-        scaled, upstream = (query * scale).contiguous(), (gradients[0] * ctx.stretch).contiguous()
+        scaled, upstream = (query * scale).contiguous(), (gradients[0] * (draw.stretch if draw else 1.0)).contiguous()
         key, value = key.contiguous(), value.contiguous()
         to_query, to_key, to_value = torch.empty_like(scaled), torch.empty_like(key), torch.empty_like(value)
         # For each query: the sum over its keys of weight times the weight's gradient.
         totals = (gradients[0].to(denominators.dtype) * mixed.to(denominators.dtype)).sum(-1)
         weights, change = _maps(query, key)
-        mask = torch.empty_like(weights) if kept is not None else weights
-        for place in _heads(query):
+        mask = torch.empty_like(weights) if draw else weights
+        places = _heads(query)
+        for place, kept in zip(places, draw.maps(query, key) if draw else [None] * len(places), strict=True):
             out = upstream[place]
             torch.mm(*_minus(scaled[place], denominators[place], key[place]), out=weights).exp_()
             if kept is None:
                 torch.mm(*_minus(out, totals[place], value[place]), out=change)
             else:
-                mask.copy_(kept[place])
+                mask.copy_(kept)
                 torch.mm(out, value[place].t(), out=change).mul_(mask)
                 change.sub_(totals[place][:, None].to(change.dtype))
             change.mul_(weights)
@@ -103,17 +106,24 @@ def _minus(left: Tensor, shift: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((left, torch.stack((-high, -low), 1)), 1), torch.cat((right, ones), 1).t()
 
 
-def _draw(query: Tensor, key: Tensor, dropout: float) -> tuple[Tensor, float]:
-    """Which weights are kept, [B, H, Q, K] bool, and by what those are multiplied in return.
+class _Draw:
+    """What dropout keeps of the maps: the same each time it is asked, since only the seed is remembered.
 
     torch draws one number after the other; numpy's generator is several times as fast, and 16 bits a weight are enough. Its
     seed comes from torch's state, so that a step's randomness is still a function of its seed alone.
     """
-    cut = round(dropout * _LEVELS)
-    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
-    kept = torch.empty(*query.shape[:3], key.shape[2], dtype=torch.bool)
-    for place in _heads(query):
-        map_of_head = kept[place]
-        draws = generator.random_raw(-(-map_of_head.numel() // 4)).view(np.uint16)[: map_of_head.numel()]
-        np.greater_equal(draws.reshape(map_of_head.shape), cut, out=map_of_head.numpy())
-    return kept, _LEVELS / (_LEVELS - cut)
+
+    def __init__(self, dropout: float) -> None:
+        self.cut = round(dropout * _LEVELS)
+        self.seed = int(torch.randint(1 << 62, ()))
+        self.stretch = _LEVELS / (_LEVELS - self.cut)
+        """By what the weights that are kept are multiplied in return."""
+
+    def maps(self, query: Tensor, key: Tensor) -> Iterator[Tensor]:
+        """For each head of each sample, which weights are kept: [Q, K] bool. One map after the other, in the same memory."""
+        generator = np.random.SFC64(self.seed)
+        kept = torch.empty(query.shape[2], key.shape[2], dtype=torch.bool)
+        for _ in _heads(query):
+            draws = generator.random_raw(-(-kept.numel() // 4)).view(np.uint16)[: kept.numel()]
+            np.greater_equal(draws.reshape(kept.shape), self.cut, out=kept.numpy())
+            yield kept

@@ -21,6 +21,7 @@ from dcris.engine.device import autocast
 from dcris.engine.distributed import Processes
 from dcris.metrics import Overlap, overlap_curve, summarise
 from dcris.model.dcris import DCRIS
+from dcris.model.prepared import prepare_for_prediction
 from dcris.protocols import Protocol
 from dcris.types import Expression, MaskArray, Reference
 from dcris.version import __version__
@@ -86,6 +87,7 @@ def answer_questions(
     Raises DcrisError where a photograph or mask cannot be read.
     """
     done = 0
+    model = prepare_for_prediction(model, dtype)
     tasks = ImageTasks(questions, config, tokenizer, protocol.fit, share)
     for group in task_loader(tasks, images=batch_size, workers=workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config)

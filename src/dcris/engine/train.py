@@ -57,6 +57,7 @@ from dcris.files import claim, make_directory, read_json, write_json
 from dcris.losses import text_to_pixel_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
+from dcris.model.prepared import hold_frozen
 from dcris.protocols import Cris
 from dcris.types import Batch
 
@@ -235,6 +236,8 @@ def _train(
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
     say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
+    if not settings.shard_towers:  # those are FSDP's to hold
+        hold_frozen(model, dtype)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
     shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
     skipped = Skipped(len(samples), say)

@@ -3,6 +3,7 @@
 Shape letters: B batch, h w patch grid, C head width, E sentence width.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,14 +12,30 @@ from dcris.model.neck import ConvNormReLU
 KERNEL = 3
 
 
+class FinerConvNormReLU(ConvNormReLU):
+    """A map made twice as fine by bilinear interpolation, then a 3x3 convolution without bias, batch norm, ReLU.
+
+    There is a bias where batch norm has been folded into the convolution (dcris.model.prepared).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, KERNEL)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, 2h, 2w]."""
+        conv, norm, relu = self
+        assert isinstance(conv, nn.Conv2d)
+        return relu(norm(finer_convolution(x, conv.weight, conv.bias)))
+
+
 class Projector(nn.Module):
     """Four times finer features, and a convolution whose weights and bias are made from f_s."""
 
     def __init__(self, width: int, sentence_width: int, bias: float | None) -> None:
         super().__init__()
         half = width // 2
-        self.refine1 = ConvNormReLU(width, width, 3)
-        self.refine2 = ConvNormReLU(width, half, 3)
+        self.refine1 = FinerConvNormReLU(width, width)
+        self.refine2 = FinerConvNormReLU(width, half)
         self.visual = nn.Conv2d(half, half, 1)
         self.text = nn.Linear(sentence_width, half * KERNEL**2 + 1)
         if bias is not None:
@@ -26,22 +43,60 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor, sentence: Tensor) -> Tensor:
         """F_mm [B, C, h, w] and f_s [B, E] -> logits [B, 1, 4h, 4w]."""
-        x = features
-        for refine in (self.refine1, self.refine2):
-            x = refine(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
+        x = self.refine2(self.refine1(features))
         parameters = self.text(sentence)
-        return apply_kernels(self.visual(x), parameters[:, :-1], parameters[:, -1])
+        assert self.visual.bias is not None
+        before = self.visual.weight.flatten(1), self.visual.bias
+        return apply_kernels(x, parameters[:, :-1], parameters[:, -1], before)
 
 
-def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """Convolve each map with its own 3x3 kernel: [B, C, H, W], [B, C*9] (channel first), [B] -> [B, 1, H, W].
+def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Interpolate bilinearly to twice the size, then convolve (zero padding): [B, C, h, w], [O, C, 3, 3] -> [B, O, 2h, 2w].
+
+    `bias` is [O], if any.
+
+    Interpolation works within a channel and each tap of the kernel between channels, so they can change places: the nine taps
+    multiply the coarse map, which takes a quarter of the products, and what they give is interpolated, shifted and added
+    up, one axis at a time. That is a product with a small constant matrix, and nothing fine has to be kept for the gradients.
+    """
+    batch, _, height, width = x.shape
+    outputs = len(weight)
+    taps = weight.permute(3, 0, 2, 1).flatten(0, 2)  # (tap's column, output, tap's row) by input
+    answers = (taps @ x.flatten(2)).view(batch, KERNEL * outputs, KERNEL * height, width)
+    rows = _finer_taps(height, x).flatten(0, 1).t() @ answers
+    rows = rows.view(batch, KERNEL, outputs * 2 * height, width)
+    left, middle, right = _finer_taps(width, x).expand(batch, -1, -1, -1).unbind(1)
+    if bias is None:
+        fine = rows[:, 0] @ left
+    else:
+        fine = torch.baddbmm(bias.repeat_interleave(2 * height)[None, :, None], rows[:, 0], left)
+    fine = torch.baddbmm(fine, rows[:, 1], middle)
+    return torch.baddbmm(fine, rows[:, 2], right).view(batch, outputs, 2 * height, 2 * width)
+
+
+def _finer_taps(length: int, like: Tensor) -> Tensor:
+    """[3, length, 2 * length]: how much of each coarse pixel a kernel's first, middle and last tap see at each fine one."""
+    pixels = torch.eye(length, device=like.device, dtype=like.dtype)
+    fine = F.pad(F.interpolate(pixels[None], scale_factor=2.0, mode="linear")[0], (1, 1))
+    return torch.stack([fine[:, tap : tap + 2 * length] for tap in range(KERNEL)])
+
+
+def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor, before: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Convolve each map with its own 3x3 kernel: [B, C, H, W], [B, C'*9] (channel first), [B] -> [B, 1, H, W].
 
     A grouped convolution with one group per sample says the same and is slow on every device. Here each of the nine taps is
     a product with all pixels, and the nine results are shifted and added: F.fold puts tap k at pixel p onto p + k - 1,
     while a convolution wants p - (k - 1), so the taps are taken in reverse.
+
+    `before` is the weight [C', C] and bias [C'] of a 1x1 convolution that comes first; C' = C without it. It is applied to the
+    nine taps instead of to all pixels, which gives the same since nothing lies between the two.
     """
-    batch, channels, height, width = x.shape
-    taps = kernels.view(batch, channels, KERNEL**2).flip(-1).transpose(1, 2)
-    answers = taps @ x.flatten(2)
+    batch, _, height, width = x.shape
+    taps = kernels.view(batch, -1, KERNEL**2).flip(-1).transpose(1, 2)
+    if before is None:
+        answers = taps @ x.flatten(2)
+    else:
+        # The bias is part of the answers, not of the sum, since a tap that sees the padding gets none of it.
+        answers = (taps @ before[0]) @ x.flatten(2) + (taps @ before[1])[..., None]
     logits = F.fold(answers, (height, width), KERNEL, padding=KERNEL // 2)
     return logits + bias[:, None, None, None]

@@ -1,0 +1,260 @@
+"""Times the published DETRIS-B and this program's side by side: python benchmarks/against_detris.py --reference CHECKOUT
+
+CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It is run as it is; modules that it imports and does not need for
+this are replaced by empty ones (tests/golden/make_detris.py). Both networks hold the same random weights, take turns within
+one process, and are compared by the median over the turns of the ratio of their seconds. Peak memory is that of a process
+each. What is timed is the network: with the photograph and the words as tensors, up to the logits; and for training the
+published loop's forward pass with loss, backward pass and Adam.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+_HERE = Path(__file__).resolve()
+sys.path[:0] = [str(_HERE.parents[1] / "tests"), str(_HERE.parents[1] / "tests" / "golden")]
+
+BATCH = 2
+TARGETS = {
+    "cpu": {
+        "predict float32": (1.15, 1.3),
+        "predict bfloat16": (1.3, 1.6),
+        "predict by default": (3, 4),
+        "train float32": (1.35, 1.7),
+        "train bfloat16": (1.35, 1.7),
+        "memory float32": (0.6, 0.5),
+        "memory bfloat16": (0.6, 0.5),
+    },
+    "cuda": {"train by default": (3, 5)},
+}
+"""By device and row: what must be reached and what is the goal."""
+
+
+def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
+    """The two networks with the same weights, by "theirs" and "ours"."""
+    import make_detris
+
+    from dcris.convert import rename_tensors
+    from dcris.model.dcris import DCRIS
+    from dcris.recipes import detris_b
+    from detris_layout import VARIANTS, weights
+
+    networks: dict[str, Any] = {}
+    if only != "ours":
+        sys.path.insert(0, str(reference))
+        make_detris.stub_imports()
+        networks["theirs"] = make_detris.build(VARIANTS["base"], dropout=True)
+    if only != "theirs":
+        config = detris_b().model
+        ours = DCRIS(config)
+        ours.load_state_dict(rename_tensors(weights(VARIANTS["base"]), config, "the random weights"))
+        networks["ours"] = ours
+    return networks
+
+
+def _inputs(batch: int, device: Any) -> tuple[Any, Any, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 448, 448, generator=generator)
+    tokens = torch.zeros(batch, 17, dtype=torch.int64)
+    tokens[:, :4] = torch.tensor([49406, 1823, 10274, 49407])
+    masks = (torch.rand(batch, 1, 448, 448, generator=generator) > 0.5).float()
+    return images.to(device), tokens.to(device), masks.to(device)
+
+
+def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[], Any]:
+    import torch
+
+    from dcris.engine.device import autocast
+    from dcris.engine.evaluate import segment_in_passes
+    from dcris.model.prepared import prepare_for_prediction
+
+    images, tokens, _ = _inputs(1, device)
+
+    prepared = prepare_for_prediction(network, dtype) if name == "ours" else None
+
+    def theirs() -> Any:
+        network.eval()
+        with torch.no_grad(), autocast(device, dtype):
+            return network(images, tokens)
+
+    def ours() -> Any:
+        with torch.no_grad():
+            return next(segment_in_passes(prepared, images, tokens, device, dtype))
+
+    return theirs if name == "theirs" else ours
+
+
+def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BATCH) -> Callable[[], Any]:
+    import torch
+
+    from dcris.engine.device import autocast
+    from dcris.losses import text_to_pixel_loss
+    from dcris.model.prepared import hold_frozen
+
+    images, tokens, masks = _inputs(batch, device)
+    if name == "ours":
+        hold_frozen(network, dtype)  # for good: a later precision is timed on a network of its own
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-4, fused=name == "ours" or None)
+
+    def step() -> float:
+        network.train()
+        with autocast(device, dtype):
+            if name == "theirs":
+                _, _, loss = network(images, tokens, masks)
+            else:
+                logits = network(images, tokens)
+        if name == "ours":
+            loss = text_to_pixel_loss(logits, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _peak(reference: Path, name: str, what: str, device: str, precision: str) -> float:
+    """Peak memory in GiB of one of the two, in a process of its own."""
+    command = [sys.executable, str(_HERE), "--reference", str(reference), "--device", device]
+    done = subprocess.run([*command, "--child", name, what, precision], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the process for {name} failed: {done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def _child(reference: Path, name: str, what: str, device_name: str, precision: str) -> None:
+    import torch
+
+    from dcris.bench import peak_memory
+
+    device, dtype = torch.device(device_name), getattr(torch, precision)
+    network = _networks(reference, name)[name].to(device)
+    task = (_training if what == "train" else _prediction)(name, network, device, dtype)
+    for _ in range(2):
+        task()
+    print(peak_memory(device))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--reference", type=Path, required=True, metavar="CHECKOUT", help="the published code")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="of the training step (%(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="also where the CPU only imitates it")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the process's own work instead of seconds: for a busy machine"
+    )
+    parser.add_argument("--only", nargs="+", choices=("predict", "train", "memory"), help="not all of it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not (args.reference / "model" / "segmenter.py").is_file():
+        parser.error(f"{args.reference} is no checkout of DETRIS: it has no model/segmenter.py")
+    if args.child:
+        name, what, precision = args.child
+        return _child(args.reference, name, what, args.device, precision)
+    _measure(args)
+    return None
+
+
+def _measure(args: argparse.Namespace) -> None:
+    import torch
+
+    from dcris.bench import machine, matrix_products, ratio, take_turns
+    from dcris.engine.device import choose_device, choose_precision
+    from dcris.tables import markdown
+
+    device = choose_device(args.device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    default = choose_precision("auto", device)
+    precisions = [torch.float32]
+    if default == torch.bfloat16 or args.bfloat16:
+        precisions.append(torch.bfloat16)
+    wanted = args.only or ["predict", "train", "memory"]
+    networks = {name: network.to(device) for name, network in _networks(args.reference).items()}
+    rows: list[dict[str, Any]] = []
+
+    def compare(row: str, what: str, theirs: Any, ours: Any) -> None:
+        """`theirs` and `ours`: precision, and for CUDA whether cuDNN is on."""
+        make = _training if what == "train" else _prediction
+        tasks: dict[str, Callable[[], object]] = {}
+        for name, (dtype, cudnn) in (("theirs", theirs), ("ours", ours)):
+            more = {"batch": args.batch} if what == "train" else {}
+            tasks[name] = _under(cudnn, make(name, networks[name], device, dtype, **more))
+        product, operations = matrix_products(device, ours[0])
+        tasks["product"] = product
+        seconds = take_turns(tasks, args.rounds, device, clock)
+        ceiling = operations / median(seconds["product"])
+        # By the work that is counted in the published network, 316 GFLOP a photograph and about 720 a training sample.
+        work = 720e9 * args.batch if what == "train" else 316e9
+        rows.append(
+            {
+                "row": row,
+                "theirs": median(seconds["theirs"]),
+                "ours": median(seconds["ours"]),
+                "unit": "s",
+                "ratio": ratio(seconds["theirs"], seconds["ours"]),
+                "ceiling_gflops": ceiling / 1e9,
+                "share_theirs": work / median(seconds["theirs"]) / ceiling,
+                "share_ours": work / median(seconds["ours"]) / ceiling,
+            }
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+
+    for what in ("predict", "train"):
+        if what not in wanted:
+            continue
+        for dtype in precisions:
+            compare(f"{what} {str(dtype).removeprefix('torch.')}", what, (dtype, True), (dtype, True))
+        if device.type == "cuda":
+            # Theirs switches cuDNN off, and its autocast is float16's.
+            compare(f"{what} by default", what, (torch.float16, False), (default, True))
+        elif default != torch.float32 and what == "predict":
+            compare(f"{what} by default", what, (torch.float32, True), (default, True))
+    if "memory" in wanted:
+        networks.clear()
+        for dtype in precisions:
+            precision = str(dtype).removeprefix("torch.")
+            theirs, ours = (_peak(args.reference, name, "train", args.device, precision) for name in ("theirs", "ours"))
+            row = {"row": f"memory {precision}", "theirs": theirs, "ours": ours, "unit": "GiB", "ratio": ours / theirs}
+            rows.append(row)
+    targets = TARGETS[device.type]
+    header = ("what", "theirs", "ours", "ratio", "must", "goal", "share of products, theirs", "ours")
+    cells = []
+    for row in rows:
+        must, goal = targets.get(row["row"], (None, None))
+        shares = [f"{row[key]:.0%}" if key in row else "" for key in ("share_theirs", "share_ours")]
+        figures = [f"{row[key]:.2f} {row['unit']}" for key in ("theirs", "ours")]
+        cells.append([row["row"], *figures, f"{row['ratio']:.2f}", str(must or ""), str(goal or ""), *shares])
+    about = machine(device)
+    print(markdown(header, cells))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if args.json:
+        figures = {"machine": about, "batch": args.batch, "clock": clock.__name__, "rows": rows}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _under(cudnn: bool, task: Callable[[], object]) -> Callable[[], object]:
+    import torch
+
+    def run() -> object:
+        with nullcontext() if cudnn else torch.backends.cudnn.flags(enabled=False):
+            return task()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The network as prediction wants it: what is constant is worked out once, not at every use.
+
+Both functions leave the numbers alone, up to rounding: folding batch norm moves logits by some 1e-6 of their size in float32,
+and holding weights in the working precision is what autocast does with them at every use.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from dcris.adapters.base import adapters
+from dcris.encoders.attention import MultiHeadAttention
+from dcris.model.dcris import DCRIS
+
+Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
+"""Frozen weights and what they are in the working precision, by where they lie in memory and their shape.
+
+The originals are kept too, so that nothing else can come to lie in their place.
+"""
+
+
+def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, held: Held | None = None) -> DCRIS:
+    """A copy for prediction alone, with batch norms in their convolutions and the weights of products held in `dtype`.
+
+    Whatever is not changed is shared with `model`, which stays as it is: its state dict is what is saved and fingerprinted.
+    A later change to its weights does not reach the copy.
+
+    Args:
+        model: in evaluation mode or not; the copy always is.
+        dtype: what products are worked in (under autocast, as everywhere).
+        held: pass the same dictionary for several models on the same towers, and these are held once.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copy.eval()
+    for module in list(copy.modules()):
+        if isinstance(module, nn.Sequential) and len(module) > 1:
+            conv, norm = module[0], module[1]
+            if isinstance(conv, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                module[0] = fuse_conv_bn_eval(conv, norm)
+                module[1] = nn.Identity()
+    if dtype != torch.float32:
+        held = {} if held is None else held
+        for module in copy.modules():
+            _hold(module, dtype, held)
+    return copy.requires_grad_(False)
+
+
+def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
+    """Hold the weights of the frozen towers' products in `dtype`, in place, for training in that precision.
+
+    Else autocast makes a copy of each at every step, and keeps all of them for the backward pass. Checkpoints name the towers
+    by what was loaded, so identify them (dcris.engine.checkpoint.identify_towers) before this.
+    """
+    if dtype == torch.float32:
+        return
+    for tower in (model.vision, model.text):
+        inside = {module for adapter in adapters(tower) for module in adapter.modules()}
+        for module in tower.modules():
+            trains = any(weight.requires_grad for weight in module.parameters(recurse=False))
+            if module not in inside and not trains:
+                _hold(module, dtype, {})
+
+
+def _hold(module: nn.Module, dtype: torch.dtype, held: Held) -> None:
+    """Only what autocast would cast: norms, position tables and embeddings stay."""
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | MultiHeadAttention):
+        return
+    for name, weight in list(module.named_parameters(recurse=False)):
+        cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        if not weight.requires_grad:
+            _, cast = held.setdefault((weight.data_ptr(), tuple(weight.shape)), (weight, cast))
+        setattr(module, name, cast)

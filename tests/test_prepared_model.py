@@ -1,0 +1,99 @@
+"""The network as prediction wants it: the same answers, the same state dict, nothing held twice."""
+
+import pytest
+import torch
+from torch import nn
+
+from dcris.config import ModelConfig, TextAdapterConfig
+from dcris.encoders.weights import fingerprint
+from dcris.model.dcris import DCRIS
+from dcris.model.prepared import Held, hold_frozen, prepare_for_prediction
+from dcris.recipes import dcris_tiny, fixed_tiny
+from models import images, randomise
+
+
+def model_of(config: ModelConfig) -> DCRIS:
+    model = DCRIS(config)
+    randomise(model)
+    return model
+
+
+def dense_text() -> ModelConfig:
+    return dcris_tiny().model.model_copy(update={"text_adapter": TextAdapterConfig(kind="dense", width=32)})
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    tokens[:, :5] = torch.randint(4, 100, (2, 5))
+    return images(2, 4, 3), tokens
+
+
+@pytest.mark.parametrize(
+    "config", [dcris_tiny().model, fixed_tiny().model, dense_text()], ids=["dcris", "fixed", "dense"]
+)
+def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
+    """Else masks in a user's hands are not those that were evaluated while training."""
+    model = model_of(config).eval()
+    before = fingerprint(model.state_dict())
+    ready = prepare_for_prediction(model)
+    with torch.no_grad():
+        expected, found = model(*inputs()), ready(*inputs())
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in ready.modules())
+    assert fingerprint(model.state_dict()) == before
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_it_shares_the_towers_and_does_not_train() -> None:
+    """Else every loaded model takes twice the memory."""
+    model = model_of(dcris_tiny().model)
+    ready = prepare_for_prediction(model.train())
+    assert ready.vision.blocks[0].mlp.fc1.weight is model.vision.blocks[0].mlp.fc1.weight
+    assert model.training and not ready.training
+    assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_half_precision_is_held_as_autocast_would_cast() -> None:
+    """Else predictions in bfloat16 differ from those of the evaluator that chose the checkpoint by more than rounding."""
+    model = model_of(dcris_tiny().model).eval()
+    ready = prepare_for_prediction(model, torch.bfloat16)
+    assert ready.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert ready.vision.norm.weight.dtype == torch.float32
+    with torch.no_grad():
+        exact = model(*inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            cast, held = model(*inputs()).float(), ready(*inputs()).float()
+    assert (held - exact).norm() < 1.3 * (cast - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
+    """Else ten adapter sets hold ten pairs of towers in half precision."""
+    first = model_of(dcris_tiny().model)
+    second = DCRIS(dcris_tiny().model)
+    for (name, weight), (_, shared) in zip(second.named_parameters(), first.named_parameters(), strict=True):
+        if not weight.requires_grad:
+            owner, _, last = name.rpartition(".")
+            setattr(second.get_submodule(owner), last, nn.Parameter(shared.data, requires_grad=False))
+    held: Held = {}
+    one, two = (prepare_for_prediction(model, torch.bfloat16, held) for model in (first, second))
+    assert one.vision.blocks[3].mlp.fc1.weight is two.vision.blocks[3].mlp.fc1.weight
+    assert one.vision.blocks[3].mlp_slot.up.weight is not two.vision.blocks[3].mlp_slot.up.weight
+
+
+def test_frozen_towers_in_half_precision_train_the_same() -> None:
+    """Else training in bfloat16 gives other gradients than it did, or trained weights lose their last bits."""
+    model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
+    hold_frozen(same, torch.bfloat16)
+    gradients = []
+    for each in (model, same):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(*inputs()).float().square().mean()
+        loss.backward()
+        gradients.append({name: weight.grad for name, weight in each.named_parameters() if weight.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert torch.equal(gradient, gradients[1][name]), name
+    assert all(weight.dtype == torch.float32 for weight in same.parameters() if weight.requires_grad)
+    assert same.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
