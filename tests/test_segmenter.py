@@ -126,14 +126,14 @@ def passes(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
     seen: dict[str, list[int]] = {"encode_images": [], "encode_text": [], "segment": []}
 
     def watch(name: str) -> None:
-        original = getattr(segmenter.model, name)
+        original = getattr(segmenter._ready, name)
 
         def call(*arguments: Any) -> Any:
             first = arguments[0]
             seen[name].append(len(first.tokens if name == "segment" else first))
             return original(*arguments)
 
-        monkeypatch.setattr(segmenter.model, name, call)
+        monkeypatch.setattr(segmenter._ready, name, call)
 
     for name in seen:
         watch(name)
