@@ -4,11 +4,13 @@ Unknown keys, wrong types and values out of range are errors that name the key. 
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module, util
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dcris.errors import DcrisError
 from dcris.files import read_json
@@ -98,6 +100,53 @@ class TextAdapterConfig(Section):
     """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
 
 
+class MethodConfig(Section):
+    """A way of tuning the towers other than the paper's adapters: its settings, and how it gets into the towers.
+
+    A method is one file in dcris.adapters, called by the method's name, with a subclass of this that fixes `name`.
+    """
+
+    name: str
+
+    _known: ClassVar[dict[str, type["MethodConfig"]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        MethodConfig._known[cls.model_fields["name"].default] = cls
+
+    @classmethod
+    def find(cls, name: str) -> type["MethodConfig"]:
+        """The settings of the method of that name. Raises ValueError listing the methods where there is none."""
+        # Imported by name, on demand: a configuration knows no method, and knowing them all would need torch. Only modules of
+        # this one package are looked for, as the name may be in a stranger's file.
+        module = f"dcris.adapters.{name}"
+        if name not in cls._known and re.fullmatch("[a-z][a-z0-9_]*", name) and util.find_spec(module):
+            import_module(module)
+        if name not in cls._known:
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(cls.names())}")
+        return cls._known[name]
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Every method there is, by name."""
+        from pkgutil import iter_modules
+
+        for found in iter_modules(import_module("dcris.adapters").__path__):
+            import_module(f"dcris.adapters.{found.name}")
+        return sorted(cls._known)
+
+    def check(self, model: "ModelConfig") -> None:
+        """Raise ValueError, in a sentence, where the method does not fit these towers."""
+
+    def attach(self, vision: Any, text: Any) -> None:
+        """Put the method's modules into the slots of the VisionTower and the TextTower. One without modules leaves this out."""
+
+    def trains(self, name: str) -> bool:
+        """Whether a tower's own weight is trained too; by its name in the whole model, such as `text.blocks.0.norm1.bias`."""
+        return False
+
+
 class HeadConfig(Section):
     """Neck, decoder and projector (section 3.4)."""
 
@@ -119,7 +168,18 @@ class ModelConfig(Section):
     text: TextConfig = TextConfig()
     visual_adapter: DenseCrossConfig | None = DenseCrossConfig()
     text_adapter: TextAdapterConfig | None = TextAdapterConfig()
+    method: SerializeAsAny[MethodConfig] | None = None
+    """Another way of tuning, instead of the two adapters or beside them: its `name` and its settings."""
     head: HeadConfig = HeadConfig()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _find_method(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if not isinstance(value.get("name"), str):
+            raise ValueError("a method has a name")
+        return MethodConfig.find(value["name"]).model_validate(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -143,6 +203,8 @@ class ModelConfig(Section):
         ):
             if layers and (max(layers) >= depth or len(set(layers)) < len(layers)):
                 raise ValueError(f"{key} {list(layers)} must be different numbers below the tower's {depth} blocks")
+        if self.method is not None:
+            self.method.check(self)
         if not 0 <= self.head.taps[0] < self.head.taps[1]:
             raise ValueError("head.taps must be two block numbers in ascending order")
         return self

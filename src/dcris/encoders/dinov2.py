@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import PositionRule, VisionConfig
-from dcris.encoders.blocks import Block, SlotContext
+from dcris.encoders.blocks import Block, SlotContext, added_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,17 @@ class VisionTower(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches."""
-        return 1 + self.config.registers
+        """Tokens before the patches: the class token, the registers, and what a method puts in behind them."""
+        return 1 + self.config.registers + added_tokens(self.blocks)
 
     @property
     def first_text_step(self) -> int:
         """The first half block whose slot reads the text; 2 * depth where none does. Half blocks before it are shared."""
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            for half, slot in enumerate((block.attention_slot, block.mlp_slot)):
-                if slot.reads_text:
+            before = block.token_slot, block.attention.qkv_slot, block.attention_slot
+            for half, slots in enumerate((before, (block.mlp_slot,))):
+                if any(slot.reads_text for slot in slots):
                     return 2 * index + half
         return 2 * len(self.blocks)
 

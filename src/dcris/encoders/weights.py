@@ -126,6 +126,12 @@ def tower_state(tower: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in tower.state_dict().items() if "_slot." not in name}
 
 
+def frozen_state(tower: nn.Module) -> dict[str, Tensor]:
+    """Those of a tower's own tensors that are not trained. They are what a checkpoint knows the tower by."""
+    trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in tower_state(tower).items() if name not in trained}
+
+
 def copy_strictly(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> None:
     """Copy every tensor of `source` over its namesake in `target`.
 

@@ -54,9 +54,11 @@ class DCRIS(nn.Module):
         if (textual := config.text_adapter) is not None:
             kind = DenseTextAdapter if textual.kind == "dense" else TextAdapter
             attach(self.text.blocks, textual.layers, "mlp_slot", partial(kind, config.text.width, textual))
+        if (method := config.method) is not None:
+            method.attach(self.vision, self.text)
         self.head = Head(config)
-        freeze(self.vision)
-        freeze(self.text)
+        freeze(self.vision, lambda name: method is not None and method.trains(f"vision.{name}"))
+        freeze(self.text, lambda name: method is not None and method.trains(f"text.{name}"))
         self.train(False)
 
     def train(self, mode: bool = True) -> "DCRIS":
