@@ -39,19 +39,21 @@ class Section(BaseModel):
 
 
 class VisionConfig(Section):
-    """The shape of a DINOv2 tower."""
+    """The shape of a DINOv2 or DINOv3 tower."""
 
     name: str = "dinov2-base"
     """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
+    family: Literal["dinov2", "dinov3"] = "dinov2"
+    """dinov2 adds a table of positions to the patches; dinov3 turns queries and keys by them (dcris.encoders.rotary)."""
     width: Width = 768
     depth: Blocks = 12
     heads: Width = 12
     patch: Annotated[int, Field(gt=0, le=256, strict=True)] = 14
     registers: Annotated[int, Field(ge=0, le=1024)] = 4
     grid: Annotated[int, Field(gt=0, le=1024, strict=True)] = 37
-    """Side of the position table."""
+    """Side of the position table; DINOv3 has none."""
     position_rule: PositionRule = "offset"
     """How positions are brought to another grid; see dcris.encoders.dinov2.interpolate_positions."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -86,6 +88,8 @@ class DenseCrossConfig(Section):
     scale: float = 0.2
     zero_init: bool = False
     """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
+    mask_padding: bool = False
+    """Keep the attention from the phrase's padding tokens. The published code lets it look at them."""
 
 
 class TextAdapterConfig(Section):
@@ -205,6 +209,8 @@ class ModelConfig(Section):
                 raise ValueError(f"{key} {list(layers)} must be different numbers below the tower's {depth} blocks")
         if self.method is not None:
             self.method.check(self)
+        if self.vision.family == "dinov3" and self.vision.width // self.vision.heads % 4:
+            raise ValueError("vision.width must be four times a whole number for each head of a dinov3 tower")
         if not 0 <= self.head.taps[0] < self.head.taps[1]:
             raise ValueError("head.taps must be two block numbers in ascending order")
         return self
@@ -226,6 +232,8 @@ class DataConfig(Section):
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Positive, Positive, Positive] = CLIP_STD
+    flip: bool = False
+    """Mirror half of the training samples and exchange left and right in their phrases; see dcris.data.flip."""
     workers: Annotated[int, Field(ge=0, le=64)] = 2
 
 
@@ -248,6 +256,8 @@ class TrainConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    dice_weight: Annotated[float, Field(ge=0)] = 0.0
+    """How much of the dice loss is added to equation 6."""
     precision: Precision = "auto"
     log_every: Count = 20
     """Steps between lines of the log."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.encoders.attention import attend
+from dcris.encoders.rotary import Rotation, rotate_patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,10 @@ class SlotContext:
     """Tokens before the patches or the words: class token and registers, or the start token, and what a method puts in."""
     text: Tensor | None = None
     """[B, L, T] token features of the finished text tower; None in the text tower itself, and where nothing reads the text."""
+    padding: Tensor | None = None
+    """[B, L] bool: True where a text token is padding; there wherever `text` is."""
+    rotation: Rotation | None = None
+    """Of DINOv3's queries and keys, by patch; None where positions are a table."""
 
 
 _NOTHING = SlotContext()
@@ -92,9 +97,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: SlotContext = _NOTHING) -> Tensor:
         """[B, P, D] -> [B, P, D]."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """[B, P, D] -> [B, P, D]; `rotation` puts the last tokens, the patches, in their places."""
         batch, tokens, width = x.shape
         qkv = self.qkv_slot(self.qkv(x), x, x, context).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            query, key = rotate_patches(query, rotation), rotate_patches(key, rotation)
         mixed = attend(query, key, value, causal=self.causal)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -168,6 +177,7 @@ class Block(nn.Module):
         x = self.token_slot(x, x, x, context)
         normed = self.norm1(x)
         return x + self.scale1(self.attention_slot(self.attention(normed, context), normed, x, context))
+        return x + self.scale1(self.attention_slot(self.attention(normed, context.rotation), normed, x, context))
 
     def feed(self, x: Tensor, context: SlotContext) -> Tensor:
         """The second half: x + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""

@@ -47,7 +47,7 @@ from dcris.engine.evaluate import Answer, answer_questions
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, write_json
-from dcris.losses import text_to_pixel_loss
+from dcris.losses import training_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
@@ -247,7 +247,7 @@ class _Step:
         tokens, masks = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
         with autocast(self.device, self.dtype):
             logits = self.model(images, tokens)
-        loss = text_to_pixel_loss(logits, masks)
+        loss = training_loss(logits, masks, self.config.train.dice_weight)
         value = loss.item()
         if not math.isfinite(value):
             raise DcrisError(

@@ -87,7 +87,7 @@ class DCRIS(nn.Module):
 
     def segment(self, state: VisionState, text: TextFeatures) -> Tensor:
         """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w]."""
-        state = self.vision.advance(state, text=text.tokens, taps=self.config.head.taps)
+        state = self.vision.advance(state, text=text.tokens, padding=text.padding, taps=self.config.head.taps)
         levels = [
             tokens[:, self.vision.prefix :].transpose(1, 2).unflatten(-1, state.grid)
             for tokens in (*state.taps, self.vision.finish(state))
