@@ -102,8 +102,8 @@ class SelfAttention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv_slot(self.qkv(x), x, x, context).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if rotation is not None:
-            query, key = rotate_patches(query, rotation), rotate_patches(key, rotation)
+        if context.rotation is not None:
+            query, key = rotate_patches(query, context.rotation), rotate_patches(key, context.rotation)
         mixed = attend(query, key, value, causal=self.causal)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
