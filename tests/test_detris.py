@@ -73,7 +73,9 @@ def inputs(config: RunConfig) -> tuple[Tensor, Tensor, list[Any]]:
 )
 def test_the_published_code_s_own_numbers(name: str) -> None:
     """Else a published checkpoint does not do here what it did for its authors, or trains on to something else."""
-    pytest.importorskip("instant_clip_tokenizer", reason="CLIP's vocabulary is neither in a package nor on the Hub here")
+    pytest.importorskip(
+        "instant_clip_tokenizer", reason="CLIP's vocabulary is neither in a package nor on the Hub here"
+    )
     config, expected = config_of(name), golden(name)
     model = DCRIS(config.model)
     copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS[name]), config.model, "here"), "here")

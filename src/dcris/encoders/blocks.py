@@ -97,8 +97,6 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: SlotContext = _NOTHING) -> Tensor:
         """[B, P, D] -> [B, P, D]."""
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """[B, P, D] -> [B, P, D]; `rotation` puts the last tokens, the patches, in their places."""
         batch, tokens, width = x.shape
         qkv = self.qkv_slot(self.qkv(x), x, x, context).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -177,7 +175,6 @@ class Block(nn.Module):
         x = self.token_slot(x, x, x, context)
         normed = self.norm1(x)
         return x + self.scale1(self.attention_slot(self.attention(normed, context), normed, x, context))
-        return x + self.scale1(self.attention_slot(self.attention(normed, context.rotation), normed, x, context))
 
     def feed(self, x: Tensor, context: SlotContext) -> Tensor:
         """The second half: x + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from dcris.config import PositionRule, VisionConfig
 from dcris.encoders.blocks import Block, SlotContext, added_tokens
-from dcris.encoders.blocks import Block, SlotContext
 from dcris.encoders.rotary import patch_rotation
 
 
