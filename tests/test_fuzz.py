@@ -154,7 +154,7 @@ def towers(root: Path) -> None:
     config = small_config(("train.max_steps", "1"))
     (root / "config.json").write_text(config.model_dump_json())
     vision, text = VisionTower(config.model.vision), TextTower(config.model.text)
-    hub, meta = (published(vision, layout) for layout in VISION_LAYOUTS)
+    hub, meta = (published(vision, layout) for layout in VISION_LAYOUTS["dinov2"])
     save_file(hub, root / "hub.safetensors")
     torch.save(meta, root / "meta.pth")
     torch.save(meta, root / "old.pth", _use_new_zipfile_serialization=False)

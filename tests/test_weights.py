@@ -16,7 +16,14 @@ import torch
 from huggingface_hub import constants, file_download
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection, Dinov2WithRegistersConfig
+from transformers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 from transformers import Dinov2WithRegistersModel as HubVision
 
 from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse_other_run
@@ -31,7 +38,7 @@ from dcris.hub import fetch
 from dcris.model.dcris import DCRIS
 from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
 from hub import Hub
-from models import TINY_TEXT, TINY_VISION, error, images, tiny_config, tokens_ending_at
+from models import TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
 from published import archive_without_program, as_meta, hub_clip, hub_dinov2, openai_clip, saved, written
 
 VISION_REPO, TEXT_REPO = "facebook/dinov2-with-registers-base", "openai/clip-vit-base-patch16"
@@ -69,6 +76,52 @@ def assert_same_phrases(tower: TextTower, oracle: Callable[[Tensor], Tensor]) ->
 
 
 # What each form holds
+
+
+def dinov3_config(shape: VisionConfig, **more: Any) -> DINOv3ViTConfig:
+    """Transformers' description of a DINOv3 tower."""
+    return DINOv3ViTConfig(
+        hidden_size=shape.width,
+        intermediate_size=4 * shape.width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        num_register_tokens=shape.registers,
+        patch_size=shape.patch,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 5), (7, 2)])
+@torch.no_grad()
+def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) -> None:
+    """Else DINOv3's weights give the features of another network: positions, norms and keys are not DINOv2's."""
+    shape = VisionConfig(name="dinov3-base", family="dinov3", width=32, depth=3, heads=2, patch=16)
+    oracle = DINOv3ViTModel(dinov3_config(shape, image_size=64)).eval()
+    randomise(oracle)
+    hub.push("facebook/dinov3-vitb16-pretrain-lvd1689m", {"model.safetensors": written(oracle, tmp_path / "m")})
+    tower = VisionTower(shape).eval()
+    randomise(tower)
+    fill_tower(tower, shape.name)
+    pixels = torch.randn(2, 3, 16 * rows, 16 * columns, generator=torch.Generator().manual_seed(1))
+    expected = oracle(pixels, output_hidden_states=True)
+    state = tower.advance(tower.start(pixels), taps=range(shape.depth))
+    for ours, theirs in zip(state.taps, expected.hidden_states[1:], strict=True):
+        assert error(ours, theirs) < TOLERANCE
+    assert error(tower(pixels), expected.last_hidden_state) < TOLERANCE
+    # The numbers are also right in double precision: what is left above is rounding.
+    assert error(tower.double()(pixels.double()), oracle.double()(pixels.double()).last_hidden_state) < 1e-6
+
+
+def test_dinov3_refuses_what_is_not_dinov3(tmp_path: Path) -> None:
+    """Else the weights of the other family are half used, or the refusal is a traceback."""
+    three = VisionTower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(written(hub_dinov2(TINY_VISION), tmp_path / "m"))
+    with pytest.raises(DcrisError, match="is neither DINOv3 as the Hub has it"):
+        fill_tower(three, str(path))
+    path.write_bytes(written(DINOv3ViTModel(dinov3_config(three.config, image_size=64)), tmp_path / "n"))
+    with pytest.raises(DcrisError, match="it is for another model"):
+        fill_tower(vision_tower(), str(path))
 
 
 @pytest.mark.parametrize("shape", [TINY_VISION, GIANT], ids=["gelu", "swiglu"])
@@ -147,6 +200,10 @@ def test_named_towers_have_the_published_sizes() -> None:
     """Else the first thing a published file says to a tower of that name is that it does not fit."""
     with torch.device("meta"):
         for shape in VISION_TOWERS.values():
+            if shape.family == "dinov3":
+                ours = count(VisionTower(shape)) - shape.depth * shape.width  # the biases of keys, which are zeros
+                assert ours == count(DINOv3ViTModel(dinov3_config(shape, image_size=224)))
+                continue
             theirs = HubVision(
                 Dinov2WithRegistersConfig(
                     hidden_size=shape.width,

@@ -71,6 +71,17 @@ def difference(answers: Sequence[Answer], baseline: Sequence[Answer], inclusive:
     return dict(zip(METRICS, total.tolist(), strict=True)) | _describe([answers, ordered], inclusive)
 
 
+def best_threshold(answers: Sequence[Answer]) -> float:
+    """That of CURVE_THRESHOLDS at which the mIoU is greatest; the lowest where several are.
+
+    Raises ValueError where there are no answers, or they come without their curves.
+    """
+    curve = _curve(answers)
+    if curve is None:
+        raise ValueError("a threshold is chosen by answers that have their curves")
+    return float(curve["thresholds"][int(np.argmax(curve["miou"]))])
+
+
 def align(answers: Sequence[Answer], like: Sequence[Answer]) -> list[Answer]:
     """The answers in the order of another system's. Raises ValueError where those are not to the same expressions."""
     placed = {answer.expression.sent_id: answer for answer in answers}

@@ -4,11 +4,13 @@ Unknown keys, wrong types and values out of range are errors that name the key. 
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module, util
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dcris.errors import DcrisError
 from dcris.files import read_json
@@ -37,19 +39,21 @@ class Section(BaseModel):
 
 
 class VisionConfig(Section):
-    """The shape of a DINOv2 tower."""
+    """The shape of a DINOv2 or DINOv3 tower."""
 
     name: str = "dinov2-base"
     """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
+    family: Literal["dinov2", "dinov3"] = "dinov2"
+    """dinov2 adds a table of positions to the patches; dinov3 turns queries and keys by them (dcris.encoders.rotary)."""
     width: Width = 768
     depth: Blocks = 12
     heads: Width = 12
     patch: Annotated[int, Field(gt=0, le=256, strict=True)] = 14
     registers: Annotated[int, Field(ge=0, le=1024)] = 4
     grid: Annotated[int, Field(gt=0, le=1024, strict=True)] = 37
-    """Side of the position table."""
+    """Side of the position table; DINOv3 has none."""
     position_rule: PositionRule = "offset"
     """How positions are brought to another grid; see dcris.encoders.dinov2.interpolate_positions."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -84,6 +88,8 @@ class DenseCrossConfig(Section):
     scale: float = 0.2
     zero_init: bool = False
     """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
+    mask_padding: bool = False
+    """Keep the attention from the phrase's padding tokens. The published code lets it look at them."""
 
 
 class TextAdapterConfig(Section):
@@ -96,6 +102,53 @@ class TextAdapterConfig(Section):
     scale: float = 0.2
     zero_init: bool = False
     """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
+
+
+class MethodConfig(Section):
+    """A way of tuning the towers other than the paper's adapters: its settings, and how it gets into the towers.
+
+    A method is one file in dcris.adapters, called by the method's name, with a subclass of this that fixes `name`.
+    """
+
+    name: str
+
+    _known: ClassVar[dict[str, type["MethodConfig"]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        MethodConfig._known[cls.model_fields["name"].default] = cls
+
+    @classmethod
+    def find(cls, name: str) -> type["MethodConfig"]:
+        """The settings of the method of that name. Raises ValueError listing the methods where there is none."""
+        # Imported by name, on demand: a configuration knows no method, and knowing them all would need torch. Only modules of
+        # this one package are looked for, as the name may be in a stranger's file.
+        module = f"dcris.adapters.{name}"
+        if name not in cls._known and re.fullmatch("[a-z][a-z0-9_]*", name) and util.find_spec(module):
+            import_module(module)
+        if name not in cls._known:
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(cls.names())}")
+        return cls._known[name]
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Every method there is, by name."""
+        from pkgutil import iter_modules
+
+        for found in iter_modules(import_module("dcris.adapters").__path__):
+            import_module(f"dcris.adapters.{found.name}")
+        return sorted(cls._known)
+
+    def check(self, model: "ModelConfig") -> None:
+        """Raise ValueError, in a sentence, where the method does not fit these towers."""
+
+    def attach(self, vision: Any, text: Any) -> None:
+        """Put the method's modules into the slots of the VisionTower and the TextTower. One without modules leaves this out."""
+
+    def trains(self, name: str) -> bool:
+        """Whether a tower's own weight is trained too; by its name in the whole model, such as `text.blocks.0.norm1.bias`."""
+        return False
 
 
 class HeadConfig(Section):
@@ -119,7 +172,18 @@ class ModelConfig(Section):
     text: TextConfig = TextConfig()
     visual_adapter: DenseCrossConfig | None = DenseCrossConfig()
     text_adapter: TextAdapterConfig | None = TextAdapterConfig()
+    method: SerializeAsAny[MethodConfig] | None = None
+    """Another way of tuning, instead of the two adapters or beside them: its `name` and its settings."""
     head: HeadConfig = HeadConfig()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _find_method(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if not isinstance(value.get("name"), str):
+            raise ValueError("a method has a name")
+        return MethodConfig.find(value["name"]).model_validate(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -143,6 +207,10 @@ class ModelConfig(Section):
         ):
             if layers and (max(layers) >= depth or len(set(layers)) < len(layers)):
                 raise ValueError(f"{key} {list(layers)} must be different numbers below the tower's {depth} blocks")
+        if self.method is not None:
+            self.method.check(self)
+        if self.vision.family == "dinov3" and self.vision.width // self.vision.heads % 4:
+            raise ValueError("vision.width must be four times a whole number for each head of a dinov3 tower")
         if not 0 <= self.head.taps[0] < self.head.taps[1]:
             raise ValueError("head.taps must be two block numbers in ascending order")
         return self
@@ -164,6 +232,8 @@ class DataConfig(Section):
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Positive, Positive, Positive] = CLIP_STD
+    flip: bool = False
+    """Mirror half of the training samples and exchange left and right in their phrases; see dcris.data.flip."""
     workers: Annotated[int, Field(ge=0, le=64)] = 2
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a photograph or mask that cannot be read does to training: ends it, or lets another reference take its place (see
@@ -196,6 +266,8 @@ class TrainConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    dice_weight: Annotated[float, Field(ge=0)] = 0.0
+    """How much of the dice loss is added to equation 6."""
     precision: Precision = "auto"
     log_every: Count = 20
     """Steps between lines of the log."""

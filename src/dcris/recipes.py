@@ -26,9 +26,12 @@ VISION_TOWERS: dict[str, VisionConfig] = {
         VisionConfig(name="dinov2-base"),
         VisionConfig(name="dinov2-large", width=1024, depth=24, heads=16),
         VisionConfig(name="dinov2-giant", width=1536, depth=40, heads=24, mlp="swiglu"),
+        VisionConfig(name="dinov3-small", family="dinov3", width=384, heads=6, patch=16),
+        VisionConfig(name="dinov3-base", family="dinov3", patch=16),
+        VisionConfig(name="dinov3-large", family="dinov3", width=1024, depth=24, heads=16, patch=16),
     )
 }
-"""The published DINOv2 towers with registers, by name."""
+"""The published DINOv2 towers with registers, and DINOv3's, by name."""
 
 TEXT_TOWERS: dict[str, TextConfig] = {
     tower.name: tower

@@ -25,7 +25,7 @@ class DenseCrossAdapter(DenseAdapter):
     def __init__(self, width: int, text_width: int, config: DenseCrossConfig) -> None:
         r = config.width
         super().__init__(width, r, dimensions=2)
-        self.scale = config.scale
+        self.scale, self.mask_padding = config.scale, config.mask_padding
         self.image_proj = nn.Linear(r, config.attention_width)
         self.text_proj = nn.Linear(text_width, config.attention_width)
         self.attention = MultiHeadAttention(config.attention_width, config.heads, config.dropout)
@@ -46,8 +46,9 @@ class DenseCrossAdapter(DenseAdapter):
         features = F.relu(self.down(normed))
         prefix, patches = features[:, : context.prefix], features[:, context.prefix :]
         dense = self.dense(patches.transpose(1, 2).unflatten(-1, context.grid)).flatten(2).transpose(1, 2)
-        # F_cross = MHCA(F_dense, f_t) + F_v. Padding tokens are attended to, as in the published code.
+        # F_cross = MHCA(F_dense, f_t) + F_v. Padding tokens are attended to, as in the published code, unless that is off.
         text = self.text_proj(context.text)
-        cross = self.back_proj(self.attention(self.image_proj(dense), text, text)) + patches
+        padding = context.padding if self.mask_padding else None
+        cross = self.back_proj(self.attention(self.image_proj(dense), text, text, padding)) + patches
         adapted = self.up(torch.cat((2 * prefix, cross), dim=1))
         return output + self.scale * adapted

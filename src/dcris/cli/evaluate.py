@@ -32,6 +32,11 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--split", default="val", help="(%(default)s)")
     protocol_argument(evaluate)
     evaluate.add_argument(
+        "--calibrate-on",
+        metavar="SPLIT",
+        help="take the threshold with the best mIoU on this split, and not the protocol's; the result records it",
+    )
+    evaluate.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="photographs read at a time; changes no result (8)"
     )
     evaluate.add_argument("--out", type=Path, help="result file (JSON), with intervals and scores by group of phrases")
@@ -87,11 +92,14 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+    from functools import partial
+
     from tqdm import tqdm
 
-    from dcris.analysis import analyse
+    from dcris.analysis import analyse, best_threshold
     from dcris.answers import write_answers
-    from dcris.data.dataset import all_questions
+    from dcris.data.dataset import Questions, all_questions
     from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.checkpoint import load_checkpoint
     from dcris.engine.device import choose_device, choose_precision
@@ -102,6 +110,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.protocols import get_protocol
 
     protocol = get_protocol(args.protocol)
+    if args.calibrate_on == args.split:
+        raise DcrisError(f"a threshold that is chosen on {args.split} says nothing there; calibrate on another split")
     with processes(args.device) as group:
         device = choose_device(args.device)
         model, config = load_checkpoint(locate(args.checkpoint))
@@ -109,8 +119,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         table = data_of(args, config)
         questions = all_questions(table.split(args.split))
         quiet = not (group.first and sys.stderr.isatty())
+        keep_masks = args.report is not None or args.answers is not None
 
-        def answer(share: tuple[int, int]) -> list[Answer]:
+        def answer(questions: Questions, keep_masks: bool, share: tuple[int, int]) -> list[Answer]:
             with tqdm(total=len(questions) // share[1], unit="phrase", disable=quiet) as bar:
                 found = answer_questions(
                     model,
@@ -123,15 +134,21 @@ def _evaluate(args: argparse.Namespace) -> None:
                     batch_size=args.batch_size,
                     workers=config.data.workers,
                     share=share,
-                    keep_masks=args.report is not None or args.answers is not None,
+                    keep_masks=keep_masks,
                     progress=lambda done: bar.update(done - bar.n),
                 )
                 return list(found)
 
-        answers = answer_together(group, questions, answer)
+        if args.calibrate_on is not None:
+            others = all_questions(table.split(args.calibrate_on))
+            found = answer_together(group, others, partial(answer, others, False))
+            protocol = replace(protocol, threshold=best_threshold(found))
+        answers = answer_together(group, questions, partial(answer, questions, keep_masks))
         if not group.first:
             return
     result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
+    if args.calibrate_on is not None:
+        result["calibrated_on"] = args.calibrate_on
     print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
     metrics = {**result, "analysis": analyse(answers, protocol.precision_includes_threshold)}
     if args.answers is not None:

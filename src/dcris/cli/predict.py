@@ -22,7 +22,11 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--format", nargs="+", choices=("mask", "overlay", "coco", "scores"), help="what to write (all of it)"
     )
-    predict.add_argument("--threshold", type=float, help="probability above which a pixel is the object's (0.35)")
+    predict.add_argument(
+        "--threshold",
+        metavar="NUMBER_OR_RESULT",
+        help="probability above which a pixel is the object's (0.35), or the result file of `dcris evaluate` that records one",
+    )
     device_arguments(predict)
 
     convert = add(
@@ -48,13 +52,29 @@ def _predict(args: argparse.Namespace) -> None:
     from dcris.outputs import FORMATS, find_images, predict_to_files
     from dcris.segmenter import Segmenter
 
-    images = find_images(args.images)
+    images, threshold = find_images(args.images), _threshold(args.threshold)
     segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
     for image, answer in predict_to_files(
-        segmenter, images, args.expression, args.out, args.format or FORMATS, args.threshold
+        segmenter, images, args.expression, args.out, args.format or FORMATS, threshold
     ):
         place = f"box {answer.box}" if answer.box else "nothing found"
         say(f"{image}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+
+
+def _threshold(given: str | None) -> float | None:
+    """A number as typed, or the one a result file records."""
+    from dcris.files import read_json
+
+    if given is None:
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        result = read_json(Path(given), "the threshold, neither a number nor a result file")
+    threshold = result.get("threshold") if isinstance(result, dict) else None
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool):
+        raise DcrisError(f"{given} records no threshold; it is no result of `dcris evaluate`")
+    return float(threshold)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dcris.config import DataConfig
 from dcris.data.fits import Fit, Letterbox
+from dcris.data.flip import swap_sides
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import Tokenizer
@@ -86,6 +87,14 @@ class TrainingSamples(Dataset[Sample | Failure]):
         expressions = self.references[number].expressions
         return expressions[int(np.random.default_rng([self.seed, epoch, number]).integers(len(expressions)))]
 
+    def mirrored(self, index: int, phrase: str) -> str | None:
+        """The phrase for the mirrored photograph where the sample of that index is to be mirrored, or None."""
+        epoch, number = divmod(index, len(self))
+        # A draw of its own: with or without mirroring, the same sentences are drawn.
+        if not self.config.flip or np.random.default_rng([self.seed, epoch, number, 1]).integers(2) == 0:
+            return None
+        return swap_sides(phrase)
+
     def __getitem__(self, index: int) -> Sample | Failure:
         first = self._read(index)
         if isinstance(first, Sample) or self.config.on_bad_image == "stop":
@@ -109,8 +118,11 @@ class TrainingSamples(Dataset[Sample | Failure]):
                 raise DcrisError(size_mismatch(reference, image))
         except DcrisError as error:
             return Failure(str(error))
+        phrase = self.draw(index).text
+        if (other := self.mirrored(index, phrase)) is not None:
+            phrase, image, mask = other, np.ascontiguousarray(image[:, ::-1]), mask[:, ::-1]
         square, box = to_square(image, self.config, Letterbox)
-        tokens = self.tokenizer([self.draw(index).text], self.config.word_length)[0]
+        tokens = self.tokenizer([phrase], self.config.word_length)[0]
         return Sample(square, tokens, torch.from_numpy(box.mask(mask)))
 
 

@@ -3,6 +3,7 @@
 Shape letters: B batch, P tokens (class, registers and patches, or text tokens), D width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.encoders.attention import attend
+from dcris.encoders.rotary import Rotation, rotate_patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +22,46 @@ class SlotContext:
     grid: tuple[int, int] | None = None
     """Patch rows and columns h, w; None in the text tower."""
     prefix: int = 0
-    """Tokens before the patches: the class token and the registers."""
+    """Tokens before the patches or the words: class token and registers, or the start token, and what a method puts in."""
     text: Tensor | None = None
     """[B, L, T] token features of the finished text tower; None in the text tower itself, and where nothing reads the text."""
+    padding: Tensor | None = None
+    """[B, L] bool: True where a text token is padding; there wherever `text` is."""
+    rotation: Rotation | None = None
+    """Of DINOv3's queries and keys, by patch; None where positions are a table."""
+
+
+_NOTHING = SlotContext()
 
 
 class Slot(nn.Module):
-    """A place in a block for an adapter. This one is empty: the branch's output passes through."""
+    """A place in a block for an adapter. This one is empty: what would be there without it passes through.
+
+    A block has four, in this order: `token_slot` before everything, where tokens may be put in or exchanged;
+    `attention.qkv_slot` behind the projection to queries, keys and values; `attention_slot` and `mlp_slot` at the ends of the
+    two branches.
+    """
 
     reads_text = False
     """Whether the output depends on the text: what comes before the first such slot is shared by all phrases of an image."""
+    added_tokens = 0
+    """How many tokens it puts in, behind those that come before the patches or the words. For a `token_slot` alone."""
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """Return what takes the place of the branch's output.
+        """Return what takes the place of `output`.
 
         Args:
-            output: [B, P, D] what the branch (attention or MLP) made, before LayerScale.
-            normed: [B, P, D] what the branch read: the layer norm's output.
-            residual: [B, P, D] the residual stream before that norm.
+            output: [B, P, D] what the branch (attention or MLP) made, before LayerScale. A `qkv_slot` gets what the projection
+                made [B, P, 3D], a `token_slot` the tokens that enter the block.
+            normed: [B, P, D] what the branch or the projection read: the layer norm's output. A `token_slot` gets the tokens.
+            residual: [B, P, D] the residual stream before that norm. A `qkv_slot` gets `normed`, a `token_slot` the tokens.
             context: the rest an adapter may read.
         """
         return output
+
+    def merge(self, block: "Block") -> bool:
+        """Add to the block's own weights what has the same effect as this slot, and say whether that can be done."""
+        return False
 
 
 class QuickGELU(nn.Module):
@@ -71,13 +92,16 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
+        self.qkv_slot = Slot()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: SlotContext = _NOTHING) -> Tensor:
         """[B, P, D] -> [B, P, D]."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = self.qkv_slot(self.qkv(x), x, x, context).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if context.rotation is not None:
+            query, key = rotate_patches(query, context.rotation), rotate_patches(key, context.rotation)
         mixed = attend(query, key, value, causal=self.causal)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -119,7 +143,7 @@ def _make_mlp(width: int, kind: Literal["gelu", "quick_gelu", "swiglu"]) -> nn.M
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block in two halves, each with a slot.
+    """A pre-norm transformer block in two halves, with slots on the way.
 
     The halves are callable apart because what precedes the first slot that reads text is computed once per image, and that
     is usually in the middle of a block.
@@ -136,6 +160,7 @@ class Block(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        self.token_slot = Slot()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads, causal)
         self.attention_slot = Slot()
@@ -147,8 +172,9 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, context: SlotContext) -> Tensor:
         """The first half: x + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
+        x = self.token_slot(x, x, x, context)
         normed = self.norm1(x)
-        return x + self.scale1(self.attention_slot(self.attention(normed), normed, x, context))
+        return x + self.scale1(self.attention_slot(self.attention(normed, context), normed, x, context))
 
     def feed(self, x: Tensor, context: SlotContext) -> Tensor:
         """The second half: x + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""
@@ -158,3 +184,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: SlotContext) -> Tensor:
         """Both halves. [B, P, D] -> [B, P, D]."""
         return self.feed(self.attend(x, context), context)
+
+
+def added_tokens(blocks: Iterable[nn.Module]) -> int:
+    """How many tokens a method puts into the sequence that goes through the blocks."""
+    count = 0
+    for block in blocks:
+        assert isinstance(block, Block)
+        count += block.token_slot.added_tokens
+    return count

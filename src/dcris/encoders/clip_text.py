@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dcris.config import TextConfig
-from dcris.encoders.blocks import Block, SlotContext
+from dcris.encoders.blocks import Block, SlotContext, added_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,13 @@ class TextTower(nn.Module):
         Attention is causal and padding comes last, so the sentence feature does not depend on L, unless an adapter looks ahead
         (dcris.adapters.dense_text).
         """
-        context = SlotContext()
+        added = added_tokens(self.blocks)
+        context = SlotContext(prefix=1 + added)
         x = self.token_embedding(tokens) + self.positions[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, context)
+        if added:  # behind the start token, which they must not come before: it alone is not to see them
+            x = torch.cat((x[:, :1], x[:, 1 + added :]), dim=1)
         x = self.norm(x)
         ends = tokens.argmax(dim=-1)
         sentence = x[torch.arange(len(tokens), device=tokens.device), ends] @ self.projection

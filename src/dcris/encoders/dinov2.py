@@ -1,4 +1,7 @@
-"""The vision tower: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2024).
+"""The vision tower: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2024), or DINOv3 (Simeoni et al. 2025).
+
+DINOv3 differs in how it knows where a patch is (no table; dcris.encoders.rotary), in its norms' eps, and in that its keys have
+no bias: ours have one of zeros, so that both families are one block.
 
 Shape letters: B batch, H W pixels, h w patch grid, N = h*w patches, R registers, P = 1 + R + N tokens, D width.
 """
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import PositionRule, VisionConfig
-from dcris.encoders.blocks import Block, SlotContext
+from dcris.encoders.blocks import Block, SlotContext, added_tokens
 from dcris.encoders.recompute import recomputed
+from dcris.encoders.rotary import patch_rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class VisionState:
 
 
 class VisionTower(nn.Module):
-    """DINOv2 with registers, any width and depth, any input whose sides are multiples of the patch size."""
+    """DINOv2 with registers or DINOv3, any width and depth, any input whose sides are multiples of the patch size."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -47,25 +51,29 @@ class VisionTower(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.registers = nn.Parameter(torch.zeros(1, config.registers, width))
         # Never read when segmenting; it is part of the published weights, which are read strictly.
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
-        self.blocks = nn.ModuleList(Block(width, config.heads, mlp=config.mlp) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        for table in (self.class_token, self.registers, self.positions):
+        self.rotary = config.family == "dinov3"
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width) if self.rotary else torch.zeros(1, width))
+        if not self.rotary:
+            self.positions = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
+        eps = 1e-5 if self.rotary else 1e-6
+        self.blocks = nn.ModuleList(Block(width, config.heads, mlp=config.mlp, eps=eps) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        for table in (self.class_token, self.registers, *(() if self.rotary else (self.positions,))):
             nn.init.trunc_normal_(table, std=0.02)
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches."""
-        return 1 + self.config.registers
+        """Tokens before the patches: the class token, the registers, and what a method puts in behind them."""
+        return 1 + self.config.registers + added_tokens(self.blocks)
 
     @property
     def first_text_step(self) -> int:
         """The first half block whose slot reads the text; 2 * depth where none does. Half blocks before it are shared."""
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            for half, slot in enumerate((block.attention_slot, block.mlp_slot)):
-                if slot.reads_text:
+            before = block.token_slot, block.attention.qkv_slot, block.attention_slot
+            for half, slots in enumerate((before, (block.mlp_slot,))):
+                if any(slot.reads_text for slot in slots):
                     return 2 * index + half
         return 2 * len(self.blocks)
 
@@ -80,14 +88,21 @@ class VisionTower(nn.Module):
         patches = self.patch_embed(images)
         batch, _, rows, columns = patches.shape
         patches = patches.flatten(2).transpose(1, 2)
-        positions = interpolate_positions(self.positions, (rows, columns), self.config.position_rule)
-        tokens = torch.cat((self.class_token.expand(batch, -1, -1), patches), dim=1) + positions
+        tokens = torch.cat((self.class_token.expand(batch, -1, -1), patches), dim=1)
+        if not self.rotary:
+            tokens = tokens + interpolate_positions(self.positions, (rows, columns), self.config.position_rule)
         # The registers come after the class token and have no position.
         tokens = torch.cat((tokens[:, :1], self.registers.expand(batch, -1, -1), tokens[:, 1:]), dim=1)
         return VisionState(tokens, (rows, columns), 0)
 
     def advance(
-        self, state: VisionState, stop: int | None = None, *, text: Tensor | None = None, taps: Iterable[int] = ()
+        self,
+        state: VisionState,
+        stop: int | None = None,
+        *,
+        text: Tensor | None = None,
+        padding: Tensor | None = None,
+        taps: Iterable[int] = (),
     ) -> VisionState:
         """Run half blocks from `state.step` up to but not including `stop` (to the end by default).
 
@@ -95,9 +110,12 @@ class VisionTower(nn.Module):
             state: where to go on from.
             stop: a number of half blocks, or None for all.
             text: [B, L, T] for the slots that read it.
+            padding: [B, L] bool, True where a token of the text is padding.
             taps: blocks (from 0) whose outputs are collected on the way.
         """
-        context = SlotContext(grid=state.grid, prefix=self.prefix, text=text)
+        width = self.config.width // self.config.heads
+        rotation = patch_rotation(state.grid, width, state.tokens) if self.rotary else None
+        context = SlotContext(grid=state.grid, prefix=self.prefix, text=text, padding=padding, rotation=rotation)
         wanted = set(taps)
         tokens, collected = state.tokens, list(state.taps)
         stop = 2 * len(self.blocks) if stop is None else stop

@@ -19,6 +19,8 @@ class Layout:
     """What their names of block {index} start with."""
     inside: dict[str, tuple[str, ...]]
     """Our names inside a block, without the last part (`kind`), to theirs; several are stacked along the first axis."""
+    zeros: frozenset[str] = frozenset()
+    """How the names end of tensors that their network does without, and that are zeros in ours."""
     needless: tuple[str, ...] = ()
     """How the names start of tensors that a tower does without, and that are no reason to refuse a file."""
     transposed: frozenset[str] = frozenset()
@@ -59,6 +61,32 @@ HUB_DINOV2 = Layout(
         "mlp.w3": ("mlp.weights_out.{kind}",),
         "scale2": ("layer_scale2.lambda1",),
     },
+)
+
+HUB_DINOV3 = Layout(
+    title="DINOv3 as the Hub has it",
+    marker="layer.0.attention.q_proj.weight",
+    outside={
+        "class_token": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "mask_token": "embeddings.mask_token",
+        "patch_embed.weight": "embeddings.patch_embeddings.weight",
+        "patch_embed.bias": "embeddings.patch_embeddings.bias",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+    },
+    block="layer.{index}.",
+    inside={
+        "norm1": ("norm1.{kind}",),
+        "attention.qkv": tuple(f"attention.{part}_proj.{{kind}}" for part in "qkv"),
+        "attention.proj": ("attention.o_proj.{kind}",),
+        "scale1": ("layer_scale1.lambda1",),
+        "norm2": ("norm2.{kind}",),
+        "mlp.fc1": ("mlp.up_proj.{kind}",),
+        "mlp.fc2": ("mlp.down_proj.{kind}",),
+        "scale2": ("layer_scale2.lambda1",),
+    },
+    zeros=frozenset({"attention.k_proj.bias"}),
 )
 
 META_DINOV2 = Layout(
@@ -138,5 +166,6 @@ OPENAI_CLIP = Layout(
     needless=("visual.", "input_resolution", "context_length", "vocab_size"),
 )
 
-VISION_LAYOUTS = (HUB_DINOV2, META_DINOV2)
+VISION_LAYOUTS = {"dinov2": (HUB_DINOV2, META_DINOV2), "dinov3": (HUB_DINOV3,)}
+"""By the tower's family."""
 TEXT_LAYOUTS = (HUB_CLIP, OPENAI_CLIP)

@@ -1,8 +1,8 @@
 """Where the frozen towers' weights come from, and how they are filled: strictly.
 
 A tower's configuration names its weights:
-- "dinov2-base", "clip-vit-base-patch16" and so on (recipes.VISION_TOWERS and TEXT_TOWERS) are fetched from the Hub, at the
-  revision beside the name, and cached;
+- "dinov2-base", "dinov3-base", "clip-vit-base-patch16" and so on (recipes.VISION_TOWERS and TEXT_TOWERS) are fetched from the
+  Hub, at the revision beside the name, and cached;
 - the path of a file: what the Hub has, Meta's dinov2_*_reg4_pretrain.pth, OpenAI's ViT-*.pt, a plain state dict of either;
 - "tiny-vision" and "tiny-text" ship in the package;
 - "random" leaves a tower as it was made, for tests and for measuring speed.
@@ -32,6 +32,10 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_VISION = {
     f"dinov2-{size}": f"facebook/dinov2-with-registers-{size}" for size in ("small", "base", "large", "giant")
 }
+_HUB_VISION |= {
+    f"dinov3-{size}": f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m"
+    for size, letter in (("small", "s"), ("base", "b"), ("large", "l"))
+}
 _HUB_TEXT = {
     name: f"openai/{name}" for name in ("clip-vit-base-patch16", "clip-vit-base-patch32", "clip-vit-large-patch14")
 }
@@ -52,7 +56,10 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     Raises DcrisError where there are no such weights, where they cannot be fetched or read, and where a tensor is missing,
     left over or of another shape.
     """
-    layouts, published = (VISION_LAYOUTS, _HUB_VISION) if isinstance(tower, VisionTower) else (TEXT_LAYOUTS, _HUB_TEXT)
+    layouts: Sequence[Layout] = TEXT_LAYOUTS
+    published = _HUB_TEXT
+    if isinstance(tower, VisionTower):
+        layouts, published = VISION_LAYOUTS[tower.config.family], _HUB_VISION
     if name == RANDOM:
         return
     if name in _EMBEDDED:
@@ -85,8 +92,9 @@ def fill_from_file(tower: nn.Module, path: Path, layouts: Sequence[Layout]) -> N
         raise DcrisError(f"{path} is neither {kinds}: none of these tensors is in it")
     target = tower_state(tower)
     plan = {name: layout.parts(name) for name in target}
+    zeros = tuple(layout.zeros)
     for name, parts in plan.items():
-        for part in parts:
+        for part in filter(lambda part: not part.endswith(zeros), parts):
             _check_part(stored, part, _shape_of_part(target[name], len(parts), name in layout.transposed), path)
     used = {part for parts in plan.values() for part in parts}
     for part in stored:
@@ -94,7 +102,10 @@ def fill_from_file(tower: nn.Module, path: Path, layouts: Sequence[Layout]) -> N
             raise DcrisError(f"{path} has a tensor {part} that this model has no place for; it is for another model")
     with torch.no_grad():
         for name, parts in plan.items():
-            tensors = [stored[part].read() for part in parts]
+            tensors = [
+                torch.zeros(len(target[name]) // len(parts)) if part.endswith(zeros) else stored[part].read()
+                for part in parts
+            ]
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             target[name].copy_(whole.T if name in layout.transposed else whole)
 
@@ -124,6 +135,12 @@ def can_be_had(tower: VisionTower | TextTower) -> bool:
 def tower_state(tower: nn.Module) -> dict[str, Tensor]:
     """A tower's own tensors by name, without those of the adapters in its slots."""
     return {name: value for name, value in tower.state_dict().items() if "_slot." not in name}
+
+
+def frozen_state(tower: nn.Module) -> dict[str, Tensor]:
+    """Those of a tower's own tensors that are not trained. They are what a checkpoint knows the tower by."""
+    trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in tower_state(tower).items() if name not in trained}
 
 
 def copy_strictly(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> None:

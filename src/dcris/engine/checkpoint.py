@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, load_config, parse_config
-from dcris.encoders.weights import copy_strictly, fingerprint, load_towers, tower_state
+from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
 from dcris.files import read_json, remove_directory, remove_partial, write_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
@@ -63,7 +63,7 @@ Origin = Mapping[str, str]
 def identify_towers(model: DCRIS) -> Towers:
     """Name a model's frozen towers. Reads every weight: a second or two for the large ones."""
     return {
-        name: {"name": part.config.name, **part.source, "sha256": fingerprint(tower_state(part))}
+        name: {"name": part.config.name, **part.source, "sha256": fingerprint(frozen_state(part))}
         for name, part in (("vision", model.vision), ("text", model.text))
     }
 
@@ -225,11 +225,11 @@ def _halved(state: Mapping[str, Tensor], model: DCRIS) -> dict[str, Tensor]:
 
 
 def _tower_tensors(model: DCRIS) -> dict[str, Tensor]:
-    """The frozen towers' tensors by their names in the whole model."""
+    """The tensors of the towers that are frozen, by their names in the whole model."""
     return {
         f"{name}.{key}": value
         for name, tower in (("vision", model.vision), ("text", model.text))
-        for key, value in tower_state(tower).items()
+        for key, value in frozen_state(tower).items()
     }
 
 
@@ -425,17 +425,19 @@ def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, Run
     path = find_checkpoint(path)
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
-    recorded = _require_towers(path, towers)
     with torch.device("meta"):  # names and shapes without memory
         model = DCRIS(config.model)
-    copy_strictly(
-        _tower_tensors(model), _tower_tensors(shared), "the tower in memory"
-    )  # compares alone: nothing is there
+    wanted, there = _tower_tensors(model), _tower_tensors(shared)
+    if wanted.keys() < there.keys():  # it trains some of its towers' weights itself, and is known by the others
+        there = {name: there[name] for name in wanted}
+        towers = {name: {**towers[name], "sha256": fingerprint(_part(there, name))} for name in towers}
+    recorded = _require_towers(path, towers)
+    copy_strictly(wanted, there, "the tower in memory")  # compares alone: nothing is there
     expected, tensors = trained_state(model), _read_trained(path, model)
     copy_strictly(expected, tensors, str(path))
     device = shared.head.projector.visual.weight.device
     trained = {name: value.to(device, expected[name].dtype) for name, value in tensors.items()}
-    model.load_state_dict({**_tower_tensors(shared), **trained}, assign=True)
+    model.load_state_dict({**there, **trained}, assign=True)
     for name, tower in (("vision", model.vision), ("text", model.text)):
         tower.source = {key: recorded[name][key] for key in ("source", "revision") if key in recorded[name]}
     return model, config

@@ -214,6 +214,7 @@ def result_record(
         "dataset": dataset,
         "split": split,
         "protocol": protocol.name,
+        "threshold": protocol.threshold,
         "weights_sha256": fingerprint(model.state_dict()) if model is not None else None,
         "version": __version__,
     }

@@ -54,7 +54,7 @@ from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError, out_of_memory
 from dcris.files import claim, make_directory, read_json, write_json
-from dcris.losses import text_to_pixel_loss
+from dcris.losses import training_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import hold_frozen
@@ -404,7 +404,7 @@ class _Step:
                 logits = self.model(images, tokens)
             # The mean over the batch is the sum of the passes' means, each by its share of the batch.
             share = len(places) / self.batch_size
-            loss = text_to_pixel_loss(logits, masks) * share
+            loss = training_loss(logits, masks, self.config.train.dice_weight) * share
             loss.backward()
             losses.append(loss.detach())
             if want_iou_of_all:

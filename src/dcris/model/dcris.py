@@ -54,9 +54,11 @@ class DCRIS(nn.Module):
         if (textual := config.text_adapter) is not None:
             kind = DenseTextAdapter if textual.kind == "dense" else TextAdapter
             attach(self.text.blocks, textual.layers, "mlp_slot", partial(kind, config.text.width, textual))
+        if (method := config.method) is not None:
+            method.attach(self.vision, self.text)
         self.head = Head(config)
-        freeze(self.vision)
-        freeze(self.text)
+        freeze(self.vision, lambda name: method is not None and method.trains(f"vision.{name}"))
+        freeze(self.text, lambda name: method is not None and method.trains(f"text.{name}"))
         self.train(False)
 
     def train(self, mode: bool = True) -> "DCRIS":
@@ -89,7 +91,7 @@ class DCRIS(nn.Module):
 
     def segment(self, state: VisionState, text: TextFeatures) -> Tensor:
         """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w]."""
-        state = self.vision.advance(state, text=text.tokens, taps=self.config.head.taps)
+        state = self.vision.advance(state, text=text.tokens, padding=text.padding, taps=self.config.head.taps)
         levels = [
             tokens[:, self.vision.prefix :].transpose(1, 2).unflatten(-1, state.grid)
             for tokens in (*state.taps, self.vision.finish(state))

@@ -79,9 +79,11 @@ class Line:
     """[N, 2], in order."""
     noisy: bool = False
     """Drawn as points with a smoothed line through them."""
+    labels: tuple[str, ...] = ()
+    """Written beside the points, one each."""
 
 
-def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = False) -> str:
+def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = False, legend: bool = True) -> str:
     """A chart as a card with inline SVG, each line in its place's colour; an x axis of `whole` numbers gets no others."""
     width, height, left, right, top, bottom = 520, 280, 56, 24, 14, 44
     everything = np.concatenate([line.points for line in lines])
@@ -124,8 +126,14 @@ def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = 
             drawn = _smooth(line.points) if smoothed else _thin(line.points)
             trace = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in drawn)
             marks.append(f'<polyline {shape}" points="{trace}"/>')
+        for (a, b), label in zip(line.points, line.labels, strict=False):
+            # Towards the middle, so that no label leaves the picture.
+            end, away = ("end", -7) if across(a) > 0.6 * width else ("start", 7)
+            marks.append(
+                f'<text x="{across(a) + away:.1f}" y="{up(b) - 5:.1f}" text-anchor="{end}">{text(label)}</text>'
+            )
     names = "".join(
-        f'<span class="key {line_class(place)}">{text(line.name)}</span>' for place, line in enumerate(lines)
+        f'<span class="key {line_class(place)}">{text(line.name)}</span>' for place, line in enumerate(lines) if legend
     )
     ends = "; ".join(f"{line.name} ends at {line.points[-1, 1]:.4g}" for line in lines)
     return (

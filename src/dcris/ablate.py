@@ -1,0 +1,533 @@
+"""The paper's comparisons, run: every row of a table as separate runs, and the table written in the paper's layout.
+
+A run is a folder OUT/runs/KEY, where KEY stands for all that decides its result: configuration, data set, seed, length. So
+tables share what is equal between them, a second call skips what is done, and a call that was broken off goes on where it
+stopped. Several processes may work on one OUT at the same time (torchrun, or the same command started again): each takes a run
+that is neither done nor locked by another.
+
+Two budgets make a comparison fair in two ways. With equal steps every row sees the same samples, however long a step takes.
+With equal time every row trains as long as the default DCRIS did in its equal steps, by the seconds a step took: cheaper
+methods then take more steps, each with a schedule of that length. On a CPU the seconds are those of the process on one
+thread, which other work on the machine hardly changes; on a GPU they are the clock's.
+"""
+
+import hashlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dcris.config import RunConfig, parse_config
+from dcris.data.dataset import all_questions, steps_per_epoch
+from dcris.data.references import load_references
+from dcris.data.scenes import write_scenes
+from dcris.data.table import ReferenceTable
+from dcris.data.tokenizer import tokenizer_of
+from dcris.engine.checkpoint import list_checkpoints, load_checkpoint
+from dcris.engine.device import choose_device, choose_precision
+from dcris.engine.evaluate import answer_questions, result_record
+from dcris.engine.train import Interrupted, build_model, total_steps, train
+from dcris.errors import DcrisError
+from dcris.files import make_directory, read_json, write_file, write_json
+from dcris.model.dcris import DCRIS
+from dcris.paper import TABLES, WIDTHS, Row
+from dcris.protocols import Cris
+from dcris.recipes import get_recipe
+from dcris.report.ablation import Measured, write_ablation
+from dcris.version import __version__
+
+Size = Literal["tiny", "b"]
+TINY_STEPS = 240
+TRAIN_SCENES, TEST_SCENES = 3000, 60
+_TINY_STEP = 0.17
+"""Seconds of a step of dcris_tiny on one thread of an AMD EPYC (Zen 3): for the estimate before anything was measured."""
+_TINY_REST = 5.0
+"""Seconds of a tiny run beside its steps: making the model, evaluating it."""
+_BOOKKEEPING = ("workers", "log_every", "save_every", "keep_last", "trackers")
+"""Settings that change no result."""
+_POLL = 1.0  # seconds between looks at what other processes work on
+
+
+def ablate(
+    name: str,
+    out: Path,
+    *,
+    root: Path | None = None,
+    size: Size = "tiny",
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int | None = None,
+    epochs: int | None = None,
+    budgets: Sequence[str] = ("steps", "time"),
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Run a table's rows, write OUT/NAME.md, .tex, .html and .json, and return what failed: a sentence for each row.
+
+    Args:
+        name: one of dcris.paper.TABLES.
+        out: the folder of all tables and of their runs.
+        root: the data sets; for the tiny size None stands for scenes generated in OUT.
+        size: of the towers: "tiny" or "b".
+        seeds: of the runs; several give means and deviations.
+        steps, epochs: length of the runs with equal steps; the recipe's where None, TINY_STEPS for the tiny size.
+        budgets: "steps", "time" or both.
+        device: as of `choose_device`; several processes on a machine with GPUs take one each.
+        say: takes lines for a person.
+
+    Raises DcrisError where there is no such table, or no data, or the tables cannot be written; Interrupted after Ctrl-C while
+    training. A row that fails does not end the others.
+    """
+    if name not in TABLES:
+        raise DcrisError(f"there is no table {name!r}; choose one of {', '.join(TABLES)}")
+    if root is None and size != "tiny":
+        raise DcrisError("a data set is needed: give its folder with --data, or generated scenes with --recipe tiny")
+    chosen = choose_device(_own_gpu(device))
+    threads = torch.get_num_threads()
+    if chosen.type == "cpu":
+        torch.set_num_threads(1)  # its time is what is measured, and the other cores are for other runs
+    try:
+        return _Study(name, out, root, size, steps, epochs, chosen, say).run(sorted(set(seeds)), budgets)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def configure(row: Row, size: Size) -> RunConfig:
+    """The row as a recipe for towers of that size.
+
+    Widths are scaled: what is half of the paper's default width there is half of the recipe's here.
+
+    Raises DcrisError where there is no such recipe, or the row does not fit it.
+    """
+    config = get_recipe(f"{row.method}_{size}")
+    visual, textual = config.model.visual_adapter, config.model.text_adapter
+    if row.method == "dcris":
+        assert visual is not None and textual is not None
+        layers = {"layers": row.layers} if row.layers is not None else {}
+        width, text_width = scaled_widths(config, row)
+        changes: dict[str, Any] = {
+            "visual_adapter": visual.model_copy(update={"width": width, **layers}) if row.dense else None,
+            "text_adapter": textual.model_copy(update={"width": text_width, **layers}) if row.textual else None,
+        }
+        config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    return parse_config(config.model_dump(), f"the row {', '.join(row.cells)}")
+
+
+def scaled_widths(config: RunConfig, row: Row) -> tuple[int, int]:
+    """The widths of a row's adapters in towers of the recipe's size."""
+    assert config.model.visual_adapter is not None and config.model.text_adapter is not None
+    visual, textual = row.widths or WIDTHS
+    return (
+        config.model.visual_adapter.width * visual // WIDTHS[0],
+        config.model.text_adapter.width * textual // WIDTHS[1],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run: a row with a seed and a length."""
+
+    title: str
+    config: RunConfig
+    key: str
+    folder: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out, where it is whole and of this very run."""
+        try:
+            found = read_json(self.folder / "result.json", "a run's result")
+        except DcrisError:  # missing, or spoilt: run it again
+            return None
+        return found if isinstance(found, dict) and found.get("key") == self.key else None
+
+    def failure(self, since: float) -> str | None:
+        """Why it failed, if it did after a time: what failed before is tried again."""
+        path = self.folder / "failed.txt"
+        try:
+            return path.read_text("utf-8").splitlines()[0] if path.stat().st_mtime >= since else None
+        except (OSError, IndexError):
+            return None
+
+
+class _Study:
+    def __init__(
+        self,
+        name: str,
+        out: Path,
+        root: Path | None,
+        size: Size,
+        steps: int | None,
+        epochs: int | None,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self.name, self.out, self.size, self.device, self.say = name, out, size, device, say
+        self.begin = time.time()
+        self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.default = get_recipe(f"dcris_{size}")
+        self.table = load_references(root or self._scenes(), None if _is_file(root) else self.default.data.dataset)
+        self.data = self.table.sha256()
+        self.splits = [split for split in self.table.splits() if split != self.default.data.train_split]
+        self.rows = [row for row in TABLES[name].rows if row.only in (None, size)]
+        self.steps = steps or (TINY_STEPS if size == "tiny" and epochs is None else None)
+        self.epochs = epochs
+        self.walls: list[float] = []
+
+    def run(self, seeds: Sequence[int], budgets: Sequence[str]) -> list[str]:
+        configs: list[RunConfig | DcrisError] = []
+        for row in self.rows:
+            try:
+                configs.append(configure(row, self.size))
+            except DcrisError as error:
+                configs.append(error)
+        equal = [
+            {seed: self._job(row, config, seed) for seed in seeds} if isinstance(config, RunConfig) else config
+            for row, config in zip(self.rows, configs, strict=True)
+        ]
+        # The default's first: without its time there are no runs of equal time, and no estimate.
+        yardstick = next(
+            jobs for row, jobs in zip(self.rows, equal, strict=True) if _is_default(row) and isinstance(jobs, dict)
+        )
+        planned = [yardstick, *(jobs for jobs in equal if isinstance(jobs, dict))]
+        jobs = [job for jobs in planned for job in jobs.values()]
+        longer = len({job.key for job in jobs}) - len(seeds) if "time" in budgets else 0
+        self._announce(jobs, longer)
+        self._work(jobs, longer)
+        measured = {}
+        if "steps" in budgets:
+            measured["steps"] = [self._measured(row, jobs) for row, jobs in zip(self.rows, equal, strict=True)]
+        if "time" in budgets:
+            timed = [
+                self._stretched(row, jobs, yardstick) if isinstance(jobs, dict) else jobs
+                for row, jobs in zip(self.rows, equal, strict=True)
+            ]
+            self._work(
+                [job for jobs in timed if isinstance(jobs, dict) for job in jobs.values() if isinstance(job, _Job)]
+            )
+            measured["time"] = [self._measured(row, jobs) for row, jobs in zip(self.rows, timed, strict=True)]
+        page = self._write(measured)
+        if self.first:
+            self.say(page)
+        return [
+            f"{item.name}: {item.failure}" for items in measured.values() for item in items if item.failure is not None
+        ]
+
+    # ---- what is to be run -------------------------------------------------------------------------------------------
+
+    def _job(self, row: Row, config: RunConfig, seed: int) -> _Job:
+        """A row's run of equal steps: the recipe's length, or what was asked for."""
+        train_settings: dict[str, Any] = {"seed": seed, "keep_last": 1}
+        data: dict[str, Any] = {"dataset": self.table.dataset, "split_by": self.table.split_by}
+        if config.data.val_split not in {None, *self.splits}:
+            data["val_split"] = None
+        if self.epochs is not None:
+            train_settings |= {"epochs": self.epochs, "max_steps": None}
+        if self.steps is not None:
+            train_settings["max_steps"] = self.steps
+            train_settings["epochs"] = self._epochs(config, self.steps)
+        changed = config.model_copy(
+            update={
+                "train": config.train.model_copy(update=train_settings),
+                "data": config.data.model_copy(update=data),
+            }
+        )
+        return self._keyed(row, changed)
+
+    def _stretched(
+        self, row: Row, jobs: dict[int, _Job], yardstick: dict[int, _Job]
+    ) -> "dict[int, _Job | str] | DcrisError":
+        """A row's runs of equal time: as many steps as fit the default's seconds, with a schedule as much longer or shorter."""
+        stretched: dict[int, _Job | str] = {}
+        for seed, job in jobs.items():
+            own, whole = job.result(), yardstick[seed].result()
+            if job.key == yardstick[seed].key:
+                stretched[seed] = job
+            elif own is None:
+                stretched[seed] = job.failure(self.begin) or "its run of equal steps is not done"
+            elif whole is None:
+                stretched[seed] = "the default row, whose time counts, is not done"
+            else:
+                factor = whole["seconds"] / own["seconds_per_step"] / own["steps"]
+                steps = max(1, round(own["steps"] * factor))
+                settings = job.config.train
+                changes = {
+                    "max_steps": steps,
+                    "epochs": self._epochs(job.config, steps),
+                    "milestones": tuple(milestone * factor for milestone in settings.milestones),
+                }
+                config = job.config.model_copy(update={"train": settings.model_copy(update=changes)})
+                stretched[seed] = self._keyed(row, config)
+        return stretched
+
+    def _epochs(self, config: RunConfig, steps: int) -> int:
+        """Epochs that so many steps take, the last perhaps in part."""
+        references = len(self.table.split(config.data.train_split))
+        return -(-steps // steps_per_epoch(references, min(config.train.batch_size, references)))
+
+    def _keyed(self, row: Row, config: RunConfig) -> _Job:
+        plain = config.model_dump(mode="json", exclude={"recipe"})
+        plain["data"] = {name: value for name, value in plain["data"].items() if name not in _BOOKKEEPING}
+        plain["train"] = {name: value for name, value in plain["train"].items() if name not in _BOOKKEEPING}
+        told = json.dumps([plain, self.data, self.splits, self.device.type, __version__], sort_keys=True)
+        key = hashlib.sha256(told.encode()).hexdigest()[:16]
+        return _Job(f"{_label(row)}, seed {config.train.seed}", config, key, self.out / "runs" / key)
+
+    def _scenes(self) -> Path:
+        """The generated scenes in OUT, made where they are missing, by one process while the others wait."""
+        data = self.out / "scenes"
+        while not (data / "scenes" / "refs(generated).p").exists():
+            with _claim(self.out / "scenes.lock") as mine:
+                if mine and not (data / "scenes" / "refs(generated).p").exists():
+                    self.say(f"generating {TRAIN_SCENES:,} scenes to train on and {TEST_SCENES} to test with")
+                    write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0)
+            time.sleep(0 if mine else _POLL)
+        return data
+
+    # ---- running it --------------------------------------------------------------------------------------------------
+
+    def _announce(self, jobs: Sequence[_Job], longer: int) -> None:
+        distinct = {job.key: job for job in jobs}
+        left = sum(job.result() is None for job in distinct.values())
+        self.say(
+            f"{self.name}: {len(distinct)} runs with equal steps, {len(distinct) - left} of them done; "
+            f"{longer} further runs with equal time"
+        )
+        if self.size == "tiny" and self.steps is not None:
+            minutes = (left + longer) * (self.steps * _TINY_STEP + _TINY_REST) / 60 / self.processes
+            self.say(
+                f"about {max(1, round(minutes))} min on {self.processes} core(s), if none of the longer ones is done"
+            )
+
+    def _work(self, jobs: Sequence[_Job], later: int = 0) -> None:
+        """Run what is neither done nor failed; come back when all are one or the other, whoever ran them.
+
+        Args:
+            jobs: in order; equal ones count once.
+            later: runs that are still to come after these, for the time left.
+        """
+        waiting = {job.key: job for job in jobs}
+        while waiting:
+            busy = True
+            for key, job in list(waiting.items()):
+                if job.result() is None and job.failure(self.begin) is None:
+                    with _claim(job.folder / ".lock") as mine:
+                        if not mine:
+                            continue
+                        if job.result() is None and job.failure(self.begin) is None:
+                            self._attempt(job, sum(other.result() is None for other in waiting.values()) + later)
+                del waiting[key]
+                busy = False
+            if busy and waiting:
+                time.sleep(_POLL)
+
+    def _attempt(self, job: _Job, left: int) -> None:
+        started = time.monotonic()
+        (job.folder / "failed.txt").unlink(missing_ok=True)
+        try:
+            result = _run(job, self.table, self.splits, self.device)
+        except Interrupted:
+            raise
+        except Exception as error:  # whatever a method, a library or the machine may raise: the other rows go on
+            first, *_ = str(error).strip().splitlines() or [""]
+            sentence = first if isinstance(error, DcrisError) else f"{type(error).__name__}: {first}"
+            write_file(job.folder / "failed.txt", f"{sentence}\n\n{traceback.format_exc()}")
+            self.say(f"{job.title}: failed: {sentence}")
+            return
+        self.walls.append(time.monotonic() - started)
+        scores = ", ".join(f"{split} mIoU {found['miou']:.1f}" for split, found in result["scores"].items())
+        minutes = (left - 1) * sum(self.walls) / len(self.walls) / 60 / self.processes
+        self.say(
+            f"{job.title}: {scores} after {result['steps']:,} steps in {self.walls[-1]:.0f} s; "
+            f"{left - 1} runs left, about {minutes:.0f} min"
+        )
+
+    # ---- what came out -----------------------------------------------------------------------------------------------
+
+    def _measured(self, row: Row, jobs: "dict[int, _Job] | dict[int, _Job | str] | DcrisError") -> Measured:
+        runs, failures = [], []
+        for job in jobs.values() if isinstance(jobs, dict) else ():
+            if isinstance(job, str):
+                failures.append(job)
+            elif (result := job.result()) is not None:
+                runs.append({**result, "run": f"runs/{job.key}"})
+            else:
+                failures.append(job.failure(self.begin) or "not run")
+        if isinstance(jobs, DcrisError):
+            failures.append(str(jobs))
+        cells = row.cells
+        if row.widths is not None and (widths := scaled_widths(self.default, row)) != row.widths:
+            cells = (f"{row.cells[0]} (here {widths[0]}, {widths[1]})",)
+        return Measured(row, _label(row), cells, tuple(runs), f"failed: {failures[0]}" if failures else None)
+
+    def _write(self, measured: dict[str, list[Measured]]) -> str:
+        with torch.device("meta"):  # shapes without memory
+            backbone = DCRIS(self.default.model).count_weights()["frozen"]
+        notes = [
+            "Scores are percentages, by the CRIS family's protocol; several seeds give mean \N{PLUS-MINUS SIGN} deviation of "
+            "a sample.",
+            "Trainable weights are those beside the head, which is the same in every row; their share is of "
+            f"{backbone:,}, both towers.",
+            "Equal steps: every row trains on the same samples. Equal time: every row trains as many seconds as DCRIS did, "
+            "with a schedule of that length. "
+            + (
+                "Seconds are the process's on one CPU thread, with reading and batching."
+                if self.device.type == "cpu"
+                else "Seconds are the clock's, on one GPU, with reading and validation."
+            ),
+        ]
+        if self.size == "tiny":
+            notes.append(
+                "Tiny towers on generated scenes: the towers know the scenes' attributes by supervision, the runs are short, "
+                "and none of this says who wins on photographs with the paper's model."
+            )
+        return write_ablation(
+            self.out,
+            self.name,
+            TABLES[self.name],
+            measured,
+            splits=self.splits,
+            data=(self.table.dataset, self.table.split_by),
+            backbone=backbone,
+            notes=notes,
+        )
+
+
+def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Train, evaluate, and leave result.json; a run that was broken off goes on."""
+    config, tokenizer = job.config, tokenizer_of(job.config.model.text)
+    model = build_model(config)
+    counts = model.count_weights()
+    _warm_up(model.to(device), config)
+    with _timed(job.folder, device):
+        trained = train(model, config, table, tokenizer, job.folder, device=device, resume=True, say=lambda line: None)
+    spent = read_json(job.folder / "time.json", "a run's time")
+    model, _ = load_checkpoint(trained.best.path)
+    model.to(device)
+    dtype = choose_precision(config.train.precision, device)
+    scores = {}
+    for split in splits:
+        questions = all_questions(table.split(split))
+        answers = list(
+            answer_questions(
+                model,
+                questions,
+                config.data,
+                tokenizer,
+                Cris(),
+                device=device,
+                dtype=dtype,
+                workers=config.data.workers,
+                keep_masks=False,
+            )
+        )
+        scores[split] = result_record(answers, model, dataset=table.dataset, split=split, protocol=Cris())
+    steps = total_steps(config.train, len(table.split(config.data.train_split)))
+    rate = spent["seconds"] / max(1, spent["steps"])
+    result = {
+        "key": job.key,
+        "recipe": config.recipe,
+        "seed": config.train.seed,
+        "counts": counts,
+        "steps": steps,
+        "seconds": rate * steps,
+        "seconds_per_step": rate,
+        "scores": scores,
+        "version": __version__,
+    }
+    write_json(job.folder / "result.json", result)
+    return result
+
+
+def _warm_up(model: DCRIS, config: RunConfig) -> None:
+    """Go through the model once, in both directions: what the libraries do on first use is nobody's time.
+
+    In evaluation mode, which draws no random number and leaves statistics alone.
+    """
+    device, side = next(model.parameters()).device, config.data.image_size
+    images = torch.zeros(2, 3, side, side, device=device)
+    tokens = torch.ones(2, config.data.word_length, dtype=torch.long, device=device)
+    model(images, tokens).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _timed(folder: Path, device: torch.device) -> Iterator[None]:
+    """Add what happens inside to the run's time.json: seconds, and steps that a checkpoint has kept."""
+    clock = time.process_time if device.type == "cpu" else time.monotonic
+    begin, before = clock(), _done(folder)
+    try:
+        yield
+    finally:
+        try:
+            spent = read_json(folder / "time.json", "a run's time")
+        except DcrisError:
+            spent = {"seconds": 0.0, "steps": 0}
+        if (steps := _done(folder) - before) > 0:
+            write_json(
+                folder / "time.json",
+                {"seconds": spent["seconds"] + clock() - begin, "steps": spent["steps"] + steps},
+            )
+
+
+def _done(folder: Path) -> int:
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1].step if checkpoints else 0
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Hold a lock file, if nobody does: whether this process may go on. The system lets go of it however the process ends."""
+    make_directory(path.parent)
+    with path.open("a") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: there one process at a time has to do
+            yield True
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _is_default(row: Row) -> bool:
+    defaults = (None, WIDTHS), (None, (1, 3, 5, 7, 9, 11))
+    return (
+        row.method == "dcris" and row.dense and row.textual and row.widths in defaults[0] and row.layers in defaults[1]
+    )
+
+
+def _label(row: Row) -> str:
+    """The row in a word."""
+    if row.method != "dcris":
+        return row.cells[0]
+    if not (row.dense or row.textual):
+        return "fixed backbone"
+    if not row.textual:
+        return "DA alone"
+    if not row.dense:
+        return "TA alone"
+    if _is_default(row):
+        return "DCRIS"
+    return f"DCRIS {row.widths[0]}, {row.widths[1]}" if row.widths else f"DCRIS, {len(row.layers or ())} layers"
+
+
+def _is_file(root: Path | None) -> bool:
+    return root is not None and root.is_file()
+
+
+def _own_gpu(device: str) -> str:
+    """Several processes that torchrun started on a machine with GPUs take one each."""
+    local = os.environ.get("LOCAL_RANK")
+    if device in ("auto", "cuda") and local is not None and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return device

@@ -1,0 +1,257 @@
+"""What the paper does not do, off by default: each is one field, and does what it says when it is on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcris.analysis import analyse, best_threshold
+from dcris.cli import main
+from dcris.config import DenseCrossConfig, RunConfig
+from dcris.data.dataset import TrainingSamples, all_questions, normalise
+from dcris.data.flip import swap_sides
+from dcris.data.references import load_references
+from dcris.data.tokenizer import tokenizer_of
+from dcris.engine.checkpoint import load_checkpoint
+from dcris.engine.evaluate import answer_questions
+from dcris.losses import dice_loss, text_to_pixel_loss, training_loss
+from dcris.model.dcris import DCRIS
+from dcris.protocols import Cris
+from models import error, images, randomise, tiny_config, tokens_ending_at
+from runs import CPU, quick_config, run_training
+
+PHRASES = (
+    "the man left right Left RIGHT leftmost rightmost left-hand now next all in front of a tree lft - , . second from"
+)
+
+
+def dcris(*arguments: object) -> int:
+    """Run the command line."""
+    return main([str(argument) for argument in arguments])
+
+
+def test_extensions_are_off() -> None:
+    """Else the paper's recipes are no longer the paper's, and nobody has asked for that."""
+    config = RunConfig()
+    assert not config.data.flip
+    assert config.train.dice_weight == 0
+    assert config.model.visual_adapter is not None
+    assert not config.model.visual_adapter.mask_padding
+    assert config.model.vision.family == "dinov2"
+
+
+# ---- dice ------------------------------------------------------------------------------------------------------------
+
+
+def test_dice_is_one_minus_twice_the_overlap_over_both() -> None:
+    """Else the loss that is added pulls somewhere else than to overlapping masks."""
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 1, 4, 5, generator=source)
+    masks = (torch.rand(3, 1, 8, 10, generator=source) > 0.6).float()
+    expected = []
+    for guess, truth in zip(torch.sigmoid(logits)[:, 0].numpy(), masks[:, 0, ::2, ::2].numpy(), strict=True):
+        expected.append(1 - (2 * (guess * truth).sum() + 1) / (guess.sum() + truth.sum() + 1))
+    assert dice_loss(logits, masks).item() == pytest.approx(float(np.mean(expected)), abs=1e-6)
+    assert dice_loss(40 * (2 * masks - 1), masks).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(torch.full((1, 1, 2, 2), -40.0), torch.zeros(1, 1, 4, 4)).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(torch.full((1, 1, 9, 9), 40.0), torch.zeros(1, 1, 9, 9)).item() > 0.98
+
+
+def test_dice_stands_beside_equation_6(scenes_root: Path, tmp_path: Path) -> None:
+    """Else the weight is read and forgotten, or equation 6 changes where nobody asked for dice."""
+    source = torch.Generator().manual_seed(1)
+    logits, masks = torch.randn(2, 1, 4, 4, generator=source), torch.ones(2, 1, 8, 8)
+    alone = text_to_pixel_loss(logits, masks)
+    assert torch.equal(training_loss(logits, masks), alone)
+    assert torch.allclose(training_loss(logits, masks, 0.5), alone + 0.5 * dice_loss(logits, masks))
+    logged = {}
+    for weight in ("0", "0.5"):
+        out = tmp_path / weight
+        run_training(quick_config(1, ("train.dice_weight", weight), ("train.log_every", "1")), scenes_root, out)
+        logged[weight] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert 0 < logged["0.5"] - logged["0"] <= 0.5
+
+
+# ---- padding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_padding_is_kept_from_the_adapters(masked: bool) -> None:
+    """Else the answer to a phrase depends on how many tokens the model was told to read, even where that was turned off."""
+    visual = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0, mask_padding=masked)
+    model = DCRIS(tiny_config(visual_adapter=visual)).double().eval()
+    randomise(model)
+    pixels, tokens = images(2, 3, 4).double(), tokens_ending_at((3, 5), 11)
+    short, long = model(pixels, tokens[:, :6]), model(pixels, tokens)
+    assert (error(short, long) < 1e-10) == masked
+
+
+# ---- resolution --------------------------------------------------------------------------------------------------------
+
+
+def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path) -> None:
+    """Else pictures can be given finer to the network in name only: positions, coordinates and logits follow the size."""
+    table, logits = load_references(scenes_root, "scenes"), {}
+    for size in (56, 112, 168):
+        out = tmp_path / str(size)
+        run_training(quick_config(2, ("data.image_size", str(size))), scenes_root, out)
+        model, config = load_checkpoint(out)
+        found = answer_questions(
+            model, all_questions(table.split("test")), config.data, tokenizer_of(config.model.text), Cris(), device=CPU
+        )
+        assert all(answer.mask().shape == answer.reference.image_size for answer in found)
+        samples = TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
+        sample = samples[0]
+        with torch.no_grad():
+            logits[size] = model(normalise(sample.image[None], config.data), sample.tokens[None])
+        assert logits[size].shape[-2:] == (4 * size // 14, 4 * size // 14)
+        assert torch.isfinite(logits[size]).all()
+    # A model that was trained at one size also answers at another.
+    model, config = load_checkpoint(tmp_path / "56")
+    finer = config.data.model_copy(update={"image_size": 112})
+    found = answer_questions(
+        model, all_questions(table.split("test")), finer, tokenizer_of(config.model.text), Cris(), device=CPU
+    )
+    assert sum(1 for _ in found) == len(all_questions(table.split("test")))
+
+
+def test_dinov3_carries_a_whole_model() -> None:
+    """Else the tower agrees with its publisher's and no head, adapter or gradient can use it."""
+    config = tiny_config()
+    vision = config.vision.model_copy(update={"family": "dinov3", "patch": 16})
+    model = DCRIS(config.model_copy(update={"vision": vision})).train()
+    logits = model(torch.randn(2, 3, 48, 64), tokens_ending_at((3, 5), 8))
+    assert logits.shape == (2, 1, 12, 16)
+    logits.sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained)
+    assert all(parameter.grad is None for parameter in model.vision.patch_embed.parameters())
+
+
+# ---- threshold ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_chosen_on_another_split(
+    scenes_root: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a threshold is tuned on the very split that is reported, or the result does not say which one was used."""
+    result = tmp_path / "result.json"
+    data = ("--data", scenes_root, "--device", "cpu")
+    assert dcris("evaluate", trained_run, *data, "--split", "test", "--calibrate-on", "val", "--out", result) == 0
+    record = json.loads(result.read_text())
+    model, config = load_checkpoint(trained_run)
+    questions = all_questions(load_references(scenes_root, "scenes").split("val"))
+    answers = [*answer_questions(model, questions, config.data, tokenizer_of(config.model.text), Cris(), device=CPU)]
+    curve = analyse(answers)["curve"]
+    best = curve["thresholds"][int(np.argmax(curve["miou"]))]
+    assert record["calibrated_on"] == "val"
+    assert record["threshold"] == best_threshold(answers) == best
+    # The scores are those at that threshold.
+    near = record["analysis"]["curve"]["thresholds"].index(best)
+    assert record["miou"] == pytest.approx(record["analysis"]["curve"]["miou"][near], abs=1e-6)
+    capsys.readouterr()
+    assert dcris("evaluate", trained_run, *data, "--split", "test", "--calibrate-on", "test") == 2
+    assert "another split" in capsys.readouterr().err
+    picture = next((scenes_root / "images/mscoco/images/train2014").iterdir())
+    out = tmp_path / "masks"
+    ask = ("predict", trained_run, picture, "-e", "red circle", "--out", out, "--device", "cpu", "--threshold")
+    assert dcris(*ask, result) == 0
+    assert dcris(*ask, tmp_path / "nothing.json") == 2
+    assert "the threshold, neither a number nor a result file is missing" in capsys.readouterr().err
+    (tmp_path / "list.json").write_text("[]")
+    assert dcris(*ask, tmp_path / "list.json") == 2
+    assert dcris(*ask, 0.5) == 0
+
+
+# ---- flip --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phrase", "mirrored"),
+    [
+        ("left slice", "right slice"),
+        ("Second man from LEFT, in red", "Second man from RIGHT, in red"),
+        ("rightmost cup", "leftmost cup"),
+        ("the right-hand glove", "the left-hand glove"),
+        ("between left and right", "between right and left"),
+        ("bright copyright sign", "bright copyright sign"),
+        ("the one in the middle", "the one in the middle"),
+        ("woman on right in blue", "woman on left in blue"),
+        ("", ""),
+    ],
+)
+def test_sides_change_places(phrase: str, mirrored: str) -> None:
+    """Else a mirrored photograph comes with a phrase for the object opposite."""
+    assert swap_sides(phrase) == mirrored
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "the cat right now",
+        "cup right next to the plate",
+        "man right in front of us",
+        "slice that was left",
+        "pizza left over",
+        "all right",
+        "lft guy",
+        "guy on rt",
+        "leFt dog",
+        "cup left next to the plate",
+    ],
+)
+def test_what_is_no_side_is_left_alone(phrase: str) -> None:
+    """Else "right next to the plate" is trained as "left next to the plate"."""
+    assert swap_sides(phrase) is None
+
+
+@given(st.one_of(st.text(max_size=30), st.lists(st.sampled_from(PHRASES.split()), max_size=8).map(" ".join)))
+def test_the_mirrors_mirror_is_the_phrase(phrase: str) -> None:
+    """Else a phrase changes that names no side, or a mirrored one cannot be told apart from its own mirror."""
+    mirrored = swap_sides(phrase)
+    if mirrored is not None:
+        assert swap_sides(mirrored) == phrase
+        assert len(mirrored.split()) == len(phrase.split())
+
+
+def test_mirrored_samples_show_the_object_of_their_phrase(scenes_root: Path) -> None:
+    """Else photograph, mask and phrase are not mirrored together, or differently by worker, resumption or epoch."""
+    config = quick_config(1, ("data.image_size", "112")).data  # the scenes' own size, so that nothing is resampled
+    flip = config.model_copy(update={"flip": True})
+    references = load_references(scenes_root, "scenes").split("train")
+    tokenizer = tokenizer_of(quick_config(1).model.text)
+    plain, mirrored = (TrainingSamples(references, data, tokenizer, 3) for data in (config, flip))
+    kinds = set()
+    for index in range(3 * len(plain)):
+        before, after, again = plain[index], mirrored[index], mirrored[index]
+        phrase = plain.draw(index).text
+        other = mirrored.mirrored(index, phrase)
+        assert torch.equal(after.image, again.image)
+        assert torch.equal(after.tokens, again.tokens)
+        assert torch.equal(after.tokens, tokenizer([phrase if other is None else other], config.word_length)[0])
+        if other is None:
+            assert torch.equal(after.image, before.image)
+            assert torch.equal(after.mask, before.mask)
+        else:
+            assert torch.equal(after.image, before.image.flip(-1))
+            assert torch.equal(after.mask, before.mask.flip(-1))
+        kinds.add((index // len(plain), other is not None))
+    assert len(kinds) == 6, "in each epoch some are mirrored and some are not"
+    epochs = [[mirrored.mirrored(epoch * len(plain) + at, "x") for at in range(len(plain))] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1], "another epoch draws anew"
+
+
+def test_mirroring_is_part_of_a_run(scenes_root: Path, tmp_path: Path) -> None:
+    """Else the field is accepted and nothing is mirrored while training."""
+    for flip in ("false", "true"):
+        run_training(quick_config(2, ("data.flip", flip), ("train.log_every", "1")), scenes_root, tmp_path / flip)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / flip / "log.jsonl").read_text().splitlines()]
+        for flip in ("false", "true")
+    ]
+    assert losses[0] != losses[1]
