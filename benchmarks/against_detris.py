@@ -108,6 +108,8 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
 
     def step() -> float:
         network.train()
+        if name == "ours":  # each as its own loop has it
+            optimizer.zero_grad(set_to_none=True)
         with autocast(device, dtype):
             if name == "theirs":
                 _, _, loss = network(images, tokens, masks)
@@ -115,7 +117,8 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
                 logits = network(images, tokens)
         if name == "ours":
             loss = text_to_pixel_loss(logits, masks)
-        optimizer.zero_grad()
+        if name == "theirs":
+            optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.item()
