@@ -372,12 +372,15 @@ def test_adapter_sets_share_their_towers(several: dict[str, Path]) -> None:
     for name, (model, _) in listed._sets.items():
         own = trained_state(model).keys()
         for tensor, place in pointers(model).items():
-            assert (place == first.get(tensor)) == (tensor not in own or name == "scenes"), tensor
+            if not tensor.startswith("head.") and "_slot." not in tensor:
+                assert place == first[tensor], tensor
+            elif name != "scenes" and tensor in own:
+                assert place != first.get(tensor), tensor
         assert not any(value.is_meta for value in model.state_dict().values())
     for name, single in alone.items():
-        assert_same(scores(listed, name), scores(single))
-        assert_same(scores(named, f"my {name}"), scores(single))
-    assert_same(scores(listed), scores(alone["scenes"]))
+        assert_same(scores(listed, name), scores(single), tolerance=1e-6)
+        assert_same(scores(named, f"my {name}"), scores(single), tolerance=1e-6)
+    assert_same(scores(listed), scores(alone["scenes"]), tolerance=1e-6)
 
 
 def test_threads_choose_adapters(several: dict[str, Path]) -> None:
@@ -391,7 +394,8 @@ def test_threads_choose_adapters(several: dict[str, Path]) -> None:
         names.append("refcocog")
         answers.append(pool.submit(scores, shared, "refcocog"))
         for name, answer in zip(names, answers, strict=True):
-            assert_same(answer.result(), alone[name])
+            # Folded weights lie elsewhere in memory, and products may round otherwise for that; another set is far off.
+            assert_same(answer.result(), alone[name], tolerance=1e-6)
 
 
 def test_adapters_that_do_not_belong(several: dict[str, Path], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
         held = {} if held is None else held
         for module in copy.modules():
             _hold(module, dtype, held)
-    return copy.requires_grad_(False)
+    return copy  # its weights keep saying whether they train: most are the model's own
 
 
 def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
