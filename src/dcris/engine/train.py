@@ -400,7 +400,7 @@ class _Step:
 
     def _take(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
+            group["lr"] = lr * group.get("share", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         # Whether the first process shows the IoU is a question of its clock, which the others do not know.
         want_iou_of_all = want_iou or self.group.count > 1
