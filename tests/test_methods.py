@@ -438,6 +438,26 @@ def test_prompts_are_tokens_that_come_and_go(deep: bool) -> None:
     assert error(text(PHRASES[:, :6]).sentence, made.sentence) < 1e-5
 
 
+def test_the_page_on_adding_a_method_shows_what_is_there() -> None:
+    """Else somebody follows an example that no longer works. Docstrings are left out there."""
+    repository = Path(__file__).parents[1]
+    source = [
+        line
+        for file in ("adapters/adaptformer.py", "recipes.py")
+        for line in (repository / "src/dcris" / file).read_text().splitlines()
+    ]
+    page = (repository / "docs/methods.md").read_text()
+    shown = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(shown) == 3
+    for block in shown:
+        place = 0
+        for line in filter(str.strip, block.splitlines()):
+            assert line in source[place:], line
+            place = source.index(line, place) + 1
+    for method, (count, _) in COUNTS.items():
+        assert f"{count:,}" in page and f"`{method}_b`" in page, method
+
+
 # A new method: the whole of it, as docs/methods.md has it, and its recipe.
 
 
