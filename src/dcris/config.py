@@ -146,6 +146,10 @@ class MethodConfig(Section):
     def attach(self, vision: Any, text: Any) -> None:
         """Put the method's modules into the slots of the VisionTower and the TextTower. One without modules leaves this out."""
 
+    def starts_plain(self) -> bool:
+        """Whether the towers answer as the plain ones do until training begins."""
+        return False
+
     def trains(self, name: str) -> bool:
         """Whether a tower's own weight is trained too; by its name in the whole model, such as `text.blocks.0.norm1.bias`."""
         return False
@@ -255,6 +259,8 @@ class TrainConfig(Section):
     shard_towers: bool = False
     """Spread the frozen towers' weights over the processes (FSDP2), for towers that do not fit."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    tower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the learning rate for the towers' own weights, where a method trains them."""
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = (35,)
     """Epochs at which a step schedule multiplies the learning rate by `gamma`."""

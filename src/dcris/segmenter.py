@@ -158,6 +158,16 @@ class Segmenter:
         ready = prepare_for_prediction(model.to(self.device), self.dtype, self._held)
         self._sets = {**self._sets, name: (ready, config)}
 
+    def merged(self) -> "Segmenter":
+        """This segmenter with what was trained in its towers folded into their weights, where the method allows that (LoRA).
+
+        It answers the same up to rounding and takes the time of the plain towers; saved, it brings its towers along. Of several
+        adapter sets, the first is taken. Raises DcrisError where it cannot be folded.
+        """
+        model = self.model.merged()
+        config = self.config.model_copy(update={"model": model.config})
+        return Segmenter(model, config, device=str(self.device), origin=self.origin)
+
     @cached_property
     def _towers(self) -> Towers:
         return identify_towers(self.model)

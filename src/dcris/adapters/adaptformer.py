@@ -23,6 +23,10 @@ class AdaptFormerConfig(MethodConfig):
     scale: float = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
+    def starts_plain(self) -> bool:
+        """The up-projection starts at zero."""
+        return True
+
     def attach(self, vision: Any, text: Any) -> None:
         """One adapter a block."""
         attach_everywhere((vision, text), "mlp_slot", partial(ParallelAdapter, config=self))

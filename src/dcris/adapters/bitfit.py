@@ -13,6 +13,10 @@ class BitFitConfig(MethodConfig):
 
     name: Literal["bitfit"] = "bitfit"
 
+    def starts_plain(self) -> bool:
+        """It adds nothing."""
+        return True
+
     def trains(self, name: str) -> bool:
         """Whether it is a bias."""
         return name.endswith(".bias")

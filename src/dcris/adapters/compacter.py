@@ -38,6 +38,10 @@ class CompacterConfig(MethodConfig):
             if width % self.terms:
                 raise ValueError(f"{what} {width} does not divide by the method's {self.terms} terms")
 
+    def starts_plain(self) -> bool:
+        """With zero_init; else nearly."""
+        return self.zero_init
+
     def attach(self, vision: Any, text: Any) -> None:
         """Two adapters a block; all of a tower follow one rule, which the first of them holds."""
         for tower in (vision, text):

@@ -16,6 +16,10 @@ class FullConfig(MethodConfig):
 
     name: Literal["full"] = "full"
 
+    def starts_plain(self) -> bool:
+        """It adds nothing."""
+        return True
+
     def trains(self, name: str) -> bool:
         """All but what is never read."""
         return name not in _NEVER_READ

@@ -27,6 +27,10 @@ class HoulsbyConfig(MethodConfig):
     zero_init: bool = False
     """Start the up-projection at zero, so that the tower starts exactly as the plain one, not only nearly."""
 
+    def starts_plain(self) -> bool:
+        """With zero_init; else nearly."""
+        return self.zero_init
+
     def attach(self, vision: Any, text: Any) -> None:
         """Two adapters a block."""
         for place in _PLACES:

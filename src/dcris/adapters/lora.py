@@ -30,6 +30,10 @@ class LoraConfig(MethodConfig):
     """What the source calls alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    def starts_plain(self) -> bool:
+        """B starts at zero."""
+        return True
+
     def attach(self, vision: Any, text: Any) -> None:
         """One module a block, for both projections."""
         for tower, rank in ((vision, self.vision_rank), (text, self.text_rank)):

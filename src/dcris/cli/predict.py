@@ -108,7 +108,8 @@ def _recipes(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'recipe':<16}{'adapters':>12}{'head':>14}{'frozen':>14}")
+    print(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
-        print(f"{row['name']:<16}{row['adapters']:>12,}{row['head']:>14,}{row['frozen']:>14,}")
+        print(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
         print(f"    {' '.join((recipe.__doc__ or '').split())}")
+    print("train one with: dcris train RECIPE --data ROOT --out DIR; adapters are all trained weights beside the head")

@@ -44,6 +44,11 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--from", dest="start", metavar="CKPT", help="start from its adapters and head; the model has to be the same"
     )
+    train.add_argument(
+        "--schedule",
+        choices=("paper", "detris"),
+        help="50 epochs with a step at 35 (paper) or 65 with steps at 35 and 55 (detris); the recipe's own by default",
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.add_argument(
         "--batch-size",
@@ -115,7 +120,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.engine.memory import choose_micro_batch
     from dcris.engine.train import build_model, train
     from dcris.pretrained import locate
-    from dcris.recipes import get_recipe
+    from dcris.recipes import SCHEDULES, get_recipe
 
     tell = say if group.first else lambda text: None
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
@@ -133,6 +138,8 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     ):
         if value is not None:
             settings.append((key, json.dumps(value)))
+    if args.schedule is not None:
+        settings += [(f"train.{key}", json.dumps(value)) for key, value in SCHEDULES[args.schedule].items()]
     if own:
         settings.append(("data.split_by", "null"))
     config = override(config, settings)

@@ -201,7 +201,7 @@ def _train(
     model.checkpoint_activations(settings.checkpoint_activations)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        _groups(model, settings), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     first = 0
     if checkpoints:
@@ -350,6 +350,18 @@ def _read_together(loader: Iterator[Batch], group: Processes) -> Iterator[Batch]
         yield batch
 
 
+def _groups(model: DCRIS, settings: TrainConfig) -> list[dict[str, Any]]:
+    """What the optimiser is given: all that trains; the towers' own weights by themselves if they have another rate."""
+    own: list[torch.nn.Parameter] = []
+    other: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            apart = settings.tower_lr != 1 and not name.startswith("head.") and "_slot." not in name
+            (own if apart else other).append(parameter)
+    groups = [{"params": other, "share": 1.0}, {"params": own, "share": settings.tower_lr}]
+    return [group for group in groups if group["params"]]
+
+
 class _Step:
     """One optimiser step."""
 
@@ -388,7 +400,7 @@ class _Step:
 
     def _take(self, step: int, batch: Batch, lr: float, want_iou: bool) -> tuple[float, float | None]:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         # Whether the first process shows the IoU is a question of its clock, which the others do not know.
         want_iou_of_all = want_iou or self.group.count > 1

@@ -3,17 +3,19 @@
 Shape letters: B phrases, I images, H W pixels, h w patch grid, P visual tokens, D visual width, L text tokens.
 """
 
+from copy import deepcopy
 from functools import partial
 
 from torch import Tensor, nn
 
-from dcris.adapters.base import attach, freeze, set_mode
+from dcris.adapters.base import attach, freeze, merge, set_mode
 from dcris.adapters.dense_cross import DenseCrossAdapter
 from dcris.adapters.dense_text import DenseTextAdapter
 from dcris.adapters.text import TextAdapter
 from dcris.config import ModelConfig
 from dcris.encoders.clip_text import TextFeatures, TextTower
 from dcris.encoders.dinov2 import VisionState, VisionTower
+from dcris.errors import DcrisError
 from dcris.model.decoder import Decoder
 from dcris.model.neck import Neck
 from dcris.model.projector import Projector
@@ -79,6 +81,24 @@ class DCRIS(nn.Module):
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in self.parameters())
         return {"adapters": trained - head, "head": head, "frozen": total - trained}
+
+    def merged(self) -> "DCRIS":
+        """A copy whose method is folded into the towers: the same answers up to rounding, for the work of the plain towers.
+
+        Its towers are no longer the published ones, so they have to be saved with it.
+        Raises DcrisError where the method, or an adapter beside it, cannot be folded.
+        """
+        copy = deepcopy(self)
+        if not (merge(copy.vision) and merge(copy.text)):
+            raise DcrisError(
+                "what was trained cannot be folded into the towers' own weights; lora, full and bitfit can be"
+            )
+        vision, text = (part.model_copy(update={"name": "merged"}) for part in (self.config.vision, self.config.text))
+        copy.config = self.config.model_copy(update={"method": None, "vision": vision, "text": text})
+        for tower, config in ((copy.vision, vision), (copy.text, text)):
+            tower.config, tower.source = config, {}
+            freeze(tower)
+        return copy
 
     def encode_text(self, tokens: Tensor) -> TextFeatures:
         """[B, L] int64 -> f_t, f_s and the padding mask."""
