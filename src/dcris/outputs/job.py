@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import quote
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dcris.data.images import read_image
@@ -48,9 +49,6 @@ LOCAL_FILES = "/data/local-files/?d="
 
 _PIXELS_AT_ONCE = 100_000_000
 """Of all answers that are held at a time: each phrase's is as large as its photograph."""
-
-_IMAGES_AT_ONCE = 16
-"""In one pass of a GPU; a CPU gains nothing, and answers one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +208,7 @@ class Job:
                 yield Failed(task, pixels)
                 continue
             own = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
-            at_once = 1 if self.segmenter.device.type == "cpu" else _IMAGES_AT_ONCE
-            if together and (len(together) >= at_once or weight + own > _PIXELS_AT_ONCE):
+            if together and (len(together) >= _images_at_once(self.segmenter.device) or weight + own > _PIXELS_AT_ONCE):
                 yield from self._answer(together)
                 together, weight = [], 0
             together.append((task, pixels))
@@ -398,6 +395,11 @@ def _frame_name(task: Task, index: int) -> str:
 
 def _end(task: Task) -> str:
     return f"{task.name}//end"
+
+
+def _images_at_once(device: torch.device) -> int:
+    """In one pass: a CPU gains nothing by it, and answers sooner one after the other."""
+    return 1 if device.type == "cpu" else 16
 
 
 def _stamp(path: Path) -> list[int] | None:
