@@ -23,6 +23,7 @@ from runs import assert_same_run, leftovers
 
 COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]
 COMMANDS += ["predict", "recipes", "completion"]
+JOURNAL = "dcris-journal.jsonl"
 QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
 )
@@ -87,7 +88,7 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert dcris("predict", run, images, "-e", "red circle", "-e", "the ring", "--out", out) == 0
     assert len(capsys.readouterr().out.splitlines()) == 14
     assert len(json.loads((out / "predictions.json").read_text())) == 14
-    assert len(list(out.iterdir())) == 1 + 3 * 14
+    assert len(list(out.iterdir())) == 2 + 3 * 14  # predictions and journal beside them
     # A run can be run again from the configuration it left.
     again = tmp_path / "again"
     assert dcris("train", run / "config.json", "--data", data, "--out", again) == 0
@@ -197,14 +198,18 @@ def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> 
         else:
             assert entry["bbox"] == [0, 0, 0, 0]
     assert 0 < areas[0] < 45 * 60
-    assert len(list((tmp_path / "out").iterdir())) == 7
+    assert len(list((tmp_path / "out").iterdir())) == 8
     assert not leftovers(tmp_path)
 
 
 def test_only_what_was_asked_for_is_written(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Overlays of ten thousand photographs fill a disk."""
     assert dcris("predict", trained_run, photo, "-e", "ring", "--out", tmp_path / "a", "--format", "mask", "coco") == 0
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{photo.stem}.0.mask.png", "predictions.json"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        f"{photo.stem}.0.mask.png",
+        "predictions.json",
+        JOURNAL,
+    }
 
 
 def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path, tmp_path: Path) -> None:
@@ -215,7 +220,7 @@ def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path,
         Image.new("RGB", (10 + number, 10)).save(folders[folder] / name)
     out = tmp_path / "out"
     assert dcris("predict", trained_run, *folders, "-e", "ring", "--out", out, "--format", "mask") == 0
-    assert sorted(Image.open(path).size[0] for path in out.iterdir()) == [10, 11, 12, 13]
+    assert sorted(Image.open(path).size[0] for path in out.glob("*.png")) == [10, 11, 12, 13]
 
 
 def odd_images(folder: Path) -> dict[str, tuple[int, int]]:

@@ -22,7 +22,8 @@ from dcris.engine.train import build_model, train
 from dcris.files import make_directory, write_json
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
-from dcris.outputs import predict_to_files
+from dcris.outputs.job import Job
+from dcris.outputs.tasks import find_tasks
 from dcris.protocols import Cris
 from dcris.recipes import get_recipe
 from dcris.report.evaluation import write_evaluation_report
@@ -111,5 +112,5 @@ def _segment_a_few(segmenter: Segmenter, table: ReferenceTable, out: Path) -> No
     for reference in table.split("test"):
         phrases.setdefault(reference.image_path, []).append(reference.expressions[0].text)
     for image, texts in list(phrases.items())[:4]:
-        for _ in predict_to_files(segmenter, [image], texts, out / image.stem):
+        for _ in Job(segmenter, find_tasks([image], texts), out / image.stem).run():
             pass

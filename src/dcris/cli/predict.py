@@ -2,31 +2,65 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, adder, device_arguments, natural, say
+from dcris.cli.common import CHECKPOINT, adder, device_arguments, natural, positive, say
 from dcris.errors import DcrisError
 
 
 def add(commands: Any) -> None:
     """Describe the commands of this file."""
     add = adder(commands, "dcris ")
-    predict = add("predict", _predict, "segment what phrases refer to", 'runs/tiny photo.jpg -e "left slice" --out out')
-    predict.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
-    predict.add_argument(
-        "-e", "--expression", action="append", required=True, metavar="PHRASE", help="may be given several times"
+    predict = add(
+        "predict",
+        _predict,
+        "segment what phrases refer to",
+        'runs/tiny photo.jpg -e "left slice" --out out',
+        "Takes photographs, folders of them, patterns and videos, or a list of pairs. What the folder of the results holds "
+        "already is not done again, so the same command goes on where it was stopped. A file that cannot be read is left out, "
+        "and named at the end. Several processes share the work: torchrun --nproc-per-node N -m dcris predict ...",
     )
-    predict.add_argument("--out", type=Path, required=True, help="folder for the results")
+    predict.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     predict.add_argument(
-        "--format", nargs="+", choices=("mask", "overlay", "coco", "scores"), help="what to write (all of it)"
+        "images",
+        type=Path,
+        nargs="*",
+        metavar="IMAGE_OR_FOLDER",
+        help="images, folders of images, quoted patterns such as 'photos/**/*.jpg', and videos",
+    )
+    predict.add_argument(
+        "-e", "--expression", action="append", metavar="PHRASE", help="what to look for; may be given several times"
+    )
+    predict.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="images with phrases of their own instead: a .csv or .tsv with the columns image and phrase, or a .jsonl",
+    )
+    predict.add_argument("--recursive", action="store_true", help="take the images of subfolders, too")
+    predict.add_argument(
+        "--every", type=positive, default=1, metavar="N", help="of a video, every N-th frame (%(default)s)"
+    )
+    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    predict.add_argument(
+        "--format",
+        nargs="+",
+        choices=("mask", "overlay", "coco", "scores", "cutout", "label-studio"),
+        help="what to write (mask overlay coco scores; of videos without scores)",
     )
     predict.add_argument(
         "--threshold",
         metavar="NUMBER_OR_RESULT",
         help="probability above which a pixel is the object's (0.35), or the result file of `dcris evaluate` that records one",
     )
+    predict.add_argument(
+        "--image-url",
+        metavar="PREFIX",
+        help="for label-studio: what to put before images' names (/data/local-files/?d=)",
+    )
+    predict.add_argument("--anew", action="store_true", help="do everything again, also what is done already")
     device_arguments(predict)
 
     convert = add(
@@ -49,16 +83,57 @@ def add(commands: Any) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from dcris.outputs import FORMATS, find_images, predict_to_files
+    if args.pairs is not None and (args.images or args.expression):
+        raise DcrisError("--pairs brings images and phrases of its own; give either that, or IMAGE_OR_FOLDER and -e")
+    if args.pairs is None and not args.images:
+        raise DcrisError("no image was given; name some (IMAGE_OR_FOLDER), or a list of them with --pairs")
+    if args.pairs is None and not args.expression:
+        raise DcrisError("no phrase was given; say with -e what to look for, or give a list of pairs with --pairs")
+
+    from datetime import timedelta
+
+    from tqdm import tqdm
+
+    from dcris.engine.distributed import processes
+    from dcris.outputs.job import LOCAL_FILES, Done, Failed, Job
+    from dcris.outputs.tasks import find_tasks, read_pairs
     from dcris.segmenter import Segmenter
 
-    images, threshold = find_images(args.images), _threshold(args.threshold)
-    segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
-    for image, answer in predict_to_files(
-        segmenter, images, args.expression, args.out, args.format or FORMATS, threshold
-    ):
-        place = f"box {answer.box}" if answer.box else "nothing found"
-        say(f"{image}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+    if args.pairs is not None:
+        tasks = read_pairs(args.pairs)
+    else:
+        tasks = find_tasks(args.images, args.expression, out=args.out, recursive=args.recursive)
+    with processes(args.device, patience=timedelta(days=7)) as group:  # one may have a long video, the others nothing
+        segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
+        job = Job(
+            segmenter,
+            tasks,
+            args.out,
+            formats=args.format,
+            threshold=_threshold(args.threshold),
+            every=args.every,
+            anew=args.anew,
+            image_url=LOCAL_FILES if args.image_url is None else args.image_url,
+            group=group,
+        )
+        if job.already and group.first:
+            say(f"{job.already} of {len(tasks)} are done already in {args.out}")
+        total = None if job.videos else len(job.images)
+        quiet = not (group.first and sys.stderr.isatty())
+        with tqdm(total=total, unit="frame" if job.videos else "image", disable=quiet) as bar:
+            for event in job.run():
+                with tqdm.external_write_mode():
+                    if isinstance(event, Done):
+                        frame = "" if event.frame is None else f", frame {event.frame}"
+                        for answer in event.answers:
+                            place = f"box {answer.box}" if answer.box else "nothing found"
+                            say(f"{event.task.path}{frame}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+                    elif isinstance(event, Failed):
+                        say(f"{event.task.path}: left out; {event.reason}")
+                    else:
+                        say(f"{event.path}: {event.what}")
+                if isinstance(event, Done | Failed):
+                    bar.update()
 
 
 def _threshold(given: str | None) -> float | None:

@@ -160,11 +160,12 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator[Processes]:
     """Join the group that torchrun describes in the environment, with NCCL where this runs on CUDA and Gloo elsewhere.
 
     An error inside ends all processes: the connections of the one that leaves are closed, on which the others leave too.
-    Only the first of them raises its error; the others exit in silence with code 2, so that it is said once.
+    Only the first of them raises its error; the others exit in silence with code 2, so that it is said once. `patience` is how
+    long one that has come to a meeting point waits for the others.
 
     Raises DcrisError where the description is not whole or the others cannot be reached.
     """
@@ -191,7 +192,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         # Objects and counts travel over Gloo in any case, so that none of them makes the CPU wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         shared = PrefixStore("dcris", store)
-        distributed.init_process_group(backend, store=shared, rank=rank, world_size=count, timeout=_PATIENCE)
+        distributed.init_process_group(backend, store=shared, rank=rank, world_size=count, timeout=patience)
     except (RuntimeError, ValueError) as error:  # both are the library's
         raise DcrisError(
             f"process {rank} of {count} did not find the others ({_reason(error)}); check the address and port of torchrun"

@@ -1,0 +1,682 @@
+"""`dcris predict` over many images: what is asked, what is left on disk, and what happens when something goes wrong on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco
+
+from dcris import Segmenter
+from dcris.cli import main
+from dcris.errors import DcrisError
+from dcris.outputs.job import Done, Failed, Job
+from dcris.outputs.label_studio import brush_rle
+from dcris.outputs.tasks import Task, find_tasks, read_pairs
+from runs import leftovers
+from test_distributed import daring, torchrun
+
+JOURNAL = "dcris-journal.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that finds something on most pictures."""
+    return daring(trained_run, tmp_path_factory.mktemp("daring") / "model")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos", 4)
+
+
+def make_photos(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+def dcris(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def results(out: Path) -> list[Any]:
+    return json.loads((out / "predictions.json").read_text())
+
+
+def journalled(out: Path) -> list[str]:
+    """The names that a journal holds, without its first line."""
+    lines = (out / JOURNAL).read_text().splitlines() if (out / JOURNAL).exists() else []
+    return [json.loads(line)["name"] for line in lines[1:] if line.endswith("}")]
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_patterns_and_what_is_named_twice(photos: Path) -> None:
+    """Subfolders are looked into on demand only, and keep their shape, so that no image takes another's name."""
+    make_photos(photos / "deeper", 1)
+    (photos / "a folder.jpg").mkdir()
+    (photos / "notes.txt").touch()
+    assert [task.name for task in find_tasks([photos], ["cup"])] == ["0", "1", "2", "3"]
+    deep = find_tasks([photos], ["cup"], recursive=True)
+    assert [(task.name, task.shown) for task in deep][-1] == ("deeper/0", "deeper/0.png")
+    assert len(deep) == 5
+    twice = find_tasks([photos / "1.png", photos, photos / "[12].png"], ["cup"])
+    assert [task.name for task in twice] == ["1", "0", "2", "3"]
+    everywhere = find_tasks([photos / "**" / "*"], ["cup"])
+    assert [task.name for task in everywhere] == ["0", "1", "2", "3", "0~2"]
+
+
+def test_names_differ_on_any_file_system(tmp_path: Path) -> None:
+    """A.png and a.png are one file on a Mac's disk and a stick's, so their masks must not be."""
+    for name in ("a.png", "A.jpg", "a.bmp", "a~2.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    names = [task.name for task in find_tasks([tmp_path], ["cup"])]
+    assert len({name.casefold() for name in names}) == 4
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    """ "photo [1].png" is what browsers call a second download."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo [1].png")
+    assert [task.name for task in find_tasks([tmp_path / "photo [1].png"], ["cup"])] == ["photo [1]"]
+
+
+def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> None:
+    """Else the second run asks about the masks of the first, and the third about theirs."""
+    for _ in range(2):
+        assert dcris("predict", model, photos, "-e", "cup", "--out", photos, "--recursive") == 0
+        assert len(results(photos)) == 4
+
+
+PAIRS = {
+    "named.csv": 'phrase,note,image\nthe cup,x,0.png\n"left, and small",y,1.png\n\nring,z,0.png\n',
+    "bare.csv": '0.png,the cup\n1.png,"left, and small"\n0.png,ring\n',
+    "tabs.tsv": "image\texpression\r\n0.png\tthe cup\r\n1.png\tleft, and small\r\n0.png\tring\r\n",
+    "lines.jsonl": '{"image": "0.png", "phrases": ["the cup", "ring"]}\n{"image": "1.png", "phrase": "left, and small"}\n',
+    "own.jsonl": '{"image": "0.png", "expressions": ["the cup"], "mask": "x", "split": "val"}\n'
+    '{"image": "1.png", "expression": "left, and small"}\n{"image": "0.png", "phrase": "ring"}\n',
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
+    """However a spreadsheet or a script writes them, in the order of the lines."""
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * (name == "bare.csv") + PAIRS[name].encode())
+    tasks = read_pairs(tmp_path / name)
+    assert [(task.path, task.shown, task.phrases) for task in tasks] == [
+        (tmp_path / "0.png", "0.png", ("the cup", "ring")),
+        (tmp_path / "1.png", "1.png", ("left, and small",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "0.png,left, small\n", r"line 1: it has 3 columns, not 2; put a phrase with a comma"),
+        ("a.csv", "image,phrase\n0.png,cup\n1.png\n", r"line 3: it has 1 columns"),
+        ("a.csv", "image,word\n0.png,cup\n", "none called phrase"),
+        ("a.csv", '0.png,"cup\n', "not a table"),
+        ("a.csv", "0.png, \n", r"line 1: the phrase ' ' is empty"),
+        ("a.csv", ",cup\n", "line 1: an image and a phrase have to be text"),
+        ("a.csv", "", "no pair"),
+        ("a.csv", "image,phrase\n", "no pair"),
+        ("a.tsv", "0.png,cup\n", "1 columns, not 2"),
+        ("a.jsonl", '{"image": "0.png", "phrase": "cup"}\n[1]\n', "line 2: it is no object"),
+        ("a.jsonl", '{"image": "0.png"', "line 1: it is not JSON"),
+        ("a.jsonl", '{"image": 1, "phrase": "cup"}', "text, and are 1 and 'cup'"),
+        ("a.jsonl", '{"image": "0.png", "phrases": [null]}', "None"),
+        ("a.jsonl", '{"image": "a\\u0000", "phrase": "cup"}', "have to be text"),
+        ("a.txt", "0.png,cup\n", r"\.csv, \.tsv or \.jsonl"),
+        ("a.csv", b"\xff\xfe0", "not UTF-8"),
+    ],
+)
+def test_a_bad_list_names_the_line(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
+    """Of ten thousand lines one is wrong, and somebody has to find it."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DcrisError, match=words):
+        read_pairs(tmp_path / name)
+
+
+def test_pairs_are_answered(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each image is asked its own phrases alone; one that is not there does not stop the others."""
+    (photos / "pairs.csv").write_text("image,phrase\n0.png,the cup\n1.png,left\nabsent.png,ring\n0.png,ring\n")
+    out = tmp_path / "out"
+    assert dcris("predict", model, "--pairs", photos / "pairs.csv", "--out", out) == 2
+    assert "1 of 3 could not be read, all others are done" in capsys.readouterr().err
+    found = [(entry["file_name"], entry["phrase"], entry["phrase_number"]) for entry in results(out)]
+    assert found == [("0.png", "the cup", 0), ("0.png", "ring", 1), ("1.png", "left", 0)]
+    assert (out / "0.1.mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--pairs PAIRS -e ring", "--pairs brings"),
+        ("PHOTOS --pairs PAIRS", "--pairs brings"),
+        ("--pairs ABSENT.csv", "cannot read the list"),
+        ("-e ring", "no image was given"),
+        ("PHOTOS", "no phrase was given"),
+        ("PHOTOS/*.gif -e ring", "no image or video matches"),
+        ("PHOTOS -e ring --every 0", "1 or more"),
+        ("PHOTOS -e ring --threshold 1", "between 0 and 1"),
+        ("PHOTOS/deep -e ring", "--recursive"),
+    ],
+)
+def test_bad_arguments(
+    words: str, sentence: str, model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, before anything is written."""
+    (photos / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "pairs.csv").write_text(f"{photos / '0.png'},ring\n")
+    places = {"PAIRS": tmp_path / "pairs.csv", "PHOTOS": photos, "ABSENT": tmp_path / "absent"}
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    assert dcris("predict", model, *words.split(), "--out", tmp_path / "out") == 2
+    complaint = capsys.readouterr().err
+    assert sentence in complaint
+    assert complaint.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
+# ---- what goes wrong on the way --------------------------------------------------------------------------------------------
+
+
+def test_bad_files_among_good_ones(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All others are answered; the bad ones are named at once and at the end, and asked again when they are put right."""
+    good = (photos / "1.png").read_bytes()
+    (photos / "1.png").write_bytes(good[: len(good) // 2])
+    (photos / "2.png").write_text("not a picture")
+    (photos / "gone.png").symlink_to(photos / "nowhere")
+    out = tmp_path / "out"
+    ask = ("predict", model, photos, "-e", "cup", "--out", out)
+    assert dcris(*ask) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("dcris: 3 of 5 could not be read, all others are done: ")
+    assert printed.err.count("\n") == 1
+    assert [line.split(": ")[0] for line in printed.out.splitlines() if "left out" in line] == [
+        str(photos / name) for name in ("1.png", "2.png", "gone.png")
+    ]
+    assert [(entry["file_name"], entry["image_id"]) for entry in results(out)] == [("0.png", 1), ("3.png", 4)]
+    (photos / "1.png").write_bytes(good)
+    (photos / "2.png").unlink()
+    (photos / "gone.png").unlink()
+    assert dcris(*ask) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("2 of 3 are done already")
+    assert [entry["file_name"] for entry in results(out)] == ["0.png", "1.png", "3.png"]
+    assert not leftovers(out)
+
+
+def written(out: Path) -> dict[str, int]:
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
+def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other questions, another picture or lost files are other work; the same are not."""
+    out = tmp_path / "out"
+    ask = ["predict", model, photos, "-e", "cup", "--out", out, "--format", "mask", "coco"]
+    assert dcris(*ask) == 0
+    first, content = written(out), results(out)
+    (out / "predictions.json").unlink()
+    assert dcris(*ask) == 0
+    assert written(out) == first
+    assert results(out) == content
+    # A mask that is gone, and a picture that is another now.
+    (out / "0.0.mask.png").unlink()
+    Image.new("RGB", (9, 9)).save(photos / "1.png")
+    assert dcris(*ask) == 0
+    again = written(out)
+    assert {name for name in first if again[name] == first[name]} == {"2.0.mask.png", "3.0.mask.png"}
+    assert len(results(out)) == 4
+    # Another phrase, threshold or model: everything.
+    for change in (["-e", "ring"], ["--threshold", "0.6"], ["--anew"]):
+        before = written(out)
+        capsys.readouterr()
+        assert dcris(*ask, *change) == 0
+        assert "done already" not in capsys.readouterr().out
+        assert not any(written(out)[name] == time for name, time in before.items())
+    assert len(results(out)) == 4
+
+
+def test_another_folder_s_images_of_the_same_names(model: Path, tmp_path: Path) -> None:
+    """Their masks replace the others', so the first folder is not done any more."""
+    one, two = make_photos(tmp_path / "one", 2), tmp_path / "two"
+    two.mkdir()
+    Image.new("RGB", (7, 5)).save(two / "0.png")
+    out = tmp_path / "out"
+    for folder, size in ((one, (64, 48)), (two, (7, 5)), (one, (64, 48))):
+        assert dcris("predict", model, folder, "-e", "cup", "--out", out) == 0
+        assert Image.open(out / "0.0.mask.png").size == size
+
+
+@pytest.mark.parametrize("damage", ["cut line", "garbage", "other format", "empty"])
+def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp_path: Path) -> None:
+    """Whatever a crash left of it, results are complete, and never of half a line."""
+    out = tmp_path / "out"
+    ask = ("predict", model, photos, "-e", "cup", "--out", out)
+    assert dcris(*ask) == 0
+    expected, content = results(out), (out / JOURNAL).read_bytes()
+    spoilt = {
+        "cut line": content[: content.rindex(b"{") + 40],
+        "garbage": content[:-200] + b"\xff\x00garbage\n",
+        "other format": b'[1]\n{"name": 3}\n',
+        "empty": b"",
+    }
+    (out / JOURNAL).write_bytes(spoilt[damage])
+    assert dcris(*ask) == 0
+    assert results(out) == expected
+    assert sorted(journalled(out)) == ["0", "1", "2", "3"]
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dcris", *(str(word) for word in words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(journalled(out)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_and_started_again(model: Path, tmp_path: Path) -> None:
+    """As after a power cut: nothing done twice, nothing missing, and the same results as without it."""
+    photos = make_photos(tmp_path / "photos", 40)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    ask = ("predict", model, photos, "-e", "cup", "-e", "ring", "--format", "mask", "coco", "--device", "cpu", "--out")
+    process = start(*ask, out)
+    wait_for_lines(process, out, 5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    names = journalled(out)
+    assert 5 <= len(names) < 40
+    before = {name: time for name, time in written(out).items() if name.split(".")[0] in names}
+    assert len(before) == 2 * len(names)
+    again = start(*ask, out)
+    printed, complaint = again.communicate(timeout=120)
+    assert again.returncode == 0, complaint
+    assert printed.splitlines()[0].startswith(f"{len(names)} of 40 are done already")
+    assert len(printed.splitlines()) == 1 + 2 * (40 - len(names))
+    after = written(out)
+    assert {name: after[name] for name in before} == before
+    reference = start(*ask, whole)
+    reference.communicate(timeout=120)
+    assert results(out) == results(whole)
+    assert len(results(out)) == 80
+
+
+def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
+    """Exit code 130, one line, and predictions.json of all that was answered."""
+    photos = make_photos(tmp_path / "photos", 200)
+    out = tmp_path / "out"
+    process = start("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
+    wait_for_lines(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=120)
+    assert (process.returncode, complaint) == (130, "dcris: interrupted\n")
+    done = journalled(out)
+    assert 3 <= len(done) < 200
+    assert sorted(entry["file_name"] for entry in results(out)) == sorted(f"{name}.png" for name in done)
+    assert not leftovers(out)
+
+
+@pytest.mark.slow
+def test_several_processes(model: Path, tmp_path: Path) -> None:
+    """They share the work, also what another number of them left, and their results are those of one."""
+    photos = make_photos(tmp_path / "photos", 7)
+    pytest.importorskip("av")
+    make_video(photos / "clip.mp4", 6)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    ask = ("predict", model, photos, photos / "clip.mp4", "-e", "cup", "--device", "cpu", "--out")
+    done = torchrun(1, *ask, alone)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(3, *ask, together)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("score") == 13
+    assert len(list(together.glob("dcris-journal*.jsonl"))) == 3
+    assert results(together) == results(alone)
+    assert {*written(together)} == {*written(alone)}
+    before = written(together)
+    done = torchrun(2, *ask, together)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("8 of 8 are done already")
+    assert written(together) == before
+    assert results(together) == results(alone)
+    # One bad file: the others are done, and the sentence is said once.
+    (photos / "bad.png").write_text("no picture")
+    done = torchrun(2, *ask, together)
+    assert done.returncode != 0
+    assert done.stderr.count("dcris: 1 of 9 could not be read") == 1
+    assert written(together) == before
+
+
+def test_a_full_disk_stops_at_once(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no bad image: going on would fail a thousand times more."""
+    import dcris.outputs.job as job
+
+    written = job.write_file
+
+    def full(path: Path, content: Any) -> None:
+        if path.name.startswith("2."):
+            raise DcrisError(f"cannot write {path}: No space left on device; free some space there")
+        written(path, content)
+
+    monkeypatch.setattr(job, "write_file", full)
+    assert dcris("predict", model, photos, "-e", "cup", "--out", tmp_path / "out") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [entry["file_name"] for entry in results(tmp_path / "out")] == ["0.png", "1.png"]
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cutouts(model: Path, photos: Path, tmp_path: Path) -> None:
+    """The object's own pixels, transparent around it, as large as its box."""
+    out = tmp_path / "out"
+    assert dcris("predict", model, photos, "-e", "cup", "--out", out, "--format", "mask", "cutout", "coco") == 0
+    found = [entry for entry in results(out) if entry["bbox"] != [0, 0, 0, 0]]
+    assert found
+    assert len(list(out.glob("*.cutout.png"))) == len(found)
+    for entry in found:
+        stem = entry["file_name"].removesuffix(".png")
+        left, top, width, height = entry["bbox"]
+        cut = np.array(Image.open(out / f"{stem}.0.cutout.png"))
+        window = (slice(top, top + height), slice(left, left + width))
+        np.testing.assert_array_equal(cut[..., 3], np.array(Image.open(out / f"{stem}.0.mask.png"))[window])
+        inside = cut[..., 3] > 0
+        np.testing.assert_array_equal(cut[inside][:, :3], np.array(Image.open(photos / f"{stem}.png"))[window][inside])
+
+
+def decode_brush(code: list[int]) -> np.ndarray:
+    """Label Studio's run lengths, bit by bit, as its documentation and front end read them."""
+    bits = "".join(f"{byte:08b}" for byte in code)
+    place = 0
+
+    def read(count: int) -> int:
+        nonlocal place
+        place += count
+        return int(bits[place - count : place], 2)
+
+    count, size = read(32), read(5) + 1
+    sizes = [read(4) + 1 for _ in range(4)]
+    values: list[int] = []
+    while len(values) < count:
+        repeated = read(1)
+        length = read(sizes[read(2)]) + 1
+        values += [read(size)] * length if repeated else [read(size) for _ in range(length)]
+    assert len(values) == count
+    assert len(bits) - place < 8
+    return np.array(values, np.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_the_brush_s_code(height: int, width: int, share: float, seed: int) -> None:
+    """Any mask comes back from an independent decoder."""
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    pixels = decode_brush(brush_rle(mask)).reshape(height, width, 4)
+    np.testing.assert_array_equal(pixels, np.repeat(mask[..., None].astype(np.uint8) * 255, 4, axis=2))
+
+
+@pytest.mark.parametrize("run", [1, 2, 3, 4, 5, 64, 65, 16384, 16385, 32768, 40000])
+def test_the_brush_s_long_runs(run: int) -> None:
+    """Where a length needs the next size, or more than one piece."""
+    mask = np.zeros((1, run + 7), bool)
+    mask[0, 3 : 3 + run] = True
+    np.testing.assert_array_equal(decode_brush(brush_rle(mask))[::4] > 0, mask[0])
+
+
+def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
+    """Tasks that it imports: masks as its brush writes them, labels as in the interface, images where it finds them."""
+    (photos / "0.png").rename(photos / "größe & 1.png")
+    out = tmp_path / "out"
+    phrases = ["the <red> cup", 'a "ring"']
+    words = [word for phrase in phrases for word in ("-e", phrase)]
+    assert dcris("predict", model, photos, *words, "--out", out, "--format", "label-studio", "coco") == 0
+    tasks = json.loads((out / "label_studio.json").read_text())
+    by_name = {entry["file_name"]: [] for entry in results(out)}
+    for entry in results(out):
+        by_name[entry["file_name"]].append(coco.decode(entry["segmentation"]))
+    assert len(tasks) == 4
+    assert tasks[-1]["data"]["image"] == "/data/local-files/?d=gr%C3%B6%C3%9Fe%20%26%201.png"
+    strokes = 0
+    for task, masks in zip(tasks, by_name.values(), strict=True):
+        (prediction,) = task["predictions"]
+        assert prediction["model_version"].startswith("dcris ")
+        assert 0 <= prediction["score"] <= 1
+        for stroke in prediction["result"]:
+            value = stroke["value"]
+            assert (stroke["type"], stroke["from_name"], stroke["to_name"]) == ("brushlabels", "tag", "image")
+            assert (stroke["original_width"], stroke["original_height"], value["format"]) == (64, 48, "rle")
+            mask = masks[phrases.index(value["brushlabels"][0])]
+            np.testing.assert_array_equal(decode_brush(value["rle"]).reshape(48, 64, 4)[..., 3] > 0, mask > 0)
+            strokes += 1
+        assert len(prediction["result"]) == sum(bool(mask.any()) for mask in masks)
+    assert strokes
+    interface = ElementTree.parse(out / "label_studio.xml")
+    assert [label.get("value") for label in interface.iter("Label")] == phrases
+    assert (
+        dcris("predict", model, photos, "-e", "cup", "--out", out, "--format", "label-studio", "--image-url", "s3://b/")
+        == 0
+    )
+    assert json.loads((out / "label_studio.json").read_text())[0]["data"]["image"] == "s3://b/1.png"
+
+
+# ---- videos ----------------------------------------------------------------------------------------------------------------
+
+
+def make_video(
+    path: Path, frames: int, size: tuple[int, int] = (64, 48), codec: str = "mpeg4", turned: int = 0
+) -> Path:
+    """A video at 10 frames a second whose frame n is grey, 20 + 5 n, with a white upper left quarter."""
+    import av
+
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        if turned:
+            stream.set_display_rotation(turned)
+        for number in range(frames):
+            pixels = np.full((size[1], size[0], 3), 20 + 5 * number, np.uint8)
+            pixels[: size[1] // 2, : size[0] // 2] = 255
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        output.mux(stream.encode(None))
+    return path
+
+
+def read_video(path: Path) -> tuple[list[np.ndarray], float]:
+    import av
+
+    with av.open(str(path)) as video:
+        stream = video.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
+        return frames, float(stream.duration * stream.time_base)
+
+
+def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every n-th frame has masks of its own, and they are drawn on a video that plays as long as the first."""
+    pytest.importorskip("av")
+    clip, out = make_video(tmp_path / "clip.mp4", 20, (66, 50)), tmp_path / "out"
+    ask = ("predict", model, clip, "-e", "cup", "-e", "ring", "--every", 4, "--out", out)
+    assert dcris(*ask) == 0
+    printed = capsys.readouterr().out
+    assert f"{clip}, frame 16: 'ring'" in printed
+    assert "5 frames, H.264" in printed
+    found = results(out)
+    assert [(entry["frame"], entry["phrase_number"]) for entry in found] == [
+        (n, k) for n in range(0, 20, 4) for k in (0, 1)
+    ]
+    assert [entry["time"] for entry in found[::2]] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6], abs=1e-3)
+    assert len({entry["image_id"] for entry in found}) == 5
+    assert {path.name for path in out.iterdir()} == {"clip.frames", "clip.overlay.mp4", "predictions.json", JOURNAL}
+    assert len(list((out / "clip.frames").iterdir())) == 10
+    frames, seconds = read_video(out / "clip.overlay.mp4")
+    assert len(frames) == 5
+    assert seconds == pytest.approx(2.0, abs=0.45)
+    for entry in found:
+        mask = np.array(Image.open(out / "clip.frames" / f"{entry['frame']:06}.{entry['phrase_number']}.mask.png"))
+        np.testing.assert_array_equal(coco.decode(entry["segmentation"]), mask > 0)
+    # The frames' own pixels were asked about and drawn on: far from every mask they are as they were.
+    for number, frame in enumerate(frames):
+        untouched = ~np.logical_or.reduce([coco.decode(entry["segmentation"]) > 0 for entry in found[2 * number :][:2]])
+        untouched[: 50 // 2 + 4, : 66 // 2 + 4] = False
+        if untouched.sum() > 300:
+            assert np.median(frame[untouched]) == pytest.approx(20 + 5 * 4 * number, abs=8)
+    before = written(out) | {"video": (out / "clip.overlay.mp4").stat().st_mtime_ns}
+    assert dcris(*ask) == 0
+    assert capsys.readouterr().out.startswith("1 of 1 are done already")
+    assert written(out) | {"video": (out / "clip.overlay.mp4").stat().st_mtime_ns} == before
+
+
+def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
+    """The same network, threshold and colours as for pictures."""
+    pytest.importorskip("av")
+    from dcris.outputs.video import read_frames
+
+    clip, out = make_video(tmp_path / "clip.avi", 3), tmp_path / "out"
+    assert (
+        dcris("predict", model, clip, "-e", "cup", "--out", out, "--format", "scores", "coco", "--device", "cpu") == 0
+    )
+    segmenter = Segmenter.from_pretrained(model, device="cpu")
+    for frame, entry in zip(read_frames(clip), results(out), strict=True):
+        (answer,) = segmenter.predict(frame.pixels, "cup", scores=True)
+        np.testing.assert_array_equal(coco.decode(entry["segmentation"]), answer.mask)
+        scores = np.load(out / "clip.frames" / f"{frame.index:06}.0.scores.npy")
+        np.testing.assert_allclose(scores, answer.probabilities, atol=1e-3)
+    assert not (out / "clip.overlay.mp4").exists()
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_a_video_of_a_turned_telephone(angle: int, tmp_path: Path) -> None:
+    """Its frames are stored as the sensor lies; a player turns them, and so must whoever segments them."""
+    pytest.importorskip("av")
+    from dcris.outputs.video import read_frames
+
+    clip = make_video(tmp_path / "clip.mp4", 2, turned=angle)
+    frame = next(read_frames(clip))
+    assert frame.pixels.shape[:2] == ((64, 48) if angle % 180 else (48, 64))
+    height, width = frame.pixels.shape[:2]
+    corners = {90: (height - 5, 5), 180: (height - 5, width - 5), 270: (5, width - 5)}
+    assert frame.pixels[corners[angle]].mean() > 230
+    assert frame.pixels[height - 5 if angle == 270 else 5, 5 if angle != 90 else width - 5].mean() < 100
+
+
+@pytest.mark.parametrize("ending", ["mp4", "avi", "mkv", "ts"])
+@pytest.mark.parametrize("share", [0.02, 0.6])
+def test_a_video_that_is_cut_short(ending: str, share: float, model: Path, tmp_path: Path, capsys: Any) -> None:
+    """What can be read is answered, and that it was not all is said: a quiet end looks like a short video."""
+    pytest.importorskip("av")
+    whole = make_video(tmp_path / f"whole.{ending}", 40)
+    clip = tmp_path / f"clip.{ending}"
+    clip.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+    good = make_photos(tmp_path / "photos", 1)
+    out = tmp_path / "out"
+    code = dcris("predict", model, clip, good, "-e", "cup", "--out", out, "--every", 5)
+    printed = capsys.readouterr()
+    assert code == 2, printed.out
+    assert "clip" in printed.err
+    assert printed.err.count("\n") == 1
+    assert results(out)[-1]["file_name"] == "0.png"
+    frames = [entry for entry in results(out) if "frame" in entry]
+    assert len(frames) < 8
+    assert (out / "clip.overlay.mp4").exists() == bool(frames)
+    assert dcris("predict", model, clip, good, "-e", "cup", "--out", out, "--every", 5) == 2
+    # Fetched again, it is done from its start, since it is another file now.
+    clip.write_bytes(whole.read_bytes())
+    assert dcris("predict", model, clip, good, "-e", "cup", "--out", out, "--every", 5) == 0
+    assert len(results(out)) == 9
+
+
+def test_a_damaged_video(tmp_path: Path) -> None:
+    """A decoder that paints over damage would have its inventions segmented."""
+    pytest.importorskip("av")
+    from dcris.outputs.video import read_frames
+
+    clip = make_video(tmp_path / "clip.mp4", 60, (320, 240), codec="libx264")
+    content = bytearray(clip.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = os.urandom(400)
+    clip.write_bytes(content)
+    with pytest.raises(DcrisError, match="damaged|cut short|cannot read"):
+        list(read_frames(clip))
+    (tmp_path / "text.mp4").write_text("no video at all")
+    with pytest.raises(DcrisError, match="cannot read the video"):
+        list(read_frames(tmp_path / "text.mp4"))
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(DcrisError, match="cannot read the video"):
+        list(read_frames(tmp_path / "folder.mp4"))
+
+
+def test_a_video_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
+    """An hour of film must not begin anew; the drawn video holds the frames of both halves."""
+    pytest.importorskip("av")
+    clip, out = make_video(tmp_path / "clip.mp4", 10), tmp_path / "out"
+    segmenter = Segmenter.from_pretrained(model, device="cpu")
+    run = Job(segmenter, find_tasks([clip], ["cup"]), out).run()
+    first = [next(run) for _ in range(4)]
+    run.close()  # as Ctrl-C does
+    assert len(results(out)) == 4
+    second = list(Job(segmenter, find_tasks([clip], ["cup"]), out).run())
+    done = [event.frame for event in [*first, *second] if isinstance(event, Done)]
+    assert done == list(range(10))
+    assert len(read_video(out / "clip.overlay.mp4")[0]) == 10
+    assert len(results(out)) == 10
+
+
+def test_without_pyav(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The extra is named, and images are answered all the same."""
+    (tmp_path / "clip.mp4").touch()
+    monkeypatch.setitem(sys.modules, "av", None)
+    good = make_photos(tmp_path / "photos", 1)
+    assert dcris("predict", model, tmp_path / "clip.mp4", good, "-e", "cup", "--out", tmp_path / "out") == 2
+    assert "pip install 'dcris[video]'" in capsys.readouterr().err
+    assert len(results(tmp_path / "out")) == 1
+
+
+# ---- on a GPU, images go in passes -----------------------------------------------------------------------------------------
+
+
+def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what a GPU answers is mixed up between the images of a pass, or an unreadable one shifts them."""
+    (photos / "1.png").write_text("no picture")
+    segmenter = Segmenter.from_pretrained(model, device="cpu")
+    tasks = [*find_tasks([photos], ["cup", "ring"]), Task(photos / "0.png", "0.png", "other", ("left",))]
+    alone, together = [], []
+    for events, kind in ((alone, "cpu"), (together, "a GPU's")):
+        monkeypatch.setattr("dcris.outputs.job._images_at_once", lambda device, kind=kind: 1 if kind == "cpu" else 16)
+        job = Job(segmenter, tasks, tmp_path / kind)
+        with pytest.raises(DcrisError, match="1 of 5"):
+            events.extend(job.run())
+    assert [event.task.name for event in together if isinstance(event, Done)] == ["0", "2", "3", "other"]
+    assert sum(isinstance(event, Failed) for event in together) == 1
+    by_name = {event.task.name: event.answers for event in alone if isinstance(event, Done)}
+    for event in together:
+        for ours, theirs in (
+            zip(event.answers, by_name[event.task.name], strict=True) if isinstance(event, Done) else ()
+        ):
+            assert ours.phrase == theirs.phrase
+            assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+            assert (ours.mask != theirs.mask).mean() < 0.01
