@@ -159,34 +159,38 @@ def _noise(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return (bits.astype(np.float32) * np.float32(3**0.5 / 2**31) - np.float32(3**0.5)).reshape(shape)
 
 
+def value_of(name: str, shape: tuple[int, ...], bias: float) -> Tensor:
+    """Ordinary numbers for a tensor, from its published name: a fresh network's zeros and ones would hide mistakes.
+
+    `bias` is the very last bias of the head.
+    """
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(7)
+    noise = _noise(name, shape)
+    if name.endswith(("cls_token", "class_embedding", "register_tokens", "pos_embed", "positional_embedding")):
+        noise *= 0.5
+    elif len(shape) >= 2:
+        noise *= (noise.size / shape[0]) ** -0.5
+        if name.startswith("proj.txt"):  # its outputs weigh 2304 numbers
+            noise *= 0.05
+    elif name.endswith("running_mean"):
+        noise *= 0.2
+    elif name.endswith("running_var"):
+        noise = 0.5 + np.abs(noise)
+    elif name.endswith("weight"):
+        noise = 1 + 0.2 * noise
+    elif name.endswith("gamma"):  # well below 1, as trained
+        noise = 0.2 + 0.05 * noise
+    else:
+        noise *= 0.1
+    if name == "proj.txt.bias":
+        noise[-1] = bias
+    return torch.from_numpy(np.asarray(noise, np.float32))
+
+
 def weights(variant: Variant) -> dict[str, Tensor]:
-    """Ordinary numbers for every tensor: a fresh network's zeros and ones would hide mistakes."""
-    state = {}
-    for name, shape in layout(variant).items():
-        if name.endswith("num_batches_tracked"):
-            state[name] = torch.tensor(7)
-            continue
-        noise = _noise(name, shape)
-        if name.endswith(("cls_token", "register_tokens", "pos_embed", "positional_embedding")):
-            noise *= 0.5
-        elif len(shape) >= 2:
-            noise *= (noise.size / shape[0]) ** -0.5
-            if name.startswith("proj.txt"):  # its outputs weigh 2304 numbers
-                noise *= 0.05
-        elif name.endswith("running_mean"):
-            noise *= 0.2
-        elif name.endswith("running_var"):
-            noise = 0.5 + np.abs(noise)
-        elif name.endswith("weight"):
-            noise = 1 + 0.2 * noise
-        elif name.endswith("gamma"):  # well below 1, as trained
-            noise = 0.2 + 0.05 * noise
-        else:
-            noise *= 0.1
-        if name == "proj.txt.bias":
-            noise[-1] = variant.bias
-        state[name] = torch.from_numpy(np.asarray(noise, np.float32))
-    return state
+    """A value for every tensor."""
+    return {name: value_of(name, shape, variant.bias) for name, shape in layout(variant).items()}
 
 
 def photograph() -> NDArray[np.uint8]:

@@ -9,6 +9,18 @@ from torch import Tensor, nn
 from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, TextConfig, VisionConfig
 
 TINY_VISION = VisionConfig(name="test", width=32, depth=4, heads=4, grid=4, position_rule="exact")
+TINY_CLIP_VISION = VisionConfig(
+    family="clip",
+    name="test",
+    width=48,
+    depth=4,
+    heads=3,
+    patch=4,
+    registers=0,
+    grid=3,
+    position_rule="plain",
+    projected_width=20,
+)
 TINY_TEXT = TextConfig(name="test", width=24, depth=3, heads=4, vocabulary=40, length=12, sentence_width=20)
 TINY_DENSE = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0)
 TINY_HEAD = HeadConfig(taps=(0, 2), width=16, heads=4, layers=2, feedforward=28, dropout=0.0)

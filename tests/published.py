@@ -35,7 +35,8 @@ def hub_dinov2(shape: VisionConfig, seed: int = 0) -> Dinov2WithRegistersModel:
     return model
 
 
-def hub_clip(shape: TextConfig) -> CLIPModel:
+def hub_clip(shape: TextConfig, image: VisionConfig | None = None) -> CLIPModel:
+    """Both halves; the image half is a stump unless its shape is given."""
     text = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.width,
@@ -47,9 +48,13 @@ def hub_clip(shape: TextConfig) -> CLIPModel:
         "eos_token_id": END,
         "pad_token_id": 0,
     }
-    image = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    image |= {"image_size": 32, "patch_size": 16}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=shape.sentence_width)).eval()
+    vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    if image is not None:
+        vision |= {"hidden_size": image.width, "intermediate_size": 4 * image.width, "num_hidden_layers": image.depth}
+        vision |= {"num_attention_heads": image.heads, "patch_size": image.patch}
+        vision |= {"image_size": image.patch * (image.published_grid or image.grid)}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.sentence_width)).eval()
     randomise(model)
     return model
 
@@ -156,3 +161,24 @@ def archive_without_program(model: nn.Module, path: Path) -> None:
         for name, content in entries:
             spoilt.writestr(name, b"this is no program" if "/code/" in name else content)
     model.float()
+
+
+def as_openai(hub: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The image half of a CLIP of the Hub, and a tensor of the text half, under OpenAI's names."""
+    ours: dict[str, Tensor] = {"positional_embedding": hub["text_model.embeddings.position_embedding.weight"]}
+    outside = {"class_embedding": "embeddings.class_embedding", "conv1.weight": "embeddings.patch_embedding.weight"}
+    outside |= {"positional_embedding": "embeddings.position_embedding.weight"}
+    for kind in ("weight", "bias"):
+        outside |= {f"ln_pre.{kind}": f"pre_layrnorm.{kind}", f"ln_post.{kind}": f"post_layernorm.{kind}"}
+    ours |= {f"visual.{mine}": hub[f"vision_model.{theirs}"] for mine, theirs in outside.items()}
+    ours["visual.proj"] = hub["visual_projection.weight"].T.contiguous()
+    depth = len([name for name in hub if name.startswith("vision_model.") and name.endswith("layer_norm1.bias")])
+    for index in range(depth):
+        mine, theirs = f"visual.transformer.resblocks.{index}.", f"vision_model.encoder.layers.{index}."
+        for kind in ("weight", "bias"):
+            qkv = [hub[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            ours[f"{mine}attn.in_proj_{kind}"] = torch.cat(qkv)
+            pairs = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+            pairs |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+            ours |= {f"{mine}{a}.{kind}": hub[f"{theirs}{b}.{kind}"] for a, b in pairs.items()}
+    return ours

@@ -13,7 +13,7 @@ from dcris.config import DenseCrossConfig, TextAdapterConfig
 from dcris.encoders.attention import MultiHeadAttention
 from dcris.encoders.blocks import Block, SlotContext
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.model.dcris import DCRIS
 from models import (
     TINY_DENSE,
@@ -195,7 +195,7 @@ def test_zero_started_adapters_leave_the_towers_alone() -> None:
             text_adapter=TextAdapterConfig(layers=(0, 2), width=6, zero_init=True),
         )
     ).eval()
-    plain_text, plain_vision = TextTower(TINY_TEXT).eval(), VisionTower(TINY_VISION).eval()
+    plain_text, plain_vision = TextTower(TINY_TEXT).eval(), DinoV2Tower(TINY_VISION).eval()
     for ours, plain in ((model.text, plain_text), (model.vision, plain_vision)):
         plain.load_state_dict({name: weight for name, weight in ours.state_dict().items() if "_slot." not in name})
     tokens, pixels = tokens_ending_at((3, 5), 7), images(2, 3, 5)

@@ -36,7 +36,7 @@ from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.references import load_references
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.encoders.weights import tower_state
 from dcris.model.dcris import DCRIS
@@ -123,7 +123,7 @@ def run(root: Path) -> None:
         unseal(path)  # what is behind the checksums is what strangers reach
 
 
-def published(tower: VisionTower | TextTower, layout: Layout) -> dict[str, Tensor]:
+def published(tower: DinoV2Tower | TextTower, layout: Layout) -> dict[str, Tensor]:
     """A small tower's weights under the names that published files give them."""
     tensors: dict[str, Tensor] = {}
     for name, value in tower_state(tower).items():
@@ -153,7 +153,7 @@ def towers(root: Path) -> None:
     make_tiny_refer(root / "data").write()
     config = small_config(("train.max_steps", "1"))
     (root / "config.json").write_text(config.model_dump_json())
-    vision, text = VisionTower(config.model.vision), TextTower(config.model.text)
+    vision, text = DinoV2Tower(config.model.vision), TextTower(config.model.text)
     hub, meta = (published(vision, layout) for layout in VISION_LAYOUTS["dinov2"])
     save_file(hub, root / "hub.safetensors")
     torch.save(meta, root / "meta.pth")

@@ -40,6 +40,8 @@ COUNTS = {
     "lora": (1_572_864, 1.57e6),
     "bitfit": (171_008, None),
     "prompts": (46_592, None),
+    "etris": (1_387_648, 1.38e6),
+    "barleria": (3_500_192, None),
 }
 """Trained weights beside the head of the recipe NAME_b, and what table 2 prints."""
 
@@ -48,7 +50,9 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 def test_the_list_of_methods_is_whole() -> None:
     """Else a method that is not found, or has no recipe, passes every test here by not being tried."""
-    assert {"full", "houlsby", "adaptformer", "compacter", "lora", "bitfit", "prompts"} <= set(METHODS)
+    assert {"full", "houlsby", "adaptformer", "compacter", "lora", "bitfit", "prompts", "etris", "barleria"} <= set(
+        METHODS
+    )
     for method in METHODS:
         assert {f"{method}_b", f"{method}_tiny"} <= set(RECIPES), method
 
@@ -119,14 +123,19 @@ def tuned(method: str) -> DCRIS:
     return _tuned(method)
 
 
+def added(name: str) -> bool:
+    """Whether a tensor is one that the method adds."""
+    return "_slot." in name or name.startswith("bridge.")
+
+
 @every_method
 @torch.no_grad()
 def test_it_starts_as_the_plain_towers_where_it_says_so(method: str) -> None:
     """Else training starts from worse features than the towers have; and the promise is a plain sentence of its settings."""
     model = built(f"{method}_tiny")
     plain = DCRIS(model.config.model_copy(update={"method": None})).eval()
-    # Before anything is trained what is not in a slot is the plain network.
-    state = {name: value for name, value in model.state_dict().items() if "_slot." not in name}
+    # Before anything is trained what is not in a slot or a bridge is the plain network.
+    state = {name: value for name, value in model.state_dict().items() if not added(name)}
     plain.load_state_dict(state)
     same = torch.equal(model(PIXELS, PHRASES), plain(PIXELS, PHRASES))
     assert model.config.method is not None
@@ -141,7 +150,7 @@ def test_exactly_its_weights_train(method: str) -> None:
     config = model.config.method
     assert config is not None
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    own = {name for name, _ in model.named_parameters() if not name.startswith("head.") and "_slot." not in name}
+    own = {name for name, _ in model.named_parameters() if not name.startswith("head.") and not added(name)}
     assert own & trains == {name for name in own if config.trains(name)}
     assert trains >= {name for name, _ in model.named_parameters() if name not in own}
     before = copy.deepcopy(model.state_dict())

@@ -9,23 +9,39 @@ from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
 )
 
 from dcris.encoders.blocks import SlotContext
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower, interpolate_positions
+from dcris.encoders.clip_vision import ClipVisionTower
+from dcris.encoders.dinov2 import DinoV2Tower
+from dcris.encoders.formats import VISION_LAYOUTS
+from dcris.encoders.vision import interpolate_positions
 from dcris.model.dcris import DCRIS
-from models import END, START, TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
+from models import (
+    END,
+    START,
+    TINY_CLIP_VISION,
+    TINY_TEXT,
+    TINY_VISION,
+    error,
+    images,
+    randomise,
+    tiny_config,
+    tokens_ending_at,
+)
 
 TOLERANCE = 1e-12  # of float64 numbers about 1
 
 
 @pytest.fixture
-def vision() -> tuple[VisionTower, Dinov2WithRegistersModel]:
+def vision() -> tuple[DinoV2Tower, Dinov2WithRegistersModel]:
     """Our vision tower and transformers' with the same weights."""
-    tower = VisionTower(TINY_VISION).double().eval()
+    tower = DinoV2Tower(TINY_VISION).double().eval()
     randomise(tower)
     config = Dinov2WithRegistersConfig(
         hidden_size=tower.config.width,
@@ -116,7 +132,7 @@ def filled(oracle: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Modu
     ids=["the table's own grid", "finer", "not square, 70x98", "coarser", "the table's count, another shape"],
 )
 @torch.no_grad()
-def test_vision_tower_is_dinov2(vision: tuple[VisionTower, Dinov2WithRegistersModel], rows: int, columns: int) -> None:
+def test_vision_tower_is_dinov2(vision: tuple[DinoV2Tower, Dinov2WithRegistersModel], rows: int, columns: int) -> None:
     """Else published DINOv2 weights give the features of another network, and every result built on them is off."""
     tower, oracle = vision
     pixels = images(2, rows, columns).double()
@@ -129,6 +145,70 @@ def test_vision_tower_is_dinov2(vision: tuple[VisionTower, Dinov2WithRegistersMo
         assert error(ours, theirs) < TOLERANCE
     assert error(tower.finish(state), expected.last_hidden_state) < TOLERANCE
     assert error(tower(pixels), expected.last_hidden_state) < TOLERANCE
+
+
+@pytest.fixture
+def clip_vision() -> tuple[ClipVisionTower, CLIPVisionModelWithProjection]:
+    """Our image half of CLIP and transformers' with the same weights."""
+    tower = ClipVisionTower(TINY_CLIP_VISION).double().eval()
+    randomise(tower)
+    config = CLIPVisionConfig(
+        hidden_size=tower.config.width,
+        intermediate_size=4 * tower.config.width,
+        projection_dim=tower.config.out_width,
+        num_hidden_layers=tower.config.depth,
+        num_attention_heads=tower.config.heads,
+        image_size=tower.config.patch * tower.config.grid,
+        patch_size=tower.config.patch,
+    )
+    layout = VISION_LAYOUTS["clip"][0]
+    weights = {}
+    for name, value in tower.state_dict().items():
+        parts = layout.parts(name)
+        whole = value.T if name in layout.transposed else value
+        weights |= dict(zip(parts, whole.chunk(len(parts)), strict=True)) if len(parts) > 1 else {parts[0]: whole}
+    return tower, filled(CLIPVisionModelWithProjection(config), weights)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(3, 3), (6, 6), (5, 7), (2, 1)],
+    ids=["the table's own grid", "finer", "not square", "coarser"],
+)
+@torch.no_grad()
+def test_clip_vision_tower_is_clip(
+    clip_vision: tuple[ClipVisionTower, CLIPVisionModelWithProjection], rows: int, columns: int
+) -> None:
+    """Else ETRIS on its own tower is another model than the published one."""
+    tower, oracle = clip_vision
+    patch = tower.config.patch
+    pixels = torch.randn(2, 3, rows * patch, columns * patch, generator=torch.Generator().manual_seed(0)).double()
+    expected = oracle(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+    start = tower.start(pixels)
+    state = tower.advance(start, taps=range(len(tower.blocks)))
+    assert state.grid == (rows, columns)
+    for ours, theirs in zip((start.tokens, *state.taps), expected.hidden_states, strict=True):
+        assert error(ours, theirs) < TOLERANCE
+    finished = tower(pixels)
+    assert error(finished[:, 0], expected.image_embeds) < TOLERANCE
+    # CLIP projects the class token alone; the patches go the same way.
+    normed = oracle.vision_model.post_layernorm(expected.last_hidden_state)
+    assert error(finished, oracle.visual_projection(normed)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_text_tower_can_be_stopped(text: tuple[TextTower, CLIPTextModelWithProjection]) -> None:
+    """Else a method that lets the towers run side by side reads other words than one that reads the finished text."""
+    tower, _ = text
+    tokens = tokens_ending_at((3, 5, 2), 7)
+    state = tower.start(tokens)
+    for stop in (1, 1, 3):
+        state = tower.advance(state, stop)
+        assert state.step == stop
+    picked, whole = tower.finish(state.select(torch.tensor([2, 0]))), tower(tokens)
+    for name in ("tokens", "sentence", "padding"):
+        # Not to the last digit: products of other shapes may round otherwise.
+        assert error(getattr(picked, name).double(), getattr(whole, name)[[2, 0]].double()) < TOLERANCE
 
 
 @pytest.mark.parametrize(("ends", "length"), [((1, 4, 6), 7), ((2, 11, 5), 12), ((2, 1, 2), 3)])
@@ -189,13 +269,16 @@ def test_offset_rule_places_positions_as_the_published_code_does(rows: int, colu
     assert error(resized[0, 1:].double(), torch.from_numpy(expected).reshape(rows * columns, 5)) < 1e-5
 
 
-def test_the_two_position_rules_differ() -> None:
-    """Else the setting that tells them apart is dead, and one of the two published families is read wrongly."""
+def test_the_position_rules_differ() -> None:
+    """Else the setting that tells them apart is dead, and one of the published families is read wrongly."""
     table = torch.randn(1, 1 + 37 * 37, 3, generator=torch.Generator().manual_seed(0))
     offset, exact = (interpolate_positions(table, (32, 32), rule) for rule in ("offset", "exact"))
     assert offset.shape == exact.shape == (1, 1 + 32 * 32, 3)
     assert error(offset, exact) > 0.01
-    for rule in ("offset", "exact"):
+    plain = interpolate_positions(table, (32, 32), "plain")
+    assert error(offset, plain) > 0.001
+    assert error(exact, plain) > 0.001
+    for rule in ("offset", "exact", "plain"):
         assert interpolate_positions(table, (37, 37), rule) is table
 
 

@@ -20,6 +20,8 @@ from transformers import (
     CLIPConfig,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     DINOv3ViTModel,
@@ -30,7 +32,8 @@ from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse
 from dcris.encoders import weights
 from dcris.encoders.archives import StoredTensor, open_tensors
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.clip_vision import ClipVisionTower
+from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.weights import fill_tower, tower_state
 from dcris.engine.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
 from dcris.errors import DcrisError
@@ -38,8 +41,8 @@ from dcris.hub import fetch
 from dcris.model.dcris import DCRIS
 from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
 from hub import Hub
-from models import TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
-from published import archive_without_program, as_meta, hub_clip, hub_dinov2, openai_clip, saved, written
+from models import TINY_CLIP_VISION, TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
+from published import archive_without_program, as_meta, as_openai, hub_clip, hub_dinov2, openai_clip, saved, written
 
 VISION_REPO, TEXT_REPO = "facebook/dinov2-with-registers-base", "openai/clip-vit-base-patch16"
 VISION, TEXT = "dinov2-base", "clip-vit-base-patch16"
@@ -49,8 +52,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 TOLERANCE = 2e-5  # of float32 numbers about 1
 
 
-def vision_tower(shape: VisionConfig = TINY_VISION) -> VisionTower:
-    return VisionTower(shape).eval()
+def vision_tower(shape: VisionConfig = TINY_VISION) -> DinoV2Tower:
+    return DinoV2Tower(shape).eval()
 
 
 def text_tower(shape: TextConfig = TINY_TEXT) -> TextTower:
@@ -64,7 +67,7 @@ def file_of(folder: Path, name: str, content: bytes) -> str:
 
 
 @torch.no_grad()
-def assert_same_images(tower: VisionTower, oracle: nn.Module) -> None:
+def assert_same_images(tower: DinoV2Tower, oracle: nn.Module) -> None:
     pixels = images(2, 3, 5)
     assert error(tower(pixels), oracle(pixels).last_hidden_state) < TOLERANCE
 
@@ -99,7 +102,7 @@ def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) 
     oracle = DINOv3ViTModel(dinov3_config(shape, image_size=64)).eval()
     randomise(oracle)
     hub.push("facebook/dinov3-vitb16-pretrain-lvd1689m", {"model.safetensors": written(oracle, tmp_path / "m")})
-    tower = VisionTower(shape).eval()
+    tower = DinoV2Tower(shape).eval()
     randomise(tower)
     fill_tower(tower, shape.name)
     pixels = torch.randn(2, 3, 16 * rows, 16 * columns, generator=torch.Generator().manual_seed(1))
@@ -114,7 +117,7 @@ def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) 
 
 def test_dinov3_refuses_what_is_not_dinov3(tmp_path: Path) -> None:
     """Else the weights of the other family are half used, or the refusal is a traceback."""
-    three = VisionTower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
+    three = DinoV2Tower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
     path = tmp_path / "model.safetensors"
     path.write_bytes(written(hub_dinov2(TINY_VISION), tmp_path / "m"))
     with pytest.raises(DcrisError, match="is neither DINOv3 as the Hub has it"):
@@ -175,6 +178,30 @@ def test_vision_tower_from_metas_file(tmp_path: Path, shape: VisionConfig, in_zi
     assert tower.source == {"source": path.name}
 
 
+def test_clip_vision_tower_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """Else ETRIS on its own tower starts from other features than the published ones, or with unfit positions."""
+    shape = TINY_CLIP_VISION.model_copy(update={"grid": 5, "published_grid": 3})
+    oracle = hub_clip(TINY_TEXT, shape)
+    content = written(oracle, tmp_path / "m")
+    commit = hub.push(TEXT_REPO, {"model.safetensors": content})
+    tower = ClipVisionTower(shape).eval()
+    fill_tower(tower, TEXT)
+    assert tower.source == {"source": f"{TEXT_REPO}/model.safetensors", "revision": commit}
+    (tmp_path / "openai.pt").write_bytes(saved(as_openai(load(content))))
+    other = ClipVisionTower(shape).eval()
+    fill_tower(other, str(tmp_path / "openai.pt"))
+    pixels = torch.randn(2, 3, 5 * shape.patch, 5 * shape.patch, generator=torch.Generator().manual_seed(0))
+    expected = oracle.vision_model(pixels, interpolate_pos_encoding=True)
+    for each in (tower, other):
+        with torch.no_grad():
+            assert error(each(pixels)[:, 0], oracle.visual_projection(expected.pooler_output)) < TOLERANCE
+        assert error(each.positions[0], oracle.vision_model.embeddings.position_embedding.weight[0]) == 0
+    with pytest.raises(DcrisError, match=r"position_embedding.weight .* has the shape \[10, 48\], while .* \[26, 48\]"):
+        fill_tower(ClipVisionTower(shape.model_copy(update={"published_grid": None})), TEXT)
+    with pytest.raises(DcrisError, match=r"neither DINOv2 .* nor DINOv2 "):
+        fill_tower(vision_tower(), str(tmp_path / "openai.pt"))
+
+
 def test_text_tower_from_openais_archive(tmp_path: Path) -> None:
     """Else a program out of a downloaded file runs: this one's is unreadable, so that nothing could have run it."""
     oracle = openai_clip(TINY_TEXT)
@@ -200,8 +227,12 @@ def test_named_towers_have_the_published_sizes() -> None:
     """Else the first thing a published file says to a tower of that name is that it does not fit."""
     with torch.device("meta"):
         for shape in VISION_TOWERS.values():
+            if shape.family == "clip":
+                clip = CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=shape.patch, projection_dim=512))
+                assert count(ClipVisionTower(shape)) == count(clip)
+                continue
             if shape.family == "dinov3":
-                ours = count(VisionTower(shape)) - shape.depth * shape.width  # the biases of keys, which are zeros
+                ours = count(DinoV2Tower(shape)) - shape.depth * shape.width  # the biases of keys, which are zeros
                 assert ours == count(DINOv3ViTModel(dinov3_config(shape, image_size=224)))
                 continue
             theirs = HubVision(
@@ -214,7 +245,7 @@ def test_named_towers_have_the_published_sizes() -> None:
                     use_swiglu_ffn=shape.name == "dinov2-giant",
                 )
             )
-            assert count(VisionTower(shape)) == count(theirs)
+            assert count(DinoV2Tower(shape)) == count(theirs)
         for shape in TEXT_TOWERS.values():
             large = shape.name == "clip-vit-large-patch14"
             sizes: dict[str, Any] = (
@@ -222,8 +253,9 @@ def test_named_towers_have_the_published_sizes() -> None:
             )
             theirs = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=768 if large else 512))
             assert count(TextTower(shape)) == count(theirs) + 1  # the scale belongs to both halves
-    assert set(VISION_TOWERS) == set(weights._HUB_VISION)
-    assert set(TEXT_TOWERS) == set(weights._HUB_TEXT)
+    clips = {shape.name for shape in VISION_TOWERS.values() if shape.family == "clip"}
+    assert set(VISION_TOWERS) - clips == set(weights._HUB_VISION)
+    assert clips <= set(weights._HUB_CLIP) == set(TEXT_TOWERS)
     assert CLIPConfig().text_config.max_position_embeddings == TextConfig().length
 
 
@@ -479,9 +511,9 @@ def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
     """Else HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which people's machines are set up with, are passed over."""
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
     program = (
-        "from dcris.config import VisionConfig; from dcris.encoders.dinov2 import VisionTower\n"
+        "from dcris.config import VisionConfig; from dcris.encoders.dinov2 import DinoV2Tower\n"
         "from dcris.encoders.weights import fill_tower\n"
-        f"tower = VisionTower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
+        f"tower = DinoV2Tower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
         f"fill_tower(tower, '{VISION}'); print(tower.source['revision'])"
     )
     settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": ""}

@@ -30,7 +30,7 @@ from dcris.config import CLIP_MEAN, CLIP_STD
 from dcris.data import scenes
 from dcris.data.tokenizer import TinyTokenizer
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.recipes import TINY_TEXT, TINY_VISION
 
 SIDE, GRID, PATCH, FINE = 112, 8, 14, 4
@@ -148,10 +148,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def pretrain_vision(steps: int, batch: int, seed: int) -> VisionTower:
+def pretrain_vision(steps: int, batch: int, seed: int) -> DinoV2Tower:
     """Train the vision tower with its reading heads, and return the tower."""
     torch.manual_seed(seed)
-    tower = VisionTower(TINY_VISION)
+    tower = DinoV2Tower(TINY_VISION)
     width = TINY_VISION.width
     for block in tower.blocks:  # small steps at first: with LayerScale at one, twelve blocks start too loud
         block.scale1.gamma.data.fill_(0.3)  # type: ignore[union-attr, operator]

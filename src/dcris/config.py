@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from dcris.errors import DcrisError
 from dcris.files import read_json
 
-PositionRule = Literal["exact", "offset"]
+PositionRule = Literal["exact", "offset", "plain"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 # The upper bounds are far above anything sensible; they keep a stranger's file from asking for any amount of work.
@@ -39,14 +39,15 @@ class Section(BaseModel):
 
 
 class VisionConfig(Section):
-    """The shape of a DINOv2 or DINOv3 tower."""
+    """The shape of a vision tower: DINOv2 with registers, DINOv3, or the image half of CLIP."""
 
     name: str = "dinov2-base"
     """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
-    family: Literal["dinov2", "dinov3"] = "dinov2"
-    """dinov2 adds a table of positions to the patches; dinov3 turns queries and keys by them (dcris.encoders.rotary)."""
+    family: Literal["dinov2", "dinov3", "clip"] = "dinov2"
+    """dinov2 adds a table of positions to the patches; dinov3 turns queries and keys by them (dcris.encoders.rotary); clip has
+    a table, no registers, and a projection behind its last norm."""
     width: Width = 768
     depth: Blocks = 12
     heads: Width = 12
@@ -54,10 +55,27 @@ class VisionConfig(Section):
     registers: Annotated[int, Field(ge=0, le=1024)] = 4
     grid: Annotated[int, Field(gt=0, le=1024, strict=True)] = 37
     """Side of the position table; DINOv3 has none."""
+    published_grid: Annotated[int, Field(gt=0, le=1024, strict=True)] | None = None
+    """Side of the table in a published file of CLIP, where it is another: the table is resized once, when it is read."""
     position_rule: PositionRule = "offset"
-    """How positions are brought to another grid; see dcris.encoders.dinov2.interpolate_positions."""
+    """How positions are brought to another grid; see dcris.encoders.vision.interpolate_positions."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """The blocks' second half: "swiglu" in the giant alone; see dcris.encoders.blocks."""
+    """DINOv2's blocks' second half: "swiglu" in the giant alone; see dcris.encoders.blocks."""
+    projected_width: Width | None = None
+    """CLIP's projection of the finished tokens; None leaves their width."""
+
+    @property
+    def out_width(self) -> int:
+        """Channels of the finished tokens."""
+        return self.projected_width or self.width
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.family != "clip" and (self.projected_width or self.published_grid):
+            raise ValueError("projected_width and published_grid are of CLIP, and other towers have neither")
+        if self.family == "clip" and (self.registers or self.mlp != "gelu"):
+            raise ValueError('a CLIP tower has no registers, and its mlp is "gelu" (in CLIP\'s quick form)')
+        return self
 
 
 class TextConfig(Section):
@@ -111,6 +129,8 @@ class MethodConfig(Section):
     """
 
     name: str
+    order: ClassVar[Literal["text first", "interleaved"]] = "text first"
+    """Whether the text tower runs to its end before the first visual block, or the two run side by side, joined by a bridge."""
 
     _known: ClassVar[dict[str, type["MethodConfig"]]] = {}
 
@@ -150,6 +170,10 @@ class MethodConfig(Section):
         """Whether the towers answer as the plain ones do until training begins."""
         return False
 
+    def bridge(self, model: "ModelConfig") -> Any:
+        """The dcris.adapters.bridge.Bridge that joins the towers, of an interleaved method; else None."""
+        return None
+
     def trains(self, name: str) -> bool:
         """Whether a tower's own weight is trained too; by its name in the whole model, such as `text.blocks.0.norm1.bias`."""
         return False
@@ -165,6 +189,8 @@ class HeadConfig(Section):
     layers: Blocks = 3
     feedforward: Width = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    neck_residual: bool = True
+    """Whether the neck adds what enters its convolutions with coordinates to what leaves them; ETRIS does not."""
     bias: float | None = None
     """What the last bias starts at; None leaves it as PyTorch has it. Below zero says that most pixels are background."""
 
@@ -213,6 +239,11 @@ class ModelConfig(Section):
                 raise ValueError(f"{key} {list(layers)} must be different numbers below the tower's {depth} blocks")
         if self.method is not None:
             self.method.check(self)
+            if self.method.order == "interleaved" and self.visual_adapter is not None:
+                raise ValueError(
+                    f"visual_adapter reads the finished text, which is not there while {self.method.name} runs the towers side "
+                    "by side; set it to null"
+                )
         if self.vision.family == "dinov3" and self.vision.width // self.vision.heads % 4:
             raise ValueError("vision.width must be four times a whole number for each head of a dinov3 tower")
         if not 0 <= self.head.taps[0] < self.head.taps[1]:

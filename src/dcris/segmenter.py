@@ -15,7 +15,7 @@ from dcris.data.dataset import normalise, to_square
 from dcris.data.fits import Fit
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.tokenizer import require_phrase, tokenizer_of
-from dcris.encoders.dinov2 import VisionState
+from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import can_be_had
 from dcris.engine.checkpoint import (
     Origin,

@@ -59,6 +59,13 @@ class Slot(nn.Module):
         """
         return output
 
+    def carry(self, residual: Tensor) -> Tensor:
+        """What the branch is added to: the residual stream [B, P, D] as it is, unless a method changes that too.
+
+        Not for a `token_slot` or a `qkv_slot`.
+        """
+        return residual
+
     def merge(self, block: "Block") -> bool:
         """Add to the block's own weights what has the same effect as this slot, and say whether that can be done."""
         return False
@@ -171,15 +178,16 @@ class Block(nn.Module):
         self.scale2 = LayerScale(width) if layer_scale else nn.Identity()
 
     def attend(self, x: Tensor, context: SlotContext) -> Tensor:
-        """The first half: x + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
+        """The first half: carry(x) + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
         x = self.token_slot(x, x, x, context)
         normed = self.norm1(x)
-        return x + self.scale1(self.attention_slot(self.attention(normed, context), normed, x, context))
+        branch = self.attention_slot(self.attention(normed, context), normed, x, context)
+        return self.attention_slot.carry(x) + self.scale1(branch)
 
     def feed(self, x: Tensor, context: SlotContext) -> Tensor:
-        """The second half: x + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""
+        """The second half: carry(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""
         normed = self.norm2(x)
-        return x + self.scale2(self.mlp_slot(self.mlp(normed), normed, x, context))
+        return self.mlp_slot.carry(x) + self.scale2(self.mlp_slot(self.mlp(normed), normed, x, context))
 
     def forward(self, x: Tensor, context: SlotContext) -> Tensor:
         """Both halves. [B, P, D] -> [B, P, D]."""

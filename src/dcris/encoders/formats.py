@@ -166,6 +166,53 @@ OPENAI_CLIP = Layout(
     needless=("visual.", "input_resolution", "context_length", "vocab_size"),
 )
 
-VISION_LAYOUTS = {"dinov2": (HUB_DINOV2, META_DINOV2), "dinov3": (HUB_DINOV3,)}
+# The image halves of the same files.
+
+HUB_CLIP_VISION = Layout(
+    title="CLIP as the Hub has it",
+    marker="vision_model.embeddings.class_embedding",
+    outside={
+        "patch_embed.weight": "vision_model.embeddings.patch_embedding.weight",
+        "class_token": "vision_model.embeddings.class_embedding",
+        "positions": "vision_model.embeddings.position_embedding.weight",
+        # The Hub's own spelling.
+        "pre_norm.weight": "vision_model.pre_layrnorm.weight",
+        "pre_norm.bias": "vision_model.pre_layrnorm.bias",
+        "norm.weight": "vision_model.post_layernorm.weight",
+        "norm.bias": "vision_model.post_layernorm.bias",
+        "projection": "visual_projection.weight",
+    },
+    block="vision_model.encoder.layers.{index}.",
+    inside=HUB_CLIP.inside,
+    needless=("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids"),
+    transposed=frozenset({"projection"}),
+)
+
+OPENAI_CLIP_VISION = Layout(
+    title="CLIP with a vision transformer as OpenAI publishes it",
+    marker="visual.class_embedding",
+    outside={
+        "patch_embed.weight": "visual.conv1.weight",
+        "class_token": "visual.class_embedding",
+        "positions": "visual.positional_embedding",
+        "pre_norm.weight": "visual.ln_pre.weight",
+        "pre_norm.bias": "visual.ln_pre.bias",
+        "norm.weight": "visual.ln_post.weight",
+        "norm.bias": "visual.ln_post.bias",
+        "projection": "visual.proj",
+    },
+    block="visual.transformer.resblocks.{index}.",
+    inside=OPENAI_CLIP.inside,
+    needless=(
+        *("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale"),
+        *("input_resolution", "context_length", "vocab_size"),
+    ),
+)
+
+VISION_LAYOUTS = {
+    "dinov2": (HUB_DINOV2, META_DINOV2),
+    "dinov3": (HUB_DINOV3,),
+    "clip": (HUB_CLIP_VISION, OPENAI_CLIP_VISION),
+}
 """By the tower's family."""
 TEXT_LAYOUTS = (HUB_CLIP, OPENAI_CLIP)

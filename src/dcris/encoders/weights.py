@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load as load_bytes
 from torch import Tensor, nn
 
-from dcris.config import ModelConfig
+from dcris.config import ModelConfig, VisionConfig
 from dcris.encoders.archives import StoredTensor, open_tensors
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
+from dcris.encoders.vision import VisionTower, interpolate_positions
 from dcris.errors import DcrisError
 from dcris.hub import fetch
 
@@ -36,7 +36,7 @@ _HUB_VISION |= {
     f"dinov3-{size}": f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m"
     for size, letter in (("small", "s"), ("base", "b"), ("large", "l"))
 }
-_HUB_TEXT = {
+_HUB_CLIP = {
     name: f"openai/{name}" for name in ("clip-vit-base-patch16", "clip-vit-base-patch32", "clip-vit-large-patch14")
 }
 
@@ -56,10 +56,7 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     Raises DcrisError where there are no such weights, where they cannot be fetched or read, and where a tensor is missing,
     left over or of another shape.
     """
-    layouts: Sequence[Layout] = TEXT_LAYOUTS
-    published = _HUB_TEXT
-    if isinstance(tower, VisionTower):
-        layouts, published = VISION_LAYOUTS[tower.config.family], _HUB_VISION
+    layouts, published = _families(tower)
     if name == RANDOM:
         return
     if name in _EMBEDDED:
@@ -79,10 +76,19 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
         raise DcrisError(f"there are no weights {name!r}: it is neither a file nor one of {known}")
 
 
-def fill_from_file(tower: nn.Module, path: Path, layouts: Sequence[Layout]) -> None:
+def _families(tower: VisionTower | TextTower) -> tuple[Sequence[Layout], dict[str, str]]:
+    """The files that can fill a tower, and the names of those on the Hub."""
+    if isinstance(tower, TextTower):
+        return TEXT_LAYOUTS, _HUB_CLIP
+    family = tower.config.family
+    return VISION_LAYOUTS[family], _HUB_CLIP if family == "clip" else _HUB_VISION
+
+
+def fill_from_file(tower: VisionTower | TextTower, path: Path, layouts: Sequence[Layout]) -> None:
     """Copy a published file into a tower, one tensor at a time, so that no second copy of all is ever in memory.
 
-    Numbers of half precision become float32. Raises DcrisError, before anything is copied, naming the first tensor that is
+    Numbers of half precision become float32, and a position table that the configuration says is of another grid is brought to
+    the tower's. Raises DcrisError, before anything is copied, naming the first tensor that is
     missing, of another shape, or that nothing here has a place for; and where the file is damaged.
     """
     stored = open_tensors(path)
@@ -91,11 +97,15 @@ def fill_from_file(tower: nn.Module, path: Path, layouts: Sequence[Layout]) -> N
         kinds = ", nor ".join(f"{layout.title} ({layout.marker})" for layout in layouts)
         raise DcrisError(f"{path} is neither {kinds}: none of these tensors is in it")
     target = tower_state(tower)
+    shapes = {name: tuple(value.shape) for name, value in target.items()}
+    grid = tower.config.published_grid if isinstance(tower, VisionTower) else None
+    if grid is not None:
+        shapes["positions"] = (1 + grid**2, *shapes["positions"][1:])
     plan = {name: layout.parts(name) for name in target}
     zeros = tuple(layout.zeros)
     for name, parts in plan.items():
         for part in filter(lambda part: not part.endswith(zeros), parts):
-            _check_part(stored, part, _shape_of_part(target[name], len(parts), name in layout.transposed), path)
+            _check_part(stored, part, _shape_of_part(shapes[name], len(parts), name in layout.transposed), path)
     used = {part for parts in plan.values() for part in parts}
     for part in stored:
         if part not in used and not part.startswith(layout.needless):
@@ -107,11 +117,14 @@ def fill_from_file(tower: nn.Module, path: Path, layouts: Sequence[Layout]) -> N
                 for part in parts
             ]
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            if grid is not None and name == "positions":
+                config = tower.config
+                assert isinstance(config, VisionConfig)
+                (whole,) = interpolate_positions(whole[None], (config.grid, config.grid), config.position_rule)
             target[name].copy_(whole.T if name in layout.transposed else whole)
 
 
-def _shape_of_part(whole: Tensor, parts: int, transposed: bool) -> tuple[int, ...]:
-    shape = tuple(whole.shape)
+def _shape_of_part(shape: tuple[int, ...], parts: int, transposed: bool) -> tuple[int, ...]:
     if transposed:
         return shape[::-1]
     return (shape[0] // parts, *shape[1:]) if parts > 1 else shape

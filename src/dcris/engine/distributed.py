@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dcris.data.dataset import dead_worker
 from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import VisionTower
+from dcris.encoders.vision import VisionTower
 from dcris.errors import DcrisError
 
 T = TypeVar("T")

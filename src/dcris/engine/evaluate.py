@@ -15,7 +15,7 @@ from dcris.config import DataConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.tokenizer import Tokenizer
-from dcris.encoders.dinov2 import VisionState
+from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import fingerprint
 from dcris.engine.device import autocast
 from dcris.engine.distributed import Processes

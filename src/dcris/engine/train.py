@@ -356,7 +356,7 @@ def _groups(model: DCRIS, settings: TrainConfig) -> list[dict[str, Any]]:
     other: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            apart = settings.tower_lr != 1 and not name.startswith("head.") and "_slot." not in name
+            apart = settings.tower_lr != 1 and not name.startswith(("head.", "bridge.")) and "_slot." not in name
             (own if apart else other).append(parameter)
     groups = [{"params": other, "share": 1.0}, {"params": own, "share": settings.tower_lr}]
     return [group for group in groups if group["params"]]

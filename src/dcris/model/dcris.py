@@ -9,12 +9,15 @@ from functools import partial
 from torch import Tensor, nn
 
 from dcris.adapters.base import attach, freeze, merge, set_mode
+from dcris.adapters.bridge import Bridge
 from dcris.adapters.dense_cross import DenseCrossAdapter
 from dcris.adapters.dense_text import DenseTextAdapter
 from dcris.adapters.text import TextAdapter
 from dcris.config import ModelConfig
-from dcris.encoders.clip_text import TextFeatures, TextTower
-from dcris.encoders.dinov2 import VisionState, VisionTower
+from dcris.encoders.clip_text import TextFeatures, TextState, TextTower
+from dcris.encoders.clip_vision import ClipVisionTower
+from dcris.encoders.dinov2 import DinoV2Tower
+from dcris.encoders.vision import VisionState, VisionTower
 from dcris.errors import DcrisError
 from dcris.model.decoder import Decoder
 from dcris.model.neck import Neck
@@ -27,13 +30,22 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         head, text = config.head, config.text
-        self.neck = Neck(config.vision.width, text.sentence_width, head.width, head.heads)
+        self.neck = Neck(
+            config.vision.width,
+            text.sentence_width,
+            head.width,
+            head.heads,
+            last_width=config.vision.out_width,
+            residual=head.neck_residual,
+        )
         self.decoder = Decoder(head.width, text.width, head.heads, head.layers, head.feedforward, head.dropout)
         self.projector = Projector(head.width, text.sentence_width, head.bias)
 
-    def forward(self, levels: list[Tensor], text: TextFeatures) -> Tensor:
-        """Three maps [B, D, h, w] and the text -> logits [B, 1, 4h, 4w]."""
+    def forward(self, levels: list[Tensor], text: TextFeatures, aside: Tensor | None = None) -> Tensor:
+        """Three maps [B, D, h, w], the text, and what a side network adds [B, C, h, w] -> logits [B, 1, 4h, 4w]."""
         features = self.neck(levels, text.sentence)
+        if aside is not None:
+            features = features + aside
         features = self.decoder(features, text.tokens, text.padding)
         logits: Tensor = self.projector(features, text.sentence)
         return logits
@@ -42,13 +54,14 @@ class Head(nn.Module):
 class DCRIS(nn.Module):
     """Segment what a phrase refers to. Text never sees the image; the image sees the text from the first adapter on.
 
+    So it is unless the method's order is "interleaved": then a bridge runs the two towers side by side (dcris.adapters.bridge).
     The three steps may be called apart, so that an image is encoded once for all its phrases and a phrase once for all images.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTower(config.vision)
+        self.vision: VisionTower = (ClipVisionTower if config.vision.family == "clip" else DinoV2Tower)(config.vision)
         self.text = TextTower(config.text)
         if (visual := config.visual_adapter) is not None:
             make = partial(DenseCrossAdapter, config.vision.width, config.text.width, visual)
@@ -58,6 +71,7 @@ class DCRIS(nn.Module):
             attach(self.text.blocks, textual.layers, "mlp_slot", partial(kind, config.text.width, textual))
         if (method := config.method) is not None:
             method.attach(self.vision, self.text)
+        self.bridge: Bridge | None = method.bridge(config) if method is not None else None
         self.head = Head(config)
         freeze(self.vision, lambda name: method is not None and method.trains(f"vision.{name}"))
         freeze(self.text, lambda name: method is not None and method.trains(f"text.{name}"))
@@ -69,6 +83,8 @@ class DCRIS(nn.Module):
         set_mode(self.vision, mode)
         set_mode(self.text, mode)
         self.head.train(mode)
+        if self.bridge is not None:
+            self.bridge.train(mode)
         return self
 
     def checkpoint_activations(self, on: bool = True) -> None:
@@ -89,7 +105,7 @@ class DCRIS(nn.Module):
         Raises DcrisError where the method, or an adapter beside it, cannot be folded.
         """
         copy = deepcopy(self)
-        if not (merge(copy.vision) and merge(copy.text)):
+        if self.bridge is not None or not (merge(copy.vision) and merge(copy.text)):
             raise DcrisError(
                 "what was trained cannot be folded into the towers' own weights; lora, full and bitfit can be"
             )
@@ -100,23 +116,31 @@ class DCRIS(nn.Module):
             freeze(tower)
         return copy
 
-    def encode_text(self, tokens: Tensor) -> TextFeatures:
-        """[B, L] int64 -> f_t, f_s and the padding mask."""
+    def encode_text(self, tokens: Tensor) -> TextFeatures | TextState:
+        """[B, L] int64 -> f_t, f_s and the padding mask. Interleaved: the tower, stopped where the two first meet."""
+        if self.bridge is not None:
+            return self.bridge.read(self.text, tokens)
         features: TextFeatures = self.text(tokens)
         return features
 
     def encode_images(self, images: Tensor) -> VisionState:
-        """[I, 3, H, W] normalised -> the tower stopped before the first slot that reads the text."""
-        return self.vision.advance(self.vision.start(images), self.vision.first_text_step, taps=self.config.head.taps)
+        """[I, 3, H, W] normalised -> the tower stopped before the text has a say."""
+        taps = self.config.head.taps
+        if self.bridge is not None:
+            return self.bridge.see(self.vision, images, taps)
+        return self.vision.advance(self.vision.start(images), self.vision.first_text_step, taps=taps)
 
-    def segment(self, state: VisionState, text: TextFeatures) -> Tensor:
+    def segment(self, state: VisionState, text: TextFeatures | TextState) -> Tensor:
         """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w]."""
-        state = self.vision.advance(state, text=text.tokens, padding=text.padding, taps=self.config.head.taps)
-        levels = [
-            tokens[:, self.vision.prefix :].transpose(1, 2).unflatten(-1, state.grid)
-            for tokens in (*state.taps, self.vision.finish(state))
-        ]
-        logits: Tensor = self.head(levels, text)
+        taps, aside = self.config.head.taps, None
+        if self.bridge is not None:
+            assert isinstance(text, TextState)
+            state, text, aside = self.bridge.join(self.vision, self.text, state, text, taps)
+        assert isinstance(text, TextFeatures)
+        if self.bridge is None:
+            state = self.vision.advance(state, text=text.tokens, padding=text.padding, taps=taps)
+        levels = [state.patches(tokens) for tokens in (*state.taps, self.vision.finish(state))]
+        logits: Tensor = self.head(levels, text, aside)
         return logits
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:

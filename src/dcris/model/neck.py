@@ -25,18 +25,27 @@ class ConvNormReLU(nn.Sequential):
 class Neck(nn.Module):
     """Fuse the levels with the sentence feature and give the map a sense of place."""
 
-    LEVELS = 3
-
-    def __init__(self, visual_width: int, sentence_width: int, width: int, heads: int) -> None:
+    def __init__(
+        self,
+        visual_width: int,
+        sentence_width: int,
+        width: int,
+        heads: int,
+        *,
+        last_width: int | None = None,
+        residual: bool = True,
+    ) -> None:
         super().__init__()
+        self.residual = residual
+        widths = (visual_width, visual_width, last_width or visual_width)
         self.text_proj = nn.Linear(sentence_width, width)
-        self.level_convs = nn.ModuleList(ConvNormReLU(visual_width, width, 1) for _ in range(self.LEVELS))
-        self.level_attentions = nn.ModuleList(MultiHeadAttention(width, heads) for _ in range(self.LEVELS))
-        self.aggregate = ConvNormReLU(self.LEVELS * width, width, 1)
+        self.level_convs = nn.ModuleList(ConvNormReLU(inputs, width, 1) for inputs in widths)
+        self.level_attentions = nn.ModuleList(MultiHeadAttention(width, heads) for _ in widths)
+        self.aggregate = ConvNormReLU(len(widths) * width, width, 1)
         self.coordinate_conv = nn.Sequential(ConvNormReLU(width + 2, width, 3), ConvNormReLU(width, width, 3))
 
     def forward(self, levels: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """Three maps [B, D, h, w] and f_s [B, E] -> f_c [B, C, h, w]."""
+        """Three maps [B, D, h, w] (the last may be of another width) and f_s [B, E] -> f_c [B, C, h, w]."""
         text = self.text_proj(sentence)
         gated = []
         for level, conv, attention in zip(levels, self.level_convs, self.level_attentions, strict=True):
@@ -44,7 +53,8 @@ class Neck(nn.Module):
             # The pixels' attention to the sentence has one key, so all pixels get the same answer.
             gated.append(conv(level) * attention.single_key(text)[:, :, None, None])
         fused = self.aggregate(torch.cat(gated, dim=1))
-        return fused + self.coordinate_conv(torch.cat((fused, _coordinates(fused)), dim=1))
+        placed: Tensor = self.coordinate_conv(torch.cat((fused, _coordinates(fused)), dim=1))
+        return fused + placed if self.residual else placed
 
 
 def _coordinates(like: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""Random weights in the layout of the published ETRIS code, the same on every machine, and inputs to go with them.
+
+tests/golden/make_etris.py fills the published classes with them; test_etris.py fills ours, without the published code.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcris.config import RunConfig
+from dcris.convert import published_name
+from dcris.data.tokenizer import get_tokenizer
+from dcris.encoders.formats import OPENAI_CLIP, OPENAI_CLIP_VISION
+from dcris.encoders.vision import interpolate_positions
+from dcris.model.dcris import DCRIS
+from dcris.recipes import etris_vit_b
+from detris_layout import PHRASES, value_of
+
+GRID = 14
+"""Side of the position table in CLIP's file."""
+POSITIONS = "backbone.visual.positional_embedding"
+
+_BRIDGE = {
+    "zoom_in": "zoom_in.{}",
+    "zoom_out": "zoom_out.{}",
+    "down": "linear1.{}",
+    "up": "linear2.{}",
+    "see": "fusion_v.{}.multihead_attn",
+    "read": "fusion_t.{}.multihead_attn",
+}
+_STAGES = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The published model, and the same on a narrower image half, for a test that is quick."""
+
+    width: int
+    image_size: int
+    double: bool
+    """Compared in float64; see detris_layout."""
+    bias: float
+    """The very last bias, chosen so that the masks are neither empty nor full."""
+
+
+VARIANTS = {"small": Variant(128, 80, True, 0.5), "base": Variant(768, 416, False, 0.5)}
+
+
+def config_of(variant: Variant) -> RunConfig:
+    """The recipe with the variant's tower and input."""
+    config = etris_vit_b()
+    vision = {"width": variant.width, "heads": variant.width // 64, "grid": variant.image_size // 16}
+    model = config.model.model_copy(update={"vision": config.model.vision.model_copy(update=vision)})
+    data = config.data.model_copy(update={"image_size": variant.image_size})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def theirs(name: str) -> str:
+    """What the published code calls our tensor of that name."""
+    part, _, rest = name.partition(".")
+    if part == "head":
+        return published_name(name)
+    if part == "text":
+        return "backbone." + OPENAI_CLIP.parts(rest)[0]
+    if part == "vision":
+        return "backbone." + OPENAI_CLIP_VISION.parts(rest)[0]
+    _, stage, piece, rest = rest.split(".", 3)  # stages.0.zoom_in.0.weight
+    if piece.startswith("norm_"):  # there is none in the first stage
+        return f"bridger.ln_{piece.removeprefix('norm_')[0]}.{int(stage) - 1}.{rest}"
+    rest = re.sub("^in_", "in_proj_", re.sub(r"^out\.", "out_proj.", rest)) if piece in ("see", "read") else rest
+    return f"bridger.{_BRIDGE[piece].format(stage)}.{rest}"
+
+
+def inputs(variant: Variant) -> tuple[Tensor, Tensor]:
+    """Two images of noise and their phrases."""
+    size = variant.image_size
+    images = value_of("images", (2, 3, size, size), 0.0) * (3 * size * size) ** 0.5
+    return images, get_tokenizer("clip")(PHRASES, 17)
+
+
+def thinned(levels: Sequence[Tensor], words: Tensor, sentence: Tensor) -> dict[str, Tensor]:
+    """Some of the numbers that enter the head, from everywhere: channels 8 apart, and four pixels of each map."""
+    some = [level.flatten(2)[:, :: level.shape[1] // 64, :: level[0, 0].numel() // 4][:, :64, :4] for level in levels]
+    return {"levels": torch.stack(some), "words": words[:, :, ::8].contiguous(), "sentence": sentence}
+
+
+def transposed(name: str) -> bool:
+    """Whether the published tensor is that of a transposed convolution."""
+    kind, _, stage = name.removeprefix("bridger.").removesuffix(".0.weight").partition(".")
+    last = stage == str(_STAGES - 1)
+    in_bridge = (kind == "zoom_in" and last) or (kind == "zoom_out" and stage.isdigit() and not last)
+    return in_bridge or name == "neck.f5_proj.0.weight"
+
+
+def layout(variant: Variant) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the published state dict, by name, after the position table was brought to the input's grid."""
+    with torch.device("meta"):
+        ours = DCRIS(config_of(variant).model).state_dict()
+    shapes = {}
+    for name, value in ours.items():
+        shape = tuple(value.shape)
+        shapes[theirs(name)] = (shape[1], shape[0], *shape[2:]) if transposed(theirs(name)) else shape
+    return shapes
+
+
+def weights(variant: Variant) -> dict[str, Tensor]:
+    """A value for every tensor of the published state dict; the position table is as CLIP's file has it."""
+    shapes = layout(variant) | {POSITIONS: (1 + GRID**2, variant.width)}
+    return {name: value_of(name, shape, variant.bias) for name, shape in shapes.items()}
+
+
+def ours(variant: Variant) -> dict[str, Tensor]:
+    """The same by our names."""
+    config = config_of(variant).model
+    state = weights(variant)
+    grid = config.vision.grid
+    state[POSITIONS] = interpolate_positions(state[POSITIONS][None], (grid, grid), config.vision.position_rule)[0]
+    with torch.device("meta"):
+        names = list(DCRIS(config).state_dict())
+    return {
+        name: state[theirs(name)].transpose(0, 1).contiguous() if transposed(theirs(name)) else state[theirs(name)]
+        for name in names
+    }

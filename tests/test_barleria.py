@@ -1,0 +1,118 @@
+"""BarLeRIa: the same numbers as the authors' code, and what it promises.
+
+The golden numbers are the published code's, on random weights in its layout (tests/golden/make_barleria.py).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from barleria_layout import VARIANT, config_of, ours
+from dcris.adapters.barleria import BarleriaBridge, Flow
+from dcris.config import override
+from dcris.encoders.blocks import SlotContext
+from dcris.encoders.clip_text import TextState
+from dcris.encoders.weights import copy_strictly
+from dcris.errors import DcrisError
+from dcris.losses import text_to_pixel_loss
+from dcris.model.dcris import DCRIS
+from dcris.recipes import barleria_tiny
+from detris_layout import masks
+from etris_layout import inputs, thinned
+from models import error, randomise
+
+GOLDEN = Path(__file__).parent / "golden" / "barleria.safetensors"
+
+
+def test_the_published_code_s_own_numbers() -> None:
+    """Else what is called BarLeRIa in a table of results is another method."""
+    expected = load_file(GOLDEN)
+    model = DCRIS(config_of(VARIANT).model)
+    copy_strictly(model.state_dict(), ours(VARIANT), "here")
+    images, tokens = inputs(VARIANT)
+    model, images = model.double(), images.double()
+    with torch.no_grad():
+        state, words = model.encode_images(images), model.encode_text(tokens)
+        assert isinstance(model.bridge, BarleriaBridge)
+        assert isinstance(words, TextState)
+        sides: list[Tensor] = []
+        model.bridge.side.register_forward_hook(lambda module, arguments, result: sides.append(result))
+        joined, text, _ = model.bridge.join(model.vision, model.text, state, words, (3, 7))
+        levels = [joined.patches(each) for each in (*joined.taps, model.vision.finish(joined))]
+        logits = model.segment(state, words)
+    side = sides[0].transpose(1, 2)
+    found = thinned(levels, text.tokens, text.sentence) | {"side": side[:, ::3, :: side.shape[2] // 4]}
+    for key, value in (found | {"logits": logits[:, 0, ::2, ::2]}).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-4)
+    assert 0.02 < (logits > 0).double().mean() < 0.98
+
+    model.train()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    logits = model(images, tokens)
+    loss = text_to_pixel_loss(logits, masks(VARIANT.image_size))
+    loss.backward()
+    torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
+    assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+    # The gradients are those of the published loss, in which the side network's own is added.
+    assert expected["whole_loss"] > expected["loss"] + 0.1
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert len(gradients) == len(expected["gradients"])
+    floor = 1e-14 * expected["gradients"].norm().item()
+    for key, norm in zip(sorted(gradients), expected["gradients"].tolist(), strict=True):
+        gradient = gradients[key]
+        assert gradient is not None, key
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-6, abs=floor), key
+
+
+def test_a_flow_is_an_affine_and_planar_ones() -> None:
+    """Else the residual streams are bent otherwise than published. At the start they hardly are at all."""
+    flow, x = Flow(6, 3).double(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
+    assert error(flow.carry(x), x) < 0.01
+    assert flow(x, x, x, SlotContext()) is x  # the branch is left alone
+    randomise(flow)
+    z = torch.stack([flow.shift[d] + torch.exp(flow.log_scale[d]) * x[..., d] for d in range(6)], dim=-1)
+    for k in range(3):
+        inner = sum(flow.weights[k, d] * z[..., d] for d in range(6)) + flow.biases[k]
+        z = torch.stack([z[..., d] + flow.scales[k, d] * torch.tanh(inner) for d in range(6)], dim=-1)
+    assert error(flow.carry(x), z) < 1e-12
+
+
+def test_an_answer_does_not_depend_on_its_batch() -> None:
+    """Else the same phrase gets another mask in company: the published code's mean word is normalised over the batch."""
+    model = DCRIS(barleria_tiny().model).double()
+    randomise(model)
+    images = torch.randn(3, 3, 70, 56, generator=torch.Generator().manual_seed(0)).double()
+    tokens = torch.tensor([[1, 5, 9, 128, 0], [1, 7, 128, 0, 0], [1, 6, 4, 8, 128]])
+    with torch.no_grad():
+        together = model(images, tokens)
+        alone = torch.cat([model(images[i : i + 1], tokens[i : i + 1]) for i in range(3)])
+    assert error(together, alone) < 1e-9 * together.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("fused", "[0, 12]", "method.fused .* below the tower's 12 blocks"),
+        ("fused", "[0, 1, 2, 3, 4, 5]", "method.fused has more blocks than the side network's 4 and one"),
+        ("side_heads", "5", "method.side_width 48 does not divide into 5 heads"),
+        ("flow_length", "-1", "model.method.flow_length"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
+    """Else a slip of the pen is a traceback from inside a tower."""
+    with pytest.raises(DcrisError, match=message):
+        override(barleria_tiny(), [(f"model.method.{key}", value)])
+
+
+def test_other_adapters_in_its_places_are_refused() -> None:
+    """Else the flows silently take the place of adapters that the configuration names."""
+    for section in ("visual_adapter", "text_adapter"):
+        with pytest.raises(DcrisError, match=f"{section}.*set it to null"):
+            override(barleria_tiny(), [(f"model.{section}", "{}")])

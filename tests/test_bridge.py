@@ -1,0 +1,110 @@
+"""Towers that run side by side: what a method that joins them promises beside what every method does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcris.adapters.base import adapters
+from dcris.config import RunConfig, override
+from dcris.data.dataset import all_questions
+from dcris.data.references import load_references
+from dcris.data.tokenizer import get_tokenizer
+from dcris.engine.checkpoint import load_checkpoint
+from dcris.engine.evaluate import answer_questions
+from dcris.model.dcris import DCRIS
+from dcris.protocols import Cris
+from dcris.recipes import RECIPES, barleria_tiny, etris_tiny
+from models import error, randomise
+from runs import CPU, quick_config, run_training
+
+METHODS = {"etris": etris_tiny, "barleria": barleria_tiny}
+TOKENS = torch.tensor([[1, 5, 9, 128, 0, 0], [1, 7, 128, 0, 0, 0], [1, 6, 4, 8, 10, 128]])
+
+
+def quick(method: str, steps: int = 4) -> RunConfig:
+    config = override(METHODS[method](), [("data.image_size", "56")])
+    return config.model_copy(update={"train": quick_config(steps).train})
+
+
+def images(count: int) -> Tensor:
+    """Not square: 3 by 4 patches."""
+    return torch.randn(count, 3, 42, 56, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def run(request: pytest.FixtureRequest, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bridge") / request.param
+    run_training(quick(request.param), scenes_root, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "adapters_", "bridge"),
+    [
+        ("etris_vit_b", 598_592 + 677 * 768 + 77 * 512, 598_592),
+        ("etris_tiny", 69_952, 69_952),
+        # Flows: shift, scale and four planes, in 24 halves of either tower.
+        ("barleria_b", 24 * (10 * 768 + 4 + 10 * 512 + 4) + 3_192_800, 3_192_800),
+        ("barleria_tiny", 24 * (10 * 128 + 4 + 10 * 96 + 4) + 192_976, 192_976),
+    ],
+)
+def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
+    """Else a recipe is not the method of its name; the published bridger has 598,592 weights."""
+    with torch.device("meta"):
+        model = DCRIS(RECIPES[recipe]().model)
+    assert model.count_weights()["adapters"] == adapters_
+    assert model.bridge is not None
+    assert sum(parameter.numel() for parameter in model.bridge.parameters()) == bridge
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_steps_may_be_called_apart(method: str) -> None:
+    """Else an image that is encoded once for several phrases, or a phrase for several images, gets other masks."""
+    model = DCRIS(METHODS[method]().model).double()
+    randomise(model)
+    pictures = images(2).double()
+    image_of_phrase, phrases = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        state, text = model.encode_images(pictures), model.encode_text(TOKENS)
+        apart = model.segment(state.select(image_of_phrase), text.select(phrases))
+        whole = model(pictures[image_of_phrase], TOKENS[phrases])
+    assert apart.shape == (4, 1, 12, 16)
+    assert error(apart, whole) < 1e-9 * whole.abs().max()
+    assert error(apart[:1], apart[3:]) < 1e-9 * whole.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_towers_see_each_other(method: str) -> None:
+    """Else the bridge is there in name alone. BarLeRIa's words go among the patches; its text never sees the image."""
+    model = DCRIS(METHODS[method]().model).double()
+    randomise(model)
+    pictures = images(2).double()
+    assert model.bridge is not None
+    joined = []
+    with torch.no_grad():
+        for picture, tokens in ((0, TOKENS[:1]), (1, TOKENS[:1]), (0, TOKENS[1:2])):
+            state, words = model.encode_images(pictures[picture : picture + 1]), model.encode_text(tokens)
+            joined.append(model.bridge.join(model.vision, model.text, state, words, (4, 8)))
+    (state, text, _), (_, other_image, _), (other_phrase, _, _) = joined
+    assert not torch.equal(state.taps[0][:, 5:], other_phrase.taps[0][:, 5:])
+    assert torch.equal(text.tokens, other_image.tokens) == (method == "barleria")
+
+
+def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> None:
+    """Else a method needs an evaluator of its own, and the scores of a table are not comparable."""
+    model, config = load_checkpoint(run)
+    table = load_references(scenes_root, "scenes")
+    questions = all_questions(table.split("test"))
+    tokenizer = get_tokenizer(config.model.text.tokenizer)
+    answers = list(answer_questions(model, questions, config.data, tokenizer, Cris(), device=CPU))
+    assert len(answers) == len(questions)
+
+
+def test_a_bridge_is_no_part_of_the_towers() -> None:
+    """Else it is counted as frozen, or a checkpoint knows the towers by it."""
+    model = DCRIS(etris_tiny().model)
+    assert not adapters(model.vision)
+    assert not adapters(model.text)
+    assert model.count_weights()["frozen"] == DCRIS(RECIPES["fixed_tiny"]().model).count_weights()["frozen"]

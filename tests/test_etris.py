@@ -1,0 +1,151 @@
+"""ETRIS's bridger: the same numbers as the authors' code, and how it starts.
+
+The golden numbers are the published code's, on random weights in its layout (tests/golden/make_etris.py).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dcris.adapters.base import adapters
+from dcris.adapters.etris import EtrisBridge, EtrisConfig, Stage
+from dcris.config import override
+from dcris.encoders.blocks import SlotContext
+from dcris.encoders.clip_text import TextState
+from dcris.encoders.weights import copy_strictly
+from dcris.errors import DcrisError
+from dcris.losses import text_to_pixel_loss
+from dcris.model.dcris import DCRIS
+from dcris.recipes import etris_tiny
+from detris_layout import masks
+from etris_layout import VARIANTS, config_of, inputs, ours, theirs, thinned
+from models import error, randomise
+
+GOLDEN = Path(__file__).parent / "golden" / "etris.safetensors"
+
+
+@pytest.mark.parametrize("name", ["small", pytest.param("base", marks=pytest.mark.slow)])
+def test_the_published_code_s_own_numbers(name: str) -> None:
+    """Else what is called ETRIS in a table of results is another method."""
+    variant = VARIANTS[name]
+    expected = {key.removeprefix(f"{name}."): value for key, value in load_file(GOLDEN).items() if key.startswith(name)}
+    model = DCRIS(config_of(variant).model)
+    copy_strictly(model.state_dict(), ours(variant), "here")
+    dtype = torch.float64 if variant.double else torch.float32
+    images, tokens = inputs(variant)
+    model, images = model.to(dtype), images.to(dtype)
+    with torch.no_grad():
+        state, words = model.encode_images(images), model.encode_text(tokens)
+        assert model.bridge is not None
+        assert isinstance(words, TextState)
+        joined, text, _ = model.bridge.join(model.vision, model.text, state, words, (3, 7))
+        levels = [joined.patches(each) for each in (*joined.taps, model.vision.finish(joined))]
+        logits = model.segment(state, words)
+    for key, value in thinned(levels, text.tokens, text.sentence).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits[:, 0, ::2, ::2], expected["logits"], rtol=0, atol=1e-4)
+    assert 0.02 < (logits > 0).double().mean() < 0.98
+
+    model.train()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    logits = model(images, tokens)
+    loss = text_to_pixel_loss(logits, masks(variant.image_size))
+    loss.backward()
+    torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
+    assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+    gradients = {theirs(key): p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert len(gradients) == len(expected["gradients"])
+    rel, floor = (1e-6, 1e-14) if variant.double else (1e-3, 1e-6)
+    floor *= expected["gradients"].norm().item()
+    for key, norm in zip(sorted(gradients), expected["gradients"].tolist(), strict=True):
+        gradient = gradients[key]
+        assert gradient is not None, key
+        assert gradient.double().norm().item() == pytest.approx(norm, rel=rel, abs=floor), key
+    trained = {theirs(key): value for key, value in model.named_buffers() if "running" in key}
+    sums = torch.stack([trained[key].double().sum() for key in sorted(trained)])
+    sizes = torch.stack([trained[key].double().norm() for key in sorted(trained)])
+    torch.testing.assert_close(torch.stack([sums, sizes]), expected["statistics"], rtol=1e-5, atol=1e-4)
+
+
+def test_how_the_bridger_starts() -> None:
+    """Else a run starts elsewhere than the authors' did. By their code, Kaiming over the fan out as torch counts it."""
+    torch.manual_seed(0)
+    bridge = EtrisBridge(768, 512, EtrisConfig())
+    for number, stage in enumerate(bridge.stages):
+        fan = 768 if number == 2 else 64
+        assert isinstance(stage, Stage)
+        for unit in (stage.zoom_in, stage.zoom_out):
+            assert unit[0].weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.02)
+        for linear in (stage.down, stage.up, stage.see.out, stage.read.out):
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            assert not linear.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", "[3, 7, 12]", "method.layers .* below the tower's 12 blocks"),
+        ("text_layers", "[7, 3, 11]", "method.text_layers .* ascending"),
+        ("layers", "[]", "method.layers"),
+        ("layers", "[3, 11]", "equally many"),
+        ("heads", "5", "method.width 32 does not divide into 5 heads"),
+        ("depth", "5", "there is no setting model.method.depth"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
+    """Else a slip of the pen is a traceback from inside a tower."""
+    with pytest.raises(DcrisError, match=message):
+        override(etris_tiny(), [(f"model.method.{key}", value)])
+
+
+def test_an_adapter_that_reads_the_finished_text_is_refused() -> None:
+    """Else it would meet no text: the towers run side by side. The text tower's own adapters are welcome."""
+    with pytest.raises(DcrisError, match=r"visual_adapter reads the finished text.*etris.*set it to null"):
+        override(etris_tiny(), [("model.visual_adapter", "{}")])
+    config = override(etris_tiny(), [("model.text_adapter", '{"width": 8}')])
+    assert len(adapters(DCRIS(config.model).text)) == 6
+
+
+def test_stages_may_lie_anywhere() -> None:
+    """Else the towers can only meet behind the last blocks; a stage at a tap is tapped behind the exchange."""
+    settings = [("model.method.layers", "[2, 4]"), ("model.method.text_layers", "[0, 9]")]
+    model = DCRIS(override(etris_tiny(), settings).model).double()
+    randomise(model)
+    images = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(0)).double()
+    tokens = torch.tensor([[1, 5, 9, 128, 0], [1, 7, 128, 0, 0]])
+    bridge = model.bridge
+    assert isinstance(bridge, EtrisBridge)
+    with torch.no_grad():
+        state, words = model.encode_images(images), model.encode_text(tokens)
+        assert (state.step, state.taps) == (6, ())
+        assert isinstance(words, TextState)
+        assert words.step == 1
+        joined, text, aside = bridge.join(model.vision, model.text, state, words, model.config.head.taps)
+        # By hand, a block and an exchange after the other.
+        x, t, before = model.vision.start(images).tokens, model.text.start(tokens).tokens, None
+        context, taps = SlotContext(grid=(3, 4), prefix=5), []
+        for layer, block in enumerate(model.vision.blocks):
+            x = block(x, context)
+            if layer in (2, 4):
+                first, last = ((0, 1), (1, 10))[(2, 4).index(layer)]
+                for text_block in model.text.blocks[first:last]:
+                    t = text_block(t, SlotContext(prefix=1))
+                patches = x[:, 5:].transpose(1, 2).reshape(2, 128, 3, 4)
+                seen, said, before = bridge.stages[(2, 4).index(layer)](patches, t, before)
+                x, t = torch.cat((x[:, :5], x[:, 5:] + seen.flatten(2).transpose(1, 2)), dim=1), t + said
+            if layer in (4, 8):
+                taps.append(x)
+        for text_block in model.text.blocks[10:]:
+            t = text_block(t, SlotContext(prefix=1))
+    assert aside is None
+    assert error(joined.tokens, x) < 1e-10
+    assert error(text.tokens, model.text.norm(t)) < 1e-10
+    for ours_, theirs_ in zip(joined.taps, taps, strict=True):
+        assert error(ours_, theirs_) < 1e-10
