@@ -235,7 +235,8 @@ def test_a_run_goes_on_in_any_number_of_processes(scenes: Path, tmp_path: Path) 
             steps = 9 * number // len(counts)
             done = torchrun(count, *train_words(scenes, tmp_path / name, steps, "--train.schedule", "step", "--resume"))
             assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    # Other shares round otherwise, and Adam makes steps of that; other samples would differ by a tenth.
+    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), rel=1e-3)
     assert losses(tmp_path / "split") == losses(tmp_path / "two")
     ours, theirs = last_tensors(tmp_path / "split"), last_tensors(tmp_path / "two")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
