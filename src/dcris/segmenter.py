@@ -298,7 +298,7 @@ class Segmenter:
         answers: list[Prediction] = []
         for logits in segment_in_passes(model, images, tokens, self.device, self.dtype):
             for picture in self.protocol.probabilities(logits, [fit] * len(logits)):
-                answers.append(_prediction(phrases[len(answers)], picture.cpu().numpy(), threshold, scores))
+                answers.append(decide(phrases[len(answers)], picture.cpu().numpy(), threshold, scores))
         return answers
 
 
@@ -313,7 +313,8 @@ def _pixels(image: ImageLike) -> NDArray[np.uint8]:
     return image
 
 
-def _prediction(phrase: str, probabilities: NDArray[np.float32], threshold: float, scores: bool) -> Prediction:
+def decide(phrase: str, probabilities: NDArray[np.float32], threshold: float, scores: bool) -> Prediction:
+    """The answer that probabilities [H, W] mean at a threshold; with `scores` it keeps them."""
     mask = probabilities > threshold
     found = bool(mask.any())
     return Prediction(

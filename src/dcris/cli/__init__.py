@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from dcris.cli import completion, data, evaluate, predict, train
+from dcris.cli import completion, data, evaluate, export, predict, train, web
 from dcris.cli.common import Parser, one_line
 from dcris.errors import DcrisError
 from dcris.version import __version__
@@ -68,6 +68,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"dcris {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, data, evaluate, predict, completion):
+    for group in (train, data, evaluate, predict, export, web, completion):
         group.add(commands)
     return parser

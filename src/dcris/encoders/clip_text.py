@@ -63,5 +63,6 @@ class TextTower(nn.Module):
             x = block(x, context)
         x = self.norm(x)
         ends = tokens.argmax(dim=-1)
-        sentence = x[torch.arange(len(tokens), device=tokens.device), ends] @ self.projection
+        # shape[0], not len(): that would be a constant in an exported graph.
+        sentence = x[torch.arange(tokens.shape[0], device=tokens.device), ends] @ self.projection
         return TextFeatures(x, sentence, tokens == 0)
