@@ -74,7 +74,7 @@ def test_version_and_pythons_are_told(packages: Path) -> None:
     assert "Requires-Python: >=3.11\n" in text
     for python in ("3.11", "3.12", "3.13"):
         assert f"Classifier: Programming Language :: Python :: {python}\n" in text
-    for extra in ("data", "dev", "docs", "tensorboard", "wandb"):
+    for extra in ("data", "dev", "docs", "export", "tensorboard", "wandb", "web"):
         assert f"Provides-Extra: {extra}\n" in text
     done = subprocess.run([sys.executable, "-m", "dcris", "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == f"dcris {dcris.__version__}\n"

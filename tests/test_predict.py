@@ -1,4 +1,4 @@
-"""`dcris predict` over many images: what is asked, what is left on disk, and what happens when something goes wrong on the way."""
+"""`dcris predict` over many images: what is asked, what is left on disk, and what happens when something goes wrong."""
 
 import json
 import os
@@ -620,7 +620,7 @@ def test_a_damaged_video(tmp_path: Path) -> None:
     middle = len(content) // 2
     content[middle : middle + 400] = os.urandom(400)
     clip.write_bytes(content)
-    with pytest.raises(DcrisError, match="damaged|cut short|cannot read"):
+    with pytest.raises(DcrisError, match=r"damaged|cut short|cannot read"):
         list(read_frames(clip))
     (tmp_path / "text.mp4").write_text("no video at all")
     with pytest.raises(DcrisError, match="cannot read the video"):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dcris.cli import ablate, bench, completion, data, evaluate, predict, train
+from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, train, web
 from dcris.cli.common import Parser, complain
 from dcris.errors import DcrisError, out_of_memory
 from dcris.version import __version__
@@ -95,6 +95,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"dcris {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, data, evaluate, predict, ablate, bench, completion):
+    for group in (train, data, evaluate, predict, export, web, ablate, bench, completion):
         group.add(commands)
     return parser

@@ -39,17 +39,17 @@ _TURNS = {
 """What undoes each value of EXIF's orientation; 5 to 8 exchange width and height."""
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image file as [H, W, 3] uint8 RGB, with its EXIF orientation applied; transparency is laid on white.
+def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read an image file, or its bytes, as [H, W, 3] uint8 RGB, with its EXIF orientation applied, transparency laid on white.
 
     Of an animation the first frame is read; 16-bit pixels keep their upper 8 bits. Raises DcrisError where the file is missing,
-    not an image, cut short, or larger than `MAX_PIXELS`.
+    not an image, cut short, or larger than `max_pixels`.
     """
     try:
-        with path.open("rb") as file:
-            return _pixels(_open(file))
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            return _pixels(_open(file, max_pixels))
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        raise _cannot_read(path, error) from error
+        raise _cannot_read(source, error) from error
 
 
 def read_mask_image(path: Path) -> NDArray[np.uint8]:
@@ -98,8 +98,6 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
             turn = None if image.format == "TIFF" else _turn(image)
             return (width, height) if turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]) else (height, width)
     except Exception as error:
-        if isinstance(source, bytes):
-            raise DcrisError(f"cannot read the image ({_reason(error)}); replace it or leave it out") from error
         raise _cannot_read(source, error) from error
 
 
@@ -131,13 +129,13 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     Raises DcrisError where the image is empty, larger than `MAX_PIXELS`, or cannot be decoded.
     """
     try:
-        _refuse_size(image)
+        refuse_shape(image.size[1], image.size[0])
         return _pixels(image)
     except Exception as error:
         raise DcrisError(f"cannot read the given image ({_reason(error)}); open it anew or give another one") from error
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a header, without Image.open: its guard against huge files is a warning and a limit below ours, both global."""
     Image.init()
     start = file.read(32)
@@ -149,20 +147,16 @@ def _open(file: BinaryIO) -> Image.Image:
             continue
         file.seek(0)
         image: Image.Image = factory(file, "")
-        _refuse_size(image)
+        refuse_shape(image.size[1], image.size[0], max_pixels)
         return image
     raise DcrisError("it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image")
 
 
-def _refuse_size(image: Image.Image) -> None:
-    refuse_shape(image.size[1], image.size[0])
-
-
-def refuse_shape(height: int, width: int) -> None:
-    """Raise DcrisError for a picture of no pixels, more than `MAX_PIXELS`, or a side over `MAX_SIDE`."""
-    if not 0 < width * height <= MAX_PIXELS or max(height, width) > MAX_SIDE:
+def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise DcrisError for a picture of no pixels, more than `max_pixels`, or a side over `MAX_SIDE`."""
+    if not 0 < width * height <= max_pixels or max(height, width) > MAX_SIDE:
         raise DcrisError(
-            f"it is {width} x {height} pixels, and 1 to {MAX_PIXELS:,} pixels are read, up to {MAX_SIDE:,} a side"
+            f"it is {width} x {height} pixels, and 1 to {max_pixels:,} pixels are read, up to {MAX_SIDE:,} a side"
         )
 
 
@@ -190,7 +184,9 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"), np.uint8)
 
 
-def _cannot_read(path: Path, error: Exception) -> DcrisError:
+def _cannot_read(path: Path | bytes, error: Exception) -> DcrisError:
+    if isinstance(path, bytes):
+        return DcrisError(f"cannot read the image ({_reason(error)}); replace it or leave it out")
     if isinstance(error, FileNotFoundError):
         return DcrisError(f"there is no image file {path}; check the name, or fetch the images again")
     return DcrisError(f"cannot read the image {path} ({_reason(error)}); replace that file or leave it out")

@@ -92,7 +92,8 @@ class TextTower(nn.Module):
             # behind the start token, which they must not come before: it alone is not to see them
             x = torch.cat((x[:, :1], x[:, 1 + added :]), dim=1)
         x = self.norm(x)
-        sentence = x[torch.arange(len(x), device=x.device), state.ends] @ self.projection
+        # shape[0], not len(): that would be a constant in an exported graph.
+        sentence = x[torch.arange(x.shape[0], device=x.device), state.ends] @ self.projection
         return TextFeatures(x, sentence, state.padding)
 
     def forward(self, tokens: Tensor) -> TextFeatures:

@@ -1,0 +1,201 @@
+"""ONNX: the graphs, and the example that uses them without torch, say what the model says."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dcris.export
+from dcris import Segmenter
+from dcris.cli import main
+from dcris.data.images import read_image
+from dcris.data.references import load_references
+from dcris.data.tokenizer import get_tokenizer
+from dcris.errors import DcrisError
+from dcris.export import export_onnx
+from runs import leftovers
+
+onnx = pytest.importorskip("onnx")
+REPOSITORY = Path(__file__).parents[1]
+PHRASES = ["left person", "the red cup: größer, 猫", "second from the left", "ring"]
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("onnx_segment", REPOSITORY / "examples/onnx_segment.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def segmenter(trained_run: Path) -> Segmenter:
+    return Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "tiny"
+    assert main(["export", str(trained_run), "--out", str(out)]) == 0
+    assert not leftovers(out.parent)
+    return out
+
+
+def balanced(segmenter: Segmenter, exported: Path, folder: Path, photograph: Any) -> tuple[Path, float]:
+    """A copy of the export whose threshold divides what the little-trained model believes, so that masks are not empty."""
+    answers = segmenter.predict(photograph, PHRASES, scores=True)
+    threshold = float(np.median([answer.probabilities for answer in answers if answer.probabilities is not None]))
+    for file in exported.iterdir():
+        (folder / file.name).symlink_to(file)
+    settings = json.loads((exported / "model.json").read_text())
+    (folder / "model.json").unlink()
+    (folder / "model.json").write_text(json.dumps({**settings, "threshold": threshold}))
+    return folder, threshold
+
+
+def agreement(
+    segmenter: Segmenter, folder: Path, photographs: list[Any], threshold: float, batch: int
+) -> Iterator[tuple[float, bool]]:
+    """For each photograph and phrase the IoU of the example's mask with Segmenter's, and whether that is a real mask."""
+    segment = example().segment
+    for start in range(0, len(photographs), batch):
+        group = photographs[start : start + batch]
+        theirs = segmenter.predict(group, PHRASES, threshold=threshold)
+        for masks, answers in zip(segment(folder, group, PHRASES), theirs, strict=True):
+            for mask, answer in zip(masks, answers, strict=True):
+                either = (mask | answer.mask).sum()
+                yield (mask & answer.mask).sum() / either if either else 1.0, 0 < answer.mask.mean() < 1
+
+
+@pytest.mark.slow
+def test_the_example_agrees_on_generated_scenes(
+    segmenter: Segmenter, exported: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    """The example is what people start from: its letterbox, its tokens and its way back must be the real ones."""
+    scenes = [
+        read_image(path)[: 112 - 9 * number] for number, path in enumerate(sorted(scenes_root.rglob("*.png"))[:4])
+    ]
+    assert len(scenes) == 4
+    folder, threshold = balanced(segmenter, exported, tmp_path, scenes[0])
+    for batch in (1, 3):
+        found = list(agreement(segmenter, folder, scenes, threshold, batch))
+        assert min(iou for iou, _ in found) >= 0.999
+        assert sum(real for _, real in found) > len(found) / 2
+
+
+@pytest.mark.slow
+def test_masks_agree_on_real_photographs(
+    segmenter: Segmenter, exported: Path, refer_root: Path, tmp_path: Path
+) -> None:
+    """20 photographs of any shape, two batch sizes: a mask from ONNX is the mask from PyTorch."""
+    paths = sorted(
+        {
+            reference.image_path
+            for reference in load_references(refer_root, "refcoco", "unc").references
+            if reference.image_path.exists()
+        }
+    )[:20]
+    if len(paths) < 20:
+        pytest.skip("there are not 20 photographs")
+    photographs = [read_image(path) for path in paths]
+    folder, threshold = balanced(segmenter, exported, tmp_path, photographs[0])
+    for batch in (1, 4):
+        found = list(agreement(segmenter, folder, photographs, threshold, batch))
+        assert len(found) == 80
+        assert min(iou for iou, _ in found) >= 0.999
+        assert sum(real for _, real in found) > len(found) / 2
+
+
+@pytest.mark.slow
+def test_the_example_needs_no_torch(segmenter: Segmenter, exported: Path, tmp_path: Path) -> None:
+    """That is its point: a server of a few megabytes. Neither may it import dcris, which would bring torch."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['example', {str(exported)!r}, 'photo.png', 'left circle', 'ring']\n"
+        f"runpy.run_path({str(REPOSITORY / 'examples/onnx_segment.py')!r}, run_name='__main__')\n"
+        "assert not {'torch', 'dcris'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for number in range(2):
+        mask = np.asarray(Image.open(tmp_path / f"photo.{number}.png"))
+        assert mask.shape == (50, 90)
+
+
+@pytest.mark.parametrize("name", ["tiny", "clip"])
+def test_the_example_has_the_same_tokens(name: str) -> None:
+    """One id that differs is another phrase."""
+    if name == "clip":
+        pytest.importorskip("instant_clip_tokenizer")
+    tokenizer = get_tokenizer(name)
+    words: dict[str, Any] = {"kind": name}
+    if name == "tiny":
+        words |= {"words": list(tokenizer.words), "buckets": dcris.export.TINY_BUCKETS}  # type: ignore[attr-defined]
+    settings = {"word_length": 9, "tokenizer": words}
+    phrases = [*PHRASES, "The  small\tRED ring &amp; the cup", "a b c d e f g h i j k l m n"]
+    np.testing.assert_array_equal(example().tokenize(phrases, settings), tokenizer(phrases, 9).numpy())
+
+
+@pytest.mark.slow
+def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
+    """Whoever has only a graph must find out how to feed it."""
+    settings = json.loads((exported / "model.json").read_text())
+    config = segmenter.config
+    assert settings["mean"] == list(config.data.mean)
+    assert (settings["image_size"], settings["word_length"]) == (config.data.image_size, config.data.word_length)
+    assert settings["threshold"] == segmenter.protocol.threshold
+    for name in ("text.onnx", "image.onnx"):
+        graph = onnx.load(exported / name, load_external_data=False)
+        told = {entry.key: entry.value for entry in graph.metadata_props}
+        assert json.loads(told["std"]) == list(config.data.std)
+        assert json.loads(told["tokenizer"]) == "tiny"
+        (opset,) = [entry.version for entry in graph.opset_import if not entry.domain]
+        assert opset == dcris.export.OPSET
+        onnx.checker.check_model(graph)
+
+
+@pytest.mark.slow
+def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Path, tmp_path: Path) -> None:
+    """Else the option would have no use, or do harm."""
+    found = export_onnx(segmenter, tmp_path / "int8", int8=True)
+    assert found["mean"] < 0.02
+
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+
+    assert size(tmp_path / "int8") < 0.6 * size(exported)
+    assert {file.name for file in (tmp_path / "int8").iterdir()} == {"text.onnx", "image.onnx", "model.json"}
+    graph = onnx.load(tmp_path / "int8/image.onnx")
+    assert "MatMulInteger" in {node.op_type for node in graph.graph.node}
+    assert {"mean", "int8"} <= {entry.key for entry in graph.metadata_props}
+
+
+def test_an_export_that_is_wrong_leaves_nothing(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that silently answers something else would be worse than none."""
+    monkeypatch.setattr(dcris.export, "_write_graphs", lambda *_: None)
+
+    def wrong(folder: Path, images: Any, index: Any, tokens: Any) -> Any:
+        side = 4 * images.shape[-1] // 14
+        return np.full((len(index), 1, side, side), 3.0, np.float32)
+
+    monkeypatch.setattr(dcris.export, "_run", wrong)
+    for int8 in (False, True):
+        with pytest.raises(DcrisError, match="do not agree with PyTorch"):
+            export_onnx(segmenter, tmp_path / "out", int8=int8)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(DcrisError, match="is there already"):
+        export_onnx(segmenter, tmp_path / "mine")
+    assert (tmp_path / "mine/letter.txt").read_text() == "dear"

@@ -1,0 +1,209 @@
+"""The web page in a real browser: upload, phrases, masks, the slider, downloads, and no word to anybody else."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcris import Segmenter
+from dcris.data.masks import decode_mask
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
+
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 120_000
+"""Milliseconds: a machine that runs other tests beside is slow."""
+
+
+@dataclass
+class Site:
+    address: str
+    segmenter: Segmenter
+    uploads: Path
+    passes: list[int] = field(default_factory=list)
+    """Phrases of each forward pass."""
+
+
+@pytest.fixture(scope="module")
+def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    pytest.importorskip("gradio")
+    import uvicorn
+
+    from dcris.web.desk import Desk, Visits
+    from dcris.web.page import make_app
+
+    segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
+    uploads = tmp_path_factory.mktemp("uploads")
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listening:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        site = Site(f"http://127.0.0.1:{listening.getsockname()[1]}", segmenter, uploads)
+        segment = segmenter.model.segment
+
+        def counted(state: Any, text: Any) -> Any:
+            site.passes.append(len(text.tokens))
+            return segment(state, text)
+
+        patch.setattr(segmenter.model, "segment", counted)
+        desk = Desk(segmenter)
+        app = make_app(desk, Visits(desk.limits))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        while not server.started:
+            Event().wait(0.05)
+        yield site
+        server.should_exit = True
+        thread.join(20)
+        desk.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as tool:
+        running = tool.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: Any, site: Site) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    elsewhere: list[str] = []
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith((site.address, "data:", "blob:")) else elsewhere.append(request.url)
+        ),
+    )
+    page.goto(site.address)
+    page.wait_for_selector("#segment")
+    yield page
+    context.close()
+    assert not elsewhere, "the page talks to others"
+
+
+def shown(page: Any) -> np.ndarray[Any, Any]:
+    """The pixels of the picture on the page."""
+    source = page.get_attribute("#picture img", "src")
+    assert source.startswith("data:image/jpeg;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")).astype(int)
+
+
+def wait_for_another(page: Any, before: str) -> None:
+    page.wait_for_function(
+        "before => document.querySelector('#picture img')?.getAttribute('src') !== before", arg=before
+    )
+
+
+def source_of(page: Any) -> str:
+    return page.get_attribute("#picture img", "src")
+
+
+def move_slider(page: Any, value: float) -> None:
+    number = page.locator("#threshold input[type=number]")
+    number.fill(str(value))
+    number.press("Enter")
+    number.blur()
+
+
+def photograph(folder: Path) -> Path:
+    pixels = np.random.default_rng(3).integers(0, 256, (7, 11, 3), np.uint8)
+    path = folder / "holiday.png"
+    Image.fromarray(pixels).resize((220, 140), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def test_from_photograph_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
+    """The whole way of a visitor, and what is downloaded is what the Python interface answers."""
+    path = photograph(tmp_path)
+    page.set_input_files("#photo input[type=file]", path)
+    page.wait_for_selector("#picture img")
+    plain = shown(page)
+    assert plain.shape[:2] == (560, 880)  # repeated a whole number of times
+    assert not [file for file in site.uploads.rglob("*") if file.is_file()], "the upload stayed on the disk"
+
+    phrases = ["red circle", "the <b>small</b> ring"]
+    # A threshold at which something is found, whatever the little-trained model of the tests believes.
+    highest = min(answer.probabilities.max() for answer in site.segmenter.predict(path, phrases, scores=True))  # type: ignore[union-attr]
+    low, high = round(0.05, 2), 0.95
+    assert highest > low
+    site.passes.clear()
+    page.fill("#phrases textarea", "\n".join(phrases))
+    move_slider(page, low)
+    before = source_of(page)
+    page.click("#segment button, button#segment")
+    wait_for_another(page, before)
+    page.wait_for_selector("#legend .row >> nth=1")
+    assert site.passes == [2]
+    assert np.abs(shown(page) - plain).max() > 40, "no mask is seen"
+    assert page.locator("#legend .phrase").all_text_contents() == phrases  # and not as HTML
+    expected = site.segmenter.predict(path, phrases, threshold=low)
+    site.passes.clear()
+    numbers = page.locator("#legend .number").all_text_contents()
+    assert numbers == [f"{answer.score:.0%}" for answer in expected]
+
+    with page.expect_download() as download:
+        page.click("#downloads a >> nth=1")
+    records = json.loads(Path(download.value.path()).read_text())
+    with page.expect_download() as download:
+        page.click("#downloads a >> nth=0")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        for number, (record, answer) in enumerate(zip(records, expected, strict=True)):
+            mask = decode_mask(record["segmentation"], answer.mask.shape)
+            np.testing.assert_array_equal(mask, answer.mask)
+            with archive.open(f"holiday.{number}.mask.png") as file:
+                np.testing.assert_array_equal(np.asarray(Image.open(file)) > 0, answer.mask)
+
+    before = source_of(page)
+    move_slider(page, high)
+    wait_for_another(page, before)
+    page.wait_for_function("() => !document.querySelector('#downloads a').href.endsWith('=0.05')")
+    assert page.get_attribute("#downloads a >> nth=0", "href").endswith("threshold=0.95")
+    assert site.passes == [], "the slider asked the model again"
+    if os.environ.get("DCRIS_SCREENSHOTS"):
+        page.screenshot(path=Path(os.environ["DCRIS_SCREENSHOTS"]) / "test.png")
+
+
+def test_examples_and_messages(page: Any, site: Site, tmp_path: Path) -> None:
+    """A visitor without a photograph has one at hand, and whoever does something odd is told in a sentence."""
+    page.click("button#segment, #segment button")
+    page.get_by_text(re.compile("There is no photograph yet")).first.wait_for()
+    page.click("#examples button >> nth=1")
+    page.wait_for_selector("#picture img")
+    assert len(page.input_value("#phrases textarea").splitlines()) >= 2
+    page.fill("#phrases textarea", " \n ")
+    page.click("button#segment, #segment button")
+    page.get_by_text(re.compile("There is no phrase")).first.wait_for()
+    (tmp_path / "text.png").write_text("this is not a picture")
+    page.set_input_files("#photo input[type=file]", tmp_path / "text.png")
+    page.get_by_text(re.compile("Cannot read the image")).first.wait_for()
+    assert not [file for file in site.uploads.rglob("*") if file.is_file()]
