@@ -24,8 +24,8 @@ from dcris.data.images import read_image
 from dcris.data.scenes import make_scene
 from dcris.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
 from dcris.errors import DcrisError
-from dcris.segmenter import Segmenter
 from dcris.prediction import Prediction
+from dcris.segmenter import Segmenter
 from dcris.web.desk import BusyError, Desk, Limits, TooLargeError, Visit, Visits, coco_results, masks_zip
 
 if TYPE_CHECKING:
