@@ -57,6 +57,7 @@ footer { display: none !important }
 .downloads { display: flex; gap: 10px; flex-wrap: wrap }
 .downloads a { padding: 7px 14px; border: 1px solid #d1d5db; border-radius: 6px; text-decoration: none; color: inherit }
 .downloads a:hover { background: #f3f4f6 }
+#note:not(:has(.note)) { display: none }
 .note { padding: 9px 14px; border-radius: 6px; background: #fef3c7; color: #78350f }
 .dark .shown img, .dark .shown .empty, .dark .downloads a:hover { background: #1f2937 }
 """
