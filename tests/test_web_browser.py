@@ -20,6 +20,7 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.masks import decode_mask
+from dcris.model.dcris import DCRIS
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -63,13 +64,13 @@ def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         site = Site(f"http://127.0.0.1:{listening.getsockname()[1]}", segmenter, uploads)
-        segment = segmenter.model.segment
+        segment = DCRIS.segment
 
-        def counted(state: Any, text: Any) -> Any:
+        def counted(model: DCRIS, state: Any, text: Any) -> Any:
             site.passes.append(len(text.tokens))
-            return segment(state, text)
+            return segment(model, state, text)
 
-        patch.setattr(segmenter.model, "segment", counted)
+        patch.setattr(DCRIS, "segment", counted)
         desk = Desk(segmenter)
         app = make_app(desk, Visits(desk.limits))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))

@@ -8,7 +8,9 @@ import base64
 import html
 import os
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -55,6 +57,8 @@ footer { display: none !important }
 .downloads { display: flex; gap: 10px; flex-wrap: wrap }
 .downloads a { padding: 7px 14px; border: 1px solid #d1d5db; border-radius: 6px; text-decoration: none; color: inherit }
 .downloads a:hover { background: #f3f4f6 }
+#note:not(:has(.note)) { display: none }
+.note { padding: 9px 14px; border-radius: 6px; background: #fef3c7; color: #78350f }
 .dark .shown img, .dark .shown .empty, .dark .downloads a:hover { background: #1f2937 }
 """
 
@@ -98,6 +102,8 @@ def serve(
         visits = Visits(desk.limits)
         app = make_app(desk, visits, examples)
         port = listening.getsockname()[1]
+        # uvicorn ends by the signal that it got; the folder of uploads has to go first.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, access_log=False)
         server = uvicorn.Server(config)
         threading.Thread(target=_sweep, args=(folder, visits), daemon=True).start()
@@ -180,19 +186,26 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
         answers = visit.at(threshold)
         return _shown(visit, answers), _legend(answers), _downloads(name, threshold) if answers else ""
 
+    def said(error: DcrisError) -> tuple[Any, ...]:
+        text = str(error)
+        return f'<div class="note">{html.escape(text[:1].upper() + text[1:])}</div>', *_skipped(3)
+
+    # Messages are a part of the page: Gradio's own are lost where its queue is not used, and cover the picture.
     def upload(path: str | None, old: str | None) -> tuple[Any, ...]:
         if path is None:
-            return gradio.skip(), old, *(gradio.skip() for _ in range(3))
-        with _said():
-            visits.drop(old)
+            return gradio.skip(), old, *_skipped(4)
+        try:
             name = visits.put(Visit(desk.photograph(_take(Path(path), desk)), Path(path).name))
-            return None, name, *shown(name, protocol.threshold)
+        except DcrisError as error:
+            return None, old, *said(error)
+        visits.drop(old)
+        return None, name, "", *shown(name, protocol.threshold)
 
     def example(number: int, old: str | None) -> tuple[Any, ...]:
         pixels, file_name, phrases = examples[number]
         visits.drop(old)
         name = visits.put(Visit(pixels, file_name))
-        return name, "\n".join(phrases) or gradio.skip(), *shown(name, protocol.threshold)
+        return name, "\n".join(phrases) or gradio.skip(), "", *shown(name, protocol.threshold)
 
     async def segment(
         name: str | None,
@@ -200,8 +213,8 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
         threshold: float,
         adapters: str | None,
         progress: Any = gradio.Progress(),  # noqa: B008
-    ) -> tuple[str, str, str]:
-        with _said():
+    ) -> tuple[Any, ...]:
+        try:
             if name is None:
                 raise DcrisError("there is no photograph yet; drop one, or choose an example")
             visit = visits.get(name)
@@ -209,13 +222,17 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
             progress(0.1, desc=f"Looking for {len(phrases)} {'phrase' if len(phrases) == 1 else 'phrases'}")
             visit.answers = await desk.ask(visit.pixels, phrases, adapters)
             visits.put(visit, name)  # it is larger now
-            return await asyncio.to_thread(shown, name, threshold)
+            return "", *await asyncio.to_thread(shown, name, threshold)
+        except DcrisError as error:
+            return said(error)
 
     def move(name: str | None, threshold: float) -> tuple[Any, ...]:
         if name is None:
-            return tuple(gradio.skip() for _ in range(3))
-        with _said():
-            return shown(name, threshold)
+            return _skipped(4)
+        try:
+            return "", *shown(name, threshold)
+        except DcrisError as error:
+            return said(error)
 
     with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as page:
         gradio.Markdown("## dcris: segment by phrase")
@@ -247,6 +264,7 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
                         elem_id="examples",
                     )
             with gradio.Column(scale=5, min_width=420):
+                note = gradio.HTML("", elem_id="note")
                 picture = gradio.HTML(nobody, elem_classes="shown", elem_id="picture")
                 slider = gradio.Slider(
                     0.05,
@@ -258,7 +276,7 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
                 )
                 legend = gradio.HTML("", elem_id="legend")
                 downloads = gradio.HTML("", elem_id="downloads")
-        views = [picture, legend, downloads]
+        views = [note, picture, legend, downloads]
         quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         file.upload(upload, [file, visit], [file, visit, *views], queue=False, api_visibility="private")
         if examples:
@@ -312,16 +330,10 @@ def _take(path: Path, desk: Desk) -> bytes:
         shutil.rmtree(path.parent, ignore_errors=True)
 
 
-@contextmanager
-def _said() -> Iterator[None]:
-    """A DcrisError becomes a message on the page."""
+def _skipped(count: int) -> tuple[Any, ...]:
     import gradio
 
-    try:
-        yield
-    except DcrisError as error:
-        text = str(error)
-        raise gradio.Error(html.escape(text[:1].upper() + text[1:]), print_exception=False) from error
+    return tuple(gradio.skip() for _ in range(count))
 
 
 def _examples(segmenter: Segmenter, paths: Sequence[Path] | None) -> list[Example]:
