@@ -1,4 +1,4 @@
-"""`dcris predict` over many images: what is asked, what is left on disk, and what happens when something goes wrong."""
+"""`dcris predict` over many images: what is asked, what it leaves on disk, and what happens when something goes wrong."""
 
 import json
 import os
@@ -244,7 +244,7 @@ def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys
     assert len(results(out)) == 4
     # Another phrase, threshold or model: everything.
     for change in (["-e", "ring"], ["--threshold", "0.6"], ["--anew"]):
-        before = written(out)
+        before = {name: time for name, time in written(out).items() if name.endswith(".0.mask.png")}
         capsys.readouterr()
         assert dcris(*ask, *change) == 0
         assert "done already" not in capsys.readouterr().out
@@ -288,7 +288,6 @@ def start(*words: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -300,9 +299,10 @@ def wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> Non
         time.sleep(0.005)
 
 
-def test_killed_and_started_again(model: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_and_started_again(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As after a power cut: nothing done twice, nothing missing, and the same results as without it."""
-    photos = make_photos(tmp_path / "photos", 40)
+    photos = make_photos(tmp_path / "photos", 24)
     out, whole = tmp_path / "out", tmp_path / "whole"
     ask = ("predict", model, photos, "-e", "cup", "-e", "ring", "--format", "mask", "coco", "--device", "cpu", "--out")
     process = start(*ask, out)
@@ -310,25 +310,23 @@ def test_killed_and_started_again(model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     names = journalled(out)
-    assert 5 <= len(names) < 40
+    assert 5 <= len(names) < 24
     before = {name: time for name, time in written(out).items() if name.split(".")[0] in names}
     assert len(before) == 2 * len(names)
-    again = start(*ask, out)
-    printed, complaint = again.communicate(timeout=120)
-    assert again.returncode == 0, complaint
-    assert printed.splitlines()[0].startswith(f"{len(names)} of 40 are done already")
-    assert len(printed.splitlines()) == 1 + 2 * (40 - len(names))
+    assert dcris(*ask, out) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{len(names)} of 24 are done already")
+    assert len(printed.splitlines()) == 1 + 2 * (24 - len(names))
     after = written(out)
     assert {name: after[name] for name in before} == before
-    reference = start(*ask, whole)
-    reference.communicate(timeout=120)
+    assert dcris(*ask, whole) == 0
     assert results(out) == results(whole)
-    assert len(results(out)) == 80
+    assert len(results(out)) == 48
 
 
 def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
     """Exit code 130, one line, and predictions.json of all that was answered."""
-    photos = make_photos(tmp_path / "photos", 200)
+    photos = make_photos(tmp_path / "photos", 60)
     out = tmp_path / "out"
     process = start("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
     wait_for_lines(process, out, 3)
@@ -336,7 +334,7 @@ def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
     _, complaint = process.communicate(timeout=120)
     assert (process.returncode, complaint) == (130, "dcris: interrupted\n")
     done = journalled(out)
-    assert 3 <= len(done) < 200
+    assert 3 <= len(done) < 60
     assert sorted(entry["file_name"] for entry in results(out)) == sorted(f"{name}.png" for name in done)
     assert not leftovers(out)
 
@@ -393,10 +391,17 @@ def test_a_full_disk_stops_at_once(
 # ---- formats ---------------------------------------------------------------------------------------------------------------
 
 
+def middling(model: Path, image: Path, phrase: str) -> float:
+    """A threshold at which half of an image is the object."""
+    (answer,) = Segmenter.from_pretrained(model, device="cpu").predict(image, phrase, scores=True)
+    return float(np.median(answer.probabilities))
+
+
 def test_cutouts(model: Path, photos: Path, tmp_path: Path) -> None:
     """The object's own pixels, transparent around it, as large as its box."""
     out = tmp_path / "out"
-    assert dcris("predict", model, photos, "-e", "cup", "--out", out, "--format", "mask", "cutout", "coco") == 0
+    formats = ("--format", "mask", "cutout", "coco", "--threshold", middling(model, photos / "0.png", "cup"))
+    assert dcris("predict", model, photos, "-e", "cup", "--out", out, *formats) == 0
     found = [entry for entry in results(out) if entry["bbox"] != [0, 0, 0, 0]]
     assert found
     assert len(list(out.glob("*.cutout.png"))) == len(found)
@@ -455,7 +460,8 @@ def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     phrases = ["the <red> cup", 'a "ring"']
     words = [word for phrase in phrases for word in ("-e", phrase)]
-    assert dcris("predict", model, photos, *words, "--out", out, "--format", "label-studio", "coco") == 0
+    formats = ("--format", "label-studio", "coco", "--threshold", middling(model, photos / "1.png", phrases[0]))
+    assert dcris("predict", model, photos, *words, "--out", out, *formats) == 0
     tasks = json.loads((out / "label_studio.json").read_text())
     by_name = {entry["file_name"]: [] for entry in results(out)}
     for entry in results(out):
@@ -500,7 +506,7 @@ def make_video(
         if turned:
             stream.set_display_rotation(turned)
         for number in range(frames):
-            pixels = np.full((size[1], size[0], 3), 20 + 5 * number, np.uint8)
+            pixels = np.full((size[1], size[0], 3), (20 + 5 * number) % 200, np.uint8)
             pixels[: size[1] // 2, : size[0] // 2] = 255
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         output.mux(stream.encode(None))
@@ -584,7 +590,7 @@ def test_a_video_of_a_turned_telephone(angle: int, tmp_path: Path) -> None:
     assert frame.pixels[height - 5 if angle == 270 else 5, 5 if angle != 90 else width - 5].mean() < 100
 
 
-@pytest.mark.parametrize("ending", ["mp4", "avi", "mkv", "ts"])
+@pytest.mark.parametrize("ending", ["mp4", "avi", "mkv"])
 @pytest.mark.parametrize("share", [0.02, 0.6])
 def test_a_video_that_is_cut_short(ending: str, share: float, model: Path, tmp_path: Path, capsys: Any) -> None:
     """What can be read is answered, and that it was not all is said: a quiet end looks like a short video."""

@@ -46,7 +46,7 @@ def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lamb
     """Every `every`-th frame of a video, from the first on, where its index is wanted.
 
     Raises DcrisError where PyAV is not installed or the file is no video, and, after the frames that are whole, where it is
-    damaged or cut short.
+    damaged or cut short. Only a transport stream (.ts) may end early in silence, as it does not say how long it is.
     """
     for frame in _decoded(path):
         if frame.index % every == 0 and wanted(frame.index):
