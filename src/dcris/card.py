@@ -49,6 +49,12 @@ def model_card(
         if config.recipe.startswith("detris")
         else "DCRIS (Xu et al. 2024, *Enhancing Fine-grained Multi-modal Alignment via Adapters*)"
     )
+    trained = "adapters and head are trained, the towers are frozen"
+    if (tuning := config.model.method) is not None:
+        method = f"{tuning.name}, with the head of DCRIS (see the documentation's page on methods)"
+        trained = "what the method trains, in the towers too, and the head are in `model.safetensors`"
+    elif config.model.visual_adapter is None and config.model.text_adapter is None:
+        method, trained = "no adapters, with the head of DCRIS", "the head is trained, the towers are frozen"
     counted = [f"- {part} tower: {_tower(tower)}" for part, tower in towers.items()]
     lines = [
         *header,
@@ -67,7 +73,7 @@ def model_card(
         "",
         "## What it is",
         "",
-        f"- Method: {method}; adapters and head are trained, the towers are frozen",
+        f"- Method: {method}; {trained}",
         *counted,
         f"- Recipe: `{config.recipe}`; the whole configuration is in `config.json`",
         f"- Trained on: {data}; phrases of {config.data.word_length} tokens, images of {config.data.image_size} pixels",

@@ -55,5 +55,5 @@ class PromptTokens(Slot):
         """Tokens [B, P, D] -> [B, P + added_tokens, D]."""
         start = context.prefix - len(self.tokens)
         behind = start if self.added_tokens else context.prefix
-        prompts = self.tokens.expand(len(output), -1, -1)
+        prompts = self.tokens.expand(output.shape[0], -1, -1)
         return torch.cat((output[:, :start], prompts, output[:, behind:]), dim=1)

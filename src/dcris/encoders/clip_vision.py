@@ -36,7 +36,7 @@ class ClipVisionTower(VisionTower):
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Class token and patches, with positions, normalised: [B, N, D] -> [B, P, D]."""
         positions = interpolate_positions(self.positions[None], grid, self.config.position_rule)
-        tokens = torch.cat((self.class_token.expand(len(patches), 1, -1), patches), dim=1) + positions
+        tokens = torch.cat((self.class_token.expand(patches.shape[0], 1, -1), patches), dim=1) + positions
         normed: Tensor = self.pre_norm(tokens)
         return normed
 

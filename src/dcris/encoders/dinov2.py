@@ -37,7 +37,7 @@ class DinoV2Tower(VisionTower):
 
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Class token, registers and patches, with positions where there is a table: [B, N, D] -> [B, P, D]."""
-        batch = len(patches)
+        batch = patches.shape[0]  # not len(): that would be a constant in an exported graph
         tokens = torch.cat((self.class_token.expand(batch, -1, -1), patches), dim=1)
         if not self.rotary:
             tokens = tokens + interpolate_positions(self.positions, grid, self.config.position_rule)
