@@ -192,7 +192,8 @@ def _score(args: argparse.Namespace) -> None:
                 bar.update(1)
         result = result_record(answers, None, dataset=table.dataset, split=args.split, protocol=protocol)
         results.append({"predictions": path.name, **result})
-        rows.append([path.stem, *(f"{value:.2f}" for value in result.values() if isinstance(value, float))])
+        columns = ("miou", "oiou", *(f"prec@{threshold}" for threshold in PRECISION_THRESHOLDS))
+        rows.append([path.stem, *(f"{result[column]:.2f}" for column in columns)])
     if args.format == "json":
         print(json.dumps(results[0] if len(results) == 1 else results, indent=2))
     else:
