@@ -105,7 +105,8 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     norms = {published_name(key): p.grad for key, p in model.named_parameters() if p.requires_grad}
     assert len(norms) == len(expected["gradients"])
     # Some are zero in theory (a bias before a batch norm) and others nearly cancel, so rounding is judged by the whole.
-    rel, floor = (1e-6, 1e-14) if VARIANTS[name].double else (1e-3, 1e-6)
+    # In float32 it depends on the processor: of L's tensors one is 1.2e-3 off on an AMD EPYC, none by 1e-3 on an Intel Xeon.
+    rel, floor = (1e-6, 1e-14) if VARIANTS[name].double else (2e-3, 1e-6)
     floor *= expected["gradients"].norm().item()
     for key, theirs in zip(sorted(norms), expected["gradients"].tolist(), strict=True):
         gradient = norms[key]

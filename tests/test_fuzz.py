@@ -467,7 +467,7 @@ def test_phrases_and_names_may_be_anything(make: Callable[[Callable[[Path], None
         shutil.copy(found / "photo.png", folder / f"{name}.png")
         words = ["predict", found / "model", folder, "-e", "cup", "--out", out, "--device", "cpu"]
         assert complaint(words) == (0, None), name
-        assert len(files_in(out)) == 4
+        assert len(files_in(out)) == 5
 
 
 @pytest.mark.slow

@@ -263,7 +263,8 @@ def test_it_compiles(method: str, backend: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
-        assert error(compiled(PIXELS, PHRASES), model(PIXELS, PHRASES)) < 1e-4
+        expected = model(PIXELS, PHRASES)
+    assert error(compiled(PIXELS, PHRASES), expected) < 1e-5 * expected.abs().max()
 
 
 def test_a_rate_of_its_own_for_the_towers_weights() -> None:

@@ -94,9 +94,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     """The power fails in step 6, with a half-written log line: what was logged after the checkpoint is taken back."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, ("train.save_every", "2"))
-    loss = engine.text_to_pixel_loss
+    loss = engine.training_loss
     calls = iter(range(100))
-    monkeypatch.setattr(engine, "text_to_pixel_loss", lambda *args: loss(*args) if next(calls) < 5 else 1 / 0)
+    monkeypatch.setattr(engine, "training_loss", lambda *args: loss(*args) if next(calls) < 5 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_training(config, table, out)
     monkeypatch.undo()
@@ -145,13 +145,13 @@ def test_a_loss_that_is_no_number_stops_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     """Before the weights are spoilt: the sentence names the step, and the last checkpoint still loads."""
-    loss = engine.text_to_pixel_loss
+    loss = engine.training_loss
     calls = iter(range(100))
 
     def spoilt(*args: torch.Tensor) -> torch.Tensor:
         return loss(*args) * (value if next(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(engine, "text_to_pixel_loss", spoilt)
+    monkeypatch.setattr(engine, "training_loss", spoilt)
     out = tmp_path / "run"
     with pytest.raises(DcrisError, match=rf"the loss is {value} at step 5; .*--train.lr"):
         run_training(quick_config(STEPS, ("train.save_every", "2")), table, out)

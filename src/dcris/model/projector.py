@@ -96,7 +96,8 @@ def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor, before: tuple[Tensor
     if before is None:
         answers = taps @ x.flatten(2)
     else:
-        # The bias is part of the answers, not of the sum, since a tap that sees the padding gets none of it.
-        answers = (taps @ before[0]) @ x.flatten(2) + (taps @ before[1])[..., None]
+        # The bias is part of the answers, not of the sum, since a tap that sees the padding gets none of it. As a column: a
+        # product with a vector comes out wrong in ONNX Runtime 1.32.
+        answers = (taps @ before[0]) @ x.flatten(2) + taps @ before[1][:, None]
     logits = F.fold(answers, (height, width), KERNEL, padding=KERNEL // 2)
     return logits + bias[:, None, None, None]
