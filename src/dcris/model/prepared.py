@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dcris.adapters.base import adapters
@@ -27,12 +28,16 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
     Whatever is not changed is shared with `model`, which stays as it is: its state dict is what is saved and fingerprinted.
     A later change to its weights does not reach the copy.
 
+    A model whose towers are sharded over processes comes back as it is.
+
     Args:
         model: in evaluation mode or not; the copy always is.
         dtype: what products are worked in (under autocast, as everywhere).
         held: pass the same dictionary for several models on the same towers, and these are held once.
     """
     tensors = (*model.parameters(), *model.buffers())
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        return model  # sharded towers (dcris.engine.distributed) belong to FSDP, and cannot be copied
     copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     copy.eval()
     for module in list(copy.modules()):
