@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.images import read_image
-from dcris.data.masks import encode_mask
 from dcris.data.tokenizer import require_phrase
 from dcris.drawing import png_bytes
 from dcris.errors import DcrisError
@@ -192,16 +191,7 @@ class Visits:
 def coco_results(answers: Sequence[Prediction], file_name: str) -> list[dict[str, Any]]:
     """The answers about one photograph in COCO's result form, as `dcris predict` writes them."""
     return [
-        {
-            "image_id": 1,
-            "file_name": file_name,
-            "category_id": 1,
-            "phrase": answer.phrase,
-            "phrase_number": number,
-            "score": round(answer.score, 6),
-            "bbox": list(answer.box or (0, 0, 0, 0)),
-            "segmentation": encode_mask(answer.mask),
-        }
+        {**answer.to_coco(image_id=1), "file_name": file_name, "phrase_number": number}
         for number, answer in enumerate(answers)
     ]
 
