@@ -448,7 +448,10 @@ def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root:
     assert len(workers) >= 2
     os.kill(int(workers[1]), signal.SIGKILL)
     assert launcher.wait(process, 60) == 2, run.said()
-    assert f"process {workers[1]}, was killed (Killed); the memory" in run.said().splitlines()[-1]
+    said = run.said().splitlines()[-1]
+    # torch knows the signal or not, depending on who hears of it first.
+    ways = (f"process {workers[1]}, {how}; the memory" for how in ("was killed (Killed)", "ended without a word"))
+    assert any(way in said for way in ways), said
     assert "Traceback" not in run.said()
     assert not leftovers(run.out)
 
