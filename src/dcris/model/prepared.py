@@ -4,11 +4,11 @@ Both functions leave the numbers alone, up to rounding: folding batch norm moves
 and holding weights in the working precision is what autocast does with them at every use.
 """
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dcris.adapters.base import adapters
@@ -36,8 +36,8 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
         held: pass the same dictionary for several models on the same towers, and these are held once.
     """
     tensors = (*model.parameters(), *model.buffers())
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
-        return model  # sharded towers (dcris.engine.distributed) belong to FSDP, and cannot be copied
+    if _sharded(tensors):
+        return model  # its towers (dcris.engine.distributed) belong to FSDP, and cannot be copied
     copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     copy.eval()
     for module in list(copy.modules()):
@@ -51,6 +51,14 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
         for module in copy.modules():
             _hold(module, dtype, held)
     return copy  # its weights keep saying whether they train: most are the model's own
+
+
+def _sharded(tensors: Iterable[torch.Tensor]) -> bool:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False  # importing what follows takes a second, and most predictions are one process's
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
