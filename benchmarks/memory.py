@@ -1,10 +1,10 @@
 """Peak memory of a training step: recipes, batch sizes, with and without checkpointed activations, as a Markdown table.
 
-    python benchmarks/memory.py [--recipes dcris_b dcris_l] [--batches 1 2] [--to 32]
+    python benchmarks/memory.py [--recipes dcris_b dcris_l] [--batches 1 2 32]
 
 Each cell is a process of its own that takes a step, Adam's moments in place, on random towers and blank
-samples in float32 on the CPU, and reads its highest resident memory; the process without a model is in it. The batch of `--to`
-is not run but continued on the straight line through the two largest batches that were.
+samples in float32 on the CPU, and reads its highest resident memory; the process without a model is in it. A batch for which
+this machine has not the memory is not run but continued on the straight line through the two largest that were, with a "~".
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 
 def measure(recipe: str, batch: int, checkpointed: bool) -> float:
@@ -43,31 +44,44 @@ def measure(recipe: str, batch: int, checkpointed: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def available() -> float:
+    """Gigabytes that a new process could use now."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024 / 1e9
+
+
 def main() -> None:
     """Measure every cell and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipes", nargs="+", default=["dcris_b", "dcris_l"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--to", type=int, default=32)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 32])
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         recipe, batch, checkpointed = args.cell
         print(json.dumps(measure(recipe, int(batch), checkpointed == "True")))
         return
-    batches = sorted(args.batches)
-    measured = " | ".join(f"batch {batch}" for batch in batches)
-    print(f"| recipe | checkpointed activations | {measured} | batch {args.to}, extrapolated |")
-    print("|---" * (len(batches) + 3) + "|")
+    batches = sorted(set(args.batches))
+    print(f"| recipe | checkpointed activations | {' | '.join(f'batch {batch}' for batch in batches)} |")
+    print("|---" * (len(batches) + 2) + "|")
     for recipe in args.recipes:
         for checkpointed in (False, True):
-            peaks = []
+            peaks: dict[int, float] = {}
+            cells = []
             for batch in batches:
+                if len(peaks) > 1 and (expected := _continued(peaks, batch)) > 0.9 * available():
+                    cells.append(f"~{expected:.0f} GB")
+                    continue
                 command = [sys.executable, __file__, "--cell", recipe, str(batch), str(checkpointed)]
-                peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            slope = (peaks[-1] - peaks[-2]) / (batches[-1] - batches[-2])
-            cells = [f"{peak:.2f} GB" for peak in peaks] + [f"{peaks[-1] + slope * (args.to - batches[-1]):.0f} GB"]
+                peaks[batch] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                cells.append(f"{peaks[batch]:.2f} GB")
             print(f"| `{recipe}` | {'yes' if checkpointed else 'no'} | {' | '.join(cells)} |", flush=True)
+
+
+def _continued(peaks: dict[int, float], batch: int) -> float:
+    """On the line through the two largest batches."""
+    (first, low), (second, high) = sorted(peaks.items())[-2:]
+    return high + (high - low) / (second - first) * (batch - second)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""Whether each of the program's short cuts pays: python benchmarks/tricks.py [--rounds 5] [--device cuda] [--json FILE]
+
+A line is one short cut at the shapes of DCRIS-B, against the plain way to the same numbers: both take turns within one
+process, and what is printed is the median over the turns of the plain way's seconds divided by the short cut's. That the
+numbers are the same is what the test named beside it says.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcris.bench import machine, ratio, take_turns
+from dcris.encoders import cpu_attention
+from dcris.encoders.attention import MultiHeadAttention
+from dcris.engine.device import autocast, choose_device, choose_precision
+from dcris.model.dcris import DCRIS
+from dcris.model.prepared import prepare_for_prediction
+from dcris.model.projector import KERNEL, apply_kernels, finer_convolution
+from dcris.recipes import dcris_b
+from dcris.tables import markdown
+
+Task = Callable[[], object]
+GRID = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Trick:
+    """A short cut and the plain way round."""
+
+    what: str
+    plain: Task
+    short: Task
+    test: str
+    part: str
+    """Of what the seconds are."""
+
+
+def _trained(task: Callable[..., Tensor], *inputs: Tensor) -> Task:
+    """The task and its gradients."""
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def run() -> None:
+        result = task(*leaves)
+        torch.autograd.grad(result, leaves, torch.ones_like(result))
+
+    return run
+
+
+def _predicted(task: Callable[..., object], *inputs: Tensor) -> Task:
+    def run() -> None:
+        with torch.no_grad():
+            task(*inputs)
+
+    return run
+
+
+def _maps_by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+
+def _interpolate_first(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="bilinear"), weight, padding=1)
+
+
+def _convolve_in_groups(x: Tensor, kernels: Tensor, bias: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+    batch, _, height, width = x.shape
+    x = F.conv2d(x, weight[:, :, None, None], before)
+    grouped = kernels.view(batch, -1, KERNEL, KERNEL)
+    return F.conv2d(x.view(1, -1, height, width), grouped, bias, padding=1, groups=batch).transpose(0, 1)
+
+
+def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
+    """One after the other."""
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=kind)
+
+    blocks = [random(1, 12, GRID**2 + 5, 64) for _ in range(3)]
+    yield Trick(
+        "attention without maps",
+        _predicted(_maps_by_hand, *blocks),
+        _predicted(F.scaled_dot_product_attention, *blocks),
+        "test_towers.py",
+        "a vision block's attention",
+    )
+
+    if device.type == "cpu":
+        heads = [random(2, 8, GRID**2, 64) for _ in range(3)]
+        yield Trick(
+            "own attention on CPUs, dropout drawn twice",
+            _trained(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), *heads),
+            _trained(lambda q, k, v: cpu_attention.attend(q, k, v, 0.1), *heads),
+            "test_cpu_attention.py",
+            "a decoder layer's self-attention, trained at batch 2",
+        )
+
+    x, weight = random(1, 512, GRID, GRID), random(512, 512, KERNEL, KERNEL)
+    for part, wrap in (("predicted", _predicted), ("trained", _trained)):
+        yield Trick(
+            f"taps before interpolation, {part}",
+            wrap(_interpolate_first, x.detach().clone(), weight.detach().clone()),
+            wrap(finer_convolution, x.detach().clone(), weight.detach().clone()),
+            "test_finer_convolution_is_interpolation_then_convolution",
+            "the projector's first convolution",
+        )
+
+    side, half = 4 * GRID, 256
+    fine, kernels, bias = random(2, half, side, side), random(2, half * KERNEL**2), random(2)
+    weight, before = random(half, half), random(half)
+    yield Trick(
+        "1x1 convolution on the sentence's taps, no groups",
+        _predicted(_convolve_in_groups, fine, kernels, bias, weight, before),
+        _predicted(lambda *x: apply_kernels(x[0], x[1], x[2], (x[3], x[4])), fine, kernels, bias, weight, before),
+        "test_projector_is_equation_5",
+        "the projector's end, batch 2",
+    )
+
+    gate = MultiHeadAttention(512, 8).to(device, dtype)
+    pixels, sentence = random(1, GRID**2, 512), random(1, 512)
+    yield Trick(
+        "attention to one key is its value",
+        _predicted(lambda pixels, sentence: gate(pixels, sentence[:, None], sentence[:, None]), pixels, sentence),
+        _predicted(lambda pixels, sentence: gate.single_key(sentence), pixels, sentence),
+        "test_one_key_needs_no_queries",
+        "one of the neck's three",
+    )
+
+    config = dcris_b()
+    torch.manual_seed(0)
+    model = DCRIS(config.model).to(device)
+    images, tokens = random(1, 3, 448, 448, kind=torch.float32), torch.ones(1, 17, dtype=torch.int64, device=device)
+    tokens[0, 3] = config.model.text.vocabulary - 1
+    with torch.no_grad():
+        text = model.encode_text(tokens)
+        levels = [random(1, config.model.vision.width, GRID, GRID, kind=torch.float32) for _ in range(3)]
+    prepared = prepare_for_prediction(model)
+    yield Trick(
+        "batch norms folded",
+        _predicted(lambda: model.head(levels, text)),
+        _predicted(lambda: prepared.head(levels, text)),
+        "test_it_answers_as_the_model_does",
+        "the head",
+    )
+
+    if dtype != torch.float32:
+        held = prepare_for_prediction(model, dtype)
+
+        def answer(network: nn.Module) -> Task:
+            def run() -> None:
+                with torch.no_grad(), autocast(device, dtype):
+                    network(images, tokens)
+
+            return run
+
+        yield Trick(
+            "weights held in the working precision",
+            answer(prepared),
+            answer(held),
+            "test_it_answers_as_the_model_does",
+            "a prediction",
+        )
+
+    model.train()
+
+    def step(wanted: bool) -> Task:
+        seen = images.clone().requires_grad_(wanted)  # then the whole tower has a part in the backward pass
+
+        def run() -> None:
+            with autocast(device, dtype):
+                result = model(seen, tokens).float().sum()
+            result.backward()
+            seen.grad = None
+
+        return run
+
+    yield Trick(
+        "no gradients before the first adapter",
+        step(True),
+        step(False),
+        "test_nothing_is_kept_before_the_first_adapter",
+        "a training step, batch 1",
+    )
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    loop, fused = (torch.optim.Adam(trained, lr=0.0, foreach=False, fused=fused) for fused in (False, True))
+    yield Trick("Adam in one kernel", loop.step, fused.step, "torch's own", "the update")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    dtype = choose_precision("auto", device)
+    rows = []
+    for trick in tricks(device, dtype):
+        seconds = take_turns({"plain": trick.plain, "short": trick.short}, args.rounds, device)
+        rows.append(
+            {
+                "what": trick.what,
+                "of": trick.part,
+                "plain_s": median(seconds["plain"]),
+                "short_s": median(seconds["short"]),
+                "ratio": ratio(seconds["plain"], seconds["short"]),
+                "test": trick.test,
+            }
+        )
+    cells = [
+        [row["what"], row["of"], *(f"{1e3 * row[key]:.3g} ms" for key in ("plain_s", "short_s")), f"{row['ratio']:.2f}"]
+        for row in rows
+    ]
+    about = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
+    print(markdown(("short cut", "of", "plain way", "short cut", "ratio"), cells))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
