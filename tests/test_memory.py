@@ -153,10 +153,13 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_several_passes_are_one_step(micro_batch: int) -> None:
-    """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another."""
-    config, batch = quick_config(1, ("train.batch_size", "5")), samples(5)
+@pytest.mark.parametrize(("recipe", "micro_batch"), [("dcris_tiny", 1), ("dcris_tiny", 2), ("barleria_tiny", 2)])
+def test_several_passes_are_one_step(recipe: str, micro_batch: int) -> None:
+    """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another.
+
+    BarLeRIa has a loss of its own, which is such a mean too.
+    """
+    config, batch = quick_config(1, ("train.batch_size", "5"), recipe=recipe), samples(5)
     weights, losses, ious = [], [], []
     for micro in (None, micro_batch):
         model = without_batch_norm(model_of(config)).double()
@@ -184,8 +187,8 @@ class Doubled(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        return self.model(images.double(), tokens)
+    def forward(self, images: Tensor, tokens: Tensor, share: float) -> Tensor:
+        return self.model(images.double(), tokens, share)
 
 
 # ---- the largest that fits -----------------------------------------------------------------------------------------------

@@ -412,10 +412,10 @@ class _Step:
             torch.manual_seed((self.config.train.seed * 1_000_003 + step + places.start * _SPREAD) % 2**63)
             images = normalise(batch.images[part].to(self.device, non_blocking=True), self.config.data)
             tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
-            with autocast(self.device, self.dtype):
-                logits = self.model(images, tokens)
             # The mean over the batch is the sum of the passes' means, each by its share of the batch.
             share = len(places) / self.batch_size
+            with autocast(self.device, self.dtype):
+                logits = self.model(images, tokens, share)
             loss = training_loss(logits, masks, self.config.train.dice_weight) * share
             loss.backward()
             losses.append(loss.detach())
