@@ -30,12 +30,12 @@ from dcris.data.references import load_references
 from dcris.data.scenes import write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.checkpoint import list_checkpoints, load_checkpoint
+from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
 from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_file, write_json
+from dcris.files import make_directory, read_json, remove_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
 from dcris.paper import TABLES, WIDTHS, Row
 from dcris.protocols import Cris
@@ -175,6 +175,11 @@ class _Study:
         self.table = load_references(root or self._scenes(), None if _is_file(root) else self.default.data.dataset)
         self.data = self.table.sha256()
         self.splits = [split for split in self.table.splits() if split != self.default.data.train_split]
+        if not self.splits:
+            raise DcrisError(
+                f"{self.table.dataset} in {self.table.root} has nothing to score the rows on, only the split "
+                f"'{self.default.data.train_split}'; give a part of it another one, such as val or test"
+            )
         self.rows = [row for row in TABLES[name].rows if row.only in (None, size)]
         self.steps = steps or (TINY_STEPS if size == "tiny" and epochs is None else None)
         self.epochs = epochs
@@ -238,7 +243,7 @@ class _Study:
                 "data": config.data.model_copy(update=data),
             }
         )
-        return self._keyed(row, changed)
+        return self._keyed(row, parse_config(changed.model_dump(), "the settings given do not fit"))
 
     def _stretched(
         self, row: Row, jobs: dict[int, _Job], yardstick: dict[int, _Job]
@@ -404,8 +409,9 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     config, tokenizer = job.config, tokenizer_of(job.config.model.text)
     model = build_model(config)
     counts = model.count_weights()
+    steps = total_steps(config.train, len(table.split(config.data.train_split)))
     _warm_up(model.to(device), config)
-    with _timed(job.folder, device):
+    with _timed(job.folder, steps, device):
         trained = train(model, config, table, tokenizer, job.folder, device=device, resume=True, say=lambda line: None)
     spent = read_json(job.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
@@ -428,7 +434,6 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
             )
         )
         scores[split] = result_record(answers, model, dataset=table.dataset, split=split, protocol=Cris())
-    steps = total_steps(config.train, len(table.split(config.data.train_split)))
     rate = spent["seconds"] / max(1, spent["steps"])
     result = {
         "key": job.key,
@@ -458,10 +463,18 @@ def _warm_up(model: DCRIS, config: RunConfig) -> None:
 
 
 @contextmanager
-def _timed(folder: Path, device: torch.device) -> Iterator[None]:
-    """Add what happens inside to the run's time.json: seconds, and steps that a checkpoint has kept."""
+def _timed(folder: Path, total: int, device: torch.device) -> Iterator[None]:
+    """Add what happens inside to the run's time.json: seconds, and steps of the `total` that a checkpoint has kept.
+
+    A run that was killed behind its last step, before its time was noted, is begun anew: without one it has no result.
+    """
     clock = time.process_time if device.type == "cpu" else time.monotonic
-    begin, before = clock(), _done(folder)
+    whole = sound_checkpoints(folder, lambda line: None)  # what a kill damaged must not count
+    before = whole[-1].step if whole else 0
+    if before >= total and not (folder / "time.json").exists():
+        remove_directory(folder / "checkpoints")
+        before = 0
+    begin = clock()
     try:
         yield
     finally:
@@ -493,9 +506,11 @@ def _claim(path: Path) -> Iterator[bool]:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError:  # the file system has no locks: there, too, one process at a time has to do
+            pass
         yield True
 
 
