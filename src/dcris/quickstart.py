@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dcris.analysis import analyse
-from dcris.config import RunConfig, load_config, refuse_other_run
+from dcris.config import RunConfig, load_config, override, refuse_other_run
 from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
@@ -43,8 +43,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
     """
     begin = time.monotonic()
     chosen = choose_device(device)
-    base = get_recipe("dcris_tiny")
-    config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
+    config = override(get_recipe("dcris_tiny"), [("train.seed", str(seed))])
     data = out / "scenes"
     if (out / "config.json").exists():
         refuse_other_run(load_config(out / "config.json"), config, out)
