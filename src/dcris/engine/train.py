@@ -74,7 +74,8 @@ class Interrupted(Exception):
     """Ctrl-C, or a request to end, after the checkpoint it asked for was written."""
 
     def __init__(self, number: int, checkpoint: Checkpoint) -> None:
-        super().__init__(f"stopped at step {checkpoint.step}; `--resume` goes on from {checkpoint.path}")
+        super().__init__(f"stopped at step {checkpoint.step}; a resumed run goes on from {checkpoint.path}")
+        self.checkpoint = checkpoint
         self.exit_code = 128 + number
 
 
