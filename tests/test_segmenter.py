@@ -234,7 +234,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
     reference = load_references(scenes_root, "scenes").split("test")[0]
     questions = [(reference, expression) for expression in reference.expressions]
     scored = answer_questions(
-        segmenter.model, questions, segmenter.config.data, segmenter.tokenizer, segmenter.protocol, device=CPU
+        segmenter.model, questions, segmenter.config, segmenter.protocol, device=CPU, dtype=segmenter.dtype
     )
     from dcris.data.masks import decode_mask
 

@@ -31,7 +31,7 @@ from dcris.data.scenes import write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
-from dcris.engine.device import choose_device, choose_precision
+from dcris.engine.device import choose_device
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
@@ -416,23 +416,10 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     spent = read_json(job.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
     model.to(device)
-    dtype = choose_precision(config.train.precision, device)
     scores = {}
     for split in splits:
         questions = all_questions(table.split(split))
-        answers = list(
-            answer_questions(
-                model,
-                questions,
-                config.data,
-                tokenizer,
-                Cris(),
-                device=device,
-                dtype=dtype,
-                workers=config.data.workers,
-                keep_masks=False,
-            )
-        )
+        answers = list(answer_questions(model, questions, config, Cris(), device=device, keep_masks=False))
         scores[split] = result_record(answers, model, dataset=table.dataset, split=split, protocol=Cris())
     rate = spent["seconds"] / max(1, spent["steps"])
     result = {

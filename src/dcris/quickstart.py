@@ -15,7 +15,7 @@ from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
-from dcris.engine.device import choose_device, choose_precision
+from dcris.engine.device import choose_device
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train
@@ -83,18 +83,11 @@ def evaluate_both_ways(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
     references = table.split(split)
-    protocol, tokenizer = Cris(), tokenizer_of(config.model.text)
-    dtype = choose_precision(config.train.precision, device)
-
-    def answer(questions: Any) -> list[Answer]:
-        workers = config.data.workers
-        found = answer_questions(
-            model, questions, config.data, tokenizer, protocol, device=device, dtype=dtype, workers=workers
-        )
-        return list(found)
-
-    answers = answer(all_questions(references))
-    shuffled = answer(exchange_phrases(references))
+    protocol = Cris()
+    answers, shuffled = (
+        list(answer_questions(model, questions, config, protocol, device=device))
+        for questions in (all_questions(references), exchange_phrases(references))
+    )
     metrics = result_record(answers, model, dataset=table.dataset, split=split, protocol=protocol)
     analysis = analyse(answers, protocol.precision_includes_threshold)
     return answers, {

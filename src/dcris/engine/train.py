@@ -240,7 +240,7 @@ def _train(
     if not settings.shard_towers:  # those are FSDP's to hold
         hold_frozen(model, dtype)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
-    shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
+    shown = partial(answer_questions, model, panel_questions(questions), config, Cris(), device=device, dtype=dtype)
     skipped = Skipped(len(samples), say)
     begin = time.monotonic()
 
@@ -251,9 +251,7 @@ def _train(
 
     def validate(saved: Checkpoint) -> None:
         # After saving: validation may be long, and a photograph of that split may be broken.
-        scores = _validate(
-            model, config, questions, tokenizer, device, dtype, group, lambda answer: pending.number is None
-        )
+        scores = _validate(model, config, questions, device, dtype, group, lambda answer: pending.number is None)
         end_if_asked(saved)  # the scores are of a part, then
         # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
         panels = [*shown()] if settings.shard_towers and settings.trackers else None
@@ -449,7 +447,6 @@ def _validate(
     model: DCRIS,
     config: RunConfig,
     questions: Questions,
-    tokenizer: Tokenizer,
     device: torch.device,
     dtype: torch.dtype,
     group: Processes,
@@ -457,41 +454,17 @@ def _validate(
 ) -> dict[str, float]:
     """Scores in percent on the validation split's first sentences, as the CRIS family validates while training.
 
-    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split.
+    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split. The model is left
+    in evaluation mode.
     """
-    answer = partial(_answers, model, config, questions, tokenizer, device, dtype)
+    model.eval()
+    answer = partial(answer_questions, model, questions, config, Cris(), device=device, dtype=dtype, keep_masks=False)
     if config.train.shard_towers:
         # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
         answers: Iterable[Answer] = answer()
     else:
         answers = answer_together(group, questions, lambda share: takewhile(wanted, answer(share=share)))
     return summarise(answer.overlap for answer in answers)
-
-
-def _answers(
-    model: DCRIS,
-    config: RunConfig,
-    questions: Questions,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-    keep_masks: bool = False,
-    share: tuple[int, int] = (0, 1),
-) -> Iterator[Answer]:
-    model.eval()
-    workers = config.data.workers
-    return answer_questions(
-        model,
-        questions,
-        config.data,
-        tokenizer,
-        Cris(),
-        device=device,
-        dtype=dtype,
-        workers=workers,
-        share=share,
-        keep_masks=keep_masks,
-    )
 
 
 class _Pending:
