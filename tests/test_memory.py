@@ -16,8 +16,9 @@ from dcris.adapters.base import adapters
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine import memory
+from dcris.engine import device, memory
 from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.device import free_memory
 from dcris.engine.distributed import Processes, divide_batch
 from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError
@@ -210,7 +211,7 @@ def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
         return next(grown)
 
     monkeypatch.setattr(memory, "_grown_by", grow)
-    monkeypatch.setattr(memory, "_free_bytes", lambda: (moments + 3e8) / 0.9 + 1 if free is None else free)
+    monkeypatch.setattr(memory, "free_memory", lambda _: (moments + 3e8) / 0.9 + 1 if free is None else free)
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     search = partial(memory.largest_micro_batch, model, config, tokenizer, 6, CPU)
     if expected:
@@ -231,7 +232,23 @@ def test_growth_and_free_memory_are_real() -> None:
     torch.ones(100_000_000).sum()
     grown = memory._grown_by(lambda: torch.ones(50_000_000).sum())
     assert 1.9e8 < grown < 4e8
-    assert 1e8 < memory._free_bytes() < 1e14
+    assert 1e8 < free_memory(CPU) < 1e14
+
+
+def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is put through the network at once is measured by the machine, and the container's processes are killed."""
+    for name, content in {
+        "max": "max",
+        "current": "700",
+        "stat": "anon 100\nactive_file 50\ninactive_file 150",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    assert free_memory(CPU) > 1000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory(CPU) == 500  # what is cached of files gives way
+    (tmp_path / "memory.max").write_text("400\n")
+    assert free_memory(CPU) == 0
 
 
 def test_auto_is_recorded_and_not_searched_again(
