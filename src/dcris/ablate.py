@@ -27,7 +27,7 @@ import torch
 from dcris.config import RunConfig, parse_config
 from dcris.data.dataset import all_questions, steps_per_epoch
 from dcris.data.references import load_references
-from dcris.data.scenes import write_scenes
+from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
@@ -291,7 +291,7 @@ class _Study:
             with _claim(self.out / "scenes.lock") as mine:
                 if mine and not (data / "scenes" / "refs(generated).p").exists():
                     self.say(f"generating {TRAIN_SCENES:,} scenes to train on and {TEST_SCENES} to test with")
-                    write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0)
+                    write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0, workers=cores())
             time.sleep(0 if mine else _POLL)
         return data
 
@@ -438,7 +438,7 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
 
 
 def _warm_up(model: DCRIS, config: RunConfig) -> None:
-    """Go through the model once, in both directions: what the libraries do on first use is nobody's time.
+    """Go through the model once, in both directions, and make an optimiser: what libraries do on first use is nobody's time.
 
     In evaluation mode, which draws no random number and leaves statistics alone.
     """
@@ -447,6 +447,8 @@ def _warm_up(model: DCRIS, config: RunConfig) -> None:
     tokens = torch.ones(2, config.data.word_length, dtype=torch.long, device=device)
     model(images, tokens).sum().backward()
     model.zero_grad(set_to_none=True)
+    # torch imports its compiler with the first one, which takes over a second.
+    torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device=device))], fused=True)
 
 
 @contextmanager
