@@ -3,13 +3,14 @@
 tests/golden/make_detris.py fills the published classes with them; test_detris.py fills ours, without the published code.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT, HEAD = 512, 512
 PHRASES = ["left slice", "the third person from the right, who wears a dark blue coat and holds a very long umbrella"]
@@ -191,6 +192,33 @@ def value_of(name: str, shape: tuple[int, ...], bias: float) -> Tensor:
 def weights(variant: Variant) -> dict[str, Tensor]:
     """A value for every tensor."""
     return {name: value_of(name, shape, variant.bias) for name, shape in layout(variant).items()}
+
+
+def sums(tensors: Mapping[str, Tensor]) -> Tensor:
+    """[n] the sum of each, by name in alphabetical order."""
+    return torch.stack([tensors[name].double().sum() for name in sorted(tensors)])
+
+
+def norms(tensors: Mapping[str, Tensor]) -> Tensor:
+    """[n] the norm of each, by name in alphabetical order."""
+    return torch.stack([tensors[name].double().norm() for name in sorted(tensors)])
+
+
+def gradients_of(model: nn.Module, named: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """The gradient of everything that trains, by its published name."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            gradients[named(name)] = parameter.grad
+    return gradients
+
+
+def assert_norms(gradients: Mapping[str, Tensor], expected: Tensor, rel: float, floor: float) -> None:
+    """Check gradients by their norms, [n] as of `norms`: to `rel` of each, or `floor` of all of them together."""
+    floor *= expected.norm().item()
+    for name, norm, theirs in zip(sorted(gradients), norms(gradients).tolist(), expected.tolist(), strict=True):
+        assert abs(norm - theirs) <= max(rel * theirs, floor), f"{name}: {norm}, not {theirs}"
 
 
 def photograph() -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dcris.config import RunConfig
 from dcris.convert import published_name
 from dcris.data.tokenizer import get_tokenizer
+from dcris.encoders.clip_text import TextState
 from dcris.encoders.formats import OPENAI_CLIP, OPENAI_CLIP_VISION
 from dcris.encoders.vision import interpolate_positions
 from dcris.model.dcris import DCRIS
@@ -85,6 +86,17 @@ def thinned(levels: Sequence[Tensor], words: Tensor, sentence: Tensor) -> dict[s
     """Some of the numbers that enter the head, from everywhere: channels 8 apart, and four pixels of each map."""
     some = [level.flatten(2)[:, :: level.shape[1] // 64, :: level[0, 0].numel() // 4][:, :64, :4] for level in levels]
     return {"levels": torch.stack(some), "words": words[:, :, ::8].contiguous(), "sentence": sentence}
+
+
+@torch.no_grad()
+def on_the_way(model: DCRIS, images: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What enters the head of an interleaved model, thinned out, and the logits."""
+    state, words = model.encode_images(images), model.encode_text(tokens)
+    assert model.bridge is not None
+    assert isinstance(words, TextState)
+    joined, text, _ = model.bridge.join(model.vision, model.text, state, words, model.config.head.taps)
+    levels = [joined.patches(each) for each in (*joined.taps, model.vision.finish(joined))]
+    return thinned(levels, text.tokens, text.sentence), model.segment(state, words)
 
 
 def transposed(name: str) -> bool:

@@ -64,6 +64,16 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
                 buffer.copy_(0.5 + noise(buffer).abs())
 
 
+def without_dropout(module: nn.Module) -> nn.Module:
+    """Set every dropout to 0, torch's modules' and those of attention, ours and torch's."""
+    for part in module.modules():
+        if isinstance(getattr(part, "dropout", None), float):
+            part.dropout = 0.0
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return module
+
+
 def tokens_ending_at(ends: Sequence[int], length: int, seed: int = 0) -> Tensor:
     """[B, L] int64: the start token, words, the end token at the given place of each row, padding."""
     words = torch.randint(1, START, (len(ends), length), generator=torch.Generator().manual_seed(seed))

@@ -14,14 +14,14 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
 from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.train import TrainResult, build_model, train
-from dcris.recipes import dcris_tiny
+from dcris.recipes import get_recipe
 
 CPU = torch.device("cpu")
 EVERY_STEP = ("train.log_every", "1")
 
 
-def quick_config(steps: int, *settings: tuple[str, str]) -> RunConfig:
-    """DCRIS-tiny in batches of four small squares, read without worker processes, for so many steps."""
+def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_tiny") -> RunConfig:
+    """A tiny recipe in batches of four small squares, read without worker processes, for so many steps."""
     base = [
         ("train.max_steps", str(steps)),
         ("train.epochs", "1000"),
@@ -30,7 +30,7 @@ def quick_config(steps: int, *settings: tuple[str, str]) -> RunConfig:
         ("data.workers", "0"),
         ("data.image_size", "56"),
     ]
-    return override(dcris_tiny(), [*base, *settings])
+    return override(get_recipe(recipe), [*base, *settings])
 
 
 def run_training(

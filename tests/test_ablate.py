@@ -1,12 +1,17 @@
 """The paper's tables, run: rows become runs, runs are shared and skipped, failures are told, and the numbers come out."""
 
+import errno
 import json
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dcris import ablate as module
 from dcris.ablate import ablate, configure
@@ -193,6 +198,46 @@ def test_a_study_that_is_broken_off_goes_on(
     assert json.loads((run / "result.json").read_text())["seconds"] == pytest.approx(spent["seconds"])
 
 
+def test_a_run_that_was_killed_is_finished(
+    quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path
+) -> None:
+    """Else its row fails for ever, with advice that helps nobody."""
+    assert quiet_study("table9", budgets=("steps",)) == []
+    result, *_ = (tmp_path / "out" / "runs").glob("*/result.json")
+    run, expected = result.parent, json.loads(result.read_text())
+    # Behind the last step, before the time it took was noted.
+    result.unlink()
+    (run / "time.json").unlink()
+    assert quiet_study("table9", budgets=("steps",)) == []
+    assert json.loads(result.read_text())["scores"] == expected["scores"]
+    assert json.loads((run / "time.json").read_text())["steps"] == 2
+    # While the disk had not got the newest checkpoint yet, which training does without.
+    result.unlink()
+    damaged = run / "checkpoints" / "step-00000003"
+    damaged.mkdir()
+    (damaged / "state.json").write_text("")
+    assert quiet_study("table9", budgets=("steps",)) == []
+    assert json.loads(result.read_text())["scores"] == expected["scores"]
+
+
+def test_what_libraries_do_on_first_use_is_no_runs_time() -> None:
+    """Else the very first run, whose seconds the others are given, seems to take a second more than it does."""
+    code = """
+        import sys, torch
+        from dcris.ablate import _warm_up
+        from dcris.model.dcris import DCRIS
+        from dcris.recipes import get_recipe
+
+        config = get_recipe("dcris_tiny")
+        _warm_up(DCRIS(config.model), config)
+        before = set(sys.modules)
+        torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
+        print(len(set(sys.modules) - before))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 20
+
+
 def test_a_run_is_one_processs(tmp_path: Path) -> None:
     """Else two processes write one run's files, or a process that died keeps a run for ever."""
     path = tmp_path / "run" / ".lock"
@@ -204,12 +249,41 @@ def test_a_run_is_one_processs(tmp_path: Path) -> None:
         assert again
 
 
+def test_a_disk_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a study on such a disk waits for ever for a process that is not there."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with module._claim(tmp_path / ".lock") as mine:
+        assert mine
+
+
 def test_what_was_asked_wrongly_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Else a person meets a traceback, or a study of the wrong thing."""
     assert main(["ablate", "table3", "--out", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
     with pytest.raises(DcrisError, match="no table 'table6'"):
         ablate("table6", tmp_path)
+
+
+def test_data_without_a_split_to_score_on_are_a_sentence(tables: dict[str, Table], tmp_path: Path) -> None:
+    """Else every row is trained before it shows that there is nothing to write."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    line = {"image": "a.png", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": ["ring"]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DcrisError, match=r"own in .* has nothing to score the rows on, only the split 'train'"):
+        ablate("table9", tmp_path / "out", root=tmp_path / "own.jsonl", device="cpu")
+
+
+def test_a_seed_that_no_run_takes_is_a_sentence(
+    quiet_study: Callable[..., list[str]], tables: dict[str, Table]
+) -> None:
+    """Else every row is trained, and its checkpoint cannot be read."""
+    with pytest.raises(DcrisError, match=r"the settings given do not fit: train\.seed"):
+        quiet_study("table9", seeds=(2**32,))
 
 
 # ---- what is written --------------------------------------------------------------------------------------------------

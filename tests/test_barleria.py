@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from barleria_layout import VARIANT, config_of, ours
 from dcris.adapters.barleria import BarleriaBridge, Flow
 from dcris.config import override
 from dcris.encoders.blocks import SlotContext
-from dcris.encoders.clip_text import TextState
 from dcris.encoders.weights import copy_strictly
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.recipes import barleria_tiny
-from detris_layout import masks
-from etris_layout import inputs, thinned
-from models import error, randomise
+from detris_layout import assert_norms, gradients_of, masks
+from etris_layout import inputs, on_the_way
+from models import error, randomise, without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "barleria.safetensors"
 
@@ -34,41 +33,24 @@ def test_the_published_code_s_own_numbers() -> None:
     copy_strictly(model.state_dict(), ours(VARIANT), "here")
     images, tokens = inputs(VARIANT)
     model, images = model.double(), images.double()
-    with torch.no_grad():
-        state, words = model.encode_images(images), model.encode_text(tokens)
-        assert isinstance(model.bridge, BarleriaBridge)
-        assert isinstance(words, TextState)
-        sides: list[Tensor] = []
-        model.bridge.side.register_forward_hook(lambda module, arguments, result: sides.append(result))
-        joined, text, _ = model.bridge.join(model.vision, model.text, state, words, (3, 7))
-        levels = [joined.patches(each) for each in (*joined.taps, model.vision.finish(joined))]
-        logits = model.segment(state, words)
+    assert isinstance(model.bridge, BarleriaBridge)
+    sides: list[Tensor] = []
+    model.bridge.side.register_forward_hook(lambda module, arguments, result: sides.append(result))
+    found, logits = on_the_way(model, images, tokens)
     side = sides[0].transpose(1, 2)
-    found = thinned(levels, text.tokens, text.sentence) | {"side": side[:, ::3, :: side.shape[2] // 4]}
-    for key, value in (found | {"logits": logits[:, 0, ::2, ::2]}).items():
+    found |= {"side": side[:, ::3, :: side.shape[2] // 4], "logits": logits[:, 0, ::2, ::2]}
+    for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-4)
     assert 0.02 < (logits > 0).double().mean() < 0.98
 
-    model.train()
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    logits = model(images, tokens)
+    logits = without_dropout(model.train())(images, tokens)
     loss = text_to_pixel_loss(logits, masks(VARIANT.image_size))
     loss.backward()
     torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
     assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
     # The gradients are those of the published loss, in which the side network's own is added.
     assert expected["whole_loss"] > expected["loss"] + 0.1
-    gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
-    assert len(gradients) == len(expected["gradients"])
-    floor = 1e-14 * expected["gradients"].norm().item()
-    for key, norm in zip(sorted(gradients), expected["gradients"].tolist(), strict=True):
-        gradient = gradients[key]
-        assert gradient is not None, key
-        assert gradient.norm().item() == pytest.approx(norm, rel=1e-6, abs=floor), key
+    assert_norms(gradients_of(model), expected["gradients"], rel=1e-6, floor=1e-14)
 
 
 def test_a_flow_is_an_affine_and_planar_ones() -> None:

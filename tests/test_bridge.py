@@ -10,7 +10,6 @@ from dcris.adapters.base import adapters
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
-from dcris.data.tokenizer import get_tokenizer
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.model.dcris import DCRIS
@@ -97,8 +96,7 @@ def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> No
     model, config = load_checkpoint(run)
     table = load_references(scenes_root, "scenes")
     questions = all_questions(table.split("test"))
-    tokenizer = get_tokenizer(config.model.text.tokenizer)
-    answers = list(answer_questions(model, questions, config.data, tokenizer, Cris(), device=CPU))
+    answers = list(answer_questions(model, questions, config, Cris(), device=CPU))
     assert len(answers) == len(questions)
 
 

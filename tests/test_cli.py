@@ -1,13 +1,17 @@
 """What a person types, end to end: results where they are promised, and one plain sentence where something is wrong."""
 
+import importlib
 import json
 import os
 import pickle
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,7 +22,9 @@ from pycocotools import mask as coco
 from conftest import TinyRefer
 from dcris import Segmenter
 from dcris.cli import main
-from dcris.engine.checkpoint import list_checkpoints
+from dcris.data.scenes import write_scenes
+from dcris.engine.checkpoint import Checkpoint, list_checkpoints
+from dcris.engine.train import Interrupted
 from runs import assert_same_run, leftovers
 
 COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]
@@ -502,6 +508,30 @@ def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Pa
     assert bad.returncode == 2
     assert bad.stderr.startswith("dcris: ")
     assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["quickstart", "ablate table3 --recipe tiny"])
+def test_an_interruption_says_how_to_go_on(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By an option that the command has: only `dcris train` knows --resume."""
+
+    def stop(*_: object, **__: object) -> NoReturn:
+        raise Interrupted(signal.SIGTERM, Checkpoint(tmp_path / "step-00000007", 7, None))
+
+    module = importlib.import_module(f"dcris.{command.split()[0]}")
+    monkeypatch.setattr(module, "train", stop)
+    monkeypatch.setattr(module, "write_scenes", partial(write_scenes_of, 2))
+    with pytest.raises(SystemExit) as left:
+        dcris(*command.split(), "--out", tmp_path / "out", "--device", "cpu")
+    assert left.value.code == 128 + signal.SIGTERM
+    expected = f"dcris: stopped at step 7; the same command goes on from {tmp_path / 'step-00000007'}\n"
+    assert capsys.readouterr().err == expected
+
+
+def write_scenes_of(count: int, root: Path, **settings: Any) -> None:
+    """A handful of scenes in the place of thousands."""
+    write_scenes(root, **{**settings, "train": count, "test": count})
 
 
 def test_a_shell_completes_commands_and_options() -> None:

@@ -30,7 +30,19 @@ from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
 from dcris.recipes import detris_b, detris_l, detris_l_mixed
 from dcris.segmenter import Segmenter
-from detris_layout import PHRASES, VARIANTS, layout, masks, photograph, weights
+from detris_layout import (
+    PHRASES,
+    VARIANTS,
+    assert_norms,
+    gradients_of,
+    layout,
+    masks,
+    norms,
+    photograph,
+    sums,
+    weights,
+)
+from models import without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "detris.safetensors"
 RECIPES = {"base": detris_b(), "large": detris_l(), "mixed": detris_l_mixed()}
@@ -50,15 +62,6 @@ def config_of(name: str) -> RunConfig:
         config = config.model_copy(update={"model": config.model.model_copy(update={"vision": vision})})
     data = {"image_size": variant.image_size, "word_length": variant.word_length}
     return config.model_copy(update={"data": config.data.model_copy(update=data)})
-
-
-def without_dropout(model: DCRIS) -> DCRIS:
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def inputs(config: RunConfig) -> tuple[Tensor, Tensor, list[Any]]:
@@ -102,21 +105,14 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     for each in (loss, text_to_pixel_loss(logits, truth)):
         assert each.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
 
-    norms = {published_name(key): p.grad for key, p in model.named_parameters() if p.requires_grad}
-    assert len(norms) == len(expected["gradients"])
     # Some are zero in theory (a bias before a batch norm) and others nearly cancel, so rounding is judged by the whole.
     # In float32 it depends on the processor: of L's tensors one is 1.2e-3 off on an AMD EPYC, none by 1e-3 on an Intel Xeon.
     rel, floor = (1e-6, 1e-14) if VARIANTS[name].double else (2e-3, 1e-6)
-    floor *= expected["gradients"].norm().item()
-    for key, theirs in zip(sorted(norms), expected["gradients"].tolist(), strict=True):
-        gradient = norms[key]
-        assert gradient is not None, key
-        assert gradient.double().norm().item() == pytest.approx(theirs, rel=rel, abs=floor), key
+    assert_norms(gradients_of(model, published_name), expected["gradients"], rel, floor)
 
     trained = {published_name(key): value for key, value in model.named_buffers() if "running" in key}
-    sums = torch.stack([trained[key].double().sum() for key in sorted(trained)])
-    sizes = torch.stack([trained[key].double().norm() for key in sorted(trained)])
-    torch.testing.assert_close(torch.stack([sums, sizes]), expected["statistics"], rtol=1e-5, atol=1e-4)
+    found = torch.stack([sums(trained), norms(trained)])
+    torch.testing.assert_close(found, expected["statistics"], rtol=1e-5, atol=1e-4)
 
 
 def empty(name: str) -> dict[str, Tensor]:

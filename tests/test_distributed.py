@@ -111,8 +111,11 @@ def test_a_broken_environment_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A variable left over in a shell would make the program wait for processes that nobody starts."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(DcrisError, match="torchrun"), processes():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DcrisError, match="torchrun"), processes():
         pass
     assert main(["evaluate", "nothing", "--data", "nowhere"]) == 2

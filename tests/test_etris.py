@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from dcris.adapters.base import adapters
 from dcris.adapters.etris import EtrisBridge, EtrisConfig, Stage
@@ -20,9 +19,9 @@ from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.recipes import etris_tiny
-from detris_layout import masks
-from etris_layout import VARIANTS, config_of, inputs, ours, theirs, thinned
-from models import error, randomise
+from detris_layout import assert_norms, gradients_of, masks, norms, sums
+from etris_layout import VARIANTS, config_of, inputs, on_the_way, ours, theirs
+from models import error, randomise, without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "etris.safetensors"
 
@@ -37,41 +36,22 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     dtype = torch.float64 if variant.double else torch.float32
     images, tokens = inputs(variant)
     model, images = model.to(dtype), images.to(dtype)
-    with torch.no_grad():
-        state, words = model.encode_images(images), model.encode_text(tokens)
-        assert model.bridge is not None
-        assert isinstance(words, TextState)
-        joined, text, _ = model.bridge.join(model.vision, model.text, state, words, (3, 7))
-        levels = [joined.patches(each) for each in (*joined.taps, model.vision.finish(joined))]
-        logits = model.segment(state, words)
-    for key, value in thinned(levels, text.tokens, text.sentence).items():
+    entering, logits = on_the_way(model, images, tokens)
+    for key, value in entering.items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-4)
     torch.testing.assert_close(logits[:, 0, ::2, ::2], expected["logits"], rtol=0, atol=1e-4)
     assert 0.02 < (logits > 0).double().mean() < 0.98
 
-    model.train()
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    logits = model(images, tokens)
+    logits = without_dropout(model.train())(images, tokens)
     loss = text_to_pixel_loss(logits, masks(variant.image_size))
     loss.backward()
     torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
     assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
-    gradients = {theirs(key): p.grad for key, p in model.named_parameters() if p.requires_grad}
-    assert len(gradients) == len(expected["gradients"])
     rel, floor = (1e-6, 1e-14) if variant.double else (1e-3, 1e-6)
-    floor *= expected["gradients"].norm().item()
-    for key, norm in zip(sorted(gradients), expected["gradients"].tolist(), strict=True):
-        gradient = gradients[key]
-        assert gradient is not None, key
-        assert gradient.double().norm().item() == pytest.approx(norm, rel=rel, abs=floor), key
+    assert_norms(gradients_of(model, theirs), expected["gradients"], rel, floor)
     trained = {theirs(key): value for key, value in model.named_buffers() if "running" in key}
-    sums = torch.stack([trained[key].double().sum() for key in sorted(trained)])
-    sizes = torch.stack([trained[key].double().norm() for key in sorted(trained)])
-    torch.testing.assert_close(torch.stack([sums, sizes]), expected["statistics"], rtol=1e-5, atol=1e-4)
+    found = torch.stack([sums(trained), norms(trained)])
+    torch.testing.assert_close(found, expected["statistics"], rtol=1e-5, atol=1e-4)
 
 
 def test_how_the_bridger_starts() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dcris.analysis import analyse, best_threshold
 from dcris.cli import main
-from dcris.config import DenseCrossConfig, RunConfig
+from dcris.config import DenseCrossConfig, RunConfig, override
 from dcris.data.dataset import TrainingSamples, all_questions, normalise
 from dcris.data.flip import swap_sides
 from dcris.data.references import load_references
@@ -101,9 +101,7 @@ def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path
         out = tmp_path / str(size)
         run_training(quick_config(2, ("data.image_size", str(size))), scenes_root, out)
         model, config = load_checkpoint(out)
-        found = answer_questions(
-            model, all_questions(table.split("test")), config.data, tokenizer_of(config.model.text), Cris(), device=CPU
-        )
+        found = answer_questions(model, all_questions(table.split("test")), config, Cris(), device=CPU)
         assert all(answer.mask().shape == answer.reference.image_size for answer in found)
         samples = TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
         sample = samples[0]
@@ -113,10 +111,8 @@ def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path
         assert torch.isfinite(logits[size]).all()
     # A model that was trained at one size also answers at another.
     model, config = load_checkpoint(tmp_path / "56")
-    finer = config.data.model_copy(update={"image_size": 112})
-    found = answer_questions(
-        model, all_questions(table.split("test")), finer, tokenizer_of(config.model.text), Cris(), device=CPU
-    )
+    finer = override(config, [("data.image_size", "112")])
+    found = answer_questions(model, all_questions(table.split("test")), finer, Cris(), device=CPU)
     assert sum(1 for _ in found) == len(all_questions(table.split("test")))
 
 
@@ -146,7 +142,7 @@ def test_the_threshold_is_chosen_on_another_split(
     record = json.loads(result.read_text())
     model, config = load_checkpoint(trained_run)
     questions = all_questions(load_references(scenes_root, "scenes").split("val"))
-    answers = [*answer_questions(model, questions, config.data, tokenizer_of(config.model.text), Cris(), device=CPU)]
+    answers = [*answer_questions(model, questions, config, Cris(), device=CPU)]
     curve = analyse(answers)["curve"]
     best = curve["thresholds"][int(np.argmax(curve["miou"]))]
     assert record["calibrated_on"] == "val"

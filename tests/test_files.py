@@ -12,7 +12,7 @@ import pytest
 
 from dcris import files
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_directory, write_file, write_json
+from dcris.files import claim, make_directory, read_json, write_directory, write_file, write_json
 from runs import leftovers
 
 
@@ -72,6 +72,13 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[Bas
         with pytest.raises(error):
             write(tmp_path / "target", stopped)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is at work is a note for people; a traceback about it would hide what the disk has no room for."""
+    monkeypatch.setattr(files.socket, "gethostname", full_disk)
+    with claim(tmp_path):
+        assert (tmp_path / "lock").read_text() == ""
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

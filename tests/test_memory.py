@@ -16,8 +16,9 @@ from dcris.adapters.base import adapters
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine import memory
+from dcris.engine import device, memory
 from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.device import free_memory
 from dcris.engine.distributed import Processes, divide_batch
 from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError
@@ -173,10 +174,13 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_several_passes_are_one_step(micro_batch: int) -> None:
-    """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another."""
-    config, batch = quick_config(1, ("train.batch_size", "5")), samples(5)
+@pytest.mark.parametrize(("recipe", "micro_batch"), [("dcris_tiny", 1), ("dcris_tiny", 2), ("barleria_tiny", 2)])
+def test_several_passes_are_one_step(recipe: str, micro_batch: int) -> None:
+    """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another.
+
+    BarLeRIa has a loss of its own, which is such a mean too.
+    """
+    config, batch = quick_config(1, ("train.batch_size", "5"), recipe=recipe), samples(5)
     weights, losses, ious = [], [], []
     for micro in (None, micro_batch):
         model = without_batch_norm(model_of(config)).double()
@@ -204,8 +208,8 @@ class Doubled(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        return self.model(images.double(), tokens)
+    def forward(self, images: Tensor, tokens: Tensor, share: float) -> Tensor:
+        return self.model(images.double(), tokens, share)
 
 
 # ---- the largest that fits -----------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
         return next(grown)
 
     monkeypatch.setattr(memory, "_grown_by", grow)
-    monkeypatch.setattr(memory, "_free_bytes", lambda: (moments + 3e8) / 0.9 + 1 if free is None else free)
+    monkeypatch.setattr(memory, "free_memory", lambda _: (moments + 3e8) / 0.9 + 1 if free is None else free)
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     search = partial(memory.largest_micro_batch, model, config, tokenizer, 6, CPU)
     if expected:
@@ -248,7 +252,23 @@ def test_growth_and_free_memory_are_real() -> None:
     torch.ones(100_000_000).sum()
     grown = memory._grown_by(lambda: torch.ones(50_000_000).sum())
     assert 1.9e8 < grown < 4e8
-    assert 1e8 < memory._free_bytes() < 1e14
+    assert 1e8 < free_memory(CPU) < 1e14
+
+
+def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is put through the network at once is measured by the machine, and the container's processes are killed."""
+    for name, content in {
+        "max": "max",
+        "current": "700",
+        "stat": "anon 100\nactive_file 50\ninactive_file 150",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    assert free_memory(CPU) > 1000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory(CPU) == 500  # what is cached of files gives way
+    (tmp_path / "memory.max").write_text("400\n")
+    assert free_memory(CPU) == 0
 
 
 def test_auto_is_recorded_and_not_searched_again(

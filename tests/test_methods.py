@@ -19,6 +19,7 @@ from dcris.adapters.lora import LoraConfig, LowRank
 from dcris.config import MethodConfig, RunConfig, override
 from dcris.encoders.blocks import Block, Slot, SlotContext
 from dcris.engine.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
+from dcris.engine.device import choose_precision
 from dcris.engine.train import _groups, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
@@ -26,7 +27,7 @@ from dcris.model.dcris import DCRIS
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
 from dcris.segmenter import Segmenter
 from models import error, images, randomise
-from runs import last_tensors, quick_config, run_training
+from runs import CPU, last_tensors, quick_config, run_training
 
 METHODS = [name for name in MethodConfig.names() if MethodConfig.find(name).__module__.startswith("dcris.")]
 MERGING = {"full", "bitfit", "lora"}
@@ -237,7 +238,10 @@ def test_many_phrases_on_one_image_are_as_single_calls(method: str) -> None:
 @torch.no_grad()
 def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path) -> None:
     """Else the quick form of a model is another model; what cannot be folded says so and is left as it is."""
-    segmenter = Segmenter(copy.deepcopy(tuned(method)), get_recipe(f"{method}_tiny"), device="cpu")
+    config = get_recipe(f"{method}_tiny")
+    other = torch.bfloat16 if choose_precision("auto", CPU) == torch.float32 else torch.float32
+    precision = str(other).removeprefix("torch.")
+    segmenter = Segmenter(copy.deepcopy(tuned(method)), config, device="cpu", precision=precision)
     expected = segmenter.model(PIXELS, PHRASES)
     if method not in MERGING:
         with pytest.raises(DcrisError, match="cannot be folded"):
@@ -245,6 +249,7 @@ def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path)
         assert torch.equal(segmenter.model(PIXELS, PHRASES), expected)
         return
     merged = segmenter.merged()
+    assert merged.dtype == segmenter.dtype == other  # as it was asked for, and not what the device would choose
     assert all(type(module) is Slot for module in merged.model.modules() if isinstance(module, Slot))
     assert error(merged.model(PIXELS, PHRASES), expected) < 1e-5 * expected.abs().max().item()
     assert torch.equal(segmenter.model(PIXELS, PHRASES), expected)

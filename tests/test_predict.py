@@ -88,6 +88,16 @@ def test_names_differ_on_any_file_system(tmp_path: Path) -> None:
     assert len({name.casefold() for name in names}) == 4
 
 
+def test_names_as_long_as_a_file_system_takes(model: Path, tmp_path: Path) -> None:
+    """Else one such photograph, where a letter takes three bytes, ends the work on all of them, however often it is begun."""
+    photos = make_photos(tmp_path / "photos", 2)
+    for number in range(2):
+        (photos / f"{number}.png").rename(photos / f"{chr(0x3042) * 83}{number}.png")
+    assert dcris("predict", model, photos, "-e", "cup", "--out", tmp_path / "out") == 0
+    assert [entry["file_name"] for entry in results(tmp_path / "out")] == sorted(path.name for path in photos.iterdir())
+    assert len({path.name for path in (tmp_path / "out").glob("*.mask.png")}) == 2
+
+
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     """ "photo [1].png" is what browsers call a second download."""
     Image.new("RGB", (4, 4)).save(tmp_path / "photo [1].png")

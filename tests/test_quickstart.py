@@ -38,6 +38,13 @@ def test_it_leaves_what_it_promises_and_can_be_called_again(short: None, tmp_pat
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
+def test_a_seed_that_no_run_takes_is_a_sentence(short: None, tmp_path: Path) -> None:
+    """Else the model is trained, and its checkpoint cannot be read."""
+    with pytest.raises(DcrisError, match=r"train\.seed"):
+        module.quickstart(tmp_path / "a", seed=2**32, device="cpu", say=lambda line: None)
+    assert not (tmp_path / "a").exists()
+
+
 def test_another_seed_does_not_train_on_the_first_ones_scenes(short: None, tmp_path: Path) -> None:
     """Means over seeds would be of one set of scenes if a folder's scenes were taken up whatever their seed."""
     module.quickstart(tmp_path / "a", seed=1, device="cpu", say=lambda line: None)

@@ -234,7 +234,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
     reference = load_references(scenes_root, "scenes").split("test")[0]
     questions = [(reference, expression) for expression in reference.expressions]
     scored = answer_questions(
-        segmenter.model, questions, segmenter.config.data, segmenter.tokenizer, segmenter.protocol, device=CPU
+        segmenter.model, questions, segmenter.config, segmenter.protocol, device=CPU, dtype=segmenter.dtype
     )
     from dcris.data.masks import decode_mask
 
@@ -253,6 +253,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
         (lambda s, p: s.predict(p, "ring", threshold=0), "between 0 and 1"),
         (lambda s, p: s.predict(p, "ring", threshold=float("nan")), "between 0 and 1"),
         (lambda s, p: s.predict(p.with_name("absent.jpg"), "ring"), r"no image file .*absent\.jpg"),
+        (lambda s, p: s.predict((p, p), "ring"), "several images are a list"),
         (lambda s, p: s.predict(np.zeros((4, 4, 2), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
         (lambda s, p: s.predict(np.zeros((2, 4, 4, 3), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
         (lambda s, p: s.predict([p], [["a"], ["b"]]), "phrases for 2 images, and 1 images"),

@@ -27,15 +27,15 @@ import torch
 from dcris.config import RunConfig, parse_config
 from dcris.data.dataset import all_questions, steps_per_epoch
 from dcris.data.references import load_references
-from dcris.data.scenes import write_scenes
+from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.checkpoint import list_checkpoints, load_checkpoint
-from dcris.engine.device import choose_device, choose_precision
+from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
+from dcris.engine.device import choose_device
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_file, write_json
+from dcris.files import make_directory, read_json, remove_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
 from dcris.paper import TABLES, WIDTHS, Row
 from dcris.protocols import Cris
@@ -175,6 +175,11 @@ class _Study:
         self.table = load_references(root or self._scenes(), None if _is_file(root) else self.default.data.dataset)
         self.data = self.table.sha256()
         self.splits = [split for split in self.table.splits() if split != self.default.data.train_split]
+        if not self.splits:
+            raise DcrisError(
+                f"{self.table.dataset} in {self.table.root} has nothing to score the rows on, only the split "
+                f"'{self.default.data.train_split}'; give a part of it another one, such as val or test"
+            )
         self.rows = [row for row in TABLES[name].rows if row.only in (None, size)]
         self.steps = steps or (TINY_STEPS if size == "tiny" and epochs is None else None)
         self.epochs = epochs
@@ -238,7 +243,7 @@ class _Study:
                 "data": config.data.model_copy(update=data),
             }
         )
-        return self._keyed(row, changed)
+        return self._keyed(row, parse_config(changed.model_dump(), "the settings given do not fit"))
 
     def _stretched(
         self, row: Row, jobs: dict[int, _Job], yardstick: dict[int, _Job]
@@ -286,7 +291,7 @@ class _Study:
             with _claim(self.out / "scenes.lock") as mine:
                 if mine and not (data / "scenes" / "refs(generated).p").exists():
                     self.say(f"generating {TRAIN_SCENES:,} scenes to train on and {TEST_SCENES} to test with")
-                    write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0)
+                    write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0, workers=cores())
             time.sleep(0 if mine else _POLL)
         return data
 
@@ -404,31 +409,18 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     config, tokenizer = job.config, tokenizer_of(job.config.model.text)
     model = build_model(config)
     counts = model.count_weights()
+    steps = total_steps(config.train, len(table.split(config.data.train_split)))
     _warm_up(model.to(device), config)
-    with _timed(job.folder, device):
+    with _timed(job.folder, steps, device):
         trained = train(model, config, table, tokenizer, job.folder, device=device, resume=True, say=lambda line: None)
     spent = read_json(job.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
     model.to(device)
-    dtype = choose_precision(config.train.precision, device)
     scores = {}
     for split in splits:
         questions = all_questions(table.split(split))
-        answers = list(
-            answer_questions(
-                model,
-                questions,
-                config.data,
-                tokenizer,
-                Cris(),
-                device=device,
-                dtype=dtype,
-                workers=config.data.workers,
-                keep_masks=False,
-            )
-        )
+        answers = list(answer_questions(model, questions, config, Cris(), device=device, keep_masks=False))
         scores[split] = result_record(answers, model, dataset=table.dataset, split=split, protocol=Cris())
-    steps = total_steps(config.train, len(table.split(config.data.train_split)))
     rate = spent["seconds"] / max(1, spent["steps"])
     result = {
         "key": job.key,
@@ -446,7 +438,7 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
 
 
 def _warm_up(model: DCRIS, config: RunConfig) -> None:
-    """Go through the model once, in both directions: what the libraries do on first use is nobody's time.
+    """Go through the model once, in both directions, and make an optimiser: what libraries do on first use is nobody's time.
 
     In evaluation mode, which draws no random number and leaves statistics alone.
     """
@@ -455,13 +447,23 @@ def _warm_up(model: DCRIS, config: RunConfig) -> None:
     tokens = torch.ones(2, config.data.word_length, dtype=torch.long, device=device)
     model(images, tokens).sum().backward()
     model.zero_grad(set_to_none=True)
+    # torch imports its compiler with the first one, which takes over a second.
+    torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device=device))], fused=True)
 
 
 @contextmanager
-def _timed(folder: Path, device: torch.device) -> Iterator[None]:
-    """Add what happens inside to the run's time.json: seconds, and steps that a checkpoint has kept."""
+def _timed(folder: Path, total: int, device: torch.device) -> Iterator[None]:
+    """Add what happens inside to the run's time.json: seconds, and steps of the `total` that a checkpoint has kept.
+
+    A run that was killed behind its last step, before its time was noted, is begun anew: without one it has no result.
+    """
     clock = time.process_time if device.type == "cpu" else time.monotonic
-    begin, before = clock(), _done(folder)
+    whole = sound_checkpoints(folder, lambda line: None)  # what a kill damaged must not count
+    before = whole[-1].step if whole else 0
+    if before >= total and not (folder / "time.json").exists():
+        remove_directory(folder / "checkpoints")
+        before = 0
+    begin = clock()
     try:
         yield
     finally:
@@ -493,9 +495,11 @@ def _claim(path: Path) -> Iterator[bool]:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError:  # the file system has no locks: there, too, one process at a time has to do
+            pass
         yield True
 
 

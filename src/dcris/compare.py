@@ -16,7 +16,6 @@ from dcris.analysis import METRICS, align, analyse, difference
 from dcris.answers import read_answers
 from dcris.config import Precision
 from dcris.data.dataset import Questions
-from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_precision
 from dcris.engine.evaluate import Answer, answer_questions
@@ -83,12 +82,10 @@ def answers_of(
         answer_questions(
             model.to(device),
             questions,
-            config.data,
-            tokenizer_of(config.model.text),
+            config,
             protocol,
             device=device,
             dtype=choose_precision(precision or config.train.precision, device),
-            workers=config.data.workers,
             progress=progress,
         )
     )

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from dcris.analysis import analyse
-from dcris.config import RunConfig, load_config, refuse_other_run
+from dcris.config import RunConfig, load_config, override, refuse_other_run
 from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
-from dcris.engine.device import choose_device, choose_precision
+from dcris.engine.device import choose_device
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train
@@ -43,8 +43,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
     """
     begin = time.monotonic()
     chosen = choose_device(device)
-    base = get_recipe("dcris_tiny")
-    config = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
+    config = override(get_recipe("dcris_tiny"), [("train.seed", str(seed))])
     data = out / "scenes"
     if (out / "config.json").exists():
         refuse_other_run(load_config(out / "config.json"), config, out)
@@ -84,18 +83,11 @@ def evaluate_both_ways(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
     references = table.split(split)
-    protocol, tokenizer = Cris(), tokenizer_of(config.model.text)
-    dtype = choose_precision(config.train.precision, device)
-
-    def answer(questions: Any) -> list[Answer]:
-        workers = config.data.workers
-        found = answer_questions(
-            model, questions, config.data, tokenizer, protocol, device=device, dtype=dtype, workers=workers
-        )
-        return list(found)
-
-    answers = answer(all_questions(references))
-    shuffled = answer(exchange_phrases(references))
+    protocol = Cris()
+    answers, shuffled = (
+        list(answer_questions(model, questions, config, protocol, device=device))
+        for questions in (all_questions(references), exchange_phrases(references))
+    )
     metrics = result_record(answers, model, dataset=table.dataset, split=split, protocol=protocol)
     analysis = analyse(answers, protocol.precision_includes_threshold)
     return answers, {

@@ -225,7 +225,7 @@ def fixed_tiny() -> RunConfig:
 def full_b() -> RunConfig:
     """Full tuning (table 2), all that is read of both towers. Paper: IoU 65.1 / 68.1 / 61.4. Here: unmeasured.
 
-    The paper does not say at what rate; a tenth for the towers is what CRIS does.
+    The paper does not say at what rate; a tenth for the towers is what CRIS's configurations say.
     """
     return _tuned(dcris_b(), "full_b", {"name": "full"}, tower_lr=0.1)
 

@@ -166,7 +166,8 @@ class Segmenter:
         """
         model = self.model.merged()
         config = self.config.model_copy(update={"model": model.config})
-        return Segmenter(model, config, device=str(self.device), origin=self.origin)
+        precision: Precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        return Segmenter(model, config, device=str(self.device), precision=precision, origin=self.origin)
 
     @cached_property
     def _towers(self) -> Towers:

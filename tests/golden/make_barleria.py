@@ -10,7 +10,6 @@ CLIP's file is never read. What comes out is as of make_etris.py, and
 """
 
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from stand_ins import in_double, stand_in_for_clip, stub_modules
+
 from barleria_layout import VARIANT, config_of, theirs, weights
 from dcris.model.dcris import DCRIS
-from detris_layout import masks
+from detris_layout import masks, norms
 from etris_layout import POSITIONS, inputs, thinned
+from models import without_dropout
 
 OUT = Path(__file__).with_name("barleria.safetensors")
 
@@ -118,12 +120,7 @@ def stub_imports() -> None:
         },
         "loguru": {"logger": None},
     }
-    for name, content in ready.items():
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__dict__.update(content)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, sys.modules[name])
+    stub_modules(ready)
 
 
 def build() -> nn.Module:
@@ -132,20 +129,7 @@ def build() -> nn.Module:
     import model.side_adapter.side_adapter as side_adapter
 
     text, width = 512, VARIANT.width
-    from_clip = {
-        "visual.proj": torch.zeros(1),
-        "visual.conv1.weight": torch.zeros(width, 3, 16, 16),
-        "visual.positional_embedding": torch.zeros(197, width),
-        **{f"visual.transformer.resblocks.{layer}.attn.in_proj_weight": torch.zeros(1) for layer in range(12)},
-        "positional_embedding": torch.zeros(77, text),
-        "ln_final.weight": torch.zeros(text),
-        "text_projection": torch.zeros(text, text),
-        "token_embedding.weight": torch.zeros(49408, text),
-        **{f"transformer.resblocks.{layer}.any": torch.zeros(1) for layer in range(12)},
-    }
-    archive = SimpleNamespace(eval=lambda: SimpleNamespace(state_dict=lambda: from_clip))
-    torch.jit.load = lambda *_, **__: archive
-    clip.CLIP.load_state_dict = lambda self, state, strict: None
+    stand_in_for_clip(clip, width, text)
     published = segmenter.set_snf
     segmenter.set_snf = lambda model, method, flow_dim=width, **more: published(model, method, flow_dim, **more)
     side_adapter.F = SimpleNamespace(
@@ -191,13 +175,9 @@ def build() -> nn.Module:
     with torch.no_grad():
         for name, value in unique.items():
             value.copy_(state[name])
-    for module in network.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
-    clip.LayerNorm.forward = nn.LayerNorm.forward  # theirs goes through float32
-    made: nn.Module = network.double()
+    without_dropout(network)
+    in_double(network, clip)
+    made: nn.Module = network
     return made
 
 
@@ -219,10 +199,7 @@ def main() -> None:
     train_logits, small, loss = network(images, tokens, truth)
     loss.backward()
     gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
-    norms = []
-    for name in sorted(ours):
-        parts = [gradients.pop(part) for part in theirs(name, 4)]
-        norms.append(torch.cat([part.flatten() for part in parts]).norm())
+    whole = {name: torch.cat([gradients.pop(part).flatten() for part in theirs(name, 4)]) for name in ours}
     assert not gradients, list(gradients)[:4]
     print(f"loss {loss.item():.4f}; shares of the masks {(logits > 0).float().mean((1, 2, 3)).tolist()}")
     side = made[0]["x"].flatten(2)
@@ -233,7 +210,7 @@ def main() -> None:
         "train_logits": train_logits[:, 0, ::2, ::2].contiguous(),
         "loss": F.binary_cross_entropy_with_logits(train_logits, small),
         "whole_loss": loss.detach(),
-        "gradients": torch.stack(norms),
+        "gradients": norms(whole),
     }
     save_file(golden, OUT)
     print(OUT, OUT.stat().st_size, "bytes")

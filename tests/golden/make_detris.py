@@ -17,7 +17,6 @@ Each variant has, in its own precision and with dropout off:
 """
 
 import sys
-import types
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,16 +30,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from detris_layout import COMPARED, HEAD, PHRASES, TEXT, VARIANTS, Variant, layout, masks, photograph, weights
+from stand_ins import in_double, stand_in_for_clip, stub_modules
+
+from detris_layout import (
+    COMPARED,
+    HEAD,
+    PHRASES,
+    TEXT,
+    VARIANTS,
+    Variant,
+    layout,
+    masks,
+    norms,
+    photograph,
+    sums,
+    weights,
+)
+from models import without_dropout
 
 OUT = Path(__file__).with_name("detris.safetensors")
 
 
 def stub_imports() -> None:
-    for name in ("fvcore", "fvcore.nn", "fvcore.nn.weight_init", "loguru", "lmdb", "pyarrow", "torchvision"):
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules["fvcore.nn"].__dict__["weight_init"] = sys.modules["fvcore.nn.weight_init"]
-    sys.modules["loguru"].__dict__["logger"] = None
+    empty = ("fvcore", "fvcore.nn", "fvcore.nn.weight_init", "lmdb", "pyarrow", "torchvision")
+    stub_modules({name: {} for name in empty} | {"loguru": {"logger": None}})
 
 
 def build(variant: Variant, dropout: bool = False) -> nn.Module:
@@ -49,22 +62,8 @@ def build(variant: Variant, dropout: bool = False) -> nn.Module:
     import model.segmenter as segmenter
     from model.dinov2.models import vision_transformer
 
-    from_clip = {
-        "visual.proj": torch.zeros(1),
-        "visual.conv1.weight": torch.zeros(64, 3, 16, 16),
-        "visual.positional_embedding": torch.zeros(197, 64),
-        "visual.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(1),
-        **{
-            name: torch.zeros(shape)
-            for name, shape in (("positional_embedding", (77, TEXT)), ("ln_final.weight", (TEXT,)))
-        },
-        "text_projection": torch.zeros(TEXT, TEXT),
-        "token_embedding.weight": torch.zeros(49408, TEXT),
-        **{f"transformer.resblocks.{layer}.any": torch.zeros(1) for layer in range(12)},
-    }
-    archive = SimpleNamespace(eval=lambda: SimpleNamespace(state_dict=lambda: from_clip))
+    stand_in_for_clip(clip, 64, TEXT)
     clip.adapt_position_encoding = lambda state, *_, **__: state
-    clip.CLIP.load_state_dict = lambda self, state, strict: None
     small = variant.width == 384
     segmenter.vit_base = vision_transformer.vit_small if small else vision_transformer.vit_base
     config = SimpleNamespace(
@@ -92,24 +91,15 @@ def build(variant: Variant, dropout: bool = False) -> nn.Module:
         intermediate=False,
         word_dim=TEXT,
     )
-    with (
-        patch.object(torch.jit, "load", lambda *_, **__: archive),
-        patch.object(torch, "load", lambda *_, **__: {}),
-    ):
+    with patch.object(torch, "load", lambda *_, **__: {}):
         network = segmenter.DETRIS(config)
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert expected == layout(variant), sorted(set(expected.items()) ^ set(layout(variant).items()))[:4]
     nn.Module.load_state_dict(network, weights(variant), strict=True)
-    for module in network.modules():
-        if dropout:
-            break
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
+    if not dropout:
+        without_dropout(network)
     if variant.double:
-        clip.LayerNorm.forward = nn.LayerNorm.forward  # theirs goes through float32
-        network.double()
+        in_double(network, clip)
     return network
 
 
@@ -149,13 +139,8 @@ def compute(variant: Variant) -> dict[str, Tensor]:
         "scores": scores,
         "train_logits": train_logits[:, 0, ::2, ::2].contiguous(),
         "loss": loss.detach(),
-        "gradients": torch.stack([gradients[name].double().norm() for name in sorted(gradients)]),
-        "statistics": torch.stack(
-            [
-                torch.stack([statistics[name].double().sum() for name in sorted(statistics)]),
-                torch.stack([statistics[name].double().norm() for name in sorted(statistics)]),
-            ]
-        ),
+        "gradients": norms(gradients),
+        "statistics": torch.stack([sums(statistics), norms(statistics)]),
     }
 
 

@@ -18,7 +18,6 @@ Each variant has, in its own precision and with dropout off:
 """
 
 import sys
-import types
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,35 +28,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from detris_layout import masks
+from stand_ins import in_double, stand_in_for_clip, stub_modules
+
+from detris_layout import masks, norms, sums
 from etris_layout import POSITIONS, VARIANTS, Variant, inputs, layout, thinned, weights
+from models import without_dropout
 
 OUT = Path(__file__).with_name("etris.safetensors")
 
 
 def build(variant: Variant) -> nn.Module:
     """The published model with the random weights. CLIP's file is never read; the position table is resized as published."""
-    sys.modules["loguru"] = types.ModuleType("loguru")
-    sys.modules["loguru"].__dict__["logger"] = None
+    stub_modules({"loguru": {"logger": None}})
     import model.clip as clip
     import model.segmenter as segmenter
     from model.bridger import Bridger_ViT
 
     text = 512
-    from_clip = {
-        "visual.proj": torch.zeros(1),
-        "visual.conv1.weight": torch.zeros(variant.width, 3, 16, 16),
-        "visual.positional_embedding": torch.zeros(197, variant.width),
-        **{f"visual.transformer.resblocks.{layer}.attn.in_proj_weight": torch.zeros(1) for layer in range(12)},
-        "positional_embedding": torch.zeros(77, text),
-        "ln_final.weight": torch.zeros(text),
-        "text_projection": torch.zeros(text, text),
-        "token_embedding.weight": torch.zeros(49408, text),
-        **{f"transformer.resblocks.{layer}.any": torch.zeros(1) for layer in range(12)},
-    }
-    archive = SimpleNamespace(eval=lambda: SimpleNamespace(state_dict=lambda: from_clip))
-    torch.jit.load = lambda *_, **__: archive
-    clip.CLIP.load_state_dict = lambda self, state, strict: None
+    stand_in_for_clip(clip, variant.width, text)
     segmenter.Bridger_VL = partial(Bridger_ViT, d_img=[variant.width] * 3)
     config = SimpleNamespace(
         clip_pretrain="",
@@ -83,14 +71,9 @@ def build(variant: Variant) -> nn.Module:
     visual = {"visual.positional_embedding": state[POSITIONS]}
     (state[POSITIONS],) = clip.adapt_position_encoding(visual, 16, variant.image_size).values()
     nn.Module.load_state_dict(network, state, strict=True)
-    for module in network.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
+    without_dropout(network)
     if variant.double:
-        clip.LayerNorm.forward = nn.LayerNorm.forward  # theirs goes through float32
-        network.double()
+        in_double(network, clip)
     return network
 
 
@@ -113,13 +96,8 @@ def compute(variant: Variant) -> dict[str, Tensor]:
         "logits": logits[:, 0, ::2, ::2].contiguous(),
         "train_logits": train_logits[:, 0, ::2, ::2].contiguous(),
         "loss": loss.detach(),
-        "gradients": torch.stack([gradients[name].double().norm() for name in sorted(gradients)]),
-        "statistics": torch.stack(
-            [
-                torch.stack([statistics[name].double().sum() for name in sorted(statistics)]),
-                torch.stack([statistics[name].double().norm() for name in sorted(statistics)]),
-            ]
-        ),
+        "gradients": norms(gradients),
+        "statistics": torch.stack([sums(statistics), norms(statistics)]),
     }
 
 

@@ -129,7 +129,13 @@ class BarleriaBridge(Bridge):
         return text.start(tokens)
 
     def join(
-        self, vision: VisionTower, text: TextTower, state: VisionState, words: TextState, taps: Collection[int]
+        self,
+        vision: VisionTower,
+        text: TextTower,
+        state: VisionState,
+        words: TextState,
+        taps: Collection[int],
+        share: float = 1.0,
     ) -> tuple[VisionState, TextFeatures, Tensor | None]:
         """Words among the patches, behind class token and registers; both towers; the side network."""
         guests = self.words_in(words.tokens)
@@ -142,7 +148,7 @@ class BarleriaBridge(Bridge):
         embedded = state.aside
         assert embedded is not None
         seen = [outputs[layer][:, -embedded.shape[1] :] for layer in self.fused]
-        patches = self.side(embedded, seen, finished.tokens)
+        patches = self.side(embedded, seen, finished.tokens, share)
         aside = self.out(patches).transpose(1, 2).unflatten(-1, state.grid)
         return replace(state, taps=tuple(outputs[layer] for layer in sorted(taps))), finished, aside
 
@@ -221,13 +227,14 @@ class SideNetwork(nn.Module):
         embedded: Tensor = self.patch_embed(images)
         return embedded.flatten(2).transpose(1, 2) + positions
 
-    def forward(self, patches: Tensor, seen: Sequence[Tensor], words: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, seen: Sequence[Tensor], words: Tensor, share: float = 1.0) -> Tensor:
         """What the side network makes of the patches.
 
         Args:
             patches: [B, N, S] as embedded.
             seen: [B, N, D] each: what the fused blocks of the vision tower made of them.
             words: [B, L, T] f_t.
+            share: of the batch whose mean loss is descended, these are so much.
 
         Returns [B, N, S].
         """
@@ -246,7 +253,7 @@ class SideNetwork(nn.Module):
             x = self._fuse(number, x, seen)
         result = x[:, -patches.shape[1] :]
         if self.training and self.reconstruction and torch.is_grad_enabled():
-            penalty = self.reconstruction * self._penalty(entered, left)
+            penalty = share * self.reconstruction * self._penalty(entered, left)
             result = _WithPenalty.apply(result, penalty)  # type: ignore[no-untyped-call]
         return result
 
@@ -281,10 +288,7 @@ class SideNetwork(nn.Module):
 
 
 class _WithPenalty(torch.autograd.Function):
-    """A tensor as it is, whose backward pass also descends a penalty: as if it were added to the loss, which no method sees.
-
-    It presumes that what is descended is the mean loss over the batch, with the factor 1.
-    """
+    """A tensor as it is, whose backward pass also descends a penalty: as if it were added to the loss, which no method sees."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, penalty: Tensor) -> Tensor:

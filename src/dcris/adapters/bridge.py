@@ -26,7 +26,13 @@ class Bridge(nn.Module):
         raise NotImplementedError
 
     def join(
-        self, vision: VisionTower, text: TextTower, state: VisionState, words: TextState, taps: Collection[int]
+        self,
+        vision: VisionTower,
+        text: TextTower,
+        state: VisionState,
+        words: TextState,
+        taps: Collection[int],
+        share: float = 1.0,
     ) -> tuple[VisionState, TextFeatures, Tensor | None]:
         """Run both towers to their ends.
 
@@ -34,6 +40,7 @@ class Bridge(nn.Module):
             vision, text: the towers.
             state, words: where they stopped, pair by pair.
             taps: the visual blocks (from 0) whose outputs, as the next block reads them, are wanted in the state returned.
+            share: of the batch, as of DCRIS.forward, for a bridge with a loss of its own.
 
         Returns the vision tower's state, not yet normalised; the text; and [B, C, h, w] to be added to what the neck makes, or
         None.

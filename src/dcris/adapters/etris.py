@@ -128,7 +128,13 @@ class EtrisBridge(Bridge):
         return text.advance(text.start(tokens), self.text_layers[0] + 1)
 
     def join(
-        self, vision: VisionTower, text: TextTower, state: VisionState, words: TextState, taps: Collection[int]
+        self,
+        vision: VisionTower,
+        text: TextTower,
+        state: VisionState,
+        words: TextState,
+        taps: Collection[int],
+        share: float = 1.0,
     ) -> tuple[VisionState, TextFeatures, Tensor | None]:
         """Stage after stage, and the rest of the blocks."""
         before = None

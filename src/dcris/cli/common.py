@@ -57,12 +57,15 @@ def complain(text: str) -> None:
         print(f"dcris: {one_line(text)}", file=sys.stderr, flush=True)
 
 
-def leave(stop: Any, quiet: bool = False) -> NoReturn:
-    """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal."""
+def leave(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:
+    """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal.
+
+    `again` is what goes on from where it stopped.
+    """
     with suppress(ValueError):  # where this is not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would take the place of the sentence
     if not quiet:
-        complain(str(stop))
+        complain(f"stopped at step {stop.checkpoint.step}; {again} goes on from {stop.checkpoint.path}")
     sys.exit(stop.exit_code)
 
 

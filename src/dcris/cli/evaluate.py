@@ -100,7 +100,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.analysis import analyse, best_threshold
     from dcris.answers import write_answers
     from dcris.data.dataset import Questions, all_questions
-    from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.checkpoint import load_checkpoint
     from dcris.engine.device import choose_device, choose_precision
     from dcris.engine.distributed import processes
@@ -126,13 +125,11 @@ def _evaluate(args: argparse.Namespace) -> None:
                 found = answer_questions(
                     model,
                     questions,
-                    config.data,
-                    tokenizer_of(config.model.text),
+                    config,
                     protocol,
                     device=device,
                     dtype=choose_precision(args.precision or config.train.precision, device),
                     batch_size=args.batch_size,
-                    workers=config.data.workers,
                     share=share,
                     keep_masks=keep_masks,
                     progress=lambda done: bar.update(done - bar.n),

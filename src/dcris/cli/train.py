@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace) -> None:
             _train_in(group, args)
         except Interrupted as stop:
             leave_together(group)
-            leave(stop, quiet=not group.first)
+            leave(stop, "`--resume`", quiet=not group.first)
 
 
 def _train_in(group: Any, args: argparse.Namespace) -> None:

@@ -111,6 +111,10 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
         return read_image(Path(image))
     if isinstance(image, Image.Image):
         return to_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise DcrisError(
+            f"an image is a path, a PIL image or a numpy array, and this is a {type(image).__name__}; several images are a list"
+        )
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
         raise DcrisError(

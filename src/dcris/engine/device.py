@@ -1,13 +1,15 @@
 """Where the work is done and in which precision."""
 
-import contextlib
-from contextlib import AbstractContextManager
+import os
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 
 from dcris.config import Precision
 from dcris.errors import DcrisError
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -40,16 +42,35 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Work in `dtype` inside; weights stay in float32."""
     if dtype == torch.float32:
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device.type, dtype)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device: of a GPU, or of the machine (where that does not say, 4 GiB are assumed)."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a device: of a GPU, or of the machine and within what a container may use.
+
+    Where the system does not say, half of what is built in, and where it does not even say that, 4 GiB.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return 4 * 2**30
+        free = [kilobytes("/proc/meminfo")["MemAvailable"]]
+    except (OSError, KeyError):  # not on Linux
+        try:
+            free = [0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        except (AttributeError, OSError, ValueError):  # on Windows
+            free = [4.0 * 2**30]
+    with suppress(OSError, ValueError):
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((_CGROUP / "memory.current").read_text())
+            caches = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            used -= sum(int(value) for name, value in caches if name in {"inactive_file", "active_file"})
+            free.append(float(int(limit) - used))
+    return max(0.0, min(free))
+
+
+def kilobytes(file: str) -> dict[str, float]:
+    """The bytes that one of Linux's lists of "Name: 123 kB" gives."""
+    lines = (line.split() for line in Path(file).read_text().splitlines())
+    return {words[0].rstrip(":"): 1024.0 * int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}

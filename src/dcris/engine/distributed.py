@@ -169,16 +169,18 @@ def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator
 
     Raises DcrisError where the description is not whole or the others cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes()
-        return
+    group = Processes()
     try:
-        rank, count, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        group = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+            rank, count, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            group = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except (KeyError, ValueError) as error:
         raise DcrisError(
-            f"WORLD_SIZE is set, but RANK or LOCAL_RANK is not a number ({error}); start several processes with torchrun"
+            f"WORLD_SIZE is set, but it, RANK or LOCAL_RANK is not a number ({error}); start several processes with torchrun"
         ) from error
+    if group.count == 1:
+        yield group
+        return
     on_cuda = torch.cuda.is_available() and device != "cpu"
     if on_cuda:
         if local_rank >= torch.cuda.device_count():

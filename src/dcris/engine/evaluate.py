@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcris.config import DataConfig
+from dcris.config import RunConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.tokenizer import Tokenizer
+from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import fingerprint
-from dcris.engine.device import autocast
+from dcris.engine.device import autocast, choose_precision
 from dcris.engine.distributed import Processes
 from dcris.metrics import Overlap, overlap_curve, summarise
 from dcris.model.dcris import DCRIS
@@ -53,14 +53,12 @@ class Answer:
 def answer_questions(
     model: DCRIS,
     questions: Questions,
-    config: DataConfig,
-    tokenizer: Tokenizer,
+    config: RunConfig,
     protocol: Protocol,
     *,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     batch_size: int = 8,
-    workers: int = 0,
     share: tuple[int, int] = (0, 1),
     keep_masks: bool = True,
     progress: Callable[[int], None] = lambda done: None,
@@ -74,12 +72,10 @@ def answer_questions(
     Args:
         model: on `device`, in evaluation mode.
         questions: expressions, each with the reference whose mask is its truth.
-        config: how photographs and phrases become tensors.
-        tokenizer: of the model's text tower.
+        config: of the run that trained it: how photographs and phrases become tensors, and how many processes read them.
         protocol: how photographs become squares, logits masks, and on what those are compared.
-        device, dtype: where and in which precision.
+        device, dtype: where and in which precision; the run's own by default.
         batch_size: photographs that are read, and moved to the device, together.
-        workers: processes that read photographs.
         share: (k, n) for the k-th of n processes, which answers for every n-th photograph.
         keep_masks: whether answers hold their masks.
         progress: called with the number of expressions done so far.
@@ -87,10 +83,11 @@ def answer_questions(
     Raises DcrisError where a photograph or mask cannot be read.
     """
     done = 0
+    dtype = dtype or choose_precision(config.train.precision, device)
     model = prepare_for_prediction(model, dtype)
-    tasks = ImageTasks(questions, config, tokenizer, protocol.fit, share)
-    for group in task_loader(tasks, images=batch_size, workers=workers):
-        images = normalise(torch.stack([task.image for task in group]).to(device), config)
+    tasks = ImageTasks(questions, config.data, tokenizer_of(config.model.text), protocol.fit, share)
+    for group in task_loader(tasks, images=batch_size, workers=config.data.workers):
+        images = normalise(torch.stack([task.image for task in group]).to(device), config.data)
         for task, image in zip(group, images, strict=True):
             yield from _answer_task(model, task, image[None], protocol, device, dtype, keep_masks)
             done += len(task.questions)

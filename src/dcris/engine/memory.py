@@ -1,6 +1,5 @@
 """The largest micro batch that fits a device, found by trial."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,11 +11,13 @@ from dcris.config import RunConfig, load_config
 from dcris.data.dataset import normalise
 from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.recompute import statistics_kept
-from dcris.engine.device import autocast, choose_precision
+from dcris.engine.device import autocast, choose_precision, free_memory, kilobytes
 from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
+
+_CPU = torch.device("cpu")
 
 _USED = 0.9
 """Of the memory that is free, so much may be taken: loader, checkpoints and fragments want some too."""
@@ -144,7 +145,7 @@ def _try_on_cuda(run: Callable[[int], None], sizes: Sequence[int], device: torch
 
 
 def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], kept: int, neighbours: int) -> int:
-    room = _free_bytes() * _USED / neighbours - kept
+    room = free_memory(_CPU) * _USED / neighbours - kept
     best, took = 0, 0.0
     for size in sizes:
         # As if all of it grew with the size: a little too careful, since a part does not.
@@ -169,30 +170,7 @@ def _grown_by(act: Callable[[], None]) -> float:
 def _resident(field: str) -> float:
     """Bytes of this process in memory: now (VmRSS), or at its height (VmHWM), which is also all that systems but Linux know."""
     with suppress(OSError):
-        return _kilobytes("/proc/self/status")[field]
+        return kilobytes("/proc/self/status")[field]
     import resource  # there is none on Windows
 
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _free_bytes() -> float:
-    """Bytes of memory that are free for this process: the machine's, and within what a container may use."""
-    try:
-        free = [_kilobytes("/proc/meminfo")["MemAvailable"]]
-    except OSError:  # not on Linux: half of what is built in
-        free = [0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    cgroup = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((cgroup / "memory.current").read_text())
-            caches = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-            used -= sum(int(value) for name, value in caches if name in {"inactive_file", "active_file"})
-            free.append(float(int(limit) - used))
-    return min(free)
-
-
-def _kilobytes(file: str) -> dict[str, float]:
-    """The bytes that one of Linux's lists of "Name: 123 kB" gives."""
-    lines = (line.split() for line in Path(file).read_text().splitlines())
-    return {words[0].rstrip(":"): 1024.0 * int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}

@@ -74,7 +74,8 @@ class Interrupted(Exception):
     """Ctrl-C, or a request to end, after the checkpoint it asked for was written."""
 
     def __init__(self, number: int, checkpoint: Checkpoint) -> None:
-        super().__init__(f"stopped at step {checkpoint.step}; `--resume` goes on from {checkpoint.path}")
+        super().__init__(f"stopped at step {checkpoint.step}; a resumed run goes on from {checkpoint.path}")
+        self.checkpoint = checkpoint
         self.exit_code = 128 + number
 
 
@@ -239,7 +240,7 @@ def _train(
     if not settings.shard_towers:  # those are FSDP's to hold
         hold_frozen(model, dtype)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
-    shown = partial(_answers, model, config, panel_questions(questions), tokenizer, device, dtype, keep_masks=True)
+    shown = partial(answer_questions, model, panel_questions(questions), config, Cris(), device=device, dtype=dtype)
     skipped = Skipped(len(samples), say)
     begin = time.monotonic()
 
@@ -250,9 +251,7 @@ def _train(
 
     def validate(saved: Checkpoint) -> None:
         # After saving: validation may be long, and a photograph of that split may be broken.
-        scores = _validate(
-            model, config, questions, tokenizer, device, dtype, group, lambda answer: pending.number is None
-        )
+        scores = _validate(model, config, questions, device, dtype, group, lambda answer: pending.number is None)
         end_if_asked(saved)  # the scores are of a part, then
         # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
         panels = [*shown()] if settings.shard_towers and settings.trackers else None
@@ -412,10 +411,10 @@ class _Step:
             torch.manual_seed((self.config.train.seed * 1_000_003 + step + places.start * _SPREAD) % 2**63)
             images = normalise(batch.images[part].to(self.device, non_blocking=True), self.config.data)
             tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
-            with autocast(self.device, self.dtype):
-                logits = self.model(images, tokens)
             # The mean over the batch is the sum of the passes' means, each by its share of the batch.
             share = len(places) / self.batch_size
+            with autocast(self.device, self.dtype):
+                logits = self.model(images, tokens, share)
             loss = training_loss(logits, masks, self.config.train.dice_weight) * share
             loss.backward()
             losses.append(loss.detach())
@@ -448,7 +447,6 @@ def _validate(
     model: DCRIS,
     config: RunConfig,
     questions: Questions,
-    tokenizer: Tokenizer,
     device: torch.device,
     dtype: torch.dtype,
     group: Processes,
@@ -456,41 +454,17 @@ def _validate(
 ) -> dict[str, float]:
     """Scores in percent on the validation split's first sentences, as the CRIS family validates while training.
 
-    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split.
+    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split. The model is left
+    in evaluation mode.
     """
-    answer = partial(_answers, model, config, questions, tokenizer, device, dtype)
+    model.eval()
+    answer = partial(answer_questions, model, questions, config, Cris(), device=device, dtype=dtype, keep_masks=False)
     if config.train.shard_towers:
         # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
         answers: Iterable[Answer] = answer()
     else:
         answers = answer_together(group, questions, lambda share: takewhile(wanted, answer(share=share)))
     return summarise(answer.overlap for answer in answers)
-
-
-def _answers(
-    model: DCRIS,
-    config: RunConfig,
-    questions: Questions,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-    keep_masks: bool = False,
-    share: tuple[int, int] = (0, 1),
-) -> Iterator[Answer]:
-    model.eval()
-    workers = config.data.workers
-    return answer_questions(
-        model,
-        questions,
-        config.data,
-        tokenizer,
-        Cris(),
-        device=device,
-        dtype=dtype,
-        workers=workers,
-        share=share,
-        keep_masks=keep_masks,
-    )
 
 
 class _Pending:

@@ -130,12 +130,15 @@ class DCRIS(nn.Module):
             return self.bridge.see(self.vision, images, taps)
         return self.vision.advance(self.vision.start(images), self.vision.first_text_step, taps=taps)
 
-    def segment(self, state: VisionState, text: TextFeatures | TextState) -> Tensor:
-        """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w]."""
+    def segment(self, state: VisionState, text: TextFeatures | TextState, share: float = 1.0) -> Tensor:
+        """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w].
+
+        `share` is as of `forward`.
+        """
         taps, aside = self.config.head.taps, None
         if self.bridge is not None:
             assert isinstance(text, TextState)
-            state, text, aside = self.bridge.join(self.vision, self.text, state, text, taps)
+            state, text, aside = self.bridge.join(self.vision, self.text, state, text, taps, share)
         assert isinstance(text, TextFeatures)
         if self.bridge is None:
             state = self.vision.advance(state, text=text.tokens, padding=text.padding, taps=taps)
@@ -143,6 +146,10 @@ class DCRIS(nn.Module):
         logits: Tensor = self.head(levels, text, aside)
         return logits
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised images and [B, L] tokens, pair by pair -> logits [B, 1, 4h, 4w] (h = H / 14)."""
-        return self.segment(self.encode_images(images), self.encode_text(tokens))
+    def forward(self, images: Tensor, tokens: Tensor, share: float = 1.0) -> Tensor:
+        """[B, 3, H, W] normalised images and [B, L] tokens, pair by pair -> logits [B, 1, 4h, 4w] (h = H / 14).
+
+        In training, `share` is how much of the batch, whose mean loss is descended, these pairs are: a method with a loss of
+        its own (barleria) descends it by that.
+        """
+        return self.segment(self.encode_images(images), self.encode_text(tokens), share)

@@ -3,6 +3,7 @@
 import csv
 import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from dcris.errors import DcrisError
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts"}
 _MADE = re.compile(r"\.(\d+\.(mask|overlay|cutout)\.png|overlay\.mp4)$")
+_LONGEST_NAME = 200
+"""Bytes. File systems take 255; what an image's files are called is longer by endings, and by more while they are written."""
+
 _PHRASE_KEYS = ("phrase", "expression", "phrases", "expressions")
 
 
@@ -127,14 +131,19 @@ def _is_file(path: Path, endings: set[str], out: Path | None) -> bool:
 
 
 def _names(shown: Sequence[PurePath]) -> Iterator[str]:
-    """A name for each: its path without the ending, with a number where another has the same."""
+    """A name for each: its path without the ending, cut where it is long, with a number where another has the same."""
     taken: set[str] = set()
     for path in shown:
-        stem = path.with_suffix("").as_posix() if path.suffix else path.as_posix()
+        stem = path.with_name(_cut(path.stem)).as_posix() if path.name else path.as_posix()
         numbered = (f"{stem}~{number}" for number in count(2))
         name = next(name for name in chain([stem], numbered) if name.casefold() not in taken)
         taken.add(name.casefold())
         yield name
+
+
+def _cut(name: str) -> str:
+    raw = os.fsencode(name)
+    return name if len(raw) <= _LONGEST_NAME else raw[:_LONGEST_NAME].decode(errors="ignore")
 
 
 def _table_pairs(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Any, Any]]:
