@@ -44,7 +44,7 @@ from dcris.report.ablation import Measured, write_ablation
 from dcris.version import __version__
 
 Size = Literal["tiny", "b"]
-TINY_STEPS = 240
+TINY_STEPS = 100
 TRAIN_SCENES, TEST_SCENES = 3000, 60
 _TINY_STEP = 0.17
 """Seconds of a step of dcris_tiny on one thread of an AMD EPYC (Zen 3): for the estimate before anything was measured."""
