@@ -68,12 +68,11 @@ class _FitGraph(nn.Module):
         self.register_buffer("finer", torch.from_numpy(finer).float())
 
     def forward(self, photograph: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # As tensors, since the exporter does not calculate with sizes; in float64, which a large photograph's positions need.
+        # As tensors, since the exporter does not calculate with sizes.
         height, width = (torch.arange(1, size + 1, dtype=torch.float64)[-1] for size in photograph.shape[:2])
         step = torch.maximum(height, width) / self.side
-        square = (torch.arange(self.side, dtype=torch.float64) - self.side / 2) * step
-        lines = self._sample(photograph, square + height / 2, height, self.border)
-        pixels = self._sample(lines.transpose(0, 1), square + width / 2, width, torch.zeros(3)) + self.border
+        lines = self._sample(photograph, self._there(height, step), height, self.border)
+        pixels = self._sample(lines.transpose(0, 1), self._there(width, step), width, torch.zeros(3)) + self.border
         image = normalise(pixels.round().clamp(0, 255).permute(2, 1, 0), self.data)
         rows, columns = (
             self._back((torch.arange(size, dtype=torch.float64) - length / 2) / step + self.side / 2)
@@ -81,12 +80,22 @@ class _FitGraph(nn.Module):
         )
         return image, rows, columns.t()
 
+    def _there(self, length: Tensor, step: Tensor) -> Tensor:
+        """Where the square's lines lie on the photograph: [S] float32.
+
+        By way of corners in float32, as Letterbox and cv2 have it: what lies between two grey values is rounded alike then.
+        """
+        start = ((self.side - length / step) / 2).float().double()
+        scale = ((length / step + start).float().double() - start) / length
+        return torch.arange(self.side).float() * (1 / scale).float() - (start / scale).float()
+
     @staticmethod
     def _sample(picture: Tensor, positions: Tensor, length: Tensor, border: Tensor) -> Tensor:
         """What a picture [length, n, 3] has more than the border at positions [S] of its first axis, bicubic: [S, n, 3]."""
         taps = positions.floor()[:, None] + torch.arange(-1, 3)
-        inside = (taps >= 0) & (taps < length)
-        weights = torch.where(inside, _bicubic((positions[:, None] - taps).abs()), 0.0).float()
+        weights = _bicubic((positions[:, None] - taps[:, :3]).abs())
+        weights = torch.cat((weights, 1 - weights.sum(1, keepdim=True)), 1)  # cv2's fourth is what the others leave
+        weights = torch.where((taps >= 0) & (taps < length), weights, 0.0)
         found = picture[torch.minimum(taps.clamp(min=0), length - 1).long()].float() - border
         return (weights[..., None, None] * found).sum(1)
 
