@@ -1,5 +1,6 @@
 """The packages that people install: whole, small, and of use outside the source tree."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -74,7 +75,9 @@ def test_version_and_pythons_are_told(packages: Path) -> None:
     assert "Requires-Python: >=3.11\n" in text
     for python in ("3.11", "3.12", "3.13"):
         assert f"Classifier: Programming Language :: Python :: {python}\n" in text
-    for extra in ("data", "dev", "docs", "export", "tensorboard", "wandb", "web"):
-        assert f"Provides-Extra: {extra}\n" in text
+    extras = set(re.findall(r"^Provides-Extra: (\S+)$", text, re.M))
+    assert {"data", "dev", "docs", "export", "lora", "tensorboard", "video", "wandb", "web"} <= extras
+    table = re.findall(r"^\| (`.+?) \|", (REPOSITORY / "docs/install.md").read_text(encoding="utf-8"), re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(table))) == extras
     done = subprocess.run([sys.executable, "-m", "dcris", "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == f"dcris {dcris.__version__}\n"

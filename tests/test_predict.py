@@ -567,6 +567,18 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert written(out) | {"video": (out / "clip.overlay.mp4").stat().st_mtime_ns} == before
 
 
+def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """Whoever waits for their frames must hear of it; whoever has none must not."""
+    pytest.importorskip("av")
+    clip = make_video(tmp_path / "clip.mp4", 2)
+    ask = ("predict", model, photos / "0.png", "-e", "cup", "--format", "label-studio")
+    assert dcris(*ask, clip, "--out", tmp_path / "both") == 0
+    assert "label_studio.json holds photographs alone, none of the videos" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "both/label_studio.json").read_text())) == 1
+    assert dcris(*ask, "--out", tmp_path / "photo") == 0
+    assert "videos" not in capsys.readouterr().out
+
+
 def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
     """The same network, threshold and colours as for pictures."""
     pytest.importorskip("av")

@@ -5,6 +5,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +31,7 @@ from dcris.cli import main
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.web.desk import BusyError, Desk, Limits, Visit, Visits, masks_zip
+from dcris.web.desk import BusyError, Desk, Limits, Visit, Visits, coco_results, masks_zip
 from dcris.web.page import make_app
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
@@ -180,6 +182,25 @@ def test_the_api_answers_as_the_segmenter(address: str, segmenter: Segmenter) ->
             np.testing.assert_array_equal(decode_mask(record["segmentation"], answer.mask.shape), answer.mask)
             assert record["score"] == round(answer.score, 6)
             assert record["file_name"] == "a.png"
+
+
+def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: Path) -> None:
+    """What docs/web.md tells programs to send, word for word but for the address, is answered."""
+    (tmp_path / "photo.jpg").write_bytes(picture(kind="JPEG"))
+    expected = segmenter.predict(tmp_path / "photo.jpg", ["left circle", "small red star"])
+    page = (Path(__file__).parents[1] / "docs/web.md").read_text(encoding="utf-8")
+    api = page.partition("## The API")[2].replace("http://127.0.0.1:7860", address)
+    (shell, python) = (re.findall(rf"^```{language}\n(.*?)^```$", api, re.M | re.S)[0] for language in ("sh", "python"))
+
+    def printed(*words: str) -> str:
+        return subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+
+    records = coco_results(expected, "")
+    lines = [f"{record['phrase']} {record['score']} {record['bbox']}" for record in records]
+    assert printed(sys.executable, "-c", python).splitlines() == lines
+    if shutil.which("curl"):
+        found = json.loads(printed("bash", "-c", shell))
+        assert [record["segmentation"] for record in found] == [record["segmentation"] for record in records]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""A trained model as ONNX, for programs without torch: the phrase's half and the photograph's half as two graphs.
+"""A trained model as ONNX, for programs without torch: the way into the square and back, the phrase's half, the photograph's.
 
-Shape letters: I images, B phrases, S side of the network's square, L text tokens, T and E widths of f_t and f_s, h w grid.
+Shape letters: I images, B phrases, H W pixels of a photograph, S side of the network's square, L text tokens, T and E widths of
+f_t and f_s, h w grid.
 """
 
 import copy
@@ -18,30 +19,96 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dcris.config import RunConfig
-from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, tokenizer_of
+from dcris.config import DataConfig, RunConfig
+from dcris.data.dataset import letterbox_colour, normalise, to_square
+from dcris.data.fits import Letterbox
+from dcris.data.sampling import resize_matrix
+from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, tokenizer_of
 from dcris.encoders.clip_text import TextFeatures
 from dcris.encoders.vision import interpolate_positions
 from dcris.errors import DcrisError
 from dcris.files import write_directory, write_json
 from dcris.model.dcris import DCRIS
+from dcris.protocols import Cris
 from dcris.segmenter import Segmenter
 from dcris.version import __version__
 
 OPSET = 20
 """The first that has the exact GELU as one operator. ONNX Runtime knows it since 1.17."""
 
-TEXT, IMAGE, SETTINGS = "text.onnx", "image.onnx", "model.json"
+FIT, TEXT, IMAGE, SETTINGS = "fit.onnx", "text.onnx", "image.onnx", "model.json"
 FEATURES = ("f_t", "f_s", "padding")
 
 _CHECKED = ((1, 1), (2, 3))
 """Numbers of images and of phrases at which the graphs are compared with the model."""
 
+_PHOTOGRAPHS = ((60, 90), (700, 333))
+"""Heights and widths at which the way into the square and back is compared."""
+
 _TOLERANCE = 1e-3
 """How far a probability may be off. Rounding alone moves it by some millionths."""
 
-_INT8_TOLERANCE = 0.1
+_INT8_TOLERANCE = 0.05
 """How far it may be off on average with weights of 8 bits."""
+
+
+class _FitGraph(nn.Module):
+    """A photograph [H, W, 3] uint8 -> image [3, S, S], and rows [H, 4h] and columns [4w, W], which bring a map of it back.
+
+    dcris.data.fits.Letterbox and dcris.protocols.Cris in operators that every runtime has, so that nobody has to write them
+    again. Both keep the photograph's middle in the square's, which says the same as their corners do.
+    """
+
+    def __init__(self, data: DataConfig, cells: int) -> None:
+        super().__init__()
+        self.side = data.image_size
+        self.data = data
+        self.register_buffer("border", torch.tensor(letterbox_colour(data)).round())
+        finer = resize_matrix(cells, self.side, "bicubic", align_corners=True)
+        self.register_buffer("finer", torch.from_numpy(finer).float())
+
+    def forward(self, photograph: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # As tensors, since the exporter does not calculate with sizes.
+        height, width = (torch.arange(1, size + 1, dtype=torch.float64)[-1] for size in photograph.shape[:2])
+        step = torch.maximum(height, width) / self.side
+        lines = self._sample(photograph, self._there(height, step), height, self.border)
+        pixels = self._sample(lines.transpose(0, 1), self._there(width, step), width, torch.zeros(3)) + self.border
+        image = normalise(pixels.round().clamp(0, 255).permute(2, 1, 0), self.data)
+        rows, columns = (
+            self._back((torch.arange(size, dtype=torch.float64) - length / 2) / step + self.side / 2)
+            for size, length in zip(photograph.shape[:2], (height, width), strict=True)
+        )
+        return image, rows, columns.t()
+
+    def _there(self, length: Tensor, step: Tensor) -> Tensor:
+        """Where the square's lines lie on the photograph: [S] float32.
+
+        By way of corners in float32, as Letterbox and cv2 have it: what lies between two grey values is rounded alike then.
+        """
+        start = ((self.side - length / step) / 2).float().double()
+        scale = ((length / step + start).float().double() - start) / length
+        return torch.arange(self.side).float() * (1 / scale).float() - (start / scale).float()
+
+    @staticmethod
+    def _sample(picture: Tensor, positions: Tensor, length: Tensor, border: Tensor) -> Tensor:
+        """What a picture [length, n, 3] has more than the border at positions [S] of its first axis, bicubic: [S, n, 3]."""
+        taps = positions.floor()[:, None] + torch.arange(-1, 3)
+        weights = _bicubic((positions[:, None] - taps[:, :3]).abs())
+        weights = torch.cat((weights, 1 - weights.sum(1, keepdim=True)), 1)  # cv2's fourth is what the others leave
+        weights = torch.where((taps >= 0) & (taps < length), weights, 0.0)
+        found = picture[torch.minimum(taps.clamp(min=0), length - 1).long()].float() - border
+        return (weights[..., None, None] * found).sum(1)
+
+    def _back(self, positions: Tensor) -> Tensor:
+        """Positions [n] on the square -> [n, 4h], by way of the square's pixels, with zeros around."""
+        return _bicubic((positions[:, None] - torch.arange(self.side)).abs()).float() @ self.finer
+
+
+def _bicubic(distance: Tensor) -> Tensor:
+    """Keys' kernel with a = -0.75, as dcris.data.sampling has it."""
+    near = (1.25 * distance - 2.25) * distance**2 + 1
+    far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
 
 
 class _TextGraph(nn.Module):
@@ -82,15 +149,18 @@ class _ImageGraph(nn.Module):
 def export_onnx(
     segmenter: Segmenter, out: Path, *, int8: bool = False, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
-    """Write a folder with text.onnx, image.onnx and model.json: the model in float32, checked against PyTorch.
+    """Write a folder with fit.onnx, text.onnx, image.onnx and model.json: the model in float32, checked against PyTorch.
 
-    text.onnx takes `tokens` [B, L] int64 to `f_t` [B, L, T], `f_s` [B, E] and `padding` [B, L] bool. image.onnx takes `images`
-    [I, 3, S, S] (normalised, letterboxed), `image_index` [B] int64 (the image of each phrase) and those three to `logits`
-    [B, 1, 4h, 4w]. I and B are free; what comes before the first adapter that reads the text is computed once an image. L is
-    fixed, since a text adapter may look ahead. model.json holds what a program has to know beside them: mean, standard
-    deviation, size, word length, threshold, tokenizer. The graphs' metadata hold the same, but for the tokenizer's words.
+    - fit.onnx takes a `photograph` [H, W, 3] uint8 to its `image` [3, S, S] (letterboxed, normalised) and to `rows` [H, 4h] and
+      `columns` [4w, W]: `rows @ probabilities @ columns` are those of the photograph's own pixels.
+    - text.onnx takes `tokens` [B, L] int64 to `f_t` [B, L, T], `f_s` [B, E] and `padding` [B, L] bool.
+    - image.onnx takes `images` [I, 3, S, S], `image_index` [B] int64 (the image of each phrase) and those three to `logits`
+      [B, 1, 4h, 4w]. What comes before the first adapter that reads the text is computed once an image.
+    - model.json holds what a program has to know beside them: word length, threshold and tokenizer; mean, standard deviation
+      and size for those with a letterbox of their own. The graphs' metadata hold the same, but for the tokenizer's words.
 
-    Both are run in ONNX Runtime with one image and phrase and with two images and three phrases, and compared with PyTorch.
+    H, W, I and B are free. L is fixed, since a text adapter may look ahead.
+    All are run in ONNX Runtime, with one image and phrase and with two images and three phrases, and compared with PyTorch.
 
     Args:
         segmenter: on the CPU; its first adapters are exported.
@@ -119,6 +189,7 @@ def export_onnx(
         _write_graphs(segmenter, folder, {**settings, "tokenizer": settings["tokenizer"]["kind"]}, int8, progress)
         progress("comparing with PyTorch")
         found.update(_compare(segmenter, folder, int8))
+        _compare_fit(segmenter.config, folder)
         write_json(folder / SETTINGS, settings)
 
     write_directory(out, fill)
@@ -127,10 +198,6 @@ def export_onnx(
 
 def export_settings(config: RunConfig, threshold: float) -> dict[str, Any]:
     """What model.json holds: all that stands between a photograph with a phrase and the graphs, and back."""
-    tokenizer = tokenizer_of(config.model.text)
-    words: dict[str, Any] = {"kind": config.model.text.tokenizer}
-    if isinstance(tokenizer, TinyTokenizer):
-        words |= {"words": list(tokenizer.words), "buckets": TINY_BUCKETS}
     return {
         "image_size": config.data.image_size,
         "word_length": config.data.word_length,
@@ -140,8 +207,16 @@ def export_settings(config: RunConfig, threshold: float) -> dict[str, Any]:
         "recipe": config.recipe,
         "dataset": config.data.dataset,
         "version": __version__,
-        "tokenizer": words,
+        "tokenizer": _tokenizer_settings(tokenizer_of(config.model.text)),
     }
+
+
+def _tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    told: dict[str, Any] = {"kind": tokenizer.name, "start": tokenizer.end_token - 1, "end": tokenizer.end_token}
+    if isinstance(tokenizer, TinyTokenizer):
+        words = {word: number for number, word in enumerate(tokenizer.words, start=1)}
+        told |= {"words": words, "bucket": len(words) + 1, "buckets": TINY_BUCKETS}
+    return told
 
 
 def _require() -> None:
@@ -163,6 +238,12 @@ def _write_graphs(
     images, index, tokens = _inputs(segmenter.config, 2, 3)
     text, image = _TextGraph(segmenter.model), _ImageGraph(segmenter.model, segmenter.config.data.image_size)
     phrases, pictures = torch.export.Dim("phrases"), torch.export.Dim("images")
+    progress("exporting the way into the square and back")
+    data = segmenter.config.data
+    fit = _FitGraph(data, 4 * (data.image_size // segmenter.config.model.vision.patch))
+    free = {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}
+    photograph = {"photograph": _photograph(*_PHOTOGRAPHS[0])}
+    _write(folder / FIT, fit, photograph, {"photograph": free}, ("image", "rows", "columns"), metadata, int8=False)
     progress("exporting the text half")
     _write(folder / TEXT, text, {"tokens": tokens}, {"tokens": {0: phrases}}, FEATURES, metadata, int8)
     progress("exporting the image half")
@@ -210,6 +291,8 @@ def _quantise(path: Path) -> None:
         op_types_to_quantize=["MatMul", "Gemm"],
         weight_type=QuantType.QInt8,
         per_channel=True,
+        # 7 of the 8 bits: processors without VNNI add two products in 16 bits, which would be cut off, and the masks be ruined.
+        reduce_range=True,
         use_external_data_format=weights.exists(),
     )
     plain.unlink()
@@ -250,18 +333,46 @@ def _compare(segmenter: Segmenter, folder: Path, int8: bool) -> dict[str, float]
     return result
 
 
+def _photograph(height: int, width: int) -> Tensor:
+    """Waves of another length for each colour: [H, W, 3] uint8."""
+    y, x, colour = torch.meshgrid(torch.arange(height), torch.arange(width), torch.arange(3), indexing="ij")
+    return (127.5 + 127.5 * torch.sin(0.05 * x * (1 + colour) + 0.08 * y)).to(torch.uint8)
+
+
+def _compare_fit(config: RunConfig, folder: Path) -> None:
+    """The square may differ by a grey value where rounding decides, and the way back by what is lost in float32."""
+    cells = 4 * (config.data.image_size // config.model.vision.patch)
+    for height, width in _PHOTOGRAPHS:
+        photograph = _photograph(height, width)
+        square, fit = to_square(photograph.numpy(), config.data, Letterbox)
+        expected = normalise(square, config.data).numpy()
+        image, rows, columns = _session(folder / FIT).run(None, {"photograph": photograph.numpy()})
+        grey = np.abs(image - expected) * 255 * np.array(config.data.std).reshape(3, 1, 1)
+        ways = Cris.matrices(fit, (cells, cells))
+        way = max(float(np.abs(ours - theirs).max()) for ours, theirs in ((rows, ways[0]), (columns.T, ways[1])))
+        if not (grey.max() < 1.5 and grey.mean() < 0.02 and way < 1e-4):
+            raise DcrisError(
+                f"the exported letterbox does not agree with PyTorch: pixels differ by up to {grey.max():.2g} grey values, "
+                f"by {grey.mean():.2g} on average, and the way back by {way:.2g}; other versions of onnx may help"
+            )
+
+
 def _run(
     folder: Path, images: NDArray[np.float32], index: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> NDArray[np.float32]:
+    text = _session(folder / TEXT).run(list(FEATURES), {"tokens": tokens})
+    inputs = {"images": images, "image_index": index, **dict(zip(FEATURES, text, strict=True))}
+    logits: NDArray[np.float32] = _session(folder / IMAGE).run(["logits"], inputs)[0]
+    return logits
+
+
+def _session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    text = onnxruntime.InferenceSession(folder / TEXT, options).run(list(FEATURES), {"tokens": tokens})
-    inputs = {"images": images, "image_index": index, **dict(zip(FEATURES, text, strict=True))}
-    logits: NDArray[np.float32] = onnxruntime.InferenceSession(folder / IMAGE, options).run(["logits"], inputs)[0]
-    return logits
+    return onnxruntime.InferenceSession(path, options)
 
 
 @contextmanager

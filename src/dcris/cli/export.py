@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dcris.cli.common import CHECKPOINT, adder, say
+from dcris.errors import DcrisError
 
 
 def add(commands: Any) -> None:
@@ -14,7 +15,7 @@ def add(commands: Any) -> None:
         _export,
         "write a trained model as ONNX, for programs without torch",
         "runs/tiny --out onnx/tiny",
-        "DIR gets text.onnx, image.onnx and model.json, and the graphs are compared with PyTorch before it is there.",
+        "DIR gets fit.onnx, text.onnx, image.onnx and model.json, and the graphs are compared with PyTorch before it is there.",
     )
     export.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
@@ -24,6 +25,11 @@ def add(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.out.suffix == ".onnx":
+        raise DcrisError(
+            f"an export is several files in a folder, and {args.out} is named as one file; give a folder: --out "
+            f"{args.out.with_suffix('')}"
+        )
     from dcris.export import export_onnx
     from dcris.segmenter import Segmenter
 

@@ -118,6 +118,10 @@ def _predict(args: argparse.Namespace) -> None:
         )
         if job.already and group.first:
             say(f"{job.already} of {len(tasks)} are done already in {args.out}")
+        if "label-studio" in job.formats and any(task.video for task in tasks) and group.first:
+            say(
+                "label_studio.json holds photographs alone, none of the videos; ask for mask, overlay or coco for those"
+            )
         total = None if job.videos else len(job.images)
         quiet = not (group.first and sys.stderr.isatty())
         with tqdm(total=total, unit="frame" if job.videos else "image", disable=quiet) as bar:

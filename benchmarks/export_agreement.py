@@ -1,0 +1,119 @@
+"""Masks of an exported model against PyTorch's on photographs: IoU and seconds, for each number of photographs at a time.
+
+    python benchmarks/export_agreement.py MODEL --photographs FOLDER [--count 20] [--batches 1 4] [--export DIR] [--int8]
+    python benchmarks/export_agreement.py dcris_b --photographs FOLDER
+
+MODEL is whatever `dcris predict` takes, or a recipe's name: then its weights are random, with a threshold that divides what it
+believes of the first photograph. It is exported to DIR, unless there is an export already. ONNX Runtime is asked by
+examples/onnx_segment.py, which has no part of dcris in it.
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcris import Segmenter
+from dcris.data.images import read_image
+from dcris.export import export_onnx
+from dcris.model.dcris import DCRIS
+from dcris.recipes import RECIPES, get_recipe
+
+PHRASES = ("left person", "the red one", "second from the right", "the thing in front")
+
+
+def random_segmenter(recipe: str) -> Segmenter:
+    """A recipe's network at its full size, every weight and statistic an ordinary number: fresh ones are full of zeros."""
+    config = get_recipe(recipe)
+    model = DCRIS(config.model)
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=source)
+            if weight.dim() >= 2:
+                weight.copy_(noise * weight[0].numel() ** -0.5)
+            else:
+                weight.copy_(1 + 0.2 * noise if name.endswith(("weight", "gamma")) else 0.1 * noise)
+    return Segmenter(model, config, device="cpu", precision="float32")
+
+
+def example() -> Any:
+    """examples/onnx_segment.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "onnx_segment", Path(__file__).parents[1] / "examples/onnx_segment.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(segmenter: Segmenter, export: Path, paths: list[Path], batch: int, threshold: float) -> dict[str, Any]:
+    """IoU of the masks and what part of the photographs they cover, and seconds a photograph with all phrases."""
+    onnx_segment = example()
+    settings, *graphs = onnx_segment.load(export)
+    model = ({**settings, "threshold": threshold}, *graphs)
+    ious, covered, seconds = [], [], {"pytorch": 0.0, "onnx": 0.0}
+    for start in range(0, len(paths), batch):
+        photographs: list[Any] = [read_image(path) for path in paths[start : start + batch]]
+        begin = time.perf_counter()
+        theirs = segmenter.predict(photographs, PHRASES, threshold=threshold)
+        between = time.perf_counter()
+        ours = onnx_segment.segment(model, photographs, PHRASES)
+        seconds["onnx"] += time.perf_counter() - between
+        seconds["pytorch"] += between - begin
+        for masks, answers in zip(ours, theirs, strict=True):
+            for mask, answer in zip(masks, answers, strict=True):
+                either = (mask | answer.mask).sum()
+                ious.append(float((mask & answer.mask).sum() / either) if either else 1.0)
+                covered.append(float(answer.mask.mean()))
+    return {
+        "batch": batch,
+        "masks": len(ious),
+        "neither_empty_nor_full": sum(0 < share < 1 for share in covered),
+        "covered": [round(min(covered), 3), round(float(np.median(covered)), 3), round(max(covered), 3)],
+        "min_iou": round(min(ious), 6),
+        "mean_iou": round(float(np.mean(ious)), 6),
+        **{f"{name}_seconds": round(value / len(paths), 2) for name, value in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Export where needed, then a line of JSON for each number of photographs at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--photographs", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--export", type=Path)
+    parser.add_argument("--int8", action="store_true")
+    args = parser.parse_args()
+    paths = sorted(path for path in args.photographs.rglob("*") if path.suffix in {".jpg", ".png"})[: args.count]
+    made_up = args.model in RECIPES
+    if made_up:
+        segmenter = random_segmenter(args.model)
+    else:
+        segmenter = Segmenter.from_pretrained(args.model, device="cpu", precision="float32")
+    threshold = segmenter.protocol.threshold
+    if made_up:
+        answers = segmenter.predict(paths[0], PHRASES, scores=True)
+        threshold = float(np.median([answer.probabilities for answer in answers if answer.probabilities is not None]))
+    with tempfile.TemporaryDirectory() as folder:
+        export = args.export or Path(folder) / "export"
+        if not (export / "model.json").exists():
+            begin = time.perf_counter()
+            found = export_onnx(segmenter, export, int8=args.int8)
+            print(json.dumps({"export_seconds": round(time.perf_counter() - begin), **found}), flush=True)
+        print(json.dumps({"mb": round(sum(file.stat().st_size for file in export.iterdir()) / 1e6, 1)}), flush=True)
+        for batch in args.batches:
+            print(json.dumps(compare(segmenter, export, paths, batch, threshold)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

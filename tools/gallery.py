@@ -1,0 +1,69 @@
+"""The pictures of docs/gallery.md: `python tools/gallery.py runs/quickstart docs/images`.
+
+For each kind of phrase the first test scenes that have one, so that nobody has chosen them: the truth in blue, what the model
+answers in orange.
+"""
+
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dcris import Segmenter
+from dcris.data.images import read_image
+from dcris.data.masks import decode_mask
+from dcris.data.references import load_references
+from dcris.data.scenes import KINDS
+from dcris.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
+from dcris.types import Expression, MaskArray, Reference
+
+SCENES = 3
+SIDE, GAP, LETTERS = 150, 6, 14
+DRAWN = 450  # masks are drawn on scenes of this size, which are then made smaller: thin contours without steps
+
+
+def main(run: str, out: str) -> None:
+    """Write gallery-KIND.jpg for each kind of phrase."""
+    segmenter = Segmenter.from_pretrained(run, device="cpu", precision="float32")
+    references = load_references(Path(run) / "scenes", "scenes").split("test")
+    for kind in KINDS:
+        strip = np.concatenate([panel(segmenter, *each) for each in first(references, kind)], axis=1)
+        (Path(out) / f"gallery-{kind}.jpg").write_bytes(jpeg_bytes(strip, quality=85))
+
+
+def first(references: tuple[Reference, ...], kind: str) -> list[tuple[Reference, Expression]]:
+    """The first phrase of a kind in each scene that has one."""
+    found: dict[Path, tuple[Reference, Expression]] = {}
+    for reference in references:
+        for expression in reference.expressions:
+            if expression.kind == kind:
+                found.setdefault(reference.image_path, (reference, expression))
+    return list(found.values())[:SCENES]
+
+
+def panel(segmenter: Segmenter, reference: Reference, expression: Expression) -> NDArray[np.uint8]:
+    """Truth and prediction side by side, the phrase above, the IoU below."""
+    image = read_image(reference.image_path)
+    truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+    (answer,) = segmenter.predict(image, expression.text)
+    iou = (truth & answer.mask).sum() / (truth | answer.mask).sum()
+
+    def drawn(mask: MaskArray, colour: tuple[int, int, int]) -> Image.Image:
+        picture = overlay(cell(image, DRAWN), mask_cell(mask, DRAWN), colour)
+        return Image.fromarray(np.asarray(cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8))
+
+    line = LETTERS + GAP
+    canvas = Image.new("RGB", (2 * SIDE + 4 * GAP, SIDE + 2 * line + 2 * GAP), "white")
+    canvas.paste(drawn(truth, TRUTH_COLOUR), (GAP, line + GAP))
+    canvas.paste(drawn(answer.mask, PREDICTION_COLOUR), (SIDE + 2 * GAP, line + GAP))
+    write, font = ImageDraw.Draw(canvas), ImageFont.load_default(LETTERS)
+    write.text((GAP, GAP / 2), expression.text, "black", font)
+    write.text((SIDE + 2 * GAP, SIDE + line + GAP), f"IoU {100 * iou:.0f}", "black", font)
+    return np.asarray(canvas)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
