@@ -225,6 +225,27 @@ def test_the_api_says_what_is_wrong(address: str, data: bytes, query: Any, statu
         assert message in json.load(error)["error"]
 
 
+def test_uploads_are_counted_and_downloads_checked(segmenter: Segmenter) -> None:
+    """Else many slow uploads at once fill the memory, and a changed link ends in a server's error."""
+    pytest.importorskip("gradio")
+    from starlette.testclient import TestClient
+
+    desk = Desk(segmenter, Limits(waiting=2))
+    visits = Visits(desk.limits)
+    name = visits.put(Visit(np.zeros((4, 4, 3), np.uint8), "a.png"))
+    client = TestClient(make_app(desk, visits))
+    with desk.receiving(), desk.receiving():
+        busy = client.post("/api/segment?phrase=left", content=picture())
+    assert (busy.status_code, desk.reading) == (503, 0)
+    assert client.post("/api/segment?phrase=left", content=picture()).status_code == 200
+    visits.get(name).answers = segmenter.predict(read_image(picture()), ["left"], scores=True)
+    for threshold in ("2", "nan"):
+        answer = client.get(f"/download/{name}/coco.json?threshold={threshold}")
+        assert answer.status_code == 400
+        assert "between 0 and 1" in answer.json()["error"]
+    assert client.get(f"/download/{name}/coco.json?threshold=0.2").status_code == 200
+
+
 def test_nothing_from_elsewhere(address: str) -> None:
     """The page names no other host, and forbids the browser to ask one."""
     with urllib.request.urlopen(address, timeout=60) as response:

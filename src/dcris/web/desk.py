@@ -10,8 +10,9 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ from dcris.drawing import png_bytes
 from dcris.errors import DcrisError
 from dcris.prediction import Prediction
 from dcris.segmenter import Segmenter
+
+_BUSY = "too many people are asking just now; try again in a moment"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Limits:
     answer: int = 100_000_000
     """Pixels times phrases: each phrase has a probability for every pixel, in 4 bytes."""
     waiting: int = 32
-    """Questions that wait or are answered at one time."""
+    """Questions that wait or are answered at one time, and uploads to the API that are being read."""
     kept_bytes: int = 1_000_000_000
     """Of photographs and probabilities that pages hold, all together."""
     kept_seconds: float = 1800.0
@@ -61,13 +64,24 @@ class Desk:
     def __init__(self, segmenter: Segmenter, limits: Limits | None = None) -> None:
         self.segmenter = segmenter
         self.limits = limits or Limits()
-        self.waiting = 0
+        self.waiting = self.reading = 0
         self._server = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     def photograph(self, data: bytes) -> NDArray[np.uint8]:
         """The pixels [H, W, 3] of an uploaded file. Raises DcrisError where it is no image or too large."""
         self.check_upload(len(data))
         return read_image(data, self.limits.pixels)
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """While an upload is read into memory. Raises BusyError where too many are, or too many wait already."""
+        if max(self.waiting, self.reading) >= self.limits.waiting:
+            raise BusyError(_BUSY)
+        self.reading += 1
+        try:
+            yield
+        finally:
+            self.reading -= 1
 
     def check_upload(self, size: int) -> None:
         """Raise TooLargeError for a file of more bytes than are taken."""
@@ -100,7 +114,7 @@ class Desk:
             most = self.limits.answer // (pixels.shape[0] * pixels.shape[1])
             raise DcrisError(f"of a photograph of this size up to {most} phrases are taken at a time")
         if self.waiting >= self.limits.waiting:
-            raise BusyError("too many people are asking just now; try again in a moment")
+            raise BusyError(_BUSY)
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(

@@ -145,7 +145,10 @@ def make_app(desk: Desk, visits: Visits, examples: Sequence[Path] | None = None)
             visit = visits.get(name)
         except DcrisError as error:
             return JSONResponse({"error": str(error)}, 404)
-        answers = visit.at(threshold)
+        try:
+            answers = visit.at(threshold)
+        except DcrisError as error:
+            return JSONResponse({"error": str(error)}, 400)
         if file == "masks.zip":
             content, kind = masks_zip(answers, Path(visit.name).stem), "application/zip"
         elif file == "coco.json":
@@ -297,21 +300,20 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
 
 async def _answer(desk: Desk, request: Any) -> list[Prediction]:
     query: Mapping[str, str] = request.query_params
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        desk.check_upload(len(data))
-    if not data:
-        raise DcrisError("there is no photograph; send the image file as the body of the request")
     threshold = query.get("threshold")
     try:
         wanted = None if threshold is None else float(threshold)
     except ValueError as error:
         raise DcrisError(f"the threshold must be a number between 0 and 1, and is {threshold!r}") from error
     phrases = desk.phrases(request.query_params.getlist("phrase"))
-    if desk.waiting >= desk.limits.waiting:  # before the photograph is decoded
-        raise BusyError("too many people are asking just now; try again in a moment")
-    pixels = await asyncio.to_thread(desk.photograph, bytes(data))
+    with desk.receiving():
+        data = bytearray()
+        async for piece in request.stream():
+            data += piece
+            desk.check_upload(len(data))
+        if not data:
+            raise DcrisError("there is no photograph; send the image file as the body of the request")
+        pixels = await asyncio.to_thread(desk.photograph, bytes(data))
     return await desk.ask(pixels, phrases, query.get("adapters"), wanted)
 
 
