@@ -13,7 +13,6 @@ thread, which other work on the machine hardly changes; on a GPU they are the cl
 
 import hashlib
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
 from dcris.engine.device import choose_device
+from dcris.engine.distributed import described_processes
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
@@ -169,8 +169,8 @@ class _Study:
     ) -> None:
         self.name, self.out, self.size, self.device, self.say = name, out, size, device, say
         self.begin = time.time()
-        self.processes = int(os.environ.get("WORLD_SIZE", "1"))
-        self.first = os.environ.get("RANK", "0") == "0"
+        group = described_processes()
+        self.processes, self.first = group.count, group.first
         self.default = get_recipe(f"dcris_{size}")
         self.table = load_references(root or self._scenes(), None if _is_file(root) else self.default.data.dataset)
         self.data = self.table.sha256()
@@ -531,7 +531,7 @@ def _is_file(root: Path | None) -> bool:
 
 def _own_gpu(device: str) -> str:
     """Several processes that torchrun started on a machine with GPUs take one each."""
-    local = os.environ.get("LOCAL_RANK")
-    if device in ("auto", "cuda") and local is not None and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    group = described_processes()
+    if device in ("auto", "cuda") and group.count > 1 and torch.cuda.is_available():
+        return f"cuda:{group.local_rank % torch.cuda.device_count()}"
     return device

@@ -148,8 +148,8 @@ def _answered() -> Iterator[None]:
         if dead_worker(error) is not None:  # raised wherever this process is
             raise
         raise DcrisError(
-            f"another process of this run has ended or does not answer ({_reason(error)}); look for what it said, and go on "
-            "from the last checkpoint with --resume"
+            f"another process of this run has ended or does not answer ({_reason(error)}); look for what it said, and give the "
+            "same command again, a training run's with --resume"
         ) from error
 
 
@@ -157,6 +157,22 @@ def _reason(error: Exception) -> str:
     """The first sentence of what a library says, without the places in its source that it begins with."""
     text = re.sub(r"^(\[[^\]]*\]\s*)+", "", str(error).strip()) or type(error).__name__
     return text.splitlines()[0].split(". ")[0][:200]
+
+
+def described_processes() -> Processes:
+    """Which process of how many this is, as torchrun says in the environment; one alone where it says nothing.
+
+    Raises DcrisError where the description is not whole.
+    """
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return Processes()
+        rank, count, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except (KeyError, ValueError) as error:
+        raise DcrisError(
+            f"WORLD_SIZE is set, but it, RANK or LOCAL_RANK is not a number ({error}); start several processes with torchrun"
+        ) from error
 
 
 @contextmanager
@@ -169,35 +185,28 @@ def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator
 
     Raises DcrisError where the description is not whole or the others cannot be reached.
     """
-    group = Processes()
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) != 1:
-            rank, count, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-            group = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except (KeyError, ValueError) as error:
-        raise DcrisError(
-            f"WORLD_SIZE is set, but it, RANK or LOCAL_RANK is not a number ({error}); start several processes with torchrun"
-        ) from error
+    group = described_processes()
     if group.count == 1:
         yield group
         return
     on_cuda = torch.cuda.is_available() and device != "cpu"
     if on_cuda:
-        if local_rank >= torch.cuda.device_count():
+        if group.local_rank >= torch.cuda.device_count():
             raise DcrisError(
-                f"process {local_rank} of this machine has no GPU of its own, as there are {torch.cuda.device_count()}; start "
-                "as many processes as there are, or give --device cpu"
+                f"process {group.local_rank} of this machine has no GPU of its own, as there are {torch.cuda.device_count()}; "
+                "start as many processes as there are, or give --device cpu"
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(group.local_rank)
     try:
         store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
         # Objects and counts travel over Gloo in any case, so that none of them makes the CPU wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         shared = PrefixStore("dcris", store)
-        distributed.init_process_group(backend, store=shared, rank=rank, world_size=count, timeout=patience)
+        distributed.init_process_group(backend, store=shared, rank=group.rank, world_size=group.count, timeout=patience)
     except (RuntimeError, ValueError) as error:  # both are the library's
         raise DcrisError(
-            f"process {rank} of {count} did not find the others ({_reason(error)}); check the address and port of torchrun"
+            f"process {group.rank} of {group.count} did not find the others ({_reason(error)}); check the address and port of "
+            "torchrun"
         ) from error
     try:
         yield group
