@@ -59,6 +59,9 @@ class _FitGraph(nn.Module):
     again. Both keep the photograph's middle in the square's, which says the same as their corners do.
     """
 
+    border: Tensor
+    finer: Tensor
+
     def __init__(self, data: DataConfig, cells: int) -> None:
         super().__init__()
         self.side = data.image_size
