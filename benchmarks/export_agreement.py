@@ -1,6 +1,6 @@
 """Masks of an exported model against PyTorch's on photographs: IoU and seconds, for each number of photographs at a time.
 
-    python benchmarks/export_agreement.py MODEL --photographs FOLDER [--count 20] [--batches 1 4] [--export DIR] [--int8]
+    python benchmarks/export_agreement.py MODEL --photographs FOLDER [--count 20] [--batches 1 4] [--phrases 4] [--export DIR] [--int8]
     python benchmarks/export_agreement.py dcris_b --photographs FOLDER
 
 MODEL is whatever `dcris predict` takes, or a recipe's name: then its weights are random, with a threshold that divides what it
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def example() -> Any:
     return module
 
 
-def compare(segmenter: Segmenter, export: Path, paths: list[Path], batch: int, threshold: float) -> dict[str, Any]:
+def compare(
+    segmenter: Segmenter, export: Path, paths: list[Path], phrases: Sequence[str], batch: int, threshold: float
+) -> dict[str, Any]:
     """IoU of the masks and what part of the photographs they cover, and seconds a photograph with all phrases."""
     onnx_segment = example()
     settings, *graphs = onnx_segment.load(export)
@@ -63,9 +66,9 @@ def compare(segmenter: Segmenter, export: Path, paths: list[Path], batch: int, t
     for start in range(0, len(paths), batch):
         photographs: list[Any] = [read_image(path) for path in paths[start : start + batch]]
         begin = time.perf_counter()
-        theirs = segmenter.predict(photographs, PHRASES, threshold=threshold)
+        theirs = segmenter.predict(photographs, phrases, threshold=threshold)
         between = time.perf_counter()
-        ours = onnx_segment.segment(model, photographs, PHRASES)
+        ours = onnx_segment.segment(model, photographs, phrases)
         seconds["onnx"] += time.perf_counter() - between
         seconds["pytorch"] += between - begin
         for masks, answers in zip(ours, theirs, strict=True):
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--photographs", type=Path, required=True)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--phrases", type=int, choices=range(1, len(PHRASES) + 1), default=len(PHRASES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--export", type=Path)
     parser.add_argument("--int8", action="store_true")
@@ -100,9 +104,9 @@ def main() -> None:
         segmenter = random_segmenter(args.model)
     else:
         segmenter = Segmenter.from_pretrained(args.model, device="cpu", precision="float32")
-    threshold = segmenter.protocol.threshold
+    phrases, threshold = PHRASES[: args.phrases], segmenter.protocol.threshold
     if made_up:
-        answers = segmenter.predict(paths[0], PHRASES, scores=True)
+        answers = segmenter.predict(paths[0], phrases, scores=True)
         threshold = float(np.median([answer.probabilities for answer in answers if answer.probabilities is not None]))
     with tempfile.TemporaryDirectory() as folder:
         export = args.export or Path(folder) / "export"
@@ -112,7 +116,7 @@ def main() -> None:
             print(json.dumps({"export_seconds": round(time.perf_counter() - begin), **found}), flush=True)
         print(json.dumps({"mb": round(sum(file.stat().st_size for file in export.iterdir()) / 1e6, 1)}), flush=True)
         for batch in args.batches:
-            print(json.dumps(compare(segmenter, export, paths, batch, threshold)), flush=True)
+            print(json.dumps(compare(segmenter, export, paths, phrases, batch, threshold)), flush=True)
 
 
 if __name__ == "__main__":
