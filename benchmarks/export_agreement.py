@@ -1,11 +1,13 @@
 """Masks of an exported model against PyTorch's on photographs: IoU and seconds, for each number of photographs at a time.
 
-    python benchmarks/export_agreement.py MODEL --photographs FOLDER [--count 20] [--batches 1 4] [--phrases 4] [--export DIR] [--int8]
+    python benchmarks/export_agreement.py MODEL --photographs FOLDER [--count 20] [--batches 1 4] [--phrases 4]
     python benchmarks/export_agreement.py dcris_b --photographs FOLDER
+    python benchmarks/export_agreement.py runs/quickstart --data runs/quickstart/scenes [--split test] [--int8] [--export DIR]
 
 MODEL is whatever `dcris predict` takes, or a recipe's name: then its weights are random, with a threshold that divides what it
-believes of the first photograph. It is exported to DIR, unless there is an export already. ONNX Runtime is asked by
-examples/onnx_segment.py, which has no part of dcris in it.
+believes of the first photograph. It is exported to DIR, unless there is an export already. With --data the export's masks are
+scored instead, to be held against `dcris evaluate`. ONNX Runtime is asked by examples/onnx_segment.py, which has no part of
+dcris in it.
 """
 
 import argparse
@@ -22,7 +24,10 @@ import torch
 
 from dcris import Segmenter
 from dcris.data.images import read_image
+from dcris.data.masks import decode_mask
+from dcris.data.references import load_references
 from dcris.export import export_onnx
+from dcris.metrics import Overlap, summarise
 from dcris.model.dcris import DCRIS
 from dcris.recipes import RECIPES, get_recipe
 
@@ -87,18 +92,35 @@ def compare(
     }
 
 
+def score(segmenter: Segmenter, export: Path, root: Path, split: str) -> dict[str, Any]:
+    """The export's scores on every expression of a split, as `dcris evaluate` counts them by the protocol `cris`."""
+    onnx_segment = example()
+    model = onnx_segment.load(export)
+    overlaps = []
+    for reference in load_references(root, segmenter.config.data.dataset).split(split):
+        truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        phrases = [expression.text for expression in reference.expressions]
+        (masks,) = onnx_segment.segment(model, [read_image(reference.image_path)], phrases)
+        overlaps += [Overlap(int((mask & truth).sum()), int((mask | truth).sum())) for mask in masks]
+    return {"split": split, "expressions": len(overlaps), **summarise(overlaps)}
+
+
 def main() -> None:
     """Export where needed, then a line of JSON for each number of photographs at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--photographs", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--photographs", type=Path)
+    source.add_argument("--data", type=Path)
+    parser.add_argument("--split", default="test")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--phrases", type=int, choices=range(1, len(PHRASES) + 1), default=len(PHRASES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--export", type=Path)
     parser.add_argument("--int8", action="store_true")
     args = parser.parse_args()
-    paths = sorted(path for path in args.photographs.rglob("*") if path.suffix in {".jpg", ".png"})[: args.count]
+    found = args.photographs.rglob("*") if args.photographs else ()
+    paths = sorted(path for path in found if path.suffix in {".jpg", ".png"})[: args.count]
     made_up = args.model in RECIPES
     if made_up:
         segmenter = random_segmenter(args.model)
@@ -112,10 +134,12 @@ def main() -> None:
         export = args.export or Path(folder) / "export"
         if not (export / "model.json").exists():
             begin = time.perf_counter()
-            found = export_onnx(segmenter, export, int8=args.int8)
-            print(json.dumps({"export_seconds": round(time.perf_counter() - begin), **found}), flush=True)
+            differences = export_onnx(segmenter, export, int8=args.int8)
+            print(json.dumps({"export_seconds": round(time.perf_counter() - begin), **differences}), flush=True)
         print(json.dumps({"mb": round(sum(file.stat().st_size for file in export.iterdir()) / 1e6, 1)}), flush=True)
-        for batch in args.batches:
+        if args.data:
+            print(json.dumps(score(segmenter, export, args.data, args.split)), flush=True)
+        for batch in args.batches if args.photographs else ():
             print(json.dumps(compare(segmenter, export, paths, phrases, batch, threshold)), flush=True)
 
 
