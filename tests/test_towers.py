@@ -1,6 +1,7 @@
 """The towers compute what the published weights were trained for; transformers is the oracle."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -303,6 +304,24 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: DCRIS) -> None:
     assert error(logits, model(pixels[image_of_phrase], tokens)) < TOLERANCE
     one_by_one = [model(pixels[i : i + 1], row[None]) for i, row in zip(image_of_phrase.tolist(), tokens, strict=True)]
     assert error(logits, torch.cat(one_by_one)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_the_mlp_beside_the_first_adapter_is_shared_too(model: DCRIS) -> None:
+    """It does not read the text, and of what an adapter on a late block leaves to each phrase it is the largest part."""
+    tokens, rows = tokens_ending_at((3, 6, 2), 7), []
+    model.vision.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    state = model.encode_images(images(1, 4, 5).double())
+    assert rows == [1]
+    shared = model.segment(state.select(torch.zeros(3, dtype=torch.long)), model.encode_text(tokens))
+    assert rows == [1]
+    assert (
+        error(
+            shared, model.segment(replace(state, made=None).select(torch.tensor([0, 0, 0])), model.encode_text(tokens))
+        )
+        < TOLERANCE
+    )
+    assert rows == [1, 3]
 
 
 @torch.no_grad()

@@ -184,10 +184,19 @@ class Block(nn.Module):
         branch = self.attention_slot(self.attention(normed, context), normed, x, context)
         return self.attention_slot.carry(x) + self.scale1(branch)
 
-    def feed(self, x: Tensor, context: SlotContext) -> Tensor:
-        """The second half: carry(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D]."""
+    def feed(self, x: Tensor, context: SlotContext, made: Tensor | None = None) -> Tensor:
+        """The second half: carry(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D].
+
+        `made` [B, P, D] is what the MLP makes of x, where that is known already (`foresee`).
+        """
         normed = self.norm2(x)
-        return self.mlp_slot.carry(x) + self.scale2(self.mlp_slot(self.mlp(normed), normed, x, context))
+        made = self.mlp(normed) if made is None else made
+        return self.mlp_slot.carry(x) + self.scale2(self.mlp_slot(made, normed, x, context))
+
+    def foresee(self, x: Tensor) -> Tensor:
+        """What the second half's MLP will make of x, before its slot looks at the text. [B, P, D] -> [B, P, D]."""
+        made: Tensor = self.mlp(self.norm2(x))
+        return made
 
     def forward(self, x: Tensor, context: SlotContext) -> Tensor:
         """Both halves. [B, P, D] -> [B, P, D]."""

@@ -25,6 +25,8 @@ class VisionState:
     grid: tuple[int, int]
     step: int
     """Half blocks done: 2i means that block i is next, 2i + 1 that its second half is."""
+    made: Tensor | None = None
+    """[B, P, D] what the next half block's MLP makes of the tokens, where that is known already."""
     taps: tuple[Tensor, ...] = ()
     """[B, P, D] each: outputs collected so far."""
     guests: int = 0
@@ -34,8 +36,9 @@ class VisionState:
 
     def select(self, index: Tensor) -> "VisionState":
         """The state with images picked by `index` [B'] int64, an image as often as it has phrases."""
-        aside = None if self.aside is None else self.aside[index]
-        return replace(self, tokens=self.tokens[index], taps=tuple(tap[index] for tap in self.taps), aside=aside)
+        made, aside = (None if x is None else x[index] for x in (self.made, self.aside))
+        taps = tuple(tap[index] for tap in self.taps)
+        return replace(self, tokens=self.tokens[index], made=made, taps=taps, aside=aside)
 
     def patches(self, tokens: Tensor) -> Tensor:
         """The patches among a tower's tokens, as a map: [B, P, C] -> [B, C, h, w]."""
@@ -121,21 +124,31 @@ class VisionTower(nn.Module):
             rotation=self.rotation(state),
         )
         wanted = set(taps)
-        tokens, collected = state.tokens, list(state.taps)
+        tokens, made, collected = state.tokens, state.made, list(state.taps)
         stop = 2 * len(self.blocks) if stop is None else stop
         for step in range(state.step, stop):
             index, half = divmod(step, 2)
             block = self.blocks[index]
             assert isinstance(block, Block)
-            run = block.feed if half else block.attend
+            run, arguments = (block.feed, (tokens, context, made)) if half else (block.attend, (tokens, context))
             # Before the first adapter there is no gradient, so nothing is kept that could be done without.
             if self.checkpoint_activations and torch.is_grad_enabled() and (tokens.requires_grad or _trains(block)):
-                tokens = recomputed(block, run, tokens, context)
+                tokens = recomputed(block, run, *arguments)
             else:
-                tokens = run(tokens, context)
+                tokens = run(*arguments)
+            made = None
             if half and index in wanted:
                 collected.append(tokens)
-        return replace(state, tokens=tokens, step=max(stop, state.step), taps=tuple(collected))
+        return replace(state, tokens=tokens, made=made, step=max(stop, state.step), taps=tuple(collected))
+
+    def foresee(self, state: VisionState) -> VisionState:
+        """The state with what the next half block's MLP, if it has one, makes of the tokens: only its slot reads the text."""
+        index, half = divmod(state.step, 2)
+        if not half:
+            return state
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        return replace(state, made=block.foresee(state.tokens))
 
     def finish(self, state: VisionState) -> Tensor:
         """The last layer norm: [B, P, D]."""

@@ -128,7 +128,8 @@ class DCRIS(nn.Module):
         taps = self.config.head.taps
         if self.bridge is not None:
             return self.bridge.see(self.vision, images, taps)
-        return self.vision.advance(self.vision.start(images), self.vision.first_text_step, taps=taps)
+        state = self.vision.advance(self.vision.start(images), self.vision.first_text_step, taps=taps)
+        return self.vision.foresee(state)
 
     def segment(self, state: VisionState, text: TextFeatures | TextState, share: float = 1.0) -> Tensor:
         """Finish the images with the text, one image per phrase (VisionState.select): logits [B, 1, 4h, 4w].
