@@ -46,9 +46,9 @@ from dcris.version import __version__
 Size = Literal["tiny", "b"]
 TINY_STEPS = 100
 TRAIN_SCENES, TEST_SCENES = 3000, 60
-_TINY_STEP = 0.17
+_TINY_STEP = 0.3
 """Seconds of a step of dcris_tiny on one thread of an AMD EPYC (Zen 3): for the estimate before anything was measured."""
-_TINY_REST = 5.0
+_TINY_REST = 10.0
 """Seconds of a tiny run beside its steps: making the model, evaluating it."""
 _BOOKKEEPING = ("workers", "log_every", "save_every", "keep_last", "trackers")
 """Settings that change no result."""
