@@ -571,11 +571,11 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
     """Whoever waits for their frames must hear of it; whoever has none must not."""
     pytest.importorskip("av")
     clip = make_video(tmp_path / "clip.mp4", 2)
-    ask = ("predict", model, photos / "0.png", "-e", "cup", "--format", "label-studio")
-    assert dcris(*ask, clip, "--out", tmp_path / "both") == 0
+    rest = ("-e", "cup", "--format", "label-studio", "--out")
+    assert dcris("predict", model, photos / "0.png", clip, *rest, tmp_path / "both") == 0
     assert "label_studio.json holds photographs alone, none of the videos" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "both/label_studio.json").read_text())) == 1
-    assert dcris(*ask, "--out", tmp_path / "photo") == 0
+    assert dcris("predict", model, photos / "0.png", *rest, tmp_path / "photo") == 0
     assert "videos" not in capsys.readouterr().out
 
 

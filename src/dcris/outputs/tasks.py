@@ -134,7 +134,8 @@ def _names(shown: Sequence[PurePath]) -> Iterator[str]:
     """A name for each: its path without the ending, cut where it is long, with a number where another has the same."""
     taken: set[str] = set()
     for path in shown:
-        stem = path.with_name(_cut(path.stem)).as_posix() if path.name else path.as_posix()
+        # As text: a photograph may be called "..png", and no path takes "." for a name.
+        stem = path.as_posix().removesuffix(path.name) + _cut(path.stem)
         numbered = (f"{stem}~{number}" for number in count(2))
         name = next(name for name in chain([stem], numbered) if name.casefold() not in taken)
         taken.add(name.casefold())
