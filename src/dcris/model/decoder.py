@@ -3,8 +3,6 @@
 Shape letters: B batch, h w patch grid, N = h*w, L text tokens, C width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -26,52 +24,6 @@ def sine_positions_2d(rows: int, columns: int, width: int, device: torch.device 
     return torch.cat((x, y), dim=-1).flatten(0, 1)
 
 
-class FeedForward(nn.Sequential):
-    """Linear, ReLU, dropout, norm, linear; between the linears `hidden` wide."""
-
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__(
-            nn.Linear(width, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.LayerNorm(hidden),
-            nn.Linear(hidden, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]."""
-        inner, relu, dropout, norm, outer = self
-        assert isinstance(dropout, nn.Dropout)
-        hidden = inner(x)
-        if dropout.training and dropout.p > 0 and torch.is_grad_enabled():
-            hidden = _ReLUDropout.apply(hidden, dropout.p)  # type: ignore[no-untyped-call]
-        else:
-            hidden = dropout(relu(hidden))
-        return outer(norm(hidden))
-
-
-class _ReLUDropout(torch.autograd.Function):
-    """Dropout of ReLU, in place, for which nothing has to be kept but the result: it is zero where either let nothing through.
-
-    One after the other keep ReLU's result and dropout's draw: of the hidden layer, the widest there is, that is two thirds
-    of what a feed-forward keeps.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
-        keep = 1 - dropout
-        x.relu_().mul_(torch.empty_like(x).bernoulli_(keep).div_(keep))
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        ctx.stretch = x.new_ones(()).div_(keep)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (result,) = ctx.saved_tensors
-        return gradients[0] * ctx.stretch * (result > 0), None
-
-
 class DecoderLayer(nn.Module):
     """Self attention, cross attention, feed-forward; pre-norm, and a second norm on what each attention returns."""
 
@@ -84,7 +36,13 @@ class DecoderLayer(nn.Module):
         self.cross_attention = MultiHeadAttention(width, heads, dropout)
         self.cross_norm = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
-        self.feedforward = FeedForward(width, feedforward, dropout)
+        self.feedforward = nn.Sequential(
+            nn.Linear(width, feedforward),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.LayerNorm(feedforward),
+            nn.Linear(feedforward, width),
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, places: Tensor, keys: Tensor, values: Tensor, padding: Tensor) -> Tensor:
