@@ -9,16 +9,15 @@ this machine has not the memory is not run but continued on the straight line th
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
-from pathlib import Path
 
 
 def measure(recipe: str, batch: int, checkpointed: bool) -> float:
     """Gigabytes (10^9) at the height of a step, in this process."""
     import torch
 
+    from dcris.engine.device import resident_memory
     from dcris.losses import text_to_pixel_loss
     from dcris.model.dcris import DCRIS
     from dcris.recipes import get_recipe
@@ -40,14 +39,7 @@ def measure(recipe: str, batch: int, checkpointed: bool) -> float:
     logits = model(torch.zeros(batch, 3, side, side), tokens)
     text_to_pixel_loss(logits, torch.zeros(batch, 1, side, side)).backward()
     optimizer.step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def available() -> float:
-    """Gigabytes that a new process could use now."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024 / 1e9
+    return resident_memory("VmHWM") / 1e9
 
 
 def main() -> None:
@@ -61,6 +53,10 @@ def main() -> None:
         recipe, batch, checkpointed = args.cell
         print(json.dumps(measure(recipe, int(batch), checkpointed == "True")))
         return
+    import torch
+
+    from dcris.engine.device import free_memory
+
     batches = sorted(set(args.batches))
     print(f"| recipe | checkpointed activations | {' | '.join(f'batch {batch}' for batch in batches)} |")
     print("|---" * (len(batches) + 2) + "|")
@@ -69,7 +65,10 @@ def main() -> None:
             peaks: dict[int, float] = {}
             cells = []
             for batch in batches:
-                if len(peaks) > 1 and (expected := _continued(peaks, batch)) > 0.9 * available():
+                if (
+                    len(peaks) > 1
+                    and (expected := _continued(peaks, batch)) > 0.9 * free_memory(torch.device("cpu")) / 1e9
+                ):
                     cells.append(f"~{expected:.0f} GB")
                     continue
                 command = [sys.executable, __file__, "--cell", recipe, str(batch), str(checkpointed)]

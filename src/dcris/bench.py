@@ -29,7 +29,7 @@ from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.weights import RANDOM
-from dcris.engine.device import autocast, choose_device, choose_precision
+from dcris.engine.device import autocast, choose_device, choose_precision, resident_memory
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
@@ -117,15 +117,7 @@ def peak_memory(device: torch.device) -> float:
     """The most memory used so far, in GiB: on a GPU by this process's tensors, or else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage, whose figure a process inherits from the one that started it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resident_memory("VmHWM") / 2**30
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

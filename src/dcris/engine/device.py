@@ -1,6 +1,7 @@
 """Where the work is done and in which precision."""
 
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
-        free = [kilobytes("/proc/meminfo")["MemAvailable"]]
+        free = [_kilobytes("/proc/meminfo")["MemAvailable"]]
     except (OSError, KeyError):  # not on Linux
         try:
             free = [0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -70,7 +71,17 @@ def free_memory(device: torch.device) -> float:
     return max(0.0, min(free))
 
 
-def kilobytes(file: str) -> dict[str, float]:
+def resident_memory(field: str) -> float:
+    """Bytes of this process in memory: now (VmRSS), or at its height (VmHWM), which is also all that systems but Linux know."""
+    with suppress(OSError):
+        # Not getrusage, whose height a process inherits from the one that started it.
+        return _kilobytes("/proc/self/status")[field]
+    import resource  # there is none on Windows
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _kilobytes(file: str) -> dict[str, float]:
     """The bytes that one of Linux's lists of "Name: 123 kB" gives."""
     lines = (line.split() for line in Path(file).read_text().splitlines())
     return {words[0].rstrip(":"): 1024.0 * int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}

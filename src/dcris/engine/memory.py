@@ -11,7 +11,7 @@ from dcris.config import RunConfig, load_config
 from dcris.data.dataset import normalise
 from dcris.data.tokenizer import Tokenizer
 from dcris.encoders.recompute import statistics_kept
-from dcris.engine.device import autocast, choose_precision, free_memory, kilobytes
+from dcris.engine.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
@@ -160,17 +160,8 @@ def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], kept: int, nei
 
 def _grown_by(act: Callable[[], None]) -> float:
     """Bytes by which this process's memory grew at its height while acting."""
-    before = _resident("VmRSS")
+    before = resident_memory("VmRSS")
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the height so far
     act()
-    return max(0.0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> float:
-    """Bytes of this process in memory: now (VmRSS), or at its height (VmHWM), which is also all that systems but Linux know."""
-    with suppress(OSError):
-        return kilobytes("/proc/self/status")[field]
-    import resource  # there is none on Windows
-
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(0.0, resident_memory("VmHWM") - before)
