@@ -35,7 +35,7 @@ PHRASES = ("left person", "the red one", "second from the right", "the thing in 
 
 
 def random_segmenter(recipe: str) -> Segmenter:
-    """A recipe's network at its full size, every weight and statistic an ordinary number: fresh ones are full of zeros."""
+    """A recipe's network at its full size, every weight an ordinary number: fresh ones are full of zeros."""
     config = get_recipe(recipe)
     model = DCRIS(config.model)
     source = torch.Generator().manual_seed(0)

@@ -218,11 +218,17 @@ def main() -> None:
             }
         )
     cells = [
-        [row["what"], row["of"], *(f"{1e3 * row[key]:.3g} ms" for key in ("plain_s", "short_s")), f"{row['ratio']:.2f}"]
+        [
+            row["what"],
+            row["of"],
+            *(f"{1e3 * row[key]:.3g} ms" for key in ("plain_s", "short_s")),
+            f"{row['ratio']:.2f}",
+            row["test"],
+        ]
         for row in rows
     ]
     about = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
-    print(markdown(("short cut", "of", "plain way", "short cut", "ratio"), cells))
+    print(markdown(("short cut", "of", "plain way", "short cut", "ratio", "test"), cells))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
