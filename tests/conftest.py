@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,19 @@ import pytest
 from PIL import Image
 
 from hub import Hub
+
+# Whoever runs the tests in the background of a shell runs them with Ctrl-C ignored, and so would every `dcris` that they start
+# and interrupt; a signal that Python handles is at its default again in a new program.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SLOW_TIMEOUT = 1800
+"""Seconds a slow test may take; for the others see pyproject.toml."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
 @dataclass

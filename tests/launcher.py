@@ -15,6 +15,18 @@ from pathlib import Path
 from typing import Any
 
 
+def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells one of several processes on this machine.
+
+    `port` is that of a store that the test keeps, a `torch.distributed.TCPStore("127.0.0.1", 0, is_master=True,
+    wait_for_workers=False)`, as torchrun itself does. A port that is merely free now may be taken when the first process wants
+    it; on one among those of outgoing connections, a process that tries too early even finds itself.
+    """
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    theirs = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    return {name: str(value) for name, value in (own | theirs | {"TORCHELASTIC_RESTART_COUNT": 0}).items()}
+
+
 class Launcher:
     """The side of the tests. A context."""
 

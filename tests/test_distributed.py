@@ -23,6 +23,7 @@ from dcris.engine.trackers import read_log
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
+from launcher import torchrun_environment
 from models import randomise
 from runs import last_tensors, quick_config, timeless_log
 
@@ -132,10 +133,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def compare_gradients(rank: int, folder: str) -> None:
+def compare_gradients(rank: int, port: int) -> None:
     """In one of three processes: gradients and statistics of a batch of 8 in double precision, against all of it at once."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = folder.rpartition("/")[2]
+    os.environ |= torchrun_environment(rank, 3, port)
     torch.set_num_threads(1)
     models = [DCRIS(quick_config(1).model).double() for _ in range(2)]
     for model in models:
@@ -171,10 +171,10 @@ def compare_gradients(rank: int, folder: str) -> None:
         assert len(set(group.gather(total))) == 1
 
 
-def test_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_whole_batch() -> None:
     """Uneven shares too (3, 3 and 2 samples): the mean over the batch, and batch norm over all of it."""
-    port = 20_000 + os.getpid() % 20_000
-    torch.multiprocessing.spawn(compare_gradients, (f"{tmp_path}/{port}",), nprocs=3)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(compare_gradients, (store.port,), nprocs=3, daemon=True)
 
 
 def test_two_processes_train_as_one(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 import dcris.engine.train as engine
 from dcris.cli import main
@@ -28,7 +28,7 @@ from dcris.data.scenes import write_scenes
 from dcris.engine.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
 from dcris.errors import DcrisError
 from dcris.metrics import summarise
-from launcher import Launcher
+from launcher import Launcher, torchrun_environment
 from runs import assert_same_run, leftovers, quick_config, run_training, unseal
 
 STEPS, EPOCH = 12, 4
@@ -72,18 +72,14 @@ class Run:
     def start(self, *words: object, workers: int = 0) -> int:
         """With --resume, as a job script has it from the beginning on. Returns the first process's id; `started` has all."""
         command = self.command("--data.workers", workers, *words)
-        port = free_port()
-        self.started = [
-            self.launcher.start(command, self.output, **self.environment(rank, port)) for rank in range(self.processes)
-        ]
+        environments: list[dict[str, str]] = [{}]
+        if self.processes > 1:
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environments = [
+                torchrun_environment(rank, self.processes, self.store.port) for rank in range(self.processes)
+            ]
+        self.started = [self.launcher.start(command, self.output, **environment) for environment in environments]
         return self.started[0]
-
-    def environment(self, rank: int, port: int) -> dict[str, object]:
-        """What torchrun tells one of several processes."""
-        if self.processes == 1:
-            return {}
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes, "LOCAL_WORLD_SIZE": self.processes}
-        return numbers | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
     def finish(self, *words: object, workers: int = 0) -> None:
         """To the end."""
@@ -105,12 +101,6 @@ class Run:
 
     def scores(self) -> list[tuple[int, float | None]]:
         return [(item.step, item.score) for item in list_checkpoints(self.out)]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
