@@ -156,6 +156,7 @@ class TrainingStep:
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
         self.model = DCRIS(config.model).to(device).train()
+        self.model.checkpoint_activations(config.train.checkpoint_activations)
         hold_frozen(self.model, dtype)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.train.lr, fused=True)

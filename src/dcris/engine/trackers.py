@@ -28,6 +28,7 @@ from dcris.data.dataset import Questions
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay, png_bytes
+from dcris.engine.device import resident_memory
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, sync_directory, write_file, write_json
@@ -202,14 +203,11 @@ class _Speed:
 
 def _memory(device: torch.device) -> dict[str, float]:
     """The most memory in use so far, in millions of bytes: of the GPU, or of this process. Nothing where nobody knows it."""
-    if device.type == "cuda":
-        return {"peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 1e6, 1)}
     try:
-        import resource
+        most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_memory("VmHWM")
     except ImportError:  # on Windows
         return {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)}
+    return {"peak_memory_mb": round(most / 1e6, 1)}
 
 
 # ---- the log -------------------------------------------------------------------------------------------------------------
