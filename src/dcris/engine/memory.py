@@ -1,5 +1,6 @@
 """The largest micro batch that fits a device, found by trial."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -160,6 +161,7 @@ def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], kept: int, nei
 
 def _grown_by(act: Callable[[], None]) -> float:
     """Bytes by which this process's memory grew at its height while acting."""
+    gc.collect()  # what is given back in the middle would hide as much of the growth
     before = resident_memory("VmRSS")
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the height so far
