@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcris.encoders.attention import MultiHeadAttention
+from dcris.encoders.dropout import Dropout
 from dcris.encoders.recompute import recomputed
 
 
@@ -39,11 +40,11 @@ class DecoderLayer(nn.Module):
         self.feedforward = nn.Sequential(
             nn.Linear(width, feedforward),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.LayerNorm(feedforward),
             nn.Linear(feedforward, width),
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, places: Tensor, keys: Tensor, values: Tensor, padding: Tensor) -> Tensor:
         """One layer.
