@@ -67,6 +67,26 @@ def test_half_precision_is_held_as_autocast_would_cast() -> None:
     assert (held - exact).norm() < 1.3 * (cast - exact).norm() + 1e-3 * exact.norm()
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not multiply bfloat16 on this CPU"
+)
+def test_a_block_is_packed_and_answers_the_same() -> None:
+    """The quick products take whatever comes: slices, single precision, any number of tokens; and GELU is the exact one."""
+    model = model_of(dcris_tiny().model).eval()
+    ready = prepare_for_prediction(model, torch.bfloat16)
+    block, plain = ready.vision.blocks[1], model.vision.blocks[1]
+    assert all(type(layer) is not nn.Linear for part in (block.attention, block.mlp) for layer in part.children())
+    width = model.config.vision.width
+    wide = torch.randn(2, 2 * width, 7, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    for x in (wide[..., :width], wide[:1, :1, width:].bfloat16(), wide[:, ::2, ::2]):
+        with torch.no_grad():
+            exact, found = plain.mlp(x.float()), block.mlp(x)
+            assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+            assert (found - exact).norm() < 0.02 * exact.norm()
+            exact, found = plain.attention.qkv(x.float()), block.attention.qkv(x)
+            assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
     """Else ten adapter sets hold ten pairs of towers in half precision."""
     first = model_of(dcris_tiny().model)

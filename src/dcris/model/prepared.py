@@ -1,18 +1,20 @@
 """The network as prediction wants it: what is constant is worked out once, not at every use.
 
 Both functions leave the numbers alone, up to rounding: folding batch norm moves logits by some 1e-6 of their size in float32,
-and holding weights in the working precision is what autocast does with them at every use.
+holding weights in the working precision is what autocast does with them at every use, and how they lie in memory is nobody's
+business but the processor's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dcris.adapters.base import adapters
 from dcris.encoders.attention import MultiHeadAttention
+from dcris.encoders.blocks import MLP, Block
 from dcris.model.dcris import DCRIS
 
 Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
@@ -48,12 +50,16 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
                 module[1] = nn.Identity()
     if dtype != torch.float32:
         held = {} if held is None else held
+        if dtype == torch.bfloat16 and _onednn_multiplies(next(model.parameters()).device):
+            for module in copy.modules():
+                if isinstance(module, Block):
+                    _pack(module, held)
         for module in copy.modules():
             _hold(module, dtype, held)
     return copy  # its weights keep saying whether they train: most are the model's own
 
 
-def _sharded(tensors: Iterable[torch.Tensor]) -> bool:
+def _sharded(tensors: Iterable[Tensor]) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
         return False  # importing what follows takes a second, and most predictions are one process's
     from torch.distributed.tensor import DTensor
@@ -77,12 +83,56 @@ def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
                 _hold(module, dtype, {})
 
 
-def _hold(module: nn.Module, dtype: torch.dtype, held: Held) -> None:
-    """Only what autocast would cast: norms, position tables and embeddings stay."""
+def _onednn_multiplies(device: torch.device) -> bool:
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class _Packed(nn.Module):
+    """A linear layer whose weight lies in memory as oneDNN multiplies it, and an activation in the same pass.
+
+    The operation is the one that torch's own compiler puts in a linear layer's place; it has no gradient.
+    """
+
+    def __init__(self, layer: nn.Linear, held: Held, activation: str = "none") -> None:
+        super().__init__()
+        self.activation = activation
+        _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in bfloat16."""
+        algorithm = "none" if self.activation == "gelu" else ""  # of GELU: not the approximation by tanh
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(torch.bfloat16), self.weight, self.bias, self.activation, [], algorithm
+        )
+        return made
+
+
+def _pack(block: Block, held: Held) -> None:
+    """Both towers' products with their own weights, which are nine tenths of all in them."""
+    exact = isinstance(block.mlp, MLP) and isinstance(block.mlp.activation, nn.GELU)
+    for parent in (block.attention, block.mlp):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(parent, name, _Packed(layer, held, "gelu" if exact and name == "fc1" else "none"))
+    if exact:
+        block.mlp.activation = nn.Identity()
+
+
+def _hold(
+    module: nn.Module, dtype: torch.dtype, held: Held, lay: Callable[[Tensor], Tensor] = lambda matrix: matrix
+) -> None:
+    """Only what autocast would cast: norms, position tables and embeddings stay. `lay` places a matrix in memory."""
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | MultiHeadAttention):
         return
     for name, weight in list(module.named_parameters(recurse=False)):
-        cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-        if not weight.requires_grad:
-            _, cast = held.setdefault((weight.data_ptr(), tuple(weight.shape)), (weight, cast))
-        setattr(module, name, cast)
+        place = weight.data_ptr(), tuple(weight.shape)
+        known = None if weight.requires_grad else held.get(place)
+        if known is None:
+            cast = weight.detach().to(dtype)
+            known = weight, nn.Parameter(lay(cast) if name == "weight" else cast, requires_grad=False)
+            if not weight.requires_grad:
+                held[place] = known
+        setattr(module, name, known[1])
