@@ -91,6 +91,13 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def _add(residual: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
+    """residual + scale(branch), in one pass over memory where `scale` is a LayerScale."""
+    if isinstance(scale, LayerScale):
+        return torch.addcmul(residual, branch, scale.gamma)
+    return residual + branch
+
+
 class SelfAttention(nn.Module):
     """Multi-head self attention with one fused projection to queries, keys and values."""
 
@@ -182,7 +189,7 @@ class Block(nn.Module):
         x = self.token_slot(x, x, x, context)
         normed = self.norm1(x)
         branch = self.attention_slot(self.attention(normed, context), normed, x, context)
-        return self.attention_slot.carry(x) + self.scale1(branch)
+        return _add(self.attention_slot.carry(x), self.scale1, branch)
 
     def feed(self, x: Tensor, context: SlotContext, made: Tensor | None = None) -> Tensor:
         """The second half: carry(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D].
@@ -191,7 +198,7 @@ class Block(nn.Module):
         """
         normed = self.norm2(x)
         made = self.mlp(normed) if made is None else made
-        return self.mlp_slot.carry(x) + self.scale2(self.mlp_slot(made, normed, x, context))
+        return _add(self.mlp_slot.carry(x), self.scale2, self.mlp_slot(made, normed, x, context))
 
     def foresee(self, x: Tensor) -> Tensor:
         """What the second half's MLP will make of x, before its slot looks at the text. [B, P, D] -> [B, P, D]."""

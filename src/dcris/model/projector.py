@@ -62,16 +62,18 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     batch, _, height, width = x.shape
     outputs = len(weight)
     taps = weight.permute(3, 0, 2, 1).flatten(0, 2)  # (tap's column, output, tap's row) by input
-    answers = (taps @ x.flatten(2)).view(batch, KERNEL * outputs, KERNEL * height, width)
+    # Each product as a batch of its own: what torch.matmul makes of a matrix and a batch has to be copied into order again.
+    answers = torch.bmm(taps.expand(batch, -1, -1), x.flatten(2)).view(batch, KERNEL * outputs, KERNEL * height, width)
     rows = _finer_taps(height, x).flatten(0, 1).t() @ answers
-    rows = rows.view(batch, KERNEL, outputs * 2 * height, width)
+    # Taken apart at once: the gradient of each part alone would be a whole map of zeros but for it.
+    rows1, rows2, rows3 = rows.view(batch, KERNEL, outputs * 2 * height, width).unbind(1)
     left, middle, right = _finer_taps(width, x).expand(batch, -1, -1, -1).unbind(1)
     if bias is None:
-        fine = rows[:, 0] @ left
+        fine = rows1 @ left
     else:
-        fine = torch.baddbmm(bias.repeat_interleave(2 * height)[None, :, None], rows[:, 0], left)
-    fine = torch.baddbmm(fine, rows[:, 1], middle)
-    return torch.baddbmm(fine, rows[:, 2], right).view(batch, outputs, 2 * height, 2 * width)
+        fine = torch.baddbmm(bias.repeat_interleave(2 * height)[None, :, None], rows1, left)
+    fine = torch.baddbmm(fine, rows2, middle)
+    return torch.baddbmm(fine, rows3, right).view(batch, outputs, 2 * height, 2 * width)
 
 
 def _finer_taps(length: int, like: Tensor) -> Tensor:
