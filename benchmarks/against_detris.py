@@ -155,7 +155,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--batch", type=int, default=BATCH, help="of the training step (%(default)s)")
-    parser.add_argument("--bfloat16", action="store_true", help="also where the CPU only imitates it")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        help="not float32 and, where the device multiplies it in hardware, bfloat16",
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the process's own work instead of seconds: for a busy machine"
     )
@@ -182,9 +187,8 @@ def _measure(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     clock = time.process_time if args.cpu_time else time.perf_counter
     default = choose_precision("auto", device)
-    precisions = [torch.float32]
-    if default == torch.bfloat16 or args.bfloat16:
-        precisions.append(torch.bfloat16)
+    names = args.precisions or ["float32"] + ["bfloat16"] * (default == torch.bfloat16)
+    precisions = [getattr(torch, name) for name in names]
     wanted = args.only or ["predict", "train", "memory"]
     networks = {name: network.to(device) for name, network in _networks(args.reference).items()}
     rows: list[dict[str, Any]] = []
@@ -209,6 +213,7 @@ def _measure(args: argparse.Namespace) -> None:
                 "ours": median(seconds["ours"]),
                 "unit": "s",
                 "ratio": ratio(seconds["theirs"], seconds["ours"]),
+                "turns": {name: seconds[name] for name in networks},
                 "ceiling_gflops": ceiling / 1e9,
                 "share_theirs": work / median(seconds["theirs"]) / ceiling,
                 "share_ours": work / median(seconds["ours"]) / ceiling,

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from dcris.bench import machine, ratio, take_turns
 from dcris.encoders import cpu_attention
-from dcris.encoders.attention import MultiHeadAttention
+from dcris.encoders.attention import MultiHeadAttention, attend
+from dcris.encoders.blocks import MLP
+from dcris.encoders.dropout import Dropout
 from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import prepare_for_prediction
@@ -84,14 +86,42 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
     blocks = [random(1, 12, GRID**2 + 5, 64) for _ in range(3)]
     yield Trick(
-        "attention without maps",
+        "attention without whole maps",
         _predicted(_maps_by_hand, *blocks),
-        _predicted(F.scaled_dot_product_attention, *blocks),
+        _predicted(attend, *blocks),
         "test_towers.py",
         "a vision block's attention",
     )
+    with torch.no_grad():
+        own = cpu_attention.pays(*blocks, 0.0)
+    if own:
+        yield Trick(
+            "own attention on CPUs that have bfloat16 and no AMX",
+            _predicted(F.scaled_dot_product_attention, *blocks),
+            _predicted(attend, *blocks),
+            "test_cpu_attention.py",
+            "a vision block's attention",
+        )
+
+    branch, gamma = random(1, GRID**2 + 5, 768), random(768, kind=torch.float32)
+    residual = random(1, GRID**2 + 5, 768, kind=torch.float32)
+    yield Trick(
+        "LayerScale and sum in one pass",
+        _predicted(lambda: residual + branch * gamma),
+        _predicted(lambda: torch.addcmul(residual, branch, gamma)),
+        "test_towers.py",
+        "a vision block's branch",
+    )
 
     if device.type == "cpu":
+        pixels = random(2, GRID**2, 512)
+        yield Trick(
+            "dropout drawn in 16 bits",
+            _trained(nn.Dropout(0.1), pixels),
+            _trained(Dropout(0.1), pixels.detach().clone()),
+            "test_the_quick_dropout_is_dropout",
+            "one of a decoder layer's four, trained at batch 2",
+        )
         heads = [random(2, 8, GRID**2, 64) for _ in range(3)]
         yield Trick(
             "own attention on CPUs, dropout drawn twice",
@@ -166,6 +196,16 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
             "test_it_answers_as_the_model_does",
             "a prediction",
         )
+        if device.type == "cpu":
+            x = random(1, GRID**2 + 5, 768)
+            plain = MLP(768, nn.GELU()).to(device, dtype)
+            yield Trick(
+                "weights placed as oneDNN multiplies them, GELU in the product",
+                _predicted(plain, x),
+                _predicted(held.vision.blocks[0].mlp, x),
+                "test_a_block_is_packed_and_answers_the_same",
+                "a vision block's MLP",
+            )
 
     model.train()
 
@@ -199,11 +239,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     device = choose_device(args.device)
-    dtype = choose_precision("auto", device)
+    dtype = choose_precision(args.precision, device)
     rows = []
     for trick in tricks(device, dtype):
         seconds = take_turns({"plain": trick.plain, "short": trick.short}, args.rounds, device)
