@@ -62,18 +62,17 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     batch, _, height, width = x.shape
     outputs = len(weight)
     taps = weight.permute(3, 0, 2, 1).flatten(0, 2)  # (tap's column, output, tap's row) by input
-    # Each product as a batch of its own: what torch.matmul makes of a matrix and a batch has to be copied into order again.
-    answers = torch.bmm(taps.expand(batch, -1, -1), x.flatten(2)).view(batch, KERNEL * outputs, KERNEL * height, width)
-    rows = _finer_taps(height, x).flatten(0, 1).t() @ answers
-    # Taken apart at once: the gradient of each part alone would be a whole map of zeros but for it.
-    rows1, rows2, rows3 = rows.view(batch, KERNEL, outputs * 2 * height, width).unbind(1)
+    # bmm, since what torch.matmul makes of a matrix and a batch has to be copied into order again; and taken apart at once, since
+    # the gradient of each part alone would be a whole map of zeros but for it.
+    answers = torch.bmm(taps.expand(batch, -1, -1), x.flatten(2))
+    answers1, answers2, answers3 = answers.view(batch, KERNEL, outputs * KERNEL * height, width).unbind(1)
     left, middle, right = _finer_taps(width, x).expand(batch, -1, -1, -1).unbind(1)
-    if bias is None:
-        fine = rows1 @ left
-    else:
-        fine = torch.baddbmm(bias.repeat_interleave(2 * height)[None, :, None], rows1, left)
-    fine = torch.baddbmm(fine, rows2, middle)
-    return torch.baddbmm(fine, rows3, right).view(batch, outputs, 2 * height, 2 * width)
+    columns = torch.baddbmm(torch.baddbmm(torch.bmm(answers1, left), answers2, middle), answers3, right)
+    # Rows last: their matrix is copied for each map in bfloat16 on a CPU, and there are fewest maps here.
+    columns = columns.view(batch * outputs, KERNEL * height, 2 * width)
+    rows = _finer_taps(height, x).flatten(0, 1).t().expand(batch * outputs, -1, -1)
+    fine = torch.bmm(rows, columns) if bias is None else torch.baddbmm(bias.repeat(batch)[:, None, None], rows, columns)
+    return fine.view(batch, outputs, 2 * height, 2 * width)
 
 
 def _finer_taps(length: int, like: Tensor) -> Tensor:
