@@ -62,8 +62,8 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     batch, _, height, width = x.shape
     outputs = len(weight)
     taps = weight.permute(3, 0, 2, 1).flatten(0, 2)  # (tap's column, output, tap's row) by input
-    # bmm, since what torch.matmul makes of a matrix and a batch has to be copied into order again; and taken apart at once, since
-    # the gradient of each part alone would be a whole map of zeros but for it.
+    # bmm, since what torch.matmul makes of a matrix and a batch has to be copied into order again; and taken apart at once,
+    # since the gradient of each part alone would be a whole map of zeros but for it.
     answers = torch.bmm(taps.expand(batch, -1, -1), x.flatten(2))
     answers1, answers2, answers3 = answers.view(batch, KERNEL, outputs * KERNEL * height, width).unbind(1)
     left, middle, right = _finer_taps(width, x).expand(batch, -1, -1, -1).unbind(1)
