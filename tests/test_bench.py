@@ -8,6 +8,7 @@ import torch
 
 from dcris.bench import in_own_process, matrix_products, peak_of_training, ratio, render, take_turns
 from dcris.cli import main
+from dcris.model.dcris import DCRIS
 from dcris.recipes import dcris_tiny
 
 CPU = torch.device("cpu")
@@ -65,3 +66,18 @@ def test_products_are_counted_twice_per_multiply_add() -> None:
     from dcris.bench import count_operations
 
     assert operations == 2 * 64**3 == count_operations(task)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not multiply bfloat16 on this CPU"
+)
+def test_a_prepared_model_s_operations_are_all_counted() -> None:
+    """Else a prediction in bfloat16 seems to use a quarter of the machine."""
+    from dcris.bench import count_operations
+    from dcris.model.prepared import prepare_for_prediction
+
+    model = DCRIS(dcris_tiny().model).eval()
+    ready = prepare_for_prediction(model, torch.bfloat16)
+    images, tokens = torch.zeros(1, 3, 112, 112), torch.zeros(1, 9, dtype=torch.int64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert count_operations(lambda: ready(images, tokens)) == count_operations(lambda: model(images, tokens))
