@@ -130,7 +130,8 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
             raise DcrisError(f"{path} holds no video")
         stream = container.streams.video[0]
         refuse_shape(stream.codec_context.height, stream.codec_context.width)
-        stream.thread_type = "AUTO"
+        # Not by frame: FFmpeg 8's threads then wait for each other for ever after an error, when the decoder is closed.
+        stream.thread_type = "SLICE"
         stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         index, before, end = 0, -1, 0.0
