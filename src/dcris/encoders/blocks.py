@@ -80,22 +80,23 @@ class QuickGELU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a branch's output (DINOv2)."""
+    """A learned factor per channel on a branch's output (DINOv2), and the sum with the residual stream, in one pass."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale [..., D]."""
-        return x * self.gamma
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """residual + gamma * branch, both [..., D]."""
+        return torch.addcmul(residual, branch, self.gamma)
 
 
-def _add(residual: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
-    """residual + scale(branch), in one pass over memory where `scale` is a LayerScale."""
-    if isinstance(scale, LayerScale):
-        return torch.addcmul(residual, branch, scale.gamma)
-    return residual + branch
+class Sum(nn.Module):
+    """The same without a factor (CLIP)."""
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """residual + branch, both of any shape."""
+        return residual + branch
 
 
 class SelfAttention(nn.Module):
@@ -178,18 +179,19 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads, causal)
         self.attention_slot = Slot()
-        self.scale1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.scale1 = LayerScale(width) if layer_scale else Sum()
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = _make_mlp(width, mlp)
         self.mlp_slot = Slot()
-        self.scale2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.scale2 = LayerScale(width) if layer_scale else Sum()
 
     def attend(self, x: Tensor, context: SlotContext) -> Tensor:
         """The first half: carry(x) + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
         x = self.token_slot(x, x, x, context)
         normed = self.norm1(x)
         branch = self.attention_slot(self.attention(normed, context), normed, x, context)
-        return _add(self.attention_slot.carry(x), self.scale1, branch)
+        summed: Tensor = self.scale1(self.attention_slot.carry(x), branch)
+        return summed
 
     def feed(self, x: Tensor, context: SlotContext, made: Tensor | None = None) -> Tensor:
         """The second half: carry(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D].
@@ -198,7 +200,8 @@ class Block(nn.Module):
         """
         normed = self.norm2(x)
         made = self.mlp(normed) if made is None else made
-        return _add(self.mlp_slot.carry(x), self.scale2, self.mlp_slot(made, normed, x, context))
+        summed: Tensor = self.scale2(self.mlp_slot.carry(x), self.mlp_slot(made, normed, x, context))
+        return summed
 
     def foresee(self, x: Tensor) -> Tensor:
         """What the second half's MLP will make of x, before its slot looks at the text. [B, P, D] -> [B, P, D]."""
