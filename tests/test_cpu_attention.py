@@ -156,15 +156,11 @@ def test_a_step_through_a_model_is_as_exact_with_and_without(monkeypatch: pytest
     """Under autocast too: the parts must agree on types, and gradients may not be worse than torch's own bfloat16."""
     from dcris.model.dcris import DCRIS
     from dcris.recipes import dcris_tiny
-    from models import images, randomise
+    from models import images, randomise, without_dropout
 
     model = DCRIS(dcris_tiny().model).train()
     randomise(model)
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(model)
     torch.manual_seed(0)
     pictures, tokens = images(1, 16, 17), torch.randint(4, 100, (1, 9))
 
