@@ -27,10 +27,13 @@ from launcher import torchrun_environment
 from models import randomise
 from runs import last_tensors, quick_config, timeless_log
 
+DCRIS_ITSELF = ("-m", "dcris")
+IN_DOUBLE_PRECISION = (str(Path(__file__).with_name("double_precision.py")),)
 
-def torchrun(count: int, *words: object) -> subprocess.CompletedProcess[str]:
+
+def torchrun(count: int, *words: object, program: Sequence[str] = DCRIS_ITSELF) -> subprocess.CompletedProcess[str]:
     """`dcris` in `count` processes. One thread each: a product's rounding depends on their number."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "dcris"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
     return subprocess.run(
         [sys.executable, *command, *(str(word) for word in words)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -177,26 +180,25 @@ def test_gradients_are_those_of_the_whole_batch() -> None:
     torch.multiprocessing.spawn(compare_gradients, (store.port,), nprocs=3, daemon=True)
 
 
-def test_two_processes_train_as_one(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
     """The same curve and scores, one log, one checkpoint, one voice: else a recipe means another run on every machine."""
     more = ["--data.val_split", "val"]
-    assert main(train_words(scenes, tmp_path / "one", 6, *more)) == 0
-    alone = capsys.readouterr().out
-    done = torchrun(2, *train_words(scenes, tmp_path / "two", 6, *more))
+    alone = torchrun(1, *train_words(scenes, tmp_path / "one", 6, *more), program=IN_DOUBLE_PRECISION)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(2, *train_words(scenes, tmp_path / "two", 6, *more), program=IN_DOUBLE_PRECISION)
     assert done.returncode == 0, done.stderr
     ours, theirs = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(ours) == 6
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=4e-7)
     assert [line.keys() for line in timeless_log(tmp_path / "two")] == [
         line.keys() for line in timeless_log(tmp_path / "one")
     ]
-    assert done.stdout.count("references, ") == alone.count("references, ") == 1
+    assert done.stdout.count("references, ") == alone.stdout.count("references, ") == 1
     assert [item.path.name for item in list_checkpoints(tmp_path / "two")] == ["step-00000005", "step-00000006"]
     ours, theirs = last_tensors(tmp_path / "two"), last_tensors(tmp_path / "one")
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        # A bias before a batch norm has no gradient but rounding, which Adam makes steps of the learning rate of.
-        assert torch.allclose(ours[name].double(), value.double(), rtol=1e-3, atol=1.5e-3), name
+        assert torch.allclose(ours[name].double(), value.double(), rtol=1e-7, atol=1e-9), name
 
 
 @pytest.mark.slow
@@ -212,13 +214,36 @@ def test_two_processes_train_as_one(scenes: Path, tmp_path: Path, capsys: pytest
     ],
 )
 def test_twenty_steps_are_the_same(scenes: Path, tmp_path: Path, count: int, more: Sequence[str]) -> None:
-    """Relative 1e-5 in single precision; the towers' fingerprints and the checkpoint are right where towers are sharded."""
-    assert main(train_words(scenes, tmp_path / "one", 20)) == 0
-    done = torchrun(count, *train_words(scenes, tmp_path / "many", 20, *more))
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    Segmenter.from_pretrained(tmp_path / "many", device="cpu")  # which checks the towers
-    assert not sentences(done.stderr)
+    """In double precision, and then to the last digits of the single one that a loss is logged in; towers may be sharded."""
+    for name, number, words in (("one", 1, ()), ("many", count, more)):
+        done = torchrun(number, *train_words(scenes, tmp_path / name, 20, *words), program=IN_DOUBLE_PRECISION)
+        assert done.returncode == 0, done.stderr
+        assert not sentences(done.stderr)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=4e-7)
+
+
+@pytest.mark.slow
+def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
+    """Relative 1e-5; the towers' fingerprints are right, and so is the checkpoint of sharded ones.
+
+    With one of three seeds: in about one run of three an argument of a ReLU is on the edge (double_precision.py), and even two
+    numbers of threads differ by 1e-4; without, all agree to 1e-6.
+    """
+    ways = {"two": (2, ()), "three": (3, ()), "shards": (2, ("--train.shard_towers", "true"))}
+    differences: dict[str, list[float]] = {name: [] for name in ways}
+    for seed in (1, 3, 4):
+        words = ["--train.seed", str(seed)]
+        one = tmp_path / f"one.{seed}"
+        assert main(train_words(scenes, one, 20, *words)) == 0
+        for name, (count, more) in ways.items():
+            many = tmp_path / f"{name}.{seed}"
+            done = torchrun(count, *train_words(scenes, many, 20, *words, *more))
+            assert done.returncode == 0, done.stderr
+            Segmenter.from_pretrained(many, device="cpu")  # which checks the towers
+            ours, theirs = np.array(losses(many)), np.array(losses(one))
+            differences[name].append(float(np.max(np.abs(ours - theirs) / theirs)))
+            assert np.allclose(ours, theirs, rtol=1e-2), name
+    assert all(min(values) < 1e-5 for values in differences.values()), differences
 
 
 @pytest.mark.slow
