@@ -79,7 +79,8 @@ class Decoder(nn.Module):
     def forward(self, features: Tensor, words: Tensor, padding: Tensor) -> Tensor:
         """Map [B, C, h, w], words f_t [B, L, T] and padding [B, L] -> F_mm [B, C, h, w]."""
         rows, columns = features.shape[-2:]
-        x = features.flatten(2).transpose(1, 2)
+        # Moved in memory too: sums would keep the map's order, in which norms and sums of tokens are ten times as slow.
+        x = features.flatten(2).transpose(1, 2).contiguous()
         values = self.text_proj(words)
         places = sine_positions_2d(rows, columns, x.shape[-1], x.device).to(x.dtype)
         keys = values + sine_positions(values.shape[1], values.shape[2], x.device).to(values.dtype)

@@ -66,11 +66,11 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     # since the gradient of each part alone would be a whole map of zeros but for it.
     answers = torch.bmm(taps.expand(batch, -1, -1), x.flatten(2))
     answers1, answers2, answers3 = answers.view(batch, KERNEL, outputs * KERNEL * height, width).unbind(1)
-    left, middle, right = _finer_taps(width, x).expand(batch, -1, -1, -1).unbind(1)
-    columns = torch.baddbmm(torch.baddbmm(torch.bmm(answers1, left), answers2, middle), answers3, right)
+    left, middle, right = _finer_taps(width, answers).expand(batch, -1, -1, -1).unbind(1)
+    columns = torch.bmm(answers1, left).baddbmm_(answers2, middle).baddbmm_(answers3, right)
     # Rows last: their matrix is copied for each map in bfloat16 on a CPU, and there are fewest maps here.
     columns = columns.view(batch * outputs, KERNEL * height, 2 * width)
-    rows = _finer_taps(height, x).flatten(0, 1).t().expand(batch * outputs, -1, -1)
+    rows = _finer_taps(height, answers).flatten(0, 1).t().expand(batch * outputs, -1, -1)
     fine = torch.bmm(rows, columns) if bias is None else torch.baddbmm(bias.repeat(batch)[:, None, None], rows, columns)
     return fine.view(batch, outputs, 2 * height, 2 * width)
 
