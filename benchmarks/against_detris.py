@@ -2,9 +2,10 @@
 
 CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It is run as it is; modules that it imports and does not need for
 this are replaced by empty ones (tests/golden/make_detris.py). Both networks hold the same random weights, take turns within
-one process, and are compared by the median over the turns of the ratio of their seconds. Peak memory is that of a process
-each. What is timed is the network: with the photograph and the words as tensors, up to the logits; and for training the
-published loop's forward pass with loss, backward pass and Adam.
+one process, and are compared by the median over the turns of the ratio of their seconds. Each row is a process of its own, as
+a run is: what an earlier row leaves the allocator with would decide how many pages a later one has to wait for. Peak memory
+is that of a process for each network. What is timed is the network: with the photograph and the words as tensors, up to the
+logits; and for training the published loop's forward pass with loss, backward pass and Adam.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -126,26 +128,70 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
     return step
 
 
-def _peak(reference: Path, name: str, what: str, device: str, precision: str) -> float:
-    """Peak memory in GiB of one of the two, in a process of its own."""
-    command = [sys.executable, str(_HERE), "--reference", str(reference), "--device", device]
-    done = subprocess.run([*command, "--child", name, what, precision], capture_output=True, text=True, check=False)
+def _in_a_process(args: argparse.Namespace, *task: str) -> Any:
+    """What a process of its own finds (`_alone`)."""
+    command = [sys.executable, str(_HERE), "--reference", str(args.reference), "--device", args.device]
+    command += ["--rounds", str(args.rounds), "--batch", str(args.batch), *["--cpu-time"] * args.cpu_time]
+    done = subprocess.run([*command, "--alone", *task], capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"the process for {name} failed: {done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+        sys.exit(f"the process for {' '.join(task)} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _child(reference: Path, name: str, what: str, device_name: str, precision: str) -> None:
+def _alone(args: argparse.Namespace) -> None:
+    """One row of the table ("time"), or the peak memory in GiB of one network's training steps ("theirs" or "ours")."""
     import torch
 
     from dcris.bench import peak_memory
+    from dcris.engine.device import choose_device
 
-    device, dtype = torch.device(device_name), getattr(torch, precision)
-    network = _networks(reference, name)[name].to(device)
-    task = (_training if what == "train" else _prediction)(name, network, device, dtype)
-    for _ in range(2):
-        task()
-    print(peak_memory(device))
+    who, what, precision = args.alone
+    device = choose_device(args.device)
+    if who == "time":
+        found: Any = _time(args, device, what, precision)
+    else:
+        network = _networks(args.reference, who)[who].to(device)
+        step = _training(who, network, device, getattr(torch, precision), args.batch)
+        for _ in range(2):
+            step()
+        found = peak_memory(device)
+    print(json.dumps(found))
+
+
+def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> dict[str, Any]:
+    import torch
+
+    from dcris.bench import matrix_products, ratio, take_turns
+    from dcris.engine.device import choose_precision
+
+    by_default = precision == "default"
+    theirs = ours = choose_precision("auto", device) if by_default else getattr(torch, precision)
+    cudnn = True
+    if by_default:  # on a GPU theirs switches cuDNN off, and its autocast is float16's; on a CPU it has none
+        theirs, cudnn = (torch.float16, False) if device.type == "cuda" else (torch.float32, True)
+    networks = {name: network.to(device) for name, network in _networks(args.reference).items()}
+    make = partial(_training, batch=args.batch) if what == "train" else _prediction
+    product, operations = matrix_products(device, ours)
+    tasks = {
+        "theirs": _under(cudnn, make("theirs", networks["theirs"], device, theirs)),
+        "ours": make("ours", networks["ours"], device, ours),
+        "product": product,
+    }
+    seconds = take_turns(tasks, args.rounds, device, time.process_time if args.cpu_time else time.perf_counter)
+    ceiling = operations / median(seconds["product"])
+    # By the work that is counted in the published network, 316 GFLOP a photograph and about 720 a training sample.
+    work = 720e9 * args.batch if what == "train" else 316e9
+    return {
+        "row": f"{what} by default" if by_default else f"{what} {precision}",
+        "theirs": median(seconds["theirs"]),
+        "ours": median(seconds["ours"]),
+        "unit": "s",
+        "ratio": ratio(seconds["theirs"], seconds["ours"]),
+        "turns": {name: seconds[name] for name in networks},
+        "ceiling_gflops": ceiling / 1e9,
+        "share_theirs": work / median(seconds["theirs"]) / ceiling,
+        "share_ours": work / median(seconds["ours"]) / ceiling,
+    }
 
 
 def main() -> None:
@@ -166,78 +212,41 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=("predict", "train", "memory"), help="not all of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.reference / "model" / "segmenter.py").is_file():
         parser.error(f"{args.reference} is no checkout of DETRIS: it has no model/segmenter.py")
-    if args.child:
-        name, what, precision = args.child
-        return _child(args.reference, name, what, args.device, precision)
-    _measure(args)
-    return None
+    if args.alone:
+        _alone(args)
+    else:
+        _measure(args)
 
 
 def _measure(args: argparse.Namespace) -> None:
     import torch
 
-    from dcris.bench import machine, matrix_products, ratio, take_turns
+    from dcris.bench import machine
     from dcris.engine.device import choose_device, choose_precision
     from dcris.tables import markdown
 
     device = choose_device(args.device)
-    clock = time.process_time if args.cpu_time else time.perf_counter
     default = choose_precision("auto", device)
-    names = args.precisions or ["float32"] + ["bfloat16"] * (default == torch.bfloat16)
-    precisions = [getattr(torch, name) for name in names]
+    precisions = args.precisions or ["float32"] + ["bfloat16"] * (default == torch.bfloat16)
     wanted = args.only or ["predict", "train", "memory"]
-    networks = {name: network.to(device) for name, network in _networks(args.reference).items()}
     rows: list[dict[str, Any]] = []
 
-    def compare(row: str, what: str, theirs: Any, ours: Any) -> None:
-        """`theirs` and `ours`: precision, and for CUDA whether cuDNN is on."""
-        make = _training if what == "train" else _prediction
-        tasks: dict[str, Callable[[], object]] = {}
-        for name, (dtype, cudnn) in (("theirs", theirs), ("ours", ours)):
-            more = {"batch": args.batch} if what == "train" else {}
-            tasks[name] = _under(cudnn, make(name, networks[name], device, dtype, **more))
-        product, operations = matrix_products(device, ours[0])
-        tasks["product"] = product
-        seconds = take_turns(tasks, args.rounds, device, clock)
-        ceiling = operations / median(seconds["product"])
-        # By the work that is counted in the published network, 316 GFLOP a photograph and about 720 a training sample.
-        work = 720e9 * args.batch if what == "train" else 316e9
-        rows.append(
-            {
-                "row": row,
-                "theirs": median(seconds["theirs"]),
-                "ours": median(seconds["ours"]),
-                "unit": "s",
-                "ratio": ratio(seconds["theirs"], seconds["ours"]),
-                "turns": {name: seconds[name] for name in networks},
-                "ceiling_gflops": ceiling / 1e9,
-                "share_theirs": work / median(seconds["theirs"]) / ceiling,
-                "share_ours": work / median(seconds["ours"]) / ceiling,
-            }
-        )
-        print(rows[-1], file=sys.stderr, flush=True)
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
 
     for what in ("predict", "train"):
-        if what not in wanted:
-            continue
-        for dtype in precisions:
-            compare(f"{what} {str(dtype).removeprefix('torch.')}", what, (dtype, True), (dtype, True))
-        if device.type == "cuda":
-            # Theirs switches cuDNN off, and its autocast is float16's.
-            compare(f"{what} by default", what, (torch.float16, False), (default, True))
-        elif default != torch.float32 and what == "predict":
-            compare(f"{what} by default", what, (torch.float32, True), (default, True))
-    if "memory" in wanted:
-        networks.clear()
-        for dtype in precisions:
-            precision = str(dtype).removeprefix("torch.")
-            theirs, ours = (_peak(args.reference, name, "train", args.device, precision) for name in ("theirs", "ours"))
-            row = {"row": f"memory {precision}", "theirs": theirs, "ours": ours, "unit": "GiB", "ratio": ours / theirs}
-            rows.append(row)
+        # Training on a CPU has no default of theirs to compare with: that is float32's row.
+        defaults = device.type == "cuda" or (default != torch.float32 and what == "predict")
+        for precision in [*precisions, *["default"] * defaults] if what in wanted else []:
+            note(_in_a_process(args, "time", what, precision))
+    for precision in precisions if "memory" in wanted else []:
+        theirs, ours = (_in_a_process(args, name, "train", precision) for name in ("theirs", "ours"))
+        note({"row": f"memory {precision}", "theirs": theirs, "ours": ours, "unit": "GiB", "ratio": ours / theirs})
     targets = TARGETS[device.type]
     header = ("what", "theirs", "ours", "ratio", "must", "goal", "share of products, theirs", "ours")
     cells = []
@@ -250,7 +259,8 @@ def _measure(args: argparse.Namespace) -> None:
     print(markdown(header, cells))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
-        figures = {"machine": about, "batch": args.batch, "clock": clock.__name__, "rows": rows}
+        clock = "process_time" if args.cpu_time else "perf_counter"
+        figures = {"machine": about, "batch": args.batch, "clock": clock, "rows": rows}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

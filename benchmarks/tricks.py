@@ -23,7 +23,8 @@ from dcris.encoders.blocks import MLP
 from dcris.encoders.dropout import Dropout
 from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.model.dcris import DCRIS
-from dcris.model.prepared import prepare_for_prediction
+from dcris.model.decoder import DecoderLayer
+from dcris.model.prepared import hold_frozen, prepare_for_prediction
 from dcris.model.projector import KERNEL, apply_kernels, finer_convolution
 from dcris.recipes import dcris_b
 from dcris.tables import markdown
@@ -130,8 +131,37 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
             "test_cpu_attention.py",
             "a decoder layer's self-attention, trained at batch 2",
         )
+        words = [random(2, 8, 17, 64) for _ in range(2)]
+        mask = torch.ones(2, 1, 1, 17, dtype=torch.bool)
+        yield Trick(
+            "attention to words with dropout, not in float32",
+            _trained(
+                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.1),
+                heads[0].detach().clone(),
+                *words,
+            ),
+            _trained(
+                lambda q, k, v: attend(q, k, v, mask=mask, dropout=0.1),
+                heads[0].detach().clone(),
+                *(word.detach().clone() for word in words),
+            ),
+            "test_pixels_attend_to_words_and_not_to_padding",
+            "a decoder layer's cross attention, trained at batch 2",
+        )
 
-    x, weight = random(1, 512, GRID, GRID), random(512, 512, KERNEL, KERNEL)
+    layer = DecoderLayer(512, 8, 512, 0.0).to(device, dtype)
+    pixels, places, words = random(1, 512, GRID**2).transpose(1, 2), random(GRID**2, 512), random(1, 17, 512)
+    padding = torch.zeros(1, 17, dtype=torch.bool, device=device)
+    yield Trick(
+        "tokens in memory as tokens, not as a map",
+        _predicted(lambda: layer(pixels, places, words, words, padding)),
+        _predicted(lambda: layer(pixels.contiguous(), places, words, words, padding)),
+        "test_decoder_is_section_3_4",
+        "a decoder layer",
+    )
+
+    x = random(1, 512, GRID, GRID).to(memory_format=torch.channels_last)
+    weight = random(512, 512, KERNEL, KERNEL)
     for part, wrap in (("predicted", _predicted), ("trained", _trained)):
         yield Trick(
             f"taps before interpolation, {part}",
@@ -205,6 +235,16 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
                 _predicted(held.vision.blocks[0].mlp, x),
                 "test_a_block_is_packed_and_answers_the_same",
                 "a vision block's MLP",
+            )
+            x = random(2, GRID**2 + 5, 768)
+            trained = DCRIS(config.model)
+            hold_frozen(trained, dtype)
+            yield Trick(
+                "the same without GELU, trained",
+                _trained(plain.requires_grad_(False), x),
+                _trained(trained.vision.blocks[0].mlp, x.detach().clone()),
+                "test_gradients_go_through_packed_layers",
+                "a vision block's MLP, trained at batch 2",
             )
 
     model.train()

@@ -79,6 +79,35 @@ def test_dropout_is_that_of_an_explicit_mask(dropout: float, monkeypatch: pytest
             assert ((our - their).norm() / their.norm()).item() < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_pixels_attend_to_words_and_not_to_padding(dtype: torch.dtype, tolerance: float) -> None:
+    """Else a head learns from words that are not there; with dropout this is our own, in training alone."""
+    shape = (2, 1100, 17, 3, 16)
+    mask = torch.arange(17) < torch.tensor([5, 9])[:, None, None, None]
+
+    def ours(*x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attend(*x, mask=mask, dropout=0.2)
+
+    torch.manual_seed(3)
+    draw = Draw(0.2)
+    (kept,) = draw.kept(1, (2, 3, 1100, 17))
+
+    def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        return (torch.softmax(scores, -1) * kept * draw.stretch) @ value
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = with_gradients(ours, inputs(shape, dtype))
+    for our, their in zip(found, with_gradients(explicit, inputs(shape, torch.float64)), strict=True):
+        assert our.dtype == dtype
+        assert ((our.double() - their).norm() / their.norm()).item() < tolerance
+    for to_words in found[2:]:
+        assert not to_words[0, :, 5:].any() and not to_words[1, :, 9:].any() and to_words[0, :, :5].all()
+
+
 def test_dropout_follows_torchs_seed_and_differs_between_heads() -> None:
     """A step's randomness comes from its number: that is what makes resuming exact."""
     query, key, _ = inputs(SHAPES[0], torch.float32)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcris.encoders.dropout import Draw
+from dcris.encoders.dropout import Draw, drop
 
 _WORTH_IT = 1 << 16
 """Entries of a map from which on a call per head costs less than it saves."""
@@ -42,6 +42,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """
     result: Tensor = _Attention.apply(query, key, value, dropout)  # type: ignore[no-untyped-call]
     return result
+
+
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """The same where `mask` is True, for small maps, as of pixels to words. With dropout torch keeps all of it in float32."""
+    with torch.autocast("cpu", enabled=False):
+        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT + hidden
+        return drop(scores.softmax(-1), dropout) @ value
 
 
 @cache

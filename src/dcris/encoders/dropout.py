@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _LEVELS = 1 << 16
 _WORTH_IT = 1 << 14
@@ -40,15 +41,18 @@ class Draw:
             yield kept
 
 
+def drop(x: Tensor, probability: float) -> Tensor:
+    """Dropout of a tensor of any shape, by draws that are not torch's where it is large and on a CPU."""
+    if not 0 < probability < 1 or x.device.type != "cpu" or x.numel() < _WORTH_IT or torch.compiler.is_compiling():
+        return F.dropout(x, probability)
+    draw = Draw(probability)
+    (kept,) = draw.kept(1, x.shape)
+    return x * kept * draw.stretch
+
+
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout, with draws that are not torch's for large tensors on a CPU."""
+    """torch.nn.Dropout, with `drop`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor of any shape."""
-        if not self.training or not 0 < self.p < 1 or x.device.type != "cpu" or x.numel() < _WORTH_IT:
-            return super().forward(x)
-        if torch.compiler.is_compiling():
-            return super().forward(x)
-        draw = Draw(self.p)
-        (kept,) = draw.kept(1, x.shape)
-        return x * kept * draw.stretch
+        return drop(x, self.p) if self.training else x

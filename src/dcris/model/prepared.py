@@ -7,6 +7,7 @@ business but the processor's.
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,6 +17,7 @@ from dcris.adapters.base import adapters
 from dcris.encoders.attention import MultiHeadAttention
 from dcris.encoders.blocks import MLP, Block
 from dcris.model.dcris import DCRIS
+from dcris.model.projector import FinerConvNormReLU
 
 Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
 """Frozen weights and what they are in the working precision, by where they lie in memory and their shape.
@@ -48,12 +50,14 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
             if isinstance(conv, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 module[0] = fuse_conv_bn_eval(conv, norm)
                 module[1] = nn.Identity()
+        if isinstance(module, FinerConvNormReLU):
+            module.lay_weight()
     if dtype != torch.float32:
         held = {} if held is None else held
-        if dtype == torch.bfloat16 and _onednn_multiplies(next(model.parameters()).device):
+        if _packs(model, dtype):
             for module in copy.modules():
                 if isinstance(module, Block):
-                    _pack(module, held)
+                    _pack(module, held, for_training=False)
         for module in copy.modules():
             _hold(module, dtype, held)
     return copy  # its weights keep saying whether they train: most are the model's own
@@ -75,50 +79,86 @@ def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
     """
     if dtype == torch.float32:
         return
+    if _packs(model, dtype):
+        for module in model.vision.modules():
+            if isinstance(module, Block):
+                _pack(module, {}, for_training=True)
     for tower in (model.vision, model.text):
         inside = {module for adapter in adapters(tower) for module in adapter.modules()}
         for module in tower.modules():
-            trains = any(weight.requires_grad for weight in module.parameters(recurse=False))
-            if module not in inside and not trains:
+            if module not in inside and not _trains(module):
                 _hold(module, dtype, {})
 
 
-def _onednn_multiplies(device: torch.device) -> bool:
+def _trains(module: nn.Module) -> bool:
+    return any(weight.requires_grad for weight in module.parameters(recurse=False))
+
+
+def _packs(model: DCRIS, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products of packed weights are there for it."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
     return (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtype == torch.bfloat16
+        and on_cpu
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
-class _Packed(nn.Module):
-    """A linear layer whose weight lies in memory as oneDNN multiplies it, and an activation in the same pass.
+def _pack(block: Block, held: Held, *, for_training: bool) -> None:
+    """The products with the block's own weights, nine tenths of all in a tower; for training those that are frozen.
 
-    The operation is the one that torch's own compiler puts in a linear layer's place; it has no gradient.
+    For prediction GELU goes into the product before it. A gradient would need what the product made without.
+    """
+    exact = not for_training and isinstance(block.mlp, MLP) and isinstance(block.mlp.activation, nn.GELU)
+    for parent in (block.attention, block.mlp):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and not (for_training and _trains(layer)):
+                _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
+            elif not isinstance(layer, _Packed):
+                continue
+            setattr(parent, name, _Packed(layer.weight, layer.bias, "gelu" if exact and name == "fc1" else "none"))
+    if exact:
+        block.mlp.activation = nn.Identity()
+
+
+class _Packed(nn.Module):
+    """A frozen linear layer whose weight lies in memory as oneDNN multiplies it, and an activation in the same pass.
+
+    The operation is the one that torch's own compiler puts in a linear layer's place. Gradients go through it to its input,
+    where there is no activation: by a second copy of the weight, turned and laid for that product when there first is one.
     """
 
-    def __init__(self, layer: nn.Linear, held: Held, activation: str = "none") -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         super().__init__()
-        self.activation = activation
-        _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight, self.bias, self.activation = weight, bias, activation
+        self.turned: Tensor | None
+        self.register_buffer("turned", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in bfloat16."""
-        algorithm = "none" if self.activation == "gelu" else ""  # of GELU: not the approximation by tanh
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(torch.bfloat16), self.weight, self.bias, self.activation, [], algorithm
-        )
+        made: Tensor = _Product.apply(x.to(torch.bfloat16), self)  # type: ignore[no-untyped-call]
         return made
 
 
-def _pack(block: Block, held: Held) -> None:
-    """Both towers' products with their own weights, which are nine tenths of all in them."""
-    exact = isinstance(block.mlp, MLP) and isinstance(block.mlp.activation, nn.GELU)
-    for parent in (block.attention, block.mlp):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear:
-                setattr(parent, name, _Packed(layer, held, "gelu" if exact and name == "fc1" else "none"))
-    if exact:
-        block.mlp.activation = nn.Identity()
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _Packed) -> Tensor:
+        ctx.layer = layer
+        return _multiply(x, layer.weight, layer.bias, layer.activation)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        layer: _Packed = ctx.layer
+        if layer.turned is None:
+            layer.turned = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to_dense().t().contiguous())
+        return _multiply(gradients[0], layer.turned), None
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    algorithm = "none" if activation == "gelu" else ""  # of GELU: not the approximation by tanh
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return made
 
 
 def _hold(

@@ -21,6 +21,13 @@ class FinerConvNormReLU(ConvNormReLU):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, KERNEL)
 
+    def lay_weight(self) -> None:
+        """Place the weight in memory as it is multiplied, which spares a copy of it at each use."""
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        laid = conv.weight.detach().permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+        conv.weight = nn.Parameter(laid, conv.weight.requires_grad)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, h, w] -> [B, outputs, 2h, 2w]."""
         conv, norm, relu = self
@@ -58,21 +65,24 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     Interpolation works within a channel and each tap of the kernel between channels, so they can change places: the nine taps
     multiply the coarse map, which takes a quarter of the products, and what they give is interpolated, shifted and added
     up, one axis at a time. That is a product with a small constant matrix, and nothing fine has to be kept for the gradients.
+
+    Channels come last in memory, there and here: then a row's columns and their taps are one matrix, and all rows another.
     """
-    batch, _, height, width = x.shape
+    batch, inputs, height, width = x.shape
     outputs = len(weight)
-    taps = weight.permute(3, 0, 2, 1).flatten(0, 2)  # (tap's column, output, tap's row) by input
-    # bmm, since what torch.matmul makes of a matrix and a batch has to be copied into order again; and taken apart at once,
-    # since the gradient of each part alone would be a whole map of zeros but for it.
-    answers = torch.bmm(taps.expand(batch, -1, -1), x.flatten(2))
-    answers1, answers2, answers3 = answers.view(batch, KERNEL, outputs * KERNEL * height, width).unbind(1)
-    left, middle, right = _finer_taps(width, answers).expand(batch, -1, -1, -1).unbind(1)
-    columns = torch.bmm(answers1, left).baddbmm_(answers2, middle).baddbmm_(answers3, right)
-    # Rows last: their matrix is copied for each map in bfloat16 on a CPU, and there are fewest maps here.
-    columns = columns.view(batch * outputs, KERNEL * height, 2 * width)
-    rows = _finer_taps(height, answers).flatten(0, 1).t().expand(batch * outputs, -1, -1)
-    fine = torch.bmm(rows, columns) if bias is None else torch.baddbmm(bias.repeat(batch)[:, None, None], rows, columns)
-    return fine.view(batch, outputs, 2 * height, 2 * width)
+    pixels = x.flatten(2).transpose(1, 2)
+    # The kernel's middle sees each pixel, and interpolation leaves constants alone, so the bias may come first.
+    middle = None if bias is None else torch.cat((torch.zeros_like(bias), bias, torch.zeros_like(bias)))
+    fine: Tensor | None = None
+    for row, (taps, shift) in enumerate(zip(weight.unbind(2), (None, middle, None), strict=True)):
+        answers = F.linear(pixels, taps.permute(2, 0, 1).reshape(KERNEL * outputs, inputs), shift)
+        across = _finer_taps(width, answers).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
+        down = _finer_taps(height, answers)[row].t().expand(batch, -1, -1)
+        answers = answers.view(batch * height, width * KERNEL, outputs)
+        columns = torch.bmm(across.expand(batch * height, -1, -1), answers).view(batch, height, -1)
+        fine = torch.bmm(down, columns) if fine is None else fine.baddbmm_(down, columns)
+    assert fine is not None
+    return fine.view(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
 
 
 def _finer_taps(length: int, like: Tensor) -> Tensor:
@@ -93,12 +103,14 @@ def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor, before: tuple[Tensor
     nine taps instead of to all pixels, which gives the same since nothing lies between the two.
     """
     batch, _, height, width = x.shape
-    taps = kernels.view(batch, -1, KERNEL**2).flip(-1).transpose(1, 2)
+    taps = kernels.view(batch, -1, KERNEL**2).flip(-1)
+    pixels = x.flatten(2).transpose(1, 2)  # channels last, as they lie in memory
     if before is None:
-        answers = taps @ x.flatten(2)
+        answers = pixels @ taps
     else:
-        # The bias is part of the answers, not of the sum, since a tap that sees the padding gets none of it. As a column: a
+        # The bias is part of the answers, not of the sum, since a tap that sees the padding gets none of it. As a row: a
         # product with a vector comes out wrong in ONNX Runtime 1.32.
-        answers = (taps @ before[0]) @ x.flatten(2) + taps @ before[1][:, None]
+        answers = pixels @ (before[0].t() @ taps) + before[1][None] @ taps
+    answers = answers.transpose(1, 2)
     logits = F.fold(answers, (height, width), KERNEL, padding=KERNEL // 2)
     return logits + bias[:, None, None, None]
