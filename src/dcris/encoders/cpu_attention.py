@@ -67,16 +67,16 @@ class _Attention(torch.autograd.Function):
         else:
             # Heads side by side in memory, as the layer after it wants them.
             mixed = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-            scaled = query * query.shape[-1] ** -0.5
+            scale = query.shape[-1] ** -0.5
             stretched = value * ctx.draw.stretch if ctx.draw else value
             scores, weights = _maps(query, key)
-            heads = map(_heads, (mixed, scaled, key.mT, stretched))
+            heads = map(_heads, (mixed, query, key.mT, stretched))
             for out, q, k, v, kept in zip(*heads, _kept(query, key, ctx.draw), strict=True):
-                torch.mm(q, k, out=scores)
+                torch.addmm(scores, q, k, beta=0, alpha=scale, out=scores)
                 torch.softmax(scores, -1, out=weights)
                 if kept is not None:
                     weights.mul_(scores.copy_(kept))
-                out.copy_(weights @ v)
+                torch.mm(weights, v, out=out)
         ctx.save_for_backward(query, key, value, mixed)
         return mixed
 
