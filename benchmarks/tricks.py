@@ -76,7 +76,7 @@ def _convolve_in_groups(x: Tensor, kernels: Tensor, bias: Tensor, weight: Tensor
     batch, _, height, width = x.shape
     x = F.conv2d(x, weight[:, :, None, None], before)
     grouped = kernels.view(batch, -1, KERNEL, KERNEL)
-    return F.conv2d(x.view(1, -1, height, width), grouped, bias, padding=1, groups=batch).transpose(0, 1)
+    return F.conv2d(x.reshape(1, -1, height, width), grouped, bias, padding=1, groups=batch).transpose(0, 1)
 
 
 def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
@@ -172,7 +172,8 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         )
 
     side, half = 4 * GRID, 256
-    fine, kernels, bias = random(2, half, side, side), random(2, half * KERNEL**2), random(2)
+    fine = random(2, half, side, side).to(memory_format=torch.channels_last)
+    kernels, bias = random(2, half * KERNEL**2), random(2)
     weight, before = random(half, half), random(half)
     yield Trick(
         "1x1 convolution on the sentence's taps, no groups",

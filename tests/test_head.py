@@ -222,6 +222,16 @@ def test_finer_convolution_rounds_no_worse_in_bfloat16() -> None:
     assert (ours - exact).norm() < 1.5 * (plain - exact).norm()
 
 
+def test_finer_convolution_where_autocast_interpolates_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does on CUDA, where a product in place then meets two precisions and ends every step."""
+    interpolate = F.interpolate
+    x, weight, bias = (noise(*shape).float() for shape in ((1, 8, 3, 5), (4, 8, 3, 3), (4,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = finer_convolution(x, weight, bias)
+        monkeypatch.setattr(F, "interpolate", lambda x, **how: interpolate(x.float(), **how))
+        assert torch.equal(finer_convolution(x, weight, bias), expected)
+
+
 def test_projector_is_equation_5() -> None:
     """Else the sentence's kernel reads features other than the paper's, or on another grid."""
     projector = Projector(12, 9, None).double()

@@ -107,8 +107,9 @@ def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
 def test_frozen_towers_in_half_precision_train_the_same() -> None:
     """Else training in bfloat16 gives other gradients than it did, or trained weights lose their last bits.
 
-    Where oneDNN multiplies bfloat16, packed weights may round otherwise: by no more than bfloat16 itself does.
+    Packed weights may round otherwise: by no more than bfloat16 itself does.
     """
+    packed = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
     hold_frozen(same, torch.bfloat16)
     gradients = []
@@ -120,7 +121,7 @@ def test_frozen_towers_in_half_precision_train_the_same() -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         if gradient is not None:
-            assert (gradient - gradients[1][name]).norm() <= 2e-2 * gradient.norm(), name
+            assert (gradient - gradients[1][name]).norm() <= packed * 2e-2 * gradient.norm(), name
     assert all(weight.dtype == torch.float32 for weight in same.parameters() if weight.requires_grad)
     assert same.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
 
@@ -130,7 +131,7 @@ def test_gradients_go_through_packed_layers() -> None:
     """Else adapters learn from wrong gradients; and layers before the first adapter would hold their weights twice."""
     model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
     hold_frozen(same, torch.bfloat16)
-    block, plain = same.vision.blocks[1], model.vision.blocks[1]
+    block, plain = same.vision.blocks[-1], model.vision.blocks[-1]
     for ours, theirs in ((block.mlp.fc1, plain.mlp.fc1), (block.attention.qkv, plain.attention.qkv)):
         assert type(ours) is not nn.Linear
         x = torch.randn(2, 7, theirs.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -144,11 +145,12 @@ def test_gradients_go_through_packed_layers() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = same(*inputs()).float().square().mean()
     loss.backward()
-    first = same.vision.first_text_step // 2
-    assert [block.mlp.fc1.turned is not None for block in same.vision.blocks[2:]] == [
-        index > first for index in range(2, len(same.vision.blocks))
-    ]
+    # The first adapter is in the second block, behind its MLP.
+    turned = [block.mlp.fc1.turned is not None for block in same.vision.blocks]
+    assert turned == [index > 1 for index in range(len(turned))]
     ready = prepare_for_prediction(same, torch.bfloat16)  # validation between the steps
+    again = prepare_for_prediction(ready, torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         plainly, found = same.eval()(*inputs()).float(), ready(*inputs()).float()
+        assert torch.equal(again(*inputs()).float(), found)
     assert (found - plainly).norm() < 0.1 * plainly.norm()

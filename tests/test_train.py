@@ -89,6 +89,22 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
     assert not leftovers(out)
 
 
+@pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny"])
+def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Path, recipe: str) -> None:
+    """Towers are held otherwise then, on some CPUs packed: validation copies them, and a resumed run packs them anew."""
+    few = ReferenceTable(
+        table.dataset, table.split_by, table.root, [*table.split("train")[:8], *table.split("val")[:2]]
+    )
+    settings = ("train.precision", "bfloat16"), ("data.val_split", "val"), EVERY_STEP
+    config = quick_config(4, *settings, recipe=recipe)
+    run_training(config, few, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_training(config, few, tmp_path / "halves", say=stop_at(3))
+    run_training(config, few, tmp_path / "halves", resume=True)
+    assert sum("val_miou" in line for line in read_log(tmp_path / "whole")) == 2
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,7 @@ def count_operations(task: Callable[[], object]) -> float:
     def packed(x: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
         return 2 * math.prod(out_shape) * x[-1]
 
-    # What linear layers are while predicting in bfloat16 on a CPU (dcris.model.prepared), which torch does not count.
+    # What linear layers are in bfloat16 on a CPU (dcris.model.prepared), which torch does not count.
     known = {torch.ops.mkldnn._linear_pointwise: packed} if torch.backends.mkldnn.is_available() else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         task()

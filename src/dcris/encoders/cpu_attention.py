@@ -4,7 +4,8 @@ torch's fused backward pass reaches a sixth of the speed of its own matrix produ
 where the processor multiplies bfloat16 but has no AMX. With dropout there is no fused path at all: whole attention maps are
 drawn, masked, multiplied and kept, and a megabyte's worth of them leaves the cache between any two of these steps. Here one
 head's map is worked on at a time, in buffers that are reused and stay in the cache. Nothing of a map is remembered for the
-backward pass: it is made again, and what dropout kept from the seed of its draw.
+backward pass: it is made again, and what dropout kept from the seed of its draw. With padding and dropout whole maps, which
+are small then, are made and kept in the working precision, where torch takes float32.
 
 In bfloat16 the products of queries and keys are rounded before the softmax, as they are in any program that makes maps under
 autocast; torch's fused forward pass keeps them in float32.
@@ -47,7 +48,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
     """The same where `mask` is True, for small maps, as of pixels to words. With dropout torch keeps all of it in float32."""
     with torch.autocast("cpu", enabled=False):
-        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
         scores = (query * query.shape[-1] ** -0.5) @ key.mT + hidden
         return drop(scores.softmax(-1), dropout) @ value
 

@@ -76,6 +76,10 @@ def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
 
     Else autocast makes a copy of each at every step, and keeps all of them for the backward pass. Checkpoints name the towers
     by what was loaded, so identify them (dcris.engine.checkpoint.identify_towers) before this.
+
+    In bfloat16 on a CPU the vision tower's weights are packed, which cannot be copied or fingerprinted:
+    `prepare_for_prediction` and `trained_state` work, while deepcopy and `DCRIS.merged` are for a model read from a
+    checkpoint. The text tower's products are so small that packing them for both directions is not worth its memory.
     """
     if dtype == torch.float32:
         return
@@ -113,11 +117,14 @@ def _pack(block: Block, held: Held, *, for_training: bool) -> None:
     exact = not for_training and isinstance(block.mlp, MLP) and isinstance(block.mlp.activation, nn.GELU)
     for parent in (block.attention, block.mlp):
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and not (for_training and _trains(layer)):
+            activation = "gelu" if exact and name == "fc1" else "none"
+            if isinstance(layer, _Packed):
+                activation = layer.activation if activation == "none" else activation
+            elif type(layer) is nn.Linear and not (for_training and _trains(layer)):
                 _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
-            elif not isinstance(layer, _Packed):
+            else:
                 continue
-            setattr(parent, name, _Packed(layer.weight, layer.bias, "gelu" if exact and name == "fc1" else "none"))
+            setattr(parent, name, _Packed(layer.weight, layer.bias, activation))
     if exact:
         block.mlp.activation = nn.Identity()
 
@@ -150,6 +157,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         layer: _Packed = ctx.layer
+        assert layer.activation == "none"
         if layer.turned is None:
             layer.turned = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to_dense().t().contiguous())
         return _multiply(gradients[0], layer.turned), None

@@ -89,7 +89,8 @@ def _finer_taps(length: int, like: Tensor) -> Tensor:
     """[3, length, 2 * length]: how much of each coarse pixel a kernel's first, middle and last tap see at each fine one."""
     pixels = torch.eye(length, device=like.device, dtype=like.dtype)
     fine = F.pad(F.interpolate(pixels[None], scale_factor=2.0, mode="linear")[0], (1, 1))
-    return torch.stack([fine[:, tap : tap + 2 * length] for tap in range(KERNEL)])
+    # On CUDA autocast interpolates in float32, and leaves baddbmm_ with what it is given.
+    return torch.stack([fine[:, tap : tap + 2 * length] for tap in range(KERNEL)]).to(like.dtype)
 
 
 def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor, before: tuple[Tensor, Tensor] | None = None) -> Tensor:
