@@ -3,6 +3,7 @@
 Shape letters: B batch, C channels, * any further dimensions.
 """
 
+import importlib
 import os
 import re
 import signal
@@ -197,6 +198,9 @@ def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator
                 "start as many processes as there are, or give --device cpu"
             )
         torch.cuda.set_device(group.local_rank)
+    # Before there is a group, which defaults of its functions would name and keep alive for ever: its threads would then free
+    # tensors while the interpreter ends, which aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
         # Objects and counts travel over Gloo in any case, so that none of them makes the CPU wait for the GPU.
