@@ -114,19 +114,16 @@ def _pack(block: Block, held: Held, *, for_training: bool) -> None:
 
     For prediction GELU goes into the product before it. A gradient would need what the product made without.
     """
-    exact = not for_training and isinstance(block.mlp, MLP) and isinstance(block.mlp.activation, nn.GELU)
     for parent in (block.attention, block.mlp):
         for name, layer in list(parent.named_children()):
-            activation = "gelu" if exact and name == "fc1" else "none"
-            if isinstance(layer, _Packed):
-                activation = layer.activation if activation == "none" else activation
-            elif type(layer) is nn.Linear and not (for_training and _trains(layer)):
+            if type(layer) is nn.Linear and not (for_training and _trains(layer)):
                 _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
-            else:
-                continue
-            setattr(parent, name, _Packed(layer.weight, layer.bias, activation))
-    if exact:
-        block.mlp.activation = nn.Identity()
+                setattr(parent, name, _Packed(layer.weight, layer.bias))
+    mlp = block.mlp
+    if not for_training and isinstance(mlp, MLP) and isinstance(mlp.activation, nn.GELU):
+        first: nn.Module = mlp.fc1
+        if isinstance(first, _Packed):
+            first.activation, mlp.activation = "gelu", nn.Identity()
 
 
 class _Packed(nn.Module):
@@ -136,9 +133,9 @@ class _Packed(nn.Module):
     where there is no activation: by a second copy of the weight, turned and laid for that product when there first is one.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias, self.activation = weight, bias, activation
+        self.weight, self.bias, self.activation = weight, bias, "none"
         self.turned: Tensor | None
         self.register_buffer("turned", None, persistent=False)
 

@@ -73,14 +73,15 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     pixels = x.flatten(2).transpose(1, 2)
     # The kernel's middle sees each pixel, and interpolation leaves constants alone, so the bias may come first.
     middle = None if bias is None else torch.cat((torch.zeros_like(bias), bias, torch.zeros_like(bias)))
+    across = _finer_taps(width, x).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
+    downs = _finer_taps(height, x).transpose(1, 2)  # for each tap: fine row by coarse row
     fine: Tensor | None = None
-    for row, (taps, shift) in enumerate(zip(weight.unbind(2), (None, middle, None), strict=True)):
+    for taps, shift, down in zip(weight.unbind(2), (None, middle, None), downs, strict=True):
         answers = F.linear(pixels, taps.permute(2, 0, 1).reshape(KERNEL * outputs, inputs), shift)
-        across = _finer_taps(width, answers).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
-        down = _finer_taps(height, answers)[row].t().expand(batch, -1, -1)
         answers = answers.view(batch * height, width * KERNEL, outputs)
-        columns = torch.bmm(across.expand(batch * height, -1, -1), answers).view(batch, height, -1)
-        fine = torch.bmm(down, columns) if fine is None else fine.baddbmm_(down, columns)
+        columns = torch.bmm(across.to(answers.dtype).expand(batch * height, -1, -1), answers).view(batch, height, -1)
+        rows = down.to(columns.dtype).expand(batch, -1, -1)  # autocast leaves a product in place with what it is given
+        fine = torch.bmm(rows, columns) if fine is None else fine.baddbmm_(rows, columns)
     assert fine is not None
     return fine.view(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
 
@@ -89,8 +90,7 @@ def _finer_taps(length: int, like: Tensor) -> Tensor:
     """[3, length, 2 * length]: how much of each coarse pixel a kernel's first, middle and last tap see at each fine one."""
     pixels = torch.eye(length, device=like.device, dtype=like.dtype)
     fine = F.pad(F.interpolate(pixels[None], scale_factor=2.0, mode="linear")[0], (1, 1))
-    # On CUDA autocast interpolates in float32, and leaves baddbmm_ with what it is given.
-    return torch.stack([fine[:, tap : tap + 2 * length] for tap in range(KERNEL)]).to(like.dtype)
+    return torch.stack([fine[:, tap : tap + 2 * length] for tap in range(KERNEL)])
 
 
 def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor, before: tuple[Tensor, Tensor] | None = None) -> Tensor:
