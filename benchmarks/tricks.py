@@ -238,12 +238,12 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
                 "a vision block's MLP",
             )
             x = random(2, GRID**2 + 5, 768)
-            trained = DCRIS(config.model)
-            hold_frozen(trained, dtype)
+            frozen = DCRIS(config.model)
+            hold_frozen(frozen, dtype)
             yield Trick(
                 "the same without GELU, trained",
                 _trained(plain.requires_grad_(False), x),
-                _trained(trained.vision.blocks[0].mlp, x.detach().clone()),
+                _trained(frozen.vision.blocks[0].mlp, x.detach().clone()),
                 "test_gradients_go_through_packed_layers",
                 "a vision block's MLP, trained at batch 2",
             )

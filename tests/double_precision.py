@@ -2,7 +2,7 @@
 
 What differs between two ways to make the same step is then the way and not rounding. In single precision rounding soon becomes
 more: one of a step's million arguments of a ReLU lies so near zero that it falls on the other side, and the curves part, by
-1e-4 within twenty steps, between two numbers of threads too.
+up to 5e-4 within twenty steps, between two numbers of threads too.
 """
 
 import sys

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,9 @@ TINY_TEXT = TextConfig(name="test", width=24, depth=3, heads=4, vocabulary=40, l
 TINY_DENSE = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0)
 TINY_HEAD = HeadConfig(taps=(0, 2), width=16, heads=4, layers=2, feedforward=28, dropout=0.0)
 START, END = 38, 39
+
+MULTIPLIES_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bfloat16 = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="oneDNN does not multiply bfloat16 on this CPU")
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

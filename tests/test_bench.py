@@ -10,6 +10,7 @@ from dcris.bench import in_own_process, matrix_products, peak_of_training, ratio
 from dcris.cli import main
 from dcris.model.dcris import DCRIS
 from dcris.recipes import dcris_tiny
+from models import needs_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -68,9 +69,7 @@ def test_products_are_counted_twice_per_multiply_add() -> None:
     assert operations == 2 * 64**3 == count_operations(task)
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not multiply bfloat16 on this CPU"
-)
+@needs_bfloat16
 def test_a_prepared_model_s_operations_are_all_counted() -> None:
     """Else a prediction in bfloat16 seems to use a quarter of the machine."""
     from dcris.bench import count_operations

@@ -233,7 +233,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
     """Relative 1e-5; the towers' fingerprints are right, and so is the checkpoint of sharded ones.
 
     With one of three seeds: in about one run of three an argument of a ReLU is on the edge (double_precision.py), and even two
-    numbers of threads differ by 1e-4; without, all agree to 1e-6.
+    numbers of threads differ by up to 5e-4; without, all agree to 1e-6.
     """
     ways = {"two": (2, ()), "three": (3, ()), "shards": (2, ("--train.shard_towers", "true"))}
     differences: dict[str, list[float]] = {name: [] for name in ways}
@@ -245,6 +245,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
             many = tmp_path / f"{name}.{seed}"
             done = torchrun(count, *train_words(scenes, many, 20, *words, *more))
             assert done.returncode == 0, done.stderr
+            assert not sentences(done.stderr)
             Segmenter.from_pretrained(many, device="cpu")  # which checks the towers
             ours, theirs = np.array(losses(many)), np.array(losses(one))
             differences[name].append(float(np.max(np.abs(ours - theirs) / theirs)))

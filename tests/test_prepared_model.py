@@ -9,7 +9,7 @@ from dcris.encoders.weights import fingerprint
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import Held, hold_frozen, prepare_for_prediction
 from dcris.recipes import dcris_tiny, fixed_tiny
-from models import images, randomise
+from models import MULTIPLIES_BFLOAT16, images, needs_bfloat16, randomise
 
 
 def model_of(config: ModelConfig) -> DCRIS:
@@ -67,11 +67,6 @@ def test_half_precision_is_held_as_autocast_would_cast() -> None:
     assert (held - exact).norm() < 1.3 * (cast - exact).norm() + 1e-3 * exact.norm()
 
 
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not multiply bfloat16 on this CPU"
-)
-
-
 @needs_bfloat16
 def test_a_block_is_packed_and_answers_the_same() -> None:
     """The quick products take whatever comes: slices, single precision, any number of tokens; and GELU is the exact one."""
@@ -109,7 +104,7 @@ def test_frozen_towers_in_half_precision_train_the_same() -> None:
 
     Packed weights may round otherwise: by no more than bfloat16 itself does.
     """
-    packed = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packed = MULTIPLIES_BFLOAT16
     model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
     hold_frozen(same, torch.bfloat16)
     gradients = []
