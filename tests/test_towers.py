@@ -21,7 +21,7 @@ from dcris.encoders.clip_text import TextTower
 from dcris.encoders.clip_vision import ClipVisionTower
 from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.formats import VISION_LAYOUTS
-from dcris.encoders.vision import interpolate_positions
+from dcris.encoders.vision import as_map, interpolate_positions
 from dcris.model.dcris import DCRIS
 from models import (
     END,
@@ -360,3 +360,13 @@ def test_sizes_that_do_not_divide_are_refused(model: DCRIS, size: tuple[int, int
     """Else the last pixels are dropped in silence and masks are shifted against the photograph."""
     with pytest.raises(ValueError, match=f"{size[0]}, {size[1]}.*patches of 14"):
         model.encode_images(torch.zeros(1, 3, *size).double())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_map_of_tokens_is_one_whose_channels_come_last(batch: int) -> None:
+    """Else every convolution of a single photograph's features moves them in memory first, and the next moves them back."""
+    tokens = torch.arange(batch * 7 * 4.0).view(batch, 7, 4)[:, 1:]
+    features = as_map(tokens, (2, 3))
+    assert torch.equal(features[-1, :, 1, 2], tokens[-1, 5])
+    convolved = torch.nn.functional.conv2d(features, torch.ones(5, 4, 1, 1))
+    assert convolved.stride(1) == 1

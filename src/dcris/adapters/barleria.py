@@ -19,7 +19,7 @@ from dcris.config import Blocks, Count, Layers, MethodConfig, Width
 from dcris.encoders.attention import attend
 from dcris.encoders.blocks import MLP, Slot
 from dcris.encoders.clip_text import TextFeatures, TextState, TextTower
-from dcris.encoders.vision import VisionState, VisionTower, interpolate_positions
+from dcris.encoders.vision import VisionState, VisionTower, as_map, interpolate_positions
 
 if TYPE_CHECKING:
     from dcris.config import ModelConfig
@@ -149,7 +149,7 @@ class BarleriaBridge(Bridge):
         assert embedded is not None
         seen = [outputs[layer][:, -embedded.shape[1] :] for layer in self.fused]
         patches = self.side(embedded, seen, finished.tokens, share)
-        aside = self.out(patches).transpose(1, 2).unflatten(-1, state.grid)
+        aside = as_map(self.out(patches), state.grid)
         return replace(state, taps=tuple(outputs[layer] for layer in sorted(taps))), finished, aside
 
 

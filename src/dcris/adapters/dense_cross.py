@@ -12,6 +12,7 @@ from dcris.adapters.dense import DenseAdapter
 from dcris.config import DenseCrossConfig
 from dcris.encoders.attention import MultiHeadAttention
 from dcris.encoders.blocks import SlotContext
+from dcris.encoders.vision import as_map
 
 
 class DenseCrossAdapter(DenseAdapter):
@@ -45,10 +46,10 @@ class DenseCrossAdapter(DenseAdapter):
         # F_v = ReLU(Linear_down(f_v))
         features = F.relu(self.down(normed))
         prefix, patches = features[:, : context.prefix], features[:, context.prefix :]
-        dense = self.dense(patches.transpose(1, 2).unflatten(-1, context.grid)).flatten(2).transpose(1, 2)
+        dense = self.dense(as_map(patches, context.grid)).flatten(2).transpose(1, 2)
         # F_cross = MHCA(F_dense, f_t) + F_v. Padding tokens are attended to, as in the published code, unless that is off.
         text = self.text_proj(context.text)
         padding = context.padding if self.mask_padding else None
         cross = self.back_proj(self.attention(self.image_proj(dense), text, text, padding)) + patches
         adapted = self.up(torch.cat((2 * prefix, cross), dim=1))
-        return output + self.scale * adapted
+        return torch.add(output, adapted, alpha=self.scale)

@@ -14,7 +14,7 @@ from dcris.adapters.bridge import Bridge
 from dcris.config import Layers, MethodConfig, Width
 from dcris.encoders.attention import MultiHeadAttention
 from dcris.encoders.clip_text import TextFeatures, TextState, TextTower
-from dcris.encoders.vision import VisionState, VisionTower
+from dcris.encoders.vision import VisionState, VisionTower, as_map
 
 if TYPE_CHECKING:
     from dcris.config import ModelConfig
@@ -95,12 +95,12 @@ class Stage(nn.Module):
             words: [B, L, T]; padding tokens take part, as in the published code.
             before: the last stage's [B, N, d] and [B, L, d], as they were before they met; None in the first.
         """
-        grid = patches.shape[-2:]
+        grid = patches.shape[-2], patches.shape[-1]
         v, t = self.zoom_in(patches).flatten(2).transpose(1, 2), self.down(words)
         if before is not None:
             v, t = self.norm_visual(v + before[0]), self.norm_text(t + before[1])
         seen, said = v * self.see(v, t, t), t * self.read(t, v, v)
-        return self.zoom_out(seen.transpose(1, 2).unflatten(-1, grid)), self.up(said), (v, t)
+        return self.zoom_out(as_map(seen, grid)), self.up(said), (v, t)
 
 
 def _unit(inputs: int, outputs: int) -> nn.Sequential:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dcris.config import VisionConfig
 from dcris.encoders.blocks import Block
-from dcris.encoders.vision import VisionState, VisionTower, interpolate_positions
+from dcris.encoders.vision import VisionState, VisionTower
 
 
 class ClipVisionTower(VisionTower):
@@ -35,8 +35,7 @@ class ClipVisionTower(VisionTower):
 
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Class token and patches, with positions, normalised: [B, N, D] -> [B, P, D]."""
-        positions = interpolate_positions(self.positions[None], grid, self.config.position_rule)
-        tokens = torch.cat((self.class_token.expand(patches.shape[0], 1, -1), patches), dim=1) + positions
+        tokens = torch.cat((self.class_token.expand(patches.shape[0], 1, -1), patches), dim=1) + self.positions_on(grid)
         normed: Tensor = self.pre_norm(tokens)
         return normed
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dcris.config import VisionConfig
 from dcris.encoders.blocks import Block
 from dcris.encoders.rotary import Rotation, patch_rotation
-from dcris.encoders.vision import VisionState, VisionTower, interpolate_positions
+from dcris.encoders.vision import VisionState, VisionTower
 
 
 class DinoV2Tower(VisionTower):
@@ -40,7 +40,7 @@ class DinoV2Tower(VisionTower):
         batch = patches.shape[0]  # not len(): that would be a constant in an exported graph
         tokens = torch.cat((self.class_token.expand(batch, -1, -1), patches), dim=1)
         if not self.rotary:
-            tokens = tokens + interpolate_positions(self.positions, grid, self.config.position_rule)
+            tokens = tokens + self.positions_on(grid)
         # The registers come after the class token and have no position.
         return torch.cat((tokens[:, :1], self.registers.expand(batch, -1, -1), tokens[:, 1:]), dim=1)
 

@@ -43,7 +43,16 @@ class VisionState:
     def patches(self, tokens: Tensor) -> Tensor:
         """The patches among a tower's tokens, as a map: [B, P, C] -> [B, C, h, w]."""
         rows, columns = self.grid
-        return tokens[:, -rows * columns :].transpose(1, 2).unflatten(-1, self.grid)
+        return as_map(tokens[:, -rows * columns :], self.grid)
+
+
+def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens as a map whose channels come last in memory, without a copy: [B, h*w, C] -> [B, C, h, w].
+
+    The order matters: transposed before they are unflattened, tokens of one photograph get strides in which torch does not
+    see that channels come last, and every convolution moves the map in memory.
+    """
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 class VisionTower(nn.Module):
@@ -93,6 +102,12 @@ class VisionTower(nn.Module):
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """What enters the first block: [B, N, D] patches -> [B, P, D]."""
         raise NotImplementedError
+
+    def positions_on(self, grid: tuple[int, int]) -> Tensor:
+        """The table of positions, where there is one, on a grid of patches: [1, 1 + h*w, D]."""
+        table = self.positions
+        assert isinstance(table, Tensor)
+        return interpolate_positions(table.view(1, *table.shape[-2:]), grid, self.config.position_rule)
 
     def rotation(self, state: VisionState) -> Rotation | None:
         """What the patches' queries and keys are turned by, where positions are told in that way."""

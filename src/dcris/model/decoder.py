@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dcris.encoders.attention import MultiHeadAttention
 from dcris.encoders.dropout import Dropout
 from dcris.encoders.recompute import recomputed
+from dcris.encoders.vision import as_map
 
 
 def sine_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -90,4 +91,4 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, places, keys, values, padding)
         normed: Tensor = self.norm(x)
-        return normed.transpose(1, 2).unflatten(-1, (rows, columns))
+        return as_map(normed, (rows, columns))

@@ -62,4 +62,4 @@ def _coordinates(like: Tensor) -> Tensor:
     batch, _, rows, columns = like.shape
     y, x = (torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype) for count in (rows, columns))
     grid = torch.stack((x.expand(rows, columns), y[:, None].expand(rows, columns)))
-    return grid.expand(batch, -1, -1, -1)
+    return grid.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
