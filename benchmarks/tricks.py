@@ -21,9 +21,11 @@ from dcris.encoders import cpu_attention
 from dcris.encoders.attention import MultiHeadAttention, attend
 from dcris.encoders.blocks import MLP
 from dcris.encoders.dropout import Dropout
+from dcris.encoders.vision import as_map
 from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.model.dcris import DCRIS
 from dcris.model.decoder import DecoderLayer
+from dcris.model.neck import ConvNormReLU
 from dcris.model.prepared import hold_frozen, prepare_for_prediction
 from dcris.model.projector import KERNEL, apply_kernels, finer_convolution
 from dcris.recipes import dcris_b
@@ -193,6 +195,16 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         "one of the neck's three",
     )
 
+    unit = ConvNormReLU(768, 512, 1).to(device, dtype).eval()
+    tokens = random(1, GRID**2 + 5, 768)[:, 5:]
+    yield Trick(
+        "maps of tokens whose channels torch sees to come last",
+        _predicted(lambda: unit(tokens.transpose(1, 2).unflatten(-1, (GRID, GRID)))),
+        _predicted(lambda: unit(as_map(tokens, (GRID, GRID)))),
+        "test_a_map_of_tokens_is_one_whose_channels_come_last",
+        "the neck's first convolution",
+    )
+
     config = dcris_b()
     torch.manual_seed(0)
     model = DCRIS(config.model).to(device)
@@ -208,6 +220,13 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         _predicted(lambda: prepared.head(levels, text)),
         "test_it_answers_as_the_model_does",
         "the head",
+    )
+    yield Trick(
+        "positions remembered by size",
+        _predicted(lambda: model.vision.positions_on((GRID, GRID))),
+        _predicted(lambda: prepared.vision.positions_on((GRID, GRID))),
+        "test_it_answers_as_the_model_does",
+        "the positions' interpolation",
     )
 
     if dtype != torch.float32:
@@ -236,6 +255,30 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
                 _predicted(held.vision.blocks[0].mlp, x),
                 "test_a_block_is_packed_and_answers_the_same",
                 "a vision block's MLP",
+            )
+            yield Trick(
+                "the same of the decoder",
+                _predicted(layer, pixels, places, words, words, padding),
+                _predicted(held.head.decoder.layers[0], pixels, places, words, words, padding),
+                "test_the_head_is_packed_and_answers_the_same",
+                "a decoder layer",
+            )
+            x = random(1, 512, GRID, GRID).to(memory_format=torch.channels_last)
+            convolution = prepared.head.neck.coordinate_conv[1].to(dtype)
+            yield Trick(
+                "the same of convolutions, ReLU in the product",
+                _predicted(convolution, x),
+                _predicted(held.head.neck.coordinate_conv[1], x),
+                "test_the_head_is_packed_and_answers_the_same",
+                "one of the neck's 3x3 convolutions",
+            )
+            weight = random(512, 512, KERNEL, KERNEL)
+            yield Trick(
+                "the same of the projector",
+                _predicted(finer_convolution, x, weight, random(512)),
+                _predicted(held.head.projector.refine1[0], x),
+                "test_the_head_is_packed_and_answers_the_same",
+                "the projector's first convolution",
             )
             x = random(2, GRID**2 + 5, 768)
             frozen = DCRIS(config.model)

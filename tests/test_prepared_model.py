@@ -1,5 +1,8 @@
 """The network as prediction wants it: the same answers, the same state dict, nothing held twice."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -37,9 +40,11 @@ def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
     model = model_of(config).eval()
     before = fingerprint(model.state_dict())
     ready = prepare_for_prediction(model)
-    with torch.no_grad():
-        expected, found = model(*inputs()), ready(*inputs())
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    pixels, tokens = inputs()
+    for photographs in (pixels, images(2, 3, 5), pixels):  # what is remembered of a size must not be another's
+        with torch.no_grad():
+            expected, found = model(photographs, tokens), ready(photographs, tokens)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
     assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in ready.modules())
     assert fingerprint(model.state_dict()) == before
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -52,6 +57,20 @@ def test_it_shares_the_towers_and_does_not_train() -> None:
     assert ready.vision.blocks[0].mlp.fc1.weight is model.vision.blocks[0].mlp.fc1.weight
     assert model.training and not ready.training
     assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_it_is_gone_when_nobody_holds_it() -> None:
+    """Else validation after validation leaves a copy of all weights until the garbage collector comes by."""
+    ready = prepare_for_prediction(model_of(dcris_tiny().model), torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ready(*inputs())
+    seen = weakref.ref(ready.vision)
+    gc.disable()
+    try:
+        del ready
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_half_precision_is_held_as_autocast_would_cast() -> None:
@@ -83,6 +102,34 @@ def test_a_block_is_packed_and_answers_the_same() -> None:
             assert (found - exact).norm() < 0.02 * exact.norm()
             exact, found = plain.attention.qkv(x.float()), block.attention.qkv(x)
             assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+@needs_bfloat16
+def test_the_head_is_packed_and_answers_the_same() -> None:
+    """Its convolutions are laid for maps of one size and one place in memory, and take what comes."""
+    model = model_of(dcris_tiny().model)
+    exact, ready = (prepare_for_prediction(model, dtype).head for dtype in (torch.float32, torch.bfloat16))
+    units = [
+        (exact.neck.aggregate, ready.neck.aggregate),
+        *zip(exact.neck.coordinate_conv, ready.neck.coordinate_conv, strict=True),
+    ]
+    units += [(exact.projector.refine1, ready.projector.refine1)]
+    for plain, packed in units:
+        assert type(packed[0]) is not nn.Conv2d
+        channels = plain[0].rows[0].in_features if plain is exact.projector.refine1 else plain[0].in_channels
+        generator = torch.Generator().manual_seed(0)
+        for shape in ((1, channels, 4, 4), (3, channels, 2, 5), (1, channels, 33, 31)):
+            x = torch.randn(shape, generator=generator)
+            for laid in (x, x.bfloat16(), x.to(memory_format=torch.channels_last)):
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    found = packed(laid)
+                    assert found.dtype == torch.bfloat16
+                with torch.no_grad():
+                    wanted = plain(x)
+                assert (found - wanted).norm() < 0.02 * wanted.norm()
+    layer = ready.decoder.layers[0]
+    for part in (layer.self_attention, layer.cross_attention, layer.feedforward):
+        assert not any(type(child) is nn.Linear for child in part.children())
 
 
 def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:

@@ -110,11 +110,12 @@ def matrix_products(
 def count_operations(task: Callable[[], object]) -> float:
     """Floating-point operations of the matrix products, convolutions and attentions in a task."""
 
-    def packed(x: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
-        return 2 * math.prod(out_shape) * x[-1]
+    def packed(x: object, weight: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
+        return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
-    # What linear layers are in bfloat16 on a CPU (dcris.model.prepared), which torch does not count.
-    known = {torch.ops.mkldnn._linear_pointwise: packed} if torch.backends.mkldnn.is_available() else {}
+    # What linear layers and convolutions are in bfloat16 on a CPU (dcris.model.prepared), which torch does not count.
+    products = (torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise)
+    known = dict.fromkeys(products, packed) if torch.backends.mkldnn.is_available() else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         task()
     return float(counter.get_total_flops())

@@ -7,6 +7,7 @@ business but the processor's.
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,13 +18,22 @@ from dcris.adapters.base import adapters
 from dcris.encoders.attention import MultiHeadAttention
 from dcris.encoders.blocks import MLP, Block
 from dcris.model.dcris import DCRIS
-from dcris.model.projector import FinerConvNormReLU
+from dcris.model.decoder import DecoderLayer
+from dcris.model.neck import ConvNormReLU
+from dcris.model.projector import FinerConv, FinerConvNormReLU
 
 Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
 """Frozen weights and what they are in the working precision, by where they lie in memory and their shape.
 
 The originals are kept too, so that nothing else can come to lie in their place.
 """
+
+
+_GRIDS = 4
+"""Sizes of photographs for which positions are remembered; most models see one."""
+
+_GRID = 32, 32
+"""Of patches, where nothing else is known: an image of 448 pixels in patches of 14."""
 
 
 def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, held: Held | None = None) -> DCRIS:
@@ -50,14 +60,15 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
             if isinstance(conv, nn.Conv1d | nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 module[0] = fuse_conv_bn_eval(conv, norm)
                 module[1] = nn.Identity()
-        if isinstance(module, FinerConvNormReLU):
-            module.lay_weight()
+        if isinstance(module, FinerConvNormReLU) and isinstance(module[0], nn.Conv2d):
+            module[0] = FinerConv(module[0])
+    # Positions are the same for all photographs of one size. The model's method, since the copy's own would keep it alive.
+    copy.vision.positions_on = lru_cache(_GRIDS)(model.vision.positions_on)  # type: ignore[method-assign]
     if dtype != torch.float32:
         held = {} if held is None else held
         if _packs(model, dtype):
-            for module in copy.modules():
-                if isinstance(module, Block):
-                    _pack(module, held, for_training=False)
+            for module in list(copy.modules()):
+                _pack(module, held, for_training=False)
         for module in copy.modules():
             _hold(module, dtype, held)
     return copy  # its weights keep saying whether they train: most are the model's own
@@ -85,8 +96,7 @@ def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
         return
     if _packs(model, dtype):
         for module in model.vision.modules():
-            if isinstance(module, Block):
-                _pack(module, {}, for_training=True)
+            _pack(module, {}, for_training=True)
     for tower in (model.vision, model.text):
         inside = {module for adapter in adapters(tower) for module in adapter.modules()}
         for module in tower.modules():
@@ -109,21 +119,31 @@ def _packs(model: DCRIS, dtype: torch.dtype) -> bool:
     )
 
 
-def _pack(block: Block, held: Held, *, for_training: bool) -> None:
-    """The products with the block's own weights, nine tenths of all in a tower; for training those that are frozen.
+def _pack(module: nn.Module, held: Held, *, for_training: bool) -> None:
+    """The module's large products with weights of its own, nine tenths of all in a tower; for training those that are frozen.
 
     For prediction GELU goes into the product before it. A gradient would need what the product made without.
     """
-    for parent in (block.attention, block.mlp):
-        for name, layer in list(parent.named_children()):
+    for part in _parts(module):
+        for name, layer in list(part.named_children()):
             if type(layer) is nn.Linear and not (for_training and _trains(layer)):
                 _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
-                setattr(parent, name, _Packed(layer.weight, layer.bias))
-    mlp = block.mlp
-    if not for_training and isinstance(mlp, MLP) and isinstance(mlp.activation, nn.GELU):
-        first: nn.Module = mlp.fc1
-        if isinstance(first, _Packed):
-            first.activation, mlp.activation = "gelu", nn.Identity()
+                setattr(part, name, _Packed(layer.weight, layer.bias))
+        if not for_training and isinstance(part, MLP) and isinstance(part.activation, nn.GELU):
+            first: nn.Module = part.fc1
+            if isinstance(first, _Packed):
+                first.activation, part.activation = "gelu", nn.Identity()
+    if isinstance(module, ConvNormReLU) and isinstance(module[0], nn.Conv2d) and not for_training:
+        module[0], module[2] = _PackedConvReLU(module[0]), nn.Identity()
+
+
+def _parts(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Whose linear layers are worth it."""
+    if isinstance(module, Block):
+        return module.attention, module.mlp
+    if isinstance(module, DecoderLayer):
+        return module.self_attention, module.cross_attention, module.feedforward
+    return (module.rows,) if isinstance(module, FinerConv) else ()
 
 
 class _Packed(nn.Module):
@@ -141,6 +161,8 @@ class _Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in bfloat16."""
+        if not torch.is_grad_enabled():
+            return _multiply(x.to(torch.bfloat16), self.weight, self.bias, self.activation)
         made: Tensor = _Product.apply(x.to(torch.bfloat16), self)  # type: ignore[no-untyped-call]
         return made
 
@@ -158,6 +180,28 @@ class _Product(torch.autograd.Function):
         if layer.turned is None:
             layer.turned = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to_dense().t().contiguous())
         return _multiply(gradients[0], layer.turned), None
+
+
+class _PackedConvReLU(nn.Module):
+    """The same for a convolution, which has batch norm's part in its bias, and the ReLU behind it. Without gradients."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.where = conv.padding, conv.stride, conv.dilation, conv.groups
+        weight, bias = conv.weight.detach().to(torch.bfloat16), conv.bias
+        assert bias is not None
+        # Told of no size, oneDNN lays a 1x1 kernel so that it takes six times as long. Maps of other sizes may come too.
+        size = [1, conv.in_channels, *_GRID]
+        laid = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.where, size)
+        self.weight = nn.Parameter(laid, requires_grad=False)
+        self.bias = nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, O, h, w] in bfloat16."""
+        made: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x.to(torch.bfloat16), self.weight, self.bias, *self.where, "relu", [], ""
+        )
+        return made
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

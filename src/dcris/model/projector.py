@@ -3,6 +3,9 @@
 Shape letters: B batch, h w patch grid, C head width, E sentence width.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,24 +18,34 @@ KERNEL = 3
 class FinerConvNormReLU(ConvNormReLU):
     """A map made twice as fine by bilinear interpolation, then a 3x3 convolution without bias, batch norm, ReLU.
 
-    There is a bias where batch norm has been folded into the convolution (dcris.model.prepared).
+    For prediction the convolution has batch norm's part in it, and is a FinerConv (dcris.model.prepared).
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, KERNEL)
 
-    def lay_weight(self) -> None:
-        """Place the weight in memory as it is multiplied, which spares a copy of it at each use."""
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
-        laid = conv.weight.detach().permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-        conv.weight = nn.Parameter(laid, conv.weight.requires_grad)
-
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, h, w] -> [B, outputs, 2h, 2w]."""
         conv, norm, relu = self
-        assert isinstance(conv, nn.Conv2d)
-        return relu(norm(finer_convolution(x, conv.weight, conv.bias)))
+        return relu(norm(finer_convolution(x, conv.weight, conv.bias) if isinstance(conv, nn.Conv2d) else conv(x)))
+
+
+class FinerConv(nn.Module):
+    """`finer_convolution` with a constant kernel, which lies in memory as it is multiplied and is not copied each time."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList()
+        for matrix, shift in _kernel_rows(conv.weight.detach(), None if conv.bias is None else conv.bias.detach()):
+            row = nn.Linear(conv.in_channels, KERNEL * conv.out_channels, bias=shift is not None, device="meta")
+            row.weight = nn.Parameter(matrix.contiguous(), conv.weight.requires_grad)
+            if shift is not None:
+                row.bias = nn.Parameter(shift, conv.weight.requires_grad)
+            self.rows.append(row)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, 2h, 2w]."""
+        return _refine(x, self.rows)
 
 
 class Projector(nn.Module):
@@ -68,22 +81,31 @@ def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
     Channels come last in memory, there and here: then a row's columns and their taps are one matrix, and all rows another.
     """
-    batch, inputs, height, width = x.shape
-    outputs = len(weight)
-    pixels = x.flatten(2).transpose(1, 2)
+    return _refine(x, [partial(F.linear, weight=matrix, bias=shift) for matrix, shift in _kernel_rows(weight, bias)])
+
+
+def _kernel_rows(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """A kernel [O, C, 3, 3] by rows: the matrix [3 * O, C] of a row's three taps, and what they add [3 * O]."""
     # The kernel's middle sees each pixel, and interpolation leaves constants alone, so the bias may come first.
     middle = None if bias is None else torch.cat((torch.zeros_like(bias), bias, torch.zeros_like(bias)))
+    rows = [taps.permute(2, 0, 1).flatten(0, 1) for taps in weight.unbind(2)]
+    return list(zip(rows, (None, middle, None), strict=True))
+
+
+def _refine(x: Tensor, rows: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+    """[B, C, h, w] -> [B, O, 2h, 2w], where each of `rows` multiplies pixels [B, N, C] by a row's three taps: [B, N, 3 * O]."""
+    batch, _, height, width = x.shape
+    pixels = x.flatten(2).transpose(1, 2)
     across = _finer_taps(width, x).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
-    downs = _finer_taps(height, x).transpose(1, 2)  # for each tap: fine row by coarse row
-    fine: Tensor | None = None
-    for taps, shift, down in zip(weight.unbind(2), (None, middle, None), downs, strict=True):
-        answers = F.linear(pixels, taps.permute(2, 0, 1).reshape(KERNEL * outputs, inputs), shift)
-        answers = answers.view(batch * height, width * KERNEL, outputs)
-        columns = torch.bmm(across.to(answers.dtype).expand(batch * height, -1, -1), answers).view(batch, height, -1)
-        rows = down.to(columns.dtype).expand(batch, -1, -1)  # autocast leaves a product in place with what it is given
-        fine = torch.bmm(rows, columns) if fine is None else fine.baddbmm_(rows, columns)
-    assert fine is not None
-    return fine.view(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
+    down = _finer_taps(height, x).permute(2, 0, 1).flatten(1)  # fine row by (tap, coarse row)
+    columns = []
+    for row in rows:
+        answers = row(pixels).view(batch * height, width * KERNEL, -1)
+        columns.append(
+            torch.bmm(across.to(answers.dtype).expand(len(answers), -1, -1), answers).view(batch, height, -1)
+        )
+    fine = torch.bmm(down.expand(batch, -1, -1), torch.cat(columns, dim=1))
+    return fine.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
 def _finer_taps(length: int, like: Tensor) -> Tensor:
