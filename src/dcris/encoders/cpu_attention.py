@@ -41,6 +41,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
 
     Dropout follows torch's random state (dcris.encoders.dropout).
     """
+    if not torch.is_grad_enabled():
+        return _mix(query, key, value, Draw(dropout) if dropout else None)
     result: Tensor = _Attention.apply(query, key, value, dropout)  # type: ignore[no-untyped-call]
     return result
 
@@ -59,25 +61,30 @@ def _fused_is_quick(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
+def _mix(query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> Tensor:
+    """The forward pass."""
+    if draw is None and _fused_is_quick(query.dtype):
+        return F.scaled_dot_product_attention(query, key, value)
+    # Heads side by side in memory, as the layer after it wants them.
+    mixed = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5
+    stretched = value * draw.stretch if draw else value
+    scores, weights = _maps(query, key)
+    heads = map(_heads, (mixed, query, key.mT, stretched))
+    for out, q, k, v, kept in zip(*heads, _kept(query, key, draw), strict=True):
+        torch.addmm(scores, q, k, beta=0, alpha=scale, out=scores)
+        torch.softmax(scores, -1, out=weights)
+        if kept is not None:
+            weights.mul_(scores.copy_(kept))
+        torch.mm(weights, v, out=out)
+    return mixed
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         ctx.draw = Draw(dropout) if dropout else None
-        if ctx.draw is None and _fused_is_quick(query.dtype):
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
-            # Heads side by side in memory, as the layer after it wants them.
-            mixed = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-            scale = query.shape[-1] ** -0.5
-            stretched = value * ctx.draw.stretch if ctx.draw else value
-            scores, weights = _maps(query, key)
-            heads = map(_heads, (mixed, query, key.mT, stretched))
-            for out, q, k, v, kept in zip(*heads, _kept(query, key, ctx.draw), strict=True):
-                torch.addmm(scores, q, k, beta=0, alpha=scale, out=scores)
-                torch.softmax(scores, -1, out=weights)
-                if kept is not None:
-                    weights.mul_(scores.copy_(kept))
-                torch.mm(weights, v, out=out)
+        mixed = _mix(query, key, value, ctx.draw)
         ctx.save_for_backward(query, key, value, mixed)
         return mixed
 

@@ -98,13 +98,12 @@ def _refine(x: Tensor, rows: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
     pixels = x.flatten(2).transpose(1, 2)
     across = _finer_taps(width, x).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
     down = _finer_taps(height, x).permute(2, 0, 1).flatten(1)  # fine row by (tap, coarse row)
-    columns = []
-    for row in rows:
+
+    def columns(row: Callable[[Tensor], Tensor]) -> Tensor:
         answers = row(pixels).view(batch * height, width * KERNEL, -1)
-        columns.append(
-            torch.bmm(across.to(answers.dtype).expand(len(answers), -1, -1), answers).view(batch, height, -1)
-        )
-    fine = torch.bmm(down.expand(batch, -1, -1), torch.cat(columns, dim=1))
+        return torch.bmm(across.to(answers.dtype).expand(len(answers), -1, -1), answers).view(batch, height, -1)
+
+    fine = torch.bmm(down.expand(batch, -1, -1), torch.cat([columns(row) for row in rows], dim=1))
     return fine.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
