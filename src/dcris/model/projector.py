@@ -97,13 +97,14 @@ def _refine(x: Tensor, rows: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
     batch, _, height, width = x.shape
     pixels = x.flatten(2).transpose(1, 2)
     across = _finer_taps(width, x).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
-    down = _finer_taps(height, x).permute(2, 0, 1).flatten(1)  # fine row by (tap, coarse row)
-
-    def columns(row: Callable[[Tensor], Tensor]) -> Tensor:
+    downs = _finer_taps(height, x).transpose(1, 2)  # for each tap: fine row by coarse row
+    fine: Tensor | None = None
+    for row, down in zip(rows, downs, strict=True):
         answers = row(pixels).view(batch * height, width * KERNEL, -1)
-        return torch.bmm(across.to(answers.dtype).expand(len(answers), -1, -1), answers).view(batch, height, -1)
-
-    fine = torch.bmm(down.expand(batch, -1, -1), torch.cat([columns(row) for row in rows], dim=1))
+        columns = torch.bmm(across.to(answers.dtype).expand(len(answers), -1, -1), answers).view(batch, height, -1)
+        lines = down.to(columns.dtype).expand(batch, -1, -1)  # autocast leaves a product in place with what it is given
+        fine = torch.bmm(lines, columns) if fine is None else fine.baddbmm_(lines, columns)
+    assert fine is not None
     return fine.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
