@@ -313,3 +313,13 @@ def test_the_head_reads_patches_of_the_taps_and_the_normed_end() -> None:
     features = model.head.neck(levels, text.sentence)
     features = model.head.decoder(features, text.tokens, tokens == 0)
     assert error(model(pixels, tokens), model.head.projector(features, text.sentence)) < TOLERANCE
+
+
+def test_the_projector_is_exported_for_any_number_of_phrases() -> None:
+    """Else an exported file takes as many phrases at once as its example had, and no other number."""
+    projector = Projector(8, 6, None).eval()
+    batch = torch.export.Dim("batch")
+    example = torch.randn(2, 8, 3, 4), torch.randn(2, 6)
+    program = torch.export.export(projector, example, dynamic_shapes=({0: batch}, {0: batch}))
+    features, sentence = torch.randn(5, 8, 3, 4), torch.randn(5, 6)
+    assert error(program.module()(features, sentence), projector(features, sentence)) < 1e-5
