@@ -100,9 +100,8 @@ def _refine(x: Tensor, rows: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
     downs = _finer_taps(height, x).transpose(1, 2)  # for each tap: fine row by coarse row
     fine: Tensor | None = None
     for row, down in zip(rows, downs, strict=True):
-        answers = row(pixels).view(
-            batch * height, width * KERNEL, -1
-        )  # its len() would be a constant in an exported graph
+        answers = row(pixels).view(batch * height, width * KERNEL, -1)
+        # Not len(answers): that would be a constant in an exported graph.
         columns = torch.bmm(across.to(answers.dtype).expand(batch * height, -1, -1), answers).view(batch, height, -1)
         lines = down.to(columns.dtype).expand(batch, -1, -1)  # autocast leaves a product in place with what it is given
         fine = torch.bmm(lines, columns) if fine is None else fine.baddbmm_(lines, columns)
