@@ -112,8 +112,8 @@ def test_the_head_is_packed_and_answers_the_same() -> None:
     units = [
         (exact.neck.aggregate, ready.neck.aggregate),
         *zip(exact.neck.coordinate_conv, ready.neck.coordinate_conv, strict=True),
+        (exact.projector.refine1, ready.projector.refine1),
     ]
-    units += [(exact.projector.refine1, ready.projector.refine1)]
     for plain, packed in units:
         assert type(packed[0]) is not nn.Conv2d
         channels = plain[0].rows[0].in_features if plain is exact.projector.refine1 else plain[0].in_channels

@@ -29,7 +29,7 @@ The originals are kept too, so that nothing else can come to lie in their place.
 """
 
 
-_GRIDS = 4
+_REMEMBERED_SIZES = 4
 """Sizes of photographs for which positions are remembered; most models see one."""
 
 _GRID = 32, 32
@@ -63,7 +63,7 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
         if isinstance(module, FinerConvNormReLU) and isinstance(module[0], nn.Conv2d):
             module[0] = FinerConv(module[0])
     # Positions are the same for all photographs of one size. The model's method, since the copy's own would keep it alive.
-    copy.vision.positions_on = lru_cache(_GRIDS)(model.vision.positions_on)  # type: ignore[method-assign]
+    copy.vision.positions_on = lru_cache(_REMEMBERED_SIZES)(model.vision.positions_on)  # type: ignore[method-assign]
     if dtype != torch.float32:
         held = {} if held is None else held
         if _packs(model, dtype):
