@@ -12,7 +12,16 @@ import pytest
 
 from dcris import files
 from dcris.errors import DcrisError
-from dcris.files import claim, make_directory, read_json, write_directory, write_file, write_json
+from dcris.files import (
+    claim,
+    make_directory,
+    open_regular,
+    read_bytes,
+    read_json,
+    write_directory,
+    write_file,
+    write_json,
+)
 from runs import leftovers
 
 
@@ -41,7 +50,7 @@ def test_a_file_is_written_and_replaced(tmp_path: Path, content: str | bytes | C
     for _ in range(2):
         write_file(path, content)
     assert len(path.read_bytes()) >= 5
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # of umask 022
     assert os.listdir(path.parent) == ["file.txt"]  # noqa: PTH208
 
 
@@ -93,7 +102,9 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         lambda: make_directory(tmp_path / "file"),
         lambda: make_directory(tmp_path / "file" / "a"),
     ):
-        with pytest.raises(DcrisError, match=r"cannot write .*; free some space there or choose another place"):
+        with pytest.raises(
+            DcrisError, match=r"cannot write .*; (free some space there or choose another place|choose another name)"
+        ):
             write()
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]  # noqa: PTH208
     assert not leftovers(tmp_path)
@@ -165,3 +176,82 @@ def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
         read_json(tmp_path / "b.json", "the thing")
     with pytest.raises(DcrisError, match="cannot read the thing"):
         read_json(tmp_path, "the thing")
+
+
+def irregular(folder: Path) -> dict[str, Path]:
+    """A pipe, a link, a link to a pipe and a device, under names that users give."""
+    os.mkfifo(folder / "pipe.json")
+    (folder / "file.json").write_text("{}")
+    (folder / "link.json").symlink_to("file.json")
+    (folder / "link-to-pipe.json").symlink_to("pipe.json")
+    return {name: folder / name for name in ("pipe.json", "link-to-pipe.json")} | {"device": Path("/dev/zero")}
+
+
+@pytest.mark.timeout(10)
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    """A pipe without a writer would block the program for ever, and /dev/zero would fill its memory."""
+    for path in irregular(tmp_path).values():
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
+        with pytest.raises(
+            DcrisError, match=r"cannot read the settings, .*: it is a (pipe|device), not a regular file"
+        ):
+            read_json(path, "the settings")
+    with pytest.raises(DcrisError, match="it is a folder, not a file"):
+        read_json(tmp_path, "the settings")
+    assert read_json(tmp_path / "link.json", "the settings") == {}
+
+
+def test_a_file_over_the_bound_is_not_read(tmp_path: Path) -> None:
+    """Files of strangers are bounded before they are in memory, also where they grow while they are read."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"12345")
+    assert read_bytes(path, 5) == b"12345"
+    with pytest.raises(OSError, match="larger than"):
+        read_bytes(path, 4)
+    status = Path("/proc/self/status")  # its size is given as 0
+    if status.exists():
+        with pytest.raises(OSError, match="larger than"):
+            read_bytes(status, 4)
+
+
+def test_json_of_windows_programs_is_read(tmp_path: Path) -> None:
+    """PowerShell and Notepad put a byte order mark first."""
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json", "the settings") == {"a": 1}
+
+
+def test_results_replace_regular_files_only(tmp_path: Path) -> None:
+    """A result over a named pipe, a link or a device (/dev/null as root) would destroy it for its other users."""
+    for name, path in irregular(tmp_path).items():
+        if name == "device":
+            continue  # the real one is not risked here
+        before = path.lstat()
+        with pytest.raises(DcrisError, match="of this name exists and is kept"):
+            write_file(path, "x")
+        with pytest.raises(DcrisError, match="of this name exists and is kept"):
+            write_directory(path, in_folder)
+        assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+    with pytest.raises(DcrisError, match="a link of this name exists and is kept"):
+        write_file(tmp_path / "link.json", "x")
+    assert (tmp_path / "file.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o002])
+def test_the_umask_decides_who_may_read_results(tmp_path: Path, umask: int) -> None:
+    """Who keeps results private by a umask of 077 must not find them readable by everybody."""
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "a.txt", "x")
+        write_directory(tmp_path / "folder", in_folder)
+    finally:
+        os.umask(before)
+    for path, mode in (("a.txt", 0o666), ("folder", 0o777), ("folder/new", 0o666)):
+        assert stat.S_IMODE((tmp_path / path).stat().st_mode) == mode & ~umask
+
+
+def test_a_result_may_have_the_longest_name(tmp_path: Path) -> None:
+    """File systems take 255 bytes; the temporary name must not need more than the result's own."""
+    for name in ("n" * 250 + ".json", "ü" * 125 + ".json", "a." + "e" * 250):
+        write_file(tmp_path / name, "x")
+        assert (tmp_path / name).read_text() == "x"
