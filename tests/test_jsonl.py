@@ -132,7 +132,7 @@ def without(key: str) -> dict[str, Any]:
         ),
         *(
             (line(image=path), "'image' that is not a plain path")
-            for path in ("img\\1.jpg", "C:/1.jpg", "img/../img/1.jpg")
+            for path in ("..\\img\\1.jpg", "\\\\host\\1.jpg", "C:/1.jpg", "./C:/1.jpg", "img/../img/1.jpg")
         ),
         (line(mask="../mask.png"), "'mask' that is not a plain path"),
         (line(mask="/tmp/mask.png"), "'mask' that is not a plain path"),
@@ -211,6 +211,14 @@ def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pyte
     assert len(load(folder, line(), line()).references) == 1 + 1
     with pytest.raises(DcrisError, match="line 2 is longer"):
         load(folder, line(), line(split="a longer one"))
+
+
+@pytest.mark.parametrize("name", ["./img/1.jpg", "img//1.jpg", "././img/./1.jpg", "img\\1.jpg", ".\\img\\1.jpg"])
+def test_another_spelling_of_a_path_is_the_same_photograph(folder: Path, name: str) -> None:
+    """`find` writes ./, scripts join with a slash too many, and Windows writes backslashes."""
+    table = load(folder, line(), line(image=name))
+    assert {item.image_path for item in table.references} == {folder / "img/1.jpg"}
+    assert {item.image_id for item in table.references} == {1}
 
 
 def test_headers_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

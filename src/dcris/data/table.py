@@ -20,7 +20,7 @@ from dcris.types import Expression, Reference
 _T = TypeVar("_T")
 
 Complain = Callable[[DcrisError], None]
-"""Is told what is wrong with a single reference, which is then left out."""
+"""Callback that receives the error of each reference that cannot be used and is left out."""
 
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
 
@@ -91,6 +91,9 @@ class ReferenceTable:
         }
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a character, as JSON can spell it ("\\ud83d"). Python holds it as text, but nothing can encode it."""
+
 _KINDS = {int: "a whole number", str: "text", list: "a list", bytes: "bytes"}
 
 
@@ -104,6 +107,8 @@ def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
     if type(value) is not kind:
         found = "NaN" if type(value) is float and math.isnan(value) else type(value).__name__
         raise bad(path, f"{where} has a '{key}' that is not {_KINDS[kind]} but {found}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:  # Python itself writes none of thousands of digits
+        raise bad(path, f"{where} has a '{key}' that has more than 64 bits")
     return value
 
 
@@ -124,13 +129,18 @@ def forgiving(complain: Complain | None) -> Iterator[None]:
 
 
 def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:
-    """A relative path that a stranger's file names, which must not lead out of its folder, on any system."""
-    parts = name.split("/")
-    leads_out = {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name or PureWindowsPath(name).drive
-    # Longer ones are an error of the system's, not a file that is not there.
-    if leads_out or len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in parts):
+    """A relative path that a stranger's file names, which must not lead out of its folder, on any system.
+
+    Returned without needless parts: "./a.jpg" and "a//b.jpg" are read as "a.jpg" and "a/b.jpg", as are Windows' backslashes.
+    """
+    slashed = name.replace("\\", "/")
+    parts = [part for part in slashed.split("/") if part not in ("", ".")]
+    leads_out = slashed.startswith("/") or ".." in parts or PureWindowsPath(*parts).drive
+    # Longer ones are an error of the system's, not a file that is not there; and no file's name holds half a character.
+    unusable = len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in parts)
+    if not parts or leads_out or unusable or "\0" in name or _HALF.search(name):
         raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder")
-    return name
+    return "/".join(parts)
 
 
 def index_by_id(records: list[Any], key: str, path: Path) -> dict[int, dict[str, Any]]:
@@ -144,10 +154,6 @@ def index_by_id(records: list[Any], key: str, path: Path) -> dict[int, dict[str,
         if index.setdefault(identifier, record) != record:
             raise bad(path, f"two entries of '{key}' have the id {identifier} and differ")
     return index
-
-
-_HALF = re.compile("[\ud800-\udfff]")
-"""Half of a character, as JSON can spell it ("\\ud83d"). Python holds it as text, but nothing can encode it."""
 
 
 def check_text(text: str, path: Path, where: str, key: str) -> str:
