@@ -98,10 +98,10 @@ def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, An
     ("content", "sentence"),
     [
         (b"", "no answer to sentence"),
-        (b"\xff\xfe\n", "line 1 is not JSON"),
+        (b"\xff\xfe\n", "UTF-16"),
         (b"{}\n", "'sent_id'"),
         (b"[1]\n", "named fields"),
-        (b"\n", "line 1 is not JSON"),
+        (b"\n", "no answer to sentence"),
         (b"[" * 100_000, "line 1 is not JSON"),
         (b'{"sent_id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
     ],
@@ -112,6 +112,14 @@ def test_another_file_is_refused_in_words(tmp_path: Path, content: bytes, senten
     with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
         read_answers(tmp_path / "a.jsonl", asked(some()), CRIS)
     assert sentence in str(caught.value)
+
+
+def test_a_file_that_an_editor_saved_is_read(tmp_path: Path) -> None:
+    """With a byte order mark, Windows' line ends, and a blank line at the end, as editors and scripts leave them."""
+    path, answers = tmp_path / "a.jsonl", some()
+    write_answers(path, answers, CRIS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"  \r\n\n")
+    assert len(read_answers(path, asked(answers), CRIS)) == len(answers)
 
 
 def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
@@ -125,7 +133,7 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     write_answers(path, [*answers, answers[0]], CRIS)
     with pytest.raises(DcrisError, match=r"line 4 answers sentence \d+, which line 1 did already"):
         read_answers(path, asked(answers), CRIS)
-    with pytest.raises(DcrisError, match="cannot read the answers"):
+    with pytest.raises(DcrisError, match="there is no file"):
         read_answers(tmp_path / "absent.jsonl", [], CRIS)
 
 

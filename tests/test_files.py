@@ -18,6 +18,7 @@ from dcris.files import (
     open_regular,
     read_bytes,
     read_json,
+    read_json_lines,
     write_directory,
     write_file,
     write_json,
@@ -165,7 +166,9 @@ def test_json_comes_back(tmp_path: Path) -> None:
     assert read_json(path, "the file") == value == json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": [1, 2', b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": [1, 2', b"[" * 100_000, b'{"a": 1, "b": {"c": 1, "c": 1}}', b"9" * 5000]
+)
 def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
     """Cut short, binary, or made to exhaust the reader."""
     path = tmp_path / "a.json"
@@ -176,6 +179,32 @@ def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
         read_json(tmp_path / "b.json", "the thing")
     with pytest.raises(DcrisError, match="cannot read the thing"):
         read_json(tmp_path, "the thing")
+
+
+def test_json_as_windows_writes_it(tmp_path: Path) -> None:
+    """Notepad and PowerShell put a byte order mark first; `>` of PowerShell 5 writes UTF-16, which one sentence names."""
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}\r\n')
+    assert read_json(path, "the thing") == {"a": "ä"}
+    for encoding in ("utf-16", "utf-16-le"):
+        path.write_text('{"a": 1}', encoding)
+        with pytest.raises(DcrisError, match=r"UTF-16 text.*save it as UTF-8"):
+            read_json(path, "the thing")
+    path.write_bytes(b'{"a": "\xe4"}')
+    with pytest.raises(DcrisError, match=r"not UTF-8 text \(from byte 8 on\)"):
+        read_json(path, "the thing")
+
+
+@pytest.mark.parametrize("unit", ["[],", "{},", '{"":0},', "[[[]]],"])
+def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -> None:
+    """30 MB of empty lists are 0.7 GB in memory, and 1 GB is still a plausible size of a file."""
+    (tmp_path / "a.json").write_text(f"[{unit * 4_500_000}0]")
+    with pytest.raises(DcrisError, match=r"lists and objects in .* are more than is read"):
+        read_json(tmp_path / "a.json", "the thing")
+    (tmp_path / "a.jsonl").write_text(f"[{unit * 50_000}0]\n" * 90)
+    with pytest.raises(DcrisError, match=r"lists and objects in .* are more than is read"):
+        for _ in read_json_lines(tmp_path / "a.jsonl"):
+            pass
 
 
 def irregular(folder: Path) -> dict[str, Path]:

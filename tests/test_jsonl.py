@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dcris import files
 from dcris.data import jsonl
 from dcris.data.check import check_dataset
 from dcris.data.jsonl import load_jsonl
@@ -109,8 +110,9 @@ def test_files_as_windows_writes_them(folder: Path) -> None:
     )
     table = load(folder, text)
     assert [item.expressions[0].text for item in table.references] == ["кот", "el niño"]
-    with pytest.raises(DcrisError, match=r"line 1 is not UTF-8 text \(from byte 1 on\)"):
-        load(folder, text.encode("utf-16"))
+    for encoding in ("utf-16", "utf-16-le"):
+        with pytest.raises(DcrisError, match=r"UTF-16 text.*save it as UTF-8"):
+            load(folder, json.dumps(line()).encode(encoding))
 
 
 def without(key: str) -> dict[str, Any]:
@@ -156,14 +158,15 @@ def without(key: str) -> dict[str, Any]:
         (line(category=["x"]), "'category' that is not text but list"),
         (line(id="7"), "'id' that is not a whole number but str"),
         (line(id=True), "'id' that is not a whole number but bool"),
-        ('{"image": "img/1.jpg", ', "is not one whole JSON object"),
+        ('{"image": "img/1.jpg", ', "is not JSON "),
+        (json.dumps(line())[:-1] + ', "image": "img/2.jpg"}', "the key 'image' twice"),
         ("[1, 2]", "is not a table of named fields"),
         ("null", "is not a table of named fields"),
-        (json.dumps(line(mask=[[float("nan")] * 6])), "NaN is not a JSON number"),
-        (json.dumps(line(id=1))[:-1] + "1" * 5000 + "}", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        (json.dumps(line(mask=[[float("nan")] * 6])), "has a corner that is not a number"),
+        (json.dumps(line(id=1))[:-1] + "1" * 5000 + "}", "is not JSON that can be read"),
+        ("[" * 100_000, "is not JSON that can be read"),
         (b'{"image": "img/\xff.jpg"}', r"is not UTF-8 text \(from byte 16 on\)"),
-        (b"\0", "is not one whole JSON object"),
+        (b"\0", "is not JSON "),
     ],
 )
 def test_each_wrong_line_is_named(folder: Path, wrong: dict[str, Any] | str | bytes, sentence: str) -> None:
@@ -207,7 +210,7 @@ def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pyte
         file.truncate(1 << 33)  # a hole: nothing is on the disk
     with pytest.raises(DcrisError, match="line 1 is longer than 16 MiB"):
         load_jsonl(path)
-    monkeypatch.setattr(jsonl, "LONGEST_LINE", len(json.dumps(line())) + 1)
+    monkeypatch.setattr(files, "MAX_LINE", len(json.dumps(line())) + 1)
     assert len(load(folder, line(), line()).references) == 1 + 1
     with pytest.raises(DcrisError, match="line 2 is longer"):
         load(folder, line(), line(split="a longer one"))
@@ -219,6 +222,12 @@ def test_another_spelling_of_a_path_is_the_same_photograph(folder: Path, name: s
     table = load(folder, line(), line(image=name))
     assert {item.image_path for item in table.references} == {folder / "img/1.jpg"}
     assert {item.image_id for item in table.references} == {1}
+
+
+def test_files_that_were_joined(folder: Path) -> None:
+    """`cat train.jsonl val.jsonl > my.jsonl`, of files with byte order marks."""
+    text = "\ufeff" + json.dumps(line()) + "\n\n"
+    assert len(load(folder, text + text).references) == 2
 
 
 def test_headers_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ lengths), and where it was measured `curve`, a pair of intersection and union fo
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dcris.data.masks import validate_segmentation
 from dcris.data.table import bad, field
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import write_file
+from dcris.files import read_json_lines, write_file
 from dcris.metrics import CURVE_THRESHOLDS, Overlap
 from dcris.protocols import Protocol
 from dcris.types import Expression, Reference
@@ -77,24 +77,11 @@ def read_answers(path: Path, questions: Questions, protocol: Protocol) -> list[A
     return answers
 
 
-def answer_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line's name for errors, and what it holds. Raises DcrisError where the file cannot be read or is not JSON Lines."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"line {number}"
-                try:
-                    yield where, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise bad(path, f"{where} is not JSON ({error})") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read the answers {path}: {error.strerror or error}") from error
-
-
 def _by_sentence(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
     """Where each sentence's line is, and what it holds."""
     lines: dict[int, tuple[str, dict[str, Any]]] = {}
-    for where, record in answer_lines(path):
+    for number, record in read_json_lines(path):
+        where = f"line {number}"
         sent_id = field(record, "sent_id", int, path, where)
         if sent_id in lines:
             raise bad(path, f"{where} answers sentence {sent_id}, which {lines[sent_id][0]} did already")

@@ -5,6 +5,7 @@ renames it over the target, which the file system does in one step. What a kille
 target, and `remove_partial` knows it by its name.
 """
 
+import codecs
 import errno
 import json
 import os
@@ -12,8 +13,10 @@ import secrets
 import shutil
 import socket
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +32,12 @@ _PARTIAL = ".partial-"
 
 MAX_TEXT = 1_000_000_000
 """Bytes of a text or JSON file that are accepted. COCO's largest annotation file has 0.45 GB."""
+
+MAX_LINE = 16 << 20
+"""Bytes of a line of JSON Lines that are accepted. A mask that takes more is better kept as a picture."""
+
+_MAX_BRACKETS = 4_000_000
+"""Opening brackets that are accepted in JSON of any length; see `_refuse_dense`."""
 
 
 def _cannot_write(path: Path, error: OSError) -> DcrisError:
@@ -83,9 +92,26 @@ def read_bytes(path: Path, most: int) -> bytes:
 def read_text(path: Path, most: int = MAX_TEXT) -> str:
     """The text of a regular file in UTF-8, with or without the byte order mark that Windows programs write.
 
-    Raises OSError as `open_regular` does, and UnicodeDecodeError (a ValueError) where the file is not UTF-8.
+    Raises OSError, with the reason as its `strerror`, as `open_regular` does and where the file is not UTF-8.
     """
-    return read_bytes(path, most).decode("utf-8-sig")
+    content = read_bytes(path, most)
+    _refuse_utf16(path, content)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OSError(
+            errno.EILSEQ, f"it is not UTF-8 text (from byte {error.start + 1} on); save it as UTF-8", str(path)
+        ) from error
+
+
+def _refuse_utf16(path: Path, start: bytes) -> None:
+    """Raise OSError where a file begins as UTF-16 does, with its byte order mark or a letter of two bytes."""
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (start[1:2] == b"\0" and start[:1] != b"\0"):
+        raise OSError(
+            errno.EILSEQ,
+            "it is UTF-16 text, which `>` of Windows PowerShell 5 writes, for one; save it as UTF-8",
+            str(path),
+        )
 
 
 def kind_of_file(mode: int) -> str:
@@ -288,20 +314,104 @@ def write_json(path: Path, value: Any) -> None:
         raise _cannot_write(path, error) from error
 
 
-def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read a JSON file; `what` names it in the error ("the run's configuration").
+def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Parse JSON of unknown origin; `each_object` is given every object as soon as it is read and returns what replaces it.
 
-    `each_object` is given every object of the file as soon as it is read, and returns what takes its place.
+    Raises ValueError, with a short reason, where it is not JSON, has a key twice in one object (of which Python would keep the
+    last), is nested too deeply, or would take far more memory than its length suggests.
+    """
+    _refuse_dense(text.count("[") + text.count("{"), len(text))
+
+    def make(pairs: list[tuple[str, Any]]) -> Any:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"an object has the key {key[:100]!r} twice")
+        return made if each_object is None else each_object(made)
+
+    try:
+        return json.loads(text, object_pairs_hook=make)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's limit, because the time grows with the square
+            raise ValueError("a number has too many digits") from error
+        raise
+
+
+def _refuse_dense(brackets: int, length: int) -> None:
+    """Raise ValueError for JSON with very many lists and objects: `[],` has 3 bytes in a file and 64 in memory."""
+    if brackets > max(_MAX_BRACKETS, length // 16):
+        raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are more than is read")
+
+
+def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Read a JSON file; `what` names it in the error ("the run's configuration"), and `each_object` is as of `parse_json`.
 
     Raises DcrisError where the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(read_text(path), object_hook=each_object)
+        return parse_json(read_text(path), each_object)
     except FileNotFoundError as error:
         raise DcrisError(f"{what} is missing: there is no file {path}") from error
     except OSError as error:
         raise DcrisError(f"cannot read {what}, {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DcrisError(
             f"{what}, {path}, is not valid JSON ({error}); it may be cut short, so fetch or make it again"
         ) from error
+
+
+def read_json_lines(path: Path, complain: Callable[[DcrisError], None] | None = None) -> Iterator[tuple[int, Any]]:
+    """The number, from 1 on, and the value of each line of a JSON Lines file that is not blank.
+
+    Args:
+        path: a regular file in UTF-8, with any line ends and byte order marks, as `cat` of several files leaves them.
+        complain: receives the error of each line that cannot be read; the other lines are yielded.
+
+    Raises DcrisError where the file cannot be read and, without `complain`, for the first line that cannot.
+    """
+    brackets = length = 0
+    try:
+        with open_regular(path) as file:
+            _refuse_utf16(path, file.read(2))
+            file.seek(0)
+            # Not `for line in file`: a file that is all one line would be read whole.
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    raise DcrisError(
+                        f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; put each object on a line of its own, and "
+                        "keep a large mask as a picture"
+                    )
+                brackets, length = brackets + line.count(b"[") + line.count(b"{"), length + len(line)
+                try:
+                    _refuse_dense(brackets, length)
+                except ValueError as error:
+                    raise DcrisError(f"{path}: {error}; divide the file") from error
+                text = line.removeprefix(codecs.BOM_UTF8).strip()
+                if not text:
+                    continue
+                try:
+                    value = parse_json(text.decode())
+                except ValueError as error:
+                    found = DcrisError(f"{path}: line {number} {_of_line(error)}; correct that line")
+                    if complain is None:
+                        raise found from error
+                    complain(found)
+                else:
+                    yield number, value
+    except FileNotFoundError as error:
+        raise DcrisError(f"there is no file {path}; check the folder and the name") from error
+    except OSError as error:
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
+
+
+def _of_line(error: ValueError) -> str:
+    """What is wrong with a line that `parse_json` or a decoder refused."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text (from byte {error.start + 1} on)"
+    if isinstance(error, json.JSONDecodeError):  # its own text speaks of line 1
+        return f"is not JSON ({error.msg} at character {error.colno})"
+    return f"is not JSON that can be read ({error})"

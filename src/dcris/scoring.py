@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from dcris.answers import answer_lines
 from dcris.data.dataset import Questions
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import read_json
+from dcris.files import read_json, read_json_lines
 from dcris.metrics import overlap
 from dcris.protocols import Protocol
 from dcris.types import MaskArray
@@ -125,7 +124,7 @@ def open_predictions(path: Path) -> Predictions:
     if path.suffix == ".npz":
         return _Arrays(path)
     if path.suffix == ".jsonl":
-        return _Records(path, answer_lines(path))
+        return _Records(path, ((f"line {number}", record) for number, record in read_json_lines(path)))
     if path.suffix == ".json":
         records = read_json(path, "the result file")
         if type(records) is not list:

@@ -4,26 +4,20 @@
 
 `mask` is the path of a picture in which what is not 0 is the object, or COCO's polygons [[x, y, x, y, ...], ...] or run lengths
 {"size": [H, W], "counts": ...}. Paths are relative to the file and do not lead out of its folder. `split` is train where it is
-missing. `category` (text) and `id` (a whole number) may be given; other fields are let be.
+missing. `category` (text) and `id` (a whole number) may be given; unknown fields are ignored.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import Complain, ReferenceTable, bad, check_text, plain_path
+from dcris.data.table import Complain, ReferenceTable, bad, check_text, forgiving, plain_path
 from dcris.data.table import field as entry
 from dcris.errors import DcrisError
+from dcris.files import read_json_lines
 from dcris.types import Expression, Reference, Segmentation
-
-LONGEST_LINE = 16 << 20
-"""Bytes. A mask that takes more is better kept as a picture."""
-
-_BOM = b"\xef\xbb\xbf"
 
 
 def is_jsonl(root: Path) -> bool:
@@ -39,45 +33,25 @@ def load_jsonl(path: Path, complain: Complain | None = None) -> ReferenceTable:
 
     Args:
         path: the file.
-        complain: told of each line that is wrong, which is then left out.
+        complain: receives the error of each line that is wrong, which is then left out.
 
     Raises DcrisError where the file cannot be read or holds nothing, and, without `complain`, for the first line that is wrong.
     """
     reader, references, complaints = _Reader(path), [], 0
-    for number, line in _lines(path):
-        try:
-            references.append(reader.reference(line, number))
-        except DcrisError as error:
-            if complain is None:
-                raise
-            complain(error)
-            complaints += 1
+
+    def count(error: DcrisError) -> None:
+        nonlocal complaints
+        if complain is None:
+            raise error
+        complaints += 1
+        complain(error)
+
+    for number, record in read_json_lines(path, count):
+        with forgiving(count):
+            references.append(reader.reference(record, number))
     if not references and not complaints:
         raise bad(path, "it holds no references")
     return ReferenceTable(path.stem, "own", path, tuple(references))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, with their numbers from 1."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            # Not `for line in file`: a file that is all one line would be read whole.
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise bad(
-                        path,
-                        f"line {number} is longer than {LONGEST_LINE >> 20} MiB; each line is one reference, and a large mask "
-                        "is better kept as a picture",
-                    )
-                line = line.removeprefix(_BOM).strip() if number == 1 else line.strip()
-                if line:
-                    yield number, line
-    except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path}; check the folder and the name") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
 
 
 @dataclass
@@ -91,9 +65,9 @@ class _Reader:
     """The line of each `ref_id`."""
     sentences: int = 0
 
-    def reference(self, line: bytes, number: int) -> Reference:
+    def reference(self, record: Any, number: int) -> Reference:
+        """The reference that the value of a line spells out. Raises DcrisError where it does not."""
         where, path = f"line {number}", self.path
-        record = self._parse(line, where)
         name = self._relative(entry(record, "image", str, path, where), where, "image")
         if name not in self.images:
             self.images[name] = (len(self.images) + 1, self._size(path.parent / name, where))
@@ -131,20 +105,8 @@ class _Reader:
             expressions=tuple(Expression(sent_id, text) for sent_id, text in enumerate(texts, first)),
         )
 
-    def _parse(self, line: bytes, where: str) -> Any:
-        try:
-            return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        except UnicodeDecodeError as error:
-            raise bad(self.path, f"{where} is not UTF-8 text (from byte {error.start + 1} on)") from error
-        except json.JSONDecodeError as error:
-            raise bad(
-                self.path, f"{where} is not one whole JSON object ({error.msg}, at character {error.colno})"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise bad(self.path, f"{where} cannot be read as JSON ({error})") from error
-
     def _relative(self, name: str, where: str, key: str) -> str:
-        return plain_path(name.removeprefix("./"), self.path, where, key)
+        return plain_path(name, self.path, where, key)
 
     def _size(self, image: Path, where: str) -> tuple[int, int]:
         try:
@@ -162,7 +124,3 @@ class _Reader:
             return validate_segmentation(mask, size)
         except DcrisError as error:
             raise bad(self.path, f"{where} has a 'mask' that does not fit ({error})") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
