@@ -116,6 +116,17 @@ def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.Captu
     assert 0 <= record["miou"] <= 100
 
 
+@pytest.mark.parametrize("name", ["s p", "it's", "$HOME", "-x", "a;b"])
+def test_an_advised_command_can_be_pasted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell would take a path with a space apart, and run what is behind a semicolon."""
+    monkeypatch.chdir(tmp_path)
+    assert dcris("data", "scenes", f"./{name}", "--train", "2", "--val", "1", "--test", "1") == 0
+    advised = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    assert dcris(*advised[1:]) == 0
+
+
 def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From an annotation tool's export to a model that is tuned on it; the file alone says which data set it is."""
     folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dcris.data.check import check_dataset
 from dcris.data.import_coco import Imported, import_coco
 from dcris.data.jsonl import load_jsonl
 from dcris.data.masks import decode_mask, encode_mask
@@ -168,6 +169,8 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
     table, done = export.load("\r\n".join(mark.join(row) for row in rows))
     assert said(table) == [(1, ['the "blue" cup', "кубок"])]
     assert done.phraseless == 4
+    table, _ = export.load(f"sep={mark}\nannotation{mark}phrase\n11.0{mark}a cup\n")  # as Excel and pandas write them
+    assert said(table) == [(1, ["a cup"])]
     table, _ = export.load(f"category{mark}phrase\n7{mark}dot\ncup{mark}a cup\n")
     assert said(table) == [(1, ["a cup"])]
 
@@ -226,10 +229,18 @@ FIRST = ("annotations", 0)
         (_set(("annotations",), None), "'annotations' that is not a list"),
         (_set((*FIRST, "image_id"), 99), "annotation 11 names image 99, which the file does not have"),
         (_set((*FIRST, "category_id"), 99), "annotation 11 names category 99, which the file does not have"),
-        (_set((*FIRST, "category_id"), None), "annotation 11 has a 'category_id' that is not a whole number"),
-        (_set((*FIRST, "id"), "a"), "entry 1 of 'annotations' has a 'id' that is not a whole number"),
-        (_set((*FIRST, "id"), 12), "two entries of 'annotations' have the id 12"),
-        (_set((*FIRST, "segmentation"), [[1, 2]]), "annotation 11 cannot be decoded .*polygon 1"),
+        (_set((*FIRST, "category_id"), "cup"), "annotation 11 has a 'category_id' that is not a whole number"),
+        (_set(FIRST, 5), "entry 1 of 'annotations' is not a table"),
+        (_set((*FIRST, "iscrowd"), "perhaps"), "annotation 11 has an 'iscrowd' that is neither 0 nor 1"),
+        (_set((*FIRST, "segmentation"), [[1, 2]]), "annotation 11 cannot be decoded .*no polygon has three corners"),
+        (_set((*FIRST, "segmentation"), [[1, 2, 3, 4]]), "annotation 11 cannot be decoded .*no polygon has three"),
+        (_set((*FIRST, "segmentation"), [*POLYGON, [1] * 7]), "annotation 11 cannot be decoded .*polygon 2"),
+        (_set((*FIRST, "segmentation"), [["1", "x"] * 4]), "annotation 11 cannot be decoded .*polygon 1"),
+        (_set((*FIRST, "segmentation"), [[1, 1, 5, 1, 9, 1]]), "annotation 11 has a mask that covers no pixel"),
+        (_set((*FIRST, "segmentation"), {"size": [H, W], "counts": [H * W]}), "annotation 11 has a mask that covers"),
+        (_set((*FIRST, "segmentation"), [[]]), "annotation 11 has no mask"),
+        (_set((*FIRST, "segmentation"), "[[1,1,2,2,3,1]]"), "annotation 11 cannot be decoded .*neither a list"),
+        (_set(("images", 1), {"id": "1", "file_name": "2.png"}), "two entries of 'images' have the id 1 and differ"),
         (_set((*FIRST, "segmentation"), {"size": [W, H], "counts": [W * H]}), "annotation 11 cannot be decoded"),
         (_set((*FIRST, "segmentation"), [[float("nan")] * 6]), "annotation 11 cannot be decoded"),
         (_set((*FIRST, "caption"), 5), "annotation 11 has a 'caption' that is neither text"),
@@ -242,13 +253,103 @@ FIRST = ("annotations", 0)
     ],
 )
 def test_what_is_wrong_with_an_export_is_named(export: Export, change: Any, sentence: str) -> None:
-    """And nothing is written, as half a data set looks like a whole one."""
+    """With `strict` it stops the import and nothing is written; else it is left out and named, and the rest is read."""
     change(export.content)
     with pytest.raises(DcrisError, match=sentence) as caught:
-        export.load()
+        export.load(strict=True)
     assert "\n" not in str(caught.value)
     assert not (export.folder / "my.jsonl").exists()
     assert not leftovers(export.folder)
+    if not export.content["annotations"]:
+        return
+    table, done = export.load()
+    assert str(caught.value) in done.problems
+    left_out = done.unusable + done.maskless + done.empty + done.ambiguous
+    assert len(table.references) == len(export.content["annotations"]) - left_out
+    assert not check_dataset(export.folder / "my.jsonl", None).problem_count
+
+
+def test_the_first_ten_problems_are_named(export: Export) -> None:
+    """And a photograph that is missing once, however many objects are on it."""
+    for _ in range(12):
+        export.add(4, DOT, [[1, 2]])
+    for _ in range(3):
+        export.add(5, DOT)
+    export.content["images"].append({"id": 5, "file_name": "none.png", "height": H, "width": W})
+    _, done = export.load(keep_ambiguous=True)
+    assert (done.unusable, len(done.problems)) == (15, 10)
+    assert "15 that cannot be used" in str(done)
+    export.content["annotations"] = export.content["annotations"][-3:]
+    with pytest.raises(
+        DcrisError, match=r"3 that cannot be used; the first problem: there is no image file .*none\.png"
+    ):
+        export.load(keep_ambiguous=True)
+
+
+POINTS = [[2, 1], [9, 1], [9, 4], [2, 4]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segmentation": [*POLYGON, [4.0, 2.0, 4.0, 3.0], [4.0, 2.0], []]},  # specks
+        {"segmentation": POLYGON[0]},
+        {"segmentation": [[str(value) for value in POLYGON[0]]]},
+        {"segmentation": POINTS},
+        {"segmentation": [POINTS]},
+        {"segmentation": [{"x": x, "y": y} for x, y in POINTS]},
+        {"segmentation": [[{"x": x, "y": y} for x, y in POINTS]]},
+        {"segmentation": RUNS},
+        {"segmentation": {"size": [float(H), str(W)], "counts": RUNS["counts"]}},
+        {"segmentation": {"size": [H, W], "counts": [17.0, 3, 5, 3, 5, 3, 5, 3, 5, 3, 5, 3, 5, 3, 28]}},
+        {"id": "11"},
+        {"id": 11.0, "image_id": "1", "category_id": 1.0},
+        {"image_id": "0000001"},
+        *({"iscrowd": value} for value in (0, 0.0, False, None, "0", "false", "", "0.0")),
+    ],
+)
+def test_what_tools_write_differently_is_read(export: Export, change: dict[str, Any]) -> None:
+    """Numbers as text or with .0, points in place of flat lists, specks that editing leaves behind."""
+    export.content["annotations"][0].update(change)
+    table, _ = export.load(strict=True)
+    assert len(table.references) == 3
+    np.testing.assert_array_equal(decode_mask(table.references[0].segmentation, (H, W)), MASK)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, True, "1", "true", "1.0"])
+def test_crowds_however_they_are_written(export: Export, value: Any) -> None:
+    export.content["annotations"][0]["iscrowd"] = value
+    assert export.load(strict=True)[1].crowds == 1
+
+
+def test_records_that_tools_write_differently(export: Export) -> None:
+    """Sizes as text, other spellings of paths, no categories, records that come twice."""
+    expected = said(export.load()[0])
+    images, annotations = export.content["images"], export.content["annotations"]
+    images[0].update(height=str(H), width=float(W), file_name="./1.png")
+    images[2].update(id="3", file_name=".//3.png")
+    images.append(images[0])
+    annotations.append(annotations[0])
+    images.append({"id": 9, "file_name": "2.png", "height": H, "width": W})  # a photograph that is listed twice
+    annotations[3]["image_id"] = 9
+    table, done = export.load(strict=True)
+    assert said(table) == expected
+    assert done.ambiguous == 2
+    annotations[0]["phrase"] = "a blue cup"
+    del export.content["categories"], annotations[0]["category_id"]
+    table, done = export.load(strict=True)
+    assert said(table) == [(1, ["a blue cup"])]
+    assert done.phraseless == 4
+
+
+def test_two_annotations_of_one_id(export: Export) -> None:
+    """Files that were merged have them. They matter only to phrases that are given by id."""
+    export.content["annotations"][1]["id"] = 11
+    assert len(export.load(strict=True)[0].references) == 3
+    table, done = export.load({"11": "it", "13": "the left cup"})
+    assert said(table) == [(2, ["the left cup"])]
+    assert done.unusable == 2
+    assert "two entries of 'annotations' have the id 11 and differ" in done.problems[0]
 
 
 def test_a_disk_that_is_full_leaves_nothing(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def add(commands: Any) -> None:
     coco.add_argument("--split", metavar="NAME", help="put everything into this split")
     coco.add_argument("--ambiguous", choices=("skip", "keep"), default="skip", help="phrases that fit several objects")
     coco.add_argument("--crowds", choices=("skip", "keep"), default="skip", help="annotations with iscrowd")
+    coco.add_argument(
+        "--strict", action="store_true", help="stop at the first annotation without a mask or that cannot be used"
+    )
+
+
+def _argument(path: Path | str) -> str:
+    """A path as an argument of an advised command: whole where it has spaces, and no option where it begins with a dash."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _data_fetch(args: argparse.Namespace) -> None:
@@ -93,7 +103,8 @@ def _data_fetch(args: argparse.Namespace) -> None:
         if bar is not None:
             bar.close()
     say(
-        f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {args.out} --dataset {table.dataset}"
+        f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {_argument(args.out)} --dataset "
+        f"{_argument(table.dataset)}"
     )
 
 
@@ -129,7 +140,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             progress=lambda done: bar.update(done - bar.n),
         )
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
-    say(f"{args.out}: {made} scenes; next: dcris data check {args.out} --dataset scenes")
+    say(f"{args.out}: {made} scenes; next: dcris data check {_argument(args.out)} --dataset scenes")
 
 
 def _data_import_coco(args: argparse.Namespace) -> None:
@@ -145,5 +156,8 @@ def _data_import_coco(args: argparse.Namespace) -> None:
         seed=args.seed,
         keep_ambiguous=args.ambiguous == "keep",
         keep_crowds=args.crowds == "keep",
+        strict=args.strict,
     )
-    say(f"{args.out}: {done}; next: dcris data check {args.out}")
+    for problem in done.problems:
+        say(f"left out: {problem}")
+    say(f"{args.out}: {done}; next: dcris data check {_argument(args.out)}")
