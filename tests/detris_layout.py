@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dcris.config import RunConfig, VisionConfig
+from dcris.recipes import detris_b, detris_l, detris_l_mixed
+
 TEXT, HEAD = 512, 512
 PHRASES = ["left slice", "the third person from the right, who wears a dark blue coat and holds a very long umbrella"]
 PHOTOGRAPH = (48, 72)
@@ -49,6 +52,26 @@ VARIANTS = {
     "mixed": Variant(1024, 24, 112, tuple(range(1, 24)), 384, tuple(range(1, 12)), 384),
 }
 COMPARED = ("small", "base", "large")
+STARTED = ("small", "base")
+"""Those whose initial weights are compared."""
+
+STEPS, LEARNING_RATE = 5, 1e-4
+SAMPLED = 32
+"""Numbers of each tensor that stand for all of it."""
+
+
+RECIPES = {"base": detris_b(), "large": detris_l(), "mixed": detris_l_mixed()}
+
+
+def config_of(name: str) -> RunConfig:
+    """The recipe's configuration with the variant's input; the small one is the base model on a smaller tower."""
+    variant = VARIANTS[name]
+    config = RECIPES[name.replace("small", "base")]
+    if name == "small":
+        vision = VisionConfig(name="dinov2-small", width=384, heads=6)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vision": vision})})
+    data = {"image_size": variant.image_size, "word_length": variant.word_length}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
 
 def layout(variant: Variant) -> Shapes:
@@ -202,6 +225,30 @@ def sums(tensors: Mapping[str, Tensor]) -> Tensor:
 def norms(tensors: Mapping[str, Tensor]) -> Tensor:
     """[n] the norm of each, by name in alphabetical order."""
     return torch.stack([tensors[name].double().norm() for name in sorted(tensors)])
+
+
+def describe_start(trained: Mapping[str, Tensor]) -> Tensor:
+    """[n, 3] mean, deviation and largest magnitude of each tensor, by name in alphabetical order."""
+    rows = [(each.mean(), each.std(correction=0), each.abs().max()) for _, each in sorted(trained.items())]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def adapter_inputs(variant: Variant) -> tuple[Tensor, Tensor]:
+    """What a visual adapter reads, as if layer norms had made it: tokens [2, 5 + 64, D] and words [2, L, T], float64."""
+    shapes = ((2, 5 + 64, variant.width), (2, variant.word_length, TEXT))
+    normed, text = (torch.from_numpy(_noise(f"adapter input {shape}", shape)).double() for shape in shapes)
+    return normed, text
+
+
+def root_mean_squares(added: Tensor) -> Tensor:
+    """[2] of what an adapter adds, [B, P, D]: over class and register tokens, and over patches."""
+    return torch.stack([part.detach().square().mean().sqrt() for part in (added[:, :5], added[:, 5:])])
+
+
+def sampled(tensors: Mapping[str, Tensor]) -> Tensor:
+    """[n, SAMPLED] evenly spread numbers of each tensor, by name in alphabetical order; a small one's are repeated."""
+    rows = [tensors[name].flatten() for name in sorted(tensors)]
+    return torch.stack([row[torch.linspace(0, len(row) - 1, SAMPLED).long()] for row in rows])
 
 
 def gradients_of(model: nn.Module, named: Callable[[str], str] = str) -> dict[str, Tensor]:

@@ -16,52 +16,50 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcris.adapters.base import adapters
 from dcris.cli import main
-from dcris.config import HeadConfig, RunConfig, TextAdapterConfig, VisionConfig
+from dcris.config import HeadConfig, RunConfig, TextAdapterConfig
 from dcris.convert import convert_detris, published_name, rename_tensors
 from dcris.data.dataset import normalise, to_square
 from dcris.data.fits import Letterbox
 from dcris.data.tokenizer import get_tokenizer
+from dcris.encoders.blocks import SlotContext
 from dcris.encoders.weights import copy_strictly
 from dcris.engine.checkpoint import load_checkpoint
+from dcris.engine.train import make_optimizer
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
-from dcris.recipes import detris_b, detris_l, detris_l_mixed
 from dcris.segmenter import Segmenter
 from detris_layout import (
     PHRASES,
+    RECIPES,
+    STARTED,
+    STEPS,
     VARIANTS,
+    adapter_inputs,
     assert_norms,
+    config_of,
+    describe_start,
     gradients_of,
     layout,
     masks,
     norms,
     photograph,
+    root_mean_squares,
+    sampled,
     sums,
     weights,
 )
 from models import without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "detris.safetensors"
-RECIPES = {"base": detris_b(), "large": detris_l(), "mixed": detris_l_mixed()}
 
 
 def golden(name: str) -> dict[str, Tensor]:
     prefix = f"{name}."
     return {key.removeprefix(prefix): value for key, value in load_file(GOLDEN).items() if key.startswith(prefix)}
-
-
-def config_of(name: str) -> RunConfig:
-    """The recipe's configuration with the variant's input; the small one is the base model on a smaller tower."""
-    variant = VARIANTS[name]
-    config = RECIPES[name.replace("small", "base")]
-    if name == "small":
-        vision = VisionConfig(name="dinov2-small", width=384, heads=6)
-        config = config.model_copy(update={"model": config.model.model_copy(update={"vision": vision})})
-    data = {"image_size": variant.image_size, "word_length": variant.word_length}
-    return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
 
 def inputs(config: RunConfig) -> tuple[Tensor, Tensor, list[Any]]:
@@ -113,6 +111,59 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     trained = {published_name(key): value for key, value in model.named_buffers() if "running" in key}
     found = torch.stack([sums(trained), norms(trained)])
     torch.testing.assert_close(found, expected["statistics"], rtol=1e-5, atol=1e-4)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_the_published_start(name: str) -> None:
+    """Else training starts elsewhere than the authors' did: a Kaiming start adds 20 times as much to the towers."""
+    expected = golden(name)
+    torch.manual_seed(0)
+    model = DCRIS(config_of(name).model)
+    weights = trainable(model)
+    for key, ours, theirs in zip(sorted(weights), describe_start(weights), expected["start"], strict=True):
+        mean, deviation, largest = theirs.tolist()
+        count = weights[key].numel()
+        # Five standard errors of a sample of this size, and of the four that the golden numbers are means of.
+        error = 5 * deviation * (1.25 / count) ** 0.5
+        assert abs(ours[0].item() - mean) <= error + 1e-12, f"{key}: mean {ours[0]}, not {mean}"
+        assert abs(ours[1].item() - deviation) <= error, f"{key}: deviation {ours[1]}, not {deviation}"
+        assert ours[2].item() <= 1.5 * largest, f"{key}: up to {ours[2]}, not {largest}"
+
+    without_dropout(model).double().train()
+    normed, text = adapter_inputs(VARIANTS[name])
+    side = int((normed.shape[1] - 5) ** 0.5)
+    added = [
+        root_mean_squares(adapter(torch.zeros_like(normed), normed, normed, SlotContext((side, side), 5, text)))
+        for adapter in adapters(model.vision)
+    ]
+    assert torch.stack(added).mean(0).tolist() == pytest.approx(expected["start_rms"].tolist(), rel=0.1)
+
+
+def test_five_published_steps() -> None:
+    """Else a run goes another way than the authors' did, though each of its gradients is right."""
+    config, expected = config_of("small"), golden("small")
+    model = DCRIS(config.model)
+    copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS["small"]), config.model, "here"), "here")
+    without_dropout(model).double().train()
+    images, tokens, _ = inputs(config)
+    images, truth = images.double(), masks(config.data.image_size).double()
+    before = {name: value.clone() for name, value in trainable(model).items()}
+    optimizer = make_optimizer(model, config.train)
+    losses = []
+    for _ in range(STEPS):
+        loss = text_to_pixel_loss(model(images, tokens), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(expected["steps.losses"].tolist(), rel=1e-6)
+    ours = sampled({name: value - before[name] for name, value in trainable(model).items()})
+    theirs = expected["steps.updates"]
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def empty(name: str) -> dict[str, Tensor]:

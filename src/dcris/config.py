@@ -95,7 +95,24 @@ class TextConfig(Section):
     sentence_width: Width = 512
 
 
-class DenseCrossConfig(Section):
+class AdapterConfig(Section):
+    """What the paper's two adapters share."""
+
+    init: Literal["published", "zero"] = "published"
+    """Initial weights. published: as the constructors of the published code leave them; zero: the up-projection is zero, so
+    that the adapted tower starts as the plain one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_zero_init(cls, value: Any) -> Any:
+        """Checkpoints from before `init` record `zero_init`, true or false."""
+        if isinstance(value, Mapping) and "zero_init" in value and "init" not in value:
+            others = {key: each for key, each in value.items() if key != "zero_init"}
+            return {**others, "init": "zero" if value["zero_init"] is True else "published"}
+        return value
+
+
+class DenseCrossConfig(AdapterConfig):
     """The visual DenseCrossAdapter (equations 1 and 2)."""
 
     layers: Layers = (1, 3, 5, 7, 9, 11)
@@ -104,13 +121,11 @@ class DenseCrossConfig(Section):
     heads: Width = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     scale: float = 0.2
-    zero_init: bool = False
-    """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
     mask_padding: bool = False
     """Keep the attention from the phrase's padding tokens. The published code lets it look at them."""
 
 
-class TextAdapterConfig(Section):
+class TextAdapterConfig(AdapterConfig):
     """The text adapter."""
 
     kind: Literal["plain", "dense"] = "plain"
@@ -118,8 +133,6 @@ class TextAdapterConfig(Section):
     layers: Layers = (1, 3, 5, 7, 9, 11)
     width: Width = 64
     scale: float = 0.2
-    zero_init: bool = False
-    """Start the up-projection at zero, so that the adapted tower starts as the plain one."""
 
 
 class MethodConfig(Section):

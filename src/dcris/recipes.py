@@ -176,8 +176,8 @@ def dcris_tiny() -> RunConfig:
         model=ModelConfig(
             vision=TINY_VISION,
             text=TINY_TEXT,
-            visual_adapter=DenseCrossConfig(width=32, attention_width=32, heads=4, dropout=0.0, zero_init=True),
-            text_adapter=TextAdapterConfig(width=24, zero_init=True),
+            visual_adapter=DenseCrossConfig(width=32, attention_width=32, heads=4, dropout=0.0, init="zero"),
+            text_adapter=TextAdapterConfig(width=24, init="zero"),
             head=HeadConfig(width=64, heads=4, feedforward=64, dropout=0.0, bias=-2.0),
         ),
         data=DataConfig(dataset="scenes", image_size=112, word_length=14, val_split=None, workers=0),

@@ -14,6 +14,12 @@ Each variant has, in its own precision and with dropout off:
     loss            []
     gradients       [n] norms, of what trains, by name in alphabetical order
     statistics      [2, m] sum and norm of each batch norm's mean and variance after the step, by name
+
+and of what trains, by our names in alphabetical order, from the published constructors and steps:
+    start           [n, 3] mean, deviation and largest magnitude of each tensor as constructed, over STARTS random starts
+    start_rms       [2] root mean square of what the visual adapters add to the MLP's output then: prefix tokens, patches
+    steps.losses    [5] of five steps of Adam on one batch, from the weights of tests/detris_layout.py (small alone)
+    steps.updates   [n, SAMPLED] by which these steps changed that many numbers of each tensor
 """
 
 import sys
@@ -32,17 +38,27 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import in_double, stand_in_for_clip, stub_modules
 
+from dcris.convert import rename_tensors
+from dcris.model.dcris import DCRIS
 from detris_layout import (
     COMPARED,
     HEAD,
+    LEARNING_RATE,
     PHRASES,
+    STARTED,
+    STEPS,
     TEXT,
     VARIANTS,
     Variant,
+    adapter_inputs,
+    config_of,
+    describe_start,
     layout,
     masks,
     norms,
     photograph,
+    root_mean_squares,
+    sampled,
     sums,
     weights,
 )
@@ -56,8 +72,14 @@ def stub_imports() -> None:
     stub_modules({name: {} for name in empty} | {"loguru": {"logger": None}})
 
 
-def build(variant: Variant, dropout: bool = False) -> nn.Module:
-    """The published model with the random weights, and without its dropout; its towers' files are never read."""
+STARTS = 4
+
+
+def build(variant: Variant, dropout: bool = False, constructed: bool = False) -> nn.Module:
+    """The published model without its dropout; its towers' files are never read.
+
+    It has the random weights, or, where it is as `constructed`, those that its constructors leave.
+    """
     import model.clip as clip
     import model.segmenter as segmenter
     from model.dinov2.models import vision_transformer
@@ -95,7 +117,8 @@ def build(variant: Variant, dropout: bool = False) -> nn.Module:
         network = segmenter.DETRIS(config)
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert expected == layout(variant), sorted(set(expected.items()) ^ set(layout(variant).items()))[:4]
-    nn.Module.load_state_dict(network, weights(variant), strict=True)
+    if not constructed:
+        nn.Module.load_state_dict(network, weights(variant), strict=True)
     if not dropout:
         without_dropout(network)
     if variant.double:
@@ -103,10 +126,10 @@ def build(variant: Variant, dropout: bool = False) -> nn.Module:
     return network
 
 
-def compute(variant: Variant) -> dict[str, Tensor]:
+def inputs(variant: Variant, network: Any) -> tuple[Tensor, Tensor, Any]:
+    """Two images and their tokens, and the way back from the square to the photograph."""
     from utils.dataset import RefDataset, tokenize
 
-    network: Any = build(variant)
     size = variant.image_size
     data: Any = object.__new__(RefDataset)
     data.input_size = (size, size)
@@ -118,7 +141,13 @@ def compute(variant: Variant) -> dict[str, Tensor]:
     square = cv2.warpAffine(picture, there, (size, size), flags=cv2.INTER_CUBIC, borderValue=colour)
     images = torch.stack([data.convert(square)[0]] * 2).to(network.proj.txt.weight.dtype)
     tokens = tokenize(PHRASES, variant.word_length, True)
+    return images, tokens, back
 
+
+def compute(variant: Variant) -> dict[str, Tensor]:
+    network: Any = build(variant)
+    images, tokens, back = inputs(variant, network)
+    size, picture = variant.image_size, photograph()
     network.eval()
     with torch.no_grad():
         logits = network(images, tokens)
@@ -144,13 +173,65 @@ def compute(variant: Variant) -> dict[str, Tensor]:
     }
 
 
+def start(name: str) -> dict[str, Tensor]:
+    """What the constructors leave."""
+    variant, tables, added = VARIANTS[name], [], []
+    for seed in range(STARTS):
+        torch.manual_seed(seed)
+        network: Any = build(variant, constructed=True).double().train()
+        tables.append(describe_start(trained(name, network)))
+        for block in network.dinov2.blocks:
+            if block.use_adapter:
+                normed, text = adapter_inputs(variant)
+                added.append(root_mean_squares(0.2 * block.adapter(normed, text)))
+    means, deviations, largest = torch.stack(tables).unbind(-1)
+    table = torch.stack([means.mean(0), deviations.square().mean(0).sqrt(), largest.amax(0)], dim=1)
+    return {"start": table, "start_rms": torch.stack(added).mean(0)}
+
+
+def steps(name: str) -> dict[str, Tensor]:
+    """Steps as train.py takes them: Adam as it comes, no weight decay, no clipping."""
+    variant = VARIANTS[name]
+    network: Any = build(variant).train()
+    images, tokens, _ = inputs(variant, network)
+    before = {key: value.detach().clone() for key, value in trained(name, network).items()}
+    optimizer = torch.optim.Adam((each for each in network.parameters() if each.requires_grad), lr=LEARNING_RATE)
+    losses = []
+    for _ in range(STEPS):
+        _, _, loss = network(images, tokens, masks(variant.image_size).to(images.dtype))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    after = trained(name, network)
+    return {
+        "steps.losses": torch.stack(losses),
+        "steps.updates": sampled({key: after[key] - before[key] for key in after}),
+    }
+
+
+def trained(name: str, network: nn.Module) -> dict[str, Tensor]:
+    """The published weights that train, by our names and in our layout."""
+    config = config_of(name).model
+    with torch.device("meta"):
+        ours = {key for key, value in DCRIS(config).named_parameters() if value.requires_grad}
+    return {
+        key: value.detach() for key, value in rename_tensors(network.state_dict(), config, name).items() if key in ours
+    }
+
+
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
     stub_imports()
     golden = load_file(OUT) if OUT.exists() else {}
     for name in sys.argv[2:] or COMPARED:
         print(name)
-        golden |= {f"{name}.{key}": value for key, value in compute(VARIANTS[name]).items()}
+        made = compute(VARIANTS[name])
+        if name in STARTED:
+            made |= start(name)
+        if VARIANTS[name].double:
+            made |= steps(name)
+        golden |= {f"{name}.{key}": value for key, value in made.items()}
     save_file(golden, OUT)
     print(OUT, OUT.stat().st_size, "bytes")
 

@@ -32,12 +32,24 @@ class DenseCrossAdapter(DenseAdapter):
         self.attention = MultiHeadAttention(config.attention_width, config.heads, config.dropout)
         self.back_proj = nn.Linear(config.attention_width, r)
         self.up = nn.Linear(r, width)
+        self._initialise(published=config.init == "published")
+
+    def _initialise(self, published: bool) -> None:
+        """Kaiming for the convolutions, and for the linear layers a normal distribution of deviation 0.02.
+
+        The published adapter's own constructor sets Kaiming throughout. The constructor of the vision tower around it then
+        initialises every nn.Linear again (`init_weights_vit_timm`), also that of the attention's output, but not the fused
+        projection of nn.MultiheadAttention, which is a parameter and stays Xavier.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if published and isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                else:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        if config.zero_init:
+        if not published:
             nn.init.zeros_(self.up.weight)
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:

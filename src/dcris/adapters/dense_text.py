@@ -24,7 +24,7 @@ class DenseTextAdapter(DenseAdapter):
         super().__init__(width, config.width, dimensions=1)
         self.scale = config.scale
         self.up = nn.Linear(config.width, width)
-        if config.zero_init:
+        if config.init == "zero":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
 

@@ -18,7 +18,7 @@ class TextAdapter(Slot):
         self.scale = config.scale
         self.down = nn.Linear(width, config.width)
         self.up = nn.Linear(config.width, width)
-        if config.zero_init:
+        if config.init == "zero":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
 

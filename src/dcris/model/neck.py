@@ -40,6 +40,9 @@ class Neck(nn.Module):
         widths = (visual_width, visual_width, last_width or visual_width)
         self.text_proj = nn.Linear(sentence_width, width)
         self.level_convs = nn.ModuleList(ConvNormReLU(inputs, width, 1) for inputs in widths)
+        with torch.no_grad():
+            # Published as a transposed convolution, whose initial weights PyTorch scales by its outputs, not its inputs.
+            self.level_convs[-1].get_parameter("0.weight").mul_((widths[-1] / width) ** 0.5)
         self.level_attentions = nn.ModuleList(MultiHeadAttention(width, heads) for _ in widths)
         self.aggregate = ConvNormReLU(len(widths) * width, width, 1)
         self.coordinate_conv = nn.Sequential(ConvNormReLU(width + 2, width, 3), ConvNormReLU(width, width, 3))
