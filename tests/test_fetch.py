@@ -410,8 +410,35 @@ def test_from_a_zip_that_is_damaged(served: Pictures, tmp_path: Path, capsys: py
     assert len(_files(tmp_path / "data")) == COUNT - 1
     archive.write_bytes(data[:-30])
     complaint = _refused(capsys, _fetch(tmp_path / "other", "--photographs", archive))
-    assert "as a zip" in complaint
+    assert "not a zip file" in complaint
     assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_photograph_in_a_folder_or_zip(
+    served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe would block for ever; a member of a zip may unpack to any size. Each is named, and the others arrive."""
+    folder, archive = tmp_path / "coco", tmp_path / "coco.zip"
+    folder.mkdir()
+    os.mkfifo(folder / _name(1))
+    (folder / _name(2)).mkdir()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open(_name(1), "w", force_zip64=True) as member:
+            for _ in range(60):
+                member.write(bytes(1_000_000))
+        for path, content in served.content.items():
+            if not path.endswith((_name(1), _name(2))):
+                (folder / path.rpartition("/")[2]).write_bytes(content)
+                file.writestr(path[1:], content)
+    complaint = _refused(capsys, _fetch(tmp_path / "a", "--photographs", folder))
+    assert "2 of 16 photographs could not be had" in complaint
+    assert f"cannot read {folder / _name(1)}: it is a pipe" in complaint
+    assert f"cannot read {folder / _name(2)}: it is a folder" in complaint
+    complaint = _refused(capsys, _fetch(tmp_path / "b", "--photographs", archive))
+    assert f"{_name(1)} has more than 50,000,000 bytes" in complaint
+    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+    os.mkfifo(tmp_path / "pipe.zip")
+    assert "it is a pipe" in _refused(capsys, _fetch(tmp_path / "c", "--photographs", tmp_path / "pipe.zip"))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -190,6 +192,34 @@ def _bomb(folder: Path, key: str) -> Path:
     return _npz(folder, **{key: header.getvalue()})
 
 
+def _long_header(folder: Path, key: str) -> Path:
+    """A header that claims 4 GB, of which 60 MB are there, in 60 kB."""
+    path = folder / "masks.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{key}.npy", "w") as file:
+        file.write(b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
+        for _ in range(60):
+            file.write(bytes(1_000_000))
+    return path
+
+
+def _lzma(folder: Path, key: str) -> Path:
+    with zipfile.ZipFile(folder / "masks.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(f"{key}.npy", _npy(np.ones((112, 112), bool)))
+    return folder / "masks.npz"
+
+
+def _pipe(name: str) -> Callable[[Path, str], Path]:
+    """A named pipe in place of a file, or of one picture of a folder; reading it would never end."""
+
+    def make(folder: Path, key: str) -> Path:
+        path = folder / name.replace("KEY", key)
+        path.parent.mkdir(exist_ok=True)
+        os.mkfifo(path)
+        return path.parent if path.suffix == ".png" else path
+
+    return make
+
+
 def _text(name: str, content: str) -> Callable[[Path, str], Path]:
     def write(folder: Path, key: str) -> Path:
         (folder / name).write_text(content.replace("KEY", key))
@@ -213,6 +243,10 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
         (_text("a.jsonl", "{"), "line 1 is not JSON"),
         (_text("a.npz", "PK"), "cannot read the masks"),
         (_bomb, "1000000000"),
+        (_lzma, "compression"),
+        (_pipe("a.npz"), "it is a pipe"),
+        (_pipe("a.json"), "it is a pipe"),
+        (_pipe("a.jsonl"), "it is a pipe"),
         (lambda folder, key: _npz(folder, **{key: b"nothing"}), "cannot read the masks"),
         (lambda folder, key: _npz(folder, **{key: _npy(np.array([{}], object))}), "object"),
         (lambda folder, key: _npz(folder, **{key: _npy(np.ones((112, 112)))}), "float64"),
@@ -223,3 +257,23 @@ def test_what_cannot_be_read_is_one_sentence(make: Callable, words: str, questio
     """Files of other people's systems come in all states; none may run code, fill the memory, or pass as a score."""
     with pytest.raises(DcrisError, match=words):
         list(score_predictions(make(tmp_path, str(questions[0][1].sent_id)), questions[:1], CRIS))
+
+
+def test_a_header_is_not_read_as_long_as_it_claims(questions: list, tmp_path: Path) -> None:
+    """A few kilobytes would fill the memory before anything is checked."""
+    path = _long_header(tmp_path, str(questions[0][1].sent_id))
+    tracemalloc.start()
+    with pytest.raises(DcrisError, match="cannot read the masks"):
+        list(score_predictions(path, questions[:1], CRIS))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+@pytest.mark.parametrize("empty", [[], [[]], {"size": [112, 112], "counts": []}])
+def test_a_system_that_finds_nothing(empty: object, questions: list, tmp_path: Path) -> None:
+    """Prediction.polygons() gives [] where nothing was found; that is an empty mask, not an error."""
+    (tmp_path / "a.json").write_text(json.dumps([{"sent_id": questions[0][1].sent_id, "segmentation": empty}]))
+    (answer,) = score_predictions(tmp_path / "a.json", questions[:1], CRIS, keep_masks=True)
+    assert answer.overlap.intersection == 0
+    assert not decode_mask(answer.prediction, (112, 112)).any()

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import stat
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,6 +113,24 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
             "it is UTF-16 text, which `>` of Windows PowerShell 5 writes, for one; save it as UTF-8",
             str(path),
         )
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip file for reading, with members that are stored or deflated.
+
+    Others may ask for any amount of memory before they give a byte (LZMA's dictionary). Whoever reads a member bounds its size.
+
+    Raises OSError, with the reason as its `strerror`, as `open_regular` does and where it is no such zip file.
+    """
+    file = open_regular(path)
+    try:
+        archive = zipfile.ZipFile(file)
+        if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in archive.infolist()):
+            raise ValueError("its compression is another than deflate")
+    except Exception as error:  # a damaged archive makes its reader raise nearly anything
+        file.close()
+        raise OSError(errno.EINVAL, f"it is not a zip file that can be read ({error})", str(path)) from error
+    return archive
 
 
 def kind_of_file(mode: int) -> str:

@@ -1,4 +1,4 @@
-"""Anybody's masks, scored by any protocol, so that systems can be compared on equal terms.
+"""Evaluate predicted masks of any system by any protocol, so that systems can be compared on equal terms.
 
 Masks are those of whole photographs, one for each expression, found by its `sent_id`:
 - a folder of pictures named `<sent_id>.png`, in which what is not black is the object;
@@ -7,7 +7,8 @@ Masks are those of whole photographs, one for each expression, found by its `sen
 - answers (.jsonl) that `dcris evaluate --answers` wrote: their masks count, not their scores.
 """
 
-import zipfile
+import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,13 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import read_json, read_json_lines
+from dcris.files import open_zip, read_json, read_json_lines
 from dcris.metrics import overlap
 from dcris.protocols import Protocol
 from dcris.types import MaskArray
+
+_LONGEST_HEADER = 16_384
+"""Bytes of an .npy file's header that are read; numpy itself accepts 10,000 characters."""
 
 
 class Predictions(ABC):
@@ -45,7 +49,8 @@ class _Pictures(Predictions):
             raise DcrisError(f"the folder {folder} has no masks in it; they are to be named by sentence, as in 42.png")
 
     def __contains__(self, sent_id: object) -> bool:
-        return (self.folder / f"{sent_id}.png").is_file()
+        # Also where it is no picture, or a link to nothing: whoever reads it gets an error that names it.
+        return os.path.lexists(self.folder / f"{sent_id}.png")
 
     def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
         return decode_mask(self.folder / f"{sent_id}.png", size).astype(bool)
@@ -70,6 +75,8 @@ class _Records(Predictions):
         where, segmentation = self.found[sent_id]
         if type(segmentation) not in (list, dict):
             raise bad(self.path, f"{where} has no 'segmentation' in run lengths or polygons")
+        if segmentation == [] or segmentation in ([[]], {"size": list(size), "counts": []}):
+            return np.zeros(size, bool)  # nothing found, as Prediction.polygons() writes it
         try:
             return decode_mask(segmentation, size).astype(bool)
         except DcrisError as error:
@@ -81,37 +88,41 @@ class _Arrays(Predictions):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._opened() as archive:
-            self.names = set(archive.namelist())
+        with self._explained():
+            self.archive = open_zip(path)
+        self.names = set(self.archive.namelist())
 
     def __contains__(self, sent_id: object) -> bool:
         return f"{sent_id}.npy" in self.names
 
     def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
-        with self._opened() as archive, archive.open(f"{sent_id}.npy") as file:
-            version = np.lib.format.read_magic(file)
+        name = f"{sent_id}.npy"
+        with self._explained():
+            with self.archive.open(name) as file:
+                start = io.BytesIO(file.read(_LONGEST_HEADER))  # a header can claim to have 4 GB
+            version = np.lib.format.read_magic(start)
             read: Callable[..., Any] = (
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
-            shape, _, dtype = read(file)
+            shape, _, dtype = read(start)
             if shape != size or dtype.kind not in "bui":
                 raise DcrisError(
                     f"the array {sent_id} of {self.path} is {dtype} {list(shape)}, not bool or whole numbers {list(size)}; "
                     "give masks of the photographs' size"
                 )
-        with self._opened() as archive, archive.open(f"{sent_id}.npy") as file:
-            return np.asarray(np.lib.format.read_array(file, allow_pickle=False) != 0)
+            with self.archive.open(name) as file:
+                return np.asarray(np.lib.format.read_array(file, allow_pickle=False) != 0)
 
     @contextmanager
-    def _opened(self) -> Iterator[zipfile.ZipFile]:
+    def _explained(self) -> Iterator[None]:
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                yield archive
+            yield
         except DcrisError:
             raise
         except Exception as error:  # a damaged archive makes its readers raise nearly anything
+            reason = error.strerror if isinstance(error, OSError) else None
             raise DcrisError(
-                f"cannot read the masks of {self.path} ({error}); it may be cut short, so make it again"
+                f"cannot read the masks of {self.path} ({reason or error}); it may be cut short, so make it again"
             ) from error
 
 
@@ -121,11 +132,12 @@ def open_predictions(path: Path) -> Predictions:
         return _Pictures(path)
     if not path.exists():
         raise DcrisError(f"there are no masks at {path}; give a folder of PNGs, or a .json, .npz or .jsonl file")
-    if path.suffix == ".npz":
+    kind = path.suffix.lower()
+    if kind == ".npz":
         return _Arrays(path)
-    if path.suffix == ".jsonl":
+    if kind == ".jsonl":
         return _Records(path, ((f"line {number}", record) for number, record in read_json_lines(path)))
-    if path.suffix == ".json":
+    if kind == ".json":
         records = read_json(path, "the result file")
         if type(records) is not list:
             raise bad(path, "it is not a list of results")

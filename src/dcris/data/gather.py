@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from dcris.data.images import image_size
 from dcris.data.photographs import NAMINGS, renamed
 from dcris.errors import DcrisError
-from dcris.files import write_file
+from dcris.files import open_zip, read_bytes, write_file
 from dcris.version import __version__
 
 COCO = "http://images.cocodataset.org/train2014"
@@ -31,6 +31,7 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0)
 
 _LONGEST_PAUSE = 120.0
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_MOST_CONNECTIONS = 64
 _PATIENCE = 10
 """Photographs in a row that a server may fail to give before it is left alone."""
 
@@ -70,7 +71,7 @@ def open_source(where: str) -> Source:
     path = Path(where).expanduser()
     if path.is_dir():
         return _Folder(path)
-    if path.is_file():
+    if path.exists():
         return _Zip(path)
     raise DcrisError(f"there is no folder or zip of photographs {where}, and it is no http address; check the name")
 
@@ -103,7 +104,7 @@ def gather(
             )
         write_file(photograph.path, content)
 
-    with ThreadPoolExecutor(max(1, connections)) as pool:
+    with ThreadPoolExecutor(min(max(1, connections), _MOST_CONNECTIONS)) as pool:
         futures = {pool.submit(copy, photograph): photograph for photograph in photographs}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -190,10 +191,8 @@ class _Folder:
             for naming in NAMINGS:
                 file = folder / renamed(name, naming)
                 try:
-                    if file.stat().st_size > _MAX_BYTES:
-                        raise UnavailableError(f"{file} has more than {_MAX_BYTES:,} bytes")
-                    return file.read_bytes()
-                except FileNotFoundError:
+                    return read_bytes(file, _MAX_BYTES)
+                except (FileNotFoundError, NotADirectoryError):
                     continue
                 except OSError as error:
                     raise UnavailableError(f"cannot read {file}: {error.strerror or error}") from error
@@ -210,9 +209,9 @@ class _Zip:
 
     def __post_init__(self) -> None:
         try:
-            self.archive = zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DcrisError(f"cannot read {self.path} as a zip ({error}); fetch it again, or name a folder") from error
+            self.archive = open_zip(self.path)
+        except OSError as error:
+            raise DcrisError(f"cannot read {self.path}: {error.strerror}; fetch it again, or name a folder") from error
         self.members: dict[str, zipfile.ZipInfo] = {}
         for member in self.archive.infolist():
             self.members.setdefault(PurePosixPath(member.filename).name, member)
