@@ -487,7 +487,7 @@ def _done(folder: Path) -> int:
 def _claim(path: Path) -> Iterator[bool]:
     """Hold a lock file, if nobody does: whether this process may go on. The system lets go of it however the process ends."""
     make_directory(path.parent)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             import fcntl
         except ImportError:  # Windows: there one process at a time has to do

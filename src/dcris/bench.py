@@ -142,7 +142,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
@@ -204,7 +204,7 @@ def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments
     """What a function of this module returns in a process of its own, whose memory nothing else has used."""
     program = f"import sys, json; from dcris.bench import {task.__name__} as f; print(f(*json.load(sys.stdin)))"
     done = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(arguments), capture_output=True, text=True, check=False
+        [sys.executable, "-c", program], input=json.dumps(arguments), capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -301,7 +301,7 @@ def claim(folder: Path) -> Iterator[None]:
     """
     path = make_directory(folder) / "lock"
     try:
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise _cannot_write(path, error) from error
     with file:

@@ -8,7 +8,6 @@ $DCRIS_CACHE (by default ~/.cache/dcris).
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,15 +17,12 @@ from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, write_json
 from dcris.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.published import PUBLISHED, REPOSITORY, Published
+from dcris.streams import note
 
 Say = Callable[[str], None]
 
 
-def _to_stderr(line: str) -> None:
-    print(f"dcris: {line}", file=sys.stderr)
-
-
-def locate(source: str | Path, *, towers: bool = True, say: Say = _to_stderr) -> Path:
+def locate(source: str | Path, *, towers: bool = True, say: Say = note) -> Path:
     """The directory or bundle on this machine that `source` names; what is not here yet is fetched.
 
     Args:

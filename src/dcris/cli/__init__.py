@@ -5,6 +5,8 @@ is used rather than a library that derives options from types: settings are `--S
 configuration itself, and every error has to be one plain sentence.
 """
 
+import errno
+import os
 import signal
 import sys
 import warnings
@@ -15,6 +17,7 @@ from typing import NoReturn
 from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, train, web
 from dcris.cli.common import Parser, complain
 from dcris.errors import DcrisError, out_of_memory
+from dcris.streams import usable_streams
 from dcris.version import __version__
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -22,48 +25,57 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
-    try:
-        args, rest = _parser().parse_known_args(arguments)
-        if rest and not getattr(args, "takes_settings", False):
-            raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
-        args.settings = rest
-        with warnings.catch_warnings(), _termination():
-            # Pillow's, about metadata that nobody here reads; what makes a picture unreadable is an error.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            args.run(args)
-    except DcrisError as error:
-        complain(str(error))
-        return BAD_INPUT
-    except (MemoryError, RuntimeError) as error:
-        if (sentence := _of_worker(error)) is not None:
+    with usable_streams():
+        try:
+            _run(arguments)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:  # `dcris recipes | head`
+            return 0
+        except Exception as error:
+            if (sentence := _sentence(error)) is None:
+                raise
             complain(sentence)
             return BAD_INPUT
-        if not out_of_memory(error):
-            raise
-        reason = (str(error).strip() or "out of memory").splitlines()[0]
-        advice = "ask for less at once, such as a smaller batch, picture or model"
-        complain(f"there is not enough memory ({reason}); {advice}")
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:  # `dcris recipes | head`
-        sys.stderr.close()
-        return 0
-    except OSError as error:
-        if error.filename is None:
-            raise
-        # What no reader foresees: names that are too long, folders of others, links in a circle, disks that fail.
-        complain(f"cannot use {error.filename}: {error.strerror}; check that path")
-        return BAD_INPUT
     return 0
 
 
-def _of_worker(error: Exception) -> str | None:
-    """The sentence for the death of a worker; nothing where the error is another, as is any before there could be workers."""
-    dataset = sys.modules.get("dcris.data.dataset")
-    died = dataset and isinstance(error, RuntimeError) and dataset.dead_worker(error)
-    return str(died) if died else None
+def _run(arguments: Sequence[str] | None) -> None:
+    args, rest = _parser().parse_known_args(arguments)
+    if rest and not getattr(args, "takes_settings", False):
+        raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
+    args.settings = rest
+    with warnings.catch_warnings(), _termination():
+        # Pillow's, about metadata that nobody here reads; what makes a picture unreadable is an error.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        args.run(args)
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return what to print for bad input or a limit of this machine; None for a defect, which keeps its traceback."""
+    if isinstance(error, DcrisError):
+        return str(error)
+    dataset = sys.modules.get("dcris.data.dataset")  # only where it was loaded can there be workers
+    if isinstance(error, RuntimeError) and dataset and (died := dataset.dead_worker(error)):
+        return str(died)
+    # Libraries report these as errors of several classes: ImportError, RuntimeError, OSError.
+    if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or os.strerror(errno.EMFILE) in str(error):
+        return "too many files are open at once; allow more (`ulimit -n 1024`), or use fewer workers"
+    if out_of_memory(error):
+        reason = (str(error).strip() or "out of memory").splitlines()[0]
+        return f"there is not enough memory ({reason}); use a smaller batch, picture or model"
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"the file name {error.object!r} cannot be written in this system's encoding, {error.encoding}; set "
+            "PYTHONUTF8=1 or a UTF-8 locale (LC_ALL=C.UTF-8)"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        # No reader checks for these: long names, missing permissions, circular links, disks that fail.
+        return f"cannot use {error.filename}: {error.strerror}; check that path"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}:
+        return f"cannot read or write: {error.strerror}; check the disks of this machine"
+    return None
 
 
 @contextmanager

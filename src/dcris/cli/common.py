@@ -1,7 +1,6 @@
 """What the commands share: arguments, and how they speak."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcris.errors import DcrisError
+from dcris.streams import note, printable, write
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
@@ -23,38 +23,16 @@ CHECKPOINT = (
 ROOT = "the folder of the data sets, or a data set of one's own: a .jsonl file"
 
 
-def printable(text: str) -> str:
-    """Text with names in it that files of strangers chose: what a terminal would obey, or cannot write, is spelt out."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-
-
 def say(text: str) -> None:
-    """Print a line for a person, at once: what a killed program still held back would be lost.
-
-    Raises DcrisError where the output is a file on a disk that is full.
-    """
-    try:
-        print(printable(text), flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What could not be written is written again as the program ends, and fails again, with a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise DcrisError(
-            f"cannot write to the standard output: {error.strerror or error}; send it elsewhere or free some space"
-        ) from error
-
-
-def one_line(text: str) -> str:
-    """The text as one line of bounded length, as errors are shown."""
-    text = printable(text).replace("\n", "\\n")
-    return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
+    """Print a line for a person to standard output. Raises DcrisError where that cannot be written."""
+    write(printable(text))
 
 
 def complain(text: str) -> None:
-    """Print why a command ends, as one line, where that can be printed: errors may be on a full disk themselves."""
-    with suppress(OSError):
-        print(f"dcris: {one_line(text)}", file=sys.stderr, flush=True)
+    """Print why a command ends, as one line of bounded length."""
+    line = printable(text).replace("\n", "\\n")
+    half = _LONGEST_LINE // 2
+    note(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
 
 
 def leave(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:
@@ -70,11 +48,15 @@ def leave(stop: Any, again: str = "the same command", quiet: bool = False) -> No
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one sentence."""
+    """argparse, but errors are one sentence, and help goes to standard output as all other text does."""
 
     def error(self, message: str) -> NoReturn:
         """Raise DcrisError, where argparse would print its usage and leave."""
         raise DcrisError(f"{message}; see `{self.prog} --help`")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            write(message.removesuffix("\n"))
 
 
 def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:

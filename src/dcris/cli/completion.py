@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from dcris.cli.common import adder
+from dcris.streams import write
 
 
 def add(commands: Any) -> None:
@@ -24,4 +25,4 @@ def _completion(args: argparse.Namespace) -> None:
 
     from dcris.cli import _parser
 
-    print(shtab.complete(_parser(), args.shell))
+    write(shtab.complete(_parser(), args.shell))

@@ -3,12 +3,12 @@
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from dcris.cli.common import ROOT, adder, data_set_arguments, natural, own_name, say, share
 from dcris.errors import DcrisError
+from dcris.streams import is_terminal, note
 
 
 def add(commands: Any) -> None:
@@ -85,10 +85,10 @@ def _data_fetch(args: argparse.Namespace) -> None:
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, unit="photograph", disable=not sys.stderr.isatty())
+            bar = tqdm(total=total, unit="photograph", disable=not is_terminal())
         bar.update(1)
         if bar.disable and (done % max(1, total // 20) == 0 or done == total):
-            print(f"dcris: {done:,} of {total:,} photographs", file=sys.stderr, flush=True)
+            note(f"{done:,} of {total:,} photographs")
 
     try:
         table = fetch_dataset(
@@ -114,7 +114,7 @@ def _data_check(args: argparse.Namespace) -> None:
     from dcris.data.check import check_dataset
 
     own_name(args.root, args)
-    with tqdm(unit="image", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(unit="image", disable=not is_terminal()) as bar:
         report = check_dataset(
             args.root, args.dataset, args.split_by, deep=args.deep, progress=lambda done: bar.update(done - bar.n)
         )
@@ -130,7 +130,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
     from dcris.data.scenes import cores, write_scenes
 
     counts = {"train": args.train, "val": args.val, "test": args.test}
-    with tqdm(total=sum(counts.values()), unit="scene", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=sum(counts.values()), unit="scene", disable=not is_terminal()) as bar:
         write_scenes(
             args.out,
             **counts,

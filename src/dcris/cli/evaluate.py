@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dcris.cli.common import (
     say,
 )
 from dcris.errors import DcrisError
+from dcris.streams import is_terminal
 
 
 def add(commands: Any) -> None:
@@ -117,7 +117,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         model.to(device)
         table = data_of(args, config)
         questions = all_questions(table.split(args.split))
-        quiet = not (group.first and sys.stderr.isatty())
+        quiet = not (group.first and is_terminal())
         keep_masks = args.report is not None or args.answers is not None
 
         def answer(questions: Questions, keep_masks: bool, share: tuple[int, int]) -> list[Answer]:
@@ -146,17 +146,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
     if args.calibrate_on is not None:
         result["calibrated_on"] = args.calibrate_on
-    print(json.dumps(result, indent=2))  # first: should a file not be writable, the figures are still seen
     metrics = {**result, "analysis": analyse(answers, protocol.precision_includes_threshold)}
-    if args.answers is not None:
-        write_answers(args.answers, answers, protocol)
-    if args.out is not None:
-        write_json(args.out, metrics)
-    if args.report is not None:
-        from dcris.report.evaluation import write_evaluation_report
+    try:
+        if args.answers is not None:
+            write_answers(args.answers, answers, protocol)
+        if args.out is not None:
+            write_json(args.out, metrics)
+        if args.report is not None:
+            from dcris.report.evaluation import write_evaluation_report
 
-        title = f"{config.recipe} on {table.dataset} {args.split}"
-        write_evaluation_report(args.report, title=title, config=config, model=model, answers=answers, metrics=metrics)
+            title = f"{config.recipe} on {table.dataset} {args.split}"
+            write_evaluation_report(
+                args.report, title=title, config=config, model=model, answers=answers, metrics=metrics
+            )
+    finally:  # the scores are printed although a file cannot be written, and the files written although nothing can be printed
+        say(json.dumps(result, indent=2))
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -180,7 +184,7 @@ def _score(args: argparse.Namespace) -> None:
     questions = all_questions(table.split(args.split))
     results, rows = [], []
     for path in args.predictions:
-        with tqdm(total=len(questions), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(questions), unit="phrase", disable=not is_terminal()) as bar:
             answers = []
             for answer in score_predictions(
                 path, questions, protocol, missing_is_empty=args.missing_is_empty, keep_masks=args.report is not None
@@ -191,20 +195,22 @@ def _score(args: argparse.Namespace) -> None:
         results.append({"predictions": path.name, **result})
         columns = ("miou", "oiou", *(f"prec@{threshold}" for threshold in PRECISION_THRESHOLDS))
         rows.append([path.stem, *(f"{result[column]:.2f}" for column in columns)])
-    if args.format == "json":
-        print(json.dumps(results[0] if len(results) == 1 else results, indent=2))
-    else:
-        precisions = (f"P@{threshold}" for threshold in PRECISION_THRESHOLDS)
-        header = [f"{table.dataset} {args.split} ({protocol.name})", "mIoU", "oIoU", *precisions]
-        say((latex if args.format == "latex" else markdown)(header, rows))
     metrics = {**results[0], "analysis": analyse(answers, protocol.precision_includes_threshold)}
-    if args.out is not None:
-        write_json(args.out, metrics)
-    if args.report is not None:
-        from dcris.report.evaluation import write_evaluation_report
+    try:
+        if args.out is not None:
+            write_json(args.out, metrics)
+        if args.report is not None:
+            from dcris.report.evaluation import write_evaluation_report
 
-        title = f"{args.predictions[0].name} on {table.dataset} {args.split}"
-        write_evaluation_report(args.report, title=title, answers=answers, metrics=metrics)
+            title = f"{args.predictions[0].name} on {table.dataset} {args.split}"
+            write_evaluation_report(args.report, title=title, answers=answers, metrics=metrics)
+    finally:
+        if args.format == "json":
+            say(json.dumps(results[0] if len(results) == 1 else results, indent=2))
+        else:
+            precisions = (f"P@{threshold}" for threshold in PRECISION_THRESHOLDS)
+            header = [f"{table.dataset} {args.split} ({protocol.name})", "mIoU", "oIoU", *precisions]
+            say((latex if args.format == "latex" else markdown)(header, rows))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -232,7 +238,7 @@ def _compare(args: argparse.Namespace) -> None:
     else:
         table = load_references(args.data, args.dataset, args.split_by)
     questions = all_questions(table.split(args.split))
-    with tqdm(total=len(questions) * len(models), unit="phrase", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(questions) * len(models), unit="phrase", disable=not is_terminal()) as bar:
         done = dict.fromkeys(names, 0)
 
         def progress(name: str, count: int) -> None:
@@ -248,22 +254,24 @@ def _compare(args: argparse.Namespace) -> None:
             progress=progress,
         )
     comparison = compare(systems, protocol.precision_includes_threshold)
-    say(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
     shown = telling(systems, args.count)
-    if args.out is not None:
-        write_comparison_report(
-            args.out,
-            title=f"{', '.join(names[:-1])} and {names[-1]}",
-            comparison=comparison,
-            measured={"dataset": table.dataset, "split": args.split, "protocol": protocol.name},
-            panels={heading: map(as_panel, some) for heading, some in shown.items()},
-        )
-    if args.images is not None and shown:
-        rows = enumerate((answers for some in shown.values() for answers in some), 1)
-        write_figures(
-            args.images,
-            (
-                (f"{number:02}-sentence-{answers[names[0]].expression.sent_id}", as_panel(answers))
-                for number, answers in rows
-            ),
-        )
+    try:
+        if args.out is not None:
+            write_comparison_report(
+                args.out,
+                title=f"{', '.join(names[:-1])} and {names[-1]}",
+                comparison=comparison,
+                measured={"dataset": table.dataset, "split": args.split, "protocol": protocol.name},
+                panels={heading: map(as_panel, some) for heading, some in shown.items()},
+            )
+        if args.images is not None and shown:
+            rows = enumerate((answers for some in shown.values() for answers in some), 1)
+            write_figures(
+                args.images,
+                (
+                    (f"{number:02}-sentence-{answers[names[0]].expression.sent_id}", as_panel(answers))
+                    for number, answers in rows
+                ),
+            )
+    finally:
+        say(json.dumps(comparison, indent=2) if args.json else as_text(comparison))

@@ -174,7 +174,7 @@ def _recipes(args: argparse.Namespace) -> None:
     from dcris.recipes import RECIPES, get_recipe
 
     if args.show is not None:
-        print(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
+        say(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
         return
     import torch
 
@@ -185,10 +185,10 @@ def _recipes(args: argparse.Namespace) -> None:
         with torch.device("meta"):  # shapes without memory
             rows.append({"name": name, **DCRIS(recipe().model).count_weights()})
     if args.json:
-        print(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
         return
-    print(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
+    say(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
-        print(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
-        print(f"    {' '.join((recipe.__doc__ or '').split())}")
-    print("train one with: dcris train RECIPE --data ROOT --out DIR; adapters are all trained weights beside the head")
+        say(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
+        say(f"    {' '.join((recipe.__doc__ or '').split())}")
+    say("train one with: dcris train RECIPE --data ROOT --out DIR; adapters are all trained weights beside the head")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, adder, device_arguments, natural
+from dcris.cli.common import CHECKPOINT, adder, device_arguments, natural, say
 
 
 def add(commands: Any) -> None:
@@ -37,7 +37,7 @@ def _web(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         examples=examples,
-        ready=lambda address: print(f"{address} (Ctrl-C ends it)", flush=True),
+        ready=lambda address: say(f"{address} (Ctrl-C ends it)"),
     )
 
 

@@ -7,7 +7,6 @@ written differs from the release in one thing: instances.json has the objects re
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,16 +19,13 @@ from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.files import make_directory, write_file
 from dcris.hub import fetch, list_files
+from dcris.streams import note
 from dcris.types import Reference
 
 REPOSITORIES = {"refcoco": "jxu124/refcoco", "refcoco+": "jxu124/refcocoplus", "refcocog": "jxu124/refcocog"}
 
 _BYTES = 165_000
 """What a photograph takes up on the average: train2014 has 82,783 in 13.5 GB."""
-
-
-def _to_stderr(line: str) -> None:
-    print(f"dcris: {line}", file=sys.stderr, flush=True)
 
 
 def fetch_dataset(
@@ -39,7 +35,7 @@ def fetch_dataset(
     splits: Sequence[str] | None = None,
     photographs: str = COCO,
     connections: int = 8,
-    say: Callable[[str], None] = _to_stderr,
+    say: Callable[[str], None] = note,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReferenceTable:
     """Put a data set into `root`, in REFER's layout: references, annotations, and the photographs that its splits need.

@@ -6,7 +6,6 @@ pictures. lmms-lab's are made for scoring language models: pictures are within, 
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -20,6 +19,7 @@ from dcris.data.refer import read_records
 from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.files import write_file
+from dcris.streams import note
 from dcris.types import Reference
 
 SPLIT_BY: Mapping[str, str] = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
@@ -203,7 +203,7 @@ def _unpack(path: Path, names: set[str], pictures: Path) -> None:
     missing = {name for name in names if not (pictures / name).is_file()}
     if not missing:
         return
-    print(f"dcris: unpacking {len(missing):,} photographs of {path} into {pictures}, once", file=sys.stderr)
+    note(f"unpacking {len(missing):,} photographs of {path} into {pictures}, once")
     for number, row in enumerate(_rows(path, ("file_name", "image"), at_once=64), 1):
         where = f"row {number}"
         name = _photograph(row, path, where)

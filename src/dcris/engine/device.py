@@ -62,10 +62,10 @@ def free_memory(device: torch.device) -> float:
         except (AttributeError, OSError, ValueError):  # on Windows
             free = [4.0 * 2**30]
     with suppress(OSError, ValueError):
-        limit = (_CGROUP / "memory.max").read_text().strip()
+        limit = (_CGROUP / "memory.max").read_text("ascii").strip()
         if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            caches = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            used = int((_CGROUP / "memory.current").read_text("ascii"))
+            caches = (line.split() for line in (_CGROUP / "memory.stat").read_text("ascii").splitlines())
             used -= sum(int(value) for name, value in caches if name in {"inactive_file", "active_file"})
             free.append(float(int(limit) - used))
     return max(0.0, min(free))
@@ -83,5 +83,5 @@ def resident_memory(field: str) -> float:
 
 def _kilobytes(file: str) -> dict[str, float]:
     """The bytes that one of Linux's lists of "Name: 123 kB" gives."""
-    lines = (line.split() for line in Path(file).read_text().splitlines())
+    lines = (line.split() for line in Path(file).read_text("utf-8").splitlines())
     return {words[0].rstrip(":"): 1024.0 * int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}

@@ -164,6 +164,6 @@ def _grown_by(act: Callable[[], None]) -> float:
     gc.collect()  # what is given back in the middle would hide as much of the growth
     before = resident_memory("VmRSS")
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the height so far
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # forget the height so far
     act()
     return max(0.0, resident_memory("VmHWM") - before)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from dcris.engine.device import resident_memory
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
 from dcris.files import make_directory, read_json, sync_directory, write_file, write_json
+from dcris.streams import is_terminal
 
 PANELS = 6
 """Validation phrases whose pictures the trackers show."""
@@ -229,7 +229,7 @@ class Log:
         Raises DcrisError where the disk is full.
         """
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="ascii") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -269,7 +269,7 @@ class Progress:
     def __init__(self, first: int, total: int, per_epoch: int, say: Callable[[str], None]) -> None:
         self.first, self.total, self.per_epoch, self.say = first, total, per_epoch, say
         self.every = max(1, math.ceil(total / _LINES))
-        self.terminal = sys.stderr.isatty()
+        self.terminal = is_terminal()
         self.bar = tqdm(
             total=total,
             initial=first,
