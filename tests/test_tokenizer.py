@@ -221,6 +221,20 @@ def test_an_empty_phrase_is_refused(text):
         require_phrase(text)
 
 
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud800", "red \udfff cup"])
+def test_a_phrase_that_is_not_utf8_is_refused(text):
+    """A terminal in another encoding gives such bytes; they would end the work when results are written."""
+    with pytest.raises(DcrisError, match="is not UTF-8 text; use a terminal"):
+        require_phrase(text)
+
+
+@pytest.mark.parametrize("text", ["&#" + "9" * 4400, "&amp;#" + "9" * 9000 + ";", "&#" + "0" * 5000 + "1114112"])
+def test_a_character_reference_with_many_digits(text):
+    """Python's int() refuses more than 4,300 digits with a ValueError; to HTML any such number is the unknown character."""
+    assert clean_text(f"{text} cup") == "\ufffd cup"
+    assert clean_text("&#" + "0" * 5000 + "65;b") == "ab"
+
+
 def test_a_phrase_is_returned_as_written():
     assert require_phrase(" Left  SLICE ") == " Left  SLICE "
 

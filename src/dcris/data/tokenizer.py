@@ -63,12 +63,28 @@ def clean_text(text: str) -> str:
     """
     import ftfy
 
-    mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+    mended = _unescape(_unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", mended).strip().lower()
 
 
+def _unescape(text: str) -> str:
+    """`html.unescape`, also of numbers ("&#999...") that are too long for Python's `int`, which raises ValueError for them."""
+    # Zeros in front do not count, and every number of more than 7 digits is beyond Unicode, so no result changes.
+    return html.unescape(re.sub(r"(?<=&#)0*([0-9]{1,20})[0-9]*", r"\1", text))
+
+
 def require_phrase(text: str) -> str:
-    """Return `text` as it was given. Raises DcrisError where cleaning leaves nothing of it: no object would be meant."""
+    """Return `text` as it was given.
+
+    Raises DcrisError where cleaning leaves nothing of it, as no object would be meant, and where it is not UTF-8: the command
+    line may hold any bytes, and a result file may not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DcrisError(
+            f"the phrase {text!r} is not UTF-8 text; use a terminal, or a list for --pairs, in that encoding"
+        ) from error
     if not clean_text(text):
         raise DcrisError(f"the phrase {text!r} is empty; write in a few words which object is meant")
     return text
