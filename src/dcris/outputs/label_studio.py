@@ -1,6 +1,7 @@
 """Predictions as Label Studio imports them: masks to start annotating from, as strokes of its brush."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -14,6 +15,9 @@ _SIZES = np.array([3, 4, 8, 16])
 """Bits in which a run's length is written; each run says which of them it takes."""
 
 _LONGEST = 1 << 16
+
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 cannot hold, not even as a character reference: most control characters."""
 
 
 def brush_rle(mask: MaskArray) -> list[int]:
@@ -74,7 +78,7 @@ def label_studio_task(
                 "original_height": height,
                 "image_rotation": 0,
                 "score": score,
-                "value": {"format": "rle", "rle": brush_rle(mask), "brushlabels": [phrase]},
+                "value": {"format": "rle", "rle": brush_rle(mask), "brushlabels": [_label(phrase)]},
             }
         )
     scores = [stroke["score"] for stroke in strokes]
@@ -85,8 +89,14 @@ def label_studio_task(
 
 def label_studio_config(phrases: Sequence[str]) -> str:
     """The labelling interface to which the tasks belong: the semantic segmentation template, with the phrases as labels."""
-    labels = "".join(f"    <Label value={quoteattr(phrase)}/>\n" for phrase in dict.fromkeys(phrases))
+    names = dict.fromkeys(_label(phrase) for phrase in phrases)
+    labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in names)
     return (
         '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
         f'  <BrushLabels name="tag" toName="image">\n{labels}  </BrushLabels>\n</View>\n'
     )
+
+
+def _label(phrase: str) -> str:
+    """The label for a phrase, the same in tasks and interface: as Python's escapes what XML cannot hold (`red\\x1bcup`)."""
+    return _NOT_IN_XML.sub(lambda match: ascii(match[0])[1:-1], phrase)
