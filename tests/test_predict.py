@@ -22,7 +22,7 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.errors import DcrisError
 from dcris.outputs.job import Done, Failed, Job
-from dcris.outputs.label_studio import brush_rle
+from dcris.outputs.label_studio import brush_rle, label_studio_config, label_studio_task
 from dcris.outputs.tasks import Task, find_tasks, read_pairs
 from runs import leftovers
 from test_distributed import daring, torchrun
@@ -105,6 +105,67 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     assert [task.name for task in find_tasks([tmp_path / "photo [1].png"], ["cup"])] == ["photo [1]"]
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("way", ["recursive", "pattern", "pattern twice", "absolute", "both names"])
+def test_links_in_circles(way: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `**` over a folder that links to itself never ends, or asks about one photograph 41 times."""
+    make_photos(photos / "a" / "deep", 1)
+    for link, target in (("a/up", ".."), ("a/self", "."), ("again", "a"), ("a/deep/top", photos), ("gone", "nowhere")):
+        (photos / link).symlink_to(target)
+    make_photos(photos.parent / "elsewhere", 1)
+    (photos / "outside").symlink_to(photos.parent / "elsewhere")
+    monkeypatch.chdir(photos.parent)
+    places = {
+        "recursive": [Path("photos")],
+        "pattern": [Path("photos/**/*.png")],
+        "pattern twice": [Path("**/**/[0-9].png")],
+        "absolute": [photos / "**" / "*"],
+        "both names": [
+            Path("photos"),
+            Path("photos/again"),
+            Path("photos/a/deep/top/*.png"),
+            photos / "outside" / "0.png",
+        ],
+    }[way]
+    found = find_tasks(places, ["cup"], recursive=way in {"recursive", "both names"})
+    real = [task.path.resolve().relative_to(photos.parent.resolve()).as_posix() for task in found]
+    assert sorted(real) == [
+        "elsewhere/0.png",
+        "photos/0.png",
+        "photos/1.png",
+        "photos/2.png",
+        "photos/3.png",
+        "photos/a/deep/0.png",
+    ]
+    assert len({task.name for task in found}) == 6
+
+
+def test_paths_that_look_like_addresses(tmp_path: Path) -> None:
+    """A colon is a letter of a file's name like any other, and a list must not make requests to other machines."""
+    (tmp_path / "a.csv").write_text("http:host/y.mp4,cup\n2026-11-28T10:30:00.mp4,cup\n")
+    tasks = read_pairs(tmp_path / "a.csv")
+    assert [task.path for task in tasks] == [tmp_path / "http:host" / "y.mp4", tmp_path / "2026-11-28T10:30:00.mp4"]
+    assert [task.name for task in tasks] == ["y", "2026-11-28T10:30:00"]
+    assert all(task.video for task in tasks)
+
+
+@pytest.mark.parametrize("way", ["folder", "recursive", "pattern", "shell"])
+def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
+    """Also those that a killed call has not finished, and those beside photographs that are now answered elsewhere."""
+    photos = make_photos(tmp_path / "photos", 2)
+    for name in ("0.0.mask.png", "0.0.overlay.png", "1.12.cutout.png", ".1.0.mask.png.partial-0123abcd.png", JOURNAL):
+        (photos / name).touch()
+    for name in ("clip.overlay.mp4", "predictions.json", "0.0.scores.npy", ".clip.overlay.mp4.partial-0123abcd.mp4"):
+        (photos / name).touch()
+    (photos / "clip.frames").mkdir()
+    (photos / "clip.frames" / "000000.0.mask.png").touch()
+    places = {"pattern": [photos / "**" / "*"], "shell": sorted(photos.iterdir())}.get(way, [photos])
+    found = find_tasks(places, ["cup"], out=tmp_path / "out", recursive=way == "recursive")
+    assert [task.name for task in found] == ["0", "1"]
+    with pytest.raises(DcrisError, match="only results of earlier calls were named"):
+        find_tasks([photos / "0.0.mask.png", photos / "clip.frames"], ["cup"])
+
+
 def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> None:
     """Else the second run asks about the masks of the first, and the third about theirs."""
     for _ in range(2):
@@ -115,6 +176,12 @@ def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> 
 PAIRS = {
     "named.csv": 'phrase,note,image\nthe cup,x,0.png\n"left, and small",y,1.png\n\nring,z,0.png\n',
     "bare.csv": '0.png,the cup\n1.png,"left, and small"\n0.png,ring\n',
+    "semicolons.csv": "image;phrase\n0.png;the cup\n1.png;left, and small\n0.png;ring\n",
+    "bare semicolons.csv": "0.png;the cup\n1.png;left, and small\n0.png;ring\n",
+    "declared.csv": "sep=;\r\nimage;phrase\r\n0.png;the cup\r\n1.png;left, and small\r\n0.png;ring\r\n",
+    "declared commas.csv": 'sep=,\n0.png,the cup\n1.png,"left, and small"\n0.png,ring\n',
+    "tabs.csv": "0.png\tthe cup\n1.png\tleft, and small\n0.png\tring\n",
+    "commas.tsv": 'image,phrase\n0.png,the cup\n1.png,"left, and small"\n./0.png,ring\n',
     "tabs.tsv": "image\texpression\r\n0.png\tthe cup\r\n1.png\tleft, and small\r\n0.png\tring\r\n",
     "lines.jsonl": '{"image": "0.png", "phrases": ["the cup", "ring"]}\n{"image": "1.png", "phrase": "left, and small"}\n',
     "own.jsonl": '{"image": "0.png", "expressions": ["the cup"], "mask": "x", "split": "val"}\n'
@@ -125,7 +192,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
     """However a spreadsheet or a script writes them, in the order of the lines."""
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * (name == "bare.csv") + PAIRS[name].encode())
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * (name in {"bare.csv", "declared.csv"}) + PAIRS[name].encode())
     tasks = read_pairs(tmp_path / name)
     assert [(task.path, task.shown, task.phrases) for task in tasks] == [
         (tmp_path / "0.png", "0.png", ("the cup", "ring")),
@@ -137,21 +204,30 @@ def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.csv", "0.png,left, small\n", r"line 1: it has 3 columns, not 2; put a phrase with a comma"),
-        ("a.csv", "image,phrase\n0.png,cup\n1.png\n", r"line 3: it has 1 columns"),
+        ("a.csv", "image,phrase\n0.png,cup\n1.png\n", r"line 3: it has 1 column, not 2; put a comma, a semicolon"),
+        (
+            "a.csv",
+            "sep=;\nimage;phrase\n0.png;left; small\n",
+            "line 3: it has 3 columns, not 2; put a phrase with a semicolon",
+        ),
+        ("a.csv", "image phrase\n0.png cup\n", "line 1: it has 1 column, not 2; put a comma"),
         ("a.csv", "image,word\n0.png,cup\n", "none called phrase"),
         ("a.csv", '0.png,"cup\n', "not a table"),
         ("a.csv", "0.png, \n", r"line 1: the phrase ' ' is empty"),
         ("a.csv", ",cup\n", "line 1: an image and a phrase have to be text"),
         ("a.csv", "", "no pair"),
         ("a.csv", "image,phrase\n", "no pair"),
-        ("a.tsv", "0.png,cup\n", "1 columns, not 2"),
+        ("a.tsv", "0.png cup\n", "1 column, not 2"),
         ("a.jsonl", '{"image": "0.png", "phrase": "cup"}\n[1]\n', "line 2: it is no object"),
         ("a.jsonl", '{"image": "0.png"', "line 1: it is not JSON"),
         ("a.jsonl", '{"image": 1, "phrase": "cup"}', "text, and are 1 and 'cup'"),
         ("a.jsonl", '{"image": "0.png", "phrases": [null]}', "None"),
         ("a.jsonl", '{"image": "a\\u0000", "phrase": "cup"}', "have to be text"),
+        ("a.jsonl", '{"image": "a\\ud800", "phrase": "cup"}', "have to be text"),
+        ("a.jsonl", '{"image": "a", "phrase": "caf\\udce9"}', "line 1: the phrase .* is not UTF-8 text"),
         ("a.txt", "0.png,cup\n", r"\.csv, \.tsv or \.jsonl"),
-        ("a.csv", b"\xff\xfe0", "not UTF-8"),
+        ("a.csv", b"caf\xe9.png,cup", "not UTF-8"),
+        ("a.csv", "0.png,cup".encode("utf-16"), "UTF-16"),
     ],
 )
 def test_a_bad_list_names_the_line(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
@@ -500,6 +576,18 @@ def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
         == 0
     )
     assert json.loads((out / "label_studio.json").read_text())[0]["data"]["image"] == "s3://b/1.png"
+
+
+def test_labels_that_xml_cannot_hold() -> None:
+    """Label Studio refuses the whole interface for one control character; and a label has to be the same in the tasks."""
+    phrases = ["red\x1bcup", "a\x00b\x7f", "\ufffe", "line\nbreak\ttab", 'a "b" <c> & \U0001f600']
+    interface = ElementTree.fromstring(label_studio_config(phrases))
+    labels = [label.get("value") for label in interface.iter("Label")]
+    assert labels == ["red\\x1bcup", "a\\x00b\x7f", "\\ufffe", *phrases[3:]]
+    task = label_studio_task("0.png", (2, 2), [(phrase, 0.5, np.ones((2, 2), bool)) for phrase in phrases], "model")
+    assert [stroke["value"]["brushlabels"] for stroke in task["predictions"][0]["result"]] == [
+        [label] for label in labels
+    ]
 
 
 # ---- videos ----------------------------------------------------------------------------------------------------------------

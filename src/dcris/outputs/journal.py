@@ -13,7 +13,8 @@ from dcris.files import write_file
 Entry = dict[str, Any]
 """What was done under one name: "name", "source", "stamp", and what `Job` adds."""
 
-_FIRST = "dcris-journal.jsonl"
+JOURNAL = "dcris-journal.jsonl"
+"""The first journal of a folder; each further process has one with its number."""
 _NAME = re.compile(r"dcris-journal(\.\d+)?\.jsonl")
 
 
@@ -27,7 +28,7 @@ class Journal:
     def __init__(self, out: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
         self.out = out
         self.settings = settings
-        self.path = out / (_FIRST if rank == 0 else f"dcris-journal.{rank}.jsonl")
+        self.path = out / (JOURNAL if rank == 0 else f"dcris-journal.{rank}.jsonl")
         self._file: TextIO | None = None
 
     def gather(self, wanted: Callable[[Entry], bool]) -> None:
@@ -38,9 +39,9 @@ class Journal:
         kept = {entry["name"]: entry for entry in self.read() if wanted(entry)}
         if kept:
             lines = [self._line(self._header()), *(self._line(entry) for entry in kept.values())]
-            write_file(self.out / _FIRST, "".join(lines))
+            write_file(self.out / JOURNAL, "".join(lines))
         for path in self._paths():
-            if not kept or path.name != _FIRST:
+            if not kept or path.name != JOURNAL:
                 path.unlink(missing_ok=True)
 
     def read(self) -> Iterator[Entry]:

@@ -2,23 +2,39 @@
 
 import csv
 import glob
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, count
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import StringIO
+from itertools import chain, count, islice
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import quote, unquote_to_bytes
 
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
+from dcris.files import is_partial, parse_json, read_text
+from dcris.outputs.journal import JOURNAL
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts"}
-_MADE = re.compile(r"\.(\d+\.(mask|overlay|cutout)\.png|overlay\.mp4)$")
+_RESULT = re.compile(
+    r".*\.\d+\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(overlay\.mp4|frames)|"
+    r"predictions\.json|label_studio\.(json|xml)|dcris-journal.*",
+    re.DOTALL,
+)
 _LONGEST_NAME = 200
 """Bytes. File systems take 255; what an image's files are called is longer by endings, and by more while they are written."""
+
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
+"""Those that are tried, first the one that the ending names: spreadsheets write semicolons where commas are in numbers."""
+
+_NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+_NOT_UTF8 = "bytes:"
+"""Before a source that is percent-encoded: other sources are absolute paths, so none begins so."""
 
 _PHRASE_KEYS = ("phrase", "expression", "phrases", "expressions")
 
@@ -39,6 +55,32 @@ class Task:
         """Whether it is a video, by its ending."""
         return self.path.suffix.lower() in VIDEOS
 
+    @property
+    def source(self) -> str:
+        """Which file it is, in UTF-8: one photograph has one source, whichever links to its folder it is named by."""
+        path = _real(self.path)
+        return path if is_utf8(path) else _NOT_UTF8 + quoted(path)
+
+
+def source_exists(source: str) -> bool:
+    """Whether the file of a `Task.source` is still there."""
+    name = unquote_to_bytes(source.removeprefix(_NOT_UTF8)) if source.startswith(_NOT_UTF8) else os.fsencode(source)
+    return os.path.lexists(name)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file name can be written as text: on Unix it may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def quoted(name: str) -> str:
+    """A file name as text: as it is, or percent-encoded by its bytes where those are not UTF-8."""
+    return name if is_utf8(name) else quote(os.fsencode(name))
+
 
 def find_tasks(
     places: Iterable[Path], phrases: Sequence[str], *, out: Path | None = None, recursive: bool = False
@@ -46,65 +88,87 @@ def find_tasks(
     """Ask the phrases of all images and videos that files, folders and patterns (`photos/*.jpg`, `**` too) name, in order.
 
     A folder gives its images, and with `recursive` those of its subfolders, whose files go into subfolders of the same names.
-    Videos have to be named themselves or by a pattern. What is named twice is asked once. What `dcris predict` left in the
-    folder `out` before is no image to ask about.
+    Videos have to be named themselves or by a pattern. What is named twice, or reached by several links, is asked once. Results
+    of earlier calls, in `out` and in other folders with a journal, and unfinished files are skipped.
 
-    Raises DcrisError where a phrase is empty, or a place is not there or gives nothing.
+    Raises DcrisError where a phrase is empty or not UTF-8, or a place is not there or gives nothing.
     """
     asked = tuple(require_phrase(phrase) for phrase in phrases)
     if not asked:
         raise DcrisError("no phrase was given to ask for")
-    found: dict[Path, tuple[Path, PurePath]] = {}
+    found: dict[str, Task] = {}
     for place in places:
-        for path, shown in _inside(place, out, recursive):
-            found.setdefault(path.absolute(), (path, shown))
-    names = _names([shown for _, shown in found.values()])
-    return [Task(path, str(shown), name, asked) for (path, shown), name in zip(found.values(), names, strict=True)]
+        if not _is_result(place, out):  # the shell's `photos/*` names them, too
+            for path, shown in _inside(place, out, recursive):
+                found.setdefault(_real(path), Task(path, str(shown), _stem(shown), asked))
+    if not found:
+        raise DcrisError(
+            "only results of earlier calls were named; name photographs or videos, or the folder they are in"
+        )
+    return named(found.values())
 
 
 def read_pairs(path: Path) -> list[Task]:
     """Images or videos with phrases of their own, from a list: a file with a pair in each line, or several phrases.
 
-    A .csv (commas) or .tsv (tabs) file has the columns `image` and `phrase`, named in its first line, or just two columns. A
-    .jsonl file has objects with `image`, and `phrase` or a list of `phrases`; `expression` and `expressions` count, too, so
-    that one's own data can be asked about. Paths are relative to the list. An image's phrases are numbered in the order of
-    the lines.
+    A .csv or .tsv file has the columns `image` and `phrase`, named in its first line, or just two columns, with commas,
+    semicolons or tabs between them. A .jsonl file has objects with `image`, and `phrase` or a list of `phrases`; `expression`
+    and `expressions` count, too, so that one's own data can be asked about. Paths are relative to the list. An image's phrases
+    are numbered in the order of the lines.
 
     Raises DcrisError where the list cannot be read, naming the line. Whether the images are there is not looked at.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DcrisError(f"cannot read the list {path}: {reason or error}") from error
-    readers = {".csv": ",", ".tsv": "\t", ".jsonl": None}
-    if path.suffix.lower() not in readers:
+        text = read_text(path)
+    except OSError as error:
+        raise DcrisError(f"cannot read the list {path}: {error.strerror or error}") from error
+    ending = path.suffix.lower()
+    if ending not in {*_DELIMITERS, ".jsonl"}:
         raise DcrisError(f"a list of pairs is a .csv, .tsv or .jsonl file, and {path} does not end so")
-    delimiter = readers[path.suffix.lower()]
-    rows = _json_pairs(path, text) if delimiter is None else _table_pairs(path, text, delimiter)
-    asked: dict[str, list[str]] = {}
+    rows = _json_pairs(path, text) if ending == ".jsonl" else _table_pairs(path, text, _DELIMITERS[ending])
+    asked: dict[str, Task] = {}
     for line, image, phrase in rows:
-        if not isinstance(image, str) or not image or "\0" in image or not isinstance(phrase, str):
+        if not _is_path(image) or not isinstance(phrase, str):
             raise DcrisError(
                 f"{path}, line {line}: an image and a phrase have to be text, and are {image!r} and {phrase!r}"
             )
         try:
-            asked.setdefault(image, []).append(require_phrase(phrase))
+            require_phrase(phrase)
         except DcrisError as error:
             raise DcrisError(f"{path}, line {line}: {error}") from error
+        source = _real(path.parent / image)
+        task = asked.get(source) or Task(path.parent / image, image, _stem(PurePath(PurePath(image).name)), ())
+        asked[source] = replace(task, phrases=(*task.phrases, phrase))
     if not asked:
         raise DcrisError(f"the list {path} holds no pair of an image and a phrase")
-    names = _names([PurePath(PurePath(image).name) for image in asked])
-    return [
-        Task(path.parent / image, image, name, tuple(phrases))
-        for (image, phrases), name in zip(asked.items(), names, strict=True)
-    ]
+    return named(asked.values())
+
+
+def named(tasks: Iterable[Task], known: Mapping[str, str] | None = None) -> list[Task]:
+    """The tasks, each under a name of its own: the one that `known` has for its source, else one that is free.
+
+    A name that another has, upper and lower case being one, gets a number. Names do not depend on which of the tasks are
+    known, as long as those have the names that they got here: so work that was stopped goes on under the same names.
+    """
+    own = dict(known or {})
+    taken = {name.casefold() for name in own.values()}
+    result = []
+    for task in tasks:
+        name = own.pop(task.source, None)
+        if name is None:
+            bare = re.sub(r"~\d+$", "", task.name)
+            candidates = chain([task.name], (f"{bare}~{number}" for number in count(2)))
+            name = next(name for name in candidates if name.casefold() not in taken)
+        taken.add(name.casefold())
+        result.append(replace(task, name=name))
+    return result
 
 
 def _inside(place: Path, out: Path | None, recursive: bool) -> Iterator[tuple[Path, PurePath]]:
     """The files that a place names, each with what results call it."""
     if place.is_dir():
-        found = sorted(place.rglob("*") if recursive else place.iterdir())
+        folders = _folders(place) if recursive else [place]
+        found = sorted(path for folder in folders for path in folder.iterdir())
         images = [path for path in found if _is_file(path, IMAGES, out)]
         if not images:
             more = "" if recursive else "; --recursive looks into its subfolders, too"
@@ -112,9 +176,8 @@ def _inside(place: Path, out: Path | None, recursive: bool) -> Iterator[tuple[Pa
         yield from ((path, path.relative_to(place)) for path in images)
     elif place.exists():
         yield place, PurePath(place.name)
-    elif glob.has_magic(str(place)):
-        matches = (Path(match) for match in sorted(glob.glob(str(place), recursive=True)))  # noqa: PTH207 (Path.glob takes no absolute patterns)
-        files = [path for path in matches if _is_file(path, IMAGES | VIDEOS, out)]
+    elif glob.has_magic(place.as_posix()):
+        files = [path for path in sorted(set(_matches(place.as_posix()))) if _is_file(path, IMAGES | VIDEOS, out)]
         if not files:
             raise DcrisError(f"no image or video matches {place}")
         yield from ((path, PurePath(path.name)) for path in files)
@@ -124,31 +187,81 @@ def _inside(place: Path, out: Path | None, recursive: bool) -> Iterator[tuple[Pa
 
 def _is_file(path: Path, endings: set[str], out: Path | None) -> bool:
     """Whether a folder's entry is one to ask about. A link to nothing is, so that it is said that it cannot be read."""
-    if path.suffix.lower() not in endings or path.is_dir():
+    return path.suffix.lower() in endings and not path.is_dir() and not _is_result(path, out)
+
+
+def _is_result(path: Path, out: Path | None) -> bool:
+    """Whether `dcris predict` has written a file, by its name and folder, or some writer has not finished it."""
+    if is_partial(path):
+        return True
+    if not _RESULT.fullmatch(path.name):
         return False
-    made = _MADE.search(path.name) is not None
-    return not (made and out is not None and path.absolute().is_relative_to(out.absolute()))
+    folders = path.absolute().parents
+    return (out is not None and out.absolute() in folders) or any((folder / JOURNAL).exists() for folder in folders)
 
 
-def _names(shown: Sequence[PurePath]) -> Iterator[str]:
-    """A name for each: its path without the ending, cut where it is long, with a number where another has the same."""
-    taken: set[str] = set()
-    for path in shown:
-        # As text: a photograph may be called "..png", and no path takes "." for a name.
-        stem = path.as_posix().removesuffix(path.name) + _cut(path.stem)
-        numbered = (f"{stem}~{number}" for number in count(2))
-        name = next(name for name in chain([stem], numbered) if name.casefold() not in taken)
-        taken.add(name.casefold())
-        yield name
+def _matches(pattern: str) -> Iterator[Path]:
+    """What a pattern names. `**` stands for any folders below, each once: glob's own follows links in circles."""
+    before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    if not after:
+        yield from map(Path, glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute patterns)
+        return
+    for top in glob.glob(before) if before else ["."]:  # noqa: PTH207
+        for folder in _folders(Path(top), hidden=False):
+            yield from _matches(f"{glob.escape(folder.as_posix())}/{after[0] or '*'}")
+
+
+def _folders(top: Path, hidden: bool = True) -> Iterator[Path]:
+    """A folder and all below it, each once: links may lead in circles. Folders come before links to them."""
+    seen: set[tuple[int, int]] = set()
+    waiting = deque([top])
+    while waiting:
+        for name, below, _ in os.walk(waiting.popleft(), onerror=_raise):
+            folder = Path(name)
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                below.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            below[:] = sorted(one for one in below if (hidden or one[0] != ".") and not is_partial(Path(one)))
+            waiting.extend(
+                folder / one for one in below if (folder / one).is_symlink()
+            )  # which os.walk does not follow
+            yield folder
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _real(path: Path) -> str:
+    """The absolute path of a file, through the real folder it is in. The file itself may be a link, with a name of its own."""
+    return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118 (Path would be the slower way to text)
+
+
+def _stem(shown: PurePath) -> str:
+    """The name that a photograph's files are to have: its path without the ending, as text, cut where it is long."""
+    # Not by PurePath: a photograph may be called "..png", and no path takes "." for a name.
+    return "/".join(_cut(quoted(part)) for part in (*shown.parts[:-1], shown.stem))
 
 
 def _cut(name: str) -> str:
-    raw = os.fsencode(name)
-    return name if len(raw) <= _LONGEST_NAME else raw[:_LONGEST_NAME].decode(errors="ignore")
+    return name if len(name.encode()) <= _LONGEST_NAME else name.encode()[:_LONGEST_NAME].decode(errors="ignore")
 
 
-def _table_pairs(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Any, Any]]:
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+def _is_path(value: Any) -> bool:
+    """Whether a value of a list names a file: text that some file name may have."""
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a character, which JSON can spell
+        return False
+
+
+def _table_pairs(path: Path, text: str, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
+    declared = re.match(r'"?sep=(.)"?[ \t]*(?=[\r\n]|$)', text, re.IGNORECASE)  # Excel's own first line
+    text = text[declared.end() :] if declared else text
+    delimiter = declared[1] if declared else max(delimiters, key=lambda delimiter: _fit(text, delimiter))
+    rows = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     image, phrase, width, first = 0, 1, 2, True
     try:
         for row in rows:
@@ -161,11 +274,13 @@ def _table_pairs(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, A
                     raise DcrisError(f"{path}, line {rows.line_num}: there is a column image, but none called phrase")
                 image, phrase, width = header.index("image"), header.index(column), len(header)
             elif len(row) != width:
-                kind = "tab" if delimiter == "\t" else "comma"
-                raise DcrisError(
-                    f"{path}, line {rows.line_num}: it has {len(row)} columns, not {width}; put a phrase with a {kind} in it "
-                    "between quotation marks"
+                advice = (
+                    "put a comma, a semicolon or a tab between image and phrase"
+                    if len(row) < width
+                    else f"put a phrase with a {_NAMES.get(delimiter, repr(delimiter))} in it between quotation marks"
                 )
+                columns = "1 column" if len(row) == 1 else f"{len(row)} columns"
+                raise DcrisError(f"{path}, line {rows.line_num}: it has {columns}, not {width}; {advice}")
             else:
                 yield rows.line_num, row[image].strip(), row[phrase]
             first = False
@@ -173,13 +288,29 @@ def _table_pairs(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, A
         raise DcrisError(f"{path}, line {rows.line_num}: it is not a table ({error})") from error
 
 
+def _fit(text: str, delimiter: str) -> tuple[bool, int, int]:
+    """How well a delimiter divides a table: whether its header is found, how many rows begin with a picture, or have two cells.
+
+    Not by csv.Sniffer, which looks at the frequency of letters, and so takes spaces or an "e" for delimiters.
+    """
+    rows: list[list[str]] = []
+    try:
+        reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows += islice((row for row in reader if any(cell.strip() for cell in row)), 1000)
+    except csv.Error:
+        pass  # said when the table is read
+    pairs = [row for row in rows if len(row) == 2]
+    pictures = sum(PurePath(image.strip()).suffix.lower() in IMAGES | VIDEOS for image, _ in pairs)
+    return any(cell.strip().lower() == "image" for cell in chain(*rows[:1])), pictures, len(pairs)
+
+
 def _json_pairs(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DcrisError(f"{path}, line {number}: it is not JSON ({error})") from error
         key = next((key for key in _PHRASE_KEYS if isinstance(row, dict) and key in row), None)
         if key is None or "image" not in row:
