@@ -1,7 +1,12 @@
 """Photographs of every kind a person may have, against cv2 and against values known beforehand."""
 
 import io
+import os
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -9,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcris.data.images import image_size, read_image, to_rgb
+from dcris.data import images
+from dcris.data.images import image_endings, image_size, read_image, read_mask_image, to_rgb
 from dcris.errors import DcrisError
 
 
@@ -187,7 +193,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
     for read in (read_image, image_size):
         with pytest.raises(DcrisError, match=r"there is no image file .*b\.jpg"):
             read(tmp_path / "b.jpg")
-        with pytest.raises(DcrisError, match=r"cannot read the image .*[Dd]irectory"):
+        with pytest.raises(DcrisError, match=r"cannot read the image .*a folder"):
             read(tmp_path)
 
 
@@ -195,6 +201,174 @@ def test_floating_point_pixels_are_refused(tmp_path):
     path = _save(tmp_path, "a.tiff", Image.fromarray(np.ones((3, 3), np.float32)))
     with pytest.raises(DcrisError, match="floating-point"):
         read_image(path)
+
+
+def _tiff(values: np.ndarray) -> bytes:
+    """An uncompressed grey TIFF of the array's type and byte order."""
+    order, raw = (">" if values.dtype.byteorder == ">" else "<"), values.tobytes()
+    entries = [
+        *((256, values.shape[1]), (257, values.shape[0]), (258, 8 * values.itemsize), (259, 1), (262, 1), (273, 8)),
+        *((277, 1), (278, values.shape[0]), (279, len(raw)), (339, 2 if values.dtype.kind == "i" else 1)),
+    ]
+    directory = b"".join(struct.pack(order + "HHLL", tag, 4, 1, value) for tag, value in entries)
+    head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(order + "L", 8 + len(raw))
+    return head + raw + struct.pack(order + "H", len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("kind", ["<u4", ">i4", "<i2"])
+@pytest.mark.parametrize(("greatest", "scaled"), [(255, 255), (200, 200), (1_000, 255), (30_000, 255)])
+def test_whole_numbers_of_unknown_range_are_scaled_by_the_greatest(kind, greatest, scaled):
+    """Such TIFFs came out black, because their upper bits are 0."""
+    values = np.linspace(0, greatest, 120).reshape(10, 12).astype(kind)
+    image = read_image(_tiff(values))
+    assert image.max() == scaled
+    assert np.abs(image[..., 1] - values * (scaled / greatest)).max() <= 1
+
+
+def test_sixteen_bits_in_either_byte_order_are_read_alike():
+    values = np.arange(0, 65_536, 256).reshape(16, 16)
+    for kind in ("<u2", ">u2"):
+        assert np.array_equal(read_image(_tiff(values.astype(kind)))[..., 0], values >> 8)
+
+
+def test_negative_pixels_are_refused():
+    with pytest.raises(DcrisError, match="negative pixels"):
+        read_image(_tiff(np.array([[-3, 200]], "<i4")))
+
+
+ENDINGS = ["jfif", "jpe", "mpo", "apng", "gif", "dib", "tif", "jp2", "j2k", "avif", "webp", "pgm", "ppm"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_each_format_that_can_be_decoded_is_read_and_its_ending_known(tmp_path, photo, ending):
+    """A folder's pictures are found by these endings; what is missing here is left out of people's results."""
+    path = tmp_path / f"a.{ending}"
+    try:
+        Image.fromarray(photo).save(path)
+    except (KeyError, OSError, ValueError):
+        pytest.skip(f"this Pillow cannot write {ending}")
+    assert path.suffix in image_endings()
+    assert image_size(path) == read_image(path).shape[:2] == (30, 40)
+
+
+def test_heic_is_read_by_pillow_heif_or_names_it(tmp_path, photo, monkeypatch):
+    """Telephones save HEIC; who has no decoder for it has to learn which one to install."""
+    content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(DcrisError, match="pip install pillow-heif"):
+        read_image(content)
+    monkeypatch.undo()
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    Image.fromarray(photo).save(tmp_path / "a.heic", quality=100)
+    assert read_image(tmp_path / "a.heic").shape == photo.shape
+    assert ".heic" in image_endings()
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    """Opening a pipe waits for a writer for ever, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "a.jpg")
+    for path in (tmp_path / "a.jpg", Path("/dev/zero")):
+        for read in (read_image, image_size, read_mask_image):
+            with pytest.raises(DcrisError, match=r"cannot read the image .*not a regular file"):
+                read(path)
+
+
+def _progressive(photo: np.ndarray, scans: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    stream = io.BytesIO()
+    Image.fromarray(photo).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(photo):
+    """Each scan is one pass over the whole picture: 2 MB of them take minutes."""
+    assert read_image(_progressive(photo, 20)).shape == photo.shape
+    for read in (read_image, image_size):
+        with pytest.raises(DcrisError, match=r"a JPEG of 5,010 scans"):
+            read(_progressive(photo, 5_000))
+
+
+def test_pictures_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):
+    """Cameras put a preview into the header and a video behind the picture; both hold bytes that look like scans."""
+    stream = io.BytesIO()
+    Image.fromarray(photo).save(stream, "JPEG", comment=b"\xff\xda" * 500)
+    assert read_image(stream.getvalue() + b"\xff\xda" * 500).shape == photo.shape
+
+
+def _tags(size: int) -> bytes:
+    """A TIFF directory of 3,000 tags that all claim the same `size` bytes."""
+    count, start = 3_000, 8 + 2 + 12 * 3_000 + 4
+    entries = b"".join(struct.pack("<HHLL", 30_000 + number, 7, size, start) for number in range(count))
+    return b"II*\0" + struct.pack("<LH", 8, count) + entries + bytes(4 + size)
+
+
+def test_tags_that_claim_the_same_bytes_are_refused(photo):
+    """Pillow copies what each tag claims: a file of 2 MB took 6 GB."""
+    with pytest.raises(DcrisError, match="tags claim more"):
+        image_size(_tags(1_000))
+    stream = io.BytesIO()
+    Image.fromarray(photo).save(stream, "PNG", exif=b"Exif\0\0" + _tags(1_000))
+    assert np.array_equal(read_image(stream.getvalue()), photo)  # of EXIF, only the orientation is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [("a.jp2", "RGB", {}), ("a.webp", "RGB", {}), ("a.jpg", "RGB", {"progressive": True, "subsampling": 0})],
+)
+def test_pictures_whose_decoder_needs_much_memory_are_refused_by_their_headers(
+    tmp_path, monkeypatch, name, mode, options
+):
+    """What a pixel costs differs by format: JPEG 2000 takes three times as much as baseline JPEG."""
+    monkeypatch.setattr(images, "_MAX_MEMORY", 7 * 10_000)
+    for side, fits in ((100, False), (40, True)):
+        path = _save(tmp_path, name, Image.new(mode, (side, side)), **options)
+        if fits:
+            assert image_size(path) == (side, side)
+        else:
+            with pytest.raises(DcrisError, match=r"100 x 100 pixels, for which this format takes"):
+                image_size(path)
+    assert image_size(_save(tmp_path, "plain.jpg", Image.new("RGB", (100, 100)))) == (100, 100)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory of Linux")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "L"])
+def test_decoding_takes_no_more_memory_than_is_counted(tmp_path, mode, photo):
+    """7 bytes a pixel: a small file that unpacks to the largest picture must not take several times that."""
+    side = 5_000
+    path = _save(tmp_path, "a.png", Image.new(mode, (side, side)), compress_level=1)
+    code = (
+        "import sys, resource; from pathlib import Path; from dcris.data.images import read_image\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read_image(Path(sys.argv[1])); before = peak(); read_image(Path(sys.argv[2])); print(peak() - before)"
+    )
+    small = _save(tmp_path, "b.png", Image.new(mode, (1_000, 1_000)))
+    run = subprocess.run([sys.executable, "-c", code, small, path], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 9 * side * side
+
+
+def test_the_size_of_a_png_needs_no_decoding(tmp_path, photo):
+    """Where a data set's masks are PNGs, each is measured when the data set is loaded."""
+    path = _save(tmp_path, "a.png", Image.fromarray(photo))
+    data = path.read_bytes()
+    at = data.index(b"IDAT") + 20
+    path.write_bytes(data[:at] + bytes(8) + data[at + 8 :])
+    assert image_size(path) == (30, 40)
+    with pytest.raises(DcrisError):
+        read_image(path)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path, photo):
+    path = _save(tmp_path, "a.png", Image.fromarray(photo))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">L4s", len(block), b"eXIf") + block
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + chunk + struct.pack(">L", zlib.crc32(chunk[4:])) + data[-12:])
+    assert image_size(path) == read_image(path).shape[:2] == (40, 30)
 
 
 def test_real_photographs_are_what_cv2_makes_of_them(refer_root):

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
+from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, encode_mask, mask_area, mask_box, validate_segmentation
 from dcris.errors import DcrisError
+from dcris.types import SoftMask
 
 
 @st.composite
@@ -189,7 +191,7 @@ def test_real_masks_are_those_of_pycocotools(refer_root):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
-def test_a_picture_of_a_mask_is_the_object_wherever_it_is_not_black(tmp_path, mode):
+def test_a_picture_of_a_mask_has_0_and_one_other_value(tmp_path, mode):
     """Tools write masks as 0/1, 0/255, palette numbers or colours; each must give the same object."""
     truth = np.zeros((5, 7), np.uint8)
     truth[1:3, 2:6] = 1
@@ -209,3 +211,82 @@ def test_a_picture_of_a_mask_is_the_object_wherever_it_is_not_black(tmp_path, mo
     assert mask_area(path, (5, 7)) == 8
     with pytest.raises(DcrisError, match=r"5 x 7 pixels .* but its photograph 7 x 5"):
         decode_mask(path, (7, 5))
+
+
+DISC = np.hypot(*(np.mgrid[:40, :50] - np.array([20, 25])[:, None, None])) < 12
+
+
+def _soft(kind: str) -> np.ndarray | Image.Image:
+    """The disc as tools save it when they save more than two values."""
+    grey = DISC.astype(np.uint8) * 255
+    soft = Image.fromarray(grey).resize((25, 20), Image.Resampling.BOX).resize((50, 40), Image.Resampling.BILINEAR)
+    return {
+        "probabilities": np.where(DISC, 230, 12).astype(np.uint8),
+        "white beside nearly white": np.where(DISC, 255, 100).astype(np.uint8),
+        "16 bits": np.where(DISC, 60_000, 700).astype(np.uint16),
+        "floating-point": np.where(DISC, 0.9, 0.05).astype(np.float32),
+        "soft edges": soft,
+        "colours": np.where(DISC[..., None], [250, 9, 9], [12, 3, 3]).astype(np.uint8),
+        "soft opacity": np.dstack([grey | 255, np.where(DISC, 230, 12).astype(np.uint8)]),
+        "several objects": np.where(DISC, 255, np.arange(50) < 5).astype(np.uint8),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        *(
+            (kind, "tif" if kind == "floating-point" else "png")
+            for kind in ("probabilities", "16 bits", "floating-point")
+        ),
+        *(
+            (kind, "png")
+            for kind in ("white beside nearly white", "soft edges", "colours", "several objects", "soft opacity")
+        ),
+    ],
+)
+def test_a_mask_of_more_than_two_values_needs_a_threshold(tmp_path, kind, ending):
+    """Wherever such a picture is not 0 would count as the object: a disc saved as a probability map covers everything."""
+    picture = _soft(kind)
+    path = tmp_path / f"mask.{ending}"
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path)
+    for use in (decode_mask, mask_area):
+        with pytest.raises(DcrisError, match=r"mask\..* has more values than 0 and one other .*--mask-threshold"):
+            use(path, (40, 50))
+    found = decode_mask(SoftMask(path, 0.5), (40, 50)).astype(bool)
+    assert (found & DISC).sum() / (found | DISC).sum() > (0.85 if kind == "soft edges" else 0.999)
+
+
+@pytest.mark.parametrize("quality", [75, 95, 100])
+def test_a_mask_saved_as_jpeg_needs_a_threshold(tmp_path, quality):
+    """Compression leaves values near 0 around the object, which would all count."""
+    path = tmp_path / "mask.jpg"
+    Image.fromarray(DISC.astype(np.uint8) * 255).save(path, quality=quality)
+    with pytest.raises(DcrisError, match=r"not as JPEG.*--mask-threshold"):
+        decode_mask(path, (40, 50))
+    for threshold in (0.5, 127):
+        assert np.array_equal(decode_mask(SoftMask(path, threshold), (40, 50)), DISC)
+
+
+@pytest.mark.parametrize("value", [1, 60, 254, 255])
+def test_a_threshold_leaves_masks_of_two_values_as_they_are(tmp_path, value):
+    """One data set may hold masks of 0 and 1 beside probability maps."""
+    path = tmp_path / "mask.png"
+    Image.fromarray(DISC.astype(np.uint8) * np.uint8(value)).save(path)
+    for picture in (path, SoftMask(path, 0.5), SoftMask(path, 200)):
+        assert np.array_equal(decode_mask(picture, (40, 50)), DISC)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_photograph(tmp_path, orientation):
+    """Both with the same tag, as an editor writes them, lie on each other in every viewer."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[3:9, 5:20] = 255
+    for name, content in (("photo.png", pixels), ("mask.png", pixels[..., 0]), ("mask.tif", pixels[..., 0])):
+        Image.fromarray(content).save(tmp_path / name, exif=exif)
+    photo = read_image(tmp_path / "photo.png")[..., 0] > 128
+    for name in ("mask.png", "mask.tif"):
+        assert validate_segmentation(tmp_path / name, photo.shape) == tmp_path / name
+        assert np.array_equal(decode_mask(tmp_path / name, photo.shape).astype(bool), photo)

@@ -12,9 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Segmentation = list[list[float]] | Mapping[str, Any] | Path
+
+@dataclass(frozen=True, slots=True)
+class SoftMask:
+    """A picture of a mask that need not be two-valued, as JPEG masks and probability maps are not."""
+
+    path: Path
+    threshold: float
+    """A pixel is the object's if its value is greater: a share of the full scale below 1, else a value."""
+
+
+Segmentation = list[list[float]] | Mapping[str, Any] | Path | SoftMask
 """A mask as COCO stores it, polygons (x, y, x, y, ...) or run lengths {"size": [H, W], "counts": list, str or bytes}; or the
-path of a picture in which what is not 0 is the object."""
+path of a picture of two values: 0, and any other for the object."""
 
 MaskArray = NDArray[np.bool_]
 """[H, W] bool: True where the object is."""

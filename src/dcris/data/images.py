@@ -1,104 +1,194 @@
-"""Any photograph a person may have, as one kind of array: uint8 [H, W, 3], red first, turned the way it was taken.
+"""Pictures of every common format as one kind of array: uint8 [H, W, 3] RGB, upright.
 
 Pillow decodes everything. The published results were made with cv2, which gives the same pixels for ordinary JPEG and takes
-nine tenths of the time, but fills what a cut file lacks with grey and says nothing.
+nine tenths of the time, but fills the missing part of a truncated file with grey without an error.
+
+What a file costs is bounded before it is decoded, because a file of a few kilobytes can claim any size (see `_refuse_costly`).
 """
 
 import io
 import logging
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from dcris.errors import DcrisError
+from dcris.files import open_regular
 
-# What Pillow logs of a broken file is raised, too; nobody who has not asked for a log is to read it twice.
+# Pillow logs what it also raises; without a handler, Python prints the log as well.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-MAX_PIXELS = 300_000_000
-"""Larger images are refused: a file of a few kilobytes can claim any size."""
+MAX_PIXELS = 200_000_000
+"""The largest picture that is read: 16,320 x 12,240, what telephones take at most, is just below."""
 
 MAX_SIDE = 65_535
-"""So are longer ones, which no JPEG holds: what is kept for each row and column of a photograph adds up."""
+"""The longest side, as in JPEG: some memory is needed for each row and column of a photograph."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-"""What is tried. Pillow knows dozens more, of which some start other programs (EPS) or hold no pixels of their own."""
+_MAX_MEMORY = 7 * MAX_PIXELS
+"""Bytes that decoding may take at a time: Pillow holds RGB in 4 bytes a pixel, and the array that is returned has 3."""
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_MAX_FILE = 1_000_000_000
+"""Bytes of a file. Some decoders read all of it into memory."""
+
+_MAX_SCANS = 100
+"""Scans of a JPEG; libtiff has the same limit. Encoders write about 10, and each is one pass over the whole picture."""
+
+_MAX_NUMBERS = 1_000_000
+"""Numbers in one tag of a TIFF file, such as its tiles; Pillow makes a Python object of each."""
+
+_FORMATS: dict[str, tuple[str | None, int]] = {
+    "JPEG": ("jpg", 0),
+    "PNG": ("zlib", 0),
+    "WEBP": ("webp", 12),
+    "BMP": (None, 2),
+    "DIB": (None, 2),
+    "GIF": (None, 0),
+    "TIFF": (None, 0),
+    "PPM": (None, 0),
+    "JPEG2000": ("jpg_2000", 16),
+    "HEIF": (None, 4),
+    "AVIF": ("avif", 8),
 }
-"""What undoes each value of EXIF's orientation; 5 to 8 exchange width and height."""
+"""Pillow's names of the formats that are tried, the library each needs, and the bytes a pixel that its decoder holds beside
+the picture itself. Pillow knows dozens more, of which some start other programs (EPS) or hold no pixels of their own."""
+
+_HEIF_ENDINGS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+NEEDS_PILLOW_HEIF = "to read HEIC and HEIF pictures, pip install pillow-heif"
+
+_STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: np.rot90,
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+"""For each EXIF orientation but 1: a view of the upright array [H, W, ...] as the file stores it."""
+_SIDEWAYS = frozenset({5, 6, 7, 8})
+"""Orientations that exchange width and height."""
+
+_BAND = 1 << 20
+"""Pixels that are converted at a time, so that no further copy of the whole picture is made."""
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """The endings of file names (".jpg") whose format can be decoded by the libraries that are installed here."""
+    _init_pillow()
+    return frozenset(
+        ending
+        for ending, name in Image.EXTENSION.items()
+        if _decodable("JPEG" if name == "MPO" else name)  # MPO: JPEG pictures one after the other
+    )
+
+
+def why_not_read(ending: str) -> str | None:
+    """What to install for files with this ending; None where no library helps."""
+    return NEEDS_PILLOW_HEIF if ending in _HEIF_ENDINGS else None
+
+
+def _decodable(name: str) -> bool:
+    library, _ = _FORMATS.get(name, ("", 0))
+    return library != "" and name in Image.OPEN and (library is None or bool(features.check(library)))
+
+
+@cache
+def _init_pillow() -> None:
+    """Load Pillow's plugins, and pillow-heif's where it is installed."""
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read an image file, or its bytes, as [H, W, 3] uint8 RGB, with its EXIF orientation applied, transparency laid on white.
 
-    Of an animation the first frame is read; 16-bit pixels keep their upper 8 bits. Raises DcrisError where the file is missing,
-    not an image, cut short, or larger than `max_pixels`.
+    Of an animation the first frame is read. 16-bit pixels keep their upper 8 bits. 32-bit whole numbers are kept where none
+    exceeds 255, else scaled so that the greatest becomes 255.
+
+    Raises DcrisError where the file is missing, no regular file, not an image, cut short, larger than `max_pixels`, or too
+    costly to decode.
     """
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            return _pixels(_open(file, max_pixels))
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        raise _cannot_read(source, error) from error
-
-
-def read_mask_image(path: Path) -> NDArray[np.uint8]:
-    """Read a picture of a mask as [H, W] uint8 of 0 and 1: a pixel is 1 unless it is 0, black, or wholly transparent.
-
-    Palettes are read by index, as segmentation tools write them. No orientation is applied. Raises DcrisError where the file
-    is missing, not an image, cut short, or larger than `MAX_PIXELS`.
-    """
-    try:
-        with path.open("rb") as file:
-            image = _open(file)
-            image.load()
-            pixels = np.asarray(image)
-    except Exception as error:
-        raise _cannot_read(path, error) from error
-    if pixels.ndim == 2:
-        return np.asarray(pixels != 0, np.uint8)
-    colours = pixels[..., :-1] if image.mode in ("LA", "RGBA") else pixels
-    found: NDArray[np.bool_] = np.any(colours, axis=2)
-    if image.mode in ("LA", "RGBA"):
-        found &= pixels[..., -1] != 0
-    return np.asarray(found, np.uint8)
-
-
-def mask_image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the mask that `read_mask_image` would return, from the file's header alone. Raises as that does."""
-    try:
-        with path.open("rb") as file:
-            width, height = _open(file).size
-            return height, width
-    except Exception as error:
-        raise _cannot_read(path, error) from error
+    with _opened(source, max_pixels) as image:
+        return _pixels(image)
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:
-    """Height and width of the image that `read_image` would return, from the header of a file or of its bytes alone.
+    """Height and width of the image that `read_image` would return, from the headers of a file or of its bytes alone.
 
-    A PNG is decoded for it, since its orientation may stand behind the pixels.
-    Raises DcrisError where the file is missing, not an image, or larger than `MAX_PIXELS`.
+    Raises DcrisError as `read_image` does, except for what only decoding finds.
     """
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            image = _open(file)
-            width, height = image.size
-            # Of a TIFF, Pillow gives the size after its orientation.
-            turn = None if image.format == "TIFF" else _turn(image)
-            return (width, height) if turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]) else (height, width)
-    except Exception as error:
-        raise _cannot_read(source, error) from error
+    with _opened(source) as image:
+        width, height = image.size
+        # Of a TIFF, Pillow gives the size after its orientation.
+        sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+        return (width, height) if sideways else (height, width)
+
+
+def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.uint8]:
+    """Read a picture of a mask as [H, W] uint8 of 0 and 1 by the rule of `binary_mask`, with its EXIF orientation applied.
+
+    Palettes are read by index, as segmentation tools write them. What is black or wholly transparent is 0.
+
+    Raises DcrisError as `read_image` and `binary_mask` do.
+    """
+    with _opened(path) as image:
+        image.load()
+        mode = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)
+        if mode not in ("1", "L", "P", "I", "F", "LA", "PA", "RGBA") and not mode.startswith("I;16"):
+            mode = "RGB"
+        pixel = np.asarray(image.crop((0, 0, 1, 1)).convert(mode))
+        values = _upright(image, pixel.shape[2:], pixel.dtype, lambda band: np.asarray(band.convert(mode)))
+    if values.shape[2:] in ((2,), (4,)):
+        values[(values[..., -1] == 0) | ~values[..., :-1].any(axis=2)] = 0
+    return binary_mask(values, str(path), threshold)
+
+
+def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:
+    """Turn the values of a mask, [H, W] or [H, W, C] of which 0 is the background, into [H, W] uint8 of 0 and 1.
+
+    A mask that was saved as JPEG or with soft edges, a probability map and a map of several objects have more than two values:
+    which of them are the object is unknown, so they are refused unless there is a threshold.
+
+    Args:
+        values: where there are two or four channels, the last is alpha.
+        name: what the error calls the mask.
+        threshold: decides where there are more values than 0 and one other: a pixel is 1 if its value (that of its brightest
+            channel, times its opacity) is greater. Below 1 it is a share of the full scale, which is 1 for floating-point
+            values, 255 for 8 bits, 65,535 for 16 bits, and the greatest value for more.
+
+    Raises DcrisError, naming the mask, where a threshold is needed and none is given.
+    """
+    found: NDArray[np.bool_] = np.any(values, axis=2) if values.ndim == 3 else np.asarray(values != 0)
+    if not found.any():
+        return found.astype(np.uint8)
+    value = values[np.unravel_index(found.argmax(), found.shape)]
+    same = values == value
+    if np.array_equal(found, same.all(axis=2) if values.ndim == 3 else same):
+        return found.astype(np.uint8)
+    if threshold is None:
+        raise DcrisError(
+            f"the mask {name} has more values than 0 and one other (from {values.min():g} to {values.max():g}); save it with "
+            "two values, not as JPEG, without soft edges, one object a mask, or give --mask-threshold"
+        )
+    if values.ndim == 3:
+        opacity = values[..., -1] / 255 if values.shape[2] in (2, 4) else 1
+        values = (values[..., : -1 if values.shape[2] in (2, 4) else None].max(axis=2) * opacity).astype(values.dtype)
+    if threshold < 1 and values.dtype.kind in "iu":
+        threshold *= np.iinfo(values.dtype).max if values.dtype in (np.uint8, np.uint16) else values.max()
+    return (values > threshold).astype(np.uint8)
 
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
@@ -139,21 +229,42 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         raise DcrisError(f"cannot read the given image ({_reason(error)}); open it anew or give another one") from error
 
 
-def _open(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+@contextmanager
+def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """An image whose header is read, and whose cost is bounded; what its decoder raises is turned into DcrisError."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, _MAX_FILE) as file:
+            yield _open(file, max_pixels)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise _cannot_read(source, error) from error
+
+
+def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
     """Read a header, without Image.open: its guard against huge files is a warning and a limit below ours, both global."""
-    Image.init()
+    _init_pillow()
     start = file.read(32)
     if not start:
         raise DcrisError("the file is empty")
+    late = start.startswith(b"\x89PNG") and _has_late_metadata(file)
+    if start[:2] in (b"II", b"MM"):
+        _refuse_tags(file)
     for name in _FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
-        if factory is None or accepts is None or accepts(start) is not True:
+        if factory is None or accepts is None or not _decodable(name) or accepts(start) is not True:
             continue
         file.seek(0)
-        image: Image.Image = factory(file, "")
+        try:
+            image: Image.Image = factory(file, "")
+        except SyntaxError:  # Pillow's "not mine": AVIF and HEIF begin alike
+            continue
         refuse_shape(image.size[1], image.size[0], max_pixels)
+        _refuse_costly(image, name, file)
+        if late:
+            image.load()
         return image
-    raise DcrisError("it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image")
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS and "HEIF" not in Image.OPEN:
+        raise DcrisError(NEEDS_PILLOW_HEIF)
+    raise DcrisError(f"it is not an image of a format that is read here: {', '.join(filter(_decodable, _FORMATS))}")
 
 
 def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -164,28 +275,139 @@ def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         )
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _refuse_costly(image: Any, name: str, file: BinaryIO) -> None:
+    """Raise DcrisError where decoding would take too much memory, or too many passes."""
+    width, height = image.size
+    a_pixel = float(_FORMATS[name][1])  # beside what Pillow and the returned array hold
+    if name == "JPEG":
+        scans = _count_scans(file)
+        if scans > _MAX_SCANS:
+            raise DcrisError(f"it is a JPEG of {scans:,} scans, and at most {_MAX_SCANS} are decoded; save it again")
+        if scans > 1:  # then all coefficients are held, in 16 bits
+            sampling = [across * down for _, across, down, _ in getattr(image, "layer", [])] or [1] * 4
+            a_pixel += 2 * sum(sampling) / max(sampling)
+    elif name == "TIFF":
+        a_pixel += _strip_bytes(image) / (width * height)
+        a_pixel += 4 * (image.tag_v2.get(0x0112, 1) != 1)  # Pillow turns it by a copy
+    a_pixel += 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    needed = (a_pixel + 3) * width * height
+    if needed > _MAX_MEMORY:
+        raise DcrisError(
+            f"it is {width} x {height} pixels, for which this format takes {needed / 1e9:.1f} GB of memory, and at most "
+            f"{_MAX_MEMORY / 1e9:.1f} GB are used; make it smaller or save it as JPEG"
+        )
+
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""In a JPEG's compressed data, what begins the next segment: 0xFF is followed by 0 there, or by a restart marker."""
+
+
+def _count_scans(file: BinaryIO) -> int:
+    """The scans of a JPEG file's first picture, by its markers alone; counting stops at the limit's double."""
+    file.seek(0)
+    data = file.read()
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) is not None and scans < 1_000_000:
+        marker, at = data[found.start() + 1], found.end()
+        if marker == 0xD9:  # the end of the picture; thumbnails and further pictures lie inside segments, or after it
+            break
+        scans += marker == 0xDA
+        at += int.from_bytes(data[at : at + 2], "big")
+    return scans
+
+
+def _strip_bytes(image: Any) -> int:
+    """Bytes of a TIFF's largest strip or tile, which libtiff decodes at once."""
+    if not any(tile[0] == "libtiff" for tile in image.tile):
+        return 0
+    tags = image.tag_v2
+    wide, high = tags.get(256, 0), tags.get(257, 0)
+    wide, high = (tags[322], tags.get(323, high)) if 322 in tags else (wide, min(high, tags.get(278, high)))
+    return int(wide * high * sum(tags.get(258, (1,))) // 8)
+
+
+def _refuse_tags(file: BinaryIO) -> None:
+    """Raise DcrisError where the tags of a TIFF file, or of an EXIF block, claim more than it holds.
+
+    Pillow copies what each tag claims; 65,535 tags could each claim the whole file.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(16).ljust(16, b"\0")
+    order = "<" if head[:2] == b"II" else ">"
+    big = 43 in head[2:4]
+    (offset,) = struct.unpack(order + ("Q" if big else "L"), head[8:16] if big else head[4:8])
+    file.seek(min(offset, size))
+    (count,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
+    entry = struct.Struct(order + ("HHQ8x" if big else "HHL4x"))
+    entries = file.read(entry.size * min(count, 65_535))
+    widths = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+    claimed = 0
+    for _, kind, numbers in entry.iter_unpack(entries[: len(entries) // entry.size * entry.size]):
+        claimed += numbers * widths.get(kind, 1)
+        if claimed > size or (numbers > _MAX_NUMBERS and kind in widths):
+            raise DcrisError("its tags claim more than the file can hold; save it again")
+
+
+def _has_late_metadata(file: BinaryIO) -> bool:
+    """Whether a PNG has text or EXIF after its pixels, where Pillow finds an orientation only after decoding them."""
+    file.seek(8)
+    pixels = False
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">L4s", header)
+        if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt") and pixels:
+            return True
+        pixels = pixels or kind == b"IDAT"
+        file.seek(length + 4, io.SEEK_CUR)
+    return False
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        return _TURNS.get(image.getexif().get(0x0112, 1))
+        exif = image.info.get("exif")
+        if exif:
+            _refuse_tags(io.BytesIO(exif.removeprefix(b"Exif\0\0")))
+        return int(Image.Image.getexif(image).get(0x0112, 1))  # of a PNG, its own would decode the picture
     except Exception:  # broken EXIF data does not make the picture unreadable
-        return None
+        return 1
+
+
+def _upright(image: Image.Image, channels: tuple[int, ...], dtype: Any, convert: Callable[[Any], Any]) -> NDArray[Any]:
+    """A loaded image as an array [H, W, *channels], turned by its orientation; `convert` makes pixels of a band of rows."""
+    width, height = image.size
+    orientation = _orientation(image)
+    shape = (width, height) if orientation in _SIDEWAYS else (height, width)
+    upright = np.empty((*shape, *channels), dtype)
+    stored = _STORED[orientation](upright) if orientation in _STORED else upright
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        stored[top : top + rows] = convert(band)
+    return upright
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     image.load()  # a TIFF loses its orientation tag here, since loading applies it
-    turn = _turn(image)
-    if turn is not None:
-        image = image.transpose(turn)
     if image.mode == "F":
-        raise DcrisError("it holds floating-point pixels, whose range nobody knows")
-    if image.mode.startswith("I"):  # Pillow's own conversion of 16-bit grey cuts every value above 255 to white
-        grey = (np.clip(np.asarray(image), 0, 65_535) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        raise DcrisError("it holds floating-point pixels, whose range is unknown; save it with 8 bits a channel")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts every value above 255 to white
+        return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band) >> 8)[..., None])
+    if image.mode == "I":
+        least, greatest = cast(tuple[int, int], image.getextrema())
+        if least < 0:
+            raise DcrisError("it holds negative pixels, or 32-bit ones of 2,147,483,648 and more; save it with 8 bits")
+        scale = 255 / max(255, greatest)
+        return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band) * scale)[..., None])
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        transparent = image.convert("RGBA")
-        image = Image.new("RGB", image.size, "white")
-        image.paste(transparent, mask=transparent.getchannel("A"))
-    return np.array(image.convert("RGB"), np.uint8)
+        return _upright(image, (3,), np.uint8, _on_white)
+    return _upright(image, (3,), np.uint8, lambda band: np.asarray(band.convert("RGB")))
+
+
+def _on_white(band: Image.Image) -> NDArray[np.uint8]:
+    transparent = band.convert("RGBA")
+    opaque = Image.new("RGB", band.size, "white")
+    opaque.paste(transparent, mask=transparent.getchannel("A"))
+    return np.asarray(opaque)
 
 
 def _cannot_read(path: Path | bytes, error: Exception) -> DcrisError:

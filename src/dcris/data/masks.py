@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from dcris.data.images import MAX_PIXELS, mask_image_size, read_mask_image
+from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
 from dcris.errors import DcrisError
-from dcris.types import Segmentation
+from dcris.types import Segmentation, SoftMask
 
 _LONGEST_OUTLINE = 10_000_000
 """Pixels; pycocotools keeps about 80 bytes for each."""
@@ -29,12 +29,12 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np
     """Decode polygons, run lengths or a picture to [H, W] uint8 of 0 and 1 for a photograph of `size` (H, W).
 
     Several polygons give their union. A picture is read from its file. Raises DcrisError where the segmentation is malformed
-    or belongs to another size.
+    or belongs to another size, and where a picture has more than two values (see `read_mask_image`).
     """
     height, width = size
     validate_segmentation(segmentation, size)
-    if isinstance(segmentation, Path):
-        return read_mask_image(segmentation)
+    if isinstance(segmentation, Path | SoftMask):
+        return _read_picture(segmentation)
     runs = _runs(segmentation, size)
     values = (np.arange(len(runs)) % 2).astype(np.uint8)  # runs of 0 and 1 in turn, down the columns
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
@@ -43,9 +43,15 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np
 def mask_area(segmentation: Segmentation, size: tuple[int, int]) -> int:
     """The object's pixels in what `decode_mask` would return, mostly without making it. Raises DcrisError as that does."""
     validate_segmentation(segmentation, size)
-    if isinstance(segmentation, Path):
-        return int(np.count_nonzero(read_mask_image(segmentation)))
+    if isinstance(segmentation, Path | SoftMask):
+        return int(np.count_nonzero(_read_picture(segmentation)))
     return int(_runs(segmentation, size)[1::2].sum())
+
+
+def _read_picture(picture: Path | SoftMask) -> NDArray[np.uint8]:
+    if isinstance(picture, SoftMask):
+        return read_mask_image(picture.path, picture.threshold)
+    return read_mask_image(picture)
 
 
 def _runs(segmentation: list[list[float]] | Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.int64]:
@@ -95,12 +101,13 @@ def validate_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentat
                 f"the polygons' outline is {outline:,.0f} pixels long; at most {_LONGEST_OUTLINE:,} can be decoded"
             )
         return segmentation
-    if isinstance(segmentation, Path):
-        found = mask_image_size(segmentation)
+    if isinstance(segmentation, Path | SoftMask):
+        path = segmentation.path if isinstance(segmentation, SoftMask) else segmentation
+        found = image_size(path)
         if found != size:
             raise DcrisError(
-                f"the mask {segmentation} is {found[0]} x {found[1]} pixels (height x width), but its photograph {height} x "
-                f"{width}; make it anew from that photograph"
+                f"the mask {path} is {found[0]} x {found[1]} pixels (height x width), but its photograph {height} x {width}; "
+                "make it anew from that photograph"
             )
         return segmentation
     _run_lengths(segmentation, size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.coco import CATEGORIES
-from dcris.data.images import mask_image_size
+from dcris.data.images import image_size
 from dcris.data.photographs import find_photographs, image_ids
 from dcris.data.table import Complain, ReferenceTable, bad, field, forgiving, plain_path, read_expressions
 from dcris.errors import DcrisError
@@ -91,7 +91,7 @@ def load_prepared(
     sizes: dict[str, tuple[int, int]] = {}
     for entry in entries:
         if entry.image not in sizes:
-            sizes[entry.image] = mask_image_size(masks / entry.mask)
+            sizes[entry.image] = image_size(masks / entry.mask)
     references = tuple(
         Reference(
             ref_id=entry.ref_id,
