@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcris.cli import main
 from dcris.data.check import OFFICIAL_SIZES, check_dataset
-from dcris.data.masks import encode_mask
+from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.references import load_references
 from dcris.errors import DcrisError
 
 
@@ -45,6 +47,23 @@ def test_refcocogs_google_partition_shares_photographs_by_design(tiny_refer):
     report = check_dataset(tiny_refer.write(), "refcocog")
     assert (report.problem_count, report.shared_images) == (0, 1)
     assert "1 images are in more than one split, as this set was made; training sees 1 of them" in report.warnings
+
+
+def test_a_mask_saved_as_jpeg_is_a_problem_unless_there_is_a_threshold(tmp_path, capsys):
+    """It would train a model on a frame of compression noise around each object; nobody would learn of it."""
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20:40, 30:60] = 255
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.jpg", quality=75)
+    line = {"image": "a.png", "mask": "m.jpg", "expressions": ["box"]}
+    (tmp_path / "my.jsonl").write_text(json.dumps(line))
+    assert main(["data", "check", str(tmp_path / "my.jsonl")]) == 2
+    assert "m.jpg has more values than 0 and one other" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "my.jsonl"), "--mask-threshold", "0.5"]) == 0
+    plain, soft = (load_references(tmp_path / "my.jsonl", None, mask_threshold=value) for value in (None, 0.5))
+    (reference,) = soft.references
+    assert np.array_equal(decode_mask(reference.segmentation, reference.image_size), mask > 0)
+    assert plain.sha256() != soft.sha256()  # else a run would resume with other masks
 
 
 def test_missing_and_wrong_images_are_problems(tiny_refer):

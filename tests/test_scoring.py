@@ -99,6 +99,26 @@ def test_shifted_squares_have_what_paper_and_pencil_give(write: Writer, tmp_path
     assert (answer.overlap.intersection, answer.overlap.union) == (25, 175)
 
 
+@pytest.mark.parametrize("kind", ["pictures", "arrays", "arrays of shares"])
+def test_probability_maps_need_a_threshold(
+    kind: str, truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever a map is not 0 counted as the object: perfect maps had an mIoU of 9.33."""
+    maps = {key: np.where(mask, 230, 12).astype(np.uint8) for key, mask in truths.items()}
+    if kind == "arrays of shares":
+        maps = {key: values.astype(np.float32) / 255 for key, values in maps.items()}
+    predictions = as_arrays(maps, tmp_path)
+    if kind == "pictures":
+        predictions = tmp_path
+        for key, values in maps.items():
+            Image.fromarray(values).save(predictions / f"{key}.png")
+    words = ["score", predictions, "--data", scenes_root, "--dataset", "scenes", "--split", "test"]
+    assert main([str(word) for word in words]) == 2
+    assert "--mask-threshold" in capsys.readouterr().err
+    for threshold in (0.5, 0.3) if kind == "arrays of shares" else (0.5, 128):
+        assert score_line(capsys, scenes_root, predictions, "--mask-threshold", threshold)["miou"] == 100.0
+
+
 def _square(tiny_refer):
     from dataclasses import replace
 

@@ -1,9 +1,9 @@
 """Evaluate predicted masks of any system by any protocol, so that systems can be compared on equal terms.
 
 Masks are those of whole photographs, one for each expression, found by its `sent_id`:
-- a folder of pictures named `<sent_id>.png`, in which what is not black is the object;
+- a folder of pictures named `<sent_id>.png` of two values, 0 and another for the object;
 - a COCO result file (.json), a list whose entries have `sent_id` and `segmentation` (run lengths or polygons);
-- an .npz file of arrays [H, W] named by sent_id, in which what is not 0 is the object;
+- an .npz file of arrays [H, W] named by sent_id, of two values, too;
 - answers (.jsonl) that `dcris evaluate --answers` wrote: their masks count, not their scores.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dcris.data.dataset import Questions
+from dcris.data.images import binary_mask
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.engine.evaluate import Answer
@@ -25,7 +26,7 @@ from dcris.errors import DcrisError
 from dcris.files import open_zip, read_json, read_json_lines
 from dcris.metrics import overlap
 from dcris.protocols import Protocol
-from dcris.types import MaskArray
+from dcris.types import MaskArray, SoftMask
 
 _LONGEST_HEADER = 16_384
 """Bytes of an .npy file's header that are read; numpy itself accepts 10,000 characters."""
@@ -43,8 +44,8 @@ class Predictions(ABC):
 
 
 class _Pictures(Predictions):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, threshold: float | None) -> None:
+        self.folder, self.threshold = folder, threshold
         if not any(folder.glob("*.png")):
             raise DcrisError(f"the folder {folder} has no masks in it; they are to be named by sentence, as in 42.png")
 
@@ -53,7 +54,8 @@ class _Pictures(Predictions):
         return os.path.lexists(self.folder / f"{sent_id}.png")
 
     def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
-        return decode_mask(self.folder / f"{sent_id}.png", size).astype(bool)
+        path = self.folder / f"{sent_id}.png"
+        return decode_mask(path if self.threshold is None else SoftMask(path, self.threshold), size).astype(bool)
 
 
 class _Records(Predictions):
@@ -86,8 +88,8 @@ class _Records(Predictions):
 class _Arrays(Predictions):
     """An .npz file. Each array's header is looked at first: a small file can claim any size, or ask to run code."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, threshold: float | None) -> None:
+        self.path, self.threshold = path, threshold
         with self._explained():
             self.archive = open_zip(path)
         self.names = set(self.archive.namelist())
@@ -105,13 +107,14 @@ class _Arrays(Predictions):
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read(start)
-            if shape != size or dtype.kind not in "bui":
+            if shape != size or dtype.kind not in ("bui" if self.threshold is None else "buif"):
                 raise DcrisError(
                     f"the array {sent_id} of {self.path} is {dtype} {list(shape)}, not bool or whole numbers {list(size)}; "
-                    "give masks of the photographs' size"
+                    "give masks of the photographs' size, or --mask-threshold for probabilities"
                 )
             with self.archive.open(name) as file:
-                return np.asarray(np.lib.format.read_array(file, allow_pickle=False) != 0)
+                values = np.lib.format.read_array(file, allow_pickle=False)
+            return binary_mask(values, f"{sent_id} of {self.path}", self.threshold).astype(bool)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -126,15 +129,15 @@ class _Arrays(Predictions):
             ) from error
 
 
-def open_predictions(path: Path) -> Predictions:
+def open_predictions(path: Path, mask_threshold: float | None = None) -> Predictions:
     """The masks that a folder or file holds. Raises DcrisError where there is none, or it is of no known kind."""
     if path.is_dir():
-        return _Pictures(path)
+        return _Pictures(path, mask_threshold)
     if not path.exists():
         raise DcrisError(f"there are no masks at {path}; give a folder of PNGs, or a .json, .npz or .jsonl file")
     kind = path.suffix.lower()
     if kind == ".npz":
-        return _Arrays(path)
+        return _Arrays(path, mask_threshold)
     if kind == ".jsonl":
         return _Records(path, ((f"line {number}", record) for number, record in read_json_lines(path)))
     if kind == ".json":
@@ -152,6 +155,7 @@ def score_predictions(
     *,
     missing_is_empty: bool = False,
     keep_masks: bool = False,
+    mask_threshold: float | None = None,
 ) -> Iterator[Answer]:
     """Compare masks with the truth by a protocol's rule. The photographs themselves are not needed.
 
@@ -161,11 +165,12 @@ def score_predictions(
         protocol: on which pixels masks are compared.
         missing_is_empty: let an expression without a mask count as an empty one.
         keep_masks: whether answers hold their masks.
+        mask_threshold: decides in pictures and arrays of more than two values, as in `binary_mask`.
 
     Yields one answer for each question, in their order. Raises DcrisError where an expression has no mask, and where a mask
     cannot be read or is not of its photograph's size.
     """
-    predictions = open_predictions(path)
+    predictions = open_predictions(path, mask_threshold)
     missing = [expression for _, expression in questions if expression.sent_id not in predictions]
     if len(missing) == len(questions) or (missing and not missing_is_empty):
         raise DcrisError(

@@ -101,19 +101,37 @@ def share(text: str) -> float:
     return share
 
 
+def level(text: str) -> float:
+    """A number of 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return number
+
+
 def data_root_argument(parser: argparse.ArgumentParser) -> None:
     """--data ROOT."""
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help=ROOT)
 
 
 def data_set_arguments(parser: argparse.ArgumentParser) -> None:
-    """--dataset and --split-by."""
+    """--dataset, --split-by and --mask-threshold."""
     parser.add_argument(
         "--dataset",
         help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT; mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY) "
         "for several as one",
     )
     parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
+    parser.add_argument(
+        "--mask-threshold",
+        type=level,
+        metavar="T",
+        help="read mask pictures of more than two values (JPEG, soft edges, probability maps): the object is what is greater "
+        "than T, a share of the full scale below 1, else a pixel's value",
+    )
 
 
 def protocol_argument(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +169,8 @@ def data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
     from dcris.data.references import load_references
 
     own_name(args.data, args)
-    if args.dataset is None or args.dataset == config.data.dataset:
-        return load_references(args.data, config.data.dataset, args.split_by or config.data.split_by)
-    return load_references(args.data, args.dataset, args.split_by)
+    threshold = config.data.mask_threshold if args.mask_threshold is None else args.mask_threshold
+    dataset, split_by = args.dataset, args.split_by
+    if dataset is None or dataset == config.data.dataset:
+        dataset, split_by = config.data.dataset, split_by or config.data.split_by
+    return load_references(args.data, dataset, split_by, mask_threshold=threshold)

@@ -116,7 +116,12 @@ def _data_check(args: argparse.Namespace) -> None:
     own_name(args.root, args)
     with tqdm(unit="image", disable=not is_terminal()) as bar:
         report = check_dataset(
-            args.root, args.dataset, args.split_by, deep=args.deep, progress=lambda done: bar.update(done - bar.n)
+            args.root,
+            args.dataset,
+            args.split_by,
+            deep=args.deep,
+            mask_threshold=args.mask_threshold,
+            progress=lambda done: bar.update(done - bar.n),
         )
     say(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:

@@ -180,14 +180,19 @@ def _score(args: argparse.Namespace) -> None:
         raise DcrisError("--out and --report are of one system's masks; give them one at a time")
     protocol = get_protocol(args.protocol)
     own_name(args.data, args)
-    table = load_references(args.data, args.dataset, args.split_by)
+    table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     questions = all_questions(table.split(args.split))
     results, rows = [], []
     for path in args.predictions:
         with tqdm(total=len(questions), unit="phrase", disable=not is_terminal()) as bar:
             answers = []
             for answer in score_predictions(
-                path, questions, protocol, missing_is_empty=args.missing_is_empty, keep_masks=args.report is not None
+                path,
+                questions,
+                protocol,
+                missing_is_empty=args.missing_is_empty,
+                keep_masks=args.report is not None,
+                mask_threshold=args.mask_threshold,
             ):
                 answers.append(answer)
                 bar.update(1)
@@ -236,7 +241,7 @@ def _compare(args: argparse.Namespace) -> None:
     elif own_name(args.data, args) is None and args.dataset is None:
         raise DcrisError("files of answers do not say which data set they are of; give --dataset")
     else:
-        table = load_references(args.data, args.dataset, args.split_by)
+        table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     questions = all_questions(table.split(args.split))
     with tqdm(total=len(questions) * len(models), unit="phrase", disable=not is_terminal()) as bar:
         done = dict.fromkeys(names, 0)

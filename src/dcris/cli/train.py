@@ -135,6 +135,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
         ("train.start", None if args.start is None else str(locate(args.start))),
         ("train.trackers", args.tracker),
         ("data.on_bad_image", args.on_bad_image),
+        ("data.mask_threshold", args.mask_threshold),
     ):
         if value is not None:
             settings.append((key, json.dumps(value)))
@@ -143,7 +144,9 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     if own:
         settings.append(("data.split_by", "null"))
     config = override(config, settings)
-    table = load_references(args.data, config.data.dataset, config.data.split_by)
+    table = load_references(
+        args.data, config.data.dataset, config.data.split_by, mask_threshold=config.data.mask_threshold
+    )
     if own and choose_val and config.data.val_split not in {None, *table.splits()}:
         tell(
             f"{own} has no split {config.data.val_split!r}, so nothing is scored while training, and the last checkpoint counts"

@@ -113,11 +113,13 @@ def check_dataset(
     dataset: str | None,
     split_by: str | None = None,
     deep: bool = False,
+    mask_threshold: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Check a data set in any layout: its references, their counts, leaks, and that each image and each mask can be used.
 
     Of an image only the header is read, unless `deep`, which decodes it. Each image and each mask is looked at once.
+    `mask_threshold` is that of `load_references`.
     `progress` is told how many images have been.
 
     A training photograph that is in another split too is a problem, except in RefCOCOg's google partition and in mixtures that
@@ -127,7 +129,7 @@ def check_dataset(
     Raises DcrisError where a file of annotations is unusable as a whole: nothing behind it can be checked then.
     """
     wrong: list[DcrisError] = []
-    table = load_references(root, dataset, split_by, wrong.append)
+    table = load_references(root, dataset, split_by, wrong.append, mask_threshold=mask_threshold)
     report = CheckReport(
         dataset=table.dataset,
         split_by=table.split_by,

@@ -2,9 +2,9 @@
 
     {"image": "img/1.jpg", "mask": "m/1.png", "expressions": ["left cup", "the cup on the left"], "split": "train"}
 
-`mask` is the path of a picture in which what is not 0 is the object, or COCO's polygons [[x, y, x, y, ...], ...] or run lengths
-{"size": [H, W], "counts": ...}. Paths are relative to the file and do not lead out of its folder. `split` is train where it is
-missing. `category` (text) and `id` (a whole number) may be given; unknown fields are ignored.
+`mask` is the path of a picture of two values, 0 and another for the object, or COCO's polygons [[x, y, x, y, ...], ...] or run
+lengths {"size": [H, W], "counts": ...}. Paths are relative to the file and do not lead out of its folder. `split` is train
+where it is missing. `category` (text) and `id` (a whole number) may be given; unknown fields are ignored.
 """
 
 from dataclasses import dataclass, field

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from dcris.data.jsonl import is_jsonl, load_jsonl
@@ -12,10 +13,16 @@ from dcris.data.prepared import find_prepared, load_prepared
 from dcris.data.refer import find_refer, load_refer
 from dcris.data.table import Complain, ReferenceTable
 from dcris.errors import DcrisError
+from dcris.types import SoftMask
 
 
 def load_references(
-    root: Path, dataset: str | None, split_by: str | None = None, complain: Complain | None = None
+    root: Path,
+    dataset: str | None,
+    split_by: str | None = None,
+    complain: Complain | None = None,
+    *,
+    mask_threshold: float | None = None,
 ) -> ReferenceTable:
     """Read a data set from whatever layout it is in. Without `split_by`, the only one that is there is taken.
 
@@ -23,11 +30,22 @@ def load_references(
     A `.jsonl` file is one data set and has its own name, so there the other two do not count. For names such as "mixed" or
     "mixed-unfiltered:refcoco,refcocog(google)" see dcris.data.mixing.
 
+    Masks that are pictures have two values, 0 and another, unless a `mask_threshold` is given (see dcris.types.SoftMask).
+
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field; what is wrong
     with a single reference goes to `complain`, where that is given.
     """
     with _no_collection():
-        return _load(root, dataset, split_by, complain)
+        table = _load(root, dataset, split_by, complain)
+    if mask_threshold is None:
+        return table
+    references = (
+        replace(reference, segmentation=SoftMask(reference.segmentation, mask_threshold))
+        if isinstance(reference.segmentation, Path)
+        else reference
+        for reference in table.references
+    )
+    return replace(table, references=tuple(references))
 
 
 def _load(root: Path, dataset: str | None, split_by: str | None, complain: Complain | None) -> ReferenceTable:

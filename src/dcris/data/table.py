@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from dcris.data.photographs import name_within
 from dcris.errors import DcrisError
-from dcris.types import Expression, Reference
+from dcris.types import Expression, Reference, SoftMask
 
 _T = TypeVar("_T")
 
@@ -67,6 +67,8 @@ class ReferenceTable:
             """What JSON has no word for in a segmentation."""
             if isinstance(value, Path):
                 return name_within(value, folder)
+            if isinstance(value, SoftMask):
+                return [value.path, value.threshold]
             return value.decode("latin1") if isinstance(value, bytes) else dict(value)
 
         for reference in self.references:
