@@ -1,6 +1,6 @@
 """How the web page's API stands a crowd: requests from several clients at once, each answer compared, memory watched.
 
-    python benchmarks/web_load.py CKPT [--requests 200] [--clients 8]
+    python benchmarks/web_load.py CKPT [--requests 500] [--clients 10]
 
 It starts `dcris web` as its own process, so that the memory is the server's alone.
 """
@@ -54,7 +54,7 @@ def resident(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def load(checkpoint: str, requests: int = 200, clients: int = 8) -> dict[str, float]:
+def load(checkpoint: str, requests: int = 500, clients: int = 10) -> dict[str, float]:
     """Ask a server of its own, and return "answered", "right", "seconds" and the memory's "growth" after the first 50."""
     segmenter = Segmenter.from_pretrained(checkpoint, device="cpu", precision="float32")
     questions = []
@@ -106,7 +106,7 @@ def load(checkpoint: str, requests: int = 200, clients: int = 8) -> dict[str, fl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--clients", type=int, default=10)
     args = parser.parse_args()
     print(json.dumps(load(args.checkpoint, args.requests, args.clients), indent=2))

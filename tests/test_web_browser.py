@@ -53,10 +53,8 @@ class Site:
 @pytest.fixture(scope="module")
 def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pytest.importorskip("gradio")
-    import uvicorn
-
     from dcris.web.desk import Desk, Visits
-    from dcris.web.page import make_app
+    from dcris.web.page import make_app, make_server
 
     segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
     uploads = tmp_path_factory.mktemp("uploads")
@@ -72,8 +70,7 @@ def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
         patch.setattr(DCRIS, "segment", counted)
         desk = Desk(segmenter)
-        app = make_app(desk, Visits(desk.limits))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        server = make_server(make_app(desk, Visits(desk.limits)), desk.limits)
         thread = Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         while not server.started:
@@ -208,3 +205,42 @@ def test_examples_and_messages(page: Any, site: Site, tmp_path: Path) -> None:
     page.set_input_files("#photo input[type=file]", tmp_path / "text.png")
     page.get_by_text(re.compile("Cannot read the image")).first.wait_for()
     assert not [file for file in site.uploads.rglob("*") if file.is_file()]
+
+
+def test_the_photograph_by_drag_and_drop_and_by_keyboard(page: Any, site: Site, tmp_path: Path) -> None:
+    """The field for the photograph is our own, so what a browser's own field does has to be seen to."""
+    field = page.locator("#photo input[type=file]")
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        if field.evaluate("element => element === document.activeElement"):
+            break
+    else:
+        pytest.fail("the field is not reached by the keyboard")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Space")
+    chooser.value.set_files(photograph(tmp_path))
+    page.wait_for_selector("#picture img")
+    before = source_of(page)
+    data = base64.b64encode(photograph(tmp_path).read_bytes()[:-30]).decode()
+    drop = """data => {
+        const transfer = new DataTransfer(), bytes = Uint8Array.from(atob(data), each => each.charCodeAt(0));
+        transfer.items.add(new File([bytes], "cut <i>.png"));
+        const zone = document.querySelector("#photo .drop");
+        for (const name of ["dragenter", "dragover", "drop"])
+            zone.dispatchEvent(new DragEvent(name, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+    }"""
+    page.evaluate(drop, data)
+    page.get_by_text(re.compile("Cannot read the image")).first.wait_for()
+    assert source_of(page) == before, "what cannot be read replaced the photograph"
+    page.evaluate(drop, base64.b64encode((tmp_path / "holiday.png").read_bytes()).decode())
+    page.wait_for_selector("#note .note", state="hidden")
+
+
+def test_the_dark_mode(page: Any, site: Site) -> None:
+    """Colours of our own must not stay light where the system asks for dark ones."""
+    page.emulate_media(color_scheme="dark")
+    page.reload()
+    page.wait_for_selector("#picture .empty")
+    page.wait_for_selector("body.dark")
+    colour = page.locator("#picture .empty").evaluate("element => getComputedStyle(element).backgroundColor")
+    assert max(int(each) for each in re.findall("[0-9]+", colour)[:3]) < 100

@@ -14,13 +14,28 @@ def add(commands: Any) -> None:
         _web,
         "serve a web page on which a model is tried",
         "runs/tiny --port 7860",
-        "It is seen on this machine alone unless --host says otherwise, and keeps nothing that is uploaded.",
+        "Only this machine is served unless --host is given. Uploads are kept in memory only, for half an hour.",
     )
     web.add_argument(
         "checkpoints", metavar="CKPT", nargs="+", help=f"{CHECKPOINT}; several on the same towers are chosen from"
     )
     web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them (%(default)s)")
     web.add_argument("--port", type=natural, default=7860, help="0 is any free one (%(default)s)")
+    web.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further host name by which browsers may address the server; may be given several times",
+    )
+    access = web.add_mutually_exclusive_group()
+    access.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="ask for this user name and password; or a file with one such line per user "
+        "(default: the environment variable DCRIS_WEB_AUTH)",
+    )
+    access.add_argument("--no-auth", action="store_true", help="serve other machines without a password")
     web.add_argument("--examples", type=Path, metavar="DIR", help="images to try, in place of generated scenes")
     device_arguments(web)
 
@@ -37,6 +52,9 @@ def _web(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         examples=examples,
+        allow_hosts=args.allow_host,
+        auth=args.auth,
+        no_auth=args.no_auth,
         ready=lambda address: say(f"{address} (Ctrl-C ends it)"),
     )
 

@@ -1,6 +1,6 @@
-"""What the page and the API have in common: bounds on what people may ask, one model for all of them, answers kept for a while.
+"""What the page and the API share: the bounds on requests, one model for all visitors, and the answers that are kept.
 
-Nothing here knows of the web. Photographs and answers are in memory alone, and bounded in number, bytes and time.
+Nothing here depends on the web. Photographs and answers are in memory only, and bounded in number, bytes and time.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import PureWindowsPath
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,14 @@ from dcris.errors import DcrisError
 from dcris.prediction import Prediction
 from dcris.segmenter import Segmenter
 
-_BUSY = "too many people are asking just now; try again in a moment"
+_Result = TypeVar("_Result")
+
+BUSY = "too many people are asking just now; try again in a moment"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one person may ask, and how many may wait."""
+    """Bounds on requests: on one, on those of one client, and on all together."""
 
     upload: int = 20_000_000
     """Bytes of an image file."""
@@ -43,50 +45,59 @@ class Limits:
     answer: int = 100_000_000
     """Pixels times phrases: each phrase has a probability for every pixel, in 4 bytes."""
     waiting: int = 32
-    """Questions that wait or are answered at one time, and uploads to the API that are being read."""
+    """Questions that wait or are answered at one time."""
     kept_bytes: int = 1_000_000_000
     """Of photographs and probabilities that pages hold, all together."""
     kept_seconds: float = 1800.0
     """After which a page's photograph and answers are forgotten, counted from its last use."""
+    question: int = 200_000
+    """Bytes of what the page sends besides photographs."""
+    uploading: int = 200_000_000
+    """Bytes of requests that are received or wait, all together."""
+    drain: int = 1_000_000_000
+    """Bytes of a refused body that are received and discarded, so that the client reads why it was refused."""
+    connections: int = 200
+    client_connections: int = 64
+    head_seconds: float = 10.0
+    """For the head of a request, counted from the connection's start or the last answer."""
+    body_seconds: float = 60.0
+    """For the body of a request."""
+    answer_seconds: float = 300.0
+    """For waiting, the model, and sending the answer."""
+    drain_seconds: float = 30.0
+    attempts: int = 10
+    """Wrong passwords of one client within a minute."""
 
 
 class BusyError(DcrisError):
     """Too many are waiting."""
 
+    status = 503
 
-class TooLargeError(DcrisError):
-    """The upload has too many bytes."""
+
+class ForgottenError(DcrisError):
+    """A photograph is no longer kept."""
+
+    status = 404
 
 
 class Desk:
-    """One model that many people ask; they are served one after the other, in the order in which they came."""
+    """One model for many visitors; they are served one after the other, in the order in which they came.
+
+    What is costly without the model (decoding a photograph, drawing, compressing) has a thread of its own, so that it neither
+    waits for the model nor fills the memory many times over.
+    """
 
     def __init__(self, segmenter: Segmenter, limits: Limits | None = None) -> None:
         self.segmenter = segmenter
         self.limits = limits or Limits()
-        self.waiting = self.reading = 0
-        self._server = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.waiting = 0
+        self._model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._artist = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
 
     def photograph(self, data: bytes) -> NDArray[np.uint8]:
-        """The pixels [H, W, 3] of an uploaded file. Raises DcrisError where it is no image or too large."""
-        self.check_upload(len(data))
+        """The pixels [H, W, 3] of an uploaded file. Raises DcrisError where it is no image or has too many pixels."""
         return read_image(data, self.limits.pixels)
-
-    @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """While an upload is read into memory. Raises BusyError where too many are, or too many wait already."""
-        if max(self.waiting, self.reading) >= self.limits.waiting:
-            raise BusyError(_BUSY)
-        self.reading += 1
-        try:
-            yield
-        finally:
-            self.reading -= 1
-
-    def check_upload(self, size: int) -> None:
-        """Raise TooLargeError for a file of more bytes than are taken."""
-        if size > self.limits.upload:
-            raise TooLargeError(f"the file is larger than {self.limits.upload / 1e6:.0f} MB; make it smaller")
 
     def phrases(self, lines: Sequence[str]) -> list[str]:
         """The phrases among lines of text. Raises DcrisError where there is none, there are too many, or one is too long."""
@@ -104,29 +115,44 @@ class Desk:
         return [require_phrase(phrase) for phrase in phrases]
 
     async def ask(
-        self, pixels: NDArray[np.uint8], phrases: list[str], adapters: str | None, threshold: float | None = None
+        self,
+        photograph: NDArray[np.uint8] | bytes,
+        phrases: list[str],
+        adapters: str | None,
+        threshold: float | None = None,
     ) -> list[Prediction]:
-        """Predictions with probabilities, as of Segmenter.predict.
+        """Predictions with probabilities, as of Segmenter.predict, for pixels or an uploaded file.
 
         Raises DcrisError as that does, and BusyError where too many are waiting.
         """
-        if pixels.shape[0] * pixels.shape[1] * len(phrases) > self.limits.answer:
+
+        def predict() -> list[Prediction]:
+            # A file is decoded here: one that waits is smaller than its pixels.
+            pixels = self.photograph(photograph) if isinstance(photograph, bytes) else photograph
             most = self.limits.answer // (pixels.shape[0] * pixels.shape[1])
-            raise DcrisError(f"of a photograph of this size up to {most} phrases are taken at a time")
+            if len(phrases) > most:
+                raise DcrisError(f"of a photograph of this size up to {most} phrases are taken at a time")
+            return self.segmenter.predict(pixels, phrases, threshold=threshold, scores=True, adapters=adapters)
+
+        return await self._run(self._model, predict)
+
+    async def draw(self, work: Callable[[], _Result]) -> _Result:
+        """Do what needs no model. Raises BusyError where too many are waiting."""
+        return await self._run(self._artist, work)
+
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], _Result]) -> _Result:
         if self.waiting >= self.limits.waiting:
-            raise BusyError(_BUSY)
+            raise BusyError(BUSY)
         self.waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._server,
-                lambda: self.segmenter.predict(pixels, phrases, threshold=threshold, scores=True, adapters=adapters),
-            )
+            return await asyncio.get_running_loop().run_in_executor(executor, work)
         finally:
             self.waiting -= 1
 
     def close(self) -> None:
         """Answer nobody any more."""
-        self._server.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._model, self._artist):
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
@@ -135,8 +161,14 @@ class Visit:
 
     pixels: NDArray[np.uint8]
     name: str
+    """Of its file. It is a client's text, and no file of the server's."""
     answers: list[Prediction] = field(default_factory=list)
     used: float = 0.0
+
+    @property
+    def stem(self) -> str:
+        """Its file's name without a folder, in any system's notation, and without the ending."""
+        return PureWindowsPath(self.name).stem or "photograph"
 
     @property
     def size(self) -> int:
@@ -181,7 +213,7 @@ class Visits:
             self._forget()
             visit = self._visits.get(name or "")
             if visit is None:
-                raise DcrisError("this photograph is no longer kept; drop it once more")
+                raise ForgottenError("this photograph is no longer kept; drop it once more")
             visit.used = self._clock()
             self._visits.move_to_end(name or "")
             return visit

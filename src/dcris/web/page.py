@@ -1,38 +1,41 @@
-"""The page that people see (Gradio) and the API beside it, and the server for both.
+"""The page that people see (Gradio), the API beside it, and the server for both.
 
-Pictures, legends and downloads come from memory: an upload is read and deleted at once, and nothing else is ever a file.
+Gradio draws the page in the browser and does nothing else. Its routes for uploads, files and function calls take paths and
+addresses from clients, and are not served; the page sends photographs and questions to the routes here. Photographs and answers
+are in memory only, and no path of a client's reaches the file system.
 """
 
-import asyncio
 import base64
 import html
 import os
-import shutil
-import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dcris import files
 from dcris.data.images import read_image
 from dcris.data.scenes import make_scene
 from dcris.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
 from dcris.errors import DcrisError
 from dcris.prediction import Prediction
 from dcris.segmenter import Segmenter
-from dcris.web.desk import BusyError, Desk, Limits, TooLargeError, Visit, Visits, coco_results, masks_zip
+from dcris.web.desk import Desk, ForgottenError, Limits, Visit, Visits, coco_results, masks_zip
 
 if TYPE_CHECKING:
     import gradio
-    from fastapi import FastAPI
+    import uvicorn
+    from starlette.requests import Request
+    from starlette.types import ASGIApp
 
 _SHOWN = 960
 """Longer side of the picture on the page."""
@@ -40,33 +43,112 @@ _SHOWN = 960
 _THUMBNAIL = 132
 
 _SWEEP = 60.0
-"""Seconds between looks for what can be forgotten."""
+"""Seconds between two searches for photographs that were kept long enough."""
 
+AUTH = "DCRIS_WEB_AUTH"
+"""Environment variable with what `--auth` takes: an argument is seen by every user of the machine in the list of processes."""
+
+# Colours are variables of Gradio's themes, so that they follow the dark mode.
 _CSS = """
 footer { display: none !important }
-.shown img { width: 100%; max-height: 66vh; object-fit: contain; border-radius: 6px; background: #f3f4f6; display: block }
-.shown .empty { height: 46vh; border-radius: 6px; background: #f3f4f6; color: #6b7280; display: grid; place-items: center }
+.shown img, .shown .empty { border-radius: 6px; background: var(--background-fill-secondary) }
+.shown img { width: 100%; max-height: 66vh; object-fit: contain; display: block }
+.shown .empty { height: 46vh; color: var(--neutral-500); display: grid; place-items: center }
 .legend { display: grid; gap: 6px }
 .legend .row { display: grid; grid-template-columns: 18px 1fr 110px 44px; gap: 10px; align-items: center; font-size: 15px }
 .legend .swatch { width: 18px; height: 18px; border-radius: 4px }
-.legend .bar { height: 8px; border-radius: 4px; background: #e5e7eb; overflow: hidden }
+.legend .bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden }
 .legend .bar div { height: 100% }
 .legend .number { text-align: right; font-variant-numeric: tabular-nums }
-.legend .none { grid-column: 3 / 5; color: #6b7280; text-align: right }
+.legend .none { grid-column: 3 / 5; color: var(--neutral-500); text-align: right }
 .legend .phrase { overflow-wrap: anywhere }
 .downloads { display: flex; gap: 10px; flex-wrap: wrap }
-.downloads a { padding: 7px 14px; border: 1px solid #d1d5db; border-radius: 6px; text-decoration: none; color: inherit }
-.downloads a:hover { background: #f3f4f6 }
+.downloads a { padding: 7px 14px; border: 1px solid var(--border-color-primary); border-radius: 6px; text-decoration: none }
+.downloads a { color: inherit }
+.downloads a:hover { background: var(--background-fill-secondary) }
+#photo { padding: 10px 0 0 }
+#photo .html-container { padding: 0 }
+.drop { display: grid; place-content: center; justify-items: center; gap: 4px; height: 132px; padding: 0 14px; cursor: pointer;
+  text-align: center; border: 2px dashed var(--border-color-primary); border-radius: 6px; color: var(--neutral-500) }
+.drop b { color: var(--body-text-color) }
+.drop:hover, .drop.over, .drop:focus-within { border-color: var(--color-accent) }
+.drop:focus-within { outline: 2px solid var(--color-accent); outline-offset: 2px }
+.drop input { position: absolute; opacity: 0; width: 1px; height: 1px }
+.asking #picture { opacity: 0.55; transition: opacity 0.3s 0.2s }
+.asking button#segment, .asking #segment button { cursor: progress }
 #note:not(:has(.note)) { display: none }
 .note { padding: 9px 14px; border-radius: 6px; background: #fef3c7; color: #78350f }
-.dark .shown img, .dark .shown .empty, .dark .downloads a:hover { background: #1f2937 }
 """
 
-# The page is whole without any other server; this keeps every browser to that, whatever a later Gradio would like to fetch.
-_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+_SCRIPT = """
+window.dcris = {
+  photo: null,  // the name under which the server keeps the photograph
+  file: null,  // the photograph that was dropped or chosen
+  same: {__type__: "update"},  // leaves a component of Gradio's as it is
+  async ask(route, question) {
+    const body = question instanceof File ? question : JSON.stringify({photo: this.photo, ...question});
+    let answer;
+    document.body.classList.add("asking");
+    try {
+      answer = await (await fetch(route, {method: "POST", body})).json();
+    } catch {
+      answer = {error: "the server does not answer; try again in a moment"};
+    }
+    document.body.classList.remove("asking");
+    if (answer.error) {
+      const note = answer.error[0].toUpperCase() + answer.error.slice(1);
+      return [note, this.same, this.same, this.same, this.same];
+    }
+    this.photo = answer.photo;
+    return ["", answer.picture, answer.legend, answer.downloads, answer.text ?? this.same];
+  },
+  upload() {
+    return this.ask("page/photograph?" + new URLSearchParams({name: this.file.name, old: this.photo ?? ""}), this.file);
+  },
+};
+"""
+
+_DROP = """
+<label class="drop">
+  <input type="file" accept="image/*">
+  <b>Drop a photograph</b><span>or choose one (up to ${size} MB)</span>
+</label>
+"""
+
+_ON_DROP = """
+const zone = element.querySelector(".drop"), input = zone.querySelector("input");
+const give = (files) => {
+  if (files.length) {
+    dcris.file = files[0];
+    trigger("upload");
+  }
+};
+input.addEventListener("change", () => {
+  give(input.files);
+  input.value = "";  // so that the same file can be chosen again
+});
+for (const name of ["dragenter", "dragover", "dragleave", "drop"])
+  zone.addEventListener(name, (event) => {
+    event.preventDefault();
+    zone.classList.toggle("over", name.startsWith("dragen") || name === "dragover");
+  });
+zone.addEventListener("drop", (event) => give(event.dataTransfer.files));
+"""
 
 Example = tuple[NDArray[np.uint8], str, tuple[str, ...]]
 """Pixels, a name, and phrases to try."""
+
+
+class Question(BaseModel):
+    """What the page asks about the photograph that the server keeps for it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    photo: str | None = None
+    text: str = ""
+    threshold: float = 0.5
+    adapters: str | None = None
+    number: int = 0
 
 
 def serve(
@@ -76,6 +158,9 @@ def serve(
     port: int = 7860,
     examples: Sequence[Path] | None = None,
     limits: Limits | None = None,
+    allow_hosts: Sequence[str] = (),
+    auth: str | None = None,
+    no_auth: bool = False,
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Serve the page until the process is interrupted.
@@ -83,30 +168,37 @@ def serve(
     Args:
         segmenter: loads the model; called once the port is known to be free.
         host, port: where to listen; 0 is any free port.
-        examples: images to try; by default generated scenes, for a model that knows those.
-        limits: what people may ask.
+        examples: images to try; by default generated scenes, for a model that was trained on those.
+        limits: bounds on requests.
+        allow_hosts: further host names by which browsers may address the server.
+        auth: USER:PASSWORD, or a file with one such line per user; by default the environment's DCRIS_WEB_AUTH.
+        no_auth: serve without a password, on other addresses than this machine's own too.
         ready: called with the page's address once it answers.
 
-    Raises DcrisError where the extra `web` is missing, the port cannot be had, or an example is no image.
+    Raises DcrisError where the extra `web` is missing, the port is taken, `host` serves other machines and neither `auth` nor
+    `no_auth` is given, or an example is no image.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    credentials = () if no_auth else _credentials(auth)
     try:
         import gradio  # noqa: F401
-        import uvicorn
+
+        from dcris.web.guard import is_loopback
     except ImportError as error:
         raise DcrisError(
             f"the web page needs packages that are not here ({error.name}): pip install 'dcris[web]'"
         ) from error
-    with _listen(host, port) as listening, _uploads() as folder:
+    with _listen(host, port) as listening:
+        address, port = listening.getsockname()[:2]
+        if not (credentials or no_auth or is_loopback(address)):
+            raise DcrisError(
+                f"--host {host} serves other machines too; set a password by --auth USER:PASSWORD, or give --no-auth"
+            )
         desk = Desk(segmenter(), limits)
         visits = Visits(desk.limits)
-        app = make_app(desk, visits, examples)
-        port = listening.getsockname()[1]
-        # uvicorn ends by the signal that it got; the folder of uploads has to go first.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, access_log=False)
-        server = uvicorn.Server(config)
-        threading.Thread(target=_sweep, args=(folder, visits), daemon=True).start()
+        app = make_app(desk, visits, examples, hosts=(host, *allow_hosts), credentials=credentials)
+        server = make_server(app, desk.limits)
+        threading.Thread(target=_sweep, args=(visits,), daemon=True).start()
         threading.Thread(target=_tell, args=(server, ready, f"http://{_shown_host(host)}:{port}"), daemon=True).start()
         try:
             server.run(sockets=[listening])
@@ -115,136 +207,151 @@ def serve(
             desk.close()
 
 
-def make_app(desk: Desk, visits: Visits, examples: Sequence[Path] | None = None) -> "FastAPI":
-    """The page at / and the API at /api/segment. Uploads go where GRADIO_TEMP_DIR says, and are deleted as they are read."""
-    import gradio
-    from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse
+def make_server(app: "ASGIApp", limits: Limits) -> "uvicorn.Server":
+    """uvicorn, for an application of `make_app`."""
+    import uvicorn
 
-    app = FastAPI(title="dcris", docs_url=None, redoc_url=None, openapi_url=None)
+    from dcris.web.guard import Connection
 
-    @app.middleware("http")  # type: ignore[untyped-decorator]
-    async def policy(request: Request, proceed: Any) -> Any:
-        response = await proceed(request)
-        response.headers["Content-Security-Policy"] = _POLICY
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=partial(Connection, limits),
+            h11_max_incomplete_event_size=65_536,  # of a request's head: 20 phrases in any script
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,  # anyone can send them
+            server_header=False,
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
 
-    @app.post("/api/segment")  # type: ignore[untyped-decorator]
-    async def segment(request: Request) -> Response:
-        try:
-            answers = await _answer(desk, request)
-        except DcrisError as error:
-            status = 503 if isinstance(error, BusyError) else 413 if isinstance(error, TooLargeError) else 400
-            return JSONResponse({"error": str(error)}, status)
-        return JSONResponse(coco_results(answers, request.query_params.get("name", "")))
 
-    @app.get("/download/{name}/{file}")  # type: ignore[untyped-decorator]
-    def download(name: str, file: str, threshold: float) -> Response:
-        try:
+def make_app(
+    desk: Desk,
+    visits: Visits,
+    examples: Sequence[Path] | None = None,
+    *,
+    hosts: Sequence[str] = (),
+    credentials: Sequence[str] = (),
+) -> "ASGIApp":
+    """The page at / and the API at /api/segment, behind the guard."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Mount, Route
+
+    from dcris.web.guard import Guard, Refused, failure
+
+    limits = desk.limits
+    shown_examples = _examples(desk.segmenter, examples)
+
+    async def api(request: "Request") -> Response:
+        query = request.query_params
+        threshold = _number(query["threshold"]) if "threshold" in query else None
+        phrases = desk.phrases(query.getlist("phrase"))
+        data = await request.body()
+        if not data:
+            raise DcrisError("there is no photograph; send the image file as the body of the request")
+        answers = await desk.ask(data, phrases, query.get("adapters"), threshold)
+        return JSONResponse(coco_results(answers, query.get("name", "")))
+
+    async def view(name: str, threshold: float, **more: str) -> Response:
+        def draw() -> dict[str, str]:
             visit = visits.get(name)
-        except DcrisError as error:
-            return JSONResponse({"error": str(error)}, 404)
-        try:
             answers = visit.at(threshold)
-        except DcrisError as error:
-            return JSONResponse({"error": str(error)}, 400)
-        if file == "masks.zip":
-            content, kind = masks_zip(answers, Path(visit.name).stem), "application/zip"
-        elif file == "coco.json":
-            return JSONResponse(coco_results(answers, visit.name), headers=_attachment(file))
-        else:
-            return JSONResponse({"error": f"there is no {file}; there are masks.zip and coco.json"}, 404)
-        return Response(content, media_type=kind, headers=_attachment(file))
+            return {
+                "photo": name,
+                "picture": _shown(visit, answers),
+                "legend": _legend(answers),
+                "downloads": _downloads(name, threshold) if answers else "",
+            }
 
-    theme = gradio.themes.Default(
-        primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+        return JSONResponse({**await desk.draw(draw), **more})
+
+    async def photograph(request: "Request") -> Response:
+        data, query = await request.body(), request.query_params
+        pixels = await desk.draw(lambda: desk.photograph(data))
+        visits.drop(query.get("old"))
+        return await view(visits.put(Visit(pixels, query.get("name", ""))), desk.segmenter.protocol.threshold)
+
+    async def example(request: "Request") -> Response:
+        question = await _question(request)
+        if not 0 <= question.number < len(shown_examples):
+            raise DcrisError(f"there is no example {question.number}")
+        pixels, file_name, phrases = shown_examples[question.number]
+        visits.drop(question.photo)
+        more = {"text": "\n".join(phrases)} if phrases else {}
+        return await view(visits.put(Visit(pixels, file_name)), desk.segmenter.protocol.threshold, **more)
+
+    async def segment(request: "Request") -> Response:
+        question = await _question(request)
+        if question.photo is None:
+            raise DcrisError("there is no photograph yet; drop one, or choose an example")
+        visit = visits.get(question.photo)
+        phrases = desk.phrases(question.text.splitlines())
+        visit.answers = await desk.ask(visit.pixels, phrases, question.adapters)
+        visits.put(visit, question.photo)  # it is larger now
+        return await view(question.photo, question.threshold)
+
+    async def move(request: "Request") -> Response:
+        question = await _question(request)
+        return await view(question.photo or "", question.threshold)
+
+    async def download(request: "Request") -> Response:
+        visit, file = visits.get(request.path_params["name"]), request.path_params["file"]
+        threshold = _number(request.query_params.get("threshold", ""))
+        headers = {"Content-Disposition": f'attachment; filename="{quote(file)}"'}
+
+        def pack() -> Response:
+            answers = visit.at(threshold)
+            if file == "masks.zip":
+                return Response(masks_zip(answers, visit.stem), media_type="application/zip", headers=headers)
+            return JSONResponse(coco_results(answers, visit.name), headers=headers)
+
+        if file not in _DOWNLOADS:
+            raise ForgottenError(f"there is no {file}; there are {' and '.join(_DOWNLOADS)}")
+        return await desk.draw(pack)
+
+    def failed(request: "Request", error: Exception) -> Response:
+        assert isinstance(error, DcrisError)
+        return failure(error)
+
+    drawn, names = _gradio(make_page(limits, desk.segmenter, shown_examples))
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        """Gradio's page and its scripts, by their exact names: nothing of the request is used but those."""
+        if scope["method"] not in ("GET", "HEAD") or scope["path"] not in names:
+            raise Refused(404, "there is nothing at this address; the page is at / and the API at /api/segment")
+        headers = [each for each in scope["headers"] if each[0] in (b"host", b"accept-encoding", b"if-none-match")]
+        await drawn({**scope, "query_string": b"", "headers": headers}, receive, send)
+
+    posts = {"/api/segment": api, "/page/photograph": photograph}
+    questions = {"/page/example": example, "/page/segment": segment, "/page/move": move}
+    app = Starlette(
+        routes=[
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in (posts | questions).items()),
+            Route("/download/{name}/{file}", download),
+            Mount("/", page),
+        ],
+        exception_handlers={DcrisError: failed},
     )
-    page = make_page(desk, visits, _examples(desk.segmenter, examples))
-    return gradio.mount_gradio_app(
-        app,
-        page,
-        path="/",
-        theme=theme,
-        css=_CSS,
-        max_file_size=desk.limits.upload,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        show_error=True,
-        footer_links=[],
-    )
+    sizes = dict.fromkeys(posts, limits.upload) | dict.fromkeys(questions, limits.question)
+    return Guard(app, sizes, limits, hosts, credentials)
 
 
-def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradio.Blocks":
-    """The page itself. A browser's session holds the name of a visit, and the visit holds everything else."""
+def make_page(limits: Limits, segmenter: Segmenter, examples: Sequence[Example]) -> "gradio.Blocks":
+    """The page itself. Every event is a script that sends a request of our own: Gradio's server calls no function."""
     import gradio
-
-    limits, protocol = desk.limits, desk.segmenter.protocol
-    nobody = _shown(None, [])
-
-    def shown(name: str, threshold: float) -> tuple[str, str, str]:
-        visit = visits.get(name)
-        answers = visit.at(threshold)
-        return _shown(visit, answers), _legend(answers), _downloads(name, threshold) if answers else ""
-
-    def said(error: DcrisError) -> tuple[Any, ...]:
-        text = str(error)
-        return f'<div class="note">{html.escape(text[:1].upper() + text[1:])}</div>', *_skipped(3)
-
-    # Messages are a part of the page: Gradio's own are lost where its queue is not used, and cover the picture.
-    def upload(path: str | None, old: str | None) -> tuple[Any, ...]:
-        if path is None:
-            return gradio.skip(), old, *_skipped(4)
-        try:
-            name = visits.put(Visit(desk.photograph(_take(Path(path), desk)), Path(path).name))
-        except DcrisError as error:
-            return None, old, *said(error)
-        visits.drop(old)
-        return None, name, "", *shown(name, protocol.threshold)
-
-    def example(number: int, old: str | None) -> tuple[Any, ...]:
-        pixels, file_name, phrases = examples[number]
-        visits.drop(old)
-        name = visits.put(Visit(pixels, file_name))
-        return name, "\n".join(phrases) or gradio.skip(), "", *shown(name, protocol.threshold)
-
-    async def segment(
-        name: str | None,
-        text: str,
-        threshold: float,
-        adapters: str | None,
-        progress: Any = gradio.Progress(),  # noqa: B008
-    ) -> tuple[Any, ...]:
-        try:
-            if name is None:
-                raise DcrisError("there is no photograph yet; drop one, or choose an example")
-            visit = visits.get(name)
-            phrases = desk.phrases(text.splitlines())
-            progress(0.1, desc=f"Looking for {len(phrases)} {'phrase' if len(phrases) == 1 else 'phrases'}")
-            visit.answers = await desk.ask(visit.pixels, phrases, adapters)
-            visits.put(visit, name)  # it is larger now
-            return "", *await asyncio.to_thread(shown, name, threshold)
-        except DcrisError as error:
-            return said(error)
-
-    def move(name: str | None, threshold: float) -> tuple[Any, ...]:
-        if name is None:
-            return _skipped(4)
-        try:
-            return "", *shown(name, threshold)
-        except DcrisError as error:
-            return said(error)
 
     with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as page:
         gradio.Markdown("## dcris: segment by phrase")
-        visit = gradio.State(None, delete_callback=visits.drop, time_to_live=limits.kept_seconds)
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=2, min_width=300):
-                file = gradio.File(label=f"Photograph (up to {limits.upload // 10**6} MB)", height=165, elem_id="photo")
-                # Its own way of handing a path over leaves an empty file behind each time.
-                file.preprocess = lambda payload: payload and payload.path
+                photo = gradio.HTML(
+                    html_template=_DROP, js_on_load=_ON_DROP, size=f"{limits.upload // 10**6}", elem_id="photo"
+                )
                 text = gradio.Textbox(
                     label=f"Phrases, one a line (up to {limits.phrases})",
                     placeholder="left slice\nthe red cup",
@@ -252,7 +359,7 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
                     max_lines=limits.phrases,
                     elem_id="phrases",
                 )
-                names = desk.segmenter.adapters
+                names = segmenter.adapters
                 adapters = gradio.Dropdown(
                     list(names), value=names[0], label="Adapters", visible=len(names) > 1, elem_id="adapters"
                 )
@@ -267,75 +374,98 @@ def make_page(desk: Desk, visits: Visits, examples: Sequence[Example]) -> "gradi
                         elem_id="examples",
                     )
             with gradio.Column(scale=5, min_width=420):
-                note = gradio.HTML("", elem_id="note")
-                picture = gradio.HTML(nobody, elem_classes="shown", elem_id="picture")
+                # Handlebars' braces escape what stands in them.
+                note = gradio.HTML(
+                    "",
+                    html_template='{{#if value}}<div class="note" role="alert">{{value}}</div>{{/if}}',
+                    elem_id="note",
+                )
+                picture = gradio.HTML(_shown(None, []), elem_classes="shown", elem_id="picture")
                 slider = gradio.Slider(
                     0.05,
                     0.95,
-                    value=protocol.threshold,
+                    value=segmenter.protocol.threshold,
                     step=0.01,
                     label="Threshold: how sure a pixel has to be",
                     elem_id="threshold",
                 )
                 legend = gradio.HTML("", elem_id="legend")
                 downloads = gradio.HTML("", elem_id="downloads")
-        views = [note, picture, legend, downloads]
-        quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        file.upload(upload, [file, visit], [file, visit, *views], queue=False, api_visibility="private")
+        views: dict[str, Any] = {"fn": None, "outputs": [note, picture, legend, downloads, text]}
+        photo.upload(js="() => dcris.upload()", **views)
+        button.click(
+            js="(text, threshold, adapters) => dcris.ask('page/segment', {text, threshold, adapters})",
+            inputs=[text, slider, adapters],
+            **views,
+        )
+        slider.change(
+            js="(threshold) => dcris.photo ? dcris.ask('page/move', {threshold}) : Array(5).fill(dcris.same)",
+            inputs=[slider],
+            trigger_mode="always_last",
+            **views,
+        )
         if examples:
-            choice.click(example, [choice, visit], [visit, text, *views], **quick)
-        asked: dict[str, Any] = {
-            "fn": segment,
-            "inputs": [visit, text, slider, adapters],
-            "outputs": views,
-            "show_progress_on": picture,
-            "concurrency_limit": None,  # the desk has the queue, and the API stands in it too
-            "api_visibility": "private",
-        }
-        button.click(**asked)
-        slider.change(move, [visit, slider], views, trigger_mode="always_last", **quick)
-    page.queue(max_size=limits.waiting, api_open=False)
+            choice.click(js="(number) => dcris.ask('page/example', {number})", inputs=[choice], **views)
     return page
 
 
-async def _answer(desk: Desk, request: Any) -> list[Prediction]:
-    query: Mapping[str, str] = request.query_params
-    threshold = query.get("threshold")
-    try:
-        wanted = None if threshold is None else float(threshold)
-    except ValueError as error:
-        raise DcrisError(f"the threshold must be a number between 0 and 1, and is {threshold!r}") from error
-    phrases = desk.phrases(request.query_params.getlist("phrase"))
-    with desk.receiving():
-        data = bytearray()
-        async for piece in request.stream():
-            data += piece
-            desk.check_upload(len(data))
-        if not data:
-            raise DcrisError("there is no photograph; send the image file as the body of the request")
-        pixels = await asyncio.to_thread(desk.photograph, bytes(data))
-    return await desk.ask(pixels, phrases, query.get("adapters"), wanted)
-
-
-def _attachment(file: str) -> dict[str, str]:
-    return {"Content-Disposition": f'attachment; filename="{file}"'}
-
-
-def _take(path: Path, desk: Desk) -> bytes:
-    """The bytes of an uploaded file, which is then gone. Gradio gives each a folder of its own."""
-    try:
-        desk.check_upload(path.stat().st_size)
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DcrisError("the upload was lost; drop the photograph once more") from error
-    finally:
-        shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def _skipped(count: int) -> tuple[Any, ...]:
+def _gradio(page: "gradio.Blocks") -> tuple["ASGIApp", frozenset[str]]:
+    """Gradio's application, and the addresses of it that are served."""
     import gradio
+    from fastapi import FastAPI
+    from gradio.routes import BUILD_PATH_LIB, STATIC_PATH_LIB
 
-    return tuple(gradio.skip() for _ in range(count))
+    theme = gradio.themes.Default(
+        primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    )
+    app = gradio.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="/",
+        theme=theme,
+        css=_CSS,
+        head=f"<script>{_SCRIPT}</script>",
+        ssr_mode=False,
+        enable_monitoring=False,
+        run_history=False,
+        pwa=False,
+        mcp_server=False,
+        footer_links=[],
+    )
+    names = {"/", "/theme.css", "/favicon.ico"}
+    for prefix, folder in (("/assets", Path(BUILD_PATH_LIB)), ("/static", Path(STATIC_PATH_LIB))):
+        names |= {f"{prefix}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
+    return app, frozenset(names)
+
+
+async def _question(request: "Request") -> Question:
+    try:
+        return Question.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise DcrisError("the question is malformed; load the page again") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise DcrisError(f"the threshold must be a number between 0 and 1, and is {text!r}") from error
+
+
+def _credentials(given: str | None) -> list[str]:
+    """ "user:password" of each user. Raises DcrisError for what is neither one, nor a file of such lines."""
+    given = given or os.environ.get(AUTH, "")
+    if not given:
+        return []
+    try:
+        found = files.read_text(Path(given), most=100_000).split("\n")
+        where = given
+    except (OSError, ValueError):
+        found, where = [given], "--auth"
+    found = [line.strip() for line in found if line.strip()]
+    if not found or not all(all(line.partition(":")[::2]) for line in found):
+        raise DcrisError(f"{where} must give USER:PASSWORD, or name a file that has such lines only")
+    return found
 
 
 def _examples(segmenter: Segmenter, paths: Sequence[Path] | None) -> list[Example]:
@@ -386,12 +516,14 @@ def _legend(answers: Sequence[Prediction]) -> str:
     return f'<div class="legend">{"".join(rows)}</div>' if rows else ""
 
 
+_DOWNLOADS = {"masks.zip": "Masks (zip of PNGs)", "coco.json": "COCO json"}
+
+
 def _downloads(name: str, threshold: float) -> str:
-    links = (("masks.zip", "Masks (zip of PNGs)"), ("coco.json", "COCO json"))
     return '<div class="downloads">{}</div>'.format(
         "".join(
             f'<a download="{file}" href="download/{name}/{file}?threshold={threshold:g}">{text}</a>'
-            for file, text in links
+            for file, text in _DOWNLOADS.items()
         )
     )
 
@@ -403,7 +535,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DcrisError(
                 f"cannot listen on {host}, port {port} ({reason}); choose another --port or --host"
@@ -411,29 +543,11 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listening
 
 
-@contextmanager
-def _uploads() -> Iterator[Path]:
-    """A folder of our own for what Gradio writes down, which is gone afterwards."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="dcris-web-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if before is not None:
-                os.environ["GRADIO_TEMP_DIR"] = before
-
-
-def _sweep(folder: Path, visits: Visits) -> None:
-    """Forget what nobody asks about any more, and delete uploads that broke off: whatever is complete is read at once."""
+def _sweep(visits: Visits) -> None:
+    """Forget photographs that were kept long enough."""
     while True:
         time.sleep(_SWEEP)
         visits.forget()
-        for path in folder.rglob("*"):
-            with suppress(OSError):  # gone meanwhile
-                if path.is_file() and path.stat().st_mtime < time.time() - _SWEEP:
-                    path.unlink()
 
 
 def _shown_host(host: str) -> str:
