@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from dcris.arguments import kind_of, require
 from dcris.errors import DcrisError
 from dcris.files import read_json
 
@@ -377,8 +378,13 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
     A value is read as JSON where it is JSON (numbers, lists, null, true) and as text otherwise.
     Raises DcrisError naming the key where it is unknown or its value does not fit.
     """
-    tree = config.model_dump()
-    for key, text in settings:
+    tree = require(config, RunConfig, "the configuration").model_dump()
+    if not isinstance(settings, Iterable):
+        raise DcrisError(f"settings are pairs of texts, and not {kind_of(settings)}")
+    for pair in settings:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
+            raise DcrisError(f"a setting is a pair of texts, as in ('train.lr', '0.001'), and not {pair!r}")
+        key, text = pair
         *parents, last = key.split(".")
         node: Any = tree
         for parent in parents:

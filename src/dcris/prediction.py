@@ -3,8 +3,9 @@
 Shape letters: H W pixels of a photograph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dcris.arguments import kind_of, require, require_number
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.masks import encode_mask, mask_box
 from dcris.drawing import COLOURS, Colour, overlay
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import supervision
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
     """What the model answers for one phrase on one photograph."""
 
@@ -36,14 +38,29 @@ class Prediction:
     probabilities: NDArray[np.float32] | None = None
     """[H, W] in 0..1, where they were asked for."""
 
+    def __eq__(self, other: object) -> bool:
+        # Not dataclass's own: == of arrays is an array.
+        if not isinstance(other, Prediction):
+            return NotImplemented
+        plain = (self.phrase, self.score, self.box) == (other.phrase, other.score, other.box)
+        return plain and all(
+            np.array_equal(np.asarray(ours), np.asarray(theirs))
+            for ours, theirs in ((self.mask, other.mask), (self.probabilities, other.probabilities))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
     def decide(
         cls, phrase: str, probabilities: NDArray[np.float32], threshold: float, *, keep: bool = True
     ) -> "Prediction":
         """The answer that probabilities [H, W] give: a pixel is the object's if its probability is greater than the threshold.
 
-        `keep` is whether the answer holds them. Raises DcrisError where the threshold is not between 0 and 1.
+        `keep` is whether the answer holds them. Raises DcrisError where they are no such array or the threshold is not between
+        0 and 1.
         """
+        if not isinstance(probabilities, np.ndarray) or probabilities.ndim != 2 or probabilities.dtype.kind != "f":
+            raise DcrisError(f"probabilities are an array [H, W] of floats, and not {kind_of(probabilities)}")
         mask = probabilities > require_threshold(threshold)
         box = mask_box(mask)
         score = float(probabilities[mask].mean()) if box else 0.0
@@ -76,6 +93,7 @@ class Prediction:
         They run along the pixels' borders, so pycocotools makes the same mask of them again, but with its holes filled, since
         COCO's polygons have none. A `tolerance` in pixels leaves corners out that the outline can do without.
         """
+        require_number(tolerance, 0, "the tolerance")
         # cv2 follows the centres of pixels. Seen at twice the size, the centres of a border's small pixels tell which side
         # of a pixel they are on, and so which of the pixel's borders is meant.
         if self.box is None:
@@ -103,7 +121,14 @@ class Prediction:
 
     def overlay(self, image: ImageLike, colour: Colour = COLOURS[0]) -> Image.Image:
         """The image with the mask shown on it. Raises DcrisError where the image is of another size than the mask."""
-        return Image.fromarray(overlay(self._fitting(image), self.mask, colour))
+        pixels = self._fitting(image)
+        try:
+            valid = len(colour) == 3 and all(0 <= int(value) <= 255 for value in colour)
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise DcrisError(f"a colour is red, green and blue from 0 to 255, as in (255, 122, 0), and not {colour!r}")
+        return Image.fromarray(overlay(pixels, self.mask, colour))
 
     def _fitting(self, image: ImageLike) -> NDArray[np.uint8]:
         pixels = as_pixels(image)
@@ -115,7 +140,7 @@ class Prediction:
         return pixels
 
 
-def to_detections(predictions: Sequence[Prediction]) -> "supervision.Detections":
+def to_detections(predictions: Iterable[Prediction]) -> "supervision.Detections":
     """supervision's Detections, for its annotators, trackers and data sets; what found nothing is left out.
 
     `class_id` is the prediction's place in the sequence, `data["class_name"]` its phrase.
@@ -125,7 +150,10 @@ def to_detections(predictions: Sequence[Prediction]) -> "supervision.Detections"
         import supervision
     except ImportError as error:
         raise DcrisError(f"supervision cannot be imported ({error}); install it: pip install supervision") from error
-    found = [(number, each) for number, each in enumerate(predictions) if each.box is not None]
+    if not isinstance(predictions, Iterable):
+        raise DcrisError(f"predictions are a list of Prediction, and not {kind_of(predictions)}")
+    every = [require(each, Prediction, "each prediction") for each in predictions]
+    found = [(number, each) for number, each in enumerate(every) if each.box is not None]
     if not found:
         return supervision.Detections.empty()
     corners = [[x, y, x + width, y + height] for _, each in found if each.box for x, y, width, height in [each.box]]
@@ -140,9 +168,10 @@ def to_detections(predictions: Sequence[Prediction]) -> "supervision.Detections"
 
 def require_threshold(threshold: float) -> float:
     """The threshold itself. Raises DcrisError where it does not lie between 0 and 1."""
-    if not 0 < threshold < 1:
-        raise DcrisError(f"the threshold must lie between 0 and 1, and is {threshold}")
-    return threshold
+    given: Any = threshold  # whatever a caller passed
+    if not isinstance(given, Real) or not 0 < float(given) < 1:
+        raise DcrisError(f"the threshold must be a number between 0 and 1, and is {given!r}")
+    return float(given)
 
 
 def _without_needless(outline: NDArray[Any]) -> NDArray[Any]:

@@ -178,6 +178,6 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (Cris(
 
 def get_protocol(name: str) -> Protocol:
     """The protocol of that name. Raises DcrisError listing the names there are."""
-    if name not in PROTOCOLS:
+    if not isinstance(name, str) or name not in PROTOCOLS:
         raise DcrisError(f"there is no protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

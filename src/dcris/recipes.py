@@ -387,7 +387,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 def get_recipe(name: str) -> RunConfig:
     """The configuration of that recipe. Raises DcrisError listing the recipes there are."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise DcrisError(
             f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)} (`dcris recipes` describes them)"
         )

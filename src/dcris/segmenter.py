@@ -1,14 +1,16 @@
 """The public Python API: a photograph and phrases in, masks out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast, overload
+from typing import Any, overload
 
 import torch
 
+from dcris.arguments import PathLike, as_path, kind_of, require, require_number
 from dcris.card import Metrics, model_card
 from dcris.config import Precision, RunConfig
 from dcris.data.dataset import normalise, to_square
@@ -37,7 +39,7 @@ from dcris.prediction import Prediction, require_threshold
 from dcris.pretrained import locate
 from dcris.protocols import Cris
 
-Source = str | Path
+Source = PathLike
 """What names a trained model; see Segmenter.from_pretrained."""
 
 Phrases = str | Sequence[str]
@@ -49,7 +51,7 @@ _SHARE_OF_MEMORY = 0.25
 """Of what is free: others want some, too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # compared by identity: tensors have no single answer to ==
 class EncodedImage:
     """What of an image does not depend on the phrase, worked out once by `Segmenter.encode_image`."""
 
@@ -80,8 +82,10 @@ class Segmenter:
         precision: Precision | None = None,
         origin: Origin | None = None,
     ) -> None:
+        require(model, DCRIS, "the model")
+        require(config, RunConfig, "the configuration")
         self.device = choose_device(device)
-        self.dtype = choose_precision(precision or config.train.precision, self.device)
+        self.dtype = choose_precision(config.train.precision if precision is None else precision, self.device)
         self.model = model.to(self.device).eval()
         self.config = config
         self.origin: Origin = origin or {}
@@ -113,9 +117,17 @@ class Segmenter:
         Raises DcrisError where there is no such model, it cannot be fetched or used, its towers are not those it was trained
         on, or one of several has other towers than the first.
         """
-        if isinstance(source, str | Path):
+        chosen = choose_device(device)  # before anything is fetched
+        if precision is not None:
+            choose_precision(precision, chosen)
+        if isinstance(source, Mapping):
+            named: list[tuple[str | None, Source]] = [
+                (require(name, str, "the name of each model"), each) for name, each in source.items()
+            ]
+        elif isinstance(source, Iterable) and not isinstance(source, str | bytes | os.PathLike):
+            named = [(None, each) for each in source]
+        else:
             return cls._one(source, device, precision)
-        named = list(source.items()) if isinstance(source, Mapping) else [(None, each) for each in source]
         if not named:
             raise DcrisError("no model was given to load")
         segmenter = cls._one(named[0][1], device, precision)
@@ -127,7 +139,7 @@ class Segmenter:
 
     @classmethod
     def _one(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
-        path = find_checkpoint(locate(source))
+        path = find_checkpoint(locate(_source(source)))
         model, config = load_checkpoint(path)
         return cls(model, config, device=device, precision=precision, origin=read_origin(path))
 
@@ -145,12 +157,12 @@ class Segmenter:
 
         Raises DcrisError as from_pretrained does, where the name is taken, and where they were trained on other towers.
         """
-        self._add(name, source)
+        self._add(require(name, str, "the name of the adapters"), source)
 
     def _add(self, name: str | None, source: Source) -> None:
         if name in self._sets:
             raise DcrisError(f"there are adapters {name!r} already; choose another name")
-        model, config = load_adapters(locate(source, towers=False), self.model, self._towers)
+        model, config = load_adapters(locate(_source(source), towers=False), self.model, self._towers)
         name = name or config.data.dataset
         if name in self._sets:
             raise DcrisError(f"two of the models were trained on {name}; give a dict, with a name for each")
@@ -175,7 +187,7 @@ class Segmenter:
 
     def save_pretrained(
         self,
-        path: str | Path,
+        path: PathLike,
         *,
         half: bool = False,
         bundle: bool = False,
@@ -198,7 +210,7 @@ class Segmenter:
 
         Returns the path. Raises DcrisError where it exists or cannot be written.
         """
-        path = Path(path)
+        path = as_path(path, "the place to save to")
         bundle = bundle or path.suffix == ".safetensors"
         if bundle and path.suffix != ".safetensors":
             raise DcrisError(f"a bundle is one file whose name ends in .safetensors, and {path} does not")
@@ -226,6 +238,8 @@ class Segmenter:
 
         Raises DcrisError where the Hub cannot be reached, or the token of `hf auth login` may not write there.
         """
+        require(repo, str, "the repository")
+        require(message, str, "the message")
         with TemporaryDirectory() as folder:
             made = Path(folder) / "model"
             self._write(made, repo, half, towers, metrics, licence)
@@ -242,7 +256,17 @@ class Segmenter:
     ) -> None:
         if towers is None:
             towers = not all(can_be_had(tower) for tower in (self.model.vision, self.model.text))
-        rows = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+        if not isinstance(metrics, dict | list | tuple):
+            raise DcrisError(
+                f"metrics are what `dcris evaluate --out` wrote, or a list of those, and not {kind_of(metrics)}"
+            )
+        rows = (
+            [metrics]
+            if isinstance(metrics, Mapping)
+            else [require(row, dict, "each of the metrics") for row in metrics]
+        )
+        if licence is not None:
+            require(licence, str, "the licence")
         card = model_card(self.config, self._towers, name=name, origin=self.origin, metrics=rows, licence=licence)
         save_model(
             path, self.model, self._towers, self.config, with_towers=towers, half=half, origin=self.origin, card=card
@@ -302,16 +326,18 @@ class Segmenter:
         no such adapters.
         """
         name, threshold = self._check(adapters, threshold)
+        if memory is not None:
+            memory = require_number(memory, 0, "the memory")
+        asked = _listed(phrases)
         if not isinstance(image, list):
-            wanted = _phrases(cast(Phrases, phrases))
-            (answers,) = self._predict([image], [wanted], name, threshold, scores, memory)
+            (answers,) = self._predict([image], [_phrases(asked)], name, threshold, scores, memory)
             return answers
-        if isinstance(phrases, str) or all(isinstance(phrase, str) for phrase in phrases):
-            wanted = _phrases(cast(Phrases, phrases))
+        if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in asked):
+            wanted = _phrases(asked)
             return self._predict(image, [wanted] * len(image), name, threshold, scores, memory)
-        if len(phrases) != len(image):
-            raise DcrisError(f"there are phrases for {len(phrases)} images, and {len(image)} images; give as many")
-        return self._predict(image, [_phrases(each) for each in phrases], name, threshold, scores, memory)
+        if len(asked) != len(image):
+            raise DcrisError(f"there are phrases for {len(asked)} images, and {len(image)} images; give as many")
+        return self._predict(image, [_phrases(_listed(each)) for each in asked], name, threshold, scores, memory)
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
@@ -333,8 +359,9 @@ class Segmenter:
 
         Args and errors: as of `predict`.
         """
+        require(encoded, EncodedImage, "the encoded image")
         _, threshold = self._check(encoded.adapters, threshold)
-        wanted = _phrases(phrases)
+        wanted = _phrases(_listed(phrases))
         pairs = [(0, number) for number in range(len(wanted))]
         return list(
             self._finish(encoded._state, [encoded._fit], wanted, pairs, encoded.adapters, threshold, scores, None)
@@ -343,7 +370,7 @@ class Segmenter:
     def _check(self, adapters: str | None, threshold: float | None) -> tuple[str, float]:
         sets = self._sets
         name = next(iter(sets)) if adapters is None else adapters
-        if name not in sets:
+        if not isinstance(name, str) or name not in sets:
             raise DcrisError(f"there are no adapters {adapters!r}; there are {', '.join(sets)}")
         return name, self.protocol.threshold if threshold is None else require_threshold(threshold)
 
@@ -412,11 +439,25 @@ class Segmenter:
     def _at_once(self, model: DCRIS, config: RunConfig, memory: float | None) -> int:
         """Pairs of an image and a phrase for which a pass through the network stays within the memory."""
         budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
-        return int(min(_AT_MOST, max(1, budget // _bytes_per_pair(model, config))))
+        return int(min(_AT_MOST, max(1, budget / _bytes_per_pair(model, config))))
 
 
-def _phrases(phrases: Phrases) -> list[str]:
-    return [require_phrase(phrase) for phrase in ([phrases] if isinstance(phrases, str) else phrases)]
+def _source(source: Source) -> str | Path:
+    """A str, which may be a name, stays one."""
+    return source if isinstance(source, str) else as_path(source, "a model")
+
+
+def _listed(phrases: Any) -> list[Any]:
+    """A phrase or several as a list."""
+    if isinstance(phrases, str):
+        return [phrases]
+    if not isinstance(phrases, Iterable) or isinstance(phrases, bytes):
+        raise DcrisError(f"phrases are a str or a list of str, and not {kind_of(phrases)}")
+    return list(phrases)
+
+
+def _phrases(phrases: Iterable[Any]) -> list[str]:
+    return [require_phrase(phrase) for phrase in phrases]
 
 
 def _bytes_per_pair(model: DCRIS, config: RunConfig) -> int:

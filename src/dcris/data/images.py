@@ -8,6 +8,7 @@ What a file costs is bounded before it is decoded, because a file of a few kilob
 
 import io
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from dcris.arguments import PathLike, as_path
 from dcris.errors import DcrisError
 from dcris.files import open_regular
 
@@ -191,14 +193,14 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
     return (values > threshold).astype(np.uint8)
 
 
-ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+ImageLike = PathLike | Image.Image | NDArray[np.uint8]
 """A path, a PIL image of any mode, or pixels of uint8: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]."""
 
 
 def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
     """Whatever people have as an image, as [H, W, 3] uint8 RGB. Raises DcrisError where it cannot be read, or is none."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
+    if isinstance(image, str | os.PathLike):
+        return read_image(as_path(image, "an image"))
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not isinstance(image, np.ndarray):

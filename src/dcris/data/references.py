@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from dcris.arguments import PathLike, as_path, require, require_number
 from dcris.data.jsonl import is_jsonl, load_jsonl
 from dcris.data.mixing import load_mixture, parse_mixture
 from dcris.data.parquet import SPLIT_BY, find_parquet, load_parquet
@@ -17,7 +18,7 @@ from dcris.types import SoftMask
 
 
 def load_references(
-    root: Path,
+    root: PathLike,
     dataset: str | None,
     split_by: str | None = None,
     complain: Complain | None = None,
@@ -35,12 +36,20 @@ def load_references(
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field; what is wrong
     with a single reference goes to `complain`, where that is given.
     """
-    with _no_collection():
-        table = _load(root, dataset, split_by, complain)
+    place = as_path(root, "the data set's place")
+    for value, what in ((dataset, "the data set's name"), (split_by, "split_by")):
+        if value is not None and "\0" in require(value, str, what):
+            raise DcrisError(f"{what} has to be a name, and is {value!r}")
+    try:
+        with _no_collection():
+            table = _load(place, dataset, split_by, complain)
+    except OSError as error:  # what no reader foresees, such as names that are too long
+        raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
     if mask_threshold is None:
         return table
+    threshold = require_number(mask_threshold, 0, "the mask threshold")
     references = (
-        replace(reference, segmentation=SoftMask(reference.segmentation, mask_threshold))
+        replace(reference, segmentation=SoftMask(reference.segmentation, threshold))
         if isinstance(reference.segmentation, Path)
         else reference
         for reference in table.references

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dcris.arguments import kind_of
 from dcris.config import TextConfig
 from dcris.errors import DcrisError
 from dcris.hub import fetch
@@ -76,9 +77,11 @@ def _unescape(text: str) -> str:
 def require_phrase(text: str) -> str:
     """Return `text` as it was given.
 
-    Raises DcrisError where cleaning leaves nothing of it, as no object would be meant, and where it is not UTF-8: the command
-    line may hold any bytes, and a result file may not.
+    Raises DcrisError where it is no text, where cleaning leaves nothing of it, as no object would be meant, and where it is not
+    UTF-8: the command line may hold any bytes, and a result file may not.
     """
+    if not isinstance(text, str):
+        raise DcrisError(f"a phrase is text (str), and this one is {kind_of(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcris.adapters.base import trained_state
+from dcris.arguments import PathLike, as_path
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
@@ -379,13 +380,13 @@ def find_checkpoint(path: Path) -> Path:
     raise DcrisError(f"{path} holds no checkpoint: neither {_MODEL} nor checkpoints/step-* is in it")
 
 
-def load_checkpoint(path: Path) -> tuple[DCRIS, RunConfig]:
+def load_checkpoint(path: PathLike) -> tuple[DCRIS, RunConfig]:
     """Build the model of a checkpoint directory, a run or a bundle, towers and all, on the CPU in evaluation mode.
 
     Raises DcrisError where a file is missing, cut short or of another model, or where the frozen towers are not those that
     the adapters were trained on.
     """
-    path = find_checkpoint(path)
+    path = find_checkpoint(as_path(path, "the checkpoint"))
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     with torch.device("meta"):  # names and shapes without memory

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -13,13 +14,13 @@ from dcris.errors import DcrisError
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str | torch.device = "auto") -> torch.device:
     """ "auto" is the first GPU, or else the CPU. Raises DcrisError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DcrisError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise DcrisError(f"dcris runs on cpu and cuda, not on {name!r}")
@@ -29,7 +30,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device multiplies it in hardware, or else float32."""
+    """ "auto" is bfloat16 where the device multiplies it in hardware, or else float32. Raises DcrisError for another name."""
+    if not isinstance(precision, str) or precision not in get_args(Precision):
+        raise DcrisError(f"there is no precision {precision!r}; use {', '.join(get_args(Precision))}")
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":

@@ -17,8 +17,9 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import fingerprint
-from dcris.engine.device import autocast, choose_precision
+from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.engine.distributed import Processes
+from dcris.errors import DcrisError
 from dcris.metrics import Overlap, overlap_curve, summarise
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import prepare_for_prediction
@@ -56,7 +57,7 @@ def answer_questions(
     config: RunConfig,
     protocol: Protocol,
     *,
-    device: torch.device,
+    device: str | torch.device,
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
     share: tuple[int, int] = (0, 1),
@@ -82,7 +83,9 @@ def answer_questions(
 
     Raises DcrisError where a photograph or mask cannot be read.
     """
-    done = 0
+    device, done = choose_device(device), 0
+    if not (isinstance(batch_size, int) and batch_size > 0):
+        raise DcrisError(f"the batch size is {batch_size!r}; it has to be a whole number of 1 or more")
     dtype = dtype or choose_precision(config.train.precision, device)
     model = prepare_for_prediction(model, dtype)
     tasks = ImageTasks(questions, config.data, tokenizer_of(config.model.text), protocol.fit, share)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dcris.adapters.base import trained_state
+from dcris.arguments import PathLike, as_path, require
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
@@ -48,7 +49,7 @@ from dcris.engine.checkpoint import (
     score_checkpoint,
     sound_checkpoints,
 )
-from dcris.engine.device import autocast, choose_precision
+from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.engine.distributed import Processes, divide_batch, shard_towers, synchronise_batch_norm
 from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
@@ -93,7 +94,7 @@ def build_model(config: RunConfig) -> DCRIS:
 
     Raises DcrisError where those cannot be had.
     """
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(require(config, RunConfig, "the configuration").train.seed)
     model = DCRIS(config.model)
     load_towers(model.vision, model.text, config.model)
     return model
@@ -121,9 +122,9 @@ def train(
     config: RunConfig,
     table: ReferenceTable,
     tokenizer: Tokenizer,
-    out: Path,
+    out: PathLike,
     *,
-    device: torch.device,
+    device: str | torch.device,
     resume: bool = False,
     say: Callable[[str], None] = print,
     group: Processes = _ALONE,
@@ -151,6 +152,9 @@ def train(
     no longer a number; Interrupted after Ctrl-C or SIGTERM, with a
     checkpoint written.
     """
+    require(config, RunConfig, "the configuration")
+    require(table, ReferenceTable, "the table of references")
+    out, device = as_path(out, "the run's directory"), choose_device(device)
     with ExitStack() as held:
         # Until the monitor is let go, too: what a tracker still has to send, a second Ctrl-C may break off.
         pending = held.enter_context(_signals())

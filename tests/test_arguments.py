@@ -1,0 +1,218 @@
+"""The Python API's arguments: what another program passes by mistake is one sentence, never an error from deep inside."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcris import Prediction, Segmenter, to_detections
+from dcris.config import RunConfig, override
+from dcris.data.dataset import all_questions
+from dcris.data.references import load_references
+from dcris.engine.checkpoint import load_checkpoint
+from dcris.engine.evaluate import answer_questions
+from dcris.engine.train import build_model, train
+from dcris.errors import DcrisError
+from dcris.protocols import get_protocol
+from dcris.recipes import get_recipe
+
+IMAGE = np.zeros((20, 30, 3), np.uint8)
+
+
+class Place:
+    """A path of another library's, as `os.PathLike` allows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@pytest.fixture(scope="module")
+def segmenter(trained_run: Path) -> Segmenter:
+    return Segmenter.from_pretrained(trained_run, device="cpu")
+
+
+WRONG_IMAGES = [
+    None,
+    5,
+    b"photo.jpg",
+    "a\0b",
+    "a" * 5000,
+    (IMAGE,),
+    torch.zeros(3, 20, 30, dtype=torch.uint8),
+    IMAGE.astype(np.float32),
+    IMAGE.astype(bool),
+    np.zeros((3, 20, 30), np.uint8),
+    np.zeros((20, 30, 5), np.uint8),
+    np.zeros((0, 30, 3), np.uint8),
+    np.zeros((1, 20, 30, 3), np.uint8),
+    np.uint8(3),
+]
+
+Call = Callable[[Segmenter], Any]
+
+CALLS: dict[str, Call] = {
+    **{
+        f"phrases {phrases!r}": lambda s, phrases=phrases: s.predict(IMAGE, phrases)
+        for phrases in (None, 5, b"cup", [3], [None], ["a", None], [["a"]], "", [" "], [np.nan], [b"cup"])
+    },
+    **{
+        f"phrases of images {phrases!r}": lambda s, phrases=phrases: s.predict([IMAGE, IMAGE], phrases)
+        for phrases in (None, [3], [["a"]], [["a"], None], [["a"], [5]], [["a"], [""]])
+    },
+    **{f"image {number}": lambda s, image=image: s.predict(image, "a") for number, image in enumerate(WRONG_IMAGES)},
+    **{f"images {n}": lambda s, image=image: s.predict([IMAGE, image], "a") for n, image in enumerate(WRONG_IMAGES)},
+    **{f"encode {number}": lambda s, image=image: s.encode_image(image) for number, image in enumerate(WRONG_IMAGES)},
+    "encode a list": lambda s: s.encode_image([IMAGE]),
+    **{
+        f"threshold {value!r}": lambda s, value=value: s.predict(IMAGE, "a", threshold=value)
+        for value in (float("nan"), -1, 0, 1, True, "0.5", [0.5], 1j, np.zeros(3))
+    },
+    **{
+        f"memory {value!r}": lambda s, value=value: s.predict(IMAGE, "a", memory=value)
+        for value in (-1, float("nan"), "1 GB", [1])
+    },
+    **{
+        f"adapters {value!r}": lambda s, value=value: s.predict(IMAGE, "a", adapters=value)
+        for value in ("other", 5, ["scenes"], "")
+    },
+    "segment None": lambda s: s.segment(None, "a"),
+    "segment an image": lambda s: s.segment(IMAGE, "a"),
+    "segment no phrase": lambda s: s.segment(s.encode_image(IMAGE), None),
+    "segment by nan": lambda s: s.segment(s.encode_image(IMAGE), "a", threshold=float("nan")),
+    **{
+        f"from_pretrained {source!r}": lambda s, source=source: Segmenter.from_pretrained(source)
+        for source in (None, 5, b"run", [], {}, [None], {"a": 5}, {5: "a"}, "a\0b", "", ["a\0b"])
+    },
+    **{
+        f"device {device!r}": lambda s, device=device: Segmenter(s.model, s.config, device=device)
+        for device in ("nonsense", None, "", "cuda:99", "cuda:-1", "mps", 5.0, [])
+    },
+    **{
+        f"precision {value!r}": lambda s, value=value: Segmenter(s.model, s.config, device="cpu", precision=value)
+        for value in ("nonsense", "float16", torch.float32, 16, [])
+    },
+    "no model": lambda s: Segmenter(None, s.config),
+    "no configuration": lambda s: Segmenter(s.model, None),
+    "adapters without a name": lambda s: s.add_adapters(None, "run"),
+    "adapters of nothing": lambda s: s.add_adapters("b", None),
+    "save nowhere": lambda s: s.save_pretrained(None),
+    "save over a file": lambda s: s.save_pretrained(__file__),
+    "save a bundle as .zip": lambda s: s.save_pretrained("x.zip", bundle=True),
+    "metrics 5": lambda s: s.save_pretrained("not/written", metrics=5),
+    "metrics of text": lambda s: s.save_pretrained("not/written", metrics=["a"]),
+    "licence 5": lambda s: s.save_pretrained("not/written", licence=5),
+    "push nowhere": lambda s: s.push_to_hub(None),
+    "detections None": lambda s: to_detections(None),
+    "detections of masks": lambda s: to_detections([np.zeros((3, 3), bool)]),
+    "probabilities None": lambda s: Prediction.decide("a", None, 0.5),
+    "probabilities in a line": lambda s: Prediction.decide("a", np.zeros(3, np.float32), 0.5),
+    "tolerance nan": lambda s: found().polygons(float("nan")),
+    "tolerance text": lambda s: found().polygons("1"),
+    "tolerance -1": lambda s: found().polygons(-1),
+    "no probabilities": lambda s: found().with_threshold(0.5),
+    "overlay on None": lambda s: found().overlay(None),
+    "overlay on another": lambda s: found().overlay(IMAGE),
+    **{
+        f"colour {value!r}": lambda s, value=value: found().overlay(IMAGE[:3, :3], value)
+        for value in ("red", None, 5, (1, 2), (1, 2, 300), (1, 2, "x"), (1, 2, float("nan")))
+    },
+    "cutout of None": lambda s: found().cutout(None),
+    **{
+        f"load_references {root!r}": lambda s, root=root: load_references(root, "scenes")
+        for root in (None, 5, b"data", "a\0b", ["a"], "a" * 5000)
+    },
+    **{
+        f"dataset {name!r}": lambda s, name=name: load_references("data", name)
+        for name in (None, 5, b"scenes", "a\0b", ["scenes"], "a" * 5000)
+    },
+    "split_by 5": lambda s: load_references("data", "scenes", 5),
+    **{f"recipe {name!r}": lambda s, name=name: get_recipe(name) for name in (None, 5, [], "nonsense")},
+    **{f"protocol {name!r}": lambda s, name=name: get_protocol(name) for name in (None, 5, [], "nonsense")},
+    **{
+        f"settings {value!r}": lambda s, value=value: override(s.config, value)
+        for value in (None, 5, "ab", ["ab"], [("train.lr",)], [("train.lr", 5)], [(5, "5")], {"train.lr": "5"})
+    },
+    "override None": lambda s: override(None, []),
+    **{
+        f"checkpoint {path!r}": lambda s, path=path: load_checkpoint(path) for path in (None, 5, b"x", "a\0b", "", "no")
+    },
+    "build None": lambda s: build_model(None),
+    "train None": lambda s: train(s.model, None, None, s.tokenizer, "out", device="cpu"),
+    "train on None": lambda s: train(s.model, s.config, None, s.tokenizer, "out", device="cpu"),
+}
+
+
+def found() -> Prediction:
+    return Prediction("a", np.eye(3, dtype=bool), 0.5, (0, 0, 3, 3))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=[key[:40].replace("\0", "NUL") for key in CALLS])
+def test_a_wrong_argument_is_one_sentence(
+    segmenter: Segmenter, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service shows DcrisError to whoever sent the request; anything else is a failure of the service."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DcrisError) as caught:
+        call(segmenter)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_are_what_python_takes_as_paths(
+    segmenter: Segmenter, trained_run: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    """str, Path and any other os.PathLike name the same file."""
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    expected = segmenter.predict(IMAGE, "a cup")
+    table = load_references(scenes_root, "scenes")
+    for kind in (str, Path, Place):
+        assert segmenter.predict(kind(tmp_path / "photo.png"), "a cup") == expected
+        assert segmenter.predict([kind(tmp_path / "photo.png")], ["a cup"]) == [expected]
+        assert load_references(kind(scenes_root), "scenes") == table
+        assert Segmenter.from_pretrained(kind(trained_run), device="cpu").predict(IMAGE, "a cup") == expected
+        saved = segmenter.save_pretrained(kind(tmp_path / f"saved-{kind.__name__}"))
+        assert load_checkpoint(kind(saved))[1] == segmenter.config
+
+
+def test_phrases_are_what_python_takes_as_lists(segmenter: Segmenter) -> None:
+    """Of arrays, tuples and generators, the answers are those to the list."""
+    expected = segmenter.predict(IMAGE, ["a cup", "red"])
+    for phrases in (("a cup", "red"), np.array(["a cup", "red"]), (text for text in ("a cup", "red"))):
+        assert segmenter.predict(IMAGE, phrases) == expected
+    assert segmenter.predict([IMAGE] * 2, (text for text in ("a cup", "red"))) == [expected] * 2
+    assert segmenter.predict([IMAGE] * 2, iter([["a cup", "red"], ("a cup", "red")])) == [expected] * 2
+    assert segmenter.predict(IMAGE, "red", threshold=np.float32(0.35)) == segmenter.predict(IMAGE, "red")
+    assert segmenter.predict(IMAGE, "red", memory=float("inf")) == segmenter.predict(IMAGE, "red")
+    assert segmenter.predict(IMAGE, []) == segmenter.predict([], "a") == []
+
+
+def test_predictions_are_compared(segmenter: Segmenter) -> None:
+    """`prediction == other` says whether they are the same answer, as of any other value."""
+    for scores in (False, True):
+        (answer,) = segmenter.predict(IMAGE, "a cup", scores=scores)
+        assert answer == copy.deepcopy(answer)
+        assert answer in [copy.deepcopy(answer)]
+        assert answer != segmenter.predict(IMAGE, "red", scores=scores)[0]
+        assert answer != segmenter.predict(IMAGE, "a cup", scores=not scores)[0]
+        assert answer != "a cup"
+    assert found() != Prediction("a", ~np.eye(3, dtype=bool), 0.5, (0, 0, 3, 3))
+    encoded = segmenter.encode_image(IMAGE)
+    assert encoded == encoded
+    assert encoded != segmenter.encode_image(IMAGE)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, None, "8"])
+def test_batches_of_no_photograph(segmenter: Segmenter, scenes_root: Path, batch_size: Any) -> None:
+    questions = all_questions(load_references(scenes_root, "scenes").split("test")[:1])
+    model, config = segmenter.model, RunConfig.model_validate(segmenter.config)
+    with pytest.raises(DcrisError, match="batch size"):
+        list(answer_questions(model, questions, config, segmenter.protocol, device="cpu", batch_size=batch_size))
