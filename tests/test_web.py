@@ -59,7 +59,7 @@ def test_what_may_be_asked(segmenter: Segmenter) -> None:
     for data, message in (
         (b"GIF89a but no more", "cannot read the image"),
         (b"", "empty"),
-        (b"<svg></svg>" * 5, "not a JPEG"),
+        (b"<svg></svg>" * 5, "not an image"),
         (picture(101, 100, "JPEG"), "101 x 100 pixels, and 1 to 10,000"),
     ):
         with pytest.raises(DcrisError, match=message):
@@ -245,7 +245,7 @@ def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: P
 @pytest.mark.parametrize(
     ("data", "query", "status", "message"),
     [
-        (b"no image at all" * 9, {"phrase": "left"}, 400, "not a JPEG"),
+        (b"no image at all" * 9, {"phrase": "left"}, 400, "not an image"),
         (b"", {"phrase": "left"}, 400, "no photograph"),
         (picture(), {}, 400, "no phrase"),
         (picture(), {"phrase": ["a"] * 21}, 400, "up to 20"),
