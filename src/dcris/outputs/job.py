@@ -158,7 +158,10 @@ class Job:
                 yield event
             failed = list(chain.from_iterable(self.group.gather(failed)))
             if self.group.first:
-                yield from self._finish_videos({event.task.name for event in failed})
+                for drawn in self._finish_videos({event.task.name for event in failed}):
+                    if isinstance(drawn, Failed):
+                        failed.append(drawn)
+                    yield drawn
         finally:  # also after a full disk or Ctrl-C: what is done is done
             self._journal.close()
             if self.group.first:
@@ -275,8 +278,8 @@ class Job:
         self._note(task, task.name if frame is None else _frame_name(task, frame.index), **entry)
         return Done(task, None if frame is None else frame.index, answers)
 
-    def _finish_videos(self, failed: set[str]) -> Iterator[Written]:
-        """Draw the videos whose frames are all answered, as far as they could be read."""
+    def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
+        """Draw the videos whose frames are all answered, as far as they could be read. One that fails stops no other."""
         if not self.videos:
             return
         frames: dict[str, dict[int, Entry]] = {task.name: {} for task in self.videos}
@@ -291,7 +294,11 @@ class Job:
                     return _masks(entries[index]) if index in entries else None
 
                 path = self._overlay_path(task)
-                codec = write_overlay(task.path, path, masks, max(entries), self.every)
+                try:
+                    codec = write_overlay(task.path, path, masks, max(entries), self.every)
+                except DcrisError as error:
+                    yield Failed(task, str(error))
+                    continue
                 yield Written(path, f"{len(entries)} frames, {codec}")
             if task.name not in failed:
                 self._note(task, _end(task), frames=self._chosen[task.name])

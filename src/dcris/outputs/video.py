@@ -1,14 +1,16 @@
 """Videos: their frames as pixels, and a video with masks drawn on it.
 
-PyAV reads them, since it raises where a file is broken; cv2 answers with one frame less and no word of it.
+PyAV reads them, since it raises where a file is broken; cv2 returns one frame less without an error. FFmpeg never gets a name:
+it would take one such as "http:host/a.mp4" for an address, and the entries of a playlist for further files.
 """
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,29 @@ from numpy.typing import NDArray
 from dcris.data.images import refuse_shape
 from dcris.drawing import COLOURS, overlay
 from dcris.errors import DcrisError
-from dcris.files import write_file
+from dcris.files import open_regular, write_file
 from dcris.types import MaskArray
+
+_DEMUXERS = {
+    "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),
+    "matroska": (".mkv", ".webm"),
+    "avi": (".avi", ".divx"),
+    "mpegts": (".ts", ".mts", ".m2ts", ".m2t"),
+    "mpeg": (".mpg", ".mpeg", ".mpe", ".vob"),
+    "mpegvideo": (".m1v", ".m2v"),
+    "asf": (".wmv", ".asf"),
+    "flv": (".flv",),
+    "ogg": (".ogv",),
+    "mxf": (".mxf",),
+    "ivf": (".ivf",),
+    "dv": (".dv",),
+    "h264": (".h264", ".264"),
+    "hevc": (".hevc", ".h265", ".265"),
+}
+"""FFmpeg's names of the containers that are read, and how their files end. Among its hundreds of others are playlists (hls,
+concat, sdp), which would read further files and hosts."""
+
+VIDEO_ENDINGS = frozenset(ending for endings in _DEMUXERS.values() for ending in endings)
 
 _ENCODERS = {
     "libx264": {"crf": "18", "preset": "veryfast"},
@@ -37,17 +60,19 @@ class Frame:
     index: int
     """Its number in the video, from 0."""
     time: float | None
-    """Seconds from the start."""
+    """Seconds from the start of the stream."""
     pixels: NDArray[np.uint8]
-    """[H, W, 3] RGB, turned as the camera was held."""
+    """[H, W, 3] RGB, turned and mirrored as the file says."""
 
 
 def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Frame]:
     """Every `every`-th frame of a video, from the first on, where its index is wanted.
 
-    Raises DcrisError where PyAV is not installed or the file is no video, and, after the frames that are whole, where it is
-    damaged or cut short. Only a transport stream (.ts) may end early in silence, as it does not say how long it is.
+    Raises DcrisError where PyAV is not installed, the file is no video or changes its size, and, after the frames that are
+    whole, where it is damaged or cut short. Only a transport stream (.ts) may end early without an error, as it does not say
+    how long it is.
     """
+    _require_one_size(path)
     for frame in _decoded(path):
         if frame.index % every == 0 and wanted(frame.index):
             yield Frame(frame.index, frame.time, _upright(frame.data))
@@ -73,7 +98,7 @@ def write_overlay(
         raise DcrisError("this build of PyAV can write neither H.264 nor MPEG-4; choose other formats than overlay")
 
     def fill(path: Path) -> None:
-        with av.open(str(path), "w", format="mp4") as output:
+        with path.open("wb") as file, av.open(file, "w", format="mp4") as output:
             stream: Any = None
             for frame in _decoded(source):
                 if frame.index > last:
@@ -83,8 +108,6 @@ def write_overlay(
                     continue
                 pixels = _upright(frame.data)
                 for number, mask in enumerate(drawn):
-                    if mask.shape != pixels.shape[:2]:
-                        raise DcrisError(f"the video {source} changes its size at frame {frame.index}")
                     pixels = overlay(pixels, mask, COLOURS[number % len(COLOURS)])
                 # 4:2:0 halves both sides, so they have to be even.
                 height, width = pixels.shape[:2]
@@ -93,8 +116,6 @@ def write_overlay(
                     stream = output.add_stream(encoder, rate=frame.rate / every, options=_ENCODERS[encoder])
                     stream.height, stream.width, stream.pix_fmt = *pixels.shape[:2], "yuv420p"
                     stream.codec_context.time_base = frame.base
-                elif (stream.height, stream.width) != pixels.shape[:2]:
-                    raise DcrisError(f"the video {source} changes its size at frame {frame.index}")
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 picture.pts, picture.time_base = frame.ticks, frame.base
                 output.mux(stream.encode(picture))
@@ -123,18 +144,36 @@ class _Decoded:
     """PyAV's frame."""
 
 
+def _require_one_size(path: Path) -> None:
+    """Raise DcrisError where the key frames of a video have several sizes, before anything is made of its first frames."""
+    with _opened(path) as (container, stream):
+        stream.codec_context.skip_frame = "NONKEY"
+        size = None
+        with suppress(_av().FFmpegError):  # reported by the pass that decodes all frames
+            for frame in container.decode(stream):
+                size = _same_size(path, frame, size)
+
+
+def _same_size(path: Path, frame: Any, size: tuple[int, ...] | None) -> tuple[int, ...]:
+    found = frame.width, frame.height, *_matrix(frame)
+    if size is None or found == size:
+        return found
+    raise DcrisError(
+        f"the video {path} changes its size or orientation, from {size[0]} x {size[1]} to {found[0]} x {found[1]} pixels; "
+        "export it with one size"
+    )
+
+
 def _decoded(path: Path) -> Iterator[_Decoded]:
     av = _av()
-    with _opened(path) as container:
-        if not container.streams.video:
-            raise DcrisError(f"{path} holds no video")
-        stream = container.streams.video[0]
-        refuse_shape(stream.codec_context.height, stream.codec_context.width)
+    with _opened(path) as (container, stream):
         # Not by frame: FFmpeg 8's threads then wait for each other for ever after an error, when the decoder is closed.
         stream.thread_type = "SLICE"
         stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        start = stream.start_time  # of a recorded broadcast, the hour of the day
         index, before, end = 0, -1, 0.0
+        size = None
         frames = container.decode(stream)
         while True:
             try:
@@ -148,16 +187,17 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
                 ) from error
             if frame.is_corrupt:
                 raise DcrisError(f"the video {path} is damaged at frame {index}; fetch or export it again")
-            known = frame.pts is not None and frame.pts > before
+            size = _same_size(path, frame, size)
+            ticks, time = -1, None
+            if frame.pts is not None:
+                start = frame.pts if start is None else start
+                ticks = frame.pts - start
+                time = round(float(ticks * stream.time_base), 6)
             # Files without times of their own (raw streams, some .avi) are played at their rate.
-            ticks = frame.pts if known else max(before + 1, round(index / rate / stream.time_base))
-            time = None if frame.time is None else round(float(frame.time), 6)
+            if ticks <= before:
+                ticks = max(before + 1, round(index / rate / stream.time_base))
             yield _Decoded(index, time, ticks, stream.time_base, rate, frame)
-            index, before, end = (
-                index + 1,
-                ticks,
-                float((ticks - (stream.start_time or 0)) * stream.time_base + 1 / rate),
-            )
+            index, before, end = index + 1, ticks, float(ticks * stream.time_base + 1 / rate)
         length = _seconds(stream)
         if length is not None and end < length - _MISSING_SECONDS:
             raise DcrisError(
@@ -178,22 +218,54 @@ def _seconds(stream: Any) -> float | None:
         return None
 
 
+class _Nameless:
+    """What FFmpeg needs of an open file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _open_nothing(url: str, flags: int, options: Any) -> NoReturn:
+    raise PermissionError(f"a video must not open another file ({url})")
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A video's container and its first video stream."""
     av = _av()
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DcrisError(f"cannot read the video {path} ({reason}); replace that file or leave it out") from error
-    with container:
-        yield container
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_regular(path))
+            container = stack.enter_context(
+                av.open(
+                    _Nameless(file),
+                    container_options={"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "none"},
+                    io_open=_open_nothing,
+                )
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DcrisError(f"cannot read the video {path} ({reason}); replace that file or leave it out") from error
+        if not container.streams.video:
+            raise DcrisError(f"{path} holds no video")
+        stream = container.streams.video[0]
+        refuse_shape(stream.codec_context.height, stream.codec_context.width)
+        yield container, stream
+
+
+def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """A frame's display matrix [[a, b], [c, d]]: pixel (x, y) is shown at (a x + c y, b x + d y), but for a shift."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = (1, 0, 0, 0, 1) if data is None else struct.unpack_from("=5i", bytes(data))
+    return a, b, c, d
 
 
 def _upright(frame: Any) -> NDArray[np.uint8]:
     pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # anticlockwise, as numpy turns
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+    a, b, c, d = _matrix(frame)
+    if abs(b) > abs(a):  # x and y change places
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _av() -> Any:
@@ -203,5 +275,5 @@ def _av() -> Any:
         raise DcrisError(
             f"videos are read by PyAV, which cannot be imported ({error}); pip install 'dcris[video]'"
         ) from error
-    av.logging.set_level(av.logging.PANIC)  # what is wrong is said once, by us
+    av.logging.set_level(av.logging.PANIC)  # what is wrong is raised as well
     return av
