@@ -4,16 +4,19 @@ import gc
 import json
 import os
 import pickle
+import pickletools
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dcris.data.photographs import OFFICIAL_FOLDER, find_photographs
-from dcris.data.refer import _first_request, _is_plain, find_split_by, safe_unpickle
+from dcris.data.refer import _PLAIN, find_split_by, safe_unpickle
 from dcris.data.references import load_references
 from dcris.errors import DcrisError
+from dcris.pickles import end_of_pickle
 
 
 class _Runs:
@@ -88,10 +91,60 @@ def test_objects_other_than_plain_data_are_refused(tmp_path):
         safe_unpickle(_write(tmp_path, b"\x80\x02\x82\x01."))
 
 
-def test_a_tiny_file_cannot_ask_for_gigabytes(tmp_path):
-    """Twelve bytes that name memory place 2**31 made Python's own unpickler ask for 32 GB."""
-    with pytest.raises(DcrisError, match="places of memory"):
-        safe_unpickle(_write(tmp_path, b"\x80\x02Nr" + struct.pack("<I", 2**31) + b"."))
+_MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02Nr" + struct.pack("<I", 2**31) + b".",
+        b"Np2000000000\n.",
+        *(
+            b"\x80\x04(" + code * 3 * _MILLION + b"l."
+            for code in (b"\x8f", b"]", b"}", b"(l", b"(\x91", b"N", b")\x85")
+        ),
+        b"N" + b"\x85" * 3 * _MILLION + b".",
+        b"]" * 3 * _MILLION + b"a" * (3 * _MILLION - 1) + b".",
+        # As many different numbers of one hash, which a dictionary can only look through one by one.
+        b"}("
+        + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(2**5, 60_000))
+        + b"u.",
+        b"}(" + b"".join(b"L%dL\nN" % (n * (2**61 - 1)) for n in range(2**5, 60_000)) + b"u.",
+    ],
+    ids=str.split(
+        "memo memo-as-text sets lists dicts marked-lists frozensets nothings tuples nested deep hashes hashes-as-text"
+    ),
+)
+def test_a_small_pickle_cannot_take_gigabytes_or_minutes(tmp_path, data):
+    """30 MB of instructions that make an empty set each took 7 GB, and twelve bytes asked for a table of 32 GB."""
+    with pytest.raises(DcrisError, match=r"is not a whole pickle .*far more memory than its size explains"):
+        safe_unpickle(_write(tmp_path, data))
+
+
+def test_a_string_that_is_said_to_be_huge_takes_nothing(tmp_path):
+    """Nine bytes may say that a terabyte follows."""
+    for code in (b"\x8e", b"\x8d"):
+        with pytest.raises(DcrisError, match="ends before its last instruction"):
+            safe_unpickle(_write(tmp_path, b"\x80\x04" + code + struct.pack("<Q", 2**40) + b"."))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_the_official_files_hold_is_far_from_refused(tmp_path, protocol, monkeypatch):
+    """The bound on memory must pass every data set in this layout, whoever wrote it: phrases of one letter, too."""
+    monkeypatch.setattr("dcris.pickles._MEMORY_OF_ANY", 10_000)
+    records = [
+        {
+            "ref_id": number,
+            "ann_id": number + 70_000,
+            "image_id": number + 7,
+            "category_id": 1,
+            "split": "".join("val"),
+            "sent_ids": [number],
+            "sentences": [{"sent_id": number, "sent": chr(97 + number % 26), "raw": "", "tokens": [str(number)]}],
+        }
+        for number in range(3000)
+    ]
+    assert safe_unpickle(_write(tmp_path, pickle.dumps(records, protocol))) == records
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, -2])
@@ -119,25 +172,41 @@ def test_a_missing_pickle_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_the_quick_look_at_a_pickle_lets_nothing_pass_that_the_thorough_one_names(protocol):
-    """The quick one alone stands between a stranger's file and the unpickler."""
+def test_no_instruction_passes_that_is_not_admitted(protocol):
+    """Python's own tools must see nothing else in a pickle, however it was spoilt: what passes is run."""
     source = np.random.default_rng(protocol)
     content = [{"id": 2**40, "b": (0.5, None, True, 7), "c": "näh" * 90, 7: {"x": []}}] * 3 + ["text"] * 2
     if protocol >= 4:
         content += [{1, 2}, frozenset("ab"), b"raw"]
     for sound in (content, [*content, _Runs("true")], [np.float64(1), "text"]):
         data = pickle.dumps(sound, protocol)
-        assert _is_plain(data) == (_first_request(data) is None) == (sound is content)
+        assert _passes(data) == (sound is content)
         for _ in range(200):
             spoilt = bytearray(data)
             for place in source.integers(len(data), size=source.integers(1, 4)):
                 spoilt[place] = source.choice(spoilt) if place % 2 else source.integers(256)
-            try:
-                plain = _is_plain(bytes(spoilt))
-                request = _first_request(bytes(spoilt)) if plain else None
-            except ValueError:  # no number where one should be: both stop there, and so does the unpickler
-                continue
-            assert request is None or "places of memory" in request
+            if _passes(bytes(spoilt)):
+                with suppress(ValueError):  # no number where one should be: the unpickler stops there, too
+                    assert {instruction.name for instruction, *_ in pickletools.genops(bytes(spoilt))} <= _PLAIN
+
+
+def _passes(data):
+    try:
+        return end_of_pickle(data, admitted=_PLAIN) <= len(data)
+    except pickle.UnpicklingError:
+        return False
+
+
+def test_a_file_without_one_sound_reference_is_given_up(tiny_refer, monkeypatch):
+    """Complaints about 15 million numbers in place of references would take gigabytes."""
+    monkeypatch.setattr("dcris.data.refer._MAX_MALFORMED", 20)
+    tiny_refer.references = [0] * 30
+    complaints = []
+    with pytest.raises(
+        DcrisError, match=r"more than 20 references of .* are malformed; the first: .*entry 1 is not a table"
+    ):
+        load_references(tiny_refer.write(), "tiny", complain=complaints.append)
+    assert len(complaints) == 20
 
 
 # Which splits

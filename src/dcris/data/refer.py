@@ -8,6 +8,7 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,11 +27,15 @@ from dcris.data.table import (
     read_expressions,
 )
 from dcris.errors import DcrisError
-from dcris.files import read_json
+from dcris.files import read_bytes, read_json
+from dcris.pickles import InstructionError, end_of_pickle, global_name
 from dcris.types import Reference
 
-_MAX_PICKLE = 1 << 30
+_MAX_PICKLE = 256_000_000
 """Bytes. The largest official file has about 30 MB."""
+
+_MAX_MALFORMED = 100_000
+"""References that may be malformed before a file is given up. The largest official file has 50,000 in all."""
 
 _PLAIN_NAMES = (
     "PROTO FRAME STOP MARK POP POP_MARK "
@@ -53,27 +58,24 @@ class _PlainUnpickler(pickle.Unpickler):
 def safe_unpickle(path: Path) -> Any:
     """Read a pickle of plain containers, strings and numbers, written by Python 2 or 3.
 
-    Every instruction is looked at before any is run. Raises DcrisError where the file is missing, damaged, over 1 GiB, or
-    with anything else in it, above all a request to run code.
+    Every instruction is looked at before any is run. Raises DcrisError where the file is missing, damaged or too large, would
+    take many times its size in memory, or has anything else in it, above all a request to run code.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_PICKLE + 1)
+        data = read_bytes(path, _MAX_PICKLE)
     except FileNotFoundError as error:
         raise DcrisError(f"there is no file {path}; check the folder and the name, or fetch the file") from error
     except OSError as error:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
-    if len(data) > _MAX_PICKLE:
-        raise DcrisError(
-            f"{path} is larger than 1 GiB, which no list of references is; fetch it again from a source you know"
-        )
     try:
-        request = None if _is_plain(data) else _first_request(data)
-        if request is None:
-            return _unpickle(data)
+        end_of_pickle(data, admitted=_PLAIN)
+        return _unpickle(data)
+    except InstructionError as error:
+        raise DcrisError(
+            f"{path} asks to {_request(data, error.name)}: do not trust it; fetch it again from a source you know"
+        ) from error
     except Exception as error:  # a damaged pickle makes its readers raise nearly anything
         raise DcrisError(f"{path} is not a whole pickle ({error}); it may be cut short, so fetch it again") from error
-    raise DcrisError(f"{path} asks to {request}: do not trust it; fetch it again from a source you know")
 
 
 def _unpickle(data: bytes) -> Any:
@@ -83,76 +85,22 @@ def _unpickle(data: bytes) -> Any:
         return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
-def _code(name: str) -> int:
-    return next(ord(opcode.code) for opcode in pickletools.opcodes if opcode.name == name)
-
-
-def _skips() -> list[int]:
-    """By instruction: its bytes with its argument's; or, below 0, of how many bytes is the count of bytes behind it; else 0."""
-    counts = {
-        pickletools.UP_TO_NEWLINE: 0,
-        pickletools.TAKEN_FROM_ARGUMENT1: -1,
-        pickletools.TAKEN_FROM_ARGUMENT4: -4,
-        pickletools.TAKEN_FROM_ARGUMENT4U: -4,
-        pickletools.TAKEN_FROM_ARGUMENT8U: -8,
-    }
-    skips = [0] * 256
-    for opcode in pickletools.opcodes:
-        if opcode.name in _PLAIN - {"STOP", "LONG_BINPUT"}:
-            size = opcode.arg.n if opcode.arg else 0
-            skips[ord(opcode.code)] = counts.get(size, 1 + size)
-    return skips
-
-
-_SKIPS = _skips()
-_STOP, _PUT, _LONG_BINPUT = map(_code, ("STOP", "PUT", "LONG_BINPUT"))
-_LINES = {_code(name) for name in ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "GET", "PUT")}
-
-
-def _is_plain(data: bytes) -> bool:
-    """Whether `_first_request` would find nothing, in a quarter of the time: official files have five million instructions."""
-    at, end = 0, len(data)
-    while at < end:
-        opcode = data[at]
-        skip = _SKIPS[opcode]
-        if skip > 0:
-            at += skip
-        elif skip < 0:
-            at += 1 - skip + int.from_bytes(data[at + 1 : at + 1 - skip], "little")
-        elif opcode == _LONG_BINPUT:
-            if int.from_bytes(data[at + 1 : at + 5], "little") > end:
-                return False
-            at += 5
-        elif opcode in _LINES:
-            start, at = at + 1, data.find(b"\n", at) + 1
-            if at == 0 or (opcode == _PUT and int(data[start:at]) > end):
-                return False
-        else:
-            return opcode == _STOP
-    return False
-
-
-def _first_request(data: bytes) -> str | None:
-    """The first thing in a pickle that is not plain data, in words."""
-    words = ["", ""]
-    for instruction, argument, _ in pickletools.genops(data):
-        name = instruction.name
-        if name in _PLAIN:
-            if "UNICODE" in name:
-                words = [words[1], str(argument)[:40]]
-            elif name.endswith("PUT") and int(argument or 0) > len(
-                data
-            ):  # Python would make a table of that many entries
-                return f"take up {argument:,} places of memory"
-        elif name in ("GLOBAL", "INST"):
-            return f"run code ({str(argument).replace(' ', '.')[:80]})"
-        elif name == "STACK_GLOBAL":
-            return f"run code ({'.'.join(words)})"
-        elif name in ("PERSID", "BINPERSID"):
-            return "load an object from outside the file"
-        else:
-            return f"do what plain data never needs (the pickle instruction {name})"
-    return None
+def _request(data: bytes, name: str) -> str:
+    """What the first instruction of that name asks for, in words."""
+    words: list[str] = ["", ""]
+    with suppress(ValueError):  # of a damaged string before it
+        for instruction, argument, _ in pickletools.genops(data):
+            if instruction.name == name and name != "STACK_GLOBAL":
+                words = str(argument).split(" ", 1)
+            if instruction.name == name:
+                break
+            if "UNICODE" in instruction.name:
+                words = [words[1], str(argument)]
+    if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+        return f"run code ({global_name(*words)})"
+    if name in ("PERSID", "BINPERSID"):
+        return "load an object from outside the file"
+    return f"do what plain data never needs (the pickle instruction {name})"
 
 
 def find_refer(root: Path, dataset: str, split_by: str | None = None) -> list[str]:
@@ -227,13 +175,28 @@ def read_records(
     instances = _Instances.read(content, instances_path, root)
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
+    malformed: list[DcrisError] = []
     for number, record in enumerate(records, 1):
-        with forgiving(complain):
+        with forgiving(complain and _counted(complain, malformed, path)):
             ref_id = field(record, "ref_id", int, path, f"entry {number}")
             if ref_id in references:
                 raise bad(path, f"reference {ref_id} is there twice")
             references[ref_id] = _reference(record, ref_id, instances, path, sentences)
     return tuple(references.values())
+
+
+def _counted(complain: Complain, malformed: list[DcrisError], path: Path) -> Complain:
+    """`complain`, up to _MAX_MALFORMED times: a small file can hold millions of numbers in place of references."""
+
+    def count(error: DcrisError) -> None:
+        malformed.append(error)
+        if len(malformed) > _MAX_MALFORMED:
+            raise DcrisError(
+                f"more than {_MAX_MALFORMED:,} references of {path} are malformed; the first: {malformed[0]}"
+            )
+        complain(error)
+
+    return count
 
 
 @dataclass(frozen=True)
