@@ -323,7 +323,7 @@ def _scalar(state: dict[str, Any]) -> None:
         (_odd_width, "visual_adapter.width"),
         (_deep, "13 blocks"),
         (_no_tower, "dinov2.cls_token"),
-        (_not_tensor, "no state dict"),
+        (_not_tensor, "entry 'dinov2.norm.bias' is a list"),
         (_scalar, "dinov2.cls_token"),
     ],
 )

@@ -1,16 +1,22 @@
 """Published weights, in each form they come in, fill the towers exactly; what does not fit is refused by name."""
 
+import argparse
+import datetime
 import errno
+import io
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants, file_download
@@ -29,6 +35,7 @@ from transformers import (
 from transformers import Dinov2WithRegistersModel as HubVision
 
 from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse_other_run
+from dcris.convert import read_state
 from dcris.encoders import weights
 from dcris.encoders.archives import StoredTensor, open_tensors
 from dcris.encoders.clip_text import TextTower
@@ -313,7 +320,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     clip = file_of(tmp_path, "clip.pth", saved(openai_clip(TINY_TEXT).state_dict()))
     with pytest.raises(DcrisError, match=r"neither DINOv2.*embeddings\.cls_token.*nor DINOv2.*cls_token"):
         fill_tower(vision_tower(), clip)
-    with pytest.raises(DcrisError, match="entry 'epoch' is a int, no tensor"):
+    with pytest.raises(DcrisError, match=r"holds no weights by name; its entries are 'epoch' \(int\)"):
         fill_tower(vision_tower(), file_of(tmp_path, "run.pth", saved({"epoch": 3})))
     with pytest.raises(DcrisError, match="holds a list"):
         fill_tower(vision_tower(), file_of(tmp_path, "list.pth", saved([1])))
@@ -558,3 +565,285 @@ def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: 
         DcrisError, match=f"another vision tower than {VISION} .* revision {towers['vision']['revision']}"
     ):
         load_trained(moved, saved_at)
+
+
+# What other people's checkpoints hold beside the weights, and where they keep them
+
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
+
+
+def assert_weights(path: Path) -> None:
+    found = {name: stored.read() for name, stored in open_tensors(path).items()}
+    assert found.keys() == WEIGHTS.keys()
+    assert all(torch.equal(value, WEIGHTS[name]) for name, value in found.items())
+    assert read_state(path).keys() == WEIGHTS.keys()  # what `dcris convert` reads
+
+
+@pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_numbers_beside_the_weights_are_admitted(tmp_path: Path, in_zip: bool, protocol: int) -> None:
+    """Else a checkpoint whose best score is a number of numpy's is called damaged, and fetching it again does not help."""
+    beside = {
+        "best_iou": np.float64(0.7),
+        "epoch": np.int64(3),
+        "half": np.float16(1),
+        "flag": np.bool_(True),
+        "kind": np.dtype("float32"),
+        "rng": np.random.default_rng(0).integers(9, size=5),
+        "objects": np.array([None, "a"], dtype=object),
+        "python": [1.5, None, "text", b"bytes", {1, 2}, 2j, bytearray(b"x"), 2**70, (1, [2])],
+        "counts": Counter("aab"),
+        "lists": defaultdict(list, {"a": [1]}),
+        "torch": [torch.float16, torch.Size([1, 2]), torch.device("cpu"), torch.strided],
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.zeros(2)}},
+            "param_groups": [{"lr": np.float32(0.1), "params": [0]}],
+        },
+    }
+    path, content = tmp_path / "best.pth", {**beside, "state_dict": OrderedDict(WEIGHTS)}
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=in_zip)
+    assert_weights(path)
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_both_names_that_numpy_gave_its_numbers(tmp_path: Path, module: str) -> None:
+    """Else half of the checkpoints are refused: numpy 2 renamed the module that its numbers name."""
+    number = f"c{module}\nscalar\n(cnumpy\ndtype\n(X\2\0\0\0f8K\0K\1tRX\4\0\0\0abcdtR".encode()
+    (tmp_path / "best.pth").write_bytes(saved({"best": "@", "state_dict": WEIGHTS}))
+    with zipfile.ZipFile(tmp_path / "best.pth") as whole:
+        entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    with zipfile.ZipFile(tmp_path / "best.pth", "w") as changed:
+        for name, content in entries.items():
+            changed.writestr(name, content.replace(b"X\1\0\0\0@", number))
+    assert_weights(tmp_path / "best.pth")
+
+
+class Settings:
+    """As some program of its own has them."""
+
+
+@pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (Path("runs"), r"pathlib\.\w*Path"),
+        (Settings(), r"test_weights\.Settings"),
+        (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+        (datetime.date(2024, 1, 1), r"datetime\.date"),
+    ],
+)
+def test_other_objects_beside_the_weights_are_named(tmp_path: Path, value: object, name: str, in_zip: bool) -> None:
+    """Else a person is told to fetch a sound file again, and not what is in the way nor what to do about it."""
+    path = tmp_path / "best_refcoco.pth"
+    torch.save({"state_dict": WEIGHTS, "args": value}, path, _use_new_zipfile_serialization=in_zip)
+    for read in (open_tensors, read_state):
+        with pytest.raises(
+            DcrisError, match=rf"best_refcoco\.pth holds {name} beside .*torch\.save\(checkpoint"
+        ) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state},
+        lambda state: {"model": state, "optimizer": {"state": {}}, "epoch": 3},
+        lambda state: {"state_dict": state, "rng_state": torch.zeros(3), "cuda_rng": torch.zeros(4)},
+        lambda state: {"model_state_dict": state},
+        lambda state: {"module": state},
+        lambda state: {"network": state},
+        lambda state: {"ema": state},
+        lambda state: {"ema": {"decay": 0.9, "module": state}},
+        lambda state: {"model": {"state_dict": state}},
+        lambda state: {"student": state, "loss": 0.5},
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": {f"_orig_mod.module.{name}": value for name, value in state.items()}},
+        lambda state: {"model": {f"module._orig_mod.model.{name}": value for name, value in state.items()}},
+        lambda state: {f"model.module.{name}": value for name, value in state.items()},
+        lambda state: {name.replace("a.", "a._orig_mod."): value for name, value in state.items()},
+        lambda state: {"ema": {"n_averaged": torch.tensor(5)} | {f"module.{name}": state[name] for name in state}},
+    ],
+)
+def test_weights_are_found_wherever_programs_put_them(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    """Else a person has to take apart each checkpoint by hand before it can be used."""
+    torch.save(wrap(WEIGHTS), tmp_path / "best.pth")
+    assert_weights(tmp_path / "best.pth")
+
+
+def test_which_of_several_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the averaged weights are evaluated in place of the trained ones, or the other way round, in silence."""
+    other = {name: value + 1 for name, value in WEIGHTS.items()}
+    torch.save({"ema": other, "model": WEIGHTS}, tmp_path / "best.pth")
+    assert open_tensors(tmp_path / "best.pth")["b"].read() == 3
+    assert "holds weights under model, ema; those under model are read" in capsys.readouterr().err
+    torch.save({"teacher": other, "student": WEIGHTS}, tmp_path / "best.pth")
+    with pytest.raises(DcrisError, match="several sets of weights, under teacher, student; save the right one alone"):
+        open_tensors(tmp_path / "best.pth")
+    torch.save({"a": WEIGHTS["b"], "_orig_mod.a": WEIGHTS["b"]}, tmp_path / "best.pth")
+    with pytest.raises(DcrisError, match="two tensors of one name"):
+        open_tensors(tmp_path / "best.pth")
+
+
+@pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
+def test_tensors_of_every_kind_and_layout(tmp_path: Path, in_zip: bool) -> None:
+    """Else a tensor that was saved transposed, as a slice or in another precision arrives as other numbers."""
+    kinds = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+    ]
+    kinds += [torch.uint8, torch.bool, torch.complex64]
+    state = {str(kind): torch.arange(6).to(kind) for kind in kinds}
+    whole = torch.arange(24.0).reshape(4, 6)
+    views = {
+        "rows": whole[1:3],
+        "columns": whole[:, ::2],
+        "turned": whole.T,
+        "tied": whole,
+        "empty": whole[:0],
+        "one": whole[2, 2],
+    }
+    views |= {"repeated": whole[0, 0].expand(3, 4), "parameter": nn.Parameter(whole)}
+    if in_zip:
+        state |= {str(kind): torch.arange(6).to(kind) for kind in (torch.uint16, torch.float8_e4m3fn)}
+    torch.save(state | views, tmp_path / "all.pth", _use_new_zipfile_serialization=in_zip)
+    found = open_tensors(tmp_path / "all.pth")
+    for name, value in (state | views).items():
+        read = found[name].read()
+        assert (found[name].shape, found[name].floating) == (tuple(value.shape), value.is_floating_point())
+        assert read.dtype == value.dtype
+        assert torch.equal(read.to(torch.complex128), value.detach().to(torch.complex128))
+    found["rows"].read().zero_()
+    assert open_tensors(tmp_path / "all.pth")["rows"].read().any()  # the file stays as it is
+
+
+# Small files that ask for much
+
+
+def rezipped(source: Path, path: Path, change: Callable[[str, bytes], bytes], how: int = zipfile.ZIP_STORED) -> Path:
+    """A zip file with other content in its entries."""
+    with zipfile.ZipFile(source) as whole:
+        entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    with zipfile.ZipFile(path, "w", how) as changed:
+        for name, content in entries.items():
+            changed.writestr(name, change(name, content))
+    return path
+
+
+def replaced(end: str, content: bytes) -> Callable[[str, bytes], bytes]:
+    return lambda name, old: content if name.endswith(end) else old
+
+
+class Tensor2:
+    """Pickled, a tensor of any shape on the first storage."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class Pointing(pickle.Pickler):
+    """Writes "@" as torch does a storage: a pointer to numbers elsewhere."""
+
+    def persistent_id(self, value: object) -> object:
+        return ("storage", torch.FloatStorage, "0", "cpu", 6) if value == "@" else None
+
+
+def pointing(content: object) -> bytes:
+    stream = io.BytesIO()
+    Pointing(stream, 2).dump(content)
+    return stream.getvalue()
+
+
+def tensor(offset: object, shape: object, stride: object, storage: object = "@") -> bytes:
+    return pointing({"a": Tensor2(storage, offset, shape, stride, False, {})})
+
+
+@pytest.mark.parametrize("kind", ["zip", "archive"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02Nr" + (2**29).to_bytes(4, "little") + b".",
+        b"\x80\x02(" + b"]" * 2_000_000 + b"l.",
+        b"\x80\x02(" + b"\x8f" * 2_000_000 + b"l.",
+        b"\x80\x04\x8e" + (2**33).to_bytes(8, "little") + b".",
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\1\x85R.",
+        b"\x80\x02ctorch\nFloatTensor\nJ\0\0\0\x40\x85R.",
+        tensor(0, (10**10,), (0,)),
+        tensor(0, (10**5, 10**5), (1, 1)),
+        tensor(0, (7,), (1,)),
+        tensor(1, (6,), (1,)),
+        tensor(-1, (6,), (1,)),
+        tensor(0, (2,), (-1,)),
+        tensor(0, (2, 3), (3,)),
+        tensor(0, (10**30,), (0,)),
+        tensor(10**30, (1,), (1,)),
+        tensor(0, [6], [1]),
+        tensor("x", (6,), (1,)),
+        tensor(0, (True,), (1,)),
+        tensor(0, (6,), (1,), "no storage"),
+    ],
+    ids=lambda data: f"{len(data)} bytes",
+)
+def test_small_files_that_ask_for_much_are_refused(tmp_path: Path, data: bytes, kind: str) -> None:
+    """300 bytes took 4 GB: what a pickle claims has to be compared with what is there before any memory is taken."""
+    torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
+    path = rezipped(tmp_path / "good.pth", tmp_path / "bad.pth", replaced("data.pkl", data))
+    if kind == "archive":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("good/constants.pkl", b"\x80\x02).")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DcrisError) as caught:
+        fill_tower(text_tower(), str(path))
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
+    assert kind == "archive" or "bad.pth" in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, entry: str) -> None:
+    """1.5 MB that unpack to 1.5 GB; torch itself compresses nothing."""
+    torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
+    change = replaced(entry, bytes(20_000_000))
+    path = rezipped(tmp_path / "good.pth", tmp_path / "bad.pth", change, zipfile.ZIP_DEFLATED)
+    with pytest.raises(DcrisError, match=r"bad\.pth cannot be read as weights \(its entry .* is compressed\)"):
+        open_tensors(path)
+
+
+def test_modules_in_modules_without_end(tmp_path: Path) -> None:
+    """Thirty modules, each of which holds the next one twice, are a billion names; and one may hold itself."""
+    torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
+    new = b"c__torch__\nM\n)\x81"
+    twice = b"".join(new + b"q%c" % n + b"}(X\1\0\0\0ah%cX\1\0\0\0bh%cub" % (n - 1, n - 1) for n in range(2, 32))
+    itself = new + b"q\0}X\1\0\0\0ah\0sb."
+    for data in (b"\x80\x02" + new + b"q\1" + twice + b".", b"\x80\x02" + itself):
+        path = rezipped(tmp_path / "good.pth", tmp_path / "bad.pth", replaced("data.pkl", data))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("good/constants.pkl", b"\x80\x02).")
+        with pytest.raises(DcrisError, match="lie in one another too often"):
+            open_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_called_so(tmp_path: Path, kind: str, name: str) -> None:
+    """Else a pipe in place of a file keeps the program waiting for ever, and /dev/zero fills the memory."""
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DcrisError, match=rf"cannot read .*{name}: it is a {kind}, not a"):
+        open_tensors(path)

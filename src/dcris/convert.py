@@ -8,15 +8,14 @@ when segmenting, `logit_scale` and `mask_token`, are part of our towers too.
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcris.config import ModelConfig, RunConfig, override, parse_config
+from dcris.encoders.archives import open_tensors
 from dcris.engine.checkpoint import save_whole
 from dcris.errors import DcrisError
 from dcris.model.dcris import DCRIS
@@ -90,9 +89,6 @@ _NAMES = tuple(
         (r"^head\.projector\.text\.", "proj.txt."),
     )
 )
-
-_WRAPPER = "module."
-"""What torch's wrapper for several GPUs puts before every name."""
 
 _TRANSPOSED = "neck.f5_proj.0.weight"
 """Theirs is a transposed 1x1 convolution, which is a plain one with its first two axes exchanged."""
@@ -171,31 +167,11 @@ def published_name(name: str) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch's. Nothing in it is executed, and tensors are read when they are needed.
+    """The weights in a file by name. Nothing in it is executed, and numbers are read when they are needed.
 
-    Raises DcrisError where the file is missing, cut short, or holds anything but plain tensors.
+    Raises DcrisError as open_tensors does.
     """
-    if not path.is_file():
-        raise DcrisError(f"there is no file {path}; give a DETRIS checkpoint (.pth)")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about old formats; there is nothing to do about them
-            try:
-                content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # torch's format from before 1.6 cannot be mapped
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises whatever the bytes happen to break
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise DcrisError(
-            f"{path} cannot be read as a torch checkpoint of plain tensors ({reason}); it may be cut short or of another "
-            "kind, so fetch it again"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise DcrisError(f"{path} is not a DETRIS checkpoint: it holds no state dict of tensors")
-    wrapped = all(name.startswith(_WRAPPER) for name in state)
-    return {name.removeprefix(_WRAPPER) if wrapped else name: value for name, value in state.items()}
+    return {name: stored.read() for name, stored in open_tensors(path).items()}
 
 
 def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
