@@ -20,6 +20,7 @@ from pycocotools import mask as coco
 
 from dcris import Segmenter
 from dcris.cli import main
+from dcris.data.images import image_endings
 from dcris.errors import DcrisError
 from dcris.outputs.job import Done, Failed, Job
 from dcris.outputs.label_studio import brush_rle, label_studio_config, label_studio_task
@@ -171,6 +172,50 @@ def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> 
     for _ in range(2):
         assert dcris("predict", model, photos, "-e", "cup", "--out", photos, "--recursive") == 0
         assert len(results(photos)) == 4
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of a telephone's pictures may hold more files of other kinds than of the known ones."""
+    monkeypatch.setattr("dcris.outputs.tasks.image_endings", lambda: frozenset({".jpg", ".avif", ".mpo"}))
+    for name in ("a.jpg", "b.AVIF", "c.mpo", "d.heic", "e.HEIC", "f.psd", "g.mp4", "notes", ".DS_Store", "h.wmv"):
+        (tmp_path / name).touch()
+    lines: list[str] = []
+    assert len(find_tasks([tmp_path], ["cup"], left_out=lines.append)) == 3
+    assert lines == [
+        f"left out of {tmp_path}: 2 .heic (to read HEIC and HEIF pictures, pip install pillow-heif); "
+        "1 .psd, 1 without ending (no picture or video that can be read); "
+        "1 .mp4, 1 .wmv (name videos, or give a pattern that matches them)"
+    ]
+    lines.clear()
+    assert [task.path.name for task in find_tasks([tmp_path / "[a-h].*"], ["cup"], left_out=lines.append)] == [
+        *("a.jpg", "b.AVIF", "c.mpo", "g.mp4", "h.wmv")
+    ]
+    assert "2 .heic" in lines[0]
+    assert "1 .psd" in lines[0]
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "g.mp4").touch()
+    with pytest.raises(DcrisError, match=r"has no images in it; it has 1 \.mp4 \(name videos"):
+        find_tasks([tmp_path / "films"], ["cup"])
+
+
+def test_pictures_of_every_readable_ending_are_answered(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six formats in one folder; two of them were passed over without a word."""
+    picture = Image.new("RGB", (90, 60), (200, 9, 9))
+    names = {"a.jpg": "JPEG", "b.gif": "GIF", "c.jfif": "JPEG", "d.mpo": "MPO", "e.png": "PNG", "f.ppm": "PPM"}
+    for name, kind in names.items():
+        picture.save(tmp_path / name, kind)
+    (tmp_path / "g.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (tmp_path / "h.txt").write_text("x")
+    words = ("predict", model, tmp_path, "-e", "left square", "--out", tmp_path / "out", "--format", "mask")
+    code = dcris(*words)
+    told = capsys.readouterr()
+    assert {path.name[0] for path in (tmp_path / "out").glob("*.mask.png")} == {name[0] for name in names}
+    assert "1 .txt (no picture" in told.out
+    if ".heic" not in image_endings():
+        assert code == 0
+        assert "1 .heic (to read HEIC and HEIF pictures, pip install pillow-heif)" in told.out
 
 
 PAIRS = {

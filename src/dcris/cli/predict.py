@@ -99,10 +99,13 @@ def _predict(args: argparse.Namespace) -> None:
     from dcris.outputs.tasks import find_tasks, read_pairs
     from dcris.segmenter import Segmenter
 
+    left_out: list[str] = []
     if args.pairs is not None:
         tasks = read_pairs(args.pairs)
     else:
-        tasks = find_tasks(args.images, args.expression, out=args.out, recursive=args.recursive)
+        tasks = find_tasks(
+            args.images, args.expression, out=args.out, recursive=args.recursive, left_out=left_out.append
+        )
     with processes(args.device, patience=timedelta(days=7)) as group:  # one may have a long video, the others nothing
         segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
         job = Job(
@@ -116,6 +119,8 @@ def _predict(args: argparse.Namespace) -> None:
             image_url=LOCAL_FILES if args.image_url is None else args.image_url,
             group=group,
         )
+        for line in left_out if group.first else ():
+            say(line)
         if job.already and group.first:
             say(f"{job.already} of {len(tasks)} are done already in {args.out}")
         if "label-studio" in job.formats and any(task.video for task in tasks) and group.first:

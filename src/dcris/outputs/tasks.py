@@ -4,8 +4,8 @@ import csv
 import glob
 import os
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import chain, count, islice
@@ -13,13 +13,13 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote_to_bytes
 
+from dcris.data.images import image_endings, why_not_read
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
 from dcris.files import is_partial, parse_json, read_text
 from dcris.outputs.journal import JOURNAL
+from dcris.outputs.video import VIDEO_ENDINGS
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts"}
 _RESULT = re.compile(
     r".*\.\d+\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(overlay\.mp4|frames)|"
     r"predictions\.json|label_studio\.(json|xml)|dcris-journal.*",
@@ -27,6 +27,9 @@ _RESULT = re.compile(
 )
 _LONGEST_NAME = 200
 """Bytes. File systems take 255; what an image's files are called is longer by endings, and by more while they are written."""
+
+_SHOWN = 10
+"""Endings of files that are left out, by name."""
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
 """Those that are tried, first the one that the ending names: spreadsheets write semicolons where commas are in numbers."""
@@ -53,7 +56,7 @@ class Task:
     @property
     def video(self) -> bool:
         """Whether it is a video, by its ending."""
-        return self.path.suffix.lower() in VIDEOS
+        return self.path.suffix.lower() in VIDEO_ENDINGS
 
     @property
     def source(self) -> str:
@@ -83,13 +86,21 @@ def quoted(name: str) -> str:
 
 
 def find_tasks(
-    places: Iterable[Path], phrases: Sequence[str], *, out: Path | None = None, recursive: bool = False
+    places: Iterable[Path],
+    phrases: Sequence[str],
+    *,
+    out: Path | None = None,
+    recursive: bool = False,
+    left_out: Callable[[str], None] = lambda line: None,
 ) -> list[Task]:
     """Ask the phrases of all images and videos that files, folders and patterns (`photos/*.jpg`, `**` too) name, in order.
 
     A folder gives its images, and with `recursive` those of its subfolders, whose files go into subfolders of the same names.
     Videos have to be named themselves or by a pattern. What is named twice, or reached by several links, is asked once. Results
     of earlier calls, in `out` and in other folders with a journal, and unfinished files are skipped.
+
+    Of folders and patterns, what can be read by its ending is taken. `left_out` receives a line for each of them that has other
+    files: how many of which ending, and why.
 
     Raises DcrisError where a phrase is empty or not UTF-8, or a place is not there or gives nothing.
     """
@@ -99,7 +110,7 @@ def find_tasks(
     found: dict[str, Task] = {}
     for place in places:
         if not _is_result(place, out):  # the shell's `photos/*` names them, too
-            for path, shown in _inside(place, out, recursive):
+            for path, shown in _inside(place, out, recursive, left_out):
                 found.setdefault(_real(path), Task(path, str(shown), _stem(shown), asked))
     if not found:
         raise DcrisError(
@@ -164,30 +175,58 @@ def named(tasks: Iterable[Task], known: Mapping[str, str] | None = None) -> list
     return result
 
 
-def _inside(place: Path, out: Path | None, recursive: bool) -> Iterator[tuple[Path, PurePath]]:
+def _inside(
+    place: Path, out: Path | None, recursive: bool, left_out: Callable[[str], None]
+) -> Iterator[tuple[Path, PurePath]]:
     """The files that a place names, each with what results call it."""
     if place.is_dir():
         folders = _folders(place) if recursive else [place]
         found = sorted(path for folder in folders for path in folder.iterdir())
-        images = [path for path in found if _is_file(path, IMAGES, out)]
+        images, others = _readable(found, image_endings(), out)
         if not images:
-            more = "" if recursive else "; --recursive looks into its subfolders, too"
-            raise DcrisError(f"the folder {place} has no images in it ({', '.join(sorted(IMAGES))}){more}")
+            more = "" if recursive else "; --recursive also looks into subfolders"
+            raise DcrisError(f"the folder {place} has no images in it{others and f'; it has {others}'}{more}")
         yield from ((path, path.relative_to(place)) for path in images)
     elif place.exists():
         yield place, PurePath(place.name)
+        return
     elif glob.has_magic(place.as_posix()):
-        files = [path for path in sorted(set(_matches(place.as_posix()))) if _is_file(path, IMAGES | VIDEOS, out)]
+        found = sorted(set(_matches(place.as_posix())))
+        files, others = _readable(found, image_endings() | VIDEO_ENDINGS, out)
         if not files:
-            raise DcrisError(f"no image or video matches {place}")
+            raise DcrisError(f"no image or video matches {place}{others and f'; it matches {others}'}")
         yield from ((path, PurePath(path.name)) for path in files)
     else:
         raise DcrisError(f"there is no image {place}")
+    if others:
+        left_out(f"left out of {place}: {others}")
 
 
-def _is_file(path: Path, endings: set[str], out: Path | None) -> bool:
-    """Whether a folder's entry is one to ask about. A link to nothing is, so that it is said that it cannot be read."""
-    return path.suffix.lower() in endings and not path.is_dir() and not _is_result(path, out)
+def _readable(paths: Iterable[Path], endings: Set[str], out: Path | None) -> tuple[list[Path], str]:
+    """The files to ask about, by their endings, and in words which others there are.
+
+    A link to nothing is one, so that it is reported as missing. Files with a leading dot are not counted: folders are full of
+    those that only programs know.
+    """
+    files: list[Path] = []
+    others: dict[str, Counter[str]] = {}
+    for path in paths:
+        ending = path.suffix.lower()
+        if path.is_dir() or _is_result(path, out):
+            continue
+        if ending in endings:
+            files.append(path)
+        elif not path.name.startswith("."):
+            video = "name videos, or give a pattern that matches them" if ending in VIDEO_ENDINGS else None
+            reason = video or why_not_read(ending) or "no picture or video that can be read"
+            others.setdefault(reason, Counter())[ending or "without ending"] += 1
+    return files, "; ".join(f"{_counted(counts)} ({reason})" for reason, counts in others.items())
+
+
+def _counted(endings: Counter[str]) -> str:
+    shown = [f"{count} {ending}" for ending, count in endings.most_common(_SHOWN)]
+    more = endings.total() - sum(count for _, count in endings.most_common(_SHOWN))
+    return ", ".join([*shown, f"{more} others"] if more else shown)
 
 
 def _is_result(path: Path, out: Path | None) -> bool:
@@ -300,7 +339,7 @@ def _fit(text: str, delimiter: str) -> tuple[bool, int, int]:
     except csv.Error:
         pass  # said when the table is read
     pairs = [row for row in rows if len(row) == 2]
-    pictures = sum(PurePath(image.strip()).suffix.lower() in IMAGES | VIDEOS for image, _ in pairs)
+    pictures = sum(PurePath(image.strip()).suffix.lower() in image_endings() | VIDEO_ENDINGS for image, _ in pairs)
     return any(cell.strip().lower() == "image" for cell in chain(*rows[:1])), pictures, len(pairs)
 
 
