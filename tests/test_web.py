@@ -558,7 +558,7 @@ def test_a_client_that_leaves_is_no_error(address: str, capfd: pytest.CaptureFix
 
 
 class Behind:
-    """An application behind a guard that answers with the body's length, or with nothing where that is asked."""
+    """An application behind a guard that answers with the body's length, or a lot, or never, as the path says."""
 
     def __init__(self) -> None:
         self.left = Event()
@@ -571,7 +571,8 @@ class Behind:
             finally:
                 self.left.set()
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": str(len(body)).encode()})
+        content = b"0" * 20_000_000 if scope["path"] == "/large" else str(len(body)).encode()
+        await send({"type": "http.response.body", "body": content})
 
 
 @contextmanager
@@ -617,6 +618,26 @@ def test_what_a_client_no_longer_waits_for_is_cancelled() -> None:
             connection.sendall(b"GET /never HTTP/1.1\r\nHost: localhost\r\n\r\n")
             time.sleep(0.2)
         assert app.left.wait(20)
+
+
+@pytest.mark.parametrize("text", [b"", b"GET / HT", b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+@pytest.mark.parametrize("limits", [Limits(client_connections=3), Limits(connections=3)])
+def test_connections_make_room_for_new_ones(limits: Limits, text: bytes) -> None:
+    """A client that opens connections and neither asks nor reads keeps nobody out, itself included."""
+    with guarded(limits) as address, ExitStack() as stack:
+        host, port = address.removeprefix("http://").split(":")
+        # Another client, where all have one bound: any address of 127.0.0.0/8 is this machine's, on Linux.
+        source = ("127.0.0.2", 0) if limits.connections == 3 and sys.platform == "linux" else None
+        held = []
+        for _ in range(3):
+            held.append(stack.enter_context(socket.create_connection((host, int(port)), 20, source)))
+            held[-1].sendall(text)
+            time.sleep(0.1)
+        assert send(address, "GET /")[0] == 200
+        with suppress(ConnectionResetError):  # which is what the oldest gets
+            while held[0].recv(1_000_000):
+                pass
+        assert send(address, "GET /")[0] == 200
 
 
 def test_bodies_make_room_for_each_other() -> None:

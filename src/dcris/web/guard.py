@@ -288,8 +288,8 @@ class Guard:
 class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvicorn
     """One connection of uvicorn's, with a time limit for the head of a request.
 
-    A client may have so many connections, and all clients together so many. Beyond that, the one that has waited longest for
-    its client makes room for the new one, so that unfinished requests keep nobody out.
+    One client may have so many connections, and all clients together so many. A new one beyond that takes the place of the one
+    that has waited longest for its client (for the rest of a request, or to read), so that such connections keep nobody out.
     """
 
     def __init__(self, limits: Limits, **uvicorn: Any) -> None:
@@ -304,16 +304,16 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
         super().connection_made(transport)
         self._key = _client({"client": self.client})
         self._expect_head()
-        others: list[Connection] = [each for each in self.connections if isinstance(each, Connection)]
+        others = [each for each in self.connections if isinstance(each, Connection) and each is not self]
         clients = Counter(each._key for each in others)
-        if clients[self._key] > self._limits.client_connections:
+        if clients[self._key] >= self._limits.client_connections:
             crowd = self._key
-        elif len(others) > self._limits.connections:
+        elif len(others) >= self._limits.connections:
             crowd = clients.most_common(1)[0][0]
         else:
             return
-        waiting = [each for each in others if each._key == crowd and each is not self and each._awaits_client()]
-        min(waiting, key=lambda each: each._since, default=self).drop()
+        crowded = (each for each in others if each._key == crowd)
+        min(crowded, key=lambda each: (not each._awaits_client(), each._since)).drop()
 
     def drop(self) -> None:
         """Close the connection at once."""

@@ -324,7 +324,8 @@ def make_app(
         """Gradio's page and its scripts, by their exact names: nothing of the request is used but those."""
         if scope["method"] not in ("GET", "HEAD") or scope["path"] not in names:
             raise Refused(404, "there is nothing at this address; the page is at / and the API at /api/segment")
-        headers = [each for each in scope["headers"] if each[0] in (b"host", b"accept-encoding", b"if-none-match")]
+        # Without Accept-Encoding: Gradio would compress megabytes anew for each request, while all others wait.
+        headers = [each for each in scope["headers"] if each[0] in (b"host", b"if-none-match")]
         await drawn({**scope, "query_string": b"", "headers": headers}, receive, send)
 
     posts = {"/api/segment": api, "/page/photograph": photograph}
