@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris import files
-from dcris.data import jsonl
+from dcris.data import check, jsonl
 from dcris.data.check import check_dataset
 from dcris.data.jsonl import load_jsonl
 from dcris.data.masks import decode_mask, encode_mask
@@ -186,6 +186,14 @@ def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
     assert (report.problem_count, len(report.problems), report.splits) == (25, 10, {})
     assert "line 1 " in report.problems[0]
     assert "... and 15 more" in report.table()
+
+
+def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifteen million wrong lines take minutes and gigabytes, and the first says it all."""
+    monkeypatch.setattr(check, "_MOST_WRONG", 20)
+    path = write(folder, *["1"] * 30)
+    with pytest.raises(DcrisError, match=r"20 references are wrong.*the first: .*line 1 is not a table"):
+        check_dataset(path, None)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ _SHARING_BY_DESIGN = {("refcocog", "google")}
 
 _SHOWN = 10
 
+_MOST_WRONG = 100_000
+"""References that are wrong before reading stops: 30 MB of another kind of file may be 15 million lines."""
+
 
 @dataclass
 class CheckReport:
@@ -128,8 +131,16 @@ def check_dataset(
 
     Raises DcrisError where a file of annotations is unusable as a whole: nothing behind it can be checked then.
     """
-    wrong: list[DcrisError] = []
-    table = load_references(root, dataset, split_by, wrong.append, mask_threshold=mask_threshold)
+    wrong: list[str] = []
+
+    def note(error: DcrisError) -> None:
+        wrong.append(str(error))
+        if len(wrong) == _MOST_WRONG:
+            raise DcrisError(
+                f"{len(wrong):,} references are wrong, and what follows was not read; the first: {wrong[0]}"
+            )
+
+    table = load_references(root, dataset, split_by, note, mask_threshold=mask_threshold)
     report = CheckReport(
         dataset=table.dataset,
         split_by=table.split_by,
@@ -140,8 +151,8 @@ def check_dataset(
         official=None,
         notes=list(table.notes),
     )
-    for error in wrong:
-        report.add_problem(str(error))
+    for problem in wrong:
+        report.add_problem(problem)
     _compare(report)
     _find_leaks(table, report)
     _look(table, report, deep, progress)
