@@ -198,10 +198,10 @@ def test_json_as_windows_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["[],", "{},", '{"":0},', "[[[]]],"])
 def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -> None:
     """30 MB of empty lists are 0.7 GB in memory, and 1 GB is still a plausible size of a file."""
-    (tmp_path / "a.json").write_text(f"[{unit * 4_500_000}0]")
+    (tmp_path / "a.json").write_text(f"[{unit * 1_200_000}0]")
     with pytest.raises(DcrisError, match=r"lists and objects in .* are more than is read"):
         read_json(tmp_path / "a.json", "the thing")
-    (tmp_path / "a.jsonl").write_text(f"[{unit * 50_000}0]\n" * 90)
+    (tmp_path / "a.jsonl").write_text(f"[{unit * 20_000}0]\n" * 60)
     with pytest.raises(DcrisError, match=r"lists and objects in .* are more than is read"):
         for _ in read_json_lines(tmp_path / "a.jsonl"):
             pass

@@ -37,7 +37,7 @@ MAX_TEXT = 1_000_000_000
 MAX_LINE = 16 << 20
 """Bytes of a line of JSON Lines that are accepted. A mask that takes more is better kept as a picture."""
 
-_MAX_BRACKETS = 4_000_000
+_MAX_BRACKETS = 1_000_000
 """Opening brackets that are accepted in JSON of any length; see `_refuse_dense`."""
 
 
@@ -362,7 +362,7 @@ def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = 
 
 def _refuse_dense(brackets: int, length: int) -> None:
     """Raise ValueError for JSON with very many lists and objects: `[],` has 3 bytes in a file and 64 in memory."""
-    if brackets > max(_MAX_BRACKETS, length // 16):
+    if brackets > max(_MAX_BRACKETS, length // 12):
         raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are more than is read")
 
 

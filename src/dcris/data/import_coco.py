@@ -26,6 +26,9 @@ Texts = tuple[str, ...]
 _MAX_PHRASES = 50_000_000
 """Bytes of a CSV file of phrases that are accepted."""
 
+_MOST_STRANGE = 10_000
+"""Entries that are not objects of JSON before the file counts as another kind: 30 MB may hold 15 million numbers."""
+
 _SHOWN = 10
 
 _OWN_FIELDS = ("expressions", "phrase", "caption")
@@ -241,7 +244,7 @@ class _Source:
     indexed: "_Index"
     """The annotations."""
     phrases: Phrases | None
-    sizes: dict[int, tuple[int, int] | DcrisError] = field(default_factory=dict)
+    sizes: dict[int, tuple[int, int] | str] = field(default_factory=dict)
     """Height and width of each photograph that was looked at, or what is wrong with it."""
     names: dict[int, str] = field(default_factory=dict)
     """File names by image id; checking one takes longer than all else."""
@@ -260,6 +263,9 @@ class _Source:
         prefix = place.relative_to(home).as_posix()
         content = read_json(path, "the file of annotations")
         images, annotations = (entry(content, key, list, path, "the file") for key in ("images", "annotations"))
+        strange = sum(type(record) is not dict for record in annotations)
+        if strange > _MOST_STRANGE:
+            raise bad(path, f"{strange:,} entries of 'annotations' are not tables of named fields")
         categories = content.get("categories") or []
         if type(categories) is not list:
             raise bad(path, "the file has 'categories' that are not a list")
@@ -340,10 +346,10 @@ class _Source:
             try:
                 self.sizes[image_id] = self._size(image_id)
             except DcrisError as error:
-                self.sizes[image_id] = error
+                self.sizes[image_id] = str(error)
         found = self.sizes[image_id]
-        if isinstance(found, DcrisError):
-            raise found
+        if isinstance(found, str):
+            raise DcrisError(found)  # anew: raised again, an exception's traceback would grow each time
         return found
 
     def _size(self, image_id: int) -> tuple[int, int]:
@@ -400,12 +406,19 @@ class _Index:
 class _Object:
     """One entry of 'annotations'. Its methods raise DcrisError, naming it, where it cannot be used."""
 
-    __slots__ = ("number", "path", "record", "source", "where")
+    __slots__ = ("number", "place", "record", "source")
 
     def __init__(self, source: _Source, place: int, record: Any) -> None:
-        self.source, self.path, self.record = source, source.path, record
+        self.source, self.place, self.record = source, place, record
         (self.number,) = _identifiers([record])
-        self.where = f"entry {place} of 'annotations'" if self.number is None else f"annotation {self.number}"
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def where(self) -> str:
+        return f"entry {self.place} of 'annotations'" if self.number is None else f"annotation {self.number}"
 
     def _get(self, key: str) -> Any:
         if type(self.record) is not dict:
@@ -465,6 +478,8 @@ class _Object:
 
     def shown(self) -> set[tuple[str, str]]:
         """The photograph with each phrase of the category, by which others may be meant too; none where it is not known."""
+        if type(self.record) is not dict or "image_id" not in self.record:
+            return set()
         try:
             name = self.file_name
             return {(name, _plain(text)) for text in self.category_texts()}
