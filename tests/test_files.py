@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from PIL import Image
 
 from dcris import files
+from dcris.cli import main
 from dcris.errors import DcrisError
 from dcris.files import (
     claim,
@@ -284,3 +286,29 @@ def test_a_result_may_have_the_longest_name(tmp_path: Path) -> None:
     for name in ("n" * 250 + ".json", "ü" * 125 + ".json", "a." + "e" * 250):
         write_file(tmp_path / name, "x")
         assert (tmp_path / name).read_text() == "x"
+
+
+def test_without_a_home_folder_a_sentence_names_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Containers run programs for users without an entry in passwd, where Path.expanduser and huggingface_hub fail."""
+
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    from huggingface_hub import constants
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.jpg")
+    words = ["predict", "detris-b-refcoco", str(tmp_path / "x.jpg"), "-e", "a", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.delenv("DCRIS_CACHE", raising=False)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "DCRIS_CACHE" in told
+    assert "HF_HOME" in told
+    monkeypatch.setattr(Path, "expanduser", lambda path: path)
+    monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "cache"))
+    assert main(words) == 2
+    assert "HF_HOME" in capsys.readouterr().err  # and no folder ~ is made where the command runs
+    assert main(["data", "fetch", "refcoco", "--out", str(tmp_path), "--photographs", "~/train2014"]) == 2

@@ -54,6 +54,20 @@ def make_directory(path: Path) -> Path:
     return path
 
 
+def expand_home(path: str | Path, instead: str = "give the path in full") -> Path:
+    """The path with a leading `~` or `~user` replaced by that home folder.
+
+    Raises DcrisError, ending in `instead`, where that is not known: users of containers may have no entry in passwd.
+    """
+    plain = Path(path)
+    try:
+        return plain.expanduser()
+    except RuntimeError as error:
+        if plain.exists():  # a file whose name starts with ~
+            return plain
+        raise DcrisError(f"the home folder in {path} is not known, as HOME is not set; set it, or {instead}") from error
+
+
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     """Open a file for reading, in binary. Every file that a user or a data set names is opened here.
 

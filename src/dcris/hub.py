@@ -43,9 +43,14 @@ def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") 
     where the Hub cannot be reached, or is not to be, and the cache lacks the file; where the disk is full; and where what
     arrived is damaged.
     """
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # the library would make a folder of that name where it runs
+        raise DcrisError(
+            "there is no home folder for the Hub's cache, as HOME is not set; set HF_HOME to a folder for downloads and "
+            "DCRIS_CACHE to one for converted checkpoints"
+        )
     cached = {name: try_to_load_from_cache(repo, name, revision=revision, repo_type=kind) for name in names}
     # What is cached comes first: without a network, asking for any other name takes half a minute to fail.
     for name in sorted(names, key=lambda name: not isinstance(cached[name], str)):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dcris.convert import convert_file, data_set_of
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, write_json
+from dcris.files import expand_home, make_directory, read_json, write_json
 from dcris.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.published import PUBLISHED, REPOSITORY, Published
 from dcris.streams import note
@@ -33,7 +33,7 @@ def locate(source: str | Path, *, towers: bool = True, say: Say = note) -> Path:
 
     Raises DcrisError where the name means nothing, and where fetching or converting fails.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if isinstance(source, Path) or path.exists():
         return path
     if source in PUBLISHED:
@@ -49,8 +49,13 @@ def locate(source: str | Path, *, towers: bool = True, say: Say = note) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints are kept."""
-    return Path(os.environ.get("DCRIS_CACHE") or "~/.cache/dcris").expanduser()
+    """Where converted checkpoints are kept. Raises DcrisError where that is not known or cannot be written."""
+    advice = "set DCRIS_CACHE to a folder for converted checkpoints and HF_HOME to one for downloads"
+    folder = expand_home(os.environ.get("DCRIS_CACHE") or "~/.cache/dcris", advice)
+    try:
+        return make_directory(folder)
+    except DcrisError as error:
+        raise DcrisError(f"{error}; {advice}") from error
 
 
 def _repository(source: str, towers: bool) -> Path:
@@ -74,7 +79,6 @@ def _published(name: str, say: Say) -> Path:
     out = folder / name
     if out.is_dir():  # directories are written whole or not at all
         return out
-    make_directory(folder)
     wanted = model.file or _find(name, model)
     say(f"{name}: fetching {wanted} of {REPOSITORY} from the Hub, unless it is cached there")
     file = fetch(REPOSITORY, "main", [wanted])

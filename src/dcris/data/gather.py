@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from dcris.data.images import image_size
 from dcris.data.photographs import NAMINGS, renamed
 from dcris.errors import DcrisError
-from dcris.files import open_zip, read_bytes, write_file
+from dcris.files import expand_home, open_zip, read_bytes, write_file
 from dcris.version import __version__
 
 COCO = "http://images.cocodataset.org/train2014"
@@ -68,7 +68,7 @@ def open_source(where: str) -> Source:
     """The server, folder or zip that an address or a path means. Raises DcrisError where it is none of them."""
     if where.startswith(("http://", "https://")):
         return _Server(where.rstrip("/"))
-    path = Path(where).expanduser()
+    path = expand_home(where)
     if path.is_dir():
         return _Folder(path)
     if path.exists():
