@@ -26,7 +26,7 @@ def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_ti
         ("train.max_steps", str(steps)),
         ("train.epochs", "1000"),
         ("train.batch_size", "4"),
-        ("train.warmup_steps", "2"),
+        ("train.warmup_steps", "1"),
         ("data.workers", "0"),
         ("data.image_size", "56"),
     ]

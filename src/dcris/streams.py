@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
@@ -63,6 +64,12 @@ def note(text: str) -> None:
         print(f"dcris: {printable(text)}", file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Print a line to standard error unless this process did already."""
+    note(text)
 
 
 def discard(stream: TextIO) -> None:

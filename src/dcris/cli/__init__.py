@@ -8,7 +8,6 @@ configuration itself, and every error has to be one plain sentence.
 import errno
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import NoReturn
 
 from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, train, web
 from dcris.cli.common import Parser, complain
+from dcris.data.workers import dead_worker
 from dcris.errors import DcrisError, out_of_memory
 from dcris.streams import usable_streams
 from dcris.version import __version__
@@ -56,11 +56,11 @@ def _sentence(error: Exception) -> str | None:
     """Return what to print for bad input or a limit of this machine; None for a defect, which keeps its traceback."""
     if isinstance(error, DcrisError):
         return str(error)
-    dataset = sys.modules.get("dcris.data.dataset")  # only where it was loaded can there be workers
-    if isinstance(error, RuntimeError) and dataset and (died := dataset.dead_worker(error)):
+    if isinstance(error, RuntimeError) and (died := dead_worker(error)):
         return str(died)
-    # Libraries report these as errors of several classes: ImportError, RuntimeError, OSError.
-    if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or os.strerror(errno.EMFILE) in str(error):
+    # Libraries report these as errors of several classes; "ancdata" is torch's, where a worker passes a file on.
+    texts = (os.strerror(errno.EMFILE), "items of ancdata")
+    if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or any(text in str(error) for text in texts):
         return "too many files are open at once; allow more (`ulimit -n 1024`), or use fewer workers"
     if out_of_memory(error):
         reason = (str(error).strip() or "out of memory").splitlines()[0]

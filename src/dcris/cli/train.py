@@ -118,7 +118,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.device import choose_device
     from dcris.engine.memory import choose_micro_batch
-    from dcris.engine.train import build_model, train
+    from dcris.engine.train import build_model, check_run, train
     from dcris.pretrained import locate
     from dcris.recipes import SCHEDULES, get_recipe
 
@@ -152,6 +152,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
             f"{own} has no split {config.data.val_split!r}, so nothing is scored while training, and the last checkpoint counts"
         )
         config = override(config, [("data.val_split", "null")])
+    check_run(config, table, group)
     device = choose_device(args.device)
     model = build_model(config)
     counts = model.count_weights()

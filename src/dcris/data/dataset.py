@@ -6,20 +6,15 @@ the number of workers and wherever it was interrupted.
 Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of a photograph.
 """
 
-import os
-import re
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from dcris.config import DataConfig
 from dcris.data.fits import Fit, Letterbox
@@ -27,10 +22,11 @@ from dcris.data.flip import swap_sides
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import Tokenizer
+from dcris.data.workers import Failure, load, or_raise, workers_that_fit
 from dcris.errors import DcrisError
+from dcris.streams import note_once
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample
 
-T = TypeVar("T")
 F = TypeVar("F", bound=Fit)
 
 
@@ -39,13 +35,6 @@ _REPLACEMENTS = 20
 
 _MOST_SKIPPED = 0.05
 """The share of the references that training does without before it stops; one is always allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error on its way out of a worker, where raising it would bury its sentence in a traceback."""
-
-    message: str
 
 
 def letterbox_colour(config: DataConfig) -> tuple[float, float, float]:
@@ -280,76 +269,23 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         return ImageTask(square, fit, tokens, questions, truths)
 
 
-def _start_worker(worker: int) -> None:
-    # Ctrl-C on a terminal reaches every process, and so do many schedulers' requests to end, but the batches of the step in
-    # progress are still wanted. Only the process that these are for may end its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS; there SIGTERM ends a worker, and that is said
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_for_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-_WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
-
-
-def dead_worker(error: RuntimeError) -> DcrisError | None:
-    """The sentence for the death of a loader's worker, if that is what torch raised; it does so wherever this process is."""
-    if (died := _WORKER_DIED.match(str(error))) is None:
-        return None
-    how = f"was killed ({died[2].strip()})" if died[2] else "ended without a word"
-    return DcrisError(
-        f"a worker that reads photographs, process {died[1]}, {how}; the memory of this machine (or its shared memory, "
-        "/dev/shm) may be too small, so try fewer --data.workers (0 for none); of a training run the last checkpoint is whole"
-    )
-
-
-def _start(loader: DataLoader[T]) -> Iterator[Any]:
-    """Start the loader's workers with one cv2 thread each: a worker is one process on one core.
-
-    Set here and not in the worker: after a fork cv2 waits for ever for the threads that its parent had.
-    """
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        return iter(loader)
-    finally:
-        cv2.setNumThreads(threads)
-
-
 def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches in order. Raises DcrisError where a sample cannot be read."""
-    loader: DataLoader[Sample | Failure] = DataLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_start_worker,
-        pin_memory=pin,
-    )
-    return _or_raise(_start(loader))
+    return load(samples, workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin)
+
+
+def batch_bytes(config: DataConfig, samples: int) -> int:
+    """Bytes of a training batch as it comes from the workers: uint8 images, float32 masks, int64 tokens."""
+    return samples * (7 * config.image_size**2 + 8 * config.word_length)
 
 
 def task_loader(tasks: ImageTasks, images: int, workers: int) -> Iterator[list[ImageTask]]:
-    """Lists of up to `images` tasks in order. Raises DcrisError where one cannot be read."""
-    loader: DataLoader[ImageTask | Failure] = DataLoader(
-        tasks,
-        batch_size=images,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_start_worker,
-    )
-    for group in _start(loader):
-        yield list(_or_raise(iter(group)))
+    """Lists of up to `images` tasks in order, read by as many of the workers as shared memory has room for.
 
-
-def _or_raise(items: Iterator[T | Failure]) -> Iterator[T]:
-    for item in items:
-        if isinstance(item, Failure):
-            raise DcrisError(item.message)
-        yield item
+    Raises DcrisError where one cannot be read.
+    """
+    fit = workers_that_fit(workers, images * 3 * tasks.config.image_size**2)
+    if fit < workers:
+        note_once(f"shared memory (/dev/shm) has room for {fit} of {workers} workers that read photographs")
+    for group in load(tasks, fit, batch_size=images, collate_fn=list):
+        yield list(or_raise(iter(group)))

@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.masks import encode_mask, mask_box
+from dcris.data.workers import CANNOT_START, ignore_interrupts, note_no_workers
 from dcris.errors import DcrisError
 from dcris.files import make_directory, write_file, write_json
 
@@ -55,6 +57,8 @@ _SAMPLES = 2  # the picture is drawn at this many times its size and averaged do
 Pixels = NDArray[np.uint8]
 Points = NDArray[np.float64]
 T = TypeVar("T")
+Place = tuple[str, int, int]
+"""A scene: its split, its number there, and its image_id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,7 +488,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_picture(folder: Path, seed: int, side: int, place: tuple[str, int, int]) -> dict[str, Any]:
+def _write_picture(folder: Path, seed: int, side: int, place: Place) -> dict[str, Any]:
     """Draw and store one scene; returns what the annotations need of it. Runs in worker processes."""
     split, number, image_id = place
     scene = make_scene(scene_rng(seed, split, number), side)
@@ -545,15 +549,9 @@ def write_scenes(
     jobs = [(split, number, image_id) for image_id, (split, number) in enumerate(places, start=1)]
     draw = partial(_write_picture, folder, seed, side)
     records: list[dict[str, Any]] = []
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            for record in pool.map(draw, jobs, chunksize=64):
-                records.append(record)
-                progress(len(records))
-    else:
-        for job in jobs:
-            records.append(draw(job))
-            progress(len(records))
+    for record in _map(draw, jobs, workers):
+        records.append(record)
+        progress(len(records))
     references, instances = _annotations(records, side)
     write_json(out / DATASET / "instances.json", instances)
     # A pickle tells one string used twice from two that are equal, which depends on the processes; JSON's reader does not.
@@ -561,6 +559,26 @@ def write_scenes(
     # Last: a set is complete once its references are there.
     write_file(references_path, pickle.dumps(references, protocol=2))
     return out
+
+
+def _map(draw: Callable[[Place], dict[str, Any]], jobs: Sequence[Place], workers: int) -> Iterator[dict[str, Any]]:
+    """What `draw` makes of the jobs, in their order, in worker processes where those can be started."""
+    if workers > 1:
+        try:
+            pool = ProcessPoolExecutor(workers, initializer=ignore_interrupts)
+        except CANNOT_START as error:
+            note_no_workers(error)
+        else:
+            try:
+                yield from pool.map(draw, jobs, chunksize=64)
+            except BrokenProcessPool as error:
+                raise DcrisError(
+                    "a process that draws scenes was killed; the memory of this machine may be too small, so try again"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+            return
+    yield from map(draw, jobs)
 
 
 def _annotations(records: list[dict[str, Any]], side: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

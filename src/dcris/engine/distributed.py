@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
-from dcris.data.dataset import dead_worker
+from dcris.data.workers import dead_worker
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.vision import VisionTower
 from dcris.errors import DcrisError
@@ -85,19 +85,16 @@ class Processes:
             distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
         return None if greatest < 0 else int(greatest)
 
-    def raise_together(self, error: DcrisError | None) -> None:
+    def raise_together(self, error: BaseException | None) -> None:
         """Raise in every process the error that one of them has met; the last one's where several have."""
-        if self.count == 1:
-            if error is not None:
-                raise error
-            return
         where = self.agree(None if error is None else self.rank)
         if where is None:
             return
-        words: list[Any] = [str(error)]
-        with _answered():
-            distributed.broadcast_object_list(words, src=where, device=torch.device("cpu"))
-        raise DcrisError(words[0]) from error
+        errors: list[Any] = [error]
+        if self.count > 1:
+            with _answered():
+                distributed.broadcast_object_list(errors, src=where, device=torch.device("cpu"))
+        raise errors[0] from (None if errors[0] is error else error)
 
     def sum(self, *numbers: float) -> list[float]:
         """The sum over all processes of each of some numbers."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,13 +26,14 @@ from dcris.data.dataset import (
     TrainingBatches,
     TrainingSamples,
     all_questions,
-    dead_worker,
+    batch_bytes,
     normalise,
     steps_per_epoch,
     training_loader,
 )
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
+from dcris.data.workers import dead_worker, require_shared_memory
 from dcris.encoders.weights import fingerprint, load_towers
 from dcris.engine.checkpoint import (
     Checkpoint,
@@ -71,6 +71,10 @@ _DATA = "data.json"
 _ALONE = Processes()
 
 
+class _StopWaiting(BaseException):
+    """Raised by the signal handler in a process that waits for a batch. No Exception: nothing on the way may catch it."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, or a request to end, after the checkpoint it asked for was written."""
 
@@ -101,9 +105,28 @@ def build_model(config: RunConfig) -> DCRIS:
 
 
 def total_steps(config: TrainConfig, references: int) -> int:
-    """Optimiser steps of a whole run over a training split of so many references."""
-    steps = config.epochs * steps_per_epoch(references, min(config.batch_size, references))
-    return min(steps, config.max_steps) if config.max_steps else steps
+    """Optimiser steps of a whole run over a training split of so many references: `max_steps`, or else those of `epochs`."""
+    return config.max_steps or config.epochs * steps_per_epoch(references, min(config.batch_size, references))
+
+
+def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALONE) -> None:
+    """Check what can be checked before a model is built.
+
+    Raises DcrisError where a split or a tracker is missing, shared memory is too small for the workers, or the run would end
+    within its warm-up.
+    """
+    settings = config.train
+    check_trackers(settings.trackers)
+    references = len(table.split(config.data.train_split))
+    if config.data.val_split:
+        table.split(config.data.val_split)
+    here = min(settings.batch_size, references) * group.local_count / group.count
+    require_shared_memory(config.data.workers, batch_bytes(config.data, math.ceil(here)))
+    if (total := total_steps(settings, references)) < settings.warmup_steps:
+        raise DcrisError(
+            f"the run has {total:,} steps and the warm-up of the learning rate alone takes {settings.warmup_steps:,}; train "
+            "for longer (--train.max_steps or --train.epochs) or set a shorter --train.warmup_steps"
+        )
 
 
 def learning_rate(config: TrainConfig, step: int, per_epoch: int, total: int) -> float:
@@ -180,9 +203,8 @@ def _train(
     pending: "_Pending",
 ) -> TrainResult:
     settings = config.train
-    check_trackers(settings.trackers)
+    check_run(config, table, group)
     references = table.split(config.data.train_split)
-    # Read now, so that a split that is not there ends the run before its first step and not after its first epoch.
     questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
     going_on = resume and out.is_dir()
     checkpoints = []
@@ -209,8 +231,9 @@ def _train(
     first = 0
     if checkpoints:
         load_trained(model, checkpoints[-1].path)
-        load_optimizer(optimizer, checkpoints[-1].path)
         first = checkpoints[-1].step
+        if first:  # else it was stopped while waiting for the first batch, and there are no moments
+            load_optimizer(optimizer, checkpoints[-1].path)
         say(f"going on from step {first}")
     elif settings.start is not None and group.first:
         start = find_checkpoint(Path(settings.start))
@@ -242,9 +265,18 @@ def _train(
     if not settings.shard_towers:  # those are FSDP's to hold
         hold_frozen(model, dtype)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
-    shown = partial(answer_questions, model, panel_questions(questions), config, Cris(), device=device, dtype=dtype)
+
+    def shown() -> Iterator[Answer]:
+        return answer_questions(model, panel_questions(questions), config, Cris(), device=device, dtype=dtype)
+
     skipped = Skipped(len(samples), say)
     begin = time.monotonic()
+
+    def save(done: int) -> Checkpoint:
+        saved = group.from_first(partial(save_checkpoint, out, model, towers, optimizer, config, done))
+        if group.first:
+            prune_checkpoints(out, settings.keep_last)
+        return saved
 
     def end_if_asked(saved: Checkpoint) -> None:
         number = group.agree(pending.number)
@@ -253,7 +285,7 @@ def _train(
 
     def validate(saved: Checkpoint) -> None:
         # After saving: validation may be long, and a photograph of that split may be broken.
-        scores = _validate(model, config, questions, device, dtype, group, lambda answer: pending.number is None)
+        scores = _validate(model, config, questions, device, dtype, group, pending)
         end_if_asked(saved)  # the scores are of a part, then
         # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
         panels = [*shown()] if settings.shard_towers and settings.trackers else None
@@ -265,26 +297,36 @@ def _train(
         model.train()
 
     with Monitor(out, config, (first, total, per_epoch), device, say, group.first) as monitor:
-        if last is not None and last.score is None and questions and (first % per_epoch == 0 or first == total):
+        if (
+            first
+            and last is not None
+            and last.score is None
+            and questions
+            and (first % per_epoch == 0 or first == total)
+        ):
             validate(last)  # the run was broken off before it could be
-        for step, batch in zip(range(first, total), _read_together(loader, group), strict=True):
-            lr = learning_rate(settings, step, per_epoch, total)
-            done = step + 1
-            if config.data.on_bad_image == "skip":
-                for part in group.gather(batch.skipped):
-                    skipped.note(part)
-            loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
-            monitor.step(done, loss, iou, lr, batch_size)
-            ends_epoch = done % per_epoch == 0 or done == total
+        done, saved = first, last
+        try:
+            for step, batch in zip(range(first, total), _read_together(loader, group, pending), strict=True):
+                lr = learning_rate(settings, step, per_epoch, total)
+                done = step + 1
+                if config.data.on_bad_image == "skip":
+                    for part in group.gather(batch.skipped):
+                        skipped.note(part)
+                loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
+                monitor.step(done, loss, iou, lr, batch_size)
+                ends_epoch = done % per_epoch == 0 or done == total
+                asked = group.agree(pending.number)
+                if ends_epoch or (settings.save_every and done % settings.save_every == 0) or asked is not None:
+                    saved = save(done)
+                    if asked is not None:
+                        raise Interrupted(asked, saved)
+                    if ends_epoch and questions:
+                        validate(saved)
+        except _StopWaiting:  # in all processes, between two steps
             asked = group.agree(pending.number)
-            if ends_epoch or (settings.save_every and done % settings.save_every == 0) or asked is not None:
-                saved = group.from_first(partial(save_checkpoint, out, model, towers, optimizer, config, done))
-                if group.first:
-                    prune_checkpoints(out, settings.keep_last)
-                if asked is not None:
-                    raise Interrupted(asked, saved)
-            if ends_epoch and questions:
-                validate(saved)
+            assert asked is not None
+            raise Interrupted(asked, saved if saved is not None and saved.step == done else save(done)) from None
     skipped.conclude()
     model.eval()
     finished = group.from_first(partial(list_checkpoints, out))
@@ -337,13 +379,18 @@ def _take_over(model: DCRIS, optimizer: torch.optim.Optimizer, first: int, group
     return first
 
 
-def _read_together(loader: Iterator[Batch], group: Processes) -> Iterator[Batch]:
-    """Batches as they come. Where one process cannot read its own, the same DcrisError is raised in all."""
+def _read_together(loader: Iterator[Batch], group: Processes, pending: "_Pending") -> Iterator[Batch]:
+    """Batches as they come. Where one process cannot read its own, the same error is raised in all.
+
+    Raises DcrisError, and _StopWaiting where a signal came while a process waited.
+    """
     while True:
-        error, batch = None, None
+        error: DcrisError | _StopWaiting | None = None
+        batch = None
         try:
-            batch = next(loader, None)
-        except DcrisError as met:
+            with pending.waiting():
+                batch = next(loader, None)
+        except (DcrisError, _StopWaiting) as met:
             error = met
         group.raise_together(error)
         if batch is None:
@@ -459,12 +506,12 @@ def _validate(
     device: torch.device,
     dtype: torch.dtype,
     group: Processes,
-    wanted: Callable[[Answer], bool],
+    pending: "_Pending",
 ) -> dict[str, float]:
     """Scores in percent on the validation split's first sentences, as the CRIS family validates while training.
 
-    `wanted` is asked after each answer: a scheduler that wants a run to end does not wait for a whole split. The model is left
-    in evaluation mode.
+    A request to end (`pending`) breaks it off: a scheduler does not wait for a whole split. The model is left in evaluation
+    mode.
     """
     model.eval()
     answer = partial(answer_questions, model, questions, config, Cris(), device=device, dtype=dtype, keep_masks=False)
@@ -472,7 +519,7 @@ def _validate(
         # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
         answers: Iterable[Answer] = answer()
     else:
-        answers = answer_together(group, questions, lambda share: takewhile(wanted, answer(share=share)))
+        answers = answer_together(group, questions, lambda share: pending.until_asked(answer(share=share)))
     return summarise(answer.overlap for answer in answers)
 
 
@@ -480,6 +527,30 @@ class _Pending:
     """A request to end that has come and not been met yet."""
 
     number: int | None = None
+    interruptible = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what may take for ever and may be broken off: a request raises _StopWaiting there, whenever it came."""
+        self.interruptible = True
+        try:
+            if self.number is not None:
+                raise _StopWaiting
+            yield
+        finally:
+            self.interruptible = False
+
+    def until_asked(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+        """Answers as they come, up to a request to end."""
+        while True:
+            try:
+                with self.waiting():
+                    answer = next(answers, None)
+            except _StopWaiting:
+                return
+            if answer is None:
+                return
+            yield answer
 
 
 @contextmanager
@@ -496,6 +567,8 @@ def _signals() -> Iterator[_Pending]:
         nonlocal begin
         if pending.number is None:
             pending.number, begin = number, time.monotonic()
+            if pending.interruptible:
+                raise _StopWaiting
         elif number == signal.SIGINT and time.monotonic() - begin > 1:
             raise KeyboardInterrupt
 

@@ -1,0 +1,163 @@
+"""Worker processes where shared memory, semaphores or disks fail: one sentence, or work without them; never a hang."""
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from dcris.cli import main
+from dcris.config import override
+from dcris.data import dataset, workers
+from dcris.data.scenes import write_scenes
+from dcris.data.workers import load, shared_memory_left, workers_that_fit
+from dcris.engine import train as engine
+from dcris.engine.checkpoint import list_checkpoints
+from dcris.engine.train import Interrupted, total_steps
+from dcris.errors import DcrisError
+from dcris.streams import note_once
+from runs import assert_same_run, quick_config, run_training
+
+
+class Unsendable:
+    def __reduce__(self) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Samples:
+    """A data set of four: what `make` gives for each number."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> Any:
+        return self.make(number)
+
+
+def unsendable(number: int) -> object:
+    return Unsendable() if number == 2 else number
+
+
+def stalled(number: int) -> int:
+    if number == 2:
+        time.sleep(1000)
+    return number
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
+    """Docker's 64 MB of shared memory: torch drops such a batch and waits for it for ever."""
+    batches = load(Samples(unsendable), 2, batch_size=1, collate_fn=list)
+    assert [next(batches), next(batches)] == [[0], [1]]
+    with pytest.raises(DcrisError, match=r"No space left on device.*/dev/shm.*--data\.workers"):
+        next(batches)
+
+
+def test_workers_that_stall_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A disk on the network that hangs: a note after a minute, an error after ten, and the process can then end."""
+    monkeypatch.setattr(workers, "_PATIENCE", 0.3)
+    batches = load(Samples(stalled), 1, batch_size=1, collate_fn=list)
+    assert [next(batches), next(batches)] == [[0], [1]]
+    with pytest.raises(DcrisError, match="no photographs have been read"):
+        next(batches)
+    assert "still waiting" in capsys.readouterr().err
+
+
+def test_without_semaphores_work_is_done_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sandboxes without a writable /dev/shm: it is said once, and the work is done."""
+
+    def missing(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    note_once.cache_clear()
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", missing)
+    for _ in range(2):
+        assert list(load(Samples(int), 2, batch_size=2, collate_fn=list)) == [[0, 1], [2, 3]]
+    write_scenes(tmp_path / "two", train=2, val=1, test=0, workers=2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "continuing without" in said
+    monkeypatch.undo()
+    write_scenes(tmp_path / "one", train=2, val=1, test=0)
+    written = [(tmp_path / name / "scenes" / "instances.json").read_bytes() for name in ("one", "two")]
+    assert written[0] == written[1]
+
+
+def test_shared_memory_is_measured_before_anything_is_loaded(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after the towers were fetched and some steps done. Validation and evaluation use fewer workers instead."""
+    monkeypatch.setattr(workers, "shared_memory_left", lambda: 6e5)
+    words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run")]
+    assert main([*words, "--train.batch_size", "4", "--data.workers", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "2 workers need 1.8 MB for 5 batches" in told
+    assert "has 0.6 MB left; use --data.workers 0," in told
+    assert not (tmp_path / "run").exists()
+    assert workers_that_fit(4, 1e5) == 2
+    monkeypatch.undo()
+    assert shared_memory_left() > 0
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_that_waits_for_a_batch_can_be_ended(
+    steps: int, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM writes a checkpoint although no step ends, and the resumed run is the run that was never stopped."""
+    read = dataset.load
+
+    def hang(*arguments: Any, **options: Any) -> Iterator[Any]:
+        batches = read(*arguments, **options)
+        for _ in range(steps):
+            yield next(batches)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(1000)
+
+    config = quick_config(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "load", hang)
+        with pytest.raises(Interrupted) as stop:
+            run_training(config, scenes_root, tmp_path / "run")
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run")] == [steps]
+    run_training(config, scenes_root, tmp_path / "run", resume=True)
+    run_training(config, scenes_root, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_steps_decide_how_long_a_run_is(scenes_root: Path, tmp_path: Path) -> None:
+    """A recipe of one epoch given 7 steps once trained for the 3 of its epoch, all in the warm-up."""
+    config = quick_config(7, ("train.epochs", "1"))
+    assert total_steps(config.train, 12) == 7
+    assert total_steps(override(config, [("train.epochs", "2")]).train, 12) == 6  # the one that is given counts
+    run_training(config, scenes_root, tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run")[-1].step == 7
+
+
+def test_a_run_shorter_than_its_warm_up_is_refused(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would end with a learning rate that never rose, and a model worse than at its start."""
+    monkeypatch.setattr(engine, "build_model", lambda config: pytest.fail("a model was built"))
+    words = [
+        "train",
+        "dcris_tiny",
+        "--data",
+        str(scenes_root),
+        "--out",
+        str(tmp_path / "run"),
+        "--train.max_steps",
+        "39",
+    ]
+    assert main(words) == 2
+    assert "39 steps and the warm-up" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
