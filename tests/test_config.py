@@ -139,6 +139,7 @@ def test_settings_of_the_command_line_change_only_what_they_name() -> None:
             ("model.head.bias", "-1.5"),
             ("train.epochs", "2"),
             ("train.epochs", "3"),
+            ("train.max_steps", "1700"),
         ],
     )
     assert (after.train.lr, after.train.epochs) == (3e-4, 3)  # the last of two wins

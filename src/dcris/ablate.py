@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from dcris.config import RunConfig, parse_config
-from dcris.data.dataset import all_questions, steps_per_epoch
+from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
@@ -236,7 +236,6 @@ class _Study:
             train_settings |= {"epochs": self.epochs, "max_steps": None}
         if self.steps is not None:
             train_settings["max_steps"] = self.steps
-            train_settings["epochs"] = self._epochs(config, self.steps)
         changed = config.model_copy(
             update={
                 "train": config.train.model_copy(update=train_settings),
@@ -264,17 +263,11 @@ class _Study:
                 settings = job.config.train
                 changes = {
                     "max_steps": steps,
-                    "epochs": self._epochs(job.config, steps),
                     "milestones": tuple(milestone * factor for milestone in settings.milestones),
                 }
                 config = job.config.model_copy(update={"train": settings.model_copy(update=changes)})
                 stretched[seed] = self._keyed(row, config)
         return stretched
-
-    def _epochs(self, config: RunConfig, steps: int) -> int:
-        """Epochs that so many steps take, the last perhaps in part."""
-        references = len(self.table.split(config.data.train_split))
-        return -(-steps // steps_per_epoch(references, min(config.train.batch_size, references)))
 
     def _keyed(self, row: Row, config: RunConfig) -> _Job:
         plain = config.model_dump(mode="json", exclude={"recipe"})

@@ -298,6 +298,7 @@ class TrainConfig(Section):
     start: Annotated[str, Field(min_length=1)] | None = None
     """A run, checkpoint directory or bundle whose adapters and head the run starts from; None for fresh ones."""
     epochs: Count = 50
+    """How long to train, where `max_steps` is None."""
     batch_size: Count = 32
     """Samples in a step, over all processes and passes."""
     micro_batch: Count | None = None
@@ -334,7 +335,8 @@ class TrainConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Who shows the curves and some predictions, beside the log; see dcris.engine.trackers."""
     max_steps: Count | None = None
-    """Stop after so many steps, whatever the epochs say."""
+    """Train for exactly so many steps, over as many epochs as that takes, instead of for `epochs`. Milestones still count
+    epochs, so a run that ends before the first keeps its learning rate."""
 
 
 class RunConfig(Section):
@@ -375,16 +377,23 @@ def load_config(path: Path) -> RunConfig:
 def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfig:
     """The configuration with `SECTION.FIELD VALUE` pairs applied, as typed on the command line.
 
-    A value is read as JSON where it is JSON (numbers, lists, null, true) and as text otherwise.
+    A value is read as JSON where it is JSON (numbers, lists, null, true) and as text otherwise. The run's length may be given
+    in epochs or in steps: train.epochs without train.max_steps clears the latter.
+
     Raises DcrisError naming the key where it is unknown or its value does not fit.
     """
     tree = require(config, RunConfig, "the configuration").model_dump()
     if not isinstance(settings, Iterable):
         raise DcrisError(f"settings are pairs of texts, and not {kind_of(settings)}")
+    pairs = []
     for pair in settings:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
             raise DcrisError(f"a setting is a pair of texts, as in ('train.lr', '0.001'), and not {pair!r}")
-        key, text = pair
+        pairs.append(pair)
+    given = dict(pairs)
+    if "train.epochs" in given and "train.max_steps" not in given:
+        tree["train"]["max_steps"] = None
+    for key, text in pairs:
         *parents, last = key.split(".")
         node: Any = tree
         for parent in parents:
