@@ -47,7 +47,7 @@ def torchrun(count: int, *words: object, program: Sequence[str] = DCRIS_ITSELF) 
 
 def train_words(data: Path, out: Path, steps: int, *more: str) -> list[str]:
     """A short run in batches of 8, at the paper's learning rate: at the recipe's, rounding soon decides."""
-    settings = {"max_steps": steps, "epochs": 1000, "batch_size": 8, "warmup_steps": 2, "log_every": 1, "lr": 1e-4}
+    settings = {"max_steps": steps, "epochs": 1000, "batch_size": 8, "warmup_steps": 1, "log_every": 1, "lr": 1e-4}
     words = [
         "train",
         "dcris_tiny",

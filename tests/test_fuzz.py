@@ -78,7 +78,8 @@ def small_config(*settings: tuple[str, str]) -> RunConfig:
         "head": {"taps": [0, 1], "width": 16, "heads": 4, "feedforward": 16, "layers": 1},
     }
     changes = [(f"model.{name}", json.dumps(section)) for name, section in sections.items()]
-    changes += [("data.image_size", "28"), ("data.dataset", "tiny"), ("train.max_steps", "2"), ("train.epochs", "9")]
+    changes += [("data.image_size", "28"), ("data.dataset", "tiny"), ("train.max_steps", "2")]
+    changes += [("train.warmup_steps", "0")]
     return override(dcris_tiny(), [*changes, *settings])
 
 

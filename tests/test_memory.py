@@ -273,7 +273,7 @@ def test_auto_is_recorded_and_not_searched_again(
     found = iter([2])
     monkeypatch.setattr(memory, "largest_micro_batch", lambda *_: next(found))
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--batch-size", "auto"]
-    words += ["--device", "cpu", "--data.image_size", "56", "--train.epochs", "9", "--train.batch_size", "4"]
+    words += ["--device", "cpu", "--data.image_size", "56", "--train.warmup_steps", "0", "--train.batch_size", "4"]
     assert main([*words, "--train.max_steps", "1"]) == 0
     assert "micro batches of 2 (the largest that fits): a batch of 4 takes 2 passes" in capsys.readouterr().out
     assert main([*words, "--train.max_steps", "2", "--resume"]) == 0

@@ -549,6 +549,7 @@ def test_trackers_are_chosen_on_the_command_line_and_may_change(
     """Somebody who wants to see the curves of a run that has begun resumes it with --tracker."""
     words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.batch_size 4".split()
     words += ["--data.workers", "0", "--data.image_size", "56", "--train.log_every", "1", "--train.schedule", "step"]
+    words += ["--train.warmup_steps", "1"]
     assert main([*words, "--train.max_steps", "1"]) == 0
     assert not wandb.calls
     both = ["--tracker", "tensorboard", "--tracker", "wandb"]

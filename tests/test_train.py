@@ -474,7 +474,7 @@ def test_a_tower_that_is_not_here(tmp_path: Path) -> None:
 
 
 def start_training(data: Path, out: Path, steps: int, workers: int) -> subprocess.Popen[str]:
-    settings = {"max_steps": steps, "epochs": 1000, "batch_size": 4, "warmup_steps": 2, "log_every": 1}
+    settings = {"max_steps": steps, "epochs": 1000, "batch_size": 4, "warmup_steps": 1, "log_every": 1}
     words = [word for key, value in settings.items() for word in (f"--train.{key}", str(value))]
     command = [sys.executable, "-m", "dcris", "train", "dcris_tiny", "--data", str(data), "--out", str(out), "--resume"]
     command += ["--data.image_size", "56"]

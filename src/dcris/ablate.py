@@ -236,9 +236,13 @@ class _Study:
             train_settings |= {"epochs": self.epochs, "max_steps": None}
         if self.steps is not None:
             train_settings["max_steps"] = self.steps
+        train = config.train.model_copy(update=train_settings)
+        # A shorter run has a shorter warm-up: else it would train in nothing but its warm-up.
+        references = len(self.table.split(config.data.train_split))
+        share = min(1.0, total_steps(train, references) / total_steps(config.train, references))
         changed = config.model_copy(
             update={
-                "train": config.train.model_copy(update=train_settings),
+                "train": train.model_copy(update={"warmup_steps": round(share * train.warmup_steps)}),
                 "data": config.data.model_copy(update=data),
             }
         )
@@ -263,6 +267,7 @@ class _Study:
                 settings = job.config.train
                 changes = {
                     "max_steps": steps,
+                    "warmup_steps": round(settings.warmup_steps * factor),
                     "milestones": tuple(milestone * factor for milestone in settings.milestones),
                 }
                 config = job.config.model_copy(update={"train": settings.model_copy(update=changes)})
