@@ -1,6 +1,7 @@
 """What the commands share: arguments, and how they speak."""
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def complain(text: str) -> None:
     line = printable(text).replace("\n", "\\n")
     half = _LONGEST_LINE // 2
     note(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
+
+
+def argument(path: Path | str) -> str:
+    """Quote a path as an argument of an advised command: spaces stay inside it, and a leading dash makes it no option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def leave(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import ROOT, adder, data_set_arguments, natural, own_name, say, share
+from dcris.cli.common import ROOT, adder, argument, data_set_arguments, natural, own_name, say, share
 from dcris.errors import DcrisError
 from dcris.streams import is_terminal, note
 
@@ -68,12 +67,6 @@ def add(commands: Any) -> None:
     )
 
 
-def _argument(path: Path | str) -> str:
-    """A path as an argument of an advised command: whole where it has spaces, and no option where it begins with a dash."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
-
-
 def _data_fetch(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
@@ -103,8 +96,8 @@ def _data_fetch(args: argparse.Namespace) -> None:
         if bar is not None:
             bar.close()
     say(
-        f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {_argument(args.out)} --dataset "
-        f"{_argument(table.dataset)}"
+        f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {argument(args.out)} --dataset "
+        f"{argument(table.dataset)}"
     )
 
 
@@ -145,7 +138,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             progress=lambda done: bar.update(done - bar.n),
         )
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
-    say(f"{args.out}: {made} scenes; next: dcris data check {_argument(args.out)} --dataset scenes")
+    say(f"{args.out}: {made} scenes; next: dcris data check {argument(args.out)} --dataset scenes")
 
 
 def _data_import_coco(args: argparse.Namespace) -> None:
@@ -165,4 +158,4 @@ def _data_import_coco(args: argparse.Namespace) -> None:
     )
     for problem in done.problems:
         say(f"left out: {problem}")
-    say(f"{args.out}: {done}; next: dcris data check {_argument(args.out)}")
+    say(f"{args.out}: {done}; next: dcris data check {argument(args.out)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from dcris.cli.common import (
     adder,
+    argument,
     data_root_argument,
     data_set_arguments,
     device_arguments,
@@ -167,7 +168,9 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
         config = override(config, [("train.micro_batch", str(micro_batch))])
     result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, say=tell, group=group)
     split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
-    tell(f"done in {result.seconds:.0f} s; next: dcris evaluate {args.out} --data {args.data}{split}")
+    tell(
+        f"done in {result.seconds:.0f} s; next: dcris evaluate {argument(args.out)} --data {argument(args.data)}{split}"
+    )
 
 
 def _batch_size(text: str) -> int | str:
