@@ -34,7 +34,8 @@ QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
 )
 RESULT_KEYS = {"miou", "oiou", *(f"prec@0.{digit}" for digit in "56789"), "references", "expressions", "dataset"}
-RESULT_KEYS |= {"split", "protocol", "weights_sha256", "version"}
+RESULT_KEYS |= {"split", "split_by", "data_sha256", "protocol", "threshold", "weights_sha256"}
+RESULT_KEYS |= {"precision", "device", "threads", "version", "torch", "numpy"}
 
 
 @pytest.fixture
@@ -556,3 +557,38 @@ def test_a_shell_completes_commands_and_options() -> None:
     done = subprocess.run(["bash", "-c", printed.stdout + ask], capture_output=True, text=True, check=False)
     found = [set(line.split()) for line in done.stdout.splitlines()]
     assert found == [{"evaluate"}, {"--split", "--split-by"}, {"check"}]
+
+
+def test_phrases_that_are_cut_are_counted(trained_run: Path, scenes_root: Path, tmp_path: Path, capsys) -> None:
+    """Somebody who evaluates a model of short phrases on longer ones must see why the scores are low."""
+    phrases = ["red circle", "red " * 12 + "circle"]
+    line = {"image": "a.png", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": phrases, "split": "val"}
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    (tmp_path / "refcocog.jsonl").write_text(json.dumps(line))
+    assert dcris("evaluate", trained_run, "--data", tmp_path / "refcocog.jsonl") == 0
+    told = capsys.readouterr().err
+    assert "1 of 2 phrases are longer than 14 tokens" in told
+    assert "refcocog is usually read with 22" in told
+    assert dcris("evaluate", trained_run, "--data", scenes_root, "--split", "test") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_other_data_of_an_answers_file_are_noted(scenes_root: Path, trained_run: Path, tmp_path: Path, capsys) -> None:
+    """Answers that were measured before masks were corrected look like any others."""
+    root = Path(shutil.copytree(scenes_root, tmp_path / "data"))
+    split = ("--data", root, "--dataset", "scenes", "--split", "test")
+    answers = tmp_path / "a.jsonl"
+    assert dcris("evaluate", trained_run, *split, "--answers", answers, "--out", tmp_path / "a.json") == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert (record["split_by"], record["precision"]) == ("generated", "float32")
+    assert record["device"]
+    shutil.copyfile(answers, tmp_path / "b.jsonl")
+    assert dcris("compare", answers, tmp_path / "b.jsonl", *split) == 0
+    assert "other data" not in capsys.readouterr().err
+    instances = root / "scenes/instances.json"
+    content = json.loads(instances.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    instances.write_text(json.dumps(content))
+    assert dcris("compare", answers, tmp_path / "b.jsonl", *split) == 0
+    assert "was measured on other data" in capsys.readouterr().err

@@ -98,8 +98,8 @@ def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
     assert all(list(line) == [*old, "images_per_second", "peak_memory_mb"] for line in steps)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert [(line["step"], line["epoch"]) for line in scores] == [(2, 1), (4, 2)]
-    precisions = [f"val_prec@0.{digit}" for digit in "56789"]
-    assert all(list(line) == ["step", "epoch", "val_miou", "val_oiou", *precisions] for line in scores)
+    precisions = [f"val_first_prec@0.{digit}" for digit in "56789"]
+    assert all(list(line) == ["step", "epoch", "val_first_miou", "val_first_oiou", *precisions] for line in scores)
     assert all(50 < line["peak_memory_mb"] < 50_000 for line in steps)  # a process with torch in it
     assert all(0 < line["images_per_second"] < 10_000 for line in steps)
 
@@ -145,7 +145,7 @@ def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path)
     assert shown[-1].endswith(" images/s 00:00 left")
     score = log[-1]
     assert lines[-1] == (
-        f"validation after epoch 2/2 mIoU {score['val_miou']:.1f} oIoU {score['val_oiou']:.1f} "
+        f"validation (first sentences) after epoch 2/2 mIoU {score['val_first_miou']:.1f} oIoU {score['val_first_oiou']:.1f} "
         f"prec@0.5 {score['val_prec@0.5']:.1f}"
     )
 
@@ -186,7 +186,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == sorted({*range(1, 101, 4), 50, 100})
     assert "epoch 10/10" in screen.getvalue()
     assert "loss 0.125 IoU 43.2 lr 1.0e-03 32 images/s]" in screen.getvalue()
-    assert lines == ["validation after epoch 10/10 mIoU 56.8"]
+    assert lines == ["validation (first sentences) after epoch 10/10 mIoU 56.8"]
 
 
 def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +209,9 @@ def test_curves_are_those_of_the_log(watched: Path) -> None:
     for tag in ("loss", "iou", "lr", "images_per_second", "peak_memory_mb"):
         assert found[f"train/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(watched, tag)]
     for tag in ("miou", "oiou", "prec@0.5", "prec@0.9"):
-        assert found[f"val/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(watched, f"val_{tag}")]
-    assert [step for step, _ in found["val/miou"]] == [2, 4]
+        values = logged(watched, f"val_first_{tag}")
+        assert found[f"val/first_{tag}"] == [(step, pytest.approx(value)) for step, value in values]
+    assert [step for step, _ in found["val/first_miou"]] == [2, 4]
     assert found["epoch"][-1] == (4, 2.0)
 
 
@@ -350,8 +351,8 @@ def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path
     assert 0 < settings["finish_timeout"] <= 60
     losses = [(step, values["train/loss"]) for step, values in run.points if "train/loss" in values]
     assert losses == logged(unwatched, "loss")
-    assert [(step, values["val/miou"]) for step, values in run.points if "val/miou" in values] == logged(
-        unwatched, "val_miou"
+    assert [(step, values["val/first_miou"]) for step, values in run.points if "val/first_miou" in values] == logged(
+        unwatched, "val_first_miou"
     )
     assert [step for step, _ in run.points] == sorted(step for step, _ in run.points)  # W&B drops what goes back
     (shape, caption), *_ = next(values for _, values in run.points if "panels/1" in values).values()
@@ -494,7 +495,7 @@ def test_pictures_that_cannot_be_made_are_left_out(
     (said,) = goes_on(table, tmp_path / "run", unwatched)
     assert said == "predictions are not shown from here on, training goes on: no way to the server"
     assert events(tmp_path / "run").Tags()["images"] == []
-    assert [step for step, _ in curves(tmp_path / "run")["val/miou"]] == [2, 4]
+    assert [step for step, _ in curves(tmp_path / "run")["val/first_miou"]] == [2, 4]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

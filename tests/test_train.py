@@ -101,7 +101,7 @@ def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Pa
     with pytest.raises(Interrupted):
         run_training(config, few, tmp_path / "halves", say=stop_at(3))
     run_training(config, few, tmp_path / "halves", resume=True)
-    assert sum("val_miou" in line for line in read_log(tmp_path / "whole")) == 2
+    assert sum("val_first_miou" in line for line in read_log(tmp_path / "whole")) == 2
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
@@ -212,7 +212,14 @@ def test_old_checkpoints_go_and_the_best_stays(
     assert (result.best.step, result.last.step) == (4, 6)
     assert find_checkpoint(out).name == "step-00000004"
     assert find_checkpoint(list_checkpoints(out)[-1].path).name == "step-00000006"
-    assert [line["val_miou"] for line in read_log(out) if "val_miou" in line] == [10.0, 30.0, 20.0, 30.0, 5.0, 1.0]
+    assert [line["val_first_miou"] for line in read_log(out) if "val_first_miou" in line] == [
+        10.0,
+        30.0,
+        20.0,
+        30.0,
+        5.0,
+        1.0,
+    ]
 
 
 def test_a_checkpoint_that_was_not_validated_has_no_score(
@@ -235,7 +242,7 @@ def test_validation_is_a_real_score_and_leaves_training_as_it_was(table: Referen
         run_training(quick_config(4, ("data.val_split", split)), few, tmp_path / name)
     ours, theirs = last_tensors(tmp_path / "with"), last_tensors(tmp_path / "without")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    scores = [line["val_miou"] for line in read_log(tmp_path / "with") if "val_miou" in line]
+    scores = [line["val_first_miou"] for line in read_log(tmp_path / "with") if "val_first_miou" in line]
     assert len(scores) == 2
     assert all(0 <= score <= 100 for score in scores)
 

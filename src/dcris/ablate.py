@@ -23,14 +23,14 @@ from typing import Any, Literal
 
 import torch
 
-from dcris.config import RunConfig, parse_config
+from dcris.config import WORD_LENGTHS, RunConfig, parse_config
 from dcris.data.dataset import all_questions
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
-from dcris.engine.device import choose_device
+from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.distributed import described_processes
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
@@ -230,6 +230,8 @@ class _Study:
         """A row's run of equal steps: the recipe's length, or what was asked for."""
         train_settings: dict[str, Any] = {"seed": seed, "keep_last": 1}
         data: dict[str, Any] = {"dataset": self.table.dataset, "split_by": self.table.split_by}
+        if self.table.dataset != config.data.dataset and self.table.dataset in WORD_LENGTHS:
+            data["word_length"] = WORD_LENGTHS[self.table.dataset]
         if config.data.val_split not in {None, *self.splits}:
             data["val_split"] = None
         if self.epochs is not None:
@@ -414,11 +416,12 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     spent = read_json(job.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
     model.to(device)
+    dtype = choose_precision(config.train.precision, device)
     scores = {}
     for split in splits:
         questions = all_questions(table.split(split))
         answers = list(answer_questions(model, questions, config, Cris(), device=device, keep_masks=False))
-        scores[split] = result_record(answers, model, dataset=table.dataset, split=split, protocol=Cris())
+        scores[split] = result_record(answers, table, split, Cris(), model=model, device=device, dtype=dtype)
     rate = spent["seconds"] / max(1, spent["steps"])
     result = {
         "key": job.key,

@@ -1,8 +1,9 @@
 """Answers in a file, one JSON object a line, so that scores and pictures can be made later without running a model again.
 
 A line holds `sent_id`, `ref_id`, `image` (the photograph's file name), `phrase`, `protocol`, `iou` in 0..1, `intersection` and
-`union` in pixels as the protocol counts them, `segmentation` (the predicted mask on the photograph, COCO's compressed run
-lengths), and where it was measured `curve`, a pair of intersection and union for each of metrics.CURVE_THRESHOLDS.
+`union` in pixels as the protocol counts them, `data_sha256` (of the split), `segmentation` (the predicted mask on the
+photograph, COCO's compressed run lengths), and where it was measured `curve`, a pair of intersection and union for each of
+metrics.CURVE_THRESHOLDS.
 """
 
 import json
@@ -19,23 +20,24 @@ from dcris.errors import DcrisError
 from dcris.files import read_json_lines, write_file
 from dcris.metrics import CURVE_THRESHOLDS, Overlap
 from dcris.protocols import Protocol
+from dcris.streams import note
 from dcris.types import Expression, Reference
 
 
-def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol) -> None:
-    """Write the answers, measured by `protocol`, atomically.
+def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol, data: str | None = None) -> None:
+    """Write the answers, measured by `protocol` on the split with the checksum `data`, atomically.
 
     Raises DcrisError where the file cannot be written, ValueError where an answer comes without its mask.
     """
 
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps(_line(answer, protocol)) + "\n" for answer in answers)
+            file.writelines(json.dumps(_line(answer, protocol, data)) + "\n" for answer in answers)
 
     write_file(path, fill)
 
 
-def _line(answer: Answer, protocol: Protocol) -> dict[str, Any]:
+def _line(answer: Answer, protocol: Protocol, data: str | None) -> dict[str, Any]:
     found = {
         "sent_id": answer.expression.sent_id,
         "ref_id": answer.reference.ref_id,
@@ -46,6 +48,8 @@ def _line(answer: Answer, protocol: Protocol) -> dict[str, Any]:
         "intersection": answer.overlap.intersection,
         "union": answer.overlap.union,
     }
+    if data is not None:
+        found["data_sha256"] = data
     if answer.curve:
         found["curve"] = [[overlap.intersection, overlap.union] for overlap in answer.curve]
     if answer.prediction is None:
@@ -53,15 +57,18 @@ def _line(answer: Answer, protocol: Protocol) -> dict[str, Any]:
     return {**found, "segmentation": dict(answer.prediction)}
 
 
-def read_answers(path: Path, questions: Questions, protocol: Protocol) -> list[Answer]:
+def read_answers(path: Path, questions: Questions, protocol: Protocol, data: str | None = None) -> list[Answer]:
     """The answers that `write_answers` wrote for these questions, in the questions' order.
 
-    Nothing is measured again: the file's counts are believed, if they were counted by `protocol`.
+    Nothing is measured again: the file's counts are believed, if they were counted by `protocol`. A note is printed where they
+    were counted on a split with another checksum than `data`: masks may have changed.
 
     Raises DcrisError, naming the file and the line, where it cannot be read, was measured by another protocol, or does not
     answer each question once.
     """
     lines = _by_sentence(path)
+    if data is not None and any(record.get("data_sha256", data) != data for _, record in lines.values()):
+        note(f"{path} was measured on other data: the checksum of its split differs from this one's; evaluate again")
     answers = []
     for reference, expression in questions:
         if expression.sent_id not in lines:

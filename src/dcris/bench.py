@@ -6,7 +6,6 @@ a ratio is the median over the turns. The ceiling, what the machine's own matrix
 
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.weights import RANDOM
-from dcris.engine.device import autocast, choose_device, choose_precision, resident_memory
+from dcris.engine.device import autocast, choose_device, choose_precision, device_name, resident_memory
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
@@ -131,20 +130,13 @@ def peak_memory(device: torch.device) -> float:
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the figures belong to."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "dcris": __version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def random_towers(config: RunConfig) -> RunConfig:

@@ -15,7 +15,8 @@ import torch
 from dcris.analysis import METRICS, align, analyse, difference
 from dcris.answers import read_answers
 from dcris.config import Precision
-from dcris.data.dataset import Questions
+from dcris.data.dataset import Questions, cut_phrases
+from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.device import choose_precision
 from dcris.engine.evaluate import Answer, answer_questions
@@ -24,6 +25,7 @@ from dcris.metrics import summarise
 from dcris.protocols import Protocol
 from dcris.report.comparison import TITLES
 from dcris.report.panels import first_apart
+from dcris.streams import note
 
 Systems = Mapping[str, Sequence[Answer]]
 """Each system's answers, by its name, to the same expressions in the same order (see analysis.align)."""
@@ -62,6 +64,7 @@ def answers_of(
     *,
     device: torch.device,
     precision: Precision | None = None,
+    data: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
     """A system's answers: read from its file, or asked of the model that is loaded from `path` and then forgotten.
@@ -71,13 +74,16 @@ def answers_of(
         questions: what is asked.
         protocol: how logits become masks; a file must have been made by the same.
         device, precision: where and how the model runs; its run's own precision by default.
+        data: checksum of the split; a file that was measured on another is noted.
         progress: called with the number of expressions done so far.
 
     Raises DcrisError where the system, a photograph or a mask cannot be read, or a file does not answer just these questions.
     """
     if is_answers(path):
-        return read_answers(path, questions, protocol)
+        return read_answers(path, questions, protocol, data)
     model, config = load_checkpoint(path)
+    if cut := cut_phrases(questions, config.data, tokenizer_of(config.model.text), ""):
+        note(f"{path}: {cut}")
     return list(
         answer_questions(
             model.to(device),
@@ -98,6 +104,7 @@ def gather(
     *,
     device: torch.device,
     precision: Precision | None = None,
+    data: str | None = None,
     progress: Callable[[str, int], None] = lambda name, done: None,
 ) -> dict[str, list[Answer]]:
     """All systems' answers, in one order; `progress` is called with a system's name and its expressions done so far.
@@ -108,7 +115,9 @@ def gather(
     # Files first: a mistake in one should not come to light after hours of a model's work.
     for name, path in sorted(sources.items(), key=lambda item: not is_answers(item[1])):
         tell = partial(progress, name)
-        found[name] = answers_of(path, questions, protocol, device=device, precision=precision, progress=tell)
+        found[name] = answers_of(
+            path, questions, protocol, device=device, precision=precision, data=data, progress=tell
+        )
     first = found[next(iter(sources))]
     return {name: align(found[name], first) for name in sources}
 

@@ -15,7 +15,7 @@ from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
-from dcris.engine.device import choose_device
+from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train
@@ -88,7 +88,15 @@ def evaluate_both_ways(
         list(answer_questions(model, questions, config, protocol, device=device))
         for questions in (all_questions(references), exchange_phrases(references))
     )
-    metrics = result_record(answers, model, dataset=table.dataset, split=split, protocol=protocol)
+    metrics = result_record(
+        answers,
+        table,
+        split,
+        protocol,
+        model=model,
+        device=device,
+        dtype=choose_precision(config.train.precision, device),
+    )
     analysis = analyse(answers, protocol.precision_includes_threshold)
     return answers, {
         **metrics,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcris.config import (
+    WORD_LENGTHS,
     DataConfig,
     DenseCrossConfig,
     HeadConfig,
@@ -62,8 +63,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 """The two schedules in circulation: the paper's, and that of the DETRIS repository's base models."""
 
 _PLUS = DataConfig(dataset="refcoco+", split_by="unc")
-_UMD = DataConfig(dataset="refcocog", split_by="umd", word_length=22)
-_GOOGLE = DataConfig(dataset="refcocog", split_by="google", word_length=22)
+_UMD = DataConfig(dataset="refcocog", split_by="umd", word_length=WORD_LENGTHS["refcocog"])
+_GOOGLE = DataConfig(dataset="refcocog", split_by="google", word_length=WORD_LENGTHS["refcocog"])
 
 
 def _edited(base: RunConfig, recipe: str, **sections: Any) -> RunConfig:

@@ -19,7 +19,7 @@ from dcris.cli.common import (
     say,
 )
 from dcris.errors import DcrisError
-from dcris.streams import is_terminal
+from dcris.streams import is_terminal, note
 
 
 def add(commands: Any) -> None:
@@ -99,7 +99,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from dcris.analysis import analyse, best_threshold
     from dcris.answers import write_answers
-    from dcris.data.dataset import Questions, all_questions
+    from dcris.data.dataset import Questions, all_questions, cut_phrases
+    from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.checkpoint import load_checkpoint
     from dcris.engine.device import choose_device, choose_precision
     from dcris.engine.distributed import processes
@@ -115,8 +116,11 @@ def _evaluate(args: argparse.Namespace) -> None:
         device = choose_device(args.device)
         model, config = load_checkpoint(locate(args.checkpoint))
         model.to(device)
+        dtype = choose_precision(args.precision or config.train.precision, device)
         table = data_of(args, config)
         questions = all_questions(table.split(args.split))
+        if group.first and (cut := cut_phrases(questions, config.data, tokenizer_of(config.model.text), table.dataset)):
+            note(cut)
         quiet = not (group.first and is_terminal())
         keep_masks = args.report is not None or args.answers is not None
 
@@ -128,7 +132,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                     config,
                     protocol,
                     device=device,
-                    dtype=choose_precision(args.precision or config.train.precision, device),
+                    dtype=dtype,
                     batch_size=args.batch_size,
                     share=share,
                     keep_masks=keep_masks,
@@ -143,13 +147,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         answers = answer_together(group, questions, partial(answer, questions, keep_masks))
         if not group.first:
             return
-    result = result_record(answers, model, dataset=table.dataset, split=args.split, protocol=protocol)
+    result = result_record(answers, table, args.split, protocol, model=model, device=device, dtype=dtype)
     if args.calibrate_on is not None:
         result["calibrated_on"] = args.calibrate_on
     metrics = {**result, "analysis": analyse(answers, protocol.precision_includes_threshold)}
     try:
         if args.answers is not None:
-            write_answers(args.answers, answers, protocol)
+            write_answers(args.answers, answers, protocol, table.sha256(args.split))
         if args.out is not None:
             write_json(args.out, metrics)
         if args.report is not None:
@@ -196,7 +200,7 @@ def _score(args: argparse.Namespace) -> None:
             ):
                 answers.append(answer)
                 bar.update(1)
-        result = result_record(answers, None, dataset=table.dataset, split=args.split, protocol=protocol)
+        result = result_record(answers, table, args.split, protocol)
         results.append({"predictions": path.name, **result})
         columns = ("miou", "oiou", *(f"prec@{threshold}" for threshold in PRECISION_THRESHOLDS))
         rows.append([path.stem, *(f"{result[column]:.2f}" for column in columns)])
@@ -256,6 +260,7 @@ def _compare(args: argparse.Namespace) -> None:
             protocol,
             device=device,
             precision=args.precision,
+            data=table.sha256(args.split),
             progress=progress,
         )
     comparison = compare(systems, protocol.precision_includes_threshold)
@@ -266,7 +271,12 @@ def _compare(args: argparse.Namespace) -> None:
                 args.out,
                 title=f"{', '.join(names[:-1])} and {names[-1]}",
                 comparison=comparison,
-                measured={"dataset": table.dataset, "split": args.split, "protocol": protocol.name},
+                measured={
+                    "dataset": table.dataset,
+                    "split_by": table.split_by,
+                    "split": args.split,
+                    "protocol": protocol.name,
+                },
                 panels={heading: map(as_panel, some) for heading, some in shown.items()},
             )
         if args.images is not None and shown:

@@ -6,6 +6,7 @@ the number of workers and wherever it was interrupted.
 Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of a photograph.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from dcris.config import DataConfig
+from dcris.config import WORD_LENGTHS, DataConfig
 from dcris.data.fits import Fit, Letterbox
 from dcris.data.flip import swap_sides
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.data.tokenizer import Tokenizer
+from dcris.data.tokenizer import PADDING, Tokenizer
 from dcris.data.workers import Failure, load, or_raise, workers_that_fit
 from dcris.errors import DcrisError
 from dcris.streams import note_once
@@ -229,6 +230,27 @@ def all_questions(references: Sequence[Reference], first_only: bool = False) -> 
         for reference in references
         for expression in (reference.expressions[:1] if first_only else reference.expressions)
     ]
+
+
+def cut_phrases(questions: Questions, config: DataConfig, tokenizer: Tokenizer, dataset: str) -> str | None:
+    """Return a warning where phrases are longer than the model's word length and lose their ends; else None.
+
+    Args:
+        questions: all that are asked.
+        config: of the model.
+        tokenizer: of the model's text tower.
+        dataset: the name of the data set that the questions are of.
+    """
+    length, known = config.word_length, WORD_LENGTHS.get(dataset, 0)
+    counts = Counter(expression.text for _, expression in questions)
+    rows = tokenizer([*counts], length + 1)
+    cut = sum(count for count, row in zip(counts.values(), rows[:, length], strict=True) if row != PADDING)
+    if not cut:
+        return None
+    usual = f"; {dataset} is usually read with {known}" if known > length else ""
+    return (
+        f"{cut:,} of {len(questions):,} phrases are longer than {length} tokens (data.word_length) and are cut{usual}"
+    )
 
 
 class ImageTasks(Dataset[ImageTask | Failure]):

@@ -54,8 +54,10 @@ class ReferenceTable:
             )
         return chosen
 
-    def sha256(self) -> str:
-        """A checksum of what the references say, in their order: identifiers, splits, phrases, masks, names of files.
+    def sha256(self, split: str | None = None) -> str:
+        """A checksum of what the references (all, or those of one split) say, in their order.
+
+        That is identifiers, splits, phrases, masks and names of files.
 
         Where the root is does not count, nor under which of COCO's namings the photographs lie, so that a data set may move to
         another machine. Nor do the pixels of photographs and of masks that are pictures: reading them would take minutes.
@@ -71,7 +73,7 @@ class ReferenceTable:
                 return [value.path, value.threshold]
             return value.decode("latin1") if isinstance(value, bytes) else dict(value)
 
-        for reference in self.references:
+        for reference in self.references if split is None else self.split(split):
             identifiers = (reference.ref_id, reference.ann_id, reference.image_id, reference.split)
             photograph = (name_within(reference.image_path, folder), reference.image_size)
             phrases = [(expression.sent_id, expression.text) for expression in reference.expressions]

@@ -1,6 +1,7 @@
 """Where the work is done and in which precision."""
 
 import os
+import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -27,6 +28,16 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DcrisError(f"device {name} is not on this machine, which has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or the number and model of this machine's processor cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:

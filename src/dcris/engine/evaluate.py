@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dcris.config import RunConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
 from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import fingerprint
-from dcris.engine.device import autocast, choose_device, choose_precision
+from dcris.engine.device import autocast, choose_device, choose_precision, device_name
 from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
 from dcris.metrics import Overlap, overlap_curve, summarise
@@ -201,20 +203,41 @@ def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, E
 
 
 def result_record(
-    answers: Sequence[Answer], model: DCRIS | None, *, dataset: str, split: str, protocol: Protocol
+    answers: Sequence[Answer],
+    table: ReferenceTable,
+    split: str,
+    protocol: Protocol,
+    *,
+    model: DCRIS | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, float | int | str | None]:
-    """What every result file holds: the scores in percent, and all that is needed to know what they are scores of.
+    """What every result file holds: the scores in percent, and what they are scores of.
 
-    A `model` of None is somebody else's, of which nothing but masks is known.
+    Two results can be compared where `data_sha256`, `protocol` and `threshold` agree.
+
+    Args:
+        answers: to all questions of the split.
+        table: the data set.
+        split: of it.
+        protocol: by which the answers were measured.
+        model, device, dtype: what answered, where and in which precision; None where only masks are known.
     """
     return {
         **summarise((answer.overlap for answer in answers), protocol.precision_includes_threshold),
         "references": len({answer.reference.ref_id for answer in answers}),
         "expressions": len(answers),
-        "dataset": dataset,
+        "dataset": table.dataset,
+        "split_by": table.split_by,
         "split": split,
+        "data_sha256": table.sha256(split),
         "protocol": protocol.name,
         "threshold": protocol.threshold,
         "weights_sha256": fingerprint(model.state_dict()) if model is not None else None,
+        "precision": str(dtype).removeprefix("torch.") if dtype is not None else None,
+        "device": device_name(device) if device is not None else None,
+        "threads": torch.get_num_threads() if device is not None else None,
         "version": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
     }

@@ -41,6 +41,9 @@ PANEL_CELL = 320
 
 _GAP = 8  # pixels between them
 _PACKAGES = {"tensorboard": "tensorboard>=2.20", "wandb": "wandb>=0.31"}
+_VALIDATION = "val_first_"
+"""How the log names scores of a validation: while training, only the first sentence of each reference is asked."""
+
 _LINES = 20  # of a run, where there is no terminal
 _SHOWN = {"miou": "mIoU", "oiou": "oIoU", "prec@0.5": "prec@0.5"}  # of a validation
 _REFRESH = 1.0  # seconds between new figures on a bar
@@ -138,7 +141,7 @@ class Monitor:
         """
         if not self.speaks or done in self.log.validated:  # known from before the run was broken off
             return
-        self._write(done, {f"val_{name}": score for name, score in scores.items()})
+        self._write(done, {f"{_VALIDATION}{name}": score for name, score in scores.items()})
         self.progress.validated(done, scores)
         if self.trackers and self.pictures:
             try:
@@ -159,7 +162,7 @@ class Monitor:
         curves = {"epoch": epoch}
         for name, score in scores.items():
             if name != "seconds":  # the trackers' own axis
-                curves[f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}"] = score
+                curves[name.replace("_", "/", 1) if name.startswith(_VALIDATION) else f"train/{name}"] = score
         self._each(lambda tracker: tracker.add(done, curves))
 
     def _each(self, act: Callable[["Tracker"], None]) -> None:
@@ -219,7 +222,7 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         lines = [item for item in _lines(path) if item[1]["step"] <= step] if step and path.exists() else []
-        self.validated = {line["step"] for _, line in lines if any(name.startswith("val_") for name in line)}
+        self.validated = {line["step"] for _, line in lines if any(name.startswith(_VALIDATION) for name in line)}
         write_file(path, b"".join(text + b"\n" for text, _ in lines))
         sync_directory(path.parent)
 
@@ -309,7 +312,7 @@ class Progress:
     def validated(self, done: int, scores: Mapping[str, float]) -> None:
         """Say how the validation split was scored."""
         shown = " ".join(f"{label} {scores[name]:.1f}" for name, label in _SHOWN.items() if name in scores)
-        self.say(f"validation after epoch {self._epoch(done)}/{self._epoch(self.total)} {shown}")
+        self.say(f"validation (first sentences) after epoch {self._epoch(done)}/{self._epoch(self.total)} {shown}")
 
     def _epoch(self, done: int) -> int:
         return math.ceil(done / self.per_epoch)

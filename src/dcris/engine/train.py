@@ -27,6 +27,7 @@ from dcris.data.dataset import (
     TrainingSamples,
     all_questions,
     batch_bytes,
+    cut_phrases,
     normalise,
     steps_per_epoch,
     training_loader,
@@ -216,7 +217,8 @@ def _train(
     if checkpoints:
         refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
     data = _record_data(table, out, going_on=bool(checkpoints))
-    for note in table.notes:
+    cut = cut_phrases(all_questions(references), config.data, tokenizer, table.dataset)
+    for note in (*table.notes, *([cut] if cut else [])):
         say(note)
     towers = identify_towers(model)
     _refuse_strangers(group, config, data["sha256"], towers)

@@ -34,7 +34,7 @@ def write_comparison_report(
         path: the .html file; its directory is created.
         title: the heading.
         comparison: what `dcris.compare.compare` gives.
-        measured: `dataset`, `split` and `protocol`.
+        measured: `dataset`, `split_by`, `split` and `protocol`.
         panels: examples by heading.
 
     Raises DcrisError where the file cannot be written.

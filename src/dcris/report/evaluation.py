@@ -35,10 +35,10 @@ def write_report(
         title: the heading.
         facts: short pairs about the run, shown in their order.
         metrics: a result file's content, in percent: `miou`, `oiou`, `prec@0.5` ..., `miou_shuffled`, what they were measured
-            on (`dataset`, `split`, `protocol`, `references`, `expressions`), and `analysis`, as `dcris.analysis.analyse` gives
-            it. Any other number or text joins the facts.
-        curve: lines of the training log, each with `step` and, where they were measured, `loss`, `iou` and `val_miou`, the last
-            two in percent. Values that are not finite are passed over.
+            on (`dataset`, `split_by`, `split`, `protocol`, `references`, `expressions`), and `analysis`, as
+            `dcris.analysis.analyse` gives it. Any other number or text joins the facts.
+        curve: lines of the training log, each with `step` and, where they were measured, `loss`, `iou` and `val_first_miou`,
+            the last two in percent. Values that are not finite are passed over.
         panels: examples by heading, in the order in which they are shown.
         notes: plain sentences for the end.
 
@@ -132,7 +132,7 @@ GROUPINGS = {
 def header(title: str, metrics: Mapping[str, Any]) -> str:
     """The heading, and a sentence on what was measured, from a result file's content."""
     counts = [f"{text(number(metrics[key]))} {key}" for key in ("expressions", "references") if key in metrics]
-    places = [f"<b>{text(str(metrics[key]))}</b>" for key in ("dataset", "split") if metrics.get(key)]
+    places = [f"<b>{text(str(metrics[key]))}</b>" for key in ("dataset", "split_by", "split") if metrics.get(key)]
     sentence = "Measured on " + " for ".join(counts) if counts else ""
     if places:
         sentence += (" of " if sentence else "Measured on ") + ", ".join(places)
@@ -243,7 +243,10 @@ def _charts_section(analysis: Mapping[str, Any], curve: Sequence[Mapping[str, fl
         charts.append(chart("Loss", [Line("training loss", loss, noisy=True)], x="step", y="loss", whole=True))
     shares = [
         Line(name, points, noisy)
-        for key, name, noisy in (("iou", "training", True), ("val_miou", "validation mIoU", False))
+        for key, name, noisy in (
+            ("iou", "training", True),
+            ("val_first_miou", "validation mIoU (first sentences)", False),
+        )
         if len(points := series(curve, key))
     ]
     if shares:
@@ -252,7 +255,7 @@ def _charts_section(analysis: Mapping[str, Any], curve: Sequence[Mapping[str, fl
 
 
 def _facts_section(facts: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
-    shown = {"dataset", "split", "protocol", "references", "expressions", *_HEADLINE}
+    shown = {"dataset", "split_by", "split", "protocol", "references", "expressions", *_HEADLINE}
     # A result file may hold more than single values, as the scores by kind, which have their own table.
     rest = {
         key.replace("_", " "): value
