@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import TCPStore
 
 import dcris.engine.train as engine
@@ -30,6 +32,7 @@ from dcris.errors import DcrisError
 from dcris.metrics import summarise
 from launcher import Launcher, torchrun_environment
 from runs import assert_same_run, leftovers, quick_config, run_training, unseal
+from test_distributed import daring
 
 STEPS, EPOCH = 12, 4
 SETTINGS = {
@@ -580,3 +583,91 @@ def test_every_score_may_decide(name: str) -> None:
     """The names are those that validation gives."""
     assert name in summarise([])
     assert quick_config(1, ("train.best_by", name)).train.best_by == name
+
+
+# ---- predict -------------------------------------------------------------------------------------------------------------
+
+
+class Predict:
+    """`dcris predict` with its results beside the photographs, killed and started again."""
+
+    def __init__(self, launcher: Launcher, model: Path, photos: Path) -> None:
+        self.launcher, self.photos = launcher, photos
+        self.output = photos.with_name(f"{photos.name}.txt")
+        phrases = ("-e", "cup", "-e", "ring")
+        self.command = ["predict", model, photos, *phrases, "--recursive", "--device", "cpu", "--out", photos]
+
+    def run(self) -> None:
+        assert self.launcher.wait(self.launcher.start(self.command, self.output)) == 0, self.output.read_text()
+
+    def kill(self, draw: random.Random) -> str:
+        """Start it, and kill it at a random moment of a random kind. Returns what it was, "" where it had ended before."""
+        kind = draw.choice(("lines", "unfinished", "any file", "clock"))
+        begun, more = self.files(), draw.randint(1, 3)
+        reached: dict[str, Callable[[], object]] = {
+            "lines": lambda: len(self.lines()) >= len(begun[1]) + more,
+            "unfinished": lambda: any(".partial-" in name for name in self.names()),
+            "any file": lambda: len(self.names()) >= len(begun[0]) + more,
+            "clock": lambda: True,
+        }
+        process = self.launcher.start(self.command, self.output)
+        deadline = time.monotonic() + 120
+        while not reached[kind]() and self.launcher.poll(process) is None:
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.0002)
+        time.sleep(draw.uniform(0, 1.0 if kind == "clock" else 0.02))
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        return kind if self.launcher.wait(process) == -signal.SIGKILL else ""
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.photos.rglob("*")]
+
+    def lines(self) -> list[bytes]:
+        journal = self.photos / "dcris-journal.jsonl"
+        return journal.read_bytes().splitlines() if journal.exists() else []
+
+    def files(self) -> tuple[list[str], list[bytes]]:
+        return self.names(), self.lines()
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file; of the journal what does not name this folder."""
+        files = {path.relative_to(self.photos).as_posix(): path for path in self.photos.rglob("*") if path.is_file()}
+        return {name: path.read_bytes().replace(bytes(self.photos), b"") for name, path in files.items()}
+
+
+def many_photographs(folder: Path) -> Path:
+    """Some in a folder below, two of one name, and a name that is as long as can be."""
+    for number in range(10):
+        name = (
+            ("0.jpg", "0.png", f"{'n' * 250}.png", f"deep/{number}.png")[min(number, 3)]
+            if number < 6
+            else f"{number}.png"
+        )
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(folder / name)
+        os.utime(folder / name, (10**9, 10**9))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def daring_model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return daring(trained_run, tmp_path_factory.mktemp("daring") / "model")
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_predict_is_killed(launcher: Launcher, daring_model: Path, tmp_path: Path, kills: int) -> None:
+    """With --out beside the photographs: the same command again ends with exactly the files of an unbroken call."""
+    unbroken = Predict(launcher, daring_model, many_photographs(tmp_path / "unbroken"))
+    unbroken.run()
+    expected = unbroken.contents()
+    draw, hit = random.Random(5), []
+    for number in range(5 * kills):
+        killed = Predict(launcher, daring_model, many_photographs(tmp_path / f"killed{number}"))
+        hit += filter(None, (killed.kill(draw) for _ in range(draw.randint(1, 3))))
+        killed.run()
+        assert killed.contents() == expected
+        if len(hit) >= kills:
+            break
+    assert len(hit) >= kills

@@ -1,6 +1,7 @@
 """`dcris predict` over many images: what is asked, what it leaves on disk, and what happens when something goes wrong."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -59,9 +60,13 @@ def results(out: Path) -> list[Any]:
 
 
 def journalled(out: Path) -> list[str]:
-    """The names that a journal holds, without its first line."""
+    """The names that a journal holds."""
     lines = (out / JOURNAL).read_text().splitlines() if (out / JOURNAL).exists() else []
-    return [json.loads(line)["name"] for line in lines[1:] if line.endswith("}")]
+    return [json.loads(line)["name"] for line in lines if line.endswith("}")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------------
@@ -374,44 +379,252 @@ def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys
     again = written(out)
     assert {name for name in first if again[name] == first[name]} == {"2.0.mask.png", "3.0.mask.png"}
     assert len(results(out)) == 4
-    # Another phrase, threshold or model: everything.
-    for change in (["-e", "ring"], ["--threshold", "0.6"], ["--anew"]):
-        before = {name: time for name, time in written(out).items() if name.endswith(".0.mask.png")}
-        capsys.readouterr()
-        assert dcris(*ask, *change) == 0
-        assert "done already" not in capsys.readouterr().out
-        assert not any(written(out)[name] == time for name, time in before.items())
+    # All of it again.
+    capsys.readouterr()
+    assert dcris(*ask, "--anew") == 0
+    assert "done already" not in capsys.readouterr().out
+    assert not any(written(out)[name] == time for name, time in again.items() if name.endswith(".0.mask.png"))
     assert len(results(out)) == 4
 
 
-def test_another_folder_s_images_of_the_same_names(model: Path, tmp_path: Path) -> None:
-    """Their masks replace the others', so the first folder is not done any more."""
+def test_a_call_adds_to_what_earlier_calls_answered(model: Path, tmp_path: Path) -> None:
+    """Each photograph of each call has its own masks and its own entries, whatever it is called, and keeps its number."""
     one, two = make_photos(tmp_path / "one", 2), tmp_path / "two"
     two.mkdir()
-    Image.new("RGB", (7, 5)).save(two / "0.png")
+    for name, size in (("0.png", (7, 5)), ("1.jpg", (9, 6)), ("2.png", (5, 5))):
+        Image.new("RGB", size).save(two / name)
+    out, ask = tmp_path / "out", ("-e", "cup", "--format", "mask", "coco", "label-studio", "--out")
+    for place in (one / "1.png", two / "0.png", one, two / "2.png", two, one):
+        assert dcris("predict", model, place, *ask, out) == 0
+    found = {entry["name"]: (entry["file_name"], entry["image_id"]) for entry in results(out)}
+    assert found == {"1": ("1.png", 1), "0": ("0.png", 2), "0~2": ("0.png", 3), "2": ("2.png", 4), "1~2": ("1.jpg", 5)}
+    for entry in results(out):
+        mask = Image.open(out / f"{entry['name']}.0.mask.png")
+        assert [*mask.size][::-1] == entry["segmentation"]["size"]
+        np.testing.assert_array_equal(coco.decode(entry["segmentation"]) > 0, np.array(mask) > 0)
+    assert Image.open(out / "0.0.mask.png").size == (7, 5)
+    assert Image.open(out / "0~2.0.mask.png").size == (64, 48)
+    assert len(json.loads((out / "label_studio.json").read_text())) == 5
+
+
+def test_one_photograph_by_several_paths(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path, a link to its folder, or a folder that has been moved since, make no other photograph of it."""
+    work = photos.parent
+    (work / "link").symlink_to("photos")
+    monkeypatch.chdir(work)
+    for place in (photos, "photos", "link/../link", "link/[0-9].png", "link/2.png"):
+        assert dcris("predict", model, place, "-e", "cup", "--out", "out") == 0
+    first = contents(work / "out")
+    (work / "link").unlink()
+    photos.rename(work / "moved")
+    assert dcris("predict", model, "moved", "-e", "cup", "--out", "out") == 0
+    assert {name: content for name, content in contents(work / "out").items() if name != JOURNAL} == {
+        name: content for name, content in first.items() if name != JOURNAL
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("-e", "ring"), "about 0.png for 'cup' (now 'cup', 'ring')"),
+        (("--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
+        (("--format", "mask"), "made with formats coco mask (now mask)"),
+        (("--precision", "bfloat16"), "made with precision float32 (now bfloat16)"),
+        ("another model", "made with another model"),
+        (("another photograph", "--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
+    ],
+)
+def test_other_settings_are_refused(
+    change: Any, words: str, model: Path, trained_run: Path, photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Else predictions.json mixes two models or thresholds, or a mask of one phrase lies beside the score of another."""
     out = tmp_path / "out"
-    for folder, size in ((one, (64, 48)), (two, (7, 5)), (one, (64, 48))):
-        assert dcris("predict", model, folder, "-e", "cup", "--out", out) == 0
-        assert Image.open(out / "0.0.mask.png").size == size
+    assert dcris("predict", model, photos / "0.png", "-e", "cup", "--format", "mask", "coco", "--out", out) == 0
+    before = contents(out)
+    place = photos / "1.png" if "another photograph" in change else photos / "0.png"
+    ask = ["predict", trained_run if change == "another model" else model, place, "-e", "cup", "--out", out]
+    more = [] if change == "another model" else [word for word in change if word != "another photograph"]
+    capsys.readouterr()
+    assert dcris(*ask, *([] if "--format" in more else ["--format", "mask", "coco"]), *more) == 2
+    complaint = capsys.readouterr().err
+    assert words in complaint
+    assert "choose another --out, or add --anew to replace" in complaint
+    assert contents(out) == before
 
 
-@pytest.mark.parametrize("damage", ["cut line", "garbage", "other format", "empty"])
-def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp_path: Path) -> None:
-    """Whatever a crash left of it, results are complete, and never of half a line."""
+def test_anew_replaces_what_is_asked_alone(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """The masks of a phrase that is not asked any more are gone, and the other photographs' stay; that they differ is said."""
+    out, ask = tmp_path / "out", ("--format", "mask", "scores", "coco", "--out")
+    assert dcris("predict", model, photos, "-e", "cup", "-e", "ring", *ask, out) == 0
+    before = written(out) | {name: 0 for name in contents(out) if name.startswith("0.1.")}
+    capsys.readouterr()
+    assert dcris("predict", model, photos / "0.png", "-e", "left", *ask, out, "--anew", "--threshold", "0.6") == 0
+    assert (
+        f"{out} keeps its answers about 3 other images, made with threshold 0.35 (now 0.6)" in capsys.readouterr().out
+    )
+    asked = [(entry["name"], entry["phrase"]) for entry in results(out)]
+    assert asked == [("0", "left"), *((name, phrase) for name in "123" for phrase in ("cup", "ring"))]
+    assert not list(out.glob("0.1.*"))
+    assert {name for name, time in written(out).items() if time != before.get(name)} == {"0.0.mask.png"}
+    # No call without --anew adds to either.
+    for threshold in ("0.35", "0.6"):
+        assert dcris("predict", model, photos / "0.png", "-e", "left", *ask, out, "--threshold", threshold) == 2
+
+
+def test_what_a_killed_call_left_does_not_stay(model: Path, photos: Path, tmp_path: Path) -> None:
+    """Masks that no journal names, of phrases that are not asked now, and files that were never finished."""
+    out = tmp_path / "out"
+    (out / "deeper").mkdir(parents=True)
+    make_photos(photos / "deeper", 1)
+    stale = ["0.1.mask.png", "0.12.overlay.png", "deeper/0.1.scores.npy", ".0.0.mask.png.partial-01234567.png"]
+    kept = ["00.1.mask.png", "other/0.1.mask.png", "0.notes.png", "elsewhere.1.mask.png"]
+    (out / "other").mkdir()
+    for name in (*stale, "deeper/.0.0.mask.png.partial-01234567.png", *kept):
+        (out / name).touch()
+    assert dcris("predict", model, photos, "-e", "cup", "--recursive", "--out", out, "--format", "mask") == 0
+    names = [*(f"{number}.0.mask.png" for number in range(4)), "deeper/0.0.mask.png", *kept]
+    assert {*contents(out)} == {*names, JOURNAL, "dcris-journal.lock"}
+
+
+def test_an_answer_outlives_its_photograph(model: Path, photos: Path, tmp_path: Path) -> None:
+    """A disk that is not mounted today must not cost what was answered yesterday."""
+    (photos / "pairs.csv").write_text("0.png,cup\n1.png,ring\n")
+    out = tmp_path / "out"
+    ask = ("predict", model, "--pairs", photos / "pairs.csv", "--out", out)
+    assert dcris(*ask) == 0
+    before = {name: content for name, content in contents(out).items() if name != JOURNAL}
+    (photos / "0.png").unlink()
+    for more in ((), ("--anew",)):
+        assert dcris(*ask, *more) == 2
+        assert {name: content for name, content in contents(out).items() if name != JOURNAL} == before
+
+
+def test_two_calls_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each would drop what the other has answered. The second is refused, and a killed one keeps nobody out."""
+    photos, out = make_photos(tmp_path / "photos", 12), tmp_path / "out"
+    ask = ("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
+    first = start(*ask)
+    wait_for_lines(first, out, 2)
+    first.send_signal(signal.SIGSTOP)
+    before = contents(out)
+    assert dcris(*ask) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"dcris: another process (process {first.pid} on ")
+    assert complaint.count("\n") == 1
+    assert contents(out) == before
+    first.kill()
+    first.communicate()
+    assert dcris(*ask) == 0
+    assert len(results(out)) == 12
+
+
+DAMAGE = {
+    "garbage": lambda line: line[:-200] + b"\xff\x00garbage\n",
+    "NUL bytes": lambda line: b"\0" * len(line) + b"\n",
+    "blank": lambda line: b"\n",
+    "list": lambda line: b"[1]\n",
+    "nested": lambda line: b"[" * 100_000 + b"\n",
+    "number": lambda line: b"9" * 5000 + b"\n",
+    "names alone": lambda line: b'{"name": "0", "task": "0"}\n',
+    "header of 0.1": lambda line: b'{"settings": {"version": "0.1"}}\n',
+    "other types": lambda line: re.sub(rb'"place":(\d+)', rb'"place":"\\1"', line),
+    "huge number": lambda line: re.sub(rb'"place":\d+', b'"place":' + b"9" * 400, line),
+    "infinity": lambda line: re.sub(rb'"score":[\d.]+', b'"score":1e999', line),
+    "NaN": lambda line: re.sub(rb'"score":[\d.]+', b'"score":NaN', line),
+    "list for a name": lambda line: line.replace(b'"name":"0"', b'"name":["0"]'),
+    "outside": lambda line: line.replace(b'"task":"0"', b'"task":"../0"').replace(b'"name":"0"', b'"name":"../0"'),
+    "other size": lambda line: line.replace(b'"size":[48,64]', b'"size":[48,65]', 1),
+    "no results": lambda line: re.sub(rb'"results":\[.*?\}\}\]', b'"results":[]', line),
+    "another version's": lambda line: line.replace(b'"name":"0"', b'"name":"0","more":1'),
+}
+
+
+@pytest.mark.parametrize("damage", ["cut line", "no line end", "file gone", "empty", "each line"])
+def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """Whatever a crash or a person left of it, results are complete, and never of half a line."""
     out = tmp_path / "out"
     ask = ("predict", model, photos, "-e", "cup", "--out", out)
     assert dcris(*ask) == 0
-    expected, content = results(out), (out / JOURNAL).read_bytes()
-    spoilt = {
-        "cut line": content[: content.rindex(b"{") + 40],
-        "garbage": content[:-200] + b"\xff\x00garbage\n",
-        "other format": b'[1]\n{"name": 3}\n',
-        "empty": b"",
-    }
-    (out / JOURNAL).write_bytes(spoilt[damage])
+    expected, (first, *others) = contents(out), (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    each = {name: change(first) for name, change in DAMAGE.items()}
+    assert not [name for name, line in each.items() if line == first]
+    lines = {
+        "cut line": [*others, first[:40]],
+        "no line end": [*others, first[:-1]],
+        "file gone": [first.replace(b'"0.0.mask.png"', b'"0.9.mask.png"'), *others],
+        "empty": [],
+        "each line": [*each.values(), *others],
+    }[damage]
+    (out / JOURNAL).write_bytes(b"".join(lines))
+    capsys.readouterr()
     assert dcris(*ask) == 0
-    assert results(out) == expected
+    assert (f"{len(each)} damaged lines" in capsys.readouterr().out) == (damage == "each line")
+    assert {**contents(out), JOURNAL: b""} == {**expected, JOURNAL: b""}
     assert sorted(journalled(out)) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (JOURNAL, "pipe"),
+        (JOURNAL, "link"),
+        ("dcris-journal.3.jsonl", "pipe"),
+        ("dcris-journal.lock", "pipe"),
+        ("dcris-journal.lock", "link"),
+        ("dcris-journal.lock", "link to nothing"),
+        ("predictions.json", "pipe"),
+        ("predictions.json", "link"),
+        ("0.0.mask.png", "pipe"),
+        ("1.0.scores.npy", "link to nothing"),
+        ("1.0.overlay.png", "folder"),
+    ],
+)
+def test_something_else_in_the_place_of_a_result(name: str, kind: str, model: Path, photos: Path, capsys: Any) -> None:
+    """A pipe must not block the call, and nothing that others read or wrote is replaced, also not behind a link."""
+    (photos.parent / "theirs").write_text("theirs")
+    place = photos / name
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(photos.parent / ("theirs" if kind == "link" else "nowhere"))
+    before = place.lstat()
+    code = dcris("predict", model, photos, "-e", "cup", "--out", photos)
+    complaint = capsys.readouterr().err
+    assert code == 2, complaint
+    assert complaint.count("\n") == 1
+    assert name in complaint
+    assert (place.lstat().st_ino, place.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert (photos.parent / "theirs").read_text() == "theirs"
+    assert not (photos.parent / "nowhere").exists()
+
+
+def test_names_that_are_not_utf8(model: Path, photos: Path, tmp_path: Path) -> None:
+    """Names from old disks and archives are any bytes: every output has them in a form that other programs can read."""
+    plain, bytes_ = photos / "caf%E9.png", os.fsdecode(b"caf\xe9.png")
+    (photos / "0.png").rename(photos / bytes_)
+    (photos / "1.png").rename(plain)
+    (photos / "2.png").rename(photos / os.fsdecode(b"50%\xff\n.png"))
+    ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "label-studio", "--out", tmp_path / "out")
+    for _ in range(2):
+        assert dcris(*ask) == 0
+        found = [(entry["file_name"], entry.get("percent_encoded", False)) for entry in results(tmp_path / "out")]
+        assert sorted(found) == [
+            ("3.png", False),
+            ("50%25%FF%0A.png", True),
+            ("caf%E9.png", False),
+            ("caf%E9.png", True),
+        ]
+        for path, content in contents(tmp_path / "out").items():
+            path.encode()
+            if path.endswith((".json", ".jsonl")):
+                assert b"\\ud" not in content
+        addresses = {task["data"]["image"] for task in json.loads((tmp_path / "out/label_studio.json").read_text())}
+        names = ("3.png", "50%25%FF%0A.png", "caf%E9.png", "caf%25E9.png")
+        assert addresses == {f"/data/local-files/?d={name}" for name in names}
+        assert len(list((tmp_path / "out").glob("*.mask.png"))) == 4
 
 
 def start(*words: object) -> subprocess.Popen[str]:
@@ -616,10 +829,7 @@ def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
     assert strokes
     interface = ElementTree.parse(out / "label_studio.xml")
     assert [label.get("value") for label in interface.iter("Label")] == phrases
-    assert (
-        dcris("predict", model, photos, "-e", "cup", "--out", out, "--format", "label-studio", "--image-url", "s3://b/")
-        == 0
-    )
+    assert dcris("predict", model, photos, *words, "--out", out, *formats, "--image-url", "s3://b/") == 0
     assert json.loads((out / "label_studio.json").read_text())[0]["data"]["image"] == "s3://b/1.png"
 
 
@@ -681,7 +891,13 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert [entry["time"] for entry in found[::2]] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6], abs=1e-3)
     assert len({entry["image_id"] for entry in found}) == 5
-    assert {path.name for path in out.iterdir()} == {"clip.frames", "clip.overlay.mp4", "predictions.json", JOURNAL}
+    assert {path.name for path in out.iterdir()} == {
+        "clip.frames",
+        "clip.overlay.mp4",
+        "predictions.json",
+        JOURNAL,
+        "dcris-journal.lock",
+    }
     assert len(list((out / "clip.frames").iterdir())) == 10
     frames, seconds = read_video(out / "clip.overlay.mp4")
     assert len(frames) == 5
@@ -830,7 +1046,10 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
     """Else what a GPU answers is mixed up between the images of a pass, or an unreadable one shifts them."""
     (photos / "1.png").write_text("no picture")
     segmenter = Segmenter.from_pretrained(model, device="cpu")
-    tasks = [*find_tasks([photos], ["cup", "ring"]), Task(photos / "0.png", "0.png", "other", ("left",))]
+    tasks = [
+        *find_tasks([photos], ["cup", "ring"]),
+        Task(make_photos(tmp_path / "more", 1) / "0.png", "0.png", "other", ("left",)),
+    ]
     alone, together = [], []
     for events, kind in ((alone, "cpu"), (together, "a GPU's")):
         monkeypatch.setattr("dcris.outputs.job._images_at_once", lambda device, kind=kind: 1 if kind == "cpu" else 16)

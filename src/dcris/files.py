@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from dcris.errors import DcrisError
 
@@ -178,7 +178,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{start}{_PARTIAL}{secrets.token_hex(4)}{ending}")
 
 
-def _require_replaceable(path: Path, allowed: Callable[[int], bool]) -> None:
+def require_replaceable(path: Path, allowed: Callable[[int], bool] = stat.S_ISREG) -> None:
     """Raise DcrisError where something else than the `allowed` kind of file is in the place of a result."""
     try:
         mode = path.lstat().st_mode
@@ -190,6 +190,20 @@ def _require_replaceable(path: Path, allowed: Callable[[int], bool]) -> None:
         )
 
 
+def open_append(path: Path) -> TextIO:
+    """Open a result to read it and to add to its end, as UTF-8 text.
+
+    Raises DcrisError where that cannot be done, or where it is something else than a regular file, as `write_file` does.
+    """
+    require_replaceable(path)
+    # If a link or a pipe has taken its place meanwhile, the one is not followed and the other not waited for.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        return os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666), "a+", encoding="utf-8")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
     """Write one file atomically; `content` is its bytes, its text, or a function that writes to the path it is given.
 
@@ -197,7 +211,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
     be written to, or holds something else than a regular file (a link, pipe or device); what is there stays as it was.
     """
     make_directory(path.parent)
-    _require_replaceable(path, stat.S_ISREG)
+    require_replaceable(path)
     temporary = _temporary(path)
     try:
         # Not by tempfile: its files are for their owner alone, whatever the umask.
@@ -228,7 +242,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     is something else than a directory; a directory that stood at `path` before then stays as it was.
     """
     make_directory(path.parent)
-    _require_replaceable(path, stat.S_ISDIR)
+    require_replaceable(path, stat.S_ISDIR)
     temporary = _temporary(path)
     try:
         temporary.mkdir()
@@ -307,18 +321,13 @@ def sync_directory(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Have a folder to oneself; the claim ends with the context or the process, however that ends.
+def claim(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Have a folder to oneself, by a lock on its file `name`; it ends with the context or the process, however that ends.
 
     Raises DcrisError where another process has it or where it cannot be written to. Where the file system has no locks,
     nobody is kept out.
     """
-    path = make_directory(folder) / "lock"
-    try:
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    with file:
+    with open_append(make_directory(folder) / name) as file:
         # A POSIX lock belongs to the process. Of flock's, workers would inherit a share, and outlive a killed process with it.
         if fcntl is not None:
             try:
@@ -335,7 +344,11 @@ def claim(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.truncate(0)
 
 
 def write_json(path: Path, value: Any) -> None:

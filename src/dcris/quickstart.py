@@ -112,5 +112,5 @@ def _segment_a_few(segmenter: Segmenter, table: ReferenceTable, out: Path) -> No
     for reference in table.split("test"):
         phrases.setdefault(reference.image_path, []).append(reference.expressions[0].text)
     for image, texts in list(phrases.items())[:4]:
-        for _ in Job(segmenter, find_tasks([image], texts), out / image.stem).run():
+        for _ in Job(segmenter, find_tasks([image], texts), out / image.stem, anew=True).run():
             pass

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ def add(commands: Any) -> None:
         _predict,
         "segment what phrases refer to",
         'runs/tiny photo.jpg -e "left slice" --out out',
-        "Takes photographs, folders of them, patterns and videos, or a list of pairs. What the folder of the results holds "
-        "already is not done again, so the same command goes on where it was stopped. A file that cannot be read is left out, "
+        "Takes photographs, folders of them, patterns and videos, or a list of pairs. Existing results are skipped, so the "
+        "same command continues where it was stopped, and further images are added. A file that cannot be read is left out, "
         "and named at the end. Several processes share the work: torchrun --nproc-per-node N -m dcris predict ...",
     )
     predict.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
@@ -60,7 +61,7 @@ def add(commands: Any) -> None:
         metavar="PREFIX",
         help="for label-studio: what to put before images' names (/data/local-files/?d=)",
     )
-    predict.add_argument("--anew", action="store_true", help="do everything again, also what is done already")
+    predict.add_argument("--anew", action="store_true", help="replace existing answers about these images")
     device_arguments(predict)
 
     convert = add(
@@ -119,7 +120,7 @@ def _predict(args: argparse.Namespace) -> None:
             image_url=LOCAL_FILES if args.image_url is None else args.image_url,
             group=group,
         )
-        for line in left_out if group.first else ():
+        for line in [*left_out, *job.notes] if group.first else ():
             say(line)
         if job.already and group.first:
             say(f"{job.already} of {len(tasks)} are done already in {args.out}")
@@ -171,7 +172,7 @@ def _convert(args: argparse.Namespace) -> None:
         config = convert_file(file, target, args.word_length, half=args.half)
         say(
             f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
-            f'next: dcris predict {target} photo.jpg -e "left slice" --out out'
+            f'next: dcris predict {shlex.quote(str(target))} photo.jpg -e "left slice" --out out'
         )
 
 

@@ -4,17 +4,22 @@ For image a.jpg and its phrase number k (from 0): a.k.mask.png (0 and 255), a.k.
 transparent around it; none where nothing was found), a.k.scores.npy (float16 probabilities). For a video clip.mp4 the same for
 each frame, as clip.frames/000030.k.mask.png, but one clip.overlay.mp4 in place of overlays. For all: predictions.json, a list
 of COCO results with phrase and file name beside them; label_studio.json and label_studio.xml.
+
+A folder may be given several calls. What they have answered is in its journal, and predictions.json has all of it: a call adds
+to it, under other names where another photograph has the name. Settings and phrases of what is there are not mixed with others.
 """
 
 import io
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
+from itertools import chain, count
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import quote
 
@@ -28,10 +33,10 @@ from dcris.drawing import COLOURS, overlay, png_bytes
 from dcris.encoders.weights import fingerprint
 from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
-from dcris.files import make_directory, write_file
-from dcris.outputs.journal import Entry, Journal
+from dcris.files import claim, make_directory, remove_partial, require_replaceable, write_file
+from dcris.outputs.journal import LOCK, Entry, Journal, Settings
 from dcris.outputs.label_studio import label_studio_config, label_studio_task
-from dcris.outputs.tasks import Task
+from dcris.outputs.tasks import Task, is_utf8, named, quoted, source_exists
 from dcris.outputs.video import Frame, read_frames, write_overlay
 from dcris.prediction import Prediction, require_threshold
 from dcris.segmenter import Segmenter
@@ -43,6 +48,11 @@ Format = Literal["mask", "overlay", "coco", "scores", "cutout", "label-studio"]
 ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 FORMATS: tuple[Format, ...] = ("mask", "overlay", "coco", "scores")
 """What is written where nothing else is asked for; of videos without scores, which are 4 MB a frame."""
+
+_TOGETHER = {"coco": ("predictions.json",), "label-studio": ("label_studio.json", "label_studio.xml")}
+"""The formats that put everything in one file."""
+
+_ENDINGS = re.compile(r"(.*)\.\d+\.(?:(?:mask|overlay|cutout)\.png|scores\.npy)", re.DOTALL)
 
 LOCAL_FILES = "/data/local-files/?d="
 """Under which Label Studio serves the folder that its setting LOCAL_FILES_DOCUMENT_ROOT names."""
@@ -79,8 +89,9 @@ class Written:
 class Job:
     """Questions to a model, answered into a folder.
 
-    What the folder holds already, by its journal, is not done again: of these tasks, with this model, version and settings,
-    as long as the image has not changed and its files are there. Several processes share the work if each makes the same job.
+    What the folder holds already, by its journal, is not done again, as long as the image has not changed and its files are
+    there. Answers about other images stay. Several processes share the work if each makes the same job; other jobs cannot
+    write to the folder until `run` has ended.
     """
 
     def __init__(
@@ -105,35 +116,37 @@ class Job:
             formats: what to write; FORMATS by default.
             threshold: a pixel is the object's if its probability is greater; 0.35 by default.
             every: of a video, the first of so many frames is asked about.
-            anew: do everything, also what is done.
+            anew: do everything, also what is done; answers about these tasks that were made with other settings or for other
+                phrases are replaced.
             image_url: what Label Studio finds the images under, before their names.
             group: the processes that share the work, and the folder.
 
-        Raises DcrisError where the threshold is not between 0 and 1, or the folder cannot be written to.
+        Raises DcrisError where the threshold is not between 0 and 1, where the folder cannot be written to or another process
+        does so, and without `anew` where it holds answers of other settings, or about these images for other phrases.
         """
         self.segmenter, self.tasks, self.out, self.every = segmenter, list(tasks), out, every
         self.image_url, self.group = image_url, group or Processes()
         self.formats = set(FORMATS if formats is None else formats)
         self.video_formats = self.formats - {"scores"} if formats is None else self.formats
+        self._fingerprint = fingerprint(segmenter.model.state_dict())
         self.threshold = segmenter.protocol.threshold if threshold is None else require_threshold(threshold)
         self._chosen: dict[str, int] = {}
         """How many frames of a video are asked about, once it was read."""
-        self._by_name = {task.name: task for task in self.tasks}
-        self._stamps = {task.name: _stamp(task.path) for task in self.tasks}
-        make_directory(out)
-        settings = {
-            "model": fingerprint(segmenter.model.state_dict()),
-            "precision": str(segmenter.dtype),
-            "threshold": self.threshold,
-            "formats": sorted(self.formats),
-            "every": every,
-            "version": __version__,
-        }
-        self._journal = Journal(out, settings, self.group.rank)
-        if self.group.first:
-            self._journal.gather(lambda entry: not anew and self._holds(entry))
-        self.group.gather(None)
-        self._done = {entry["name"]: entry.get("frames") for entry in self._journal.read()}
+        self._journal = Journal(make_directory(out), self.group.rank)
+        self.notes: list[str] = []
+        """What the first process has to say about the folder before the work begins."""
+        self._dropped: set[str] = set()
+        """Formats of answers that are in the folder no more."""
+        self._places: dict[str, int] = {}
+        self._settings = {video: self._settings_of(video) for video in (False, True)}
+        self._stamps = {task.source: _stamp(task.path) for task in self.tasks}
+        with ExitStack() as held:
+            if self.group.first:
+                held.enter_context(claim(out, LOCK))
+            self.tasks, self._places = self.group.from_first(lambda: self._prepare(anew))
+            self._held = held.pop_all()
+        entries = self._journal.read().values()
+        self._done = {entry.name: entry.frames for entry in entries if self._is_current(entry)}
         self.group.gather(None)  # nobody adds to a journal before all have read them
         images = [task for task in self.tasks if not task.video and task.name not in self._done]
         self.images = images[self.group.rank :: self.group.count]
@@ -151,12 +164,18 @@ class Job:
         Raises DcrisError at the end where something could not be read, and at once where a file cannot be written.
         """
         failed: list[Failed] = []
+        with self._held:
+            yield from self._run(failed)
+        if failed and self.group.first:
+            raise DcrisError(_summary(failed, len(self.tasks)))
+
+    def _run(self, failed: list[Failed]) -> Iterator[Done | Failed | Written]:
         try:
             for event in chain(self._answer_images(), self._answer_videos()):
                 if isinstance(event, Failed):
                     failed.append(event)
                 yield event
-            failed = list(chain.from_iterable(self.group.gather(failed)))
+            failed[:] = chain.from_iterable(self.group.gather(failed))
             if self.group.first:
                 for drawn in self._finish_videos({event.task.name for event in failed}):
                     if isinstance(drawn, Failed):
@@ -166,21 +185,125 @@ class Job:
             self._journal.close()
             if self.group.first:
                 self._write_together()
-        if failed and self.group.first:
-            raise DcrisError(_summary(failed, len(self.tasks)))
 
     # ---- what is done already
 
-    def _holds(self, entry: Entry) -> bool:
-        """Whether a journal's entry is of one of these tasks as it is now, and its files are there."""
-        task = self._by_name.get(entry.get("task", ""))
-        return (
-            task is not None
-            and entry.get("source") == str(task.path.absolute())
-            and entry.get("stamp") == self._stamps[task.name] is not None
-            and entry.get("phrases") == list(task.phrases)
-            and all((self.out / file).exists() for file in entry.get("files", ()))
+    def _settings_of(self, video: bool) -> Settings:
+        return Settings(
+            model=self._fingerprint,
+            recipe=self.segmenter.config.recipe,
+            precision=str(self.segmenter.dtype).removeprefix("torch."),
+            threshold=self.threshold,
+            formats=tuple(sorted(self.video_formats if video else self.formats)),
+            every=self.every if video else None,
+            version=__version__,
         )
+
+    def _prepare(self, anew: bool) -> tuple[list[Task], dict[str, int]]:
+        """Remove from the folder what is done again. Returns the tasks under their names there, and each source's place."""
+        for file in chain.from_iterable(_TOGETHER[key] for key in self.formats & _TOGETHER.keys()):
+            require_replaceable(self.out / file)  # they are written last
+        before = list(self._moved(self._journal.read().values()))
+        if damaged := self._journal.damaged:
+            self.notes.append(
+                f"{self._journal.path} has {damaged} damaged lines; the images that they were about count as new"
+            )
+        if not anew:
+            self._refuse_others(before)
+        tasks = named(self.tasks, {entry.source: entry.task for entry in before})
+        places = {entry.source: entry.place for entry in before}
+        known = set(places.values())
+        free = (place for place in count(1) if place not in known)
+        for task in tasks:
+            if task.source not in places:
+                places[task.source] = next(free)
+        by_source = {task.source: task for task in tasks}
+        kept = []
+        for entry in before:
+            asked = by_source.get(entry.source)
+            if asked is None or self._stamps[asked.source] is None:  # an image that is gone keeps its answers
+                kept.append(entry)
+            elif not anew and self._is_current(entry) and self._has_files(entry):
+                kept.append(entry.model_copy(update=self._described(asked)))
+            else:
+                self._dropped |= {*entry.settings.formats}
+        self._note_mixture(kept)
+        self._remove_stale(tasks, kept)
+        self._journal.gather(before, kept)
+        return tasks, places
+
+    def _moved(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The entries, those whose photograph was moved with its time of change under the source that it has now."""
+        here = {(PurePath(task.source).name, *(self._stamps[task.source] or ())): task.source for task in self.tasks}
+        for entry in entries:
+            source = here.get((PurePath(entry.source).name, *entry.stamp), entry.source)
+            moved = source != entry.source and not source_exists(entry.source)
+            yield entry.model_copy(update={"source": source}) if moved else entry
+
+    def _refuse_others(self, entries: Iterable[Entry]) -> None:
+        """Raise DcrisError where the folder holds answers that this call's cannot stand beside."""
+        phrases = {task.source: task.phrases for task in self.tasks}
+        advice = "choose another --out, or add --anew to replace the answers about the images that this call names"
+        for entry in entries:
+            if differences := self._differences(entry):
+                raise DcrisError(f"{self.out} holds answers made with {differences}; {advice}")
+            now = phrases.get(entry.source, entry.phrases)
+            if now != entry.phrases:
+                asked, asks = (", ".join(map(repr, some)) for some in (entry.phrases, now))
+                raise DcrisError(f"{self.out} holds answers about {entry.file_name} for {asked} (now {asks}); {advice}")
+
+    def _differences(self, entry: Entry) -> str:
+        """What differs between an entry's settings and this call's, in words."""
+        now = self._settings[entry.video]
+        if entry.source not in self._stamps:  # each video may have its own pace
+            now = now.model_copy(update={"every": entry.settings.every})
+        return entry.settings.differences(now)
+
+    def _note_mixture(self, kept: Iterable[Entry]) -> None:
+        """Say that answers of other settings stay, which can be only where `anew` has admitted it."""
+        others = {entry.source: words for entry in kept if (words := self._differences(entry))}
+        if others:
+            self.notes.append(
+                f"{self.out} keeps its answers about {len(others)} other images, made with {next(iter(others.values()))}"
+            )
+
+    def _is_current(self, entry: Entry) -> bool:
+        """Whether an entry is about one of these tasks, as its file was when this began."""
+        return self._stamps.get(entry.source) == list(entry.stamp)
+
+    def _has_files(self, entry: Entry) -> bool:
+        return all((self.out / file).is_file() for file in entry.files)
+
+    def _remove_stale(self, tasks: Iterable[Task], kept: Iterable[Entry]) -> None:
+        """Remove what a killed call has not finished, and files of the tasks that no entry names: new ones may be fewer."""
+        names = {task.name for task in tasks}
+        files = {file for entry in kept for file in entry.files}
+        ended = {entry.task for entry in kept if entry.frames is not None}
+        folders = {
+            self.out,
+            *((self.out / name).parent for name in names),
+            *(self.out / f"{name}.frames" for name in names),
+        }
+        for folder in folders:
+            if not folder.is_dir():
+                continue
+            remove_partial(folder)
+            for path in folder.iterdir():
+                file = path.relative_to(self.out).as_posix()
+                found = _ENDINGS.fullmatch(file)
+                name = found[1] if found else file.removesuffix(".overlay.mp4")
+                stale = file not in files if found else name != file and name not in ended
+                ours = name in names or name.rpartition(".frames/")[0] in names
+                if ours and stale and path.is_file() and not path.is_symlink():
+                    path.unlink()
+
+    def _described(self, task: Task) -> dict[str, Any]:
+        """What an entry says of its task, and may change without the answer changing."""
+        return {
+            "file_name": quoted(task.shown),
+            "percent_encoded": not is_utf8(task.shown),
+            "address": self.image_url + quote(os.fsencode(PurePath(task.shown).as_posix())),
+        }
 
     def _complete(self, task: Task) -> bool:
         frames = self._done.get(_end(task))
@@ -190,16 +313,18 @@ class Job:
         return overlaid and frames == sum(name.startswith(f"{task.name}//") for name in self._done) - 1
 
     def _note(self, task: Task, name: str, **more: Any) -> None:
-        self._journal.add(
-            {
-                "name": name,
-                "task": task.name,
-                "source": str(task.path.absolute()),
-                "stamp": self._stamps[task.name],
-                "phrases": list(task.phrases),
-                **more,
-            }
-        )
+        entry = {
+            "name": name,
+            "task": task.name,
+            "source": task.source,
+            "stamp": self._stamps[task.source] or (0, 0),
+            "place": self._places[task.source],
+            "phrases": task.phrases,
+            "settings": self._settings[task.video].model_dump(),
+            **self._described(task),
+            **more,
+        }
+        self._journal.add(Entry.model_validate_json(json.dumps(entry)))  # checked as it will be when it is read
 
     # ---- the work
 
@@ -264,7 +389,7 @@ class Job:
         formats: set[Format],
     ) -> Done:
         """Write one image's or frame's files, and then that they are there."""
-        name = task.name if frame is None else f"{task.name}.frames/{frame.index:06}"
+        name = task.name if frame is None else _frame_stem(task.name, frame.index)
         answers: list[Prediction] = []
         files: list[str] = []
         for answer in chain.from_iterable(groups):
@@ -283,9 +408,9 @@ class Job:
         if not self.videos:
             return
         frames: dict[str, dict[int, Entry]] = {task.name: {} for task in self.videos}
-        for entry in self._journal.read():
-            if "frame" in entry and entry["task"] in frames:
-                frames[entry["task"]][entry["frame"]] = entry
+        for entry in self._journal.read().values():
+            if entry.frame is not None and entry.task in frames and self._is_current(entry):
+                frames[entry.task][entry.frame] = entry
         for task in self.videos:
             entries = frames[task.name]
             if entries and "overlay" in self.video_formats:
@@ -309,47 +434,47 @@ class Job:
     # ---- one file for everything
 
     def _write_together(self) -> None:
-        entries: dict[str, list[Entry]] = {}
-        for entry in self._journal.read():
-            if "results" in entry:
-                entries.setdefault(entry["task"], []).append(entry)
-        if not entries:
-            return
-        ordered = [
-            (task, entry)
-            for task in self.tasks
-            for entry in sorted(entries.get(task.name, ()), key=lambda entry: entry.get("frame", 0))
-        ]
-        if "coco" in self.formats:
-            _write_list(self.out / "predictions.json", self._coco(ordered))
-        if "label-studio" in self.formats:
-            images = [(task, entry) for task, entry in ordered if not task.video]
-            _write_list(self.out / "label_studio.json", (self._label_studio(*each) for each in images))
-            phrases = [phrase for task, _ in images for phrase in task.phrases]
+        entries = [entry for entry in self._journal.read().values() if entry.results is not None]
+        entries.sort(key=lambda entry: (entry.place, entry.frame or 0))
+        by_format = {
+            key: [entry for entry in entries if key in entry.settings.formats and (key == "coco" or not entry.video)]
+            for key in _TOGETHER
+        }
+        if by_format["coco"] or "coco" in self._dropped:
+            _write_list(self.out / "predictions.json", _coco(by_format["coco"]))
+        images = by_format["label-studio"]
+        if images or "label-studio" in self._dropped:
+            _write_list(self.out / "label_studio.json", map(_label_studio, images))
+            phrases = [phrase for entry in images for phrase in entry.phrases]
             write_file(self.out / "label_studio.xml", label_studio_config(phrases))
 
-    def _coco(self, ordered: Iterable[tuple[Task, Entry]]) -> Iterator[Entry]:
-        numbers = dict(zip((task.name for task in self.tasks), _image_ids(self.tasks), strict=True))
-        frames = len(self.tasks)
-        for task, entry in ordered:
-            number = numbers[task.name]
-            where = {}
-            if task.video:  # each frame is an image of its own
-                frames += 1
-                number, where = frames, {"frame": entry["frame"], "time": entry["time"]}
-            for phrase, result in enumerate(entry["results"]):
-                yield {**result, "image_id": number, "file_name": task.shown, "phrase_number": phrase, **where}
 
-    def _label_studio(self, task: Task, entry: Entry) -> Entry:
-        answers = (
-            (result["phrase"], result["score"], mask)
-            for result, mask in zip(entry["results"], _masks(entry), strict=True)
-        )
-        address = self.image_url + quote(Path(task.shown).as_posix())
-        height, width = entry["size"]
-        return label_studio_task(
-            address, (height, width), answers, f"dcris {__version__} {self.segmenter.config.recipe}"
-        )
+def _coco(entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
+    numbers = _image_ids(entries)
+    frames = count(max(numbers.values(), default=0) + 1)
+    for entry in entries:
+        number = next(frames) if entry.video else numbers[entry.source]  # each frame is an image of its own
+        more: dict[str, Any] = {"percent_encoded": True} if entry.percent_encoded else {}
+        name = entry.task if entry.frame is None else _frame_stem(entry.task, entry.frame)
+        where = {} if entry.frame is None else {"frame": entry.frame, "time": entry.time}
+        for phrase, result in enumerate(entry.results or ()):
+            yield {
+                **result.model_dump(mode="json"),
+                "image_id": number,
+                "file_name": entry.file_name,
+                **more,
+                "name": name,
+                "phrase_number": phrase,
+                **where,
+            }
+
+
+def _label_studio(entry: Entry) -> dict[str, Any]:
+    answers = (
+        (result.phrase, result.score, mask) for result, mask in zip(entry.results or (), _masks(entry), strict=True)
+    )
+    settings = entry.settings
+    return label_studio_task(entry.address, _size(entry), answers, f"dcris {settings.version} {settings.recipe}")
 
 
 def _files(
@@ -370,12 +495,18 @@ def _files(
         yield "scores.npy", stream.getvalue()
 
 
+def _size(entry: Entry) -> tuple[int, int]:
+    return entry.size or (0, 0)
+
+
 def _masks(entry: Entry) -> list[MaskArray]:
-    height, width = entry["size"]
-    return [decode_mask(result["segmentation"], (height, width)).astype(bool) for result in entry["results"]]
+    return [
+        decode_mask(result.segmentation.model_dump(mode="json"), _size(entry)).astype(bool)
+        for result in entry.results or ()
+    ]
 
 
-def _write_list(path: Path, entries: Iterable[Entry]) -> None:
+def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     """A JSON list with an entry a line, written as they come: together they may be larger than memory."""
 
     def fill(temporary: Path) -> None:
@@ -389,11 +520,16 @@ def _write_list(path: Path, entries: Iterable[Entry]) -> None:
     write_file(path, fill)
 
 
-def _image_ids(tasks: Sequence[Task]) -> list[int]:
-    """COCO's own number for each image where all are COCO's, else 1, 2, 3 and so on: never one number for two images."""
-    numbers = [re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", task.path.stem) for task in tasks]
-    found = {int(number[1]): None for number in numbers if number}
-    return list(found) if len(found) == len(tasks) else list(range(1, len(tasks) + 1))
+def _image_ids(entries: Sequence[Entry]) -> dict[str, int]:
+    """By source: COCO's own number of each image where all are COCO's, else its place: never one number for two images."""
+    places = {entry.source: entry.place for entry in entries}
+    numbers = {source: re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", PurePath(source).stem) for source in places}
+    found = {source: int(number[1]) for source, number in numbers.items() if number}
+    return found if len({*found.values()}) == len(places) else places
+
+
+def _frame_stem(name: str, index: int) -> str:
+    return f"{name}.frames/{index:06}"
 
 
 def _frame_name(task: Task, index: int) -> str:
