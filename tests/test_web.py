@@ -609,6 +609,22 @@ def test_time_is_limited(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("header", ["", "Connection: close\r\n"])
+def test_slow_readers_get_their_answer(header: str) -> None:
+    """A download over a slow network takes longer than any head of a request; one that nobody reads ends all the same."""
+    with guarded(Limits(head_seconds=0.2, answer_seconds=2)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for pause, whole in ((1, True), (4, False)):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                connection.sendall(f"GET /large HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode())
+                time.sleep(pause)
+                size = 0
+                with suppress(ConnectionResetError):
+                    while piece := connection.recv(1_000_000):
+                        size += len(piece)
+            assert (size > 20_000_000) == whole
+
+
 def test_what_a_client_no_longer_waits_for_is_cancelled() -> None:
     """Else a client that comes and goes fills the queue."""
     app = Behind()

@@ -329,7 +329,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
-        if self.conn.their_state is h11.IDLE:
+        if self.cycle.response_complete:  # and no pipelined request has begun
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -350,7 +350,15 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
     def _expect_head(self) -> None:
         self._stop_deadline()
         self._since = self.loop.time()
-        self._deadline = self.loop.call_later(self._limits.head_seconds, self.drop)
+        self._deadline = self.loop.call_later(self._limits.head_seconds, self._late)
+
+    def _late(self) -> None:
+        waited = self.loop.time() - self._since
+        if self.transport.get_write_buffer_size() and waited < self._limits.answer_seconds:
+            # The answer is complete here, but not yet at a client with a slow network.
+            self._deadline = self.loop.call_later(self._limits.head_seconds, self._late)
+        else:
+            self.drop()
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:
