@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import ftfy  # mends broken encodings, as CLIP's tokenizer does
@@ -53,8 +54,23 @@ def segment(model, photographs, phrases):
     return [up @ each @ across > settings["threshold"] for up, each, across in zip(rows, maps, columns, strict=True)]
 
 
+def read(file):
+    """A photograph as [H, W, 3] uint8 RGB by dcris's rules: upright, transparency on white, more than 8 bits scaled to 8."""
+    # Not by its name: then Pillow 12 maps some TIFFs into memory, and turns those wrongly.
+    picture = ImageOps.exif_transpose(Image.open(BytesIO(Path(file).read_bytes())))
+    if picture.mode.startswith("I"):  # convert() would make all above 255 white
+        grey = np.asarray(picture)
+        grey = grey >> 8 if picture.mode.startswith("I;16") else grey * (255 / max(255, grey.max()))
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if "transparency" in picture.info or picture.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        picture = picture.convert("RGBA")
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=picture.getchannel("A"))
+        picture = white
+    return np.asarray(picture.convert("RGB"))
+
+
 if __name__ == "__main__":
     _, folder, file, *phrases = sys.argv
-    photograph = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
-    for number, mask in enumerate(segment(load(folder), [photograph], phrases)[0]):
+    for number, mask in enumerate(segment(load(folder), [read(file)], phrases)[0]):
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"{Path(file).stem}.{number}.png")
