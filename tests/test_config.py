@@ -57,6 +57,10 @@ def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
     [
         (tree(train={"epochs": "many"}), "train.epochs"),
         (tree(train={"epochs": 2.5}), "train.epochs"),
+        (tree(train={"lr": 1e300}), "train.lr"),  # float32 would overflow
+        (tree(train={"warmup_steps": 10**400}), "train.warmup_steps"),
+        (tree(model={"visual_adapter": {"scale": 1e308}}), "model.visual_adapter.scale"),
+        (tree(data={"std": [1e-300, 1, 1]}), "data.std.0"),
         (tree(train={"batch_size": 0}), "train.batch_size"),
         (tree(train={"lr": -1.0}), "train.lr"),
         (tree(train={"lr": float("nan")}), "train.lr"),

@@ -19,13 +19,17 @@ from dcris.files import read_json
 PositionRule = Literal["exact", "offset", "plain"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# The upper bounds are far above anything sensible; they keep a stranger's file from asking for any amount of work.
+# The bounds are far beyond anything sensible; they keep a stranger's file from asking for any amount of work, and float32 from
+# overflowing.
 Count = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Width = Annotated[int, Field(gt=0, le=16_384, strict=True)]
 Blocks = Annotated[int, Field(gt=0, le=256, strict=True)]
 Layers = tuple[Annotated[int, Field(ge=0)], ...]
-Channels = tuple[float, float, float]
-Positive = Annotated[float, Field(gt=0)]
+Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Channels = tuple[Factor, Factor, Factor]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Revision = Annotated[str, Field(min_length=1)]
 
 WORD_LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog": 22}
@@ -124,7 +128,7 @@ class DenseCrossConfig(AdapterConfig):
     attention_width: Width = 128
     heads: Width = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    scale: float = 0.2
+    scale: Factor = 0.2
     mask_padding: bool = False
     """Keep the attention from the phrase's padding tokens. The published code lets it look at them."""
 
@@ -136,7 +140,7 @@ class TextAdapterConfig(AdapterConfig):
     """plain is the paper's (equation 3); dense is the published DETRIS code's, with convolutions along the sentence."""
     layers: Layers = (1, 3, 5, 7, 9, 11)
     width: Width = 64
-    scale: float = 0.2
+    scale: Factor = 0.2
 
 
 class MethodConfig(Section):
@@ -208,7 +212,7 @@ class HeadConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     neck_residual: bool = True
     """Whether the neck adds what enters its convolutions with coordinates to what leaves them; ETRIS does not."""
-    bias: float | None = None
+    bias: Factor | None = None
     """What the last bias starts at; None leaves it as PyTorch has it. Below zero says that most pixels are background."""
 
 
@@ -279,11 +283,11 @@ class DataConfig(Section):
     """Evaluated after each epoch by the first sentence of each reference, as in CRIS; None for not at all."""
     image_size: Annotated[int, Field(gt=0, le=4096, strict=True)] = 448
     """Side of the network's square input."""
-    word_length: Annotated[int, Field(ge=3)] = 17
+    word_length: Annotated[int, Field(ge=3, le=16_384)] = 17
     """Tokens per expression, start and end included; longer ones are cut. See WORD_LENGTHS."""
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
-    std: tuple[Positive, Positive, Positive] = CLIP_STD
+    std: tuple[Deviation, Deviation, Deviation] = CLIP_STD
     flip: bool = False
     """Mirror half of the training samples and exchange left and right in their phrases; see dcris.data.flip."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
@@ -310,21 +314,21 @@ class TrainConfig(Section):
     """Run vision blocks and decoder layers again in the backward pass instead of remembering what they made."""
     shard_towers: bool = False
     """Spread the frozen towers' weights over the processes (FSDP2), for towers that do not fit."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Positive = 1e-4
     tower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the learning rate for the towers' own weights, where a method trains them."""
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[Annotated[float, Field(gt=0)], ...] = (35,)
+    milestones: tuple[Annotated[float, Field(gt=0, lt=2**31)], ...] = (35,)
     """Epochs at which a step schedule multiplies the learning rate by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's memory of the gradient and of its square; a run of few steps wants a shorter one of the square."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Weight = 0.0
+    clip_norm: Positive | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    dice_weight: Annotated[float, Field(ge=0)] = 0.0
+    dice_weight: Weight = 0.0
     """How much of the dice loss is added to equation 6."""
     precision: Precision = "auto"
     log_every: Count = 20

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.adapters.base import attach_everywhere
-from dcris.config import MethodConfig, Width
+from dcris.config import Factor, MethodConfig, Width
 from dcris.encoders.blocks import Slot, SlotContext
 
 
@@ -20,7 +20,7 @@ class AdaptFormerConfig(MethodConfig):
 
     name: Literal["adaptformer"] = "adaptformer"
     width: Width = 64
-    scale: float = 0.1
+    scale: Factor = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
     def starts_plain(self) -> bool:

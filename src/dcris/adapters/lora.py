@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.adapters.base import attach_everywhere
-from dcris.config import MethodConfig, Width
+from dcris.config import Factor, MethodConfig, Width
 from dcris.encoders.blocks import Block, Slot, SlotContext
 
 
@@ -26,7 +26,7 @@ class LoraConfig(MethodConfig):
     name: Literal["lora"] = "lora"
     vision_rank: Width = 32
     text_rank: Width = 16
-    scale: float = 1.0
+    scale: Factor = 1.0
     """What the source calls alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
