@@ -1,6 +1,7 @@
 """`dcris data import-coco`: what annotation tools export becomes references, and what cannot be one is left out and counted."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,18 @@ def test_splits_go_by_photograph(
     assert len(table.references) == len(objects) == sum(done.splits.values())
     export.load(val=val, seed=seed, keep_ambiguous=True)
     assert (export.folder / "my.jsonl").read_bytes() == text
+
+
+@pytest.mark.parametrize("name", ["coco.json", "phrases.csv", "phrases.json", "photos/1.png"])
+def test_what_is_no_regular_file_is_named(export: Export, name: str) -> None:
+    """A pipe in place of a file would block for ever."""
+    export.load({"cup": "a cup"})
+    (export.folder / "my.jsonl").unlink()
+    (export.folder / name).unlink(missing_ok=True)
+    os.mkfifo(export.folder / name)
+    coco, phrases = export.folder / "coco.json", export.folder / name if "phrases" in name else None
+    with pytest.raises(DcrisError, match="it is a pipe"):
+        import_coco(coco, export.folder / "photos", export.folder / "my.jsonl", phrases=phrases, strict=True)
 
 
 def test_a_split_by_name(export: Export) -> None:

@@ -1,6 +1,7 @@
 """One's own data in JSON Lines: what a person writes by hand or by script, and what they get wrong."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,20 @@ def test_files_that_were_joined(folder: Path) -> None:
     """`cat train.jsonl val.jsonl > my.jsonl`, of files with byte order marks."""
     text = "\ufeff" + json.dumps(line()) + "\n\n"
     assert len(load(folder, text + text).references) == 2
+
+
+def test_what_is_no_regular_file_is_named(folder: Path) -> None:
+    """A pipe would block for ever, and a device such as /dev/zero has no end."""
+    for name in ("pipe.jsonl", "img/pipe.jpg", "pipe.png"):
+        os.mkfifo(folder / name)
+    (folder / "endless.jsonl").unlink(missing_ok=True)
+    (folder / "device.jsonl").symlink_to("/dev/zero")
+    for path in ("pipe.jsonl", "device.jsonl"):
+        with pytest.raises(DcrisError, match="not a regular file"):
+            load_jsonl(folder / path)
+    for wrong in (line(image="img/pipe.jpg"), line(mask="pipe.png")):
+        with pytest.raises(DcrisError, match=r"line 1.*it is a pipe"):
+            load(folder, wrong)
 
 
 def test_headers_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,6 +264,7 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
         (_text("a.npz", "PK"), "cannot read the masks"),
         (_bomb, "1000000000"),
         (_lzma, "compression"),
+        (_pipe("masks/KEY.png"), "it is a pipe"),
         (_pipe("a.npz"), "it is a pipe"),
         (_pipe("a.json"), "it is a pipe"),
         (_pipe("a.jsonl"), "it is a pipe"),

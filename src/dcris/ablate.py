@@ -35,7 +35,7 @@ from dcris.engine.distributed import described_processes
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, remove_directory, write_file, write_json
+from dcris.files import make_directory, read_json, read_text, remove_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
 from dcris.paper import TABLES, WIDTHS, Row
 from dcris.protocols import Cris
@@ -150,7 +150,7 @@ class _Job:
         """Why it failed, if it did after a time: what failed before is tried again."""
         path = self.folder / "failed.txt"
         try:
-            return path.read_text("utf-8").splitlines()[0] if path.stat().st_mtime >= since else None
+            return read_text(path).splitlines()[0] if path.stat().st_mtime >= since else None
         except (OSError, IndexError):
             return None
 

@@ -32,7 +32,15 @@ from dcris.arguments import PathLike, as_path
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
-from dcris.files import read_json, remove_directory, remove_partial, write_directory, write_file, write_json
+from dcris.files import (
+    open_regular,
+    read_json,
+    remove_directory,
+    remove_partial,
+    write_directory,
+    write_file,
+    write_json,
+)
 from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
@@ -118,7 +126,7 @@ def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise DcrisError(f"the checkpoint has no file {path}") from error

@@ -30,7 +30,7 @@ from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg
 from dcris.engine.device import resident_memory
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, sync_directory, write_file, write_json
+from dcris.files import MAX_TEXT, make_directory, read_bytes, read_json, sync_directory, write_file, write_json
 from dcris.streams import is_terminal
 
 PANELS = 6
@@ -250,7 +250,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The lines of a log, as they are and read; what is no line of numbers (the last may be cut short) is left out."""
     try:
-        texts = path.read_bytes().splitlines()
+        texts = read_bytes(path, MAX_TEXT).splitlines()
     except OSError as error:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}; move it away to go on without it") from error
     for text in texts:
