@@ -18,8 +18,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from dcris.errors import DcrisError
 
@@ -68,7 +69,7 @@ def expand_home(path: str | Path, instead: str = "give the path in full") -> Pat
         raise DcrisError(f"the home folder in {path} is not known, as HOME is not set; set it, or {instead}") from error
 
 
-def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+def open_regular(path: Path, most: int | None = None) -> BufferedReader:
     """Open a file for reading, in binary. Every file that a user or a data set names is opened here.
 
     A pipe would block for ever, and a device such as /dev/zero has no end: only regular files, and links to them, are opened.

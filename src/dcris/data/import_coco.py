@@ -26,6 +26,9 @@ Texts = tuple[str, ...]
 _MAX_PHRASES = 50_000_000
 """Bytes of a CSV file of phrases that are accepted."""
 
+_MOST_ROWS = 1_000_000
+"""Rows of it that are accepted."""
+
 _MOST_STRANGE = 10_000
 """Entries that are not objects of JSON before the file counts as another kind: 30 MB may hold 15 million numbers."""
 
@@ -213,9 +216,12 @@ def _read_csv(path: Path) -> tuple[str, Iterable[tuple[str, Texts, str]]]:
 
 
 def _rows(path: Path, lines: io.StringIO, mark: str, columns: list[str], by: str) -> Iterator[tuple[str, Texts, str]]:
+    key_column, text_column = columns.index(by), columns.index("phrase")
     try:
-        for number, row in enumerate(csv.DictReader(lines, columns, delimiter=mark), 2):
-            key, text = ((row[name] or "").strip() for name in (by, "phrase"))
+        for number, row in enumerate(csv.reader(lines, delimiter=mark), 2):
+            if number > _MOST_ROWS:
+                raise bad(path, f"it has more than {_MOST_ROWS:,} rows")
+            key, text = (row[column].strip() if column < len(row) else "" for column in (key_column, text_column))
             if text:
                 where = f"row {number}"
                 yield key, (check_text(text, path, where, "phrase"),), f"{where}, with the {by} {key!r},"
