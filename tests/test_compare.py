@@ -132,7 +132,7 @@ def test_real_photographs_and_phrases(
         ("RUN A.jsonl --names one", "2 systems and 1 names"),
         ("RUN A.jsonl --names x x", "--names"),
         ("RUN ABSENT", "no checkpoint"),
-        ("RUN ABSENT.jsonl", "cannot read the answers"),
+        ("RUN ABSENT.jsonl", "there is no file"),
         ("RUN B.jsonl", "no answer to sentence"),
         ("RUN A.jsonl --split train", "no answer to sentence"),
         ("RUN A.jsonl --split dev", "'dev'"),
