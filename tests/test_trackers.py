@@ -146,7 +146,7 @@ def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path)
     score = log[-1]
     assert lines[-1] == (
         f"validation (first sentences) after epoch 2/2 mIoU {score['val_first_miou']:.1f} oIoU {score['val_first_oiou']:.1f} "
-        f"prec@0.5 {score['val_prec@0.5']:.1f}"
+        f"prec@0.5 {score['val_first_prec@0.5']:.1f}"
     )
 
 
