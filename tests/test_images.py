@@ -254,6 +254,7 @@ def test_each_format_that_can_be_decoded_is_read_and_its_ending_known(tmp_path, 
 def test_heic_is_read_by_pillow_heif_or_names_it(tmp_path, photo, monkeypatch):
     """Telephones save HEIC; who has no decoder for it has to learn which one to install."""
     content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    image_endings()  # Pillow's plugins are loaded now, and pillow-heif's where it is installed
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     with pytest.raises(DcrisError, match="pip install pillow-heif"):
         read_image(content)
