@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,6 +136,44 @@ def test_damage_anywhere_in_a_file_is_one_sentence_or_none(tiny_refer: TinyRefer
             refused += 1
             assert "\n" not in str(error)
     assert refused > 50
+
+
+def _repeated(rows: int, words: int, text: str) -> pyarrow.Table:
+    """Rows of one value each, which take almost no room in a file."""
+    numbers = {name: pyarrow.repeat(1, rows) for name in ("ref_id", "ann_id", "image_id", "category_id")}
+    texts = {name: pyarrow.repeat(text, rows) for name in ("split", "file_name", "raw_anns", "raw_image_info")}
+    sentence = [pyarrow.repeat(1, words), pyarrow.repeat("x", words)]
+    sentences = pyarrow.StructArray.from_arrays(sentence, ["sent_id", "sent"])
+    starts = pyarrow.array([*([0] * rows), words], pyarrow.int32())
+    return pyarrow.table({**numbers, **texts, "sentences": pyarrow.ListArray.from_arrays(starts, sentences)})
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (lambda: _repeated(2000, 0, "x" * 100_000), "far more text than they could"),
+        (lambda: _repeated(1, 3_000_000, "x"), "column sentences.list.element.sent_id holds 3,000,000 values"),
+        (lambda: _repeated(1_000_000, 0, "x"), "column ref_id holds 1,000,000 values"),
+        (lambda: _repeated(1, 0, "x" * 150_000_000), "column split holds 1 values in 150"),
+    ],
+    ids=["texts", "list", "rows", "pages"],
+)
+def test_a_small_file_cannot_take_gigabytes(tmp_path: Path, table: Callable[[], pyarrow.Table], sentence: str) -> None:
+    """9 KB of Parquet unpacked to 6 GB: one value may be there a million times, and pages are compressed a thousandfold."""
+    (tmp_path / "refcoco").mkdir()
+    path = tmp_path / "refcoco/val.parquet"
+    pyarrow.parquet.write_table(table(), path, compression="zstd")
+    assert path.stat().st_size < 200_000
+    with pytest.raises(DcrisError, match=sentence):
+        load_references(tmp_path, "refcoco")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Else a pipe among the files keeps the program waiting for ever."""
+    (tmp_path / "refcoco").mkdir()
+    os.mkfifo(tmp_path / "refcoco/val.parquet")
+    with pytest.raises(DcrisError, match="it is a pipe, not a regular file"):
+        load_references(tmp_path, "refcoco")
 
 
 def test_without_pyarrow_the_sentence_says_how_to_get_it(

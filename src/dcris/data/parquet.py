@@ -5,11 +5,12 @@ pictures. lmms-lab's are made for scoring language models: pictures are within, 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 from dcris.data.coco import CATEGORIES
 from dcris.data.images import image_size
@@ -18,7 +19,7 @@ from dcris.data.photographs import image_ids
 from dcris.data.refer import read_records
 from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
-from dcris.files import write_file
+from dcris.files import open_regular, write_file
 from dcris.streams import note
 from dcris.types import Reference
 
@@ -37,6 +38,16 @@ _RECORDS = (
     "raw_image_info",
 )
 _PICTURES = ("answer", "segmentation", "file_name", "image")
+_MOST_DECODED, _DECODED_PER_BYTE = 100_000_000, 20
+"""Bytes that the columns of any file may have once decoded, and that each byte of it adds to that."""
+_MOST_VALUES = 500_000
+"""Values that a column of any file may have; each byte of it adds one."""
+_BYTE_ARRAY = 6
+"""The kind of text and bytes in parquet.thrift."""
+_MAX_FOOTER = 30_000_000
+_LIMITS = {"thrift_string_size_limit": 10_000_000, "thrift_container_size_limit": 100_000}
+"""Of the footer, where a claimed length would take memory before any is read."""
+
 _SPLIT = re.compile(r"(?:^|[-_])(train|validation|val|test[ABC]?)(?:[-_.]|$)")
 
 Row = dict[str, Any]
@@ -226,30 +237,145 @@ def _columns(path: Path) -> set[str]:
 
 
 def _rows(path: Path, columns: Sequence[str], at_once: int = 1000) -> Iterator[Row]:
-    """The rows of a file as plain data, with those of `columns` that it has."""
-    with _opened(path) as file:
+    """The rows of a file as plain data, with those of `columns` that it has.
+
+    A few kilobytes can hold gigabytes: pages compressed a thousand times, a million rows of one value, or one long text in
+    all of them. So sizes are compared with the file's before anything is decoded, texts are held once however often they are
+    there (read_dictionary), and their lengths are added up before they become Python's.
+    """
+    with _opened(path, columns) as file:
+        size = path.stat().st_size
+        left = _MOST_DECODED + _DECODED_PER_BYTE * size
         for batch in file.iter_batches(at_once, columns=[name for name in columns if name in file.schema_arrow.names]):
-            batch.validate(
-                full=True
-            )  # a stranger's file may hold text that is none, or lists that reach beyond their end
+            # A stranger's file may hold text that is none, or lists that reach beyond their end.
+            batch.validate(full=True)
+            left -= sum(map(_decoded_bytes, batch.columns))
+            if left < 0:
+                raise bad(path, f"its {size / 1e6:.1f} MB hold far more text than they could in a data set")
             yield from batch.to_pylist()
 
 
+def _decoded_bytes(array: Any) -> int:
+    """About what an array takes as Python's objects."""
+    import pyarrow.compute
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_struct(kind):
+        return sum(map(_decoded_bytes, array.flatten()))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return 64 * len(array) + _decoded_bytes(array.flatten())
+    if types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(array.dictionary)
+        return 64 * len(array) + (pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0)
+    return 64 * len(array) + array.nbytes
+
+
+def _text_columns(path: Path, file: BinaryIO, columns: Sequence[str]) -> list[str]:
+    """The leaves of a file's columns that hold text or bytes.
+
+    Raises DcrisError where the file says of one of `columns` that it holds far more than its size explains.
+    """
+    texts: dict[str, None] = {}
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(0, size - 8 - length))
+    footer = _Thrift(file.read(min(length, _MAX_FOOTER)))
+    # Not from pyarrow's metadata: what is odd there ends the process. The numbers are those of parquet.thrift.
+    for group in footer.struct().get(4, []):
+        for chunk in group.get(1, []):
+            described = chunk.get(3, {})
+            name = b".".join(described.get(3, [])).decode()
+            if described.get(1) == _BYTE_ARRAY:
+                texts[name] = None
+            values, decoded = max(described.get(5, 0), group.get(3, 0)), described.get(6, 0)
+            if name.partition(".")[0] in columns and (
+                values > _MOST_VALUES + size or decoded > _MOST_DECODED + _DECODED_PER_BYTE * size
+            ):
+                raise bad(
+                    path,
+                    f"its column {name} holds {values:,} values in {decoded / 1e6:,.1f} MB, far more than a file of "
+                    f"{size / 1e6:,.1f} MB could",
+                )
+    return list(texts)
+
+
+class _Thrift:
+    """Reads Thrift's compact protocol, in which a Parquet file's footer is written."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def number(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.data[self.at]
+            self.at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128 or shift > 63:
+                return value
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        key = 0
+        while head := self.data[self.at]:
+            self.at += 1
+            key = key + (head >> 4) if head >> 4 else self.signed()
+            fields[key] = head & 15 == 1 if head & 15 < 3 else self.value(head & 15, depth)
+        self.at += 1
+        return fields
+
+    def signed(self) -> int:
+        value = self.number()
+        return value >> 1 ^ -(value & 1)
+
+    def value(self, kind: int, depth: int) -> Any:
+        if depth > 20:
+            raise ValueError("its footer is nested too deeply")
+        if kind in (1, 2, 3):  # in a list, true and false are bytes
+            self.at += 1
+            return self.data[self.at - 1]
+        if kind in (4, 5, 6):
+            return self.signed()
+        if kind in (7, 8):
+            size = 8 if kind == 7 else self.number()
+            self.at += size
+            return self.data[self.at - size : self.at]
+        if kind in (9, 10):
+            head = self.data[self.at]
+            self.at += 1
+            count = head >> 4 if head >> 4 < 15 else self.number()
+            return [self.value(head & 15, depth + 1) for _ in range(count)]
+        if kind == 12:
+            return self.struct(depth + 1)
+        raise ValueError(f"its footer has a field of the unknown kind {kind}")
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The file, as pyarrow has it. Whatever it says of the content becomes a DcrisError."""
+def _opened(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
+    """The file, as pyarrow has it, to read the columns from. Whatever pyarrow says of the content becomes a DcrisError."""
     require_pyarrow()
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
-            yield file
+        with open_regular(path) as stream:
+            texts = _text_columns(path, stream, columns)
+            with ParquetFile(stream, read_dictionary=texts, **_LIMITS) as file:
+                yield file
     except DcrisError:
         raise
+    except OSError as error:
+        if error.errno is None:  # one of pyarrow's
+            raise _damaged(path, error) from error
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # pyarrow's own errors, and those of decoding
-        raise bad(
-            path, f"it is not a whole Parquet file ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DcrisError:
+    return bad(path, f"it is not a whole Parquet file ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
 
 
 def require_pyarrow() -> None:
