@@ -188,6 +188,28 @@ def test_bad_names_are_one_sentence(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network it took half a minute until a typing mistake was called one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in (
+        "mine/nope",
+        "runs/nope",
+        "any/model.safetensors",
+        "a/b.pth",
+        "./a/b",
+        "x" * 5000,
+        "a\0b",
+    ):
+        with pytest.raises(DcrisError, match="there is no checkpoint"):
+            locate(name)
+    assert not hub.requests
+    with pytest.raises(DcrisError, match="there is no repository runs/nope"):
+        locate("runs/nope@main")
+
+
 def test_what_stands_in_the_way_stays(tmp_path: Path) -> None:
     """Else a slip of the hand replaces a folder of somebody's work."""
     (tmp_path / "work").write_text("mine")

@@ -18,6 +18,10 @@ Kind = Literal["model", "dataset"]
 """The Hub keeps models and data sets apart: one name may stand for one of each."""
 
 
+_PATIENCE = 5.0
+"""Seconds to wait for the Hub's answer about a file that is not cached."""
+
+
 @dataclass(frozen=True, slots=True)
 class HubFile:
     """A file of the Hub in the local cache."""
@@ -56,6 +60,8 @@ def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") 
     for name in sorted(names, key=lambda name: not isinstance(cached[name], str)):
         if cached[name] is _CACHED_NO_EXIST and re.fullmatch("[0-9a-f]{40}", revision):
             continue  # a commit will not get a file that it lacks
+        if not isinstance(cached[name], str):
+            _require_reachable(repo, name, revision, kind)
         try:
             path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind, library_name="dcris"))
         except EntryNotFoundError as error:
@@ -71,6 +77,35 @@ def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") 
             # CACHE/models--.../snapshots/COMMIT/NAME, where a name may have folders in it
             return HubFile(path, repo, name, path.parents[name.count("/")].name)
     raise FileMissingError(f"{repo} at revision {revision} has no file {' or '.join(names)}; is the revision right?")
+
+
+def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
+    """Raise DcrisError where the Hub does not answer at all: huggingface_hub tries for half a minute before it says so."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, repo_type=kind), timeout=_PATIENCE)
+    except (HfHubHTTPError, ValueError):  # an answer, or a name that is none: huggingface_hub is asked again
+        return
+    except Exception as error:  # as in fetch
+        raise _unreachable(error, repo, kind) from error
+
+
+def _unreachable(error: Exception, repo: str, kind: Kind) -> DcrisError:
+    from huggingface_hub import constants
+
+    reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+    return DcrisError(
+        f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({reason}); "
+        f"check the network, or {_instead(kind)}"
+    )
+
+
+def _instead(kind: Kind) -> str:
+    return "give the path of a file in place of the name" if kind == "model" else "get the files from a mirror"
 
 
 def list_files(repo: str, revision: str = "main", kind: Kind = "model") -> list[str]:
@@ -139,18 +174,14 @@ def _explain(error: Exception, repo: str, revision: str, kind: Kind) -> DcrisErr
         return DcrisError(
             f"{repo} has no revision {revision}; give a branch, a tag or a whole commit hash, or leave it out"
         )
-    file_instead = "give the path of a file in place of the name" if kind == "model" else "get the files from a mirror"
+    file_instead = _instead(kind)
     if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
         return DcrisError(
             f"{repo} at revision {revision} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching "
             f"it; unset that once, or {file_instead}"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        return DcrisError(
-            f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({reason}); "
-            f"check the network, or {file_instead}"
-        )
+        return _unreachable(error, repo, kind)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):  # hf_xet, which large files come through, has only words
         return DcrisError(

@@ -34,17 +34,28 @@ def locate(source: str | Path, *, towers: bool = True, say: Say = note) -> Path:
     Raises DcrisError where the name means nothing, and where fetching or converting fails.
     """
     path = expand_home(source)
-    if isinstance(source, Path) or path.exists():
-        return path
+    with suppress(OSError, ValueError):  # a name that no path can have
+        if isinstance(source, Path) or path.exists():
+            return path
+    source = str(source)
     if source in PUBLISHED:
         return _published(source, say)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source, re.ASCII):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source, re.ASCII) and not _is_local(source):
         return _repository(source, towers)
     if "detris" in source and "/" not in source:
         raise DcrisError(f"there is no published model {source!r}; there are {', '.join(PUBLISHED)}")
     raise DcrisError(
         f"there is no checkpoint {source}; give a run's directory, as made by `dcris train --out`, a .safetensors bundle, "
         "owner/name on the Hub, or the name of a published model such as detris-b-refcoco"
+    )
+
+
+def _is_local(source: str) -> bool:
+    """Whether a name that could be a repository's is more likely a mistyped path. With @REVISION it is a repository's."""
+    first = source.partition("/")[0]
+    known = first in ("runs", "checkpoints", "outputs") or Path(first).exists()
+    return "@" not in source and (
+        known or Path(source).suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".json")
     )
 
 
