@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dcris.adapters.base import trained_state
 from dcris.arguments import PathLike, as_path
 from dcris.config import RunConfig, load_config, parse_config
+from dcris.encoders.archives import open_safetensors
 from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
 from dcris.files import (
@@ -548,7 +549,7 @@ def _read_tensors(path: Path, only: Container[str] | None = None, but: Container
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             yield file
     except FileNotFoundError as error:
         raise DcrisError(f"the checkpoint has no file {path}") from error
