@@ -98,8 +98,12 @@ def open_regular(path: Path, most: int | None = None) -> BufferedReader:
 
 def read_bytes(path: Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises OSError as `open_regular` does."""
+    content = b""
     with open_regular(path, most) as file:
-        content = file.read(most + 1)
+        # Not read(most + 1), which allocates as much for any file. A file that grows, or of size 0 as in /proc, takes more turns.
+        size = min(most, os.fstat(file.fileno()).st_size)
+        while len(content) <= most and (part := file.read(min(size, most - len(content)) + 1)):
+            content += part
     if len(content) > most:
         raise _too_large(path, most)
     return content
