@@ -100,7 +100,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises OSError as `open_regular` does."""
     content = b""
     with open_regular(path, most) as file:
-        # Not read(most + 1), which allocates as much for any file. A file that grows, or of size 0 as in /proc, takes more turns.
+        # Not read(most + 1), which allocates that much for any file. A file that grows takes more turns.
         size = min(most, os.fstat(file.fileno()).st_size)
         while len(content) <= most and (part := file.read(min(size, most - len(content)) + 1)):
             content += part
