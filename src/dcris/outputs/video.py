@@ -249,6 +249,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if not container.streams.video:
             raise DcrisError(f"{path} holds no video")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise DcrisError(f"cannot read the video {path} (FFmpeg has no decoder for it); convert it to H.264")
         refuse_shape(stream.codec_context.height, stream.codec_context.width)
         yield container, stream
 
