@@ -256,7 +256,8 @@ def _train(
         if not going_on:
             held.enter_context(claim(out))  # only now, as nothing is to be written before all is known to be right
         write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
-        write_json(out / _DATA, data)
+        if not (checkpoints and (out / _DATA).exists()):  # a resumed run keeps the file as it is
+            write_json(out / _DATA, data)
     per_epoch = steps_per_epoch(len(samples), batch_size)
     total = total_steps(settings, len(samples))
     places = [place for one in passes for place in one]
