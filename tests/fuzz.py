@@ -7,22 +7,28 @@ that they get past the outermost check. `survives` runs one command on a spoilt 
 
 import contextlib
 import copy
+import faulthandler
+import gc
 import io
 import json
 import os
 import pickle
 import re
+import resource
+import select
 import shutil
 import signal
+import socket
 import struct
+import tempfile
 import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -54,10 +60,10 @@ def cut(random: Random, path: Path) -> str:
 
 
 def flip(random: Random, path: Path) -> str:
-    """A few bytes become others, one half of the time near the start, where the headers are."""
+    """A few bytes become others, often near the start or the end, where headers and tables of contents are."""
     data = bytearray(path.read_bytes())
-    end = random.choice([len(data), min(64, len(data))])
-    places = [random.randrange(end) for _ in range(random.choice([1, 1, 3, 20]))]
+    first, last = random.choice([(0, len(data)), (0, min(64, len(data))), (max(0, len(data) - 200), len(data))])
+    places = [random.randrange(first, last) for _ in range(random.choice([1, 1, 3, 20]))]
     for place in places:
         data[place] = random.choice([0, 0xFF, data[place] ^ 1 << random.randrange(8), random.randrange(256)])
     path.write_bytes(bytes(data))
@@ -68,9 +74,7 @@ def shift(random: Random, path: Path) -> str:
     """Bytes are left out, put in or repeated, so that everything behind them is in another place."""
     data = path.read_bytes()
     place, length = random.randrange(len(data)), random.choice([1, 2, 7, 300])
-    put = random.choice(
-        [b"", os.urandom(0) + random.randbytes(length), data[place : place + length] * 2, b"\0" * length]
-    )
+    put = random.choice([b"", random.randbytes(length), data[place : place + length] * 2, b"\0" * length])
     path.write_bytes(data[:place] + put + data[place + length * random.randrange(2) :])
     return f"{len(put)} bytes put in at {place}"
 
@@ -99,25 +103,53 @@ _OTHERS = (
 )
 
 
+_DEVICES = ("/dev/zero", "/dev/full", "/dev/random", "/dev/null", "/proc/self/mem")
+_INSTEAD = ("nothing", "folder", "full folder", "link to nothing", "link to itself", "link to folder", "loop", "pipe")
+_INSTEAD += ("link to pipe", "socket", "hole", "other", *_DEVICES)
+
+
 def replace(random: Random, path: Path) -> str:
-    """Something else altogether lies in the file's place."""
-    kind = random.choice(
-        ["nothing", "folder", "full folder", "link to nothing", "link to itself", "link to folder", "other"]
-    )
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "full folder":
-        (path / path.name).mkdir(parents=True)
-    elif kind == "link to nothing":
-        path.symlink_to("nowhere")
-    elif kind == "link to itself":
-        path.symlink_to(path.name)
-    elif kind == "link to folder":
-        path.with_name("empty").mkdir(exist_ok=True)
-        path.symlink_to("empty")
-    elif kind == "other":
-        path.write_bytes(random.choice([*_OTHERS, random.randbytes(999)]))
+    """Put something else altogether in the place of a file or folder: another kind of file, or a stranger's content."""
+    kind = random.choice(_INSTEAD)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    aside = path.with_name("aside")
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "full folder":
+            (path / path.name).mkdir(parents=True)
+        case "link to nothing":
+            path.symlink_to("nowhere")
+        case "link to itself":
+            path.symlink_to(path.name)
+        case "link to folder":
+            aside.mkdir(exist_ok=True)
+            path.symlink_to("aside")
+        case "loop":  # a folder that contains itself by a link
+            path.mkdir()
+            (path / path.name).symlink_to(path, target_is_directory=True)
+        case "pipe":
+            os.mkfifo(path)
+        case "link to pipe":
+            os.mkfifo(aside)
+            path.symlink_to("aside")
+        case "socket":
+            with (
+                socket.socket(socket.AF_UNIX) as end,
+                contextlib.chdir(path.parent),
+            ):  # its whole path would be too long
+                end.bind("aside")
+            aside.rename(path)
+        case "hole":  # 20 GB that take no room on the disk
+            path.touch()
+            os.truncate(path, 20_000_000_000)
+        case "other":
+            path.write_bytes(random.choice([*_OTHERS, random.randbytes(999)]))
+        case _ if kind in _DEVICES:
+            path.symlink_to(kind)
     return kind
 
 
@@ -398,10 +430,49 @@ def torch_tree(random: Random, path: Path) -> str:
     return what
 
 
+def zip_members(path: Path) -> dict[str, bytes]:
+    """What a zip file holds, by name."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def zip_tree(random: Random, path: Path) -> str:
+    """A zip file without a member, with others, or with another content, name or compression of one."""
+    files = zip_members(path)
+    # Published models have thousands of members; what decides how a file is read are a few of them.
+    few = [name for name in files if not re.search(r"/data/\d+$|/code/", name)]
+    name = random.choice([*files, *few, *few])
+    kind = random.choice(["drop", "name", "twice", "bytes", "bytes", "cut", "more", "empty", "exchange"])
+    data = bytearray(files[name])
+    if kind == "drop":
+        del files[name]
+    elif kind == "name":
+        files[random.choice([f"../{name}", f"/{name}", name.upper(), f"x/{name}", "\u202e"])] = files.pop(name)
+    elif kind == "bytes" and data:
+        for _ in range(random.choice([1, 3, 20])):
+            data[random.randrange(len(data))] = random.randrange(256)
+    elif kind == "cut":
+        data = data[: random.randrange(len(data) + 1)]
+    elif kind == "empty":
+        data = bytearray()
+    elif kind == "exchange":
+        data = bytearray(files[random.choice(list(files))])
+    elif kind == "more":
+        files[random.choice(["data.pkl", "x/data.pkl", "constants.pkl", "version", "code/", name + "/"])] = bytes(data)
+    if name in files:
+        files[name] = bytes(data)
+    compression = random.choice(
+        [zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+    )
+    with zipfile.ZipFile(path, "w", compression) as archive, warnings.catch_warnings(action="ignore"):
+        for each, content in [*files.items(), *([(name, b"")] if kind == "twice" else [])]:
+            archive.writestr(zipfile.ZipInfo(each), content, compression)  # the current time would be in it otherwise
+    return f"{kind} of {name}, compression {compression}"
+
+
 def npz_arrays(random: Random, path: Path) -> str:
     """An .npz file with arrays of other kinds, shapes and names, or whose headers say so."""
-    with zipfile.ZipFile(path) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
+    files = zip_members(path)
     name = random.choice(list(files))
     kind = random.choice(["array", "array", "header", "name", "twice", "bytes"])
     if kind == "array":
@@ -454,12 +525,10 @@ def npz_arrays(random: Random, path: Path) -> str:
         data = bytearray(files[name])
         data[random.randrange(len(data))] = random.randrange(256)
         files[name] = bytes(data[: random.choice([len(data), 5, 90])])
-    with zipfile.ZipFile(path, "w", random.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
-        for each, data in files.items():
-            archive.writestr(each, data)
-        if kind == "twice":
-            with warnings.catch_warnings(action="ignore"):
-                archive.writestr(name, files[name])
+    compression = random.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+        for each, data in [*files.items(), *([(name, files[name])] if kind == "twice" else [])]:
+            archive.writestr(zipfile.ZipInfo(each), data, compression)  # the current time would be in it otherwise
     return f"{kind} of {name}"
 
 
@@ -531,52 +600,106 @@ def png_chunks(random: Random, path: Path) -> str:
 
 # ---- running a command on it ------------------------------------------------------------------------------------------
 
+SECONDS = 30
+"""Of a processor; of waiting it may be four times as many, since the machine may have other work."""
 
-class _TooSlowError(BaseException):
-    """Not an Exception, so that nothing takes it for a damaged file."""
+MEMORY = 1 << 30
+"""Bytes that a command may take beyond what the process has at its start."""
 
+_GUARD = 4 << 30
+"""Bytes of address space beyond the start's at which the system refuses more, so that a case does not fill the machine."""
 
-@contextlib.contextmanager
-def _limit(seconds: int) -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        raise _TooSlowError(f"took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+_OUT_OF_MEMORY = re.compile("MemoryError|not enough memory|[Uu]nable to alloc|[Cc]annot alloc|bad_alloc|malloc")
 
 
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 """What Python does not show to people."""
 
 
-def complaint(words: Sequence[object], seconds: int = 20) -> tuple[int, str | None]:
-    """Run a command in this process: its exit code, and what a person would rightly complain of, if anything."""
+def complaint(words: Sequence[object], seconds: int = SECONDS, memory: int = MEMORY) -> tuple[int, str | None]:
+    """Run a command in a process of its own: its exit code, and what is wrong with how it ended, if anything.
+
+    That is a traceback, a warning, more or less than one sentence, a signal, too long a time, or too much memory.
+    """
+    with tempfile.TemporaryFile() as report, tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if child == 0:
+            _run_and_leave(words, seconds, report, errors)
+        handle = os.pidfd_open(child)
+        try:
+            ended, _, _ = select.select([handle], [], [], 4 * seconds)
+            if not ended:
+                os.kill(child, signal.SIGXCPU)  # as the system does after so much work; it says where it is
+                select.select([handle], [], [], 1)
+        finally:
+            os.close(handle)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # and what it started
+            _, status, usage = os.wait4(child, 0)
+        report.seek(0)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+        if status != 0:
+            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+            reason = f"took more than {seconds} s" if late else f"ended with the wait status {status:#x}"
+            return -1, f"it {reason}\n" + "".join(said.splitlines(keepends=True)[:12])
+        code, wrong, before = pickle.load(report)
+    taken = (usage.ru_maxrss - before) * 1024
+    if wrong is None and taken > memory:
+        wrong = f"it took {taken / 1e6:,.0f} MB"
+    elif wrong is None and said and not any(str(word).endswith(".tiff") for word in words):
+        wrong = f"a library wrote {said!r}"  # as libtiff does, which Python cannot prevent
+    return code, wrong
+
+
+def _run_and_leave(words: Sequence[object], seconds: int, report: IO[bytes], errors: IO[bytes]) -> NoReturn:
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        os.dup2(errors.fileno(), 2)
+        # Not dump_traceback_later: pytest has called that, and a second call waits for a thread that is not here.
+        faulthandler.register(signal.SIGXCPU, errors, chain=True)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        torch.set_num_threads(1)  # threads do not survive a fork
+        gc.freeze()  # nor could an object of the parent be deleted that waits for its threads, such as a video's decoder
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _GUARD,) * 2)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = (*complaint_here(words), before)
+        report.write(pickle.dumps(found))
+        report.flush()
+        code = 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(code)
+
+
+def complaint_here(words: Sequence[object]) -> tuple[int, str | None]:
+    """The same without limits, in this process."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as a terminal's
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", newline="")
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with warnings.catch_warnings(record=True) as shown, streams[0], streams[1]:
         warnings.simplefilter("always")
         try:
-            with _limit(seconds):
-                code = main([str(word) for word in words])
+            code = main([str(word) for word in words])
             out.flush()
-        except (Exception, SystemExit, _TooSlowError):
+        except (Exception, SystemExit):
             return -1, "it ended in\n" + traceback.format_exc(limit=-6)
     err.flush()
     said = err.buffer.getvalue().decode() if isinstance(err.buffer, io.BytesIO) else ""
-    said = re.sub(r"^dcris: unpacking [^\n]*\n", "", said)  # what Parquet holds, which takes a while
+    said = re.sub(r"^dcris: unpacking [^\n]*\n", "", said)  # Parquet's photographs, which takes long
     for warning in shown:
         if not issubclass(warning.category, _QUIET):
             return code, f"it warned of {warning.message}"
     if code == 0:
-        return code, f"it succeeded, but said {said!r}" if said else None
+        return code, f"it succeeded, but wrote {said!r}" if said else None
     if code != 2 or not said.startswith("dcris: ") or not said.endswith("\n") or not said[:-1].isprintable():
-        return code, f"it ended with {code} and said {said!r}"
+        return code, f"it ended with {code} and wrote {said!r}"
+    if _OUT_OF_MEMORY.search(said):
+        return code, f"it ran out of memory: {said!r}"
     return code, f"its sentence has {len(said)} letters" if len(said) > 2000 else None
 
 
@@ -597,8 +720,13 @@ class Snapshot:
             (self.folder / name).unlink()
         for name, data in self.files.items():
             path = self.folder / name
-            if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                path.unlink(missing_ok=True)
-                path.write_bytes(data)
+            if path.is_file() and not path.is_symlink() and path.stat().st_size < 1e9 and path.read_bytes() == data:
+                continue
+            for place in [*reversed(path.relative_to(self.folder).parents), path.relative_to(self.folder)]:
+                whole = self.folder / place
+                if whole.is_symlink() or (whole.exists() and not whole.is_dir()):
+                    whole.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
