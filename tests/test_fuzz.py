@@ -679,6 +679,19 @@ def test_a_video_without_a_decoder_is_refused(make: Callable[[Callable[[Path], N
     assert (code, wrong) == (2, None)
 
 
+def test_a_video_whose_pixels_cannot_be_converted_is_refused(
+    make: Callable[[Callable[[Path], None]], Path], tmp_path: Path
+) -> None:
+    """FFmpeg decodes what the fuzzer's case writes (65,535 x 1 pixels of 64 bits), and then refuses to convert it."""
+    root = tmp_path / "set"
+    shutil.copytree(make(videos), root)
+    format = next(format for format in FORMATS if format.name == "a.avi")
+    spoil(format, root, 0, 1)
+    path = root / "a.avi"
+    code, wrong = complaint(["predict", make(model) / "model", path, "-e", "cup", "--out", tmp_path / "out"])
+    assert (code, wrong) == (2, None)
+
+
 @pytest.mark.slow
 def test_a_seed_and_a_number_decide_what_is_in_a_file(tmp_path: Path) -> None:
     """Else a failure that somebody reports could not be looked at."""

@@ -75,7 +75,7 @@ def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lamb
     _require_one_size(path)
     for frame in _decoded(path):
         if frame.index % every == 0 and wanted(frame.index):
-            yield Frame(frame.index, frame.time, _upright(frame.data))
+            yield Frame(frame.index, frame.time, _upright(path, frame.data))
 
 
 def write_overlay(
@@ -106,7 +106,7 @@ def write_overlay(
                 drawn = masks(frame.index)
                 if drawn is None:
                     continue
-                pixels = _upright(frame.data)
+                pixels = _upright(source, frame.data)
                 for number, mask in enumerate(drawn):
                     pixels = overlay(pixels, mask, COLOURS[number % len(COLOURS)])
                 # 4:2:0 halves both sides, so they have to be even.
@@ -262,8 +262,14 @@ def _matrix(frame: Any) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def _upright(frame: Any) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+def _upright(path: Path, frame: Any) -> NDArray[np.uint8]:
+    try:
+        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    except (_av().FFmpegError, ValueError) as error:
+        raise DcrisError(
+            f"the frames of the video {path} cannot be turned into RGB ({getattr(error, 'strerror', None) or error}); "
+            "convert it to H.264"
+        ) from error
     a, b, c, d = _matrix(frame)
     if abs(b) > abs(a):  # x and y change places
         pixels, a, d = pixels.swapaxes(0, 1), c, b
