@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from PIL import Image
 from dcris.data import images
 from dcris.data.images import image_endings, image_size, read_image, read_mask_image, to_rgb
 from dcris.errors import DcrisError
+from dcris.files import open_regular
 
 
 @pytest.fixture
@@ -287,9 +289,18 @@ def _progressive(photo: np.ndarray, scans: int) -> bytes:
 def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(photo):
     """Each scan is one pass over the whole picture: 2 MB of them take minutes."""
     assert read_image(_progressive(photo, 20)).shape == photo.shape
-    for read in (read_image, image_size):
-        with pytest.raises(DcrisError, match=r"a JPEG of 5,010 scans"):
-            read(_progressive(photo, 5_000))
+    with pytest.raises(DcrisError, match=r"a JPEG of 5,010 scans"):
+        read_image(_progressive(photo, 5_000))
+
+
+def test_the_size_of_a_photograph_is_in_its_first_bytes(photo, tmp_path, monkeypatch):
+    """A data set of 100,000 large photographs would otherwise be read as a whole each time that it is opened."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(_progressive(photo, 20) + bytes(1_000_000))
+    with open_regular(path) as file:
+        monkeypatch.setattr("dcris.data.images.open_regular", lambda *_: nullcontext(file))
+        assert image_size(path) == photo.shape[:2]
+        assert file.tell() < 100_000
 
 
 def test_pictures_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):

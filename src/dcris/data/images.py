@@ -130,9 +130,9 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np
 def image_size(source: Path | bytes) -> tuple[int, int]:
     """Height and width of the image that `read_image` would return, from the headers of a file or of its bytes alone.
 
-    Raises DcrisError as `read_image` does, except for what only decoding finds.
+    Raises DcrisError as `read_image` does, except for what only decoding or reading the whole file finds.
     """
-    with _opened(source) as image:
+    with _opened(source, header_only=True) as image:
         width, height = image.size
         # Of a TIFF, Pillow gives the size after its orientation.
         sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
@@ -232,16 +232,19 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image whose header is read, and whose cost is bounded; what its decoder raises is turned into DcrisError."""
+def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS, *, header_only: bool = False) -> Iterator[Image.Image]:
+    """An image whose header is read, and whose cost is bounded; what its decoder raises is turned into DcrisError.
+
+    With `header_only` the scans of a JPEG are not counted, since that reads the whole file.
+    """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, _MAX_FILE) as file:
-            yield _open(file, max_pixels)
+            yield _open(file, max_pixels, header_only)
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise _cannot_read(source, error) from error
 
 
-def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
+def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
     """Read a header, without Image.open: its guard against huge files is a warning and a limit below ours, both global."""
     _init_pillow()
     start = file.read(32)
@@ -260,7 +263,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         except SyntaxError:  # Pillow's "not mine": AVIF and HEIF begin alike
             continue
         refuse_shape(image.size[1], image.size[0], max_pixels)
-        _refuse_costly(image, name, file)
+        _refuse_costly(image, name, None if header_only else file)
         if late:
             image.load()
         return image
@@ -277,15 +280,15 @@ def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         )
 
 
-def _refuse_costly(image: Any, name: str, file: BinaryIO) -> None:
-    """Raise DcrisError where decoding would take too much memory, or too many passes."""
+def _refuse_costly(image: Any, name: str, file: BinaryIO | None) -> None:
+    """Raise DcrisError where decoding would take too much memory, or too many passes (if there is a file to count them in)."""
     width, height = image.size
     a_pixel = float(_FORMATS[name][1])  # beside what Pillow and the returned array hold
     if name == "JPEG":
-        scans = _count_scans(file)
+        scans = 1 if file is None else _count_scans(file)
         if scans > _MAX_SCANS:
             raise DcrisError(f"it is a JPEG of {scans:,} scans, and at most {_MAX_SCANS} are decoded; save it again")
-        if scans > 1:  # then all coefficients are held, in 16 bits
+        if scans > 1 or "progressive" in image.info:  # then all coefficients are held, in 16 bits
             sampling = [across * down for _, across, down, _ in getattr(image, "layer", [])] or [1] * 4
             a_pixel += 2 * sum(sampling) / max(sampling)
     elif name == "TIFF":
