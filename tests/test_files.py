@@ -209,6 +209,12 @@ def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -
             pass
 
 
+def test_polygons_of_many_points_are_no_attack(tmp_path: Path) -> None:
+    """Annotation tools write polygons as lists of points, `[[12, 345], ...]`: a few characters a list, millions of them."""
+    (tmp_path / "a.json").write_text(f'{{"points": [{"[12,345]," * 1_200_000}[0,0]]}}')
+    assert len(read_json(tmp_path / "a.json", "the thing")["points"]) == 1_200_001
+
+
 def irregular(folder: Path) -> dict[str, Path]:
     """A pipe, a link, a link to a pipe and a device, under names that users give."""
     os.mkfifo(folder / "pipe.json")

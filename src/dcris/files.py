@@ -394,7 +394,7 @@ def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = 
 
 def _refuse_dense(brackets: int, length: int) -> None:
     """Raise ValueError for JSON with very many lists and objects: `[],` has 3 bytes in a file and 64 in memory."""
-    if brackets > max(_MAX_BRACKETS, length // 12):
+    if brackets > max(_MAX_BRACKETS, length // 8):
         raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are more than is read")
 
 
