@@ -269,7 +269,7 @@ def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
         ("a.csv", "image,phrase\n", "no pair"),
         ("a.tsv", "0.png cup\n", "1 column, not 2"),
         ("a.jsonl", '{"image": "0.png", "phrase": "cup"}\n[1]\n', "line 2: it is no object"),
-        ("a.jsonl", '{"image": "0.png"', "line 1: it is not JSON"),
+        ("a.jsonl", '{"image": "0.png"', "line 1 is not JSON"),
         ("a.jsonl", '{"image": 1, "phrase": "cup"}', "text, and are 1 and 'cup'"),
         ("a.jsonl", '{"image": "0.png", "phrases": [null]}', "None"),
         ("a.jsonl", '{"image": "a\\u0000", "phrase": "cup"}', "have to be text"),

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote_to_bytes
 from dcris.data.images import image_endings, why_not_read
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
-from dcris.files import is_partial, parse_json, read_text
+from dcris.files import is_partial, read_json_lines, read_text
 from dcris.outputs.journal import JOURNAL
 from dcris.outputs.video import VIDEO_ENDINGS
 
@@ -129,14 +129,10 @@ def read_pairs(path: Path) -> list[Task]:
 
     Raises DcrisError where the list cannot be read, naming the line. Whether the images are there is not looked at.
     """
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise DcrisError(f"cannot read the list {path}: {error.strerror or error}") from error
     ending = path.suffix.lower()
     if ending not in {*_DELIMITERS, ".jsonl"}:
         raise DcrisError(f"a list of pairs is a .csv, .tsv or .jsonl file, and {path} does not end so")
-    rows = _json_pairs(path, text) if ending == ".jsonl" else _table_pairs(path, text, _DELIMITERS[ending])
+    rows = _json_pairs(path) if ending == ".jsonl" else _table_pairs(path, _DELIMITERS[ending])
     asked: dict[str, Task] = {}
     for line, image, phrase in rows:
         if not _is_path(image) or not isinstance(phrase, str):
@@ -296,7 +292,11 @@ def _is_path(value: Any) -> bool:
         return False
 
 
-def _table_pairs(path: Path, text: str, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
+def _table_pairs(path: Path, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise DcrisError(f"cannot read the list {path}: {error.strerror or error}") from error
     declared = re.match(r'"?sep=(.)"?[ \t]*(?=[\r\n]|$)', text, re.IGNORECASE)  # Excel's own first line
     text = text[declared.end() :] if declared else text
     delimiter = declared[1] if declared else max(delimiters, key=lambda delimiter: _fit(text, delimiter))
@@ -337,20 +337,14 @@ def _fit(text: str, delimiter: str) -> tuple[bool, int, int]:
         reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows += islice((row for row in reader if any(cell.strip() for cell in row)), 1000)
     except csv.Error:
-        pass  # said when the table is read
+        pass  # reported when the table is read
     pairs = [row for row in rows if len(row) == 2]
     pictures = sum(PurePath(image.strip()).suffix.lower() in image_endings() | VIDEO_ENDINGS for image, _ in pairs)
     return any(cell.strip().lower() == "image" for cell in chain(*rows[:1])), pictures, len(pairs)
 
 
-def _json_pairs(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DcrisError(f"{path}, line {number}: it is not JSON ({error})") from error
+def _json_pairs(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    for number, row in read_json_lines(path):
         key = next((key for key in _PHRASE_KEYS if isinstance(row, dict) and key in row), None)
         if key is None or "image" not in row:
             raise DcrisError(f"{path}, line {number}: it is no object with `image`, and `phrase` or `phrases`")
