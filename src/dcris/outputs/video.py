@@ -251,7 +251,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise DcrisError(f"cannot read the video {path} (FFmpeg has no decoder for it); convert it to H.264")
-        refuse_shape(stream.codec_context.height, stream.codec_context.width)
+        try:
+            refuse_shape(stream.codec_context.height, stream.codec_context.width)
+        except DcrisError as error:
+            raise DcrisError(f"cannot read the video {path} ({error}); export it with a smaller size") from error
         yield container, stream
 
 
