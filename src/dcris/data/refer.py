@@ -34,9 +34,6 @@ from dcris.types import Reference
 _MAX_PICKLE = 256_000_000
 """Bytes. The largest official file has about 30 MB."""
 
-_MAX_MALFORMED = 100_000
-"""References that may be malformed before a file is given up. The largest official file has 50,000 in all."""
-
 _PLAIN_NAMES = (
     "PROTO FRAME STOP MARK POP POP_MARK "
     "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT "
@@ -175,28 +172,13 @@ def read_records(
     instances = _Instances.read(content, instances_path, root)
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
-    malformed: list[DcrisError] = []
     for number, record in enumerate(records, 1):
-        with forgiving(complain and _counted(complain, malformed, path)):
+        with forgiving(complain):
             ref_id = field(record, "ref_id", int, path, f"entry {number}")
             if ref_id in references:
                 raise bad(path, f"reference {ref_id} is there twice")
             references[ref_id] = _reference(record, ref_id, instances, path, sentences)
     return tuple(references.values())
-
-
-def _counted(complain: Complain, malformed: list[DcrisError], path: Path) -> Complain:
-    """`complain`, up to _MAX_MALFORMED times: a small file can hold millions of numbers in place of references."""
-
-    def count(error: DcrisError) -> None:
-        malformed.append(error)
-        if len(malformed) > _MAX_MALFORMED:
-            raise DcrisError(
-                f"more than {_MAX_MALFORMED:,} references of {path} are malformed; the first: {malformed[0]}"
-            )
-        complain(error)
-
-    return count
 
 
 @dataclass(frozen=True)
