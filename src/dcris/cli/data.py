@@ -97,7 +97,7 @@ def _data_fetch(args: argparse.Namespace) -> None:
             bar.close()
     say(
         f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {argument(args.out)} --dataset "
-        f"{argument(table.dataset)}"
+        f"{table.dataset}"
     )
 
 

@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, adder, device_arguments, natural, positive, say
+from dcris.cli.common import CHECKPOINT, adder, argument, device_arguments, natural, positive, say
 from dcris.errors import DcrisError
 
 
@@ -172,7 +171,7 @@ def _convert(args: argparse.Namespace) -> None:
         config = convert_file(file, target, args.word_length, half=args.half)
         say(
             f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
-            f'next: dcris predict {shlex.quote(str(target))} photo.jpg -e "left slice" --out out'
+            f'next: dcris predict {argument(target)} photo.jpg -e "left slice" --out out'
         )
 
 

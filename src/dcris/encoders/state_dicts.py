@@ -1,12 +1,12 @@
 """Weights by name, found among all that a checkpoint holds, and without what torch's wrappers put into the names."""
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dcris.errors import DcrisError
+from dcris.streams import note
 
 _T = TypeVar("_T")
 
@@ -59,7 +59,7 @@ def find_weights(content: Any, tensor: type[_T], path: Path) -> dict[str, _T]:
             'torch.save(checkpoint[key], "weights.pth")'
         )
     if others:
-        print(f"dcris: {path} holds weights under {', '.join(states)}; those under {taken} are read", file=sys.stderr)
+        note(f"{path} holds weights under {', '.join(states)}; those under {taken} are read")
     return _without_prefixes(_tensors(states[taken], tensor, path), path)
 
 
