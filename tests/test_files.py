@@ -87,7 +87,7 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[Bas
 
 
 def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is at work is a note for people; a traceback about it would hide what the disk has no room for."""
+    """The name of the process in the lock is a note for people; a traceback about it would hide the real error."""
     monkeypatch.setattr(files.socket, "gethostname", full_disk)
     with claim(tmp_path):
         assert (tmp_path / "lock").read_text() == ""

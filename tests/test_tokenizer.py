@@ -224,7 +224,7 @@ def test_an_empty_phrase_is_refused(text):
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud800", "red \udfff cup"])
 def test_a_phrase_that_is_not_utf8_is_refused(text):
     """A terminal in another encoding gives such bytes; they would end the work when results are written."""
-    with pytest.raises(DcrisError, match="is not UTF-8 text; use a terminal"):
+    with pytest.raises(DcrisError, match="is not UTF-8 text; use a UTF-8 terminal"):
         require_phrase(text)
 
 

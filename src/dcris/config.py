@@ -291,8 +291,8 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror half of the training samples and exchange left and right in their phrases; see dcris.data.flip."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
-    """Decides in mask pictures of more than two values: the object is what is greater, a share of the full scale below 1, else
-    a pixel's value. None refuses such masks."""
+    """Threshold for mask pictures of more than two values: pixels above it are the object. Below 1 it is a share of the full
+    scale. None refuses such pictures."""
     workers: Annotated[int, Field(ge=0, le=64)] = 2
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a photograph or mask that cannot be read does to training: ends it, or lets another reference take its place (see

@@ -137,7 +137,8 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file for reading, with members that are stored or deflated.
 
-    Others may ask for any amount of memory before they give a byte (LZMA's dictionary). Whoever reads a member bounds its size.
+    Other compressions may take any amount of memory before the first byte (LZMA's dictionary). Callers bound the size of a
+    member.
 
     Raises OSError, with the reason as its `strerror`, as `open_regular` does and where it is no such zip file.
     """
@@ -340,12 +341,12 @@ def claim(folder: Path, name: str = "lock") -> Iterator[None]:
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 raise DcrisError(
-                    f"another process ({file.read(200).strip() or 'unknown'}) is at work in {folder}; wait for it to end, stop "
+                    f"another process ({file.read(200).strip() or 'unknown'}) is writing to {folder}; wait until it ends, stop "
                     "it, or choose another place"
                 ) from error
             except OSError:
                 pass
-        with suppress(OSError):  # a full disk; who is at work is good to know, and no more
+        with suppress(OSError):  # a full disk: the lock holds without its note
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

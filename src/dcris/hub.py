@@ -80,7 +80,7 @@ def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") 
 
 
 def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
-    """Raise DcrisError where the Hub does not answer at all: huggingface_hub tries for half a minute before it says so."""
+    """Raise DcrisError where the Hub does not answer at all: huggingface_hub would retry for half a minute."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -88,7 +88,7 @@ def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
         return
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, repo_type=kind), timeout=_PATIENCE)
-    except (HfHubHTTPError, ValueError):  # an answer, or a name that is none: huggingface_hub is asked again
+    except (HfHubHTTPError, ValueError):  # the Hub answered, or the name is invalid: hf_hub_download reports it
         return
     except Exception as error:  # as in fetch
         raise _unreachable(error, repo, kind) from error

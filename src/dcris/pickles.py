@@ -1,4 +1,4 @@
-"""Pickles from strangers: what one takes in memory is known before any of it is run.
+"""Pickles from strangers: bound the memory that one takes before any of it is run.
 
 One byte of a pickle can make a set of 216 bytes, five can ask for a table of 32 GB. So every instruction is looked at first,
 and a pickle is refused that takes many times its own size. Which classes it may name is for the caller's `find_class`.
@@ -25,8 +25,8 @@ _COSTS = (
 )
 """Bytes of memory that instructions take, besides what their arguments take in the file."""
 _LONG_NUMBER = 100_000
-"""What a whole number of more than 8 bytes counts. Of those, unlike of others, thousands can have one hash, which makes a
-dictionary of n of them take n * n steps."""
+"""Bytes that count for a whole number of more than 8 bytes. Thousands of such numbers can share one hash, and a dictionary of n
+of them then takes n * n steps."""
 
 _LINES = {
     "INT": 1,

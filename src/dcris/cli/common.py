@@ -136,8 +136,8 @@ def data_set_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask-threshold",
         type=level,
         metavar="T",
-        help="read mask pictures of more than two values (JPEG, soft edges, probability maps): the object is what is greater "
-        "than T, a share of the full scale below 1, else a pixel's value",
+        help="threshold for mask pictures of more than two values (JPEG, soft edges, probability maps): pixels above T are the "
+        "object, where a T below 1 is a share of the full scale (default: such pictures are refused)",
     )
 
 

@@ -40,7 +40,7 @@ _SHARING_BY_DESIGN = {("refcocog", "google")}
 _SHOWN = 10
 
 _MOST_WRONG = 100_000
-"""References that are wrong before reading stops: 30 MB of another kind of file may be 15 million lines."""
+"""Wrong references after which reading stops: 30 MB of another kind of file may have 15 million lines."""
 
 
 @dataclass
@@ -136,9 +136,7 @@ def check_dataset(
     def note(error: DcrisError) -> None:
         wrong.append(str(error))
         if len(wrong) == _MOST_WRONG:
-            raise DcrisError(
-                f"{len(wrong):,} references are wrong, and what follows was not read; the first: {wrong[0]}"
-            )
+            raise DcrisError(f"{len(wrong):,} references are wrong, so reading stopped; the first: {wrong[0]}")
 
     table = load_references(root, dataset, split_by, note, mask_threshold=mask_threshold)
     report = CheckReport(

@@ -355,7 +355,7 @@ class _Thrift:
 
 @contextmanager
 def _opened(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
-    """The file, as pyarrow has it, to read the columns from. Whatever pyarrow says of the content becomes a DcrisError."""
+    """The file, as pyarrow has it, to read the columns from. What pyarrow raises about the content becomes a DcrisError."""
     require_pyarrow()
     from pyarrow.parquet import ParquetFile
 

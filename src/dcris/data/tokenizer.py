@@ -86,7 +86,7 @@ def require_phrase(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DcrisError(
-            f"the phrase {text!r} is not UTF-8 text; use a terminal, or a list for --pairs, in that encoding"
+            f"the phrase {text!r} is not UTF-8 text; use a UTF-8 terminal, or a UTF-8 list for --pairs"
         ) from error
     if not clean_text(text):
         raise DcrisError(f"the phrase {text!r} is empty; write in a few words which object is meant")

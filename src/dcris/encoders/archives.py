@@ -123,7 +123,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 class _Storage(NamedTuple):
-    """A pickle's word for the numbers that lie elsewhere in the file."""
+    """What stands in a pickle for numbers that lie elsewhere in the file."""
 
     key: str
     dtype: torch.dtype
@@ -172,7 +172,7 @@ _PROGRAMS = {
     "ctypes",
     "socket",
 }
-"""Modules whose functions nobody saves by mistake. This decides about words only: all that is not in _STAND_INS is refused."""
+"""Modules whose functions nobody saves by mistake. They only decide the wording: all that is not in _STAND_INS is refused."""
 
 
 class _Module:

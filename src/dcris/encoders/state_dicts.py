@@ -43,7 +43,7 @@ def find_weights(content: Any, tensor: type[_T], path: Path) -> dict[str, _T]:
         tensor: the class that stands for a tensor in it.
         path: the file, for errors.
 
-    Where several usual keys have weights, the first of _KEYS counts, and a line on stderr says so. Raises DcrisError where
+    Where several usual keys have weights, the first of _KEYS counts, and a line on stderr names it. Raises DcrisError where
     there are none, where it is not clear which are meant, and for an entry among them that is no tensor.
     """
     if not isinstance(content, dict):
@@ -98,7 +98,7 @@ def _without_prefixes(state: dict[str, _T], path: Path) -> dict[str, _T]:
     while prefix := next((each for each in _PREFIXES if _all_have(each, names.values())), None):
         names = {name: short.removeprefix(prefix) for name, short in names.items() if short != _COUNTER}
     if len(set(names.values())) != len(names):
-        raise DcrisError(f"{path} has two tensors of one name, but for what torch's wrappers put into names")
+        raise DcrisError(f"{path} has two tensors of one name after the prefixes of torch's wrappers are removed")
     return {short: state[name] for name, short in names.items()}
 
 

@@ -534,7 +534,7 @@ class _Pending:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what may take for ever and may be broken off: a request raises _StopWaiting there, whenever it came."""
+        """Context for a wait that may be broken off: a request to end, also an earlier one, raises _StopWaiting in it."""
         self.interruptible = True
         try:
             if self.number is not None:

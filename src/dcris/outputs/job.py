@@ -1,4 +1,4 @@
-"""Many images and phrases answered into a folder: what is written, in which order, and what is not done again.
+"""Segment many images and phrases into a folder: its files, their order, and what a repeated call skips.
 
 For image a.jpg and its phrase number k (from 0): a.k.mask.png (0 and 255), a.k.overlay.png, a.k.cutout.png (the object alone,
 transparent around it; none where nothing was found), a.k.scores.npy (float16 probabilities). For a video clip.mp4 the same for
@@ -87,11 +87,11 @@ class Written:
 
 
 class Job:
-    """Questions to a model, answered into a folder.
+    """Tasks for a model, and the folder for the results.
 
-    What the folder holds already, by its journal, is not done again, as long as the image has not changed and its files are
-    there. Answers about other images stay. Several processes share the work if each makes the same job; other jobs cannot
-    write to the folder until `run` has ended.
+    Images that the folder's journal lists are skipped, as long as they have not changed and their files exist. Answers about
+    other images stay. Several processes share the work if each makes the same job; other jobs cannot write to the folder until
+    `run` has ended.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Job:
         """How many frames of a video are asked about, once it was read."""
         self._journal = Journal(make_directory(out), self.group.rank)
         self.notes: list[str] = []
-        """What the first process has to say about the folder before the work begins."""
+        """Lines about the folder, for the first process to print before the work begins."""
         self._dropped: set[str] = set()
         """Formats of answers that are in the folder no more."""
         self._places: dict[str, int] = {}
@@ -156,7 +156,7 @@ class Job:
         """Images and videos that are done already."""
 
     def run(self) -> Iterator[Done | Failed | Written]:
-        """Do what is left, and say of each image and frame when it is done.
+        """Do what is left, and yield an event for each image and frame.
 
         An image that cannot be read is left out. At the end, and when the work is broken off, predictions.json and the like
         are written of all that is done, by the first process.
@@ -205,9 +205,7 @@ class Job:
             require_replaceable(self.out / file)  # they are written last
         before = list(self._moved(self._journal.read().values()))
         if damaged := self._journal.damaged:
-            self.notes.append(
-                f"{self._journal.path} has {damaged} damaged lines; the images that they were about count as new"
-            )
+            self.notes.append(f"{self._journal.path} has {damaged} damaged lines; their images are done again")
         if not anew:
             self._refuse_others(before)
         tasks = named(self.tasks, {entry.source: entry.task for entry in before})
@@ -260,7 +258,7 @@ class Job:
         return entry.settings.differences(now)
 
     def _note_mixture(self, kept: Iterable[Entry]) -> None:
-        """Say that answers of other settings stay, which can be only where `anew` has admitted it."""
+        """Add a note where answers of other settings stay, which only `anew` permits."""
         others = {entry.source: words for entry in kept if (words := self._differences(entry))}
         if others:
             self.notes.append(

@@ -1,4 +1,4 @@
-"""What is done already: a line for each image or frame, so that work that was stopped is continued where it was."""
+"""The journal of a folder of results: a line for each image or frame that is done, so that a repeated call skips it."""
 
 import os
 import re
@@ -186,7 +186,7 @@ class Journal:
             ) from error
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

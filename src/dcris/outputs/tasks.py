@@ -155,7 +155,7 @@ def named(tasks: Iterable[Task], known: Mapping[str, str] | None = None) -> list
     """The tasks, each under a name of its own: the one that `known` has for its source, else one that is free.
 
     A name that another has, upper and lower case being one, gets a number. Names do not depend on which of the tasks are
-    known, as long as those have the names that they got here: so work that was stopped goes on under the same names.
+    known, as long as those have the names that they got here: so a repeated call uses the same names.
     """
     own = dict(known or {})
     taken = {name.casefold() for name in own.values()}

@@ -28,7 +28,7 @@ from dcris.segmenter import Segmenter
 
 _Result = TypeVar("_Result")
 
-BUSY = "too many people are asking just now; try again in a moment"
+BUSY = "too many requests are waiting; try again in a moment"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Desk:
             self.waiting -= 1
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Cancel the requests that wait, and accept no more."""
         for executor in (self._model, self._artist):
             executor.shutdown(wait=False, cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""What every request passes before the page or the API sees it: who may ask, how much, and for how long.
+"""Checks of every request before the page or the API gets it: host, origin, password, size and time.
 
 `Guard` is an ASGI application in front of another: allowed host names, the same origin, a password, the size of a body and the
 time for it. `Connection` is uvicorn's connection with what uvicorn lacks: a time limit for a request's head, and a bound on the
@@ -51,7 +51,7 @@ class Refused(DcrisError):
 
 
 class _GoneError(Exception):
-    """The client has left; there is nobody to answer."""
+    """The client has closed its connection."""
 
 
 def failure(error: DcrisError) -> JSONResponse:
@@ -155,7 +155,7 @@ class Guard:
             scheme, _, place = origin.lower().partition("://")
             found = _HOST.fullmatch(place)
             if scheme not in ("http", "https") or not found:
-                raise Refused(403, "requests from pages without an address are refused")
+                raise Refused(403, "requests from pages without an origin are refused")
             if place != hosts[0].lower() and _name(found[1]) not in self._hosts:
                 raise Refused(403, f"requests from pages of {place!r} are refused; allow it with --allow-host")
         if self._credentials:
@@ -177,7 +177,7 @@ class Guard:
         ask = {"WWW-Authenticate": 'Basic realm="dcris", charset="UTF-8"'}
         given = headers.get("authorization")
         if given is None:
-            raise Refused(401, "this server asks for a user name and a password", ask)
+            raise Refused(401, "this server needs a user name and a password", ask)
         client, now = _client(scope), time.monotonic()
         failures = [each for each in self._failures.get(client, []) if now - each < 60]
         if len(failures) >= self._limits.attempts:
@@ -288,8 +288,8 @@ class Guard:
 class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvicorn
     """One connection of uvicorn's, with a time limit for the head of a request.
 
-    One client may have so many connections, and all clients together so many. A new one beyond that takes the place of the one
-    that has waited longest for its client (for the rest of a request, or to read), so that such connections keep nobody out.
+    The connections of one client, and of all clients together, are limited. A new one beyond that replaces the one that has
+    waited longest for its client (for the rest of a request, or to read), so that such connections do not block others.
     """
 
     def __init__(self, limits: Limits, **uvicorn: Any) -> None:
