@@ -86,6 +86,8 @@ _Change = Callable[[dict[str, Any]], object]
     ("change", "sentence"),
     [
         (lambda row: row.update(raw_anns="{"), "row 1 has a 'raw_anns' that is not JSON"),
+        # Compressed, 5 KB hold it; as lists it would take 100 MB.
+        (lambda row: row.update(raw_anns=f"[{'[],' * 1_500_000}0]"), "row 1 has a 'raw_anns' .*lists and objects"),
         (lambda row: row.update(raw_anns="[]"), "entry 1 of 'annotations' is not a table"),
         (lambda row: row.update(raw_image_info=None), "row 1 has a 'raw_image_info' that is not text but NoneType"),
         (lambda row: row.update(ann_id=None), "row 1 has a 'ann_id' that is not a whole number but NoneType"),

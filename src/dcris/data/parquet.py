@@ -4,7 +4,6 @@ Two forms of columns are known. jxu124's are REFER's records, each with COCO's a
 pictures. lmms-lab's are made for scoring language models: pictures are within, and of an object no more than one outline.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from dcris.data.photographs import image_ids
 from dcris.data.refer import read_records
 from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
-from dcris.files import open_regular, write_file
+from dcris.files import open_regular, parse_json, write_file
 from dcris.streams import note
 from dcris.types import Reference
 
@@ -154,8 +153,8 @@ def to_refer(files: Mapping[Path, str], dataset: str) -> tuple[list[Row], Row]:
 
 def _json(text: str, path: Path, where: str, key: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise bad(path, f"{where} has a '{key}' that is not JSON ({error})") from error
 
 

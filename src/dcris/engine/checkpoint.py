@@ -35,6 +35,7 @@ from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, loa
 from dcris.errors import DcrisError
 from dcris.files import (
     open_regular,
+    parse_json,
     read_json,
     remove_directory,
     remove_partial,
@@ -456,8 +457,8 @@ def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, Run
 def read_origin(path: Path) -> Origin:
     """Which published checkpoint this one was converted from; empty where it was trained. Raises DcrisError if unreadable."""
     try:
-        return {str(key): str(value) for key, value in json.loads(_read_metadata(path).get("origin", "{}")).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+        return {str(key): str(value) for key, value in parse_json(_read_metadata(path).get("origin", "{}")).items()}
+    except (ValueError, AttributeError) as error:
         raise DcrisError(f"{path} does not say where it comes from in a way that can be read") from error
 
 
@@ -482,8 +483,8 @@ def read_config(path: Path) -> RunConfig:
     """The configuration with the Hub's commits that the checkpoint was trained on: "main" may have moved since."""
     if path.is_file():
         try:
-            config = parse_config(json.loads(_read_metadata(path)["config"]), str(path))
-        except (KeyError, ValueError, RecursionError) as error:
+            config = parse_config(parse_json(_read_metadata(path)["config"]), str(path))
+        except (KeyError, ValueError) as error:
             raise DcrisError(
                 f"{path} has no configuration in it, so it is no bundle; if it lies in a checkpoint's directory, give that"
             ) from error
@@ -513,9 +514,9 @@ def _read_metadata(path: Path) -> dict[str, str]:
 def _read_towers(path: Path) -> Towers:
     """Which towers a checkpoint says it was trained on. Raises DcrisError where it does not say."""
     try:
-        towers = json.loads(_read_metadata(path)["towers"])
+        towers = parse_json(_read_metadata(path)["towers"])
         return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DcrisError(f"{path} does not say which towers it was trained on; it was not written by dcris") from error
 
 

@@ -30,7 +30,16 @@ from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg
 from dcris.engine.device import resident_memory
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import MAX_TEXT, make_directory, read_bytes, read_json, sync_directory, write_file, write_json
+from dcris.files import (
+    MAX_TEXT,
+    make_directory,
+    parse_json,
+    read_bytes,
+    read_json,
+    sync_directory,
+    write_file,
+    write_json,
+)
 from dcris.streams import is_terminal
 
 PANELS = 6
@@ -255,8 +264,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}; move it away to go on without it") from error
     for text in texts:
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text.decode())
+        except ValueError:
             continue
         known = isinstance(line, dict) and type(line.get("step")) is int
         if known and all(type(value) in (int, float) and abs(value) < 1e300 for value in line.values()):
