@@ -443,7 +443,8 @@ def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root:
     assert launcher.wait(process, 60) == 2, run.said()
     said = run.said().splitlines()[-1]
     # torch knows the signal or not, depending on who hears of it first.
-    ways = (f"process {workers[1]}, {how}; the memory" for how in ("was killed (Killed)", "ended without a word"))
+    worker = f"process {workers[1]}, a worker that reads photographs,"
+    ways = (f"{worker} {how}; the memory" for how in ("was killed (Killed)", "ended"))
     assert any(way in said for way in ways), said
     assert "Traceback" not in run.said()
     assert not leftovers(run.out)

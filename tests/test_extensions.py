@@ -161,7 +161,7 @@ def test_the_threshold_is_chosen_on_another_split(
     assert "the threshold, neither a number nor a result file is missing" in capsys.readouterr().err
     (tmp_path / "list.json").write_text("[]")
     assert dcris(*ask, tmp_path / "list.json") == 2
-    assert dcris(*ask, 0.5) == 0
+    assert dcris(*ask, 0.5, "--anew") == 0
 
 
 # ---- flip --------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(files.socket, "gethostname", full_disk)
     with claim(tmp_path):
         assert (tmp_path / "lock").read_text() == ""
+    assert not list(tmp_path.iterdir())  # results lie beside people's own files: the lock goes with its owner
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

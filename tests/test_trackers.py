@@ -540,7 +540,6 @@ def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path:
         "config.json",
         "data.json",
         "log.jsonl",
-        "lock",
     }
 
 

@@ -333,28 +333,45 @@ def claim(folder: Path, name: str = "lock") -> Iterator[None]:
     Raises DcrisError where another process has it or where it cannot be written to. Where the file system has no locks,
     nobody is kept out.
     """
-    with open_append(make_directory(folder) / name) as file:
-        # A POSIX lock belongs to the process. Of flock's, workers would inherit a share, and outlive a killed process with it.
-        if fcntl is not None:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                file.seek(0)
-                raise DcrisError(
-                    f"another process ({file.read(200).strip() or 'unknown'}) is writing to {folder}; wait until it ends, stop "
-                    "it, or choose another place"
-                ) from error
-            except OSError:
-                pass
-        with suppress(OSError):  # a full disk: the lock holds without its note
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):
+    path = make_directory(folder) / name
+    while True:
+        with open_append(path) as file:
+            if fcntl is not None:
+                _lock(file, folder)
+            if not _is_at(file, path):
+                continue  # its owner removed it between opening and locking
+            with suppress(OSError):  # a full disk; the name of the owner is only for the error of others
                 file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # on Windows an open file cannot be removed
+                    path.unlink()
+            return
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        # A POSIX lock belongs to the process. Of flock's, workers would inherit a share, and outlive a killed process with it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        owner = file.read(200).strip() or "unknown"
+        raise DcrisError(
+            f"another process ({owner}) is writing to {folder}; wait until it ends, stop it, or choose another place"
+        ) from error
+    except OSError:  # the file system has no locks
+        pass
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether `path` names this open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Self, TextIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dcris.errors import DcrisError
-from dcris.files import MAX_TEXT, open_append, open_regular, write_file
+from dcris.files import MAX_TEXT, open_append, open_regular, require_replaceable, write_file
 
 JOURNAL = "dcris-journal.jsonl"
 """The first journal of a folder; each further process has one with its number."""
@@ -170,7 +170,12 @@ class Journal:
         self._write(kept)
 
     def _write(self, entries: Iterable[Entry]) -> None:
-        write_file(self.out / JOURNAL, "".join(map(_line, entries)))
+        path, lines = self.out / JOURNAL, "".join(map(_line, entries))
+        if lines:
+            write_file(path, lines)
+        else:
+            require_replaceable(path)
+            path.unlink(missing_ok=True)
 
     def add(self, entry: Entry) -> None:
         """Note what is done. Raises DcrisError where the disk does not let it."""
