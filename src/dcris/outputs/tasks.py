@@ -248,16 +248,15 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 def _folders(top: Path, hidden: bool = True) -> Iterator[Path]:
     """A folder and all below it, each once: links may lead in circles. Folders come before links to them."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[str] = set()  # real paths; inode numbers are 0 on some network drives
     waiting = deque([top])
     while waiting:
         for name, below, _ in os.walk(waiting.popleft(), onerror=_raise):
-            folder = Path(name)
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
+            folder, real = Path(name), os.path.realpath(name)
+            if real in seen:
                 below.clear()
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(real)
             below[:] = sorted(one for one in below if (hidden or one[0] != ".") and not is_partial(Path(one)))
             waiting.extend(
                 folder / one for one in below if (folder / one).is_symlink()
