@@ -94,6 +94,13 @@ def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())  # results lie beside people's own files: the lock goes with its owner
 
 
+def test_a_claim_where_file_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network drives give a file another number at each look; training there must not try to lock for ever."""
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with claim(tmp_path):
+        assert "process" in (tmp_path / "lock").read_text()
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     """A file where a folder must be, a folder where a file must be, and a name that is too long: one sentence each."""
     (tmp_path / "file").write_text("")

@@ -331,15 +331,16 @@ def claim(folder: Path, name: str = "lock") -> Iterator[None]:
     """Have a folder to oneself, by a lock on its file `name`; it ends with the context or the process, however that ends.
 
     Raises DcrisError where another process has it or where it cannot be written to. Where the file system has no locks,
-    nobody is kept out.
+    no process is kept out.
     """
     path = make_directory(folder) / name
-    while True:
+    for tries_left in reversed(range(100)):
         with open_append(path) as file:
             if fcntl is not None:
                 _lock(file, folder)
-            if not _is_at(file, path):
-                continue  # its owner removed it between opening and locking
+            # Its owner may have removed it between opening and locking. Some network drives number a file anew at each look.
+            if tries_left and not _is_at(file, path):
+                continue
             with suppress(OSError):  # a full disk; the name of the owner is only for the error of others
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
