@@ -1065,3 +1065,15 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
             assert ours.phrase == theirs.phrase
             assert ours.score == pytest.approx(theirs.score, abs=1e-4)
             assert (ours.mask != theirs.mask).mean() < 0.01
+
+
+def test_a_photograph_called_dot(model: Path, tmp_path: Path) -> None:
+    """Its files are in the folder of the results; one above, another call's unfinished files would be removed."""
+    photos, above = tmp_path / "photos", tmp_path / ".other.png.partial-1.png"
+    photos.mkdir()
+    above.write_bytes(b"")
+    Image.new("RGB", (30, 20)).save(photos / "..png", "PNG")
+    for _ in range(2):
+        assert dcris("predict", model, photos, "-e", "cup", "--out", tmp_path / "out", "--format", "mask") == 0
+    assert (tmp_path / "out" / "..0.mask.png").exists()
+    assert above.exists()

@@ -279,7 +279,8 @@ class Job:
         ended = {entry.task for entry in kept if entry.frames is not None}
         folders = {
             self.out,
-            *((self.out / name).parent for name in names),
+            # By text: a photograph may be called "..png", and the parent of `out / "."` is that of `out`.
+            *(self.out / name.rpartition("/")[0] for name in names),
             *(self.out / f"{name}.frames" for name in names),
         }
         for folder in folders:
