@@ -40,6 +40,9 @@ _DEMUXERS = {
 """FFmpeg's names of the containers that are read, and how their files end. Among its hundreds of others are playlists (hls,
 concat, sdp), which would read further files and hosts."""
 
+_MAX_PIXELS = 36_000_000
+"""Of a frame: cinema's 8K. A decoder keeps up to 16 frames, which is 0.9 GB then."""
+
 VIDEO_ENDINGS = frozenset(ending for endings in _DEMUXERS.values() for ending in endings)
 
 _ENCODERS = {
@@ -169,7 +172,6 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
     with _opened(path) as (container, stream):
         # Not by frame: FFmpeg 8's threads then wait for each other for ever after an error, when the decoder is closed.
         stream.thread_type = "SLICE"
-        stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         start = stream.start_time  # of a recorded broadcast, the hour of the day
         index, before, end = 0, -1, 0.0
@@ -251,8 +253,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise DcrisError(f"cannot read the video {path} (FFmpeg has no decoder for it); convert it to H.264")
+        # Else damage is painted over, and a frame may be larger than its container says.
+        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
         try:
-            refuse_shape(stream.codec_context.height, stream.codec_context.width)
+            refuse_shape(stream.codec_context.height, stream.codec_context.width, _MAX_PIXELS)
         except DcrisError as error:
             raise DcrisError(f"cannot read the video {path} ({error}); export it with a smaller size") from error
         yield container, stream
