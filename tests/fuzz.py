@@ -116,6 +116,10 @@ def replace(random: Random, path: Path) -> str:
     else:
         path.unlink(missing_ok=True)
     aside = path.with_name("aside")
+    if aside.is_dir():  # of another case
+        aside.rmdir()
+    else:
+        aside.unlink(missing_ok=True)
     match kind:
         case "folder":
             path.mkdir()
@@ -126,7 +130,7 @@ def replace(random: Random, path: Path) -> str:
         case "link to itself":
             path.symlink_to(path.name)
         case "link to folder":
-            aside.mkdir(exist_ok=True)
+            aside.mkdir()
             path.symlink_to("aside")
         case "loop":  # a folder that contains itself by a link
             path.mkdir()
