@@ -96,8 +96,8 @@ def _reading(path: Path) -> Iterator[None]:
 def open_safetensors(path: Path) -> Any:
     """A safetensors file, as its library has it. Raises OSError and SafetensorError where it cannot be read."""
     with open_regular(path) as file:  # the library opens by name, and would wait for a pipe
-        if int.from_bytes(file.read(8), "little") > _MAX_HEADER:
-            raise OSError("its header is too large, or it is no safetensors file")
+        if not 0 < int.from_bytes(file.read(8), "little") <= _MAX_HEADER:
+            raise OSError("its header is empty or too large, or it is no safetensors file")
     return safe_open(path, framework="pt")
 
 
