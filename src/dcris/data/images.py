@@ -28,8 +28,8 @@ from dcris.files import open_regular
 # Pillow logs what it also raises; without a handler, Python prints the log as well.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-MAX_PIXELS = 200_000_000
-"""The largest picture that is read: 16,320 x 12,240, what telephones take at most, is just below."""
+MAX_PIXELS = 145_000_000
+"""The largest picture that is read: decoding it takes just under 1 GiB. Telephones with 108 megapixels are below it."""
 
 MAX_SIDE = 65_535
 """The longest side, as in JPEG: some memory is needed for each row and column of a photograph."""
