@@ -21,7 +21,8 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.engine import device, memory
 from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.device import free_memory
-from dcris.engine.distributed import Processes, divide_batch
+from dcris.engine.distributed import Processes
+from dcris.engine.parallel import divide_batch
 from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss

@@ -3,13 +3,16 @@
 import os
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dcris.errors import DcrisError
 
 T = TypeVar("T")
 
 PathLike = str | os.PathLike[str]
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""What the network computes in; auto is bfloat16 where the device multiplies it in hardware."""
 
 
 def as_path(value: PathLike, what: str) -> Path:

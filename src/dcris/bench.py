@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcris.config import DenseCrossConfig, Precision, RunConfig
+from dcris.arguments import Precision
+from dcris.config import DenseCrossConfig, RunConfig
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes

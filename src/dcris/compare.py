@@ -14,7 +14,7 @@ import torch
 
 from dcris.analysis import METRICS, align, analyse, difference
 from dcris.answers import read_answers
-from dcris.config import Precision
+from dcris.arguments import Precision
 from dcris.data.dataset import Questions, cut_phrases
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint

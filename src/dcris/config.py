@@ -12,12 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from dcris.arguments import kind_of, require
+from dcris.arguments import Precision, kind_of, require
 from dcris.errors import DcrisError
 from dcris.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 # The bounds are far beyond anything sensible; they keep a stranger's file from asking for any amount of work, and float32 from
 # overflowing.

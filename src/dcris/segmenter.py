@@ -10,9 +10,9 @@ from typing import Any, overload
 
 import torch
 
-from dcris.arguments import PathLike, as_path, kind_of, require, require_number
+from dcris.arguments import PathLike, Precision, as_path, kind_of, require, require_number
 from dcris.card import Metrics, model_card
-from dcris.config import Precision, RunConfig
+from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.fits import Fit
 from dcris.data.images import ImageLike, as_pixels

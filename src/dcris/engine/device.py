@@ -9,7 +9,7 @@ from typing import get_args
 
 import torch
 
-from dcris.config import Precision
+from dcris.arguments import Precision
 from dcris.errors import DcrisError
 
 _CGROUP = Path("/sys/fs/cgroup")

@@ -51,8 +51,9 @@ from dcris.engine.checkpoint import (
     sound_checkpoints,
 )
 from dcris.engine.device import autocast, choose_device, choose_precision
-from dcris.engine.distributed import Processes, divide_batch, shard_towers, synchronise_batch_norm
+from dcris.engine.distributed import Processes
 from dcris.engine.evaluate import Answer, answer_questions, answer_together
+from dcris.engine.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError, out_of_memory
 from dcris.files import claim, make_directory, read_json, write_json
