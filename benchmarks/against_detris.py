@@ -75,9 +75,9 @@ def _inputs(batch: int, device: Any) -> tuple[Any, Any, Any]:
 def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[], Any]:
     import torch
 
-    from dcris.engine.device import autocast
     from dcris.engine.evaluate import segment_in_passes
     from dcris.model.prepared import prepare_for_prediction
+    from dcris.utils.device import autocast
 
     images, tokens, _ = _inputs(1, device)
 
@@ -98,9 +98,9 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
 def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BATCH) -> Callable[[], Any]:
     import torch
 
-    from dcris.engine.device import autocast
     from dcris.losses import text_to_pixel_loss
     from dcris.model.prepared import hold_frozen
+    from dcris.utils.device import autocast
 
     images, tokens, masks = _inputs(batch, device)
     if name == "ours":
@@ -143,7 +143,7 @@ def _alone(args: argparse.Namespace) -> None:
     import torch
 
     from dcris.bench import peak_memory
-    from dcris.engine.device import choose_device
+    from dcris.utils.device import choose_device
 
     who, what, precision = args.alone
     device = choose_device(args.device)
@@ -162,7 +162,7 @@ def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> d
     import torch
 
     from dcris.bench import matrix_products, ratio, take_turns
-    from dcris.engine.device import choose_precision
+    from dcris.utils.device import choose_precision
 
     by_default = precision == "default"
     theirs = ours = choose_precision("auto", device) if by_default else getattr(torch, precision)
@@ -226,8 +226,8 @@ def _measure(args: argparse.Namespace) -> None:
     import torch
 
     from dcris.bench import machine
-    from dcris.engine.device import choose_device, choose_precision
-    from dcris.tables import markdown
+    from dcris.utils.device import choose_device, choose_precision
+    from dcris.utils.text_tables import markdown
 
     device = choose_device(args.device)
     default = choose_precision("auto", device)

@@ -12,8 +12,8 @@ import argparse
 import torch
 
 from dcris.bench import in_own_process, peak_of_training, random_towers
-from dcris.engine.device import free_memory
 from dcris.recipes import get_recipe
+from dcris.utils.device import free_memory
 
 
 def main() -> None:

@@ -22,14 +22,14 @@ from dcris.encoders.attention import MultiHeadAttention, attend
 from dcris.encoders.blocks import MLP
 from dcris.encoders.dropout import Dropout
 from dcris.encoders.vision import as_map
-from dcris.engine.device import autocast, choose_device, choose_precision
 from dcris.model.dcris import DCRIS
 from dcris.model.decoder import DecoderLayer
 from dcris.model.neck import ConvNormReLU
 from dcris.model.prepared import hold_frozen, prepare_for_prediction
 from dcris.model.projector import KERNEL, apply_kernels, finer_convolution
 from dcris.recipes import dcris_b
-from dcris.tables import markdown
+from dcris.utils.device import autocast, choose_device, choose_precision
+from dcris.utils.text_tables import markdown
 
 Task = Callable[[], object]
 GRID = 32

@@ -73,7 +73,8 @@ class Launcher:
 def _serve() -> None:
     from dcris.cli import main
     from dcris.data import references  # noqa: F401
-    from dcris.engine import distributed, train  # noqa: F401
+    from dcris.engine import train  # noqa: F401
+    from dcris.utils import distributed  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from dcris.config import ModelConfig, RunConfig, load_config, override, parse_config
 from dcris.errors import DcrisError
-from dcris.files import write_json
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, get_recipe
+from dcris.utils.files import write_json
 
 
 def tree(**sections: Any) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
 from dcris.engine.checkpoint import list_checkpoints
-from dcris.engine.distributed import processes
 from dcris.engine.parallel import divide_batch, synchronise_batch_norm
 from dcris.engine.trackers import read_log
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
+from dcris.utils.distributed import processes
 from launcher import torchrun_environment
 from models import randomise
 from runs import last_tensors, quick_config, timeless_log

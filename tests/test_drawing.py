@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dcris.drawing import COLOURS, cell, contour_width, jpeg_bytes, mask_cell, overlay, png_bytes
+from dcris.utils.drawing import COLOURS, cell, contour_width, jpeg_bytes, mask_cell, overlay, png_bytes
 
 GREEN = (0, 200, 0)
 WHITE = (255, 255, 255)

@@ -11,10 +11,10 @@ from typing import NoReturn
 import pytest
 from PIL import Image
 
-from dcris import files
 from dcris.cli import main
 from dcris.errors import DcrisError
-from dcris.files import (
+from dcris.utils import files
+from dcris.utils.files import (
     claim,
     make_directory,
     open_regular,

@@ -18,7 +18,7 @@ from PIL import Image
 from dcris.data import images
 from dcris.data.images import image_endings, image_size, read_image, read_mask_image, to_rgb
 from dcris.errors import DcrisError
-from dcris.files import open_regular
+from dcris.utils.files import open_regular
 
 
 @pytest.fixture

@@ -358,7 +358,7 @@ def test_a_disk_that_is_full_leaves_nothing(export: Export, monkeypatch: pytest.
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dcris.files.os.fsync", full)
+    monkeypatch.setattr("dcris.utils.files.os.fsync", full)
     with pytest.raises(DcrisError, match=r"cannot write .*my\.jsonl: No space left"):
         export.load()
     assert not (export.folder / "my.jsonl").exists()

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dcris import files
 from dcris.data import check, jsonl
 from dcris.data.check import check_dataset
 from dcris.data.jsonl import load_jsonl
@@ -19,6 +18,7 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.references import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
+from dcris.utils import files
 
 H, W = 8, 12
 RECTANGLE = np.zeros((H, W), np.uint8)

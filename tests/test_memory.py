@@ -18,16 +18,17 @@ from dcris.adapters.base import adapters
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine import device, memory
+from dcris.engine import memory
 from dcris.engine.checkpoint import list_checkpoints
-from dcris.engine.device import free_memory
-from dcris.engine.distributed import Processes
 from dcris.engine.parallel import divide_batch
 from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.types import Batch
+from dcris.utils import device
+from dcris.utils.device import free_memory
+from dcris.utils.distributed import Processes
 from models import randomise
 from runs import CPU, quick_config
 

@@ -19,13 +19,13 @@ from dcris.adapters.lora import LoraConfig, LowRank
 from dcris.config import MethodConfig, RunConfig, override
 from dcris.encoders.blocks import Block, Slot, SlotContext
 from dcris.engine.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
-from dcris.engine.device import choose_precision
 from dcris.engine.train import _groups, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
 from dcris.segmenter import Segmenter
+from dcris.utils.device import choose_precision
 from models import error, images, randomise
 from runs import CPU, last_tensors, quick_config, run_training
 

@@ -16,7 +16,7 @@ from dcris.data.photographs import OFFICIAL_FOLDER, find_photographs
 from dcris.data.refer import _PLAIN, find_split_by, safe_unpickle
 from dcris.data.references import load_references
 from dcris.errors import DcrisError
-from dcris.pickles import end_of_pickle
+from dcris.utils.pickles import end_of_pickle
 
 
 class _Runs:
@@ -131,7 +131,7 @@ def test_a_string_that_is_said_to_be_huge_takes_nothing(tmp_path):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_what_the_official_files_hold_is_far_from_refused(tmp_path, protocol, monkeypatch):
     """The bound on memory must pass every data set in this layout, whoever wrote it: phrases of one letter, too."""
-    monkeypatch.setattr("dcris.pickles._MEMORY_OF_ANY", 10_000)
+    monkeypatch.setattr("dcris.utils.pickles._MEMORY_OF_ANY", 10_000)
     records = [
         {
             "ref_id": number,

@@ -6,12 +6,12 @@ import pytest
 from answers import answer, drawn, rectangle
 from dcris.analysis import analyse
 from dcris.data.references import load_references
-from dcris.drawing import mask_cell
 from dcris.errors import DcrisError
 from dcris.metrics import summarise
 from dcris.report.charts import threshold_chart
 from dcris.report.evaluation import write_evaluation_report, write_report
 from dcris.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel, as_panel, pick
+from dcris.utils.drawing import mask_cell
 from pages import Page
 
 METRICS = {

@@ -19,7 +19,7 @@ from dcris.data.references import load_references
 from dcris.errors import DcrisError
 from dcris.protocols import get_protocol
 from dcris.scoring import score_predictions
-from dcris.tables import latex, markdown
+from dcris.utils.text_tables import latex, markdown
 
 Masks = Mapping[int, np.ndarray]
 CRIS = get_protocol("cris")

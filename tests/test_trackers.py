@@ -28,11 +28,11 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.references import load_references
 from dcris.data.table import ReferenceTable
-from dcris.drawing import cell
 from dcris.engine import trackers
 from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.trackers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_questions, read_log
 from dcris.errors import DcrisError
+from dcris.utils.drawing import cell
 from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
 
 VAL = ("data.val_split", "val")

@@ -44,9 +44,9 @@ from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.weights import fill_tower, tower_state
 from dcris.engine.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
 from dcris.errors import DcrisError
-from dcris.hub import fetch
 from dcris.model.dcris import DCRIS
 from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
+from dcris.utils.hub import fetch
 from hub import Hub
 from models import TINY_CLIP_VISION, TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
 from published import archive_without_program, as_meta, as_openai, hub_clip, hub_dinov2, openai_clip, saved, written

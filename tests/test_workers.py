@@ -13,14 +13,15 @@ import pytest
 
 from dcris.cli import main
 from dcris.config import override
-from dcris.data import dataset, workers
+from dcris.data import dataset
 from dcris.data.scenes import write_scenes
-from dcris.data.workers import load, shared_memory_left, workers_that_fit
 from dcris.engine import train as engine
 from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.train import Interrupted, total_steps
 from dcris.errors import DcrisError
-from dcris.streams import note_once
+from dcris.utils import workers
+from dcris.utils.streams import note_once
+from dcris.utils.workers import load, shared_memory_left, workers_that_fit
 from runs import assert_same_run, quick_config, run_training
 
 

@@ -17,8 +17,8 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.references import load_references
 from dcris.data.scenes import KINDS
-from dcris.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
 from dcris.types import Expression, MaskArray, Reference
+from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
 
 SCENES = 3
 SIDE, GAP, LETTERS = 150, 6, 14

@@ -30,17 +30,17 @@ from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
-from dcris.engine.device import choose_device, choose_precision
-from dcris.engine.distributed import described_processes
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
-from dcris.files import make_directory, read_json, read_text, remove_directory, write_file, write_json
 from dcris.model.dcris import DCRIS
 from dcris.paper import TABLES, WIDTHS, Row
 from dcris.protocols import Cris
 from dcris.recipes import get_recipe
 from dcris.report.ablation import Measured, write_ablation
+from dcris.utils.device import choose_device, choose_precision
+from dcris.utils.distributed import described_processes
+from dcris.utils.files import make_directory, read_json, read_text, remove_directory, write_file, write_json
 from dcris.version import __version__
 
 Size = Literal["tiny", "b"]

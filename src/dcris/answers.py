@@ -17,11 +17,11 @@ from dcris.data.masks import validate_segmentation
 from dcris.data.table import bad, field
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import read_json_lines, write_file
 from dcris.metrics import CURVE_THRESHOLDS, Overlap
 from dcris.protocols import Protocol
-from dcris.streams import note
 from dcris.types import Expression, Reference
+from dcris.utils.files import read_json_lines, write_file
+from dcris.utils.streams import note
 
 
 def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol, data: str | None = None) -> None:

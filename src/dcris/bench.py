@@ -23,20 +23,20 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcris.arguments import Precision
 from dcris.config import DenseCrossConfig, RunConfig
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
 from dcris.data.references import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.weights import RANDOM
-from dcris.engine.device import autocast, choose_device, choose_precision, device_name, resident_memory
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import hold_frozen
 from dcris.segmenter import Segmenter
-from dcris.tables import markdown
+from dcris.utils.arguments import Precision
+from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory
+from dcris.utils.text_tables import markdown
 from dcris.version import __version__
 
 PHRASES = (

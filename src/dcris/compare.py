@@ -14,18 +14,18 @@ import torch
 
 from dcris.analysis import METRICS, align, analyse, difference
 from dcris.answers import read_answers
-from dcris.arguments import Precision
 from dcris.data.dataset import Questions, cut_phrases
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
-from dcris.engine.device import choose_precision
 from dcris.engine.evaluate import Answer, answer_questions
 from dcris.errors import DcrisError
 from dcris.metrics import summarise
 from dcris.protocols import Protocol
 from dcris.report.comparison import TITLES
 from dcris.report.panels import first_apart
-from dcris.streams import note
+from dcris.utils.arguments import Precision
+from dcris.utils.device import choose_precision
+from dcris.utils.streams import note
 
 Systems = Mapping[str, Sequence[Answer]]
 """Each system's answers, by its name, to the same expressions in the same order (see analysis.align)."""

@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from dcris.arguments import Precision, kind_of, require
 from dcris.errors import DcrisError
-from dcris.files import read_json
+from dcris.utils.arguments import Precision, kind_of, require
+from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
 

@@ -27,10 +27,10 @@ from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, tokeniz
 from dcris.encoders.clip_text import TextFeatures
 from dcris.encoders.vision import interpolate_positions
 from dcris.errors import DcrisError
-from dcris.files import write_directory, write_json
 from dcris.model.dcris import DCRIS
 from dcris.protocols import Cris
 from dcris.segmenter import Segmenter
+from dcris.utils.files import write_directory, write_json
 from dcris.version import __version__
 
 OPSET = 20

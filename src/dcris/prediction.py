@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dcris.arguments import kind_of, require, require_number
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.masks import encode_mask, mask_box
-from dcris.drawing import COLOURS, Colour, overlay
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
+from dcris.utils.arguments import kind_of, require, require_number
+from dcris.utils.drawing import COLOURS, Colour, overlay
 
 if TYPE_CHECKING:
     import supervision

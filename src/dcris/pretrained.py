@@ -14,10 +14,10 @@ from pathlib import Path
 
 from dcris.convert import convert_file, data_set_of
 from dcris.errors import DcrisError
-from dcris.files import expand_home, make_directory, read_json, write_json
-from dcris.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.published import PUBLISHED, REPOSITORY, Published
-from dcris.streams import note
+from dcris.utils.files import expand_home, make_directory, read_json, write_json
+from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
+from dcris.utils.streams import note
 
 Say = Callable[[str], None]
 

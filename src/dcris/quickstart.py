@@ -15,11 +15,9 @@ from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
-from dcris.engine.device import choose_device, choose_precision
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train
-from dcris.files import make_directory, write_json
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.outputs.job import Job
@@ -28,6 +26,8 @@ from dcris.protocols import Cris
 from dcris.recipes import get_recipe
 from dcris.report.evaluation import write_evaluation_report
 from dcris.segmenter import Segmenter
+from dcris.utils.device import choose_device, choose_precision
+from dcris.utils.files import make_directory, write_json
 
 TRAIN_SCENES, TEST_SCENES = 4800, 200
 

@@ -23,10 +23,10 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import open_zip, read_json, read_json_lines
 from dcris.metrics import overlap
 from dcris.protocols import Protocol
 from dcris.types import MaskArray, SoftMask
+from dcris.utils.files import open_zip, read_json, read_json_lines
 
 _LONGEST_HEADER = 16_384
 """Bytes of an .npy file's header that are read; numpy itself accepts 10,000 characters."""

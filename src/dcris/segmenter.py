@@ -10,7 +10,6 @@ from typing import Any, overload
 
 import torch
 
-from dcris.arguments import PathLike, Precision, as_path, kind_of, require, require_number
 from dcris.card import Metrics, model_card
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
@@ -29,15 +28,16 @@ from dcris.engine.checkpoint import (
     read_origin,
     save_model,
 )
-from dcris.engine.device import autocast, choose_device, choose_precision, free_memory
 from dcris.engine.evaluate import finish_in_passes
 from dcris.errors import DcrisError
-from dcris.hub import push
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import Held, prepare_for_prediction
 from dcris.prediction import Prediction, require_threshold
 from dcris.pretrained import locate
 from dcris.protocols import Cris
+from dcris.utils.arguments import PathLike, Precision, as_path, kind_of, require, require_number
+from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
+from dcris.utils.hub import push
 
 Source = PathLike
 """What names a trained model; see Segmenter.from_pretrained."""

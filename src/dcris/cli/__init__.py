@@ -15,9 +15,9 @@ from typing import NoReturn
 
 from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, train, web
 from dcris.cli.common import Parser, complain
-from dcris.data.workers import dead_worker
 from dcris.errors import DcrisError, out_of_memory
-from dcris.streams import usable_streams
+from dcris.utils.streams import usable_streams
+from dcris.utils.workers import dead_worker
 from dcris.version import __version__
 
 BAD_INPUT, INTERRUPTED = 2, 130

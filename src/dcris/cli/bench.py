@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from dcris.bench import Row, bench, render
-    from dcris.files import write_json
     from dcris.recipes import get_recipe
+    from dcris.utils.files import write_json
 
     def show(row: Row) -> None:
         say(f"{row.what}: {row.value:.4g} {row.unit}")

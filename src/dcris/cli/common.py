@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcris.errors import DcrisError
-from dcris.streams import note, printable, write
+from dcris.utils.streams import note, printable, write
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig

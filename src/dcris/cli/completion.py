@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from dcris.cli.common import adder
-from dcris.streams import write
+from dcris.utils.streams import write
 
 
 def add(commands: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dcris.cli.common import ROOT, adder, argument, data_set_arguments, natural, own_name, say, share
 from dcris.errors import DcrisError
-from dcris.streams import is_terminal, note
+from dcris.utils.streams import is_terminal, note
 
 
 def add(commands: Any) -> None:

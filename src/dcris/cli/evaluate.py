@@ -19,7 +19,7 @@ from dcris.cli.common import (
     say,
 )
 from dcris.errors import DcrisError
-from dcris.streams import is_terminal, note
+from dcris.utils.streams import is_terminal, note
 
 
 def add(commands: Any) -> None:
@@ -102,12 +102,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.data.dataset import Questions, all_questions, cut_phrases
     from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.checkpoint import load_checkpoint
-    from dcris.engine.device import choose_device, choose_precision
-    from dcris.engine.distributed import processes
     from dcris.engine.evaluate import Answer, answer_questions, answer_together, result_record
-    from dcris.files import write_json
     from dcris.pretrained import locate
     from dcris.protocols import get_protocol
+    from dcris.utils.device import choose_device, choose_precision
+    from dcris.utils.distributed import processes
+    from dcris.utils.files import write_json
 
     protocol = get_protocol(args.protocol)
     if args.calibrate_on == args.split:
@@ -174,11 +174,11 @@ def _score(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_questions
     from dcris.data.references import load_references
     from dcris.engine.evaluate import result_record
-    from dcris.files import write_json
     from dcris.metrics import PRECISION_THRESHOLDS
     from dcris.protocols import get_protocol
     from dcris.scoring import score_predictions
-    from dcris.tables import latex, markdown
+    from dcris.utils.files import write_json
+    from dcris.utils.text_tables import latex, markdown
 
     if len(args.predictions) > 1 and (args.out or args.report):
         raise DcrisError("--out and --report are of one system's masks; give them one at a time")
@@ -229,12 +229,12 @@ def _compare(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_questions
     from dcris.data.references import load_references
     from dcris.engine.checkpoint import find_checkpoint, read_config
-    from dcris.engine.device import choose_device
     from dcris.pretrained import locate
     from dcris.protocols import get_protocol
     from dcris.report.comparison import write_comparison_report
     from dcris.report.figure import write_figures
     from dcris.report.panels import as_panel
+    from dcris.utils.device import choose_device
 
     names = name_systems(args.systems, args.names or ())
     protocol, device = get_protocol(args.protocol), choose_device(args.device)

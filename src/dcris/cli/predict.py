@@ -94,10 +94,10 @@ def _predict(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from dcris.engine.distributed import processes
     from dcris.outputs.job import LOCAL_FILES, Done, Failed, Job
     from dcris.outputs.tasks import find_tasks, read_pairs
     from dcris.segmenter import Segmenter
+    from dcris.utils.distributed import processes
 
     left_out: list[str] = []
     if args.pairs is not None:
@@ -147,7 +147,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 def _threshold(given: str | None) -> float | None:
     """A number as typed, or the one a result file records."""
-    from dcris.files import read_json
+    from dcris.utils.files import read_json
 
     if given is None:
         return None

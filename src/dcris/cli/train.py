@@ -102,8 +102,8 @@ def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from dcris.engine.distributed import leave_together, processes
     from dcris.engine.train import Interrupted
+    from dcris.utils.distributed import leave_together, processes
 
     with processes(args.device) as group:
         try:
@@ -117,11 +117,11 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.config import load_config, override
     from dcris.data.references import load_references
     from dcris.data.tokenizer import tokenizer_of
-    from dcris.engine.device import choose_device
     from dcris.engine.memory import choose_micro_batch
     from dcris.engine.train import build_model, check_run, train
     from dcris.pretrained import locate
     from dcris.recipes import SCHEDULES, get_recipe
+    from dcris.utils.device import choose_device
 
     tell = say if group.first else lambda text: None
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)

@@ -23,10 +23,10 @@ from dcris.data.flip import swap_sides
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import PADDING, Tokenizer
-from dcris.data.workers import Failure, load, or_raise, workers_that_fit
 from dcris.errors import DcrisError
-from dcris.streams import note_once
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample
+from dcris.utils.streams import note_once
+from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
 
 F = TypeVar("F", bound=Fit)
 

@@ -17,10 +17,10 @@ from dcris.data.parquet import SPLIT_BY, refer_split, require_pyarrow, split_in_
 from dcris.data.refer import find_refer, load_refer, read_records
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
-from dcris.files import make_directory, write_file
-from dcris.hub import fetch, list_files
-from dcris.streams import note
 from dcris.types import Reference
+from dcris.utils.files import make_directory, write_file
+from dcris.utils.hub import fetch, list_files
+from dcris.utils.streams import note
 
 REPOSITORIES = {"refcoco": "jxu124/refcoco", "refcoco+": "jxu124/refcocoplus", "refcocog": "jxu124/refcocog"}
 

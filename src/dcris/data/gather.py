@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from dcris.data.images import image_size
 from dcris.data.photographs import NAMINGS, renamed
 from dcris.errors import DcrisError
-from dcris.files import expand_home, open_zip, read_bytes, write_file
+from dcris.utils.files import expand_home, open_zip, read_bytes, write_file
 from dcris.version import __version__
 
 COCO = "http://images.cocodataset.org/train2014"

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from dcris.arguments import PathLike, as_path
 from dcris.errors import DcrisError
-from dcris.files import open_regular
+from dcris.utils.arguments import PathLike, as_path
+from dcris.utils.files import open_regular
 
 # Pillow logs what it also raises; without a handler, Python prints the log as well.
 logging.getLogger("PIL").addHandler(logging.NullHandler())

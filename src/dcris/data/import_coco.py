@@ -19,7 +19,7 @@ from dcris.data.masks import mask_area
 from dcris.data.table import bad, check_text, plain_path
 from dcris.data.table import field as entry
 from dcris.errors import DcrisError
-from dcris.files import read_json, read_text, write_file
+from dcris.utils.files import read_json, read_text, write_file
 
 Texts = tuple[str, ...]
 

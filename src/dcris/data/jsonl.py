@@ -16,8 +16,8 @@ from dcris.data.masks import validate_segmentation
 from dcris.data.table import Complain, ReferenceTable, bad, check_text, forgiving, plain_path
 from dcris.data.table import field as entry
 from dcris.errors import DcrisError
-from dcris.files import read_json_lines
 from dcris.types import Expression, Reference, Segmentation
+from dcris.utils.files import read_json_lines
 
 
 def is_jsonl(root: Path) -> bool:

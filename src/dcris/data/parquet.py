@@ -18,9 +18,9 @@ from dcris.data.photographs import image_ids
 from dcris.data.refer import read_records
 from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
-from dcris.files import open_regular, parse_json, write_file
-from dcris.streams import note
 from dcris.types import Reference
+from dcris.utils.files import open_regular, parse_json, write_file
+from dcris.utils.streams import note
 
 SPLIT_BY: Mapping[str, str] = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 """Whose splits the Hub's Parquet has, by data set."""

@@ -13,8 +13,8 @@ from dcris.data.images import image_size
 from dcris.data.photographs import find_photographs, image_ids
 from dcris.data.table import Complain, ReferenceTable, bad, field, forgiving, plain_path, read_expressions
 from dcris.errors import DcrisError
-from dcris.files import read_json
 from dcris.types import Expression, Reference
+from dcris.utils.files import read_json
 
 _FOLDERS = {
     "refcoco": ("refcoco", "unc"),

@@ -27,9 +27,9 @@ from dcris.data.table import (
     read_expressions,
 )
 from dcris.errors import DcrisError
-from dcris.files import read_bytes, read_json
-from dcris.pickles import InstructionError, end_of_pickle, global_name
 from dcris.types import Reference
+from dcris.utils.files import read_bytes, read_json
+from dcris.utils.pickles import InstructionError, end_of_pickle, global_name
 
 _MAX_PICKLE = 256_000_000
 """Bytes. The largest official file has about 30 MB."""

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from dcris.arguments import PathLike, as_path, require, require_number
 from dcris.data.jsonl import is_jsonl, load_jsonl
 from dcris.data.mixing import load_mixture, parse_mixture
 from dcris.data.parquet import SPLIT_BY, find_parquet, load_parquet
@@ -15,6 +14,7 @@ from dcris.data.refer import find_refer, load_refer
 from dcris.data.table import Complain, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import SoftMask
+from dcris.utils.arguments import PathLike, as_path, require, require_number
 
 
 def load_references(

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.masks import encode_mask, mask_box
-from dcris.data.workers import CANNOT_START, ignore_interrupts, note_no_workers
 from dcris.errors import DcrisError
-from dcris.files import make_directory, write_file, write_json
+from dcris.utils.files import make_directory, write_file, write_json
+from dcris.utils.workers import CANNOT_START, ignore_interrupts, note_no_workers
 
 DATASET, SPLIT_BY = "scenes", "generated"
 SPLITS = ("train", "val", "test")

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dcris.arguments import kind_of
 from dcris.config import TextConfig
 from dcris.errors import DcrisError
-from dcris.hub import fetch
+from dcris.utils.arguments import kind_of
+from dcris.utils.hub import fetch
 
 PADDING = 0
 """The padding id of both tokenizers. In CLIP it is also the token of a "!" with more punctuation behind it."""

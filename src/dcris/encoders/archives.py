@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dcris.encoders.state_dicts import OtherValue, find_weights
 from dcris.errors import DcrisError
-from dcris.files import open_regular
-from dcris.pickles import end_of_pickle, global_name
+from dcris.utils.files import open_regular
+from dcris.utils.pickles import end_of_pickle, global_name
 
 _MAX_PICKLE = 64_000_000
 """Bytes of a file's pickle, which holds all but the numbers. Those of published weights have less than 1 MB."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dcris.errors import DcrisError
-from dcris.streams import note
+from dcris.utils.streams import note
 
 _T = TypeVar("_T")
 

@@ -23,7 +23,7 @@ from dcris.encoders.clip_text import TextTower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.encoders.vision import VisionTower, interpolate_positions
 from dcris.errors import DcrisError
-from dcris.hub import fetch
+from dcris.utils.hub import fetch
 
 RANDOM = "random"
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}

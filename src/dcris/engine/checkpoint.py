@@ -28,12 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcris.adapters.base import trained_state
-from dcris.arguments import PathLike, as_path
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.archives import open_safetensors
 from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
-from dcris.files import (
+from dcris.model.dcris import DCRIS
+from dcris.utils.arguments import PathLike, as_path
+from dcris.utils.files import (
     open_regular,
     parse_json,
     read_json,
@@ -43,7 +44,6 @@ from dcris.files import (
     write_file,
     write_json,
 )
-from dcris.model.dcris import DCRIS
 from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"

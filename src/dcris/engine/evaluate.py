@@ -19,14 +19,14 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import fingerprint
-from dcris.engine.device import autocast, choose_device, choose_precision, device_name
-from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
 from dcris.metrics import Overlap, overlap_curve, summarise
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import prepare_for_prediction
 from dcris.protocols import Protocol
 from dcris.types import Expression, MaskArray, Reference
+from dcris.utils.device import autocast, choose_device, choose_precision, device_name
+from dcris.utils.distributed import Processes
 from dcris.version import __version__
 
 PHRASES_PER_PASS = 32

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.vision import VisionTower
-from dcris.engine.distributed import Processes, connection_errors
 from dcris.errors import DcrisError
+from dcris.utils.distributed import Processes, connection_errors
 
 
 def divide_batch(batch: int, micro_batch: int | None, group: Processes) -> list[range]:

@@ -26,11 +26,20 @@ from dcris.config import RunConfig
 from dcris.data.dataset import Questions
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay, png_bytes
-from dcris.engine.device import resident_memory
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.files import (
+from dcris.utils.device import resident_memory
+from dcris.utils.drawing import (
+    PNG_UP_TO,
+    PREDICTION_COLOUR,
+    TRUTH_COLOUR,
+    cell,
+    jpeg_bytes,
+    mask_cell,
+    overlay,
+    png_bytes,
+)
+from dcris.utils.files import (
     MAX_TEXT,
     make_directory,
     parse_json,
@@ -40,7 +49,7 @@ from dcris.files import (
     write_file,
     write_json,
 )
-from dcris.streams import is_terminal
+from dcris.utils.streams import is_terminal
 
 PANELS = 6
 """Validation phrases whose pictures the trackers show."""

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from dcris.adapters.base import trained_state
-from dcris.arguments import PathLike, as_path, require
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
@@ -34,7 +33,6 @@ from dcris.data.dataset import (
 )
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
-from dcris.data.workers import dead_worker, require_shared_memory
 from dcris.encoders.weights import fingerprint, load_towers
 from dcris.engine.checkpoint import (
     Checkpoint,
@@ -50,19 +48,21 @@ from dcris.engine.checkpoint import (
     score_checkpoint,
     sound_checkpoints,
 )
-from dcris.engine.device import autocast, choose_device, choose_precision
-from dcris.engine.distributed import Processes
 from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError, out_of_memory
-from dcris.files import claim, make_directory, read_json, write_json
 from dcris.losses import training_loss
 from dcris.metrics import summarise
 from dcris.model.dcris import DCRIS
 from dcris.model.prepared import hold_frozen
 from dcris.protocols import Cris
 from dcris.types import Batch
+from dcris.utils.arguments import PathLike, as_path, require
+from dcris.utils.device import autocast, choose_device, choose_precision
+from dcris.utils.distributed import Processes
+from dcris.utils.files import claim, make_directory, read_json, write_json
+from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SPREAD = 0x9E3779B97F4A7C15  # between the seeds of two places in a batch: far from any other step's or run's
 

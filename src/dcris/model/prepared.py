@@ -51,7 +51,7 @@ def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, hel
     """
     tensors = (*model.parameters(), *model.buffers())
     if _sharded(tensors):
-        return model  # its towers (dcris.engine.distributed) belong to FSDP, and cannot be copied
+        return model  # its towers (dcris.utils.distributed) belong to FSDP, and cannot be copied
     copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     copy.eval()
     for module in list(copy.modules()):

@@ -29,11 +29,8 @@ from numpy.typing import NDArray
 
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.drawing import COLOURS, overlay, png_bytes
 from dcris.encoders.weights import fingerprint
-from dcris.engine.distributed import Processes
 from dcris.errors import DcrisError
-from dcris.files import claim, make_directory, remove_partial, require_replaceable, write_file
 from dcris.outputs.journal import LOCK, Entry, Journal, Settings
 from dcris.outputs.label_studio import label_studio_config, label_studio_task
 from dcris.outputs.tasks import Task, is_utf8, named, quoted, source_exists
@@ -41,6 +38,9 @@ from dcris.outputs.video import Frame, read_frames, write_overlay
 from dcris.prediction import Prediction, require_threshold
 from dcris.segmenter import Segmenter
 from dcris.types import MaskArray
+from dcris.utils.distributed import Processes
+from dcris.utils.drawing import COLOURS, overlay, png_bytes
+from dcris.utils.files import claim, make_directory, remove_partial, require_replaceable, write_file
 from dcris.version import __version__
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import Annotated, Self, TextIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dcris.errors import DcrisError
-from dcris.files import MAX_TEXT, open_append, open_regular, require_replaceable, write_file
+from dcris.utils.files import MAX_TEXT, open_append, open_regular, require_replaceable, write_file
 
 JOURNAL = "dcris-journal.jsonl"
 """The first journal of a folder; each further process has one with its number."""

@@ -16,9 +16,9 @@ from urllib.parse import quote, unquote_to_bytes
 from dcris.data.images import image_endings, why_not_read
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
-from dcris.files import is_partial, read_json_lines, read_text
 from dcris.outputs.journal import JOURNAL
 from dcris.outputs.video import VIDEO_ENDINGS
+from dcris.utils.files import is_partial, read_json_lines, read_text
 
 _RESULT = re.compile(
     r".*\.\d+\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(overlay\.mp4|frames)|"

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.images import refuse_shape
-from dcris.drawing import COLOURS, overlay
 from dcris.errors import DcrisError
-from dcris.files import open_regular, write_file
 from dcris.types import MaskArray
+from dcris.utils.drawing import COLOURS, overlay
+from dcris.utils.files import open_regular, write_file
 
 _DEMUXERS = {
     "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v"),

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dcris.files import write_file, write_json
 from dcris.paper import DATA_SET, SPLITS, Row, Table
 from dcris.report.charts import Line, chart
 from dcris.report.page import text, write_page
-from dcris.tables import latex, markdown
+from dcris.utils.files import write_file, write_json
+from dcris.utils.text_tables import latex, markdown
 
 BUDGETS = {"steps": "Equal steps", "time": "Equal time"}
 """What is kept equal between the rows, and the heading it gets."""

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dcris.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, mask_cell, overlay, png_bytes
-from dcris.files import write_file
 from dcris.report.panels import CELL, Panel
+from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, mask_cell, overlay, png_bytes
+from dcris.utils.files import write_file
 
 Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dcris.files import write_file
+from dcris.utils.files import write_file
 
 DASH = "\N{EN DASH}"
 

@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.drawing import PNG_UP_TO, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay, png_bytes
 from dcris.engine.evaluate import Answer
 from dcris.report.page import percent, text
 from dcris.types import MaskArray
+from dcris.utils.drawing import (
+    PNG_UP_TO,
+    PREDICTION_COLOUR,
+    TRUTH_COLOUR,
+    cell,
+    jpeg_bytes,
+    mask_cell,
+    overlay,
+    png_bytes,
+)
 
 CELL = 480  # pixels on a picture's longer side
 

@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dcris import files
 from dcris.data.images import read_image
 from dcris.data.scenes import make_scene
-from dcris.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
 from dcris.errors import DcrisError
 from dcris.prediction import Prediction
 from dcris.segmenter import Segmenter
+from dcris.utils import files
+from dcris.utils.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
 from dcris.web.desk import Desk, ForgottenError, Limits, Visit, Visits, coco_results, masks_zip
 
 if TYPE_CHECKING:

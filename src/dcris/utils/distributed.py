@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dcris.data.workers import dead_worker
 from dcris.errors import DcrisError
+from dcris.utils.workers import dead_worker
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dcris.errors import DcrisError
-from dcris.streams import note, note_once
+from dcris.utils.streams import note, note_once
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import get_args
 
 import torch
 
-from dcris.arguments import Precision
 from dcris.errors import DcrisError
+from dcris.utils.arguments import Precision
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -1,0 +1,1 @@
+"""What every part uses: devices, processes, files, streams, drawing."""
