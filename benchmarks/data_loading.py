@@ -25,7 +25,7 @@ import json, sys, time
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from dcris.data.check import check_dataset
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 before, begin = getrusage(RUSAGE_SELF).ru_maxrss, time.monotonic()
 result = {call}
 print(json.dumps([time.monotonic() - begin, getrusage(RUSAGE_SELF).ru_maxrss, before]))

@@ -25,7 +25,7 @@ import torch
 from dcris import Segmenter
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.export import export_onnx
 from dcris.metrics import Overlap, summarise
 from dcris.model.dcris import DCRIS

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcris.data.check import OFFICIAL_SIZES
+from dcris.data.image_folders import OFFICIAL_FOLDER
 from dcris.data.masks import encode_mask
-from dcris.data.photographs import OFFICIAL_FOLDER
 
 PHOTOGRAPHS = {
     ("refcoco", "unc"): 19_994,

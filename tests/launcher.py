@@ -72,7 +72,7 @@ class Launcher:
 
 def _serve() -> None:
     from dcris.cli import main
-    from dcris.data import references  # noqa: F401
+    from dcris.data.readers import load as references  # noqa: F401
     from dcris.engine import train  # noqa: F401
     from dcris.utils import distributed  # noqa: F401
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dcris.config import RunConfig, override
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
 from dcris.engine.checkpoint import list_checkpoints

@@ -13,7 +13,7 @@ from PIL import Image
 from dcris import Prediction, Segmenter, to_detections
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.engine.train import build_model, train

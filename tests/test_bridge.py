@@ -9,7 +9,7 @@ from torch import Tensor
 from dcris.adapters.base import adapters
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.model.dcris import DCRIS

@@ -9,7 +9,7 @@ from PIL import Image
 from dcris.cli import main
 from dcris.data.check import OFFICIAL_SIZES, check_dataset
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 
 

@@ -16,7 +16,7 @@ from dcris.analysis import METRICS
 from dcris.answers import write_answers
 from dcris.cli import main
 from dcris.compare import as_text, compare, name_systems, telling
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
 from dcris.metrics import Overlap

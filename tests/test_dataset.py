@@ -23,11 +23,11 @@ from dcris.data.dataset import (
     to_square,
     training_loader,
 )
-from dcris.data.fits import Letterbox
 from dcris.data.masks import decode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import TinyTokenizer
+from dcris.data.transforms import Letterbox
 from dcris.engine.evaluate import exchange_phrases
 from dcris.errors import DcrisError
 from dcris.types import Batch, Reference

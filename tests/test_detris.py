@@ -21,8 +21,8 @@ from dcris.cli import main
 from dcris.config import HeadConfig, RunConfig, TextAdapterConfig
 from dcris.convert import convert_detris, published_name, rename_tensors
 from dcris.data.dataset import normalise, to_square
-from dcris.data.fits import Letterbox
 from dcris.data.tokenizer import get_tokenizer
+from dcris.data.transforms import Letterbox
 from dcris.encoders.blocks import SlotContext
 from dcris.encoders.weights import copy_strictly
 from dcris.engine.checkpoint import load_checkpoint

@@ -25,7 +25,7 @@ from torch.distributed import TCPStore
 
 import dcris.engine.train as engine
 from dcris.cli import main
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import write_scenes
 from dcris.engine.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
 from dcris.errors import DcrisError

@@ -16,10 +16,10 @@ import dcris.export
 from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.dataset import normalise, to_square
-from dcris.data.fits import Letterbox
 from dcris.data.images import read_image
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import get_tokenizer
+from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.export import export_onnx
 from dcris.protocols import Cris

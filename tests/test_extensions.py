@@ -14,7 +14,7 @@ from dcris.cli import main
 from dcris.config import DenseCrossConfig, RunConfig, override
 from dcris.data.dataset import TrainingSamples, all_questions, normalise
 from dcris.data.flip import swap_sides
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions

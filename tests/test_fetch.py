@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 from dcris.cli import main
-from dcris.data import gather as gather_module
+from dcris.data import download_images as gather_module
 from dcris.data.check import check_dataset
-from dcris.data.photographs import OFFICIAL_FOLDER
-from dcris.data.references import load_references
+from dcris.data.image_folders import OFFICIAL_FOLDER
+from dcris.data.readers.load import load_references
 from hub import Hub
 from layouts import hub_files
 from pictures import Pictures

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcris.data.fits import Letterbox
+from dcris.data.transforms import Letterbox
 from dcris.protocols import Cris
 
 COLOUR = (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255)

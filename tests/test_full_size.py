@@ -11,7 +11,7 @@ import pytest
 from dcris.cli import main
 from dcris.data.check import OFFICIAL_SIZES
 from dcris.data.masks import decode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from full_size import PHOTOGRAPHS, write_official
 
 pytestmark = pytest.mark.slow

@@ -56,7 +56,7 @@ from dcris.cli import _parser
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.encoders.clip_text import TextTower
 from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout

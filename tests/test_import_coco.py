@@ -13,8 +13,8 @@ from PIL import Image
 
 from dcris.data.check import check_dataset
 from dcris.data.import_coco import Imported, import_coco
-from dcris.data.jsonl import load_jsonl
 from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.readers.jsonl import load_jsonl
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from runs import leftovers

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dcris.data import check, jsonl
+from dcris.data import check
 from dcris.data.check import check_dataset
-from dcris.data.jsonl import load_jsonl
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.references import load_references
+from dcris.data.readers import jsonl
+from dcris.data.readers.jsonl import load_jsonl
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.utils import files

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dcris.data.check import check_dataset
-from dcris.data.jsonl import load_jsonl
 from dcris.data.masks import decode_mask
+from dcris.data.readers.jsonl import load_jsonl
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -20,8 +20,8 @@ from PIL import Image
 from conftest import TinyRefer
 from dcris.data.check import check_dataset
 from dcris.data.masks import decode_mask
-from dcris.data.parquet import refer_split, split_in_name
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
+from dcris.data.readers.parquet import refer_split, split_in_name
 from dcris.errors import DcrisError
 from layouts import PICTURES, hub_files, hub_rows, parquet
 
@@ -265,7 +265,7 @@ def test_pictures_within_are_unpacked_once(with_pictures: Path, capsys: pytest.C
 
 def test_unpacking_goes_on_where_it_was_interrupted(with_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills, space is made, and the same command works."""
-    from dcris.data import parquet as module
+    from dcris.data.readers import parquet as module
 
     write_file, written = module.write_file, []
 

@@ -14,8 +14,8 @@ from conftest import TinyRefer
 from dcris.data.check import check_dataset
 from dcris.data.coco import CATEGORIES
 from dcris.data.masks import decode_mask
-from dcris.data.prepared import load_prepared
-from dcris.data.references import load_references
+from dcris.data.readers.cris_layout import load_prepared
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from layouts import write_prepared

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dcris.data.fits import Letterbox, Squash, TopLeft
 from dcris.data.masks import decode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
+from dcris.data.transforms import Letterbox, Squash, TopLeft
 from dcris.errors import DcrisError
 from dcris.metrics import CURVE_THRESHOLDS, overlap, overlap_curve, summarise
 from dcris.protocols import PROTOCOLS, Cris, get_protocol

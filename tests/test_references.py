@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcris.data.photographs import OFFICIAL_FOLDER, find_photographs
-from dcris.data.refer import _PLAIN, find_split_by, safe_unpickle
-from dcris.data.references import load_references
+from dcris.data.image_folders import OFFICIAL_FOLDER, find_photographs
+from dcris.data.readers.load import load_references
+from dcris.data.readers.refer import _PLAIN, find_split_by, safe_unpickle
 from dcris.errors import DcrisError
 from dcris.utils.pickles import end_of_pickle
 

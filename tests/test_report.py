@@ -5,7 +5,7 @@ import pytest
 
 from answers import answer, drawn, rectangle
 from dcris.analysis import analyse
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.metrics import summarise
 from dcris.report.charts import threshold_chart

@@ -17,7 +17,7 @@ import pytest
 from dcris.data import scenes
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, mask_box
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import COLOURS, KINDS, SHAPES, SIZES, TEXTURES, make_scene, scene_rng, vocabulary, write_scenes
 from dcris.engine.evaluate import exchange_phrases
 from dcris.errors import DcrisError

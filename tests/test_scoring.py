@@ -15,7 +15,7 @@ from PIL import Image
 from dcris.cli import main
 from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.protocols import get_protocol
 from dcris.scoring import score_predictions

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dcris import Segmenter
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.engine.evaluate import answer_questions
 from dcris.errors import DcrisError
 from dcris.metrics import overlap

@@ -26,7 +26,7 @@ from dcris.cli import main
 from dcris.data.dataset import all_questions
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.engine import trackers
 from dcris.engine.checkpoint import list_checkpoints

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import dcris.engine.train as engine
 from dcris import Segmenter
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.engine.trackers import read_log

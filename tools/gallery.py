@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dcris import Segmenter
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import KINDS
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay

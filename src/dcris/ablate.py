@@ -25,7 +25,7 @@ import torch
 
 from dcris.config import WORD_LENGTHS, RunConfig, parse_config
 from dcris.data.dataset import all_questions
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of

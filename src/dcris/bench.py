@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcris.config import DenseCrossConfig, RunConfig
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.weights import RANDOM

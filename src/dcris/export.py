@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dcris.config import DataConfig, RunConfig
 from dcris.data.dataset import letterbox_colour, normalise, to_square
-from dcris.data.fits import Letterbox
 from dcris.data.sampling import resize_matrix
 from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, tokenizer_of
+from dcris.data.transforms import Letterbox
 from dcris.encoders.clip_text import TextFeatures
 from dcris.encoders.vision import interpolate_positions
 from dcris.errors import DcrisError
@@ -55,7 +55,7 @@ _INT8_TOLERANCE = 0.05
 class _FitGraph(nn.Module):
     """A photograph [H, W, 3] uint8 -> image [3, S, S], and rows [H, 4h] and columns [4w, W], which bring a map of it back.
 
-    dcris.data.fits.Letterbox and dcris.protocols.Cris in operators that every runtime has, so that nobody has to write them
+    dcris.data.transforms.Letterbox and dcris.protocols.Cris in operators that every runtime has, so that nobody has to write them
     again. Both keep the photograph's middle in the square's, which says the same as their corners do.
     """
 

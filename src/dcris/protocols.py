@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dcris.data.fits import Fit, Letterbox, Squash, TopLeft
 from dcris.data.sampling import Floats, nearest, resize_matrix, sampling_matrix
+from dcris.data.transforms import Fit, Letterbox, Squash, TopLeft
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
 

@@ -10,7 +10,7 @@ import torch
 from dcris.analysis import analyse
 from dcris.config import RunConfig, load_config, override, refuse_other_run
 from dcris.data.dataset import all_questions
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of

@@ -13,9 +13,9 @@ import torch
 from dcris.card import Metrics, model_card
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
-from dcris.data.fits import Fit
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.tokenizer import require_phrase, tokenizer_of
+from dcris.data.transforms import Fit
 from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import can_be_had
 from dcris.engine.checkpoint import (

@@ -162,7 +162,7 @@ def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) ->
 
 def own_name(root: Path, args: argparse.Namespace) -> str | None:
     """The name of a data set that is one file; None where ROOT holds data sets by name."""
-    from dcris.data.jsonl import is_jsonl
+    from dcris.data.readers.jsonl import is_jsonl
 
     if not is_jsonl(root):
         return None
@@ -173,7 +173,7 @@ def own_name(root: Path, args: argparse.Namespace) -> str | None:
 
 def data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
     """The data set named on the command line, or else the run's own."""
-    from dcris.data.references import load_references
+    from dcris.data.readers.load import load_references
 
     own_name(args.data, args)
     threshold = config.data.mask_threshold if args.mask_threshold is None else args.mask_threshold

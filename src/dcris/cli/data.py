@@ -70,8 +70,8 @@ def add(commands: Any) -> None:
 def _data_fetch(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from dcris.data.fetch import fetch_dataset
-    from dcris.data.gather import COCO
+    from dcris.data.download import fetch_dataset
+    from dcris.data.download_images import COCO
 
     bar: Any = None
 

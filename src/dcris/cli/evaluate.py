@@ -172,7 +172,7 @@ def _score(args: argparse.Namespace) -> None:
 
     from dcris.analysis import analyse
     from dcris.data.dataset import all_questions
-    from dcris.data.references import load_references
+    from dcris.data.readers.load import load_references
     from dcris.engine.evaluate import result_record
     from dcris.metrics import PRECISION_THRESHOLDS
     from dcris.protocols import get_protocol
@@ -227,7 +227,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     from dcris.compare import as_text, compare, gather, is_answers, name_systems, telling
     from dcris.data.dataset import all_questions
-    from dcris.data.references import load_references
+    from dcris.data.readers.load import load_references
     from dcris.engine.checkpoint import find_checkpoint, read_config
     from dcris.pretrained import locate
     from dcris.protocols import get_protocol

@@ -115,7 +115,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.config import load_config, override
-    from dcris.data.references import load_references
+    from dcris.data.readers.load import load_references
     from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.memory import choose_micro_batch
     from dcris.engine.train import build_model, check_run, train

@@ -10,7 +10,7 @@ from typing import Any
 
 from dcris.data.images import image_size, read_image
 from dcris.data.masks import mask_area
-from dcris.data.references import load_references
+from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError

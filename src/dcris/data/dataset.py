@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dcris.config import WORD_LENGTHS, DataConfig
-from dcris.data.fits import Fit, Letterbox
 from dcris.data.flip import swap_sides
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import PADDING, Tokenizer
+from dcris.data.transforms import Fit, Letterbox
 from dcris.errors import DcrisError
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample
 from dcris.utils.streams import note_once

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.images import image_size
-from dcris.data.jsonl import is_jsonl
 from dcris.data.masks import mask_area
+from dcris.data.readers.jsonl import is_jsonl
 from dcris.data.table import bad, check_text, plain_path
 from dcris.data.table import field as entry
 from dcris.errors import DcrisError

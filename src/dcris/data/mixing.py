@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcris.data.photographs import name_within
+from dcris.data.image_folders import name_within
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
-from dcris.data.photographs import name_within
+from dcris.data.image_folders import name_within
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, SoftMask
 

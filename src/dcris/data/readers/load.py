@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from dcris.data.jsonl import is_jsonl, load_jsonl
 from dcris.data.mixing import load_mixture, parse_mixture
-from dcris.data.parquet import SPLIT_BY, find_parquet, load_parquet
-from dcris.data.prepared import find_prepared, load_prepared
-from dcris.data.refer import find_refer, load_refer
+from dcris.data.readers.cris_layout import find_prepared, load_prepared
+from dcris.data.readers.jsonl import is_jsonl, load_jsonl
+from dcris.data.readers.parquet import SPLIT_BY, find_parquet, load_parquet
+from dcris.data.readers.refer import find_refer, load_refer
 from dcris.data.table import Complain, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import SoftMask

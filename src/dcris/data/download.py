@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from dcris.data.check import OFFICIAL_SIZES
-from dcris.data.gather import COCO, Photograph, gather, open_source
+from dcris.data.download_images import COCO, Photograph, gather, open_source
 from dcris.data.images import image_size
-from dcris.data.parquet import SPLIT_BY, refer_split, require_pyarrow, split_in_name, to_refer
-from dcris.data.refer import find_refer, load_refer, read_records
+from dcris.data.readers.parquet import SPLIT_BY, refer_split, require_pyarrow, split_in_name, to_refer
+from dcris.data.readers.refer import find_refer, load_refer, read_records
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference

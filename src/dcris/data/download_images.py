@@ -14,8 +14,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
+from dcris.data.image_folders import NAMINGS, renamed
 from dcris.data.images import image_size
-from dcris.data.photographs import NAMINGS, renamed
 from dcris.errors import DcrisError
 from dcris.utils.files import expand_home, open_zip, read_bytes, write_file
 from dcris.version import __version__

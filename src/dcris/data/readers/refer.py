@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dcris.data.image_folders import Photographs, find_photographs
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
-from dcris.data.photographs import Photographs, find_photographs
 from dcris.data.table import (
     Complain,
     ReferenceTable,

@@ -12,10 +12,10 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from dcris.data.coco import CATEGORIES
+from dcris.data.image_folders import image_ids
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
-from dcris.data.photographs import image_ids
-from dcris.data.refer import read_records
+from dcris.data.readers.refer import read_records
 from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.types import Reference

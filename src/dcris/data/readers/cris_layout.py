@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.coco import CATEGORIES
+from dcris.data.image_folders import find_photographs, image_ids
 from dcris.data.images import image_size
-from dcris.data.photographs import find_photographs, image_ids
 from dcris.data.table import Complain, ReferenceTable, bad, field, forgiving, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference

@@ -1,0 +1,1 @@
+"""One dataset layout a file; all give the same table of references."""
