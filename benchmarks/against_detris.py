@@ -44,7 +44,7 @@ def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
     import make_detris
 
     from dcris.convert import rename_tensors
-    from dcris.model.dcris import DCRIS
+    from dcris.models.segmentation import DCRIS
     from dcris.recipes import detris_b
     from detris_layout import VARIANTS, weights
 
@@ -76,7 +76,7 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
     import torch
 
     from dcris.engine.evaluate import segment_in_passes
-    from dcris.model.prepared import prepare_for_prediction
+    from dcris.models.optimize import prepare_for_prediction
     from dcris.utils.device import autocast
 
     images, tokens, _ = _inputs(1, device)
@@ -99,7 +99,7 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
     import torch
 
     from dcris.losses import text_to_pixel_loss
-    from dcris.model.prepared import hold_frozen
+    from dcris.models.optimize import hold_frozen
     from dcris.utils.device import autocast
 
     images, tokens, masks = _inputs(batch, device)

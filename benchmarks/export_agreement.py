@@ -28,7 +28,7 @@ from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.export import export_onnx
 from dcris.metrics import Overlap, summarise
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import RECIPES, get_recipe
 
 PHRASES = ("left person", "the red one", "second from the right", "the thing in front")

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.bench import machine, ratio, take_turns
-from dcris.encoders import cpu_attention
-from dcris.encoders.attention import MultiHeadAttention, attend
-from dcris.encoders.blocks import MLP
-from dcris.encoders.dropout import Dropout
-from dcris.encoders.vision import as_map
-from dcris.model.dcris import DCRIS
-from dcris.model.decoder import DecoderLayer
-from dcris.model.neck import ConvNormReLU
-from dcris.model.prepared import hold_frozen, prepare_for_prediction
-from dcris.model.projector import KERNEL, apply_kernels, finer_convolution
+from dcris.models.encoders.blocks import MLP
+from dcris.models.encoders.vit import as_map
+from dcris.models.head.decoder import DecoderLayer
+from dcris.models.head.neck import ConvNormReLU
+from dcris.models.head.projector import KERNEL, apply_kernels, finer_convolution
+from dcris.models.layers import attention_cpu as cpu_attention
+from dcris.models.layers.attention import MultiHeadAttention, attend
+from dcris.models.layers.dropout import Dropout
+from dcris.models.optimize import hold_frozen, prepare_for_prediction
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import dcris_b
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.text_tables import markdown

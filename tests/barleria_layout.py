@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import etris_layout
-from dcris.adapters.barleria import BarleriaConfig
 from dcris.config import RunConfig
-from dcris.encoders.vision import interpolate_positions
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.barleria import BarleriaConfig
+from dcris.models.encoders.vit import interpolate_positions
+from dcris.models.segmentation import DCRIS
 from detris_layout import value_of
 from etris_layout import GRID, POSITIONS, Variant
 

@@ -10,9 +10,9 @@ import sys
 from torch import Tensor
 
 from dcris.cli import main
-from dcris.encoders.vision import VisionState
 from dcris.engine import train
-from dcris.model.dcris import DCRIS
+from dcris.models.encoders.vit import VisionState
+from dcris.models.segmentation import DCRIS
 
 build_model = train.build_model
 encode_images = DCRIS.encode_images

@@ -13,10 +13,10 @@ from torch import Tensor
 from dcris.config import RunConfig
 from dcris.convert import published_name
 from dcris.data.tokenizer import get_tokenizer
-from dcris.encoders.clip_text import TextState
 from dcris.encoders.formats import OPENAI_CLIP, OPENAI_CLIP_VISION
-from dcris.encoders.vision import interpolate_positions
-from dcris.model.dcris import DCRIS
+from dcris.models.encoders.clip_text import TextState
+from dcris.models.encoders.vit import interpolate_positions
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import etris_vit_b
 from detris_layout import PHRASES, value_of
 

@@ -100,7 +100,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def torch_attention(ours: nn.Module) -> nn.MultiheadAttention:
-    """torch.nn.MultiheadAttention with the weights of our attention (dcris.encoders.attention)."""
+    """torch.nn.MultiheadAttention with the weights of our attention (dcris.models.layers.attention)."""
     width = ours.out.in_features
     theirs = nn.MultiheadAttention(width, ours.heads, ours.dropout, batch_first=True).to(ours.in_weight.dtype)
     weights = {"in_proj_weight": ours.in_weight, "in_proj_bias": ours.in_bias}

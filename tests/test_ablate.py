@@ -17,7 +17,7 @@ from dcris import ablate as module
 from dcris.ablate import ablate, configure
 from dcris.cli import main
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.paper import DATA_SET, SPLITS, TABLES, Row, Table
 from dcris.report.ablation import Measured, who_wins, write_ablation
 
@@ -225,7 +225,7 @@ def test_what_libraries_do_on_first_use_is_no_runs_time() -> None:
     code = """
         import sys, torch
         from dcris.ablate import _warm_up
-        from dcris.model.dcris import DCRIS
+        from dcris.models.segmentation import DCRIS
         from dcris.recipes import get_recipe
 
         config = get_recipe("dcris_tiny")

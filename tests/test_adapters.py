@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.adapters.dense_cross import DenseCrossAdapter
-from dcris.adapters.text import TextAdapter
 from dcris.config import TextAdapterConfig, parse_config
-from dcris.encoders.attention import MultiHeadAttention
-from dcris.encoders.blocks import Block, SlotContext
-from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import DinoV2Tower
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.dense_cross import DenseCrossAdapter
+from dcris.models.adapters.text import TextAdapter
+from dcris.models.encoders.blocks import Block, SlotContext
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.layers.attention import MultiHeadAttention
+from dcris.models.segmentation import DCRIS
 from models import (
     TINY_DENSE,
     TINY_TEXT,

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from barleria_layout import VARIANT, config_of, ours
-from dcris.adapters.barleria import BarleriaBridge, Flow
 from dcris.config import override
-from dcris.encoders.blocks import SlotContext
 from dcris.encoders.weights import copy_strictly
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.barleria import BarleriaBridge, Flow
+from dcris.models.encoders.blocks import SlotContext
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import barleria_tiny
 from detris_layout import assert_norms, gradients_of, masks
 from etris_layout import inputs, on_the_way

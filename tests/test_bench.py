@@ -8,7 +8,7 @@ import torch
 
 from dcris.bench import in_own_process, matrix_products, peak_of_training, ratio, render, take_turns
 from dcris.cli import main
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import dcris_tiny
 from models import needs_bfloat16
 
@@ -73,7 +73,7 @@ def test_products_are_counted_twice_per_multiply_add() -> None:
 def test_a_prepared_model_s_operations_are_all_counted() -> None:
     """Else a prediction in bfloat16 seems to use a quarter of the machine."""
     from dcris.bench import count_operations
-    from dcris.model.prepared import prepare_for_prediction
+    from dcris.models.optimize import prepare_for_prediction
 
     model = DCRIS(dcris_tiny().model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcris.adapters.base import adapters
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.base import adapters
+from dcris.models.segmentation import DCRIS
 from dcris.protocols import Cris
 from dcris.recipes import RECIPES, barleria_tiny, etris_tiny
 from models import error, randomise

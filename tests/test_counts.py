@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dcris.adapters.base import adapters as adapters_of
-from dcris.adapters.dense_cross import DenseCrossAdapter
-from dcris.adapters.dense_text import DenseTextAdapter
-from dcris.adapters.text import TextAdapter
 from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, VisionConfig
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.base import adapters as adapters_of
+from dcris.models.adapters.dense_cross import DenseCrossAdapter
+from dcris.models.adapters.dense_text import DenseTextAdapter
+from dcris.models.adapters.text import TextAdapter
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import get_recipe
 
 TABLE_5 = [

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcris.encoders import cpu_attention
-from dcris.encoders.attention import attend
-from dcris.encoders.dropout import Draw, Dropout
+from dcris.models.layers import attention_cpu as cpu_attention
+from dcris.models.layers.attention import attend
+from dcris.models.layers.dropout import Draw, Dropout
 
 # Samples, queries, keys, heads and width of a head; keys are not always as many as queries.
 SHAPES = [(2, 260, 260, 3, 16), (1, 300, 257, 2, 8), (2, 65, 70, 1, 4)]
@@ -183,7 +183,7 @@ def test_it_is_used_where_it_pays(
 
 def test_a_step_through_a_model_is_as_exact_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast too: the parts must agree on types, and gradients may not be worse than torch's own bfloat16."""
-    from dcris.model.dcris import DCRIS
+    from dcris.models.segmentation import DCRIS
     from dcris.recipes import dcris_tiny
     from models import images, randomise, without_dropout
 

@@ -23,7 +23,7 @@ from dcris.engine.parallel import divide_batch, synchronise_batch_norm
 from dcris.engine.trackers import read_log
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.utils.distributed import processes
 from launcher import torchrun_environment
 from models import randomise

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcris.adapters.base import adapters
-from dcris.adapters.etris import EtrisBridge, EtrisConfig, Stage
 from dcris.config import override
-from dcris.encoders.blocks import SlotContext
-from dcris.encoders.clip_text import TextState
 from dcris.encoders.weights import copy_strictly
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.base import adapters
+from dcris.models.adapters.etris import EtrisBridge, EtrisConfig, Stage
+from dcris.models.encoders.blocks import SlotContext
+from dcris.models.encoders.clip_text import TextState
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import etris_tiny
 from detris_layout import assert_norms, gradients_of, masks, norms, sums
 from etris_layout import VARIANTS, config_of, inputs, on_the_way, ours, theirs

@@ -19,7 +19,7 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.losses import dice_loss, text_to_pixel_loss, training_loss
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.protocols import Cris
 from models import error, images, randomise, tiny_config, tokens_ending_at
 from runs import CPU, quick_config, run_training

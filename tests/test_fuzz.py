@@ -57,11 +57,11 @@ from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
-from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.encoders.weights import tower_state
-from dcris.model.dcris import DCRIS
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.segmentation import DCRIS
 from dcris.protocols import get_protocol
 from dcris.recipes import dcris_tiny
 from dcris.scoring import score_predictions

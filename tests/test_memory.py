@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dcris.adapters.base import adapters
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
@@ -24,7 +23,8 @@ from dcris.engine.parallel import divide_batch
 from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.base import adapters
+from dcris.models.segmentation import DCRIS
 from dcris.types import Batch
 from dcris.utils import device
 from dcris.utils.device import free_memory

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.adapters.adaptformer import AdaptFormerConfig, ParallelAdapter
-from dcris.adapters.base import attach_everywhere, trained_state
-from dcris.adapters.compacter import CompacterAdapter, CompacterConfig
-from dcris.adapters.houlsby import HoulsbyAdapter, HoulsbyConfig
-from dcris.adapters.lora import LoraConfig, LowRank
 from dcris.config import MethodConfig, RunConfig, override
-from dcris.encoders.blocks import Block, Slot, SlotContext
 from dcris.engine.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
 from dcris.engine.train import _groups, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.adaptformer import AdaptFormerConfig, ParallelAdapter
+from dcris.models.adapters.base import attach_everywhere, trained_state
+from dcris.models.adapters.compacter import CompacterAdapter, CompacterConfig
+from dcris.models.adapters.houlsby import HoulsbyAdapter, HoulsbyConfig
+from dcris.models.adapters.lora import LoraConfig, LowRank
+from dcris.models.encoders.blocks import Block, Slot, SlotContext
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
 from dcris.segmenter import Segmenter
 from dcris.utils.device import choose_precision

@@ -9,8 +9,8 @@ from torch import nn
 
 from dcris.config import ModelConfig, TextAdapterConfig
 from dcris.encoders.weights import fingerprint
-from dcris.model.dcris import DCRIS
-from dcris.model.prepared import Held, hold_frozen, prepare_for_prediction
+from dcris.models.optimize import Held, hold_frozen, prepare_for_prediction
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import dcris_tiny, fixed_tiny
 from models import MULTIPLIES_BFLOAT16, images, needs_bfloat16, randomise
 

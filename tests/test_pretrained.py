@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import dcris.convert
 from dcris import Segmenter
-from dcris.adapters.base import trained_state
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.convert import published_name
 from dcris.encoders.weights import load_towers
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.base import trained_state
+from dcris.models.segmentation import DCRIS
 from dcris.pretrained import locate
 from dcris.published import PUBLISHED, REPOSITORY
 from dcris.recipes import dcris_tiny

@@ -16,13 +16,13 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from dcris.encoders.blocks import SlotContext
-from dcris.encoders.clip_text import TextTower
-from dcris.encoders.clip_vision import ClipVisionTower
-from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.formats import VISION_LAYOUTS
-from dcris.encoders.vision import as_map, interpolate_positions
-from dcris.model.dcris import DCRIS
+from dcris.models.encoders.blocks import SlotContext
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.clip_vision import ClipVisionTower
+from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.encoders.vit import as_map, interpolate_positions
+from dcris.models.segmentation import DCRIS
 from models import (
     END,
     START,

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.masks import decode_mask
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""

@@ -38,13 +38,13 @@ from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse
 from dcris.convert import read_state
 from dcris.encoders import weights
 from dcris.encoders.archives import StoredTensor, open_tensors
-from dcris.encoders.clip_text import TextTower
-from dcris.encoders.clip_vision import ClipVisionTower
-from dcris.encoders.dinov2 import DinoV2Tower
 from dcris.encoders.weights import fill_tower, tower_state
 from dcris.engine.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.clip_vision import ClipVisionTower
+from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
 from dcris.utils.hub import fetch
 from hub import Hub
@@ -518,7 +518,7 @@ def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
     """Else HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which people's machines are set up with, are passed over."""
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
     program = (
-        "from dcris.config import VisionConfig; from dcris.encoders.dinov2 import DinoV2Tower\n"
+        "from dcris.config import VisionConfig; from dcris.models.encoders.dino import DinoV2Tower\n"
         "from dcris.encoders.weights import fill_tower\n"
         f"tower = DinoV2Tower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
         f"fill_tower(tower, '{VISION}'); print(tower.source['revision'])"

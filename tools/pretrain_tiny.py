@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from dcris.config import CLIP_MEAN, CLIP_STD
 from dcris.data import scenes
 from dcris.data.tokenizer import TinyTokenizer
-from dcris.encoders.clip_text import TextTower
-from dcris.encoders.dinov2 import DinoV2Tower
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.dino import DinoV2Tower
 from dcris.recipes import TINY_TEXT, TINY_VISION
 
 SIDE, GRID, PATCH, FINE = 112, 8, 14, 4

@@ -33,7 +33,7 @@ from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_che
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.paper import TABLES, WIDTHS, Row
 from dcris.protocols import Cris
 from dcris.recipes import get_recipe

@@ -31,8 +31,8 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.encoders.weights import RANDOM
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
-from dcris.model.dcris import DCRIS
-from dcris.model.prepared import hold_frozen
+from dcris.models.optimize import hold_frozen
+from dcris.models.segmentation import DCRIS
 from dcris.segmenter import Segmenter
 from dcris.utils.arguments import Precision
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory
@@ -113,7 +113,7 @@ def count_operations(task: Callable[[], object]) -> float:
     def packed(x: object, weight: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
-    # What linear layers and convolutions are in bfloat16 on a CPU (dcris.model.prepared), which torch does not count.
+    # What linear layers and convolutions are in bfloat16 on a CPU (dcris.models.optimize), which torch does not count.
     products = (torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise)
     known = dict.fromkeys(products, packed) if torch.backends.mkldnn.is_available() else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:

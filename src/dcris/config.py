@@ -53,7 +53,7 @@ class VisionConfig(Section):
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
     family: Literal["dinov2", "dinov3", "clip"] = "dinov2"
-    """dinov2 adds a table of positions to the patches; dinov3 turns queries and keys by them (dcris.encoders.rotary); clip has
+    """dinov2 adds a table of positions to the patches; dinov3 turns queries and keys by them (dcris.models.layers.rope); clip has
     a table, no registers, and a projection behind its last norm."""
     width: Width = 768
     depth: Blocks = 12
@@ -65,9 +65,9 @@ class VisionConfig(Section):
     published_grid: Annotated[int, Field(gt=0, le=1024, strict=True)] | None = None
     """Side of the table in a published file of CLIP, where it is another: the table is resized once, when it is read."""
     position_rule: PositionRule = "offset"
-    """How positions are brought to another grid; see dcris.encoders.vision.interpolate_positions."""
+    """How positions are brought to another grid; see dcris.models.encoders.vit.interpolate_positions."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """DINOv2's blocks' second half: "swiglu" in the giant alone; see dcris.encoders.blocks."""
+    """DINOv2's blocks' second half: "swiglu" in the giant alone; see dcris.models.encoders.blocks."""
     projected_width: Width | None = None
     """CLIP's projection of the finished tokens; None leaves their width."""
 
@@ -145,7 +145,7 @@ class TextAdapterConfig(AdapterConfig):
 class MethodConfig(Section):
     """A way of tuning the towers other than the paper's adapters: its settings, and how it gets into the towers.
 
-    A method is one file in dcris.adapters, called by the method's name, with a subclass of this that fixes `name`.
+    A method is one file in dcris.models.adapters, called by the method's name, with a subclass of this that fixes `name`.
     """
 
     name: str
@@ -164,7 +164,7 @@ class MethodConfig(Section):
         """The settings of the method of that name. Raises ValueError listing the methods where there is none."""
         # Imported by name, on demand: a configuration knows no method, and knowing them all would need torch. Only modules of
         # this one package are looked for, as the name may be in a stranger's file.
-        module = f"dcris.adapters.{name}"
+        module = f"dcris.models.adapters.{name}"
         if name not in cls._known and re.fullmatch("[a-z][a-z0-9_]*", name) and util.find_spec(module):
             import_module(module)
         if name not in cls._known:
@@ -176,8 +176,8 @@ class MethodConfig(Section):
         """Every method there is, by name."""
         from pkgutil import iter_modules
 
-        for found in iter_modules(import_module("dcris.adapters").__path__):
-            import_module(f"dcris.adapters.{found.name}")
+        for found in iter_modules(import_module("dcris.models.adapters").__path__):
+            import_module(f"dcris.models.adapters.{found.name}")
         return sorted(cls._known)
 
     def check(self, model: "ModelConfig") -> None:
@@ -191,7 +191,7 @@ class MethodConfig(Section):
         return False
 
     def bridge(self, model: "ModelConfig") -> Any:
-        """The dcris.adapters.bridge.Bridge that joins the towers, of an interleaved method; else None."""
+        """The dcris.models.adapters.bridge.Bridge that joins the towers, of an interleaved method; else None."""
         return None
 
     def trains(self, name: str) -> bool:

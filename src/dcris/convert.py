@@ -18,7 +18,7 @@ from dcris.config import ModelConfig, RunConfig, override, parse_config
 from dcris.encoders.archives import open_tensors
 from dcris.engine.checkpoint import save_whole
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.recipes import detris_b, detris_l, detris_l_mixed
 
 # By the vision tower's width and depth. What no tensor tells, heads and the blocks the neck reads, comes with the recipe.

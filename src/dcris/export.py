@@ -24,10 +24,10 @@ from dcris.data.dataset import letterbox_colour, normalise, to_square
 from dcris.data.sampling import resize_matrix
 from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, tokenizer_of
 from dcris.data.transforms import Letterbox
-from dcris.encoders.clip_text import TextFeatures
-from dcris.encoders.vision import interpolate_positions
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.encoders.clip_text import TextFeatures
+from dcris.models.encoders.vit import interpolate_positions
+from dcris.models.segmentation import DCRIS
 from dcris.protocols import Cris
 from dcris.segmenter import Segmenter
 from dcris.utils.files import write_directory, write_json

@@ -19,7 +19,7 @@ from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, re
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train
 from dcris.metrics import summarise
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.outputs.job import Job
 from dcris.outputs.tasks import find_tasks
 from dcris.protocols import Cris

@@ -16,7 +16,6 @@ from dcris.data.dataset import normalise, to_square
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.tokenizer import require_phrase, tokenizer_of
 from dcris.data.transforms import Fit
-from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import can_be_had
 from dcris.engine.checkpoint import (
     Origin,
@@ -30,8 +29,9 @@ from dcris.engine.checkpoint import (
 )
 from dcris.engine.evaluate import finish_in_passes
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
-from dcris.model.prepared import Held, prepare_for_prediction
+from dcris.models.encoders.vit import VisionState
+from dcris.models.optimize import Held, prepare_for_prediction
+from dcris.models.segmentation import DCRIS
 from dcris.prediction import Prediction, require_threshold
 from dcris.pretrained import locate
 from dcris.protocols import Cris

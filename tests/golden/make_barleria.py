@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import in_double, stand_in_for_clip, stub_modules
 
 from barleria_layout import VARIANT, config_of, theirs, weights
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from detris_layout import masks, norms
 from etris_layout import POSITIONS, inputs, thinned
 from models import without_dropout

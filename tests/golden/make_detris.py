@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import in_double, stand_in_for_clip, stub_modules
 
 from dcris.convert import rename_tensors
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from detris_layout import (
     COMPARED,
     HEAD,

@@ -183,7 +183,7 @@ def _recipes(args: argparse.Namespace) -> None:
         return
     import torch
 
-    from dcris.model.dcris import DCRIS
+    from dcris.models.segmentation import DCRIS
 
     rows = []
     for name, recipe in RECIPES.items():

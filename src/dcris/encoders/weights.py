@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from dcris.config import ModelConfig, VisionConfig
 from dcris.encoders.archives import StoredTensor, open_tensors
-from dcris.encoders.clip_text import TextTower
 from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
-from dcris.encoders.vision import VisionTower, interpolate_positions
 from dcris.errors import DcrisError
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.vit import VisionTower, interpolate_positions
 from dcris.utils.hub import fetch
 
 RANDOM = "random"

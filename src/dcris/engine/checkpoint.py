@@ -27,12 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.encoders.archives import open_safetensors
 from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
-from dcris.model.dcris import DCRIS
+from dcris.models.adapters.base import trained_state
+from dcris.models.segmentation import DCRIS
 from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import (
     open_regular,

@@ -17,12 +17,12 @@ from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.encoders.vision import VisionState
 from dcris.encoders.weights import fingerprint
 from dcris.errors import DcrisError
 from dcris.metrics import Overlap, overlap_curve, summarise
-from dcris.model.dcris import DCRIS
-from dcris.model.prepared import prepare_for_prediction
+from dcris.models.encoders.vit import VisionState
+from dcris.models.optimize import prepare_for_prediction
+from dcris.models.segmentation import DCRIS
 from dcris.protocols import Protocol
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name

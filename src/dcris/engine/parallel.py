@@ -12,9 +12,9 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dcris.encoders.clip_text import TextTower
-from dcris.encoders.vision import VisionTower
 from dcris.errors import DcrisError
+from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.vit import VisionTower
 from dcris.utils.distributed import Processes, connection_errors
 
 

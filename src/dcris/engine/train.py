@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from dcris.adapters.base import trained_state
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
@@ -54,8 +53,9 @@ from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError, out_of_memory
 from dcris.losses import training_loss
 from dcris.metrics import summarise
-from dcris.model.dcris import DCRIS
-from dcris.model.prepared import hold_frozen
+from dcris.models.adapters.base import trained_state
+from dcris.models.optimize import hold_frozen
+from dcris.models.segmentation import DCRIS
 from dcris.protocols import Cris
 from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require

@@ -12,7 +12,7 @@ import torch
 
 from dcris.config import RunConfig
 from dcris.engine.evaluate import Answer
-from dcris.model.dcris import DCRIS
+from dcris.models.segmentation import DCRIS
 from dcris.report.charts import Line, chart, series, threshold_chart
 from dcris.report.page import interval, number, percent, text, write_page
 from dcris.report.panels import Panel, as_panel, panels_section, pick

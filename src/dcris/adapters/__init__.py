@@ -1,1 +1,0 @@
-"""What is trained inside the frozen towers, one method a file."""

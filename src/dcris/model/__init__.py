@@ -1,1 +1,0 @@
-"""The segmentation head, and the whole network."""

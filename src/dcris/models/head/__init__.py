@@ -1,0 +1,1 @@
+"""The segmentation head (section 3.4)."""

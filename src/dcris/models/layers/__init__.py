@@ -1,0 +1,1 @@
+"""Layers that towers, adapters and head share."""
