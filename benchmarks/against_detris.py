@@ -43,7 +43,7 @@ def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
     """The two networks with the same weights, by "theirs" and "ours"."""
     import make_detris
 
-    from dcris.convert import rename_tensors
+    from dcris.checkpoints.convert_detris import rename_tensors
     from dcris.models.segmentation import DCRIS
     from dcris.recipes import detris_b
     from detris_layout import VARIANTS, weights

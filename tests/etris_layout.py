@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dcris.checkpoints.convert_detris import published_name
+from dcris.checkpoints.key_mappings import OPENAI_CLIP, OPENAI_CLIP_VISION
 from dcris.config import RunConfig
-from dcris.convert import published_name
 from dcris.data.tokenizer import get_tokenizer
-from dcris.encoders.formats import OPENAI_CLIP, OPENAI_CLIP_VISION
 from dcris.models.encoders.clip_text import TextState
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import DCRIS

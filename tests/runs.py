@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.config import RunConfig, override
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
-from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.train import TrainResult, build_model, train
 from dcris.recipes import get_recipe
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dcris import Prediction, Segmenter, to_detections
+from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
-from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.engine.train import build_model, train
 from dcris.errors import DcrisError

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from barleria_layout import VARIANT, config_of, ours
+from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import override
-from dcris.encoders.weights import copy_strictly
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.barleria import BarleriaBridge, Flow

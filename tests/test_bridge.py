@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
-from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.models.adapters.base import adapters
 from dcris.models.segmentation import DCRIS

@@ -21,9 +21,9 @@ from pycocotools import mask as coco
 
 from conftest import TinyRefer
 from dcris import Segmenter
+from dcris.checkpoints.checkpoint import Checkpoint, list_checkpoints
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
-from dcris.engine.checkpoint import Checkpoint, list_checkpoints
 from dcris.engine.train import Interrupted
 from runs import assert_same_run, leftovers
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcris.checkpoints.backbones import copy_strictly
+from dcris.checkpoints.checkpoint import load_checkpoint
+from dcris.checkpoints.convert_detris import convert_detris, published_name, rename_tensors
 from dcris.cli import main
 from dcris.config import HeadConfig, RunConfig, TextAdapterConfig
-from dcris.convert import convert_detris, published_name, rename_tensors
 from dcris.data.dataset import normalise, to_square
 from dcris.data.tokenizer import get_tokenizer
 from dcris.data.transforms import Letterbox
-from dcris.encoders.weights import copy_strictly
-from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.train import make_optimizer
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from dcris import Segmenter
+from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
-from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.parallel import divide_batch, synchronise_batch_norm
 from dcris.engine.trackers import read_log
 from dcris.errors import DcrisError

@@ -24,10 +24,10 @@ from PIL import Image
 from torch.distributed import TCPStore
 
 import dcris.engine.train as engine
+from dcris.checkpoints.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
 from dcris.cli import main
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import write_scenes
-from dcris.engine.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
 from dcris.errors import DcrisError
 from dcris.metrics import summarise
 from launcher import Launcher, torchrun_environment

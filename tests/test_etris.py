@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import override
-from dcris.encoders.weights import copy_strictly
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.base import adapters

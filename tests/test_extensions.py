@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcris.analysis import analyse, best_threshold
+from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.cli import main
 from dcris.config import DenseCrossConfig, RunConfig, override
 from dcris.data.dataset import TrainingSamples, all_questions, normalise
 from dcris.data.flip import swap_sides
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import answer_questions
 from dcris.losses import dice_loss, text_to_pixel_loss, training_loss
 from dcris.models.segmentation import DCRIS

@@ -52,13 +52,13 @@ from bombs import (
 from conftest import make_tiny_refer
 from dcris import Segmenter
 from dcris.answers import write_answers
+from dcris.checkpoints.backbones import tower_state
+from dcris.checkpoints.key_mappings import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.cli import _parser
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
-from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
-from dcris.encoders.weights import tower_state
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.dino import DinoV2Tower
 from dcris.models.segmentation import DCRIS

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
 from dcris.engine import memory
-from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.parallel import divide_batch
 from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError

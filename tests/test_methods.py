@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcris.checkpoints.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
 from dcris.config import MethodConfig, RunConfig, override
-from dcris.engine.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
 from dcris.engine.train import _groups, build_model
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss

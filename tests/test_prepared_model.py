@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from dcris.checkpoints.backbones import fingerprint
 from dcris.config import ModelConfig, TextAdapterConfig
-from dcris.encoders.weights import fingerprint
 from dcris.models.optimize import Held, hold_frozen, prepare_for_prediction
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import dcris_tiny, fixed_tiny

@@ -13,17 +13,17 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-import dcris.convert
+import dcris.checkpoints.convert_detris
 from dcris import Segmenter
+from dcris.checkpoints.backbones import load_towers
+from dcris.checkpoints.convert_detris import published_name
+from dcris.checkpoints.model_zoo import PUBLISHED, REPOSITORY
+from dcris.checkpoints.resolve import locate
 from dcris.cli import main
 from dcris.config import RunConfig, override
-from dcris.convert import published_name
-from dcris.encoders.weights import load_towers
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import trained_state
 from dcris.models.segmentation import DCRIS
-from dcris.pretrained import locate
-from dcris.published import PUBLISHED, REPOSITORY
 from dcris.recipes import dcris_tiny
 from hub import Hub
 from models import randomise
@@ -266,7 +266,7 @@ def test_a_refused_upload_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where converted models go; and models of the tiny towers' size count as DETRIS-B."""
-    monkeypatch.setattr(dcris.convert, "_RECIPES", {(128, 12): (tiny_run,)})
+    monkeypatch.setattr(dcris.checkpoints.convert_detris, "_RECIPES", {(128, 12): (tiny_run,)})
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "converted"))
     return tmp_path / "converted"
 

@@ -16,7 +16,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from dcris.encoders.formats import VISION_LAYOUTS
+from dcris.checkpoints.key_mappings import VISION_LAYOUTS
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.clip_vision import ClipVisionTower

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dcris.engine.train as engine
+from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.dataset import all_questions
 from dcris.data.images import read_image
@@ -29,7 +30,6 @@ from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.engine import trackers
-from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.trackers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_questions, read_log
 from dcris.errors import DcrisError
 from dcris.utils.drawing import cell

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import dcris.engine.train as engine
 from dcris import Segmenter
+from dcris.checkpoints.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
-from dcris.engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.engine.trackers import read_log
 from dcris.engine.train import Interrupted, build_model, learning_rate
 from dcris.errors import DcrisError

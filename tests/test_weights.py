@@ -34,12 +34,12 @@ from transformers import (
 )
 from transformers import Dinov2WithRegistersModel as HubVision
 
+from dcris.checkpoints import backbones as weights
+from dcris.checkpoints.backbones import fill_tower, tower_state
+from dcris.checkpoints.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
+from dcris.checkpoints.convert_detris import read_state
+from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
 from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse_other_run
-from dcris.convert import read_state
-from dcris.encoders import weights
-from dcris.encoders.archives import StoredTensor, open_tensors
-from dcris.encoders.weights import fill_tower, tower_state
-from dcris.engine.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
 from dcris.errors import DcrisError
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.clip_vision import ClipVisionTower
@@ -519,7 +519,7 @@ def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
     program = (
         "from dcris.config import VisionConfig; from dcris.models.encoders.dino import DinoV2Tower\n"
-        "from dcris.encoders.weights import fill_tower\n"
+        "from dcris.checkpoints.backbones import fill_tower\n"
         f"tower = DinoV2Tower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
         f"fill_tower(tower, '{VISION}'); print(tower.source['revision'])"
     )

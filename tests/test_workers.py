@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 
 import pytest
 
+from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.config import override
 from dcris.data import dataset
 from dcris.data.scenes import write_scenes
 from dcris.engine import train as engine
-from dcris.engine.checkpoint import list_checkpoints
 from dcris.engine.train import Interrupted, total_steps
 from dcris.errors import DcrisError
 from dcris.utils import workers

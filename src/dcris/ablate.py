@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 import torch
 
+from dcris.checkpoints.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
 from dcris.config import WORD_LENGTHS, RunConfig, parse_config
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
 from dcris.engine.evaluate import answer_questions, result_record
 from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError

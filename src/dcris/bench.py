@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dcris.checkpoints.backbones import RANDOM
 from dcris.config import DenseCrossConfig, RunConfig
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
-from dcris.encoders.weights import RANDOM
 from dcris.errors import DcrisError
 from dcris.losses import text_to_pixel_loss
 from dcris.models.optimize import hold_frozen

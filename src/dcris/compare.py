@@ -14,9 +14,9 @@ import torch
 
 from dcris.analysis import METRICS, align, analyse, difference
 from dcris.answers import read_answers
+from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.data.dataset import Questions, cut_phrases
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import Answer, answer_questions
 from dcris.errors import DcrisError
 from dcris.metrics import summarise
@@ -70,7 +70,7 @@ def answers_of(
     """A system's answers: read from its file, or asked of the model that is loaded from `path` and then forgotten.
 
     Args:
-        path: as `dcris.pretrained.locate` gives it, or a .jsonl file.
+        path: as `dcris.checkpoints.resolve.locate` gives it, or a .jsonl file.
         questions: what is asked.
         protocol: how logits become masks; a file must have been made by the same.
         device, precision: where and how the model runs; its run's own precision by default.

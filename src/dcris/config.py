@@ -49,7 +49,7 @@ class VisionConfig(Section):
     """The shape of a vision tower: DINOv2 with registers, DINOv3, or the image half of CLIP."""
 
     name: str = "dinov2-base"
-    """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
+    """Which weights fill it: a name that dcris.checkpoints.backbones knows, or the path of a file."""
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
     family: Literal["dinov2", "dinov3", "clip"] = "dinov2"
@@ -89,7 +89,7 @@ class TextConfig(Section):
     """The shape of a CLIP text tower."""
 
     name: str = "clip-vit-base-patch16"
-    """Which weights fill it: a name that dcris.encoders.weights knows, or the path of a file."""
+    """Which weights fill it: a name that dcris.checkpoints.backbones knows, or the path of a file."""
     revision: Revision = "main"
     """Which state of the Hub's repository: a branch, a tag or a commit. Checkpoints record the commit it stood for."""
     tokenizer: Literal["clip", "tiny"] = "clip"

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from dcris.analysis import analyse
+from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, load_config, override, refuse_other_run
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.checkpoint import load_checkpoint
 from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train

@@ -10,14 +10,8 @@ from typing import Any, overload
 
 import torch
 
-from dcris.card import Metrics, model_card
-from dcris.config import RunConfig
-from dcris.data.dataset import normalise, to_square
-from dcris.data.images import ImageLike, as_pixels
-from dcris.data.tokenizer import require_phrase, tokenizer_of
-from dcris.data.transforms import Fit
-from dcris.encoders.weights import can_be_had
-from dcris.engine.checkpoint import (
+from dcris.checkpoints.backbones import can_be_had
+from dcris.checkpoints.checkpoint import (
     Origin,
     Towers,
     find_checkpoint,
@@ -27,13 +21,19 @@ from dcris.engine.checkpoint import (
     read_origin,
     save_model,
 )
+from dcris.checkpoints.model_card import Metrics, model_card
+from dcris.checkpoints.resolve import locate
+from dcris.config import RunConfig
+from dcris.data.dataset import normalise, to_square
+from dcris.data.images import ImageLike, as_pixels
+from dcris.data.tokenizer import require_phrase, tokenizer_of
+from dcris.data.transforms import Fit
 from dcris.engine.evaluate import finish_in_passes
 from dcris.errors import DcrisError
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import Held, prepare_for_prediction
 from dcris.models.segmentation import DCRIS
 from dcris.prediction import Prediction, require_threshold
-from dcris.pretrained import locate
 from dcris.protocols import Cris
 from dcris.utils.arguments import PathLike, Precision, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory

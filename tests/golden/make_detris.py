@@ -38,7 +38,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import in_double, stand_in_for_clip, stub_modules
 
-from dcris.convert import rename_tensors
+from dcris.checkpoints.convert_detris import rename_tensors
 from dcris.models.segmentation import DCRIS
 from detris_layout import (
     COMPARED,

@@ -99,11 +99,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from dcris.analysis import analyse, best_threshold
     from dcris.answers import write_answers
+    from dcris.checkpoints.checkpoint import load_checkpoint
+    from dcris.checkpoints.resolve import locate
     from dcris.data.dataset import Questions, all_questions, cut_phrases
     from dcris.data.tokenizer import tokenizer_of
-    from dcris.engine.checkpoint import load_checkpoint
     from dcris.engine.evaluate import Answer, answer_questions, answer_together, result_record
-    from dcris.pretrained import locate
     from dcris.protocols import get_protocol
     from dcris.utils.device import choose_device, choose_precision
     from dcris.utils.distributed import processes
@@ -225,11 +225,11 @@ def _score(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from dcris.checkpoints.checkpoint import find_checkpoint, read_config
+    from dcris.checkpoints.resolve import locate
     from dcris.compare import as_text, compare, gather, is_answers, name_systems, telling
     from dcris.data.dataset import all_questions
     from dcris.data.readers.load import load_references
-    from dcris.engine.checkpoint import find_checkpoint, read_config
-    from dcris.pretrained import locate
     from dcris.protocols import get_protocol
     from dcris.report.comparison import write_comparison_report
     from dcris.report.figure import write_figures

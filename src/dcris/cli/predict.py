@@ -162,7 +162,7 @@ def _threshold(given: str | None) -> float | None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from dcris.convert import convert_file
+    from dcris.checkpoints.convert_detris import convert_file
 
     targets = {args.out / file.stem: file for file in args.files}
     if len(targets) < len(args.files):

@@ -114,12 +114,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _train_in(group: Any, args: argparse.Namespace) -> None:
+    from dcris.checkpoints.resolve import locate
     from dcris.config import load_config, override
     from dcris.data.readers.load import load_references
     from dcris.data.tokenizer import tokenizer_of
     from dcris.engine.memory import choose_micro_batch
     from dcris.engine.train import build_model, check_run, train
-    from dcris.pretrained import locate
     from dcris.recipes import SCHEDULES, get_recipe
     from dcris.utils.device import choose_device
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcris.checkpoints.backbones import fingerprint
 from dcris.config import RunConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.encoders.weights import fingerprint
 from dcris.errors import DcrisError
 from dcris.metrics import Overlap, overlap_curve, summarise
 from dcris.models.encoders.vit import VisionState

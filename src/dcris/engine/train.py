@@ -17,6 +17,21 @@ from typing import Any
 
 import torch
 
+from dcris.checkpoints.backbones import fingerprint, load_towers
+from dcris.checkpoints.checkpoint import (
+    Checkpoint,
+    Towers,
+    best_checkpoint,
+    find_checkpoint,
+    identify_towers,
+    list_checkpoints,
+    load_optimizer,
+    load_trained,
+    prune_checkpoints,
+    save_checkpoint,
+    score_checkpoint,
+    sound_checkpoints,
+)
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
     Questions,
@@ -32,21 +47,6 @@ from dcris.data.dataset import (
 )
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
-from dcris.encoders.weights import fingerprint, load_towers
-from dcris.engine.checkpoint import (
-    Checkpoint,
-    Towers,
-    best_checkpoint,
-    find_checkpoint,
-    identify_towers,
-    list_checkpoints,
-    load_optimizer,
-    load_trained,
-    prune_checkpoints,
-    save_checkpoint,
-    score_checkpoint,
-    sound_checkpoints,
-)
 from dcris.engine.evaluate import Answer, answer_questions, answer_together
 from dcris.engine.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.engine.trackers import Monitor, check_trackers, panel_questions

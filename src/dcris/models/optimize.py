@@ -86,7 +86,7 @@ def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
     """Hold the weights of the frozen towers' products in `dtype`, in place, for training in that precision.
 
     Else autocast makes a copy of each at every step, and keeps all of them for the backward pass. Checkpoints name the towers
-    by what was loaded, so identify them (dcris.engine.checkpoint.identify_towers) before this.
+    by what was loaded, so identify them (dcris.checkpoints.checkpoint.identify_towers) before this.
 
     In bfloat16 on a CPU the vision tower's weights are packed, which cannot be copied or fingerprinted:
     `prepare_for_prediction` and `trained_state` work, while deepcopy and `DCRIS.merged` are for a model read from a

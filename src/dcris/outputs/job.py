@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dcris.checkpoints.backbones import fingerprint
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.encoders.weights import fingerprint
 from dcris.errors import DcrisError
 from dcris.outputs.journal import LOCK, Entry, Journal, Settings
 from dcris.outputs.label_studio import label_studio_config, label_studio_task

@@ -53,7 +53,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = config
         self.source: dict[str, str] = {}
-        """Where its weights came from, as dcris.encoders.weights.fill_tower found out."""
+        """Where its weights came from, as dcris.checkpoints.backbones.fill_tower found out."""
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Parameter(torch.empty(config.length, config.width))
         self.blocks = nn.ModuleList(

@@ -67,7 +67,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.source: dict[str, str] = {}
-        """Where its weights came from, as dcris.encoders.weights.fill_tower found out."""
+        """Where its weights came from, as dcris.checkpoints.backbones.fill_tower found out."""
         self.checkpoint_activations = False
         """Whether half blocks with gradients are run again in the backward pass instead of remembered."""
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dcris.checkpoints.checkpoint import Origin, Towers
+from dcris.checkpoints.model_zoo import LICENCE, PUBLISHED
 from dcris.config import RunConfig
-from dcris.engine.checkpoint import Origin, Towers
-from dcris.published import LICENCE, PUBLISHED
 from dcris.version import __version__
 
 Metrics = Mapping[str, Any]

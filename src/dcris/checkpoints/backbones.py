@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load as load_bytes
 from torch import Tensor, nn
 
+from dcris.checkpoints.key_mappings import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
+from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
 from dcris.config import ModelConfig, VisionConfig
-from dcris.encoders.archives import StoredTensor, open_tensors
-from dcris.encoders.formats import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.errors import DcrisError
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dcris.checkpoints.checkpoint import save_whole
+from dcris.checkpoints.tensor_files import open_tensors
 from dcris.config import ModelConfig, RunConfig, override, parse_config
-from dcris.encoders.archives import open_tensors
-from dcris.engine.checkpoint import save_whole
 from dcris.errors import DcrisError
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import detris_b, detris_l, detris_l_mixed

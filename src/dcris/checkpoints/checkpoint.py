@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dcris.checkpoints.backbones import copy_strictly, fingerprint, frozen_state, load_towers
+from dcris.checkpoints.tensor_files import open_safetensors
 from dcris.config import RunConfig, load_config, parse_config
-from dcris.encoders.archives import open_safetensors
-from dcris.encoders.weights import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import trained_state
 from dcris.models.segmentation import DCRIS

@@ -1,4 +1,4 @@
-"""Whatever names a trained model -> a place on this machine that dcris.engine.checkpoint can load.
+"""Whatever names a trained model -> a place on this machine that dcris.checkpoints.checkpoint can load.
 
 A run, a checkpoint's directory and a bundle are places already. "owner/name" is a repository of the Hub in our format, fetched
 into the Hub's cache. "detris-b-refcoco" and so on are published DETRIS checkpoints, fetched and converted once into
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dcris.convert import convert_file, data_set_of
+from dcris.checkpoints.convert_detris import convert_file, data_set_of
+from dcris.checkpoints.model_zoo import PUBLISHED, REPOSITORY, Published
 from dcris.errors import DcrisError
-from dcris.published import PUBLISHED, REPOSITORY, Published
 from dcris.utils.files import expand_home, make_directory, read_json, write_json
 from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.utils.streams import note

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dcris.encoders.state_dicts import OtherValue, find_weights
+from dcris.checkpoints.state_dicts import OtherValue, find_weights
 from dcris.errors import DcrisError
 from dcris.utils.files import open_regular
 from dcris.utils.pickles import end_of_pickle, global_name

@@ -1,1 +1,0 @@
-"""The two frozen towers, and how their weights are read."""
