@@ -75,7 +75,7 @@ def _inputs(batch: int, device: Any) -> tuple[Any, Any, Any]:
 def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[], Any]:
     import torch
 
-    from dcris.engine.evaluate import segment_in_passes
+    from dcris.evaluation.evaluator import segment_in_passes
     from dcris.models.optimize import prepare_for_prediction
     from dcris.utils.device import autocast
 

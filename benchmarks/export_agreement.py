@@ -26,8 +26,8 @@ from dcris import Segmenter
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
+from dcris.evaluation.metrics import Overlap, summarise
 from dcris.export import export_onnx
-from dcris.metrics import Overlap, summarise
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import RECIPES, get_recipe
 

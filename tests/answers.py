@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from dcris.data.masks import encode_mask
-from dcris.engine.evaluate import Answer
-from dcris.metrics import CURVE_THRESHOLDS, Overlap, overlap
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap, overlap
 from dcris.types import Expression, MaskArray, Reference
 
 _numbers = itertools.count(1)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from answers import answer
-from dcris import analysis
-from dcris.analysis import METRICS, analyse, difference, phrase_kinds, resample, scores, tally
-from dcris.compare import compare
-from dcris.engine.evaluate import Answer
-from dcris.metrics import CURVE_THRESHOLDS, Overlap, summarise
+from dcris.evaluation import analysis
+from dcris.evaluation.analysis import METRICS, analyse, difference, phrase_kinds, resample, scores, tally
+from dcris.evaluation.compare import compare
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap, summarise
 
 SHARES = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda pair: (min(pair), max(pair)))
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answers import answer, drawn
-from dcris.answers import read_answers, write_answers
 from dcris.data.dataset import Questions
-from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.protocols import get_protocol
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.protocols import get_protocol
+from dcris.evaluation.results import read_answers, write_answers
 
 CRIS = get_protocol("cris")
 

@@ -15,10 +15,10 @@ from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
-from dcris.engine.evaluate import answer_questions
 from dcris.engine.train import build_model, train
 from dcris.errors import DcrisError
-from dcris.protocols import get_protocol
+from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.protocols import get_protocol
 from dcris.recipes import get_recipe
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)

@@ -10,10 +10,10 @@ from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
-from dcris.engine.evaluate import answer_questions
+from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.base import adapters
 from dcris.models.segmentation import DCRIS
-from dcris.protocols import Cris
 from dcris.recipes import RECIPES, barleria_tiny, etris_tiny
 from models import error, randomise
 from runs import CPU, quick_config, run_training

@@ -12,18 +12,18 @@ from PIL import Image
 
 from answers import answer, drawn, rectangle
 from conftest import TinyRefer
-from dcris.analysis import METRICS
-from dcris.answers import write_answers
 from dcris.cli import main
-from dcris.compare import as_text, compare, name_systems, telling
 from dcris.data.readers.load import load_references
-from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.metrics import Overlap
-from dcris.protocols import get_protocol
-from dcris.report.comparison import write_comparison_report
-from dcris.report.figure import figure, pdf_bytes, row
-from dcris.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel
+from dcris.evaluation.analysis import METRICS
+from dcris.evaluation.compare import as_text, compare, name_systems, telling
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.metrics import Overlap
+from dcris.evaluation.protocols import get_protocol
+from dcris.evaluation.report.comparison_report import write_comparison_report
+from dcris.evaluation.report.figure import figure, pdf_bytes, row
+from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel
+from dcris.evaluation.results import write_answers
 from pages import Page
 from runs import leftovers, quick_config, run_training
 
@@ -182,7 +182,7 @@ def test_a_wrong_file_is_found_before_a_model_has_worked(
     def work(*args: object, **kwargs: object) -> Iterator[Answer]:
         raise AssertionError
 
-    monkeypatch.setattr("dcris.compare.answer_questions", work)
+    monkeypatch.setattr("dcris.evaluation.compare.answer_questions", work)
     (tmp_path / "a.jsonl").write_text("{}")
     assert dcris("compare", trained_run, tmp_path / "a.jsonl", "--data", scenes_root, "--split", "test") == 2
 

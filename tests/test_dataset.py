@@ -28,8 +28,8 @@ from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import TinyTokenizer
 from dcris.data.transforms import Letterbox
-from dcris.engine.evaluate import exchange_phrases
 from dcris.errors import DcrisError
+from dcris.evaluation.evaluator import exchange_phrases
 from dcris.types import Batch, Reference
 
 CONFIG = DataConfig(dataset="scenes", image_size=56, word_length=9)

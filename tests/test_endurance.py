@@ -29,7 +29,7 @@ from dcris.cli import main
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
-from dcris.metrics import summarise
+from dcris.evaluation.metrics import summarise
 from launcher import Launcher, torchrun_environment
 from runs import assert_same_run, leftovers, quick_config, run_training, unseal
 from test_distributed import daring

@@ -21,8 +21,8 @@ from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import get_tokenizer
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
+from dcris.evaluation.protocols import Cris
 from dcris.export import export_onnx
-from dcris.protocols import Cris
 from runs import leftovers
 
 onnx = pytest.importorskip("onnx")

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcris.analysis import analyse, best_threshold
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.cli import main
 from dcris.config import DenseCrossConfig, RunConfig, override
@@ -17,10 +16,11 @@ from dcris.data.dataset import TrainingSamples, all_questions, normalise
 from dcris.data.flip import swap_sides
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.evaluate import answer_questions
+from dcris.evaluation.analysis import analyse, best_threshold
+from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.protocols import Cris
 from dcris.losses import dice_loss, text_to_pixel_loss, training_loss
 from dcris.models.segmentation import DCRIS
-from dcris.protocols import Cris
 from models import error, images, randomise, tiny_config, tokens_ending_at
 from runs import CPU, quick_config, run_training
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcris.data.transforms import Letterbox
-from dcris.protocols import Cris
+from dcris.evaluation.protocols import Cris
 
 COLOUR = (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255)
 sizes = st.tuples(st.integers(1, 700), st.integers(1, 700))

@@ -51,7 +51,6 @@ from bombs import (
 )
 from conftest import make_tiny_refer
 from dcris import Segmenter
-from dcris.answers import write_answers
 from dcris.checkpoints.backbones import tower_state
 from dcris.checkpoints.key_mappings import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.cli import _parser
@@ -59,12 +58,13 @@ from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
+from dcris.evaluation.external_masks import score_predictions
+from dcris.evaluation.protocols import get_protocol
+from dcris.evaluation.results import write_answers
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.dino import DinoV2Tower
 from dcris.models.segmentation import DCRIS
-from dcris.protocols import get_protocol
 from dcris.recipes import dcris_tiny
-from dcris.scoring import score_predictions
 from fuzz import (
     ANY,
     WORDS,

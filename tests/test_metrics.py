@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcris.metrics import PRECISION_THRESHOLDS, Overlap, overlap, summarise
+from dcris.evaluation.metrics import PRECISION_THRESHOLDS, Overlap, overlap, summarise
 
 KEYS = ["miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"]
 OVERLAPS = st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)).map(lambda pair: Overlap(min(pair), max(pair)))

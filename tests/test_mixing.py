@@ -15,8 +15,8 @@ from dcris.data.check import OFFICIAL_SIZES, check_dataset
 from dcris.data.mixing import _FAMILY, Mixture, mix, parse_mixture
 from dcris.data.readers.load import has_references, load_references
 from dcris.data.table import ReferenceTable
-from dcris.engine.evaluate import exchange_phrases
 from dcris.errors import DcrisError
+from dcris.evaluation.evaluator import exchange_phrases
 from dcris.recipes import get_recipe
 from dcris.types import Expression, Reference
 

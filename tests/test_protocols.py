@@ -15,8 +15,8 @@ from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.transforms import Letterbox, Squash, TopLeft
 from dcris.errors import DcrisError
-from dcris.metrics import CURVE_THRESHOLDS, overlap, overlap_curve, summarise
-from dcris.protocols import PROTOCOLS, Cris, get_protocol
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, overlap, overlap_curve, summarise
+from dcris.evaluation.protocols import PROTOCOLS, Cris, get_protocol
 
 CRIS = Cris()
 SIDE = 112

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from answers import answer, drawn, rectangle
-from dcris.analysis import analyse
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.metrics import summarise
-from dcris.report.charts import threshold_chart
-from dcris.report.evaluation import write_evaluation_report, write_report
-from dcris.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel, as_panel, pick
+from dcris.evaluation.analysis import analyse
+from dcris.evaluation.metrics import summarise
+from dcris.evaluation.report.charts import threshold_chart
+from dcris.evaluation.report.evaluation_report import write_evaluation_report, write_report
+from dcris.evaluation.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel, as_panel, pick
 from dcris.utils.drawing import mask_cell
 from pages import Page
 

@@ -19,8 +19,8 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, mask_box
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import COLOURS, KINDS, SHAPES, SIZES, TEXTURES, make_scene, scene_rng, vocabulary, write_scenes
-from dcris.engine.evaluate import exchange_phrases
 from dcris.errors import DcrisError
+from dcris.evaluation.evaluator import exchange_phrases
 
 SIDE = 112
 DOUBT = 0.05  # of the side: two things nearer than this may be told in either order

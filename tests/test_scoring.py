@@ -17,8 +17,8 @@ from dcris.data.dataset import all_questions
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.protocols import get_protocol
-from dcris.scoring import score_predictions
+from dcris.evaluation.external_masks import score_predictions
+from dcris.evaluation.protocols import get_protocol
 from dcris.utils.text_tables import latex, markdown
 
 Masks = Mapping[int, np.ndarray]

@@ -11,9 +11,9 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.readers.load import load_references
-from dcris.engine.evaluate import answer_questions
 from dcris.errors import DcrisError
-from dcris.metrics import overlap
+from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.metrics import overlap
 from dcris.prediction import Prediction
 from runs import CPU
 

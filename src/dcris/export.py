@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from dcris.config import DataConfig, RunConfig
 from dcris.data.dataset import letterbox_colour, normalise, to_square
-from dcris.data.sampling import resize_matrix
 from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, tokenizer_of
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
+from dcris.evaluation.protocols import Cris
+from dcris.evaluation.resampling import resize_matrix
 from dcris.models.encoders.clip_text import TextFeatures
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import DCRIS
-from dcris.protocols import Cris
 from dcris.segmenter import Segmenter
 from dcris.utils.files import write_directory, write_json
 from dcris.version import __version__
@@ -55,7 +55,7 @@ _INT8_TOLERANCE = 0.05
 class _FitGraph(nn.Module):
     """A photograph [H, W, 3] uint8 -> image [3, S, S], and rows [H, 4h] and columns [4w, W], which bring a map of it back.
 
-    dcris.data.transforms.Letterbox and dcris.protocols.Cris in operators that every runtime has, so that nobody has to write them
+    dcris.data.transforms.Letterbox and dcris.evaluation.protocols.Cris in operators that every runtime has, so that nobody has to write them
     again. Both keep the photograph's middle in the square's, which says the same as their corners do.
     """
 
@@ -108,7 +108,7 @@ class _FitGraph(nn.Module):
 
 
 def _bicubic(distance: Tensor) -> Tensor:
-    """Keys' kernel with a = -0.75, as dcris.data.sampling has it."""
+    """Keys' kernel with a = -0.75, as dcris.evaluation.resampling has it."""
     near = (1.25 * distance - 2.25) * distance**2 + 1
     far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
     return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))

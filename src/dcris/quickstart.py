@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dcris.analysis import analyse
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, load_config, override, refuse_other_run
 from dcris.data.dataset import all_questions
@@ -15,16 +14,17 @@ from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.evaluate import Answer, answer_questions, exchange_phrases, result_record
 from dcris.engine.trackers import read_log
 from dcris.engine.train import build_model, train
-from dcris.metrics import summarise
+from dcris.evaluation.analysis import analyse
+from dcris.evaluation.evaluator import Answer, answer_questions, exchange_phrases, result_record
+from dcris.evaluation.metrics import summarise
+from dcris.evaluation.protocols import Cris
+from dcris.evaluation.report.evaluation_report import write_evaluation_report
 from dcris.models.segmentation import DCRIS
 from dcris.outputs.job import Job
 from dcris.outputs.tasks import find_tasks
-from dcris.protocols import Cris
 from dcris.recipes import get_recipe
-from dcris.report.evaluation import write_evaluation_report
 from dcris.segmenter import Segmenter
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.files import make_directory, write_json

@@ -97,14 +97,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from dcris.analysis import analyse, best_threshold
-    from dcris.answers import write_answers
     from dcris.checkpoints.checkpoint import load_checkpoint
     from dcris.checkpoints.resolve import locate
     from dcris.data.dataset import Questions, all_questions, cut_phrases
     from dcris.data.tokenizer import tokenizer_of
-    from dcris.engine.evaluate import Answer, answer_questions, answer_together, result_record
-    from dcris.protocols import get_protocol
+    from dcris.evaluation.analysis import analyse, best_threshold
+    from dcris.evaluation.evaluator import Answer, answer_questions, answer_together, result_record
+    from dcris.evaluation.protocols import get_protocol
+    from dcris.evaluation.results import write_answers
     from dcris.utils.device import choose_device, choose_precision
     from dcris.utils.distributed import processes
     from dcris.utils.files import write_json
@@ -157,7 +157,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         if args.out is not None:
             write_json(args.out, metrics)
         if args.report is not None:
-            from dcris.report.evaluation import write_evaluation_report
+            from dcris.evaluation.report.evaluation_report import write_evaluation_report
 
             title = f"{config.recipe} on {table.dataset} {args.split}"
             write_evaluation_report(
@@ -170,13 +170,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from dcris.analysis import analyse
     from dcris.data.dataset import all_questions
     from dcris.data.readers.load import load_references
-    from dcris.engine.evaluate import result_record
-    from dcris.metrics import PRECISION_THRESHOLDS
-    from dcris.protocols import get_protocol
-    from dcris.scoring import score_predictions
+    from dcris.evaluation.analysis import analyse
+    from dcris.evaluation.evaluator import result_record
+    from dcris.evaluation.external_masks import score_predictions
+    from dcris.evaluation.metrics import PRECISION_THRESHOLDS
+    from dcris.evaluation.protocols import get_protocol
     from dcris.utils.files import write_json
     from dcris.utils.text_tables import latex, markdown
 
@@ -209,7 +209,7 @@ def _score(args: argparse.Namespace) -> None:
         if args.out is not None:
             write_json(args.out, metrics)
         if args.report is not None:
-            from dcris.report.evaluation import write_evaluation_report
+            from dcris.evaluation.report.evaluation_report import write_evaluation_report
 
             title = f"{args.predictions[0].name} on {table.dataset} {args.split}"
             write_evaluation_report(args.report, title=title, answers=answers, metrics=metrics)
@@ -227,13 +227,13 @@ def _compare(args: argparse.Namespace) -> None:
 
     from dcris.checkpoints.checkpoint import find_checkpoint, read_config
     from dcris.checkpoints.resolve import locate
-    from dcris.compare import as_text, compare, gather, is_answers, name_systems, telling
     from dcris.data.dataset import all_questions
     from dcris.data.readers.load import load_references
-    from dcris.protocols import get_protocol
-    from dcris.report.comparison import write_comparison_report
-    from dcris.report.figure import write_figures
-    from dcris.report.panels import as_panel
+    from dcris.evaluation.compare import as_text, compare, gather, is_answers, name_systems, telling
+    from dcris.evaluation.protocols import get_protocol
+    from dcris.evaluation.report.comparison_report import write_comparison_report
+    from dcris.evaluation.report.figure import write_figures
+    from dcris.evaluation.report.panels import as_panel
     from dcris.utils.device import choose_device
 
     names = name_systems(args.systems, args.names or ())

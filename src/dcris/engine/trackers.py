@@ -26,8 +26,8 @@ from dcris.config import RunConfig
 from dcris.data.dataset import Questions
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
+from dcris.evaluation.evaluator import Answer
 from dcris.utils.device import resident_memory
 from dcris.utils.drawing import (
     PNG_UP_TO,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from dcris.evaluation.report.charts import Line, chart
+from dcris.evaluation.report.html import text, write_page
 from dcris.paper import DATA_SET, SPLITS, Row, Table
-from dcris.report.charts import Line, chart
-from dcris.report.page import text, write_page
 from dcris.utils.files import write_file, write_json
 from dcris.utils.text_tables import latex, markdown
 

@@ -15,10 +15,10 @@ from dcris.data.dataset import Questions
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.table import bad, field
-from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.metrics import CURVE_THRESHOLDS, Overlap
-from dcris.protocols import Protocol
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap
+from dcris.evaluation.protocols import Protocol
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json_lines, write_file
 from dcris.utils.streams import note

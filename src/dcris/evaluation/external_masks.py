@@ -21,10 +21,10 @@ from dcris.data.dataset import Questions
 from dcris.data.images import binary_mask
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
-from dcris.engine.evaluate import Answer
 from dcris.errors import DcrisError
-from dcris.metrics import overlap
-from dcris.protocols import Protocol
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.metrics import overlap
+from dcris.evaluation.protocols import Protocol
 from dcris.types import MaskArray, SoftMask
 from dcris.utils.files import open_zip, read_json, read_json_lines
 

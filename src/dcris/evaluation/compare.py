@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from dcris.analysis import METRICS, align, analyse, difference
-from dcris.answers import read_answers
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.data.dataset import Questions, cut_phrases
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.evaluate import Answer, answer_questions
 from dcris.errors import DcrisError
-from dcris.metrics import summarise
-from dcris.protocols import Protocol
-from dcris.report.comparison import TITLES
-from dcris.report.panels import first_apart
+from dcris.evaluation.analysis import METRICS, align, analyse, difference
+from dcris.evaluation.evaluator import Answer, answer_questions
+from dcris.evaluation.metrics import summarise
+from dcris.evaluation.protocols import Protocol
+from dcris.evaluation.report.comparison_report import TITLES
+from dcris.evaluation.report.panels import first_apart
+from dcris.evaluation.results import read_answers
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
 from dcris.utils.streams import note
@@ -130,8 +130,8 @@ def compare(systems: Systems, inclusive: bool = False) -> dict[str, Any]:
         inclusive: of precision, as of `metrics.summarise`.
 
     Returns a dict of
-        systems: for each its `name`, its scores in percent and what `dcris.analysis.analyse` gives.
-        differences: for each but the first its `name`, `minus` (the first one's name) and what `dcris.analysis.difference`
+        systems: for each its `name`, its scores in percent and what `dcris.evaluation.analysis.analyse` gives.
+        differences: for each but the first its `name`, `minus` (the first one's name) and what `dcris.evaluation.analysis.difference`
             gives: the rows of its groups are those of the systems.
         references, expressions: how many were asked.
     """

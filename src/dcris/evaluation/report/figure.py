@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dcris.report.panels import CELL, Panel
+from dcris.evaluation.report.panels import CELL, Panel
 from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, mask_cell, overlay, png_bytes
 from dcris.utils.files import write_file
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcris.analysis import METRICS
-from dcris.report.charts import threshold_chart
-from dcris.report.evaluation import GROUPINGS, NOTE_INTERVALS, header
-from dcris.report.page import interval, number, percent, text, write_page
-from dcris.report.panels import Panel, panels_section
+from dcris.evaluation.analysis import METRICS
+from dcris.evaluation.report.charts import threshold_chart
+from dcris.evaluation.report.evaluation_report import GROUPINGS, NOTE_INTERVALS, header
+from dcris.evaluation.report.html import interval, number, percent, text, write_page
+from dcris.evaluation.report.panels import Panel, panels_section
 
 TITLES = {"miou": "mIoU", "oiou": "oIoU", **{key: key.capitalize() for key in METRICS if key.startswith("prec@")}}
 """Of the metrics, as the field writes them."""
@@ -33,7 +33,7 @@ def write_comparison_report(
     Args:
         path: the .html file; its directory is created.
         title: the heading.
-        comparison: what `dcris.compare.compare` gives.
+        comparison: what `dcris.evaluation.compare.compare` gives.
         measured: `dataset`, `split_by`, `split` and `protocol`.
         panels: examples by heading.
 

@@ -19,11 +19,11 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
-from dcris.metrics import Overlap, overlap_curve, summarise
+from dcris.evaluation.metrics import Overlap, overlap_curve, summarise
+from dcris.evaluation.protocols import Protocol
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import prepare_for_prediction
 from dcris.models.segmentation import DCRIS
-from dcris.protocols import Protocol
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name
 from dcris.utils.distributed import Processes

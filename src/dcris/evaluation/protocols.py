@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dcris.data.sampling import Floats, nearest, resize_matrix, sampling_matrix
 from dcris.data.transforms import Fit, Letterbox, Squash, TopLeft
 from dcris.errors import DcrisError
+from dcris.evaluation.resampling import Floats, nearest, resize_matrix, sampling_matrix
 from dcris.types import MaskArray
 
 

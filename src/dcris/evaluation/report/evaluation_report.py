@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dcris.config import RunConfig
-from dcris.engine.evaluate import Answer
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.report.charts import Line, chart, series, threshold_chart
+from dcris.evaluation.report.html import interval, number, percent, text, write_page
+from dcris.evaluation.report.panels import Panel, as_panel, panels_section, pick
 from dcris.models.segmentation import DCRIS
-from dcris.report.charts import Line, chart, series, threshold_chart
-from dcris.report.page import interval, number, percent, text, write_page
-from dcris.report.panels import Panel, as_panel, panels_section, pick
 
 
 def write_report(
@@ -36,7 +36,7 @@ def write_report(
         facts: short pairs about the run, shown in their order.
         metrics: a result file's content, in percent: `miou`, `oiou`, `prec@0.5` ..., `miou_shuffled`, what they were measured
             on (`dataset`, `split_by`, `split`, `protocol`, `references`, `expressions`), and `analysis`, as
-            `dcris.analysis.analyse` gives it. Any other number or text joins the facts.
+            `dcris.evaluation.analysis.analyse` gives it. Any other number or text joins the facts.
         curve: lines of the training log, each with `step` and, where they were measured, `loss`, `iou` and `val_first_miou`,
             the last two in percent. Values that are not finite are passed over.
         panels: examples by heading, in the order in which they are shown.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.engine.evaluate import Answer
-from dcris.report.page import percent, text
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.report.html import percent, text
 from dcris.types import MaskArray
 from dcris.utils.drawing import (
     PNG_UP_TO,

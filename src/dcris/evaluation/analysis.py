@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.masks import mask_area
-from dcris.engine.evaluate import Answer
-from dcris.metrics import CURVE_THRESHOLDS, PRECISION_THRESHOLDS
+from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, PRECISION_THRESHOLDS
 
 Floats = NDArray[np.float64]
 

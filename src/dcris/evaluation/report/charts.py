@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dcris.report.page import text
+from dcris.evaluation.report.html import text
 
 Floats = NDArray[np.float64]
 
@@ -152,7 +152,7 @@ def threshold_chart(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """The mIoU by the threshold on the probability; of one system also the oIoU.
 
     Args:
-        curves: for each system's name what `dcris.analysis.analyse` gives as its `curve`.
+        curves: for each system's name what `dcris.evaluation.analysis.analyse` gives as its `curve`.
     """
     several = len(curves) > 1
     names = {"miou": ""} if several else {"miou": "mIoU", "oiou": "oIoU"}
