@@ -98,8 +98,8 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
 def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BATCH) -> Callable[[], Any]:
     import torch
 
-    from dcris.losses import text_to_pixel_loss
     from dcris.models.optimize import hold_frozen
+    from dcris.training.losses import text_to_pixel_loss
     from dcris.utils.device import autocast
 
     images, tokens, masks = _inputs(batch, device)

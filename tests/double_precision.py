@@ -10,9 +10,9 @@ import sys
 from torch import Tensor
 
 from dcris.cli import main
-from dcris.engine import train
 from dcris.models.encoders.vit import VisionState
 from dcris.models.segmentation import DCRIS
+from dcris.training import trainer as train
 
 build_model = train.build_model
 encode_images = DCRIS.encode_images

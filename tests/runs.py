@@ -13,8 +13,8 @@ from dcris.config import RunConfig, override
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
-from dcris.engine.train import TrainResult, build_model, train
 from dcris.recipes import get_recipe
+from dcris.training.trainer import TrainResult, build_model, train
 
 CPU = torch.device("cpu")
 EVERY_STEP = ("train.log_every", "1")

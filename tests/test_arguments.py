@@ -15,11 +15,11 @@ from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
 from dcris.data.dataset import all_questions
 from dcris.data.readers.load import load_references
-from dcris.engine.train import build_model, train
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import answer_questions
 from dcris.evaluation.protocols import get_protocol
 from dcris.recipes import get_recipe
+from dcris.training.trainer import build_model, train
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 

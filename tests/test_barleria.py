@@ -14,11 +14,11 @@ from barleria_layout import VARIANT, config_of, ours
 from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import override
 from dcris.errors import DcrisError
-from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.barleria import BarleriaBridge, Flow
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import barleria_tiny
+from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks
 from etris_layout import inputs, on_the_way
 from models import error, randomise, without_dropout

@@ -24,7 +24,7 @@ from dcris import Segmenter
 from dcris.checkpoints.checkpoint import Checkpoint, list_checkpoints
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
-from dcris.engine.train import Interrupted
+from dcris.training.trainer import Interrupted
 from runs import assert_same_run, leftovers
 
 COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]

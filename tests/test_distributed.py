@@ -20,10 +20,10 @@ from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
 from dcris.engine.parallel import divide_batch, synchronise_batch_norm
-from dcris.engine.trackers import read_log
 from dcris.errors import DcrisError
-from dcris.losses import text_to_pixel_loss
 from dcris.models.segmentation import DCRIS
+from dcris.training.loggers import read_log
+from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.distributed import processes
 from launcher import torchrun_environment
 from models import randomise

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch.distributed import TCPStore
 
-import dcris.engine.train as engine
+import dcris.training.trainer as engine
 from dcris.checkpoints.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
 from dcris.cli import main
 from dcris.data.readers.load import load_references

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import override
 from dcris.errors import DcrisError
-from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.base import adapters
 from dcris.models.adapters.etris import EtrisBridge, EtrisConfig, Stage
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.encoders.clip_text import TextState
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import etris_tiny
+from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks, norms, sums
 from etris_layout import VARIANTS, config_of, inputs, on_the_way, ours, theirs
 from models import error, randomise, without_dropout

@@ -19,8 +19,8 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.evaluator import answer_questions
 from dcris.evaluation.protocols import Cris
-from dcris.losses import dice_loss, text_to_pixel_loss, training_loss
 from dcris.models.segmentation import DCRIS
+from dcris.training.losses import dice_loss, text_to_pixel_loss, training_loss
 from models import error, images, randomise, tiny_config, tokens_ending_at
 from runs import CPU, quick_config, run_training
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.base import trained_state
 from dcris.models.encoders.blocks import Slot
 from dcris.models.segmentation import DCRIS
+from dcris.training.losses import text_to_pixel_loss
 from models import images, randomise, tiny_config, tokens_ending_at
 
 TRAINED = (

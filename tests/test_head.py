@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.losses import text_to_pixel_loss
 from dcris.models.head.decoder import Decoder, sine_positions, sine_positions_2d
 from dcris.models.head.neck import Neck
 from dcris.models.head.projector import Projector, apply_kernels, finer_convolution
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import DCRIS
+from dcris.training.losses import text_to_pixel_loss
 from models import error, images, randomise, tiny_config, tokens_ending_at, torch_attention
 
 TOLERANCE = 1e-12  # of float64 numbers about 1

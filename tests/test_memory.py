@@ -18,13 +18,13 @@ from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine import memory
 from dcris.engine.parallel import divide_batch
-from dcris.engine.train import _Step, build_model
 from dcris.errors import DcrisError
-from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.base import adapters
 from dcris.models.segmentation import DCRIS
+from dcris.training import batch_size as memory
+from dcris.training.losses import text_to_pixel_loss
+from dcris.training.trainer import _Step, build_model
 from dcris.types import Batch
 from dcris.utils import device
 from dcris.utils.device import free_memory
@@ -233,7 +233,7 @@ def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
 
 GROWTH = """
 import gc, torch
-from dcris.engine.memory import _grown_by
+from dcris.training.batch_size import _grown_by
 circle = [torch.ones(100_000_000)]
 circle.append(circle)
 del circle

@@ -13,9 +13,7 @@ from torch.nn import functional as F
 
 from dcris.checkpoints.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
 from dcris.config import MethodConfig, RunConfig, override
-from dcris.engine.train import _groups, build_model
 from dcris.errors import DcrisError
-from dcris.losses import text_to_pixel_loss
 from dcris.models.adapters.adaptformer import AdaptFormerConfig, ParallelAdapter
 from dcris.models.adapters.base import attach_everywhere, trained_state
 from dcris.models.adapters.compacter import CompacterAdapter, CompacterConfig
@@ -25,6 +23,8 @@ from dcris.models.encoders.blocks import Block, Slot, SlotContext
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
 from dcris.segmenter import Segmenter
+from dcris.training.losses import text_to_pixel_loss
+from dcris.training.trainer import _groups, build_model
 from dcris.utils.device import choose_precision
 from models import error, images, randomise
 from runs import CPU, last_tensors, quick_config, run_training

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import dcris.engine.train as engine
+import dcris.training.trainer as engine
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.dataset import all_questions
@@ -29,9 +29,9 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
-from dcris.engine import trackers
-from dcris.engine.trackers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_questions, read_log
 from dcris.errors import DcrisError
+from dcris.training import loggers as trackers
+from dcris.training.loggers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_questions, read_log
 from dcris.utils.drawing import cell
 from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
 

@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import dcris.engine.train as engine
+import dcris.training.trainer as engine
 from dcris import Segmenter
 from dcris.checkpoints.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
-from dcris.engine.trackers import read_log
-from dcris.engine.train import Interrupted, build_model, learning_rate
 from dcris.errors import DcrisError
+from dcris.training.loggers import read_log
+from dcris.training.trainer import Interrupted, build_model, learning_rate
 from dcris.utils import files
 from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log, unseal
 

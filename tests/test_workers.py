@@ -16,9 +16,9 @@ from dcris.cli import main
 from dcris.config import override
 from dcris.data import dataset
 from dcris.data.scenes import write_scenes
-from dcris.engine import train as engine
-from dcris.engine.train import Interrupted, total_steps
 from dcris.errors import DcrisError
+from dcris.training import trainer as engine
+from dcris.training.trainer import Interrupted, total_steps
 from dcris.utils import workers
 from dcris.utils.streams import note_once
 from dcris.utils.workers import load, shared_memory_left, workers_that_fit

@@ -30,7 +30,6 @@ from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.train import Interrupted, build_model, total_steps, train
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import answer_questions, result_record
 from dcris.evaluation.protocols import Cris
@@ -38,6 +37,7 @@ from dcris.models.segmentation import DCRIS
 from dcris.paper import TABLES, WIDTHS, Row
 from dcris.recipes import get_recipe
 from dcris.report.ablation import Measured, write_ablation
+from dcris.training.trainer import Interrupted, build_model, total_steps, train
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.distributed import described_processes
 from dcris.utils.files import make_directory, read_json, read_text, remove_directory, write_file, write_json

@@ -339,7 +339,7 @@ class TrainConfig(Section):
     best_by: Literal["miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"] = "miou"
     """The validation score by which a checkpoint is the best."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Who shows the curves and some predictions, beside the log; see dcris.engine.trackers."""
+    """Who shows the curves and some predictions, beside the log; see dcris.training.loggers."""
     max_steps: Count | None = None
     """Train for exactly so many steps, over as many epochs as that takes, instead of for `epochs`. Milestones still count
     epochs, so a run that ends before the first keeps its learning rate."""

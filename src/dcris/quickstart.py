@@ -14,8 +14,6 @@ from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.trackers import read_log
-from dcris.engine.train import build_model, train
 from dcris.evaluation.analysis import analyse
 from dcris.evaluation.evaluator import Answer, answer_questions, exchange_phrases, result_record
 from dcris.evaluation.metrics import summarise
@@ -26,6 +24,8 @@ from dcris.outputs.job import Job
 from dcris.outputs.tasks import find_tasks
 from dcris.recipes import get_recipe
 from dcris.segmenter import Segmenter
+from dcris.training.loggers import read_log
+from dcris.training.trainer import build_model, train
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.files import make_directory, write_json
 

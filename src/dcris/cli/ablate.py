@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 
 def _ablate(args: argparse.Namespace) -> None:
     from dcris.ablate import ablate
-    from dcris.engine.train import Interrupted
+    from dcris.training.trainer import Interrupted
 
     try:
         failures = ablate(

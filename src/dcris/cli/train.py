@@ -72,8 +72,8 @@ def add(commands: Any) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    from dcris.engine.train import Interrupted
     from dcris.quickstart import quickstart
+    from dcris.training.trainer import Interrupted
 
     try:
         metrics = quickstart(args.out, seed=args.seed, device=args.device, say=say)
@@ -102,7 +102,7 @@ def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from dcris.engine.train import Interrupted
+    from dcris.training.trainer import Interrupted
     from dcris.utils.distributed import leave_together, processes
 
     with processes(args.device) as group:
@@ -118,9 +118,9 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.config import load_config, override
     from dcris.data.readers.load import load_references
     from dcris.data.tokenizer import tokenizer_of
-    from dcris.engine.memory import choose_micro_batch
-    from dcris.engine.train import build_model, check_run, train
     from dcris.recipes import SCHEDULES, get_recipe
+    from dcris.training.batch_size import choose_micro_batch
+    from dcris.training.trainer import build_model, check_run, train
     from dcris.utils.device import choose_device
 
     tell = say if group.first else lambda text: None

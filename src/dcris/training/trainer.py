@@ -48,15 +48,15 @@ from dcris.data.dataset import (
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
 from dcris.engine.parallel import divide_batch, shard_towers, synchronise_batch_norm
-from dcris.engine.trackers import Monitor, check_trackers, panel_questions
 from dcris.errors import DcrisError, out_of_memory
 from dcris.evaluation.evaluator import Answer, answer_questions, answer_together
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
-from dcris.losses import training_loss
 from dcris.models.adapters.base import trained_state
 from dcris.models.optimize import hold_frozen
 from dcris.models.segmentation import DCRIS
+from dcris.training.loggers import Monitor, check_trackers, panel_questions
+from dcris.training.losses import training_loss
 from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require
 from dcris.utils.device import autocast, choose_device, choose_precision

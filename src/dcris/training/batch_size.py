@@ -12,9 +12,9 @@ from dcris.config import RunConfig, load_config
 from dcris.data.dataset import normalise
 from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
-from dcris.losses import text_to_pixel_loss
 from dcris.models.layers.activation_checkpointing import statistics_kept
 from dcris.models.segmentation import DCRIS
+from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
 
