@@ -27,7 +27,7 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.evaluation.metrics import Overlap, summarise
-from dcris.export import export_onnx
+from dcris.inference.export_onnx import export_onnx
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import RECIPES, get_recipe
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.images import read_image
-from dcris.web.desk import coco_results
+from dcris.inference.web.service import coco_results
 
 _PHRASES = ("left circle", "the small red star", "second ring from the right", "blue square")
 

@@ -26,10 +26,10 @@ from dcris.data.tokenizer import get_tokenizer
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
+from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.base import adapters
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.segmentation import DCRIS
-from dcris.segmenter import Segmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.trainer import make_optimizer
 from detris_layout import (

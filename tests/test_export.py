@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dcris.export
+import dcris.inference.export_onnx
 from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.dataset import normalise, to_square
@@ -22,7 +22,7 @@ from dcris.data.tokenizer import get_tokenizer
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
-from dcris.export import export_onnx
+from dcris.inference.export_onnx import export_onnx
 from runs import leftovers
 
 onnx = pytest.importorskip("onnx")
@@ -167,7 +167,7 @@ def test_the_example_has_the_same_tokens(name: str) -> None:
     if name == "clip":
         pytest.importorskip("instant_clip_tokenizer")
     tokenizer = get_tokenizer(name)
-    told = json.loads(json.dumps(dcris.export._tokenizer_settings(tokenizer)))
+    told = json.loads(json.dumps(dcris.inference.export_onnx._tokenizer_settings(tokenizer)))
     phrases = [*PHRASES, "The  small\tRED ring &amp; the cup", "a b c d e f g h i j k l m n"]
     np.testing.assert_array_equal(example().tokenize(phrases, 9, **told), tokenizer(phrases, 9).numpy())
 
@@ -186,7 +186,7 @@ def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
         assert json.loads(told["std"]) == list(config.data.std)
         assert json.loads(told["tokenizer"]) == "tiny"
         (opset,) = [entry.version for entry in graph.opset_import if not entry.domain]
-        assert opset == dcris.export.OPSET
+        assert opset == dcris.inference.export_onnx.OPSET
         onnx.checker.check_model(graph)
 
 
@@ -214,7 +214,7 @@ def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Pat
 @pytest.mark.slow
 def test_the_way_into_the_square_and_back(exported: Path, segmenter: Segmenter) -> None:
     """Photographs of any shape: the letterbox is cv2's but for single grey values, and the way back the protocol's."""
-    fit, data = dcris.export._session(exported / "fit.onnx"), segmenter.config.data
+    fit, data = dcris.inference.export_onnx._session(exported / "fit.onnx"), segmenter.config.data
     for height, width in ((480, 640), (1, 1), (1, 50), (2000, 7), (333, 500)):
         coarse = np.random.default_rng(height).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
         photograph = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
@@ -239,13 +239,13 @@ def test_an_export_that_is_wrong_leaves_nothing(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that silently answers something else would be worse than none."""
-    monkeypatch.setattr(dcris.export, "_write_graphs", lambda *_: None)
+    monkeypatch.setattr(dcris.inference.export_onnx, "_write_graphs", lambda *_: None)
 
     def wrong(folder: Path, images: Any, index: Any, tokens: Any) -> Any:
         side = 4 * images.shape[-1] // 14
         return np.full((len(index), 1, side, side), 3.0, np.float32)
 
-    monkeypatch.setattr(dcris.export, "_run", wrong)
+    monkeypatch.setattr(dcris.inference.export_onnx, "_run", wrong)
     for int8 in (False, True):
         with pytest.raises(DcrisError, match="do not agree with PyTorch"):
             export_onnx(segmenter, tmp_path / "out", int8=int8)

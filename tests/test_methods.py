@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dcris.checkpoints.checkpoint import identify_towers, load_adapters, load_checkpoint, save_model
 from dcris.config import MethodConfig, RunConfig, override
 from dcris.errors import DcrisError
+from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.adaptformer import AdaptFormerConfig, ParallelAdapter
 from dcris.models.adapters.base import attach_everywhere, trained_state
 from dcris.models.adapters.compacter import CompacterAdapter, CompacterConfig
@@ -22,7 +23,6 @@ from dcris.models.adapters.lora import LoraConfig, LowRank
 from dcris.models.encoders.blocks import Block, Slot, SlotContext
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
-from dcris.segmenter import Segmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.trainer import _groups, build_model
 from dcris.utils.device import choose_precision

@@ -23,9 +23,9 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.images import image_endings
 from dcris.errors import DcrisError
-from dcris.outputs.job import Done, Failed, Job
-from dcris.outputs.label_studio import brush_rle, label_studio_config, label_studio_task
-from dcris.outputs.tasks import Task, find_tasks, read_pairs
+from dcris.inference.batch import Done, Failed, Job
+from dcris.inference.inputs import Task, find_tasks, read_pairs
+from dcris.inference.label_studio import brush_rle, label_studio_config, label_studio_task
 from runs import leftovers
 from test_distributed import daring, torchrun
 
@@ -181,7 +181,7 @@ def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of a telephone's pictures may hold more files of other kinds than of the known ones."""
-    monkeypatch.setattr("dcris.outputs.tasks.image_endings", lambda: frozenset({".jpg", ".avif", ".mpo"}))
+    monkeypatch.setattr("dcris.inference.inputs.image_endings", lambda: frozenset({".jpg", ".avif", ".mpo"}))
     for name in ("a.jpg", "b.AVIF", "c.mpo", "d.heic", "e.HEIC", "f.psd", "g.mp4", "notes", ".DS_Store", "h.wmv"):
         (tmp_path / name).touch()
     lines: list[str] = []
@@ -718,7 +718,7 @@ def test_a_full_disk_stops_at_once(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is no bad image: going on would fail a thousand times more."""
-    import dcris.outputs.job as job
+    import dcris.inference.batch as job
 
     written = job.write_file
 
@@ -931,7 +931,7 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
 def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
     """The same network, threshold and colours as for pictures."""
     pytest.importorskip("av")
-    from dcris.outputs.video import read_frames
+    from dcris.inference.video import read_frames
 
     clip, out = make_video(tmp_path / "clip.avi", 3), tmp_path / "out"
     assert (
@@ -950,7 +950,7 @@ def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
 def test_a_video_of_a_turned_telephone(angle: int, tmp_path: Path) -> None:
     """Its frames are stored as the sensor lies; a player turns them, and so must whoever segments them."""
     pytest.importorskip("av")
-    from dcris.outputs.video import read_frames
+    from dcris.inference.video import read_frames
 
     clip = make_video(tmp_path / "clip.mp4", 2, turned=angle)
     frame = next(read_frames(clip))
@@ -990,7 +990,7 @@ def test_a_video_that_is_cut_short(ending: str, share: float, model: Path, tmp_p
 def test_a_damaged_video(tmp_path: Path) -> None:
     """A decoder that paints over damage would have its inventions segmented, and one that cannot be closed hangs."""
     pytest.importorskip("av")
-    from dcris.outputs.video import read_frames
+    from dcris.inference.video import read_frames
 
     clip = make_video(tmp_path / "clip.mp4", 60, (320, 240), codec="libx264")
     whole = clip.read_bytes()
@@ -1051,7 +1051,9 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
     ]
     alone, together = [], []
     for events, kind in ((alone, "cpu"), (together, "a GPU's")):
-        monkeypatch.setattr("dcris.outputs.job._images_at_once", lambda device, kind=kind: 1 if kind == "cpu" else 16)
+        monkeypatch.setattr(
+            "dcris.inference.batch._images_at_once", lambda device, kind=kind: 1 if kind == "cpu" else 16
+        )
         job = Job(segmenter, tasks, tmp_path / kind)
         with pytest.raises(DcrisError, match="1 of 5"):
             events.extend(job.run())

@@ -14,7 +14,7 @@ from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import answer_questions
 from dcris.evaluation.metrics import overlap
-from dcris.prediction import Prediction
+from dcris.inference.prediction import Prediction
 from runs import CPU
 
 PHRASES = ["red circle", "the small striped ring", "leftmost", "a phrase with words nobody taught it: größer, 猫"]

@@ -14,7 +14,7 @@ import pytest
 
 from dcris.cli import main
 from dcris.errors import DcrisError
-from dcris.outputs.video import _DEMUXERS, VIDEO_ENDINGS, read_frames
+from dcris.inference.video import _DEMUXERS, VIDEO_ENDINGS, read_frames
 
 av = pytest.importorskip("av")
 WIDTH, HEIGHT = 128, 96

@@ -35,7 +35,7 @@ from dcris.cli import main
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.web.desk import BusyError, Desk, Limits, Visit, Visits, coco_results, masks_zip
+from dcris.inference.web.service import BusyError, Desk, Limits, Visit, Visits, coco_results, masks_zip
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
 
@@ -172,7 +172,7 @@ def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
 @contextmanager
 def serving(app: Any, limits: Limits) -> Iterator[str]:
     """The address of a server in a thread of this process."""
-    from dcris.web.page import make_server
+    from dcris.inference.web.app import make_server
 
     server = make_server(app, limits)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -189,7 +189,7 @@ def serving(app: Any, limits: Limits) -> Iterator[str]:
 def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A page, whose user's folder is a temporary one and empty in the end."""
     pytest.importorskip("gradio")
-    from dcris.web.page import make_app
+    from dcris.inference.web.app import make_app
 
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
@@ -270,7 +270,7 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
-    from dcris.web.page import make_app
+    from dcris.inference.web.app import make_app
 
     desk = Desk(segmenter)
     visits = Visits(desk.limits)
@@ -578,7 +578,7 @@ class Behind:
 @contextmanager
 def guarded(limits: Limits, app: Any = None, **options: Any) -> Iterator[str]:
     pytest.importorskip("gradio")
-    from dcris.web.guard import Guard
+    from dcris.inference.web.guard import Guard
 
     with serving(Guard(app or Behind(), {"/": 1000, "/never": 1000}, limits, **options), limits) as address:
         yield address
@@ -689,7 +689,7 @@ def test_wrong_passwords(tmp_path: Path) -> None:
 
 def test_a_password_can_be_kept_from_the_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every user of a machine sees the arguments of its programs."""
-    from dcris.web.page import AUTH, _credentials
+    from dcris.inference.web.app import AUTH, _credentials
 
     path = tmp_path / "users"
     path.write_text("\ufeffann:a:b\r\n\n bob:2 \n", encoding="utf-8")

@@ -53,8 +53,8 @@ class Site:
 @pytest.fixture(scope="module")
 def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pytest.importorskip("gradio")
-    from dcris.web.desk import Desk, Visits
-    from dcris.web.page import make_app, make_server
+    from dcris.inference.web.app import make_app, make_server
+    from dcris.inference.web.service import Desk, Visits
 
     segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
     uploads = tmp_path_factory.mktemp("uploads")

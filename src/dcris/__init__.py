@@ -7,22 +7,22 @@ from dcris.version import __version__
 __all__ = ["EncodedImage", "Prediction", "Segmenter", "__version__", "to_detections"]
 
 if TYPE_CHECKING:
-    from dcris.prediction import Prediction, to_detections
-    from dcris.segmenter import EncodedImage, Segmenter
+    from dcris.inference.prediction import Prediction, to_detections
+    from dcris.inference.segmenter import EncodedImage, Segmenter
 
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import; `dcris --help` and `dcris.__version__` do without it.
     if name == "Segmenter":
-        from dcris.segmenter import Segmenter
+        from dcris.inference.segmenter import Segmenter
 
         return Segmenter
     if name in {"Prediction", "to_detections"}:
-        from dcris import prediction
+        from dcris.inference import prediction
 
         return getattr(prediction, name)
     if name == "EncodedImage":
-        from dcris.segmenter import EncodedImage
+        from dcris.inference.segmenter import EncodedImage
 
         return EncodedImage
     raise AttributeError(f"module 'dcris' has no attribute {name!r}")

@@ -30,9 +30,9 @@ from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
+from dcris.inference.segmenter import Segmenter
 from dcris.models.optimize import hold_frozen
 from dcris.models.segmentation import DCRIS
-from dcris.segmenter import Segmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.arguments import Precision
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory

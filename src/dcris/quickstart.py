@@ -19,11 +19,11 @@ from dcris.evaluation.evaluator import Answer, answer_questions, exchange_phrase
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.report.evaluation_report import write_evaluation_report
+from dcris.inference.batch import Job
+from dcris.inference.inputs import find_tasks
+from dcris.inference.segmenter import Segmenter
 from dcris.models.segmentation import DCRIS
-from dcris.outputs.job import Job
-from dcris.outputs.tasks import find_tasks
 from dcris.recipes import get_recipe
-from dcris.segmenter import Segmenter
 from dcris.training.loggers import read_log
 from dcris.training.trainer import build_model, train
 from dcris.utils.device import choose_device, choose_precision

@@ -30,8 +30,8 @@ def _export(args: argparse.Namespace) -> None:
             f"an export is several files in a folder, and {args.out} is named as one file; give a folder: --out "
             f"{args.out.with_suffix('')}"
         )
-    from dcris.export import export_onnx
-    from dcris.segmenter import Segmenter
+    from dcris.inference.export_onnx import export_onnx
+    from dcris.inference.segmenter import Segmenter
 
     segmenter = Segmenter.from_pretrained(args.checkpoint, device="cpu", precision="float32")
     found = export_onnx(segmenter, args.out, int8=args.int8, progress=say)

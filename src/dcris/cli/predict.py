@@ -94,9 +94,9 @@ def _predict(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from dcris.outputs.job import LOCAL_FILES, Done, Failed, Job
-    from dcris.outputs.tasks import find_tasks, read_pairs
-    from dcris.segmenter import Segmenter
+    from dcris.inference.batch import LOCAL_FILES, Done, Failed, Job
+    from dcris.inference.inputs import find_tasks, read_pairs
+    from dcris.inference.segmenter import Segmenter
     from dcris.utils.distributed import processes
 
     left_out: list[str] = []

@@ -41,9 +41,9 @@ def add(commands: Any) -> None:
 
 
 def _web(args: argparse.Namespace) -> None:
-    from dcris.outputs.tasks import find_tasks
-    from dcris.segmenter import Segmenter
-    from dcris.web.page import serve
+    from dcris.inference.inputs import find_tasks
+    from dcris.inference.segmenter import Segmenter
+    from dcris.inference.web.app import serve
 
     examples = None if args.examples is None else [task.path for task in find_tasks([args.examples], ["example"])]
     sources = args.checkpoints[0] if len(args.checkpoints) == 1 else _named(args.checkpoints)

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dcris.errors import DcrisError
-from dcris.web.desk import BUSY, BusyError, Limits
+from dcris.inference.web.service import BUSY, BusyError, Limits
 
 # The page needs no other server; this keeps every browser to that, whatever a later Gradio would like to fetch.
 _HEADERS = {

@@ -31,10 +31,10 @@ from dcris.data.transforms import Fit
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import finish_in_passes
 from dcris.evaluation.protocols import Cris
+from dcris.inference.prediction import Prediction, require_threshold
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import Held, prepare_for_prediction
 from dcris.models.segmentation import DCRIS
-from dcris.prediction import Prediction, require_threshold
 from dcris.utils.arguments import PathLike, Precision, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
 from dcris.utils.hub import push

@@ -26,10 +26,10 @@ from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.resampling import resize_matrix
+from dcris.inference.segmenter import Segmenter
 from dcris.models.encoders.clip_text import TextFeatures
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import DCRIS
-from dcris.segmenter import Segmenter
 from dcris.utils.files import write_directory, write_json
 from dcris.version import __version__
 

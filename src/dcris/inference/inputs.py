@@ -16,8 +16,8 @@ from urllib.parse import quote, unquote_to_bytes
 from dcris.data.images import image_endings, why_not_read
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
-from dcris.outputs.journal import JOURNAL
-from dcris.outputs.video import VIDEO_ENDINGS
+from dcris.inference.records import JOURNAL
+from dcris.inference.video import VIDEO_ENDINGS
 from dcris.utils.files import is_partial, read_json_lines, read_text
 
 _RESULT = re.compile(

@@ -31,12 +31,12 @@ from dcris.checkpoints.backbones import fingerprint
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.outputs.journal import LOCK, Entry, Journal, Settings
-from dcris.outputs.label_studio import label_studio_config, label_studio_task
-from dcris.outputs.tasks import Task, is_utf8, named, quoted, source_exists
-from dcris.outputs.video import Frame, read_frames, write_overlay
-from dcris.prediction import Prediction, require_threshold
-from dcris.segmenter import Segmenter
+from dcris.inference.inputs import Task, is_utf8, named, quoted, source_exists
+from dcris.inference.label_studio import label_studio_config, label_studio_task
+from dcris.inference.prediction import Prediction, require_threshold
+from dcris.inference.records import LOCK, Entry, Journal, Settings
+from dcris.inference.segmenter import Segmenter
+from dcris.inference.video import Frame, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import COLOURS, overlay, png_bytes

@@ -25,11 +25,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dcris.data.images import read_image
 from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
-from dcris.prediction import Prediction
-from dcris.segmenter import Segmenter
+from dcris.inference.prediction import Prediction
+from dcris.inference.segmenter import Segmenter
+from dcris.inference.web.service import Desk, ForgottenError, Limits, Visit, Visits, coco_results, masks_zip
 from dcris.utils import files
 from dcris.utils.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
-from dcris.web.desk import Desk, ForgottenError, Limits, Visit, Visits, coco_results, masks_zip
 
 if TYPE_CHECKING:
     import gradio
@@ -183,7 +183,7 @@ def serve(
     try:
         import gradio  # noqa: F401
 
-        from dcris.web.guard import is_loopback
+        from dcris.inference.web.guard import is_loopback
     except ImportError as error:
         raise DcrisError(
             f"the web page needs packages that are not here ({error.name}): pip install 'dcris[web]'"
@@ -211,7 +211,7 @@ def make_server(app: "ASGIApp", limits: Limits) -> "uvicorn.Server":
     """uvicorn, for an application of `make_app`."""
     import uvicorn
 
-    from dcris.web.guard import Connection
+    from dcris.inference.web.guard import Connection
 
     return uvicorn.Server(
         uvicorn.Config(
@@ -242,7 +242,7 @@ def make_app(
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Mount, Route
 
-    from dcris.web.guard import Guard, Refused, failure
+    from dcris.inference.web.guard import Guard, Refused, failure
 
     limits = desk.limits
     shown_examples = _examples(desk.segmenter, examples)

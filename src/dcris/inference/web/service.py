@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from dcris.data.images import read_image
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
-from dcris.prediction import Prediction
-from dcris.segmenter import Segmenter
+from dcris.inference.prediction import Prediction
+from dcris.inference.segmenter import Segmenter
 from dcris.utils.drawing import png_bytes
 
 _Result = TypeVar("_Result")

@@ -1,0 +1,1 @@
+"""Segmenting images, folders and videos."""

@@ -1,1 +1,0 @@
-"""What `dcris predict` asks of many images and videos, and what it leaves on disk."""

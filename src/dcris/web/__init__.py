@@ -1,1 +1,0 @@
-"""The web page and its API: what `dcris web` serves."""
