@@ -142,7 +142,7 @@ def _alone(args: argparse.Namespace) -> None:
     """One row of the table ("time"), or the peak memory in GiB of one network's training steps ("theirs" or "ours")."""
     import torch
 
-    from dcris.bench import peak_memory
+    from dcris.experiments.bench import peak_memory
     from dcris.utils.device import choose_device
 
     who, what, precision = args.alone
@@ -161,7 +161,7 @@ def _alone(args: argparse.Namespace) -> None:
 def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> dict[str, Any]:
     import torch
 
-    from dcris.bench import matrix_products, ratio, take_turns
+    from dcris.experiments.bench import matrix_products, ratio, take_turns
     from dcris.utils.device import choose_precision
 
     by_default = precision == "default"
@@ -225,7 +225,7 @@ def main() -> None:
 def _measure(args: argparse.Namespace) -> None:
     import torch
 
-    from dcris.bench import machine
+    from dcris.experiments.bench import machine
     from dcris.utils.device import choose_device, choose_precision
     from dcris.utils.text_tables import markdown
 

@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from dcris.bench import in_own_process, peak_of_training, random_towers
+from dcris.experiments.bench import in_own_process, peak_of_training, random_towers
 from dcris.recipes import get_recipe
 from dcris.utils.device import free_memory
 

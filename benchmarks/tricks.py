@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.bench import machine, ratio, take_turns
+from dcris.experiments.bench import machine, ratio, take_turns
 from dcris.models.encoders.blocks import MLP
 from dcris.models.encoders.vit import as_map
 from dcris.models.head.decoder import DecoderLayer

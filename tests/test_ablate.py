@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dcris import ablate as module
-from dcris.ablate import ablate, configure
 from dcris.cli import main
 from dcris.errors import DcrisError
+from dcris.experiments import ablate as module
+from dcris.experiments.ablate import ablate, configure
+from dcris.experiments.ablation_report import Measured, who_wins, write_ablation
+from dcris.experiments.paper_tables import DATA_SET, SPLITS, TABLES, Row, Table
 from dcris.models.segmentation import DCRIS
-from dcris.paper import DATA_SET, SPLITS, TABLES, Row, Table
-from dcris.report.ablation import Measured, who_wins, write_ablation
 
 FIXED = Row(("Fixed",), dense=False, textual=False, parameters="0.00M", scores=(74.9, 77.1, 72.0))
 DEFAULT = Row(("DCRIS",), parameters="2.69M", scores=(76.4, 77.9, 73.7))
@@ -224,7 +224,7 @@ def test_what_libraries_do_on_first_use_is_no_runs_time() -> None:
     """Else the very first run, whose seconds the others are given, seems to take a second more than it does."""
     code = """
         import sys, torch
-        from dcris.ablate import _warm_up
+        from dcris.experiments.ablate import _warm_up
         from dcris.models.segmentation import DCRIS
         from dcris.recipes import get_recipe
 

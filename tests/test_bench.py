@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from dcris.bench import in_own_process, matrix_products, peak_of_training, ratio, render, take_turns
 from dcris.cli import main
+from dcris.experiments.bench import in_own_process, matrix_products, peak_of_training, ratio, render, take_turns
 from dcris.models.segmentation import DCRIS
 from dcris.recipes import dcris_tiny
 from models import needs_bfloat16
@@ -64,7 +64,7 @@ def test_a_ratio_is_taken_within_each_turn() -> None:
 def test_products_are_counted_twice_per_multiply_add() -> None:
     """Else shares of the ceiling are off by a factor of two."""
     task, operations = matrix_products(CPU, torch.float32, 64)
-    from dcris.bench import count_operations
+    from dcris.experiments.bench import count_operations
 
     assert operations == 2 * 64**3 == count_operations(task)
 
@@ -72,7 +72,7 @@ def test_products_are_counted_twice_per_multiply_add() -> None:
 @needs_bfloat16
 def test_a_prepared_model_s_operations_are_all_counted() -> None:
     """Else a prediction in bfloat16 seems to use a quarter of the machine."""
-    from dcris.bench import count_operations
+    from dcris.experiments.bench import count_operations
     from dcris.models.optimize import prepare_for_prediction
 
     model = DCRIS(dcris_tiny().model).eval()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dcris import quickstart as module
 from dcris.errors import DcrisError
+from dcris.experiments import quickstart as module
 from dcris.recipes import get_recipe
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dcris.cli.common import ROOT, adder, device_arguments, leave, natural, positive, say
 from dcris.errors import DcrisError
-from dcris.paper import TABLES
+from dcris.experiments.paper_tables import TABLES
 
 
 def add(commands: Any) -> None:
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
-    from dcris.ablate import ablate
+    from dcris.experiments.ablate import ablate
     from dcris.training.trainer import Interrupted
 
     try:

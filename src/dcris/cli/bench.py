@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from dcris.bench import Row, bench, render
+    from dcris.experiments.bench import Row, bench, render
     from dcris.recipes import get_recipe
     from dcris.utils.files import write_json
 

@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    from dcris.quickstart import quickstart
+    from dcris.experiments.quickstart import quickstart
     from dcris.training.trainer import Interrupted
 
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dcris.evaluation.report.charts import Line, chart
 from dcris.evaluation.report.html import text, write_page
-from dcris.paper import DATA_SET, SPLITS, Row, Table
+from dcris.experiments.paper_tables import DATA_SET, SPLITS, Row, Table
 from dcris.utils.files import write_file, write_json
 from dcris.utils.text_tables import latex, markdown
 
@@ -28,7 +28,7 @@ class Measured:
     cells: tuple[str, ...]
     """What names the row, in the table's own columns."""
     runs: tuple[Mapping[str, Any], ...]
-    """The result of each seed; see dcris.ablate."""
+    """The result of each seed; see dcris.experiments.ablate."""
     failure: str | None = None
     """Why there are no runs, or fewer than were asked for."""
 

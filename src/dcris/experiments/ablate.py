@@ -33,10 +33,10 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import answer_questions, result_record
 from dcris.evaluation.protocols import Cris
+from dcris.experiments.ablation_report import Measured, write_ablation
+from dcris.experiments.paper_tables import TABLES, WIDTHS, Row
 from dcris.models.segmentation import DCRIS
-from dcris.paper import TABLES, WIDTHS, Row
 from dcris.recipes import get_recipe
-from dcris.report.ablation import Measured, write_ablation
 from dcris.training.trainer import Interrupted, build_model, total_steps, train
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.distributed import described_processes
@@ -71,7 +71,7 @@ def ablate(
     """Run a table's rows, write OUT/NAME.md, .tex, .html and .json, and return what failed: a sentence for each row.
 
     Args:
-        name: one of dcris.paper.TABLES.
+        name: one of dcris.experiments.paper_tables.TABLES.
         out: the folder of all tables and of their runs.
         root: the data sets; for the tiny size None stands for scenes generated in OUT.
         size: of the towers: "tiny" or "b".

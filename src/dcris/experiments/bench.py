@@ -195,7 +195,9 @@ def peak_of_prediction(config: str, batch_size: int, device_name: str, precision
 
 def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments: Any) -> float:
     """What a function of this module returns in a process of its own, whose memory nothing else has used."""
-    program = f"import sys, json; from dcris.bench import {task.__name__} as f; print(f(*json.load(sys.stdin)))"
+    program = (
+        f"import sys, json; from dcris.experiments.bench import {task.__name__} as f; print(f(*json.load(sys.stdin)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], input=json.dumps(arguments), capture_output=True, encoding="utf-8", check=False
     )

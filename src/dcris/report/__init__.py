@@ -1,1 +1,0 @@
-"""Results in self-contained HTML files."""
