@@ -19,7 +19,7 @@ from dcris import Segmenter
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
-from dcris.engine.parallel import divide_batch, synchronise_batch_norm
+from dcris.training.parallel import divide_batch, synchronise_batch_norm
 from dcris.errors import DcrisError
 from dcris.models.segmentation import DCRIS
 from dcris.training.loggers import read_log

@@ -18,7 +18,7 @@ from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
-from dcris.engine.parallel import divide_batch
+from dcris.training.parallel import divide_batch
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import adapters
 from dcris.models.segmentation import DCRIS

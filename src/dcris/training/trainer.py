@@ -47,7 +47,7 @@ from dcris.data.dataset import (
 )
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
-from dcris.engine.parallel import divide_batch, shard_towers, synchronise_batch_norm
+from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.errors import DcrisError, out_of_memory
 from dcris.evaluation.evaluator import Answer, answer_questions, answer_together
 from dcris.evaluation.metrics import summarise
