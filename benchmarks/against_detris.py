@@ -44,7 +44,7 @@ def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
     import make_detris
 
     from dcris.checkpoints.convert_detris import rename_tensors
-    from dcris.models.segmentation import DCRIS
+    from dcris.models.segmentation import ReferringSegmenter
     from dcris.recipes import detris_b
     from detris_layout import VARIANTS, weights
 
@@ -55,7 +55,7 @@ def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
         networks["theirs"] = make_detris.build(VARIANTS["base"], dropout=True)
     if only != "theirs":
         config = detris_b().model
-        ours = DCRIS(config)
+        ours = ReferringSegmenter(config)
         ours.load_state_dict(rename_tensors(weights(VARIANTS["base"]), config, "the random weights"))
         networks["ours"] = ours
     return networks

@@ -28,7 +28,7 @@ from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.evaluation.metrics import Overlap, summarise
 from dcris.inference.export_onnx import export_onnx
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES, get_recipe
 
 PHRASES = ("left person", "the red one", "second from the right", "the thing in front")
@@ -37,7 +37,7 @@ PHRASES = ("left person", "the red one", "second from the right", "the thing in 
 def random_segmenter(recipe: str) -> Segmenter:
     """A recipe's network at its full size, every weight an ordinary number: fresh ones are full of zeros."""
     config = get_recipe(recipe)
-    model = DCRIS(config.model)
+    model = ReferringSegmenter(config.model)
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -26,7 +26,7 @@ from dcris.models.layers import attention_cpu as cpu_attention
 from dcris.models.layers.attention import MultiHeadAttention, attend
 from dcris.models.layers.dropout import Dropout
 from dcris.models.optimize import hold_frozen, prepare_for_prediction
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import dcris_b
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.text_tables import markdown
@@ -92,7 +92,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         "attention without whole maps",
         _predicted(_maps_by_hand, *blocks),
         _predicted(attend, *blocks),
-        "test_towers.py",
+        "test_encoders.py",
         "a vision block's attention",
     )
     with torch.no_grad():
@@ -102,7 +102,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
             "own attention on CPUs that have bfloat16 and no AMX",
             _predicted(F.scaled_dot_product_attention, *blocks),
             _predicted(attend, *blocks),
-            "test_cpu_attention.py",
+            "test_attention_cpu.py",
             "a vision block's attention",
         )
 
@@ -112,7 +112,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         "LayerScale and sum in one pass",
         _predicted(lambda: residual + branch * gamma),
         _predicted(lambda: torch.addcmul(residual, branch, gamma)),
-        "test_towers.py",
+        "test_encoders.py",
         "a vision block's branch",
     )
 
@@ -130,7 +130,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
             "own attention on CPUs, dropout drawn twice",
             _trained(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), *heads),
             _trained(lambda q, k, v: cpu_attention.attend(q, k, v, 0.1), *heads),
-            "test_cpu_attention.py",
+            "test_attention_cpu.py",
             "a decoder layer's self-attention, trained at batch 2",
         )
         words = [random(2, 8, 17, 64) for _ in range(2)]
@@ -207,7 +207,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
     config = dcris_b()
     torch.manual_seed(0)
-    model = DCRIS(config.model).to(device)
+    model = ReferringSegmenter(config.model).to(device)
     images, tokens = random(1, 3, 448, 448, kind=torch.float32), torch.ones(1, 17, dtype=torch.int64, device=device)
     tokens[0, 3] = config.model.text.vocabulary - 1
     with torch.no_grad():
@@ -281,7 +281,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
                 "the projector's first convolution",
             )
             x = random(2, GRID**2 + 5, 768)
-            frozen = DCRIS(config.model)
+            frozen = ReferringSegmenter(config.model)
             hold_frozen(frozen, dtype)
             yield Trick(
                 "the same without GELU, trained",

@@ -11,7 +11,7 @@ import etris_layout
 from dcris.config import RunConfig
 from dcris.models.adapters.barleria import BarleriaConfig
 from dcris.models.encoders.vit import interpolate_positions
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from detris_layout import value_of
 from etris_layout import GRID, POSITIONS, Variant
 
@@ -83,7 +83,7 @@ def ours(variant: Variant) -> dict[str, Tensor]:
     method = config.method
     assert isinstance(method, BarleriaConfig)
     with torch.device("meta"):
-        wanted = DCRIS(config).state_dict()
+        wanted = ReferringSegmenter(config).state_dict()
     state = {}
     for name, like in wanted.items():
         shape = tuple(like.shape)

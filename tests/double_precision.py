@@ -11,18 +11,18 @@ from torch import Tensor
 
 from dcris.cli import main
 from dcris.models.encoders.vit import VisionState
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training import trainer as train
 
 build_model = train.build_model
-encode_images = DCRIS.encode_images
+encode_images = ReferringSegmenter.encode_images
 
 
-def encode_in_double(self: DCRIS, images: Tensor) -> VisionState:
+def encode_in_double(self: ReferringSegmenter, images: Tensor) -> VisionState:
     return encode_images(self, images.double())
 
 
 if __name__ == "__main__":
     train.build_model = lambda *words, **named: build_model(*words, **named).double()
-    DCRIS.encode_images = encode_in_double  # type: ignore[method-assign]
+    ReferringSegmenter.encode_images = encode_in_double  # type: ignore[method-assign]
     sys.exit(main())

@@ -16,7 +16,7 @@ from dcris.config import RunConfig
 from dcris.data.tokenizer import get_tokenizer
 from dcris.models.encoders.clip_text import TextState
 from dcris.models.encoders.vit import interpolate_positions
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import etris_vit_b
 from detris_layout import PHRASES, value_of
 
@@ -89,7 +89,7 @@ def thinned(levels: Sequence[Tensor], words: Tensor, sentence: Tensor) -> dict[s
 
 
 @torch.no_grad()
-def on_the_way(model: DCRIS, images: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def on_the_way(model: ReferringSegmenter, images: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """What enters the head of an interleaved model, thinned out, and the logits."""
     state, words = model.encode_images(images), model.encode_text(tokens)
     assert model.bridge is not None
@@ -110,7 +110,7 @@ def transposed(name: str) -> bool:
 def layout(variant: Variant) -> dict[str, tuple[int, ...]]:
     """Every tensor of the published state dict, by name, after the position table was brought to the input's grid."""
     with torch.device("meta"):
-        ours = DCRIS(config_of(variant).model).state_dict()
+        ours = ReferringSegmenter(config_of(variant).model).state_dict()
     shapes = {}
     for name, value in ours.items():
         shape = tuple(value.shape)
@@ -131,7 +131,7 @@ def ours(variant: Variant) -> dict[str, Tensor]:
     grid = config.vision.grid
     state[POSITIONS] = interpolate_positions(state[POSITIONS][None], (grid, grid), config.vision.position_rule)[0]
     with torch.device("meta"):
-        names = list(DCRIS(config).state_dict())
+        names = list(ReferringSegmenter(config).state_dict())
     return {
         name: state[theirs(name)].transpose(0, 1).contiguous() if transposed(theirs(name)) else state[theirs(name)]
         for name in names

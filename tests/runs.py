@@ -34,13 +34,13 @@ def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_ti
 
 
 def run_training(
-    config: RunConfig, table: ReferenceTable | Path, out: Path, resume: bool = False, say: Callable[[str], None] = len
+    config: RunConfig, table: ReferenceTable | Path, out: Path, resume: bool = False, log: Callable[[str], None] = len
 ) -> TrainResult:
     """Train as `dcris train` does, on the CPU and in silence."""
     if isinstance(table, Path):
         table = load_references(table, config.data.dataset)
     tokenizer = get_tokenizer(config.model.text.tokenizer)
-    return train(build_model(config), config, table, tokenizer, out, device=CPU, resume=resume, say=say)
+    return train(build_model(config), config, table, tokenizer, out, device=CPU, resume=resume, log=log)
 
 
 def last_tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:

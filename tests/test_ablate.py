@@ -19,7 +19,7 @@ from dcris.experiments import ablate as module
 from dcris.experiments.ablate import ablate, configure
 from dcris.experiments.ablation_report import Measured, who_wins, write_ablation
 from dcris.experiments.paper_tables import DATA_SET, SPLITS, TABLES, Row, Table
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 
 FIXED = Row(("Fixed",), dense=False, textual=False, parameters="0.00M", scores=(74.9, 77.1, 72.0))
 DEFAULT = Row(("DCRIS",), parameters="2.69M", scores=(76.4, 77.9, 73.7))
@@ -42,7 +42,7 @@ def quiet_study(scenes_root: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Run a table on a few scenes, two steps a run."""
 
     def run(name: str, out: Path = tmp_path / "out", **more: Any) -> list[str]:
-        settings: dict[str, Any] = {"seeds": (0,), "steps": 2, "device": "cpu", "say": len}
+        settings: dict[str, Any] = {"seeds": (0,), "steps": 2, "device": "cpu", "log": len}
         return ablate(name, out, root=scenes_root, **{**settings, **more})
 
     return run
@@ -68,7 +68,7 @@ def test_rows_of_table_5_have_the_papers_counts() -> None:
     """Else the row is another model than the one whose score stands beside it."""
     for row in TABLES["table5"].rows[::4]:  # 1, 5 and 12 layers: each more takes what the first took
         with torch.device("meta"):
-            counts = DCRIS(configure(row, "b").model).count_weights()
+            counts = ReferringSegmenter(configure(row, "b").model).count_weights()
         assert f"{counts['adapters'] / 1e6:.2f}M" == row.parameters
         assert configure(row, "tiny").model.visual_adapter.layers == row.layers
 
@@ -164,7 +164,7 @@ def test_a_row_that_fails_ends_no_other(
     # An error of any kind inside a run; tried again next time.
     train = module.train
 
-    def failing(model: DCRIS, config: Any, *rest: Any, **more: Any) -> Any:
+    def failing(model: ReferringSegmenter, config: Any, *rest: Any, **more: Any) -> Any:
         if config.model.visual_adapter is None:
             raise ValueError("not\ntoday")
         return train(model, config, *rest, **more)
@@ -181,18 +181,18 @@ def test_a_study_that_is_broken_off_goes_on(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else Ctrl-C costs what was trained, or the time it took."""
-    answer = module.answer_questions
+    answer = module.predict_queries
 
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "answer_questions", interrupt)
+    monkeypatch.setattr(module, "predict_queries", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_study("table9", budgets=("steps",))
     (run,) = (tmp_path / "out" / "runs").iterdir()
     spent = json.loads((run / "time.json").read_text())
     assert spent["steps"] == 2
-    monkeypatch.setattr(module, "answer_questions", answer)
+    monkeypatch.setattr(module, "predict_queries", answer)
     assert quiet_study("table9", budgets=("steps",)) == []
     assert json.loads((run / "time.json").read_text()) == spent
     assert json.loads((run / "result.json").read_text())["seconds"] == pytest.approx(spent["seconds"])

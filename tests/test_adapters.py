@@ -12,7 +12,7 @@ from dcris.models.encoders.blocks import Block, SlotContext
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.dino import DinoV2Tower
 from dcris.models.layers.attention import MultiHeadAttention
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from models import (
     TINY_DENSE,
     TINY_TEXT,
@@ -173,7 +173,7 @@ def test_configurations_from_before_init_are_read(recorded: bool, init: str) -> 
 @torch.no_grad()
 def test_zero_started_adapters_leave_the_towers_alone() -> None:
     """Else a person who asked for a start from the plain towers gets another one."""
-    model = DCRIS(
+    model = ReferringSegmenter(
         tiny_config(
             visual_adapter=TINY_DENSE.model_copy(update={"init": "zero"}),
             text_adapter=TextAdapterConfig(layers=(0, 2), width=6, init="zero"),

@@ -15,13 +15,13 @@ from answers import answer
 from dcris.evaluation import analysis
 from dcris.evaluation.analysis import METRICS, analyse, difference, phrase_kinds, resample, scores, tally
 from dcris.evaluation.compare import compare
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap, summarise
 
 SHARES = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda pair: (min(pair), max(pair)))
 
 
-def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[Answer]:
+def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[EvalResult]:
     """Answers of every quality, several to a photograph."""
     random = np.random.default_rng(seed)
     unions = random.integers(1, 1000, count)
@@ -29,7 +29,7 @@ def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[Answer]:
     return [answer(share, photograph=int(random.integers(photographs))) for share in shares]
 
 
-def in_order(answers: Sequence[Answer]) -> list[list[Answer]]:
+def in_order(answers: Sequence[EvalResult]) -> list[list[EvalResult]]:
     """The answers of each photograph, in the order of the photographs' paths."""
     names = sorted({str(each.reference.image_path) for each in answers})
     return [[each for each in answers if str(each.reference.image_path) == name] for name in names]

@@ -13,10 +13,10 @@ from PIL import Image
 from dcris import Prediction, Segmenter, to_detections
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import get_protocol
 from dcris.recipes import get_recipe
 from dcris.training.trainer import build_model, train
@@ -212,7 +212,7 @@ def test_predictions_are_compared(segmenter: Segmenter) -> None:
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, None, "8"])
 def test_batches_of_no_photograph(segmenter: Segmenter, scenes_root: Path, batch_size: Any) -> None:
-    questions = all_questions(load_references(scenes_root, "scenes").split("test")[:1])
+    queries = all_queries(load_references(scenes_root, "scenes").split("test")[:1])
     model, config = segmenter.model, RunConfig.model_validate(segmenter.config)
     with pytest.raises(DcrisError, match="batch size"):
-        list(answer_questions(model, questions, config, segmenter.protocol, device="cpu", batch_size=batch_size))
+        list(predict_queries(model, queries, config, segmenter.protocol, device="cpu", batch_size=batch_size))

@@ -16,7 +16,7 @@ from dcris.config import override
 from dcris.errors import DcrisError
 from dcris.models.adapters.barleria import BarleriaBridge, Flow
 from dcris.models.encoders.blocks import SlotContext
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import barleria_tiny
 from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks
@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent / "golden" / "barleria.safetensors"
 def test_the_published_code_s_own_numbers() -> None:
     """Else what is called BarLeRIa in a table of results is another method."""
     expected = load_file(GOLDEN)
-    model = DCRIS(config_of(VARIANT).model)
+    model = ReferringSegmenter(config_of(VARIANT).model)
     copy_strictly(model.state_dict(), ours(VARIANT), "here")
     images, tokens = inputs(VARIANT)
     model, images = model.double(), images.double()
@@ -68,7 +68,7 @@ def test_a_flow_is_an_affine_and_planar_ones() -> None:
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:
     """Else the same phrase gets another mask in company: the published code's mean word is normalised over the batch."""
-    model = DCRIS(barleria_tiny().model).double()
+    model = ReferringSegmenter(barleria_tiny().model).double()
     randomise(model)
     images = torch.randn(3, 3, 70, 56, generator=torch.Generator().manual_seed(0)).double()
     tokens = torch.tensor([[1, 5, 9, 128, 0], [1, 7, 128, 0, 0], [1, 6, 4, 8, 128]])

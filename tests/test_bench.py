@@ -8,7 +8,7 @@ import torch
 
 from dcris.cli import main
 from dcris.experiments.bench import in_own_process, matrix_products, peak_of_training, ratio, render, take_turns
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import dcris_tiny
 from models import needs_bfloat16
 
@@ -75,7 +75,7 @@ def test_a_prepared_model_s_operations_are_all_counted() -> None:
     from dcris.experiments.bench import count_operations
     from dcris.models.optimize import prepare_for_prediction
 
-    model = DCRIS(dcris_tiny().model).eval()
+    model = ReferringSegmenter(dcris_tiny().model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)
     images, tokens = torch.zeros(1, 3, 112, 112), torch.zeros(1, 9, dtype=torch.int64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, override
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
-from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.base import adapters
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES, barleria_tiny, etris_tiny
 from models import error, randomise
 from runs import CPU, quick_config, run_training
@@ -52,7 +52,7 @@ def run(request: pytest.FixtureRequest, scenes_root: Path, tmp_path_factory: pyt
 def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
     """Else a recipe is not the method of its name; the published bridger has 598,592 weights."""
     with torch.device("meta"):
-        model = DCRIS(RECIPES[recipe]().model)
+        model = ReferringSegmenter(RECIPES[recipe]().model)
     assert model.count_weights()["adapters"] == adapters_
     assert model.bridge is not None
     assert sum(parameter.numel() for parameter in model.bridge.parameters()) == bridge
@@ -61,7 +61,7 @@ def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_steps_may_be_called_apart(method: str) -> None:
     """Else an image that is encoded once for several phrases, or a phrase for several images, gets other masks."""
-    model = DCRIS(METHODS[method]().model).double()
+    model = ReferringSegmenter(METHODS[method]().model).double()
     randomise(model)
     pictures = images(2).double()
     image_of_phrase, phrases = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 2, 0])
@@ -77,7 +77,7 @@ def test_the_steps_may_be_called_apart(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_both_towers_see_each_other(method: str) -> None:
     """Else the bridge is there in name alone. BarLeRIa's words go among the patches; its text never sees the image."""
-    model = DCRIS(METHODS[method]().model).double()
+    model = ReferringSegmenter(METHODS[method]().model).double()
     randomise(model)
     pictures = images(2).double()
     assert model.bridge is not None
@@ -95,14 +95,16 @@ def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> No
     """Else a method needs an evaluator of its own, and the scores of a table are not comparable."""
     model, config = load_checkpoint(run)
     table = load_references(scenes_root, "scenes")
-    questions = all_questions(table.split("test"))
-    answers = list(answer_questions(model, questions, config, Cris(), device=CPU))
-    assert len(answers) == len(questions)
+    queries = all_queries(table.split("test"))
+    answers = list(predict_queries(model, queries, config, Cris(), device=CPU))
+    assert len(answers) == len(queries)
 
 
 def test_a_bridge_is_no_part_of_the_towers() -> None:
     """Else it is counted as frozen, or a checkpoint knows the towers by it."""
-    model = DCRIS(etris_tiny().model)
+    model = ReferringSegmenter(etris_tiny().model)
     assert not adapters(model.vision)
     assert not adapters(model.text)
-    assert model.count_weights()["frozen"] == DCRIS(RECIPES["fixed_tiny"]().model).count_weights()["frozen"]
+    assert (
+        model.count_weights()["frozen"] == ReferringSegmenter(RECIPES["fixed_tiny"]().model).count_weights()["frozen"]
+    )

@@ -469,9 +469,9 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("command", ["", "data", *COMMANDS])
 def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Else a person has to guess how the arguments go together."""
-    with pytest.raises(SystemExit) as leave:
+    with pytest.raises(SystemExit) as exit_interrupted:
         dcris(*command.split(), "--help")
-    assert leave.value.code == 0
+    assert exit_interrupted.value.code == 0
     printed = capsys.readouterr().out
     if command != "data":
         assert f"example: dcris {command}".rstrip() in " ".join(printed.split())

@@ -17,13 +17,13 @@ from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import METRICS
 from dcris.evaluation.compare import as_text, compare, name_systems, telling
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import Overlap
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.report.comparison_report import write_comparison_report
 from dcris.evaluation.report.figure import figure, pdf_bytes, row
 from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel
-from dcris.evaluation.results import write_answers
+from dcris.evaluation.results import write_results
 from pages import Page
 from runs import leftovers, quick_config, run_training
 
@@ -44,7 +44,7 @@ def other_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def rescored(answers: Sequence[Answer], shares: Sequence[int]) -> list[Answer]:
+def rescored(answers: Sequence[EvalResult], shares: Sequence[int]) -> list[EvalResult]:
     """Another system's answers to the same expressions, each sharing so many of its pixels."""
     return [
         replace(each, overlap=Overlap(share, each.overlap.union)) for each, share in zip(answers, shares, strict=True)
@@ -102,8 +102,8 @@ def test_real_photographs_and_phrases(
         for number in range(len(reference.expressions))
         for mask in [rectangle(reference.image_size, 5, 5, 50, 60)]
     ]
-    write_answers(tmp_path / "boxes.jsonl", answers, CRIS)
-    write_answers(tmp_path / "worse.jsonl", rescored(answers, [0] * len(answers)), CRIS)
+    write_results(tmp_path / "boxes.jsonl", answers, CRIS)
+    write_results(tmp_path / "worse.jsonl", rescored(answers, [0] * len(answers)), CRIS)
     where = ("--data", refer_root, "--dataset", "refcoco", "--split", "val", "--out", tmp_path / "page.html")
     assert dcris("compare", tmp_path / "boxes.jsonl", tmp_path / "worse.jsonl", *where) == 0
     table = capsys.readouterr().out.splitlines()
@@ -160,9 +160,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         for number in range(len(reference.expressions))
         for mask in [rectangle(reference.image_size, 0, 0, 9, 9)]
     ]
-    write_answers(tmp_path / "A.jsonl", answers, CRIS)
-    write_answers(tmp_path / "C.jsonl", answers, CRIS)
-    write_answers(tmp_path / "B.jsonl", answers[:-1], CRIS)
+    write_results(tmp_path / "A.jsonl", answers, CRIS)
+    write_results(tmp_path / "C.jsonl", answers, CRIS)
+    write_results(tmp_path / "B.jsonl", answers[:-1], CRIS)
     places = {"RUN": trained_run, "ABSENT": tmp_path / "absent"}
     given = [str(places.get(word, tmp_path / word if ".jsonl" in word else word)) for word in words.split()]
     before = set(tmp_path.rglob("*"))
@@ -179,10 +179,10 @@ def test_a_wrong_file_is_found_before_a_model_has_worked(
 ) -> None:
     """A model may work for hours on a test split."""
 
-    def work(*args: object, **kwargs: object) -> Iterator[Answer]:
+    def work(*args: object, **kwargs: object) -> Iterator[EvalResult]:
         raise AssertionError
 
-    monkeypatch.setattr("dcris.evaluation.compare.answer_questions", work)
+    monkeypatch.setattr("dcris.evaluation.compare.predict_queries", work)
     (tmp_path / "a.jsonl").write_text("{}")
     assert dcris("compare", trained_run, tmp_path / "a.jsonl", "--data", scenes_root, "--split", "test") == 2
 
@@ -345,7 +345,7 @@ def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path
     mask = rectangle(reference.image_size, 3, 3, 9, 9)
     systems = {name: [drawn(reference, number, mask, mask) for number in (0, 1)] for name in "ab"}
     for name, answers in systems.items():
-        write_answers(tmp_path / f"{name}.jsonl", answers, CRIS)
+        write_results(tmp_path / f"{name}.jsonl", answers, CRIS)
     words = ("--data", tiny_refer.root, "--dataset", "tiny", "--images", tmp_path / "images")
     assert dcris("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *words) == 0
     content = (tmp_path / "images" / "figure.png").read_bytes()

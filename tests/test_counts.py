@@ -11,7 +11,7 @@ from dcris.models.adapters.base import adapters as adapters_of
 from dcris.models.adapters.dense_cross import DenseCrossAdapter
 from dcris.models.adapters.dense_text import DenseTextAdapter
 from dcris.models.adapters.text import TextAdapter
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 
 TABLE_5 = [
@@ -32,18 +32,18 @@ def count(modules: nn.Module | Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def shapes_only(config: ModelConfig) -> DCRIS:
+def shapes_only(config: ModelConfig) -> ReferringSegmenter:
     """The network without memory for its weights."""
     with torch.device("meta"):
-        return DCRIS(config)
+        return ReferringSegmenter(config)
 
 
-def adapters(model: DCRIS) -> int:
+def adapters(model: ReferringSegmenter) -> int:
     return count(adapters_of(model.vision)) + count(adapters_of(model.text))
 
 
 @pytest.fixture(scope="module")
-def base() -> DCRIS:
+def base() -> ReferringSegmenter:
     return shapes_only(ModelConfig())
 
 
@@ -58,20 +58,20 @@ def test_one_text_adapter() -> None:
     assert count(TextAdapter(512, TextAdapterConfig())) == 66_112
 
 
-def test_frozen_towers(base: DCRIS) -> None:
+def test_frozen_towers(base: ReferringSegmenter) -> None:
     """Else the towers cannot hold the published weights, and every percentage in the reports is off."""
     assert count(base.vision) - count(adapters_of(base.vision)) == 86_583_552
     assert count(base.text) - count(adapters_of(base.text)) == 63_428_097
 
 
-def test_head(base: DCRIS) -> None:
+def test_head(base: ReferringSegmenter) -> None:
     """Else the head is not the paper's, whatever it is called."""
     assert count(base.head.neck) == 10_114_560
     assert count(base.head.decoder) == 7_899_136
     assert count(base.head.projector) == 4_788_737
 
 
-def test_dcris_b(base: DCRIS) -> None:
+def test_dcris_b(base: ReferringSegmenter) -> None:
     """Else the reported trainable share (2.69 M, 1.79 %) is not this network's."""
     assert adapters(base) == 2_694_048
     trainable = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)

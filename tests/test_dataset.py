@@ -16,7 +16,7 @@ from dcris.data.dataset import (
     ImageTasks,
     TrainingBatches,
     TrainingSamples,
-    all_questions,
+    all_queries,
     normalise,
     steps_per_epoch,
     task_loader,
@@ -164,28 +164,28 @@ def test_a_set_smaller_than_the_batch_is_one_batch(toy: tuple[Reference, ...]) -
 
 def test_photographs_come_once_with_all_that_is_asked_of_them(table: ReferenceTable) -> None:
     """Else an image is encoded again for each phrase, or an expression is lost, or counted twice."""
-    questions = all_questions(table.split("test"))
-    shuffled = [questions[i] for i in np.random.default_rng(0).permutation(len(questions))]
+    queries = all_queries(table.split("test"))
+    shuffled = [queries[i] for i in np.random.default_rng(0).permutation(len(queries))]
     tasks = ImageTasks(shuffled, CONFIG, TOKENIZER)
-    assert len(tasks) == len({reference.image_path for reference, _ in questions}) == 4
+    assert len(tasks) == len({reference.image_path for reference, _ in queries}) == 4
     groups = [task for group in task_loader(tasks, images=3, workers=0) for task in group]
-    asked = [pair for task in groups for pair in task.questions]
-    assert Counter(expression.sent_id for _, expression in asked) == Counter(e.sent_id for _, e in questions)
+    asked = [pair for task in groups for pair in task.queries]
+    assert Counter(expression.sent_id for _, expression in asked) == Counter(e.sent_id for _, e in queries)
     for task in groups:
-        assert len({reference.image_path for reference, _ in task.questions}) == 1
-        assert torch.equal(task.tokens, TOKENIZER([e.text for _, e in task.questions], CONFIG.word_length))
-        for reference, _ in task.questions:
+        assert len({reference.image_path for reference, _ in task.queries}) == 1
+        assert torch.equal(task.tokens, TOKENIZER([e.text for _, e in task.queries], CONFIG.word_length))
+        for reference, _ in task.queries:
             truth = decode_mask(reference.segmentation, reference.image_size)
             np.testing.assert_array_equal(task.truths[reference.ref_id], truth.astype(bool))
     parallel = [task for group in task_loader(tasks, images=3, workers=2) for task in group]
-    assert [task.questions for task in parallel] == [task.questions for task in groups]
+    assert [task.queries for task in parallel] == [task.queries for task in groups]
 
 
 def test_validation_asks_the_first_sentence_or_all(table: ReferenceTable) -> None:
     """The CRIS family validates on the first while it trains, and tests on all."""
     references = table.split("val")
-    assert [e for _, e in all_questions(references, first_only=True)] == [r.expressions[0] for r in references]
-    assert [e for _, e in all_questions(references)] == [e for r in references for e in r.expressions]
+    assert [e for _, e in all_queries(references, first_only=True)] == [r.expressions[0] for r in references]
+    assert [e for _, e in all_queries(references)] == [e for r in references for e in r.expressions]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -203,7 +203,7 @@ def test_a_broken_photograph_is_one_sentence(toy: tuple[Reference, ...], damage:
     with pytest.raises(DcrisError, match=words[damage]) as training:
         batches_of(toy, 0, 2, workers, size=3)
     with pytest.raises(DcrisError, match=words[damage]) as evaluation:
-        list(task_loader(ImageTasks(all_questions(toy), CONFIG, TOKENIZER), images=2, workers=workers))
+        list(task_loader(ImageTasks(all_queries(toy), CONFIG, TOKENIZER), images=2, workers=workers))
     for caught in (training, evaluation):
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -218,7 +218,7 @@ def test_exchanged_phrases_are_those_of_another_object_of_the_picture(table: Ref
         assert owner[expression.sent_id].ref_id != reference.ref_id
         assert owner[expression.sent_id].image_id == reference.image_id
     counts = Counter(expression.sent_id for _, expression in mixed)
-    assert counts == Counter(e.sent_id for _, e in all_questions(references))  # each phrase is asked once, as before
+    assert counts == Counter(e.sent_id for _, e in all_queries(references))  # each phrase is asked once, as before
     assert {reference.ref_id for reference, _ in mixed} == {reference.ref_id for reference in references}
 
 

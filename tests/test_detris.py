@@ -29,7 +29,7 @@ from dcris.evaluation.protocols import Cris
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.base import adapters
 from dcris.models.encoders.blocks import SlotContext
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.trainer import make_optimizer
 from detris_layout import (
@@ -78,7 +78,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
         "instant_clip_tokenizer", reason="CLIP's vocabulary is neither in a package nor on the Hub here"
     )
     config, expected = config_of(name), golden(name)
-    model = DCRIS(config.model)
+    model = ReferringSegmenter(config.model)
     copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS[name]), config.model, "here"), "here")
     images, tokens, boxes = inputs(config)
     dtype = torch.float64 if VARIANTS[name].double else torch.float32
@@ -122,7 +122,7 @@ def test_the_published_start(name: str) -> None:
     """Else training starts elsewhere than the authors' did: a Kaiming start adds 20 times as much to the towers."""
     expected = golden(name)
     torch.manual_seed(0)
-    model = DCRIS(config_of(name).model)
+    model = ReferringSegmenter(config_of(name).model)
     weights = trainable(model)
     for key, ours, theirs in zip(sorted(weights), describe_start(weights), expected["start"], strict=True):
         mean, deviation, largest = theirs.tolist()
@@ -146,7 +146,7 @@ def test_the_published_start(name: str) -> None:
 def test_five_published_steps() -> None:
     """Else a run goes another way than the authors' did, though each of its gradients is right."""
     config, expected = config_of("small"), golden("small")
-    model = DCRIS(config.model)
+    model = ReferringSegmenter(config.model)
     copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS["small"]), config.model, "here"), "here")
     without_dropout(model).double().train()
     images, tokens, _ = inputs(config)

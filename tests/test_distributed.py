@@ -19,11 +19,11 @@ from dcris import Segmenter
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.scenes import write_scenes
-from dcris.training.parallel import divide_batch, synchronise_batch_norm
 from dcris.errors import DcrisError
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.loggers import read_log
 from dcris.training.losses import text_to_pixel_loss
+from dcris.training.parallel import divide_batch, synchronise_batch_norm
 from dcris.utils.distributed import processes
 from launcher import torchrun_environment
 from models import randomise
@@ -143,7 +143,7 @@ def compare_gradients(rank: int, port: int) -> None:
     os.environ |= torchrun_environment(rank, 3, port)
     torch.set_num_threads(1)
     sys.modules.pop("torch.distributed.nn.functional", None)  # where the tests' own imports have brought it
-    models = [DCRIS(quick_config(1).model).double() for _ in range(2)]
+    models = [ReferringSegmenter(quick_config(1).model).double() for _ in range(2)]
     for model in models:
         randomise(model)
         model.train()
@@ -161,7 +161,7 @@ def compare_gradients(rank: int, port: int) -> None:
         mine = slice(places.start, places.stop)
         (text_to_pixel_loss(models[1](images[mine], tokens[mine]), masks[mine]) * (len(places) / 8)).backward()
         group.sum_gradients([*models[1].parameters()])
-        assert group.gather(rank) == [0, 1, 2]
+        assert group.all_gather(rank) == [0, 1, 2]
         assert group.agree(None) is None
         assert group.agree(7 if rank == 1 else None) == 7
         assert group.sum(1.0, rank) == [3.0, 3.0]
@@ -174,7 +174,7 @@ def compare_gradients(rank: int, port: int) -> None:
             assert torch.allclose(one, other, rtol=1e-12, atol=1e-12), name
         # Beyond one's own eyes: what is optimised has to stay the same in all processes, to the last bit.
         total = sum(item.grad.sum().item() for item in models[1].parameters() if item.grad is not None)
-        assert len(set(group.gather(total))) == 1
+        assert len(set(group.all_gather(total))) == 1
         importlib.import_module("torch.distributed.nn.functional")  # as torch does for the first prediction
     # A thread of the group that outlives it frees tensors while the interpreter ends, and one exit in four is an abort.
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}

@@ -79,8 +79,8 @@ def test_commands_are_understood(page: str) -> None:
                 args, rest = _parser().parse_known_args(command)
             except DcrisError as error:
                 raise AssertionError(f"{page}: dcris {shlex.join(command)}: {error}") from error
-            except SystemExit as leave:  # --help, --version
-                assert leave.code == 0
+            except SystemExit as exit_interrupted:  # --help, --version
+                assert exit_interrupted.code == 0
                 continue
             assert not rest or getattr(args, "takes_settings", False), f"{page}: {command}"
 

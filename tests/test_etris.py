@@ -16,7 +16,7 @@ from dcris.models.adapters.base import adapters
 from dcris.models.adapters.etris import EtrisBridge, EtrisConfig, Stage
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.encoders.clip_text import TextState
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import etris_tiny
 from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks, norms, sums
@@ -31,7 +31,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     """Else what is called ETRIS in a table of results is another method."""
     variant = VARIANTS[name]
     expected = {key.removeprefix(f"{name}."): value for key, value in load_file(GOLDEN).items() if key.startswith(name)}
-    model = DCRIS(config_of(variant).model)
+    model = ReferringSegmenter(config_of(variant).model)
     copy_strictly(model.state_dict(), ours(variant), "here")
     dtype = torch.float64 if variant.double else torch.float32
     images, tokens = inputs(variant)
@@ -90,13 +90,13 @@ def test_an_adapter_that_reads_the_finished_text_is_refused() -> None:
     with pytest.raises(DcrisError, match=r"visual_adapter reads the finished text.*etris.*set it to null"):
         override(etris_tiny(), [("model.visual_adapter", "{}")])
     config = override(etris_tiny(), [("model.text_adapter", '{"width": 8}')])
-    assert len(adapters(DCRIS(config.model).text)) == 6
+    assert len(adapters(ReferringSegmenter(config.model).text)) == 6
 
 
 def test_stages_may_lie_anywhere() -> None:
     """Else the towers can only meet behind the last blocks; a stage at a tap is tapped behind the exchange."""
     settings = [("model.method.layers", "[2, 4]"), ("model.method.text_layers", "[0, 9]")]
-    model = DCRIS(override(etris_tiny(), settings).model).double()
+    model = ReferringSegmenter(override(etris_tiny(), settings).model).double()
     randomise(model)
     images = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(0)).double()
     tokens = torch.tensor([[1, 5, 9, 128, 0], [1, 7, 128, 0, 0]])

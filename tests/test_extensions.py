@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.cli import main
 from dcris.config import DenseCrossConfig, RunConfig, override
-from dcris.data.dataset import TrainingSamples, all_questions, normalise
+from dcris.data.dataset import TrainingSamples, all_queries, normalise
 from dcris.data.flip import swap_sides
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.evaluation.analysis import analyse, best_threshold
-from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import dice_loss, text_to_pixel_loss, training_loss
 from models import error, images, randomise, tiny_config, tokens_ending_at
 from runs import CPU, quick_config, run_training
@@ -84,7 +84,7 @@ def test_dice_stands_beside_equation_6(scenes_root: Path, tmp_path: Path) -> Non
 def test_padding_is_kept_from_the_adapters(masked: bool) -> None:
     """Else the answer to a phrase depends on how many tokens the model was told to read, even where that was turned off."""
     visual = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0, mask_padding=masked)
-    model = DCRIS(tiny_config(visual_adapter=visual)).double().eval()
+    model = ReferringSegmenter(tiny_config(visual_adapter=visual)).double().eval()
     randomise(model)
     pixels, tokens = images(2, 3, 4).double(), tokens_ending_at((3, 5), 11)
     short, long = model(pixels, tokens[:, :6]), model(pixels, tokens)
@@ -101,7 +101,7 @@ def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path
         out = tmp_path / str(size)
         run_training(quick_config(2, ("data.image_size", str(size))), scenes_root, out)
         model, config = load_checkpoint(out)
-        found = answer_questions(model, all_questions(table.split("test")), config, Cris(), device=CPU)
+        found = predict_queries(model, all_queries(table.split("test")), config, Cris(), device=CPU)
         assert all(answer.mask().shape == answer.reference.image_size for answer in found)
         samples = TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
         sample = samples[0]
@@ -112,15 +112,15 @@ def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path
     # A model that was trained at one size also answers at another.
     model, config = load_checkpoint(tmp_path / "56")
     finer = override(config, [("data.image_size", "112")])
-    found = answer_questions(model, all_questions(table.split("test")), finer, Cris(), device=CPU)
-    assert sum(1 for _ in found) == len(all_questions(table.split("test")))
+    found = predict_queries(model, all_queries(table.split("test")), finer, Cris(), device=CPU)
+    assert sum(1 for _ in found) == len(all_queries(table.split("test")))
 
 
 def test_dinov3_carries_a_whole_model() -> None:
     """Else the tower agrees with its publisher's and no head, adapter or gradient can use it."""
     config = tiny_config()
     vision = config.vision.model_copy(update={"family": "dinov3", "patch": 16})
-    model = DCRIS(config.model_copy(update={"vision": vision})).train()
+    model = ReferringSegmenter(config.model_copy(update={"vision": vision})).train()
     logits = model(torch.randn(2, 3, 48, 64), tokens_ending_at((3, 5), 8))
     assert logits.shape == (2, 1, 12, 16)
     logits.sum().backward()
@@ -141,8 +141,8 @@ def test_the_threshold_is_chosen_on_another_split(
     assert dcris("evaluate", trained_run, *data, "--split", "test", "--calibrate-on", "val", "--out", result) == 0
     record = json.loads(result.read_text())
     model, config = load_checkpoint(trained_run)
-    questions = all_questions(load_references(scenes_root, "scenes").split("val"))
-    answers = [*answer_questions(model, questions, config, Cris(), device=CPU)]
+    queries = all_queries(load_references(scenes_root, "scenes").split("val"))
+    answers = [*predict_queries(model, queries, config, Cris(), device=CPU)]
     curve = analyse(answers)["curve"]
     best = curve["thresholds"][int(np.argmax(curve["miou"]))]
     assert record["calibrated_on"] == "val"

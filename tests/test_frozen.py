@@ -8,7 +8,7 @@ from torch import nn
 
 from dcris.models.adapters.base import trained_state
 from dcris.models.encoders.blocks import Slot
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from models import images, randomise, tiny_config, tokens_ending_at
 
@@ -23,13 +23,13 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.fixture
-def model() -> DCRIS:
-    network = DCRIS(tiny_config())
+def model() -> ReferringSegmenter:
+    network = ReferringSegmenter(tiny_config())
     randomise(network)
     return network
 
 
-def step(model: DCRIS, seed: int = 0) -> None:
+def step(model: ReferringSegmenter, seed: int = 0) -> None:
     """One step of Adam over everything that may move, on noise."""
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     masks = (torch.randn(2, 1, 42, 70, generator=torch.Generator().manual_seed(seed)) > 0).float()
@@ -37,7 +37,7 @@ def step(model: DCRIS, seed: int = 0) -> None:
     optimizer.step()
 
 
-def test_exactly_adapters_and_head_train(model: DCRIS) -> None:
+def test_exactly_adapters_and_head_train(model: ReferringSegmenter) -> None:
     """Else a run trains 150 M frozen weights, or leaves an adapter out, and nobody sees it in the loss."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in model.named_parameters() if name.startswith(TRAINED)}
@@ -51,13 +51,13 @@ def test_exactly_adapters_and_head_train(model: DCRIS) -> None:
 @pytest.mark.parametrize("part", ["visual_adapter", "text_adapter"])
 def test_an_adapter_left_out_leaves_nothing_behind(part: str) -> None:
     """Else the ablation without an adapter still trains part of it."""
-    names = [name for name, _ in DCRIS(tiny_config(**{part: None})).named_parameters() if "_slot." in name]
+    names = [name for name, _ in ReferringSegmenter(tiny_config(**{part: None})).named_parameters() if "_slot." in name]
     other = "text." if part == "visual_adapter" else "vision."
     assert names
     assert all(name.startswith(other) for name in names)
 
 
-def test_a_training_step_moves_what_trains_and_nothing_else(model: DCRIS) -> None:
+def test_a_training_step_moves_what_trains_and_nothing_else(model: ReferringSegmenter) -> None:
     """Else checkpoints without towers do not give back the network that was trained."""
     before = copy.deepcopy(model.state_dict())
     model.train()
@@ -75,7 +75,7 @@ def test_a_training_step_moves_what_trains_and_nothing_else(model: DCRIS) -> Non
     assert set(before) - frozen - moved <= idle
 
 
-def test_frozen_weights_get_no_gradient(model: DCRIS) -> None:
+def test_frozen_weights_get_no_gradient(model: ReferringSegmenter) -> None:
     """Else training needs the memory of a full fine-tuning."""
     model.train()
     step(model)
@@ -83,7 +83,7 @@ def test_frozen_weights_get_no_gradient(model: DCRIS) -> None:
     assert with_gradient == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_modes_switch_adapters_and_head_only(model: DCRIS) -> None:
+def test_modes_switch_adapters_and_head_only(model: ReferringSegmenter) -> None:
     """Else a tower's behaviour depends on the mode, or adapters evaluate with dropout and batch statistics."""
     assert not model.training, "a fresh network answers; training is asked for"
     for mode in (True, False, True):
@@ -98,7 +98,7 @@ def test_modes_switch_adapters_and_head_only(model: DCRIS) -> None:
 
 
 @torch.no_grad()
-def test_statistics_move_in_training_and_never_in_evaluation(model: DCRIS) -> None:
+def test_statistics_move_in_training_and_never_in_evaluation(model: ReferringSegmenter) -> None:
     """Else evaluating a model changes it."""
     batch = images(2, 3, 5), tokens_ending_at((3, 5), 7)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -112,7 +112,7 @@ def test_statistics_move_in_training_and_never_in_evaluation(model: DCRIS) -> No
     assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-def test_checkpoints_hold_what_was_trained(model: DCRIS) -> None:
+def test_checkpoints_hold_what_was_trained(model: ReferringSegmenter) -> None:
     """Else a checkpoint carries 600 MB of towers, or forgets statistics and evaluates to noise after loading."""
     state = trained_state(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -129,7 +129,7 @@ def test_checkpoints_hold_what_was_trained(model: DCRIS) -> None:
     model.train()
     step(model)
     expected = model.eval()(pixels, tokens)
-    fresh = DCRIS(tiny_config())
+    fresh = ReferringSegmenter(tiny_config())
     frozen = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINED)}
     fresh.load_state_dict({**frozen, **trained_state(model)}, strict=True)
     assert torch.equal(fresh(pixels, tokens), expected)

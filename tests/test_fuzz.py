@@ -55,15 +55,15 @@ from dcris.checkpoints.backbones import tower_state
 from dcris.checkpoints.key_mappings import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.cli import _parser
 from dcris.config import RunConfig, override
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
 from dcris.evaluation.external_masks import score_predictions
 from dcris.evaluation.protocols import get_protocol
-from dcris.evaluation.results import write_answers
+from dcris.evaluation.results import write_results
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.dino import DinoV2Tower
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import dcris_tiny
 from fuzz import (
     ANY,
@@ -174,7 +174,7 @@ def predicted(root: Path) -> None:
 def model(root: Path) -> None:
     """A model's directory and its bundle."""
     config = small_config()
-    network = DCRIS(config.model)
+    network = ReferringSegmenter(config.model)
     randomise(network)
     segmenter = Segmenter(network, config, device="cpu")
     segmenter.save_pretrained(root / "model")
@@ -310,8 +310,8 @@ def export(root: Path) -> None:
 
 def predictions(root: Path) -> None:
     """Masks for the two sentences of a split, in everything that they may come in."""
-    questions = all_questions(load_references(make_tiny_refer(root / "data").write(), "tiny").split("val"))
-    masks = {expression.sent_id: decode_mask(reference.segmentation, (30, 40)) for reference, expression in questions}
+    queries = all_queries(load_references(make_tiny_refer(root / "data").write(), "tiny").split("val"))
+    masks = {expression.sent_id: decode_mask(reference.segmentation, (30, 40)) for reference, expression in queries}
     (root / "masks").mkdir()
     for sent_id, mask in masks.items():
         Image.fromarray(mask * np.uint8(255)).save(root / f"masks/{sent_id}.png")
@@ -320,9 +320,9 @@ def predictions(root: Path) -> None:
     (root / "results.json").write_text(json.dumps(results))
     np.savez(root / "masks.npz", **{str(sent_id): mask for sent_id, mask in masks.items()})
     protocol = get_protocol("cris")
-    answers = list(score_predictions(root / "masks", questions, protocol, keep_masks=True))
+    answers = list(score_predictions(root / "masks", queries, protocol, keep_masks=True))
     for name in ("answers.jsonl", "b.jsonl"):
-        write_answers(root / name, answers, protocol)
+        write_results(root / name, answers, protocol)
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dcris.models.head.decoder import Decoder, sine_positions, sine_positions_2d
 from dcris.models.head.neck import Neck
 from dcris.models.head.projector import Projector, apply_kernels, finer_convolution
 from dcris.models.layers.attention import MultiHeadAttention
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from models import error, images, randomise, tiny_config, tokens_ending_at, torch_attention
 
@@ -300,7 +300,7 @@ def test_loss_of_huge_logits_is_finite(dtype: torch.dtype) -> None:
 
 def test_the_head_reads_patches_of_the_taps_and_the_normed_end() -> None:
     """Else published heads get other levels: blocks' outputs as they are, the last one normalised, no class or registers."""
-    model = DCRIS(tiny_config()).double()
+    model = ReferringSegmenter(tiny_config()).double()
     randomise(model)
     model.eval()
     pixels, tokens = images(2, 3, 5).double(), tokens_ending_at((3, 5), 7)

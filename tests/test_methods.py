@@ -21,7 +21,7 @@ from dcris.models.adapters.compacter import CompacterAdapter, CompacterConfig
 from dcris.models.adapters.houlsby import HoulsbyAdapter, HoulsbyConfig
 from dcris.models.adapters.lora import LoraConfig, LowRank
 from dcris.models.encoders.blocks import Block, Slot, SlotContext
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.trainer import _groups, build_model
@@ -62,7 +62,7 @@ def test_the_list_of_methods_is_whole() -> None:
 def test_counts(method: str) -> None:
     """Else a table compares methods at other budgets than it says. Within 3% of the paper's where the paper has the method."""
     with torch.device("meta"):
-        count = DCRIS(get_recipe(f"{method}_b").model).count_weights()["adapters"]
+        count = ReferringSegmenter(get_recipe(f"{method}_b").model).count_weights()["adapters"]
     expected, paper = COUNTS[method]
     assert count == expected
     if paper:
@@ -73,14 +73,14 @@ def test_counts(method: str) -> None:
 
 
 @cache
-def _built(recipe: str) -> DCRIS:
+def _built(recipe: str) -> ReferringSegmenter:
     """The tiny towers with their own weights. The last biases differ from zero, so that nothing hides."""
     model = build_model(get_recipe(recipe))
     randomise(model.head, seed=3)
     return model
 
 
-def built(recipe: str) -> DCRIS:
+def built(recipe: str) -> ReferringSegmenter:
     return copy.deepcopy(_built(recipe))
 
 
@@ -95,13 +95,13 @@ def tokens(*rows: tuple[int, ...], length: int = 9) -> Tensor:
 PIXELS, PHRASES = images(2, 4, 4), tokens((5, 6, 7), (8, 9))
 
 
-def loss_of(model: DCRIS, seed: int = 0) -> Tensor:
+def loss_of(model: ReferringSegmenter, seed: int = 0) -> Tensor:
     masks = (torch.randn(2, 1, 56, 56, generator=torch.Generator().manual_seed(seed)) > 0).float()
     return text_to_pixel_loss(model(PIXELS, PHRASES), masks)
 
 
 @torch.enable_grad()
-def train_steps(model: DCRIS, steps: int, lr: float = 1e-2) -> None:
+def train_steps(model: ReferringSegmenter, steps: int, lr: float = 1e-2) -> None:
     model.train()
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr)
     for step in range(steps):
@@ -113,13 +113,13 @@ def train_steps(model: DCRIS, steps: int, lr: float = 1e-2) -> None:
 
 
 @cache
-def _tuned(method: str) -> DCRIS:
+def _tuned(method: str) -> ReferringSegmenter:
     model = built(f"{method}_tiny")
     train_steps(model, 3)
     return model
 
 
-def tuned(method: str) -> DCRIS:
+def tuned(method: str) -> ReferringSegmenter:
     """A model of the method after three steps; nobody may change it."""
     return _tuned(method)
 
@@ -134,7 +134,7 @@ def added(name: str) -> bool:
 def test_it_starts_as_the_plain_towers_where_it_says_so(method: str) -> None:
     """Else training starts from worse features than the towers have; and the promise is a plain sentence of its settings."""
     model = built(f"{method}_tiny")
-    plain = DCRIS(model.config.model_copy(update={"method": None})).eval()
+    plain = ReferringSegmenter(model.config.model_copy(update={"method": None})).eval()
     # Before anything is trained what is not in a slot or a bridge is the plain network.
     state = {name: value for name, value in model.state_dict().items() if not added(name)}
     plain.load_state_dict(state)
@@ -307,7 +307,7 @@ def test_houlsby_starts_nearly_as_the_identity() -> None:
     assert 0 < error(adapter(x, x, x, SlotContext()), x) < 0.02
     config = dcris_tiny().model.model_copy(update={"method": HoulsbyConfig(norms=True)})
     with torch.device("meta"):
-        trained = {n for n, p in DCRIS(config).named_parameters() if p.requires_grad and "_slot." not in n}
+        trained = {n for n, p in ReferringSegmenter(config).named_parameters() if p.requires_grad and "_slot." not in n}
     norms = {name for name in trained if not name.startswith("head.")}
     assert len(norms) == 2 * (12 * 2 * 2 + 2)
     assert all("norm" in name for name in norms)
@@ -422,7 +422,7 @@ def test_prompts_are_tokens_that_come_and_go(deep: bool) -> None:
     config = override(
         get_recipe("prompts_tiny"), [("model.method.deep", str(deep).lower()), ("model.method.text_tokens", "3")]
     )
-    model = DCRIS(config.model).eval()
+    model = ReferringSegmenter(config.model).eval()
     randomise(model)
     vision, text = model.vision, model.text
     assert vision.prefix == 1 + 4 + 8

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
-from dcris.data.transforms import Letterbox, Squash, TopLeft
+from dcris.data.transforms import Letterbox, Resize, ResizePad
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, overlap, overlap_curve, summarise
 from dcris.evaluation.protocols import PROTOCOLS, Cris, get_protocol
@@ -271,10 +271,10 @@ def test_an_unknown_protocol_lists_those_there_are() -> None:
 def test_squares_of_each_kind() -> None:
     """Squashed over everything; in the top left corner with the mean colour beside it; never another size's photograph."""
     image = np.full((50, 100, 3), 200, np.uint8)
-    assert (Squash((50, 100), 56).image(image, (1, 2, 3)) == 200).all()
-    padded = TopLeft((50, 100), 56).image(image, (1.4, 2, 3))
+    assert (Resize((50, 100), 56).image(image, (1, 2, 3)) == 200).all()
+    padded = ResizePad((50, 100), 56).image(image, (1.4, 2, 3))
     assert (padded[:28] == 200).all()
     assert (padded[28:] == (1, 2, 3)).all()
-    for fit in (Squash, TopLeft, Letterbox):
+    for fit in (Resize, ResizePad, Letterbox):
         with pytest.raises(ValueError, match="but the fit"):
             fit((100, 50), 56).image(image, (0, 0, 0))

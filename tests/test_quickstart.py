@@ -22,7 +22,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_leaves_what_it_promises_and_can_be_called_again(short: None, tmp_path: Path) -> None:
     """Whoever tries dcris looks for these files first; a second call must not train or generate anew."""
-    first = module.quickstart(tmp_path, device="cpu", say=lambda line: None)
+    first = module.quickstart(tmp_path, device="cpu", log=lambda line: None)
     stored = json.loads((tmp_path / "metrics.json").read_text())
     assert stored == first
     wanted = {"miou", "oiou", "prec@0.5", "prec@0.9", "miou_shuffled", "miou_by_kind", "seconds", "references"}
@@ -32,7 +32,7 @@ def test_it_leaves_what_it_promises_and_can_be_called_again(short: None, tmp_pat
     assert "<html" in page and "data:image" in page
     assert list((tmp_path / "predictions").rglob("*.overlay.png"))
     log = (tmp_path / "log.jsonl").read_text()
-    again = module.quickstart(tmp_path, device="cpu", say=lambda line: None)
+    again = module.quickstart(tmp_path, device="cpu", log=lambda line: None)
     assert again["weights_sha256"] == first["weights_sha256"]
     assert again["miou"] == first["miou"]
     assert (tmp_path / "log.jsonl").read_text() == log
@@ -41,12 +41,12 @@ def test_it_leaves_what_it_promises_and_can_be_called_again(short: None, tmp_pat
 def test_a_seed_that_no_run_takes_is_a_sentence(short: None, tmp_path: Path) -> None:
     """Else the model is trained, and its checkpoint cannot be read."""
     with pytest.raises(DcrisError, match=r"train\.seed"):
-        module.quickstart(tmp_path / "a", seed=2**32, device="cpu", say=lambda line: None)
+        module.quickstart(tmp_path / "a", seed=2**32, device="cpu", log=lambda line: None)
     assert not (tmp_path / "a").exists()
 
 
 def test_another_seed_does_not_train_on_the_first_ones_scenes(short: None, tmp_path: Path) -> None:
     """Means over seeds would be of one set of scenes if a folder's scenes were taken up whatever their seed."""
-    module.quickstart(tmp_path / "a", seed=1, device="cpu", say=lambda line: None)
+    module.quickstart(tmp_path / "a", seed=1, device="cpu", log=lambda line: None)
     with pytest.raises(DcrisError, match="seed"):
-        module.quickstart(tmp_path / "a", seed=2, device="cpu", say=lambda line: None)
+        module.quickstart(tmp_path / "a", seed=2, device="cpu", log=lambda line: None)

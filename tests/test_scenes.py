@@ -531,13 +531,13 @@ def test_exchanged_phrases_belong_to_another_object_of_the_same_scene(root):
     """The check that a model listens asks for the wrong object; with an own or a foreign phrase it would prove nothing."""
     references = load_references(root, "scenes").references
     owner = {e.sent_id: reference for reference in references for e in reference.expressions}
-    questions = exchange_phrases(references)
-    for reference, expression in questions:
+    queries = exchange_phrases(references)
+    for reference, expression in queries:
         assert owner[expression.sent_id].image_id == reference.image_id
         assert owner[expression.sent_id].ann_id != reference.ann_id
     # Every scene has at least two references, so none is left out, and every phrase is asked once.
-    assert {reference.ref_id for reference, _ in questions} == {reference.ref_id for reference in references}
-    assert sorted(expression.sent_id for _, expression in questions) == sorted(owner)
+    assert {reference.ref_id for reference, _ in queries} == {reference.ref_id for reference in references}
+    assert sorted(expression.sent_id for _, expression in queries) == sorted(owner)
 
 
 def test_a_reference_alone_on_its_picture_has_no_phrase_to_exchange(root):

@@ -12,7 +12,7 @@ from PIL import Image
 from dcris import Segmenter
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import answer_questions
+from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.metrics import overlap
 from dcris.inference.prediction import Prediction
 from runs import CPU
@@ -232,9 +232,9 @@ def test_threads_share_a_segmenter(segmenter: Segmenter, scenes_root: Path) -> N
 def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root: Path) -> None:
     """Else the reported scores are not those of what users get."""
     reference = load_references(scenes_root, "scenes").split("test")[0]
-    questions = [(reference, expression) for expression in reference.expressions]
-    scored = answer_questions(
-        segmenter.model, questions, segmenter.config, segmenter.protocol, device=CPU, dtype=segmenter.dtype
+    queries = [(reference, expression) for expression in reference.expressions]
+    scored = predict_queries(
+        segmenter.model, queries, segmenter.config, segmenter.protocol, device=CPU, dtype=segmenter.dtype
     )
     from dcris.data.masks import decode_mask
 

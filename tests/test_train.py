@@ -54,11 +54,11 @@ def broken(trained_run: Path, tmp_path: Path) -> Path:
 def stop_at(step: int) -> Callable[[str], None]:
     """Ctrl-C as that step ends."""
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if line.startswith(f"step {step}/"):
             signal.raise_signal(signal.SIGINT)
 
-    return say
+    return log
 
 
 def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
     out = tmp_path / "run"
     for number, step in enumerate(stops):
         with pytest.raises(Interrupted, match=f"stopped at step {step};") as stop:
-            run_training(config, table, out, resume=number > 0, say=stop_at(step))
+            run_training(config, table, out, resume=number > 0, log=stop_at(step))
         assert stop.value.exit_code == 130
         assert list_checkpoints(out)[-1].step == step
         load_checkpoint(out)  # what it left can be used
@@ -100,7 +100,7 @@ def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Pa
     config = quick_config(4, *settings, recipe=recipe)
     run_training(config, few, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        run_training(config, few, tmp_path / "halves", say=stop_at(3))
+        run_training(config, few, tmp_path / "halves", log=stop_at(3))
     run_training(config, few, tmp_path / "halves", resume=True)
     assert sum("val_first_miou" in line for line in read_log(tmp_path / "whole")) == 2
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_was_not_validated_has_no_score(
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run_training(quick_config(6, ("data.val_split", "train")), few, out, say=stop_at(2))
+        run_training(quick_config(6, ("data.val_split", "train")), few, out, log=stop_at(2))
     assert [item.score for item in list_checkpoints(out)] == [40.0, None]
     assert best_checkpoint(list_checkpoints(out)).step == 1
 
@@ -267,7 +267,7 @@ def test_the_learning_rate_by_hand() -> None:
 def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_path: Path) -> None:
     """Else nobody can tell next year whether the mixture was filtered, or which version of one's own data it was."""
     noted, lines = replace(table, notes=("two were left out",)), []
-    run_training(quick_config(1), noted, tmp_path / "run", say=lines.append)
+    run_training(quick_config(1), noted, tmp_path / "run", log=lines.append)
     record = json.loads((tmp_path / "run/data.json").read_text())
     assert record == {
         "dataset": "scenes",
@@ -327,7 +327,7 @@ def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_
     config = quick_config(4, EVERY_STEP, ("train.start", json.dumps(str(broken))))
     run_training(config, table, tmp_path / "unbroken")
     with pytest.raises(Interrupted):
-        run_training(config, table, tmp_path / "new", say=stop_at(2))
+        run_training(config, table, tmp_path / "new", log=stop_at(2))
     record = (tmp_path / "new/data.json").read_text()
     shutil.rmtree(broken)
     run_training(config, table, tmp_path / "new", resume=True)

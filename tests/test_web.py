@@ -35,7 +35,7 @@ from dcris.cli import main
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.inference.web.service import BusyError, Desk, Limits, Visit, Visits, coco_results, masks_zip
+from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Visits, coco_results, masks_zip
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
 
@@ -54,7 +54,7 @@ def picture(width: int = 110, height: int = 70, kind: str = "PNG") -> bytes:
 
 def test_what_may_be_asked(segmenter: Segmenter) -> None:
     """Each bound has its sentence: people must learn what to do, and nobody may fill the memory."""
-    desk = Desk(segmenter, Limits(pixels=10_000, phrases=3, letters=10, answer=20_000))
+    desk = InferenceService(segmenter, Limits(pixels=10_000, phrases=3, letters=10, answer=20_000))
     assert desk.photograph(picture(60, 40)).shape == (40, 60, 3)
     for data, message in (
         (b"GIF89a but no more", "cannot read the image"),
@@ -91,7 +91,7 @@ def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> No
         order.extend(phrases)
         return []
 
-    desk = Desk(SimpleNamespace(predict=predict), Limits(waiting=5))  # type: ignore[arg-type]
+    desk = InferenceService(SimpleNamespace(predict=predict), Limits(waiting=5))  # type: ignore[arg-type]
     pixels = np.zeros((4, 4, 3), np.uint8)
 
     async def crowd() -> list[Any]:
@@ -116,7 +116,7 @@ def test_questions_of_clients_that_left_are_not_answered() -> None:
         go_on.wait(20)
         return []
 
-    desk = Desk(SimpleNamespace(predict=predict))  # type: ignore[arg-type]
+    desk = InferenceService(SimpleNamespace(predict=predict))  # type: ignore[arg-type]
     pixels = np.zeros((4, 4, 3), np.uint8)
 
     async def crowd() -> None:
@@ -137,9 +137,9 @@ def test_visits_are_forgotten(segmenter: Segmenter) -> None:
     now = 0.0
     visits = Visits(Limits(kept_bytes=2_500, kept_seconds=10), clock=lambda: now)
     pixels = np.zeros((20, 20, 3), np.uint8)
-    names = [visits.put(Visit(pixels, "a.png")) for _ in range(2)]
+    names = [visits.put(Session(pixels, "a.png")) for _ in range(2)]
     visits.get(names[0])
-    third = visits.put(Visit(pixels, "b.png"))
+    third = visits.put(Session(pixels, "b.png"))
     assert len(visits) == 2
     with pytest.raises(DcrisError, match="no longer kept"):
         visits.get(names[1])
@@ -155,9 +155,9 @@ def test_visits_are_forgotten(segmenter: Segmenter) -> None:
 
 def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
     """The slider must show what Segmenter.predict would say at that threshold, confidence and all."""
-    desk = Desk(segmenter)
+    desk = InferenceService(segmenter)
     pixels = desk.photograph(picture())
-    visit = Visit(pixels, "a.png", asyncio.run(desk.ask(pixels, PHRASES, None)))
+    visit = Session(pixels, "a.png", asyncio.run(desk.ask(pixels, PHRASES, None)))
     for threshold in (0.05, 0.2, 0.5):
         expected = segmenter.predict(pixels, PHRASES, threshold=threshold)
         found = visit.at(threshold)
@@ -196,7 +196,7 @@ def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> I
         for name in ("HOME", "TMPDIR", "GRADIO_TEMP_DIR"):
             patch.setenv(name, str(folder))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        desk = Desk(segmenter, Limits(upload=100_000))
+        desk = InferenceService(segmenter, Limits(upload=100_000))
         with serving(make_app(desk, Visits(desk.limits), hosts=["demo.example"]), desk.limits) as found:
             yield found
         desk.close()
@@ -272,11 +272,11 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
 
     from dcris.inference.web.app import make_app
 
-    desk = Desk(segmenter)
+    desk = InferenceService(segmenter)
     visits = Visits(desk.limits)
     client = TestClient(make_app(desk, visits, hosts=["testserver"]))
     answers = segmenter.predict(read_image(picture()), ["left"], scores=True)
-    name = visits.put(Visit(np.zeros((4, 4, 3), np.uint8), "..\\\\up/../a.png", answers))
+    name = visits.put(Session(np.zeros((4, 4, 3), np.uint8), "..\\\\up/../a.png", answers))
     for threshold in ("2", "nan", "much", ""):
         answer = client.get(f"/download/{name}/coco.json?threshold={threshold}")
         assert answer.status_code == 400

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.masks import decode_mask
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -54,7 +54,7 @@ class Site:
 def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pytest.importorskip("gradio")
     from dcris.inference.web.app import make_app, make_server
-    from dcris.inference.web.service import Desk, Visits
+    from dcris.inference.web.service import InferenceService, Visits
 
     segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
     uploads = tmp_path_factory.mktemp("uploads")
@@ -62,14 +62,14 @@ def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         site = Site(f"http://127.0.0.1:{listening.getsockname()[1]}", segmenter, uploads)
-        segment = DCRIS.segment
+        segment = ReferringSegmenter.segment
 
-        def counted(model: DCRIS, state: Any, text: Any) -> Any:
+        def counted(model: ReferringSegmenter, state: Any, text: Any) -> Any:
             site.passes.append(len(text.tokens))
             return segment(model, state, text)
 
-        patch.setattr(DCRIS, "segment", counted)
-        desk = Desk(segmenter)
+        patch.setattr(ReferringSegmenter, "segment", counted)
+        desk = InferenceService(segmenter)
         server = make_server(make_app(desk, Visits(desk.limits)), desk.limits)
         thread = Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

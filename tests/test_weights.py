@@ -44,7 +44,7 @@ from dcris.errors import DcrisError
 from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.clip_vision import ClipVisionTower
 from dcris.models.encoders.dino import DinoV2Tower
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
 from dcris.utils.hub import fetch
 from hub import Hub
@@ -548,7 +548,7 @@ def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: 
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path / "v")})
     hub.push(TEXT_REPO, {"model.safetensors": written(hub_clip(TINY_TEXT), tmp_path / "t")})
     config = RunConfig(model=tiny_config(**shapes), data=DataConfig(word_length=12))
-    model = DCRIS(config.model)
+    model = ReferringSegmenter(config.model)
     weights.load_towers(model.vision, model.text, config.model)
     towers = identify_towers(model)
     optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
@@ -559,7 +559,7 @@ def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: 
     assert identify_towers(again) == towers
     assert pinned.model.vision.revision == towers["vision"]["revision"]
     refuse_other_run(config, pinned, saved_at)  # so that a run can go on there too
-    moved = DCRIS(config.model)
+    moved = ReferringSegmenter(config.model)
     weights.load_towers(moved.vision, moved.text, config.model)
     with pytest.raises(
         DcrisError, match=f"another vision tower than {VISION} .* revision {towers['vision']['revision']}"

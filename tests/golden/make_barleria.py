@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import in_double, stand_in_for_clip, stub_modules
 
 from barleria_layout import VARIANT, config_of, theirs, weights
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from detris_layout import masks, norms
 from etris_layout import POSITIONS, inputs, thinned
 from models import without_dropout
@@ -186,7 +186,11 @@ def main() -> None:
     stub_imports()
     network: Any = build()
     with torch.device("meta"):
-        ours = [name for name, weight in DCRIS(config_of(VARIANT).model).named_parameters() if weight.requires_grad]
+        ours = [
+            name
+            for name, weight in ReferringSegmenter(config_of(VARIANT).model).named_parameters()
+            if weight.requires_grad
+        ]
     images, tokens = inputs(VARIANT)
     images = images.double()
     network.eval()

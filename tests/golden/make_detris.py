@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import in_double, stand_in_for_clip, stub_modules
 
 from dcris.checkpoints.convert_detris import rename_tensors
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from detris_layout import (
     COMPARED,
     HEAD,
@@ -214,7 +214,7 @@ def trained(name: str, network: nn.Module) -> dict[str, Tensor]:
     """The published weights that train, by our names and in our layout."""
     config = config_of(name).model
     with torch.device("meta"):
-        ours = {key for key, value in DCRIS(config).named_parameters() if value.requires_grad}
+        ours = {key for key, value in ReferringSegmenter(config).named_parameters() if value.requires_grad}
     return {
         key: value.detach() for key, value in rename_tensors(network.state_dict(), config, name).items() if key in ours
     }

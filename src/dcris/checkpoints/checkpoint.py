@@ -32,7 +32,7 @@ from dcris.checkpoints.tensor_files import open_safetensors
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import trained_state
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import (
     open_regular,
@@ -71,7 +71,7 @@ Origin = Mapping[str, str]
 """Of a published checkpoint that was converted, which one it was: "name", "source", "revision", "sha256"; else nothing."""
 
 
-def identify_towers(model: DCRIS) -> Towers:
+def identify_towers(model: ReferringSegmenter) -> Towers:
     """Name a model's frozen towers. Reads every weight: a second or two for the large ones."""
     return {
         name: {"name": part.config.name, **part.source, "sha256": fingerprint(frozen_state(part))}
@@ -81,7 +81,7 @@ def identify_towers(model: DCRIS) -> Towers:
 
 def save_checkpoint(
     run: Path,
-    model: DCRIS,
+    model: ReferringSegmenter,
     towers: Towers,
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
@@ -145,7 +145,7 @@ def save_whole(
     Raises DcrisError where it cannot be written.
     """
     with torch.device("meta"):  # names without memory
-        model = DCRIS(config.model)
+        model = ReferringSegmenter(config.model)
     trained = trained_state(model).keys()
     state = {name: value.contiguous() for name, value in tensors.items() if name in trained}
     if half:
@@ -166,7 +166,7 @@ def save_whole(
 
 def save_model(
     path: Path,
-    model: DCRIS,
+    model: ReferringSegmenter,
     towers: Towers,
     config: RunConfig,
     *,
@@ -229,13 +229,13 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
 
 
-def _halved(state: Mapping[str, Tensor], model: DCRIS) -> dict[str, Tensor]:
+def _halved(state: Mapping[str, Tensor], model: ReferringSegmenter) -> dict[str, Tensor]:
     """Weights in float16; statistics as they are."""
     weights = {name for name, _ in model.named_parameters()}
     return {name: value.half() if name in weights else value for name, value in state.items()}
 
 
-def _tower_tensors(model: DCRIS) -> dict[str, Tensor]:
+def _tower_tensors(model: ReferringSegmenter) -> dict[str, Tensor]:
     """The tensors of the towers that are frozen, by their names in the whole model."""
     return {
         f"{name}.{key}": value
@@ -313,8 +313,8 @@ def check_files(path: Path, names: Container[str] = (_MODEL, _OPTIMIZER, _CONFIG
             )
 
 
-def sound_checkpoints(run: Path, say: Callable[[str], None]) -> list[Checkpoint]:
-    """The checkpoints a run can go on from, oldest first, after the traces of a kill were removed; `say` takes a line for each
+def sound_checkpoints(run: Path, log: Callable[[str], None]) -> list[Checkpoint]:
+    """The checkpoints a run can go on from, oldest first, after the traces of a kill were removed; `log` takes a line for each
     that is damaged and was moved aside.
 
     Every file is read. Raises DcrisError where all are damaged; then none is moved.
@@ -346,7 +346,7 @@ def sound_checkpoints(run: Path, say: Callable[[str], None]) -> list[Checkpoint]
             path.rename(aside)
         except OSError as error:
             raise DcrisError(f"cannot move {path} aside ({error.strerror or error}); delete it: {complaint}") from error
-        say(f"the checkpoint of step {step} is damaged and is left out, moved to {aside}: {complaint}")
+        log(f"the checkpoint of step {step} is damaged and is left out, moved to {aside}: {complaint}")
     return list_checkpoints(run)
 
 
@@ -390,7 +390,7 @@ def find_checkpoint(path: Path) -> Path:
     raise DcrisError(f"{path} holds no checkpoint: neither {_MODEL} nor checkpoints/step-* is in it")
 
 
-def load_checkpoint(path: PathLike) -> tuple[DCRIS, RunConfig]:
+def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
     """Build the model of a checkpoint directory, a run or a bundle, towers and all, on the CPU in evaluation mode.
 
     Raises DcrisError where a file is missing, cut short or of another model, or where the frozen towers are not those that
@@ -400,7 +400,7 @@ def load_checkpoint(path: PathLike) -> tuple[DCRIS, RunConfig]:
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     with torch.device("meta"):  # names and shapes without memory
-        model = DCRIS(config.model)
+        model = ReferringSegmenter(config.model)
     # A stranger's configuration may ask for any amount of memory: what was trained has to be there in those shapes first.
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     model.to_empty(device="cpu")
@@ -414,7 +414,7 @@ def load_checkpoint(path: PathLike) -> tuple[DCRIS, RunConfig]:
     return model, config
 
 
-def load_trained(model: DCRIS, path: Path) -> None:
+def load_trained(model: ReferringSegmenter, path: Path) -> None:
     """Copy a checkpoint's adapters and head into a model whose towers are filled. Raises as load_checkpoint does."""
     towers = _require_towers(path, identify_towers(model))
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
@@ -423,7 +423,7 @@ def load_trained(model: DCRIS, path: Path) -> None:
         tower.source = tower.source or {key: towers[name][key] for key in ("source", "revision") if key in towers[name]}
 
 
-def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, RunConfig]:
+def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tuple[ReferringSegmenter, RunConfig]:
     """A checkpoint's model on the frozen towers of another: only its adapters and head take memory.
 
     Args:
@@ -437,7 +437,7 @@ def load_adapters(path: Path, shared: DCRIS, towers: Towers) -> tuple[DCRIS, Run
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     with torch.device("meta"):  # names and shapes without memory
-        model = DCRIS(config.model)
+        model = ReferringSegmenter(config.model)
     wanted, there = _tower_tensors(model), _tower_tensors(shared)
     if wanted.keys() < there.keys():  # it trains some of its towers' weights itself, and is known by the others
         there = {name: there[name] for name in wanted}
@@ -500,7 +500,7 @@ def read_config(path: Path) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def _read_trained(path: Path, model: DCRIS) -> dict[str, Tensor]:
+def _read_trained(path: Path, model: ReferringSegmenter) -> dict[str, Tensor]:
     """What was trained: all of a directory's model file, and of a bundle what is no tower's."""
     return _read_tensors(path, but=_tower_tensors(model)) if path.is_file() else _read_tensors(path / _MODEL)
 

@@ -18,7 +18,7 @@ from dcris.checkpoints.checkpoint import save_whole
 from dcris.checkpoints.tensor_files import open_tensors
 from dcris.config import ModelConfig, RunConfig, override, parse_config
 from dcris.errors import DcrisError
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import detris_b, detris_l, detris_l_mixed
 
 # By the vision tower's width and depth. What no tensor tells, heads and the blocks the neck reads, comes with the recipe.
@@ -135,7 +135,7 @@ def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str
     Raises DcrisError naming the first tensor that is missing, of another shape or kind, or has no place.
     """
     with torch.device("meta"):  # names and shapes without memory
-        ours = DCRIS(config).state_dict()
+        ours = ReferringSegmenter(config).state_dict()
     left, renamed = dict(theirs), {}
     for name, expected in ours.items():
         published = published_name(name)

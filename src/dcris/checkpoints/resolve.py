@@ -22,7 +22,7 @@ from dcris.utils.streams import note
 Say = Callable[[str], None]
 
 
-def locate(source: str | Path, *, towers: bool = True, say: Say = note) -> Path:
+def locate(source: str | Path, *, towers: bool = True, log: Say = note) -> Path:
     """The directory or bundle on this machine that `source` names; what is not here yet is fetched.
 
     Args:
@@ -39,7 +39,7 @@ def locate(source: str | Path, *, towers: bool = True, say: Say = note) -> Path:
             return path
     source = str(source)
     if source in PUBLISHED:
-        return _published(source, say)
+        return _published(source, log)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source, re.ASCII) and not _is_local(source):
         return _repository(source, towers)
     if "detris" in source and "/" not in source:
@@ -85,16 +85,16 @@ def _repository(source: str, towers: bool) -> Path:
     return config.path.parent
 
 
-def _published(name: str, say: Say) -> Path:
+def _published(name: str, log: Say) -> Path:
     model, folder = PUBLISHED[name], cache_folder()
     out = folder / name
     if out.is_dir():  # directories are written whole or not at all
         return out
     wanted = model.file or _find(name, model)
-    say(f"{name}: fetching {wanted} of {REPOSITORY} from the Hub, unless it is cached there")
+    log(f"{name}: fetching {wanted} of {REPOSITORY} from the Hub, unless it is cached there")
     file = fetch(REPOSITORY, "main", [wanted])
     checksum = _check(file, model, folder / "sha256.json")
-    say(f"{name}: converting it, once, into {out}")
+    log(f"{name}: converting it, once, into {out}")
     origin = {"name": name, "source": f"{REPOSITORY}/{file.name}", "revision": file.commit, "sha256": checksum}
     convert_file(file.path, out, model.word_length, origin)
     return out

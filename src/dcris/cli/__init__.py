@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, train, web
-from dcris.cli.common import Parser, complain
+from dcris.cli.common import Parser, on_error
 from dcris.errors import DcrisError, out_of_memory
 from dcris.utils.streams import usable_streams
 from dcris.utils.workers import dead_worker
@@ -29,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             _run(arguments)
         except KeyboardInterrupt:
-            complain("interrupted")
+            on_error("interrupted")
             return INTERRUPTED
         except BrokenPipeError:  # `dcris recipes | head`
             return 0
         except Exception as error:
             if (sentence := _sentence(error)) is None:
                 raise
-            complain(sentence)
+            on_error(sentence)
             return BAD_INPUT
     return 0
 

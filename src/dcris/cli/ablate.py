@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import ROOT, adder, device_arguments, leave, natural, positive, say
+from dcris.cli.common import ROOT, adder, device_arguments, exit_interrupted, log, natural, positive
 from dcris.errors import DcrisError
 from dcris.experiments.paper_tables import TABLES
 
@@ -53,11 +53,11 @@ def _ablate(args: argparse.Namespace) -> None:
             epochs=args.epochs,
             budgets=("steps", "time") if args.budget == "both" else (args.budget,),
             device=args.device,
-            say=say,
+            log=log,
         )
     except Interrupted as stop:
-        leave(stop)
-    say(f"written: {args.out / args.table}.md, .tex, .html and .json")
+        exit_interrupted(stop)
+    log(f"written: {args.out / args.table}.md, .tex, .html and .json")
     if failures:
         raise DcrisError(
             f"{len(failures)} of the rows failed ({failures[0]}); the others are written, and this can be run again"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import adder, device_arguments, positive, say
+from dcris.cli.common import adder, device_arguments, log, positive
 
 
 def add(commands: Any) -> None:
@@ -31,7 +31,7 @@ def _bench(args: argparse.Namespace) -> None:
     from dcris.utils.files import write_json
 
     def show(row: Row) -> None:
-        say(f"{row.what}: {row.value:.4g} {row.unit}")
+        log(f"{row.what}: {row.value:.4g} {row.unit}")
 
     figures = bench(
         get_recipe(args.recipe),
@@ -41,7 +41,7 @@ def _bench(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress=show,
     )
-    say(render(figures))
+    log(render(figures))
     if args.json is not None:
         write_json(args.json, figures)
-        say(f"wrote {args.json}")
+        log(f"wrote {args.json}")

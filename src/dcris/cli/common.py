@@ -24,12 +24,12 @@ CHECKPOINT = (
 ROOT = "the folder of the data sets, or a data set of one's own: a .jsonl file"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a line for a person to standard output. Raises DcrisError where that cannot be written."""
     write(printable(text))
 
 
-def complain(text: str) -> None:
+def on_error(text: str) -> None:
     """Print why a command ends, as one line of bounded length."""
     line = printable(text).replace("\n", "\\n")
     half = _LONGEST_LINE // 2
@@ -42,7 +42,7 @@ def argument(path: Path | str) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
-def leave(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:
+def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:
     """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal.
 
     `again` is what goes on from where it stopped.
@@ -50,7 +50,7 @@ def leave(stop: Any, again: str = "the same command", quiet: bool = False) -> No
     with suppress(ValueError):  # where this is not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would take the place of the sentence
     if not quiet:
-        complain(f"stopped at step {stop.checkpoint.step}; {again} goes on from {stop.checkpoint.path}")
+        on_error(f"stopped at step {stop.checkpoint.step}; {again} goes on from {stop.checkpoint.path}")
     sys.exit(stop.exit_code)
 
 

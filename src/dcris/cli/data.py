@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import ROOT, adder, argument, data_set_arguments, natural, own_name, say, share
+from dcris.cli.common import ROOT, adder, argument, data_set_arguments, log, natural, own_name, share
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal, note
 
@@ -95,7 +95,7 @@ def _data_fetch(args: argparse.Namespace) -> None:
     finally:
         if bar is not None:
             bar.close()
-    say(
+    log(
         f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {argument(args.out)} --dataset "
         f"{table.dataset}"
     )
@@ -116,7 +116,7 @@ def _data_check(args: argparse.Namespace) -> None:
             mask_threshold=args.mask_threshold,
             progress=lambda done: bar.update(done - bar.n),
         )
-    say(json.dumps(report.to_json(), indent=2) if args.json else report.table())
+    log(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
         several = "problems, the first" if report.problem_count > 1 else "problem"
         raise DcrisError(f"{report.problem_count:,} {several}: {report.problems[0]}")
@@ -138,7 +138,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             progress=lambda done: bar.update(done - bar.n),
         )
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
-    say(f"{args.out}: {made} scenes; next: dcris data check {argument(args.out)} --dataset scenes")
+    log(f"{args.out}: {made} scenes; next: dcris data check {argument(args.out)} --dataset scenes")
 
 
 def _data_import_coco(args: argparse.Namespace) -> None:
@@ -157,5 +157,5 @@ def _data_import_coco(args: argparse.Namespace) -> None:
         strict=args.strict,
     )
     for problem in done.problems:
-        say(f"left out: {problem}")
-    say(f"{args.out}: {done}; next: dcris data check {argument(args.out)}")
+        log(f"left out: {problem}")
+    log(f"{args.out}: {done}; next: dcris data check {argument(args.out)}")

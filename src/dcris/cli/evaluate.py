@@ -12,11 +12,11 @@ from dcris.cli.common import (
     data_root_argument,
     data_set_arguments,
     device_arguments,
+    log,
     natural,
     own_name,
     positive,
     protocol_argument,
-    say,
 )
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal, note
@@ -99,12 +99,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from dcris.checkpoints.checkpoint import load_checkpoint
     from dcris.checkpoints.resolve import locate
-    from dcris.data.dataset import Questions, all_questions, cut_phrases
+    from dcris.data.dataset import Queries, all_queries, cut_phrases
     from dcris.data.tokenizer import tokenizer_of
     from dcris.evaluation.analysis import analyse, best_threshold
-    from dcris.evaluation.evaluator import Answer, answer_questions, answer_together, result_record
+    from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries, result_record
     from dcris.evaluation.protocols import get_protocol
-    from dcris.evaluation.results import write_answers
+    from dcris.evaluation.results import write_results
     from dcris.utils.device import choose_device, choose_precision
     from dcris.utils.distributed import processes
     from dcris.utils.files import write_json
@@ -118,17 +118,17 @@ def _evaluate(args: argparse.Namespace) -> None:
         model.to(device)
         dtype = choose_precision(args.precision or config.train.precision, device)
         table = data_of(args, config)
-        questions = all_questions(table.split(args.split))
-        if group.first and (cut := cut_phrases(questions, config.data, tokenizer_of(config.model.text), table.dataset)):
+        queries = all_queries(table.split(args.split))
+        if group.first and (cut := cut_phrases(queries, config.data, tokenizer_of(config.model.text), table.dataset)):
             note(cut)
         quiet = not (group.first and is_terminal())
         keep_masks = args.report is not None or args.answers is not None
 
-        def answer(questions: Questions, keep_masks: bool, share: tuple[int, int]) -> list[Answer]:
-            with tqdm(total=len(questions) // share[1], unit="phrase", disable=quiet) as bar:
-                found = answer_questions(
+        def answer(queries: Queries, keep_masks: bool, share: tuple[int, int]) -> list[EvalResult]:
+            with tqdm(total=len(queries) // share[1], unit="phrase", disable=quiet) as bar:
+                found = predict_queries(
                     model,
-                    questions,
+                    queries,
                     config,
                     protocol,
                     device=device,
@@ -141,10 +141,10 @@ def _evaluate(args: argparse.Namespace) -> None:
                 return list(found)
 
         if args.calibrate_on is not None:
-            others = all_questions(table.split(args.calibrate_on))
-            found = answer_together(group, others, partial(answer, others, False))
+            others = all_queries(table.split(args.calibrate_on))
+            found = predict_on_all_ranks(group, others, partial(answer, others, False))
             protocol = replace(protocol, threshold=best_threshold(found))
-        answers = answer_together(group, questions, partial(answer, questions, keep_masks))
+        answers = predict_on_all_ranks(group, queries, partial(answer, queries, keep_masks))
         if not group.first:
             return
     result = result_record(answers, table, args.split, protocol, model=model, device=device, dtype=dtype)
@@ -153,7 +153,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     metrics = {**result, "analysis": analyse(answers, protocol.precision_includes_threshold)}
     try:
         if args.answers is not None:
-            write_answers(args.answers, answers, protocol, table.sha256(args.split))
+            write_results(args.answers, answers, protocol, table.sha256(args.split))
         if args.out is not None:
             write_json(args.out, metrics)
         if args.report is not None:
@@ -164,13 +164,13 @@ def _evaluate(args: argparse.Namespace) -> None:
                 args.report, title=title, config=config, model=model, answers=answers, metrics=metrics
             )
     finally:  # the scores are printed although a file cannot be written, and the files written although nothing can be printed
-        say(json.dumps(result, indent=2))
+        log(json.dumps(result, indent=2))
 
 
 def _score(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from dcris.data.dataset import all_questions
+    from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.analysis import analyse
     from dcris.evaluation.evaluator import result_record
@@ -185,14 +185,14 @@ def _score(args: argparse.Namespace) -> None:
     protocol = get_protocol(args.protocol)
     own_name(args.data, args)
     table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
-    questions = all_questions(table.split(args.split))
+    queries = all_queries(table.split(args.split))
     results, rows = [], []
     for path in args.predictions:
-        with tqdm(total=len(questions), unit="phrase", disable=not is_terminal()) as bar:
+        with tqdm(total=len(queries), unit="phrase", disable=not is_terminal()) as bar:
             answers = []
             for answer in score_predictions(
                 path,
-                questions,
+                queries,
                 protocol,
                 missing_is_empty=args.missing_is_empty,
                 keep_masks=args.report is not None,
@@ -215,11 +215,11 @@ def _score(args: argparse.Namespace) -> None:
             write_evaluation_report(args.report, title=title, answers=answers, metrics=metrics)
     finally:
         if args.format == "json":
-            say(json.dumps(results[0] if len(results) == 1 else results, indent=2))
+            log(json.dumps(results[0] if len(results) == 1 else results, indent=2))
         else:
             precisions = (f"P@{threshold}" for threshold in PRECISION_THRESHOLDS)
             header = [f"{table.dataset} {args.split} ({protocol.name})", "mIoU", "oIoU", *precisions]
-            say((latex if args.format == "latex" else markdown)(header, rows))
+            log((latex if args.format == "latex" else markdown)(header, rows))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -227,7 +227,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     from dcris.checkpoints.checkpoint import find_checkpoint, read_config
     from dcris.checkpoints.resolve import locate
-    from dcris.data.dataset import all_questions
+    from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.compare import as_text, compare, gather, is_answers, name_systems, telling
     from dcris.evaluation.protocols import get_protocol
@@ -246,8 +246,8 @@ def _compare(args: argparse.Namespace) -> None:
         raise DcrisError("files of answers do not say which data set they are of; give --dataset")
     else:
         table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
-    questions = all_questions(table.split(args.split))
-    with tqdm(total=len(questions) * len(models), unit="phrase", disable=not is_terminal()) as bar:
+    queries = all_queries(table.split(args.split))
+    with tqdm(total=len(queries) * len(models), unit="phrase", disable=not is_terminal()) as bar:
         done = dict.fromkeys(names, 0)
 
         def progress(name: str, count: int) -> None:
@@ -256,7 +256,7 @@ def _compare(args: argparse.Namespace) -> None:
 
         systems = gather(
             dict(zip(names, paths, strict=True)),
-            questions,
+            queries,
             protocol,
             device=device,
             precision=args.precision,
@@ -289,4 +289,4 @@ def _compare(args: argparse.Namespace) -> None:
                 ),
             )
     finally:
-        say(json.dumps(comparison, indent=2) if args.json else as_text(comparison))
+        log(json.dumps(comparison, indent=2) if args.json else as_text(comparison))

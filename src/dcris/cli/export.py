@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, adder, say
+from dcris.cli.common import CHECKPOINT, adder, log
 from dcris.errors import DcrisError
 
 
@@ -34,9 +34,9 @@ def _export(args: argparse.Namespace) -> None:
     from dcris.inference.segmenter import Segmenter
 
     segmenter = Segmenter.from_pretrained(args.checkpoint, device="cpu", precision="float32")
-    found = export_onnx(segmenter, args.out, int8=args.int8, progress=say)
+    found = export_onnx(segmenter, args.out, int8=args.int8, progress=log)
     size = sum(file.stat().st_size for file in args.out.iterdir()) / 1e6
-    say(
+    log(
         f"{args.out}: {size:.1f} MB; probabilities differ from PyTorch's by {found['largest']:.1g} at most, "
         f"{found['mean']:.1g} on average"
     )

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, adder, argument, device_arguments, natural, positive, say
+from dcris.cli.common import CHECKPOINT, adder, argument, device_arguments, log, natural, positive
 from dcris.errors import DcrisError
 
 
@@ -120,11 +120,11 @@ def _predict(args: argparse.Namespace) -> None:
             group=group,
         )
         for line in [*left_out, *job.notes] if group.first else ():
-            say(line)
+            log(line)
         if job.already and group.first:
-            say(f"{job.already} of {len(tasks)} are done already in {args.out}")
+            log(f"{job.already} of {len(tasks)} are done already in {args.out}")
         if "label-studio" in job.formats and any(task.video for task in tasks) and group.first:
-            say(
+            log(
                 "label_studio.json holds photographs alone, none of the videos; ask for mask, overlay or coco for those"
             )
         total = None if job.videos else len(job.images)
@@ -136,11 +136,11 @@ def _predict(args: argparse.Namespace) -> None:
                         frame = "" if event.frame is None else f", frame {event.frame}"
                         for answer in event.answers:
                             place = f"box {answer.box}" if answer.box else "nothing found"
-                            say(f"{event.task.path}{frame}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+                            log(f"{event.task.path}{frame}: {answer.phrase!r} {place}, score {answer.score:.2f}")
                     elif isinstance(event, Failed):
-                        say(f"{event.task.path}: left out; {event.reason}")
+                        log(f"{event.task.path}: left out; {event.reason}")
                     else:
-                        say(f"{event.path}: {event.what}")
+                        log(f"{event.path}: {event.what}")
                 if isinstance(event, Done | Failed):
                     bar.update()
 
@@ -169,7 +169,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise DcrisError("two of the files have one name, so their results would be in one place; convert them apart")
     for target, file in targets.items():
         config = convert_file(file, target, args.word_length, half=args.half)
-        say(
+        log(
             f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
             f'next: dcris predict {argument(target)} photo.jpg -e "left slice" --out out'
         )
@@ -179,21 +179,21 @@ def _recipes(args: argparse.Namespace) -> None:
     from dcris.recipes import RECIPES, get_recipe
 
     if args.show is not None:
-        say(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
+        log(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
         return
     import torch
 
-    from dcris.models.segmentation import DCRIS
+    from dcris.models.segmentation import ReferringSegmenter
 
     rows = []
     for name, recipe in RECIPES.items():
         with torch.device("meta"):  # shapes without memory
-            rows.append({"name": name, **DCRIS(recipe().model).count_weights()})
+            rows.append({"name": name, **ReferringSegmenter(recipe().model).count_weights()})
     if args.json:
-        say(json.dumps(rows, indent=2))
+        log(json.dumps(rows, indent=2))
         return
-    say(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
+    log(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
-        say(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
-        say(f"    {' '.join((recipe.__doc__ or '').split())}")
-    say("train one with: dcris train RECIPE --data ROOT --out DIR; adapters are all trained weights beside the head")
+        log(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
+        log(f"    {' '.join((recipe.__doc__ or '').split())}")
+    log("train one with: dcris train RECIPE --data ROOT --out DIR; adapters are all trained weights beside the head")

@@ -13,11 +13,11 @@ from dcris.cli.common import (
     data_root_argument,
     data_set_arguments,
     device_arguments,
-    leave,
+    exit_interrupted,
+    log,
     natural,
     own_name,
     positive,
-    say,
 )
 from dcris.errors import DcrisError
 
@@ -76,10 +76,10 @@ def _quickstart(args: argparse.Namespace) -> None:
     from dcris.training.trainer import Interrupted
 
     try:
-        metrics = quickstart(args.out, seed=args.seed, device=args.device, say=say)
+        metrics = quickstart(args.out, seed=args.seed, device=args.device, log=log)
     except Interrupted as stop:
-        leave(stop)
-    say(
+        exit_interrupted(stop)
+    log(
         f"mIoU {metrics['miou']:.1f}, with exchanged phrases {metrics['miou_shuffled']:.1f}, in {metrics['seconds']:.0f} s; "
         f"open {args.out / 'report.html'}"
     )
@@ -103,14 +103,14 @@ def _settings(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(args: argparse.Namespace) -> None:
     from dcris.training.trainer import Interrupted
-    from dcris.utils.distributed import leave_together, processes
+    from dcris.utils.distributed import exit_together, processes
 
     with processes(args.device) as group:
         try:
             _train_in(group, args)
         except Interrupted as stop:
-            leave_together(group)
-            leave(stop, "`--resume`", quiet=not group.first)
+            exit_together(group)
+            exit_interrupted(stop, "`--resume`", quiet=not group.first)
 
 
 def _train_in(group: Any, args: argparse.Namespace) -> None:
@@ -123,7 +123,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
     from dcris.training.trainer import build_model, check_run, train
     from dcris.utils.device import choose_device
 
-    tell = say if group.first else lambda text: None
+    tell = log if group.first else lambda text: None
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
     own = own_name(args.data, args)
     settings = _settings(args.settings)
@@ -166,7 +166,7 @@ def _train_in(group: Any, args: argparse.Namespace) -> None:
         references = len(table.split(config.data.train_split))
         micro_batch = choose_micro_batch(model, config, tokenizer, references, args.out, device, group, tell)
         config = override(config, [("train.micro_batch", str(micro_batch))])
-    result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, say=tell, group=group)
+    result = train(model, config, table, tokenizer, args.out, device=device, resume=args.resume, log=tell, group=group)
     split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
     tell(
         f"done in {result.seconds:.0f} s; next: dcris evaluate {argument(args.out)} --data {argument(args.data)}{split}"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, adder, device_arguments, natural, say
+from dcris.cli.common import CHECKPOINT, adder, device_arguments, log, natural
 
 
 def add(commands: Any) -> None:
@@ -55,7 +55,7 @@ def _web(args: argparse.Namespace) -> None:
         allow_hosts=args.allow_host,
         auth=args.auth,
         no_auth=args.no_auth,
-        ready=lambda address: say(f"{address} (Ctrl-C ends it)"),
+        ready=lambda address: log(f"{address} (Ctrl-C ends it)"),
     )
 
 

@@ -22,13 +22,13 @@ from dcris.data.flip import swap_sides
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import PADDING, Tokenizer
-from dcris.data.transforms import Fit, Letterbox
+from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample
 from dcris.utils.streams import note_once
 from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
 
-F = TypeVar("F", bound=Fit)
+F = TypeVar("F", bound=Transform)
 
 
 _REPLACEMENTS = 20
@@ -124,8 +124,8 @@ class Skipped:
         say: takes lines for a person.
     """
 
-    def __init__(self, references: int, say: Callable[[str], None]) -> None:
-        self.references, self.say = references, say
+    def __init__(self, references: int, log: Callable[[str], None]) -> None:
+        self.references, self.log = references, log
         self.numbers: set[int] = set()
         self.messages: set[str] = set()
 
@@ -135,7 +135,7 @@ class Skipped:
             self.numbers.add(number)
             if message not in self.messages:  # a photograph has several references
                 self.messages.add(message)
-                self.say(f"skipped: {message}")
+                self.log(f"skipped: {message}")
         if len(self.numbers) > max(1, _MOST_SKIPPED * self.references):
             raise DcrisError(
                 f"{len(self.numbers)} of {self.references:,} references cannot be read, more than {_MOST_SKIPPED:.0%}; "
@@ -145,7 +145,7 @@ class Skipped:
     def conclude(self) -> None:
         """Say how many there were, if any."""
         if self.numbers:
-            self.say(f"{len(self.numbers)} of {self.references:,} references could not be read and were skipped")
+            self.log(f"{len(self.numbers)} of {self.references:,} references could not be read and were skipped")
 
 
 def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
@@ -211,19 +211,19 @@ class ImageTask:
 
     image: Tensor
     """[3, S, S] uint8."""
-    fit: Fit
+    fit: Transform
     tokens: Tensor
     """[K, L] int64, one row per phrase."""
-    questions: tuple[tuple[Reference, Expression], ...]
+    queries: tuple[tuple[Reference, Expression], ...]
     """K pairs: the expression, and the reference whose mask is the truth."""
     truths: dict[int, MaskArray]
     """[H, W] bool by ref_id."""
 
 
-Questions = Sequence[tuple[Reference, Expression]]
+Queries = Sequence[tuple[Reference, Expression]]
 
 
-def all_questions(references: Sequence[Reference], first_only: bool = False) -> list[tuple[Reference, Expression]]:
+def all_queries(references: Sequence[Reference], first_only: bool = False) -> list[tuple[Reference, Expression]]:
     """Every expression with its reference, or each reference's first alone (the CRIS family's validation in training)."""
     return [
         (reference, expression)
@@ -232,7 +232,7 @@ def all_questions(references: Sequence[Reference], first_only: bool = False) -> 
     ]
 
 
-def cut_phrases(questions: Questions, config: DataConfig, tokenizer: Tokenizer, dataset: str) -> str | None:
+def cut_phrases(queries: Queries, config: DataConfig, tokenizer: Tokenizer, dataset: str) -> str | None:
     """Return a warning where phrases are longer than the model's word length and lose their ends; else None.
 
     Args:
@@ -242,15 +242,13 @@ def cut_phrases(questions: Questions, config: DataConfig, tokenizer: Tokenizer, 
         dataset: the name of the data set that the questions are of.
     """
     length, known = config.word_length, WORD_LENGTHS.get(dataset, 0)
-    counts = Counter(expression.text for _, expression in questions)
+    counts = Counter(expression.text for _, expression in queries)
     rows = tokenizer([*counts], length + 1)
     cut = sum(count for count, row in zip(counts.values(), rows[:, length], strict=True) if row != PADDING)
     if not cut:
         return None
     usual = f"; {dataset} is usually read with {known}" if known > length else ""
-    return (
-        f"{cut:,} of {len(questions):,} phrases are longer than {length} tokens (data.word_length) and are cut{usual}"
-    )
+    return f"{cut:,} of {len(queries):,} phrases are longer than {length} tokens (data.word_length) and are cut{usual}"
 
 
 class ImageTasks(Dataset[ImageTask | Failure]):
@@ -258,15 +256,15 @@ class ImageTasks(Dataset[ImageTask | Failure]):
 
     def __init__(
         self,
-        questions: Questions,
+        queries: Queries,
         config: DataConfig,
         tokenizer: Tokenizer,
-        fit: type[Fit] = Letterbox,
+        fit: type[Transform] = Letterbox,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         """Take every n-th photograph from the k-th on, for a `share` of (k, n)."""
         by_image: dict[str, list[tuple[Reference, Expression]]] = {}
-        for reference, expression in questions:
+        for reference, expression in queries:
             by_image.setdefault(str(reference.image_path), []).append((reference, expression))
         self.groups = [tuple(group) for group in by_image.values()][share[0] :: share[1]]
         self.config, self.tokenizer, self.fit = config, tokenizer, fit
@@ -275,10 +273,10 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> ImageTask | Failure:
-        questions = self.groups[index]
-        references = {reference.ref_id: reference for reference, _ in questions}
+        queries = self.groups[index]
+        references = {reference.ref_id: reference for reference, _ in queries}
         try:
-            image = read_image(questions[0][0].image_path)
+            image = read_image(queries[0][0].image_path)
             truths = {}
             for reference in references.values():
                 if image.shape[:2] != reference.image_size:
@@ -287,8 +285,8 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         except DcrisError as error:
             return Failure(str(error))
         square, fit = to_square(image, self.config, self.fit)
-        tokens = self.tokenizer([expression.text for _, expression in questions], self.config.word_length)
-        return ImageTask(square, fit, tokens, questions, truths)
+        tokens = self.tokenizer([expression.text for _, expression in queries], self.config.word_length)
+        return ImageTask(square, fit, tokens, queries, truths)
 
 
 def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers: int, pin: bool) -> Iterator[Batch]:

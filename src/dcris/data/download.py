@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from dcris.data.check import OFFICIAL_SIZES
-from dcris.data.download_images import COCO, Photograph, gather, open_source
+from dcris.data.download_images import COCO, Photograph, download_images, open_source
 from dcris.data.images import image_size
 from dcris.data.readers.parquet import SPLIT_BY, refer_split, require_pyarrow, split_in_name, to_refer
 from dcris.data.readers.refer import find_refer, load_refer, read_records
@@ -35,7 +35,7 @@ def fetch_dataset(
     splits: Sequence[str] | None = None,
     photographs: str = COCO,
     connections: int = 8,
-    say: Callable[[str], None] = note,
+    log: Callable[[str], None] = note,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReferenceTable:
     """Put a data set into `root`, in REFER's layout: references, annotations, and the photographs that its splits need.
@@ -56,7 +56,7 @@ def fetch_dataset(
     there, where some photographs could not be had.
     """
     source = open_source(photographs)  # first: a mistyped path should not cost the annotations' download
-    table = _annotations(dataset, root, splits, say)
+    table = _annotations(dataset, root, splits, log)
     references = [reference for name in splits or table.splits() for reference in table.split(name)]
     every = {reference.image_path: reference for reference in references}
     missing = [
@@ -64,8 +64,8 @@ def fetch_dataset(
         for path, reference in every.items()
         if not _is_there(reference)
     ]
-    _require_space(root, dataset, len(every), len(missing), photographs, say)
-    failures = gather(missing, source, connections=connections, progress=progress)
+    _require_space(root, dataset, len(every), len(missing), photographs, log)
+    failures = download_images(missing, source, connections=connections, progress=progress)
     if failures:
         more = f" and {len(failures) - 5:,} more" if len(failures) > 5 else ""
         raise DcrisError(
@@ -83,15 +83,15 @@ def _is_there(reference: Reference) -> bool:
 
 
 def _require_space(
-    root: Path, dataset: str, needed: int, missing: int, source: str, say: Callable[[str], None]
+    root: Path, dataset: str, needed: int, missing: int, source: str, log: Callable[[str], None]
 ) -> None:
     """Say what is going to be fetched. Raises DcrisError where the disk lacks the space for it."""
     if not missing:
-        say(f"{dataset}: all {needed:,} photographs are there")
+        log(f"{dataset}: all {needed:,} photographs are there")
         return
     free, size = shutil.disk_usage(make_directory(root)).free, missing * _BYTES
     there = f", and {needed - missing:,} are there" if needed > missing else ""
-    say(f"{dataset}: {missing:,} photographs from {source}, about {_size(size)} ({_size(free)} are free){there}")
+    log(f"{dataset}: {missing:,} photographs from {source}, about {_size(size)} ({_size(free)} are free){there}")
     if free < size:
         raise DcrisError(
             f"the photographs need about {_size(size)}, and {root} has {_size(free)} free; make space there, choose fewer "
@@ -106,7 +106,7 @@ def _size(count: int) -> str:
 # ---- annotations ---------------------------------------------------------------------------------------------------------
 
 
-def _annotations(dataset: str, root: Path, splits: Sequence[str] | None, say: Callable[[str], None]) -> ReferenceTable:
+def _annotations(dataset: str, root: Path, splits: Sequence[str] | None, log: Callable[[str], None]) -> ReferenceTable:
     """The table with at least these splits, from what is there, or else anew from the Hub, written to `root`."""
     if dataset not in REPOSITORIES:
         raise DcrisError(f"there is no data set {dataset} to fetch; choose from {', '.join(REPOSITORIES)}")
@@ -120,11 +120,11 @@ def _annotations(dataset: str, root: Path, splits: Sequence[str] | None, say: Ca
         table = load_refer(root, dataset, split_by)
         present = list(table.splits())
         if set(splits or official) <= set(present):
-            say(f"{dataset}: the annotations are there ({', '.join(present)})")
+            log(f"{dataset}: the annotations are there ({', '.join(present)})")
             return table
     _refuse_overwriting(root / dataset, split_by, find_refer(root, dataset), set(present) - set(official))
     wanted = [name for name in official if name in {*(splits or official), *present}]
-    say(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub, unless they are cached")
+    log(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub, unless they are cached")
     files, commit = _download(dataset, repo, wanted)
     records, content = to_refer(files, dataset)
     folder = root / dataset

@@ -76,7 +76,7 @@ def open_source(where: str) -> Source:
     raise DcrisError(f"there is no folder or zip of photographs {where}, and it is no http address; check the name")
 
 
-def gather(
+def download_images(
     photographs: Sequence[Photograph],
     source: Source,
     *,

@@ -25,7 +25,7 @@ _SHORT_NAME = re.compile(r"\d{12}\.jpg")
 
 
 @dataclass(frozen=True, slots=True)
-class Photographs:
+class ImageFolder:
     """A folder of photographs and the naming in it."""
 
     folder: Path
@@ -68,7 +68,7 @@ def name_within(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
-def find_photographs(root: Path, names: Iterable[str]) -> Photographs:
+def find_photographs(root: Path, names: Iterable[str]) -> ImageFolder:
     """The folder below `root` that has the first of `names` that is found at all, under either naming.
 
     Where none is found, the official folder, so that errors name the place where people will put them.
@@ -76,7 +76,7 @@ def find_photographs(root: Path, names: Iterable[str]) -> Photographs:
     for name in names:
         for folder in _FOLDERS:
             for naming in NAMINGS:
-                photographs = Photographs(root / folder, naming)
+                photographs = ImageFolder(root / folder, naming)
                 if photographs.path(name).exists():
                     return photographs
-    return Photographs(root / OFFICIAL_FOLDER)
+    return ImageFolder(root / OFFICIAL_FOLDER)

@@ -19,7 +19,7 @@ from dcris.types import Expression, Reference, SoftMask
 
 _T = TypeVar("_T")
 
-Complain = Callable[[DcrisError], None]
+OnError = Callable[[DcrisError], None]
 """Callback that receives the error of each reference that cannot be used and is left out."""
 
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
@@ -122,14 +122,14 @@ def bad(path: Path, what: str) -> DcrisError:
 
 
 @contextmanager
-def forgiving(complain: Complain | None) -> Iterator[None]:
-    """Around the reading of one reference: with `complain`, what is wrong with it goes there, and the next may be read."""
+def forgiving(on_error: OnError | None) -> Iterator[None]:
+    """Around the reading of one reference: with `on_error`, what is wrong with it goes there, and the next may be read."""
     try:
         yield
     except DcrisError as error:
-        if complain is None:
+        if on_error is None:
             raise
-        complain(error)
+        on_error(error)
 
 
 def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:

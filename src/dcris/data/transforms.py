@@ -13,7 +13,7 @@ _LONGEST_SOURCE = 32_766
 
 
 @dataclass(frozen=True)
-class Fit(ABC):
+class Transform(ABC):
     """The geometry of one photograph of `size` (H, W) pixels in a square of `side` (S) pixels."""
 
     size: tuple[int, int]
@@ -32,7 +32,7 @@ class Fit(ABC):
 
 
 @dataclass(frozen=True)
-class Letterbox(Fit):
+class Letterbox(Transform):
     """In its own proportions, centred, bicubic: the CRIS family's way.
 
     The map is the affine one through three corners of the photograph, and cv2 samples it. It is built from float32 corners as
@@ -84,7 +84,7 @@ class Letterbox(Fit):
 
 
 @dataclass(frozen=True)
-class Squash(Fit):
+class Resize(Transform):
     """Stretched over the whole square, bilinear with every pixel counted: LAVT's and CGFormer's way."""
 
     def image(self, image: NDArray[np.uint8], colour: tuple[float, float, float]) -> NDArray[np.uint8]:  # noqa: D102
@@ -94,7 +94,7 @@ class Squash(Fit):
 
 
 @dataclass(frozen=True)
-class TopLeft(Fit):
+class ResizePad(Transform):
     """In its own proportions in the top left corner, bilinear with every pixel counted: the way of models on SAM."""
 
     @property

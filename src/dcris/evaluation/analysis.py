@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.masks import mask_area
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, PRECISION_THRESHOLDS
 
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ _COLUMNS = 4 + len(PRECISION_THRESHOLDS)
 _DRAWN_AT_ONCE = 4_000_000  # photographs; 32 MB of weights
 
 
-def analyse(answers: Sequence[Answer], inclusive: bool = False) -> dict[str, Any]:
+def analyse(answers: Sequence[EvalResult], inclusive: bool = False) -> dict[str, Any]:
     """Intervals, scores by group of phrases and threshold curve of an evaluation, as plain JSON data.
 
     Args:
@@ -56,7 +56,9 @@ def analyse(answers: Sequence[Answer], inclusive: bool = False) -> dict[str, Any
     return described | ({"curve": curve} if curve else {})
 
 
-def difference(answers: Sequence[Answer], baseline: Sequence[Answer], inclusive: bool = False) -> dict[str, Any]:
+def difference(
+    answers: Sequence[EvalResult], baseline: Sequence[EvalResult], inclusive: bool = False
+) -> dict[str, Any]:
     """How much better than a baseline a system is on the same expressions: its scores, in percentage points, minus the other's.
 
     The intervals are paired: both systems are scored on the same drawn photographs, so what makes a photograph hard for both
@@ -71,7 +73,7 @@ def difference(answers: Sequence[Answer], baseline: Sequence[Answer], inclusive:
     return dict(zip(METRICS, total.tolist(), strict=True)) | _describe([answers, ordered], inclusive)
 
 
-def best_threshold(answers: Sequence[Answer]) -> float:
+def best_threshold(answers: Sequence[EvalResult]) -> float:
     """That of CURVE_THRESHOLDS at which the mIoU is greatest; the lowest where several are.
 
     Raises ValueError where there are no answers, or they come without their curves.
@@ -82,7 +84,7 @@ def best_threshold(answers: Sequence[Answer]) -> float:
     return float(curve["thresholds"][int(np.argmax(curve["miou"]))])
 
 
-def align(answers: Sequence[Answer], like: Sequence[Answer]) -> list[Answer]:
+def align(answers: Sequence[EvalResult], like: Sequence[EvalResult]) -> list[EvalResult]:
     """The answers in the order of another system's. Raises ValueError where those are not to the same expressions."""
     placed = {answer.expression.sent_id: answer for answer in answers}
     order = [answer.expression.sent_id for answer in like]
@@ -94,7 +96,7 @@ def align(answers: Sequence[Answer], like: Sequence[Answer]) -> list[Answer]:
 # ---- intervals -----------------------------------------------------------------------------------------------------------
 
 
-def tally(answers: Sequence[Answer], inclusive: bool = False) -> Floats:
+def tally(answers: Sequence[EvalResult], inclusive: bool = False) -> Floats:
     """Additive counts [P, C] of each photograph, in the order of the photographs' paths.
 
     The columns: expressions, their IoUs added up, intersections, unions, and expressions whose IoU is over each threshold, or
@@ -134,7 +136,7 @@ def resample(counts: Floats) -> Floats:
     return np.concatenate(drawn)
 
 
-def _counts(systems: Sequence[Sequence[Answer]], inclusive: bool) -> Floats:
+def _counts(systems: Sequence[Sequence[EvalResult]], inclusive: bool) -> Floats:
     """The tallies of one system [P, C], or of two side by side [P, 2 C], so that both are drawn the same photographs."""
     return np.concatenate([tally(answers, inclusive) for answers in systems], axis=1)
 
@@ -153,7 +155,7 @@ def _intervals(counts: Floats, metrics: Sequence[str]) -> dict[str, list[float]]
     return {name: bounds[name] for name in metrics}
 
 
-def _describe(systems: Sequence[Sequence[Answer]], inclusive: bool) -> dict[str, Any]:
+def _describe(systems: Sequence[Sequence[EvalResult]], inclusive: bool) -> dict[str, Any]:
     """Intervals and groups of one system's answers, or of two systems' difference, whose answers are in one order."""
     counts = _counts(systems, inclusive)
     described: dict[str, Any] = {"photographs": len(counts), "intervals": _intervals(counts, METRICS)}
@@ -165,14 +167,14 @@ def _describe(systems: Sequence[Sequence[Answer]], inclusive: bool) -> dict[str,
     return described
 
 
-def _group(name: str, systems: Sequence[Sequence[Answer]], inclusive: bool) -> dict[str, Any]:
+def _group(name: str, systems: Sequence[Sequence[EvalResult]], inclusive: bool) -> dict[str, Any]:
     counts = _counts(systems, inclusive)
     miou, oiou, *_ = _figures(counts.sum(axis=0)).tolist()
     found = {"name": name, "expressions": len(systems[0]), "miou": miou, "oiou": oiou}
     return {**found, "intervals": _intervals(counts, ("miou", "oiou"))}
 
 
-def _curve(answers: Sequence[Answer]) -> dict[str, list[float]] | None:
+def _curve(answers: Sequence[EvalResult]) -> dict[str, list[float]] | None:
     if not answers or any(len(answer.curve) != len(CURVE_THRESHOLDS) for answer in answers):
         return None
     ious = np.array([[overlap.iou for overlap in answer.curve] for answer in answers])  # [N, T]
@@ -229,7 +231,7 @@ def phrase_kinds(text: str) -> tuple[str, ...]:
     return tuple(kind for kind in _WORDS if kind in kinds) or ("other",)
 
 
-def _groups(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
+def _groups(answers: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
     """For each way to group, its groups in order, each with the places in `answers` of its expressions."""
     references = {answer.reference.ref_id: answer.reference for answer in answers}
     # Once for a reference, which has several expressions: decoding takes longer than all else here.

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 
 from dcris.checkpoints.checkpoint import load_checkpoint
-from dcris.data.dataset import Questions, cut_phrases
+from dcris.data.dataset import Queries, cut_phrases
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import METRICS, align, analyse, difference
-from dcris.evaluation.evaluator import Answer, answer_questions
+from dcris.evaluation.evaluator import EvalResult, predict_queries
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.report.comparison_report import TITLES
 from dcris.evaluation.report.panels import first_apart
-from dcris.evaluation.results import read_answers
+from dcris.evaluation.results import read_results
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
 from dcris.utils.streams import note
 
-Systems = Mapping[str, Sequence[Answer]]
+Systems = Mapping[str, Sequence[EvalResult]]
 """Each system's answers, by its name, to the same expressions in the same order (see analysis.align)."""
 
 
@@ -59,14 +59,14 @@ def is_answers(path: Path) -> bool:
 
 def answers_of(
     path: Path,
-    questions: Questions,
+    queries: Queries,
     protocol: Protocol,
     *,
     device: torch.device,
     precision: Precision | None = None,
     data: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Answer]:
+) -> list[EvalResult]:
     """A system's answers: read from its file, or asked of the model that is loaded from `path` and then forgotten.
 
     Args:
@@ -80,14 +80,14 @@ def answers_of(
     Raises DcrisError where the system, a photograph or a mask cannot be read, or a file does not answer just these questions.
     """
     if is_answers(path):
-        return read_answers(path, questions, protocol, data)
+        return read_results(path, queries, protocol, data)
     model, config = load_checkpoint(path)
-    if cut := cut_phrases(questions, config.data, tokenizer_of(config.model.text), ""):
+    if cut := cut_phrases(queries, config.data, tokenizer_of(config.model.text), ""):
         note(f"{path}: {cut}")
     return list(
-        answer_questions(
+        predict_queries(
             model.to(device),
-            questions,
+            queries,
             config,
             protocol,
             device=device,
@@ -99,25 +99,23 @@ def answers_of(
 
 def gather(
     sources: Mapping[str, Path],
-    questions: Questions,
+    queries: Queries,
     protocol: Protocol,
     *,
     device: torch.device,
     precision: Precision | None = None,
     data: str | None = None,
     progress: Callable[[str, int], None] = lambda name, done: None,
-) -> dict[str, list[Answer]]:
+) -> dict[str, list[EvalResult]]:
     """All systems' answers, in one order; `progress` is called with a system's name and its expressions done so far.
 
     Raises DcrisError as `answers_of` does.
     """
-    found: dict[str, list[Answer]] = {}
+    found: dict[str, list[EvalResult]] = {}
     # Files first: a mistake in one should not come to light after hours of a model's work.
     for name, path in sorted(sources.items(), key=lambda item: not is_answers(item[1])):
         tell = partial(progress, name)
-        found[name] = answers_of(
-            path, questions, protocol, device=device, precision=precision, data=data, progress=tell
-        )
+        found[name] = answers_of(path, queries, protocol, device=device, precision=precision, data=data, progress=tell)
     first = found[next(iter(sources))]
     return {name: align(found[name], first) for name in sources}
 
@@ -153,7 +151,7 @@ def compare(systems: Systems, inclusive: bool = False) -> dict[str, Any]:
     }
 
 
-def telling(systems: Systems, count: int) -> dict[str, list[dict[str, Answer]]]:
+def telling(systems: Systems, count: int) -> dict[str, list[dict[str, EvalResult]]]:
     """Expressions to show, by heading, each with all systems' answers: where they differ most, both ways, and some at random.
 
     A third of `count` where the first is furthest ahead of the others (of their mean IoU), a third where it is furthest behind,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcris.checkpoints.backbones import fingerprint
 from dcris.config import RunConfig
-from dcris.data.dataset import ImageTask, ImageTasks, Questions, normalise, task_loader
+from dcris.data.dataset import ImageTask, ImageTasks, Queries, normalise, task_loader
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
@@ -23,7 +23,7 @@ from dcris.evaluation.metrics import Overlap, overlap_curve, summarise
 from dcris.evaluation.protocols import Protocol
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import prepare_for_prediction
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name
 from dcris.utils.distributed import Processes
@@ -34,7 +34,7 @@ PHRASES_PER_PASS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EvalResult:
     """One expression, what was predicted for it, and how that agrees with the truth."""
 
     reference: Reference
@@ -53,9 +53,9 @@ class Answer:
 
 
 @torch.no_grad()
-def answer_questions(
-    model: DCRIS,
-    questions: Questions,
+def predict_queries(
+    model: ReferringSegmenter,
+    queries: Queries,
     config: RunConfig,
     protocol: Protocol,
     *,
@@ -65,7 +65,7 @@ def answer_questions(
     share: tuple[int, int] = (0, 1),
     keep_masks: bool = True,
     progress: Callable[[int], None] = lambda done: None,
-) -> Iterator[Answer]:
+) -> Iterator[EvalResult]:
     """Predict a mask for every question and score it, photograph by photograph.
 
     Each photograph goes through the network by itself, with all its phrases. So the shapes of all products, and with them
@@ -90,38 +90,38 @@ def answer_questions(
         raise DcrisError(f"the batch size is {batch_size!r}; it has to be a whole number of 1 or more")
     dtype = dtype or choose_precision(config.train.precision, device)
     model = prepare_for_prediction(model, dtype)
-    tasks = ImageTasks(questions, config.data, tokenizer_of(config.model.text), protocol.fit, share)
+    tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.fit, share)
     for group in task_loader(tasks, images=batch_size, workers=config.data.workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config.data)
         for task, image in zip(group, images, strict=True):
             yield from _answer_task(model, task, image[None], protocol, device, dtype, keep_masks)
-            done += len(task.questions)
+            done += len(task.queries)
             progress(done)
 
 
 def _answer_task(
-    model: DCRIS,
+    model: ReferringSegmenter,
     task: ImageTask,
     image: Tensor,
     protocol: Protocol,
     device: torch.device,
     dtype: torch.dtype,
     keep_masks: bool,
-) -> Iterator[Answer]:
+) -> Iterator[EvalResult]:
     truths = {number: torch.from_numpy(protocol.compared(mask)).to(device) for number, mask in task.truths.items()}
     logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
-    for (reference, expression), one in zip(task.questions, logits, strict=True):
+    for (reference, expression), one in zip(task.queries, logits, strict=True):
         (picture,) = protocol.probabilities(one[None], [task.fit])
         overlap, *curve = overlap_curve(picture, truths[reference.ref_id], protocol.threshold)
         mask = None
         if keep_masks:
             found = (picture > protocol.threshold).cpu().numpy()
             mask = encode_mask(protocol.shown(found, reference.image_size))
-        yield Answer(reference, expression, overlap, mask, tuple(curve))
+        yield EvalResult(reference, expression, overlap, mask, tuple(curve))
 
 
 def segment_in_passes(
-    model: DCRIS, image: Tensor, tokens: Tensor, device: torch.device, dtype: torch.dtype
+    model: ReferringSegmenter, image: Tensor, tokens: Tensor, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Encode an image and its phrases once, and finish the phrases some at a time, so that memory is bounded.
 
@@ -140,7 +140,7 @@ def segment_in_passes(
 
 
 def finish_in_passes(
-    model: DCRIS,
+    model: ReferringSegmenter,
     state: VisionState,
     tokens: Tensor,
     pairs: Sequence[tuple[int, int]],
@@ -170,18 +170,18 @@ def finish_in_passes(
         yield logits
 
 
-def answer_together(
-    group: Processes, questions: Questions, answer: Callable[[tuple[int, int]], Iterable[Answer]]
-) -> list[Answer]:
+def predict_on_all_ranks(
+    group: Processes, queries: Queries, answer: Callable[[tuple[int, int]], Iterable[EvalResult]]
+) -> list[EvalResult]:
     """What several processes answer, each its share, in the questions' order; every process gets all of it.
 
     Args:
         group: the processes. Each must call this with the same questions.
         questions: all of them.
-        answer: gives the answers of the share (k, n), as answer_questions does.
+        answer: gives the answers of the share (k, n), as predict_queries does.
     """
-    order = {(reference.ref_id, expression.sent_id): number for number, (reference, expression) in enumerate(questions)}
-    parts = group.gather(list(answer((group.rank, group.count))))
+    order = {(reference.ref_id, expression.sent_id): number for number, (reference, expression) in enumerate(queries)}
+    parts = group.all_gather(list(answer((group.rank, group.count))))
     return sorted(chain.from_iterable(parts), key=lambda item: order[item.reference.ref_id, item.expression.sent_id])
 
 
@@ -203,12 +203,12 @@ def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, E
 
 
 def result_record(
-    answers: Sequence[Answer],
+    answers: Sequence[EvalResult],
     table: ReferenceTable,
     split: str,
     protocol: Protocol,
     *,
-    model: DCRIS | None = None,
+    model: ReferringSegmenter | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, float | int | str | None]:

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from dcris.data.dataset import Questions
+from dcris.data.dataset import Queries
 from dcris.data.images import binary_mask
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import overlap
 from dcris.evaluation.protocols import Protocol
 from dcris.types import MaskArray, SoftMask
@@ -150,13 +150,13 @@ def open_predictions(path: Path, mask_threshold: float | None = None) -> Predict
 
 def score_predictions(
     path: Path,
-    questions: Questions,
+    queries: Queries,
     protocol: Protocol,
     *,
     missing_is_empty: bool = False,
     keep_masks: bool = False,
     mask_threshold: float | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[EvalResult]:
     """Compare masks with the truth by a protocol's rule. The photographs themselves are not needed.
 
     Args:
@@ -171,17 +171,17 @@ def score_predictions(
     cannot be read or is not of its photograph's size.
     """
     predictions = open_predictions(path, mask_threshold)
-    missing = [expression for _, expression in questions if expression.sent_id not in predictions]
-    if len(missing) == len(questions) or (missing and not missing_is_empty):
+    missing = [expression for _, expression in queries if expression.sent_id not in predictions]
+    if len(missing) == len(queries) or (missing and not missing_is_empty):
         raise DcrisError(
-            f"{path} has no mask for {len(missing):,} of {len(questions):,} expressions, of which the first is sentence "
+            f"{path} has no mask for {len(missing):,} of {len(queries):,} expressions, of which the first is sentence "
             f"{missing[0].sent_id}, {missing[0].text!r}; add them, or let them count as empty with --missing-is-empty"
         )
-    for reference, expression in questions:
+    for reference, expression in queries:
         if expression.sent_id in predictions:
             mask = predictions.mask(expression.sent_id, reference.image_size)
         else:
             mask = np.zeros(reference.image_size, bool)
         truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
         counted = overlap(protocol.compared(mask), protocol.compared(truth))
-        yield Answer(reference, expression, counted, encode_mask(mask) if keep_masks else None)
+        yield EvalResult(reference, expression, counted, encode_mask(mask) if keep_masks else None)

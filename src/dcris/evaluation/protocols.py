@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dcris.data.transforms import Fit, Letterbox, Squash, TopLeft
+from dcris.data.transforms import Letterbox, Resize, ResizePad, Transform
 from dcris.errors import DcrisError
 from dcris.evaluation.resampling import Floats, nearest, resize_matrix, sampling_matrix
 from dcris.types import MaskArray
@@ -33,7 +33,7 @@ class Protocol(ABC):
     """A pixel is the object's if its probability is greater."""
 
     name: ClassVar[str]
-    fit: ClassVar[type[Fit]]
+    fit: ClassVar[type[Transform]]
     """How the photograph comes into the network's square."""
     before_sigmoid: ClassVar[bool] = False
     """Whether the logits are interpolated, and not the probabilities."""
@@ -44,10 +44,10 @@ class Protocol(ABC):
 
     @staticmethod
     @abstractmethod
-    def matrices(fit: Fit, grid: tuple[int, int]) -> tuple[Floats, Floats]:
+    def matrices(fit: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:
         """The interpolation of a grid of h x w logits: a matrix [H, h] for the rows and one [W, w] for the columns."""
 
-    def probabilities(self, logits: Tensor, fits: Sequence[Fit]) -> Iterator[Tensor]:
+    def probabilities(self, logits: Tensor, fits: Sequence[Transform]) -> Iterator[Tensor]:
         """Logits [B, 1, h, w] -> for each phrase probabilities [H, W] in float32, on the logits' device.
 
         H and W are the photograph's, or the canvas's. One at a time: a large photograph's take half a gigabyte each. Bicubic
@@ -78,7 +78,7 @@ class Protocol(ABC):
 
 @lru_cache(maxsize=64)
 def _on_device(
-    protocol: type[Protocol], fit: Fit, grid: tuple[int, int], device: torch.device
+    protocol: type[Protocol], fit: Transform, grid: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Photographs come in few sizes, and a size's matrices are made once. The second is transposed: [w, W]."""
     rows, columns = protocol.matrices(fit, grid)
@@ -103,7 +103,7 @@ class Cris(Protocol):
     fit = Letterbox
 
     @staticmethod
-    def matrices(fit: Fit, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
+    def matrices(fit: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
         assert isinstance(fit, Letterbox)
         there = fit.matrix()
         return _warped(there, 1, fit, grid[0]), _warped(there, 0, fit, grid[1])
@@ -125,13 +125,13 @@ class Lavt(Protocol):
 
     threshold: float = 0.5
     name = "lavt"
-    fit = Squash
+    fit = Resize
     before_sigmoid = True
     canvas = 480
     precision_includes_threshold = True
 
     @staticmethod
-    def matrices(fit: Fit, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
+    def matrices(fit: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
         rows, columns = (resize_matrix(cells, 480, "bilinear", align_corners=True) for cells in grid)
         return rows, columns
 
@@ -142,10 +142,10 @@ class CgFormer(Protocol):
 
     threshold: float = 0.5
     name = "cgformer"
-    fit = Squash
+    fit = Resize
 
     @staticmethod
-    def matrices(fit: Fit, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
+    def matrices(fit: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
         rows, columns = (
             resize_matrix(cells, length, "bicubic", align_corners=True)
             for cells, length in zip(grid, fit.size, strict=True)
@@ -159,12 +159,12 @@ class Refer(Protocol):
 
     threshold: float = 0.5
     name = "refer"
-    fit = TopLeft
+    fit = ResizePad
     before_sigmoid = True
 
     @staticmethod
-    def matrices(fit: Fit, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
-        assert isinstance(fit, TopLeft)
+    def matrices(fit: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
+        assert isinstance(fit, ResizePad)
         rows, columns = (
             resize_matrix(inner, length, "bilinear", align_corners=False)
             @ resize_matrix(cells, fit.side, "bilinear", align_corners=False)[:inner]

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dcris.data.dataset import Questions
+from dcris.data.dataset import Queries
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.table import bad, field
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap
 from dcris.evaluation.protocols import Protocol
 from dcris.types import Expression, Reference
@@ -24,7 +24,7 @@ from dcris.utils.files import read_json_lines, write_file
 from dcris.utils.streams import note
 
 
-def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol, data: str | None = None) -> None:
+def write_results(path: Path, answers: Iterable[EvalResult], protocol: Protocol, data: str | None = None) -> None:
     """Write the answers, measured by `protocol` on the split with the checksum `data`, atomically.
 
     Raises DcrisError where the file cannot be written, ValueError where an answer comes without its mask.
@@ -37,7 +37,7 @@ def write_answers(path: Path, answers: Iterable[Answer], protocol: Protocol, dat
     write_file(path, fill)
 
 
-def _line(answer: Answer, protocol: Protocol, data: str | None) -> dict[str, Any]:
+def _line(answer: EvalResult, protocol: Protocol, data: str | None) -> dict[str, Any]:
     found = {
         "sent_id": answer.expression.sent_id,
         "ref_id": answer.reference.ref_id,
@@ -57,8 +57,8 @@ def _line(answer: Answer, protocol: Protocol, data: str | None) -> dict[str, Any
     return {**found, "segmentation": dict(answer.prediction)}
 
 
-def read_answers(path: Path, questions: Questions, protocol: Protocol, data: str | None = None) -> list[Answer]:
-    """The answers that `write_answers` wrote for these questions, in the questions' order.
+def read_results(path: Path, queries: Queries, protocol: Protocol, data: str | None = None) -> list[EvalResult]:
+    """The answers that `write_results` wrote for these questions, in the questions' order.
 
     Nothing is measured again: the file's counts are believed, if they were counted by `protocol`. A note is printed where they
     were counted on a split with another checksum than `data`: masks may have changed.
@@ -70,7 +70,7 @@ def read_answers(path: Path, questions: Questions, protocol: Protocol, data: str
     if data is not None and any(record.get("data_sha256", data) != data for _, record in lines.values()):
         note(f"{path} was measured on other data: the checksum of its split differs from this one's; evaluate again")
     answers = []
-    for reference, expression in questions:
+    for reference, expression in queries:
         if expression.sent_id not in lines:
             raise DcrisError(
                 f"{path} has no answer to sentence {expression.sent_id}, {expression.text!r}; it is of another data set or "
@@ -98,7 +98,7 @@ def _by_sentence(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
 
 def _answer(
     where: str, record: dict[str, Any], reference: Reference, expression: Expression, protocol: Protocol, path: Path
-) -> Answer:
+) -> EvalResult:
     found = field(record, "ref_id", int, path, where), field(record, "phrase", str, path, where)
     if found != (reference.ref_id, expression.text):
         raise DcrisError(
@@ -122,7 +122,7 @@ def _answer(
         validate_segmentation(mask, reference.image_size)
     except DcrisError as error:
         raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
-    return Answer(reference, expression, overlap, mask, tuple(_overlap(pair, path, where) for pair in curve))
+    return EvalResult(reference, expression, overlap, mask, tuple(_overlap(pair, path, where) for pair in curve))
 
 
 def _overlap(pair: Any, path: Path, where: str) -> Overlap:

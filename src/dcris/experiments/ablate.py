@@ -25,17 +25,17 @@ import torch
 
 from dcris.checkpoints.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
 from dcris.config import WORD_LENGTHS, RunConfig, parse_config
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import answer_questions, result_record
+from dcris.evaluation.evaluator import predict_queries, result_record
 from dcris.evaluation.protocols import Cris
 from dcris.experiments.ablation_report import Measured, write_ablation
 from dcris.experiments.paper_tables import TABLES, WIDTHS, Row
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.trainer import Interrupted, build_model, total_steps, train
 from dcris.utils.device import choose_device, choose_precision
@@ -66,7 +66,7 @@ def ablate(
     epochs: int | None = None,
     budgets: Sequence[str] = ("steps", "time"),
     device: str = "auto",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[str]:
     """Run a table's rows, write OUT/NAME.md, .tex, .html and .json, and return what failed: a sentence for each row.
 
@@ -93,7 +93,7 @@ def ablate(
     if chosen.type == "cpu":
         torch.set_num_threads(1)  # its time is what is measured, and the other cores are for other runs
     try:
-        return _Study(name, out, root, size, steps, epochs, chosen, say).run(sorted(set(seeds)), budgets)
+        return _Study(name, out, root, size, steps, epochs, chosen, log).run(sorted(set(seeds)), budgets)
     finally:
         torch.set_num_threads(threads)
 
@@ -165,9 +165,9 @@ class _Study:
         steps: int | None,
         epochs: int | None,
         device: torch.device,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.name, self.out, self.size, self.device, self.say = name, out, size, device, say
+        self.name, self.out, self.size, self.device, self.log = name, out, size, device, log
         self.begin = time.time()
         group = described_processes()
         self.processes, self.first = group.count, group.first
@@ -219,7 +219,7 @@ class _Study:
             measured["time"] = [self._measured(row, jobs) for row, jobs in zip(self.rows, timed, strict=True)]
         page = self._write(measured)
         if self.first:
-            self.say(page)
+            self.log(page)
         return [
             f"{item.name}: {item.failure}" for items in measured.values() for item in items if item.failure is not None
         ]
@@ -290,7 +290,7 @@ class _Study:
         while not (data / "scenes" / "refs(generated).p").exists():
             with _claim(self.out / "scenes.lock") as mine:
                 if mine and not (data / "scenes" / "refs(generated).p").exists():
-                    self.say(f"generating {TRAIN_SCENES:,} scenes to train on and {TEST_SCENES} to test with")
+                    self.log(f"generating {TRAIN_SCENES:,} scenes to train on and {TEST_SCENES} to test with")
                     write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0, workers=cores())
             time.sleep(0 if mine else _POLL)
         return data
@@ -300,13 +300,13 @@ class _Study:
     def _announce(self, jobs: Sequence[_Job], longer: int) -> None:
         distinct = {job.key: job for job in jobs}
         left = sum(job.result() is None for job in distinct.values())
-        self.say(
+        self.log(
             f"{self.name}: {len(distinct)} runs with equal steps, {len(distinct) - left} of them done; "
             f"{longer} further runs with equal time"
         )
         if self.size == "tiny" and self.steps is not None:
             minutes = (left + longer) * (self.steps * _TINY_STEP + _TINY_REST) / 60 / self.processes
-            self.say(
+            self.log(
                 f"about {max(1, round(minutes))} min on {self.processes} core(s), if none of the longer ones is done"
             )
 
@@ -343,12 +343,12 @@ class _Study:
             first, *_ = str(error).strip().splitlines() or [""]
             sentence = first if isinstance(error, DcrisError) else f"{type(error).__name__}: {first}"
             write_file(job.folder / "failed.txt", f"{sentence}\n\n{traceback.format_exc()}")
-            self.say(f"{job.title}: failed: {sentence}")
+            self.log(f"{job.title}: failed: {sentence}")
             return
         self.walls.append(time.monotonic() - started)
         scores = ", ".join(f"{split} mIoU {found['miou']:.1f}" for split, found in result["scores"].items())
         minutes = (left - 1) * sum(self.walls) / len(self.walls) / 60 / self.processes
-        self.say(
+        self.log(
             f"{job.title}: {scores} after {result['steps']:,} steps in {self.walls[-1]:.0f} s; "
             f"{left - 1} runs left, about {minutes:.0f} min"
         )
@@ -373,7 +373,7 @@ class _Study:
 
     def _write(self, measured: dict[str, list[Measured]]) -> str:
         with torch.device("meta"):  # shapes without memory
-            backbone = DCRIS(self.default.model).count_weights()["frozen"]
+            backbone = ReferringSegmenter(self.default.model).count_weights()["frozen"]
         notes = [
             "Scores are percentages, by the CRIS family's protocol; several seeds give mean \N{PLUS-MINUS SIGN} deviation of "
             "a sample.",
@@ -412,15 +412,15 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     steps = total_steps(config.train, len(table.split(config.data.train_split)))
     _warm_up(model.to(device), config)
     with _timed(job.folder, steps, device):
-        trained = train(model, config, table, tokenizer, job.folder, device=device, resume=True, say=lambda line: None)
+        trained = train(model, config, table, tokenizer, job.folder, device=device, resume=True, log=lambda line: None)
     spent = read_json(job.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
     model.to(device)
     dtype = choose_precision(config.train.precision, device)
     scores = {}
     for split in splits:
-        questions = all_questions(table.split(split))
-        answers = list(answer_questions(model, questions, config, Cris(), device=device, keep_masks=False))
+        queries = all_queries(table.split(split))
+        answers = list(predict_queries(model, queries, config, Cris(), device=device, keep_masks=False))
         scores[split] = result_record(answers, table, split, Cris(), model=model, device=device, dtype=dtype)
     rate = spent["seconds"] / max(1, spent["steps"])
     result = {
@@ -438,7 +438,7 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     return result
 
 
-def _warm_up(model: DCRIS, config: RunConfig) -> None:
+def _warm_up(model: ReferringSegmenter, config: RunConfig) -> None:
     """Go through the model once, in both directions, and make an optimiser: what libraries do on first use is nobody's time.
 
     In evaluation mode, which draws no random number and leaves statistics alone.

@@ -32,7 +32,7 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.models.optimize import hold_frozen
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.arguments import Precision
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory
@@ -156,7 +156,7 @@ class TrainingStep:
     def __init__(self, config: RunConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
-        self.model = DCRIS(config.model).to(device).train()
+        self.model = ReferringSegmenter(config.model).to(device).train()
         self.model.checkpoint_activations(config.train.checkpoint_activations)
         hold_frozen(self.model, dtype)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -209,7 +209,7 @@ def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments
 
 def _segmenter(config: RunConfig, device: str, precision: Precision | None) -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(DCRIS(config.model), config, device=device, precision=precision)
+    return Segmenter(ReferringSegmenter(config.model), config, device=device, precision=precision)
 
 
 def _photograph() -> Any:

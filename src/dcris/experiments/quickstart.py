@@ -9,20 +9,20 @@ import torch
 
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, load_config, override, refuse_other_run
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.evaluation.analysis import analyse
-from dcris.evaluation.evaluator import Answer, answer_questions, exchange_phrases, result_record
+from dcris.evaluation.evaluator import EvalResult, exchange_phrases, predict_queries, result_record
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.report.evaluation_report import write_evaluation_report
 from dcris.inference.batch import Job
 from dcris.inference.inputs import find_tasks
 from dcris.inference.segmenter import Segmenter
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.loggers import read_log
 from dcris.training.trainer import build_model, train
@@ -32,7 +32,7 @@ from dcris.utils.files import make_directory, write_json
 TRAIN_SCENES, TEST_SCENES = 4800, 200
 
 
-def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[[str], None] = print) -> dict[str, Any]:
+def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[[str], None] = print) -> dict[str, Any]:
     """Run it all in `out` and return what metrics.json then holds.
 
     Leaves scenes/ (the data set), config.json, log.jsonl and checkpoints/ (the run), metrics.json, predictions/ and
@@ -50,18 +50,18 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
     # Before the scenes, so that a run broken off among them is not taken up with another seed.
     write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     if not (data / "scenes" / "refs(generated).p").exists():
-        say(f"generating {TRAIN_SCENES + TEST_SCENES} scenes")
+        log(f"generating {TRAIN_SCENES + TEST_SCENES} scenes")
         write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=seed, workers=cores())
     table = load_references(data, config.data.dataset)
     tokenizer = tokenizer_of(config.model.text)
-    say(f"training the adapters and the head ({time.monotonic() - begin:.0f} s so far)")
+    log(f"training the adapters and the head ({time.monotonic() - begin:.0f} s so far)")
     model = build_model(config)
-    result = train(model, config, table, tokenizer, out, device=chosen, resume=True, say=say)
-    say(f"evaluating on {TEST_SCENES} unseen scenes ({time.monotonic() - begin:.0f} s so far)")
+    result = train(model, config, table, tokenizer, out, device=chosen, resume=True, log=log)
+    log(f"evaluating on {TEST_SCENES} unseen scenes ({time.monotonic() - begin:.0f} s so far)")
     model, _ = load_checkpoint(result.best.path)
     model.to(chosen)
     answers, metrics = evaluate_both_ways(model, config, table, "test", device=chosen)
-    say("segmenting and reporting")
+    log("segmenting and reporting")
     segmenter = Segmenter(model, config, device=str(chosen))
     _segment_a_few(segmenter, table, out / "predictions")
     metrics["seconds"] = round(time.monotonic() - begin, 1)
@@ -79,14 +79,14 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", say: Callable[
 
 
 def evaluate_both_ways(
-    model: DCRIS, config: RunConfig, table: ReferenceTable, split: str, *, device: torch.device
-) -> tuple[list[Answer], dict[str, Any]]:
+    model: ReferringSegmenter, config: RunConfig, table: ReferenceTable, split: str, *, device: torch.device
+) -> tuple[list[EvalResult], dict[str, Any]]:
     """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
     references = table.split(split)
     protocol = Cris()
     answers, shuffled = (
-        list(answer_questions(model, questions, config, protocol, device=device))
-        for questions in (all_questions(references), exchange_phrases(references))
+        list(predict_queries(model, queries, config, protocol, device=device))
+        for queries in (all_queries(references), exchange_phrases(references))
     )
     metrics = result_record(
         answers,

@@ -147,7 +147,7 @@ class Job:
             self._held = held.pop_all()
         entries = self._journal.read().values()
         self._done = {entry.name: entry.frames for entry in entries if self._is_current(entry)}
-        self.group.gather(None)  # nobody adds to a journal before all have read them
+        self.group.all_gather(None)  # nobody adds to a journal before all have read them
         images = [task for task in self.tasks if not task.video and task.name not in self._done]
         self.images = images[self.group.rank :: self.group.count]
         """This process's share of what is left to do."""
@@ -175,7 +175,7 @@ class Job:
                 if isinstance(event, Failed):
                     failed.append(event)
                 yield event
-            failed[:] = chain.from_iterable(self.group.gather(failed))
+            failed[:] = chain.from_iterable(self.group.all_gather(failed))
             if self.group.first:
                 for drawn in self._finish_videos({event.task.name for event in failed}):
                     if isinstance(drawn, Failed):

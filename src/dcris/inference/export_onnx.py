@@ -29,7 +29,7 @@ from dcris.evaluation.resampling import resize_matrix
 from dcris.inference.segmenter import Segmenter
 from dcris.models.encoders.clip_text import TextFeatures
 from dcris.models.encoders.vit import interpolate_positions
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.files import write_directory, write_json
 from dcris.version import __version__
 
@@ -117,7 +117,7 @@ def _bicubic(distance: Tensor) -> Tensor:
 class _TextGraph(nn.Module):
     """Tokens [B, L] -> f_t [B, L, T], f_s [B, E], padding [B, L] bool."""
 
-    def __init__(self, model: DCRIS) -> None:
+    def __init__(self, model: ReferringSegmenter) -> None:
         super().__init__()
         self.model = model
 
@@ -130,7 +130,7 @@ class _TextGraph(nn.Module):
 class _ImageGraph(nn.Module):
     """Images [I, 3, S, S], each phrase's image [B], and what the text graph says -> logits [B, 1, 4h, 4w]."""
 
-    def __init__(self, model: DCRIS, side: int) -> None:
+    def __init__(self, model: ReferringSegmenter, side: int) -> None:
         super().__init__()
         # The table of positions is brought to the grid here, once: resizing it is no business of the graph's. The tower is
         # a shallow copy, so that the caller's keeps its own table and no weight is in memory twice.

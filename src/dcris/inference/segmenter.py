@@ -27,14 +27,14 @@ from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.tokenizer import require_phrase, tokenizer_of
-from dcris.data.transforms import Fit
+from dcris.data.transforms import Transform
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import finish_in_passes
 from dcris.evaluation.protocols import Cris
 from dcris.inference.prediction import Prediction, require_threshold
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import Held, prepare_for_prediction
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, Precision, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
 from dcris.utils.hub import push
@@ -59,7 +59,7 @@ class EncodedImage:
     """H and W of the image in pixels."""
     adapters: str
     """The adapter set it was encoded with; only that can go on from it."""
-    _fit: Fit
+    _fit: Transform
     _state: VisionState
 
 
@@ -75,14 +75,14 @@ class Segmenter:
 
     def __init__(
         self,
-        model: DCRIS,
+        model: ReferringSegmenter,
         config: RunConfig,
         *,
         device: str = "auto",
         precision: Precision | None = None,
         origin: Origin | None = None,
     ) -> None:
-        require(model, DCRIS, "the model")
+        require(model, ReferringSegmenter, "the model")
         require(config, RunConfig, "the configuration")
         self.device = choose_device(device)
         self.dtype = choose_precision(config.train.precision if precision is None else precision, self.device)
@@ -94,7 +94,7 @@ class Segmenter:
         self.protocol = Cris()
         self._held: Held = {}
         self._ready = prepare_for_prediction(self.model, self.dtype, self._held)
-        self._sets: Mapping[str, tuple[DCRIS, RunConfig]] = {config.data.dataset: (self._ready, config)}
+        self._sets: Mapping[str, tuple[ReferringSegmenter, RunConfig]] = {config.data.dataset: (self._ready, config)}
 
     @classmethod
     def from_pretrained(
@@ -403,7 +403,9 @@ class Segmenter:
             answers += [[next(found) for _ in each] for each in asked]
         return answers
 
-    def _encode(self, images: Sequence[ImageLike], model: DCRIS, config: RunConfig) -> tuple[VisionState, list[Fit]]:
+    def _encode(
+        self, images: Sequence[ImageLike], model: ReferringSegmenter, config: RunConfig
+    ) -> tuple[VisionState, list[Transform]]:
         squares, fits = zip(
             *(to_square(as_pixels(image), config.data, self.protocol.fit) for image in images), strict=True
         )
@@ -414,7 +416,7 @@ class Segmenter:
     def _finish(
         self,
         state: VisionState,
-        fits: Sequence[Fit],
+        fits: Sequence[Transform],
         phrases: Sequence[str],
         pairs: Sequence[tuple[int, int]],
         adapters: str,
@@ -436,7 +438,7 @@ class Segmenter:
                 yield Prediction.decide(phrases[phrase], picture.cpu().numpy(), threshold, keep=scores)
             done += len(logits)
 
-    def _at_once(self, model: DCRIS, config: RunConfig, memory: float | None) -> int:
+    def _at_once(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:
         """Pairs of an image and a phrase for which a pass through the network stays within the memory."""
         budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
         return int(min(_AT_MOST, max(1, budget / _bytes_per_pair(model, config))))
@@ -460,7 +462,7 @@ def _phrases(phrases: Iterable[Any]) -> list[str]:
     return [require_phrase(phrase) for phrase in phrases]
 
 
-def _bytes_per_pair(model: DCRIS, config: RunConfig) -> int:
+def _bytes_per_pair(model: ReferringSegmenter, config: RunConfig) -> int:
     """What one image with one phrase takes at the network's widest place, in float32: an estimate from above.
 
     That is either the projector, whose maps are four times as fine as the patches, or a block's hidden layer.

@@ -20,7 +20,7 @@ from dcris.models.head.decoder import DecoderLayer
 from dcris.models.head.neck import ConvNormReLU
 from dcris.models.head.projector import FinerConv, FinerConvNormReLU
 from dcris.models.layers.attention import MultiHeadAttention
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 
 Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
 """Frozen weights and what they are in the working precision, by where they lie in memory and their shape.
@@ -36,7 +36,9 @@ _GRID = 32, 32
 """Of patches, where nothing else is known: an image of 448 pixels in patches of 14."""
 
 
-def prepare_for_prediction(model: DCRIS, dtype: torch.dtype = torch.float32, held: Held | None = None) -> DCRIS:
+def prepare_for_prediction(
+    model: ReferringSegmenter, dtype: torch.dtype = torch.float32, held: Held | None = None
+) -> ReferringSegmenter:
     """A copy for prediction alone, with batch norms in their convolutions and the weights of products held in `dtype`.
 
     Whatever is not changed is shared with `model`, which stays as it is: its state dict is what is saved and fingerprinted.
@@ -82,14 +84,14 @@ def _sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def hold_frozen(model: DCRIS, dtype: torch.dtype) -> None:
+def hold_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:
     """Hold the weights of the frozen towers' products in `dtype`, in place, for training in that precision.
 
     Else autocast makes a copy of each at every step, and keeps all of them for the backward pass. Checkpoints name the towers
     by what was loaded, so identify them (dcris.checkpoints.checkpoint.identify_towers) before this.
 
     In bfloat16 on a CPU the vision tower's weights are packed, which cannot be copied or fingerprinted:
-    `prepare_for_prediction` and `trained_state` work, while deepcopy and `DCRIS.merged` are for a model read from a
+    `prepare_for_prediction` and `trained_state` work, while deepcopy and `ReferringSegmenter.merged` are for a model read from a
     checkpoint. The text tower's products are so small that packing them for both directions is not worth its memory.
     """
     if dtype == torch.float32:
@@ -108,7 +110,7 @@ def _trains(module: nn.Module) -> bool:
     return any(weight.requires_grad for weight in module.parameters(recurse=False))
 
 
-def _packs(model: DCRIS, dtype: torch.dtype) -> bool:
+def _packs(model: ReferringSegmenter, dtype: torch.dtype) -> bool:
     """Whether oneDNN's products of packed weights are there for it."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     return (

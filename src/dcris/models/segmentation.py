@@ -51,7 +51,7 @@ class Head(nn.Module):
         return logits
 
 
-class DCRIS(nn.Module):
+class ReferringSegmenter(nn.Module):
     """Segment what a phrase refers to. Text never sees the image; the image sees the text from the first adapter on.
 
     So it is unless the method's order is "interleaved": then a bridge runs the two towers side by side (dcris.models.adapters.bridge).
@@ -77,7 +77,7 @@ class DCRIS(nn.Module):
         freeze(self.text, lambda name: method is not None and method.trains(f"text.{name}"))
         self.train(False)
 
-    def train(self, mode: bool = True) -> "DCRIS":
+    def train(self, mode: bool = True) -> "ReferringSegmenter":
         """Switch adapters and head between training and evaluation; the frozen towers stay in evaluation mode."""
         self.training = mode
         set_mode(self.vision, mode)
@@ -98,7 +98,7 @@ class DCRIS(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         return {"adapters": trained - head, "head": head, "frozen": total - trained}
 
-    def merged(self) -> "DCRIS":
+    def merged(self) -> "ReferringSegmenter":
         """A copy whose method is folded into the towers: the same answers up to rounding, for the work of the plain towers.
 
         Its towers are no longer the published ones, so they have to be saved with it.

@@ -13,7 +13,7 @@ from dcris.data.dataset import normalise
 from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
 from dcris.models.layers.activation_checkpointing import statistics_kept
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
@@ -25,14 +25,14 @@ _USED = 0.9
 
 
 def choose_micro_batch(
-    model: DCRIS,
+    model: ReferringSegmenter,
     config: RunConfig,
     tokenizer: Tokenizer,
     references: int,
     out: Path,
     device: torch.device,
     group: Processes,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> int:
     """What `dcris train --batch-size auto` trains in: what the run in `out` has recorded, or else what is found by trial.
 
@@ -54,18 +54,25 @@ def choose_micro_batch(
         if config.train.shard_towers:
             raise DcrisError("--batch-size auto cannot try sharded towers; give --train.micro_batch")
         share = -(-batch // group.count)
-        recorded = min(group.gather(largest_micro_batch(model, config, tokenizer, share, device, group.local_count)))
+        recorded = min(
+            group.all_gather(largest_micro_batch(model, config, tokenizer, share, device, group.local_count))
+        )
         # On the machine of one process there may be less room than on another's.
         found = "the largest that fits" if recorded < share else "the whole share of the batch fits"
     else:
         found = "as the run was begun"
     passes = -(-batch // (recorded * group.count))
-    say(f"micro batches of {recorded} ({found}): a batch of {batch} takes {passes} passes of {group.count} processes")
+    log(f"micro batches of {recorded} ({found}): a batch of {batch} takes {passes} passes of {group.count} processes")
     return recorded
 
 
 def largest_micro_batch(
-    model: DCRIS, config: RunConfig, tokenizer: Tokenizer, share: int, device: torch.device, neighbours: int = 1
+    model: ReferringSegmenter,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    share: int,
+    device: torch.device,
+    neighbours: int = 1,
 ) -> int:
     """The largest power of two, or `share` if even that fits, of samples whose forward and backward pass the device holds.
 

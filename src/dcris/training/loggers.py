@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcris.config import RunConfig
-from dcris.data.dataset import Questions
+from dcris.data.dataset import Queries
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.utils.device import resident_memory
 from dcris.utils.drawing import (
     PNG_UP_TO,
@@ -147,7 +147,7 @@ class Monitor:
             self.logged = self.speed
         self.progress.advance(done, loss, iou, lr, self.speed)
 
-    def validated(self, done: int, scores: Mapping[str, float], answers: Callable[[], Iterable[Answer]]) -> None:
+    def validated(self, done: int, scores: Mapping[str, float], answers: Callable[[], Iterable[EvalResult]]) -> None:
         """The validation split was scored.
 
         Args:
@@ -376,14 +376,14 @@ def check_trackers(names: Iterable[str]) -> None:
             ) from error
 
 
-def panel_questions(questions: Questions) -> Questions:
+def panel_queries(queries: Queries) -> Queries:
     """The few whose pictures are shown: on different photographs, and spread evenly over the split."""
-    apart = list({question[0].image_path: question for question in reversed(questions)}.values())[::-1]
+    apart = list({query[0].image_path: query for query in reversed(queries)}.values())[::-1]
     count = min(PANELS, len(apart))
     return [apart[number * len(apart) // count] for number in range(count)]
 
 
-def _panel(answer: Answer) -> Panel:
+def _panel(answer: EvalResult) -> Panel:
     reference = answer.reference
     image = cell(read_image(reference.image_path), PANEL_CELL)
     truth = mask_cell(decode_mask(reference.segmentation, reference.image_size).astype(bool), PANEL_CELL)

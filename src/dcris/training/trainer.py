@@ -34,11 +34,11 @@ from dcris.checkpoints.checkpoint import (
 )
 from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
 from dcris.data.dataset import (
-    Questions,
+    Queries,
     Skipped,
     TrainingBatches,
     TrainingSamples,
-    all_questions,
+    all_queries,
     batch_bytes,
     cut_phrases,
     normalise,
@@ -47,16 +47,16 @@ from dcris.data.dataset import (
 )
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
-from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.errors import DcrisError, out_of_memory
-from dcris.evaluation.evaluator import Answer, answer_questions, answer_together
+from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.base import trained_state
 from dcris.models.optimize import hold_frozen
-from dcris.models.segmentation import DCRIS
-from dcris.training.loggers import Monitor, check_trackers, panel_questions
+from dcris.models.segmentation import ReferringSegmenter
+from dcris.training.loggers import Monitor, check_trackers, panel_queries
 from dcris.training.losses import training_loss
+from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require
 from dcris.utils.device import autocast, choose_device, choose_precision
@@ -95,13 +95,13 @@ class TrainResult:
     seconds: float
 
 
-def build_model(config: RunConfig) -> DCRIS:
+def build_model(config: RunConfig) -> ReferringSegmenter:
     """A new model whose trained part starts as the seed says and whose towers hold the weights they name.
 
     Raises DcrisError where those cannot be had.
     """
     torch.manual_seed(require(config, RunConfig, "the configuration").train.seed)
-    model = DCRIS(config.model)
+    model = ReferringSegmenter(config.model)
     load_towers(model.vision, model.text, config.model)
     return model
 
@@ -143,7 +143,7 @@ def learning_rate(config: TrainConfig, step: int, per_epoch: int, total: int) ->
 
 
 def train(
-    model: DCRIS,
+    model: ReferringSegmenter,
     config: RunConfig,
     table: ReferenceTable,
     tokenizer: Tokenizer,
@@ -151,7 +151,7 @@ def train(
     *,
     device: str | torch.device,
     resume: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     group: Processes = _ALONE,
 ) -> TrainResult:
     """Train what is not frozen and leave checkpoints, a log and the configuration in `out`.
@@ -168,7 +168,7 @@ def train(
         device: where to train.
         resume: go on from the newest checkpoint in `out`, or from the start where there is none.
         say: takes lines for a person.
-        group: the processes, each of which calls this with the same arguments but for `device` and `say`.
+        group: the processes, each of which calls this with the same arguments but for `device` and `log`.
 
     Raises DcrisError where a tracker that was asked for is not installed, where `out` holds a run and `resume` is not set or
     the run was started otherwise or on other references, where another process trains there, where all its checkpoints are
@@ -184,7 +184,7 @@ def train(
         # Until the monitor is let go, too: what a tracker still has to send, a second Ctrl-C may break off.
         pending = held.enter_context(_signals())
         try:
-            return _train(model, config, table, tokenizer, out, device, resume, say, group, held, pending)
+            return _train(model, config, table, tokenizer, out, device, resume, log, group, held, pending)
         except RuntimeError as error:
             if (died := dead_worker(error)) is None:
                 raise
@@ -192,14 +192,14 @@ def train(
 
 
 def _train(
-    model: DCRIS,
+    model: ReferringSegmenter,
     config: RunConfig,
     table: ReferenceTable,
     tokenizer: Tokenizer,
     out: Path,
     device: torch.device,
     resume: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     group: Processes,
     held: ExitStack,
     pending: "_Pending",
@@ -207,20 +207,20 @@ def _train(
     settings = config.train
     check_run(config, table, group)
     references = table.split(config.data.train_split)
-    questions = all_questions(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
+    queries = all_queries(table.split(config.data.val_split), first_only=True) if config.data.val_split else []
     going_on = resume and out.is_dir()
     checkpoints = []
     if group.first and going_on:
         held.enter_context(claim(out))
-        checkpoints = sound_checkpoints(out, say)
+        checkpoints = sound_checkpoints(out, log)
     elif group.first and list_checkpoints(out):
         raise DcrisError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if checkpoints:
         refuse_other_run(load_config(checkpoints[-1].path / "config.json"), config, out)
     data = _record_data(table, out, going_on=bool(checkpoints))
-    cut = cut_phrases(all_questions(references), config.data, tokenizer, table.dataset)
+    cut = cut_phrases(all_queries(references), config.data, tokenizer, table.dataset)
     for note in (*table.notes, *([cut] if cut else [])):
-        say(note)
+        log(note)
     towers = identify_towers(model)
     _refuse_strangers(group, config, data["sha256"], towers)
     if settings.shard_towers:
@@ -237,7 +237,7 @@ def _train(
         first = checkpoints[-1].step
         if first:  # else it was stopped while waiting for the first batch, and there are no moments
             load_optimizer(optimizer, checkpoints[-1].path)
-        say(f"going on from step {first}")
+        log(f"going on from step {first}")
     elif settings.start is not None and group.first:
         start = find_checkpoint(Path(settings.start))
         try:
@@ -247,7 +247,7 @@ def _train(
                 f"{error}; a run can start from a checkpoint of its own model alone, so train with the config.json of that one"
             ) from error
         data["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(model))}
-        say(f"starting from the adapters and the head of {start}")
+        log(f"starting from the adapters and the head of {start}")
     last = group.from_first(lambda: checkpoints[-1] if checkpoints else None)
     first = _take_over(model, optimizer, first, group)
     samples = TrainingSamples(references, config.data, tokenizer, settings.seed)
@@ -264,16 +264,16 @@ def _train(
     places = [place for one in passes for place in one]
     batches = TrainingBatches(len(samples), settings.batch_size, settings.seed, first, max(first, total), places)
     loader = training_loader(samples, batches, config.data.workers, pin=device.type == "cuda")
-    say(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
+    log(f"{len(samples):,} references, {per_epoch:,} steps an epoch, {total:,} steps in all")
     dtype = choose_precision(settings.precision, device)
     if not settings.shard_towers:  # those are FSDP's to hold
         hold_frozen(model, dtype)
     step_fn = _Step(model, config, optimizer, parameters, device, dtype, passes, batch_size, group)
 
-    def shown() -> Iterator[Answer]:
-        return answer_questions(model, panel_questions(questions), config, Cris(), device=device, dtype=dtype)
+    def shown() -> Iterator[EvalResult]:
+        return predict_queries(model, panel_queries(queries), config, Cris(), device=device, dtype=dtype)
 
-    skipped = Skipped(len(samples), say)
+    skipped = Skipped(len(samples), log)
     begin = time.monotonic()
 
     def save(done: int) -> Checkpoint:
@@ -289,7 +289,7 @@ def _train(
 
     def validate(saved: Checkpoint) -> None:
         # After saving: validation may be long, and a photograph of that split may be broken.
-        scores = _validate(model, config, questions, device, dtype, group, pending)
+        scores = _validate(model, config, queries, device, dtype, group, pending)
         end_if_asked(saved)  # the scores are of a part, then
         # Sharded towers run in all processes or in none, so the pictures cannot wait until somebody asks for them.
         panels = [*shown()] if settings.shard_towers and settings.trackers else None
@@ -300,14 +300,8 @@ def _train(
             prune_checkpoints(out, settings.keep_last)
         model.train()
 
-    with Monitor(out, config, (first, total, per_epoch), device, say, group.first) as monitor:
-        if (
-            first
-            and last is not None
-            and last.score is None
-            and questions
-            and (first % per_epoch == 0 or first == total)
-        ):
+    with Monitor(out, config, (first, total, per_epoch), device, log, group.first) as monitor:
+        if first and last is not None and last.score is None and queries and (first % per_epoch == 0 or first == total):
             validate(last)  # the run was broken off before it could be
         done, saved = first, last
         try:
@@ -315,7 +309,7 @@ def _train(
                 lr = learning_rate(settings, step, per_epoch, total)
                 done = step + 1
                 if config.data.on_bad_image == "skip":
-                    for part in group.gather(batch.skipped):
+                    for part in group.all_gather(batch.skipped):
                         skipped.note(part)
                 loss, iou = step_fn(step, batch, lr, monitor.wants_iou(done))
                 monitor.step(done, loss, iou, lr, batch_size)
@@ -325,7 +319,7 @@ def _train(
                     saved = save(done)
                     if asked is not None:
                         raise Interrupted(asked, saved)
-                    if ends_epoch and questions:
+                    if ends_epoch and queries:
                         validate(saved)
         except _StopWaiting:  # in all processes, between two steps
             asked = group.agree(pending.number)
@@ -357,7 +351,7 @@ def _record_data(table: ReferenceTable, out: Path, going_on: bool) -> dict[str, 
 def _refuse_strangers(group: Processes, config: RunConfig, data: str, towers: Towers) -> None:
     """Check that all processes were started alike. Raises DcrisError naming what differs."""
     known = {"settings": config.model_dump(), "references": data, "towers": towers}
-    for rank, other in enumerate(group.gather(known)):
+    for rank, other in enumerate(group.all_gather(known)):
         for what, value in other.items():
             if value != known[what]:
                 raise DcrisError(
@@ -366,7 +360,7 @@ def _refuse_strangers(group: Processes, config: RunConfig, data: str, towers: To
                 )
 
 
-def _take_over(model: DCRIS, optimizer: torch.optim.Optimizer, first: int, group: Processes) -> int:
+def _take_over(model: ReferringSegmenter, optimizer: torch.optim.Optimizer, first: int, group: Processes) -> int:
     """Give every process the step, weights, statistics and moments of the first, and return the step."""
     if group.count == 1:
         return first
@@ -402,14 +396,14 @@ def _read_together(loader: Iterator[Batch], group: Processes, pending: "_Pending
         yield batch
 
 
-def make_optimizer(model: DCRIS, settings: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.optim.Optimizer:
     """Adam over everything that trains, as the published code uses it (train.py)."""
     return torch.optim.Adam(
         _groups(model, settings), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
 
 
-def _groups(model: DCRIS, settings: TrainConfig) -> list[dict[str, Any]]:
+def _groups(model: ReferringSegmenter, settings: TrainConfig) -> list[dict[str, Any]]:
     """What the optimiser is given: all that trains; the towers' own weights by themselves if they have another rate."""
     own: list[torch.nn.Parameter] = []
     other: list[torch.nn.Parameter] = []
@@ -426,7 +420,7 @@ class _Step:
 
     def __init__(
         self,
-        model: DCRIS,
+        model: ReferringSegmenter,
         config: RunConfig,
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
@@ -504,9 +498,9 @@ def _batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
 
 
 def _validate(
-    model: DCRIS,
+    model: ReferringSegmenter,
     config: RunConfig,
-    questions: Questions,
+    queries: Queries,
     device: torch.device,
     dtype: torch.dtype,
     group: Processes,
@@ -518,12 +512,12 @@ def _validate(
     mode.
     """
     model.eval()
-    answer = partial(answer_questions, model, questions, config, Cris(), device=device, dtype=dtype, keep_masks=False)
+    answer = partial(predict_queries, model, queries, config, Cris(), device=device, dtype=dtype, keep_masks=False)
     if config.train.shard_towers:
         # A sharded tower runs in all processes or in none, and shares differ in their numbers of photographs.
-        answers: Iterable[Answer] = answer()
+        answers: Iterable[EvalResult] = answer()
     else:
-        answers = answer_together(group, questions, lambda share: pending.until_asked(answer(share=share)))
+        answers = predict_on_all_ranks(group, queries, lambda share: pending.until_asked(answer(share=share)))
     return summarise(answer.overlap for answer in answers)
 
 
@@ -544,7 +538,7 @@ class _Pending:
         finally:
             self.interruptible = False
 
-    def until_asked(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+    def until_asked(self, answers: Iterator[EvalResult]) -> Iterator[EvalResult]:
         """Answers as they come, up to a request to end."""
         while True:
             try:

@@ -50,7 +50,7 @@ class Processes:
         """Whether this is the one that speaks and writes."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every process's value, by rank, for all of them to have."""
         if self.count == 1:
             return [value]
@@ -228,8 +228,8 @@ def _is_first_to_fail(store: Store) -> bool:
         return True
 
 
-def leave_together(group: Processes) -> None:
+def exit_together(group: Processes) -> None:
     """Wait for all, and end undisturbed: torchrun sends SIGTERM to those that end later than another that was interrupted."""
     if group.count > 1:
         _ignore_sigterm()
-        group.gather(None)
+        group.all_gather(None)

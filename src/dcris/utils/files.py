@@ -434,14 +434,14 @@ def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any
         ) from error
 
 
-def read_json_lines(path: Path, complain: Callable[[DcrisError], None] | None = None) -> Iterator[tuple[int, Any]]:
+def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = None) -> Iterator[tuple[int, Any]]:
     """The number, from 1 on, and the value of each line of a JSON Lines file that is not blank.
 
     Args:
         path: a regular file in UTF-8, with any line ends and byte order marks, as `cat` of several files leaves them.
         complain: receives the error of each line that cannot be read; the other lines are yielded.
 
-    Raises DcrisError where the file cannot be read and, without `complain`, for the first line that cannot.
+    Raises DcrisError where the file cannot be read and, without `on_error`, for the first line that cannot.
     """
     brackets = length = 0
     try:
@@ -467,9 +467,9 @@ def read_json_lines(path: Path, complain: Callable[[DcrisError], None] | None = 
                     value = parse_json(text.decode())
                 except ValueError as error:
                     found = DcrisError(f"{path}: line {number} {_of_line(error)}; correct that line")
-                    if complain is None:
+                    if on_error is None:
                         raise found from error
-                    complain(found)
+                    on_error(found)
                 else:
                     yield number, value
     except FileNotFoundError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from dcris.data.coco import CATEGORIES
 from dcris.data.image_folders import find_photographs, image_ids
 from dcris.data.images import image_size
-from dcris.data.table import Complain, ReferenceTable, bad, field, forgiving, plain_path, read_expressions
+from dcris.data.table import OnError, ReferenceTable, bad, field, forgiving, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json
@@ -45,7 +45,7 @@ def _files(root: Path, folder: str) -> list[Path]:
 
 
 def load_prepared(
-    root: Path, dataset: str, split_by: str | None = None, complain: Complain | None = None
+    root: Path, dataset: str, split_by: str | None = None, on_error: OnError | None = None
 ) -> ReferenceTable:
     """Read a data set that CRIS's tools prepared. Without `split_by`, the only one that is there is taken.
 
@@ -55,7 +55,7 @@ def load_prepared(
     reference stands for its annotation's, too.
 
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the reference and the field;
-    what is wrong with a single reference goes to `complain`, where that is given.
+    what is wrong with a single reference goes to `on_error`, where that is given.
     """
     found = find_prepared(root, dataset, split_by)
     if len(found) > 1:
@@ -73,7 +73,7 @@ def load_prepared(
         if type(records) is not list:
             raise bad(path, "it is not a list of references")
         for number, record in enumerate(records, 1):
-            with forgiving(complain):
+            with forgiving(on_error):
                 entry = _Entry(record, path, number, sentences)
                 if entry.ref_id in identifiers:
                     raise bad(path, f"reference {entry.ref_id} is there twice, in this file or in another beside it")

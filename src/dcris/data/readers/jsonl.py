@@ -13,7 +13,7 @@ from typing import Any
 
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import Complain, ReferenceTable, bad, check_text, forgiving, plain_path
+from dcris.data.table import OnError, ReferenceTable, bad, check_text, forgiving, plain_path
 from dcris.data.table import field as entry
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, Segmentation
@@ -25,7 +25,7 @@ def is_jsonl(root: Path) -> bool:
     return root.suffix.lower() == ".jsonl"
 
 
-def load_jsonl(path: Path, complain: Complain | None = None) -> ReferenceTable:
+def load_jsonl(path: Path, on_error: OnError | None = None) -> ReferenceTable:
     """Read a data set of one's own. Its name is the file's stem.
 
     A reference's `ref_id` is its `id`, or else the number of its line; sentences and distinct photographs are numbered in the
@@ -35,16 +35,16 @@ def load_jsonl(path: Path, complain: Complain | None = None) -> ReferenceTable:
         path: the file.
         complain: receives the error of each line that is wrong, which is then left out.
 
-    Raises DcrisError where the file cannot be read or holds nothing, and, without `complain`, for the first line that is wrong.
+    Raises DcrisError where the file cannot be read or holds nothing, and, without `on_error`, for the first line that is wrong.
     """
     reader, references, complaints = _Reader(path), [], 0
 
     def count(error: DcrisError) -> None:
         nonlocal complaints
-        if complain is None:
+        if on_error is None:
             raise error
         complaints += 1
-        complain(error)
+        on_error(error)
 
     for number, record in read_json_lines(path, count):
         with forgiving(count):

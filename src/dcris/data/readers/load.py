@@ -11,7 +11,7 @@ from dcris.data.readers.cris_layout import find_prepared, load_prepared
 from dcris.data.readers.jsonl import is_jsonl, load_jsonl
 from dcris.data.readers.parquet import SPLIT_BY, find_parquet, load_parquet
 from dcris.data.readers.refer import find_refer, load_refer
-from dcris.data.table import Complain, ReferenceTable
+from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import SoftMask
 from dcris.utils.arguments import PathLike, as_path, require, require_number
@@ -21,7 +21,7 @@ def load_references(
     root: PathLike,
     dataset: str | None,
     split_by: str | None = None,
-    complain: Complain | None = None,
+    on_error: OnError | None = None,
     *,
     mask_threshold: float | None = None,
 ) -> ReferenceTable:
@@ -34,7 +34,7 @@ def load_references(
     Masks that are pictures have two values, 0 and another, unless a `mask_threshold` is given (see dcris.types.SoftMask).
 
     Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field; what is wrong
-    with a single reference goes to `complain`, where that is given.
+    with a single reference goes to `on_error`, where that is given.
     """
     place = as_path(root, "the data set's place")
     for value, what in ((dataset, "the data set's name"), (split_by, "split_by")):
@@ -42,7 +42,7 @@ def load_references(
             raise DcrisError(f"{what} has to be a name, and is {value!r}")
     try:
         with _no_collection():
-            table = _load(place, dataset, split_by, complain)
+            table = _load(place, dataset, split_by, on_error)
     except OSError as error:  # what no reader foresees, such as names that are too long
         raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
     if mask_threshold is None:
@@ -57,9 +57,9 @@ def load_references(
     return replace(table, references=tuple(references))
 
 
-def _load(root: Path, dataset: str | None, split_by: str | None, complain: Complain | None) -> ReferenceTable:
+def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnError | None) -> ReferenceTable:
     if is_jsonl(root):
-        return load_jsonl(root, complain)
+        return load_jsonl(root, on_error)
     if dataset is None:
         raise DcrisError(f"{root} may hold several data sets; name one with --dataset")
     if mixture := parse_mixture(dataset):
@@ -67,11 +67,11 @@ def _load(root: Path, dataset: str | None, split_by: str | None, complain: Compl
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
         return load_mixture(root, dataset, mixture, load_references, has_references)
     if find_refer(root, dataset, split_by):
-        return load_refer(root, dataset, split_by, complain)
+        return load_refer(root, dataset, split_by, on_error)
     if find_prepared(root, dataset, split_by):
-        return load_prepared(root, dataset, split_by, complain)
+        return load_prepared(root, dataset, split_by, on_error)
     if find_parquet(root, dataset):
-        return load_parquet(root, dataset, split_by, complain)
+        return load_parquet(root, dataset, split_by, on_error)
     name = f"refs({split_by or '...'}).p"
     raise DcrisError(
         f"there is no data set {dataset} in {root}: neither {dataset}/{name}, nor anns/{dataset}/*.json, nor "

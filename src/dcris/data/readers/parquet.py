@@ -16,7 +16,7 @@ from dcris.data.image_folders import image_ids
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
 from dcris.data.readers.refer import read_records
-from dcris.data.table import Complain, ReferenceTable, bad, field, plain_path, read_expressions
+from dcris.data.table import OnError, ReferenceTable, bad, field, plain_path, read_expressions
 from dcris.errors import DcrisError
 from dcris.types import Reference
 from dcris.utils.files import open_regular, parse_json, write_file
@@ -92,7 +92,7 @@ def refer_split(dataset: str, split: str) -> str:
 
 
 def load_parquet(
-    root: Path, dataset: str, split_by: str | None = None, complain: Complain | None = None
+    root: Path, dataset: str, split_by: str | None = None, on_error: OnError | None = None
 ) -> ReferenceTable:
     """Read a data set from Parquet in either form of columns.
 
@@ -101,7 +101,7 @@ def load_parquet(
     that are there; and `val` and `test` of its RefCOCO hold google's splits, too, as `dcris data check` notices by their size.
 
     Raises DcrisError where pyarrow is not installed, and for anything missing, malformed or contradictory, naming the file, the
-    reference or row, and the field; what is wrong with a single reference goes to `complain`, where that is given.
+    reference or row, and the field; what is wrong with a single reference goes to `on_error`, where that is given.
     """
     files = find_parquet(root, dataset)
     name = _canonical(dataset)
@@ -112,7 +112,7 @@ def load_parquet(
     names = _columns(first)
     if names.issuperset(set(_RECORDS) - {"split", "file_name"}):
         records, content = to_refer(files, name)
-        references = read_records(records, first.parent, content, first.parent, root, complain)
+        references = read_records(records, first.parent, content, first.parent, root, on_error)
     elif names.issuperset(_PICTURES):
         references = _read_pictures(files, root / first.relative_to(root).parts[0] / "unpacked")
     else:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dcris.data.image_folders import Photographs, find_photographs
+from dcris.data.image_folders import ImageFolder, find_photographs
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.table import (
-    Complain,
+    OnError,
     ReferenceTable,
     bad,
     field,
@@ -123,19 +123,19 @@ def find_split_by(root: Path, dataset: str) -> str:
 
 
 def load_refer(
-    root: Path, dataset: str, split_by: str | None = None, complain: Complain | None = None
+    root: Path, dataset: str, split_by: str | None = None, on_error: OnError | None = None
 ) -> ReferenceTable:
     """Read a data set in the REFER layout. Without `split_by`, the only one that is there is taken.
 
     Only a few photographs are looked for (see find_photographs). Raises DcrisError for anything missing, malformed or
-    contradictory, naming the file, the reference and the field; what is wrong with a single reference goes to `complain`,
+    contradictory, naming the file, the reference and the field; what is wrong with a single reference goes to `on_error`,
     where that is given.
     """
     split_by = split_by or find_split_by(root, dataset)
     path, instances = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
     records = safe_unpickle(path)
     content = read_json(instances, f"the annotation file of {dataset}", each_object=_slimmer(records))
-    references = read_records(records, path, content, instances, root, complain)
+    references = read_records(records, path, content, instances, root, on_error)
     return ReferenceTable(dataset, split_by, root, references)
 
 
@@ -153,7 +153,7 @@ def _slimmer(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def read_records(
-    records: Any, path: Path, content: Any, instances_path: Path, root: Path, complain: Complain | None = None
+    records: Any, path: Path, content: Any, instances_path: Path, root: Path, on_error: OnError | None = None
 ) -> tuple[Reference, ...]:
     """The references that REFER's records and COCO's annotations spell out.
 
@@ -173,7 +173,7 @@ def read_records(
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
     for number, record in enumerate(records, 1):
-        with forgiving(complain):
+        with forgiving(on_error):
             ref_id = field(record, "ref_id", int, path, f"entry {number}")
             if ref_id in references:
                 raise bad(path, f"reference {ref_id} is there twice")
@@ -186,7 +186,7 @@ class _Instances:
     """COCO's annotations, indexed by identifier."""
 
     path: Path
-    photographs: Photographs
+    photographs: ImageFolder
     images: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     categories: dict[int, dict[str, Any]]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dcris.config import RunConfig
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.report.charts import Line, chart, series, threshold_chart
 from dcris.evaluation.report.html import interval, number, percent, text, write_page
 from dcris.evaluation.report.panels import Panel, as_panel, panels_section, pick
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 
 
 def write_report(
@@ -62,10 +62,10 @@ def write_evaluation_report(
     path: Path,
     *,
     title: str,
-    answers: Sequence[Answer],
+    answers: Sequence[EvalResult],
     metrics: Mapping[str, Any],
     config: RunConfig | None = None,
-    model: DCRIS | None = None,
+    model: ReferringSegmenter | None = None,
     curve: Sequence[dict[str, Any]] = (),
 ) -> None:
     """The report of one model's answers on one split, or of anybody's (then without `config` and `model`), as one HTML file.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.report.html import percent, text
 from dcris.types import MaskArray
 from dcris.utils.drawing import (
@@ -57,7 +57,7 @@ class Panel:
                 raise ValueError(f"a panel's mask is {list(mask.shape)}, but its image {list(self.image.shape[:2])}")
 
 
-def pick(answers: Sequence[Answer], count: int = 12) -> dict[str, list[Answer]]:
+def pick(answers: Sequence[EvalResult], count: int = 12) -> dict[str, list[EvalResult]]:
     """Answers to show, by heading: the best, the worst, and what lies between, so that nobody has to take our word for it.
 
     A third of `count` each, where there are so many; under one heading no photograph comes twice. Of equal ones chance decides,
@@ -76,9 +76,9 @@ def pick(answers: Sequence[Answer], count: int = 12) -> dict[str, list[Answer]]:
     return {"The best": best, "Drawn at random": typical, "The worst": worst}
 
 
-def first_apart(answers: Iterable[Answer], count: int) -> list[Answer]:
+def first_apart(answers: Iterable[EvalResult], count: int) -> list[EvalResult]:
     """The first `count` answers that are on different photographs."""
-    found: dict[Path, Answer] = {}
+    found: dict[Path, EvalResult] = {}
     for answer in answers:
         if len(found) == count:
             break
@@ -86,7 +86,7 @@ def first_apart(answers: Iterable[Answer], count: int) -> list[Answer]:
     return list(found.values())
 
 
-def as_panel(named: Mapping[str, Answer]) -> Panel:
+def as_panel(named: Mapping[str, EvalResult]) -> Panel:
     """Answers to one expression as one picture of the report, by their models' names.
 
     Raises DcrisError where the photograph or the true mask cannot be read.

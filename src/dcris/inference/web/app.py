@@ -27,7 +27,15 @@ from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
 from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
-from dcris.inference.web.service import Desk, ForgottenError, Limits, Visit, Visits, coco_results, masks_zip
+from dcris.inference.web.service import (
+    ForgottenError,
+    InferenceService,
+    Limits,
+    Session,
+    Visits,
+    coco_results,
+    masks_zip,
+)
 from dcris.utils import files
 from dcris.utils.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
 
@@ -194,7 +202,7 @@ def serve(
             raise DcrisError(
                 f"--host {host} serves other machines too; set a password by --auth USER:PASSWORD, or give --no-auth"
             )
-        desk = Desk(segmenter(), limits)
+        desk = InferenceService(segmenter(), limits)
         visits = Visits(desk.limits)
         app = make_app(desk, visits, examples, hosts=(host, *allow_hosts), credentials=credentials)
         server = make_server(app, desk.limits)
@@ -230,7 +238,7 @@ def make_server(app: "ASGIApp", limits: Limits) -> "uvicorn.Server":
 
 
 def make_app(
-    desk: Desk,
+    desk: InferenceService,
     visits: Visits,
     examples: Sequence[Path] | None = None,
     *,
@@ -274,7 +282,7 @@ def make_app(
         data, query = await request.body(), request.query_params
         pixels = await desk.draw(lambda: desk.photograph(data))
         visits.drop(query.get("old"))
-        return await view(visits.put(Visit(pixels, query.get("name", ""))), desk.segmenter.protocol.threshold)
+        return await view(visits.put(Session(pixels, query.get("name", ""))), desk.segmenter.protocol.threshold)
 
     async def example(request: "Request") -> Response:
         question = await _question(request)
@@ -283,7 +291,7 @@ def make_app(
         pixels, file_name, phrases = shown_examples[question.number]
         visits.drop(question.photo)
         more = {"text": "\n".join(phrases)} if phrases else {}
-        return await view(visits.put(Visit(pixels, file_name)), desk.segmenter.protocol.threshold, **more)
+        return await view(visits.put(Session(pixels, file_name)), desk.segmenter.protocol.threshold, **more)
 
     async def segment(request: "Request") -> Response:
         question = await _question(request)
@@ -490,7 +498,7 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> str:
     return f'<img alt="example" src="{_data_uri(cell(pixels, _THUMBNAIL))}" style="height: 84px; border-radius: 4px">'
 
 
-def _shown(visit: Visit | None, answers: Sequence[Prediction]) -> str:
+def _shown(visit: Session | None, answers: Sequence[Prediction]) -> str:
     if visit is None:
         return '<div class="empty">Drop a photograph, write phrases, press Segment.</div>'
     picture = cell(visit.pixels, _SHOWN)

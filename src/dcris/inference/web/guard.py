@@ -251,12 +251,12 @@ class Guard:
                 await asyncio.Event().wait()  # until the application has answered or is cancelled
             return messages.pop()
 
-        async def leave() -> None:
+        async def exit_interrupted() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
         answering = asyncio.ensure_future(self._app(scope, replay, send))
-        tasks = {answering} | ({asyncio.ensure_future(leave())} if watch else set())
+        tasks = {answering} | ({asyncio.ensure_future(exit_interrupted())} if watch else set())
         try:
             await asyncio.wait(tasks, timeout=self._limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED)
             done, left = answering.done(), any(task.done() for task in tasks - {answering})

@@ -81,7 +81,7 @@ class ForgottenError(DcrisError):
     status = 404
 
 
-class Desk:
+class InferenceService:
     """One model for many visitors; they are served one after the other, in the order in which they came.
 
     What is costly without the model (decoding a photograph, drawing, compressing) has a thread of its own, so that it neither
@@ -156,7 +156,7 @@ class Desk:
 
 
 @dataclass
-class Visit:
+class Session:
     """What a page holds: its photograph, and what was answered about it."""
 
     pixels: NDArray[np.uint8]
@@ -189,13 +189,13 @@ class Visits:
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock
-        self._visits: OrderedDict[str, Visit] = OrderedDict()
+        self._visits: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._visits)
 
-    def put(self, visit: Visit, name: str | None = None) -> str:
+    def put(self, visit: Session, name: str | None = None) -> str:
         """Keep a visit, under its old name if that is given, and return its name."""
         name = name or secrets.token_urlsafe(16)
         with self._lock:
@@ -207,7 +207,7 @@ class Visits:
                 self._visits.popitem(last=False)
         return name
 
-    def get(self, name: str | None) -> Visit:
+    def get(self, name: str | None) -> Session:
         """The visit of that name. Raises DcrisError where it was forgotten."""
         with self._lock:
             self._forget()

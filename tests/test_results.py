@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answers import answer, drawn
-from dcris.data.dataset import Questions
+from dcris.data.dataset import Queries
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import Answer
+from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.protocols import get_protocol
-from dcris.evaluation.results import read_answers, write_answers
+from dcris.evaluation.results import read_results, write_results
 
 CRIS = get_protocol("cris")
 
 
-def some(count: int = 3) -> list[Answer]:
+def some(count: int = 3) -> list[EvalResult]:
     """Answers with and without a curve, on masks that can be decoded."""
     made = [answer((number, 7), photograph=number, phrase=f"phrase {number}") for number in range(count)]
     mask = np.zeros((1000, 1000), bool)
@@ -28,7 +28,7 @@ def some(count: int = 3) -> list[Answer]:
     return [drawn(made[0].reference, 0, mask, mask), *made[1:]]
 
 
-def asked(answers: list[Answer]) -> Questions:
+def asked(answers: list[EvalResult]) -> Queries:
     return [(each.reference, each.expression) for each in answers]
 
 
@@ -38,14 +38,14 @@ def test_answers_come_back(tmp_path_factory: pytest.TempPathFactory, phrases: li
     """Whatever a phrase holds, line ends and half surrogate pairs among it, in the order in which it is asked now."""
     path = tmp_path_factory.mktemp("answers") / "deep" / "a.jsonl"
     answers = [*some(), *(answer(phrase=phrase) for phrase in phrases), answer(phrase="\ud800\u2028\n")]
-    write_answers(path, answers, CRIS)
+    write_results(path, answers, CRIS)
     assert len(path.read_bytes().splitlines()) == len(answers)
-    assert read_answers(path, asked(answers)[::-1], CRIS) == answers[::-1]
+    assert read_results(path, asked(answers)[::-1], CRIS) == answers[::-1]
 
 
 def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
     """People read these lines with pandas."""
-    write_answers(tmp_path / "a.jsonl", some(), CRIS)
+    write_results(tmp_path / "a.jsonl", some(), CRIS)
     first = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
     assert (first["image"], first["phrase"], first["protocol"]) == ("0.jpg", "phrase 0", "cris")
     assert (first["iou"], first["intersection"], first["union"]) == (1.0, 400, 400)
@@ -84,12 +84,12 @@ def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
 def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     """The file's name and line among them; a count that is not one would end in a wrong table, not in an error."""
     path, answers = tmp_path / "a.jsonl", some()
-    write_answers(path, answers, CRIS)
+    write_results(path, answers, CRIS)
     lines = path.read_text().splitlines()
     lines[1] = json.dumps(json.loads(lines[1]) | change)
     path.write_text("\n".join(lines))
     with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
-        read_answers(path, asked(answers), CRIS)
+        read_results(path, asked(answers), CRIS)
     assert sentence in str(caught.value)
     assert "line 2" in str(caught.value)
 
@@ -110,31 +110,31 @@ def test_another_file_is_refused_in_words(tmp_path: Path, content: bytes, senten
     """A picture, a result file, or half a line after a full disk."""
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
-        read_answers(tmp_path / "a.jsonl", asked(some()), CRIS)
+        read_results(tmp_path / "a.jsonl", asked(some()), CRIS)
     assert sentence in str(caught.value)
 
 
 def test_a_file_that_an_editor_saved_is_read(tmp_path: Path) -> None:
     """With a byte order mark, Windows' line ends, and a blank line at the end, as editors and scripts leave them."""
     path, answers = tmp_path / "a.jsonl", some()
-    write_answers(path, answers, CRIS)
+    write_results(path, answers, CRIS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"  \r\n\n")
-    assert len(read_answers(path, asked(answers), CRIS)) == len(answers)
+    assert len(read_results(path, asked(answers), CRIS)) == len(answers)
 
 
 def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     """One of another split, cut short, answered twice, or not there at all."""
     path, answers = tmp_path / "a.jsonl", some()
-    write_answers(path, answers, CRIS)
+    write_results(path, answers, CRIS)
     with pytest.raises(DcrisError, match="no answer to sentence"):
-        read_answers(path, asked([*answers, answer()]), CRIS)
+        read_results(path, asked([*answers, answer()]), CRIS)
     with pytest.raises(DcrisError, match="also answers sentence"):
-        read_answers(path, asked(answers[1:]), CRIS)
-    write_answers(path, [*answers, answers[0]], CRIS)
+        read_results(path, asked(answers[1:]), CRIS)
+    write_results(path, [*answers, answers[0]], CRIS)
     with pytest.raises(DcrisError, match=r"line 4 answers sentence \d+, which line 1 did already"):
-        read_answers(path, asked(answers), CRIS)
+        read_results(path, asked(answers), CRIS)
     with pytest.raises(DcrisError, match="there is no file"):
-        read_answers(tmp_path / "absent.jsonl", [], CRIS)
+        read_results(tmp_path / "absent.jsonl", [], CRIS)
 
 
 def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path) -> None:
@@ -142,5 +142,5 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path) -> None:
     answers = some()
     answers[2] = replace(answers[2], prediction=None)
     with pytest.raises(ValueError, match="not kept"):
-        write_answers(tmp_path / "a.jsonl", answers, CRIS)
+        write_results(tmp_path / "a.jsonl", answers, CRIS)
     assert not list(tmp_path.iterdir())

@@ -18,12 +18,12 @@ from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.data.tokenizer import tokenizer_of
-from dcris.training.parallel import divide_batch
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import adapters
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.training import batch_size as memory
 from dcris.training.losses import text_to_pixel_loss
+from dcris.training.parallel import divide_batch
 from dcris.training.trainer import _Step, build_model
 from dcris.types import Batch
 from dcris.utils import device
@@ -42,8 +42,8 @@ def samples(count: int, side: int = 56) -> Batch:
     )
 
 
-def model_of(config: RunConfig, seed: int = 0) -> DCRIS:
-    model = DCRIS(config.model)
+def model_of(config: RunConfig, seed: int = 0) -> ReferringSegmenter:
+    model = ReferringSegmenter(config.model)
     randomise(model, seed)
     return model.train()
 
@@ -97,7 +97,7 @@ def test_a_frozen_layer_keeps_what_its_activation_needs_alone() -> None:
 # ---- recomputed activations ----------------------------------------------------------------------------------------------
 
 
-def gradients(model: DCRIS, batch: Batch) -> tuple[float, dict[str, Tensor], int]:
+def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str, Tensor], int]:
     kept: list[int] = []
     torch.manual_seed(11)
     with saved_bytes(kept):

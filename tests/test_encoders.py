@@ -22,7 +22,7 @@ from dcris.models.encoders.clip_text import TextTower
 from dcris.models.encoders.clip_vision import ClipVisionTower
 from dcris.models.encoders.dino import DinoV2Tower
 from dcris.models.encoders.vit import as_map, interpolate_positions
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from models import (
     END,
     START,
@@ -284,14 +284,14 @@ def test_the_position_rules_differ() -> None:
 
 
 @pytest.fixture
-def model() -> DCRIS:
-    network = DCRIS(tiny_config()).double()
+def model() -> ReferringSegmenter:
+    network = ReferringSegmenter(tiny_config()).double()
     randomise(network)
     return network.eval()
 
 
 @torch.no_grad()
-def test_an_image_is_encoded_once_for_all_its_phrases(model: DCRIS) -> None:
+def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter) -> None:
     """Else answers depend on whether a service caches its photographs."""
     pixels = images(2, 4, 5).double()
     tokens = tokens_ending_at((3, 6, 2), 7)
@@ -307,7 +307,7 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: DCRIS) -> None:
 
 
 @torch.no_grad()
-def test_the_mlp_beside_the_first_adapter_is_shared_too(model: DCRIS) -> None:
+def test_the_mlp_beside_the_first_adapter_is_shared_too(model: ReferringSegmenter) -> None:
     """It does not read the text, and of what an adapter on a late block leaves to each phrase it is the largest part."""
     tokens, rows = tokens_ending_at((3, 6, 2), 7), []
     model.vision.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
@@ -327,7 +327,7 @@ def test_the_mlp_beside_the_first_adapter_is_shared_too(model: DCRIS) -> None:
 @torch.no_grad()
 def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
     """Else the ablation without visual adapters runs the image again for each phrase, or stops half way."""
-    model = DCRIS(tiny_config(visual_adapter=None)).eval()
+    model = ReferringSegmenter(tiny_config(visual_adapter=None)).eval()
     state = model.encode_images(images(1, 3, 3))
     assert state.step == 2 * len(model.vision.blocks)
     tokens = tokens_ending_at((2,), 4)
@@ -335,7 +335,7 @@ def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
 
 
 @torch.no_grad()
-def test_half_blocks_add_up_to_blocks(model: DCRIS) -> None:
+def test_half_blocks_add_up_to_blocks(model: ReferringSegmenter) -> None:
     """Else stopping before the first text-reading slot, in the middle of a block, changes the result."""
     tower, pixels = model.vision, images(2, 3, 5).double()
     text = model.encode_text(tokens_ending_at((3, 5), 6)).tokens
@@ -356,7 +356,7 @@ def test_half_blocks_add_up_to_blocks(model: DCRIS) -> None:
 
 
 @pytest.mark.parametrize("size", [(56, 57), (55, 56), (13, 14)])
-def test_sizes_that_do_not_divide_are_refused(model: DCRIS, size: tuple[int, int]) -> None:
+def test_sizes_that_do_not_divide_are_refused(model: ReferringSegmenter, size: tuple[int, int]) -> None:
     """Else the last pixels are dropped in silence and masks are shifted against the photograph."""
     with pytest.raises(ValueError, match=f"{size[0]}, {size[1]}.*patches of 14"):
         model.encode_images(torch.zeros(1, 3, *size).double())

@@ -23,7 +23,7 @@ from dcris.cli import main
 from dcris.config import RunConfig, override
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import trained_state
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import dcris_tiny
 from hub import Hub
 from models import randomise
@@ -43,7 +43,7 @@ def segmenter(seed: int = 0, dataset: str = "scenes", **changes: str) -> Segment
     settings = [(key.replace("__", "."), value) for key, value in changes.items()]
     config = tiny_run(("data.dataset", json.dumps(dataset)), *settings)
     torch.manual_seed(seed)
-    model = DCRIS(config.model)
+    model = ReferringSegmenter(config.model)
     randomise(model, seed)
     load_towers(model.vision, model.text, config.model)
     return Segmenter(model, config, device="cpu")
@@ -325,7 +325,7 @@ def test_files_with_unknown_names_are_found(hub: Hub, cache: Path) -> None:
         [*names, "mix/large_mix_refcoco.pth"],
         strict=True,
     ):
-        place = locate(f"detris-l-{short}", say=lambda line: None)
+        place = locate(f"detris-l-{short}", log=lambda line: None)
         assert name in {asked for _, asked, _ in hub.requests}
         assert place == cache / f"detris-l-{short}"
     record = json.loads((cache / "sha256.json").read_text())
@@ -367,7 +367,7 @@ def test_a_repository_that_has_changed(hub: Hub, cache: Path, files: list[str], 
 # ---- several adapters, one tower -------------------------------------------------------------------------------------
 
 
-def pointers(model: DCRIS) -> dict[str, int]:
+def pointers(model: ReferringSegmenter) -> dict[str, int]:
     return {name: value.data_ptr() for name, value in model.state_dict().items() if value.numel() > 1}
 
 

@@ -10,13 +10,13 @@ from torch import nn
 from dcris.checkpoints.backbones import fingerprint
 from dcris.config import ModelConfig, TextAdapterConfig
 from dcris.models.optimize import Held, hold_frozen, prepare_for_prediction
-from dcris.models.segmentation import DCRIS
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import dcris_tiny, fixed_tiny
 from models import MULTIPLIES_BFLOAT16, images, needs_bfloat16, randomise
 
 
-def model_of(config: ModelConfig) -> DCRIS:
-    model = DCRIS(config)
+def model_of(config: ModelConfig) -> ReferringSegmenter:
+    model = ReferringSegmenter(config)
     randomise(model)
     return model
 
@@ -135,7 +135,7 @@ def test_the_head_is_packed_and_answers_the_same() -> None:
 def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
     """Else ten adapter sets hold ten pairs of towers in half precision."""
     first = model_of(dcris_tiny().model)
-    second = DCRIS(dcris_tiny().model)
+    second = ReferringSegmenter(dcris_tiny().model)
     for (name, weight), (_, shared) in zip(second.named_parameters(), first.named_parameters(), strict=True):
         if not weight.requires_grad:
             owner, _, last = name.rpartition(".")

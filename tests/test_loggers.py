@@ -24,14 +24,14 @@ from PIL import Image
 import dcris.training.trainer as engine
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.training import loggers as trackers
-from dcris.training.loggers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_questions, read_log
+from dcris.training.loggers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_queries, read_log
 from dcris.utils.drawing import cell
 from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
 
@@ -134,7 +134,7 @@ def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch: pytest.Monkey
 def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path) -> None:
     """What somebody sees who looks into a cluster job's output: how well, how fast, how long still."""
     lines: list[str] = []
-    run_training(quick_config(4, ("train.log_every", "3"), VAL), table, tmp_path / "run", say=lines.append)
+    run_training(quick_config(4, ("train.log_every", "3"), VAL), table, tmp_path / "run", log=lines.append)
     log = read_log(tmp_path / "run")
     last = next(line for line in log if line["step"] == 4 and "loss" in line)
     shown = [line for line in lines if line.startswith("step ")]
@@ -217,11 +217,11 @@ def test_curves_are_those_of_the_log(watched: Path) -> None:
 
 def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceTable) -> None:
     """The same phrases at each validation: the scene, with the true object tinted, and with what was found."""
-    found, questions = events(watched), panel_questions(all_questions(table.split("val"), first_only=True))
-    assert 1 < len(questions) <= PANELS
-    tags = [f"panels/{number} {expression.text}" for number, (_, expression) in enumerate(questions, 1)]
+    found, queries = events(watched), panel_queries(all_queries(table.split("val"), first_only=True))
+    assert 1 < len(queries) <= PANELS
+    tags = [f"panels/{number} {expression.text}" for number, (_, expression) in enumerate(queries, 1)]
     assert found.Tags()["images"] == tags
-    for tag, (reference, _) in zip(tags, questions, strict=True):
+    for tag, (reference, _) in zip(tags, queries, strict=True):
         shown = found.Images(tag)
         assert [event.step for event in shown] == [2, 4]
         scene = cell(read_image(reference.image_path), PANEL_CELL)
@@ -286,12 +286,12 @@ def test_pictures_are_of_different_photographs(table: ReferenceTable) -> None:
         for number in range(400)
         for expression in reference.expressions[:1]
     ]
-    chosen = panel_questions(many)
-    assert len({question[0].image_path for question in chosen}) == len(chosen) == PANELS
-    assert [question[0].ref_id for question in chosen] == [0, 64, 132, 200, 264, 332]
-    assert chosen == panel_questions(many)
-    assert len(panel_questions(many[:9])) == 3
-    assert panel_questions([]) == []
+    chosen = panel_queries(many)
+    assert len({query[0].image_path for query in chosen}) == len(chosen) == PANELS
+    assert [query[0].ref_id for query in chosen] == [0, 64, 132, 200, 264, 332]
+    assert chosen == panel_queries(many)
+    assert len(panel_queries(many[:9])) == 3
+    assert panel_queries([]) == []
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     out, lines = tmp_path / "run", []
     for steps in (1, 2):
-        run_training(quick_config(steps, VAL, WANDB), table, out, resume=True, say=lines.append)
+        run_training(quick_config(steps, VAL, WANDB), table, out, resume=True, log=lines.append)
         identifier = json.loads((out / "wandb.json").read_text())["id"]
         assert len(list(out.glob(f"wandb/offline-run-*-{identifier}/run-{identifier}.wandb"))) == steps
         assert len(list(out.glob(f"wandb/offline-run-*-{identifier}/files/media/images/panels/*.png"))) == 3 * steps
@@ -426,7 +426,7 @@ def full(*_: object) -> Any:
 def goes_on(table: ReferenceTable, out: Path, unwatched: Path) -> list[str]:
     """What is said about trackers in a run that has to end as if there were none."""
     lines: list[str] = []
-    run_training(quick_config(STEPS, EVERY_STEP, VAL, BOTH), table, out, say=lines.append)
+    run_training(quick_config(STEPS, EVERY_STEP, VAL, BOTH), table, out, log=lines.append)
     assert_same_run(unwatched, out)
     return [line for line in lines if "from here on" in line]
 

@@ -183,11 +183,11 @@ def test_it_is_used_where_it_pays(
 
 def test_a_step_through_a_model_is_as_exact_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast too: the parts must agree on types, and gradients may not be worse than torch's own bfloat16."""
-    from dcris.models.segmentation import DCRIS
+    from dcris.models.segmentation import ReferringSegmenter
     from dcris.recipes import dcris_tiny
     from models import images, randomise, without_dropout
 
-    model = DCRIS(dcris_tiny().model).train()
+    model = ReferringSegmenter(dcris_tiny().model).train()
     randomise(model)
     without_dropout(model)
     torch.manual_seed(0)

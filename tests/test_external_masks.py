@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dcris.cli import main
-from dcris.data.dataset import all_questions
+from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
@@ -26,15 +26,15 @@ CRIS = get_protocol("cris")
 
 
 @pytest.fixture(scope="module")
-def questions(scenes_root: Path) -> list:
-    return all_questions(load_references(scenes_root, "scenes").split("test"))
+def queries(scenes_root: Path) -> list:
+    return all_queries(load_references(scenes_root, "scenes").split("test"))
 
 
 @pytest.fixture(scope="module")
-def truths(questions: list) -> Masks:
+def truths(queries: list) -> Masks:
     return {
         expression.sent_id: decode_mask(reference.segmentation, reference.image_size).astype(bool)
-        for reference, expression in questions
+        for reference, expression in queries
     }
 
 
@@ -175,22 +175,22 @@ def test_a_report_of_somebody_elses_masks(
 
 
 @every_kind
-def test_missing_masks_are_said_or_empty(write: Writer, questions: list, truths: Masks, tmp_path: Path) -> None:
+def test_missing_masks_are_said_or_empty(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
     """A system that failed on one photograph must neither be flattered nor crash the comparison."""
-    left_out = questions[3][1].sent_id
+    left_out = queries[3][1].sent_id
     path = write({key: mask for key, mask in truths.items() if key != left_out}, tmp_path)
     with pytest.raises(DcrisError, match=f"no mask for 1 of .* sentence {left_out}"):
-        next(score_predictions(path, questions, CRIS))
-    answers = score_predictions(path, questions, CRIS, missing_is_empty=True)
+        next(score_predictions(path, queries, CRIS))
+    answers = score_predictions(path, queries, CRIS, missing_is_empty=True)
     assert [answer.expression.sent_id for answer in answers if answer.overlap.iou < 1] == [left_out]
 
 
 @every_kind
-def test_masks_of_another_size_are_refused(write: Writer, questions: list, truths: Masks, tmp_path: Path) -> None:
+def test_masks_of_another_size_are_refused(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
     """Masks at the network's size would be scored against other pixels."""
-    path = write({**truths, questions[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
+    path = write({**truths, queries[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
     with pytest.raises(DcrisError, match=r"448|not for a photograph of 112 x 112"):
-        list(score_predictions(path, questions, CRIS))
+        list(score_predictions(path, queries, CRIS))
 
 
 def _npz(folder: Path, **arrays: bytes) -> Path:
@@ -274,27 +274,27 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
         (lambda folder, key: _npz(folder, **{key: _npy(np.ones((112, 112), bool))[:600]}), "cannot read the masks"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(make: Callable, words: str, questions: list, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_one_sentence(make: Callable, words: str, queries: list, tmp_path: Path) -> None:
     """Files of other people's systems come in all states; none may run code, fill the memory, or pass as a score."""
     with pytest.raises(DcrisError, match=words):
-        list(score_predictions(make(tmp_path, str(questions[0][1].sent_id)), questions[:1], CRIS))
+        list(score_predictions(make(tmp_path, str(queries[0][1].sent_id)), queries[:1], CRIS))
 
 
-def test_a_header_is_not_read_as_long_as_it_claims(questions: list, tmp_path: Path) -> None:
+def test_a_header_is_not_read_as_long_as_it_claims(queries: list, tmp_path: Path) -> None:
     """A few kilobytes would fill the memory before anything is checked."""
-    path = _long_header(tmp_path, str(questions[0][1].sent_id))
+    path = _long_header(tmp_path, str(queries[0][1].sent_id))
     tracemalloc.start()
     with pytest.raises(DcrisError, match="cannot read the masks"):
-        list(score_predictions(path, questions[:1], CRIS))
+        list(score_predictions(path, queries[:1], CRIS))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20_000_000
 
 
 @pytest.mark.parametrize("empty", [[], [[]], {"size": [112, 112], "counts": []}])
-def test_a_system_that_finds_nothing(empty: object, questions: list, tmp_path: Path) -> None:
+def test_a_system_that_finds_nothing(empty: object, queries: list, tmp_path: Path) -> None:
     """Prediction.polygons() gives [] where nothing was found; that is an empty mask, not an error."""
-    (tmp_path / "a.json").write_text(json.dumps([{"sent_id": questions[0][1].sent_id, "segmentation": empty}]))
-    (answer,) = score_predictions(tmp_path / "a.json", questions[:1], CRIS, keep_masks=True)
+    (tmp_path / "a.json").write_text(json.dumps([{"sent_id": queries[0][1].sent_id, "segmentation": empty}]))
+    (answer,) = score_predictions(tmp_path / "a.json", queries[:1], CRIS, keep_masks=True)
     assert answer.overlap.intersection == 0
     assert not decode_mask(answer.prediction, (112, 112)).any()
