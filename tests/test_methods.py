@@ -189,7 +189,9 @@ def test_saved_and_loaded_it_answers_the_same(method: str, tmp_path: Path) -> No
         load_checkpoint(tmp_path / "other")
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method", [name if name in ("houlsby", "etris") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_a_resumed_run_is_the_same_run(method: str, scenes_root: Path, tmp_path: Path) -> None:
     """Else a night's run that was interrupted ends in other weights. And a Segmenter takes the run."""
 

@@ -156,9 +156,9 @@ def corner(things, x, y, doubt):
 # ---- fixtures ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """400 scenes, each with the background it was painted on."""
+@pytest.fixture(scope="module", params=[100, pytest.param(400, marks=pytest.mark.slow)])
+def drawn(request):
+    """Scenes, each with the background it was painted on."""
     with pytest.MonkeyPatch.context() as patch:
         canvases = []
         original = scenes._background
@@ -170,7 +170,7 @@ def drawn():
 
         patch.setattr(scenes, "_background", keep)
         made = []
-        for number in range(400):
+        for number in range(request.param):
             scene = make_scene(scene_rng(3, "train", number), SIDE)
             made.append((scene, cv2.resize(canvases[0], (SIDE, SIDE), interpolation=cv2.INTER_AREA)))
     return made
@@ -270,8 +270,10 @@ def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(pictures):
     assert words == resources.files("dcris.assets").joinpath("tiny_words.txt").read_text("utf-8").split()
     used = {word for *_, phrase in phrases_of(pictures) for word in phrase.text.split()}
     assert used <= set(words)
-    # "first" and "1st" are never used: one would say "leftmost". Anything else unused would be a dead branch.
-    assert set(words) - used <= {"first", "1st", "fourth", "4th"}
+    # "first" and "1st" are never used: one would say "leftmost". Anything else unused would be a dead branch; few scenes
+    # leave rare words out.
+    if len(pictures) >= 400:
+        assert set(words) - used <= {"first", "1st", "fourth", "4th"}
 
 
 # ---- what the pictures show ----------------------------------------------------------------------------------------------
