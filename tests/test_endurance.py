@@ -495,8 +495,10 @@ def test_output_to_a_disk_that_is_full(launcher: Launcher, scenes_root: Path, sm
 
 def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence names the step and what to do; the checkpoint before it is whole."""
-    loss, calls = engine.training_loss, iter(range(100))
-    monkeypatch.setattr(engine, "training_loss", lambda *args: loss(*args) if next(calls) < 4 else torch.empty(1 << 55))
+    losses, calls = engine.training_losses, iter(range(100))
+    monkeypatch.setattr(
+        engine, "training_losses", lambda *args: losses(*args) if next(calls) < 4 else torch.empty(1 << 55)
+    )
     with pytest.raises(DcrisError, match=r"not enough memory for step 5 \(.*smaller --train\.") as caught:
         run_training(quick_config(8, ("train.save_every", "2")), scenes_root, tmp_path / "run")
     assert "\n" not in str(caught.value)

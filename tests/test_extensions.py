@@ -20,7 +20,7 @@ from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training.losses import dice_loss, text_to_pixel_loss, training_loss
+from dcris.training.losses import dice_loss, text_to_pixel_loss, training_losses
 from models import error, images, randomise, tiny_config, tokens_ending_at
 from runs import CPU, quick_config, run_training
 
@@ -37,8 +37,8 @@ def dcris(*arguments: object) -> int:
 def test_extensions_are_off() -> None:
     """Else the paper's recipes are no longer the paper's, and nobody has asked for that."""
     config = RunConfig()
-    assert not config.data.flip
-    assert config.train.dice_weight == 0
+    assert config.data.augmentations == {}
+    assert config.train.losses == {}
     assert config.model.visual_adapter is not None
     assert not config.model.visual_adapter.mask_padding
     assert config.model.vision.family == "dinov2"
@@ -66,14 +66,17 @@ def test_dice_stands_beside_equation_6(scenes_root: Path, tmp_path: Path) -> Non
     source = torch.Generator().manual_seed(1)
     logits, masks = torch.randn(2, 1, 4, 4, generator=source), torch.ones(2, 1, 8, 8)
     alone = text_to_pixel_loss(logits, masks)
-    assert torch.equal(training_loss(logits, masks), alone)
-    assert torch.allclose(training_loss(logits, masks, 0.5), alone + 0.5 * dice_loss(logits, masks))
+    assert training_losses(logits, masks, {}).keys() == {"text_to_pixel"}
+    assert torch.equal(training_losses(logits, masks, {})["text_to_pixel"], alone)
+    both = training_losses(logits, masks, {"dice": 0.5})
+    assert torch.allclose(sum(both.values()), alone + 0.5 * dice_loss(logits, masks))
     logged = {}
-    for weight in ("0", "0.5"):
-        out = tmp_path / weight
-        run_training(quick_config(1, ("train.dice_weight", weight), ("train.log_every", "1")), scenes_root, out)
-        logged[weight] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
-    assert 0 < logged["0.5"] - logged["0"] <= 0.5
+    for losses in ("{}", '{"dice": 0.5}'):
+        out = tmp_path / str(len(losses))
+        run_training(quick_config(1, ("train.losses", losses), ("train.log_every", "1")), scenes_root, out)
+        logged[losses] = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    plain, dice = logged.values()
+    assert 0 < dice["loss"] - plain["loss"] <= 0.5
 
 
 # ---- padding -----------------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def test_the_mirrors_mirror_is_the_phrase(phrase: str) -> None:
 def test_mirrored_samples_show_the_object_of_their_phrase(scenes_root: Path) -> None:
     """Else photograph, mask and phrase are not mirrored together, or differently by worker, resumption or epoch."""
     config = quick_config(1, ("data.image_size", "112")).data  # the scenes' own size, so that nothing is resampled
-    flip = config.model_copy(update={"flip": True})
+    flip = config.model_copy(update={"augmentations": {"flip": 0.5}})
     references = load_references(scenes_root, "scenes").split("train")
     tokenizer = tokenizer_of(quick_config(1).model.text)
     plain, mirrored = (TrainingSamples(references, data, tokenizer, 3) for data in (config, flip))
@@ -226,7 +229,7 @@ def test_mirrored_samples_show_the_object_of_their_phrase(scenes_root: Path) -> 
     for index in range(3 * len(plain)):
         before, after, again = plain[index], mirrored[index], mirrored[index]
         phrase = plain.draw(index).text
-        other = mirrored.mirrored(index, phrase)
+        other = swap_sides(phrase) if mirrored.draw_augmentations(index) else None
         assert torch.equal(after.image, again.image)
         assert torch.equal(after.tokens, again.tokens)
         assert torch.equal(after.tokens, tokenizer([phrase if other is None else other], config.word_length)[0])
@@ -238,16 +241,19 @@ def test_mirrored_samples_show_the_object_of_their_phrase(scenes_root: Path) -> 
             assert torch.equal(after.mask, before.mask.flip(-1))
         kinds.add((index // len(plain), other is not None))
     assert len(kinds) == 6, "in each epoch some are mirrored and some are not"
-    epochs = [[mirrored.mirrored(epoch * len(plain) + at, "x") for at in range(len(plain))] for epoch in (0, 1)]
+    epochs = [
+        [len(mirrored.draw_augmentations(epoch * len(plain) + at)) for at in range(len(plain))] for epoch in (0, 1)
+    ]
     assert epochs[0] != epochs[1], "another epoch draws anew"
 
 
 def test_mirroring_is_part_of_a_run(scenes_root: Path, tmp_path: Path) -> None:
     """Else the field is accepted and nothing is mirrored while training."""
-    for flip in ("false", "true"):
-        run_training(quick_config(2, ("data.flip", flip), ("train.log_every", "1")), scenes_root, tmp_path / flip)
+    for name, chosen in (("plain", "{}"), ("mirrored", '{"flip": 0.5}')):
+        settings = ("data.augmentations", chosen), ("train.log_every", "1")
+        run_training(quick_config(2, *settings), scenes_root, tmp_path / name)
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / flip / "log.jsonl").read_text().splitlines()]
-        for flip in ("false", "true")
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("plain", "mirrored")
     ]
     assert losses[0] != losses[1]

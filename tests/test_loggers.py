@@ -83,8 +83,8 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
 
 def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power fails in the step after so many."""
-    loss, calls = engine.training_loss, iter(range(100))
-    monkeypatch.setattr(engine, "training_loss", lambda *args: loss(*args) if next(calls) < steps else 1 / 0)
+    losses, calls = engine.training_losses, iter(range(100))
+    monkeypatch.setattr(engine, "training_losses", lambda *args: losses(*args) if next(calls) < steps else 1 / 0)
 
 
 # ---- the log -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,9 +112,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     """The power fails in step 6, with a half-written log line: what was logged after the checkpoint is taken back."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, ("train.save_every", "2"))
-    loss = engine.training_loss
+    losses = engine.training_losses
     calls = iter(range(100))
-    monkeypatch.setattr(engine, "training_loss", lambda *args: loss(*args) if next(calls) < 5 else 1 / 0)
+    monkeypatch.setattr(engine, "training_losses", lambda *args: losses(*args) if next(calls) < 5 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_training(config, table, out)
     monkeypatch.undo()
@@ -162,13 +163,14 @@ def test_a_loss_that_is_no_number_stops_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     """Before the weights are spoilt: the sentence names the step, and the last checkpoint still loads."""
-    loss = engine.training_loss
+    losses = engine.training_losses
     calls = iter(range(100))
 
-    def spoilt(*args: torch.Tensor) -> torch.Tensor:
-        return loss(*args) * (value if next(calls) == 4 else 1.0)
+    def spoilt(*args: Any) -> dict[str, torch.Tensor]:
+        factor = value if next(calls) == 4 else 1.0
+        return {name: factor * loss for name, loss in losses(*args).items()}
 
-    monkeypatch.setattr(engine, "training_loss", spoilt)
+    monkeypatch.setattr(engine, "training_losses", spoilt)
     out = tmp_path / "run"
     with pytest.raises(DcrisError, match=rf"the loss is {value} at step 5; .*--train.lr"):
         run_training(quick_config(STEPS, ("train.save_every", "2")), table, out)

@@ -287,8 +287,9 @@ class DataConfig(Section):
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Deviation, Deviation, Deviation] = CLIP_STD
-    flip: bool = False
-    """Mirror half of the training samples and exchange left and right in their phrases; see dcris.data.flip."""
+    augmentations: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Augmentations of the training samples: name -> probability, applied in this order. The names are those of
+    dcris.data.augmentations.AUGMENTATIONS."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
     """Threshold for mask pictures of more than two values: pixels above it are the object. Below 1 it is a share of the full
     scale. None refuses such pictures."""
@@ -327,8 +328,8 @@ class TrainConfig(Section):
     clip_norm: Positive | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    dice_weight: Weight = 0.0
-    """How much of the dice loss is added to equation 6."""
+    losses: dict[str, Positive] = {}
+    """Losses that are added to equation 6: name -> weight. The names are those of dcris.training.losses.LOSSES."""
     precision: Precision = "auto"
     log_every: Count = 20
     """Steps between lines of the log."""

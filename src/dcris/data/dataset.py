@@ -6,6 +6,7 @@ the number of workers and wherever it was interrupted.
 Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of a photograph.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dcris.config import WORD_LENGTHS, DataConfig
-from dcris.data.flip import swap_sides
+from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.data.tokenizer import PADDING, Tokenizer
 from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample
+from dcris.utils.arguments import require_names
 from dcris.utils.streams import note_once
 from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
 
@@ -66,6 +68,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
     """
 
     def __init__(self, references: Sequence[Reference], config: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
+        require_names(config.augmentations, AUGMENTATIONS, "data.augmentations")
         self.references, self.config, self.tokenizer, self.seed = references, config, tokenizer, seed
 
     def __len__(self) -> int:
@@ -77,13 +80,16 @@ class TrainingSamples(Dataset[Sample | Failure]):
         expressions = self.references[number].expressions
         return expressions[int(np.random.default_rng([self.seed, epoch, number]).integers(len(expressions)))]
 
-    def mirrored(self, index: int, phrase: str) -> str | None:
-        """The phrase for the mirrored photograph where the sample of that index is to be mirrored, or None."""
+    def draw_augmentations(self, index: int) -> list[tuple[str, np.random.Generator]]:
+        """Return the names of the augmentations that are applied to the sample at `index`, each with its generator."""
         epoch, number = divmod(index, len(self))
-        # A draw of its own: with or without mirroring, the same sentences are drawn.
-        if not self.config.flip or np.random.default_rng([self.seed, epoch, number, 1]).integers(2) == 0:
-            return None
-        return swap_sides(phrase)
+        drawn = []
+        for name, probability in self.config.augmentations.items():
+            # One stream per name: adding an augmentation changes no draw of another, nor which expressions are drawn.
+            generator = np.random.default_rng([self.seed, epoch, number, zlib.crc32(name.encode())])
+            if generator.random() < probability:
+                drawn.append((name, generator))
+        return drawn
 
     def __getitem__(self, index: int) -> Sample | Failure:
         first = self._read(index)
@@ -109,8 +115,8 @@ class TrainingSamples(Dataset[Sample | Failure]):
         except DcrisError as error:
             return Failure(str(error))
         phrase = self.draw(index).text
-        if (other := self.mirrored(index, phrase)) is not None:
-            phrase, image, mask = other, np.ascontiguousarray(image[:, ::-1]), mask[:, ::-1]
+        for name, generator in self.draw_augmentations(index):
+            image, mask, phrase = AUGMENTATIONS[name](image, mask, phrase, generator)
         square, box = to_square(image, self.config, Letterbox)
         tokens = self.tokenizer([phrase], self.config.word_length)[0]
         return Sample(square, tokens, torch.from_numpy(box.mask(mask)))

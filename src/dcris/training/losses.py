@@ -1,47 +1,68 @@
-"""The training objective (equation 6), and dice beside it.
+"""The training losses: equation 6, and losses that can be added to it. See docs/extending_training.md for adding one.
 
 Shape letters: B batch, S side of the input square, h w logit grid.
 """
 
+from collections.abc import Callable, Mapping
+
 from torch import Tensor
 from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Function from logits [B, 1, h, w] and masks [B, 1, S, S] in 0..1 to a scalar, the mean over the batch, in float32.
+
+It must be a mean over samples, or splitting a batch into passes and over ranks would change its value.
+"""
 
 
 def text_to_pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Equation 6: the mean binary cross entropy of the logits against the mask, on the logits' grid.
 
-    The paper takes the logarithm of a sigmoid; this is the same number computed without overflow.
+    The paper takes the logarithm of a sigmoid; this computes the same value without overflow.
 
     Args:
         logits: [B, 1, h, w].
-        masks: [B, 1, S, S] in 0..1, brought to the grid by nearest neighbour, as in the published code.
+        masks: [B, 1, S, S] in 0..1, resized to the grid by nearest neighbour, as in the published code.
 
     Returns:
-        A scalar, in float32 whatever the logits' precision.
+        A scalar in float32, whatever the precision of the logits.
     """
     masks = F.interpolate(masks, logits.shape[-2:], mode="nearest")
     return F.binary_cross_entropy_with_logits(logits.float(), masks.float())
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """One minus the soft dice coefficient, mean over the batch (Milletari et al. 2016, with plain sums; each with 1 added).
+    """One minus the soft dice coefficient, mean over the batch (Milletari et al. 2016, with plain sums and 1 added to each).
 
-    It weighs every object alike, whatever share of the picture it covers; cross entropy weighs every pixel alike.
+    Dice weighs all objects alike, whatever their share of the image; cross entropy weighs all pixels alike.
 
     Args:
         logits: [B, 1, h, w].
-        masks: [B, 1, S, S] in 0..1, brought to the grid as in equation 6.
+        masks: [B, 1, S, S] in 0..1, resized to the grid as in equation 6.
 
     Returns:
-        A scalar in 0..1, in float32 whatever the logits' precision.
+        A scalar in 0..1, in float32, whatever the precision of the logits.
     """
-    truth = F.interpolate(masks, logits.shape[-2:], mode="nearest").float().flatten(1)
-    guess = logits.float().sigmoid().flatten(1)
-    shared = (guess * truth).sum(1)
-    return (1 - (2 * shared + 1) / (guess.sum(1) + truth.sum(1) + 1)).mean()
+    target = F.interpolate(masks, logits.shape[-2:], mode="nearest").float().flatten(1)
+    prediction = logits.float().sigmoid().flatten(1)
+    intersection = (prediction * target).sum(1)
+    return (1 - (2 * intersection + 1) / (prediction.sum(1) + target.sum(1) + 1)).mean()
 
 
-def training_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.0) -> Tensor:
-    """Equation 6, plus `dice_weight` times the dice loss where that is not 0. Shapes as of `dice_loss`."""
-    loss = text_to_pixel_loss(logits, masks)
-    return loss + dice_weight * dice_loss(logits, masks) if dice_weight else loss
+LOSSES: dict[str, Loss] = {"dice": dice_loss}
+"""Losses that `train.losses` can add to equation 6, by name."""
+
+
+def training_losses(logits: Tensor, masks: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The terms of the training loss by name; the training loss is their sum.
+
+    Args:
+        logits: [B, 1, h, w].
+        masks: [B, 1, S, S] in 0..1.
+        weights: the weight of each additional loss; keys of LOSSES.
+
+    Returns:
+        "text_to_pixel" (equation 6), and each additional loss times its weight.
+    """
+    extra = {name: weight * LOSSES[name](logits, masks) for name, weight in weights.items()}
+    return {"text_to_pixel": text_to_pixel_loss(logits, masks)} | extra

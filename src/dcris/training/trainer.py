@@ -55,10 +55,10 @@ from dcris.models.adapters.base import trained_state
 from dcris.models.optimize import hold_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
-from dcris.training.losses import training_loss
+from dcris.training.losses import LOSSES, training_losses
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.types import Batch
-from dcris.utils.arguments import PathLike, as_path, require
+from dcris.utils.arguments import PathLike, as_path, require, require_names
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.distributed import Processes
 from dcris.utils.files import claim, make_directory, read_json, write_json
@@ -119,6 +119,7 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
     """
     settings = config.train
     check_trackers(settings.trackers)
+    require_names(settings.losses, LOSSES, "train.losses")
     references = len(table.split(config.data.train_split))
     if config.data.val_split:
         table.split(config.data.val_split)
@@ -469,7 +470,7 @@ class _Step:
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
                 logits = self.model(images, tokens, share)
-            loss = training_loss(logits, masks, self.config.train.dice_weight) * share
+            loss = sum(training_losses(logits, masks, self.config.train.losses).values()) * share
             loss.backward()
             losses.append(loss.detach())
             if want_iou_of_all:

@@ -1,6 +1,7 @@
 """Arguments of public functions, checked where they come in: a wrong one is one sentence, not an error from deep inside."""
 
 import os
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,6 +39,13 @@ def require_number(value: Any, low: float, what: str) -> float:
     if not number >= low:  # NaN, too
         raise DcrisError(f"{what} has to be {low:g} or more, and is {number}")
     return number
+
+
+def require_names(names: Iterable[str], registry: Mapping[str, Any], setting: str) -> None:
+    """Raise DcrisError for the first of `names` that is no key of `registry`; `setting` is the key that holds the names."""
+    for name in names:
+        if name not in registry:
+            raise DcrisError(f"{setting}: unknown name {name!r}; use one of {', '.join(registry)}")
 
 
 def kind_of(value: Any) -> str:
