@@ -470,7 +470,7 @@ class _Step:
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
                 logits = self.model(images, tokens, share)
-            loss = sum(training_losses(logits, masks, self.config.train.losses).values()) * share
+            loss = torch.stack([*training_losses(logits, masks, self.config.train.losses).values()]).sum() * share
             loss.backward()
             losses.append(loss.detach())
             if want_iou_of_all:
