@@ -1,15 +1,17 @@
-"""The documentation: every shell and Python block in it runs, in order, page by page; and the site builds without a warning.
+"""Documentation tests: all shell and Python blocks run page by page, and the site builds without warnings.
 
-A block that cannot run here says why in a comment above it, `<!-- not run here: REASON -->`; the commands in it are still
-parsed, so that an option that was renamed is noticed there too.
+A block that cannot run in the tests has a comment before it, `<!-- not run here: REASON -->`. Its
+commands and settings are still parsed, so that renamed options are found there, too.
 """
 
+import argparse
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +21,14 @@ from PIL import Image
 
 from conftest import make_tiny_refer
 from dcris.cli import _parser
+from dcris.cli.train import _settings
+from dcris.config import override
 from dcris.errors import DcrisError
+from dcris.recipes import get_recipe
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((REPOSITORY / "docs").glob("*.md")))]
+ROOT_PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+PAGES = [*ROOT_PAGES, *(f"docs/{page.name}" for page in sorted((REPOSITORY / "docs").glob("*.md")))]
 _FENCE = re.compile(
     r"(?:^<!-- not run here: (?P<reason>[^>]+) -->\n+)?^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -41,7 +47,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The arguments of each call of dcris in a shell block, whoever starts it (torchrun, an environment's path)."""
+    """Return the arguments of each call of dcris in a shell block, also behind torchrun or a path."""
     found = []
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -60,9 +66,11 @@ def commands(code: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_says_what_it_is(page: str) -> None:
-    """Else a shell block without a language would be a block that nobody runs."""
+    """Every block names a known language; a block without one would not be run."""
     for block in blocks(page):
-        assert block.language in {"sh", "python", "json", "text", "yaml", "toml", "html"}, f"{page}: {block.code[:80]}"
+        assert block.language in {"sh", "python", "json", "text", "yaml", "toml", "html", "bibtex"}, (
+            f"{page}: {block.code[:80]}"
+        )
         assert block.reason is None or block.language in {"sh", "python"}
         if block.language in {"text", "json"}:
             assert not re.search(r"^(dcris|pip|python3?|torchrun) ", block.code, re.M), (
@@ -70,24 +78,77 @@ def test_every_block_says_what_it_is(page: str) -> None:
             )
 
 
+def parse(command: list[str]) -> None:
+    """Parse a command as dcris does, with the settings of `dcris train`. Raises DcrisError where something is unknown."""
+    args, rest = _parser().parse_known_args(command)
+    if not getattr(args, "takes_settings", False):
+        if rest:
+            raise DcrisError(f"unknown argument {rest[0]!r}")
+        return
+    # A recipe that is a file of the reader's has the sections of every recipe.
+    recipe = "dcris_b" if args.recipe.endswith(".json") else args.recipe
+    override(get_recipe(recipe), _settings(rest))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page: str) -> None:
-    """An option that was renamed or is misspelt is noticed also where the command cannot run here."""
+    """Renamed or misspelt options and settings are found, also in blocks that cannot run here."""
     for block in blocks(page):
         for command in commands(block.code) if block.language == "sh" else ():
             try:
-                args, rest = _parser().parse_known_args(command)
+                parse(command)
             except DcrisError as error:
                 raise AssertionError(f"{page}: dcris {shlex.join(command)}: {error}") from error
             except SystemExit as exit_interrupted:  # --help, --version
                 assert exit_interrupted.code == 0
-                continue
-            assert not rest or getattr(args, "takes_settings", False), f"{page}: {command}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dcris train dcris_tiny --data ROOT --out RUN --train.learning_rate 1e-3",
+        "dcris train dcris_tiny --data ROOT --out RUN --trian.lr 1e-3",
+        "dcris train dcris_tiny --data ROOT --out RUN --train.lr=fast",
+        "dcris train dcris_huge --data ROOT --out RUN",
+        "torchrun --nproc-per-node 2 -m dcris train dcris_b --data ROOT --out RUN --train.epoch 3",
+        "dcris predict RUN photo.jpg -e cup --outt out",
+        "dcris evaluate RUN --data ROOT --train.lr 1e-3",
+    ],
+)
+def test_misspelt_commands_are_found(line: str) -> None:
+    """The test above can fail: it also reads what follows the options of `dcris train`."""
+    (command,) = commands(line)
+    with pytest.raises(DcrisError):
+        parse(command)
+
+
+def test_every_command_is_in_the_reference() -> None:
+    """docs/cli.md lists all commands, and no others."""
+    page = (REPOSITORY / "docs/cli.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `dcris ([a-z -]+)`", page, re.M)) == set(command_names(_parser()))
+
+
+def command_names(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all commands, those of groups as "data check"."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield prefix.strip()
+    for group in groups:
+        for name, command in group.choices.items():
+            yield from command_names(command, f"{prefix} {name}")
+
+
+@pytest.mark.parametrize("page", ROOT_PAGES)
+def test_links_between_root_pages_and_docs(page: str) -> None:
+    """Relative links lead to files of the repository. mkdocs checks those between pages of docs/ only."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert re.match(r"https?://", target) or (REPOSITORY / target).exists(), f"{page}: {target}"
 
 
 @pytest.fixture
-def desk(trained_run: Path, scenes_root: Path, tmp_path: Path) -> Path:
-    """A folder with what the pages take for granted: photographs, a data set, runs."""
+def folder(trained_run: Path, scenes_root: Path, tmp_path: Path) -> Path:
+    """Return a folder with the files that the pages use: images, a data set, runs."""
     make_tiny_refer(tmp_path / "ROOT")
     refer = make_tiny_refer(tmp_path / "ROOT")
     refer.dataset, refer.split_by = "refcoco", "unc"
@@ -104,7 +165,7 @@ def desk(trained_run: Path, scenes_root: Path, tmp_path: Path) -> Path:
     _own_data(tmp_path)
     programs = tmp_path / "bin"
     programs.mkdir()
-    # What a page trains in minutes is trained here for three steps: whether it is any good is for other tests.
+    # Pages train for minutes; three steps are enough here, as other tests check what training achieves.
     script = (
         f'#!/bin/sh\nif [ "$1" = train ]; then set -- "$@" --train.max_steps 3 --train.log_every 1; fi\n'
         f'exec {shlex.quote(sys.executable)} -m dcris "$@"\n'
@@ -132,11 +193,11 @@ def _own_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(block.language in {"sh", "python"} for block in blocks(page))]
 )
-def test_every_block_runs(page: str, desk: Path) -> None:
-    """What people copy works, in the order in which it stands. Python blocks of a page are one session."""
+def test_every_block_runs(page: str, folder: Path) -> None:
+    """The blocks of a page run in their order. Its Python blocks share one session."""
     environment = {
         **os.environ,
-        "PATH": f"{desk / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -150,7 +211,7 @@ def test_every_block_runs(page: str, desk: Path) -> None:
             session += block.code
             words = [sys.executable, "-c", session]
         done = subprocess.run(
-            words, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, (
             f"{page}, block {number + 1}:\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -159,7 +220,7 @@ def test_every_block_runs(page: str, desk: Path) -> None:
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
-    """No dead link, no page that the menu forgot, no name in the API reference that is gone."""
+    """No dead link, no page missing from the navigation, no unknown name in the API reference."""
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=REPOSITORY,
@@ -174,4 +235,4 @@ def test_the_site_builds(tmp_path: Path) -> None:
     outside = re.findall(
         r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', (tmp_path / "site/index.html").read_text()
     )
-    assert not outside, "the site fetches things from elsewhere"
+    assert not outside, "the site loads scripts, styles or fonts from other servers"

@@ -1,4 +1,4 @@
-"""The packages that people install: whole, small, and of use outside the source tree."""
+"""Packaging tests: wheel and source archive are complete and small; their metadata is correct."""
 
 import re
 import subprocess
@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dcris
 
@@ -16,7 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel and the source archive, as an index would get them."""
+    """Return a folder with the wheel and the source archive."""
     out = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", str(out)],
@@ -30,7 +31,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(packages: Path) -> None:
-    """A module or the tiny towers left out break an installation that no clone would show."""
+    """The wheel holds exactly the package's files, among them the tiny encoders. A clone would hide a missing one."""
     (wheel,) = packages.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -45,7 +46,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(packages: Path) -> None:
 
 
 def test_the_source_archive_builds_the_same_wheel(packages: Path, tmp_path: Path) -> None:
-    """Distributions build from it."""
+    """A wheel built from the source archive has the same content, as distributions build from that."""
     (source,) = packages.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -65,8 +66,8 @@ def test_the_source_archive_builds_the_same_wheel(packages: Path, tmp_path: Path
         }
 
 
-def test_version_and_pythons_are_told(packages: Path) -> None:
-    """By the command, the module and the metadata alike; 3.11 to 3.13 may install it."""
+def test_version_pythons_and_extras(packages: Path) -> None:
+    """Command, module and metadata agree on the version; Python 3.11 to 3.13 may install it; all extras are documented."""
     (wheel,) = packages.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -76,8 +77,19 @@ def test_version_and_pythons_are_told(packages: Path) -> None:
     for python in ("3.11", "3.12", "3.13"):
         assert f"Classifier: Programming Language :: Python :: {python}\n" in text
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", text, re.M))
-    assert {"data", "dev", "docs", "export", "lora", "tensorboard", "video", "wandb", "web"} <= extras
+    assert {"data", "dev", "docs", "export", "tensorboard", "video", "wandb", "web"} <= extras
     table = re.findall(r"^\| (`.+?) \|", (REPOSITORY / "docs/install.md").read_text(encoding="utf-8"), re.M)
     assert set(re.findall(r"`(\w+)`", " ".join(table))) == extras
     done = subprocess.run([sys.executable, "-m", "dcris", "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == f"dcris {dcris.__version__}\n"
+
+
+def test_citation_file() -> None:
+    """CITATION.cff has the fields that its format requires, this version, and both papers."""
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == dcris.__version__
+    assert [reference["year"] for reference in citation["references"]] == [2024, 2025]
+    for reference in citation["references"]:
+        assert {"type", "title", "authors"} <= reference.keys()
+        assert all({"family-names", "given-names"} <= author.keys() for author in reference["authors"])

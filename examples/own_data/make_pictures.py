@@ -1,8 +1,8 @@
-"""Stands for one's own photographs and for an annotation tool: pictures of things, their outlines in COCO's format, phrases.
+"""Draw example data for `run.sh`: images, a COCO export as an annotation tool writes it, and expressions.
 
     python make_pictures.py FOLDER
 
-leaves FOLDER/pictures/*.png, FOLDER/instances.json, as a tool exports it, and FOLDER/phrases.json, as a person writes it.
+writes FOLDER/pictures/*.png, FOLDER/instances.json (COCO annotations) and FOLDER/phrases.json (expressions).
 """
 
 import json
@@ -13,25 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-PICTURES, SIDE, THINGS = 60, 112, 4
+IMAGES, SIDE, OBJECTS = 60, 112, 4
 
 Outline = NDArray[np.float64]
-"""[corners, 2], x and y; a thing is about 2 wide and 2 high around 0."""
+"""Polygon corners [corners, 2] as x and y. An object is about 2 wide and 2 high, centred at 0."""
 
 
 def rectangle(left: float, top: float, right: float, bottom: float) -> Outline:
-    """Its four corners."""
+    """Return the corners of a rectangle."""
     return np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
 
 
 def disc(x: float, y: float, width: float, height: float) -> Outline:
-    """A polygon of 24 corners, which no eye tells from an ellipse at this size."""
+    """Return an ellipse as a polygon of 24 corners, which looks round at this size."""
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     return np.stack([x + width / 2 * np.cos(angles), y + height / 2 * np.sin(angles)], axis=1)
 
 
 def polygon(*numbers: float) -> Outline:
-    """Corners one after the other."""
+    """Return the polygon with the given corners, as x, y, x, y, ..."""
     return np.array(numbers).reshape(-1, 2)
 
 
@@ -45,26 +45,26 @@ KINDS: dict[str, tuple[tuple[int, int, int], list[Outline]]] = {
 
 
 def main(folder: Path) -> None:
-    """Draw everything. The same files each time."""
-    random = np.random.default_rng(0)
+    """Write all files into `folder`. The result is the same in every run."""
+    rng = np.random.default_rng(0)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     categories = [{"id": number, "name": name} for number, name in enumerate(KINDS, 1)]
     images, annotations = [], []
     phrases: dict[str, str | list[str]] = {name: [name, f"the {name}"] for name in KINDS}
-    for image_id in range(1, PICTURES + 1):
-        noise = random.normal(random.uniform(60, 220, 3), 12, (SIDE, SIDE, 3))
-        picture = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+    for image_id in range(1, IMAGES + 1):
+        noise = rng.normal(rng.uniform(60, 220, 3), 12, (SIDE, SIDE, 3))
+        image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
         corners = [(x, y) for x in (0.26, 0.74) for y in (0.26, 0.74)]
         drawn: dict[str, list[tuple[float, int]]] = {}
-        for x, y in random.permutation(corners)[:THINGS]:
-            name = str(random.choice(list(KINDS)))
+        for x, y in rng.permutation(corners)[:OBJECTS]:
+            name = str(rng.choice(list(KINDS)))
             colour, outlines = KINDS[name]
-            middle = SIDE * (np.array([x, y]) + random.uniform(-0.05, 0.05, 2))
-            size = SIDE * random.uniform(0.12, 0.19)
-            shade = tuple(int(value) for value in np.clip(np.array(colour) + random.integers(-25, 26, 3), 0, 255))
+            middle = SIDE * (np.array([x, y]) + rng.uniform(-0.05, 0.05, 2))
+            size = SIDE * rng.uniform(0.12, 0.19)
+            shade = tuple(int(value) for value in np.clip(np.array(colour) + rng.integers(-25, 26, 3), 0, 255))
             placed = [np.round(middle + size * outline, 1) for outline in outlines]
             for outline in placed:
-                ImageDraw.Draw(picture).polygon([(px, py) for px, py in outline.tolist()], fill=shade)
+                ImageDraw.Draw(image).polygon([(px, py) for px, py in outline.tolist()], fill=shade)
             drawn.setdefault(name, []).append((middle[0], len(annotations) + 1))
             annotations.append(
                 {
@@ -75,12 +75,12 @@ def main(folder: Path) -> None:
                     "iscrowd": 0,
                 }
             )
-        for name, things in drawn.items():
-            if len(things) > 1:  # the name alone would be ambiguous: say which one is meant
-                phrases[str(min(things)[1])] = f"left {name}"
-                phrases[str(max(things)[1])] = f"right {name}"
+        for name, objects in drawn.items():
+            if len(objects) > 1:  # the name alone would be ambiguous
+                phrases[str(min(objects)[1])] = f"left {name}"
+                phrases[str(max(objects)[1])] = f"right {name}"
         file_name = f"{image_id:03}.png"
-        picture.save(folder / "pictures" / file_name)
+        image.save(folder / "pictures" / file_name)
         images.append({"id": image_id, "file_name": file_name, "height": SIDE, "width": SIDE})
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(content))
