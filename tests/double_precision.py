@@ -12,9 +12,9 @@ from torch import Tensor
 from dcris.cli import main
 from dcris.models.encoders.vit import VisionState
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training import trainer as train
+from dcris.training import trainer
 
-build_model = train.build_model
+build_model = trainer.build_model
 encode_images = ReferringSegmenter.encode_images
 
 
@@ -23,6 +23,6 @@ def encode_in_double(self: ReferringSegmenter, images: Tensor) -> VisionState:
 
 
 if __name__ == "__main__":
-    train.build_model = lambda *words, **named: build_model(*words, **named).double()
+    trainer.build_model = lambda *words, **named: build_model(*words, **named).double()
     ReferringSegmenter.encode_images = encode_in_double  # type: ignore[method-assign]
     sys.exit(main())

@@ -73,7 +73,7 @@ class Launcher:
 def _serve() -> None:
     from dcris.cli import main
     from dcris.data.readers import load as references  # noqa: F401
-    from dcris.training import trainer as train  # noqa: F401
+    from dcris.training import trainer  # noqa: F401
     from dcris.utils import distributed  # noqa: F401
 
     for line in sys.stdin:

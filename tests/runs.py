@@ -14,7 +14,7 @@ from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
 from dcris.recipes import get_recipe
-from dcris.training.trainer import TrainResult, build_model, train
+from dcris.training.trainer import Trainer, TrainResult, build_model
 
 CPU = torch.device("cpu")
 EVERY_STEP = ("train.log_every", "1")
@@ -40,7 +40,7 @@ def run_training(
     if isinstance(table, Path):
         table = load_references(table, config.data.dataset)
     tokenizer = get_tokenizer(config.model.text.tokenizer)
-    return train(build_model(config), config, table, tokenizer, out, device=CPU, resume=resume, log=log)
+    return Trainer(build_model(config), config, table, tokenizer, out, device=CPU, resume=resume, log=log).run()
 
 
 def last_tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:

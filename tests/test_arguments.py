@@ -19,7 +19,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import get_protocol
 from dcris.recipes import get_recipe
-from dcris.training.trainer import build_model, train
+from dcris.training.trainer import Trainer, build_model
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 
@@ -145,8 +145,8 @@ CALLS: dict[str, Call] = {
         f"checkpoint {path!r}": lambda s, path=path: load_checkpoint(path) for path in (None, 5, b"x", "a\0b", "", "no")
     },
     "build None": lambda s: build_model(None),
-    "train None": lambda s: train(s.model, None, None, s.tokenizer, "out", device="cpu"),
-    "train on None": lambda s: train(s.model, s.config, None, s.tokenizer, "out", device="cpu"),
+    "train None": lambda s: Trainer(s.model, None, None, s.tokenizer, "out", device="cpu"),
+    "train on None": lambda s: Trainer(s.model, s.config, None, s.tokenizer, "out", device="cpu"),
 }
 
 

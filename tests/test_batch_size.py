@@ -17,14 +17,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.config import RunConfig, override
+from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import adapters
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training import batch_size as memory
+from dcris.training import batch_size
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.parallel import divide_batch
-from dcris.training.trainer import _Step, build_model
+from dcris.training.trainer import Trainer, build_model
 from dcris.types import Batch
 from dcris.utils import device
 from dcris.utils.device import free_memory
@@ -159,23 +160,25 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(("recipe", "micro_batch"), [("dcris_tiny", 1), ("dcris_tiny", 2), ("barleria_tiny", 2)])
-def test_several_passes_are_one_step(recipe: str, micro_batch: int) -> None:
+def test_several_passes_are_one_step(recipe: str, micro_batch: int, scenes_root: Path, tmp_path: Path) -> None:
     """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another.
 
     BarLeRIa has a loss of its own, which is such a mean too.
     """
-    config, batch = quick_config(1, ("train.batch_size", "5"), recipe=recipe), samples(5)
+    batch, table = samples(5), load_references(scenes_root, "scenes")
     weights, losses, ious = [], [], []
-    for micro in (None, micro_batch):
+    for micro in ("null", str(micro_batch)):
+        config = quick_config(1, ("train.batch_size", "5"), ("train.micro_batch", micro), recipe=recipe)
         model = without_batch_norm(model_of(config)).double()
         start = {name: item.detach().clone() for name, item in model.named_parameters()}
         parameters = [item for item in model.parameters() if item.requires_grad]
-        optimizer = torch.optim.SGD(parameters)
-        passes = divide_batch(5, micro, Processes())
-        step = _Step(Doubled(model), config, optimizer, parameters, CPU, torch.float32, passes, 5, Processes())
-        loss, iou = step(0, batch, 1.0, want_iou=True)
+        trainer = Trainer(Doubled(model), config, table, tokenizer_of(config.model.text), tmp_path, device=CPU)
+        trainer.dtype = torch.float32
+        trainer.optimizer = torch.optim.SGD(parameters, lr=1.0)
+        found, iou = trainer.forward_backward(0, batch, want_iou=True)
+        trainer.optimizer.step()
         weights.append({name: item.detach() - start[name] for name, item in model.named_parameters()})
-        losses.append(loss)
+        losses.append(found["loss"])
         ious.append(iou)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert ious[1] == pytest.approx(ious[0], rel=1e-6)
@@ -214,10 +217,10 @@ def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
         ran.append(act.args[0])
         return next(grown)
 
-    monkeypatch.setattr(memory, "_grown_by", grow)
-    monkeypatch.setattr(memory, "free_memory", lambda _: (moments + 3e8) / 0.9 + 1 if free is None else free)
+    monkeypatch.setattr(batch_size, "memory_growth", grow)
+    monkeypatch.setattr(batch_size, "free_memory", lambda _: (moments + 3e8) / 0.9 + 1 if free is None else free)
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    search = partial(memory.largest_micro_batch, model, config, tokenizer, 6, CPU)
+    search = partial(batch_size.largest_micro_batch, model, config, tokenizer, 6, CPU)
     if expected:
         assert search() == expected
         assert ran == ([1, 2, 4, 6] if expected == 6 else [1, 2])
@@ -233,11 +236,11 @@ def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
 
 GROWTH = """
 import gc, torch
-from dcris.training.batch_size import _grown_by
+from dcris.training.batch_size import memory_growth
 circle = [torch.ones(100_000_000)]
 circle.append(circle)
 del circle
-print(_grown_by(lambda: (gc.collect(), torch.ones(50_000_000).sum())))
+print(memory_growth(lambda: (gc.collect(), torch.ones(50_000_000).sum())))
 """
 
 
@@ -273,13 +276,13 @@ def test_auto_is_recorded_and_not_searched_again(
 ) -> None:
     """A resumed run takes the passes it was begun with, whatever is free by then."""
     found = iter([2])
-    monkeypatch.setattr(memory, "largest_micro_batch", lambda *_: next(found))
+    monkeypatch.setattr(batch_size, "largest_micro_batch", lambda *_: next(found))
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--batch-size", "auto"]
     words += ["--device", "cpu", "--data.image_size", "56", "--train.warmup_steps", "0", "--train.batch_size", "4"]
     assert main([*words, "--train.max_steps", "1"]) == 0
     assert "micro batches of 2 (the largest that fits): a batch of 4 takes 2 passes" in capsys.readouterr().out
     assert main([*words, "--train.max_steps", "2", "--resume"]) == 0
-    assert "micro batches of 2 (as the run was begun)" in capsys.readouterr().out
+    assert "micro batches of 2 (as when the run was started)" in capsys.readouterr().out
     assert list_checkpoints(tmp_path / "run")[-1].step == 2
     recorded = json.loads((tmp_path / "run/config.json").read_text())["train"]
     assert (recorded["micro_batch"], recorded["batch_size"]) == (2, 4)

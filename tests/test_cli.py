@@ -23,8 +23,11 @@ from conftest import TinyRefer
 from dcris import Segmenter
 from dcris.checkpoints.checkpoint import Checkpoint, list_checkpoints
 from dcris.cli import main
+from dcris.cli.train import configuration
 from dcris.data.scenes import write_scenes
-from dcris.training.trainer import Interrupted
+from dcris.errors import DcrisError
+from dcris.training.stopping import Interrupted
+from dcris.training.trainer import Trainer
 from runs import assert_same_run, leftovers
 
 COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]
@@ -153,7 +156,7 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert dcris("train", config, "--data", other, "--from", run, "--out", tuned) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("other has no split 'val', so nothing is scored while training")
+    assert printed.startswith("other has no split 'val': training runs without validation")
     assert f"starting from the adapters and the head of {list_checkpoints(run)[-1].path}" in printed
     assert f"next: dcris evaluate {tuned} --data {other} --split 'held out'" in printed
     assert dcris("evaluate", tuned, "--data", other, "--split", "held out") == 0
@@ -487,6 +490,12 @@ def test_examples_of_the_help_are_understood(capsys: pytest.CaptureFixture[str])
         example = " ".join(capsys.readouterr().out.split()).partition("example: dcris ")[2]
         args, rest = _parser().parse_known_args(shlex.split(example))
         assert not rest or args.name == "train", example
+        if args.name == "train":
+            args.settings = rest
+            configuration(args)
+            args.settings = [word.replace("train.lr", "train.lrr") for word in rest]
+            with pytest.raises(DcrisError, match=r"train\.lrr"):
+                configuration(args)
 
 
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -531,13 +540,13 @@ def test_an_interruption_says_how_to_go_on(
     def stop(*_: object, **__: object) -> NoReturn:
         raise Interrupted(signal.SIGTERM, Checkpoint(tmp_path / "step-00000007", 7, None))
 
-    module = importlib.import_module(f"dcris.{command.split()[0]}")
-    monkeypatch.setattr(module, "train", stop)
+    module = importlib.import_module(f"dcris.experiments.{command.split()[0]}")
+    monkeypatch.setattr(Trainer, "run", stop)
     monkeypatch.setattr(module, "write_scenes", partial(write_scenes_of, 2))
     with pytest.raises(SystemExit) as left:
         dcris(*command.split(), "--out", tmp_path / "out", "--device", "cpu")
     assert left.value.code == 128 + signal.SIGTERM
-    expected = f"dcris: stopped at step 7; the same command goes on from {tmp_path / 'step-00000007'}\n"
+    expected = f"dcris: stopped at step 7; the same command continues from {tmp_path / 'step-00000007'}\n"
     assert capsys.readouterr().err == expected
 
 

@@ -31,7 +31,7 @@ from dcris.models.adapters.base import adapters
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
-from dcris.training.trainer import make_optimizer
+from dcris.training.optimizer import make_optimizer
 from detris_layout import (
     PHRASES,
     RECIPES,

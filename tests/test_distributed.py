@@ -317,7 +317,7 @@ def test_what_happens_to_one_process_ends_all(scenes: Path, tmp_path: Path, numb
     (said,) = sentences(complaint)
     if number == signal.SIGTERM:
         assert codes == ["143"]
-        assert re.match(r"dcris: stopped at step \d+; `--resume` goes on from", said)
+        assert re.match(r"dcris: stopped at step \d+; `--resume` continues from", said)
         assert list_checkpoints(tmp_path / "run")
     else:
         assert codes == ["-9", "2"]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from conftest import make_tiny_refer
 from dcris.cli import _parser
-from dcris.cli.train import _settings
+from dcris.cli.train import parse_settings
 from dcris.config import override
 from dcris.errors import DcrisError
 from dcris.recipes import get_recipe
@@ -81,13 +81,13 @@ def test_every_block_says_what_it_is(page: str) -> None:
 def parse(command: list[str]) -> None:
     """Parse a command as dcris does, with the settings of `dcris train`. Raises DcrisError where something is unknown."""
     args, rest = _parser().parse_known_args(command)
-    if not getattr(args, "takes_settings", False):
+    if not getattr(args, "takesparse_settings", False):
         if rest:
             raise DcrisError(f"unknown argument {rest[0]!r}")
         return
     # A recipe that is a file of the reader's has the sections of every recipe.
     recipe = "dcris_b" if args.recipe.endswith(".json") else args.recipe
-    override(get_recipe(recipe), _settings(rest))
+    override(get_recipe(recipe), parse_settings(rest))
 
 
 @pytest.mark.parametrize("page", PAGES)

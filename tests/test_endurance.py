@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 from torch.distributed import TCPStore
 
-import dcris.training.trainer as engine
 from dcris.checkpoints.checkpoint import best_checkpoint, check_files, list_checkpoints, sound_checkpoints
 from dcris.cli import main
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import summarise
+from dcris.training import trainer
 from launcher import Launcher, torchrun_environment
 from runs import assert_same_run, leftovers, quick_config, run_training, unseal
 from test_distributed import daring
@@ -295,7 +295,7 @@ def test_a_request_to_end(launcher: Launcher, unbroken: Run, scenes_root: Path, 
         return  # before training there is nothing to save
     assert (
         last
-        == f"dcris: stopped at step {run.scores()[-1][0]}; `--resume` goes on from {list_checkpoints(run.out)[-1].path}"
+        == f"dcris: stopped at step {run.scores()[-1][0]}; `--resume` continues from {list_checkpoints(run.out)[-1].path}"
     )
     run.finish(workers=1)
     assert_same_run(unbroken.out, run.out)  # the checkpoint it was stopped at may be kept in another's place
@@ -367,7 +367,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken: Run, spoilt
     flip(list_checkpoints(spoilt.out)[-1].path / "optimizer.safetensors")
     spoilt.finish()
     assert "step 8 is damaged" in spoilt.said()
-    assert "going on from step 6" in spoilt.said()
+    assert "resuming from step 6" in spoilt.said()
     assert not spoilt.checkpoints("damaged-*")
     assert_as_unbroken(unbroken, spoilt)
 
@@ -495,9 +495,9 @@ def test_output_to_a_disk_that_is_full(launcher: Launcher, scenes_root: Path, sm
 
 def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence names the step and what to do; the checkpoint before it is whole."""
-    losses, calls = engine.training_losses, iter(range(100))
+    losses, calls = trainer.training_losses, iter(range(100))
     monkeypatch.setattr(
-        engine, "training_losses", lambda *args: losses(*args) if next(calls) < 4 else torch.empty(1 << 55)
+        trainer, "training_losses", lambda *args: losses(*args) if next(calls) < 4 else torch.empty(1 << 55)
     )
     with pytest.raises(DcrisError, match=r"not enough memory for step 5 \(.*smaller --train\.") as caught:
         run_training(quick_config(8, ("train.save_every", "2")), scenes_root, tmp_path / "run")
@@ -568,7 +568,7 @@ def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path:
 def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.best_by` decides which checkpoint is kept and found, and is recorded with its score."""
     scores = iter([{"miou": 1.0, "oiou": 9.0}, {"miou": 8.0, "oiou": 2.0}, {"miou": 3.0, "oiou": 3.0}])
-    monkeypatch.setattr(engine, "_validate", lambda *_: next(scores))
+    monkeypatch.setattr(trainer.Trainer, "compute_scores", lambda self: next(scores))
     config = quick_config(9, ("train.batch_size", "11"), ("train.best_by", "oiou"), ("train.keep_last", "1"), VALIDATED)
     result = run_training(config, scenes_root, tmp_path / "run")
     assert [(item.step, item.score) for item in list_checkpoints(tmp_path / "run")] == [(3, 9.0), (9, 3.0)]

@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import dcris.training.trainer as engine
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.dataset import all_queries
@@ -30,7 +29,7 @@ from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
-from dcris.training import loggers as trackers
+from dcris.training import loggers, trainer
 from dcris.training.loggers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_queries, read_log
 from dcris.utils.drawing import cell
 from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
@@ -83,8 +82,8 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
 
 def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power fails in the step after so many."""
-    losses, calls = engine.training_losses, iter(range(100))
-    monkeypatch.setattr(engine, "training_losses", lambda *args: losses(*args) if next(calls) < steps else 1 / 0)
+    losses, calls = trainer.training_losses, iter(range(100))
+    monkeypatch.setattr(trainer, "training_losses", lambda *args: losses(*args) if next(calls) < steps else 1 / 0)
 
 
 # ---- the log -------------------------------------------------------------------------------------------------------------
@@ -108,10 +107,10 @@ def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Four images in two seconds are two a second, however long the validation between the steps takes."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
-    with Monitor(tmp_path, quick_config(3, EVERY_STEP), (0, 3, 1), CPU, len) as monitor:
+    with Monitor(tmp_path, quick_config(3, EVERY_STEP), 0, 3, 1, CPU, len) as monitor:
         for step in (1, 2, 3):
             clock.now += 2
-            monitor.step(step, 0.5, 10.0, 1e-3, 4)
+            monitor.step(step, {"loss": 0.5}, 10.0, 1e-3, 4)
             clock.now += 500
             monitor.validated(step, {"miou": 1.0}, list)
     assert logged(tmp_path, "images_per_second") == [(1, 2.0), (2, 2.0), (3, 2.0)]
@@ -121,10 +120,10 @@ def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the log of a run that nearly filled its GPU speaks of the computer's memory."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
-    assert trackers._memory(torch.device("cuda", 0)) == {"peak_memory_mb": 12345.7}
-    held = trackers._memory(CPU)["peak_memory_mb"]
+    assert loggers.peak_memory(torch.device("cuda", 0)) == {"peak_memory_mb": 12345.7}
+    held = loggers.peak_memory(CPU)["peak_memory_mb"]
     block = np.ones(50_000_000, np.uint8)
-    assert trackers._memory(CPU)["peak_memory_mb"] >= held
+    assert loggers.peak_memory(CPU)["peak_memory_mb"] >= held
     assert len(block) == 50_000_000
 
 
@@ -155,9 +154,9 @@ def test_a_log_file_stays_short(total: int, data: st.DataObject) -> None:
     """At most twenty lines beside those of the epochs, the last step's among them, however long the run."""
     first = data.draw(st.integers(0, total - 1))
     lines: list[str] = []
-    progress = trackers.Progress(first, total, 7, lines.append)
+    progress = loggers.Progress(first, total, 7, lines.append)
     for done in range(first + 1, total + 1):
-        progress.advance(done, 0.5, 10.0 if progress.due(done) else None, 1e-3, trackers._Speed())
+        progress.advance(done, 0.5, 10.0 if progress.due(done) else None, 1e-3, loggers._Speed())
     assert 1 <= len(lines) <= 20
     assert lines[-1].startswith(f"step {total}/{total} epoch {math.ceil(total / 7)}/")
 
@@ -175,12 +174,12 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     asked = []
-    with Monitor(tmp_path, quick_config(100, ("train.log_every", "50")), (0, 100, 10), CPU, lines.append) as monitor:
+    with Monitor(tmp_path, quick_config(100, ("train.log_every", "50")), 0, 100, 10, CPU, lines.append) as monitor:
         for step in range(1, 101):
             clock.now += 0.25
             wanted = monitor.wants_iou(step)
             asked += [step] * wanted
-            monitor.step(step, 0.125, 43.21 if wanted else None, 1e-3, 8)
+            monitor.step(step, {"loss": 0.125}, 43.21 if wanted else None, 1e-3, 8)
             monitor.progress.bar.refresh()
         monitor.validated(100, {"miou": 56.78}, list)
     assert asked == sorted({*range(1, 101, 4), 50, 100})
@@ -193,9 +192,9 @@ def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Else eight processes write one log eight times, and W&B has eight runs."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = quick_config(2, EVERY_STEP, BOTH)
-    with Monitor(tmp_path, config, (0, 2, 1), CPU, pytest.fail, speaks=False) as monitor:
+    with Monitor(tmp_path, config, 0, 2, 1, CPU, pytest.fail, enabled=False) as monitor:
         assert not monitor.wants_iou(1)
-        monitor.step(1, 0.5, None, 1e-3, 4)
+        monitor.step(1, {"loss": 0.5}, None, 1e-3, 4)
         monitor.validated(1, {"miou": 1.0}, lambda: pytest.fail("nobody looks at these"))
     assert not list(tmp_path.iterdir())
 
@@ -388,10 +387,10 @@ def test_a_spoilt_record_starts_no_second_run(wandb: FakeWandB, tmp_path: Path, 
     """Half of a run's curves in a run of their own help nobody; the sentence names the file."""
     (tmp_path / "wandb.json").write_text(content)
     lines: list[str] = []
-    with Monitor(tmp_path, quick_config(8, WANDB), (4, 8, 2), CPU, lines.append):
+    with Monitor(tmp_path, quick_config(8, WANDB), 4, 8, 2, CPU, lines.append):
         assert not wandb.calls
     (said,) = lines
-    assert said.startswith("wandb is left out from here on, training goes on: ")
+    assert said.startswith("training continues without wandb: ")
     assert str(tmp_path / "wandb.json") in said
     assert (tmp_path / "wandb.json").read_text() == content
 
@@ -409,7 +408,7 @@ def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch
         identifier = json.loads((out / "wandb.json").read_text())["id"]
         assert len(list(out.glob(f"wandb/offline-run-*-{identifier}/run-{identifier}.wandb"))) == steps
         assert len(list(out.glob(f"wandb/offline-run-*-{identifier}/files/media/images/panels/*.png"))) == 3 * steps
-    assert not [line for line in lines if "left out" in line or "not shown" in line]
+    assert not [line for line in lines if "without" in line]
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------------
@@ -428,7 +427,7 @@ def goes_on(table: ReferenceTable, out: Path, unwatched: Path) -> list[str]:
     lines: list[str] = []
     run_training(quick_config(STEPS, EVERY_STEP, VAL, BOTH), table, out, log=lines.append)
     assert_same_run(unwatched, out)
-    return [line for line in lines if "from here on" in line]
+    return [line for line in lines if line.startswith("training continues without")]
 
 
 def spoil_start(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +455,7 @@ def test_a_tracker_that_fails_is_left_out(
     """The network goes at the start, in between or at the end: said once, and all else goes on."""
     spoil(wandb, monkeypatch)
     said = goes_on(table, tmp_path / "run", unwatched)
-    assert said == ["wandb is left out from here on, training goes on: no way to the server"]
+    assert said == ["training continues without wandb: no way to the server"]
     assert curves(tmp_path / "run")["train/loss"] == curves(watched)["train/loss"]
 
 
@@ -469,7 +468,7 @@ def test_a_full_disk_leaves_tensorboard_out(
     write, calls = RecordWriter.write, iter(range(100))
     monkeypatch.setattr(RecordWriter, "write", lambda *args: write(*args) if next(calls) < 4 else full())
     said = goes_on(table, tmp_path / "run", unwatched)
-    assert said == ["tensorboard is left out from here on, training goes on: [Errno 28] No space left on device"]
+    assert said == ["training continues without tensorboard: [Errno 28] No space left on device"]
     assert [step for step, _ in curves(tmp_path / "run")["train/loss"]] == [1, 2]
     assert [step for step, values in wandb.runs[0].points if "train/loss" in values] == [1, 2, 3, 4]
 
@@ -482,18 +481,16 @@ def test_a_place_that_cannot_be_written_leaves_tensorboard_out(
     out.mkdir()
     (out / "tensorboard").write_text("a file of somebody's")
     (said,) = goes_on(table, out, unwatched)
-    assert said.startswith(
-        f"tensorboard is left out from here on, training goes on: cannot write {out / 'tensorboard'}"
-    )
+    assert said.startswith(f"training continues without tensorboard: cannot write {out / 'tensorboard'}")
 
 
 def test_pictures_that_cannot_be_made_are_left_out(
     wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said once, not after each epoch, and the curves go on."""
-    monkeypatch.setattr(trackers, "overlay", fails)
+    monkeypatch.setattr(loggers, "overlay", fails)
     (said,) = goes_on(table, tmp_path / "run", unwatched)
-    assert said == "predictions are not shown from here on, training goes on: no way to the server"
+    assert said == "training continues without images of predictions: no way to the server"
     assert events(tmp_path / "run").Tags()["images"] == []
     assert [step for step, _ in curves(tmp_path / "run")["val/first_miou"]] == [2, 4]
 
@@ -514,7 +511,7 @@ def test_a_package_that_is_missing_is_said_before_training(
     assert main([*words, "--device", "cpu"]) == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
-    assert f'the tracker {name} is not installed here; run: pip install "{name}>=' in complaint
+    assert f'the tracker {name} is not installed; run: pip install "{name}>=' in complaint
     assert not (tmp_path / "run").exists()
     with pytest.raises(DcrisError, match="is not installed"):
         check_trackers([name])

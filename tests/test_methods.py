@@ -24,7 +24,8 @@ from dcris.models.encoders.blocks import Block, Slot, SlotContext
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES, dcris_b, dcris_tiny, fixed_tiny, get_recipe
 from dcris.training.losses import text_to_pixel_loss
-from dcris.training.trainer import _groups, build_model
+from dcris.training.optimizer import parameter_groups
+from dcris.training.trainer import build_model
 from dcris.utils.device import choose_precision
 from models import error, images, randomise
 from runs import CPU, last_tensors, quick_config, run_training
@@ -277,13 +278,13 @@ def test_it_compiles(method: str, backend: str) -> None:
 def test_a_rate_of_its_own_for_the_towers_weights() -> None:
     """Else full tuning at a tenth of the head's rate tunes at the whole."""
     model, config = built("full_tiny"), get_recipe("full_tiny").train
-    head, own = _groups(model, config)
-    assert (head["share"], own["share"]) == (1.0, 0.1)
+    head, own = parameter_groups(model, config)
+    assert (head["lr_factor"], own["lr_factor"]) == (1.0, 0.1)
     assert {id(p) for p in head["params"]} == {id(p) for p in model.head.parameters()}
     assert len(own["params"]) + len(head["params"]) == sum(p.requires_grad for p in model.parameters())
-    (whole,) = _groups(model, config.model_copy(update={"tower_lr": 1.0}))
+    (whole,) = parameter_groups(model, config.model_copy(update={"tower_lr": 1.0}))
     assert len(whole["params"]) == len(own["params"]) + len(head["params"])
-    assert len(_groups(built("dcris_tiny"), config)) == 1
+    assert len(parameter_groups(built("dcris_tiny"), config)) == 1
 
 
 # Each method's arithmetic, against a plain reading of its source or another library.

@@ -19,14 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import dcris.training.trainer as engine
 from dcris import Segmenter
 from dcris.checkpoints.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
+from dcris.training import trainer
 from dcris.training.loggers import read_log
-from dcris.training.trainer import Interrupted, build_model, learning_rate
+from dcris.training.optimizer import learning_rate
+from dcris.training.stopping import Interrupted
+from dcris.training.trainer import Trainer, build_model
 from dcris.utils import files
 from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log, unseal
 
@@ -112,9 +114,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     """The power fails in step 6, with a half-written log line: what was logged after the checkpoint is taken back."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, ("train.save_every", "2"))
-    losses = engine.training_losses
+    losses = trainer.training_losses
     calls = iter(range(100))
-    monkeypatch.setattr(engine, "training_losses", lambda *args: losses(*args) if next(calls) < 5 else 1 / 0)
+    monkeypatch.setattr(trainer, "training_losses", lambda *args: losses(*args) if next(calls) < 5 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_training(config, table, out)
     monkeypatch.undo()
@@ -163,14 +165,14 @@ def test_a_loss_that_is_no_number_stops_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     """Before the weights are spoilt: the sentence names the step, and the last checkpoint still loads."""
-    losses = engine.training_losses
+    losses = trainer.training_losses
     calls = iter(range(100))
 
     def spoilt(*args: Any) -> dict[str, torch.Tensor]:
         factor = value if next(calls) == 4 else 1.0
         return {name: factor * loss for name, loss in losses(*args).items()}
 
-    monkeypatch.setattr(engine, "training_losses", spoilt)
+    monkeypatch.setattr(trainer, "training_losses", spoilt)
     out = tmp_path / "run"
     with pytest.raises(DcrisError, match=rf"the loss is {value} at step 5; .*--train.lr"):
         run_training(quick_config(STEPS, ("train.save_every", "2")), table, out)
@@ -207,7 +209,7 @@ def test_old_checkpoints_go_and_the_best_stays(
 ) -> None:
     """Else a long run fills the disk, or the weights that the paper reports are deleted."""
     scores = iter([10.0, 30.0, 20.0, 30.0, 5.0, 1.0])
-    monkeypatch.setattr(engine, "_validate", lambda *_: {"miou": next(scores)})
+    monkeypatch.setattr(Trainer, "compute_scores", lambda self: {"miou": next(scores)})
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
     result = run_training(quick_config(6, ("data.val_split", "train"), ("train.keep_last", "1")), few, out)
@@ -229,7 +231,7 @@ def test_a_checkpoint_that_was_not_validated_has_no_score(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at an epoch's end skips validation; the epoch before must not lend its score to weights it never saw."""
-    monkeypatch.setattr(engine, "_validate", lambda *_: {"miou": 40.0})
+    monkeypatch.setattr(Trainer, "compute_scores", lambda self: {"miou": 40.0})
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
@@ -342,7 +344,7 @@ def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_
 def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
     """A head of another width, or other towers: one sentence, before anything is written."""
     start = ("train.start", json.dumps(str(broken)))
-    with pytest.raises(DcrisError, match=r"has the shape .*of its own model alone"):
+    with pytest.raises(DcrisError, match=r"has the shape .*checkpoint of the same model"):
         run_training(quick_config(1, start, ("model.head.width", "96")), table, tmp_path / "new")
     rewritten(list_checkpoints(broken)[-1].path / MODEL, other_towers)
     with pytest.raises(DcrisError, match=r"trained on another vision tower"):
@@ -518,7 +520,7 @@ def test_a_signal_leaves_a_checkpoint_and_an_exit_code(
     assert process.returncode == code, complaint
     stopped = list_checkpoints(out)[-1].step
     assert 2 <= stopped < steps
-    assert re.fullmatch(rf"dcris: stopped at step {stopped}; `--resume` goes on from .*\n", complaint)
+    assert re.fullmatch(rf"dcris: stopped at step {stopped}; `--resume` continues from .*\n", complaint)
     load_checkpoint(out)
     assert not leftovers(out)
     assert timeless_log(out)[-1]["step"] == stopped

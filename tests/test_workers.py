@@ -17,8 +17,9 @@ from dcris.config import override
 from dcris.data import dataset
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
-from dcris.training import trainer as engine
-from dcris.training.trainer import Interrupted, total_steps
+from dcris.training import trainer
+from dcris.training.stopping import Interrupted
+from dcris.training.trainer import total_steps
 from dcris.utils import workers
 from dcris.utils.streams import note_once
 from dcris.utils.workers import load, shared_memory_left, workers_that_fit
@@ -148,7 +149,7 @@ def test_a_run_shorter_than_its_warm_up_is_refused(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would end with a learning rate that never rose, and a model worse than at its start."""
-    monkeypatch.setattr(engine, "build_model", lambda config: pytest.fail("a model was built"))
+    monkeypatch.setattr(trainer, "build_model", lambda config: pytest.fail("a model was built"))
     words = [
         "train",
         "dcris_tiny",

@@ -1,8 +1,8 @@
-"""The command line. Each command is a function here that reads its arguments and calls the library.
+"""The command line: one file a command, which reads its arguments and calls the library.
 
-Libraries that take long to import are imported inside the commands, so that `dcris --help` answers at once. Standard argparse
-is used rather than a library that derives options from types: settings are `--SECTION.FIELD VALUE` pairs checked by the
-configuration itself, and every error has to be one plain sentence.
+Libraries that take long to import are imported inside the commands, so that `dcris --help` is fast. argparse is used and not a
+library that derives options from types: the settings of `dcris train` are `--SECTION.FIELD VALUE` pairs that the configuration
+itself checks, and every error has to be one sentence.
 """
 
 import errno
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, train, web
+from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, quickstart, train, web
 from dcris.cli.common import Parser, on_error
 from dcris.errors import DcrisError, out_of_memory
 from dcris.utils.streams import usable_streams
@@ -47,31 +47,31 @@ def _run(arguments: Sequence[str] | None) -> None:
         raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
     args.settings = rest
     with warnings.catch_warnings(), _termination():
-        # Pillow's, about metadata that nobody here reads; what makes a picture unreadable is an error.
+        # Pillow warns of damaged metadata, which is not used here; an unreadable image is an error.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         args.run(args)
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return what to print for bad input or a limit of this machine; None for a defect, which keeps its traceback."""
+    """Return the message for bad input or a limit of this machine; None for a defect, which keeps its traceback."""
     if isinstance(error, DcrisError):
         return str(error)
     if isinstance(error, RuntimeError) and (died := dead_worker(error)):
         return str(died)
-    # Libraries report these as errors of several classes; "ancdata" is torch's, where a worker passes a file on.
+    # Libraries raise several classes for this; "ancdata" is torch's, when a worker sends a file descriptor.
     texts = (os.strerror(errno.EMFILE), "items of ancdata")
     if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or any(text in str(error) for text in texts):
-        return "too many files are open at once; allow more (`ulimit -n 1024`), or use fewer workers"
+        return "too many open files; raise the limit (`ulimit -n 1024`) or use fewer workers"
     if out_of_memory(error):
         reason = (str(error).strip() or "out of memory").splitlines()[0]
-        return f"there is not enough memory ({reason}); use a smaller batch, picture or model"
+        return f"not enough memory ({reason}); use a smaller batch, image or model"
     if isinstance(error, UnicodeEncodeError):
         return (
-            f"the file name {error.object!r} cannot be written in this system's encoding, {error.encoding}; set "
+            f"the file name {error.object!r} cannot be encoded as {error.encoding}, the encoding of this system; set "
             "PYTHONUTF8=1 or a UTF-8 locale (LC_ALL=C.UTF-8)"
         )
     if isinstance(error, OSError) and error.filename is not None:
-        # No reader checks for these: long names, missing permissions, circular links, disks that fail.
+        # Errors that no reader handles: names that are too long, missing permissions, circular links, failing disks.
         return f"cannot use {error.filename}: {error.strerror}; check that path"
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}:
         return f"cannot read or write: {error.strerror}; check the disks of this machine"
@@ -80,15 +80,15 @@ def _sentence(error: Exception) -> str | None:
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Let a request to end (SIGTERM) unwind as Ctrl-C does, so that nothing half-written stays. Training has its own way."""
+    """Turn SIGTERM into SystemExit, so that temporary files are removed as after Ctrl-C. Training has a handler of its own."""
 
     def end(number: int, frame: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # it is on its way
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         raise SystemExit(128 + number)
 
     try:
         before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    except ValueError:  # not the main thread, where only the caller can handle signals
         yield
         return
     try:
@@ -101,12 +101,12 @@ def _termination() -> Iterator[None]:
 def _parser() -> Parser:
     parser = Parser(
         prog="dcris",
-        description="Referring image segmentation: a photograph and a phrase in, the mask of that object out.",
+        description="Referring image segmentation: given an image and an expression, predict the mask of the object.",
         epilog="example: dcris quickstart --out runs/quickstart",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dcris {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, data, evaluate, predict, export, web, ablate, bench, completion):
-        group.add(commands)
+    for module in (quickstart, train, data, evaluate, predict, export, web, ablate, bench, completion):
+        module.add(commands)
     return parser

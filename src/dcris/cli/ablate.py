@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 
 def _ablate(args: argparse.Namespace) -> None:
     from dcris.experiments.ablate import ablate
-    from dcris.training.trainer import Interrupted
+    from dcris.training.stopping import Interrupted
 
     try:
         failures = ablate(

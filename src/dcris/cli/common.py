@@ -1,4 +1,4 @@
-"""What the commands share: arguments, and how they speak."""
+"""Shared by the commands: arguments, output and errors."""
 
 import argparse
 import shlex
@@ -16,49 +16,54 @@ if TYPE_CHECKING:
     from dcris.config import RunConfig
 
 _LONGEST_LINE = 1000
+"""Characters of an error message that are printed."""
+
 Command = Callable[[argparse.Namespace], None]
 CHECKPOINT = (
-    "a run's or checkpoint's directory, a .safetensors bundle, owner/name on the Hub, or a published model: "
+    "directory of a run or checkpoint, .safetensors bundle, owner/name on the Hub, or published model: "
     "detris-{b,l}-{refcoco,refcoco+,refcocog-umd,refcocog-google}, detris-l-mixed"
 )
-ROOT = "the folder of the data sets, or a data set of one's own: a .jsonl file"
+ROOT = "folder of the data sets, or a .jsonl file with your own data"
 
 
 def log(text: str) -> None:
-    """Print a line for a person to standard output. Raises DcrisError where that cannot be written."""
+    """Print a line to standard output. Raises DcrisError if it cannot be written."""
     write(printable(text))
 
 
 def on_error(text: str) -> None:
-    """Print why a command ends, as one line of bounded length."""
+    """Print an error message to standard error, as one line of bounded length."""
     line = printable(text).replace("\n", "\\n")
     half = _LONGEST_LINE // 2
     note(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
 
 
 def argument(path: Path | str) -> str:
-    """Quote a path as an argument of an advised command: spaces stay inside it, and a leading dash makes it no option."""
+    """Return a path as an argument of a suggested command: quoted for the shell, and never mistaken for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:
-    """End as an interrupted run does: a sentence, which one of several processes says, and the exit code of the signal.
+    """Exit after an Interrupted run: print where it stopped, and use the exit code of the signal.
 
-    `again` is what goes on from where it stopped.
+    Args:
+        stop: the Interrupted exception.
+        again: the command or option that continues the run.
+        quiet: print nothing, as on all ranks but the first.
     """
-    with suppress(ValueError):  # where this is not the main thread
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would take the place of the sentence
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not replace the message
     if not quiet:
-        on_error(f"stopped at step {stop.checkpoint.step}; {again} goes on from {stop.checkpoint.path}")
+        on_error(f"stopped at step {stop.checkpoint.step}; {again} continues from {stop.checkpoint.path}")
     sys.exit(stop.exit_code)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but errors are one sentence, and help goes to standard output as all other text does."""
+    """argparse with errors as DcrisError, and help written like all other output."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise DcrisError, where argparse would print its usage and leave."""
+        """Raise DcrisError, instead of printing the usage and exiting."""
         raise DcrisError(f"{message}; see `{self.prog} --help`")
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -67,7 +72,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
-    """A function that adds a command to `commands`, with the example that every command's help ends in."""
+    """Return a function that adds a command to `commands`; `prefix` is the command line before its name.
+
+    The function takes the name, the function to run, a summary, the arguments of an example, and further help text.
+    """
 
     def add(name: str, run: Command, summary: str, example: str, more: str = "") -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = commands.add_parser(
@@ -84,32 +92,32 @@ def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
 
 
 def natural(text: str) -> int:
-    """A whole number of 0 or more."""
+    """Parse a whole number of 0 or more."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more."""
+    """Parse a whole number of 1 or more."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def share(text: str) -> float:
-    """A number from 0 to below 1."""
+    """Parse a number of at least 0 and below 1."""
     try:
-        share = float(text)
+        number = float(text)
     except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
-    return share
+        number = -1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below 1")
+    return number
 
 
 def level(text: str) -> float:
-    """A number of 0 or more."""
+    """Parse a number of 0 or more."""
     try:
         number = float(text)
     except ValueError:
@@ -120,59 +128,67 @@ def level(text: str) -> float:
 
 
 def data_root_argument(parser: argparse.ArgumentParser) -> None:
-    """--data ROOT."""
+    """Add --data ROOT."""
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help=ROOT)
 
 
 def data_set_arguments(parser: argparse.ArgumentParser) -> None:
-    """--dataset, --split-by and --mask-threshold."""
+    """Add --dataset, --split-by and --mask-threshold."""
     parser.add_argument(
         "--dataset",
-        help="refcoco, refcoco+, refcocog, scenes, or a folder of ROOT; mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY) "
-        "for several as one",
+        help="data set: refcoco, refcoco+, refcocog, scenes, or a folder in ROOT; several as one: mixed, mixed-unfiltered or "
+        "mixed:NAME,NAME(SPLIT_BY)",
     )
-    parser.add_argument("--split-by", help="unc, umd, google, ...; asked for only where ROOT has several")
+    parser.add_argument(
+        "--split-by", help="partition of the data set: unc, umd, google, ...; needed only if ROOT has several"
+    )
     parser.add_argument(
         "--mask-threshold",
         type=level,
         metavar="T",
-        help="threshold for mask pictures of more than two values (JPEG, soft edges, probability maps): pixels above T are the "
-        "object, where a T below 1 is a share of the full scale (default: such pictures are refused)",
+        help="threshold for mask images with more than two values (JPEG, soft edges, probability maps): pixels above T are the "
+        "object; a T below 1 is a fraction of the full scale (default: such masks are errors)",
     )
 
 
 def protocol_argument(parser: argparse.ArgumentParser) -> None:
-    """--protocol."""
+    """Add --protocol."""
     parser.add_argument(
         "--protocol",
         default="cris",
         metavar="NAME",
-        help="cris, lavt, cgformer or refer: how masks are compared (cris)",
+        help="evaluation protocol: cris, lavt, cgformer or refer (default: %(default)s)",
     )
 
 
 def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
-    """--device and, where it is a choice, --precision."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    """Add --device and, if `precision`, --precision."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     if precision:
         parser.add_argument(
-            "--precision", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 where the device has it"
+            "--precision",
+            choices=("auto", "float32", "bfloat16"),
+            help="precision of the computation; auto: bfloat16 if the device supports it (default: the checkpoint's or recipe's)",
         )
 
 
 def own_name(root: Path, args: argparse.Namespace) -> str | None:
-    """The name of a data set that is one file; None where ROOT holds data sets by name."""
+    """Return the name of the data set if `root` is a .jsonl file, and None if it is a folder of data sets.
+
+    Raises:
+        DcrisError: `root` is a file, and --dataset or --split-by is given.
+    """
     from dcris.data.readers.jsonl import is_jsonl
 
     if not is_jsonl(root):
         return None
     if args.split_by is not None or args.dataset not in {None, root.stem}:
-        raise DcrisError(f"{root} is one data set, called {root.stem}; leave out --dataset and --split-by")
+        raise DcrisError(f"{root} is a single data set, {root.stem}; leave out --dataset and --split-by")
     return root.stem
 
 
 def data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
-    """The data set named on the command line, or else the run's own."""
+    """Load the data set named on the command line, or else that of the run."""
     from dcris.data.readers.load import load_references
 
     own_name(args.data, args)

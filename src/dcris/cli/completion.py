@@ -1,4 +1,4 @@
-"""`dcris completion`: commands and options for a shell to complete."""
+"""`dcris completion`."""
 
 import argparse
 from typing import Any
@@ -8,19 +8,19 @@ from dcris.utils.streams import write
 
 
 def add(commands: Any) -> None:
-    """Describe the command of this file."""
-    add = adder(commands, "dcris ")
-    completion = add(
+    """Add the command to the parser."""
+    parser = adder(commands, "dcris ")(
         "completion",
-        _completion,
-        "print what makes a shell complete commands and options",
+        run,
+        "print the script that completes commands and options in a shell",
         "bash",
-        'To try it in this shell: eval "$(dcris completion bash)".',
+        'To use it in this shell: eval "$(dcris completion bash)".',
     )
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
 
 
-def _completion(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     import shtab
 
     from dcris.cli import _parser

@@ -37,7 +37,8 @@ from dcris.experiments.ablation_report import Measured, write_ablation
 from dcris.experiments.paper_tables import TABLES, WIDTHS, Row
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
-from dcris.training.trainer import Interrupted, build_model, total_steps, train
+from dcris.training.stopping import Interrupted
+from dcris.training.trainer import Trainer, build_model, total_steps
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.distributed import described_processes
 from dcris.utils.files import make_directory, read_json, read_text, remove_directory, write_file, write_json
@@ -412,7 +413,10 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
     steps = total_steps(config.train, len(table.split(config.data.train_split)))
     _warm_up(model.to(device), config)
     with _timed(job.folder, steps, device):
-        trained = train(model, config, table, tokenizer, job.folder, device=device, resume=True, log=lambda line: None)
+        trainer = Trainer(
+            model, config, table, tokenizer, job.folder, device=device, resume=True, log=lambda line: None
+        )
+        trained = trainer.run()
     spent = read_json(job.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
     model.to(device)

@@ -25,7 +25,7 @@ from dcris.inference.segmenter import Segmenter
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.loggers import read_log
-from dcris.training.trainer import build_model, train
+from dcris.training.trainer import Trainer, build_model
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.files import make_directory, write_json
 
@@ -56,7 +56,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
     tokenizer = tokenizer_of(config.model.text)
     log(f"training the adapters and the head ({time.monotonic() - begin:.0f} s so far)")
     model = build_model(config)
-    result = train(model, config, table, tokenizer, out, device=chosen, resume=True, log=log)
+    result = Trainer(model, config, table, tokenizer, out, device=chosen, resume=True, log=log).run()
     log(f"evaluating on {TEST_SCENES} unseen scenes ({time.monotonic() - begin:.0f} s so far)")
     model, _ = load_checkpoint(result.best.path)
     model.to(chosen)

@@ -1,1 +1,1 @@
-"""Training."""
+"""Training: the trainer, losses, loggers, several processes."""

@@ -1,4 +1,4 @@
-"""The largest micro batch that fits a device, found by trial."""
+"""Find the largest micro batch that fits a device, by trial (`dcris train --batch-size auto`)."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
 from dcris.models.layers.activation_checkpointing import statistics_kept
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training.losses import text_to_pixel_loss
+from dcris.training.losses import training_losses
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
 
 _CPU = torch.device("cpu")
 
-_USED = 0.9
-"""Of the memory that is free, so much may be taken: loader, checkpoints and fragments want some too."""
+_USABLE = 0.9
+"""Share of the free memory that a pass may take; the rest is for the loader, checkpoints and fragmentation."""
 
 
 def choose_micro_batch(
@@ -34,36 +34,39 @@ def choose_micro_batch(
     group: Processes,
     log: Callable[[str], None] = print,
 ) -> int:
-    """What `dcris train --batch-size auto` trains in: what the run in `out` has recorded, or else what is found by trial.
+    """Return the micro batch of a run: the one recorded in `out`, or else the largest that fits.
 
     Args:
-        model: of the run; moved to `device`, and else left as it is.
+        model: of the run; moved to `device` and otherwise left as it is.
         config: of the run.
         tokenizer: of the model's text tower.
-        references: that are trained on.
-        out: the run's directory, read by the first process alone.
-        device: where training is to be.
-        group: the processes. Each tries on its own, and the smallest answer counts.
-        say: takes lines for a person.
+        references: number of training references.
+        out: the run's directory; only rank 0 reads it.
+        device: to train on.
+        group: the processes. Each tries on its own; the smallest result is used.
+        log: receives lines of progress.
 
-    Raises DcrisError where not even one sample fits, and where towers are to be sharded, which can be tried only together.
+    Raises:
+        DcrisError: not even one sample fits, or `train.shard_towers` is set: sharded towers need all ranks for a pass, but
+            each rank tries on its own.
     """
-    recorded = group.from_first(lambda: _recorded(out))
+    micro_batch = group.from_first(lambda: _recorded_micro_batch(out))
     batch = min(config.train.batch_size, references)
-    if recorded is None:
+    if micro_batch is None:
         if config.train.shard_towers:
-            raise DcrisError("--batch-size auto cannot try sharded towers; give --train.micro_batch")
+            raise DcrisError("--batch-size auto does not work with train.shard_towers; set --train.micro_batch instead")
         share = -(-batch // group.count)
-        recorded = min(
+        micro_batch = min(
             group.all_gather(largest_micro_batch(model, config, tokenizer, share, device, group.local_count))
         )
-        # On the machine of one process there may be less room than on another's.
-        found = "the largest that fits" if recorded < share else "the whole share of the batch fits"
+        reason = "the largest that fits" if micro_batch < share else "the whole share of the batch fits"
     else:
-        found = "as the run was begun"
-    passes = -(-batch // (recorded * group.count))
-    log(f"micro batches of {recorded} ({found}): a batch of {batch} takes {passes} passes of {group.count} processes")
-    return recorded
+        reason = "as when the run was started"
+    passes = -(-batch // (micro_batch * group.count))
+    log(
+        f"micro batches of {micro_batch} ({reason}): a batch of {batch} takes {passes} passes of {group.count} processes"
+    )
+    return micro_batch
 
 
 def largest_micro_batch(
@@ -72,53 +75,55 @@ def largest_micro_batch(
     tokenizer: Tokenizer,
     share: int,
     device: torch.device,
-    neighbours: int = 1,
+    processes: int = 1,
 ) -> int:
-    """The largest power of two, or `share` if even that fits, of samples whose forward and backward pass the device holds.
+    """Return the largest number of samples whose forward and backward pass fits: a power of two, or the whole `share`.
 
-    On CUDA passes are tried until memory runs out. A CPU's memory must not run out, so there the growth from one pass to the
-    next says whether the one after it would fit into what is free. Weights, statistics and random state are left alone.
+    On CUDA, passes are tried until memory runs out. On a CPU that could kill the process, so there the growth from one pass to
+    the next predicts whether the one after it fits. Weights, batch norm statistics and the random state are not changed.
 
     Args:
         model: moved to `device`.
         config: of the run.
         tokenizer: of the model's text tower.
-        share: the samples of a batch that this process has to take.
-        device: where.
-        neighbours: processes that share this machine's memory.
+        share: samples of a batch for this process.
+        device: to train on.
+        processes: number of processes that share this machine's memory.
 
-    Raises DcrisError where not even one sample fits.
+    Raises:
+        DcrisError: not even one sample fits.
     """
     sizes = [*(2**power for power in range(share.bit_length()) if 2**power < share), share]
     dtype = choose_precision(config.train.precision, device)
     side = config.data.image_size
-    training, parameters = model.training, [item for item in model.parameters() if item.requires_grad]
+    was_training, parameters = model.training, [item for item in model.parameters() if item.requires_grad]
     model.to(device).train()
     model.checkpoint_activations(config.train.checkpoint_activations)
     on_cuda = device.type == "cuda"
 
     def run(size: int) -> None:
-        # Blank samples will do: memory does not depend on what is in them.
+        # Blank images suffice: memory does not depend on their content.
         images = normalise(torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device), config.data)
         tokens = tokenizer(["left"] * size, config.data.word_length).to(device)
         with autocast(device, dtype):
             logits = model(images, tokens)
-        text_to_pixel_loss(logits, torch.zeros(size, 1, side, side, device=device)).backward()
+        losses = training_losses(logits, torch.zeros(size, 1, side, side, device=device), config.train.losses)
+        torch.stack([*losses.values()]).sum().backward()
         for item in parameters:
             item.grad = None
 
-    # Adam's two moments come with the first step, and stay.
+    # Adam's two moments are allocated by the first step and stay.
     moments = [torch.zeros_like(item) for item in parameters for _ in range(2)] if on_cuda else []
-    kept = 2 * sum(item.nbytes for item in parameters)
+    moments_bytes = 2 * sum(item.nbytes for item in parameters)
     try:
         with statistics_kept(model), torch.random.fork_rng([device] if on_cuda else []):
-            best = _try_on_cuda(run, sizes, device) if on_cuda else _try_on_cpu(run, sizes, kept, neighbours)
+            best = _try_on_cuda(run, sizes, device) if on_cuda else _try_on_cpu(run, sizes, moments_bytes, processes)
     finally:
         del moments
         for item in parameters:
             item.grad = None
         model.checkpoint_activations(False)
-        model.train(training)
+        model.train(was_training)
         if on_cuda:
             torch.cuda.empty_cache()
     if not best:
@@ -129,9 +134,9 @@ def largest_micro_batch(
     return best
 
 
-def _recorded(out: Path) -> int | None:
+def _recorded_micro_batch(out: Path) -> int | None:
     for path in sorted(out.glob("checkpoints/step-*"), reverse=True):
-        with suppress(DcrisError):  # a damaged one, as resuming will find and say
+        with suppress(DcrisError):  # a damaged checkpoint; resuming reports it
             return load_config(path / "config.json").train.micro_batch
     return None
 
@@ -145,32 +150,32 @@ def _try_on_cuda(run: Callable[[int], None], sizes: Sequence[int], device: torch
             break
         finally:
             torch.cuda.empty_cache()
-        # Below the whole by a margin, as later allocations come in another order.
-        if torch.cuda.max_memory_reserved(device) > _USED * torch.cuda.mem_get_info(device)[1]:
+        # With a margin, because later allocations come in another order.
+        if torch.cuda.max_memory_reserved(device) > _USABLE * torch.cuda.mem_get_info(device)[1]:
             break
         best = size
     return best
 
 
-def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], kept: int, neighbours: int) -> int:
-    room = free_memory(_CPU) * _USED / neighbours - kept
-    best, took = 0, 0.0
+def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], moments_bytes: int, processes: int) -> int:
+    available = free_memory(_CPU) * _USABLE / processes - moments_bytes
+    best, used = 0, 0.0
     for size in sizes:
-        # As if all of it grew with the size: a little too careful, since a part does not.
-        if took * size > room * max(best, 1):
+        # Assumes that all memory grows with the size, which is slightly too much: a part is constant.
+        if used * size > available * max(best, 1):
             break
-        took = _grown_by(partial(run, size))
-        if took > room:
+        used = memory_growth(partial(run, size))
+        if used > available:
             break
         best = size
     return best
 
 
-def _grown_by(act: Callable[[], None]) -> float:
-    """Bytes by which this process's memory grew at its height while acting."""
-    gc.collect()  # what is given back in the middle would hide as much of the growth
+def memory_growth(function: Callable[[], None]) -> float:
+    """Return the bytes by which this process's memory grows at its peak while `function` runs."""
+    gc.collect()  # memory that is freed inside would hide as much of the growth
     before = resident_memory("VmRSS")
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", "ascii")  # forget the height so far
-    act()
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # reset the peak
+    function()
     return max(0.0, resident_memory("VmHWM") - before)

@@ -1,8 +1,7 @@
-"""Watching a training run: a bar or lines for a person, the log, and TensorBoard or Weights & Biases where they are asked for.
+"""Progress of a training run: lines or a bar for a person, the log, and TensorBoard or Weights & Biases on request.
 
-The log is the run's record, so one that cannot be written ends the run. Trackers are guests: one that fails is said once and
-left out. None is imported unless it was asked for, and nothing here draws a random number, so that a run that is watched ends
-in the same weights as one that is not.
+The log is the run's record: a run whose log cannot be written ends. A tracker that fails is reported once and left out.
+Trackers are imported only on request, and nothing here draws a random number, so trackers do not change the trained weights.
 """
 
 import importlib
@@ -12,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,215 +38,231 @@ from dcris.utils.drawing import (
     overlay,
     png_bytes,
 )
-from dcris.utils.files import (
-    MAX_TEXT,
-    make_directory,
-    parse_json,
-    read_bytes,
-    read_json,
-    sync_directory,
-    write_file,
-    write_json,
-)
+from dcris.utils.files import make_directory, read_json, read_json_lines, sync_directory, write_file, write_json
 from dcris.utils.streams import is_terminal
 
+LOG = "log.jsonl"
+
 PANELS = 6
-"""Validation phrases whose pictures the trackers show."""
+"""Number of validation queries whose predictions the trackers show."""
 
 PANEL_CELL = 320
-"""Pixels on the longer side of each of a panel's three pictures."""
+"""Longer side in pixels of each of the three images in a panel."""
 
 _GAP = 8  # pixels between them
 _PACKAGES = {"tensorboard": "tensorboard>=2.20", "wandb": "wandb>=0.31"}
 _VALIDATION = "val_first_"
-"""How the log names scores of a validation: while training, only the first sentence of each reference is asked."""
+"""Prefix of validation scores in the log: validation in training uses only the first expression of each reference."""
 
-_LINES = 20  # of a run, where there is no terminal
-_SHOWN = {"miou": "mIoU", "oiou": "oIoU", "prec@0.5": "prec@0.5"}  # of a validation
-_REFRESH = 1.0  # seconds between new figures on a bar
-_PATIENCE = 30  # seconds that W&B may take to begin, and to send what it still has at the end
+_LINES = 20
+"""Progress lines of a run without a terminal."""
+
+_SHOWN = {"miou": "mIoU", "oiou": "oIoU", "prec@0.5": "prec@0.5"}
+"""Validation scores that are printed, and their labels."""
+
+_REFRESH = 1.0
+"""Seconds between updates of the numbers beside the bar."""
+
+_WANDB_TIMEOUT = 30
+"""Seconds that W&B may take to start, and to send its remaining data at the end."""
 
 
 class Monitor:
-    """All that watches one run. A context: leaving it closes what was opened.
+    """Reports the progress of a run. A context: leaving it closes the bar and the trackers.
 
     Args:
         out: the run's directory.
         config: of the run.
-        steps: done before, in all, and in an epoch.
-        device: where training goes on: whose memory is reported.
-        say: takes lines for a person.
-        speaks: False in all processes but the first; then nothing is shown, written or sent.
+        first: steps done before this start of the run.
+        total: steps of the whole run.
+        per_epoch: steps in an epoch.
+        device: to train on; its memory is reported.
+        log: receives lines of progress.
+        enabled: False on all ranks but the first: then nothing is printed, written or sent.
 
-    Raises DcrisError where the log cannot be written.
+    Raises:
+        DcrisError: the log cannot be written.
     """
 
     def __init__(
         self,
         out: Path,
         config: RunConfig,
-        steps: tuple[int, int, int],
+        first: int,
+        total: int,
+        per_epoch: int,
         device: torch.device,
-        say: Callable[[str], None] = print,
-        speaks: bool = True,
+        log: Callable[[str], None] = print,
+        enabled: bool = True,
     ) -> None:
-        first, self.total, self.per_epoch = steps
-        self.log_every, self.device, self.speaks, self._say = config.train.log_every, device, speaks, say
-        if not speaks:
+        self.total, self.per_epoch, self.device, self.enabled = total, per_epoch, device, enabled
+        self.log_every, self._log = config.train.log_every, log
+        if not enabled:
             return
-        self.log = Log(out / "log.jsonl", first)
+        self.file = LogFile(out / LOG, first)
         self.trackers: dict[str, Tracker] = {}
-        self.pictures = True
+        self.show_panels = True
         for name in dict.fromkeys(config.train.trackers):
             try:
                 self.trackers[name] = _TRACKERS[name](out, config, first)
-            except Exception as error:  # whatever a library, a network or a disk may raise
-                self._leave_out(name, error)
-        # From here on time counts: a tracker may have waited for its network.
-        self.progress = Progress(first, self.total, self.per_epoch, self.say)
-        self.speed = self.logged = _Speed(at=time.monotonic())
+            except Exception as error:  # anything that a library, a network or a disk can raise
+                self._report_failure(name, error)
+        # After the trackers, which may have waited for a network.
+        self.progress = Progress(first, total, per_epoch, self.log)
+        self.speed = self.logged_speed = _Speed(at=time.monotonic())
         self.begin = self.speed.at
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.speaks:
+        if self.enabled:
             self.progress.close()
-            self._each(lambda tracker: tracker.close(kind is None))
+            self._for_each_tracker(lambda tracker: tracker.close(kind is None))
 
-    def say(self, line: str) -> None:
-        """Tell a person something, above the bar if there is one."""
+    def log(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
         with tqdm.external_write_mode():
-            self._say(line)
+            self._log(line)
 
     def wants_iou(self, done: int) -> bool:
-        """Whether a step's IoU will be written or shown, so that it is worth waiting for."""
-        return self.speaks and (self._ends_line(done) or self.progress.due(done))
+        """Return whether the IoU of a step will be logged or shown; computing it makes the CPU wait for the GPU."""
+        return self.enabled and (self._is_logged(done) or self.progress.due(done))
 
-    def step(self, done: int, loss: float, iou: float | None, lr: float, images: int) -> None:
-        """A step has ended.
+    def step(self, done: int, losses: Mapping[str, float], iou: float | None, lr: float, images: int) -> None:
+        """Report a finished step.
 
         Args:
-            done: how many there were so far.
-            loss: its loss.
-            iou: the batch's mIoU in percent, where it was wanted.
-            lr: its learning rate.
-            images: that it trained on, in all processes.
+            done: steps so far.
+            losses: "loss", and the terms that were added to equation 6, by name.
+            iou: mIoU of the batch in percent, if it was wanted.
+            lr: the learning rate.
+            images: number of images in the batch, over all ranks.
 
-        Raises DcrisError where the log cannot be written.
+        Raises:
+            DcrisError: the log cannot be written.
         """
-        if not self.speaks:
+        if not self.enabled:
             return
         self.speed = self.speed.after(images)
-        if self._ends_line(done):
-            line = {"loss": loss, "iou": iou, "lr": lr, "seconds": round(time.monotonic() - self.begin, 2)}
-            line["images_per_second"] = round(self.speed.since(self.logged), 2)
-            self._write(done, line | _memory(self.device))
-            self.logged = self.speed
-        self.progress.advance(done, loss, iou, lr, self.speed)
+        if self._is_logged(done):
+            line: dict[str, float | None] = {
+                name if name == "loss" else f"loss_{name}": value for name, value in losses.items()
+            }
+            line |= {"iou": iou, "lr": lr, "seconds": round(time.monotonic() - self.begin, 2)}
+            line["images_per_second"] = round(self.speed.since(self.logged_speed), 2)
+            self._write(done, line | peak_memory(self.device))
+            self.logged_speed = self.speed
+        self.progress.advance(done, losses["loss"], iou, lr, self.speed)
 
-    def validated(self, done: int, scores: Mapping[str, float], answers: Callable[[], Iterable[EvalResult]]) -> None:
-        """The validation split was scored.
+    def validated(self, done: int, scores: Mapping[str, float], results: Callable[[], Iterable[EvalResult]]) -> None:
+        """Report a validation.
 
         Args:
             done: steps so far.
             scores: by name, in percent.
-            answers: gives some of its answers, with masks, for pictures; asked only where somebody shows them.
+            results: returns a few results with masks for the panels; called only if a tracker shows them.
 
-        Raises DcrisError where the log cannot be written.
+        Raises:
+            DcrisError: the log cannot be written.
         """
-        if not self.speaks or done in self.log.validated:  # known from before the run was broken off
+        if not self.enabled or done in self.file.validated:  # logged before the run was stopped
             return
         self._write(done, {f"{_VALIDATION}{name}": score for name, score in scores.items()})
         self.progress.validated(done, scores)
-        if self.trackers and self.pictures:
+        if self.trackers and self.show_panels:
             try:
-                panels = [_panel(answer) for answer in answers()]
-            except Exception as error:  # no reason to end a run
-                self.pictures = False
-                self.say(f"predictions are not shown from here on, training goes on: {_reason(error)}")
+                panels = [make_panel(result) for result in results()]
+            except Exception as error:  # panels are not worth ending a run for
+                self.show_panels = False
+                self.log(f"training continues without images of predictions: {_reason(error)}")
             else:
-                self._each(lambda tracker: tracker.show(done, panels))
+                self._for_each_tracker(lambda tracker: tracker.show(done, panels))
         self.speed = self.speed.resumed()
 
-    def _ends_line(self, done: int) -> bool:
+    def _is_logged(self, done: int) -> bool:
         return done % self.log_every == 0 or done == self.total
 
-    def _write(self, done: int, scores: Mapping[str, Any]) -> None:
+    def _write(self, done: int, values: Mapping[str, Any]) -> None:
         epoch = done / self.per_epoch
-        self.log.add({"step": done, "epoch": epoch, **scores})
+        self.file.add({"step": done, "epoch": epoch, **values})
         curves = {"epoch": epoch}
-        for name, score in scores.items():
-            if name != "seconds":  # the trackers' own axis
-                curves[name.replace("_", "/", 1) if name.startswith(_VALIDATION) else f"train/{name}"] = score
-        self._each(lambda tracker: tracker.add(done, curves))
+        for name, value in values.items():
+            if name != "seconds":  # trackers have a time axis of their own
+                curves[name.replace("_", "/", 1) if name.startswith(_VALIDATION) else f"train/{name}"] = value
+        self._for_each_tracker(lambda tracker: tracker.add(done, curves))
 
-    def _each(self, act: Callable[["Tracker"], None]) -> None:
+    def _for_each_tracker(self, call: Callable[["Tracker"], None]) -> None:
         for name, tracker in list(self.trackers.items()):
             try:
-                act(tracker)
-            except Exception as error:  # whatever a library, a network or a disk may raise
+                call(tracker)
+            except Exception as error:  # anything that a library, a network or a disk can raise
                 del self.trackers[name]
-                self._leave_out(name, error)
+                self._report_failure(name, error)
 
-    def _leave_out(self, name: str, error: Exception) -> None:
-        self.say(f"{name} is left out from here on, training goes on: {_reason(error)}")
+    def _report_failure(self, tracker: str, error: Exception) -> None:
+        self.log(f"training continues without {tracker}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says, or else its kind."""
+    """Return the first line of an error's message, or its class if it has none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Speed:
-    """Images trained on, and the seconds that took; those of validation do not count."""
+    """Counts images that were trained on, and the seconds this took, without validation."""
 
     images: int = 0
     seconds: float = 0.0
     at: float = 0.0
 
     def after(self, images: int) -> "_Speed":
-        """After a step on so many images."""
+        """Return the counts after a step on so many images."""
         now = time.monotonic()
         return _Speed(self.images + images, self.seconds + now - self.at, now)
 
     def resumed(self) -> "_Speed":
-        """After something that was not training."""
+        """Return the counts after a time in which nothing was trained."""
         return _Speed(self.images, self.seconds, time.monotonic())
 
     def since(self, before: "_Speed") -> float:
-        """Images a second."""
+        """Return the images per second since an earlier count."""
         return (self.images - before.images) / max(self.seconds - before.seconds, 1e-9)
 
 
-def _memory(device: torch.device) -> dict[str, float]:
-    """The most memory in use so far, in millions of bytes: of the GPU, or of this process. Nothing where nobody knows it."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return {"peak_memory_mb": ...}, in 10^6 bytes, of the GPU or else of this process; {} where it is unknown."""
     try:
-        most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_memory("VmHWM")
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_memory("VmHWM")
     except ImportError:  # on Windows
         return {}
-    return {"peak_memory_mb": round(most / 1e6, 1)}
+    return {"peak_memory_mb": round(peak / 1e6, 1)}
 
 
 # ---- the log -------------------------------------------------------------------------------------------------------------
 
 
-class Log:
-    """log.jsonl: a line of JSON every so many steps. On resuming, lines past the checkpoint are dropped."""
+class LogFile:
+    """Writes log.jsonl, one JSON object a line. On resuming, lines after the checkpoint's step are dropped.
+
+    Args:
+        path: the file.
+        step: of the checkpoint; 0 starts a new file.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        lines = [item for item in _lines(path) if item[1]["step"] <= step] if step and path.exists() else []
-        self.validated = {line["step"] for _, line in lines if any(name.startswith(_VALIDATION) for name in line)}
-        write_file(path, b"".join(text + b"\n" for text, _ in lines))
+        lines = [line for line in _read_lines(path) if line["step"] <= step] if step and path.exists() else []
+        self.validated = {line["step"] for line in lines if any(name.startswith(_VALIDATION) for name in line)}
+        write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
         sync_directory(path.parent)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line, for good: a checkpoint must not outlive the lines before it.
+        """Append a line and sync it to disk: a checkpoint must not survive a crash that loses the lines before it.
 
-        Raises DcrisError where the disk is full.
+        Raises:
+            DcrisError: the file cannot be written, for example because the disk is full.
         """
         try:
             with self.path.open("a", encoding="ascii") as file:
@@ -256,39 +271,43 @@ class Log:
                 os.fsync(file.fileno())
         except OSError as error:
             raise DcrisError(
-                f"cannot write {self.path}: {error.strerror or error}; free some space there and --resume"
+                f"cannot write {self.path}: {error.strerror or error}; free disk space, then --resume"
             ) from error
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. Raises DcrisError where it cannot be read."""
-    return [line for _, line in _lines(run / "log.jsonl")]
+    """Return the lines of a run's log. Raises DcrisError if it cannot be read."""
+    return _read_lines(run / LOG)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a log, as they are and read; what is no line of numbers (the last may be cut short) is left out."""
-    try:
-        texts = read_bytes(path, MAX_TEXT).splitlines()
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; move it away to go on without it") from error
-    for text in texts:
-        try:
-            line = parse_json(text.decode())
-        except ValueError:
-            continue
-        known = isinstance(line, dict) and type(line.get("step")) is int
-        if known and all(type(value) in (int, float) and abs(value) < 1e300 for value in line.values()):
-            yield text, line
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; lines that are not objects of numbers are left out (the last one may be incomplete)."""
+
+    def is_valid(line: Any) -> bool:
+        return (
+            isinstance(line, dict)
+            and type(line.get("step")) is int
+            and all(type(value) in (int, float) and abs(value) < 1e300 for value in line.values())
+        )
+
+    return [line for _, line in read_json_lines(path, on_error=lambda error: None) if is_valid(line)]
 
 
-# ---- for a person --------------------------------------------------------------------------------------------------------
+# ---- progress for a person -----------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """Shows progress: a bar on a terminal, about 20 lines elsewhere.
 
-    def __init__(self, first: int, total: int, per_epoch: int, say: Callable[[str], None]) -> None:
-        self.first, self.total, self.per_epoch, self.say = first, total, per_epoch, say
+    Args:
+        first: steps done before.
+        total: steps of the whole run.
+        per_epoch: steps in an epoch.
+        log: receives the lines.
+    """
+
+    def __init__(self, first: int, total: int, per_epoch: int, log: Callable[[str], None]) -> None:
+        self.first, self.total, self.per_epoch, self.log = first, total, per_epoch, log
         self.every = max(1, math.ceil(total / _LINES))
         self.terminal = is_terminal()
         self.bar = tqdm(
@@ -306,104 +325,103 @@ class Progress:
         self.bar.close()
 
     def due(self, done: int) -> bool:
-        """Whether new figures are to be shown with this step: on a terminal now and then, in a log with each line."""
+        """Return whether this step updates the numbers: on a terminal about once a second, elsewhere with each line."""
         if self.terminal:
             return time.monotonic() - self.refreshed >= _REFRESH
         return done % self.every == 0 or done == self.total
 
     def advance(self, done: int, loss: float, iou: float | None, lr: float, speed: _Speed) -> None:
-        """Show that so many steps are done. `iou` is in percent, and needed where new figures are due."""
+        """Show a finished step. `iou` is in percent, and needed if the step is due."""
         if iou is not None and self.due(done):
             self.iou, self.rate, self.shown = iou, speed.since(self.shown), speed
             self.refreshed = time.monotonic()
         epoch = f"epoch {self._epoch(done)}/{self._epoch(self.total)}"
-        figures = f"loss {loss:.3f} IoU {self.iou:.1f} lr {lr:.1e} {self.rate:,.{self.rate < 10:d}f} images/s"
+        numbers = f"loss {loss:.3f} IoU {self.iou:.1f} lr {lr:.1e} {self.rate:,.{self.rate < 10:d}f} images/s"
         if self.terminal:
             self.bar.set_description_str(epoch, refresh=False)
-            self.bar.set_postfix_str(figures, refresh=False)
-            self.bar.update(1)  # last, as it draws
+            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.update(1)  # last, because it draws
         elif self.due(done):
-            a_step = (time.monotonic() - self.begin) / (done - self.first)
-            left = tqdm.format_interval(a_step * (self.total - done))
-            self.say(f"step {done}/{self.total} {epoch} {figures} {left} left")
+            seconds_per_step = (time.monotonic() - self.begin) / (done - self.first)
+            left = tqdm.format_interval(seconds_per_step * (self.total - done))
+            self.log(f"step {done}/{self.total} {epoch} {numbers} {left} left")
 
     def validated(self, done: int, scores: Mapping[str, float]) -> None:
-        """Say how the validation split was scored."""
+        """Print the scores of a validation."""
         shown = " ".join(f"{label} {scores[name]:.1f}" for name, label in _SHOWN.items() if name in scores)
-        self.say(f"validation (first sentences) after epoch {self._epoch(done)}/{self._epoch(self.total)} {shown}")
+        self.log(f"validation (first sentences) after epoch {self._epoch(done)}/{self._epoch(self.total)} {shown}")
 
     def _epoch(self, done: int) -> int:
         return math.ceil(done / self.per_epoch)
 
 
-# ---- for those who asked for it ------------------------------------------------------------------------------------------
+# ---- trackers ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A validation phrase: the photograph, the truth and the prediction side by side."""
+    """A validation query: image, true mask and predicted mask side by side."""
 
     phrase: str
     caption: str
-    picture: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
     """[H, W, 3] RGB."""
     drawn: bool
-    """Whether it is of a small drawn scene rather than of a photograph."""
+    """Whether the image is a small drawn scene and not a photograph."""
 
 
 class Tracker(Protocol):
-    """What shows a run's curves and pictures. Anything here may raise anything: Monitor leaves out what does."""
+    """Shows a run's curves and panels. Methods may raise anything; Monitor then leaves the tracker out."""
 
     def add(self, step: int, curves: Mapping[str, float]) -> None:
-        """Take the values of some curves after so many steps."""
+        """Record the values of curves after `step` steps."""
 
     def show(self, step: int, panels: Sequence[Panel]) -> None:
-        """Take the pictures after so many steps; the same phrases each time."""
+        """Record panels after `step` steps; they are of the same queries each time."""
 
     def close(self, finished: bool) -> None:
-        """Let go, of a run that is finished or else was broken off."""
+        """Close a run that is finished or, if not `finished`, was stopped."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise DcrisError where a tracker was asked for and its package is not installed."""
+    """Raise DcrisError if the package of a tracker is not installed."""
     for name in names:
         try:
-            # A folder of that name, such as W&B leaves where it ran, can be imported too; it has no version.
+            # W&B leaves a folder `wandb` where it ran, which can be imported too, but has no version.
             importlib.import_module(name).__version__  # noqa: B018
         except (ImportError, AttributeError) as error:
-            raise DcrisError(
-                f'the tracker {name} is not installed here; run: pip install "{_PACKAGES[name]}"'
-            ) from error
+            raise DcrisError(f'the tracker {name} is not installed; run: pip install "{_PACKAGES[name]}"') from error
 
 
 def panel_queries(queries: Queries) -> Queries:
-    """The few whose pictures are shown: on different photographs, and spread evenly over the split."""
-    apart = list({query[0].image_path: query for query in reversed(queries)}.values())[::-1]
-    count = min(PANELS, len(apart))
-    return [apart[number * len(apart) // count] for number in range(count)]
+    """Return up to PANELS queries for the panels, of different images and spread evenly over the split."""
+    by_image = list({query[0].image_path: query for query in reversed(queries)}.values())[::-1]
+    count = min(PANELS, len(by_image))
+    return [by_image[number * len(by_image) // count] for number in range(count)]
 
 
-def _panel(answer: EvalResult) -> Panel:
-    reference = answer.reference
+def make_panel(result: EvalResult) -> Panel:
+    """Return the panel of a result that has its mask."""
+    reference = result.reference
     image = cell(read_image(reference.image_path), PANEL_CELL)
     truth = mask_cell(decode_mask(reference.segmentation, reference.image_size).astype(bool), PANEL_CELL)
-    prediction = mask_cell(answer.mask(), PANEL_CELL)
+    prediction = mask_cell(result.mask(), PANEL_CELL)
     gap = np.full((len(image), _GAP, 3), 255, np.uint8)
-    pictures = [image, gap, overlay(image, truth, TRUTH_COLOUR), gap, overlay(image, prediction, PREDICTION_COLOUR)]
-    phrase = answer.expression.text
+    cells = [image, gap, overlay(image, truth, TRUTH_COLOUR), gap, overlay(image, prediction, PREDICTION_COLOUR)]
+    phrase = result.expression.text
     return Panel(
         phrase,
-        f"{phrase}: photograph, truth, prediction with IoU {100 * answer.overlap.iou:.1f}",
-        np.concatenate(pictures, axis=1),
+        f"{phrase}: image, truth, prediction with IoU {100 * result.overlap.iou:.1f}",
+        np.concatenate(cells, axis=1),
         max(reference.image_size) <= PNG_UP_TO,
     )
 
 
-class _TensorBoard:
-    """RUN/tensorboard: a file of events for each time that the run was started.
+class TensorBoard:
+    """Writes RUN/tensorboard: one file of events for each start of the run.
 
-    Records are written here and now: torch's SummaryWriter does it in a thread, where a full disk is a traceback on the
-    terminal that the run learns of later.
+    Records are written at once. torch's SummaryWriter writes in a thread, where a full disk prints a traceback that the run
+    cannot prevent, and it stores panels only as PNG, which is several times larger for photographs.
     """
 
     def __init__(self, out: Path, config: RunConfig, first: int) -> None:
@@ -417,20 +435,22 @@ class _TensorBoard:
         self.file = (folder / name).open("xb")
         self.records = RecordWriter(self.file)
         self._write(self.event(file_version="brain.Event:2"))
-        # Of what was written before, points from this step on are of a run that was broken off: readers drop them.
+        # Makes readers drop the points of earlier files from this step on: the steps after the checkpoint are repeated.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(self.event(step=first + 1, session_log=start))
         self.file.flush()
 
     def add(self, step: int, curves: Mapping[str, float]) -> None:
+        """Write one value of each curve."""
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in curves.items()]
         self._write(self.event(step=step, summary=self.summary(value=values)))
         self.file.flush()
 
     def show(self, step: int, panels: Sequence[Panel]) -> None:
+        """Write the panels, scenes as PNG and photographs as JPEG."""
         for number, panel in enumerate(panels, 1):
-            height, width = panel.picture.shape[:2]
-            data = png_bytes(panel.picture) if panel.drawn else jpeg_bytes(panel.picture)
+            height, width = panel.pixels.shape[:2]
+            data = png_bytes(panel.pixels) if panel.drawn else jpeg_bytes(panel.pixels)
             value = self.summary.Value(
                 tag=f"panels/{number} {panel.phrase.replace('/', ' ')}",
                 image=self.summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data),
@@ -439,6 +459,7 @@ class _TensorBoard:
         self.file.flush()
 
     def close(self, finished: bool) -> None:
+        """Close the file."""
         self.file.close()
 
     def _write(self, event: Any) -> None:
@@ -446,10 +467,10 @@ class _TensorBoard:
         self.records.write(event.SerializeToString())
 
 
-class _WeightsAndBiases:
-    """A run of Weights & Biases, sent or, with WANDB_MODE=offline, kept in RUN/wandb; RUN/wandb.json says which run it is.
+class WeightsAndBiases:
+    """Logs to a run of Weights & Biases: sent, or kept in RUN/wandb with WANDB_MODE=offline. RUN/wandb.json holds its id.
 
-    What is sent is the configuration, the curves, the panels, and what W&B notes of a machine; neither code nor output.
+    Sends the configuration, the curves, the panels and W&B's own measurements of the machine; neither code nor output.
     """
 
     def __init__(self, out: Path, config: RunConfig, first: int) -> None:
@@ -461,50 +482,53 @@ class _WeightsAndBiases:
         write_json(record, {"id": run_id})
         self.wandb = wandb
         self.run = wandb.init(
-            # Arguments count for more than the environment, which is to have its way where somebody filled it.
+            # Arguments override the environment, so the variables have to be read here.
             project=os.environ.get("WANDB_PROJECT") or "dcris",
             name=os.environ.get("WANDB_NAME") or out.resolve().name,
             id=run_id,
             resume="allow" if known else None,
             dir=out,
             config=config.model_dump(mode="json"),
-            allow_val_change=True,  # of a run that goes on longer, say
+            allow_val_change=True,  # a resumed run may have more steps
             settings=wandb.Settings(
                 console="off",
                 disable_code=True,
                 disable_git=True,
                 save_code=False,
-                init_timeout=_PATIENCE,
-                finish_timeout=_PATIENCE,
+                init_timeout=_WANDB_TIMEOUT,
+                finish_timeout=_WANDB_TIMEOUT,
             ),
         )
-        # A run that was broken off takes its last steps again. They are there already, and W&B only goes forwards.
+        # Steps after the checkpoint are repeated, but W&B has them already and takes no earlier step again.
         self.begin = self.run.starting_step
 
     def add(self, step: int, curves: Mapping[str, float]) -> None:
+        """Send one value of each curve."""
         if step >= self.begin:
             self.run.log(dict(curves), step=step)
 
     def show(self, step: int, panels: Sequence[Panel]) -> None:
+        """Send the panels."""
         if step >= self.begin:
-            pictures = {
-                f"panels/{number}": self.wandb.Image(panel.picture, caption=panel.caption)
+            images = {
+                f"panels/{number}": self.wandb.Image(panel.pixels, caption=panel.caption)
                 for number, panel in enumerate(panels, 1)
             }
-            self.run.log(pictures, step=step)
+            self.run.log(images, step=step)
 
     def close(self, finished: bool) -> None:
+        """Send what is left, and mark the run as finished or failed."""
         self.run.finish(exit_code=0 if finished else 1)
 
 
 def _read_id(record: Path) -> str:
-    value = read_json(record, "the record of the run at W&B")
+    value = read_json(record, "the id of the W&B run")
     if not (isinstance(value, dict) and isinstance(value.get("id"), str)):
-        raise DcrisError(f"{record} does not say which run at W&B this is; move it away to start another there")
+        raise DcrisError(f"{record} has no id of a W&B run; delete it to start a new run there")
     return str(value["id"])
 
 
 _TRACKERS: Mapping[str, Callable[[Path, RunConfig, int], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WeightsAndBiases,
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
 }

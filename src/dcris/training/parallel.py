@@ -1,4 +1,4 @@
-"""Training on several processes: a batch divided among them, batch norm over all of them, sharded towers.
+"""Training on several processes: dividing a batch, batch norm over all ranks, sharded towers.
 
 Shape letters: B batch, C channels, * any further dimensions.
 """
@@ -19,17 +19,18 @@ from dcris.utils.distributed import Processes, connection_errors
 
 
 def divide_batch(batch: int, micro_batch: int | None, group: Processes) -> list[range]:
-    """Which places of a global batch this process takes, one range for each pass through the network.
+    """Return this process's places in a batch, one range for each pass through the network.
 
-    First the batch is divided into passes, then each pass among the processes, as evenly as whole samples allow. So what a
-    pass holds depends on the product of `micro_batch` and the number of processes alone.
+    The batch is divided into passes, then each pass among the ranks, as evenly as whole samples allow. So the samples of a pass
+    depend only on `micro_batch` times the number of ranks.
 
     Args:
-        batch: samples in the global batch.
-        micro_batch: at most so many samples per process and pass; None for one pass.
+        batch: samples in the whole batch.
+        micro_batch: most samples per rank and pass; None for one pass.
         group: the processes.
 
-    Raises DcrisError where some process would have nothing to do in a pass.
+    Raises:
+        DcrisError: some rank would have no sample in a pass.
     """
     passes = 1 if micro_batch is None else -(-batch // (micro_batch * group.count))
     if batch // passes < group.count:
@@ -44,14 +45,17 @@ def divide_batch(batch: int, micro_batch: int | None, group: Processes) -> list[
     return ranges
 
 
-# ---- batch norm over all processes ---------------------------------------------------------------------------------------
+# ---- batch norm over all ranks -------------------------------------------------------------------------------------------
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the samples of all processes, with the parameters and buffers of the one it replaces.
+    """Batch norm over the samples of all ranks, with the parameters and buffers of the module it replaces.
 
-    torch's own does this on CUDA alone. Statistics are combined from each process's mean and squared deviations, not from sums
-    of squares, which lose digits; processes may hold different numbers of samples.
+    torch's SyncBatchNorm works on CUDA only. Statistics are combined from each rank's mean and squared deviations and not from
+    sums of squares, which lose digits. Ranks may hold different numbers of samples.
+
+    Args:
+        replaced: the batch norm whose place it takes.
     """
 
     def __init__(self, replaced: nn.modules.batchnorm._BatchNorm) -> None:
@@ -76,21 +80,21 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
+        """Accept any number of dimensions."""
 
 
 class _Normalise(torch.autograd.Function):
-    """Returns the normalised tensor, the mean [C], the biased variance [C] and the number of samples in all processes."""
+    """Returns the normalised tensor, and over all ranks the mean [C], the biased variance [C] and the number of values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        over = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(_wide(x), over, correction=0)
-        mine = torch.cat((mean, variance, mean.new_tensor([x.numel() / x.shape[1]])))
-        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+        dims = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(_in_float32(x), dims, correction=0)
+        own = torch.cat((mean, variance, mean.new_tensor([x.numel() / x.shape[1]])))
+        of_all = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
         with connection_errors():
-            distributed.all_gather(everyone, mine)
-        table = torch.stack(everyone)
+            distributed.all_gather(of_all, own)
+        table = torch.stack(of_all)
         means, variances = table[:, :-1].chunk(2, dim=1)
         shares = table[:, -1:] / table[:, -1].sum()
         mean = (shares * means).sum(0)
@@ -101,63 +105,62 @@ class _Normalise(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, variance, samples)
         factor = weight * scale
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        y = _wide(x) * factor.view(shape) + (bias - mean * factor).view(shape)
+        y = _in_float32(x) * factor.view(shape) + (bias - mean * factor).view(shape)
         return y.to(x.dtype), mean, variance, samples
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, scale = ctx.saved_tensors
-        over, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
-        upstream = _wide(gradient)
-        normed = (_wide(x) - mean.view(shape)) * scale.view(shape)
-        to_bias, to_weight = upstream.sum(over), (upstream * normed).sum(over)
-        # The gradients of weight and bias are this process's own part, as those of all other weights; what comes through the
-        # statistics is everyone's.
-        sums = torch.stack((to_bias, to_weight))
+        dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+        grad_y = _in_float32(gradient)
+        normed = (_in_float32(x) - mean.view(shape)) * scale.view(shape)
+        grad_bias, grad_weight = grad_y.sum(dims), (grad_y * normed).sum(dims)
+        # The gradients of weight and bias stay this rank's part, as those of all other weights; the gradient through the
+        # statistics needs the sum over all ranks.
+        sums = torch.stack((grad_bias, grad_weight))
         with connection_errors():
             distributed.all_reduce(sums)
         by_mean, by_scale = sums / ctx.samples
-        to_x = (upstream - by_mean.view(shape) - normed * by_scale.view(shape)) * (weight * scale).view(shape)
-        return to_x.to(x.dtype), to_weight, to_bias, None
+        grad_x = (grad_y - by_mean.view(shape) - normed * by_scale.view(shape)) * (weight * scale).view(shape)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
-def _wide(x: Tensor) -> Tensor:
+def _in_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Replace every batch norm of a model; its parameters and buffers stay the same objects under the same names."""
+    """Replace every batch norm of a model by a synchronised one with the same parameters, buffers and names."""
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
                 setattr(parent, name, SynchronisedBatchNorm(child))
 
 
-# ---- towers that do not fit ----------------------------------------------------------------------------------------------
+# ---- sharded towers ------------------------------------------------------------------------------------------------------
 
 
 def shard_towers(towers: Sequence[VisionTower | TextTower], device: torch.device, group: Processes) -> None:
-    """Spread the weights of the towers' attentions and MLPs over all processes (FSDP2); each is whole only while it works.
+    """Spread the weights of the towers' attentions and MLPs over all ranks (FSDP2); a module is whole only while it runs.
 
-    The unit is half a block: what adapters are in stays outside, so their parameters, gradients and names are as before. The
-    rest of a tower (embeddings, norms) is whole everywhere. From here on every process has to run the towers equally often.
+    The unit is half a block. Adapters stay outside, so their parameters, gradients and names do not change. The rest of a tower
+    (embeddings, norms) is whole on every rank. From here on, all ranks have to run the towers equally often.
 
-    Raises DcrisError where there is one process alone.
+    Raises:
+        DcrisError: there is only one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if group.count == 1:
-        raise DcrisError(
-            "train.shard_towers needs several processes to shard over; start them with torchrun, or leave it off"
-        )
-    # Nothing here writes into what an attention or an MLP returned, which is what FSDP2 warns of.
+        raise DcrisError("train.shard_towers needs several processes; start them with torchrun, or leave it off")
+    # FSDP2 warns of writing into what a sharded module returned; nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (group.count,))
     for tower in towers:
         for block in tower.blocks:
-            for part in (block.attention, block.mlp):
-                assert isinstance(part, nn.Module)
-                # Said explicitly, as each part is a root of its own, and roots stay whole by default.
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            for module in (block.attention, block.mlp):
+                assert isinstance(module, nn.Module)
+                # Set explicitly: each module is a root of its own, and roots stay whole by default.
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)

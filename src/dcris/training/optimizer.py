@@ -1,0 +1,59 @@
+"""Adam, its parameter groups, and the learning rate of each step."""
+
+import math
+from typing import Any
+
+import torch
+
+from dcris.config import TrainConfig
+from dcris.models.segmentation import ReferringSegmenter
+
+
+def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.optim.Optimizer:
+    """Return Adam over all trainable parameters, as in the published code (train.py)."""
+    return torch.optim.Adam(
+        parameter_groups(model, settings),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def parameter_groups(model: ReferringSegmenter, settings: TrainConfig) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups, each with its `lr_factor`.
+
+    The towers' own weights, where a method trains them, are a group of their own if `tower_lr` is not 1.
+    """
+    towers: list[torch.nn.Parameter] = []
+    other: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_tower = settings.tower_lr != 1 and not name.startswith(("head.", "bridge.")) and "_slot." not in name
+            (towers if in_tower else other).append(parameter)
+    groups = [{"params": other, "lr_factor": 1.0}, {"params": towers, "lr_factor": settings.tower_lr}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(settings: TrainConfig, step: int, per_epoch: int, total: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then milestones (section 4.2) or half a cosine.
+
+    Args:
+        settings: of the run.
+        step: from 0.
+        per_epoch: steps in an epoch.
+        total: steps of the run.
+    """
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "cosine":
+        progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    passed = sum(step >= milestone * per_epoch for milestone in settings.milestones)
+    return settings.lr * settings.gamma**passed
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, times its `lr_factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
