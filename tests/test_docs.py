@@ -81,7 +81,7 @@ def test_every_block_says_what_it_is(page: str) -> None:
 def parse(command: list[str]) -> None:
     """Parse a command as dcris does, with the settings of `dcris train`. Raises DcrisError where something is unknown."""
     args, rest = _parser().parse_known_args(command)
-    if not getattr(args, "takesparse_settings", False):
+    if not getattr(args, "takes_settings", False):
         if rest:
             raise DcrisError(f"unknown argument {rest[0]!r}")
         return
