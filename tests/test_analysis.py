@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from answers import answer
 from dcris.evaluation import analysis
-from dcris.evaluation.analysis import METRICS, analyse, difference, phrase_kinds, resample, scores, tally
+from dcris.evaluation.analysis import analyse, difference, phrase_kinds, resample, scores, tally
 from dcris.evaluation.compare import compare
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap, summarise
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, INCLUSIVE_METRICS, STANDARD_METRICS, Metric, Overlap, summarise
+from made_results import made_result
 
+KEYS = [metric.key for metric in STANDARD_METRICS]
 SHARES = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda pair: (min(pair), max(pair)))
 
 
@@ -26,46 +27,51 @@ def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[EvalResult]:
     random = np.random.default_rng(seed)
     unions = random.integers(1, 1000, count)
     shares = [(int(random.integers(0, union + 1)), int(union)) for union in unions]
-    return [answer(share, photograph=int(random.integers(photographs))) for share in shares]
+    return [made_result(share, image=int(random.integers(photographs))) for share in shares]
 
 
-def in_order(answers: Sequence[EvalResult]) -> list[list[EvalResult]]:
-    """The answers of each photograph, in the order of the photographs' paths."""
-    names = sorted({str(each.reference.image_path) for each in answers})
-    return [[each for each in answers if str(each.reference.image_path) == name] for name in names]
+def in_order(results: Sequence[EvalResult]) -> list[list[EvalResult]]:
+    """The results of each photograph, in the order of the photographs' paths."""
+    names = sorted({str(each.reference.image_path) for each in results})
+    return [[each for each in results if str(each.reference.image_path) == name] for name in names]
 
 
 # ---- intervals -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(SHARES | st.just((7, 10)), st.integers(0, 4)), max_size=12), st.booleans())
+@given(
+    st.lists(st.tuples(SHARES | st.just((7, 10)), st.integers(0, 4)), max_size=12),
+    st.sampled_from([STANDARD_METRICS, INCLUSIVE_METRICS]),
+)
 @settings(max_examples=60, deadline=None)
-def test_counts_by_photograph_add_up_to_the_scores(pairs: list[tuple[tuple[int, int], int]], inclusive: bool) -> None:
+def test_counts_by_image_add_up_to_the_scores(
+    pairs: list[tuple[tuple[int, int], int]], metrics: tuple[Metric, ...]
+) -> None:
     """Else the interval would be of another figure than the one it stands beside."""
-    answers = [answer(share, photograph=photograph) for share, photograph in pairs]
-    expected = summarise((each.overlap for each in answers), inclusive)
-    found = dict(zip(METRICS, scores(tally(answers, inclusive).sum(axis=0)), strict=True))
+    results = [made_result(share, image=photograph) for share, photograph in pairs]
+    expected = summarise((each.overlap for each in results), metrics)
+    found = dict(zip(KEYS, scores(tally(results, metrics).sum(axis=0), metrics), strict=True))
     assert found == pytest.approx(expected)
-    assert len(tally(answers)) == len({photograph for _, photograph in pairs})
+    assert len(tally(results)) == len({photograph for _, photograph in pairs})
 
 
 def test_intervals_are_those_of_a_plain_loop() -> None:
     """Drawing photographs one by one, with the same indices, and averaging their phrases as an evaluation does."""
-    answers = mixed(0)
-    photographs = in_order(answers)
+    results = mixed(0)
+    photographs = in_order(results)
     chosen = np.random.default_rng(analysis.SEED).integers(len(photographs), size=(1000, len(photographs)))
     rows = []
     for row in chosen:
         drawn = [each for place in row for each in photographs[place]]
         rows.append(list(summarise(each.overlap for each in drawn).values()))
     low, high = np.percentile(rows, [2.5, 97.5], axis=0)
-    found = analyse(answers)["intervals"]
-    assert list(found) == list(METRICS)
+    found = analyse(results)["intervals"]
+    assert list(found) == KEYS
     np.testing.assert_allclose(list(found.values()), np.stack([low, high], axis=1), rtol=1e-9)
 
 
 def test_paired_intervals_are_those_of_a_plain_loop() -> None:
-    """Both systems on the same drawn photographs, whichever order their answers came in."""
+    """Both systems on the same drawn photographs, whichever order their results came in."""
     ours = mixed(1)
     random = np.random.default_rng(2)
     theirs = [
@@ -88,8 +94,8 @@ def test_paired_intervals_are_those_of_a_plain_loop() -> None:
 
 def test_phrases_of_one_photograph_are_drawn_together() -> None:
     """Drawn one by one, a hundred phrases on two photographs would claim a precision that two photographs do not have."""
-    answers = [answer((photograph, 1), photograph=photograph) for photograph in (0, 1) for _ in range(50)]
-    assert analyse(answers)["intervals"]["miou"] == [0.0, 100.0]
+    results = [made_result((photograph, 1), image=photograph) for photograph in (0, 1) for _ in range(50)]
+    assert analyse(results)["intervals"]["miou"] == [0.0, 100.0]
 
 
 def test_an_interval_covers_as_often_as_it_says() -> None:
@@ -98,14 +104,14 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(300):
         quality = random.beta(2, 2, size=80).repeat(3)
-        answers = tally_of(quality, np.arange(80).repeat(3))
-        low, high = np.percentile(scores(resample(answers))[:, 0], [2.5, 97.5])
+        results = tally_of(quality, np.arange(80).repeat(3))
+        low, high = np.percentile(scores(resample(results))[:, 0], [2.5, 97.5])
         covered += low <= 50 <= high
     assert 0.91 <= covered / 300 <= 0.98
 
 
 def tally_of(ious: np.ndarray, photographs: np.ndarray) -> np.ndarray:
-    """What `tally` gives for such IoUs, without making answers."""
+    """What `tally` gives for such IoUs, without making results."""
     columns = np.column_stack(
         [np.ones_like(ious), ious, ious, np.ones_like(ious), *(ious > t for t in np.r_[5:10] / 10)]
     )
@@ -126,34 +132,34 @@ def test_a_large_split_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_system_is_no_better_than_itself() -> None:
     """And one that is better everywhere by as much has an interval without width, however different the photographs are."""
-    answers = [answer((share, 100), photograph=share) for share in range(0, 80, 4)]
-    same = difference(answers, answers)
+    results = [made_result((share, 100), image=share) for share in range(0, 80, 4)]
+    same = difference(results, results)
     assert same["miou"] == 0
     assert same["intervals"]["oiou"] == [0, 0]
-    better = [replace(each, overlap=Overlap(each.overlap.intersection + 10, 100)) for each in answers]
-    found = difference(better, answers)
+    better = [replace(each, overlap=Overlap(each.overlap.intersection + 10, 100)) for each in results]
+    found = difference(better, results)
     assert found["intervals"]["miou"] == pytest.approx([10, 10])
     assert found["by_length"][0]["miou"] == pytest.approx(10)
-    low, high = analyse(answers)["intervals"]["miou"]
+    low, high = analyse(results)["intervals"]["miou"]
     assert high - low > 10
 
 
 def test_systems_are_compared_on_the_same_expressions() -> None:
     """Else a difference between two splits passes for one between two systems."""
-    answers = mixed(5)
-    for others in (answers[1:], [*answers[1:], answer()], [*answers[1:], answers[1]]):
+    results = mixed(5)
+    for others in (results[1:], [*results[1:], made_result()], [*results[1:], results[1]]):
         with pytest.raises(ValueError, match="the same expressions"):
-            difference(answers, others)
+            difference(results, others)
 
 
 def test_little_or_nothing_to_analyse() -> None:
-    """One photograph says nothing of how photographs differ; no prediction and no answers are results too, and plain JSON."""
-    one = analyse([answer((1, 4)), answer((3, 4))])
+    """One photograph says nothing of how photographs differ; no prediction and no results are results too, and plain JSON."""
+    one = analyse([made_result((1, 4)), made_result((3, 4))])
     assert one["photographs"] == 1
     assert one["intervals"] == {}
     assert one["by_length"] == [{"name": "1-2 words", "expressions": 2, "miou": 50, "oiou": 50, "intervals": {}}]
     assert analyse([]) == {"photographs": 0, "intervals": {}, "by_length": [], "by_size": [], "by_kind": []}
-    zero = analyse([answer((0, 0), photograph=photograph) for photograph in range(3)])
+    zero = analyse([made_result((0, 0), image=photograph) for photograph in range(3)])
     assert zero["intervals"]["oiou"] == [0, 0]
     assert difference([], [])["miou"] == 0
     for found in (one, zero):
@@ -165,13 +171,13 @@ def test_little_or_nothing_to_analyse() -> None:
 
 def test_groups_by_hand() -> None:
     """Lengths, sizes and kinds that overlap, at their very limits; what no phrase belongs to is left out."""
-    answers = [
-        answer((1, 2), photograph=1, phrase="left one", area=32**2),
-        answer((1, 4), photograph=2, phrase="second red cup from left", area=32**2 + 1),
-        answer((0, 2), photograph=3, phrase="the very tall man over there", area=96**2),
-        answer((3, 4), photograph=4, phrase="it", area=96**2 + 1),
+    results = [
+        made_result((1, 2), image=1, expression="left one", area=32**2),
+        made_result((1, 4), image=2, expression="second red cup from left", area=32**2 + 1),
+        made_result((0, 2), image=3, expression="the very tall man over there", area=96**2),
+        made_result((3, 4), image=4, expression="it", area=96**2 + 1),
     ]
-    found = analyse(answers)
+    found = analyse(results)
 
     def short(way: str) -> dict[str, tuple[int, float, float]]:
         return {row["name"]: (row["expressions"], row["miou"], pytest.approx(row["oiou"])) for row in found[way]}
@@ -196,8 +202,11 @@ def test_groups_by_hand() -> None:
 
 def test_a_generated_phrase_has_the_kind_it_was_made_as() -> None:
     """Its words would say something else: "the left star" of a relation is not a place."""
-    answers = [answer(phrase="star left of the ring", kind="relation"), answer(phrase="red <b>", kind="<b>")]
-    assert [row["name"] for row in analyse(answers)["by_kind"]] == ["<b>", "relation"]
+    results = [
+        made_result(expression="star left of the ring", kind="relation"),
+        made_result(expression="red <b>", kind="<b>"),
+    ]
+    assert [row["name"] for row in analyse(results)["by_kind"]] == ["<b>", "relation"]
 
 
 @pytest.mark.parametrize(
@@ -229,33 +238,33 @@ def test_sizes_of_polygons_and_pictures(tmp_path: Path) -> None:
     """A mask is as often polygons or a picture as run lengths; each object is of the size it has on its photograph."""
     Image.new("L", (1000, 1000), 255).save(tmp_path / "mask.png")
     polygon = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
-    answers = [answer(), answer()]
-    answers[0] = replace(answers[0], reference=replace(answers[0].reference, segmentation=polygon))
-    answers[1] = replace(answers[1], reference=replace(answers[1].reference, segmentation=tmp_path / "mask.png"))
-    assert [row["name"] for row in analyse(answers)["by_size"]] == ["small", "large"]
+    results = [made_result(), made_result()]
+    results[0] = replace(results[0], reference=replace(results[0].reference, segmentation=polygon))
+    results[1] = replace(results[1], reference=replace(results[1].reference, segmentation=tmp_path / "mask.png"))
+    assert [row["name"] for row in analyse(results)["by_size"]] == ["small", "large"]
 
 
 def test_precision_is_the_protocols_in_intervals_and_differences_too() -> None:
     """LAVT counts an IoU of exactly 0.5 for precision at 0.5; an interval that does not would lie beside its score."""
-    answers = [answer((1, 2), photograph=photograph) for photograph in range(3)]
-    nothing = [replace(each, overlap=Overlap(0, 2)) for each in answers]
-    for inclusive, share in ((False, 0), (True, 100)):
-        assert analyse(answers, inclusive)["intervals"]["prec@0.5"] == [share, share]
-        assert difference(answers, nothing, inclusive)["prec@0.5"] == share
-        assert compare({"a": nothing, "b": answers}, inclusive)["systems"][1]["prec@0.5"] == share
+    results = [made_result((1, 2), image=photograph) for photograph in range(3)]
+    nothing = [replace(each, overlap=Overlap(0, 2)) for each in results]
+    for metrics, share in ((STANDARD_METRICS, 0), (INCLUSIVE_METRICS, 100)):
+        assert analyse(results, metrics)["intervals"]["prec@0.5"] == [share, share]
+        assert difference(results, nothing, metrics)["prec@0.5"] == share
+        assert compare({"a": nothing, "b": results}, metrics)["systems"][1]["prec@0.5"] == share
 
 
 def test_the_threshold_curve() -> None:
     """Each threshold's scores are of that threshold's masks; without all curves there is none."""
     count = len(CURVE_THRESHOLDS)
-    answers = [
-        replace(answer(), curve=tuple(Overlap(number, 20) for number in range(count))),
-        replace(answer(), curve=tuple(Overlap(number, 40) for number in range(count))),
+    results = [
+        replace(made_result(), curve=tuple(Overlap(number, 20) for number in range(count))),
+        replace(made_result(), curve=tuple(Overlap(number, 40) for number in range(count))),
     ]
-    curve = analyse(answers)["curve"]
+    curve = analyse(results)["curve"]
     assert curve["thresholds"] == [pytest.approx(0.05 * number) for number in range(1, 20)]
     for number in range(count):
-        expected = summarise(each.curve[number] for each in answers)
+        expected = summarise(each.curve[number] for each in results)
         assert curve["miou"][number] == pytest.approx(expected["miou"])
         assert curve["oiou"][number] == pytest.approx(expected["oiou"])
-    assert "curve" not in analyse([*answers, answer()])
+    assert "curve" not in analyse([*results, made_result()])

@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from answers import answer, drawn, rectangle
 from conftest import TinyRefer
 from dcris.cli import main
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.evaluation.analysis import METRICS
-from dcris.evaluation.compare import as_text, compare, name_systems, telling
+from dcris.evaluation.compare import as_text, compare, name_systems, select_examples
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.metrics import Overlap
+from dcris.evaluation.metrics import STANDARD_METRICS, Overlap
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.report.comparison_report import write_comparison_report
 from dcris.evaluation.report.figure import figure, pdf_bytes, row
-from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel
+from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, NamedMask, Panel
 from dcris.evaluation.results import write_results
+from made_results import drawn_result, made_result, rectangle
 from pages import Page
 from runs import leftovers, quick_config, run_training
 
@@ -44,10 +43,10 @@ def other_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def rescored(answers: Sequence[EvalResult], shares: Sequence[int]) -> list[EvalResult]:
-    """Another system's answers to the same expressions, each sharing so many of its pixels."""
+def rescored(results: Sequence[EvalResult], shares: Sequence[int]) -> list[EvalResult]:
+    """Another system's results to the same expressions, each sharing so many of its pixels."""
     return [
-        replace(each, overlap=Overlap(share, each.overlap.union)) for each, share in zip(answers, shares, strict=True)
+        replace(each, overlap=Overlap(share, each.overlap.union)) for each, share in zip(results, shares, strict=True)
     ]
 
 
@@ -57,7 +56,7 @@ def rescored(answers: Sequence[EvalResult], shares: Sequence[int]) -> list[EvalR
 def test_two_runs_side_by_side(
     trained_run: Path, other_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From two runs to a page and pictures for a paper; and the same again from the answers they left, without the models."""
+    """From two runs to a page and pictures for a paper; and the same again from the results they left, without the models."""
     where = ("--data", scenes_root, "--split", "test", "--device", "cpu")
     page, images = tmp_path / "results" / "compare.html", tmp_path / "images"
     words = ("compare", trained_run, other_run, *where, "--names", "DCRIS", EVIL, "--out", page, "--images", images)
@@ -96,14 +95,14 @@ def test_real_photographs_and_phrases(
 ) -> None:
     """Photographs of any shape, grey ones among them, and masks as polygons, in pages and pictures."""
     references = load_references(refer_root, "refcoco").split("val")
-    answers = [
-        drawn(reference, number, mask, mask)
+    results = [
+        drawn_result(reference, number, mask, mask)
         for reference in references
         for number in range(len(reference.expressions))
         for mask in [rectangle(reference.image_size, 5, 5, 50, 60)]
     ]
-    write_results(tmp_path / "boxes.jsonl", answers, CRIS)
-    write_results(tmp_path / "worse.jsonl", rescored(answers, [0] * len(answers)), CRIS)
+    write_results(tmp_path / "boxes.jsonl", results, CRIS)
+    write_results(tmp_path / "worse.jsonl", rescored(results, [0] * len(results)), CRIS)
     where = ("--data", refer_root, "--dataset", "refcoco", "--split", "val", "--out", tmp_path / "page.html")
     assert dcris("compare", tmp_path / "boxes.jsonl", tmp_path / "worse.jsonl", *where) == 0
     table = capsys.readouterr().out.splitlines()
@@ -133,8 +132,8 @@ def test_real_photographs_and_phrases(
         ("RUN A.jsonl --names x x", "--names"),
         ("RUN ABSENT", "no checkpoint"),
         ("RUN ABSENT.jsonl", "there is no file"),
-        ("RUN B.jsonl", "no answer to sentence"),
-        ("RUN A.jsonl --split train", "no answer to sentence"),
+        ("RUN B.jsonl", "no result for sentence"),
+        ("RUN A.jsonl --split train", "no result for sentence"),
         ("RUN A.jsonl --split dev", "'dev'"),
         ("RUN A.jsonl --protocol fast", "fast"),
         ("RUN A.jsonl --count some", "some"),
@@ -154,15 +153,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Exit code 2, and no page that looks like a result."""
-    answers = [
-        drawn(reference, number, mask, mask)
+    results = [
+        drawn_result(reference, number, mask, mask)
         for reference in load_references(scenes_root, "scenes").split("test")
         for number in range(len(reference.expressions))
         for mask in [rectangle(reference.image_size, 0, 0, 9, 9)]
     ]
-    write_results(tmp_path / "A.jsonl", answers, CRIS)
-    write_results(tmp_path / "C.jsonl", answers, CRIS)
-    write_results(tmp_path / "B.jsonl", answers[:-1], CRIS)
+    write_results(tmp_path / "A.jsonl", results, CRIS)
+    write_results(tmp_path / "C.jsonl", results, CRIS)
+    write_results(tmp_path / "B.jsonl", results[:-1], CRIS)
     places = {"RUN": trained_run, "ABSENT": tmp_path / "absent"}
     given = [str(places.get(word, tmp_path / word if ".jsonl" in word else word)) for word in words.split()]
     before = set(tmp_path.rglob("*"))
@@ -202,7 +201,7 @@ def test_systems_are_named_by_their_places() -> None:
 
 def test_figures_by_hand() -> None:
     """Each system's own scores, and the others minus the first, in the groups of both."""
-    ours = [answer((1, 2), photograph=1), answer((3, 4), photograph=2, phrase="red cup in the back row of shelves")]
+    ours = [made_result((1, 2), image=1), made_result((3, 4), image=2, expression="red cup in the back row of shelves")]
     theirs = rescored(ours, [1, 2])
     found = compare({"ours": ours, "theirs": theirs})
     assert (found["references"], found["expressions"]) == (2, 2)
@@ -214,28 +213,28 @@ def test_figures_by_hand() -> None:
     assert [(group["name"], group["miou"]) for group in gap["by_length"]] == [("1-2 words", 0), ("6-10 words", -25)]
     json.dumps(found, allow_nan=False)
     table = as_text(found).splitlines()
-    assert len(table) == 1 + len(METRICS)
+    assert len(table) == 1 + len(STANDARD_METRICS)
     assert len({len(line) for line in table}) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_little_or_nothing_to_compare(count: int, tmp_path: Path) -> None:
-    """One answer gives no interval and no answers no picture, but both a page."""
-    answers = [answer((0, 0)) for _ in range(count)]
-    systems = {"a": answers, "b": answers, "c": answers}
+    """One result gives no interval and no results no picture, but both a page."""
+    results = [made_result((0, 0)) for _ in range(count)]
+    systems = {"a": results, "b": results, "c": results}
     found = compare(systems)
     json.dumps(found, allow_nan=False)
-    assert as_text(found).count("0.0") == 5 * len(METRICS)
-    assert sum(len(some) for some in telling(systems, 6).values()) == count
+    assert as_text(found).count("0.0") == 5 * len(STANDARD_METRICS)
+    assert sum(len(some) for some in select_examples(systems, 6).values()) == count
     write_comparison_report(tmp_path / "a.html", title="x", comparison=found, measured={}, panels={})
     assert "minus a" in Page((tmp_path / "a.html").read_text()).text()
 
 
 def test_rows_show_where_systems_differ_both_ways_and_some_by_chance() -> None:
     """Only the wins would be an advertisement; the same photograph over and over would say one thing."""
-    ours = [answer((50, 100), photograph=number // 4) for number in range(80)]
+    ours = [made_result((50, 100), image=number // 4) for number in range(80)]
     theirs = rescored(ours, range(0, 80))  # behind ours in the first 50, ahead in the last 29
-    shown = telling({"ours": ours, "theirs": theirs}, 9)
+    shown = select_examples({"ours": ours, "theirs": theirs}, 9)
     assert list(shown) == ["ours furthest ahead of theirs", "ours furthest behind theirs", "Drawn at random"]
     ahead, behind, chance = ([row["theirs"].overlap.intersection for row in rows] for rows in shown.values())
     assert ahead == [0, 4, 8]
@@ -244,16 +243,16 @@ def test_rows_show_where_systems_differ_both_ways_and_some_by_chance() -> None:
     assert not set(chance) & {*ahead, *behind}
     for rows in shown.values():
         assert all(row["ours"].expression == row["theirs"].expression for row in rows)
-    assert telling({"ours": ours, "theirs": theirs}, 9) == shown
-    three = telling({"ours": ours, "theirs": theirs, "best": rescored(ours, [100] * 80)}, 2)
+    assert select_examples({"ours": ours, "theirs": theirs}, 9) == shown
+    three = select_examples({"ours": ours, "theirs": theirs, "best": rescored(ours, [100] * 80)}, 2)
     assert list(three) == ["ours furthest behind the others", "Drawn at random"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 1000])
 def test_systems_that_agree_are_shown_at_random(count: int) -> None:
     """There is nothing to tell them apart, and nobody is ahead."""
-    answers = [answer((1, 2), photograph=number) for number in range(20)]
-    shown = telling({"a": answers, "b": answers}, count)
+    results = [made_result((1, 2), image=number) for number in range(20)]
+    shown = select_examples({"a": results, "b": results}, count)
     assert set(shown) <= {"Drawn at random"}
     assert sum(map(len, shown.values())) == min(count, 20)
 
@@ -263,7 +262,7 @@ def test_systems_that_agree_are_shown_at_random(count: int) -> None:
 
 def test_only_sure_differences_are_coloured(tmp_path: Path) -> None:
     """A reader looks at the colours first."""
-    ours = [answer((50, 100), photograph=number) for number in range(40)]
+    ours = [made_result((50, 100), image=number) for number in range(40)]
     better, mixed = rescored(ours, range(51, 91)), rescored(ours, [10, 90] * 20)
     path = tmp_path / "page.html"
     write_comparison_report(
@@ -273,17 +272,17 @@ def test_only_sure_differences_are_coloured(tmp_path: Path) -> None:
     assert not page.named("script")
     assert EVIL in page.text()
     colours = [attrs["class"] for attrs in page.named("span") if attrs.get("class", "").startswith("change")]
-    rows = len(METRICS) + 3  # and one length, one size, one kind
+    rows = len(STANDARD_METRICS) + 3  # and one length, one size, one kind
     assert colours[0::2][:2] == ["change good"] * 2
     assert colours[1::2][:2] == ["change"] * 2
     assert len(colours) == 2 * rows
 
 
-def panel(*names: str, phrase: str = "left one", size: tuple[int, int] = (300, 400), truth: bool = True) -> Panel:
+def panel(*names: str, expression: str = "left one", size: tuple[int, int] = (300, 400), truth: bool = True) -> Panel:
     """Grey, with the truth on the left and each guess a little further right."""
     masks = [rectangle(size, 50, 20 + 60 * number, 150, 70 + 60 * number) for number in range(len(names) + 1)]
-    guesses = tuple(Guess(name, mask, 0.5) for name, mask in zip(names, masks[1:], strict=True))
-    return Panel(np.full((*size, 3), 128, np.uint8), phrase, masks[0] if truth else None, guesses)
+    predictions = tuple(NamedMask(name, mask, 0.5) for name, mask in zip(names, masks[1:], strict=True))
+    return Panel(np.full((*size, 3), 128, np.uint8), expression, masks[0] if truth else None, predictions)
 
 
 def test_a_row_shows_each_mask_in_its_column() -> None:
@@ -317,8 +316,8 @@ def test_a_row_shows_each_mask_in_its_column() -> None:
 def test_any_phrase_and_any_shape_fit(phrase: str) -> None:
     """Nothing leaves the page's edges, and what is too long is cut, not drawn over the neighbour."""
     for size in ((160, 500), (700, 160), (112, 112)):
-        for guesses in (("a",), (phrase, "b", "c")):
-            shown = row(panel(*guesses, phrase=phrase, size=size, truth=len(guesses) > 1))
+        for predictions in (("a",), (phrase, "b", "c")):
+            shown = row(panel(*predictions, expression=phrase, size=size, truth=len(predictions) > 1))
             assert shown.dtype == np.uint8
             assert (shown[:, :8] == 255).all() and (shown[:, -8:] == 255).all()
             assert (shown[-4:] == 255).all()
@@ -343,9 +342,9 @@ def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path
     tiny_refer.write()
     reference = load_references(tiny_refer.root, "tiny").split("val")[0]
     mask = rectangle(reference.image_size, 3, 3, 9, 9)
-    systems = {name: [drawn(reference, number, mask, mask) for number in (0, 1)] for name in "ab"}
-    for name, answers in systems.items():
-        write_results(tmp_path / f"{name}.jsonl", answers, CRIS)
+    systems = {name: [drawn_result(reference, number, mask, mask) for number in (0, 1)] for name in "ab"}
+    for name, results in systems.items():
+        write_results(tmp_path / f"{name}.jsonl", results, CRIS)
     words = ("--data", tiny_refer.root, "--dataset", "tiny", "--images", tmp_path / "images")
     assert dcris("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *words) == 0
     content = (tmp_path / "images" / "figure.png").read_bytes()

@@ -223,7 +223,7 @@ def test_the_way_into_the_square_and_back(exported: Path, segmenter: Segmenter) 
         grey = np.abs(image - normalise(square, data).numpy()) * 255 * np.array(data.std).reshape(3, 1, 1)
         assert grey.max() < 1.01
         assert (grey > 0.5).mean() < 1e-3
-        expected = Cris.matrices(geometry, (rows.shape[1], columns.shape[0]))
+        expected = Cris.resampling(geometry, (rows.shape[1], columns.shape[0]))
         np.testing.assert_allclose(rows, expected[0], atol=2e-6)
         np.testing.assert_allclose(columns.T, expected[1], atol=2e-6)
 

@@ -85,7 +85,7 @@ def test_dice_stands_beside_equation_6(scenes_root: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_padding_is_kept_from_the_adapters(masked: bool) -> None:
-    """Else the answer to a phrase depends on how many tokens the model was told to read, even where that was turned off."""
+    """Else the result to a phrase depends on how many tokens the model was told to read, even where that was turned off."""
     visual = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0, mask_padding=masked)
     model = ReferringSegmenter(tiny_config(visual_adapter=visual)).double().eval()
     randomise(model)
@@ -105,14 +105,14 @@ def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path
         run_training(quick_config(2, ("data.image_size", str(size))), scenes_root, out)
         model, config = load_checkpoint(out)
         found = predict_queries(model, all_queries(table.split("test")), config, Cris(), device=CPU)
-        assert all(answer.mask().shape == answer.reference.image_size for answer in found)
+        assert all(result.mask().shape == result.reference.image_size for result in found)
         samples = TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
         sample = samples[0]
         with torch.no_grad():
             logits[size] = model(normalise(sample.image[None], config.data), sample.tokens[None])
         assert logits[size].shape[-2:] == (4 * size // 14, 4 * size // 14)
         assert torch.isfinite(logits[size]).all()
-    # A model that was trained at one size also answers at another.
+    # A model that was trained at one size also results at another.
     model, config = load_checkpoint(tmp_path / "56")
     finer = override(config, [("data.image_size", "112")])
     found = predict_queries(model, all_queries(table.split("test")), finer, Cris(), device=CPU)
@@ -145,11 +145,11 @@ def test_the_threshold_is_chosen_on_another_split(
     record = json.loads(result.read_text())
     model, config = load_checkpoint(trained_run)
     queries = all_queries(load_references(scenes_root, "scenes").split("val"))
-    answers = [*predict_queries(model, queries, config, Cris(), device=CPU)]
-    curve = analyse(answers)["curve"]
+    results = [*predict_queries(model, queries, config, Cris(), device=CPU)]
+    curve = analyse(results)["curve"]
     best = curve["thresholds"][int(np.argmax(curve["miou"]))]
     assert record["calibrated_on"] == "val"
-    assert record["threshold"] == best_threshold(answers) == best
+    assert record["threshold"] == best_threshold(results) == best
     # The scores are those at that threshold.
     near = record["analysis"]["curve"]["thresholds"].index(best)
     assert record["miou"] == pytest.approx(record["analysis"]["curve"]["miou"][near], abs=1e-6)

@@ -17,7 +17,7 @@ from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.evaluation.external_masks import score_predictions
+from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.protocols import get_protocol
 from dcris.utils.text_tables import latex, markdown
 
@@ -95,8 +95,8 @@ def test_shifted_squares_have_what_paper_and_pencil_give(write: Writer, tmp_path
     mask = np.zeros(reference.image_size, bool)
     mask[10:20, 15:25] = True
     shifted = np.roll(mask, (5, 5), (0, 1))
-    (answer,) = score_predictions(write({expression.sent_id: shifted}, tmp_path), [(reference, expression)], CRIS)
-    assert (answer.overlap.intersection, answer.overlap.union) == (25, 175)
+    (result,) = score_masks(write({expression.sent_id: shifted}, tmp_path), [(reference, expression)], CRIS)
+    assert (result.overlap.intersection, result.overlap.union) == (25, 175)
 
 
 @pytest.mark.parametrize("kind", ["pictures", "arrays", "arrays of shares"])
@@ -180,9 +180,9 @@ def test_missing_masks_are_said_or_empty(write: Writer, queries: list, truths: M
     left_out = queries[3][1].sent_id
     path = write({key: mask for key, mask in truths.items() if key != left_out}, tmp_path)
     with pytest.raises(DcrisError, match=f"no mask for 1 of .* sentence {left_out}"):
-        next(score_predictions(path, queries, CRIS))
-    answers = score_predictions(path, queries, CRIS, missing_is_empty=True)
-    assert [answer.expression.sent_id for answer in answers if answer.overlap.iou < 1] == [left_out]
+        next(score_masks(path, queries, CRIS))
+    results = score_masks(path, queries, CRIS, missing_is_empty=True)
+    assert [result.expression.sent_id for result in results if result.overlap.iou < 1] == [left_out]
 
 
 @every_kind
@@ -190,7 +190,7 @@ def test_masks_of_another_size_are_refused(write: Writer, queries: list, truths:
     """Masks at the network's size would be scored against other pixels."""
     path = write({**truths, queries[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
     with pytest.raises(DcrisError, match=r"448|not for a photograph of 112 x 112"):
-        list(score_predictions(path, queries, CRIS))
+        list(score_masks(path, queries, CRIS))
 
 
 def _npz(folder: Path, **arrays: bytes) -> Path:
@@ -252,12 +252,12 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
     ("make", "words"),
     [
         (lambda folder, key: folder / "absent", "there are no masks"),
-        (lambda folder, key: folder, "no masks in it"),
+        (lambda folder, key: folder, "has no masks; name each"),
         (_text("a.txt", "x"), "neither a folder"),
         (_text("a.json", "{}"), "not a list"),
         (_text("a.json", "[1]"), "entry 1 is not a table"),
         (_text("a.json", '[{"sent_id": "KEY"}]'), "not a whole number"),
-        (_text("a.json", '[{"sent_id": KEY}, {"sent_id": KEY}]'), "which entry 1 did already"),
+        (_text("a.json", '[{"sent_id": KEY}, {"sent_id": KEY}]'), "repeats sentence"),
         (_text("a.json", '[{"sent_id": KEY, "segmentation": 5}]'), "no 'segmentation'"),
         (_text("a.json", '[{"sent_id": KEY, "segmentation": {"size": [1, 1], "counts": [1]}}]'), "cannot be decoded"),
         (_text("a.jsonl", "{"), "line 1 is not JSON"),
@@ -277,7 +277,7 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
 def test_what_cannot_be_read_is_one_sentence(make: Callable, words: str, queries: list, tmp_path: Path) -> None:
     """Files of other people's systems come in all states; none may run code, fill the memory, or pass as a score."""
     with pytest.raises(DcrisError, match=words):
-        list(score_predictions(make(tmp_path, str(queries[0][1].sent_id)), queries[:1], CRIS))
+        list(score_masks(make(tmp_path, str(queries[0][1].sent_id)), queries[:1], CRIS))
 
 
 def test_a_header_is_not_read_as_long_as_it_claims(queries: list, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_header_is_not_read_as_long_as_it_claims(queries: list, tmp_path: Path
     path = _long_header(tmp_path, str(queries[0][1].sent_id))
     tracemalloc.start()
     with pytest.raises(DcrisError, match="cannot read the masks"):
-        list(score_predictions(path, queries[:1], CRIS))
+        list(score_masks(path, queries[:1], CRIS))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20_000_000
@@ -295,6 +295,6 @@ def test_a_header_is_not_read_as_long_as_it_claims(queries: list, tmp_path: Path
 def test_a_system_that_finds_nothing(empty: object, queries: list, tmp_path: Path) -> None:
     """Prediction.polygons() gives [] where nothing was found; that is an empty mask, not an error."""
     (tmp_path / "a.json").write_text(json.dumps([{"sent_id": queries[0][1].sent_id, "segmentation": empty}]))
-    (answer,) = score_predictions(tmp_path / "a.json", queries[:1], CRIS, keep_masks=True)
-    assert answer.overlap.intersection == 0
-    assert not decode_mask(answer.prediction, (112, 112)).any()
+    (result,) = score_masks(tmp_path / "a.json", queries[:1], CRIS, keep_masks=True)
+    assert result.overlap.intersection == 0
+    assert not decode_mask(result.prediction, (112, 112)).any()

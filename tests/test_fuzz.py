@@ -58,7 +58,7 @@ from dcris.config import RunConfig, override
 from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
-from dcris.evaluation.external_masks import score_predictions
+from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.results import write_results
 from dcris.models.encoders.clip_text import TextTower
@@ -320,7 +320,7 @@ def predictions(root: Path) -> None:
     (root / "results.json").write_text(json.dumps(results))
     np.savez(root / "masks.npz", **{str(sent_id): mask for sent_id, mask in masks.items()})
     protocol = get_protocol("cris")
-    answers = list(score_predictions(root / "masks", queries, protocol, keep_masks=True))
+    answers = list(score_masks(root / "masks", queries, protocol, keep_masks=True))
     for name in ("answers.jsonl", "b.jsonl"):
         write_results(root / name, answers, protocol)
 

@@ -15,7 +15,15 @@ from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.transforms import Letterbox, Resize, ResizePad
 from dcris.errors import DcrisError
-from dcris.evaluation.metrics import CURVE_THRESHOLDS, overlap, overlap_curve, summarise
+from dcris.evaluation.metrics import (
+    CURVE_THRESHOLDS,
+    INCLUSIVE_METRICS,
+    STANDARD_METRICS,
+    Metric,
+    overlap,
+    overlap_curve,
+    summarise,
+)
 from dcris.evaluation.protocols import PROTOCOLS, Cris, get_protocol
 
 CRIS = Cris()
@@ -128,10 +136,10 @@ ADVERSARIAL = {
 def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: int = SIDE) -> dict[str, float]:
     """Masks agree in every pixel, and scores to a millionth."""
     protocol = get_protocol(name)
-    fits = [protocol.fit(truth.shape, side) for truth in truths]
+    fits = [protocol.transform(truth.shape, side) for truth in truths]
     ours, slow, ties = [], [], 0
     for picture, truth, one in zip(protocol.probabilities(logits[:, None], fits), truths, logits, strict=True):
-        mask, compared = picture.numpy() > protocol.threshold, protocol.compared(truth)
+        mask, compared = picture.numpy() > protocol.threshold, protocol.to_canvas(truth)
         margin, target = SLOW[name](one.double(), truth, side)
         np.testing.assert_array_equal(compared, target)
         assert mask.shape == margin.shape
@@ -146,8 +154,8 @@ def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: i
         ours.append(counted)
         slow.append((expected, target))
     assert ties <= 1e-4 * sum(mask.size for mask, _ in slow)
-    scores = summarise(ours, protocol.precision_includes_threshold)
-    assert scores == pytest.approx(slow_scores(slow, protocol.precision_includes_threshold), abs=1e-4)  # in percent
+    scores = summarise(ours, protocol.metrics)
+    assert scores == pytest.approx(slow_scores(slow, name == "lavt"), abs=1e-4)  # in percent
     return scores
 
 
@@ -173,7 +181,7 @@ def test_adversarial_logits(name: str, kind: str) -> None:
 @every_protocol
 @pytest.mark.slow
 def test_two_hundred_real_photographs(name: str, refer_root: Path) -> None:
-    """Instances as people drew them (holes, several parts, crowds), against middling answers and adversarial ones in turn."""
+    """Instances as people drew them (holes, several parts, crowds), against middling results and adversarial ones in turn."""
     references = load_references(refer_root, "cocomini").references
     references = list({reference.image_id: reference for reference in references}.values())[:200]
     assert len(references) == 200
@@ -246,20 +254,20 @@ def test_the_curve_is_the_overlap_at_each_threshold() -> None:
     assert curve == [overlap((probabilities > t).numpy(), truth.numpy()) for t in CURVE_THRESHOLDS]
 
 
-@pytest.mark.parametrize("inclusive", [False, True])
-def test_precision_at_exactly_one_half(inclusive: bool) -> None:
+@pytest.mark.parametrize(("metrics", "inclusive"), [(STANDARD_METRICS, False), (INCLUSIVE_METRICS, True)])
+def test_precision_at_exactly_one_half(metrics: tuple[Metric, ...], inclusive: bool) -> None:
     """LAVT counts an IoU of 0.5 as found, CRIS does not: a point of precision on small masks."""
     half = overlap(np.array([[True, False]]), np.array([[True, True]]))
-    assert summarise([half], inclusive)["prec@0.5"] == (100.0 if inclusive else 0.0)
-    assert get_protocol("lavt").precision_includes_threshold is True
-    assert get_protocol("cris").precision_includes_threshold is False
+    assert summarise([half], metrics)["prec@0.5"] == (100.0 if inclusive else 0.0)
+    assert get_protocol("lavt").metrics == INCLUSIVE_METRICS
+    assert get_protocol("cris").metrics == STANDARD_METRICS
 
 
 def test_a_mask_on_the_canvas_is_shown_at_the_photographs_size() -> None:
     """Reports draw LAVT's masks onto the photograph."""
     lavt, truth = get_protocol("lavt"), spotted(90, 140, 1)
-    assert lavt.compared(truth).shape == (480, 480)
-    np.testing.assert_array_equal(lavt.shown(lavt.compared(truth), (90, 140)), truth)
+    assert lavt.to_canvas(truth).shape == (480, 480)
+    np.testing.assert_array_equal(lavt.from_canvas(lavt.to_canvas(truth), (90, 140)), truth)
 
 
 def test_an_unknown_protocol_lists_those_there_are() -> None:

@@ -3,18 +3,18 @@ import math
 import numpy as np
 import pytest
 
-from answers import answer, drawn, rectangle
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import analyse
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.report.charts import threshold_chart
 from dcris.evaluation.report.evaluation_report import write_evaluation_report, write_report
-from dcris.evaluation.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, Guess, Panel, as_panel, pick
+from dcris.evaluation.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, NamedMask, Panel, make_panel, select_results
 from dcris.utils.drawing import mask_cell
+from made_results import drawn_result, made_result, rectangle
 from pages import Page
 
-METRICS = {
+RECORD = {
     "miou": 61.25,
     "oiou": 63.5,
     "prec@0.5": 71.0,
@@ -34,8 +34,8 @@ def report(tmp_path):
         arguments = {
             "title": "A run",
             "facts": {},
-            "metrics": {},
-            "curve": [],
+            "record": {},
+            "log": [],
             "panels": {},
             "notes": [],
         }
@@ -48,11 +48,13 @@ def report(tmp_path):
     return write
 
 
-def panel(side=112, phrase="left star", truth=True, iou=0.5, shift=0):
+def panel(side=112, expression="left star", truth=True, iou=0.5, shift=0):
     image = np.full((side, side * 3 // 2, 3), 128, np.uint8)
     mask = np.zeros(image.shape[:2], bool)
     mask[side // 4 : side // 2, side // 3 : side] = True
-    return Panel(image, phrase, mask if truth else None, (Guess("prediction", np.roll(mask, shift, axis=1), iou),))
+    return Panel(
+        image, expression, mask if truth else None, (NamedMask("prediction", np.roll(mask, shift, axis=1), iou),)
+    )
 
 
 def group(name, miou, count, low=None, high=None):
@@ -70,7 +72,7 @@ ANALYSIS = {
 }
 
 
-def curve(count):
+def log(count):
     return [
         {"step": 20 * n, "loss": 1 / (n + 1), "lr": 1e-3, "iou": 3.0 * n, "val_first_miou": 2.0 * n}
         for n in range(count)
@@ -80,8 +82,8 @@ def curve(count):
 def full(report):
     return report(
         facts={"recipe": "scenes_tiny", "seconds": "93"},
-        metrics={**METRICS, "analysis": ANALYSIS},
-        curve=curve(50),
+        record={**RECORD, "analysis": ANALYSIS},
+        log=log(50),
         panels=[panel(), panel(400, truth=False, iou=None)],
         notes=["Tiny towers know nothing of photographs."],
     )
@@ -103,21 +105,21 @@ def test_says_what_was_measured(report):
         "71.0",
         "9.8",
         "exchanged for that of another object of its scene. Low is good",
-        "over 0.9",
+        "Prec@0.9",
         "55.5",
         "1,500",
         "scenes_tiny",
         "93",
         "Tiny towers know nothing of photographs.",
         "95%: 58.1\u202f\u2013\u202f64.5".replace("\u202f", " "),
-        "By length of the phrase",
+        "By length of the expression",
         "44.1",
-        "photographs, each with all its phrases, are drawn anew",
-        "By threshold",
+        "bootstrap intervals over images, each drawn with all its expressions",
+        "Score by threshold",
     ):
         assert part in words
     assert "By size of the object" not in words
-    assert "drawn anew" not in " ".join(report(metrics=METRICS).words)
+    assert "bootstrap" not in " ".join(report(record=RECORD).words)
 
 
 def test_nothing_at_all_is_still_a_page(report):
@@ -128,7 +130,7 @@ def test_nothing_at_all_is_still_a_page(report):
 
 def test_other_entries_of_a_result_file_join_the_facts(report):
     rest = {"weights_sha256": "abcd", "version": "2", "seconds": 12345.6, "miou_by_kind": {"place": 77.7}}
-    words = "".join(report(facts={"version": "1"}, metrics={**METRICS, **rest}).words)
+    words = "".join(report(facts={"version": "1"}, record={**RECORD, **rest}).words)
     assert "weights sha256abcd" in words and words.count("version") == 1 and "seconds12,346" in words
     assert "77.7" not in words and "by kind" not in words
 
@@ -138,8 +140,8 @@ def test_strangers_text_is_text(report):
     page = report(
         title=evil,
         facts={evil: evil},
-        metrics={
-            **METRICS,
+        record={
+            **RECORD,
             "dataset": evil,
             "split": evil,
             "protocol": evil,
@@ -148,7 +150,7 @@ def test_strangers_text_is_text(report):
             "miou": evil,
             "analysis": {"by_kind": [group(evil, 1.0, 2)]},
         },
-        panels={evil: [panel(phrase=evil)]},
+        panels={evil: [panel(expression=evil)]},
         notes=[evil],
     )
     assert not page.named("script") and len(page.named("img")) == 3
@@ -158,7 +160,7 @@ def test_strangers_text_is_text(report):
 
 def test_odd_characters(report):
     words = "".join(
-        report(panels=[panel(phrase="a\x00b\x1b\ud800c \N{HEBREW LETTER ALEF} \N{WHITE HEAVY CHECK MARK}")]).words
+        report(panels=[panel(expression="a\x00b\x1b\ud800c \N{HEBREW LETTER ALEF} \N{WHITE HEAVY CHECK MARK}")]).words
     )
     assert "\x00" not in words and "\x1b" not in words
     assert "\N{HEBREW LETTER ALEF} \N{WHITE HEAVY CHECK MARK}" in words
@@ -171,7 +173,7 @@ def test_masks_lie_where_the_picture_has_them(report, side):
     assert plain.shape == truth.shape == prediction.shape and max(plain.shape) <= 480
     for shown, mask, colour in (
         (truth, truth_and_prediction.truth, TRUTH_COLOUR),
-        (prediction, truth_and_prediction.guesses[0].mask, PREDICTION_COLOUR),
+        (prediction, truth_and_prediction.predictions[0].mask, PREDICTION_COLOUR),
     ):
         tint = 128 * 0.55 + np.array(colour) * 0.45
         found = np.abs(shown - tint).max(axis=2) < 12
@@ -208,7 +210,7 @@ def test_empty_full_and_extreme_panels(report):
             np.zeros((*shape, 3), np.uint8),
             "it",
             np.full(shape, value),
-            (Guess("prediction", np.full(shape, not value), 0.0),),
+            (NamedMask("prediction", np.full(shape, not value), 0.0),),
         )
         for shape in [(1, 1), (1, 3000), (3000, 1), (112, 112)]
         for value in (True, False)
@@ -221,12 +223,12 @@ def test_empty_full_and_extreme_panels(report):
 def test_a_mask_of_another_shape_is_a_mistake():
     good = panel()
     with pytest.raises(ValueError, match="a panel's mask"):
-        Panel(good.image, "x", None, (Guess("prediction", good.truth.T, None),))
+        Panel(good.image, "x", None, (NamedMask("prediction", good.truth.T, None),))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 50, 20_000])
 def test_curves_of_any_length(report, count):
-    page = report(curve=curve(count))
+    page = report(log=log(count))
     assert len(page.named("svg")) == 2
     coordinates = [float(attrs[key]) for attrs in page.named("circle") for key in ("cx", "cy")]
     for line in page.named("polyline"):
@@ -236,7 +238,7 @@ def test_curves_of_any_length(report, count):
 
 
 def test_bars_carry_their_intervals(report):
-    page = report(metrics={**METRICS, "analysis": ANALYSIS})
+    page = report(record={**RECORD, "analysis": ANALYSIS})
     marks = [attrs["style"] for attrs in page.named("b") if "style" in attrs]
     assert marks == [
         "left:49.0%;width:12.8%",  # place
@@ -260,8 +262,8 @@ def test_the_threshold_curve_shows_each_system(systems):
 
 def test_panels_show_the_best_the_worst_and_some_between():
     """Only good pictures would be an advertisement, and one photograph four times says nothing new."""
-    answers = [answer((share, 1000), photograph=share // 5) for share in range(100)]
-    picked = pick(answers, 12)
+    results = [made_result((share, 1000), image=share // 5) for share in range(100)]
+    picked = select_results(results, 12)
     shown = {heading: [each.overlap.intersection for each in some] for heading, some in picked.items()}
     assert shown["The best"] == [99, 94, 89, 84]
     assert shown["The worst"] == [0, 5, 10, 15]
@@ -271,61 +273,65 @@ def test_panels_show_the_best_the_worst_and_some_between():
         assert len({share // 5 for share in some}) == 4
     everything = [share for some in shown.values() for share in some]
     assert len(set(everything)) == 12
-    assert pick(answers, 12) == picked
+    assert select_results(results, 12) == picked
 
 
 def test_few_or_equal_answers_are_shown_too():
-    assert pick([]) == {"Examples": []}
-    some = [answer((share, 3)) for share in (1, 3, 2)]
-    assert pick(some) == {"Examples": [some[1], some[2], some[0]]}
-    equal = [answer((0, 0), photograph=number) for number in range(40)]
-    assert [len(shown) for shown in pick(equal).values()] == [4, 4, 4]
-    on_one = [answer(photograph=1) for _ in range(40)]
-    assert [len(shown) for shown in pick(on_one).values()] == [1, 1, 1]
+    assert select_results([]) == {"Examples": []}
+    some = [made_result((share, 3)) for share in (1, 3, 2)]
+    assert select_results(some) == {"Examples": [some[1], some[2], some[0]]}
+    equal = [made_result((0, 0), image=number) for number in range(40)]
+    assert [len(shown) for shown in select_results(equal).values()] == [4, 4, 4]
+    on_one = [made_result(image=1) for _ in range(40)]
+    assert [len(shown) for shown in select_results(on_one).values()] == [1, 1, 1]
 
 
 def test_a_panel_shows_what_was_answered_and_the_truth(tiny_refer):
     tiny_refer.write()
     reference = load_references(tiny_refer.root, "tiny").split("testA")[0]
     truth, other = rectangle((30, 40), 3, 2, 9, 12), rectangle((30, 40), 3, 2, 9, 7)
-    shown = as_panel({"a": drawn(reference, 0, truth, truth), "b": drawn(reference, 0, other, truth)})
-    assert shown.phrase == "left one" and shown.image.shape == (30, 40, 3)
-    assert [(guess.name, guess.iou) for guess in shown.guesses] == [("a", 1.0), ("b", 0.5)]
-    for mask, expected in ((shown.truth, truth), (shown.guesses[0].mask, truth), (shown.guesses[1].mask, other)):
+    shown = make_panel({"a": drawn_result(reference, 0, truth, truth), "b": drawn_result(reference, 0, other, truth)})
+    assert shown.expression == "left one" and shown.image.shape == (30, 40, 3)
+    assert [(guess.name, guess.iou) for guess in shown.predictions] == [("a", 1.0), ("b", 0.5)]
+    for mask, expected in (
+        (shown.truth, truth),
+        (shown.predictions[0].mask, truth),
+        (shown.predictions[1].mask, other),
+    ):
         np.testing.assert_array_equal(mask, expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_report_of_anybodys_answers(tiny_refer, tmp_path, count):
-    """Scores of masks that came in a folder have no model and no run; there may be one answer or none, and all may be empty."""
+    """Scores of masks that came in a folder have no model and no run; there may be one result or none, and all may be empty."""
     tiny_refer.write()
     references = load_references(tiny_refer.root, "tiny").references
-    answers = [
-        drawn(
+    results = [
+        drawn_result(
             reference, number, rectangle(reference.image_size, 0, 0, 0, 0), rectangle(reference.image_size, 0, 0, 5, 5)
         )
         for reference in references
         for number in range(len(reference.expressions))
     ][:count]
-    metrics = {**summarise(each.overlap for each in answers), "analysis": analyse(answers)}
-    write_evaluation_report(tmp_path / "a.html", title="Theirs", answers=answers, metrics=metrics)
+    record = {**summarise(each.overlap for each in results), "analysis": analyse(results)}
+    write_evaluation_report(tmp_path / "a.html", title="Theirs", results=results, record=record)
     page = Page((tmp_path / "a.html").read_text())
     assert page.stands_alone()
     assert len(page.pictures()) == 3 * count
     assert page.text().count("prediction: empty") == count
-    assert ("By length of the phrase" in page.text()) == (count > 0)
+    assert ("By length of the expression" in page.text()) == (count > 0)
     assert ("95%: 0.0" in page.text()) == (count == 5)  # which are on two photographs
     assert "recipe" not in page.text()
 
 
-def test_several_guesses_stand_side_by_side(report):
+def test_several_predictions_stand_side_by_side(report):
     good = panel()
-    guesses = (
-        Guess("ours", good.truth, 1.0),
-        Guess("<theirs>", ~good.truth, 0.25),
-        Guess("nobody's", good.truth & False, 0.0),
+    predictions = (
+        NamedMask("ours", good.truth, 1.0),
+        NamedMask("<theirs>", ~good.truth, 0.25),
+        NamedMask("nobody's", good.truth & False, 0.0),
     )
-    page = report(panels=[Panel(good.image, "left star", good.truth, guesses)])
+    page = report(panels=[Panel(good.image, "left star", good.truth, predictions)])
     assert len(page.pictures()) == 5
     words = " ".join("".join(page.words).split())
     for part in ("ours IoU 100.0", "<theirs> IoU 25.0", "nobody's: empty IoU 0.0"):
@@ -333,14 +339,14 @@ def test_several_guesses_stand_side_by_side(report):
 
 
 def test_curve_in_part(report):
-    assert not report(curve=[{"step": 1}, {"loss": 2.0}, {"step": 2, "loss": math.nan}]).named("svg")
-    loss_only = report(curve=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": None}])
+    assert not report(log=[{"step": 1}, {"loss": 2.0}, {"step": 2, "loss": math.nan}]).named("svg")
+    loss_only = report(log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": None}])
     assert len(loss_only.named("svg")) == 1 and len(loss_only.named("circle")) == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 1e-12, 1e9])
 def test_a_constant_curve_has_an_axis(report, value):
-    page = report(curve=[{"step": step, "loss": value} for step in range(0, 100, 10)])
+    page = report(log=[{"step": step, "loss": value} for step in range(0, 100, 10)])
     labels = page.named("text")
     assert 4 < len(labels) < 25
     heights = {pair.split(",")[1] for pair in page.named("polyline")[0]["points"].split()}
@@ -349,7 +355,7 @@ def test_a_constant_curve_has_an_axis(report, value):
 
 def test_smoothing_does_not_lag(report):
     # Of a straight line the smoothed one is the same line, but for the ends.
-    page = report(curve=[{"step": step, "loss": 1000.0 - step} for step in range(1000)])
+    page = report(log=[{"step": step, "loss": 1000.0 - step} for step in range(1000)])
     points = np.array([pair.split(",") for pair in page.named("polyline")[0]["points"].split()], float)[30:-30]
     slope, offset = np.polyfit(points[:, 0], points[:, 1], 1)
     assert np.abs(slope * points[:, 0] + offset - points[:, 1]).max() < 0.2
@@ -359,7 +365,7 @@ def test_smoothing_does_not_lag(report):
 
 def test_values_that_are_not_numbers(report):
     page = report(
-        metrics={"miou": math.nan, "prec@0.5": math.inf, "analysis": {"by_kind": [group("place", math.nan, 0)]}}
+        record={"miou": math.nan, "prec@0.5": math.inf, "analysis": {"by_kind": [group("place", math.nan, 0)]}}
     )
     words = "".join(page.words)
     assert "nan" not in words and "inf" not in words and "\N{EN DASH}" in words
@@ -372,8 +378,8 @@ def test_a_failed_write_is_said_plainly(tmp_path):
             tmp_path / "file" / "report.html",
             title="x",
             facts={},
-            metrics={},
-            curve=[],
+            record={},
+            log=[],
             panels={},
             notes=[],
         )

@@ -10,37 +10,41 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answers import answer, drawn
 from dcris.data.dataset import Queries
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.results import read_results, write_results
+from made_results import drawn_result, made_result
 
 CRIS = get_protocol("cris")
 
 
 def some(count: int = 3) -> list[EvalResult]:
     """Answers with and without a curve, on masks that can be decoded."""
-    made = [answer((number, 7), photograph=number, phrase=f"phrase {number}") for number in range(count)]
+    made = [made_result((number, 7), image=number, expression=f"phrase {number}") for number in range(count)]
     mask = np.zeros((1000, 1000), bool)
     mask[:20, :20] = True
-    return [drawn(made[0].reference, 0, mask, mask), *made[1:]]
+    return [drawn_result(made[0].reference, 0, mask, mask), *made[1:]]
 
 
-def asked(answers: list[EvalResult]) -> Queries:
-    return [(each.reference, each.expression) for each in answers]
+def asked(results: list[EvalResult]) -> Queries:
+    return [(each.reference, each.expression) for each in results]
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5))
 @settings(max_examples=30, deadline=None)
 def test_answers_come_back(tmp_path_factory: pytest.TempPathFactory, phrases: list[str]) -> None:
     """Whatever a phrase holds, line ends and half surrogate pairs among it, in the order in which it is asked now."""
-    path = tmp_path_factory.mktemp("answers") / "deep" / "a.jsonl"
-    answers = [*some(), *(answer(phrase=phrase) for phrase in phrases), answer(phrase="\ud800\u2028\n")]
-    write_results(path, answers, CRIS)
-    assert len(path.read_bytes().splitlines()) == len(answers)
-    assert read_results(path, asked(answers)[::-1], CRIS) == answers[::-1]
+    path = tmp_path_factory.mktemp("results") / "deep" / "a.jsonl"
+    results = [
+        *some(),
+        *(made_result(expression=phrase) for phrase in phrases),
+        made_result(expression="\ud800\u2028\n"),
+    ]
+    write_results(path, results, CRIS)
+    assert len(path.read_bytes().splitlines()) == len(results)
+    assert read_results(path, asked(results)[::-1], CRIS) == results[::-1]
 
 
 def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
@@ -83,13 +87,13 @@ def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
 )
 def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     """The file's name and line among them; a count that is not one would end in a wrong table, not in an error."""
-    path, answers = tmp_path / "a.jsonl", some()
-    write_results(path, answers, CRIS)
+    path, results = tmp_path / "a.jsonl", some()
+    write_results(path, results, CRIS)
     lines = path.read_text().splitlines()
     lines[1] = json.dumps(json.loads(lines[1]) | change)
     path.write_text("\n".join(lines))
     with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
-        read_results(path, asked(answers), CRIS)
+        read_results(path, asked(results), CRIS)
     assert sentence in str(caught.value)
     assert "line 2" in str(caught.value)
 
@@ -97,11 +101,11 @@ def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, An
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "no answer to sentence"),
+        (b"", "no result for sentence"),
         (b"\xff\xfe\n", "UTF-16"),
         (b"{}\n", "'sent_id'"),
         (b"[1]\n", "named fields"),
-        (b"\n", "no answer to sentence"),
+        (b"\n", "no result for sentence"),
         (b"[" * 100_000, "line 1 is not JSON"),
         (b'{"sent_id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
     ],
@@ -116,31 +120,31 @@ def test_another_file_is_refused_in_words(tmp_path: Path, content: bytes, senten
 
 def test_a_file_that_an_editor_saved_is_read(tmp_path: Path) -> None:
     """With a byte order mark, Windows' line ends, and a blank line at the end, as editors and scripts leave them."""
-    path, answers = tmp_path / "a.jsonl", some()
-    write_results(path, answers, CRIS)
+    path, results = tmp_path / "a.jsonl", some()
+    write_results(path, results, CRIS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"  \r\n\n")
-    assert len(read_results(path, asked(answers), CRIS)) == len(answers)
+    assert len(read_results(path, asked(results), CRIS)) == len(results)
 
 
 def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     """One of another split, cut short, answered twice, or not there at all."""
-    path, answers = tmp_path / "a.jsonl", some()
-    write_results(path, answers, CRIS)
-    with pytest.raises(DcrisError, match="no answer to sentence"):
-        read_results(path, asked([*answers, answer()]), CRIS)
-    with pytest.raises(DcrisError, match="also answers sentence"):
-        read_results(path, asked(answers[1:]), CRIS)
-    write_results(path, [*answers, answers[0]], CRIS)
-    with pytest.raises(DcrisError, match=r"line 4 answers sentence \d+, which line 1 did already"):
-        read_results(path, asked(answers), CRIS)
+    path, results = tmp_path / "a.jsonl", some()
+    write_results(path, results, CRIS)
+    with pytest.raises(DcrisError, match="no result for sentence"):
+        read_results(path, asked([*results, made_result()]), CRIS)
+    with pytest.raises(DcrisError, match="has a result for sentence"):
+        read_results(path, asked(results[1:]), CRIS)
+    write_results(path, [*results, results[0]], CRIS)
+    with pytest.raises(DcrisError, match=r"line 4 repeats sentence \d+ of line 1"):
+        read_results(path, asked(results), CRIS)
     with pytest.raises(DcrisError, match="there is no file"):
         read_results(tmp_path / "absent.jsonl", [], CRIS)
 
 
 def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path) -> None:
-    """Half a file of answers looks like that of a smaller split."""
-    answers = some()
-    answers[2] = replace(answers[2], prediction=None)
+    """Half a file of results looks like that of a smaller split."""
+    results = some()
+    results[2] = replace(results[2], prediction=None)
     with pytest.raises(ValueError, match="not kept"):
-        write_results(tmp_path / "a.jsonl", answers, CRIS)
+        write_results(tmp_path / "a.jsonl", results, CRIS)
     assert not list(tmp_path.iterdir())

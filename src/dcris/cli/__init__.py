@@ -13,7 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dcris.cli import ablate, bench, completion, data, evaluate, export, predict, quickstart, train, web
+from dcris.cli import (
+    ablate,
+    bench,
+    compare,
+    completion,
+    data,
+    evaluate,
+    export,
+    predict,
+    quickstart,
+    score,
+    train,
+    web,
+)
 from dcris.cli.common import Parser, on_error
 from dcris.errors import DcrisError, out_of_memory
 from dcris.utils.streams import usable_streams
@@ -107,6 +120,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"dcris {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (quickstart, train, data, evaluate, predict, export, web, ablate, bench, completion):
+    for module in (quickstart, train, data, evaluate, score, compare, predict, export, web, ablate, bench, completion):
         module.add(commands)
     return parser

@@ -151,13 +151,18 @@ def data_set_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def split_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --split."""
+    parser.add_argument("--split", default="val", help="split to evaluate (default: %(default)s)")
+
+
 def protocol_argument(parser: argparse.ArgumentParser) -> None:
     """Add --protocol."""
     parser.add_argument(
         "--protocol",
         default="cris",
         metavar="NAME",
-        help="evaluation protocol: cris, lavt, cgformer or refer (default: %(default)s)",
+        help="evaluation protocol: cris, lavt, cgformer, refer or one of your own (default: %(default)s)",
     )
 
 

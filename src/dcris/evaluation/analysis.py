@@ -1,14 +1,14 @@
-"""What is said of an evaluation beside its averages: intervals, groups of phrases, and the threshold curve.
+"""Confidence intervals, scores by group of expressions, and the threshold curve of an evaluation.
 
-The intervals are 95 per cent percentile intervals of the bootstrap [1]: the split is drawn anew, with replacement, `RESAMPLES`
-times, and the middle 95 per cent of the scores that come out are the interval. What is drawn are photographs with all their
-phrases, not phrases: those for one photograph, often for one object, succeed or fail together, and drawing them one by one
-would make intervals that are too narrow. The intervals say how far a score depends on the choice of photographs. They know
-nothing of what another training seed would give.
+Intervals are 95% percentile intervals of the bootstrap [1]: images are drawn with replacement
+RESAMPLES times, and the middle 95% of the resulting scores are the interval. Images are drawn with
+all their expressions, because expressions of one image, often of one object, succeed or fail
+together; drawing single expressions would give intervals that are too narrow. The intervals show
+how much a score depends on the choice of images, not how much it varies between training seeds.
 
 [1] B. Efron, R. Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13.
 
-Shape letters: P photographs, R resamples, C columns of counts, M metrics, T thresholds.
+Shape letters: P images, R resamples, C columns of counts, M metrics, T thresholds.
 """
 
 import re
@@ -17,183 +17,214 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dcris.data.masks import mask_area
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.metrics import CURVE_THRESHOLDS, PRECISION_THRESHOLDS
-
-Floats = NDArray[np.float64]
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, STANDARD_METRICS, Floats, Metric, Overlaps
 
 RESAMPLES = 1000
 SEED = 0
-"""Of the resamples: the same split gives the same intervals, and two systems are drawn the same photographs."""
+"""Seed of the resamples: two systems on one split are scored on the same drawn images."""
 
-METRICS = ("miou", "oiou", *(f"prec@{threshold}" for threshold in PRECISION_THRESHOLDS))
-_COLUMNS = 4 + len(PRECISION_THRESHOLDS)
-_DRAWN_AT_ONCE = 4_000_000  # photographs; 32 MB of weights
+_DRAWN_AT_ONCE = 4_000_000  # images, which take 32 MB of weights
 
 
-def analyse(answers: Sequence[EvalResult], inclusive: bool = False) -> dict[str, Any]:
-    """Intervals, scores by group of phrases and threshold curve of an evaluation, as plain JSON data.
+def analyse(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_METRICS) -> dict[str, Any]:
+    """Return intervals, scores by group of expressions and the threshold curve, as plain JSON data.
 
     Args:
-        answers: what was predicted for a split, each with its overlap.
-        inclusive: of precision, as of `metrics.summarise`.
+        results: of all queries of a split.
+        metrics: of the protocol; groups and curve have the first two.
 
-    Returns a dict of
-        photographs: how many there are to draw from.
-        intervals: for each of METRICS its 95% interval [low, high], in percent. Empty below two photographs, which say nothing
-            about how photographs differ.
-        by_length, by_size, by_kind: lists of groups, each with `name`, `expressions`, `miou`, `oiou` and `intervals` of these
-            two. Intervals are drawn from the photographs that have such a phrase. A group without phrases is left out.
-        curve: `thresholds` with `miou` and `oiou` at each; left out where any answer comes without its curve.
+    Returns:
+        A dict of
+        photographs: number of images.
+        intervals: by metric, the 95% interval [low, high] in percent; empty for fewer than two
+            images.
+        by_length, by_size, by_kind: lists of groups, each with `name`, `expressions`, the first two
+            metrics and their `intervals`, drawn from the images that have such an expression.
+            Groups without expressions are left out.
+        curve: `thresholds` and the first two metrics at each; left out if any result has no curve.
 
-    Raises DcrisError where a true mask cannot be decoded.
+    Raises:
+        DcrisError: if a true mask cannot be decoded.
     """
-    described = _describe([answers], inclusive)
-    curve = _curve(answers)
+    described = _describe([results], metrics)
+    curve = _curve(results, metrics[:2])
     return described | ({"curve": curve} if curve else {})
 
 
 def difference(
-    answers: Sequence[EvalResult], baseline: Sequence[EvalResult], inclusive: bool = False
+    results: Sequence[EvalResult], baseline: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_METRICS
 ) -> dict[str, Any]:
-    """How much better than a baseline a system is on the same expressions: its scores, in percentage points, minus the other's.
+    """Return a system's scores minus a baseline's on the same expressions, in percentage points.
 
-    The intervals are paired: both systems are scored on the same drawn photographs, so what makes a photograph hard for both
-    cancels, and the interval is far narrower than two separate ones suggest. One without 0 in it is a difference that the
-    choice of photographs does not explain.
+    Intervals are paired: both systems are scored on the same drawn images. What makes an image hard
+    for both then cancels, and the interval is narrower than two separate ones suggest. If it does
+    not contain 0, the choice of images does not explain the difference.
 
-    Returns METRICS, each with the difference, and `photographs`, `intervals`, `by_length`, `by_size` and `by_kind` as of
-    `analyse`. Raises ValueError where the two did not answer the same expressions.
+    Args:
+        results: of the system.
+        baseline: results to subtract.
+        metrics: of the protocol.
+
+    Returns:
+        The difference by metric, and `photographs`, `intervals`, `by_length`, `by_size` and
+        `by_kind` as in `analyse`.
+
+    Raises:
+        ValueError: if the two are not of the same expressions.
     """
-    ordered = align(baseline, answers)
-    total = _figures(_counts([answers, ordered], inclusive).sum(axis=0))
-    return dict(zip(METRICS, total.tolist(), strict=True)) | _describe([answers, ordered], inclusive)
+    ordered = align(baseline, results)
+    total = _scores_of(_counts([results, ordered], metrics).sum(axis=0), metrics)
+    by_key = dict(zip((metric.key for metric in metrics), total.tolist(), strict=True))
+    return by_key | _describe([results, ordered], metrics)
 
 
-def best_threshold(answers: Sequence[EvalResult]) -> float:
-    """That of CURVE_THRESHOLDS at which the mIoU is greatest; the lowest where several are.
+def best_threshold(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_METRICS) -> float:
+    """Return the lowest of CURVE_THRESHOLDS at which the first metric is greatest.
 
-    Raises ValueError where there are no answers, or they come without their curves.
+    Raises:
+        ValueError: if there are no results or any has no curve.
     """
-    curve = _curve(answers)
+    curve = _curve(results, metrics[:1])
     if curve is None:
-        raise ValueError("a threshold is chosen by answers that have their curves")
-    return float(curve["thresholds"][int(np.argmax(curve["miou"]))])
+        raise ValueError("a threshold can only be chosen from results with threshold curves")
+    return float(curve["thresholds"][int(np.argmax(curve[metrics[0].key]))])
 
 
-def align(answers: Sequence[EvalResult], like: Sequence[EvalResult]) -> list[EvalResult]:
-    """The answers in the order of another system's. Raises ValueError where those are not to the same expressions."""
-    placed = {answer.expression.sent_id: answer for answer in answers}
-    order = [answer.expression.sent_id for answer in like]
-    if not len(answers) == len(placed) == len(order) or placed.keys() != set(order):
-        raise ValueError("two systems are compared on the same expressions, each answered once")
-    return [placed[sent_id] for sent_id in order]
+def align(results: Sequence[EvalResult], like: Sequence[EvalResult]) -> list[EvalResult]:
+    """Return results in the order of another system's.
 
-
-# ---- intervals -----------------------------------------------------------------------------------------------------------
-
-
-def tally(answers: Sequence[EvalResult], inclusive: bool = False) -> Floats:
-    """Additive counts [P, C] of each photograph, in the order of the photographs' paths.
-
-    The columns: expressions, their IoUs added up, intersections, unions, and expressions whose IoU is over each threshold, or
-    at least it where `inclusive`.
+    Raises:
+        ValueError: if the two are not of the same expressions, one result each.
     """
-    names = [str(answer.reference.image_path) for answer in answers]
-    photographs, owners = np.unique(np.array(names, np.str_), return_inverse=True)
-    ious = np.array([answer.overlap.iou for answer in answers], np.float64)
-    pixels = np.array([(answer.overlap.intersection, answer.overlap.union) for answer in answers], np.float64)
-    over = (np.greater_equal if inclusive else np.greater)(ious[:, None], PRECISION_THRESHOLDS)
-    sums = np.zeros((len(photographs), _COLUMNS))
-    np.add.at(sums, owners, np.column_stack([np.ones_like(ious), ious, pixels.reshape(-1, 2), over]))
+    by_sentence = {result.expression.sent_id: result for result in results}
+    order = [result.expression.sent_id for result in like]
+    if not len(results) == len(by_sentence) == len(order) or by_sentence.keys() != set(order):
+        raise ValueError("systems must have results for the same expressions, one result for each expression")
+    return [by_sentence[sent_id] for sent_id in order]
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+
+
+def tally(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_METRICS) -> Floats:
+    """Return additive counts [P, C] of each image, in the order of the images' paths.
+
+    The columns are the number of expressions, then for each metric the sum of its values and, if it
+    is a ratio of sums, the sum of its weights.
+    """
+    paths = [str(result.reference.image_path) for result in results]
+    images, owners = np.unique(np.array(paths, np.str_), return_inverse=True)
+    overlaps = Overlaps.of(result.overlap for result in results)
+    columns = [np.ones(len(results))]
+    for metric in metrics:
+        columns.append(np.asarray(metric.value(overlaps), np.float64))
+        if metric.weight is not None:
+            columns.append(metric.weight(overlaps))
+    sums = np.zeros((len(images), len(columns)))
+    np.add.at(sums, owners, np.column_stack(columns))
     return sums
 
 
-def scores(counts: Floats) -> Floats:
-    """Added counts [..., C] -> METRICS [..., M] in percent; no expressions give zeros."""
-    expressions, ious, intersections, unions = np.moveaxis(counts[..., :4], -1, 0)
-    over = np.moveaxis(counts[..., 4:], -1, 0)
-    some = np.maximum(expressions, 1)
-    return 100 * np.stack([ious / some, intersections / np.maximum(unions, 1), *(over / some)], axis=-1)
+def scores(counts: Floats, metrics: Sequence[Metric] = STANDARD_METRICS) -> Floats:
+    """Return metrics [..., M] in percent from summed counts [..., C]; 0 for no expressions."""
+    columns = iter(np.moveaxis(counts, -1, 0))
+    expressions = next(columns)
+    found = []
+    for metric in metrics:
+        values = next(columns)
+        weights = expressions if metric.weight is None else next(columns)
+        found.append(values / np.where(weights > 0, weights, 1))
+    return 100 * np.stack(found, axis=-1)
 
 
 def resample(counts: Floats) -> Floats:
-    """Counts [P, C] of photographs -> [R, C]: those of P photographs drawn with replacement, added up, R times."""
-    photographs = len(counts)
+    """Return [R, C]: the summed counts of P images drawn with replacement from [P, C], R times."""
+    images = len(counts)
     random = np.random.default_rng(SEED)
-    rows = max(1, _DRAWN_AT_ONCE // photographs)
+    rows = max(1, _DRAWN_AT_ONCE // images)
     drawn = []
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
-        chosen = random.integers(photographs, size=(size, photographs))
-        # How often each photograph was drawn: a product with that is far quicker than adding up what was drawn.
-        places = chosen + photographs * np.arange(size)[:, None]
-        often = np.bincount(places.ravel(), minlength=size * photographs).reshape(size, photographs)
-        drawn.append(often.astype(np.float64) @ counts)
+        chosen = random.integers(images, size=(size, images))
+        # A product with the number of times each image was drawn is faster than summing
+        # the drawn rows.
+        indices = chosen + images * np.arange(size)[:, None]
+        times = np.bincount(indices.ravel(), minlength=size * images).reshape(size, images)
+        drawn.append(times.astype(np.float64) @ counts)
     return np.concatenate(drawn)
 
 
-def _counts(systems: Sequence[Sequence[EvalResult]], inclusive: bool) -> Floats:
-    """The tallies of one system [P, C], or of two side by side [P, 2 C], so that both are drawn the same photographs."""
-    return np.concatenate([tally(answers, inclusive) for answers in systems], axis=1)
+def _counts(systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) -> Floats:
+    """Return the tally of one system [P, C], or of two side by side [P, 2 C] for paired drawing."""
+    return np.concatenate([tally(results, metrics) for results in systems], axis=1)
 
 
-def _figures(counts: Floats) -> Floats:
-    """Added counts of one system [..., C] -> its metrics [..., M]; of two [..., 2 C] -> the first's minus the second's."""
-    found = scores(counts[..., :_COLUMNS])
-    return found - scores(counts[..., _COLUMNS:]) if counts.shape[-1] > _COLUMNS else found
+def _scores_of(counts: Floats, metrics: Sequence[Metric]) -> Floats:
+    """Return one system's metrics [..., M], or the first system's minus the second's.
+
+    Args:
+        counts: summed, [..., C] of one system or [..., 2 C] of two.
+        metrics: of the protocol.
+    """
+    columns = 1 + sum(1 if metric.weight is None else 2 for metric in metrics)
+    found = scores(counts[..., :columns], metrics)
+    return found - scores(counts[..., columns:], metrics) if counts.shape[-1] > columns else found
 
 
-def _intervals(counts: Floats, metrics: Sequence[str]) -> dict[str, list[float]]:
+def _intervals(counts: Floats, metrics: Sequence[Metric], wanted: Sequence[Metric]) -> dict[str, list[float]]:
+    """Return the intervals of the wanted metrics by key; none for fewer than two images."""
     if len(counts) < 2:
         return {}
-    low, high = np.percentile(_figures(resample(counts)), [2.5, 97.5], axis=0)
-    bounds = {name: [float(a), float(b)] for name, a, b in zip(METRICS, low, high, strict=True)}
-    return {name: bounds[name] for name in metrics}
+    low, high = np.percentile(_scores_of(resample(counts), metrics), [2.5, 97.5], axis=0)
+    bounds = {metric.key: [float(a), float(b)] for metric, a, b in zip(metrics, low, high, strict=True)}
+    return {metric.key: bounds[metric.key] for metric in wanted}
 
 
-def _describe(systems: Sequence[Sequence[EvalResult]], inclusive: bool) -> dict[str, Any]:
-    """Intervals and groups of one system's answers, or of two systems' difference, whose answers are in one order."""
-    counts = _counts(systems, inclusive)
-    described: dict[str, Any] = {"photographs": len(counts), "intervals": _intervals(counts, METRICS)}
+def _describe(systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return intervals and groups of one system, or of the difference of two in the same order."""
+    counts = _counts(systems, metrics)
+    described: dict[str, Any] = {"photographs": len(counts), "intervals": _intervals(counts, metrics, metrics)}
     for grouping, groups in _groups(systems[0]).items():
         described[grouping] = [
-            _group(name, [[answers[place] for place in places] for answers in systems], inclusive)
-            for name, places in groups.items()
+            _group(name, [[results[index] for index in indices] for results in systems], metrics)
+            for name, indices in groups.items()
         ]
     return described
 
 
-def _group(name: str, systems: Sequence[Sequence[EvalResult]], inclusive: bool) -> dict[str, Any]:
-    counts = _counts(systems, inclusive)
-    miou, oiou, *_ = _figures(counts.sum(axis=0)).tolist()
-    found = {"name": name, "expressions": len(systems[0]), "miou": miou, "oiou": oiou}
-    return {**found, "intervals": _intervals(counts, ("miou", "oiou"))}
-
-
-def _curve(answers: Sequence[EvalResult]) -> dict[str, list[float]] | None:
-    if not answers or any(len(answer.curve) != len(CURVE_THRESHOLDS) for answer in answers):
-        return None
-    ious = np.array([[overlap.iou for overlap in answer.curve] for answer in answers])  # [N, T]
-    shared = [sum(answer.curve[place].intersection for answer in answers) for place in range(len(CURVE_THRESHOLDS))]
-    unions = [sum(answer.curve[place].union for answer in answers) for place in range(len(CURVE_THRESHOLDS))]
+def _group(name: str, systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return the entry of one group: its size and the first two metrics with intervals."""
+    counts, shown = _counts(systems, metrics), metrics[:2]
+    found = _scores_of(counts.sum(axis=0), metrics).tolist()
+    values = {metric.key: value for metric, value in zip(shown, found[: len(shown)], strict=True)}
     return {
-        "thresholds": list(CURVE_THRESHOLDS),
-        "miou": (100 * ious.mean(axis=0)).tolist(),
-        "oiou": [100 * a / b if b else 0.0 for a, b in zip(shared, unions, strict=True)],
+        "name": name,
+        "expressions": len(systems[0]),
+        **values,
+        "intervals": _intervals(counts, metrics, shown),
     }
 
 
-# ---- groups --------------------------------------------------------------------------------------------------------------
+def _curve(results: Sequence[EvalResult], metrics: Sequence[Metric]) -> dict[str, list[float]] | None:
+    """Return the thresholds and each metric at each; None if any result has no curve."""
+    if not results or any(len(result.curve) != len(CURVE_THRESHOLDS) for result in results):
+        return None
+    pairs = np.array([[(each.intersection, each.union) for each in result.curve] for result in results], np.float64)
+    overlaps = Overlaps(pairs[..., 0], pairs[..., 1])  # [N, T]
+    by_key = {metric.key: metric.score(overlaps).tolist() for metric in metrics}
+    return {"thresholds": list(CURVE_THRESHOLDS), **by_key}
+
+
+# ---- groups --------------------------------------------------------------------------------------
 
 
 _LENGTHS = {"1-2 words": 2, "3-5 words": 5, "6-10 words": 10, "11 words and more": sys.maxsize}
 _SIZES = {"small": 32**2, "medium": 96**2, "large": sys.maxsize}
-"""COCO's: the true mask's pixels on the photograph as it is, up to 32 x 32, up to 96 x 96, and more. They suit photographs of
-640 pixels, as COCO's; where they are much larger or smaller, they say more about those than about the objects."""
+"""COCO's classes of the true mask's area in pixels. They are meant for images of about 640 pixels,
+as in COCO."""
 
 _WORDS = {
     "place": """
@@ -218,11 +249,15 @@ _COUNTED = re.compile(r"\b(?:\d*(?:1st|2nd|3rd|\dth)|(?:one|two|three|four|five|
 
 
 def phrase_kinds(text: str) -> tuple[str, ...]:
-    """What a phrase uses to tell its object apart: those of "place", "ordinal" and "attribute" that its words speak for.
+    """Classify what an expression uses to identify its object: "place", "ordinal", "attribute".
 
-    Place words say where it stands; ordinals count ("third", "2nd", "two from left"); attributes are colours, sizes, materials,
-    patterns, clothing and age. Words that as often name the object itself ("glass", "light") are left out. A phrase with none
-    of them is "other". This looks words up and does not parse: the "back of the chair" counts as a place.
+    Place words give a position; ordinals count ("third", "2nd", "two from left"); attributes are
+    colours, sizes, materials, patterns, clothing and age. Words that often name the object itself
+    ("glass", "light") are not in the lists. The text is not parsed: "back of the chair" counts as a
+    place.
+
+    Returns:
+        The kinds whose words occur, or ("other",).
     """
     words = re.findall(r"[^\W_]+", text.lower().replace("'", ""))
     kinds = {_KIND_OF[word] for word in words if word in _KIND_OF}
@@ -231,24 +266,28 @@ def phrase_kinds(text: str) -> tuple[str, ...]:
     return tuple(kind for kind in _WORDS if kind in kinds) or ("other",)
 
 
-def _groups(answers: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
-    """For each way to group, its groups in order, each with the places in `answers` of its expressions."""
-    references = {answer.reference.ref_id: answer.reference for answer in answers}
-    # Once for a reference, which has several expressions: decoding takes longer than all else here.
+def _groups(results: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
+    """Return, for each grouping, its groups in order with the indices of their results."""
+    references = {result.reference.ref_id: result.reference for result in results}
+    # Decoding a mask takes longest here, so it is done once per reference, not once per expression.
     areas = {key: mask_area(reference.segmentation, reference.image_size) for key, reference in references.items()}
     kinds: dict[str, list[int]] = {}
     lengths: dict[str, list[int]] = {name: [] for name in _LENGTHS}
     sizes: dict[str, list[int]] = {name: [] for name in _SIZES}
-    for place, answer in enumerate(answers):
-        expression = answer.expression
-        lengths[_bin(len(expression.text.split()), _LENGTHS)].append(place)
-        sizes[_bin(areas[answer.reference.ref_id], _SIZES)].append(place)
+    for index, result in enumerate(results):
+        expression = result.expression
+        lengths[_bin(len(expression.text.split()), _LENGTHS)].append(index)
+        sizes[_bin(areas[result.reference.ref_id], _SIZES)].append(index)
         for kind in [expression.kind] if expression.kind is not None else phrase_kinds(expression.text):
-            kinds.setdefault(kind, []).append(place)
+            kinds.setdefault(kind, []).append(index)
     in_order = dict(sorted(kinds.items(), key=lambda item: (item[0] == "other", item[0])))
-    found = {"by_length": lengths, "by_size": sizes, "by_kind": in_order}
-    return {way: {name: places for name, places in groups.items() if places} for way, groups in found.items()}
+    groupings = {"by_length": lengths, "by_size": sizes, "by_kind": in_order}
+    return {
+        grouping: {name: indices for name, indices in groups.items() if indices}
+        for grouping, groups in groupings.items()
+    }
 
 
 def _bin(value: int, limits: Mapping[str, int]) -> str:
+    """Return the first name whose limit is at least the value."""
     return next(name for name, limit in limits.items() if value <= limit)

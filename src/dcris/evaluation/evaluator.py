@@ -1,6 +1,6 @@
-"""The one evaluator: every method, every data set, every protocol.
+"""Evaluation of a model on a split, for every method, data set and protocol.
 
-Shape letters: B phrases, S side of the network's square, H W pixels of a photograph.
+Shape letters: B expressions, S side of the network's square input, H W pixels of an image.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,26 +29,31 @@ from dcris.utils.device import autocast, choose_device, choose_precision, device
 from dcris.utils.distributed import Processes
 from dcris.version import __version__
 
-PHRASES_PER_PASS = 32
-"""Phrases of one photograph that finish the network together."""
+EXPRESSIONS_PER_PASS = 32
+"""Expressions of one image that go through the head together."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """One expression, what was predicted for it, and how that agrees with the truth."""
+    """The predicted mask of one expression and its overlap with the true mask."""
 
     reference: Reference
     expression: Expression
     overlap: Overlap
     prediction: Mapping[str, Any] | None
-    """The predicted mask as COCO run lengths, since a whole data set's masks must fit into memory; None if not kept."""
+    """The predicted mask as COCO run lengths, so that a whole data set fits in memory; None if not
+    kept."""
     curve: tuple[Overlap, ...] = ()
-    """The overlap at each of CURVE_THRESHOLDS; nothing where the probabilities are not known."""
+    """The overlap at each of CURVE_THRESHOLDS; empty if the probabilities are unknown."""
 
     def mask(self) -> MaskArray:
-        """The predicted mask [H, W] at the photograph's size. Raises ValueError where it was not kept."""
+        """Decode the predicted mask [H, W] at the image's size.
+
+        Raises:
+            ValueError: if it was not kept.
+        """
         if self.prediction is None:
-            raise ValueError("the masks of these answers were not kept")
+            raise ValueError("the masks of these results were not kept; evaluate with keep_masks=True")
         return decode_mask(self.prediction, self.reference.image_size).astype(bool)
 
 
@@ -66,40 +71,46 @@ def predict_queries(
     keep_masks: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[EvalResult]:
-    """Predict a mask for every question and score it, photograph by photograph.
+    """Predict a mask for every query and compare it with the truth, image by image.
 
-    Each photograph goes through the network by itself, with all its phrases. So the shapes of all products, and with them
-    every rounding, are the same whatever the batch size and however many processes share the work: the answers are too, bit
-    for bit, on equal devices with an equal number of threads.
+    Each image goes through the network alone, with all its expressions. All products then have the
+    same shapes, and so the same rounding, for any batch size and number of ranks: results are
+    identical on equal devices with equal numbers of threads.
 
     Args:
         model: on `device`, in evaluation mode.
-        questions: expressions, each with the reference whose mask is its truth.
-        config: of the run that trained it: how photographs and phrases become tensors, and how many processes read them.
-        protocol: how photographs become squares, logits masks, and on what those are compared.
-        device, dtype: where and in which precision; the run's own by default.
-        batch_size: photographs that are read, and moved to the device, together.
-        share: (k, n) for the k-th of n processes, which answers for every n-th photograph.
-        keep_masks: whether answers hold their masks.
+        queries: expressions, each with the reference whose mask is its truth.
+        config: of the run that trained the model: preprocessing of images and expressions, and the
+            number of workers.
+        protocol: transform, resampling and threshold.
+        device: where the model runs.
+        dtype: working precision; the run's own by default.
+        batch_size: images that are read and moved to the device together.
+        share: (k, n) to evaluate every n-th image from the k-th on, as rank k of n does.
+        keep_masks: whether results hold their masks.
         progress: called with the number of expressions done so far.
 
-    Raises DcrisError where a photograph or mask cannot be read.
+    Yields:
+        One result for each query.
+
+    Raises:
+        DcrisError: if an image or a mask cannot be read.
     """
     device, done = choose_device(device), 0
     if not (isinstance(batch_size, int) and batch_size > 0):
-        raise DcrisError(f"the batch size is {batch_size!r}; it has to be a whole number of 1 or more")
+        raise DcrisError(f"the batch size is {batch_size!r}; give a whole number of 1 or more")
     dtype = dtype or choose_precision(config.train.precision, device)
     model = prepare_for_prediction(model, dtype)
-    tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.fit, share)
+    tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.transform, share)
     for group in task_loader(tasks, images=batch_size, workers=config.data.workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config.data)
         for task, image in zip(group, images, strict=True):
-            yield from _answer_task(model, task, image[None], protocol, device, dtype, keep_masks)
+            yield from _predict_task(model, task, image[None], protocol, device, dtype, keep_masks)
             done += len(task.queries)
             progress(done)
 
 
-def _answer_task(
+def _predict_task(
     model: ReferringSegmenter,
     task: ImageTask,
     image: Tensor,
@@ -108,35 +119,38 @@ def _answer_task(
     dtype: torch.dtype,
     keep_masks: bool,
 ) -> Iterator[EvalResult]:
-    truths = {number: torch.from_numpy(protocol.compared(mask)).to(device) for number, mask in task.truths.items()}
+    """Predict and compare all expressions of one image [1, 3, S, S]."""
+    truths = {ref_id: torch.from_numpy(protocol.to_canvas(mask)).to(device) for ref_id, mask in task.truths.items()}
     logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
     for (reference, expression), one in zip(task.queries, logits, strict=True):
-        (picture,) = protocol.probabilities(one[None], [task.fit])
-        overlap, *curve = overlap_curve(picture, truths[reference.ref_id], protocol.threshold)
+        (probabilities,) = protocol.probabilities(one[None], [task.fit])
+        overlap, *curve = overlap_curve(probabilities, truths[reference.ref_id], protocol.threshold)
         mask = None
         if keep_masks:
-            found = (picture > protocol.threshold).cpu().numpy()
-            mask = encode_mask(protocol.shown(found, reference.image_size))
+            predicted = (probabilities > protocol.threshold).cpu().numpy()
+            mask = encode_mask(protocol.from_canvas(predicted, reference.image_size))
         yield EvalResult(reference, expression, overlap, mask, tuple(curve))
 
 
 def segment_in_passes(
     model: ReferringSegmenter, image: Tensor, tokens: Tensor, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Encode an image and its phrases once, and finish the phrases some at a time, so that memory is bounded.
+    """Encode an image and its expressions once, then fuse them in passes of bounded memory.
 
     Args:
         model: on `device`, in evaluation mode.
         image: [1, 3, S, S] normalised.
         tokens: [B, L].
-        device, dtype: where and in which precision.
+        device: where the model runs.
+        dtype: working precision.
 
-    Yields logits [b, 1, h, w], in the phrases' order.
+    Yields:
+        Logits [b, 1, h, w] of successive expressions.
     """
     with autocast(device, dtype):
         state = model.encode_images(image)
-    pairs = [(0, phrase) for phrase in range(len(tokens))]
-    yield from finish_in_passes(model, state, tokens, pairs, device, dtype, PHRASES_PER_PASS)
+    pairs = [(0, expression) for expression in range(len(tokens))]
+    yield from finish_in_passes(model, state, tokens, pairs, device, dtype, EXPRESSIONS_PER_PASS)
 
 
 def finish_in_passes(
@@ -148,47 +162,53 @@ def finish_in_passes(
     dtype: torch.dtype,
     at_once: int,
 ) -> Iterator[Tensor]:
-    """Finish encoded images with phrases, each of which is encoded once, `at_once` pairs at a time.
+    """Segment pairs of encoded images and expressions, `at_once` pairs in a pass.
+
+    Each expression is encoded once.
 
     Args:
         model: on `device`, in evaluation mode.
-        state: of I images, as DCRIS.encode_images leaves it.
-        tokens: [K, L] of K phrases.
-        pairs: an image (from 0) and a phrase (from 0) each.
-        device, dtype: where and in which precision.
-        at_once: pairs in one pass through the rest of the network.
+        state: of I images, from `encode_images`.
+        tokens: [K, L] of K expressions.
+        pairs: (image, expression), both counted from 0.
+        device: where the model runs.
+        dtype: working precision.
+        at_once: pairs in one pass.
 
-    Yields logits [b, 1, h, w], in the pairs' order.
+    Yields:
+        Logits [b, 1, h, w] of successive pairs.
     """
     with autocast(device, dtype):
         text = model.encode_text(tokens)
     for start in range(0, len(pairs), at_once):
-        images, phrases = torch.tensor(pairs[start : start + at_once], device=device).unbind(1)
-        # Not around the yield: what a generator has entered holds for its caller, who would interpolate in bfloat16.
+        images, expressions = torch.tensor(pairs[start : start + at_once], device=device).unbind(1)
+        # The context ends before the yield: autocast entered in a generator stays active in its
+        # caller, which would then interpolate in bfloat16.
         with autocast(device, dtype):
-            logits = model.segment(state.select(images), text.select(phrases))
+            logits = model.segment(state.select(images), text.select(expressions))
         yield logits
 
 
 def predict_on_all_ranks(
-    group: Processes, queries: Queries, answer: Callable[[tuple[int, int]], Iterable[EvalResult]]
+    group: Processes, queries: Queries, predict: Callable[[tuple[int, int]], Iterable[EvalResult]]
 ) -> list[EvalResult]:
-    """What several processes answer, each its share, in the questions' order; every process gets all of it.
+    """Evaluate each rank's share and return all results on every rank, in the queries' order.
 
     Args:
-        group: the processes. Each must call this with the same questions.
-        questions: all of them.
-        answer: gives the answers of the share (k, n), as predict_queries does.
+        group: the ranks; all of them must call this with the same queries.
+        queries: all queries.
+        predict: returns the results of a share (k, n), as `predict_queries` does.
     """
     order = {(reference.ref_id, expression.sent_id): number for number, (reference, expression) in enumerate(queries)}
-    parts = group.all_gather(list(answer((group.rank, group.count))))
+    parts = group.all_gather(list(predict((group.rank, group.count))))
     return sorted(chain.from_iterable(parts), key=lambda item: order[item.reference.ref_id, item.expression.sent_id])
 
 
 def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, Expression]]:
-    """Questions in which each reference gets the phrases of another object of its photograph, in turn.
+    """Return queries that pair each reference with the expressions of another object of its image.
 
-    A model that listens must fail on them. References that are alone on their photograph are left out.
+    A model that uses the expression must score low on them. A reference that is alone on its image
+    is left out.
     """
     by_image: dict[int, list[Reference]] = {}
     for reference in references:
@@ -203,7 +223,7 @@ def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, E
 
 
 def result_record(
-    answers: Sequence[EvalResult],
+    results: Sequence[EvalResult],
     table: ReferenceTable,
     split: str,
     protocol: Protocol,
@@ -212,21 +232,23 @@ def result_record(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, float | int | str | None]:
-    """What every result file holds: the scores in percent, and what they are scores of.
+    """Return the content of a result file: the protocol's metrics in percent and their provenance.
 
-    Two results can be compared where `data_sha256`, `protocol` and `threshold` agree.
+    Two results compare if `data_sha256`, `protocol` and `threshold` are equal.
 
     Args:
-        answers: to all questions of the split.
+        results: of all queries of the split.
         table: the data set.
-        split: of it.
-        protocol: by which the answers were measured.
-        model, device, dtype: what answered, where and in which precision; None where only masks are known.
+        split: its split.
+        protocol: that measured the results.
+        model: that predicted the masks; None if only masks are known.
+        device: where it ran.
+        dtype: its working precision.
     """
     return {
-        **summarise((answer.overlap for answer in answers), protocol.precision_includes_threshold),
-        "references": len({answer.reference.ref_id for answer in answers}),
-        "expressions": len(answers),
+        **summarise((result.overlap for result in results), protocol.metrics),
+        "references": len({result.reference.ref_id for result in results}),
+        "expressions": len(results),
         "dataset": table.dataset,
         "split_by": table.split_by,
         "split": split,

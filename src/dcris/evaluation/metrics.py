@@ -1,78 +1,175 @@
-"""Scores of referring image segmentation, from additive counts of pixels.
+"""Metrics of referring image segmentation, computed from pixel counts of each expression.
 
-The field reports two averages under the one name "IoU"; both are always given here:
-mIoU is the mean of each expression's IoU (CRIS, ETRIS, DETRIS); oIoU, also called cIoU, is the sum of all intersections over
-the sum of all unions (LAVT's family), in which large objects weigh more.
+Papers report two averages as "IoU"; every protocol of this package gives both:
+mIoU is the mean over expressions of the intersection over union (CRIS, ETRIS, DETRIS). oIoU, also
+called cIoU, is the sum of all intersections over the sum of all unions (LAVT and others), so large
+objects weigh more.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dcris.types import MaskArray
 
+Floats = NDArray[np.float64]
+
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
-"""0.05, 0.10, ... 0.95: where a curve over the threshold is taken."""
+"""Probability thresholds of the threshold curve: 0.05, 0.10, ... 0.95."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """How one predicted mask and the truth overlap, in pixels."""
+    """Overlap of a predicted mask with the true mask, in pixels."""
 
     intersection: int
     union: int
 
     @property
     def iou(self) -> float:
-        """Intersection over union in 0..1; 0 where both masks are empty, as an empty prediction never scores."""
+        """Intersection over union in 0..1; 0 if both masks are empty."""
         return self.intersection / self.union if self.union else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Overlaps:
+    """Overlaps of N expressions as arrays, the input of a metric.
+
+    All arrays are [N], or [N, T] for T thresholds.
+    """
+
+    intersection: Floats
+    """In pixels."""
+    union: Floats
+    """In pixels."""
+
+    @classmethod
+    def of(cls, overlaps: Iterable[Overlap]) -> "Overlaps":
+        """Collect N overlaps into arrays [N], in their order."""
+        pairs = np.array([(each.intersection, each.union) for each in overlaps], np.float64).reshape(-1, 2)
+        return cls(pairs[:, 0], pairs[:, 1])
+
+    @property
+    def iou(self) -> Floats:
+        """Intersection over union in 0..1; 0 where both masks are empty."""
+        return np.asarray(self.intersection / np.maximum(self.union, 1), np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A score in percent: the mean of a value over expressions, or a ratio of two sums over them.
+
+    Both are computed from sums over expressions, so that the bootstrap of `analysis` can resample
+    images. Greater has to be better.
+    """
+
+    key: str
+    """Name in result files, such as "miou"."""
+    title: str
+    """Name in tables and reports, such as "mIoU"."""
+    value: Callable[[Overlaps], NDArray[np.floating | np.bool_]]
+    """Maps overlaps element by element to values in 0..1, or to the numerators of a ratio of
+    sums."""
+    weight: Callable[[Overlaps], Floats] | None = None
+    """Maps overlaps to the denominators of a ratio of sums; None for a mean."""
+    description: str = ""
+    """Sentence below the score in reports."""
+
+    def score(self, overlaps: Overlaps) -> Floats:
+        """Return the score over the first axis of [N, ...] overlaps in percent; 0 for N = 0."""
+        values = np.asarray(self.value(overlaps), np.float64)
+        if not len(values):
+            return np.zeros(values.shape[1:])
+        if self.weight is None:
+            return np.asarray(100 * values.mean(axis=0))
+        total = self.weight(overlaps).sum(axis=0)
+        return np.asarray(100 * values.sum(axis=0) / np.where(total > 0, total, 1))
+
+
+def precision(threshold: float, inclusive: bool = False) -> Metric:
+    """Precision at an IoU threshold: the share of expressions whose IoU is greater.
+
+    Args:
+        threshold: IoU in 0..1.
+        inclusive: also count an IoU equal to the threshold, as LAVT does.
+    """
+    compare = np.greater_equal if inclusive else np.greater
+    description = "Share of the expressions whose IoU is above 0.5." if threshold == 0.5 else ""
+    return Metric(
+        f"prec@{threshold}",
+        f"Prec@{threshold}",
+        lambda overlaps: compare(overlaps.iou, threshold),
+        description=description,
+    )
+
+
+MIOU = Metric(
+    "miou",
+    "mIoU",
+    lambda overlaps: overlaps.iou,
+    description="Intersection over union of the predicted and the true mask, averaged over the expressions.",
+)
+OIOU = Metric(
+    "oiou",
+    "oIoU",
+    lambda overlaps: overlaps.intersection,
+    lambda overlaps: overlaps.union,
+    "Sum of all intersections over the sum of all unions: large objects weigh more.",
+)
+STANDARD_METRICS = (MIOU, OIOU, *map(precision, PRECISION_THRESHOLDS))
+"""mIoU, oIoU and strict precision at 0.5 to 0.9, as the CRIS family reports them."""
+INCLUSIVE_METRICS = (MIOU, OIOU, *(precision(threshold, inclusive=True) for threshold in PRECISION_THRESHOLDS))
+"""The same with precision that counts equality, as LAVT reports them."""
+
+
 def overlap(prediction: MaskArray, truth: MaskArray) -> Overlap:
-    """Count the pixels that two [H, W] bool masks share and cover. Raises ValueError where their shapes differ."""
+    """Count the pixels in the intersection and the union of two [H, W] bool masks.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
     if prediction.shape != truth.shape:
-        raise ValueError(f"a mask of {prediction.shape} pixels cannot be compared with one of {truth.shape}")
+        raise ValueError(f"cannot compare a mask of shape {prediction.shape} with one of shape {truth.shape}")
     intersection = int(np.count_nonzero(prediction & truth))
     return Overlap(intersection, int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth)) - intersection)
 
 
 def overlap_curve(probabilities: Tensor, truth: Tensor, threshold: float) -> tuple[Overlap, ...]:
-    """The overlap of the mask `probabilities` > t with `truth`, both [H, W], for `threshold` and each of CURVE_THRESHOLDS.
+    """Count the overlap of the mask `probabilities > t` with `truth` for several thresholds t.
 
-    Counted where the tensors are, in one pass: a histogram of the probabilities inside and outside the object tells all.
+    The counts come from one histogram of the probabilities inside and one outside the true object,
+    computed on the tensors' device.
+
+    Args:
+        probabilities: [H, W] in 0..1.
+        truth: [H, W] bool.
+        threshold: of the protocol.
+
+    Returns:
+        The overlap at `threshold`, then at each of CURVE_THRESHOLDS.
     """
     mask = probabilities > threshold
     steps = len(CURVE_THRESHOLDS) + 1
     bins = (probabilities * steps).ceil_().clamp_(1, steps).to(torch.uint8)  # k for (k - 1) / 20 < p <= k / 20
     bins += truth * (steps + 1)
     counts = torch.bincount(bins.flatten(), minlength=2 * (steps + 1))
-    own = torch.stack([(mask & truth).sum(), mask.sum()])
+    at_threshold = torch.stack([(mask & truth).sum(), mask.sum()])
     outside, inside = np.array(counts.tolist()).reshape(2, -1)
-    shared, covered = own.tolist()
-    size = int(inside.sum())
-    curve = [Overlap(shared, covered + size - shared)]
+    shared, predicted = at_threshold.tolist()
+    object_size = int(inside.sum())
+    curve = [Overlap(shared, predicted + object_size - shared)]
     for step in range(1, steps):
         intersection = int(inside[step + 1 :].sum())
-        curve.append(Overlap(intersection, size + int(outside[step + 1 :].sum())))
+        curve.append(Overlap(intersection, object_size + int(outside[step + 1 :].sum())))
     return tuple(curve)
 
 
-def summarise(overlaps: Iterable[Overlap], inclusive: bool = False) -> dict[str, float]:
-    """mIoU, oIoU and precision at 0.5 to 0.9, in percent; NaN never: no expressions give zeros.
-
-    Precision at t is the share of expressions whose IoU is greater than t (strictly, as the CRIS family has it; or at least t
-    where `inclusive`, as LAVT has it).
-    """
-    items: Sequence[Overlap] = list(overlaps)
-    ious = np.array([item.iou for item in items] or [0.0])
-    unions = sum(item.union for item in items)
-    scores = {
-        "miou": 100 * float(ious.mean()),
-        "oiou": 100 * sum(item.intersection for item in items) / unions if unions else 0.0,
-    }
-    compare = np.greater_equal if inclusive else np.greater
-    return scores | {f"prec@{t}": 100 * float(compare(ious, t).mean()) for t in PRECISION_THRESHOLDS}
+def summarise(overlaps: Iterable[Overlap], metrics: Sequence[Metric] = STANDARD_METRICS) -> dict[str, float]:
+    """Return each metric's score in percent by its key; all are 0 if there are no expressions."""
+    collected = Overlaps.of(overlaps)
+    return {metric.key: float(metric.score(collected)) for metric in metrics}

@@ -1,8 +1,8 @@
-"""Resampling along one axis, as a matrix.
+"""Resampling along one axis, written as a matrix.
 
-Every interpolation that evaluation needs is linear in the picture and separable: rows first, then columns, each a product with
-a matrix of a few numbers per line. Several of them in a row are one matrix, so a map of logits becomes a picture of the
-photograph's size by two small products, on any device, whatever chain of resizes a protocol prescribes.
+Every interpolation in evaluation is linear and separable: first the rows, then the columns, each a
+product with a sparse matrix. Successive resizes multiply into one matrix. So a logit grid becomes a
+map of the image's size by two small products, for any chain of resizes, on any device.
 """
 
 from typing import Literal
@@ -16,17 +16,24 @@ Floats = NDArray[np.float64]
 def sampling_matrix(
     positions: Floats, length: int, kernel: Literal["bilinear", "bicubic"], edge: Literal["clamp", "zero"] = "clamp"
 ) -> Floats:
-    """The matrix [n, length] that samples a line of `length` pixels at n positions (0 is the centre of the first pixel).
+    """Return the matrix that samples a line of pixels at given positions.
 
-    bicubic is Keys' kernel with a = -0.75, which torch and OpenCV have in common. Beyond the ends lies the end pixel's value
-    (as in torch's interpolation) or zero (as in OpenCV's warp with a border of zero).
+    Args:
+        positions: [n], where 0 is the centre of the first pixel.
+        length: pixels of the line.
+        kernel: "bicubic" is Keys' kernel with a = -0.75, as in torch and OpenCV.
+        edge: value beyond the ends: the end pixel's ("clamp", as in torch's interpolation) or 0
+            ("zero", as in OpenCV's warp with a zero border).
+
+    Returns:
+        [n, length].
     """
     reach = 1 if kernel == "bilinear" else 2
     first = np.floor(positions).astype(np.int64) - reach + 1
     matrix = np.zeros((len(positions), length))
     lines = np.arange(len(positions))
-    for tap in range(2 * reach):
-        pixel = first + tap
+    for offset in range(2 * reach):
+        pixel = first + offset
         weight = _weight(np.abs(positions - pixel), kernel)
         if edge == "zero":
             weight = np.where((pixel >= 0) & (pixel < length), weight, 0)
@@ -35,6 +42,7 @@ def sampling_matrix(
 
 
 def _weight(distance: Floats, kernel: str) -> Floats:
+    """Return the kernel's value at a distance in pixels."""
     if kernel == "bilinear":
         return (1 - distance).clip(0)
     a = -0.75
@@ -44,7 +52,7 @@ def _weight(distance: Floats, kernel: str) -> Floats:
 
 
 def resize_matrix(source: int, target: int, kernel: Literal["bilinear", "bicubic"], align_corners: bool) -> Floats:
-    """The matrix [target, source] of torch's interpolation of `source` pixels to `target`."""
+    """Return the matrix [target, source] of torch's interpolation."""
     index = np.arange(target)
     if align_corners:
         positions = index * ((source - 1) / (target - 1) if target > 1 else 0.0)
@@ -56,9 +64,10 @@ def resize_matrix(source: int, target: int, kernel: Literal["bilinear", "bicubic
 
 
 def nearest(source: int, target: int) -> NDArray[np.int64]:
-    """For each of `target` pixels the one of `source` that nearest-neighbour resizing takes, as Pillow has it.
+    """Return [target]: the source pixels that Pillow's nearest-neighbour resizing takes.
 
-    Pillow adds up steps, and where a centre falls between two pixels (640 to 480) its rounding errors decide.
+    Pillow accumulates steps. Where a centre falls between two pixels (640 to 480), its rounding
+    errors decide, so they are reproduced here.
     """
     step = source / target
     steps = np.full(target, step)

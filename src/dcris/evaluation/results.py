@@ -1,9 +1,9 @@
-"""Answers in a file, one JSON object a line, so that scores and pictures can be made later without running a model again.
+"""Results of single expressions as JSON Lines, so that scores and reports need no second model run.
 
-A line holds `sent_id`, `ref_id`, `image` (the photograph's file name), `phrase`, `protocol`, `iou` in 0..1, `intersection` and
-`union` in pixels as the protocol counts them, `data_sha256` (of the split), `segmentation` (the predicted mask on the
-photograph, COCO's compressed run lengths), and where it was measured `curve`, a pair of intersection and union for each of
-metrics.CURVE_THRESHOLDS.
+A line has `sent_id`, `ref_id`, `image` (file name), `phrase`, `protocol`, `iou` in 0..1,
+`intersection` and `union` in pixels as the protocol counts them, `data_sha256` (of the split),
+`segmentation` (the predicted mask as COCO's compressed run lengths) and, if known, `curve`: a pair
+of intersection and union for each of metrics.CURVE_THRESHOLDS.
 """
 
 import json
@@ -24,92 +24,110 @@ from dcris.utils.files import read_json_lines, write_file
 from dcris.utils.streams import note
 
 
-def write_results(path: Path, answers: Iterable[EvalResult], protocol: Protocol, data: str | None = None) -> None:
-    """Write the answers, measured by `protocol` on the split with the checksum `data`, atomically.
+def write_results(path: Path, results: Iterable[EvalResult], protocol: Protocol, data: str | None = None) -> None:
+    """Write results to a file atomically.
 
-    Raises DcrisError where the file cannot be written, ValueError where an answer comes without its mask.
+    Args:
+        path: the file.
+        results: with their masks.
+        protocol: that measured them.
+        data: checksum of their split.
+
+    Raises:
+        DcrisError: if the file cannot be written.
+        ValueError: if a result has no mask.
     """
 
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps(_line(answer, protocol, data)) + "\n" for answer in answers)
+            file.writelines(json.dumps(_record(result, protocol, data)) + "\n" for result in results)
 
     write_file(path, fill)
 
 
-def _line(answer: EvalResult, protocol: Protocol, data: str | None) -> dict[str, Any]:
-    found = {
-        "sent_id": answer.expression.sent_id,
-        "ref_id": answer.reference.ref_id,
-        "image": answer.reference.image_path.name,
-        "phrase": answer.expression.text,
+def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[str, Any]:
+    """Return the fields of a result's line."""
+    record = {
+        "sent_id": result.expression.sent_id,
+        "ref_id": result.reference.ref_id,
+        "image": result.reference.image_path.name,
+        "phrase": result.expression.text,
         "protocol": protocol.name,
-        "iou": round(answer.overlap.iou, 6),
-        "intersection": answer.overlap.intersection,
-        "union": answer.overlap.union,
+        "iou": round(result.overlap.iou, 6),
+        "intersection": result.overlap.intersection,
+        "union": result.overlap.union,
     }
     if data is not None:
-        found["data_sha256"] = data
-    if answer.curve:
-        found["curve"] = [[overlap.intersection, overlap.union] for overlap in answer.curve]
-    if answer.prediction is None:
-        raise ValueError("the masks of these answers were not kept")
-    return {**found, "segmentation": dict(answer.prediction)}
+        record["data_sha256"] = data
+    if result.curve:
+        record["curve"] = [[overlap.intersection, overlap.union] for overlap in result.curve]
+    if result.prediction is None:
+        raise ValueError("the masks of these results were not kept; evaluate with keep_masks=True")
+    return {**record, "segmentation": dict(result.prediction)}
 
 
 def read_results(path: Path, queries: Queries, protocol: Protocol, data: str | None = None) -> list[EvalResult]:
-    """The answers that `write_results` wrote for these questions, in the questions' order.
+    """Read the results of these queries from a file of `write_results`, in the queries' order.
 
-    Nothing is measured again: the file's counts are believed, if they were counted by `protocol`. A note is printed where they
-    were counted on a split with another checksum than `data`: masks may have changed.
+    Pixel counts are taken from the file and not computed again. A note is printed if the file was
+    measured on a split with another checksum, because masks may have changed.
 
-    Raises DcrisError, naming the file and the line, where it cannot be read, was measured by another protocol, or does not
-    answer each question once.
+    Args:
+        path: the file.
+        queries: what the file has to hold results of.
+        protocol: that must have measured them.
+        data: checksum of the queries' split.
+
+    Raises:
+        DcrisError: with file and line, if the file cannot be read, was measured by another protocol
+            or does not hold exactly one result for each query.
     """
     lines = _by_sentence(path)
     if data is not None and any(record.get("data_sha256", data) != data for _, record in lines.values()):
-        note(f"{path} was measured on other data: the checksum of its split differs from this one's; evaluate again")
-    answers = []
+        note(f"{path} was measured on a split with another checksum; evaluate again if its masks have changed")
+    results = []
     for reference, expression in queries:
         if expression.sent_id not in lines:
             raise DcrisError(
-                f"{path} has no answer to sentence {expression.sent_id}, {expression.text!r}; it is of another data set or "
-                "split, or cut short"
+                f"{path} has no result for sentence {expression.sent_id}, {expression.text!r}; it is of another data "
+                "set or split, or incomplete"
             )
-        answers.append(_answer(*lines.pop(expression.sent_id), reference, expression, protocol, path))
+        results.append(_result(*lines.pop(expression.sent_id), reference, expression, protocol, path))
     if lines:
         raise DcrisError(
-            f"{path} also answers sentence {next(iter(lines))}, which is not asked here; it is of another data set or split"
+            f"{path} has a result for sentence {next(iter(lines))}, which is not in this split; it is of another data "
+            "set or split"
         )
-    return answers
+    return results
 
 
 def _by_sentence(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Where each sentence's line is, and what it holds."""
+    """Read a file's lines: each sent_id's line number (as "line N") and record."""
     lines: dict[int, tuple[str, dict[str, Any]]] = {}
     for number, record in read_json_lines(path):
         where = f"line {number}"
         sent_id = field(record, "sent_id", int, path, where)
         if sent_id in lines:
-            raise bad(path, f"{where} answers sentence {sent_id}, which {lines[sent_id][0]} did already")
+            raise bad(path, f"{where} repeats sentence {sent_id} of {lines[sent_id][0]}")
         lines[sent_id] = where, record
     return lines
 
 
-def _answer(
+def _result(
     where: str, record: dict[str, Any], reference: Reference, expression: Expression, protocol: Protocol, path: Path
 ) -> EvalResult:
-    found = field(record, "ref_id", int, path, where), field(record, "phrase", str, path, where)
-    if found != (reference.ref_id, expression.text):
+    """Check a line against its query and return it as a result."""
+    named = field(record, "ref_id", int, path, where), field(record, "phrase", str, path, where)
+    if named != (reference.ref_id, expression.text):
         raise DcrisError(
-            f"{path}, {where}, answers {found[1]!r} of reference {found[0]} as sentence {expression.sent_id}, which is "
-            f"{expression.text!r} of reference {reference.ref_id} here; it is of another data set"
+            f"{path}, {where}: sentence {expression.sent_id} is {named[1]!r} of reference {named[0]}, but "
+            f"{expression.text!r} of reference {reference.ref_id} in this data set; the file is of another data set"
         )
     measured = field(record, "protocol", str, path, where)
     if measured != protocol.name:
         raise DcrisError(
-            f"{path}, {where}, was measured by protocol {measured!r}, and here it is {protocol.name!r}; give --protocol, or "
-            "evaluate again"
+            f"{path}, {where}: measured by protocol {measured!r}, not {protocol.name!r}; give --protocol {measured} "
+            "or evaluate again"
         )
     curve = field(record, "curve", list, path, where) if "curve" in record else []
     if len(curve) not in (0, len(CURVE_THRESHOLDS)):
@@ -126,7 +144,8 @@ def _answer(
 
 
 def _overlap(pair: Any, path: Path, where: str) -> Overlap:
-    good = type(pair) is list and len(pair) == 2 and all(type(count) is int for count in pair)
-    if not good or not 0 <= pair[0] <= pair[1] <= MAX_PIXELS:
-        raise bad(path, f"{where} has an intersection and union that are no numbers of pixels")
+    """Check a pair of intersection and union and return it as an overlap."""
+    valid = type(pair) is list and len(pair) == 2 and all(type(count) is int for count in pair)
+    if not valid or not 0 <= pair[0] <= pair[1] <= MAX_PIXELS:
+        raise bad(path, f"{where} has an intersection and union that are not numbers of pixels")
     return Overlap(*pair)

@@ -225,7 +225,7 @@ class _Study:
             f"{item.name}: {item.failure}" for items in measured.values() for item in items if item.failure is not None
         ]
 
-    # ---- what is to be run -------------------------------------------------------------------------------------------
+    # ---- what is to be run -----------------------------------------------------------------------
 
     def _job(self, row: Row, config: RunConfig, seed: int) -> _Job:
         """A row's run of equal steps: the recipe's length, or what was asked for."""
@@ -296,7 +296,7 @@ class _Study:
             time.sleep(0 if mine else _POLL)
         return data
 
-    # ---- running it --------------------------------------------------------------------------------------------------
+    # ---- running it ------------------------------------------------------------------------------
 
     def _announce(self, jobs: Sequence[_Job], longer: int) -> None:
         distinct = {job.key: job for job in jobs}
@@ -354,7 +354,7 @@ class _Study:
             f"{left - 1} runs left, about {minutes:.0f} min"
         )
 
-    # ---- what came out -----------------------------------------------------------------------------------------------
+    # ---- what came out ---------------------------------------------------------------------------
 
     def _measured(self, row: Row, jobs: "dict[int, _Job] | dict[int, _Job | str] | DcrisError") -> Measured:
         runs, failures = [], []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dcris.evaluation.report.charts import Line, chart
-from dcris.evaluation.report.html import text, write_page
+from dcris.evaluation.report.html import write_page
 from dcris.experiments.paper_tables import DATA_SET, SPLITS, Row, Table
 from dcris.utils.files import write_file, write_json
 from dcris.utils.text_tables import latex, markdown
@@ -70,15 +70,28 @@ def write_ablation(
         verdict = who_wins(rows, splits)
         parts += [f"## {BUDGETS[budget]}", markdown(header, cells), verdict]
         papers.append(f"% {table.title}, {BUDGETS[budget].lower()}\n{latex(header, cells)}\n")
-        sections.append(_section(BUDGETS[budget], header, cells, verdict))
-        sections.append(_plot(BUDGETS[budget], rows, splits))
+        sections.append(
+            {
+                "heading": BUDGETS[budget],
+                "header": header,
+                "rows": cells,
+                "summary": verdict,
+                "chart": _plot(BUDGETS[budget], rows, splits),
+            }
+        )
     parts += [f"- {note}" for note in notes]
     page = "\n\n".join(parts[: len(parts) - len(notes)]) + "\n\n" + "\n".join(parts[len(parts) - len(notes) :]) + "\n"
     write_file(out / f"{name}.md", page)
     write_file(out / f"{name}.tex", "\n".join(papers))
-    head = f"<header><h1>{text(table.title)}</h1><p>On <b>{text(data[0])}</b> ({text(data[1])})</p></header>"
-    foot = "<footer><h2>Notes</h2>" + "".join(f"<p>{text(note)}</p>" for note in notes) + "</footer>"
-    write_page(out / f"{name}.html", table.title, [head, *sections, foot])
+    write_page(
+        out / f"{name}.html",
+        "ablation.html",
+        title=table.title,
+        dataset=data[0],
+        split_by=data[1],
+        sections=sections,
+        notes=notes,
+    )
     write_json(
         out / f"{name}.json",
         {
@@ -163,21 +176,6 @@ def _number(values: Sequence[float], digits: int, spread: bool = False) -> str:
     """Mean, and deviation (of a sample) where there are several."""
     mean = f"{fmean(values):,.{digits}f}"
     return f"{mean} \N{PLUS-MINUS SIGN} {stdev(values):.{digits}f}" if spread and len(values) > 1 else mean
-
-
-def _section(heading: str, header: Sequence[str], cells: Sequence[Sequence[str]], verdict: str) -> str:
-    titles = "".join(f'<th class="figure" scope="col">{text(title)}</th>' for title in header[1:])
-    body = "".join(
-        f'<tr><th scope="row">{text(row[0])}</th>'
-        + "".join(f'<td class="figure">{text(cell)}</td>' for cell in row[1:])
-        + "</tr>"
-        for row in cells
-    )
-    return (
-        f'<section class="card"><h2>{text(heading)}</h2><div class="scroll"><table class="scores"><thead><tr>'
-        f'<th scope="col">{text(header[0])}</th>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="hint">{text(verdict)}</p></section>'
-    )
 
 
 def _plot(heading: str, rows: Sequence[Measured], splits: Sequence[str]) -> str:

@@ -60,7 +60,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
     log(f"evaluating on {TEST_SCENES} unseen scenes ({time.monotonic() - begin:.0f} s so far)")
     model, _ = load_checkpoint(result.best.path)
     model.to(chosen)
-    answers, metrics = evaluate_both_ways(model, config, table, "test", device=chosen)
+    results, metrics = evaluate_both_ways(model, config, table, "test", device=chosen)
     log("segmenting and reporting")
     segmenter = Segmenter(model, config, device=str(chosen))
     _segment_a_few(segmenter, table, out / "predictions")
@@ -71,9 +71,9 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
         title="dcris quickstart",
         config=config,
         model=model,
-        answers=answers,
-        metrics=metrics,
-        curve=read_log(out),
+        results=results,
+        record=metrics,
+        log=read_log(out),
     )
     return metrics
 
@@ -84,12 +84,12 @@ def evaluate_both_ways(
     """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
     references = table.split(split)
     protocol = Cris()
-    answers, shuffled = (
+    results, exchanged = (
         list(predict_queries(model, queries, config, protocol, device=device))
         for queries in (all_queries(references), exchange_phrases(references))
     )
     metrics = result_record(
-        answers,
+        results,
         table,
         split,
         protocol,
@@ -97,10 +97,10 @@ def evaluate_both_ways(
         device=device,
         dtype=choose_precision(config.train.precision, device),
     )
-    analysis = analyse(answers, protocol.precision_includes_threshold)
-    return answers, {
+    analysis = analyse(results, protocol.metrics)
+    return results, {
         **metrics,
-        "miou_shuffled": summarise(item.overlap for item in shuffled)["miou"],
+        "miou_shuffled": summarise(result.overlap for result in exchanged)["miou"],
         "miou_by_kind": {group["name"]: group["miou"] for group in analysis["by_kind"]},
         "analysis": analysis,
     }

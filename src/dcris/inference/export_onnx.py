@@ -351,7 +351,7 @@ def _compare_fit(config: RunConfig, folder: Path) -> None:
         expected = normalise(square, config.data).numpy()
         image, rows, columns = _session(folder / FIT).run(None, {"photograph": photograph.numpy()})
         grey = np.abs(image - expected) * 255 * np.array(config.data.std).reshape(3, 1, 1)
-        ways = Cris.matrices(fit, (cells, cells))
+        ways = Cris.resampling(fit, (cells, cells))
         way = max(float(np.abs(ours - theirs).max()) for ours, theirs in ((rows, ways[0]), (columns.T, ways[1])))
         if not (grey.max() < 1.5 and grey.mean() < 0.02 and way < 1e-4):
             raise DcrisError(

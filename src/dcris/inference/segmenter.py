@@ -407,7 +407,7 @@ class Segmenter:
         self, images: Sequence[ImageLike], model: ReferringSegmenter, config: RunConfig
     ) -> tuple[VisionState, list[Transform]]:
         squares, fits = zip(
-            *(to_square(as_pixels(image), config.data, self.protocol.fit) for image in images), strict=True
+            *(to_square(as_pixels(image), config.data, self.protocol.transform) for image in images), strict=True
         )
         pixels = normalise(torch.stack(squares).to(self.device), config.data)
         with autocast(self.device, self.dtype):

@@ -1,21 +1,50 @@
-"""An evaluation in one HTML file: what was measured, how training went, and what the model sees."""
+"""The report of an evaluation: scores, curves of the training, and examples."""
 
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
 from dcris.config import RunConfig
 from dcris.evaluation.evaluator import EvalResult
+from dcris.evaluation.metrics import STANDARD_METRICS, Metric
 from dcris.evaluation.report.charts import Line, chart, series, threshold_chart
-from dcris.evaluation.report.html import interval, number, percent, text, write_page
-from dcris.evaluation.report.panels import Panel, as_panel, panels_section, pick
+from dcris.evaluation.report.html import number, percent, write_page
+from dcris.evaluation.report.panels import Panel, make_panel, render_panels, select_results
 from dcris.models.segmentation import ReferringSegmenter
+
+NOTE_INTERVALS = (
+    "Intervals are 95% bootstrap intervals over images, each drawn with all its expressions. They show how much a score "
+    "depends on the images of the split, not how much it varies between training seeds."
+)
+_NOTE_TINY = (
+    "The encoders of this model are tiny and were pretrained on generated scenes with their attributes as labels. They "
+    "have never seen photographs, so these scores say nothing about the paper's model."
+)
+_KIND_HINT = (
+    "What identifies the object. It is known for generated scenes; for others it is looked up in word lists, and an "
+    "expression may be of several kinds."
+)
+_SIZE_HINT = "COCO's sizes: small up to 32 x 32 pixels of the image, medium up to 96 x 96."
+GROUPINGS = {
+    "by_kind": ("By kind of expression", "Kind", _KIND_HINT),
+    "by_length": ("By length of the expression", "Words", ""),
+    "by_size": ("By size of the object", "Size", _SIZE_HINT),
+}
+"""Heading, column title and hint of each grouping of `analyse`."""
+
+_EXCHANGED = Metric(
+    "miou_shuffled",
+    "Expressions exchanged",
+    lambda overlaps: overlaps.iou,
+    description="mIoU with each expression exchanged for that of another object of its scene. Low is good: the model "
+    "uses the expression, not only the image.",
+)
+_MEASURED = ("dataset", "split_by", "split", "protocol", "references", "expressions")
 
 
 def write_report(
@@ -23,60 +52,70 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
-    metrics: Mapping[str, Any],
-    curve: Sequence[Mapping[str, float]],
+    record: Mapping[str, Any],
+    log: Sequence[Mapping[str, float]],
     panels: Mapping[str, Iterable[Panel]],
     notes: Sequence[str],
+    metrics: Sequence[Metric] = STANDARD_METRICS,
 ) -> None:
-    """Write the report atomically to `path`. All text is escaped; a part without content is left out.
+    """Write a report to `path` atomically. Parts without content are left out.
 
     Args:
         path: the .html file; its directory is created.
         title: the heading.
-        facts: short pairs about the run, shown in their order.
-        metrics: a result file's content, in percent: `miou`, `oiou`, `prec@0.5` ..., `miou_shuffled`, what they were measured
-            on (`dataset`, `split_by`, `split`, `protocol`, `references`, `expressions`), and `analysis`, as
-            `dcris.evaluation.analysis.analyse` gives it. Any other number or text joins the facts.
-        curve: lines of the training log, each with `step` and, where they were measured, `loss`, `iou` and `val_first_miou`,
-            the last two in percent. Values that are not finite are passed over.
-        panels: examples by heading, in the order in which they are shown.
-        notes: plain sentences for the end.
+        facts: names and values about the run, in order.
+        record: content of a result file: the metrics in percent, what they were measured on, and
+            optionally `miou_shuffled` and `analysis` (from `analyse`). Other numbers and texts are
+            added to the facts.
+        log: lines of the training log, each with `step` and optionally `loss`, `iou` and
+            `val_first_miou` (the last two in percent). Values that are not finite are left out.
+        panels: examples by heading.
+        notes: sentences for the end of the page.
+        metrics: of the protocol.
 
-    Raises DcrisError where the file cannot be written.
+    Raises:
+        DcrisError: if the file cannot be written.
     """
-    analysis = metrics.get("analysis", {})
+    analysis = record.get("analysis", {})
     intervals = analysis.get("intervals", {})
-    parts = [
-        header(title, metrics),
-        _headline(metrics, intervals),
-        _bars_section(metrics, analysis),
-        _charts_section(analysis, curve),
-        *(panels_section(heading, some) for heading, some in panels.items()),
-        _facts_section(facts, metrics),
-        _notes_section([*notes, NOTE_INTERVALS] if intervals else notes),
-    ]
-    write_page(path, title, parts)
+    write_page(
+        path,
+        "evaluation.html",
+        title=title,
+        measured={
+            **dict.fromkeys(("dataset", "split_by", "split", "protocol")),
+            **{key: record[key] for key in _MEASURED if key in record},
+        },
+        tiles=_tiles(record, intervals, metrics),
+        tables=_tables(record, analysis, metrics),
+        charts=_charts(analysis, log, metrics),
+        examples=[render_panels(heading, some) for heading, some in panels.items()],
+        facts=_facts(facts, record, metrics),
+        notes=[*notes, NOTE_INTERVALS] if intervals else notes,
+    )
 
 
 def write_evaluation_report(
     path: Path,
     *,
     title: str,
-    answers: Sequence[EvalResult],
-    metrics: Mapping[str, Any],
+    results: Sequence[EvalResult],
+    record: Mapping[str, Any],
     config: RunConfig | None = None,
     model: ReferringSegmenter | None = None,
-    curve: Sequence[dict[str, Any]] = (),
+    log: Sequence[dict[str, Any]] = (),
+    metrics: Sequence[Metric] = STANDARD_METRICS,
 ) -> None:
-    """The report of one model's answers on one split, or of anybody's (then without `config` and `model`), as one HTML file.
+    """Write the report of results on one split.
 
     Args:
-        path, title, metrics, curve: as of `write_report`.
-        answers: some are shown, so their photographs are read.
-        config: of the run that trained the model.
-        model: its weights are counted.
+        path, title, record, log, metrics: as in `write_report`.
+        results: of the split; the images of those that are shown are read.
+        config: of the run that trained the model; None if only masks are known.
+        model: whose weights are counted; None if only masks are known.
 
-    Raises DcrisError where a photograph cannot be read or the file not be written.
+    Raises:
+        DcrisError: if an image cannot be read or the file cannot be written.
     """
     facts = {}
     if config is not None:
@@ -92,153 +131,80 @@ def write_evaluation_report(
         path,
         title=title,
         facts=facts,
-        metrics=metrics,
-        curve=curve,
-        # Made one by one while the page is put together: a panel holds its whole photograph.
+        record=record,
+        log=log,
+        # A generator, because a panel holds its image at full size until it is rendered.
         panels={
-            heading: (as_panel({"prediction": answer}) for answer in some) for heading, some in pick(answers).items()
+            heading: (make_panel({"prediction": result}) for result in some)
+            for heading, some in select_results(results).items()
         },
         notes=(_NOTE_TINY,) if tiny else (),
+        metrics=metrics,
     )
 
 
-_NOTE_TINY = (
-    "The towers of this model are tiny, and were pretrained on generated scenes by supervision on their attributes. They know "
-    "nothing of photographs, and these figures say nothing about the paper's model."
-)
-
-
-NOTE_INTERVALS = (
-    "Intervals are 95% bootstrap intervals: photographs, each with all its phrases, are drawn anew a thousand times. They say "
-    "how far a score depends on which photographs are in the split, not what another training seed would give."
-)
-
-_KIND_HINT = (
-    "What tells the object apart: known for generated scenes, else looked up in a list of words, and then a phrase may be of "
-    "several kinds."
-)
-_SIZE_HINT = "COCO's sizes: small up to 32 by 32 pixels of the photograph, medium up to 96 by 96."
-GROUPINGS = {
-    "by_kind": ("By kind of phrase", "Kind", _KIND_HINT),
-    "by_length": ("By length of the phrase", "Words", ""),
-    "by_size": ("By size of the object", "Size", _SIZE_HINT),
-}
-"""Heading, column and hint of the analysis's groupings."""
-
-
-# --- parts of the page ------------------------------------------------------------------------------------------------
-
-
-def header(title: str, metrics: Mapping[str, Any]) -> str:
-    """The heading, and a sentence on what was measured, from a result file's content."""
-    counts = [f"{text(number(metrics[key]))} {key}" for key in ("expressions", "references") if key in metrics]
-    places = [f"<b>{text(str(metrics[key]))}</b>" for key in ("dataset", "split_by", "split") if metrics.get(key)]
-    sentence = "Measured on " + " for ".join(counts) if counts else ""
-    if places:
-        sentence += (" of " if sentence else "Measured on ") + ", ".join(places)
-    if sentence and metrics.get("protocol"):
-        sentence += f" by protocol <b>{text(str(metrics['protocol']))}</b>"
-    return f"<header><h1>{text(title)}</h1>" + (f"<p>{sentence}.</p>" if sentence else "") + "</header>"
-
-
-_HEADLINE = {
-    "miou": (
-        "mIoU",
-        "How far the predicted and the true mask overlap (intersection over union), averaged over the phrases.",
-    ),
-    "oiou": ("oIoU", "All intersections added up, over all unions added up: large objects count for more."),
-    "prec@0.5": ("Prec@0.5", "Share of the phrases whose mask overlaps the true one by more than half."),
-    "miou_shuffled": (
-        "Phrases exchanged",
-        "The mIoU with every phrase exchanged for that of another object of its scene. Low is good: it shows that the phrase "
-        "decides, not the picture alone.",
-    ),
-}
-
-
-def _headline(metrics: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]) -> str:
-    tiles = [
-        f'<div class="tile{" control" if key == "miou_shuffled" else ""}"><h3>{name}</h3>'
-        f'<p class="value">{percent(metrics[key])}</p>'
-        + (f'<p class="interval">95%: {interval(intervals[key])}</p>' if key in intervals else "")
-        + f'<p class="hint">{hint}</p></div>'
-        for key, (name, hint) in _HEADLINE.items()
-        if key in metrics
+def _tiles(
+    record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], metrics: Sequence[Metric]
+) -> list[dict[str, Any]]:
+    """Return the scores shown large: metrics with a description, and the control if it was measured."""
+    return [
+        {
+            "title": metric.title,
+            "value": record[metric.key],
+            "interval": intervals.get(metric.key),
+            "description": metric.description,
+            "control": metric is _EXCHANGED,
+        }
+        for metric in (*metrics, _EXCHANGED)
+        if metric.description and metric.key in record
     ]
-    return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Bar:
-    """A row of a table of percentages."""
-
-    name: str
-    value: float | int | str
-    interval: Sequence[float] | None
-    others: tuple[str, ...] = ()
-    """Further columns, as HTML."""
-
-
-def _bars_section(metrics: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
+def _tables(record: Mapping[str, Any], analysis: Mapping[str, Any], metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Return the tables of groups of expressions, and of all metrics but the first two."""
+    first, second, *others = metrics
     tables = []
     for key, (heading, column, hint) in GROUPINGS.items():
-        if groups := analysis.get(key):
-            rows = [
-                _Bar(
-                    group["name"],
-                    group["miou"],
-                    group["intervals"].get("miou"),
-                    (percent(group["oiou"]), text(number(group["expressions"]))),
-                )
-                for group in groups
-            ]
-            tables.append(_bars(heading, (column, "mIoU", "oIoU", "Phrases"), rows, hint))
-    thresholds = [key for key in metrics if key.startswith("prec@")]
-    if thresholds:
-        intervals = analysis.get("intervals", {})
-        rows = [_Bar(f"over {key.removeprefix('prec@')}", metrics[key], intervals.get(key)) for key in thresholds]
-        tables.append(_bars("By overlap reached", ("IoU", "Share of the phrases"), rows))
-    return f'<section class="columns">{"".join(tables)}</section>' if tables else ""
+        rows = [
+            {
+                "name": group["name"],
+                "value": group[first.key],
+                "interval": group["intervals"].get(first.key),
+                "others": (percent(group[second.key]), number(group["expressions"])),
+            }
+            for group in analysis.get(key, ())
+        ]
+        tables.append(_table(heading, (column, first.title, second.title, "Expressions"), rows, hint))
+    intervals = analysis.get("intervals", {})
+    rows = [
+        {
+            "name": metric.title,
+            "value": record[metric.key],
+            "interval": intervals.get(metric.key),
+            "others": (),
+        }
+        for metric in others
+        if metric.key in record
+    ]
+    tables.append(_table("Other metrics", ("Metric", "Percent"), rows))
+    return [table for table in tables if table["rows"]]
 
 
-def _bars(heading: str, columns: Sequence[str], rows: Sequence[_Bar], hint: str = "") -> str:
-    """A table whose second column is a bar of a percentage with its interval."""
-    spans = any(row.interval for row in rows)
-    body = []
-    for row in rows:
-        mark = ""
-        if row.interval:
-            low, high = (_share(bound) for bound in row.interval)
-            mark = f'<b style="left:{low:.1f}%;width:{high - low:.1f}%"></b>'
-        body.append(
-            f'<tr><th scope="row">{text(row.name)}</th>'
-            f'<td class="track"><div><i style="width:{_share(row.value):.1f}%"></i>{mark}</div></td>'
-            f'<td class="figure">{percent(row.value)}</td>'
-            + (f'<td class="figure quiet">{interval(row.interval) if row.interval else ""}</td>' if spans else "")
-            + "".join(f'<td class="figure quiet">{other}</td>' for other in row.others)
-            + "</tr>"
-        )
-    first, second, *last = columns
-    head = (
-        f'<th scope="col">{first}</th><th colspan="2" scope="col">{second}</th>'
-        + ('<th class="figure" scope="col">95%</th>' if spans else "")
-        + "".join(f'<th class="figure" scope="col">{name}</th>' for name in last)
-    )
-    below = f'<p class="hint">{hint}</p>' if hint else ""
-    return (
-        f'<div class="card"><h2>{heading}</h2><div class="scroll"><table class="bars"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>{below}</div>"
-    )
+def _table(heading: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], hint: str = "") -> dict[str, Any]:
+    """Return the template's variables of a table whose second column is a bar of a percentage."""
+    return {
+        "heading": heading,
+        "columns": columns,
+        "rows": rows,
+        "hint": hint,
+        "with_intervals": any(row["interval"] for row in rows),
+    }
 
 
-def _share(value: float | int | str) -> float:
-    """A percentage as a length from 0 to 100."""
-    return min(100.0, max(0.0, value)) if isinstance(value, int | float) and math.isfinite(value) else 0.0
-
-
-def _charts_section(analysis: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> str:
-    charts = [threshold_chart({"": analysis["curve"]})] if "curve" in analysis else []
-    loss = series(curve, "loss")
+def _charts(analysis: Mapping[str, Any], log: Sequence[Mapping[str, float]], metrics: Sequence[Metric]) -> list[Markup]:
+    """Draw the threshold curve and the training log."""
+    charts = [threshold_chart({"": analysis["curve"]}, metrics)] if "curve" in analysis else []
+    loss = series(log, "loss")
     if len(loss):
         charts.append(chart("Loss", [Line("training loss", loss, noisy=True)], x="step", y="loss", whole=True))
     shares = [
@@ -247,31 +213,23 @@ def _charts_section(analysis: Mapping[str, Any], curve: Sequence[Mapping[str, fl
             ("iou", "training", True),
             ("val_first_miou", "validation mIoU (first sentences)", False),
         )
-        if len(points := series(curve, key))
+        if len(points := series(log, key))
     ]
     if shares:
-        charts.append(chart("Overlap", shares, x="step", y="IoU in percent", whole=True))
-    return f'<section class="columns">{"".join(charts)}</section>' if charts else ""
+        charts.append(chart("IoU", shares, x="step", y="IoU in percent", whole=True))
+    return charts
 
 
-def _facts_section(facts: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
-    shown = {"dataset", "split_by", "split", "protocol", "references", "expressions", *_HEADLINE}
-    # A result file may hold more than single values, as the scores by kind, which have their own table.
+def _facts(facts: Mapping[str, str], record: Mapping[str, Any], metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+    """Return names and values about the run; single values of the record follow the given facts."""
+    shown = {*_MEASURED, _EXCHANGED.key, *(metric.key for metric in metrics)}
     rest = {
         key.replace("_", " "): value
-        for key, value in metrics.items()
-        if key not in shown and "@" not in key and isinstance(value, int | float | str)
+        for key, value in record.items()
+        if key not in shown and isinstance(value, int | float | str)
     }
     known = {name.casefold() for name in facts}
-    pairs = [(name, str(value)) for name, value in facts.items()]
-    pairs += [(name, number(value)) for name, value in rest.items() if name.casefold() not in known]
-    if not pairs:
-        return ""
-    items = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs)
-    return f'<section class="card"><h2>The run</h2><dl>{items}</dl></section>'
-
-
-def _notes_section(notes: Sequence[str]) -> str:
-    if not notes:
-        return ""
-    return f"<footer><h2>Notes</h2>{''.join(f'<p>{text(note)}</p>' for note in notes)}</footer>"
+    return [
+        *((name, str(value)) for name, value in facts.items()),
+        *((name, number(value)) for name, value in rest.items() if name.casefold() not in known),
+    ]

@@ -1,8 +1,8 @@
-"""Panels as one picture for a paper, in the manner of the paper's figures 3 and 4.
+"""Figures for a paper, in the layout of the paper's figures 3 and 4.
 
-A row is a phrase: the photograph, the true mask, and each model's answer with its IoU. Text is drawn in the one typeface that
-comes with Pillow, so a figure is the same on every machine. It has English letters alone; for others a typeface of the machine
-is looked for, and a letter that this lacks too is a box.
+A row is one expression: the image, the true mask and each system's mask with its IoU. English text
+is set in the font that comes with Pillow, so a figure is the same on every machine. Other letters
+need a font of the system; a letter that it lacks is drawn as a box.
 """
 
 import io
@@ -25,30 +25,35 @@ Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _GAP = 20
-_PHRASE, _LABEL = 34, 28  # pixels of the letters
+_TEXT, _LABEL = 34, 28  # font sizes in pixels
 _DOTS_PER_INCH = 300
 _ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _OPEN, _CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
-_OWN_LETTERS = {*string.printable, _ELLIPSIS, _OPEN, _CLOSE}
-_WIDER_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows
+_PILLOW_LETTERS = {*string.printable, _ELLIPSIS, _OPEN, _CLOSE}
+_SYSTEM_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows
 
 
 def row(panel: Panel, names: bool = True) -> Pixels:
-    """One panel as a picture [H, W, 3] uint8 on white, with what each column is below it if `names`."""
-    pictures = _cells(panel)
-    width = len(pictures) * (CELL + _GAP) + _GAP
-    lines = _wrap(_OPEN + panel.phrase + _CLOSE, _PHRASE, width - 2 * _GAP, 2)
-    top = _GAP + len(lines) * _line(_PHRASE)
-    labels = [_labels(panel, column, names) for column in range(len(pictures))]
-    below = top + _GAP // 2 + pictures[0].shape[0] + _GAP // 2
+    """Draw one panel as an image [H, W, 3] uint8 on white.
+
+    Args:
+        panel: the expression with its masks.
+        names: write each column's name below it.
+    """
+    images = _cells(panel)
+    width = len(images) * (CELL + _GAP) + _GAP
+    lines = _wrap(_OPEN + panel.expression + _CLOSE, _TEXT, width - 2 * _GAP, 2)
+    top = _GAP + len(lines) * _line(_TEXT)
+    labels = [_labels(panel, column, names) for column in range(len(images))]
+    below = top + _GAP // 2 + images[0].shape[0] + _GAP // 2
     height = below + max(len(each) for each in labels) * _line(_LABEL) + _GAP
     page = np.full((height, width, 3), 255, np.uint8)
-    for column, picture in enumerate(pictures):
-        left = _GAP + column * (CELL + _GAP) + (CELL - picture.shape[1]) // 2
-        page[top + _GAP // 2 :][: picture.shape[0], left : left + picture.shape[1]] = picture
+    for column, image in enumerate(images):
+        left = _GAP + column * (CELL + _GAP) + (CELL - image.shape[1]) // 2
+        page[top + _GAP // 2 :][: image.shape[0], left : left + image.shape[1]] = image
     canvas = Image.fromarray(page)
     for number, line in enumerate(lines):
-        _write(canvas, line, _PHRASE, width / 2, _GAP + number * _line(_PHRASE))
+        _write(canvas, line, _TEXT, width / 2, _GAP + number * _line(_TEXT))
     for column, some in enumerate(labels):
         for number, line in enumerate(some):
             _write(canvas, line, _LABEL, _middle(column), below + number * _line(_LABEL))
@@ -56,9 +61,13 @@ def row(panel: Panel, names: bool = True) -> Pixels:
 
 
 def figure(panels: Iterable[Panel]) -> Pixels:
-    """Panels of the same models under one another, with letters and names below the columns: [H, W, 3] uint8.
+    """Draw panels of the same systems below one another, with the columns' names at the foot.
 
-    Raises ValueError where there is none.
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        ValueError: if there is no panel.
     """
     rows, names = [], []
     for panel in panels:
@@ -75,9 +84,15 @@ def figure(panels: Iterable[Panel]) -> Pixels:
 
 
 def write_figures(folder: Path, panels: Iterable[tuple[str, Panel]]) -> None:
-    """Write each panel as a picture of its name, and all of them as figure.png and figure.pdf, into a folder.
+    """Write each panel as NAME.png, and all of them as figure.png and figure.pdf.
 
-    Panels are taken one by one. Raises DcrisError where a file cannot be written, ValueError where there is no panel.
+    Args:
+        folder: for the files.
+        panels: names and panels, taken one at a time.
+
+    Raises:
+        DcrisError: if a file cannot be written.
+        ValueError: if there is no panel.
     """
 
     def written() -> Iterator[Panel]:
@@ -90,31 +105,32 @@ def write_figures(folder: Path, panels: Iterable[tuple[str, Panel]]) -> None:
     write_file(folder / "figure.pdf", pdf_bytes(whole))
 
 
-def pdf_bytes(picture: Pixels) -> bytes:
-    """A picture [H, W, 3] uint8 as a page of PDF, at 300 dots per inch."""
+def pdf_bytes(image: Pixels) -> bytes:
+    """Encode an image [H, W, 3] uint8 as a page of PDF, at 300 dots per inch."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PDF", resolution=_DOTS_PER_INCH, quality=95)
+    Image.fromarray(image).save(file, "PDF", resolution=_DOTS_PER_INCH, quality=95)
     return file.getvalue()
 
 
 def _cells(panel: Panel) -> list[Pixels]:
+    """Draw the columns of a panel: the image, the true mask, the predicted masks."""
     small = cell(panel.image, CELL)
-    pictures = [small]
+    images = [small]
     if panel.truth is not None:
-        pictures.append(overlay(small, mask_cell(panel.truth, CELL), TRUTH_COLOUR))
-    return pictures + [overlay(small, mask_cell(guess.mask, CELL), PREDICTION_COLOUR) for guess in panel.guesses]
+        images.append(overlay(small, mask_cell(panel.truth, CELL), TRUTH_COLOUR))
+    return images + [overlay(small, mask_cell(each.mask, CELL), PREDICTION_COLOUR) for each in panel.predictions]
 
 
 def _names(panel: Panel) -> list[str]:
     truth = ["ground truth"] if panel.truth is not None else []
-    return ["input", *truth, *(guess.name for guess in panel.guesses)]
+    return ["input", *truth, *(each.name for each in panel.predictions)]
 
 
 def _labels(panel: Panel, column: int, names: bool) -> list[str]:
-    """The lines below a column: its name where it is wanted, and the IoU of a guess."""
+    """Return the lines below a column: its name if wanted, and the IoU of a prediction."""
     named = _wrap(_names(panel)[column], _LABEL, CELL, 1) if names else []
-    guess = column - (1 if panel.truth is None else 2)
-    iou = panel.guesses[guess].iou if guess >= 0 else None
+    index = column - (1 if panel.truth is None else 2)
+    iou = panel.predictions[index].iou if index >= 0 else None
     return named + ([f"IoU {100 * iou:.1f}"] if iou is not None else [])
 
 
@@ -127,7 +143,7 @@ def _line(size: int) -> int:
 
 
 def _wrap(words: str, size: int, width: float, most: int) -> list[str]:
-    """Text in at most so many lines of a width in pixels; where something does not fit, an ellipsis says so."""
+    """Break text into at most `most` lines of `width` pixels; an ellipsis marks what does not fit."""
     visible = "".join(letter if letter.isprintable() else " " for letter in words[:1000])
     font = _font(visible, size)
     lines: list[str] = []
@@ -148,12 +164,12 @@ def _shorten(line: str, font: Font, width: float) -> str:
 
 
 def _font(words: str, size: int) -> Font:
-    return _load_font(size, own=set(words) <= _OWN_LETTERS)
+    return _load_font(size, own=set(words) <= _PILLOW_LETTERS)
 
 
 @cache
 def _load_font(size: int, own: bool) -> Font:
-    for name in () if own else _WIDER_FONTS:
+    for name in () if own else _SYSTEM_FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)

@@ -1,4 +1,4 @@
-"""Phrases on pictures: what was right and what the model answered, side by side."""
+"""Panels: an image with its expression, the true mask and predicted masks side by side."""
 
 import base64
 import math
@@ -6,14 +6,16 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.report.html import percent, text
+from dcris.evaluation.report.html import render
 from dcris.types import MaskArray
 from dcris.utils.drawing import (
     PNG_UP_TO,
@@ -26,135 +28,140 @@ from dcris.utils.drawing import (
     png_bytes,
 )
 
-CELL = 480  # pixels on a picture's longer side
+CELL = 480  # pixels of a displayed image's longer side
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
-    """What one model answered."""
+class NamedMask:
+    """The mask that one system predicted."""
 
     name: str
     mask: MaskArray
     """[H, W] bool."""
     iou: float | None
-    """Overlap with the truth in 0..1."""
+    """IoU with the true mask in 0..1; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One phrase on one picture, with what was right and what one model or several answered."""
+    """One expression with its image, the true mask and the masks that one or more systems predicted."""
 
     image: NDArray[np.uint8]
     """[H, W, 3] RGB."""
-    phrase: str
+    expression: str
     truth: MaskArray | None
-    """[H, W] bool; None where nobody knows it, and then only guesses are shown."""
-    guesses: tuple[Guess, ...]
+    """[H, W] bool; None if unknown, so that only predictions are shown."""
+    predictions: tuple[NamedMask, ...]
 
     def __post_init__(self) -> None:
-        for mask in (self.truth, *(guess.mask for guess in self.guesses)):
+        for mask in (self.truth, *(prediction.mask for prediction in self.predictions)):
             if mask is not None and mask.shape != self.image.shape[:2]:
                 raise ValueError(f"a panel's mask is {list(mask.shape)}, but its image {list(self.image.shape[:2])}")
 
 
-def pick(answers: Sequence[EvalResult], count: int = 12) -> dict[str, list[EvalResult]]:
-    """Answers to show, by heading: the best, the worst, and what lies between, so that nobody has to take our word for it.
+def select_results(results: Sequence[EvalResult], count: int = 12) -> dict[str, list[EvalResult]]:
+    """Select results to show, by heading: the best, random ones and the worst, a third each.
 
-    A third of `count` each, where there are so many; under one heading no photograph comes twice. Of equal ones chance decides,
-    by the same seed each time.
+    Under one heading each image occurs once. Ties are broken at random; the choice is the same on
+    every call.
     """
-    ranked = random.Random(0).sample(list(answers), len(answers))
-    ranked.sort(key=lambda answer: -answer.overlap.iou)
-    if len(answers) <= count:
+    ranked = random.Random(0).sample(list(results), len(results))
+    ranked.sort(key=lambda result: -result.overlap.iou)
+    if len(results) <= count:
         return {"Examples": ranked}
     third = count // 3
-    best = first_apart(ranked, third)
-    worst = first_apart([answer for answer in reversed(ranked) if answer not in best], third)
-    between = [answer for answer in ranked if answer not in best and answer not in worst]
-    typical = first_apart(random.Random(0).sample(between, len(between)), count - 2 * third)
-    typical.sort(key=lambda answer: -answer.overlap.iou)
-    return {"The best": best, "Drawn at random": typical, "The worst": worst}
+    best = first_on_distinct_images(ranked, third)
+    worst = first_on_distinct_images([result for result in reversed(ranked) if result not in best], third)
+    between = [result for result in ranked if result not in best and result not in worst]
+    drawn = first_on_distinct_images(random.Random(0).sample(between, len(between)), count - 2 * third)
+    drawn.sort(key=lambda result: -result.overlap.iou)
+    return {"The best": best, "Drawn at random": drawn, "The worst": worst}
 
 
-def first_apart(answers: Iterable[EvalResult], count: int) -> list[EvalResult]:
-    """The first `count` answers that are on different photographs."""
+def first_on_distinct_images(results: Iterable[EvalResult], count: int) -> list[EvalResult]:
+    """Return the first `count` results that are on different images."""
     found: dict[Path, EvalResult] = {}
-    for answer in answers:
+    for result in results:
         if len(found) == count:
             break
-        found.setdefault(answer.reference.image_path, answer)
+        found.setdefault(result.reference.image_path, result)
     return list(found.values())
 
 
-def as_panel(named: Mapping[str, EvalResult]) -> Panel:
-    """Answers to one expression as one picture of the report, by their models' names.
+def make_panel(results: Mapping[str, EvalResult]) -> Panel:
+    """Make a panel of one expression from the systems' results by name.
 
-    Raises DcrisError where the photograph or the true mask cannot be read.
+    Raises:
+        DcrisError: if the image or the true mask cannot be read.
     """
-    answer = next(iter(named.values()))
-    reference = answer.reference
+    result = next(iter(results.values()))
+    reference = result.reference
     truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    guesses = tuple(Guess(name, each.mask(), each.overlap.iou) for name, each in named.items())
-    return Panel(read_image(reference.image_path), answer.expression.text, truth, guesses)
+    predictions = tuple(NamedMask(name, each.mask(), each.overlap.iou) for name, each in results.items())
+    return Panel(read_image(reference.image_path), result.expression.text, truth, predictions)
 
 
-def panels_section(heading: str, panels: Iterable[Panel]) -> str:
-    """The panels as cards under a heading, taken one by one; nothing where there are none."""
-    truths, several, cards = False, False, []
+def render_panels(heading: str, panels: Iterable[Panel]) -> Markup:
+    """Render panels as HTML cards under a heading; empty if there are none.
+
+    Panels are taken one at a time, because each holds its image at full size.
+    """
+    with_truth, several, cards = False, False, []
     for panel in panels:
         cards.append(_card(panel))
-        truths |= panel.truth is not None
-        several |= len(panel.guesses) > 1
+        with_truth |= panel.truth is not None
+        several |= len(panel.predictions) > 1
     if not cards:
-        return ""
-    legend = f"{_swatch(PREDICTION_COLOUR)} prediction"
-    if truths:
-        legend = f"{_swatch(TRUTH_COLOUR)} truth {legend}"
-    return (
-        f'<section><h2>{text(heading)}</h2><p class="legend">{legend}</p>'
-        f'<div class="panels{" wide" if several else ""}">{"".join(cards)}</div></section>'
+        return Markup("")
+    return render(
+        "examples.html",
+        heading=heading,
+        cards=cards,
+        with_truth=with_truth,
+        several=several,
+        truth_colour=TRUTH_COLOUR,
+        prediction_colour=PREDICTION_COLOUR,
     )
 
 
-def _card(panel: Panel) -> str:
-    # Masks are drawn on the cell, not on the photograph: so contours are equally thin on all cards.
+def _card(panel: Panel) -> dict[str, Any]:
+    """Return the template's variables of a panel."""
+    # Masks are drawn on the resized image, so that contours are equally thin on all cards.
     small = cell(panel.image, CELL)
-    drawn = max(panel.image.shape[:2]) <= PNG_UP_TO
-    phrase = text(panel.phrase)
+    exact = max(panel.image.shape[:2]) <= PNG_UP_TO
+    expression = panel.expression
 
-    def picture(pixels: NDArray[np.uint8], label: str, alt: str) -> str:
-        kind, data = ("png", png_bytes(pixels)) if drawn else ("jpeg", jpeg_bytes(pixels))
+    def image(pixels: NDArray[np.uint8], label: str, alt: str, badge: float | None = None) -> dict[str, Any]:
+        image_format, data = ("png", png_bytes(pixels)) if exact else ("jpeg", jpeg_bytes(pixels))
         height, width = pixels.shape[:2]
-        return (
-            f'<figure><img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" width="{width}" '
-            f'height="{height}" alt="{alt}"><figcaption>{label}</figcaption></figure>'
-        )
+        encoded = base64.b64encode(data).decode()
+        return {
+            "format": image_format,
+            "data": encoded,
+            "height": height,
+            "width": width,
+            "label": label,
+            "alt": alt,
+            "badge": badge,
+        }
 
-    pictures = [picture(small, "picture", "the picture alone")]
+    images = [image(small, "image", "the image without masks")]
     if panel.truth is not None:
         truth = overlay(small, mask_cell(panel.truth, CELL), TRUTH_COLOUR)
-        pictures.append(picture(truth, "truth", f"true mask for: {phrase}"))
-    below = ""
-    for guess in panel.guesses:
-        label, badge = text(guess.name) + ("" if guess.mask.any() else ": empty"), _badge(guess.iou)
-        if len(panel.guesses) == 1:
-            below = badge
-        else:
-            label += f" {badge}"
-        prediction = overlay(small, mask_cell(guess.mask, CELL), PREDICTION_COLOUR)
-        pictures.append(picture(prediction, label, f"mask predicted by {text(guess.name)} for: {phrase}"))
-    return (
-        f'<article class="card"><div class="pictures">{"".join(pictures)}</div>'
-        f'<p class="caption"><q dir="auto">{phrase}</q>{below}</p></article>'
-    )
+        images.append(image(truth, "truth", f"true mask for: {expression}"))
+    single = len(panel.predictions) == 1
+    for each in panel.predictions:
+        label = each.name + ("" if each.mask.any() else ": empty")
+        shown = overlay(small, mask_cell(each.mask, CELL), PREDICTION_COLOUR)
+        alt = f"mask predicted by {each.name} for: {expression}"
+        images.append(image(shown, label, alt, None if single else _percent(each.iou)))
+    return {
+        "images": images,
+        "expression": expression,
+        "badge": _percent(panel.predictions[0].iou) if single else None,
+    }
 
 
-def _badge(iou: float | None) -> str:
-    if iou is None or not math.isfinite(iou):
-        return ""
-    quality = "good" if iou >= 0.7 else "fair" if iou >= 0.5 else "poor"
-    return f'<span class="badge {quality}">IoU {percent(100 * iou)}</span>'
-
-
-def _swatch(colour: tuple[int, int, int]) -> str:
-    return f'<i class="swatch" style="background:rgb{colour}"></i>'
+def _percent(iou: float | None) -> float | None:
+    """Return an IoU in percent; None if it is unknown or not finite."""
+    return None if iou is None or not math.isfinite(iou) else 100 * iou

@@ -1,4 +1,4 @@
-"""Answers made by hand, for tests of what is worked out from them."""
+"""Evaluation results with given overlaps or masks, for tests of scores and reports."""
 
 import itertools
 from pathlib import Path
@@ -13,32 +13,35 @@ from dcris.types import Expression, MaskArray, Reference
 _numbers = itertools.count(1)
 
 
-def answer(
+def made_result(
     share: tuple[int, int] = (1, 2),
     *,
-    photograph: str | int = 1,
-    phrase: str = "left one",
+    image: str | int = 1,
+    expression: str = "left one",
     kind: str | None = None,
     area: int = 25,
 ) -> EvalResult:
-    """An answer with that many pixels shared and covered, for an object of `area` pixels on a photograph nobody opens."""
+    """Return a result with that intersection and union, for an object of `area` pixels.
+
+    The image file does not exist.
+    """
     number = next(_numbers)
-    expression = Expression(number, phrase, kind)
     runs = {"size": [1000, 1000], "counts": [0, area, 1_000_000 - area]}
-    path = Path(f"photographs/{photograph}.jpg")
-    reference = Reference(number, number, number, path, (1000, 1000), "thing", "val", runs, (expression,))
-    return EvalResult(reference, expression, Overlap(*share), runs)
+    path = Path(f"images/{image}.jpg")
+    queried = Expression(number, expression, kind)
+    reference = Reference(number, number, number, path, (1000, 1000), "thing", "val", runs, (queried,))
+    return EvalResult(reference, queried, Overlap(*share), runs)
 
 
 def rectangle(size: tuple[int, int], top: int, left: int, bottom: int, right: int) -> MaskArray:
-    """[H, W] bool with that rectangle set."""
+    """Return an [H, W] bool mask of a rectangle."""
     mask = np.zeros(size, bool)
     mask[top:bottom, left:right] = True
     return mask
 
 
-def drawn(reference: Reference, number: int, prediction: MaskArray, truth: MaskArray) -> EvalResult:
-    """An answer to a reference's expression of that number, with its curve."""
+def drawn_result(reference: Reference, number: int, prediction: MaskArray, truth: MaskArray) -> EvalResult:
+    """Return a result with these masks and a curve, for the reference's expression of that number."""
     found = overlap(prediction, truth)
     curve = (found,) * len(CURVE_THRESHOLDS)
     return EvalResult(reference, reference.expressions[number], found, encode_mask(prediction), curve)

@@ -1,0 +1,134 @@
+"""`dcris compare`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dcris.cli.common import (
+    CHECKPOINT,
+    adder,
+    data_of,
+    data_root_argument,
+    data_set_arguments,
+    device_arguments,
+    log,
+    natural,
+    own_name,
+    protocol_argument,
+    split_argument,
+)
+from dcris.errors import DcrisError
+from dcris.utils.streams import is_terminal
+
+
+def add(commands: Any) -> None:
+    """Add the command's parser."""
+    compare = adder(commands, "dcris ")(
+        "compare",
+        _compare,
+        "compare systems, with intervals of their differences",
+        "runs/a runs/b --data data/scenes --split test --out compare.html",
+        "The first system is the baseline of the others.",
+    )
+    compare.add_argument(
+        "systems",
+        nargs="+",
+        metavar="SYSTEM",
+        help=f"{CHECKPOINT}; or a .jsonl results file of `dcris evaluate --answers`",
+    )
+    data_root_argument(compare)
+    data_set_arguments(compare)
+    split_argument(compare)
+    protocol_argument(compare)
+    compare.add_argument(
+        "--names", nargs="+", metavar="NAME", help="names of the systems (default: parts of their paths)"
+    )
+    compare.add_argument(
+        "--count", type=natural, default=8, metavar="N", help="number of expressions to show (default: %(default)s)"
+    )
+    compare.add_argument("--out", type=Path, help="HTML report to write, with tables, curves and examples")
+    compare.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder for paper figures: each row, figure.png and figure.pdf"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON, with the scores by group of expressions")
+    device_arguments(compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.checkpoints.checkpoint import find_checkpoint, read_config
+    from dcris.checkpoints.resolve import locate
+    from dcris.data.dataset import all_queries
+    from dcris.data.readers.load import load_references
+    from dcris.evaluation.compare import (
+        as_text,
+        compare,
+        evaluate_systems,
+        is_results_file,
+        name_systems,
+        select_examples,
+    )
+    from dcris.evaluation.protocols import get_protocol
+    from dcris.evaluation.report.comparison_report import write_comparison_report
+    from dcris.evaluation.report.figure import write_figures
+    from dcris.evaluation.report.panels import make_panel
+    from dcris.utils.device import choose_device
+
+    names = name_systems(args.systems, args.names or ())
+    protocol, device = get_protocol(args.protocol), choose_device(args.device)
+    paths = [Path(each) if is_results_file(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
+    models = [path for path in paths if not is_results_file(path)]
+    if models:
+        table = data_of(args, read_config(models[0]))
+    elif own_name(args.data, args) is None and args.dataset is None:
+        raise DcrisError("results files do not name their data set; give --dataset")
+    else:
+        table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
+    queries = all_queries(table.split(args.split))
+    with tqdm(total=len(queries) * len(models), unit="expression", disable=not is_terminal()) as bar:
+        done = dict.fromkeys(names, 0)
+
+        def progress(name: str, count: int) -> None:
+            bar.update(count - done[name])
+            done[name] = count
+
+        systems = evaluate_systems(
+            dict(zip(names, paths, strict=True)),
+            queries,
+            protocol,
+            device=device,
+            precision=args.precision,
+            data=table.sha256(args.split),
+            progress=progress,
+        )
+    comparison = compare(systems, protocol.metrics)
+    examples = select_examples(systems, args.count)
+    # The files are written even if standard output fails, and the scores printed even if a file fails.
+    try:
+        if args.out is not None:
+            write_comparison_report(
+                args.out,
+                title=f"{', '.join(names[:-1])} and {names[-1]}",
+                comparison=comparison,
+                measured={
+                    "dataset": table.dataset,
+                    "split_by": table.split_by,
+                    "split": args.split,
+                    "protocol": protocol.name,
+                },
+                panels={heading: map(make_panel, rows) for heading, rows in examples.items()},
+                metrics=protocol.metrics,
+            )
+        if args.images is not None and examples:
+            rows = enumerate((results for rows in examples.values() for results in rows), 1)
+            write_figures(
+                args.images,
+                (
+                    (f"{number:02}-sentence-{results[names[0]].expression.sent_id}", make_panel(results))
+                    for number, results in rows
+                ),
+            )
+    finally:
+        log(json.dumps(comparison, indent=2) if args.json else as_text(comparison, protocol.metrics))

@@ -1,0 +1,111 @@
+"""`dcris score`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dcris.cli.common import (
+    adder,
+    data_root_argument,
+    data_set_arguments,
+    log,
+    own_name,
+    protocol_argument,
+    split_argument,
+)
+from dcris.errors import DcrisError
+from dcris.utils.streams import is_terminal
+
+
+def add(commands: Any) -> None:
+    """Add the command's parser."""
+    score = adder(commands, "dcris ")(
+        "score",
+        _score,
+        "evaluate predicted masks",
+        "masks --data ROOT --dataset refcoco --split testA --protocol lavt",
+        "PREDICTIONS is a folder of <sent_id>.png, a COCO result .json with sent_id, an .npz of arrays named by sent_id, or "
+        "a results file of `dcris evaluate --answers`.",
+    )
+    score.add_argument(
+        "predictions",
+        type=Path,
+        nargs="+",
+        metavar="PREDICTIONS",
+        help="masks to evaluate; each makes a row of the table",
+    )
+    data_root_argument(score)
+    data_set_arguments(score)
+    split_argument(score)
+    protocol_argument(score)
+    score.add_argument(
+        "--missing-is-empty", action="store_true", help="score an expression without a mask as an empty mask"
+    )
+    score.add_argument(
+        "--format",
+        choices=("markdown", "latex", "json"),
+        default="markdown",
+        help="format of the printed table (default: %(default)s)",
+    )
+    score.add_argument("--out", type=Path, help="result file to write (JSON)")
+    score.add_argument("--report", type=Path, help="HTML report to write, with good and bad predictions")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dcris.data.dataset import all_queries
+    from dcris.data.readers.load import load_references
+    from dcris.evaluation.analysis import analyse
+    from dcris.evaluation.evaluator import result_record
+    from dcris.evaluation.external_masks import score_masks
+    from dcris.evaluation.protocols import get_protocol
+    from dcris.utils.files import write_json
+    from dcris.utils.text_tables import latex, markdown
+
+    if len(args.predictions) > 1 and (args.out or args.report):
+        raise DcrisError("--out and --report take the masks of one system; give one PREDICTIONS")
+    protocol = get_protocol(args.protocol)
+    own_name(args.data, args)
+    table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
+    queries = all_queries(table.split(args.split))
+    records, rows = [], []
+    for path in args.predictions:
+        results = []
+        with tqdm(total=len(queries), unit="expression", disable=not is_terminal()) as bar:
+            for result in score_masks(
+                path,
+                queries,
+                protocol,
+                missing_is_empty=args.missing_is_empty,
+                keep_masks=args.report is not None,
+                mask_threshold=args.mask_threshold,
+            ):
+                results.append(result)
+                bar.update(1)
+        record = result_record(results, table, args.split, protocol)
+        records.append({"predictions": path.name, **record})
+        rows.append([path.stem, *(f"{record[metric.key]:.2f}" for metric in protocol.metrics)])
+    analysed = {**records[0], "analysis": analyse(results, protocol.metrics)}
+    # The files are written even if standard output fails, and the scores printed even if a file fails.
+    try:
+        if args.out is not None:
+            write_json(args.out, analysed)
+        if args.report is not None:
+            from dcris.evaluation.report.evaluation_report import write_evaluation_report
+
+            write_evaluation_report(
+                args.report,
+                title=f"{args.predictions[0].name} on {table.dataset} {args.split}",
+                results=results,
+                record=analysed,
+                metrics=protocol.metrics,
+            )
+    finally:
+        if args.format == "json":
+            log(json.dumps(records[0] if len(records) == 1 else records, indent=2))
+        else:
+            titles = (metric.title.replace("Prec@", "P@") for metric in protocol.metrics)
+            header = [f"{table.dataset} {args.split} ({protocol.name})", *titles]
+            log((latex if args.format == "latex" else markdown)(header, rows))

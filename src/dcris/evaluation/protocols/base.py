@@ -1,0 +1,104 @@
+"""The base class of evaluation protocols.
+
+Shape letters: B expressions, S side of the network's square input, H W pixels of the image, h w
+logit grid.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dcris.data.transforms import Transform
+from dcris.evaluation.metrics import STANDARD_METRICS, Metric
+from dcris.evaluation.resampling import Floats, nearest
+from dcris.types import MaskArray
+
+
+@dataclass(frozen=True)
+class Protocol(ABC):
+    """How a family of methods is evaluated: transform, resampling, threshold and metrics.
+
+    Every interpolation from the logit grid to the compared pixels is linear and separable. A
+    protocol states it as two matrices (`resampling`), one for the rows and one for the columns.
+    """
+
+    threshold: float
+    """A pixel belongs to the predicted mask if its probability is greater."""
+
+    name: ClassVar[str]
+    """Name on the command line and in result files."""
+    transform: ClassVar[type[Transform]]
+    """Maps the image to the network's square input."""
+    metrics: ClassVar[tuple[Metric, ...]] = STANDARD_METRICS
+    """The scores, two or more. Thresholds are chosen by the first; the first two are also reported
+    by group of expressions and by threshold."""
+    interpolate_logits: ClassVar[bool] = False
+    """Interpolate the logits, then apply the sigmoid; by default probabilities are interpolated."""
+    canvas: ClassVar[int | None] = None
+    """Side of the square on which masks are compared; None compares them at the image's own
+    size."""
+
+    @staticmethod
+    @abstractmethod
+    def resampling(transform: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:
+        """Return the interpolation of h x w logits: [H, h] for rows and [W, w] for columns."""
+
+    def probabilities(self, logits: Tensor, transforms: Sequence[Transform]) -> Iterator[Tensor]:
+        """Resample logits to probabilities on the pixels that are compared.
+
+        Maps are yielded one at a time because those of a large image take half a gigabyte each.
+        Bicubic interpolation overshoots; clipping to 0..1 changes no decision by a threshold in
+        that range.
+
+        Args:
+            logits: [B, 1, h, w].
+            transforms: that of each expression's image.
+
+        Yields:
+            [H, W] float32 on the logits' device, at the image's size or the canvas's, for each
+            expression.
+        """
+        maps = logits[:, 0].float()
+        if not self.interpolate_logits:
+            maps = torch.sigmoid(maps)
+        for values, transform in zip(maps, transforms, strict=True):
+            rows, columns = _on_device(type(self), transform, (values.shape[0], values.shape[1]), values.device)
+            resampled = rows @ values @ columns
+            yield torch.sigmoid(resampled) if self.interpolate_logits else resampled.clamp_(0, 1)
+
+    def to_canvas(self, mask: MaskArray) -> MaskArray:
+        """Resize a mask [H, W] of the image to the pixels that are compared (nearest neighbour)."""
+        if self.canvas is None:
+            return mask
+        rows, columns = (nearest(length, self.canvas) for length in mask.shape)
+        return mask[np.ix_(rows, columns)]
+
+    def from_canvas(self, mask: MaskArray, size: tuple[int, int]) -> MaskArray:
+        """Resize a mask from the canvas to an image of `size` (H, W), for display."""
+        if self.canvas is None:
+            return mask
+        rows, columns = (nearest(self.canvas, length) for length in size)
+        return mask[np.ix_(rows, columns)]
+
+
+@lru_cache(maxsize=64)
+def _on_device(
+    protocol: type[Protocol], transform: Transform, grid: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return a protocol's matrices as float32 tensors [H, h] and [w, W] (the second is transposed).
+
+    They are cached because the images of a data set have few distinct sizes.
+    """
+    rows, columns = protocol.resampling(transform, grid)
+
+    def float32(matrix: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(matrix, np.float32)).to(device)
+
+    return float32(rows), float32(columns.T)
