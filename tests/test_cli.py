@@ -98,7 +98,7 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert dcris("predict", run, images, "-e", "red circle", "-e", "the ring", "--out", out) == 0
     assert len(capsys.readouterr().out.splitlines()) == 14
     assert len(json.loads((out / "predictions.json").read_text())) == 14
-    assert len(list(out.iterdir())) == 2 + 3 * 14  # predictions and journal beside them
+    assert len(list(out.iterdir())) == 2 + 3 * 14  # and predictions.json and the records
     # A run can be run again from the configuration it left.
     again = tmp_path / "again"
     assert dcris("train", run / "config.json", "--data", data, "--out", again) == 0

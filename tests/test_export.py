@@ -172,6 +172,20 @@ def test_the_example_has_the_same_tokens(name: str) -> None:
     np.testing.assert_array_equal(example().tokenize(phrases, 9, **told), tokenizer(phrases, 9).numpy())
 
 
+@pytest.mark.parametrize("name", ["tiny", "clip"])
+@pytest.mark.parametrize(
+    "phrase",
+    ["&#" + "9" * 4400, "&amp;#" + "9" * 9000 + "; cup", "&#" + "0" * 5000 + "65;b", "&#x1F34E;&#8203; \u3000a\x1f b"],
+)
+def test_the_example_cleans_hostile_phrases_as_the_tokenizer_does(name: str, phrase: str) -> None:
+    """Regression: html.unescape raises ValueError for a character reference with more than 4,300 digits."""
+    if name == "clip":
+        pytest.importorskip("instant_clip_tokenizer")
+    tokenizer = get_tokenizer(name)
+    settings = json.loads(json.dumps(dcris.inference.export_onnx._tokenizer_settings(tokenizer)))
+    np.testing.assert_array_equal(example().tokenize([phrase], 9, **settings), tokenizer([phrase], 9).numpy())
+
+
 @pytest.mark.slow
 def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
     """Whoever has only a graph must find out how to feed it."""

@@ -161,7 +161,7 @@ def test_the_threshold_is_chosen_on_another_split(
     ask = ("predict", trained_run, picture, "-e", "red circle", "--out", out, "--device", "cpu", "--threshold")
     assert dcris(*ask, result) == 0
     assert dcris(*ask, tmp_path / "nothing.json") == 2
-    assert "the threshold, neither a number nor a result file is missing" in capsys.readouterr().err
+    assert "the threshold (neither a number nor a result file) is missing" in capsys.readouterr().err
     (tmp_path / "list.json").write_text("[]")
     assert dcris(*ask, tmp_path / "list.json") == 2
     assert dcris(*ask, 0.5, "--anew") == 0

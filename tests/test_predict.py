@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +24,13 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.images import image_endings
 from dcris.errors import DcrisError
-from dcris.inference.batch import Done, Failed, Job
-from dcris.inference.inputs import Task, find_tasks, read_pairs
+from dcris.inference.batch import BatchPredictor, Done, Failed
+from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs
 from dcris.inference.label_studio import brush_rle, label_studio_config, label_studio_task
 from runs import leftovers
 from test_distributed import daring, torchrun
 
-JOURNAL = "dcris-journal.jsonl"
+UNFINISHED = "dcris-journal.unfinished.json"
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def results(out: Path) -> list[Any]:
     return json.loads((out / "predictions.json").read_text())
 
 
-def journalled(out: Path) -> list[str]:
-    """The names that a journal holds."""
-    lines = (out / JOURNAL).read_text().splitlines() if (out / JOURNAL).exists() else []
+def recorded(out: Path) -> list[str]:
+    """The names of the records in a folder of results."""
+    lines = (out / RECORDS).read_text().splitlines() if (out / RECORDS).exists() else []
     return [json.loads(line)["name"] for line in lines if line.endswith("}")]
 
 
@@ -159,7 +160,7 @@ def test_paths_that_look_like_addresses(tmp_path: Path) -> None:
 def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
     """Also those that a killed call has not finished, and those beside photographs that are now answered elsewhere."""
     photos = make_photos(tmp_path / "photos", 2)
-    for name in ("0.0.mask.png", "0.0.overlay.png", "1.12.cutout.png", ".1.0.mask.png.partial-0123abcd.png", JOURNAL):
+    for name in ("0.0.mask.png", "0.0.overlay.png", "1.12.cutout.png", ".1.0.mask.png.partial-0123abcd.png", RECORDS):
         (photos / name).touch()
     for name in ("clip.overlay.mp4", "predictions.json", "0.0.scores.npy", ".clip.overlay.mp4.partial-0123abcd.mp4"):
         (photos / name).touch()
@@ -168,7 +169,7 @@ def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
     places = {"pattern": [photos / "**" / "*"], "shell": sorted(photos.iterdir())}.get(way, [photos])
     found = find_tasks(places, ["cup"], out=tmp_path / "out", recursive=way == "recursive")
     assert [task.name for task in found] == ["0", "1"]
-    with pytest.raises(DcrisError, match="only results of earlier calls were named"):
+    with pytest.raises(DcrisError, match="all given files are results of earlier calls"):
         find_tasks([photos / "0.0.mask.png", photos / "clip.frames"], ["cup"])
 
 
@@ -185,21 +186,21 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pyte
     for name in ("a.jpg", "b.AVIF", "c.mpo", "d.heic", "e.HEIC", "f.psd", "g.mp4", "notes", ".DS_Store", "h.wmv"):
         (tmp_path / name).touch()
     lines: list[str] = []
-    assert len(find_tasks([tmp_path], ["cup"], left_out=lines.append)) == 3
+    assert len(find_tasks([tmp_path], ["cup"], on_skipped=lines.append)) == 3
     assert lines == [
-        f"left out of {tmp_path}: 2 .heic (to read HEIC and HEIF pictures, pip install pillow-heif); "
-        "1 .psd, 1 without ending (no picture or video that can be read); "
-        "1 .mp4, 1 .wmv (name videos, or give a pattern that matches them)"
+        f"skipped in {tmp_path}: 2 .heic (to read HEIC and HEIF pictures, pip install pillow-heif); "
+        "1 .psd, 1 without ending (not a readable image or video); "
+        "1 .mp4, 1 .wmv (give videos by name or by a pattern)"
     ]
     lines.clear()
-    assert [task.path.name for task in find_tasks([tmp_path / "[a-h].*"], ["cup"], left_out=lines.append)] == [
+    assert [task.path.name for task in find_tasks([tmp_path / "[a-h].*"], ["cup"], on_skipped=lines.append)] == [
         *("a.jpg", "b.AVIF", "c.mpo", "g.mp4", "h.wmv")
     ]
     assert "2 .heic" in lines[0]
     assert "1 .psd" in lines[0]
     (tmp_path / "films").mkdir()
     (tmp_path / "films" / "g.mp4").touch()
-    with pytest.raises(DcrisError, match=r"has no images in it; it has 1 \.mp4 \(name videos"):
+    with pytest.raises(DcrisError, match=r"has no images in it; it has 1 \.mp4 \(give videos by name"):
         find_tasks([tmp_path / "films"], ["cup"])
 
 
@@ -217,7 +218,7 @@ def test_pictures_of_every_readable_ending_are_answered(
     code = dcris(*words)
     told = capsys.readouterr()
     assert {path.name[0] for path in (tmp_path / "out").glob("*.mask.png")} == {name[0] for name in names}
-    assert "1 .txt (no picture" in told.out
+    assert "1 .txt (not a readable image" in told.out
     if ".heic" not in image_endings():
         assert code == 0
         assert "1 .heic (to read HEIC and HEIF pictures, pip install pillow-heif)" in told.out
@@ -253,27 +254,35 @@ def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "0.png,left, small\n", r"line 1: it has 3 columns, not 2; put a phrase with a comma"),
-        ("a.csv", "image,phrase\n0.png,cup\n1.png\n", r"line 3: it has 1 column, not 2; put a comma, a semicolon"),
+        ("a.csv", "0.png,left, small\n", r"line 1: the line has 3 columns, not 2; quote phrases that contain a comma"),
+        (
+            "a.csv",
+            "image,phrase\n0.png,cup\n1.png\n",
+            r"line 3: the line has 1 column, not 2; separate image and phrase by a comma, a semicolon",
+        ),
         (
             "a.csv",
             "sep=;\nimage;phrase\n0.png;left; small\n",
-            "line 3: it has 3 columns, not 2; put a phrase with a semicolon",
+            "line 3: the line has 3 columns, not 2; quote phrases that contain a semicolon",
         ),
-        ("a.csv", "image phrase\n0.png cup\n", "line 1: it has 1 column, not 2; put a comma"),
-        ("a.csv", "image,word\n0.png,cup\n", "none called phrase"),
-        ("a.csv", '0.png,"cup\n', "not a table"),
+        (
+            "a.csv",
+            "image phrase\n0.png cup\n",
+            "line 1: the line has 1 column, not 2; separate image and phrase by a comma",
+        ),
+        ("a.csv", "image,word\n0.png,cup\n", "no column phrase"),
+        ("a.csv", '0.png,"cup\n', "not a valid table"),
         ("a.csv", "0.png, \n", r"line 1: the phrase ' ' is empty"),
-        ("a.csv", ",cup\n", "line 1: an image and a phrase have to be text"),
-        ("a.csv", "", "no pair"),
-        ("a.csv", "image,phrase\n", "no pair"),
+        ("a.csv", ",cup\n", "line 1: image and phrase must be text"),
+        ("a.csv", "", "no pairs"),
+        ("a.csv", "image,phrase\n", "no pairs"),
         ("a.tsv", "0.png cup\n", "1 column, not 2"),
-        ("a.jsonl", '{"image": "0.png", "phrase": "cup"}\n[1]\n', "line 2: it is no object"),
+        ("a.jsonl", '{"image": "0.png", "phrase": "cup"}\n[1]\n', "line 2: not an object"),
         ("a.jsonl", '{"image": "0.png"', "line 1 is not JSON"),
-        ("a.jsonl", '{"image": 1, "phrase": "cup"}', "text, and are 1 and 'cup'"),
+        ("a.jsonl", '{"image": 1, "phrase": "cup"}', "text, not 1 and 'cup'"),
         ("a.jsonl", '{"image": "0.png", "phrases": [null]}', "None"),
-        ("a.jsonl", '{"image": "a\\u0000", "phrase": "cup"}', "have to be text"),
-        ("a.jsonl", '{"image": "a\\ud800", "phrase": "cup"}', "have to be text"),
+        ("a.jsonl", '{"image": "a\\u0000", "phrase": "cup"}', "must be text"),
+        ("a.jsonl", '{"image": "a\\ud800", "phrase": "cup"}', "must be text"),
         ("a.jsonl", '{"image": "a", "phrase": "caf\\udce9"}', "line 1: the phrase .* is not UTF-8 text"),
         ("a.txt", "0.png,cup\n", r"\.csv, \.tsv or \.jsonl"),
         ("a.csv", b"caf\xe9.png,cup", "not UTF-8"),
@@ -301,8 +310,8 @@ def test_pairs_are_answered(model: Path, photos: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--pairs PAIRS -e ring", "--pairs brings"),
-        ("PHOTOS --pairs PAIRS", "--pairs brings"),
+        ("--pairs PAIRS -e ring", "--pairs already gives images and phrases"),
+        ("PHOTOS --pairs PAIRS", "--pairs already gives images and phrases"),
         ("--pairs ABSENT.csv", "cannot read the list"),
         ("-e ring", "no image was given"),
         ("PHOTOS", "no phrase was given"),
@@ -345,7 +354,7 @@ def test_bad_files_among_good_ones(
     printed = capsys.readouterr()
     assert printed.err.startswith("dcris: 3 of 5 could not be read, all others are done: ")
     assert printed.err.count("\n") == 1
-    assert [line.split(": ")[0] for line in printed.out.splitlines() if "left out" in line] == [
+    assert [line.split(": ")[0] for line in printed.out.splitlines() if "skipped" in line] == [
         str(photos / name) for name in ("1.png", "2.png", "gone.png")
     ]
     assert [(entry["file_name"], entry["image_id"]) for entry in results(out)] == [("0.png", 1), ("3.png", 4)]
@@ -418,15 +427,15 @@ def test_one_photograph_by_several_paths(model: Path, photos: Path, monkeypatch:
     (work / "link").unlink()
     photos.rename(work / "moved")
     assert dcris("predict", model, "moved", "-e", "cup", "--out", "out") == 0
-    assert {name: content for name, content in contents(work / "out").items() if name != JOURNAL} == {
-        name: content for name, content in first.items() if name != JOURNAL
+    assert {name: content for name, content in contents(work / "out").items() if name != RECORDS} == {
+        name: content for name, content in first.items() if name != RECORDS
     }
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("-e", "ring"), "about 0.png for 'cup' (now 'cup', 'ring')"),
+        (("-e", "ring"), "for 0.png with the phrases 'cup' (now 'cup', 'ring')"),
         (("--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
         (("--format", "mask"), "made with formats coco mask (now mask)"),
         (("--precision", "bfloat16"), "made with precision float32 (now bfloat16)"),
@@ -459,9 +468,7 @@ def test_anew_replaces_what_is_asked_alone(model: Path, photos: Path, tmp_path: 
     before = written(out) | {name: 0 for name in contents(out) if name.startswith("0.1.")}
     capsys.readouterr()
     assert dcris("predict", model, photos / "0.png", "-e", "left", *ask, out, "--anew", "--threshold", "0.6") == 0
-    assert (
-        f"{out} keeps its answers about 3 other images, made with threshold 0.35 (now 0.6)" in capsys.readouterr().out
-    )
+    assert f"{out} keeps its results for 3 other images, made with threshold 0.35 (now 0.6)" in capsys.readouterr().out
     asked = [(entry["name"], entry["phrase"]) for entry in results(out)]
     assert asked == [("0", "left"), *((name, phrase) for name in "123" for phrase in ("cup", "ring"))]
     assert not list(out.glob("0.1.*"))
@@ -471,19 +478,98 @@ def test_anew_replaces_what_is_asked_alone(model: Path, photos: Path, tmp_path: 
         assert dcris("predict", model, photos / "0.png", "-e", "left", *ask, out, "--threshold", threshold) == 2
 
 
-def test_what_a_killed_call_left_does_not_stay(model: Path, photos: Path, tmp_path: Path) -> None:
-    """Masks that no journal names, of phrases that are not asked now, and files that were never finished."""
+def test_files_of_a_killed_call_are_deleted(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks without a record, of phrases that the next call does not have, and unfinished files."""
     out = tmp_path / "out"
-    (out / "deeper").mkdir(parents=True)
     make_photos(photos / "deeper", 1)
-    stale = ["0.1.mask.png", "0.12.overlay.png", "deeper/0.1.scores.npy", ".0.0.mask.png.partial-01234567.png"]
+    ask = ("predict", model, photos, "--recursive", "--out", out, "-e", "cup")
+    with monkeypatch.context() as patch:
+        patch.setattr("dcris.inference.records.Records.add", killed)
+        for place, formats in ((photos, ("mask", "overlay")), (photos / "deeper", ("scores",))):
+            words = (
+                "predict",
+                model,
+                place,
+                "-e",
+                "cup",
+                "-e",
+                "ring",
+                "--out",
+                out / place.name.replace("photos", ""),
+            )
+            with pytest.raises(ZeroDivisionError):
+                dcris(*words, "--format", *formats)
+    assert (out / "0.1.mask.png").exists()
+    assert (out / "0.1.overlay.png").exists()
+    assert (out / "deeper" / "0.1.scores.npy").exists()
+    shutil.move(out / "deeper" / UNFINISHED, out / "dcris-journal.1.unfinished.json")
+    text = (out / "dcris-journal.1.unfinished.json").read_text()
+    names = {f"deeper/{name}": [f"deeper/{file}" for file in files] for name, files in json.loads(text).items()}
+    (out / "dcris-journal.1.unfinished.json").write_text(json.dumps(names))
     kept = ["00.1.mask.png", "other/0.1.mask.png", "0.notes.png", "elsewhere.1.mask.png"]
     (out / "other").mkdir()
-    for name in (*stale, "deeper/.0.0.mask.png.partial-01234567.png", *kept):
+    for name in (".0.0.mask.png.partial-01234567.png", "deeper/.0.0.mask.png.partial-01234567.png", *kept):
         (out / name).touch()
-    assert dcris("predict", model, photos, "-e", "cup", "--recursive", "--out", out, "--format", "mask") == 0
+    assert dcris(*ask, "--format", "mask") == 0
     names = [*(f"{number}.0.mask.png" for number in range(4)), "deeper/0.0.mask.png", *kept]
-    assert {*contents(out)} == {*names, JOURNAL}
+    assert {*contents(out)} == {*names, RECORDS}
+
+
+def killed(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("more", [(), ("--anew",)])
+def test_own_files_with_names_of_results_are_kept(more: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+    """Regression: a call deleted the user's files in --out that have such names. Nothing but our own files is deleted."""
+    photos = make_photos(tmp_path / "photos", 2)
+    own = [
+        "0.1.mask.png",
+        "0.0.cutout.png",
+        "0.7.overlay.png",
+        "1.1.scores.npy",
+        "0.overlay.mp4",
+        "0.frames/000000.0.mask.png",
+    ]
+    (photos / "0.frames").mkdir()
+    for name in own:
+        (photos / name).write_text(name)
+    ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", photos)
+    for _ in range(2):
+        assert dcris(*ask, *more) == 0
+        assert {name: (photos / name).read_text() for name in own} == {name: name for name in own}
+    assert {path.name for path in photos.glob("[01].0.mask.png")} == {"0.0.mask.png", "1.0.mask.png"}
+
+
+def test_own_files_survive_a_kill(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note about unfinished files must not name a file that existed before the call."""
+    (photos / "0.1.overlay.png").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("dcris.inference.batch.write_file", killed)
+        with pytest.raises(ZeroDivisionError):
+            dcris("predict", model, photos, "-e", "cup", "-e", "ring", "--format", "overlay", "--out", photos)
+    assert (photos / UNFINISHED).exists()
+    assert dcris("predict", model, photos, "-e", "cup", "--format", "mask", "--out", photos) == 0
+    assert (photos / "0.1.overlay.png").read_text() == "mine"
+    assert not (photos / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("file", ["../own.0.mask.png", "0.x/../../own.0.mask.png", "own.0.mask.png", "0.txt"])
+def test_records_of_others_delete_no_other_file(file: str, model: Path, photos: Path, tmp_path: Path) -> None:
+    """A folder of results may come from somebody else, and its records must not choose files to delete."""
+    out = tmp_path / "out"
+    ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", out)
+    assert dcris(*ask) == 0
+    (out / "0.x").mkdir()
+    (out / file).write_text("mine")
+    lines = (out / RECORDS).read_text()
+    (out / RECORDS).write_text(lines.replace('"files":["0.0.mask.png"]', f'"files":["{file}"]'))
+    if file != "own.0.mask.png":  # inside the folder the note may name any result
+        (out / UNFINISHED).write_text(json.dumps({"9": [file, f"/{file}", 1], "8": 2}))
+    assert dcris(*ask, "--anew") == 0
+    assert (out / file).read_text() == "mine"
 
 
 def test_an_answer_outlives_its_photograph(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -492,11 +578,11 @@ def test_an_answer_outlives_its_photograph(model: Path, photos: Path, tmp_path: 
     out = tmp_path / "out"
     ask = ("predict", model, "--pairs", photos / "pairs.csv", "--out", out)
     assert dcris(*ask) == 0
-    before = {name: content for name, content in contents(out).items() if name != JOURNAL}
+    before = {name: content for name, content in contents(out).items() if name != RECORDS}
     (photos / "0.png").unlink()
     for more in ((), ("--anew",)):
         assert dcris(*ask, *more) == 2
-        assert {name: content for name, content in contents(out).items() if name != JOURNAL} == before
+        assert {name: content for name, content in contents(out).items() if name != RECORDS} == before
 
 
 def test_two_calls_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -545,7 +631,7 @@ def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp
     out = tmp_path / "out"
     ask = ("predict", model, photos, "-e", "cup", "--out", out)
     assert dcris(*ask) == 0
-    expected, (first, *others) = contents(out), (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    expected, (first, *others) = contents(out), (out / RECORDS).read_bytes().splitlines(keepends=True)
     each = {name: change(first) for name, change in DAMAGE.items()}
     assert not [name for name, line in each.items() if line == first]
     lines = {
@@ -555,20 +641,20 @@ def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp
         "empty": [],
         "each line": [*each.values(), *others],
     }[damage]
-    (out / JOURNAL).write_bytes(b"".join(lines))
+    (out / RECORDS).write_bytes(b"".join(lines))
     capsys.readouterr()
     assert dcris(*ask) == 0
     assert (f"{len(each)} damaged lines" in capsys.readouterr().out) == (damage == "each line")
-    assert {**contents(out), JOURNAL: b""} == {**expected, JOURNAL: b""}
-    assert sorted(journalled(out)) == ["0", "1", "2", "3"]
+    assert {**contents(out), RECORDS: b""} == {**expected, RECORDS: b""}
+    assert sorted(recorded(out)) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (JOURNAL, "pipe"),
-        (JOURNAL, "link"),
+        (RECORDS, "pipe"),
+        (RECORDS, "link"),
         ("dcris-journal.3.jsonl", "pipe"),
         ("dcris-journal.lock", "pipe"),
         ("dcris-journal.lock", "link"),
@@ -638,7 +724,7 @@ def start(*words: object) -> subprocess.Popen[str]:
 
 def wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> None:
     deadline = time.monotonic() + 120
-    while len(journalled(out)) < count:
+    while len(recorded(out)) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -654,7 +740,7 @@ def test_killed_and_started_again(model: Path, tmp_path: Path, capsys: pytest.Ca
     wait_for_lines(process, out, 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    names = journalled(out)
+    names = recorded(out)
     assert 5 <= len(names) < 24
     before = {name: time for name, time in written(out).items() if name.split(".")[0] in names}
     assert len(before) == 2 * len(names)
@@ -678,7 +764,7 @@ def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=120)
     assert (process.returncode, complaint) == (130, "dcris: interrupted\n")
-    done = journalled(out)
+    done = recorded(out)
     assert 3 <= len(done) < 60
     assert sorted(entry["file_name"] for entry in results(out)) == sorted(f"{name}.png" for name in done)
     assert not leftovers(out)
@@ -895,7 +981,7 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "clip.frames",
         "clip.overlay.mp4",
         "predictions.json",
-        JOURNAL,
+        RECORDS,
     }
     assert len(list((out / "clip.frames").iterdir())) == 10
     frames, seconds = read_video(out / "clip.overlay.mp4")
@@ -922,7 +1008,7 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
     clip = make_video(tmp_path / "clip.mp4", 2)
     rest = ("-e", "cup", "--format", "label-studio", "--out")
     assert dcris("predict", model, photos / "0.png", clip, *rest, tmp_path / "both") == 0
-    assert "label_studio.json holds photographs alone, none of the videos" in capsys.readouterr().out
+    assert "label_studio.json has images only; use mask, overlay or coco for the videos" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "both/label_studio.json").read_text())) == 1
     assert dcris("predict", model, photos / "0.png", *rest, tmp_path / "photo") == 0
     assert "videos" not in capsys.readouterr().out
@@ -1017,11 +1103,11 @@ def test_a_video_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
     clip, out = make_video(tmp_path / "clip.mp4", 10), tmp_path / "out"
     segmenter = Segmenter.from_pretrained(model, device="cpu")
-    run = Job(segmenter, find_tasks([clip], ["cup"]), out).run()
+    run = BatchPredictor(segmenter, find_tasks([clip], ["cup"]), out).run()
     first = [next(run) for _ in range(4)]
     run.close()  # as Ctrl-C does
     assert len(results(out)) == 4
-    second = list(Job(segmenter, find_tasks([clip], ["cup"]), out).run())
+    second = list(BatchPredictor(segmenter, find_tasks([clip], ["cup"]), out).run())
     done = [event.frame for event in [*first, *second] if isinstance(event, Done)]
     assert done == list(range(10))
     assert len(read_video(out / "clip.overlay.mp4")[0]) == 10
@@ -1052,17 +1138,17 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
     alone, together = [], []
     for events, kind in ((alone, "cpu"), (together, "a GPU's")):
         monkeypatch.setattr(
-            "dcris.inference.batch._images_at_once", lambda device, kind=kind: 1 if kind == "cpu" else 16
+            "dcris.inference.batch._images_per_pass", lambda device, kind=kind: 1 if kind == "cpu" else 16
         )
-        job = Job(segmenter, tasks, tmp_path / kind)
+        job = BatchPredictor(segmenter, tasks, tmp_path / kind)
         with pytest.raises(DcrisError, match="1 of 5"):
             events.extend(job.run())
     assert [event.task.name for event in together if isinstance(event, Done)] == ["0", "2", "3", "other"]
     assert sum(isinstance(event, Failed) for event in together) == 1
-    by_name = {event.task.name: event.answers for event in alone if isinstance(event, Done)}
+    by_name = {event.task.name: event.predictions for event in alone if isinstance(event, Done)}
     for event in together:
         for ours, theirs in (
-            zip(event.answers, by_name[event.task.name], strict=True) if isinstance(event, Done) else ()
+            zip(event.predictions, by_name[event.task.name], strict=True) if isinstance(event, Done) else ()
         ):
             assert ours.phrase == theirs.phrase
             assert ours.score == pytest.approx(theirs.score, abs=1e-4)

@@ -1,4 +1,4 @@
-"""`dcris predict`, `dcris convert` and `dcris recipes`: trained models, and what can be trained."""
+"""The commands `dcris predict`, `dcris convert` and `dcris recipes`."""
 
 import argparse
 import json
@@ -11,16 +11,16 @@ from dcris.errors import DcrisError
 
 
 def add(commands: Any) -> None:
-    """Describe the commands of this file."""
+    """Add the commands of this file to the parser."""
     add = adder(commands, "dcris ")
     predict = add(
         "predict",
         _predict,
-        "segment what phrases refer to",
+        "segment the objects that phrases refer to",
         'runs/tiny photo.jpg -e "left slice" --out out',
-        "Takes photographs, folders of them, patterns and videos, or a list of pairs. Existing results are skipped, so the "
-        "same command continues where it was stopped, and further images are added. A file that cannot be read is left out, "
-        "and named at the end. Several processes share the work: torchrun --nproc-per-node N -m dcris predict ...",
+        "Existing results are skipped, so the same command resumes an interrupted run, and further images can be added to the "
+        "folder. Files that cannot be read are skipped and listed at the end. Use several GPUs with: torchrun "
+        "--nproc-per-node N -m dcris predict ...",
     )
     predict.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     predict.add_argument(
@@ -28,125 +28,131 @@ def add(commands: Any) -> None:
         type=Path,
         nargs="*",
         metavar="IMAGE_OR_FOLDER",
-        help="images, folders of images, quoted patterns such as 'photos/**/*.jpg', and videos",
+        help="images, folders of images, videos, and quoted patterns such as 'photos/**/*.jpg'",
     )
     predict.add_argument(
-        "-e", "--expression", action="append", metavar="PHRASE", help="what to look for; may be given several times"
+        "-e", "--expression", action="append", metavar="PHRASE", help="phrase to segment; repeat for several phrases"
     )
     predict.add_argument(
         "--pairs",
         type=Path,
         metavar="FILE",
-        help="images with phrases of their own instead: a .csv or .tsv with the columns image and phrase, or a .jsonl",
+        help="list of images and phrases: a .csv or .tsv with the columns image and phrase, or a .jsonl",
     )
-    predict.add_argument("--recursive", action="store_true", help="take the images of subfolders, too")
+    predict.add_argument("--recursive", action="store_true", help="search subfolders")
     predict.add_argument(
-        "--every", type=positive, default=1, metavar="N", help="of a video, every N-th frame (%(default)s)"
+        "--every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="predict every N-th frame of a video (default: %(default)s)",
     )
-    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     predict.add_argument(
         "--format",
         nargs="+",
         choices=("mask", "overlay", "coco", "scores", "cutout", "label-studio"),
-        help="what to write (mask overlay coco scores; of videos without scores)",
+        help="files to write (default: mask overlay coco scores; for videos without scores)",
     )
     predict.add_argument(
         "--threshold",
         metavar="NUMBER_OR_RESULT",
-        help="probability above which a pixel is the object's (0.35), or the result file of `dcris evaluate` that records one",
+        help="probability above which a pixel belongs to the mask, or a result file of `dcris evaluate` to take it from "
+        "(default: 0.35)",
     )
     predict.add_argument(
         "--image-url",
         metavar="PREFIX",
-        help="for label-studio: what to put before images' names (/data/local-files/?d=)",
+        help="URL prefix of the image names for label-studio (default: /data/local-files/?d=)",
     )
-    predict.add_argument("--anew", action="store_true", help="replace existing answers about these images")
+    predict.add_argument(
+        "--anew", action="store_true", help="predict again and replace existing results for these images"
+    )
     device_arguments(predict)
 
     convert = add(
         "convert",
         _convert,
-        "turn published DETRIS checkpoints into this format",
+        "convert published DETRIS checkpoints",
         "base_refcoco.pth --out models",
-        "Each FILE becomes a checkpoint directory of its name in DIR, with the frozen towers in it.",
+        "Writes each FILE as a checkpoint directory in DIR, named like the file, with the frozen towers.",
     )
-    convert.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .pth of thuteam/DETRIS on the Hub")
-    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the directories go")
+    convert.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".pth file of thuteam/DETRIS on the Hub")
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the checkpoint directories")
     convert.add_argument(
-        "--word-length", type=natural, metavar="N", help="tokens per phrase, where the file's name does not say it"
+        "--word-length", type=natural, metavar="N", help="tokens per phrase (default: from the file name)"
     )
-    convert.add_argument("--half", action="store_true", help="store adapters and head in float16, in half the space")
+    convert.add_argument(
+        "--half", action="store_true", help="store adapters and head in float16, which halves their size"
+    )
 
-    recipes = add("recipes", _recipes, "list the recipes with their trainable counts", "--show dcris_b")
-    recipes.add_argument("--show", metavar="RECIPE", help="print a recipe's whole configuration")
+    recipes = add("recipes", _recipes, "list the recipes with their weight counts", "--show dcris_b")
+    recipes.add_argument("--show", metavar="RECIPE", help="print the whole configuration of a recipe")
     recipes.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _predict(args: argparse.Namespace) -> None:
     if args.pairs is not None and (args.images or args.expression):
-        raise DcrisError("--pairs brings images and phrases of its own; give either that, or IMAGE_OR_FOLDER and -e")
+        raise DcrisError("--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e")
     if args.pairs is None and not args.images:
-        raise DcrisError("no image was given; name some (IMAGE_OR_FOLDER), or a list of them with --pairs")
+        raise DcrisError("no image was given; add IMAGE_OR_FOLDER, or a list with --pairs")
     if args.pairs is None and not args.expression:
-        raise DcrisError("no phrase was given; say with -e what to look for, or give a list of pairs with --pairs")
+        raise DcrisError("no phrase was given; add one with -e, or a list with --pairs")
 
     from datetime import timedelta
 
     from tqdm import tqdm
 
-    from dcris.inference.batch import LOCAL_FILES, Done, Failed, Job
+    from dcris.inference.batch import LOCAL_FILES, BatchOptions, BatchPredictor, Done, Failed
     from dcris.inference.inputs import find_tasks, read_pairs
     from dcris.inference.segmenter import Segmenter
     from dcris.utils.distributed import processes
 
-    left_out: list[str] = []
+    notes: list[str] = []
     if args.pairs is not None:
         tasks = read_pairs(args.pairs)
     else:
         tasks = find_tasks(
-            args.images, args.expression, out=args.out, recursive=args.recursive, left_out=left_out.append
+            args.images, args.expression, out=args.out, recursive=args.recursive, on_skipped=notes.append
         )
-    with processes(args.device, patience=timedelta(days=7)) as group:  # one may have a long video, the others nothing
+    options = BatchOptions(
+        formats=args.format,
+        threshold=_threshold(args.threshold),
+        every=args.every,
+        overwrite=args.anew,
+        image_url=LOCAL_FILES if args.image_url is None else args.image_url,
+    )
+    # A rank with a long video keeps the others waiting.
+    with processes(args.device, patience=timedelta(days=7)) as group:
         segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
-        job = Job(
-            segmenter,
-            tasks,
-            args.out,
-            formats=args.format,
-            threshold=_threshold(args.threshold),
-            every=args.every,
-            anew=args.anew,
-            image_url=LOCAL_FILES if args.image_url is None else args.image_url,
-            group=group,
-        )
-        for line in [*left_out, *job.notes] if group.first else ():
+        predictor = BatchPredictor(segmenter, tasks, args.out, options, group)
+        notes += predictor.notes
+        if predictor.already:
+            notes.append(f"{predictor.already} of {len(tasks)} are done already in {args.out}")
+        if "label-studio" in predictor.formats and any(task.video for task in tasks):
+            notes.append("label_studio.json has images only; use mask, overlay or coco for the videos")
+        for line in notes if group.first else ():
             log(line)
-        if job.already and group.first:
-            log(f"{job.already} of {len(tasks)} are done already in {args.out}")
-        if "label-studio" in job.formats and any(task.video for task in tasks) and group.first:
-            log(
-                "label_studio.json holds photographs alone, none of the videos; ask for mask, overlay or coco for those"
-            )
-        total = None if job.videos else len(job.images)
+        total = None if predictor.videos else len(predictor.images)
         quiet = not (group.first and sys.stderr.isatty())
-        with tqdm(total=total, unit="frame" if job.videos else "image", disable=quiet) as bar:
-            for event in job.run():
+        with tqdm(total=total, unit="frame" if predictor.videos else "image", disable=quiet) as bar:
+            for event in predictor.run():
                 with tqdm.external_write_mode():
                     if isinstance(event, Done):
                         frame = "" if event.frame is None else f", frame {event.frame}"
-                        for answer in event.answers:
-                            place = f"box {answer.box}" if answer.box else "nothing found"
-                            log(f"{event.task.path}{frame}: {answer.phrase!r} {place}, score {answer.score:.2f}")
+                        for found in event.predictions:
+                            box = f"box {found.box}" if found.box else "nothing found"
+                            log(f"{event.task.path}{frame}: {found.phrase!r} {box}, score {found.score:.2f}")
                     elif isinstance(event, Failed):
-                        log(f"{event.task.path}: left out; {event.reason}")
+                        log(f"{event.task.path}: skipped; {event.reason}")
                     else:
-                        log(f"{event.path}: {event.what}")
+                        log(f"{event.path}: {event.description}")
                 if isinstance(event, Done | Failed):
                     bar.update()
 
 
 def _threshold(given: str | None) -> float | None:
-    """A number as typed, or the one a result file records."""
+    """Parse a threshold, or read it from a result file."""
     from dcris.utils.files import read_json
 
     if given is None:
@@ -154,10 +160,10 @@ def _threshold(given: str | None) -> float | None:
     try:
         return float(given)
     except ValueError:
-        result = read_json(Path(given), "the threshold, neither a number nor a result file")
+        result = read_json(Path(given), "the threshold (neither a number nor a result file)")
     threshold = result.get("threshold") if isinstance(result, dict) else None
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
-        raise DcrisError(f"{given} records no threshold; it is no result of `dcris evaluate`")
+        raise DcrisError(f"{given} has no threshold; give a number or a result file of `dcris evaluate`")
     return float(threshold)
 
 
@@ -166,11 +172,13 @@ def _convert(args: argparse.Namespace) -> None:
 
     targets = {args.out / file.stem: file for file in args.files}
     if len(targets) < len(args.files):
-        raise DcrisError("two of the files have one name, so their results would be in one place; convert them apart")
+        raise DcrisError(
+            "two of the files have the same name and would be written to the same place; convert them into different folders"
+        )
     for target, file in targets.items():
         config = convert_file(file, target, args.word_length, half=args.half)
         log(
-            f"{target}: {config.recipe} on {config.data.dataset}, phrases of {config.data.word_length} tokens; "
+            f"{target}: {config.recipe} on {config.data.dataset}, {config.data.word_length} tokens per phrase; "
             f'next: dcris predict {argument(target)} photo.jpg -e "left slice" --out out'
         )
 
@@ -196,4 +204,4 @@ def _recipes(args: argparse.Namespace) -> None:
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
         log(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
         log(f"    {' '.join((recipe.__doc__ or '').split())}")
-    log("train one with: dcris train RECIPE --data ROOT --out DIR; adapters are all trained weights beside the head")
+    log("Train one with: dcris train RECIPE --data ROOT --out DIR. Adapters: all trained weights except the head.")

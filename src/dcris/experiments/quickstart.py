@@ -19,7 +19,7 @@ from dcris.evaluation.evaluator import EvalResult, exchange_phrases, predict_que
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.report.evaluation_report import write_evaluation_report
-from dcris.inference.batch import Job
+from dcris.inference.batch import BatchOptions, BatchPredictor
 from dcris.inference.inputs import find_tasks
 from dcris.inference.segmenter import Segmenter
 from dcris.models.segmentation import ReferringSegmenter
@@ -112,5 +112,6 @@ def _segment_a_few(segmenter: Segmenter, table: ReferenceTable, out: Path) -> No
     for reference in table.split("test"):
         phrases.setdefault(reference.image_path, []).append(reference.expressions[0].text)
     for image, texts in list(phrases.items())[:4]:
-        for _ in Job(segmenter, find_tasks([image], texts), out / image.stem, anew=True).run():
+        tasks, options = find_tasks([image], texts), BatchOptions(overwrite=True)
+        for _ in BatchPredictor(segmenter, tasks, out / image.stem, options).run():
             pass

@@ -1,27 +1,28 @@
-"""Segment many images and phrases into a folder: its files, their order, and what a repeated call skips.
+"""Predict masks for many images, videos and phrases, and write them to a folder.
 
-For image a.jpg and its phrase number k (from 0): a.k.mask.png (0 and 255), a.k.overlay.png, a.k.cutout.png (the object alone,
-transparent around it; none where nothing was found), a.k.scores.npy (float16 probabilities). For a video clip.mp4 the same for
-each frame, as clip.frames/000030.k.mask.png, but one clip.overlay.mp4 in place of overlays. For all: predictions.json, a list
-of COCO results with phrase and file name beside them; label_studio.json and label_studio.xml.
+Files for image a.jpg and phrase number k (from 0):
+    a.k.mask.png          mask (0 and 255)
+    a.k.overlay.png       the image with the mask drawn on it
+    a.k.cutout.png        the object alone on a transparent background; missing for an empty mask
+    a.k.scores.npy        probabilities, float16 [H, W]
+Files for video clip.mp4: the same per frame, as clip.frames/000030.k.mask.png, but one clip.overlay.mp4 instead of overlays.
+Files for the whole folder:
+    predictions.json      list of COCO results with phrase and file name
+    label_studio.json     tasks for Label Studio, with label_studio.xml as the labelling interface
 
-A folder may be given several calls. What they have answered is in its journal, and predictions.json has all of it: a call adds
-to it, under other names where another photograph has the name. Settings and phrases of what is there are not mixed with others.
+Several calls may write to one folder; predictions.json then has the results of all of them. See dcris.inference.records.
 """
 
 import io
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar, get_args
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -31,43 +32,69 @@ from dcris.checkpoints.backbones import fingerprint
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.inference.inputs import Task, is_utf8, named, quoted, source_exists
+from dcris.inference.inputs import Task
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.prediction import Prediction, require_threshold
-from dcris.inference.records import LOCK, Entry, Journal, Settings
+from dcris.inference.records import Record, ResultFolder, Settings
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video import Frame, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import COLOURS, overlay, png_bytes
-from dcris.utils.files import claim, make_directory, remove_partial, require_replaceable, write_file
+from dcris.utils.files import require_replaceable, write_file
 from dcris.version import __version__
 
 T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+"""An RGB image [H, W, 3]."""
+
 Format = Literal["mask", "overlay", "coco", "scores", "cutout", "label-studio"]
 ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 FORMATS: tuple[Format, ...] = ("mask", "overlay", "coco", "scores")
-"""What is written where nothing else is asked for; of videos without scores, which are 4 MB a frame."""
-
-_TOGETHER = {"coco": ("predictions.json",), "label-studio": ("label_studio.json", "label_studio.xml")}
-"""The formats that put everything in one file."""
-
-_ENDINGS = re.compile(r"(.*)\.\d+\.(?:(?:mask|overlay|cutout)\.png|scores\.npy)", re.DOTALL)
+"""Default formats; for videos without scores, which take about 4 MB per frame."""
 
 LOCAL_FILES = "/data/local-files/?d="
-"""Under which Label Studio serves the folder that its setting LOCAL_FILES_DOCUMENT_ROOT names."""
+"""URL prefix under which Label Studio serves the folder of its setting LOCAL_FILES_DOCUMENT_ROOT."""
 
-_PIXELS_AT_ONCE = 100_000_000
-"""Of all answers that are held at a time: each phrase's is as large as its photograph."""
+_ENDINGS: dict[Format, str] = {
+    "mask": "mask.png",
+    "overlay": "overlay.png",
+    "cutout": "cutout.png",
+    "scores": "scores.npy",
+}
+"""Formats with one file per phrase, and how its name ends."""
+
+_FOLDER_FILES = {"coco": ("predictions.json",), "label-studio": ("label_studio.json", "label_studio.xml")}
+"""Formats with files for the whole folder."""
+
+_MAX_PIXELS = 100_000_000
+"""Limit on the pixels of all masks in memory at one time: each mask is as large as its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """What a batch prediction writes."""
+
+    formats: Sequence[Format] | None = None
+    """FORMATS by default."""
+    threshold: float | None = None
+    """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by default."""
+    every: int = 1
+    """Predict every N-th frame of a video, from the first."""
+    overwrite: bool = False
+    """Predict everything again; replace results for these images that have other settings or phrases."""
+    image_url: str = LOCAL_FILES
+    """Prefix of the image names for Label Studio."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """An image or frame that was answered, all of its files on disk."""
+    """An image or frame whose files are all on disk."""
 
     task: Task
     frame: int | None
-    answers: list[Prediction]
+    predictions: list[Prediction]
+    """One per phrase, without probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +107,29 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file that came to be when all else was done."""
+    """The overlay video of a finished video."""
 
     path: Path
-    what: str
+    description: str
 
 
-class Job:
-    """Tasks for a model, and the folder for the results.
+class BatchPredictor:
+    """Predicts the tasks that are not finished in the output folder.
 
-    Images that the folder's journal lists are skipped, as long as they have not changed and their files exist. Answers about
-    other images stay. Several processes share the work if each makes the same job; other jobs cannot write to the folder until
+    Images with a record in the folder are skipped if they have not changed and their files exist. Results for other images
+    stay. Several ranks share the work if each creates the same BatchPredictor. No other call can write to the folder until
     `run` has ended.
+
+    Args:
+        segmenter: the model.
+        tasks: images and videos with their phrases, from `find_tasks` or `read_pairs`.
+        out: output folder.
+        options: what to write.
+        group: the ranks that share the work and the folder.
+
+    Raises:
+        DcrisError: the threshold is not between 0 and 1, the folder cannot be written, another process writes to it, or
+            (without `overwrite`) it holds results with other settings, or results for these images with other phrases.
     """
 
     def __init__(
@@ -99,414 +137,279 @@ class Job:
         segmenter: Segmenter,
         tasks: Sequence[Task],
         out: Path,
-        *,
-        formats: Sequence[Format] | None = None,
-        threshold: float | None = None,
-        every: int = 1,
-        anew: bool = False,
-        image_url: str = LOCAL_FILES,
+        options: BatchOptions | None = None,
         group: Processes | None = None,
     ) -> None:
-        """Look up what is done already.
-
-        Args:
-            segmenter: answers.
-            tasks: what is asked, from `find_tasks` or `read_pairs`.
-            out: folder for the results.
-            formats: what to write; FORMATS by default.
-            threshold: a pixel is the object's if its probability is greater; 0.35 by default.
-            every: of a video, the first of so many frames is asked about.
-            anew: do everything, also what is done; answers about these tasks that were made with other settings or for other
-                phrases are replaced.
-            image_url: what Label Studio finds the images under, before their names.
-            group: the processes that share the work, and the folder.
-
-        Raises DcrisError where the threshold is not between 0 and 1, where the folder cannot be written to or another process
-        does so, and without `anew` where it holds answers of other settings, or about these images for other phrases.
-        """
-        self.segmenter, self.tasks, self.out, self.every = segmenter, list(tasks), out, every
-        self.image_url, self.group = image_url, group or Processes()
-        self.formats = set(FORMATS if formats is None else formats)
-        self.video_formats = self.formats - {"scores"} if formats is None else self.formats
-        self._fingerprint = fingerprint(segmenter.model.state_dict())
-        self.threshold = segmenter.protocol.threshold if threshold is None else require_threshold(threshold)
-        self._chosen: dict[str, int] = {}
-        """How many frames of a video are asked about, once it was read."""
-        self._journal = Journal(make_directory(out), self.group.rank)
-        self.notes: list[str] = []
-        """Lines about the folder, for the first process to print before the work begins."""
-        self._dropped: set[str] = set()
-        """Formats of answers that are in the folder no more."""
-        self._places: dict[str, int] = {}
-        self._settings = {video: self._settings_of(video) for video in (False, True)}
-        self._stamps = {task.source: _stamp(task.path) for task in self.tasks}
-        with ExitStack() as held:
-            if self.group.first:
-                held.enter_context(claim(out, LOCK))
-            self.tasks, self._places = self.group.from_first(lambda: self._prepare(anew))
-            self._held = held.pop_all()
-        entries = self._journal.read().values()
-        self._done = {entry.name: entry.frames for entry in entries if self._is_current(entry)}
-        self.group.all_gather(None)  # nobody adds to a journal before all have read them
-        images = [task for task in self.tasks if not task.video and task.name not in self._done]
-        self.images = images[self.group.rank :: self.group.count]
-        """This process's share of what is left to do."""
-        self.videos = [task for task in self.tasks if task.video and not self._complete(task)]
-        self.already = len(self.tasks) - len(images) - len(self.videos)
-        """Images and videos that are done already."""
+        options, group = options or BatchOptions(), group or Processes()
+        self.segmenter, self.out, self.every, self.group = segmenter, out, options.every, group
+        self.formats = set(FORMATS if options.formats is None else options.formats)
+        self.video_formats = self.formats - {"scores"} if options.formats is None else self.formats
+        default = segmenter.protocol.threshold
+        self.threshold = default if options.threshold is None else require_threshold(options.threshold)
+        if group.first:
+            for file in chain.from_iterable(_FOLDER_FILES[key] for key in self.formats & _FOLDER_FILES.keys()):
+                require_replaceable(out / file)  # they are written last, so check now
+        self.folder = ResultFolder(
+            out,
+            tasks,
+            self._settings(),
+            image_url=options.image_url,
+            overwrite=options.overwrite,
+            group=group,
+        )
+        self.notes = self.folder.notes
+        images = [task for task in self.folder.tasks if not task.video and task.name not in self.folder.done]
+        self.images = images[group.rank :: group.count]
+        """This rank's share of the images that are left."""
+        self.videos = [task for task in self.folder.tasks if task.video and not self._is_complete(task)]
+        """Videos that are left; the ranks share the frames of each."""
+        self.already = len(self.folder.tasks) - len(images) - len(self.videos)
+        """Number of images and videos that are skipped because they are finished."""
+        self._frames_read: dict[str, int] = {}
+        """Number of selected frames of each video that this call has read."""
 
     def run(self) -> Iterator[Done | Failed | Written]:
-        """Do what is left, and yield an event for each image and frame.
+        """Predict what is left, and yield an event for each image and frame.
 
-        An image that cannot be read is left out. At the end, and when the work is broken off, predictions.json and the like
-        are written of all that is done, by the first process.
+        An image that cannot be read is skipped. At the end, also after an error or Ctrl-C, the first rank writes
+        predictions.json and the files for Label Studio with everything that is finished.
 
-        Raises DcrisError at the end where something could not be read, and at once where a file cannot be written.
+        Raises:
+            DcrisError: at the end if something could not be read; at once if a file cannot be written.
         """
         failed: list[Failed] = []
-        with self._held:
-            yield from self._run(failed)
-        if failed and self.group.first:
-            raise DcrisError(_summary(failed, len(self.tasks)))
-
-    def _run(self, failed: list[Failed]) -> Iterator[Done | Failed | Written]:
         try:
-            for event in chain(self._answer_images(), self._answer_videos()):
-                if isinstance(event, Failed):
-                    failed.append(event)
-                yield event
-            failed[:] = chain.from_iterable(self.group.all_gather(failed))
-            if self.group.first:
-                for drawn in self._finish_videos({event.task.name for event in failed}):
-                    if isinstance(drawn, Failed):
-                        failed.append(drawn)
-                    yield drawn
-        finally:  # also after a full disk or Ctrl-C: what is done is done
-            self._journal.close()
-            if self.group.first:
-                self._write_together()
+            try:
+                for event in chain(self._predict_images(), self._predict_videos()):
+                    if isinstance(event, Failed):
+                        failed.append(event)
+                    yield event
+                failed[:] = chain.from_iterable(self.group.all_gather(failed))
+                if self.group.first:
+                    for outcome in self._finish_videos({event.task.name for event in failed}):
+                        if isinstance(outcome, Failed):
+                            failed.append(outcome)
+                        yield outcome
+            finally:
+                if self.group.first:
+                    self._write_folder_files()
+        finally:
+            self.folder.close()
+        if failed and self.group.first:
+            raise DcrisError(_summary(failed, len(self.folder.tasks)))
 
-    # ---- what is done already
-
-    def _settings_of(self, video: bool) -> Settings:
-        return Settings(
-            model=self._fingerprint,
-            recipe=self.segmenter.config.recipe,
-            precision=str(self.segmenter.dtype).removeprefix("torch."),
-            threshold=self.threshold,
-            formats=tuple(sorted(self.video_formats if video else self.formats)),
-            every=self.every if video else None,
-            version=__version__,
-        )
-
-    def _prepare(self, anew: bool) -> tuple[list[Task], dict[str, int]]:
-        """Remove from the folder what is done again. Returns the tasks under their names there, and each source's place."""
-        for file in chain.from_iterable(_TOGETHER[key] for key in self.formats & _TOGETHER.keys()):
-            require_replaceable(self.out / file)  # they are written last
-        before = list(self._moved(self._journal.read().values()))
-        if damaged := self._journal.damaged:
-            self.notes.append(f"{self._journal.path} has {damaged} damaged lines; their images are done again")
-        if not anew:
-            self._refuse_others(before)
-        tasks = named(self.tasks, {entry.source: entry.task for entry in before})
-        places = {entry.source: entry.place for entry in before}
-        known = set(places.values())
-        free = (place for place in count(1) if place not in known)
-        for task in tasks:
-            if task.source not in places:
-                places[task.source] = next(free)
-        by_source = {task.source: task for task in tasks}
-        kept = []
-        for entry in before:
-            asked = by_source.get(entry.source)
-            if asked is None or self._stamps[asked.source] is None:  # an image that is gone keeps its answers
-                kept.append(entry)
-            elif not anew and self._is_current(entry) and self._has_files(entry):
-                kept.append(entry.model_copy(update=self._described(asked)))
-            else:
-                self._dropped |= {*entry.settings.formats}
-        self._note_mixture(kept)
-        self._remove_stale(tasks, kept)
-        self._journal.gather(before, kept)
-        return tasks, places
-
-    def _moved(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """The entries, those whose photograph was moved with its time of change under the source that it has now."""
-        here = {(PurePath(task.source).name, *(self._stamps[task.source] or ())): task.source for task in self.tasks}
-        for entry in entries:
-            source = here.get((PurePath(entry.source).name, *entry.stamp), entry.source)
-            moved = source != entry.source and not source_exists(entry.source)
-            yield entry.model_copy(update={"source": source}) if moved else entry
-
-    def _refuse_others(self, entries: Iterable[Entry]) -> None:
-        """Raise DcrisError where the folder holds answers that this call's cannot stand beside."""
-        phrases = {task.source: task.phrases for task in self.tasks}
-        advice = "choose another --out, or add --anew to replace the answers about the images that this call names"
-        for entry in entries:
-            if differences := self._differences(entry):
-                raise DcrisError(f"{self.out} holds answers made with {differences}; {advice}")
-            now = phrases.get(entry.source, entry.phrases)
-            if now != entry.phrases:
-                asked, asks = (", ".join(map(repr, some)) for some in (entry.phrases, now))
-                raise DcrisError(f"{self.out} holds answers about {entry.file_name} for {asked} (now {asks}); {advice}")
-
-    def _differences(self, entry: Entry) -> str:
-        """What differs between an entry's settings and this call's, in words."""
-        now = self._settings[entry.video]
-        if entry.source not in self._stamps:  # each video may have its own pace
-            now = now.model_copy(update={"every": entry.settings.every})
-        return entry.settings.differences(now)
-
-    def _note_mixture(self, kept: Iterable[Entry]) -> None:
-        """Add a note where answers of other settings stay, which only `anew` permits."""
-        others = {entry.source: words for entry in kept if (words := self._differences(entry))}
-        if others:
-            self.notes.append(
-                f"{self.out} keeps its answers about {len(others)} other images, made with {next(iter(others.values()))}"
-            )
-
-    def _is_current(self, entry: Entry) -> bool:
-        """Whether an entry is about one of these tasks, as its file was when this began."""
-        return self._stamps.get(entry.source) == list(entry.stamp)
-
-    def _has_files(self, entry: Entry) -> bool:
-        return all((self.out / file).is_file() for file in entry.files)
-
-    def _remove_stale(self, tasks: Iterable[Task], kept: Iterable[Entry]) -> None:
-        """Remove what a killed call has not finished, and files of the tasks that no entry names: new ones may be fewer."""
-        names = {task.name for task in tasks}
-        files = {file for entry in kept for file in entry.files}
-        ended = {entry.task for entry in kept if entry.frames is not None}
-        folders = {
-            self.out,
-            # By text: a photograph may be called "..png", and the parent of `out / "."` is that of `out`.
-            *(self.out / name.rpartition("/")[0] for name in names),
-            *(self.out / f"{name}.frames" for name in names),
+    def _settings(self) -> dict[bool, Settings]:
+        """The settings for images (False) and videos (True)."""
+        shared: dict[str, Any] = {
+            "model": fingerprint(self.segmenter.model.state_dict()),
+            "recipe": self.segmenter.config.recipe,
+            "precision": str(self.segmenter.dtype).removeprefix("torch."),
+            "threshold": self.threshold,
+            "version": __version__,
         }
-        for folder in folders:
-            if not folder.is_dir():
-                continue
-            remove_partial(folder)
-            for path in folder.iterdir():
-                file = path.relative_to(self.out).as_posix()
-                found = _ENDINGS.fullmatch(file)
-                name = found[1] if found else file.removesuffix(".overlay.mp4")
-                stale = file not in files if found else name != file and name not in ended
-                ours = name in names or name.rpartition(".frames/")[0] in names
-                if ours and stale and path.is_file() and not path.is_symlink():
-                    path.unlink()
-
-    def _described(self, task: Task) -> dict[str, Any]:
-        """What an entry says of its task, and may change without the answer changing."""
         return {
-            "file_name": quoted(task.shown),
-            "percent_encoded": not is_utf8(task.shown),
-            "address": self.image_url + quote(os.fsencode(PurePath(task.shown).as_posix())),
+            False: Settings(**shared, formats=tuple(sorted(self.formats)), every=None),
+            True: Settings(**shared, formats=tuple(sorted(self.video_formats)), every=self.every),
         }
 
-    def _complete(self, task: Task) -> bool:
-        frames = self._done.get(_end(task))
-        if frames is None:
-            return False
-        overlaid = "overlay" not in self.video_formats or self._overlay_path(task).exists()
-        return overlaid and frames == sum(name.startswith(f"{task.name}//") for name in self._done) - 1
+    # ---- images
 
-    def _note(self, task: Task, name: str, **more: Any) -> None:
-        entry = {
-            "name": name,
-            "task": task.name,
-            "source": task.source,
-            "stamp": self._stamps[task.source] or (0, 0),
-            "place": self._places[task.source],
-            "phrases": task.phrases,
-            "settings": self._settings[task.video].model_dump(),
-            **self._described(task),
-            **more,
-        }
-        self._journal.add(Entry.model_validate_json(json.dumps(entry)))  # checked as it will be when it is read
-
-    # ---- the work
-
-    def _answer_images(self) -> Iterator[Done | Failed]:
-        together: list[tuple[Task, NDArray[np.uint8]]] = []
-        weight = 0
-        for task, pixels in _ahead(_read, self.images):
+    def _predict_images(self) -> Iterator[Done | Failed]:
+        group: list[tuple[Task, Pixels]] = []
+        total = 0
+        for task, pixels in _read_ahead(_read_task, self.images):
             if isinstance(pixels, str):
                 yield Failed(task, pixels)
                 continue
-            own = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
-            if together and (len(together) >= _images_at_once(self.segmenter.device) or weight + own > _PIXELS_AT_ONCE):
-                yield from self._answer(together)
-                together, weight = [], 0
-            together.append((task, pixels))
-            weight += own
-        yield from self._answer(together)
+            size = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
+            if group and (len(group) >= _images_per_pass(self.segmenter.device) or total + size > _MAX_PIXELS):
+                yield from self._predict_group(group)
+                group, total = [], 0
+            group.append((task, pixels))
+            total += size
+        yield from self._predict_group(group)
 
-    def _answer(self, together: list[tuple[Task, NDArray[np.uint8]]]) -> Iterator[Done]:
-        if len(together) > 1:
-            pictures: list[Any] = [pixels for _, pixels in together]
-            phrases = [task.phrases for task, _ in together]
+    def _predict_group(self, group: list[tuple[Task, Pixels]]) -> Iterator[Done]:
+        """Predict several images in one pass, or one image in passes of as many phrases as memory allows."""
+        if len(group) == 1:
+            ((task, pixels),) = group
+            yield self._write(task, None, pixels, self._predict_phrases(task, pixels, self.formats), self.formats)
+        elif group:
+            images: list[Any] = [pixels for _, pixels in group]
+            phrases = [task.phrases for task, _ in group]
             scores = "scores" in self.formats
-            found = self.segmenter.predict(pictures, phrases, threshold=self.threshold, scores=scores)
-            for (task, pixels), answers in zip(together, found, strict=True):
-                yield self._keep(task, None, pixels, [answers], self.formats)
-        for task, pixels in together if len(together) == 1 else ():
-            yield self._keep(task, None, pixels, self._in_groups(task, pixels, self.formats), self.formats)
+            found = self.segmenter.predict(images, phrases, threshold=self.threshold, scores=scores)
+            for (task, pixels), predictions in zip(group, found, strict=True):
+                yield self._write(task, None, pixels, predictions, self.formats)
 
-    def _in_groups(self, task: Task, pixels: NDArray[np.uint8], formats: set[Format]) -> Iterator[list[Prediction]]:
-        """The answers to one image's phrases, some at a time where it is large."""
+    def _predict_phrases(self, task: Task, pixels: Pixels, formats: set[Format]) -> Iterator[Prediction]:
+        """Predict the phrases of one image, several per pass if their masks fit into memory."""
         encoded = self.segmenter.encode_image(pixels)
-        group = max(1, _PIXELS_AT_ONCE // (pixels.shape[0] * pixels.shape[1]))
-        for start in range(0, len(task.phrases), group):
-            some = task.phrases[start : start + group]
-            yield self.segmenter.segment(encoded, some, threshold=self.threshold, scores="scores" in formats)
+        at_once = max(1, _MAX_PIXELS // (pixels.shape[0] * pixels.shape[1]))
+        for start in range(0, len(task.phrases), at_once):
+            phrases = task.phrases[start : start + at_once]
+            yield from self.segmenter.segment(encoded, phrases, threshold=self.threshold, scores="scores" in formats)
 
-    def _answer_videos(self) -> Iterator[Done | Failed]:
-        for task in self.videos:
-            chosen = 0
-
-            def mine(index: int, task: Task = task) -> bool:
-                nonlocal chosen
-                chosen += 1
-                shared = (index // self.every) % self.group.count == self.group.rank
-                return shared and _frame_name(task, index) not in self._done
-
-            for frame in _until_broken(read_frames(task.path, self.every, mine)):
-                if isinstance(frame, str):
-                    yield Failed(task, frame)
-                    break
-                answers = self._in_groups(task, frame.pixels, self.video_formats)
-                yield self._keep(task, frame, frame.pixels, answers, self.video_formats - {"overlay"})
-            self._chosen[task.name] = chosen
-
-    def _keep(
+    def _write(
         self,
         task: Task,
         frame: Frame | None,
-        pixels: NDArray[np.uint8],
-        groups: Iterable[list[Prediction]],
+        pixels: Pixels,
+        predictions: Iterable[Prediction],
         formats: set[Format],
     ) -> Done:
-        """Write one image's or frame's files, and then that they are there."""
-        name = task.name if frame is None else _frame_stem(task.name, frame.index)
-        answers: list[Prediction] = []
+        """Write the files of one image or frame, then its record."""
+        stem, name = (task.name, task.name) if frame is None else _frame_names(task, frame.index)
+        endings = [_ENDINGS[key] for key in formats & _ENDINGS.keys()]
+        self.folder.begin(name, [f"{stem}.{k}.{end}" for k in range(len(task.phrases)) for end in endings])
+        written: list[Prediction] = []
         files: list[str] = []
-        for answer in chain.from_iterable(groups):
-            for ending, content in _files(answer, pixels, len(answers), formats):
-                files.append(f"{name}.{len(answers)}.{ending}")
+        for k, prediction in enumerate(predictions):
+            for ending, content in _encode_files(prediction, pixels, k, formats):
+                files.append(f"{stem}.{k}.{ending}")
                 write_file(self.out / files[-1], content)
-            answers.append(replace(answer, probabilities=None))
-        results = [answer.to_coco() for answer in answers]
+            written.append(replace(prediction, probabilities=None))
+        results = [prediction.to_coco() for prediction in written]
         where = {} if frame is None else {"frame": frame.index, "time": frame.time}
-        entry = {"size": list(pixels.shape[:2]), "files": files, "results": results, **where}
-        self._note(task, task.name if frame is None else _frame_name(task, frame.index), **entry)
-        return Done(task, None if frame is None else frame.index, answers)
+        self.folder.add(task, name, size=list(pixels.shape[:2]), files=files, results=results, **where)
+        return Done(task, None if frame is None else frame.index, written)
+
+    # ---- videos
+
+    def _is_complete(self, task: Task) -> bool:
+        """Whether a video and all of its selected frames have records."""
+        frames = self.folder.done.get(_end_name(task))
+        return frames is not None and frames == sum(name.startswith(f"{task.name}//") for name in self.folder.done) - 1
+
+    def _predict_videos(self) -> Iterator[Done | Failed]:
+        for task in self.videos:
+            selected = 0
+
+            def is_mine(index: int, task: Task = task) -> bool:
+                nonlocal selected
+                selected += 1
+                mine = (index // self.every) % self.group.count == self.group.rank
+                return mine and _frame_names(task, index)[1] not in self.folder.done
+
+            for frame in _until_error(read_frames(task.path, self.every, is_mine)):
+                if isinstance(frame, str):
+                    yield Failed(task, frame)
+                    break
+                predictions = self._predict_phrases(task, frame.pixels, self.video_formats)
+                yield self._write(task, frame, frame.pixels, predictions, self.video_formats - {"overlay"})
+            self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
-        """Draw the videos whose frames are all answered, as far as they could be read. One that fails stops no other."""
+        """Write the overlay videos and the end records. A video that fails does not stop the others.
+
+        Args:
+            failed: names of the videos that could not be read to their end. They get an overlay, but no end record.
+        """
         if not self.videos:
             return
-        frames: dict[str, dict[int, Entry]] = {task.name: {} for task in self.videos}
-        for entry in self._journal.read().values():
-            if entry.frame is not None and entry.task in frames and self._is_current(entry):
-                frames[entry.task][entry.frame] = entry
+        frames: dict[str, dict[int, Record]] = {task.name: {} for task in self.videos}
+        for record in self.folder.records():
+            if record.frame is not None and record.task in frames and self.folder.is_current(record):
+                frames[record.task][record.frame] = record
         for task in self.videos:
-            entries = frames[task.name]
-            if entries and "overlay" in self.video_formats:
+            records, files = frames[task.name], []
+            if records and "overlay" in self.video_formats:
 
-                def masks(index: int, entries: dict[int, Entry] = entries) -> list[MaskArray] | None:
-                    return _masks(entries[index]) if index in entries else None
+                def masks_of(index: int, records: dict[int, Record] = records) -> list[MaskArray] | None:
+                    return _masks(records[index]) if index in records else None
 
-                path = self._overlay_path(task)
+                files = [f"{task.name}.overlay.mp4"]
+                path = self.out / files[0]
+                self.folder.begin(_end_name(task), files)
                 try:
-                    codec = write_overlay(task.path, path, masks, max(entries), self.every)
+                    codec = write_overlay(task.path, path, masks_of, max(records), self.every)
                 except DcrisError as error:
                     yield Failed(task, str(error))
                     continue
-                yield Written(path, f"{len(entries)} frames, {codec}")
+                yield Written(path, f"{len(records)} frames, {codec}")
             if task.name not in failed:
-                self._note(task, _end(task), frames=self._chosen[task.name])
+                self.folder.add(task, _end_name(task), files=files, frames=self._frames_read[task.name])
 
-    def _overlay_path(self, task: Task) -> Path:
-        return self.out / f"{task.name}.overlay.mp4"
+    # ---- files for the whole folder
 
-    # ---- one file for everything
-
-    def _write_together(self) -> None:
-        entries = [entry for entry in self._journal.read().values() if entry.results is not None]
-        entries.sort(key=lambda entry: (entry.place, entry.frame or 0))
-        by_format = {
-            key: [entry for entry in entries if key in entry.settings.formats and (key == "coco" or not entry.video)]
-            for key in _TOGETHER
-        }
-        if by_format["coco"] or "coco" in self._dropped:
-            _write_list(self.out / "predictions.json", _coco(by_format["coco"]))
-        images = by_format["label-studio"]
-        if images or "label-studio" in self._dropped:
-            _write_list(self.out / "label_studio.json", map(_label_studio, images))
-            phrases = [phrase for entry in images for phrase in entry.phrases]
+    def _write_folder_files(self) -> None:
+        records = [record for record in self.folder.records() if record.results is not None]
+        dropped = self.folder.dropped_formats
+        coco = [record for record in records if "coco" in record.settings.formats]
+        if coco or "coco" in dropped:
+            _write_list(self.out / "predictions.json", _coco_results(coco))
+        images = [record for record in records if "label-studio" in record.settings.formats and not record.video]
+        if images or "label-studio" in dropped:
+            _write_list(self.out / "label_studio.json", map(_label_studio_task, images))
+            phrases = [phrase for record in images for phrase in record.phrases]
             write_file(self.out / "label_studio.xml", label_studio_config(phrases))
 
 
-def _coco(entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    numbers = _image_ids(entries)
-    frames = count(max(numbers.values(), default=0) + 1)
-    for entry in entries:
-        number = next(frames) if entry.video else numbers[entry.source]  # each frame is an image of its own
-        more: dict[str, Any] = {"percent_encoded": True} if entry.percent_encoded else {}
-        name = entry.task if entry.frame is None else _frame_stem(entry.task, entry.frame)
-        where = {} if entry.frame is None else {"frame": entry.frame, "time": entry.time}
-        for phrase, result in enumerate(entry.results or ()):
+def _encode_files(
+    prediction: Prediction, pixels: Pixels, number: int, formats: set[Format]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the ending and the content of each file of one prediction."""
+    if "mask" in formats:
+        yield _ENDINGS["mask"], png_bytes(prediction.mask)
+    if "overlay" in formats:
+        yield _ENDINGS["overlay"], png_bytes(overlay(pixels, prediction.mask, COLOURS[number % len(COLOURS)]))
+    if "cutout" in formats and prediction.box is not None:
+        stream = io.BytesIO()
+        prediction.cutout(pixels).save(stream, "PNG")
+        yield _ENDINGS["cutout"], stream.getvalue()
+    if "scores" in formats and prediction.probabilities is not None:
+        stream = io.BytesIO()
+        np.save(stream, prediction.probabilities.astype(np.float16), allow_pickle=False)
+        yield _ENDINGS["scores"], stream.getvalue()
+
+
+def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    image_ids = _image_ids(records)
+    frame_ids = count(max(image_ids.values(), default=0) + 1)
+    for record in records:
+        image_id = next(frame_ids) if record.video else image_ids[record.source]  # each frame is an image of its own
+        fields: dict[str, Any] = {"percent_encoded": True} if record.percent_encoded else {}
+        fields["name"] = record.task if record.frame is None else f"{record.task}.frames/{record.frame:06}"
+        where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
+        for phrase_number, result in enumerate(record.results or ()):
             yield {
                 **result.model_dump(mode="json"),
-                "image_id": number,
-                "file_name": entry.file_name,
-                **more,
-                "name": name,
-                "phrase_number": phrase,
+                "image_id": image_id,
+                "file_name": record.file_name,
+                **fields,
+                "phrase_number": phrase_number,
                 **where,
             }
 
 
-def _label_studio(entry: Entry) -> dict[str, Any]:
-    answers = (
-        (result.phrase, result.score, mask) for result, mask in zip(entry.results or (), _masks(entry), strict=True)
+def _image_ids(records: Sequence[Record]) -> dict[str, int]:
+    """Image ids by source: COCO's own if every image has a COCO file name, else the numbers in the folder.
+
+    The two kinds are never mixed, so that no two images share an id.
+    """
+    places = {record.source: record.place for record in records}
+    numbers = {source: re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", PurePath(source).stem) for source in places}
+    found = {source: int(number[1]) for source, number in numbers.items() if number}
+    return found if len({*found.values()}) == len(places) else places
+
+
+def _label_studio_task(record: Record) -> dict[str, Any]:
+    results = (
+        (result.phrase, result.score, mask) for result, mask in zip(record.results or (), _masks(record), strict=True)
     )
-    settings = entry.settings
-    return label_studio_task(entry.address, _size(entry), answers, f"dcris {settings.version} {settings.recipe}")
+    model = f"dcris {record.settings.version} {record.settings.recipe}"
+    return label_studio_task(record.address, record.size or (0, 0), results, model)
 
 
-def _files(
-    answer: Prediction, pixels: NDArray[np.uint8], number: int, formats: set[Format]
-) -> Iterator[tuple[str, bytes]]:
-    """The files of one answer: their ending and content."""
-    if "mask" in formats:
-        yield "mask.png", png_bytes(answer.mask)
-    if "overlay" in formats:
-        yield "overlay.png", png_bytes(overlay(pixels, answer.mask, COLOURS[number % len(COLOURS)]))
-    if "cutout" in formats and answer.box is not None:
-        stream = io.BytesIO()
-        answer.cutout(pixels).save(stream, "PNG")
-        yield "cutout.png", stream.getvalue()
-    if "scores" in formats and answer.probabilities is not None:
-        stream = io.BytesIO()
-        np.save(stream, answer.probabilities.astype(np.float16), allow_pickle=False)
-        yield "scores.npy", stream.getvalue()
-
-
-def _size(entry: Entry) -> tuple[int, int]:
-    return entry.size or (0, 0)
-
-
-def _masks(entry: Entry) -> list[MaskArray]:
+def _masks(record: Record) -> list[MaskArray]:
     return [
-        decode_mask(result.segmentation.model_dump(mode="json"), _size(entry)).astype(bool)
-        for result in entry.results or ()
+        decode_mask(result.segmentation.model_dump(mode="json"), record.size or (0, 0)).astype(bool)
+        for result in record.results or ()
     ]
 
 
 def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """A JSON list with an entry a line, written as they come: together they may be larger than memory."""
+    """Write a JSON list with one entry per line, without holding all entries in memory."""
 
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
@@ -519,50 +422,31 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     write_file(path, fill)
 
 
-def _image_ids(entries: Sequence[Entry]) -> dict[str, int]:
-    """By source: COCO's own number of each image where all are COCO's, else its place: never one number for two images."""
-    places = {entry.source: entry.place for entry in entries}
-    numbers = {source: re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", PurePath(source).stem) for source in places}
-    found = {source: int(number[1]) for source, number in numbers.items() if number}
-    return found if len({*found.values()}) == len(places) else places
+def _frame_names(task: Task, index: int) -> tuple[str, str]:
+    """Start of a frame's file names, and the name of its record. No path has two slashes, so no task has that name."""
+    return f"{task.name}.frames/{index:06}", f"{task.name}//{index}"
 
 
-def _frame_stem(name: str, index: int) -> str:
-    return f"{name}.frames/{index:06}"
-
-
-def _frame_name(task: Task, index: int) -> str:
-    return f"{task.name}//{index}"  # no path has two slashes, so no other task is called so
-
-
-def _end(task: Task) -> str:
+def _end_name(task: Task) -> str:
+    """The record name of a video's end."""
     return f"{task.name}//end"
 
 
-def _images_at_once(device: torch.device) -> int:
-    """In one pass: a CPU gains nothing by it, and answers sooner one after the other."""
+def _images_per_pass(device: torch.device) -> int:
+    """A CPU is no faster with several images per pass, and shows its first result later."""
     return 1 if device.type == "cpu" else 16
 
 
-def _stamp(path: Path) -> list[int] | None:
-    """What changes with a file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _read(task: Task) -> NDArray[np.uint8] | str:
-    """An image's pixels, or why there are none."""
+def _read_task(task: Task) -> Pixels | str:
+    """The pixels of an image, or the reason why it cannot be read."""
     try:
         return read_image(task.path)
     except DcrisError as error:
         return str(error)
 
 
-def _until_broken(frames: Iterator[Frame]) -> Iterator[Frame | str]:
-    """The frames, and at last why there are no more, if that is not the end: errors of those who use them are not caught."""
+def _until_error(frames: Iterator[Frame]) -> Iterator[Frame | str]:
+    """Yield the frames, then the reason if a frame cannot be read. Errors raised by the consumer are not caught."""
     while True:
         try:
             frame = next(frames)
@@ -574,12 +458,12 @@ def _until_broken(frames: Iterator[Frame]) -> Iterator[Frame | str]:
         yield frame
 
 
-def _ahead(function: Callable[[Task], T], tasks: Iterable[Task]) -> Iterator[tuple[Task, T]]:
-    """`function` of each task, worked out in a thread while the one before is being used."""
+def _read_ahead(read: Callable[[Task], T], tasks: Iterable[Task]) -> Iterator[tuple[Task, T]]:
+    """Yield each task with `read(task)`, which a thread computes while the caller works on the task before."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[Task, Future[T]]] = deque()
         for task in tasks:
-            waiting.append((task, pool.submit(function, task)))
+            waiting.append((task, pool.submit(read, task)))
             if len(waiting) > 1:
                 before, future = waiting.popleft()
                 yield before, future.result()

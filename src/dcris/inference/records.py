@@ -1,48 +1,71 @@
-"""The journal of a folder of results: a line for each image or frame that is done, so that a repeated call skips it."""
+"""What a folder of results holds: one record per finished image or frame, and the checks before a call adds to it.
 
+Files in the folder: `dcris-journal.jsonl` has one JSON record per line (`dcris-journal.N.jsonl` for rank N).
+`dcris-journal.unfinished.json` lists files that were being written when a call was killed.
+`dcris-journal.lock` is locked while a call writes to the folder.
+
+A repeated call skips what has a record. Only files that these records name are ever deleted.
+"""
+
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Annotated, Self, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from itertools import chain, count
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Self, TextIO
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dcris.errors import DcrisError
-from dcris.utils.files import MAX_TEXT, open_append, open_regular, require_replaceable, write_file
-
-JOURNAL = "dcris-journal.jsonl"
-"""The first journal of a folder; each further process has one with its number."""
+from dcris.inference.inputs import RECORDS, Task, assign_names, is_utf8, quoted, source_exists
+from dcris.utils.distributed import Processes
+from dcris.utils.files import (
+    MAX_TEXT,
+    claim,
+    make_directory,
+    open_append,
+    open_regular,
+    read_text,
+    remove_partial,
+    require_replaceable,
+    write_file,
+)
 
 LOCK = "dcris-journal.lock"
-"""The file by whose lock one call at a time writes to a folder."""
 
 _NAME = re.compile(r"dcris-journal(\.\d+)?\.jsonl")
+_UNFINISHED_NAME = re.compile(r"dcris-journal(\.\d+)?\.unfinished\.json")
+_RESULT_FILE = re.compile(
+    r".*(\.frames/\d+)?\.\d+\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.overlay\.mp4", re.DOTALL
+)
 
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class _Strict(BaseModel):
-    """Lines may be damaged, or of another version: what is not exactly as described here is no entry."""
+    """A line that does not match exactly (damaged, or of another version) is not a record."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Settings(_Strict):
-    """What an answer depends on, beside the photograph and the phrases."""
+    """Everything that a result depends on except the image and the phrases."""
 
     model: str
-    """The fingerprint of the weights."""
+    """Fingerprint of the weights."""
     recipe: str
     precision: str
     threshold: float
     formats: tuple[str, ...]
     every: Number | None
-    """Of a video, the first of so many frames is asked about."""
+    """Step between the predicted frames of a video; None for images."""
     version: str
 
     def differences(self, now: "Settings") -> str:
-        """What differs from the settings of another call, in words; empty where nothing does."""
+        """List what differs from the settings of another call; empty if nothing does."""
         if self.model != now.model:
             return "another model"
         before, after = (
@@ -54,56 +77,60 @@ class Settings(_Strict):
         )
 
 
-class Lengths(_Strict):
-    """A mask in COCO's compressed run lengths."""
+class RunLengths(_Strict):
+    """A mask as COCO's compressed run lengths."""
 
     size: tuple[Number, Number]
     counts: str
 
 
 class Result(_Strict):
-    """One phrase's entry in a COCO result file."""
+    """The entry of one phrase in a COCO result file."""
 
     image_id: Number
     category_id: Number
     phrase: str
     score: float
     bbox: tuple[Number, Number, Number, Number]
-    segmentation: Lengths
+    segmentation: RunLengths
 
 
-class Entry(_Strict):
-    """What was done under one name. Its files are on disk."""
+class Record(_Strict):
+    """A finished image or frame, or the end of a video. All of its files are on disk."""
 
     name: str
-    """Of an image, its task's name; of a frame and of a video's end, something behind that."""
+    """The task's name for an image; the task's name and a suffix for a frame or the end of a video."""
     task: str
-    """The start of its files' names, from the folder of the results."""
+    """Start of its files' names, relative to the folder."""
     source: str
     """`Task.source`."""
     stamp: tuple[int, int]
-    """Of the source, when it was read."""
+    """Size in bytes and modification time (ns) of the source when it was read."""
     file_name: str
-    """What results call it."""
+    """Name of the image in predictions.json."""
     percent_encoded: bool
-    """Whether `file_name` stands for bytes that are not UTF-8."""
+    """Whether `file_name` is percent-encoded because it is not UTF-8."""
     address: str
-    """Where Label Studio finds it."""
+    """URL of the image for Label Studio."""
     place: Annotated[int, Field(ge=1, lt=1 << 53)]
-    """Its number among the images and videos of this folder."""
+    """Number of the image or video in this folder, from 1."""
     phrases: tuple[str, ...]
     settings: Settings
     size: tuple[Number, Number] | None = None
+    """H and W in pixels."""
     files: tuple[str, ...] = ()
+    """Its files, relative to the folder."""
     results: tuple[Result, ...] | None = None
+    """One per phrase; None at the end of a video."""
     frame: Number | None = None
     time: float | None = None
+    """Seconds from the start of the video."""
     frames: Number | None = None
-    """At a video's end: how many frames were asked about."""
+    """At the end of a video: the number of predicted frames."""
 
     @property
     def video(self) -> bool:
-        """Whether it is a frame or the end of a video."""
+        """Whether this is a frame or the end of a video."""
         return self.name != self.task
 
     @model_validator(mode="after")
@@ -111,94 +138,327 @@ class Entry(_Strict):
         *folders, _ = self.task.split("/")
         if self.task.startswith("/") or ".." in folders or not self.name.startswith(self.task):
             raise ValueError("a name outside the folder")
+        # Files of dropped records are deleted, so a record must not name any other file.
+        if not all(file.startswith(f"{self.task}.") and _is_result_file(file) for file in self.files):
+            raise ValueError("a file that is not a result of this task")
         if (self.results is None) != (self.frames is not None) or (self.size is None) != (self.results is None):
-            raise ValueError("neither an answer nor an end")
+            raise ValueError("neither a result nor the end of a video")
         if self.results is not None and [result.phrase for result in self.results] != list(self.phrases):
-            raise ValueError("other phrases than those that were asked")
+            raise ValueError("other phrases than the task's")
         if any(result.segmentation.size != self.size for result in self.results or ()):
             raise ValueError("masks of another size")
         return self
 
 
-class Journal:
-    """The journals of one folder: each process appends to one of its own, and the first brings them together.
+class Records:
+    """The record files of one folder. Each rank appends to its own file; the first rank merges them.
 
-    A line is written only after the files that it names, and one that was cut short is ignored.
+    A record is appended after its files are on disk. A line that was cut short is ignored.
     """
 
     def __init__(self, out: Path, rank: int = 0) -> None:
         self.out = out
-        self.path = out / (JOURNAL if rank == 0 else f"dcris-journal.{rank}.jsonl")
+        suffix = "" if rank == 0 else f".{rank}"
+        self.path = out / f"dcris-journal{suffix}.jsonl"
         self.damaged = 0
-        """Lines that `read` has left out, as they are no entries of this version."""
+        """Number of lines that the last `read` skipped because they are not valid records."""
         self._file: TextIO | None = None
+        self._unfinished_path = out / f"dcris-journal{suffix}.unfinished.json"
+        self._unfinished: dict[str, list[str]] = {}
 
-    def read(self) -> dict[str, Entry]:
-        """All entries by name, the newest of each.
+    def read(self) -> dict[str, Record]:
+        """Read the newest record of each name from all record files.
 
-        Raises DcrisError where a journal cannot be read.
+        Raises:
+            DcrisError: a record file cannot be read.
         """
         self.damaged = 0
-        return {entry.name: entry for path in self._paths() for entry in self._entries(path)}
+        paths = sorted(path for path in self.out.iterdir() if _NAME.fullmatch(path.name))
+        return {record.name: record for path in paths for record in self._read_file(path)}
 
-    def _entries(self, path: Path) -> Iterator[Entry]:
+    def _read_file(self, path: Path) -> Iterator[Record]:
         try:
             with open_regular(path) as file:
                 while line := file.readline(MAX_TEXT):
                     if not line.endswith(b"\n"):
-                        return  # its writer was killed
+                        return  # the writer was killed
                     try:
-                        yield Entry.model_validate_json(line)
+                        yield Record.model_validate_json(line)
                     except ValidationError:
                         self.damaged += 1
         except OSError as error:
             raise DcrisError(
-                f"cannot read {path}: {error.strerror or error}; it lists what is done, so restore it, or choose another folder"
+                f"cannot read {path}: {error.strerror or error}; it lists the finished images, so restore it or choose "
+                "another --out"
             ) from error
 
-    def gather(self, all_entries: Iterable[Entry], kept: Iterable[Entry]) -> None:
-        """Bring all that were read together in the first journal, and then keep only some there.
+    def merge(self, all_records: Iterable[Record], kept: Iterable[Record]) -> None:
+        """Write all records to the first rank's file, delete the other files, then keep only some records.
 
-        In two steps, since a kill may come between: else an entry that is not kept would come back from another journal.
-        For one process alone, while no other writes. Raises DcrisError where the disk does not let it.
+        The two steps are needed because the process may be killed in between: a record that is not kept would come back
+        from another rank's file. Call it in one process, while no other rank writes.
+
+        Raises:
+            DcrisError: a file cannot be written.
         """
-        others = [path for path in self._paths() if path.name != JOURNAL]
+        others = [path for path in self.out.iterdir() if _NAME.fullmatch(path.name) and path.name != RECORDS]
         if others:
-            self._write(all_entries)
+            self._write(all_records)
             for path in others:
                 path.unlink(missing_ok=True)
         self._write(kept)
+        for path in self._unfinished_files():
+            path.unlink(missing_ok=True)
 
-    def _write(self, entries: Iterable[Entry]) -> None:
-        path, lines = self.out / JOURNAL, "".join(map(_line, entries))
+    def _write(self, records: Iterable[Record]) -> None:
+        path, lines = self.out / RECORDS, "".join(map(_line, records))
         if lines:
             write_file(path, lines)
         else:
             require_replaceable(path)
             path.unlink(missing_ok=True)
 
-    def add(self, entry: Entry) -> None:
-        """Note what is done. Raises DcrisError where the disk does not let it."""
+    def begin(self, name: str, files: Iterable[str]) -> None:
+        """Note the files that are about to be written under `name`, so that the next call can delete them after a kill.
+
+        Files that exist already are not noted: they may be the user's own.
+        """
+        new = [file for file in files if not os.path.lexists(self.out / file)]
+        if new:
+            self._unfinished[name] = new
+            write_file(self._unfinished_path, json.dumps(self._unfinished) + "\n")
+
+    def add(self, record: Record) -> None:
+        """Append a record whose files are on disk.
+
+        Raises:
+            DcrisError: the file cannot be written.
+        """
         if self._file is None:
             self._file = open_append(self.path)
         try:
-            self._file.write(_line(entry))
+            self._file.write(_line(record))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise DcrisError(
                 f"cannot write {self.path}: {error.strerror or error}; free some space there or choose another place"
             ) from error
+        if self._unfinished.pop(record.name, None) and not self._unfinished:
+            self._unfinished_path.unlink(missing_ok=True)
+
+    def unfinished(self, recorded: Iterable[str]) -> set[str]:
+        """Return the files that killed calls began under names without a record.
+
+        Args:
+            recorded: names of all records. A call may be killed between `add` and the deletion of its note.
+        """
+        done, found = set(recorded), set[str]()
+        for path in self._unfinished_files():
+            with suppress(OSError, ValueError, RecursionError):  # cut short by the kill
+                content = json.loads(read_text(path))
+                for name, files in content.items() if isinstance(content, dict) else ():
+                    if name not in done and isinstance(files, list):
+                        found |= {file for file in files if isinstance(file, str) and _is_result_file(file)}
+        return found
+
+    def _unfinished_files(self) -> list[Path]:
+        found = (path for path in self.out.iterdir() if _UNFINISHED_NAME.fullmatch(path.name))
+        return [path for path in found if path.is_file() and not path.is_symlink()]
 
     def close(self) -> None:
-        """Close the file."""
+        """Close this rank's file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _paths(self) -> list[Path]:
-        return sorted(path for path in self.out.iterdir() if _NAME.fullmatch(path.name))
+
+class ResultFolder:
+    """An output folder and the tasks of one call that are not finished there.
+
+    No other call can write to the folder until `close`.
+
+    Args:
+        path: the folder; it is created if missing.
+        tasks: the tasks of this call, from `find_tasks` or `read_pairs`.
+        settings: this call's settings for images (False) and videos (True).
+        image_url: prefix of the image names for Label Studio.
+        overwrite: drop the records of these tasks, whatever their settings and phrases are.
+        group: the ranks that share the work and the folder.
+
+    Raises:
+        DcrisError: the folder cannot be written, another process writes to it, or (without `overwrite`) it holds results with
+            other settings, or results for these images with other phrases.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tasks: Sequence[Task],
+        settings: Mapping[bool, Settings],
+        *,
+        image_url: str,
+        overwrite: bool,
+        group: Processes,
+    ) -> None:
+        self.path, self._settings, self._image_url = make_directory(path), settings, image_url
+        self._records = Records(path, group.rank)
+        self._stamps = {task.source: _stamp(task.path) for task in tasks}
+        self.notes: list[str] = []
+        """Lines about the folder, which the first rank prints before the work begins."""
+        self.dropped_formats: set[str] = set()
+        """Formats of the records that this call dropped."""
+        self._places: dict[str, int] = {}
+        with ExitStack() as stack:
+            if group.first:
+                stack.enter_context(claim(path, LOCK))
+            self.tasks, self._places = group.from_first(lambda: self._prepare(list(tasks), overwrite))
+            self._lock = stack.pop_all()
+        records = self._records.read().values()
+        self.done = {record.name: record.frames for record in records if self.is_current(record)}
+        """Names of this call's finished images, frames and videos, with `Record.frames`."""
+        group.all_gather(None)  # no rank may add records before all ranks have read them
+
+    def close(self) -> None:
+        """Close this rank's record file and release the folder."""
+        self._records.close()
+        self._lock.close()
+
+    def records(self) -> list[Record]:
+        """All records, in the order of images and frames."""
+        return sorted(self._records.read().values(), key=lambda record: (record.place, record.frame or 0))
+
+    def is_current(self, record: Record) -> bool:
+        """Whether a record belongs to one of these tasks and its source file has not changed since."""
+        return self._stamps.get(record.source) == list(record.stamp)
+
+    def begin(self, name: str, files: Iterable[str]) -> None:
+        """Note the files that are about to be written; see `Records.begin`."""
+        self._records.begin(name, files)
+
+    def add(self, task: Task, name: str, **fields: Any) -> None:
+        """Record a finished image or frame, or the end of a video. `fields` are fields of `Record`."""
+        record = {
+            "name": name,
+            "task": task.name,
+            "source": task.source,
+            "stamp": self._stamps[task.source] or (0, 0),
+            "place": self._places[task.source],
+            "phrases": task.phrases,
+            "settings": self._settings[task.video].model_dump(),
+            **self._description(task),
+            **fields,
+        }
+        self._records.add(Record.model_validate_json(json.dumps(record)))  # validated as `read` will validate it
+
+    def _prepare(self, tasks: list[Task], overwrite: bool) -> tuple[list[Task], dict[str, int]]:
+        """Delete outdated results. Return the tasks with their names in this folder, and the number of each source."""
+        before = list(self._follow_moved(tasks, self._records.read().values()))
+        if damaged := self._records.damaged:
+            self.notes.append(f"{self._records.path} has {damaged} damaged lines; their images are predicted again")
+        if not overwrite:
+            self._refuse_other_settings(tasks, before)
+        tasks = assign_names(tasks, {record.source: record.task for record in before})
+        places = {record.source: record.place for record in before}
+        used = set(places.values())
+        free = (place for place in count(1) if place not in used)
+        for task in tasks:
+            if task.source not in places:
+                places[task.source] = next(free)
+        by_source = {task.source: task for task in tasks}
+        kept, dropped = [], []
+        for record in before:
+            own = by_source.get(record.source)
+            if own is None or self._stamps[own.source] is None:  # the results of a deleted image stay
+                kept.append(record)
+            elif not overwrite and self.is_current(record) and self._has_files(record):
+                kept.append(record.model_copy(update=self._description(own)))
+            else:
+                dropped.append(record)
+        self.dropped_formats = {name for record in dropped for name in record.settings.formats}
+        self._note_other_settings(kept)
+        self._delete_outdated(tasks, kept, dropped)
+        self._records.merge(before, kept)
+        return tasks, places
+
+    def _follow_moved(self, tasks: Iterable[Task], records: Iterable[Record]) -> Iterator[Record]:
+        """The records, with the new source of each image that was moved (same name, size and modification time)."""
+        new = {(PurePath(task.source).name, *(self._stamps[task.source] or ())): task.source for task in tasks}
+        for record in records:
+            source = new.get((PurePath(record.source).name, *record.stamp), record.source)
+            moved = source != record.source and not source_exists(record.source)
+            yield record.model_copy(update={"source": source}) if moved else record
+
+    def _refuse_other_settings(self, tasks: Iterable[Task], records: Iterable[Record]) -> None:
+        """Raise DcrisError if the folder holds results that must not be mixed with those of this call."""
+        phrases = {task.source: task.phrases for task in tasks}
+        advice = "choose another --out, or add --anew to replace the results for the images of this call"
+        for record in records:
+            if differences := self._differences(record):
+                raise DcrisError(f"{self.path} holds results made with {differences}; {advice}")
+            now = phrases.get(record.source, record.phrases)
+            if now != record.phrases:
+                before, after = (", ".join(map(repr, some)) for some in (record.phrases, now))
+                raise DcrisError(
+                    f"{self.path} holds results for {record.file_name} with the phrases {before} (now {after}); {advice}"
+                )
+
+    def _differences(self, record: Record) -> str:
+        """List the differences between a record's settings and this call's."""
+        now = self._settings[record.video]
+        if record.source not in self._stamps:  # videos of other calls may have another frame step
+            now = now.model_copy(update={"every": record.settings.every})
+        return record.settings.differences(now)
+
+    def _note_other_settings(self, kept: Iterable[Record]) -> None:
+        """Add a note if results with other settings stay, which is possible only with `overwrite`."""
+        others = {record.source: words for record in kept if (words := self._differences(record))}
+        if others:
+            self.notes.append(
+                f"{self.path} keeps its results for {len(others)} other images, made with {next(iter(others.values()))}"
+            )
+
+    def _has_files(self, record: Record) -> bool:
+        return all((self.path / file).is_file() for file in record.files)
+
+    def _delete_outdated(self, tasks: Iterable[Task], kept: Iterable[Record], dropped: Iterable[Record]) -> None:
+        """Delete the files of dropped records and what killed calls left, never a file that has no such note of ours."""
+        kept = list(kept)
+        files = {file for record in dropped for file in record.files}
+        files |= self._records.unfinished(record.name for record in chain(kept, dropped))
+        for file in files - {file for record in kept for file in record.files}:
+            path = self.path / file
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
+        # By text: an image may be named "..png", and the parent of `path / "."` is the parent of `path`.
+        folders = {self.path, *(self.path / task.name.rpartition("/")[0] for task in tasks)}
+        folders |= {self.path / f"{task.name}.frames" for task in tasks}
+        for folder in folders:
+            if folder.is_dir():
+                remove_partial(folder)
+
+    def _description(self, task: Task) -> dict[str, Any]:
+        """The fields of a record that may change while its results stay valid."""
+        return {
+            "file_name": quoted(task.shown),
+            "percent_encoded": not is_utf8(task.shown),
+            "address": self._image_url + quote(os.fsencode(PurePath(task.shown).as_posix())),
+        }
 
 
-def _line(entry: Entry) -> str:
-    return entry.model_dump_json(exclude_defaults=True) + "\n"
+def _is_result_file(file: str) -> bool:
+    """Whether a path in a record is inside the folder and has the name of a result."""
+    return not file.startswith("/") and ".." not in file.split("/") and _RESULT_FILE.fullmatch(file) is not None
+
+
+def _line(record: Record) -> str:
+    return record.model_dump_json(exclude_defaults=True) + "\n"
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and modification time, which change with the file; None if the file is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
