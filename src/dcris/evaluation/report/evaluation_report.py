@@ -174,7 +174,7 @@ def _tables(record: Mapping[str, Any], analysis: Mapping[str, Any], metrics: Seq
             }
             for group in analysis.get(key, ())
         ]
-        tables.append(_table(heading, (column, first.title, second.title, "Expressions"), rows, hint))
+        tables.append(_table(heading, (column, first.title, second.title, "Count"), rows, hint))
     intervals = analysis.get("intervals", {})
     rows = [
         {
