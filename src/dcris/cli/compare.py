@@ -105,7 +105,8 @@ def _compare(args: argparse.Namespace) -> None:
         )
     comparison = compare(systems, protocol.metrics)
     examples = select_examples(systems, args.count)
-    # The files are written even if standard output fails, and the scores printed even if a file fails.
+    # The files are written even if standard output fails, and the scores printed even if a
+    # file fails.
     try:
         if args.out is not None:
             write_comparison_report(

@@ -115,7 +115,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.calibrate_on is not None:
         record["calibrated_on"] = args.calibrate_on
     analysed = {**record, "analysis": analyse(results, protocol.metrics)}
-    # The files are written even if standard output fails, and the scores printed even if a file fails.
+    # The files are written even if standard output fails, and the scores printed even if a
+    # file fails.
     try:
         if args.answers is not None:
             write_results(args.answers, results, protocol, table.sha256(args.split))

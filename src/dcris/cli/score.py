@@ -88,7 +88,8 @@ def _score(args: argparse.Namespace) -> None:
         records.append({"predictions": path.name, **record})
         rows.append([path.stem, *(f"{record[metric.key]:.2f}" for metric in protocol.metrics)])
     analysed = {**records[0], "analysis": analyse(results, protocol.metrics)}
-    # The files are written even if standard output fails, and the scores printed even if a file fails.
+    # The files are written even if standard output fails, and the scores printed even if a
+    # file fails.
     try:
         if args.out is not None:
             write_json(args.out, analysed)
