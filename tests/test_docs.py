@@ -165,9 +165,9 @@ def folder(trained_run: Path, scenes_root: Path, tmp_path: Path) -> Path:
     _own_data(tmp_path)
     programs = tmp_path / "bin"
     programs.mkdir()
-    # Pages train for minutes; three steps are enough here, as other tests check what training achieves.
+    # Pages train for minutes. Three steps are enough here, as other tests check what training achieves.
     script = (
-        f'#!/bin/sh\nif [ "$1" = train ]; then set -- "$@" --train.max_steps 3 --train.log_every 1; fi\n'
+        f'#!/bin/sh\nif [ "$1" = train ]; then set -- "$@" --train.max_steps 3 --train.warmup_steps 0 --train.log_every 1; fi\n'
         f'exec {shlex.quote(sys.executable)} -m dcris "$@"\n'
     )
     (programs / "dcris").write_text(script)
