@@ -1,4 +1,4 @@
-"""A reader of HTML that checks what it reads, for tests of the reports."""
+"""A parser of HTML pages for tests of the reports."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ VOID = {"meta", "img", "line", "circle", "polyline", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and collects what a test asks about."""
+    """The elements, links and text of a page; elements must nest and have no event handlers."""
 
     def __init__(self, text):
         super().__init__()
@@ -38,7 +38,8 @@ class Page(HTMLParser):
         if "style" not in self.open:
             self.words.append(data)
 
-    def pictures(self):
+    def images(self):
+        """Decode all images to [H, W, 3] uint8."""
         return [
             np.asarray(Image.open(io.BytesIO(base64.b64decode(attrs["src"].split(",")[1]))).convert("RGB"))
             for tag, attrs in self.tags
@@ -46,10 +47,11 @@ class Page(HTMLParser):
         ]
 
     def named(self, tag):
+        """Return the attributes of all elements of a name."""
         return [attrs for name, attrs in self.tags if name == tag]
 
-    def stands_alone(self):
-        """Whether it needs nothing from outside: no script, no link, every picture inside, all else forbidden."""
+    def is_self_contained(self):
+        """Return whether the page has no script, link or external image, and forbids them."""
         policy = next(attrs["content"] for attrs in self.named("meta") if attrs.get("http-equiv"))
         return (
             all(re.match(r"data:image/(png|jpeg);base64,", link) for link in self.links)
@@ -58,5 +60,5 @@ class Page(HTMLParser):
         )
 
     def text(self):
-        """All words, with single spaces."""
+        """Return all text with single spaces."""
         return " ".join("".join(self.words).split())

@@ -1,4 +1,4 @@
-"""What a paper says beside an average, against slow references and counts by hand."""
+"""Intervals, groups and threshold curves, against slow references and values computed by hand."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ SHARES = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda pair
 
 
 def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[EvalResult]:
-    """Answers of every quality, several to a photograph."""
+    """Return results of varied quality, several for an image."""
     random = np.random.default_rng(seed)
     unions = random.integers(1, 1000, count)
     shares = [(int(random.integers(0, union + 1)), int(union)) for union in unions]
@@ -31,12 +31,12 @@ def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[EvalResult]:
 
 
 def in_order(results: Sequence[EvalResult]) -> list[list[EvalResult]]:
-    """The results of each photograph, in the order of the photographs' paths."""
+    """Return the results of each image, in the order of the images' paths."""
     names = sorted({str(each.reference.image_path) for each in results})
     return [[each for each in results if str(each.reference.image_path) == name] for name in names]
 
 
-# ---- intervals -----------------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 @given(
@@ -47,7 +47,7 @@ def in_order(results: Sequence[EvalResult]) -> list[list[EvalResult]]:
 def test_counts_by_image_add_up_to_the_scores(
     pairs: list[tuple[tuple[int, int], int]], metrics: tuple[Metric, ...]
 ) -> None:
-    """Else the interval would be of another figure than the one it stands beside."""
+    """The counts by image add up to the scores that the intervals belong to."""
     results = [made_result(share, image=photograph) for share, photograph in pairs]
     expected = summarise((each.overlap for each in results), metrics)
     found = dict(zip(KEYS, scores(tally(results, metrics).sum(axis=0), metrics), strict=True))
@@ -55,8 +55,9 @@ def test_counts_by_image_add_up_to_the_scores(
     assert len(tally(results)) == len({photograph for _, photograph in pairs})
 
 
-def test_intervals_are_those_of_a_plain_loop() -> None:
-    """Drawing photographs one by one, with the same indices, and averaging their phrases as an evaluation does."""
+def test_intervals_equal_those_of_a_plain_loop() -> None:
+    """Compare with drawing images one by one, with the same indices, and averaging as an
+    evaluation does."""
     results = mixed(0)
     photographs = in_order(results)
     chosen = np.random.default_rng(analysis.SEED).integers(len(photographs), size=(1000, len(photographs)))
@@ -70,8 +71,8 @@ def test_intervals_are_those_of_a_plain_loop() -> None:
     np.testing.assert_allclose(list(found.values()), np.stack([low, high], axis=1), rtol=1e-9)
 
 
-def test_paired_intervals_are_those_of_a_plain_loop() -> None:
-    """Both systems on the same drawn photographs, whichever order their results came in."""
+def test_paired_intervals_equal_those_of_a_plain_loop() -> None:
+    """Both systems are scored on the same drawn images, whatever the order of their results."""
     ours = mixed(1)
     random = np.random.default_rng(2)
     theirs = [
@@ -92,14 +93,18 @@ def test_paired_intervals_are_those_of_a_plain_loop() -> None:
     assert found["miou"] == pytest.approx(gained)
 
 
-def test_phrases_of_one_photograph_are_drawn_together() -> None:
-    """Drawn one by one, a hundred phrases on two photographs would claim a precision that two photographs do not have."""
+def test_expressions_of_one_image_are_drawn_together() -> None:
+    """Drawing expressions one by one would claim too narrow an interval for 100 expressions on
+    two images."""
     results = [made_result((photograph, 1), image=photograph) for photograph in (0, 1) for _ in range(50)]
     assert analyse(results)["intervals"]["miou"] == [0.0, 100.0]
 
 
-def test_an_interval_covers_as_often_as_it_says() -> None:
-    """95 per cent of the time, nearly: over 300 splits drawn from a known distribution, phrases alike within a photograph."""
+def test_intervals_cover_the_mean_at_their_level() -> None:
+    """An interval contains the true mean in nearly 95% of 300 splits.
+
+    Expressions of one image are alike.
+    """
     random = np.random.default_rng(3)
     covered = 0
     for _ in range(300):
@@ -111,7 +116,7 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
 
 
 def tally_of(ious: np.ndarray, photographs: np.ndarray) -> np.ndarray:
-    """What `tally` gives for such IoUs, without making results."""
+    """Return what `tally` returns for such IoUs, without making results."""
     columns = np.column_stack(
         [np.ones_like(ious), ious, ious, np.ones_like(ious), *(ious > t for t in np.r_[5:10] / 10)]
     )
@@ -121,7 +126,7 @@ def tally_of(ious: np.ndarray, photographs: np.ndarray) -> np.ndarray:
 
 
 def test_a_large_split_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training splits have twenty thousand photographs; all resamples at once would need gigabytes."""
+    """Drawing all resamples of a training split at once would need gigabytes."""
     counts = tally(mixed(4))
     whole = resample(counts)
     monkeypatch.setattr(analysis, "_DRAWN_AT_ONCE", 50)
@@ -130,8 +135,8 @@ def test_a_large_split_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(whole, parts)
 
 
-def test_a_system_is_no_better_than_itself() -> None:
-    """And one that is better everywhere by as much has an interval without width, however different the photographs are."""
+def test_differences_of_equal_and_better_systems() -> None:
+    """A system equals itself, and a constant improvement has an interval of width 0."""
     results = [made_result((share, 100), image=share) for share in range(0, 80, 4)]
     same = difference(results, results)
     assert same["miou"] == 0
@@ -144,16 +149,16 @@ def test_a_system_is_no_better_than_itself() -> None:
     assert high - low > 10
 
 
-def test_systems_are_compared_on_the_same_expressions() -> None:
-    """Else a difference between two splits passes for one between two systems."""
+def test_systems_of_different_expressions_raise() -> None:
+    """Results of different splits cannot be compared."""
     results = mixed(5)
     for others in (results[1:], [*results[1:], made_result()], [*results[1:], results[1]]):
         with pytest.raises(ValueError, match="the same expressions"):
             difference(results, others)
 
 
-def test_little_or_nothing_to_analyse() -> None:
-    """One photograph says nothing of how photographs differ; no prediction and no results are results too, and plain JSON."""
+def test_few_or_no_results() -> None:
+    """One image gives no interval; empty masks and no results give valid JSON."""
     one = analyse([made_result((1, 4)), made_result((3, 4))])
     assert one["photographs"] == 1
     assert one["intervals"] == {}
@@ -166,11 +171,11 @@ def test_little_or_nothing_to_analyse() -> None:
         json.dumps(found, allow_nan=False)
 
 
-# ---- groups and curve ----------------------------------------------------------------------------------------------------
+# ---- groups and curve ----------------------------------------------------------------------------
 
 
 def test_groups_by_hand() -> None:
-    """Lengths, sizes and kinds that overlap, at their very limits; what no phrase belongs to is left out."""
+    """Groups at the limits of length and size, overlapping kinds, and no empty groups."""
     results = [
         made_result((1, 2), image=1, expression="left one", area=32**2),
         made_result((1, 4), image=2, expression="second red cup from left", area=32**2 + 1),
@@ -196,12 +201,12 @@ def test_groups_by_hand() -> None:
     }
     assert list(short("by_kind"))[-1] == "other"
     low, high = found["by_length"][0]["intervals"]["miou"]
-    assert (low, high) == (50, 75)  # of these two photographs alone
+    assert (low, high) == (50, 75)  # of these two images alone
     assert found["by_length"][1]["intervals"] == {}
 
 
-def test_a_generated_phrase_has_the_kind_it_was_made_as() -> None:
-    """Its words would say something else: "the left star" of a relation is not a place."""
+def test_a_generated_expression_keeps_its_kind() -> None:
+    """The kind recorded with a generated expression counts, not its words."""
     results = [
         made_result(expression="star left of the ring", kind="relation"),
         made_result(expression="red <b>", kind="<b>"),
@@ -229,13 +234,13 @@ def test_a_generated_phrase_has_the_kind_it_was_made_as() -> None:
         ("9" * 50_000 + " from " * 9, "ordinal"),
     ],
 )
-def test_kinds_of_phrases(phrase: str, kinds: str) -> None:
-    """Words of RefCOCO as people typed them, in any case and with any punctuation; parts of words do not count."""
+def test_kinds_of_expressions(phrase: str, kinds: str) -> None:
+    """Expressions of RefCOCO in any case and punctuation; parts of words do not count."""
     assert phrase_kinds(phrase) == tuple(kinds.split())
 
 
-def test_sizes_of_polygons_and_pictures(tmp_path: Path) -> None:
-    """A mask is as often polygons or a picture as run lengths; each object is of the size it has on its photograph."""
+def test_sizes_of_polygons_and_mask_files(tmp_path: Path) -> None:
+    """Polygons and mask files have the size of their object on the image."""
     Image.new("L", (1000, 1000), 255).save(tmp_path / "mask.png")
     polygon = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
     results = [made_result(), made_result()]
@@ -244,8 +249,8 @@ def test_sizes_of_polygons_and_pictures(tmp_path: Path) -> None:
     assert [row["name"] for row in analyse(results)["by_size"]] == ["small", "large"]
 
 
-def test_precision_is_the_protocols_in_intervals_and_differences_too() -> None:
-    """LAVT counts an IoU of exactly 0.5 for precision at 0.5; an interval that does not would lie beside its score."""
+def test_intervals_and_differences_use_the_protocols_metrics() -> None:
+    """Intervals and differences use the protocol's metrics: LAVT counts an IoU of exactly 0.5."""
     results = [made_result((1, 2), image=photograph) for photograph in range(3)]
     nothing = [replace(each, overlap=Overlap(0, 2)) for each in results]
     for metrics, share in ((STANDARD_METRICS, 0), (INCLUSIVE_METRICS, 100)):
@@ -255,7 +260,7 @@ def test_precision_is_the_protocols_in_intervals_and_differences_too() -> None:
 
 
 def test_the_threshold_curve() -> None:
-    """Each threshold's scores are of that threshold's masks; without all curves there is none."""
+    """Each threshold's scores are those of its masks; without all curves there is no curve."""
     count = len(CURVE_THRESHOLDS)
     results = [
         replace(made_result(), curve=tuple(Overlap(number, 20) for number in range(count))),

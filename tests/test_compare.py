@@ -1,4 +1,4 @@
-"""Systems side by side: the tables and figures that a paper's claims are read from."""
+"""Comparison of systems: tables, figures and the command."""
 
 import io
 import json
@@ -31,32 +31,33 @@ EVIL = '<script>alert("1")</script>\'&<img src=x onerror=alert(1)>'
 
 
 def dcris(*words: object) -> int:
-    """One command, in this process."""
+    """Run one command in this process."""
     return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
 def other_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that knows even less than trained_run."""
+    """Train a run for even fewer steps than trained_run."""
     out = tmp_path_factory.mktemp("run") / "other"
     run_training(quick_config(2), scenes_root, out)
     return out
 
 
 def rescored(results: Sequence[EvalResult], shares: Sequence[int]) -> list[EvalResult]:
-    """Another system's results to the same expressions, each sharing so many of its pixels."""
+    """Return another system's results on the same expressions, with these intersections."""
     return [
         replace(each, overlap=Overlap(share, each.overlap.union)) for each, share in zip(results, shares, strict=True)
     ]
 
 
-# ---- from the command line -----------------------------------------------------------------------------------------------
+# ---- from the command line -----------------------------------------------------------------------
 
 
-def test_two_runs_side_by_side(
+def test_two_runs_and_their_results_files(
     trained_run: Path, other_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From two runs to a page and pictures for a paper; and the same again from the results they left, without the models."""
+    """The models give a page and paper figures; their results files give the same comparison
+    without the models."""
     where = ("--data", scenes_root, "--split", "test", "--device", "cpu")
     page, images = tmp_path / "results" / "compare.html", tmp_path / "images"
     words = ("compare", trained_run, other_run, *where, "--names", "DCRIS", EVIL, "--out", page, "--images", images)
@@ -68,10 +69,10 @@ def test_two_runs_side_by_side(
     assert gap["miou"] == pytest.approx(theirs["miou"] - ours["miou"])
     assert sum(group["expressions"] for group in gap["by_kind"]) == printed["expressions"]
     read = Page(page.read_text())
-    assert read.stands_alone()
+    assert read.is_self_contained()
     assert EVIL in read.text()
     assert f"Measured on {printed['expressions']} expressions" in read.text()
-    assert len(read.pictures()) == 4 * 4
+    assert len(read.images()) == 4 * 4
     names = sorted(path.name for path in images.iterdir())
     assert len(names) == 4 + 2
     assert names[-2:] == ["figure.pdf", "figure.png"]
@@ -90,10 +91,10 @@ def test_two_runs_side_by_side(
     assert not leftovers(tmp_path)
 
 
-def test_real_photographs_and_phrases(
+def test_real_images_and_expressions(
     refer_root: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Photographs of any shape, grey ones among them, and masks as polygons, in pages and pictures."""
+    """Grey and colour images of any shape, and masks as polygons, in pages and figures."""
     references = load_references(refer_root, "refcoco").split("val")
     results = [
         drawn_result(reference, number, mask, mask)
@@ -119,7 +120,7 @@ def test_real_photographs_and_phrases(
         "[-100.0,",
         "-100.0]",
     ]
-    assert len(Page((tmp_path / "page.html").read_text()).pictures()) >= 4 * 3
+    assert len(Page((tmp_path / "page.html").read_text()).images()) >= 4 * 3
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_real_photographs_and_phrases(
         ("A.jsonl C.jsonl --dataset nowhere", "nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input_is_one_sentence_and_leaves_no_file(
     words: str,
     sentence: str,
     trained_run: Path,
@@ -152,7 +153,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit code 2, and no page that looks like a result."""
+    """The exit code is 2, and no file looks like a result."""
     results = [
         drawn_result(reference, number, mask, mask)
         for reference in load_references(scenes_root, "scenes").split("test")
@@ -167,16 +168,16 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     before = set(tmp_path.rglob("*"))
     split = () if "--split" in words else ("--split", "test")
     assert dcris("compare", *given, "--data", scenes_root, *split, "--device", "cpu") == 2
-    complaint = capsys.readouterr().err
-    assert sentence in complaint
-    assert complaint.count("\n") == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_wrong_file_is_found_before_a_model_has_worked(
+def test_a_wrong_file_is_found_before_a_model_runs(
     trained_run: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model may work for hours on a test split."""
+    """An error in a file is reported before a model runs, which may take hours."""
 
     def work(*args: object, **kwargs: object) -> Iterator[EvalResult]:
         raise AssertionError
@@ -186,11 +187,11 @@ def test_a_wrong_file_is_found_before_a_model_has_worked(
     assert dcris("compare", trained_run, tmp_path / "a.jsonl", "--data", scenes_root, "--split", "test") == 2
 
 
-# ---- names, figures, and what is shown -----------------------------------------------------------------------------------
+# ---- names, figures, and what is shown -----------------------------------------------------------
 
 
-def test_systems_are_named_by_their_places() -> None:
-    """Short where that tells them apart, whole where it does not."""
+def test_systems_are_named_by_their_paths() -> None:
+    """Names are the last parts of the paths where they differ, else whole paths."""
     assert name_systems(["runs/a", "out/b.jsonl", "me/model"]) == ["a", "b", "model"]
     assert name_systems(["one/run", "two/run"]) == ["one/run", "two/run"]
     assert name_systems(["a", "b"], ["ours ", "fixed"]) == ["ours", "fixed"]
@@ -199,8 +200,8 @@ def test_systems_are_named_by_their_places() -> None:
             name_systems(sources, names)
 
 
-def test_figures_by_hand() -> None:
-    """Each system's own scores, and the others minus the first, in the groups of both."""
+def test_scores_by_hand() -> None:
+    """Each system's own scores, and the others minus the first, in the same groups."""
     ours = [made_result((1, 2), image=1), made_result((3, 4), image=2, expression="red cup in the back row of shelves")]
     theirs = rescored(ours, [1, 2])
     found = compare({"ours": ours, "theirs": theirs})
@@ -218,8 +219,8 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_little_or_nothing_to_compare(count: int, tmp_path: Path) -> None:
-    """One result gives no interval and no results no picture, but both a page."""
+def test_few_or_no_results(count: int, tmp_path: Path) -> None:
+    """One result gives no interval and no results give no example, but both give a page."""
     results = [made_result((0, 0)) for _ in range(count)]
     systems = {"a": results, "b": results, "c": results}
     found = compare(systems)
@@ -230,10 +231,10 @@ def test_little_or_nothing_to_compare(count: int, tmp_path: Path) -> None:
     assert "minus a" in Page((tmp_path / "a.html").read_text()).text()
 
 
-def test_rows_show_where_systems_differ_both_ways_and_some_by_chance() -> None:
-    """Only the wins would be an advertisement; the same photograph over and over would say one thing."""
+def test_examples_differ_both_ways_and_some_are_random() -> None:
+    """Examples show wins, losses and random expressions, on distinct images."""
     ours = [made_result((50, 100), image=number // 4) for number in range(80)]
-    theirs = rescored(ours, range(0, 80))  # behind ours in the first 50, ahead in the last 29
+    theirs = rescored(ours, range(0, 80))  # below ours in the first 50, above in the last 29
     shown = select_examples({"ours": ours, "theirs": theirs}, 9)
     assert list(shown) == ["ours furthest ahead of theirs", "ours furthest behind theirs", "Drawn at random"]
     ahead, behind, chance = ([row["theirs"].overlap.intersection for row in rows] for rows in shown.values())
@@ -249,19 +250,19 @@ def test_rows_show_where_systems_differ_both_ways_and_some_by_chance() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 1000])
-def test_systems_that_agree_are_shown_at_random(count: int) -> None:
-    """There is nothing to tell them apart, and nobody is ahead."""
+def test_examples_of_equal_systems_are_random(count: int) -> None:
+    """If no system is ahead, all examples are random."""
     results = [made_result((1, 2), image=number) for number in range(20)]
     shown = select_examples({"a": results, "b": results}, count)
     assert set(shown) <= {"Drawn at random"}
     assert sum(map(len, shown.values())) == min(count, 20)
 
 
-# ---- page and pictures ---------------------------------------------------------------------------------------------------
+# ---- page and pictures ---------------------------------------------------------------------------
 
 
-def test_only_sure_differences_are_coloured(tmp_path: Path) -> None:
-    """A reader looks at the colours first."""
+def test_only_significant_differences_are_coloured(tmp_path: Path) -> None:
+    """Only differences whose interval excludes 0 are coloured."""
     ours = [made_result((50, 100), image=number) for number in range(40)]
     better, mixed = rescored(ours, range(51, 91)), rescored(ours, [10, 90] * 20)
     path = tmp_path / "page.html"
@@ -272,21 +273,21 @@ def test_only_sure_differences_are_coloured(tmp_path: Path) -> None:
     assert not page.named("script")
     assert EVIL in page.text()
     colours = [attrs["class"] for attrs in page.named("span") if attrs.get("class", "").startswith("change")]
-    rows = len(STANDARD_METRICS) + 3  # and one length, one size, one kind
+    rows = len(STANDARD_METRICS) + 3  # and one group each of length, size and kind
     assert colours[0::2][:2] == ["change good"] * 2
     assert colours[1::2][:2] == ["change"] * 2
     assert len(colours) == 2 * rows
 
 
 def panel(*names: str, expression: str = "left one", size: tuple[int, int] = (300, 400), truth: bool = True) -> Panel:
-    """Grey, with the truth on the left and each guess a little further right."""
+    """Return a grey panel with the truth on the left and each prediction further right."""
     masks = [rectangle(size, 50, 20 + 60 * number, 150, 70 + 60 * number) for number in range(len(names) + 1)]
     predictions = tuple(NamedMask(name, mask, 0.5) for name, mask in zip(names, masks[1:], strict=True))
     return Panel(np.full((*size, 3), 128, np.uint8), expression, masks[0] if truth else None, predictions)
 
 
 def test_a_row_shows_each_mask_in_its_column() -> None:
-    """Under the right name: a figure with two systems exchanged would say the opposite."""
+    """Each mask is in the column of its system."""
     shown = row(panel("a", "b"))
     assert shown.shape[1] == 4 * (CELL + 20) + 20
     for column, colour in enumerate((None, TRUTH_COLOUR, PREDICTION_COLOUR, PREDICTION_COLOUR)):
@@ -314,7 +315,7 @@ def test_a_row_shows_each_mask_in_its_column() -> None:
     ],
 )
 def test_any_phrase_and_any_shape_fit(phrase: str) -> None:
-    """Nothing leaves the page's edges, and what is too long is cut, not drawn over the neighbour."""
+    """Nothing reaches the page's edges, and text that is too long is cut."""
     for size in ((160, 500), (700, 160), (112, 112)):
         for predictions in (("a",), (phrase, "b", "c")):
             shown = row(panel(*predictions, expression=phrase, size=size, truth=len(predictions) > 1))
@@ -325,7 +326,7 @@ def test_any_phrase_and_any_shape_fit(phrase: str) -> None:
 
 
 def test_a_figure_is_its_rows_and_a_foot() -> None:
-    """Names stand once, below, as in the paper's figure 4."""
+    """Names are once below the columns, as in the paper's figure 4."""
     panels = [panel("a", "b"), panel("a", "b", size=(500, 300))]
     shown = figure(panels)
     heights = [row(each, names=False).shape[0] for each in panels]
@@ -338,7 +339,7 @@ def test_a_figure_is_its_rows_and_a_foot() -> None:
 
 
 def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path: Path) -> None:
-    """Photographs of 30 pixels are shown large enough to see, in whole pixels."""
+    """Images of 30 pixels are enlarged by a whole factor."""
     tiny_refer.write()
     reference = load_references(tiny_refer.root, "tiny").split("val")[0]
     mask = rectangle(reference.image_size, 3, 3, 9, 9)

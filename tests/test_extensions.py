@@ -1,4 +1,4 @@
-"""What the paper does not do, off by default: each is one field, and does what it says when it is on."""
+"""Extensions beyond the paper: each is off by default and is one field of the configuration."""
 
 import json
 from pathlib import Path
@@ -30,12 +30,12 @@ PHRASES = (
 
 
 def dcris(*arguments: object) -> int:
-    """Run the command line."""
+    """Run the command line in this process."""
     return main([str(argument) for argument in arguments])
 
 
-def test_extensions_are_off() -> None:
-    """Else the paper's recipes are no longer the paper's, and nobody has asked for that."""
+def test_extensions_are_off_by_default() -> None:
+    """The paper's recipes must stay the paper's."""
     config = RunConfig()
     assert config.data.augmentations == {}
     assert config.train.losses == {}
@@ -44,11 +44,11 @@ def test_extensions_are_off() -> None:
     assert config.model.vision.family == "dinov2"
 
 
-# ---- dice ------------------------------------------------------------------------------------------------------------
+# ---- dice ----------------------------------------------------------------------------------------
 
 
-def test_dice_is_one_minus_twice_the_overlap_over_both() -> None:
-    """Else the loss that is added pulls somewhere else than to overlapping masks."""
+def test_dice_loss_by_definition() -> None:
+    """Compare with 1 - 2 * intersection / (sum of both), smoothed by 1."""
     source = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 1, 4, 5, generator=source)
     masks = (torch.rand(3, 1, 8, 10, generator=source) > 0.6).float()
@@ -61,8 +61,8 @@ def test_dice_is_one_minus_twice_the_overlap_over_both() -> None:
     assert dice_loss(torch.full((1, 1, 9, 9), 40.0), torch.zeros(1, 1, 9, 9)).item() > 0.98
 
 
-def test_dice_stands_beside_equation_6(scenes_root: Path, tmp_path: Path) -> None:
-    """Else the weight is read and forgotten, or equation 6 changes where nobody asked for dice."""
+def test_dice_loss_is_added_to_equation_6(scenes_root: Path, tmp_path: Path) -> None:
+    """The weight adds the Dice loss to equation 6, and 0 leaves it unchanged."""
     source = torch.Generator().manual_seed(1)
     logits, masks = torch.randn(2, 1, 4, 4, generator=source), torch.ones(2, 1, 8, 8)
     alone = text_to_pixel_loss(logits, masks)
@@ -79,13 +79,13 @@ def test_dice_stands_beside_equation_6(scenes_root: Path, tmp_path: Path) -> Non
     assert 0 < dice["loss"] - plain["loss"] <= 0.5
 
 
-# ---- padding -----------------------------------------------------------------------------------------------------------
+# ---- padding -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
-def test_padding_is_kept_from_the_adapters(masked: bool) -> None:
-    """Else the result to a phrase depends on how many tokens the model was told to read, even where that was turned off."""
+def test_padding_is_hidden_from_the_adapters(masked: bool) -> None:
+    """With mask_padding, logits do not depend on the number of padding tokens."""
     visual = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0, mask_padding=masked)
     model = ReferringSegmenter(tiny_config(visual_adapter=visual)).double().eval()
     randomise(model)
@@ -94,11 +94,11 @@ def test_padding_is_kept_from_the_adapters(masked: bool) -> None:
     assert (error(short, long) < 1e-10) == masked
 
 
-# ---- resolution --------------------------------------------------------------------------------------------------------
+# ---- resolution ----------------------------------------------------------------------------------
 
 
-def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path) -> None:
-    """Else pictures can be given finer to the network in name only: positions, coordinates and logits follow the size."""
+def test_another_resolution_trains_and_predicts(scenes_root: Path, tmp_path: Path) -> None:
+    """Positions, coordinates and logits follow the image size, in training and evaluation."""
     table, logits = load_references(scenes_root, "scenes"), {}
     for size in (56, 112, 168):
         out = tmp_path / str(size)
@@ -112,15 +112,16 @@ def test_another_resolution_trains_and_answers(scenes_root: Path, tmp_path: Path
             logits[size] = model(normalise(sample.image[None], config.data), sample.tokens[None])
         assert logits[size].shape[-2:] == (4 * size // 14, 4 * size // 14)
         assert torch.isfinite(logits[size]).all()
-    # A model that was trained at one size also results at another.
+    # A model trained at one size also predicts at another.
     model, config = load_checkpoint(tmp_path / "56")
     finer = override(config, [("data.image_size", "112")])
     found = predict_queries(model, all_queries(table.split("test")), finer, Cris(), device=CPU)
     assert sum(1 for _ in found) == len(all_queries(table.split("test")))
 
 
-def test_dinov3_carries_a_whole_model() -> None:
-    """Else the tower agrees with its publisher's and no head, adapter or gradient can use it."""
+def test_a_whole_model_on_dinov3() -> None:
+    """A whole model on a DINOv3 tower has logits of the right shape and gradients in its
+    adapters."""
     config = tiny_config()
     vision = config.vision.model_copy(update={"family": "dinov3", "patch": 16})
     model = ReferringSegmenter(config.model_copy(update={"vision": vision})).train()
@@ -132,13 +133,14 @@ def test_dinov3_carries_a_whole_model() -> None:
     assert all(parameter.grad is None for parameter in model.vision.patch_embed.parameters())
 
 
-# ---- threshold ---------------------------------------------------------------------------------------------------------
+# ---- threshold -----------------------------------------------------------------------------------
 
 
 def test_the_threshold_is_chosen_on_another_split(
     scenes_root: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else a threshold is tuned on the very split that is reported, or the result does not say which one was used."""
+    """Calibrating on the evaluated split is an error; the result records the threshold and its
+    split."""
     result = tmp_path / "result.json"
     data = ("--data", scenes_root, "--device", "cpu")
     assert dcris("evaluate", trained_run, *data, "--split", "test", "--calibrate-on", "val", "--out", result) == 0
@@ -167,7 +169,7 @@ def test_the_threshold_is_chosen_on_another_split(
     assert dcris(*ask, 0.5, "--anew") == 0
 
 
-# ---- flip --------------------------------------------------------------------------------------------------------------
+# ---- flip ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_the_threshold_is_chosen_on_another_split(
     ],
 )
 def test_sides_change_places(phrase: str, mirrored: str) -> None:
-    """Else a mirrored photograph comes with a phrase for the object opposite."""
+    """Swapping left and right gives the expression of the flipped image."""
     assert swap_sides(phrase) == mirrored
 
 
@@ -204,22 +206,23 @@ def test_sides_change_places(phrase: str, mirrored: str) -> None:
         "cup left next to the plate",
     ],
 )
-def test_what_is_no_side_is_left_alone(phrase: str) -> None:
-    """Else "right next to the plate" is trained as "left next to the plate"."""
+def test_words_that_name_no_side_are_kept(phrase: str) -> None:
+    """ "right" and "left" with other meanings, as in "right next to", are not swapped."""
     assert swap_sides(phrase) is None
 
 
 @given(st.one_of(st.text(max_size=30), st.lists(st.sampled_from(PHRASES.split()), max_size=8).map(" ".join)))
-def test_the_mirrors_mirror_is_the_phrase(phrase: str) -> None:
-    """Else a phrase changes that names no side, or a mirrored one cannot be told apart from its own mirror."""
+def test_swapping_twice_changes_nothing(phrase: str) -> None:
+    """Swapping twice gives the expression back, with as many words."""
     mirrored = swap_sides(phrase)
     if mirrored is not None:
         assert swap_sides(mirrored) == phrase
         assert len(mirrored.split()) == len(phrase.split())
 
 
-def test_mirrored_samples_show_the_object_of_their_phrase(scenes_root: Path) -> None:
-    """Else photograph, mask and phrase are not mirrored together, or differently by worker, resumption or epoch."""
+def test_flipped_samples_show_the_object_of_their_expression(scenes_root: Path) -> None:
+    """Image, mask and expression are flipped together, and equally in any worker, resumed run
+    and epoch."""
     config = quick_config(1, ("data.image_size", "112")).data  # the scenes' own size, so that nothing is resampled
     flip = config.model_copy(update={"augmentations": {"flip": 0.5}})
     references = load_references(scenes_root, "scenes").split("train")
@@ -247,8 +250,8 @@ def test_mirrored_samples_show_the_object_of_their_phrase(scenes_root: Path) -> 
     assert epochs[0] != epochs[1], "another epoch draws anew"
 
 
-def test_mirroring_is_part_of_a_run(scenes_root: Path, tmp_path: Path) -> None:
-    """Else the field is accepted and nothing is mirrored while training."""
+def test_training_flips_samples(scenes_root: Path, tmp_path: Path) -> None:
+    """Training uses the flip when the field is on."""
     for name, chosen in (("plain", "{}"), ("mirrored", '{"flip": 0.5}')):
         settings = ("data.augmentations", chosen), ("train.log_every", "1")
         run_training(quick_config(2, *settings), scenes_root, tmp_path / name)

@@ -1,4 +1,4 @@
-"""Anybody's masks are scored as ours are, whatever they come in."""
+"""Predicted masks from files, in every format."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def truths(queries: list) -> Masks:
     }
 
 
-# ---- the kinds of files --------------------------------------------------------------------------------------------------
+# ---- the kinds of files --------------------------------------------------------------------------
 
 
 def as_pictures(masks: Masks, folder: Path) -> Path:
@@ -73,10 +73,10 @@ def score_line(capsys: pytest.CaptureFixture[str], root: Path, *words: object) -
 
 @every_kind
 @pytest.mark.parametrize("protocol", ["cris", "lavt", "cgformer", "refer"])
-def test_perfect_masks_have_a_hundred_and_empty_ones_nothing(
+def test_perfect_and_empty_masks(
     write: Writer, protocol: str, truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The two ends of the scale; a mask read upside down or with another object's number would not get there."""
+    """Perfect masks score 100 and empty ones 0; flipped or exchanged masks would not."""
     (tmp_path / "none").mkdir()
     empty = {key: np.zeros_like(mask) for key, mask in truths.items()}
     perfect = score_line(capsys, scenes_root, write(truths, tmp_path), "--protocol", protocol)
@@ -89,8 +89,8 @@ def test_perfect_masks_have_a_hundred_and_empty_ones_nothing(
 
 
 @every_kind
-def test_shifted_squares_have_what_paper_and_pencil_give(write: Writer, tmp_path: Path, tiny_refer) -> None:
-    """A square of 10, shifted by 5 in both directions: 25 in common, 175 covered."""
+def test_a_shifted_square_by_hand(write: Writer, tmp_path: Path, tiny_refer) -> None:
+    """A square of side 10, shifted by 5 in both directions: intersection 25, union 175."""
     reference, expression = _square(tiny_refer)
     mask = np.zeros(reference.image_size, bool)
     mask[10:20, 15:25] = True
@@ -103,7 +103,7 @@ def test_shifted_squares_have_what_paper_and_pencil_give(write: Writer, tmp_path
 def test_probability_maps_need_a_threshold(
     kind: str, truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever a map is not 0 counted as the object: perfect maps had an mIoU of 9.33."""
+    """Without a threshold, every pixel above 0 would count as the object."""
     maps = {key: np.where(mask, 230, 12).astype(np.uint8) for key, mask in truths.items()}
     if kind == "arrays of shares":
         maps = {key: values.astype(np.float32) / 255 for key, values in maps.items()}
@@ -128,10 +128,10 @@ def _square(tiny_refer):
     return reference, reference.expressions[0]
 
 
-def test_answers_of_a_model_keep_their_score(
+def test_results_of_a_model_keep_their_scores(
     trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else the table would mix two ways of counting."""
+    """`dcris score` gives the same scores as `dcris evaluate` for the same masks."""
     out = tmp_path / "answers.jsonl"
     words = ["evaluate", trained_run, "--data", scenes_root, "--split", "test", "--answers", out, "--device", "cpu"]
     assert main([str(word) for word in words]) == 0
@@ -142,10 +142,10 @@ def test_answers_of_a_model_keep_their_score(
     assert {key: ours[key] for key in theirs.keys() - unknown} == {key: theirs[key] for key in theirs.keys() - unknown}
 
 
-def test_tables_for_a_readme_and_a_paper(
+def test_tables_in_markdown_and_latex(
     truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Several systems make a table; figures are right-aligned and names are no markup."""
+    """Several systems make a table; numbers are right-aligned, and names are escaped."""
     files = [as_coco(truths, tmp_path), as_arrays(truths, tmp_path)]
     words = ["score", *files, "--data", scenes_root, "--dataset", "scenes", "--split", "test"]
     assert main([str(word) for word in words]) == 0
@@ -159,10 +159,10 @@ def test_tables_for_a_readme_and_a_paper(
     assert r"a\|b" in markdown(["name", "n"], [["a|b", "1"]])
 
 
-def test_a_report_of_somebody_elses_masks(
+def test_a_report_of_masks_without_a_model(
     truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pictures and result file as for our own models."""
+    """Result file and report are written as for a model."""
     out, report = tmp_path / "result.json", tmp_path / "report.html"
     result = score_line(capsys, scenes_root, as_coco(truths, tmp_path), "--out", out, "--report", report)
     written = json.loads(out.read_text())
@@ -171,12 +171,12 @@ def test_a_report_of_somebody_elses_masks(
     assert "data:image/png" in report.read_text()
 
 
-# ---- what does not fit ---------------------------------------------------------------------------------------------------
+# ---- what does not fit ---------------------------------------------------------------------------
 
 
 @every_kind
-def test_missing_masks_are_said_or_empty(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
-    """A system that failed on one photograph must neither be flattered nor crash the comparison."""
+def test_missing_masks_raise_or_count_as_empty(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
+    """A missing mask is an error, or counts as empty if wanted."""
     left_out = queries[3][1].sent_id
     path = write({key: mask for key, mask in truths.items() if key != left_out}, tmp_path)
     with pytest.raises(DcrisError, match=f"no mask for 1 of .* sentence {left_out}"):
@@ -186,8 +186,8 @@ def test_missing_masks_are_said_or_empty(write: Writer, queries: list, truths: M
 
 
 @every_kind
-def test_masks_of_another_size_are_refused(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
-    """Masks at the network's size would be scored against other pixels."""
+def test_masks_of_another_size_raise(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
+    """Masks of the network's size would be compared with the wrong pixels."""
     path = write({**truths, queries[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
     with pytest.raises(DcrisError, match=r"448|not for a photograph of 112 x 112"):
         list(score_masks(path, queries, CRIS))
@@ -213,7 +213,7 @@ def _bomb(folder: Path, key: str) -> Path:
 
 
 def _long_header(folder: Path, key: str) -> Path:
-    """A header that claims 4 GB, of which 60 MB are there, in 60 kB."""
+    """Write an array header that claims 4 GB, with 60 MB behind it, in 60 kB."""
     path = folder / "masks.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{key}.npy", "w") as file:
         file.write(b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
@@ -229,7 +229,7 @@ def _lzma(folder: Path, key: str) -> Path:
 
 
 def _pipe(name: str) -> Callable[[Path, str], Path]:
-    """A named pipe in place of a file, or of one picture of a folder; reading it would never end."""
+    """Make a named pipe instead of a file or of one image of a folder; reading it would block."""
 
     def make(folder: Path, key: str) -> Path:
         path = folder / name.replace("KEY", key)
@@ -274,14 +274,14 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
         (lambda folder, key: _npz(folder, **{key: _npy(np.ones((112, 112), bool))[:600]}), "cannot read the masks"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(make: Callable, words: str, queries: list, tmp_path: Path) -> None:
-    """Files of other people's systems come in all states; none may run code, fill the memory, or pass as a score."""
+def test_unreadable_files_raise(make: Callable, words: str, queries: list, tmp_path: Path) -> None:
+    """Foreign files must not run code, fill the memory or pass as a score."""
     with pytest.raises(DcrisError, match=words):
         list(score_masks(make(tmp_path, str(queries[0][1].sent_id)), queries[:1], CRIS))
 
 
-def test_a_header_is_not_read_as_long_as_it_claims(queries: list, tmp_path: Path) -> None:
-    """A few kilobytes would fill the memory before anything is checked."""
+def test_reading_a_header_is_bounded(queries: list, tmp_path: Path) -> None:
+    """A file of a few kilobytes must not fill the memory."""
     path = _long_header(tmp_path, str(queries[0][1].sent_id))
     tracemalloc.start()
     with pytest.raises(DcrisError, match="cannot read the masks"):
@@ -292,8 +292,8 @@ def test_a_header_is_not_read_as_long_as_it_claims(queries: list, tmp_path: Path
 
 
 @pytest.mark.parametrize("empty", [[], [[]], {"size": [112, 112], "counts": []}])
-def test_a_system_that_finds_nothing(empty: object, queries: list, tmp_path: Path) -> None:
-    """Prediction.polygons() gives [] where nothing was found; that is an empty mask, not an error."""
+def test_an_empty_mask_in_any_notation(empty: object, queries: list, tmp_path: Path) -> None:
+    """Prediction.polygons() returns [] for an empty mask, which is not an error."""
     (tmp_path / "a.json").write_text(json.dumps([{"sent_id": queries[0][1].sent_id, "segmentation": empty}]))
     (result,) = score_masks(tmp_path / "a.json", queries[:1], CRIS, keep_masks=True)
     assert result.overlap.intersection == 0

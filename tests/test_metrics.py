@@ -1,4 +1,4 @@
-"""Scores are what papers are compared by: a count that is off by one pixel, or an average of averages, moves them."""
+"""Metrics: papers are compared by them, so one pixel too many matters."""
 
 import math
 
@@ -14,12 +14,12 @@ OVERLAPS = st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)).map(lambda pa
 
 
 def grid(*rows: str) -> np.ndarray:
-    """A mask from text: # is the object."""
+    """Return a mask drawn as text, where # is the object."""
     return np.array([[character == "#" for character in row] for row in rows])
 
 
-def test_pixels_are_counted() -> None:
-    """By hand: three shared, five in the prediction, four in the truth."""
+def test_overlap_counts_pixels() -> None:
+    """Three pixels shared, five predicted, four true."""
     prediction = grid("##..", "##..", "#...")
     truth = grid("##..", "#...", "...#")
     assert overlap(prediction, truth) == Overlap(3, 6)
@@ -28,20 +28,20 @@ def test_pixels_are_counted() -> None:
 
 
 def test_counts_do_not_overflow() -> None:
-    """Else a photograph of 300 million pixels, or a sum over a split, has a negative union."""
+    """Unions of large images and sums over a split stay exact."""
     mask = np.ones((20_000, 5_000), bool)
     assert overlap(mask, mask) == Overlap(10**8, 10**8)
     assert summarise([Overlap(2**40, 2**40)] * 3)["oiou"] == 100.0
 
 
-def test_masks_of_two_photographs_are_not_compared() -> None:
-    """Else numpy broadcasts a thin mask over a wide one and the score means nothing."""
+def test_masks_of_different_shapes_raise() -> None:
+    """numpy would broadcast a thin mask over a wide one and return a meaningless score."""
     with pytest.raises(ValueError, match=r"\(1, 4\).*\(3, 4\)"):
         overlap(np.ones((1, 4), bool), np.ones((3, 4), bool))
 
 
-def test_an_empty_prediction_scores_nothing() -> None:
-    """Also where the truth is empty: 0, not NaN and not 1, or a model that answers nothing would gain by it."""
+def test_an_empty_prediction_scores_zero() -> None:
+    """Two empty masks score 0, not NaN or 1, so that empty predictions gain nothing."""
     nothing, something = np.zeros((3, 3), bool), np.ones((3, 3), bool)
     assert overlap(nothing, something).iou == 0
     assert overlap(nothing, nothing).iou == 0
@@ -49,7 +49,7 @@ def test_an_empty_prediction_scores_nothing() -> None:
 
 
 def test_scores_by_hand() -> None:
-    """IoU 1/2, 3/4 and 0 over unions of 2, 100 and 10 pixels: the two averages differ, as they must."""
+    """IoU 1/2, 3/4 and 0 over unions of 2, 100 and 10 pixels: mIoU and oIoU differ."""
     scores = summarise([Overlap(1, 2), Overlap(75, 100), Overlap(0, 10)])
     assert list(scores) == KEYS
     assert scores["miou"] == pytest.approx(100 * (0.5 + 0.75 + 0) / 3)
@@ -58,8 +58,11 @@ def test_scores_by_hand() -> None:
 
 
 @pytest.mark.parametrize("threshold", PRECISION_THRESHOLDS)
-def test_a_threshold_is_not_reached_by_equality(threshold: float) -> None:
-    """Strict, as in the CRIS family: at IoU 0.5 exactly, Prec@0.5 is 0, and one pixel more makes it 100."""
+def test_precision_excludes_equality(threshold: float) -> None:
+    """Precision is strict, as in the CRIS family:
+
+    0 at an IoU of exactly t, 100 with one more pixel.
+    """
     shared = round(threshold * 10_000)
     key = f"prec@{threshold}"
     assert summarise([Overlap(shared, 10_000)])[key] == 0
@@ -67,19 +70,19 @@ def test_a_threshold_is_not_reached_by_equality(threshold: float) -> None:
 
 
 def test_no_expressions_give_zeros() -> None:
-    """Else the mean of nothing is NaN, which is no JSON."""
+    """The mean of nothing is NaN, which is not valid JSON."""
     assert summarise([]) == dict.fromkeys(KEYS, 0.0)
 
 
 @given(st.lists(OVERLAPS, min_size=1, max_size=30), st.randoms())
 def test_order_and_grouping_do_not_matter(items: list[Overlap], random: object) -> None:
-    """Else the scores depend on how photographs were shared out among processes."""
+    """Scores do not depend on how images are divided among ranks."""
     scores = summarise(items)
     assert all(0 <= value <= 100 + 1e-9 and math.isfinite(value) for value in scores.values())
     mixed = list(items)
     random.shuffle(mixed)  # type: ignore[attr-defined]
     assert summarise(mixed) == pytest.approx(scores, abs=1e-9)
-    assert summarise(iter(mixed)) == pytest.approx(scores, abs=1e-9)  # a generator is read once
+    assert summarise(iter(mixed)) == pytest.approx(scores, abs=1e-9)  # a generator can be read once
 
     cut = len(mixed) // 2
     first, second = summarise(mixed[:cut]), summarise(mixed[cut:])
@@ -93,7 +96,7 @@ def test_order_and_grouping_do_not_matter(items: list[Overlap], random: object) 
 
 @given(st.lists(OVERLAPS, min_size=1, max_size=30))
 def test_precision_falls_with_its_threshold(items: list[Overlap]) -> None:
-    """And a set given twice scores as given once."""
+    """Repeating a set does not change its scores."""
     scores = summarise(items)
     precisions = [scores[f"prec@{t}"] for t in PRECISION_THRESHOLDS]
     assert precisions == sorted(precisions, reverse=True)
@@ -102,7 +105,7 @@ def test_precision_falls_with_its_threshold(items: list[Overlap]) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_counts_against_sets_of_pixels(height: int, width: int, seed: int) -> None:
-    """The definition, word for word, on masks of any shape and memory layout."""
+    """Compare with the definition on sets of pixels, for masks of any shape and memory layout."""
     source = np.random.default_rng(seed)
     prediction, truth = source.random((2, height, width)) < source.random((2, 1, 1))
     ours, theirs = (set(zip(*np.nonzero(mask), strict=True)) for mask in (prediction, truth))

@@ -1,4 +1,5 @@
-"""Each protocol against a slow and obvious one, written a second time here: published scores were made so, pixel by pixel."""
+"""Each protocol against a slow second implementation that follows the published code pixel by
+pixel."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -31,7 +32,10 @@ SIDE = 112
 Size = tuple[int, int]
 
 
-# ---- the slow ones: logits [h, w] in float64, a truth [H, W] -> what is an object where it is above 0, and its truth ----
+# ---- slow implementations ------------------------------------------------------------------------
+# Each maps logits [h, w] in float64 and a truth [H, W] to values that are above 0 on the object,
+# and
+# the truth they are compared with.
 
 
 def resized(values: torch.Tensor, size: Size, mode: str, corners: bool) -> torch.Tensor:
@@ -86,7 +90,7 @@ every_protocol = pytest.mark.parametrize("name", PROTOCOLS)
 
 
 def slow_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]], inclusive: bool) -> dict[str, float]:
-    """Every average from its definition."""
+    """Compute every metric from its definition."""
     ious, shared_sum, covered_sum = [], 0, 0
     for mask, truth in pairs:
         shared, covered = int(np.logical_and(mask, truth).sum()), int(np.logical_or(mask, truth).sum())
@@ -99,11 +103,14 @@ def slow_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]], inclusive: bool)
     return scores
 
 
-# ---- what they are tried on ----------------------------------------------------------------------------------------------
+# ---- logits and masks ----------------------------------------------------------------------------
 
 
 def logits_like(mask: np.ndarray, seed: int, grid: int = 32) -> torch.Tensor:
-    """[grid, grid] what a middling network would say of a mask: blurred, noisy, in places unsure."""
+    """Return [grid, grid] logits such as a mediocre network gives:
+
+    blurred, noisy, partly uncertain.
+    """
     coarse = resized(
         torch.from_numpy(Letterbox(mask.shape, SIDE).mask(mask.astype(np.uint8))), (grid, grid), "area", None
     )
@@ -113,7 +120,7 @@ def logits_like(mask: np.ndarray, seed: int, grid: int = 32) -> torch.Tensor:
 
 @cache
 def spotted(height: int, width: int, seed: int) -> np.ndarray:
-    """[H, W] bool: a few ellipses, which may touch the edges."""
+    """Return an [H, W] bool mask of a few ellipses, which may touch the edges."""
     picture, source = np.zeros((height, width), np.uint8), np.random.default_rng(seed)
     for _ in range(3):
         centre = (int(source.integers(width)), int(source.integers(height)))
@@ -125,7 +132,8 @@ def spotted(height: int, width: int, seed: int) -> np.ndarray:
 ADVERSARIAL = {
     "empty": torch.full((32, 32), -30.0),
     "full": torch.full((32, 32), 30.0),
-    # Uneven, or whole lines would lie exactly on the edge of a decision, where rounding decides.
+    # Not symmetric, because whole lines would lie exactly on the threshold, where rounding
+    # decides.
     "a chessboard": 3.0 * ((torch.arange(32)[:, None] + torch.arange(32)) % 2) - 1.2,
     "one pixel": torch.full((32, 32), -9.0).index_put((torch.tensor(3), torch.tensor(17)), torch.tensor(8.0)),
     "the border": 17 * F.pad(torch.zeros(30, 30), (1, 1, 1, 1), value=1.0) - 9,
@@ -134,7 +142,7 @@ ADVERSARIAL = {
 
 
 def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: int = SIDE) -> dict[str, float]:
-    """Masks agree in every pixel, and scores to a millionth."""
+    """Check that masks agree in every pixel and scores to 1e-4 percent."""
     protocol = get_protocol(name)
     fits = [protocol.transform(truth.shape, side) for truth in truths]
     ours, slow, ties = [], [], 0
@@ -143,7 +151,7 @@ def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: i
         margin, target = SLOW[name](one.double(), truth, side)
         np.testing.assert_array_equal(compared, target)
         assert mask.shape == margin.shape
-        # Pixels exactly on the edge of a decision are rounding's to decide.
+        # Rounding decides pixels that are exactly on the threshold.
         unsure = abs(margin) < 1e-6
         ties += int(unsure.sum())
         expected = np.where(unsure, mask, margin > 0)
@@ -160,19 +168,20 @@ def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: i
 
 
 @every_protocol
-def test_photographs_of_many_shapes(name: str) -> None:
-    """Wide, tall, square, the square's own size, tiny, and a strip: a mixed-up axis or a half pixel shows at once."""
+def test_images_of_many_shapes(name: str) -> None:
+    """Wide, tall, square, tiny and thin images reveal swapped axes and half-pixel offsets."""
     sizes = [(427, 640), (640, 427), (300, 300), (112, 112), (113, 111), (7, 9), (3, 200), (1, 1), (480, 640)]
     truths = [spotted(*size, seed) for seed, size in enumerate(sizes)]
     scores = check(name, truths, torch.stack([logits_like(truth, seed) for seed, truth in enumerate(truths)]))
-    assert 5 < scores["miou"] < 95  # else the comparison says nothing
+    assert 5 < scores["miou"] < 95  # scores near 0 or 100 would hide errors
     assert scores["miou"] != pytest.approx(scores["oiou"], abs=0.1)
 
 
 @every_protocol
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 def test_adversarial_logits(name: str, kind: str) -> None:
-    """Where bicubic overshoots most, at the border of the square, and where a sigmoid saturates."""
+    """Logits where bicubic overshoots most, at the square's border, and where the sigmoid
+    saturates."""
     truths = [np.zeros((90, 140), bool), np.ones((90, 140), bool), spotted(140, 90, 1)]
     truths[0][45, 70] = True
     check(name, truths, ADVERSARIAL[kind].expand(3, 32, 32))
@@ -180,8 +189,9 @@ def test_adversarial_logits(name: str, kind: str) -> None:
 
 @every_protocol
 @pytest.mark.slow
-def test_two_hundred_real_photographs(name: str, refer_root: Path) -> None:
-    """Instances as people drew them (holes, several parts, crowds), against middling results and adversarial ones in turn."""
+def test_two_hundred_real_images(name: str, refer_root: Path) -> None:
+    """Annotated instances with holes, several parts and crowds, against mediocre and extreme
+    logits."""
     references = load_references(refer_root, "cocomini").references
     references = list({reference.image_id: reference for reference in references}.values())[:200]
     assert len(references) == 200
@@ -196,7 +206,7 @@ def test_two_hundred_real_photographs(name: str, refer_root: Path) -> None:
 
 
 def test_bicubic_with_corners_aligned_by_hand() -> None:
-    """The interpolation from its formula (a = -0.75), not from a library."""
+    """Compare with the formula of bicubic interpolation (a = -0.75) instead of a library."""
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 
     def weights(source: int, target: int) -> np.ndarray:
@@ -208,13 +218,16 @@ def test_bicubic_with_corners_aligned_by_hand() -> None:
         return table
 
     expected = weights(5, 28) @ torch.sigmoid(logits.double()).numpy() @ weights(7, 28).T
-    # A photograph of the square's own size makes the warp the identity.
+    # An image of the square's own size makes the warp the identity.
     found = next(CRIS.probabilities(logits[None, None], [Letterbox((28, 28), 28)]))
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-5)
 
 
 def test_opencv_undoes_the_letterbox_in_the_same_way() -> None:
-    """The published code calls cv2; version 5 samples at the same places, version 4 at the nearest 1/32 pixel."""
+    """The published code calls cv2.
+
+    Version 5 samples the same positions, version 4 rounds them to 1/32 pixel.
+    """
     truths = [spotted(427, 640, 1), spotted(640, 480, 2), spotted(333, 500, 3)]
     for seed, truth in enumerate(truths):
         logits, box = logits_like(truth, seed), Letterbox(truth.shape, 448)
@@ -225,8 +238,8 @@ def test_opencv_undoes_the_letterbox_in_the_same_way() -> None:
         assert overlap(ours > 0.35, theirs > 0.35).iou > 0.9999 if cv2.__version__ >= "5" else 0.995
 
 
-def test_half_precision_logits_are_worked_on_in_float32() -> None:
-    """Else evaluation on a GPU in bfloat16 rounds probabilities to steps of 1/256 around the threshold."""
+def test_half_precision_logits_are_resampled_in_float32() -> None:
+    """In bfloat16, probabilities would be rounded to steps of 1/256 around the threshold."""
     logits = logits_like(spotted(60, 80, 2), 2)[None, None].bfloat16()
     found = next(CRIS.probabilities(logits, [Letterbox((60, 80), SIDE)]))
     assert found.dtype == torch.float32
@@ -235,8 +248,8 @@ def test_half_precision_logits_are_worked_on_in_float32() -> None:
     )
 
 
-def test_the_thresholds_are_not_reached_by_equality() -> None:
-    """Strict, as published; on the curve too."""
+def test_thresholds_exclude_equality() -> None:
+    """Thresholds are strict, also on the curve."""
     edge = np.float32(0.35)
     values = torch.tensor([[edge, np.nextafter(edge, np.float32(1))]])
     assert get_protocol("cris").threshold == 0.35
@@ -246,7 +259,7 @@ def test_the_thresholds_are_not_reached_by_equality() -> None:
 
 
 def test_the_curve_is_the_overlap_at_each_threshold() -> None:
-    """A threshold is chosen by it."""
+    """The curve has the overlap of the mask at each threshold."""
     probabilities = torch.rand(40, 50, generator=torch.Generator().manual_seed(1))
     probabilities[0, :2] = torch.tensor([0.0, 1.0])
     truth = torch.from_numpy(spotted(40, 50, 5))
@@ -256,28 +269,28 @@ def test_the_curve_is_the_overlap_at_each_threshold() -> None:
 
 @pytest.mark.parametrize(("metrics", "inclusive"), [(STANDARD_METRICS, False), (INCLUSIVE_METRICS, True)])
 def test_precision_at_exactly_one_half(metrics: tuple[Metric, ...], inclusive: bool) -> None:
-    """LAVT counts an IoU of 0.5 as found, CRIS does not: a point of precision on small masks."""
+    """LAVT counts an IoU of exactly 0.5 for precision at 0.5; CRIS does not."""
     half = overlap(np.array([[True, False]]), np.array([[True, True]]))
     assert summarise([half], metrics)["prec@0.5"] == (100.0 if inclusive else 0.0)
     assert get_protocol("lavt").metrics == INCLUSIVE_METRICS
     assert get_protocol("cris").metrics == STANDARD_METRICS
 
 
-def test_a_mask_on_the_canvas_is_shown_at_the_photographs_size() -> None:
-    """Reports draw LAVT's masks onto the photograph."""
+def test_masks_on_the_canvas_are_resized_to_the_image() -> None:
+    """Reports show LAVT's masks at the image's own size."""
     lavt, truth = get_protocol("lavt"), spotted(90, 140, 1)
     assert lavt.to_canvas(truth).shape == (480, 480)
     np.testing.assert_array_equal(lavt.from_canvas(lavt.to_canvas(truth), (90, 140)), truth)
 
 
-def test_an_unknown_protocol_lists_those_there_are() -> None:
-    """Else a typing error would score by another rule than it says."""
+def test_an_unknown_protocol_raises() -> None:
+    """The error lists the known protocols."""
     with pytest.raises(DcrisError, match=r"'lvat'.*cris, lavt, cgformer, refer"):
         get_protocol("lvat")
 
 
-def test_squares_of_each_kind() -> None:
-    """Squashed over everything; in the top left corner with the mean colour beside it; never another size's photograph."""
+def test_transforms_fill_or_pad_the_square() -> None:
+    """Resize fills the square, ResizePad pads right and below, and images of another size raise."""
     image = np.full((50, 100, 3), 200, np.uint8)
     assert (Resize((50, 100), 56).image(image, (1, 2, 3)) == 200).all()
     padded = ResizePad((50, 100), 56).image(image, (1.4, 2, 3))

@@ -1,4 +1,4 @@
-"""The quickstart, cut down to seconds: the same way through the program, with numbers too small to mean anything."""
+"""The quickstart with a few scenes and steps."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cores", lambda: 1)
 
 
-def test_it_leaves_what_it_promises_and_can_be_called_again(short: None, tmp_path: Path) -> None:
-    """Whoever tries dcris looks for these files first; a second call must not train or generate anew."""
+def test_it_writes_its_files_and_can_be_repeated(short: None, tmp_path: Path) -> None:
+    """The documented files exist, and a second call neither trains nor generates scenes again."""
     first = module.quickstart(tmp_path, device="cpu", log=lambda line: None)
     stored = json.loads((tmp_path / "metrics.json").read_text())
     assert stored == first
@@ -38,15 +38,15 @@ def test_it_leaves_what_it_promises_and_can_be_called_again(short: None, tmp_pat
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
-def test_a_seed_that_no_run_takes_is_a_sentence(short: None, tmp_path: Path) -> None:
-    """Else the model is trained, and its checkpoint cannot be read."""
+def test_an_invalid_seed_raises(short: None, tmp_path: Path) -> None:
+    """The seed is checked before anything is generated or trained."""
     with pytest.raises(DcrisError, match=r"train\.seed"):
         module.quickstart(tmp_path / "a", seed=2**32, device="cpu", log=lambda line: None)
     assert not (tmp_path / "a").exists()
 
 
-def test_another_seed_does_not_train_on_the_first_ones_scenes(short: None, tmp_path: Path) -> None:
-    """Means over seeds would be of one set of scenes if a folder's scenes were taken up whatever their seed."""
+def test_another_seed_in_the_same_folder_raises(short: None, tmp_path: Path) -> None:
+    """Scenes of another seed in the same folder must not be used."""
     module.quickstart(tmp_path / "a", seed=1, device="cpu", log=lambda line: None)
     with pytest.raises(DcrisError, match="seed"):
         module.quickstart(tmp_path / "a", seed=2, device="cpu", log=lambda line: None)

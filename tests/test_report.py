@@ -1,3 +1,5 @@
+"""Reports: what they show, that they need nothing from outside, and that all text is escaped."""
+
 import math
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import analyse
-from dcris.evaluation.metrics import summarise
+from dcris.evaluation.metrics import Metric, summarise
 from dcris.evaluation.report.charts import threshold_chart
 from dcris.evaluation.report.evaluation_report import write_evaluation_report, write_report
 from dcris.evaluation.report.panels import PREDICTION_COLOUR, TRUTH_COLOUR, NamedMask, Panel, make_panel, select_results
@@ -89,14 +91,14 @@ def full(report):
     )
 
 
-def test_stands_alone(report):
+def test_the_page_is_self_contained(report):
     page = full(report)
-    assert page.links and page.stands_alone()
+    assert page.links and page.is_self_contained()
     text = str(page.tags) + "".join(page.words)
     assert "http:" not in text and "https:" not in text
 
 
-def test_says_what_was_measured(report):
+def test_the_page_states_what_was_measured(report):
     words = " ".join("".join(full(report).words).split())
     for part in (
         "Measured on 1,234 expressions for 40 references of scenes, test by protocol cris.",
@@ -122,20 +124,24 @@ def test_says_what_was_measured(report):
     assert "bootstrap" not in " ".join(report(record=RECORD).words)
 
 
-def test_nothing_at_all_is_still_a_page(report):
+def test_a_report_without_content_is_a_page(report):
     page = report()
     assert "A run" in "".join(page.words)
     assert not page.named("img") and not page.named("svg") and not page.named("table") and not page.named("section")
 
 
-def test_other_entries_of_a_result_file_join_the_facts(report):
+def test_other_values_of_a_record_are_facts(report):
     rest = {"weights_sha256": "abcd", "version": "2", "seconds": 12345.6, "miou_by_kind": {"place": 77.7}}
     words = "".join(report(facts={"version": "1"}, record={**RECORD, **rest}).words)
     assert "weights sha256abcd" in words and words.count("version") == 1 and "seconds12,346" in words
     assert "77.7" not in words and "by kind" not in words
 
 
-def test_strangers_text_is_text(report):
+def iou(overlaps):
+    return overlaps.iou
+
+
+def test_hostile_text_is_escaped(report):
     evil = '<script>alert("1")</script>\'"&<img src=http://x.example/a onerror=alert(1)>'
     page = report(
         title=evil,
@@ -152,9 +158,14 @@ def test_strangers_text_is_text(report):
         },
         panels={evil: [panel(expression=evil)]},
         notes=[evil],
+        metrics=(
+            Metric("miou", evil, iou, description=evil),
+            Metric("oiou", "oIoU", iou),
+            Metric("prec@<b>", evil, iou),
+        ),
     )
     assert not page.named("script") and len(page.named("img")) == 3
-    assert "".join(page.words).count(evil) >= 10
+    assert "".join(page.words).count(evil) >= 13
     assert page.named("img")[1]["alt"] == f"true mask for: {evil}"
 
 
@@ -167,9 +178,9 @@ def test_odd_characters(report):
 
 
 @pytest.mark.parametrize("side", [112, 300, 1000])
-def test_masks_lie_where_the_picture_has_them(report, side):
+def test_masks_are_drawn_at_their_place(report, side):
     truth_and_prediction = panel(side, shift=side // 5)
-    plain, truth, prediction = report(panels=[truth_and_prediction]).pictures()
+    plain, truth, prediction = report(panels=[truth_and_prediction]).images()
     assert plain.shape == truth.shape == prediction.shape and max(plain.shape) <= 480
     for shown, mask, colour in (
         (truth, truth_and_prediction.truth, TRUTH_COLOUR),
@@ -184,14 +195,14 @@ def test_masks_lie_where_the_picture_has_them(report, side):
     assert np.abs(plain.astype(int) - 128).max() < 3
 
 
-def test_small_pictures_are_exact_and_large_ones_compact(report):
+def test_small_images_are_png_and_large_ones_jpeg(report):
     links = report(panels=[panel(100), panel(1000)]).links
     assert [link[11:15] for link in links] == ["png;"] * 3 + ["jpeg"] * 3
 
 
 def test_without_truth(report):
     page = report(panels=[panel(truth=False, iou=None)])
-    assert len(page.pictures()) == 2
+    assert len(page.images()) == 2
     assert "truth" not in "".join(page.words) and "IoU" not in "".join(page.words)
 
 
@@ -216,11 +227,11 @@ def test_empty_full_and_extreme_panels(report):
         for value in (True, False)
     ]
     page = report(panels=panels)
-    assert len(page.pictures()) == 24
+    assert len(page.images()) == 24
     assert "".join(page.words).count("prediction: empty") == 4
 
 
-def test_a_mask_of_another_shape_is_a_mistake():
+def test_a_mask_of_another_shape_raises():
     good = panel()
     with pytest.raises(ValueError, match="a panel's mask"):
         Panel(good.image, "x", None, (NamedMask("prediction", good.truth.T, None),))
@@ -237,7 +248,7 @@ def test_curves_of_any_length(report, count):
     assert len(page.tags) < 2_000
 
 
-def test_bars_carry_their_intervals(report):
+def test_bars_show_their_intervals(report):
     page = report(record={**RECORD, "analysis": ANALYSIS})
     marks = [attrs["style"] for attrs in page.named("b") if "style" in attrs]
     assert marks == [
@@ -260,8 +271,8 @@ def test_the_threshold_curve_shows_each_system(systems):
     assert all(0 <= float(attrs["cx"]) <= 520 for attrs in page.named("circle"))
 
 
-def test_panels_show_the_best_the_worst_and_some_between():
-    """Only good pictures would be an advertisement, and one photograph four times says nothing new."""
+def test_examples_are_the_best_the_worst_and_random_ones():
+    """Examples are the best, the worst and random ones, each heading on distinct images."""
     results = [made_result((share, 1000), image=share // 5) for share in range(100)]
     picked = select_results(results, 12)
     shown = {heading: [each.overlap.intersection for each in some] for heading, some in picked.items()}
@@ -276,7 +287,7 @@ def test_panels_show_the_best_the_worst_and_some_between():
     assert select_results(results, 12) == picked
 
 
-def test_few_or_equal_answers_are_shown_too():
+def test_examples_of_few_or_equal_results():
     assert select_results([]) == {"Examples": []}
     some = [made_result((share, 3)) for share in (1, 3, 2)]
     assert select_results(some) == {"Examples": [some[1], some[2], some[0]]}
@@ -286,7 +297,7 @@ def test_few_or_equal_answers_are_shown_too():
     assert [len(shown) for shown in select_results(on_one).values()] == [1, 1, 1]
 
 
-def test_a_panel_shows_what_was_answered_and_the_truth(tiny_refer):
+def test_a_panel_has_the_predicted_and_true_masks(tiny_refer):
     tiny_refer.write()
     reference = load_references(tiny_refer.root, "tiny").split("testA")[0]
     truth, other = rectangle((30, 40), 3, 2, 9, 12), rectangle((30, 40), 3, 2, 9, 7)
@@ -302,8 +313,9 @@ def test_a_panel_shows_what_was_answered_and_the_truth(tiny_refer):
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_a_report_of_anybodys_answers(tiny_refer, tmp_path, count):
-    """Scores of masks that came in a folder have no model and no run; there may be one result or none, and all may be empty."""
+def test_a_report_of_masks_without_a_model(tiny_refer, tmp_path, count):
+    """Masks from files have no model and no run; there may be no or one result, and all may be
+    empty."""
     tiny_refer.write()
     references = load_references(tiny_refer.root, "tiny").references
     results = [
@@ -316,29 +328,29 @@ def test_a_report_of_anybodys_answers(tiny_refer, tmp_path, count):
     record = {**summarise(each.overlap for each in results), "analysis": analyse(results)}
     write_evaluation_report(tmp_path / "a.html", title="Theirs", results=results, record=record)
     page = Page((tmp_path / "a.html").read_text())
-    assert page.stands_alone()
-    assert len(page.pictures()) == 3 * count
+    assert page.is_self_contained()
+    assert len(page.images()) == 3 * count
     assert page.text().count("prediction: empty") == count
     assert ("By length of the expression" in page.text()) == (count > 0)
     assert ("95%: 0.0" in page.text()) == (count == 5)  # which are on two photographs
     assert "recipe" not in page.text()
 
 
-def test_several_predictions_stand_side_by_side(report):
+def test_several_predictions_are_shown_side_by_side(report):
     good = panel()
     predictions = (
         NamedMask("ours", good.truth, 1.0),
         NamedMask("<theirs>", ~good.truth, 0.25),
-        NamedMask("nobody's", good.truth & False, 0.0),
+        NamedMask("empty one", good.truth & False, 0.0),
     )
     page = report(panels=[Panel(good.image, "left star", good.truth, predictions)])
-    assert len(page.pictures()) == 5
+    assert len(page.images()) == 5
     words = " ".join("".join(page.words).split())
-    for part in ("ours IoU 100.0", "<theirs> IoU 25.0", "nobody's: empty IoU 0.0"):
+    for part in ("ours IoU 100.0", "<theirs> IoU 25.0", "empty one: empty IoU 0.0"):
         assert part in words.replace("\u202f", " ")
 
 
-def test_curve_in_part(report):
+def test_incomplete_logs(report):
     assert not report(log=[{"step": 1}, {"loss": 2.0}, {"step": 2, "loss": math.nan}]).named("svg")
     loss_only = report(log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": None}])
     assert len(loss_only.named("svg")) == 1 and len(loss_only.named("circle")) == 1
@@ -354,7 +366,7 @@ def test_a_constant_curve_has_an_axis(report, value):
 
 
 def test_smoothing_does_not_lag(report):
-    # Of a straight line the smoothed one is the same line, but for the ends.
+    # Smoothing a straight line gives the same line, except near its ends.
     page = report(log=[{"step": step, "loss": 1000.0 - step} for step in range(1000)])
     points = np.array([pair.split(",") for pair in page.named("polyline")[0]["points"].split()], float)[30:-30]
     slope, offset = np.polyfit(points[:, 0], points[:, 1], 1)
@@ -363,7 +375,7 @@ def test_smoothing_does_not_lag(report):
     assert np.abs(slope * raw[:, 0] + offset - raw[:, 1]).max() < 0.5
 
 
-def test_values_that_are_not_numbers(report):
+def test_values_that_are_not_finite(report):
     page = report(
         record={"miou": math.nan, "prec@0.5": math.inf, "analysis": {"by_kind": [group("place", math.nan, 0)]}}
     )
@@ -371,7 +383,7 @@ def test_values_that_are_not_numbers(report):
     assert "nan" not in words and "inf" not in words and "\N{EN DASH}" in words
 
 
-def test_a_failed_write_is_said_plainly(tmp_path):
+def test_a_failed_write_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DcrisError, match="cannot write"):
         write_report(

@@ -1,4 +1,7 @@
-"""Answers in a file: what was measured comes back as it was, and what somebody changed is refused in words."""
+"""Results files:
+
+reading returns what was written, and damaged or foreign files raise clear errors.
+"""
 
 import json
 from dataclasses import replace
@@ -21,21 +24,22 @@ CRIS = get_protocol("cris")
 
 
 def some(count: int = 3) -> list[EvalResult]:
-    """Answers with and without a curve, on masks that can be decoded."""
+    """Return results with and without a curve, with masks that can be decoded."""
     made = [made_result((number, 7), image=number, expression=f"phrase {number}") for number in range(count)]
     mask = np.zeros((1000, 1000), bool)
     mask[:20, :20] = True
     return [drawn_result(made[0].reference, 0, mask, mask), *made[1:]]
 
 
-def asked(results: list[EvalResult]) -> Queries:
+def queries_of(results: list[EvalResult]) -> Queries:
     return [(each.reference, each.expression) for each in results]
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5))
 @settings(max_examples=30, deadline=None)
-def test_answers_come_back(tmp_path_factory: pytest.TempPathFactory, phrases: list[str]) -> None:
-    """Whatever a phrase holds, line ends and half surrogate pairs among it, in the order in which it is asked now."""
+def test_results_are_read_as_written(tmp_path_factory: pytest.TempPathFactory, phrases: list[str]) -> None:
+    """Expressions may hold line ends and unpaired surrogates; results come in the queries'
+    order."""
     path = tmp_path_factory.mktemp("results") / "deep" / "a.jsonl"
     results = [
         *some(),
@@ -44,11 +48,11 @@ def test_answers_come_back(tmp_path_factory: pytest.TempPathFactory, phrases: li
     ]
     write_results(path, results, CRIS)
     assert len(path.read_bytes().splitlines()) == len(results)
-    assert read_results(path, asked(results)[::-1], CRIS) == results[::-1]
+    assert read_results(path, queries_of(results)[::-1], CRIS) == results[::-1]
 
 
-def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
-    """People read these lines with pandas."""
+def test_a_line_has_the_documented_fields(tmp_path: Path) -> None:
+    """The fields that other programs, such as pandas, read."""
     write_results(tmp_path / "a.jsonl", some(), CRIS)
     first = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
     assert (first["image"], first["phrase"], first["protocol"]) == ("0.jpg", "phrase 0", "cris")
@@ -85,15 +89,15 @@ def test_a_line_says_what_other_programs_need(tmp_path: Path) -> None:
         ({"segmentation": {"size": [1000, 1000], "counts": "9" * 10**5}}, "cannot be decoded"),
     ],
 )
-def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
-    """The file's name and line among them; a count that is not one would end in a wrong table, not in an error."""
+def test_a_changed_line_raises(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    """The error names file and line; a wrong count must not end in a wrong table."""
     path, results = tmp_path / "a.jsonl", some()
     write_results(path, results, CRIS)
     lines = path.read_text().splitlines()
     lines[1] = json.dumps(json.loads(lines[1]) | change)
     path.write_text("\n".join(lines))
     with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
-        read_results(path, asked(results), CRIS)
+        read_results(path, queries_of(results), CRIS)
     assert sentence in str(caught.value)
     assert "line 2" in str(caught.value)
 
@@ -110,39 +114,39 @@ def test_a_changed_line_is_refused_in_words(tmp_path: Path, change: dict[str, An
         (b'{"sent_id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
     ],
 )
-def test_another_file_is_refused_in_words(tmp_path: Path, content: bytes, sentence: str) -> None:
-    """A picture, a result file, or half a line after a full disk."""
+def test_another_file_raises(tmp_path: Path, content: bytes, sentence: str) -> None:
+    """Images, result files and incomplete lines are not results files."""
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DcrisError, match=r"a\.jsonl") as caught:
-        read_results(tmp_path / "a.jsonl", asked(some()), CRIS)
+        read_results(tmp_path / "a.jsonl", queries_of(some()), CRIS)
     assert sentence in str(caught.value)
 
 
-def test_a_file_that_an_editor_saved_is_read(tmp_path: Path) -> None:
-    """With a byte order mark, Windows' line ends, and a blank line at the end, as editors and scripts leave them."""
+def test_a_file_saved_by_an_editor_is_read(tmp_path: Path) -> None:
+    """A byte order mark, Windows line ends and blank lines, as editors leave them, are accepted."""
     path, results = tmp_path / "a.jsonl", some()
     write_results(path, results, CRIS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"  \r\n\n")
-    assert len(read_results(path, asked(results), CRIS)) == len(results)
+    assert len(read_results(path, queries_of(results), CRIS)) == len(results)
 
 
-def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
-    """One of another split, cut short, answered twice, or not there at all."""
+def test_results_of_other_queries_raise(tmp_path: Path) -> None:
+    """Results of another split, incomplete or repeated ones, and a missing file are errors."""
     path, results = tmp_path / "a.jsonl", some()
     write_results(path, results, CRIS)
     with pytest.raises(DcrisError, match="no result for sentence"):
-        read_results(path, asked([*results, made_result()]), CRIS)
+        read_results(path, queries_of([*results, made_result()]), CRIS)
     with pytest.raises(DcrisError, match="has a result for sentence"):
-        read_results(path, asked(results[1:]), CRIS)
+        read_results(path, queries_of(results[1:]), CRIS)
     write_results(path, [*results, results[0]], CRIS)
     with pytest.raises(DcrisError, match=r"line 4 repeats sentence \d+ of line 1"):
-        read_results(path, asked(results), CRIS)
+        read_results(path, queries_of(results), CRIS)
     with pytest.raises(DcrisError, match="there is no file"):
         read_results(tmp_path / "absent.jsonl", [], CRIS)
 
 
-def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path) -> None:
-    """Half a file of results looks like that of a smaller split."""
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
+    """An incomplete file would look like the results of a smaller split."""
     results = some()
     results[2] = replace(results[2], prediction=None)
     with pytest.raises(ValueError, match="not kept"):

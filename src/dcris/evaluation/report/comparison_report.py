@@ -60,7 +60,7 @@ def write_comparison_report(
 
 
 def _described(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the columns: the first system, then each other system and its difference from the first."""
+    """Return the columns: the first system, then each other one and its difference."""
     first, *others = comparison["systems"]
     pairs = zip(others, comparison["differences"], strict=True)
     return [first, *(each for pair in pairs for each in pair)]

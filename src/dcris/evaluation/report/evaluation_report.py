@@ -146,7 +146,7 @@ def write_evaluation_report(
 def _tiles(
     record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], metrics: Sequence[Metric]
 ) -> list[dict[str, Any]]:
-    """Return the scores shown large: metrics with a description, and the control if it was measured."""
+    """Return the scores shown large: metrics with a description, and the control."""
     return [
         {
             "title": metric.title,

@@ -143,7 +143,7 @@ def _line(size: int) -> int:
 
 
 def _wrap(words: str, size: int, width: float, most: int) -> list[str]:
-    """Break text into at most `most` lines of `width` pixels; an ellipsis marks what does not fit."""
+    """Break text into at most `most` lines of `width` pixels, cut with an ellipsis."""
     visible = "".join(letter if letter.isprintable() else " " for letter in words[:1000])
     font = _font(visible, size)
     lines: list[str] = []

@@ -61,7 +61,7 @@ def number(value: float | int | str) -> str:
 
 
 def length(value: float | int | str) -> float:
-    """Return a percentage clipped to 0..100, as the length of a bar; 0 if it is not a finite number."""
+    """Return a percentage clipped to 0..100; 0 if it is not a finite number."""
     return min(100.0, max(0.0, value)) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 

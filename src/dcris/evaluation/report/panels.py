@@ -44,7 +44,7 @@ class NamedMask:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One expression with its image, the true mask and the masks that one or more systems predicted."""
+    """One expression with its image, the true mask and one or more predicted masks."""
 
     image: NDArray[np.uint8]
     """[H, W, 3] RGB."""
