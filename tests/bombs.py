@@ -363,8 +363,6 @@ def parquet_bomb(random: Random, path: Path) -> str:
         table = table.set_column(table.column_names.index(column), column, value)
     elif kind == "long":
         value = pyarrow.array([bytes(600_000_000)] * count, pyarrow.large_binary())
-        if column == "image":
-            value = pyarrow.StructArray.from_arrays([value, pyarrow.nulls(count, pyarrow.string())], ["bytes", "path"])
         table = table.set_column(table.column_names.index(column), column, value)
     elif kind == "nulls":
         table = pyarrow.table({name: pyarrow.nulls(50_000_000, pyarrow.int8()) for name in table.column_names})

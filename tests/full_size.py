@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dcris.data.check import OFFICIAL_SIZES
-from dcris.data.image_folders import OFFICIAL_FOLDER
+from dcris.data.coco import IMAGE_FOLDER
 from dcris.data.masks import encode_mask
+from dcris.data.registry import PARTITIONS
 
 PHOTOGRAPHS = {
     ("refcoco", "unc"): 19_994,
@@ -72,13 +72,13 @@ def write_official(root: Path, dataset: str, split_by: str, *, pictures: bool = 
     _write_instances(folder / "instances.json", image_ids, size_of, of_photograph, ann_ids, source)
     _write_references(folder / f"refs({split_by}).p", (dataset, split_by), owners, image_ids, first, ann_ids, source)
     if pictures:
-        _write_pictures(root / OFFICIAL_FOLDER, image_ids, size_of, source)
+        _write_pictures(root / IMAGE_FOLDER, image_ids, size_of, source)
     return root
 
 
 def _owners(dataset: str, split_by: str, count: int, source: np.random.Generator) -> dict[str, NDArray[np.int64]]:
     """For each split, the photograph of each of its references: splits share none, but for google's, which are by object."""
-    sizes = OFFICIAL_SIZES[dataset, split_by]
+    sizes = PARTITIONS[dataset, split_by].splits
     if split_by == "google":
         every = np.resize(np.arange(count), sum(references for references, _ in sizes.values()))
         cuts = np.cumsum([references for references, _ in sizes.values()])[:-1]
@@ -172,7 +172,7 @@ def _write_references(
     ]
     sent_id = 0
     for split, photographs in owners.items():
-        references, expressions = OFFICIAL_SIZES[key][split]
+        references, expressions = PARTITIONS[key].splits[split]
         sentences_of = np.full(references, expressions // references)
         sentences_of[: expressions % references] += 1
         for photograph, count in zip(photographs.tolist(), source.permutation(sentences_of).tolist(), strict=True):

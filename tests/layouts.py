@@ -70,10 +70,10 @@ def hub_rows(references: list[dict[str, Any]], instances: dict[str, Any]) -> dic
     return rows
 
 
-def parquet(rows: list[dict[str, Any]], schema: pyarrow.Schema | None = None) -> bytes:
+def parquet(rows: list[dict[str, Any]]) -> bytes:
     """A Parquet file's content."""
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file.getvalue()
 
 
@@ -83,18 +83,3 @@ def hub_files(references: list[dict[str, Any]], instances: dict[str, Any]) -> di
         f"data/{split}-00000-of-00001-0123456789abcdef.parquet": parquet(rows)
         for split, rows in hub_rows(references, instances).items()
     }
-
-
-PICTURES = pyarrow.schema(
-    [
-        ("question_id", pyarrow.string()),
-        ("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])),
-        ("question", pyarrow.string()),
-        ("answer", pyarrow.list_(pyarrow.string())),
-        ("segmentation", pyarrow.list_(pyarrow.float32())),
-        ("bbox", pyarrow.list_(pyarrow.float32())),
-        ("iscrowd", pyarrow.int8()),
-        ("file_name", pyarrow.string()),
-    ]
-)
-"""The columns of lmms-lab/RefCOCO."""

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from dcris.cli import main
-from dcris.data.check import OFFICIAL_SIZES, check_dataset
+from dcris.data.check import check_dataset
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
+from dcris.data.registry import PARTITIONS, Partition
 from dcris.errors import DcrisError
 
 
@@ -46,7 +47,7 @@ def test_refcocogs_google_partition_shares_photographs_by_design(tiny_refer):
     tiny_refer.references[1]["split"] = "train"
     report = check_dataset(tiny_refer.write(), "refcocog")
     assert (report.problem_count, report.shared_images) == (0, 1)
-    assert "1 images are in more than one split, as this set was made; training sees 1 of them" in report.warnings
+    assert "1 images are in more than one split by design; training sees 1 of them" in report.warnings
 
 
 def test_a_mask_saved_as_jpeg_is_a_problem_unless_there_is_a_threshold(tmp_path, capsys):
@@ -93,7 +94,7 @@ def test_an_empty_mask_is_a_problem(tiny_refer):
     """Its IoU is 0 whatever a model answers, and the loss teaches to find nothing."""
     tiny_refer.instances["annotations"][1]["segmentation"] = encode_mask(np.zeros((30, 40), bool))
     report = check_dataset(tiny_refer.write(), "tiny")
-    assert report.problems == ["reference 11: the mask of annotation 72 is empty; leave the reference out"]
+    assert report.problems == ["reference 11: the mask of annotation 72 is empty; remove the reference"]
 
 
 def test_a_long_list_of_problems_is_cut_and_counted(tiny_refer):
@@ -123,7 +124,7 @@ def test_each_malformed_reference_is_a_problem(tiny_refer):
     assert [problem.partition(": ")[2].partition(";")[0] for problem in report.problems] == [
         "reference 10 has no 'ann_id'",
         "reference 12 has an empty 'sentences'",
-        "entry 4 is not a table of named fields",
+        "entry 4 is not an object with named fields",
     ]
     assert report.splits == {"val": (1, 2)}
     tiny_refer.references = [7]
@@ -136,17 +137,6 @@ def test_a_file_that_cannot_be_read_at_all_is_an_error(tiny_refer):
         check_dataset(tiny_refer.write(), "tiny")
 
 
-def test_official_sizes_add_up_to_the_published_totals():
-    """A slip in one number of the table would call everybody's correct files wrong."""
-    expressions = {key: sum(counts[1] for counts in sizes.values()) for key, sizes in OFFICIAL_SIZES.items()}
-    assert expressions[("refcoco", "unc")] == 142_210
-    assert expressions[("refcoco+", "unc")] == 141_564
-    assert expressions[("refcocog", "umd")] == 95_010
-    assert expressions[("refcocog", "google")] == 95_010
-    references = {key: sum(counts[0] for counts in sizes.values()) for key, sizes in OFFICIAL_SIZES.items()}
-    assert list(references.values()) == [50_000, 49_856, 49_822, 49_822]
-
-
 def test_official_sets_are_compared_with_their_official_size(tiny_refer, monkeypatch):
     tiny_refer.dataset, tiny_refer.split_by = "refcoco", "unc"
     root = tiny_refer.write()
@@ -154,10 +144,10 @@ def test_official_sets_are_compared_with_their_official_size(tiny_refer, monkeyp
     assert report.official is False
     assert report.problem_count == 0  # a subset is fine to work with, but not to compare with
     assert any("not the official size: train, val, testA" in warning for warning in report.warnings)
-    assert any("not here: testB" in warning for warning in report.warnings)
+    assert any("official splits that are missing: testB" in warning for warning in report.warnings)
     assert "42,404 / 120,624" in report.table()
-    sizes = {("refcoco", "unc"): {"train": (1, 2), "val": (1, 2), "testA": (1, 1)}}
-    monkeypatch.setattr("dcris.data.check.OFFICIAL_SIZES", sizes)
+    tiny = Partition({"train": (1, 2), "val": (1, 2), "testA": (1, 1)}, cris_folder="refcoco")
+    monkeypatch.setitem(PARTITIONS, ("refcoco", "unc"), tiny)
     report = check_dataset(root, "refcoco")
     assert report.official is True
     assert report.table().count("yes") == 3

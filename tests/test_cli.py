@@ -342,7 +342,10 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("train dcris_tiny --data DATA --from ABSENT --out OUT", "no checkpoint"),
         ("train dcris_tiny --data DATA --from RUN --model.head.width 96 --out OUT --device cpu", "its own model alone"),
         ("train dcris_tiny --data DATA --dataset mixed --out OUT", "refcoco"),
-        ("train dcris_tiny --data DATA --dataset mixed:scenes,scenes --out OUT", "no list of different sets"),
+        (
+            "train dcris_tiny --data DATA --dataset mixed:scenes,scenes --out OUT",
+            "is not a list of different data sets",
+        ),
         ("data check DATA --dataset mixed:scenes --split-by unc", "mixed:refcoco(unc)"),
         ("data import-coco DATA/scenes/instances.json --images DATA --out OUT.json", "out.jsonl"),
         ("data import-coco DATA/scenes/instances.json --images EMPTY --out EMPTY/x.jsonl", "no image file"),
@@ -576,7 +579,7 @@ def test_phrases_that_are_cut_are_counted(trained_run: Path, scenes_root: Path, 
     (tmp_path / "refcocog.jsonl").write_text(json.dumps(line))
     assert dcris("evaluate", trained_run, "--data", tmp_path / "refcocog.jsonl") == 0
     told = capsys.readouterr().err
-    assert "1 of 2 phrases are longer than 14 tokens" in told
+    assert "1 of 2 expressions are longer than 14 tokens" in told
     assert "refcocog is usually read with 22" in told
     assert dcris("evaluate", trained_run, "--data", scenes_root, "--split", "test") == 0
     assert capsys.readouterr().err == ""

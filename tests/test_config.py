@@ -200,14 +200,3 @@ def test_a_value_of_any_text_is_taken_or_refused_in_one_sentence(text: str) -> N
 def test_what_a_setting_holds_is_validated_by_default_too() -> None:
     """Else a default that breaks its own rule goes unseen until somebody writes it down."""
     assert ModelConfig.model_validate(ModelConfig().model_dump()) == ModelConfig()
-
-
-def test_a_data_set_brings_its_word_length() -> None:
-    """G-Ref's expressions are longer: `--dataset refcocog` with a recipe of 17 tokens cut them in silence."""
-    assert override(RunConfig(), [("data.dataset", "refcocog")]).data.word_length == 22
-    assert override(RunConfig(), [("data.dataset", '"refcocog"'), ("data.word_length", "20")]).data.word_length == 20
-    google = override(RunConfig(), [("data.dataset", "refcocog")])
-    assert override(google, [("data.dataset", "refcoco")]).data.word_length == 17
-    assert override(google, [("data.dataset", "mine")]).data.word_length == 22  # of others nothing is known
-    kept = override(google, [("data.word_length", "17")])
-    assert override(kept, [("data.dataset", "refcocog")]).data.word_length == 17  # a checkpoint's own data set

@@ -14,7 +14,6 @@ from conftest import TinyRefer
 from dcris.data.check import check_dataset
 from dcris.data.coco import CATEGORIES
 from dcris.data.masks import decode_mask
-from dcris.data.readers.cris_layout import load_prepared
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -80,7 +79,7 @@ def test_folders_by_their_own_names_and_by_the_data_set_they_hold(prepared):
     for dataset, split_by in (("refcocog", None), ("refcocog", "umd"), ("refcocog_u", None), ("refcocog_u", "umd")):
         table = load_references(root, dataset, split_by)
         assert (table.dataset, table.split_by) == ("refcocog", "umd")
-    with pytest.raises(DcrisError, match=r"no data set refcocog in .*refs\(google\)\.p, nor anns/refcocog"):
+    with pytest.raises(DcrisError, match=r"refcocog in .* is split by umd, not by google; change --split-by"):
         load_references(root, "refcocog", "google")
     (root / "anns/refcocog_u").rename(root / "anns/mine")
     (root / "masks/refcocog_u").rename(root / "masks/mine")
@@ -90,7 +89,7 @@ def test_folders_by_their_own_names_and_by_the_data_set_they_hold(prepared):
         (root / place / "mine").rename(root / place / "refcocog_u")
         (root / place / "refcocog_g").symlink_to(root / place / "refcocog_u")
     assert load_references(root, "refcocog", "google").split_by == "google"
-    with pytest.raises(DcrisError, match="several sets of splits of refcocog; choose one with --split-by: google, umd"):
+    with pytest.raises(DcrisError, match="several partitions of refcocog; choose one with --split-by: google, umd"):
         load_references(root, "refcocog")
 
 
@@ -136,21 +135,23 @@ def test_masks_that_are_missing_or_of_another_size(prepared):
     report = check_dataset(root, "refcocog")
     assert "15 x 20" in report.problems[0]
     path.unlink()
-    with pytest.raises(DcrisError, match=r"val\.json: reference 11 has no mask 11\.png in .*--generate_mask"):
+    with pytest.raises(
+        DcrisError, match=r"val\.json: the mask 11\.png of reference 11 is missing in .*--generate_mask"
+    ):
         load_references(root, "refcocog")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"segment_id": "../../11"}, "entry 1 has a 'segment_id' that is not a whole number but str"),
-        ({"segment_id": 12}, r"val\.json: reference 12 is there twice"),
-        ({"cat": 80}, "reference 11 has a 'cat' of 80; there are 80"),
+        ({"segment_id": "../../11"}, "entry 1 has a 'segment_id' that is not an integer but str"),
+        ({"segment_id": 12}, r"val\.json: reference 12 occurs twice"),
+        ({"cat": 80}, "reference 11 has a 'cat' of 80; valid are 0 to 79"),
         ({"cat": -1}, "reference 11 has a 'cat' of -1"),
         ({"img_name": "../1.png"}, "'img_name' that is not a plain path"),
         ({"sentences": []}, "reference 11 has an empty 'sentences'"),
         ({"sentences": [{"idx": 0, "sent": "a"}]}, "has no 'sent_id'"),
-        ({"sentences": [{"idx": 0, "sent_id": 300, "sent": "a"}]}, "sentence 300 of reference 11 is there twice"),
+        ({"sentences": [{"idx": 0, "sent_id": 300, "sent": "a"}]}, "sentence 300 of reference 11 occurs twice"),
         ({"sentences": [{"idx": 0, "sent_id": 1, "sent": " "}]}, "blank 'sent'"),
     ],
 )
@@ -183,7 +184,7 @@ def test_nothing_in_a_file_ends_in_a_traceback(tmp_path_factory: pytest.TempPath
     Image.new("L", (4, 3)).save(root / "masks/refcoco/1.png")
     (root / "anns/refcoco/val.json").write_text(json.dumps([entry | {key: value}]))
     try:
-        table = load_prepared(root, "refcoco")
+        table = load_references(root, "refcoco")
     except DcrisError as error:
         assert "\n" not in str(error)
     else:

@@ -17,6 +17,7 @@ from dcris.data.dataset import (
     TrainingBatches,
     TrainingSamples,
     all_queries,
+    cut_phrases,
     normalise,
     steps_per_epoch,
     task_loader,
@@ -26,11 +27,11 @@ from dcris.data.dataset import (
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
-from dcris.data.tokenizer import TinyTokenizer
+from dcris.data.tokenizer import PADDING, TinyTokenizer, Tokenizer, get_tokenizer
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import exchange_phrases
-from dcris.types import Batch, Reference
+from dcris.types import Batch, Expression, Reference
 
 CONFIG = DataConfig(dataset="scenes", image_size=56, word_length=9)
 TOKENIZER = TinyTokenizer.embedded()
@@ -199,7 +200,11 @@ def test_a_broken_photograph_is_one_sentence(toy: tuple[Reference, ...], damage:
         Image.new("RGB", (12, 16)).save(path)
     else:
         path.write_bytes(path.read_bytes()[:200])
-    words = {"missing": "there is no image file", "resized": "is 12x16 pixels but .* 24x32", "cut short": "cannot read"}
+    words = {
+        "missing": "there is no image file",
+        "resized": "is 12x16 pixels, but .* 24x32",
+        "cut short": "cannot read",
+    }
     with pytest.raises(DcrisError, match=words[damage]) as training:
         batches_of(toy, 0, 2, workers, size=3)
     with pytest.raises(DcrisError, match=words[damage]) as evaluation:
@@ -228,3 +233,35 @@ def test_an_object_alone_on_its_picture_has_nobody_to_exchange_with(toy: tuple[R
     assert {reference.ref_id for reference, _ in mixed} == {10, 11}
     assert [(r.ref_id, e.text) for r, e in mixed] == [(10, "tall thing"), (10, "right"), (11, "left one")]
     assert exchange_phrases(toy[2:]) == []
+
+
+PHRASES = st.lists(
+    st.one_of(
+        st.lists(st.sampled_from(["left", "cup", "the", "antidisestablishmentarianism", "!!", "10:45pm", "it's"])).map(
+            " ".join
+        ),
+        st.text(max_size=20),
+        st.text(st.characters(max_codepoint=127), max_size=20),
+        st.sampled_from(["&amp;amp; cup", "<|endoftext|> cup left of it", "a\tb\nc", "“left” cup…", " ", "!", "! !"]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, get_tokenizer("clip")], ids=["tiny", "clip"])
+@given(texts=PHRASES, length=st.integers(3, 9))
+def test_long_expressions_are_counted_as_the_tokenizer_does(
+    tokenizer: Tokenizer, texts: list[str], length: int
+) -> None:
+    """Counting word by word is what makes the warning cheap for 120,000 expressions; the number must be exact."""
+    reference = Reference(1, 1, 1, Path("1.png"), (2, 2), "cup", "val", [[0, 0, 1, 0, 1, 1]], ())
+    queries = [(reference, Expression(number, text)) for number, text in enumerate(texts)]
+    expected = int((tokenizer(texts, length + 1)[:, length] != PADDING).sum())
+    warning = cut_phrases(queries, CONFIG.model_copy(update={"word_length": length}), tokenizer, "refcocog")
+    if expected:
+        assert warning is not None
+        assert warning.startswith(f"{expected} of {len(texts)} expressions are longer than {length} tokens")
+        assert warning.endswith("are cut; refcocog is usually read with 22")
+    else:
+        assert warning is None

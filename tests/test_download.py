@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 from dcris.cli import main
-from dcris.data import download_images as gather_module
+from dcris.data import coco, download_images
 from dcris.data.check import check_dataset
-from dcris.data.image_folders import OFFICIAL_FOLDER
+from dcris.data.coco import IMAGE_FOLDER
 from dcris.data.readers.load import load_references
 from hub import Hub
 from layouts import hub_files
@@ -82,11 +82,11 @@ def _annotations() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pictures]:
     """COCO's server, with short pauses between attempts."""
-    monkeypatch.setattr(gather_module, "_PAUSES", (0.01, 0.02, 0.03, 0.04))
+    monkeypatch.setattr(download_images, "_PAUSES", (0.01, 0.02, 0.03, 0.04))
     with Pictures() as server:
         for number in range(1, COUNT + 1):
             server.content[f"/train2014/{_name(number)}"] = _jpeg(_size(number), number)
-        monkeypatch.setattr(gather_module, "COCO", f"{server.url}/train2014")
+        monkeypatch.setattr(coco, "IMAGE_SERVER", f"{server.url}/train2014")
         yield server
 
 
@@ -102,7 +102,7 @@ def _fetch(root: Path, *words: object) -> int:
 
 
 def _files(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (root / OFFICIAL_FOLDER).iterdir()}
+    return {path.name: path.read_bytes() for path in (root / IMAGE_FOLDER).iterdir()}
 
 
 def _refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
@@ -123,9 +123,9 @@ def test_everything_that_was_served_arrives(
     root = tmp_path / "data"
     assert _fetch(root) == 0
     printed = capsys.readouterr()
-    assert f"16 photographs from {served.url}/train2014, about 2.6 MB" in printed.err
-    assert "16 of 16 photographs" in printed.err
-    assert printed.out == f"{root}: refcoco (unc) is there; next: dcris data check {root} --dataset refcoco\n"
+    assert f"16 images from {served.url}/train2014, about 2.6 MB" in printed.err
+    assert "16 of 16 images" in printed.err
+    assert printed.out == f"{root}: refcoco (unc) is complete; next: dcris data check {root} --dataset refcoco\n"
     assert _files(root) == {path.rpartition("/")[2]: content for path, content in served.content.items()}
     references, instances = _annotations()
     with (root / "refcoco/refs(unc).p").open("rb") as file:
@@ -178,14 +178,14 @@ def test_photographs_for_annotations_that_are_there(
     hub.stop()
     capsys.readouterr()
     assert _fetch(tmp_path / "data") == 0
-    assert "the annotations are there (train, val, testA, testB)" in capsys.readouterr().err
+    assert "the annotations exist (train, val, testA, testB)" in capsys.readouterr().err
     assert _files(tmp_path / "data") == _files(tmp_path / "first")
 
 
 def test_a_photograph_that_is_not_the_annotated_one_is_fetched_anew(served: Pictures, tmp_path: Path) -> None:
     """A resized copy, or what was cut short by another program, would spoil training without a word."""
     assert _fetch(tmp_path) == 0
-    folder = tmp_path / OFFICIAL_FOLDER
+    folder = tmp_path / IMAGE_FOLDER
     (folder / _name(1)).write_bytes(b"")
     (folder / _name(2)).write_bytes(_jpeg((10, 20), 0))
     assert _fetch(tmp_path) == 0
@@ -226,11 +226,11 @@ def test_the_server_says_how_long_to_wait(served: Pictures, tmp_path: Path) -> N
 
 def test_waiting_times_are_understood_and_bounded() -> None:
     """Servers give seconds or a date; one that asks for a day is not waited for, and nonsense must not end in a traceback."""
-    assert 98 < gather_module._seconds(formatdate(time.time() + 100, usegmt=True)) <= 100
-    assert gather_module._seconds("86400") == gather_module._seconds(formatdate(time.time() + 86400)) == 120
-    assert gather_module._seconds("9" * 400) == 120
+    assert 98 < download_images._seconds(formatdate(time.time() + 100, usegmt=True)) <= 100
+    assert download_images._seconds("86400") == download_images._seconds(formatdate(time.time() + 86400)) == 120
+    assert download_images._seconds("9" * 400) == 120
     for text in (None, "", "-5", "soon", "nan", "1e3", "\u00b2", formatdate(0)):
-        assert gather_module._seconds(text) == 0
+        assert download_images._seconds(text) == 0
 
 
 def test_single_photographs_that_fail_are_named_at_the_end(
@@ -242,11 +242,11 @@ def test_single_photographs_that_fail_are_named_at_the_end(
     served.content[f"/train2014/{_name(9)}"] = _jpeg((7, 9), 0)
     served.content[f"/train2014/{_name(11)}"] = b"<html>please log in</html>"
     complaint = _refused(capsys, _fetch(tmp_path))
-    assert "3 of 16 photographs could not be had: " in complaint
+    assert "3 of 16 images could not be obtained: " in complaint
     assert f"{_name(3)} (HTTP 404 Not Found)" in complaint
-    assert f"{_name(9)} (what came is 9x7 pixels, and the annotations are for 40x29)" in complaint
-    assert f"{_name(11)} (what came is no picture" in complaint
-    assert str(tmp_path / OFFICIAL_FOLDER) in complaint
+    assert f"{_name(9)} (the received image is 9x7 pixels, but the annotations are for 40x29)" in complaint
+    assert f"{_name(11)} (the received file is not an image" in complaint
+    assert str(tmp_path / IMAGE_FOLDER) in complaint
     assert len(_files(tmp_path)) == COUNT - 3
     served.content = content
     assert _fetch(tmp_path) == 0
@@ -259,7 +259,7 @@ def test_a_server_that_gives_nothing_is_left_alone(
 ) -> None:
     """With a mistyped address, twenty thousand requests would teach nobody anything."""
     complaint = _refused(capsys, _fetch(tmp_path, "--photographs", f"{served.url}/train", "--connections", 1))
-    assert "10 photographs in a row could not be fetched" in complaint
+    assert "10 images in a row could not be downloaded" in complaint
     assert "HTTP 404" in complaint
     assert len(served.requests) <= 12
     served.stop()
@@ -282,9 +282,11 @@ def test_what_has_no_announced_length_and_what_is_endless(
     """A mirror may not say how much comes; one that sends without end must not fill the memory."""
     served.faults[f"/train2014/{_name(1)}"] = [(200, {"Content-Length": ""})]
     served.content[f"/train2014/{_name(2)}"] += bytes(70_000)
-    monkeypatch.setattr(gather_module, "_MAX_BYTES", 60_000)
+    monkeypatch.setattr(download_images, "_MAX_BYTES", 60_000)
     complaint = _refused(capsys, _fetch(tmp_path))
-    assert f"1 of 16 photographs could not be had: {_name(2)} (what came has more than 60,000 bytes)" in complaint
+    assert (
+        f"1 of 16 images could not be obtained: {_name(2)} (the received file has more than 60,000 bytes)" in complaint
+    )
     assert _name(1) in _files(tmp_path)
 
 
@@ -295,7 +297,7 @@ def test_ctrl_c_leaves_whole_files_and_the_command_goes_on(served: Pictures, hub
     command += ["--photographs", f"{served.url}/train2014", "--connections", "2"]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    folder = tmp_path / "data" / OFFICIAL_FOLDER
+    folder = tmp_path / "data" / IMAGE_FOLDER
     deadline = time.monotonic() + 60
     while not (folder.is_dir() and len(list(folder.glob("COCO*"))) >= 4):
         assert time.monotonic() < deadline
@@ -323,7 +325,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(
     """An hour into the download is too late."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     complaint = _refused(capsys, _fetch(tmp_path))
-    assert "the photographs need about 2.6 MB, and" in complaint
+    assert "the images need about 2.6 MB, but" in complaint
     assert "1.0 MB free" in complaint
     assert served.requests == []
 
@@ -371,7 +373,7 @@ def test_from_a_folder_that_lacks_many(served: Pictures, tmp_path: Path, capsys:
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / _name(COUNT)).write_bytes(served.content[f"/train2014/{_name(COUNT)}"])
     complaint = _refused(capsys, _fetch(tmp_path / "data", "--photographs", tmp_path / "coco"))
-    assert "15 of 16 photographs could not be had" in complaint
+    assert "15 of 16 images could not be obtained" in complaint
     assert f"(it is not in {tmp_path / 'coco'})" in complaint
     assert "and 10 more" in complaint
     assert list(_files(tmp_path / "data")) == [_name(COUNT)]
@@ -406,7 +408,7 @@ def test_from_a_zip_that_is_damaged(served: Pictures, tmp_path: Path, capsys: py
     data[data.index(served.content[f"/train2014/{_name(4)}"]) + 500] ^= 1
     archive.write_bytes(data)
     complaint = _refused(capsys, _fetch(tmp_path / "data", "--photographs", archive))
-    assert f"1 of 16 photographs could not be had: {_name(4)} (cannot read train2014/{_name(4)}" in complaint
+    assert f"1 of 16 images could not be obtained: {_name(4)} (cannot read train2014/{_name(4)}" in complaint
     assert len(_files(tmp_path / "data")) == COUNT - 1
     archive.write_bytes(data[:-30])
     complaint = _refused(capsys, _fetch(tmp_path / "other", "--photographs", archive))
@@ -431,7 +433,7 @@ def test_what_is_no_photograph_in_a_folder_or_zip(
                 (folder / path.rpartition("/")[2]).write_bytes(content)
                 file.writestr(path[1:], content)
     complaint = _refused(capsys, _fetch(tmp_path / "a", "--photographs", folder))
-    assert "2 of 16 photographs could not be had" in complaint
+    assert "2 of 16 images could not be obtained" in complaint
     assert f"cannot read {folder / _name(1)}: it is a pipe" in complaint
     assert f"cannot read {folder / _name(2)}: it is a folder" in complaint
     complaint = _refused(capsys, _fetch(tmp_path / "b", "--photographs", archive))
@@ -448,7 +450,7 @@ def test_what_is_no_photograph_in_a_folder_or_zip(
     ("words", "sentence"),
     [
         (("--splits", "test"), "refcoco has no split 'test'; choose from train, val, testA, testB"),
-        (("--photographs", "/nowhere/train2014"), "there is no folder or zip of photographs /nowhere/train2014"),
+        (("--photographs", "/nowhere/train2014"), "/nowhere/train2014 is neither a folder nor a zip file of images"),
     ],
 )
 def test_mistyped_words_cost_no_download(
@@ -473,12 +475,12 @@ def test_annotations_of_others_are_never_overwritten(
     assert _fetch(tmp_path, "--splits", "val") == 0
     own = tmp_path / "refcoco/refs(google).p"
     own.write_bytes((tmp_path / "refcoco/refs(unc).p").read_bytes())
-    assert "holds refs(google).p, which needs the instances.json there" in _refused(capsys, _fetch(tmp_path))
+    assert "contains refs(google).p, which needs the instances.json there" in _refused(capsys, _fetch(tmp_path))
     own.unlink()
     records = pickle.loads((tmp_path / "refcoco/refs(unc).p").read_bytes())
     records[0]["split"] = "mini"
     (tmp_path / "refcoco/refs(unc).p").write_bytes(pickle.dumps(records))
-    assert "splits that the Hub's has not (mini), which would be lost" in _refused(capsys, _fetch(tmp_path))
+    assert "splits that are not on the Hub (mini) and would be lost" in _refused(capsys, _fetch(tmp_path))
 
 
 def test_what_the_hub_has_is_checked_before_it_is_written(
@@ -490,7 +492,7 @@ def test_what_the_hub_has_is_checked_before_it_is_written(
     twice = {name.replace("0123", "4567"): content for name, content in files.items() if "validation" in name}
     for number, (content, sentence) in enumerate(
         [
-            ({**files, **twice}, "reference 8 is there twice"),
+            ({**files, **twice}, "reference 8 occurs twice"),
             (dict.fromkeys(files, b"PAR1"), "is not a whole Parquet file"),
             ({name: files[name] for name in files if "testB" not in name}, "no longer has the split testB"),
         ]
@@ -529,7 +531,7 @@ def test_real_references_and_photographs(
         if record["image_id"] % 10 == 0:  # by photograph: one in two splits is a leak
             record["split"] = "testB"  # which this set has not
     for image in instances["images"]:
-        photograph = refer_root / OFFICIAL_FOLDER / image["file_name"]
+        photograph = refer_root / IMAGE_FOLDER / image["file_name"]
         if photograph.exists():
             image["file_name"] = f"COCO_train2014_{image['file_name']}"
             pictures.content[f"/train2014/{image['file_name']}"] = photograph.read_bytes()

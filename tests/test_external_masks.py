@@ -189,7 +189,7 @@ def test_missing_masks_raise_or_count_as_empty(write: Writer, queries: list, tru
 def test_masks_of_another_size_raise(write: Writer, queries: list, truths: Masks, tmp_path: Path) -> None:
     """Masks of the network's size would be compared with the wrong pixels."""
     path = write({**truths, queries[0][1].sent_id: np.ones((448, 448), bool)}, tmp_path)
-    with pytest.raises(DcrisError, match=r"448|not for a photograph of 112 x 112"):
+    with pytest.raises(DcrisError, match=r"448|not for an image of 112 x 112"):
         list(score_masks(path, queries, CRIS))
 
 
@@ -255,8 +255,8 @@ def _text(name: str, content: str) -> Callable[[Path, str], Path]:
         (lambda folder, key: folder, "has no masks; name each"),
         (_text("a.txt", "x"), "neither a folder"),
         (_text("a.json", "{}"), "not a list"),
-        (_text("a.json", "[1]"), "entry 1 is not a table"),
-        (_text("a.json", '[{"sent_id": "KEY"}]'), "not a whole number"),
+        (_text("a.json", "[1]"), "entry 1 is not an object"),
+        (_text("a.json", '[{"sent_id": "KEY"}]'), "not an integer"),
         (_text("a.json", '[{"sent_id": KEY}, {"sent_id": KEY}]'), "repeats sentence"),
         (_text("a.json", '[{"sent_id": KEY, "segmentation": 5}]'), "no 'segmentation'"),
         (_text("a.json", '[{"sent_id": KEY, "segmentation": {"size": [1, 1], "counts": [1]}}]'), "cannot be decoded"),

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dcris.cli import main
-from dcris.data.check import OFFICIAL_SIZES
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
+from dcris.data.registry import PARTITIONS
 from full_size import PHOTOGRAPHS, write_official
 
 pytestmark = pytest.mark.slow
@@ -22,10 +22,10 @@ def test_official_sizes_are_counted_right(key: tuple[str, str], tmp_path: Path) 
     """A reader that loses a reference in ten thousand gives results that nobody can compare."""
     dataset, split_by = key
     table = load_references(write_official(tmp_path, dataset, split_by), dataset)
-    assert table.splits() == OFFICIAL_SIZES[key]
+    assert table.splits() == PARTITIONS[key].splits
     assert len({reference.image_path for reference in table.references}) == PHOTOGRAPHS[key]
     assert len({expression.sent_id for reference in table.references for expression in reference.expressions}) == sum(
-        expressions for _, expressions in OFFICIAL_SIZES[key].values()
+        expressions for _, expressions in PARTITIONS[key].splits.values()
     )
     kinds = {type(reference.segmentation) for reference in table.references}
     assert kinds == {list, dict}  # crowds, too

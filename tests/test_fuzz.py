@@ -11,7 +11,6 @@ tries 100 other cases of each format. A failure names the format and the number 
 what is done to the file, and where a copy of it is kept; DCRIS_FUZZ_FIRST=17 DCRIS_FUZZ_CASES=1 tries that case again.
 """
 
-import io
 import json
 import os
 import re
@@ -85,7 +84,7 @@ from fuzz import (
     torch_tree,
     zip_tree,
 )
-from layouts import PICTURES, hub_files, parquet, write_prepared
+from layouts import hub_files, write_prepared
 from models import randomise
 from runs import run_training, timeless_log, unseal
 
@@ -261,27 +260,6 @@ def hub(root: Path) -> None:
     (root / "refcoco/data/validation-00000-of-00001-0123456789abcdef.parquet").rename(root / "refcoco/data/val.parquet")
 
 
-def pictured(root: Path) -> None:
-    """Parquet with pictures within."""
-    stream = io.BytesIO()
-    Image.new("RGB", (30, 20), "green").save(stream, "JPEG")
-    rows = [
-        {
-            "question_id": str(number),
-            "image": {"bytes": stream.getvalue(), "path": None},
-            "question": "what is it?",
-            "answer": ["the cup", "cup"],
-            "segmentation": [2.0, 3.0, 12.0, 3.0, 12.0, 9.0],
-            "bbox": [2.0, 3.0, 10.0, 6.0],
-            "iscrowd": 0,
-            "file_name": f"COCO_train2014_{number:012}_7.jpg",
-        }
-        for number in range(2)
-    ]
-    (root / "refcoco").mkdir(parents=True)
-    (root / "refcoco/val.parquet").write_bytes(parquet(rows, PICTURES))
-
-
 def own(root: Path) -> None:
     """A data set of one's own, with masks of each kind."""
     (root / "m").mkdir(parents=True)
@@ -362,7 +340,6 @@ _TRAIN = "train SET/config.json --data SET/data --out OUT --device cpu --train.m
 _RESUME = "train SET/run/config.json --data SET/data --out SET/run --resume --device cpu"
 _BEGUN = r"(config|data)\.json|log\.jsonl|lock"
 """Of a run that ended before its first checkpoint, as one with weights that are no numbers does."""
-_UNPACKED = r"refcoco/unpacked/.*"
 _STEP = "checkpoints/step-00000002"
 _DETRIS = "base_refcoco.pth"
 
@@ -429,10 +406,6 @@ FORMATS = (
     Format("prepared masks", prepared, "masks/refcoco", (), _CHECK),
     Format("parquet", hub, "refcoco/data/val.parquet", (parquet_rows, parquet_bomb), _CHECK, 8),
     Format("parquet folder", hub, "refcoco/data", (), _CHECK),
-    Format(
-        *("parquet with pictures", pictured, "refcoco/val.parquet", (parquet_rows, parquet_bomb), _CHECK),
-        leaves=_UNPACKED,
-    ),
     Format("own data", own, "mine.jsonl", (json_lines,), _CHECK_OWN, 8),
     Format("own mask", own, "m/1.png", (png_chunks, picture_bomb), _CHECK_OWN),
     *(

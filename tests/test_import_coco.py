@@ -14,7 +14,7 @@ from PIL import Image
 from dcris.data.check import check_dataset
 from dcris.data.import_coco import Imported, import_coco
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.readers.jsonl import load_jsonl
+from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from runs import leftovers
@@ -64,7 +64,7 @@ class Export:
             file.write_text(phrases if isinstance(phrases, str) else json.dumps(phrases), encoding="utf-8")
             settings["phrases"] = file
         done = import_coco(self.folder / "coco.json", self.folder / "photos", out, **{"val": 0.0} | settings)
-        return load_jsonl(out), done
+        return load_references(out, None), done
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ FIRST = ("annotations", 0)
         (_set(("annotations",), None), "'annotations' that is not a list"),
         (_set((*FIRST, "image_id"), 99), "annotation 11 names image 99, which the file does not have"),
         (_set((*FIRST, "category_id"), 99), "annotation 11 names category 99, which the file does not have"),
-        (_set((*FIRST, "category_id"), "cup"), "annotation 11 has a 'category_id' that is not a whole number"),
+        (_set((*FIRST, "category_id"), "cup"), "annotation 11 has a 'category_id' that is not an integer"),
         (_set(FIRST, 5), "entry 1 of 'annotations' is not a table"),
         (_set((*FIRST, "iscrowd"), "perhaps"), "annotation 11 has an 'iscrowd' that is neither 0 nor 1"),
         (_set((*FIRST, "segmentation"), [[1, 2]]), "annotation 11 cannot be decoded .*no polygon has three corners"),
@@ -380,7 +380,7 @@ def test_paths_are_those_from_the_file(export: Export, monkeypatch: pytest.Monke
         import_coco(coco, photos, export.folder / "elsewhere/my.jsonl")
     (export.folder / "elsewhere/link").symlink_to(photos)
     import_coco(coco, export.folder / "elsewhere/link", export.folder / "elsewhere/my.jsonl")
-    assert len(load_jsonl(export.folder / "elsewhere/my.jsonl").references) == 3
+    assert len(load_references(export.folder / "elsewhere/my.jsonl", None).references) == 3
 
 
 def test_what_is_there_is_not_overwritten(export: Export) -> None:
@@ -446,7 +446,7 @@ def test_a_split_by_name(export: Export) -> None:
         assert done.splits == {split: 3}
         files.append((export.folder / "my.jsonl").read_bytes())
     (export.folder / "both.jsonl").write_bytes(b"".join(files))
-    assert load_jsonl(export.folder / "both.jsonl").splits() == {"train": (3, 3), "test": (3, 3)}
+    assert load_references(export.folder / "both.jsonl", None).splits() == {"train": (3, 3), "test": (3, 3)}
 
 
 def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").symlink_to(refer_root / "images/mscoco/images/train2014")
     done = import_coco(refer_root / "cocomini/instances.json", tmp_path / "photos", out)
     assert (done.crowds, sum(done.splits.values()) + done.ambiguous) == (49, 4624 - 49)
-    table = load_jsonl(out)
+    table = load_references(out, None)
     content = json.loads((refer_root / "cocomini/instances.json").read_text())
     by_id = {record["id"]: record for record in content["annotations"]}
     for text, item in zip(out.read_text().splitlines(), table.references, strict=True):

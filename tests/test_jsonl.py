@@ -15,7 +15,6 @@ from dcris.data import check
 from dcris.data.check import check_dataset
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers import jsonl
-from dcris.data.readers.jsonl import load_jsonl
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -54,7 +53,7 @@ def write(folder: Path, *lines: dict[str, Any] | str | bytes, name: str = "mine"
 
 
 def load(folder: Path, *lines: dict[str, Any] | str | bytes) -> ReferenceTable:
-    return load_jsonl(write(folder, *lines))
+    return load_references(write(folder, *lines), None)
 
 
 def test_what_is_read(folder: Path) -> None:
@@ -99,9 +98,9 @@ def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
 
 def test_ids_of_ones_own(folder: Path) -> None:
     assert [item.ref_id for item in load(folder, line(id=7), line(id=1)).references] == [7, 1]
-    with pytest.raises(DcrisError, match="line 3 has the id 7, which is that of line 1"):
+    with pytest.raises(DcrisError, match="line 3 has the id 7, which line 1 has too"):
         load(folder, line(id=7), line(id=8), line(id=7))
-    with pytest.raises(DcrisError, match="line 2 has the id 2, which is that of line 1"):  # a line's number is an id
+    with pytest.raises(DcrisError, match="line 2 has the id 2, which line 1 has too"):  # a line's number is an id
         load(folder, line(id=2), line())
 
 
@@ -140,30 +139,30 @@ def without(key: str) -> dict[str, Any]:
         ),
         (line(mask="../mask.png"), "'mask' that is not a plain path"),
         (line(mask="/tmp/mask.png"), "'mask' that is not a plain path"),
-        (line(mask="masks/1.png"), "'mask' that does not fit .*no image file .*1.png"),
-        (line(mask="taller.png"), r"taller.png is 9 x 12 pixels \(height x width\), but its photograph 8 x 12"),
+        (line(mask="masks/1.png"), "unusable 'mask' .*no image file .*1.png"),
+        (line(mask="taller.png"), r"taller.png is 9 x 12 pixels \(height x width\), but its image is 8 x 12"),
         (line(mask=None), "has no 'mask'"),
-        (line(mask=5), "neither a list of polygons nor run lengths"),
+        (line(mask=5), "neither polygons nor run lengths"),
         (line(mask=[]), "the segmentation is empty"),
-        (line(mask=[[1, 2, 3, 4]]), "polygon 1 is not a list of an even count of at least 6 numbers"),
+        (line(mask=[[1, 2, 3, 4]]), "polygon 1 is not a list of x, y pairs with at least 3 corners"),
         (line(mask=[1, 2, 3, 4, 5, 6]), "polygon 1 is not a list"),
-        (line(mask=[[0, 0, 1e6, 0, 1e6, 1e6]]), "lies far outside the photograph"),
-        (line(mask=encode_mask(np.ones((W, H)))), "not for a photograph of 8 x 12"),
+        (line(mask=[[0, 0, 1e6, 0, 1e6, 1e6]]), "lies far outside the image"),
+        (line(mask=encode_mask(np.ones((W, H)))), "not for an image of 8 x 12"),
         (line(mask={"size": [H, W], "counts": "0"}), "run lengths"),
         (line(expressions=[]), "has an empty 'expressions'"),
         (line(expressions="the box"), "'expressions' that is not a list but str"),
         (line(expressions=["a", 1]), "'expressions' that are not all text"),
         (line(expressions=["a", " \t"]), "has a blank 'expressions'"),
-        (json.dumps(line(expressions=["half \ud83d"])), "is no proper text"),
+        (json.dumps(line(expressions=["half \ud83d"])), "is not valid Unicode text"),
         (line(split=""), "has a blank 'split'"),
         (line(split=1), "'split' that is not text but int"),
         (line(category=["x"]), "'category' that is not text but list"),
-        (line(id="7"), "'id' that is not a whole number but str"),
-        (line(id=True), "'id' that is not a whole number but bool"),
+        (line(id="7"), "'id' that is not an integer but str"),
+        (line(id=True), "'id' that is not an integer but bool"),
         ('{"image": "img/1.jpg", ', "is not JSON "),
         (json.dumps(line())[:-1] + ', "image": "img/2.jpg"}', "the key 'image' twice"),
-        ("[1, 2]", "is not a table of named fields"),
-        ("null", "is not a table of named fields"),
+        ("[1, 2]", "is not an object with named fields"),
+        ("null", "is not an object with named fields"),
         (json.dumps(line(mask=[[float("nan")] * 6])), "has a corner that is not a number"),
         (json.dumps(line(id=1))[:-1] + "1" * 5000 + "}", "is not JSON that can be read"),
         ("[" * 100_000, "is not JSON that can be read"),
@@ -192,9 +191,9 @@ def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen million wrong lines take minutes and gigabytes, and the first says it all."""
-    monkeypatch.setattr(check, "_MOST_WRONG", 20)
+    monkeypatch.setattr(check, "_MAX_BAD_REFERENCES", 20)
     path = write(folder, *["1"] * 30)
-    with pytest.raises(DcrisError, match=r"20 references are wrong.*the first: .*line 1 is not a table"):
+    with pytest.raises(DcrisError, match=r"stopped after 20 bad references; the first: .*line 1 is not an object"):
         check_dataset(path, None)
 
 
@@ -207,10 +206,10 @@ def test_files_with_nothing_in_them(tmp_path: Path, content: bytes | None, sente
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DcrisError, match=sentence):
-        load_jsonl(path)
+        load_references(path, None)
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DcrisError, match="cannot read"):
-        load_jsonl(tmp_path / "folder.jsonl")
+        load_references(tmp_path / "folder.jsonl", None)
 
 
 def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +218,7 @@ def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pyte
     with path.open("wb") as file:
         file.truncate(1 << 33)  # a hole: nothing is on the disk
     with pytest.raises(DcrisError, match="line 1 is longer than 16 MiB"):
-        load_jsonl(path)
+        load_references(path, None)
     monkeypatch.setattr(files, "MAX_LINE", len(json.dumps(line())) + 1)
     assert len(load(folder, line(), line()).references) == 1 + 1
     with pytest.raises(DcrisError, match="line 2 is longer"):
@@ -248,7 +247,7 @@ def test_what_is_no_regular_file_is_named(folder: Path) -> None:
     (folder / "device.jsonl").symlink_to("/dev/zero")
     for path in ("pipe.jsonl", "device.jsonl"):
         with pytest.raises(DcrisError, match="not a regular file"):
-            load_jsonl(folder / path)
+            load_references(folder / path, None)
     for wrong in (line(image="img/pipe.jpg"), line(mask="pipe.png")):
         with pytest.raises(DcrisError, match=r"line 1.*it is a pipe"):
             load(folder, wrong)

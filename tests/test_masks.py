@@ -172,7 +172,7 @@ def test_boxes_are_tight():
 
 
 def test_only_matrices_are_encoded():
-    with pytest.raises(ValueError, match="a mask is"):
+    with pytest.raises(ValueError, match="a mask must be"):
         encode_mask(np.zeros((2, 2, 2), bool))
     assert encode_mask(np.full((2, 2), 255, np.uint8)) == encode_mask(np.ones((2, 2), bool))
 
@@ -209,7 +209,7 @@ def test_a_picture_of_a_mask_has_0_and_one_other_value(tmp_path, mode):
     image.save(path)
     np.testing.assert_array_equal(decode_mask(path, (5, 7)), truth)
     assert mask_area(path, (5, 7)) == 8
-    with pytest.raises(DcrisError, match=r"5 x 7 pixels .* but its photograph 7 x 5"):
+    with pytest.raises(DcrisError, match=r"5 x 7 pixels .* but its image is 7 x 5"):
         decode_mask(path, (7, 5))
 
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcris.data.check import OFFICIAL_SIZES, check_dataset
-from dcris.data.mixing import _FAMILY, Mixture, mix, parse_mixture
+from dcris.data.check import check_dataset
+from dcris.data.mixing import Mixture, mix, parse_mixture
 from dcris.data.readers.load import has_references, load_references
+from dcris.data.registry import PARTITIONS
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import exchange_phrases
@@ -149,7 +150,7 @@ def test_other_names_are_single_sets(name: str) -> None:
     ["mixed:", "mixed:a,,b", "mixed:a,a", "mixed:refcoco,refcoco(unc)", "mixed:a(", "mixed:a()", "mixed:mixed,a"],
 )
 def test_names_that_make_no_sense(name: str) -> None:
-    with pytest.raises(DcrisError, match="no list of different sets"):
+    with pytest.raises(DcrisError, match="is not a list of different data sets"):
         parse_mixture(name)
 
 
@@ -157,7 +158,7 @@ def test_the_published_mixture_has_its_published_size() -> None:
     """DETRIS counts 126,908 references; `mixed-unfiltered` names the same three partitions."""
     mixture = parse_mixture("mixed-unfiltered")
     assert mixture is not None
-    sizes = [OFFICIAL_SIZES[name, split_by or ""]["train"][0] for name, split_by in mixture.members]
+    sizes = [PARTITIONS[name, split_by or ""].splits["train"][0] for name, split_by in mixture.members]
     assert sum(sizes) == 126_908
 
 
@@ -210,17 +211,17 @@ def test_the_whole_family_holds_out(family: Path) -> None:
     assert mixed.splits() == {"train": (3, 3), "val": (3, 3), "testA": (2, 2), "testB": (2, 2), "test": (1, 1)}
     assert (mixed.dataset, mixed.split_by) == ("mixed", "refcoco unc, refcoco+ unc, refcocog umd")
     assert mixed.notes == (
-        "training sees no photograph of the val and test splits of refcoco unc, refcoco+ unc, refcocog umd, refcocog google",
-        "refcoco unc: 1 training references, and 2 left out, of photographs in val or test splits",
-        "refcoco+ unc: 1 training references, and 1 left out, of photographs in val or test splits",
-        "refcocog umd: 1 training references, and 1 left out, of photographs in val or test splits",
+        "training sees no image of the val and test splits of refcoco unc, refcoco+ unc, refcocog umd, refcocog google",
+        "refcoco unc: 1 training references, and 2 left out, of images in val or test splits",
+        "refcoco+ unc: 1 training references, and 1 left out, of images in val or test splits",
+        "refcocog umd: 1 training references, and 1 left out, of images in val or test splits",
     )
     assert trained(load_references(family, "mixed:refcoco")) == [("refcoco", 1)]
     (family / "refcocog/refs(google).p").unlink()
     assert trained(load_references(family, "mixed:refcoco")) == [("refcoco", 1), ("refcoco", 4)]
     unfiltered = load_references(family, "mixed-unfiltered")
     assert len(trained(unfiltered)) == 7
-    assert unfiltered.notes[1] == "refcoco unc: 2 training references, and 1 more, of photographs in val or test splits"
+    assert unfiltered.notes[1] == "refcoco unc: 2 training references, and 1 more, of images in val or test splits"
 
 
 def test_a_partition_is_found_in_any_layout(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_a_partition_is_found_in_any_layout(tmp_path: Path) -> None:
     for name in ("anns/refcocog_g/val.json", "refcoco/train-00000-of-00001.parquet"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    found = [member for member in _FAMILY if has_references(tmp_path, *member)]
+    found = [member for member in PARTITIONS if has_references(tmp_path, *member)]
     assert found == [("refcoco", "unc"), ("refcocog", "google")]
 
 
@@ -237,7 +238,7 @@ def test_splits_that_were_not_fetched(family: Path) -> None:
     """What cannot be left out, as nobody knows its photographs, is said: fetching train alone would mix without a filter."""
     write_refer(family, "refcoco+", "unc", [(1, "train"), (8, "val")])
     notes = load_references(family, "mixed:refcoco").notes
-    assert notes[1] == "refcoco+ unc has no testA, testB here, so training may see their photographs"
+    assert notes[1] == "refcoco+ unc has no testA, testB here, so training may see images of these splits"
     assert len(notes) == 3
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dcris.data.check import check_dataset
 from dcris.data.masks import decode_mask
-from dcris.data.readers.jsonl import load_jsonl
+from dcris.data.readers.load import load_references
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def test_the_documented_line_is_read(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir()
         Image.new("L", (4, 3), 255).save(tmp_path / name)
     (tmp_path / "my.jsonl").write_text(line)
-    assert len(load_jsonl(tmp_path / "my.jsonl").references[0].expressions) == 2
+    assert len(load_references(tmp_path / "my.jsonl", None).references[0].expressions) == 2
 
 
 def test_the_documented_script_takes_object_pictures_apart(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_documented_script_takes_object_pictures_apart(tmp_path: Path) -> No
     Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages/a b.jpg")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert check_dataset(tmp_path / "my.jsonl", None, deep=True).problem_count == 0
-    masks = [decode_mask(item.segmentation, (6, 8)) for item in load_jsonl(tmp_path / "my.jsonl").references]
+    masks = [decode_mask(item.segmentation, (6, 8)) for item in load_references(tmp_path / "my.jsonl", None).references]
     assert sorted(int(mask.sum()) for mask in masks) == [6, 7]
     np.testing.assert_array_equal(sum(masks), objects.any(axis=2))
 

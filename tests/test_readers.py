@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcris.data.image_folders import OFFICIAL_FOLDER, find_photographs
+from dcris.data.coco import IMAGE_FOLDER, find_images
 from dcris.data.readers.load import load_references
-from dcris.data.readers.refer import _PLAIN, find_split_by, safe_unpickle
+from dcris.data.readers.refer import _PLAIN, safe_unpickle
 from dcris.errors import DcrisError
 from dcris.utils.pickles import end_of_pickle
 
@@ -203,12 +203,12 @@ def _passes(data):
 def test_the_only_split_by_is_found_and_several_are_listed(tiny_refer):
     """Nobody should have to type --split-by where there is nothing to choose, nor get one of two by chance."""
     root = tiny_refer.write()
-    assert find_split_by(root, "tiny") == "toy"
+    assert load_references(root, "tiny").split_by == "toy"
     (root / "tiny/refs(google).p").write_bytes(b"")
     with pytest.raises(DcrisError, match="--split-by: google, toy"):
-        find_split_by(root, "tiny")
-    with pytest.raises(DcrisError, match=r"refs\(\.\.\.\)\.p in .*nothing.*mirror"):
-        find_split_by(root, "nothing")
+        load_references(root, "tiny")
+    with pytest.raises(DcrisError, match=r"no data set nothing in .*nothing/refs\(\.\.\.\)\.p.*dcris data fetch"):
+        load_references(root, "nothing")
 
 
 # Whole data sets
@@ -278,17 +278,17 @@ _ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
         (_set((*_REF, "ref_id"), _set), "entry 2 has no 'ref_id'"),
         (_set((*_REF, "sentences"), _set), "reference 11 has no 'sentences'"),
         (_set((*_REF, "sentences"), []), "reference 11 has an empty 'sentences'"),
-        (_set(_REF, "text"), "entry 2 is not a table"),
-        (_set(_SENT, 5), "sentence 1 of reference 11 is not a table"),
+        (_set(_REF, "text"), "entry 2 is not an object"),
+        (_set(_SENT, 5), "sentence 1 of reference 11 is not an object"),
         (_set((*_SENT, "sent"), _set), "sentence 200 of reference 11 has no 'sent'"),
         (_set((*_SENT, "sent"), ["a"]), "'sent' that is not text but list"),
         (_set((*_SENT, "sent"), " \t"), "sentence 200 of reference 11 has a blank 'sent'"),
-        (_set((*_SENT, "sent_id"), True), "'sent_id' that is not a whole number but bool"),
-        (_set((*_SENT, "sent_id"), 300), "sentence 300 of reference 12 is there twice"),
+        (_set((*_SENT, "sent_id"), True), "'sent_id' that is not an integer but bool"),
+        (_set((*_SENT, "sent_id"), 300), "sentence 300 of reference 12 occurs twice"),
         (_set((*_SENT, "kind"), 3), "'kind' that is not text"),
-        (_set((*_REF, "ref_id"), True), "'ref_id' that is not a whole number but bool"),
-        (_set((*_REF, "ref_id"), 10), "reference 10 is there twice"),
-        (_set((*_REF, "ann_id"), float("nan")), "reference 11 has a 'ann_id' that is not a whole number but NaN"),
+        (_set((*_REF, "ref_id"), True), "'ref_id' that is not an integer but bool"),
+        (_set((*_REF, "ref_id"), 10), "reference 10 occurs twice"),
+        (_set((*_REF, "ann_id"), float("nan")), "reference 11 has a 'ann_id' that is not an integer but NaN"),
         (_set((*_REF, "ann_id"), 99), "reference 11 names annotation 99, which instances.json does not have"),
         (_set((*_REF, "image_id"), 99), "reference 11 names image 99, which instances.json does not have"),
         (_set((*_REF, "category_id"), 99), "reference 11 names category 99, which instances.json does not have"),
@@ -296,17 +296,17 @@ _ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
         (_set((*_REF, "split"), " "), "reference 11 has a blank 'split'"),
         (_set(("references",), []), "not a list of references"),
         (_set(("references",), {}), "not a list of references"),
-        (_set((*_ANN, "segmentation"), _set), "annotation 72, the object of reference 11, has no 'segmentation'"),
-        (_set((*_ANN, "segmentation"), []), "annotation 72, the object of reference 11, has no 'segmentation'"),
+        (_set((*_ANN, "segmentation"), _set), "annotation 72 of reference 11 has no 'segmentation'"),
+        (_set((*_ANN, "segmentation"), []), "annotation 72 of reference 11 has no 'segmentation'"),
         (_set((*_ANN, "segmentation"), [[1, 2, 3, 4]]), "annotation 72.*polygon 1 is not a list"),
         (_set((*_ANN, "segmentation"), [[1, 2, 3, 4, 5, float("nan")]]), "annotation 72.*polygon 1 has a corner"),
         (_set((*_ANN, "segmentation", "counts"), [1200, 1]), "annotation 72.*do not add up"),
-        (_set((*_ANN, "id"), 71), "two entries of 'annotations' have the id 71"),
+        (_set((*_ANN, "id"), 71), "two different entries of 'annotations' have the id 71"),
         (_set((*_ANN, "image_id"), _set), "annotation 72 has no 'image_id'"),
         (_set((*_IMG, "height"), 0), "image 1 cannot be 0 x 40"),
         (_set((*_IMG, "width"), 10**9), "image 1 cannot be 30 x 1000000000"),
-        (_set((*_IMG, "width"), 10**4000), "'width' that has more than 64 bits"),
-        (_set((*_IMG, "width"), 40.0), "'width' that is not a whole number but float"),
+        (_set((*_IMG, "width"), 10**4000), "'width' of more than 64 bits"),
+        (_set((*_IMG, "width"), 40.0), "'width' that is not an integer but float"),
         (_set((*_IMG, "width"), _set), "image 1 has no 'width'"),
         *(
             (_set((*_IMG, "file_name"), name), "image 1 has a 'file_name' that is not a plain path")
@@ -329,8 +329,8 @@ _ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
         (_set(("instances", "annotations"), _set), "the file has no 'annotations'"),
         (_set(("instances", "categories"), {}), "'categories' that is not a list but dict"),
         (_set(("instances", "categories", 0, "name"), None), "category 5 has a 'name' that is not text"),
-        (_set(("instances", "images", 0), None), "entry 1 of 'images' is not a table"),
-        (_set(("instances",), []), "the file is not a table"),
+        (_set(("instances", "images", 0), None), "entry 1 of 'images' is not an object"),
+        (_set(("instances",), []), "the file is not an object"),
     ],
 )
 def test_each_malformed_entry_is_named_with_its_file(tiny_refer, change, sentence):
@@ -420,9 +420,9 @@ def test_photographs_are_found_under_either_of_cocos_namings(tmp_path, recorded,
     """train2017 holds the same pictures as train2014 under shorter names; many people have that one alone."""
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / stored).touch()
-    assert find_photographs(tmp_path, [recorded]).path(recorded) == tmp_path / folder / stored
+    assert find_images(tmp_path, [recorded]).path(recorded) == tmp_path / folder / stored
 
 
 def test_photographs_that_are_nowhere_are_expected_in_the_official_folder(tmp_path):
     """The error that follows must name the place where a person is to put them."""
-    assert find_photographs(tmp_path, ["a.jpg"]).path("a.jpg") == tmp_path / OFFICIAL_FOLDER / "a.jpg"
+    assert find_images(tmp_path, ["a.jpg"]).path("a.jpg") == tmp_path / IMAGE_FOLDER / "a.jpg"

@@ -31,9 +31,6 @@ Channels = tuple[Factor, Factor, Factor]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Revision = Annotated[str, Field(min_length=1)]
 
-WORD_LENGTHS = {"refcoco": 17, "refcoco+": 17, "refcocog": 22}
-"""Tokens per expression, start and end included, that the field uses for a data set: G-Ref's expressions are longer."""
-
 CLIP_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
 
@@ -283,7 +280,7 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(gt=0, le=4096, strict=True)] = 448
     """Side of the network's square input."""
     word_length: Annotated[int, Field(ge=3, le=16_384)] = 17
-    """Tokens per expression, start and end included; longer ones are cut. See WORD_LENGTHS."""
+    """Tokens per expression, start and end included; longer ones are cut. See dcris.data.registry for the usual ones."""
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2's own are ImageNet's."""
     std: tuple[Deviation, Deviation, Deviation] = CLIP_STD
@@ -385,8 +382,7 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
     """The configuration with `SECTION.FIELD VALUE` pairs applied, as typed on the command line.
 
     A value is read as JSON where it is JSON (numbers, lists, null, true) and as text otherwise. The run's length may be given
-    in epochs or in steps: train.epochs without train.max_steps clears the latter. A
-    data set in WORD_LENGTHS brings its own data.word_length unless that is given.
+    in epochs or in steps: train.epochs without train.max_steps clears the latter.
 
     Raises DcrisError naming the key where it is unknown or its value does not fit.
     """
@@ -399,9 +395,6 @@ def override(config: RunConfig, settings: Iterable[tuple[str, str]]) -> RunConfi
             raise DcrisError(f"a setting is a pair of texts, as in ('train.lr', '0.001'), and not {pair!r}")
         pairs.append(pair)
     given = dict(pairs)
-    named = given.get("data.dataset", "").strip('"')
-    if "data.word_length" not in given and named != config.data.dataset and named in WORD_LENGTHS:
-        tree["data"]["word_length"] = WORD_LENGTHS[named]
     if "train.epochs" in given and "train.max_steps" not in given:
         tree["train"]["max_steps"] = None
     for key, text in pairs:

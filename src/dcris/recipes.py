@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from dcris.config import (
-    WORD_LENGTHS,
     DataConfig,
     DenseCrossConfig,
     HeadConfig,
@@ -20,6 +19,7 @@ from dcris.config import (
     TrainConfig,
     VisionConfig,
 )
+from dcris.data.registry import DATASETS
 from dcris.errors import DcrisError
 
 VISION_TOWERS: dict[str, VisionConfig] = {
@@ -63,8 +63,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 """The two schedules in circulation: the paper's, and that of the DETRIS repository's base models."""
 
 _PLUS = DataConfig(dataset="refcoco+", split_by="unc")
-_UMD = DataConfig(dataset="refcocog", split_by="umd", word_length=WORD_LENGTHS["refcocog"])
-_GOOGLE = DataConfig(dataset="refcocog", split_by="google", word_length=WORD_LENGTHS["refcocog"])
+_UMD = DataConfig(dataset="refcocog", split_by="umd", word_length=DATASETS["refcocog"].word_length)
+_GOOGLE = DataConfig(dataset="refcocog", split_by="google", word_length=DATASETS["refcocog"].word_length)
 
 
 def _edited(base: RunConfig, recipe: str, **sections: Any) -> RunConfig:

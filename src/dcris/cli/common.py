@@ -178,14 +178,14 @@ def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) ->
 
 
 def own_name(root: Path, args: argparse.Namespace) -> str | None:
-    """Return the name of the data set if `root` is a .jsonl file, and None if it is a folder of data sets.
+    """Return the name of the data set if `root` is a single file, and None if it is a folder of data sets.
 
     Raises:
         DcrisError: `root` is a file, and --dataset or --split-by is given.
     """
-    from dcris.data.readers.jsonl import is_jsonl
+    from dcris.data.readers.load import is_single_file
 
-    if not is_jsonl(root):
+    if not is_single_file(root):
         return None
     if args.split_by is not None or args.dataset not in {None, root.stem}:
         raise DcrisError(f"{root} is a single data set, {root.stem}; leave out --dataset and --split-by")

@@ -1,4 +1,4 @@
-"""`dcris data`: get, check and make data sets."""
+"""`dcris data`: download, check, generate and import data sets."""
 
 import argparse
 import json
@@ -11,84 +11,112 @@ from dcris.utils.streams import is_terminal, note
 
 
 def add(commands: Any) -> None:
-    """Describe the commands of this file."""
-    data = commands.add_parser("data", help="get and check data sets, make generated ones", allow_abbrev=False)
+    """Add the parsers of the commands in this file."""
+    data = commands.add_parser("data", help="download, check, generate and import data sets", allow_abbrev=False)
     add_data = adder(data.add_subparsers(title="commands", metavar="COMMAND", required=True), "dcris data ")
     fetch = add_data(
         "fetch",
         _data_fetch,
-        "get a data set's annotations and just the photographs it needs",
+        "download a data set's annotations and only the images it needs",
         "refcoco --out data --splits val testA",
-        "What is there already is kept, so the same command goes on after an interruption. The annotations come from the "
-        "Hugging Face Hub; the photographs keep the licences of those who took them.",
+        "Existing files are kept, so the same command continues after an interruption. The annotations come from the Hugging "
+        "Face Hub. The images have the licences that their photographers chose.",
     )
     fetch.add_argument("dataset", metavar="DATASET", help="refcoco, refcoco+ or refcocog (umd)")
-    fetch.add_argument("--out", type=Path, required=True, metavar="ROOT", help="the folder of the data sets")
-    fetch.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, val, testA, testB or test (all of them)")
+    fetch.add_argument("--out", type=Path, required=True, metavar="ROOT", help="folder of the data sets")
+    fetch.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, val, testA, testB or test (default: all)")
     fetch.add_argument(
         "--photographs",
         metavar="PATH_OR_URL",
-        help="a train2014 folder or zip to copy from, or the address of a mirror (COCO's own server)",
+        help="folder or zip file of train2014 to copy from, or URL of a mirror (default: COCO's server)",
     )
-    fetch.add_argument("--connections", type=natural, default=8, metavar="N", help="at a time (%(default)s)")
-    check = add_data("check", _data_check, "validate a data set", "ROOT --dataset refcoco --split-by unc")
+    fetch.add_argument(
+        "--connections",
+        type=natural,
+        default=8,
+        metavar="N",
+        help="number of simultaneous downloads (default: %(default)s)",
+    )
+    check = add_data("check", _data_check, "check a data set", "ROOT --dataset refcoco --split-by unc")
     check.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
     data_set_arguments(check)
-    check.add_argument("--deep", action="store_true", help="decode every photograph, not its header alone")
+    check.add_argument("--deep", action="store_true", help="decode every image instead of reading only its header")
     check.add_argument("--json", action="store_true", help="print JSON")
     scenes = add_data(
-        "scenes", _data_scenes, "generate scenes in the REFER layout", "data/scenes --train 5000 --seed 1"
+        "scenes", _data_scenes, "generate a data set of scenes in the REFER layout", "data/scenes --train 5000 --seed 1"
     )
-    scenes.add_argument("out", type=Path, metavar="OUT", help="the root to make")
+    scenes.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     for split, count in (("train", 5000), ("val", 200), ("test", 300)):
-        scenes.add_argument(f"--{split}", type=natural, default=count, metavar="N", help="scenes (%(default)s)")
-    scenes.add_argument("--seed", type=natural, default=0, help="same seed, same files (%(default)s)")
-    scenes.add_argument("--side", type=natural, default=112, help="pixels of a picture's side (%(default)s)")
+        scenes.add_argument(
+            f"--{split}", type=natural, default=count, metavar="N", help=f"scenes in {split} (default: %(default)s)"
+        )
+    scenes.add_argument(
+        "--seed", type=natural, default=0, help="random seed; the same seed gives the same files (default: %(default)s)"
+    )
+    scenes.add_argument("--side", type=natural, default=112, help="side of the images in pixels (default: %(default)s)")
     coco = add_data(
         "import-coco",
         _data_import_coco,
-        "make a data set of one's own from COCO annotations",
+        "convert COCO annotations to your own data set in JSON Lines",
         "instances.json --images photos --out my.jsonl",
-        "Each object's phrase is its own, or its category's name where no other object of the photograph has that.",
+        "The expression of an object is its own phrase, or its category's name if no other object of the image has that "
+        "category.",
     )
-    coco.add_argument("annotations", type=Path, metavar="INSTANCES.json", help="as annotation tools export it")
-    coco.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="where its file names begin")
-    coco.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="beside the photographs or above")
     coco.add_argument(
-        "--phrases", type=Path, metavar="FILE", help="JSON or CSV: phrases by annotation id or category name"
+        "annotations", type=Path, metavar="INSTANCES.json", help="COCO file, as annotation tools export it"
     )
-    coco.add_argument("--val", type=share, default=0.1, metavar="SHARE", help="of the photographs (%(default)s)")
-    coco.add_argument("--seed", type=natural, default=0, help="which photographs those are (%(default)s)")
-    coco.add_argument("--split", metavar="NAME", help="put everything into this split")
-    coco.add_argument("--ambiguous", choices=("skip", "keep"), default="skip", help="phrases that fit several objects")
-    coco.add_argument("--crowds", choices=("skip", "keep"), default="skip", help="annotations with iscrowd")
     coco.add_argument(
-        "--strict", action="store_true", help="stop at the first annotation without a mask or that cannot be used"
+        "--images", type=Path, required=True, metavar="FOLDER", help="folder that the file names are relative to"
+    )
+    coco.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write, beside or above the images"
+    )
+    coco.add_argument(
+        "--phrases", type=Path, metavar="FILE", help="JSON or CSV file of phrases by annotation id or category name"
+    )
+    coco.add_argument(
+        "--val", type=share, default=0.1, metavar="SHARE", help="share of the images for val (default: %(default)s)"
+    )
+    coco.add_argument(
+        "--seed", type=natural, default=0, help="random seed for the choice of these images (default: %(default)s)"
+    )
+    coco.add_argument("--split", metavar="NAME", help="put all references into this split")
+    coco.add_argument(
+        "--ambiguous",
+        choices=("skip", "keep"),
+        default="skip",
+        help="phrases that fit several objects (default: %(default)s)",
+    )
+    coco.add_argument(
+        "--crowds", choices=("skip", "keep"), default="skip", help="annotations with iscrowd (default: %(default)s)"
+    )
+    coco.add_argument(
+        "--strict", action="store_true", help="stop at the first annotation that has no mask or cannot be used"
     )
 
 
 def _data_fetch(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from dcris.data.coco import IMAGE_SERVER
     from dcris.data.download import fetch_dataset
-    from dcris.data.download_images import COCO
 
     bar: Any = None
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, unit="photograph", disable=not is_terminal())
+            bar = tqdm(total=total, unit="image", disable=not is_terminal())
         bar.update(1)
         if bar.disable and (done % max(1, total // 20) == 0 or done == total):
-            note(f"{done:,} of {total:,} photographs")
+            note(f"{done:,} of {total:,} images")
 
     try:
         table = fetch_dataset(
             args.dataset,
             args.out,
             splits=args.splits,
-            photographs=args.photographs or COCO,
+            images=args.photographs or IMAGE_SERVER,
             connections=args.connections,
             progress=progress,
         )
@@ -96,7 +124,7 @@ def _data_fetch(args: argparse.Namespace) -> None:
         if bar is not None:
             bar.close()
     log(
-        f"{args.out}: {table.dataset} ({table.split_by}) is there; next: dcris data check {argument(args.out)} --dataset "
+        f"{args.out}: {table.dataset} ({table.split_by}) is complete; next: dcris data check {argument(args.out)} --dataset "
         f"{table.dataset}"
     )
 
@@ -157,5 +185,5 @@ def _data_import_coco(args: argparse.Namespace) -> None:
         strict=args.strict,
     )
     for problem in done.problems:
-        log(f"left out: {problem}")
+        log(f"skipped: {problem}")
     log(f"{args.out}: {done}; next: dcris data check {argument(args.out)}")

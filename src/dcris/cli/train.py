@@ -96,6 +96,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
     """
     from dcris.checkpoints.resolve import locate
     from dcris.config import load_config, override
+    from dcris.data.registry import word_length_settings
     from dcris.recipes import SCHEDULES, get_recipe
 
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
@@ -117,7 +118,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
         settings += [(f"train.{key}", json.dumps(value)) for key, value in SCHEDULES[args.schedule].items()]
     if own:
         settings.append(("data.split_by", "null"))
-    return override(config, settings)
+    return override(config, word_length_settings(settings, config.data.dataset))
 
 
 def parse_settings(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,6 +1,35 @@
-"""COCO's 80 kinds of object: what layouts that record a number alone mean by it."""
+"""Facts about COCO and its files: categories, names of image files, folders and the image server."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+IMAGE_SERVER = "http://images.cocodataset.org/train2014"
+"""COCO's own server, which serves single images. HTTPS fails: the certificate is for another host."""
+
+IMAGE_FOLDER = "images/mscoco/images/train2014"
+"""Folder of the images below the root, in the REFER release."""
+
+_IMAGE_FOLDERS = (
+    IMAGE_FOLDER,
+    "images/train2014",
+    "train2014",
+    "images/mscoco/images/train2017",
+    "images/train2017",
+    "train2017",
+    "images",
+)
+"""Folders below the root that are searched for images, in this order."""
+
+NAMINGS = ("as recorded", "2017", "2014")
+"""How an image file may be named: as the annotations record it, 000000000036.jpg (release of 2017), or
+COCO_train2014_000000000036.jpg (release of 2014)."""
+
+_ANY_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg")
+_NAME_OF_2014 = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
+_NAME_OF_2017 = re.compile(r"\d{12}\.jpg")
+_NUMBER_AT_END = re.compile(r"\d{12}\.jpg$")
 
 # fmt: off
 CATEGORIES: Mapping[int, str] = {
@@ -17,4 +46,66 @@ CATEGORIES: Mapping[int, str] = {
     85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
 }
 # fmt: on
-"""Names by category_id, which goes from 1 to 90 with gaps."""
+"""Names of the 80 categories by category_id, which goes from 1 to 90 with gaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFolder:
+    """A folder of images and how the files in it are named (one of NAMINGS)."""
+
+    folder: Path
+    naming: str = "as recorded"
+
+    def path(self, name: str) -> Path:
+        """Return the path of the image that the annotations call `name`, whether or not it exists."""
+        return self.folder / rename_image(name, self.naming)
+
+
+def find_images(root: Path, names: Iterable[str]) -> ImageFolder:
+    """Find the folder below `root` that contains the first of `names` to be found, under any naming.
+
+    If none is found, return the folder of the REFER release, so that errors name the usual place.
+    """
+    for name in names:
+        for folder in _IMAGE_FOLDERS:
+            for naming in NAMINGS:
+                images = ImageFolder(root / folder, naming)
+                if images.path(name).exists():
+                    return images
+    return ImageFolder(root / IMAGE_FOLDER)
+
+
+def rename_image(name: str, naming: str) -> str:
+    """Return the name of an image file under another naming (one of NAMINGS).
+
+    The images of train2014 are part of train2017, where their names have no prefix.
+    """
+    if naming == "2017" and (match := _NAME_OF_2014.fullmatch(name)):
+        return match[1]
+    if naming == "2014" and _NAME_OF_2017.fullmatch(name):
+        return f"COCO_train2014_{name}"
+    return name
+
+
+def portable_name(path: Path, folder: Path) -> str:
+    """Return a name for a file that does not depend on where its data set is stored or on COCO's naming.
+
+    That is COCO's image number, or else the path relative to the data set's `folder`.
+    """
+    number = _ANY_NAME.fullmatch(path.name)
+    if number:
+        return number[1]
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def image_ids(names: Iterable[str]) -> dict[str, int]:
+    """Number images whose annotations have no image_id.
+
+    These are COCO's numbers, read from the file names; or, if any name has no number or two names
+    have the same one, positions in the list, from 1.
+    """
+    distinct = list(dict.fromkeys(names))
+    numbers = {name: int(match[0][:12]) for name in distinct if (match := _NUMBER_AT_END.search(name))}
+    if len(set(numbers.values())) == len(distinct):
+        return numbers
+    return {name: number for number, name in enumerate(distinct, 1)}

@@ -1,11 +1,13 @@
-"""From references to tensors: samples for training, images with all their phrases for evaluation.
+"""Convert references to tensors: samples for training, images with all their expressions for evaluation.
 
-Nothing random here depends on anything but the seed, the epoch and the reference, so a run gives the same batches whatever
-the number of workers and wherever it was interrupted.
+Random choices depend only on the seed, the epoch and the reference, so a run has the same batches for
+any number of workers and after any interruption.
 
-Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of a photograph.
+Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of an image,
+K expressions of an image.
 """
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from dcris.config import WORD_LENGTHS, DataConfig
+from dcris.config import DataConfig
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
+from dcris.data.registry import DATASETS
 from dcris.data.tokenizer import PADDING, Tokenizer
 from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
@@ -30,41 +33,52 @@ from dcris.utils.arguments import require_names
 from dcris.utils.streams import note_once
 from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
 
-F = TypeVar("F", bound=Transform)
+T = TypeVar("T", bound=Transform)
 
+_MAX_REPLACEMENTS = 20
+"""References that are tried in place of one that cannot be read."""
 
-_REPLACEMENTS = 20
-"""How many references are tried in the place of one that cannot be read."""
-
-_MOST_SKIPPED = 0.05
-"""The share of the references that training does without before it stops; one is always allowed."""
+_MAX_SKIPPED = 0.05
+"""Share of the references that training may skip before it stops; one is always allowed."""
 
 
 def letterbox_colour(config: DataConfig) -> tuple[float, float, float]:
-    """The padding's RGB colour in 0..255: the mean, so that normalisation makes it zero."""
+    """Return the RGB colour of the padding, 0 to 255: the mean, so that normalisation makes it zero."""
     red, green, blue = (255 * value for value in config.mean)
     return red, green, blue
 
 
-def to_square(image: NDArray[np.uint8], config: DataConfig, fit: type[F]) -> tuple[Tensor, F]:
-    """[H, W, 3] uint8 RGB -> the network's square [3, S, S] uint8, and the geometry by which it got there."""
-    fitted = fit((image.shape[0], image.shape[1]), config.image_size)
-    square = fitted.image(image, letterbox_colour(config))
-    return torch.from_numpy(square).permute(2, 0, 1).contiguous(), fitted
+def to_square(image: NDArray[np.uint8], config: DataConfig, transform: type[T]) -> tuple[Tensor, T]:
+    """Transform an image to the network's square input.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        config: side of the square and colour of the padding.
+        transform: the kind of transform.
+
+    Returns:
+        The square [3, S, S] uint8, and the transform for this image's size.
+    """
+    applied = transform((image.shape[0], image.shape[1]), config.image_size)
+    square = applied.image(image, letterbox_colour(config))
+    return torch.from_numpy(square).permute(2, 0, 1).contiguous(), applied
 
 
 def normalise(images: Tensor, config: DataConfig) -> Tensor:
-    """[B, 3, S, S] uint8 -> float32 with the configured mean and deviation, on the images' device."""
+    """Normalise [B, 3, S, S] uint8 by the configured mean and deviation, to float32 on the same device."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (config.mean, config.std))
     return (images.float() / 255 - mean) / std
 
 
 class TrainingSamples(Dataset[Sample | Failure]):
-    """One sample per reference. Index `epoch * len(self) + i` is reference i with the sentence drawn for it in that epoch.
+    """One sample per reference and epoch.
 
-    Where reference i cannot be read and `config.on_bad_image` is "skip", another takes its place, so that batches keep their
-    size: the first that can be read of those that a generator seeded with (seed, epoch, i, 1) draws. That depends on nothing
-    but the seed, the index and which files are broken, so a run that skips is resumed as exactly as any other.
+    Index `epoch * len(self) + i` is reference i with one of its expressions, drawn for that epoch.
+
+    If reference i cannot be read and `config.on_bad_image` is "skip", another reference replaces it, so
+    that batches keep their size: the first readable one that a generator seeded with
+    (seed, epoch, i, 1) draws. That depends only on the seed, the index and which files are broken, so a
+    run that skips references is resumed as exactly as any other.
     """
 
     def __init__(self, references: Sequence[Reference], config: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
@@ -75,7 +89,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
         return len(self.references)
 
     def draw(self, index: int) -> Expression:
-        """The expression of the reference in the index's epoch."""
+        """Return the expression of the reference in the epoch of `index`."""
         epoch, number = divmod(index, len(self))
         expressions = self.references[number].expressions
         return expressions[int(np.random.default_rng([self.seed, epoch, number]).integers(len(expressions)))]
@@ -98,12 +112,14 @@ class TrainingSamples(Dataset[Sample | Failure]):
         epoch, number = divmod(index, len(self))
         skipped = {number: first.message}
         draws = np.random.default_rng([self.seed, epoch, number, 1])
-        for other in draws.integers(len(self), size=_REPLACEMENTS).tolist():
+        for other in draws.integers(len(self), size=_MAX_REPLACEMENTS).tolist():
             sample = self._read(epoch * len(self) + other)
             if isinstance(sample, Sample):
                 return replace(sample, skipped=skipped)
             skipped[other] = sample.message
-        return Failure(f"{first.message} ({_REPLACEMENTS} others that were drawn in its place cannot be read either)")
+        return Failure(
+            f"{first.message} ({_MAX_REPLACEMENTS} references drawn as its replacement cannot be read either)"
+        )
 
     def _read(self, index: int) -> Sample | Failure:
         reference = self.references[index % len(self)]
@@ -114,20 +130,20 @@ class TrainingSamples(Dataset[Sample | Failure]):
                 raise DcrisError(size_mismatch(reference, image))
         except DcrisError as error:
             return Failure(str(error))
-        phrase = self.draw(index).text
+        text = self.draw(index).text
         for name, generator in self.draw_augmentations(index):
-            image, mask, phrase = AUGMENTATIONS[name](image, mask, phrase, generator)
-        square, box = to_square(image, self.config, Letterbox)
-        tokens = self.tokenizer([phrase], self.config.word_length)[0]
-        return Sample(square, tokens, torch.from_numpy(box.mask(mask)))
+            image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)
+        square, letterbox = to_square(image, self.config, Letterbox)
+        tokens = self.tokenizer([text], self.config.word_length)[0]
+        return Sample(square, tokens, torch.from_numpy(letterbox.mask(mask)))
 
 
 class Skipped:
-    """The references that training did without; what is wrong with a file is said once.
+    """Counts the references that training skipped, and logs each error once.
 
     Args:
-        references: in the training split.
-        say: takes lines for a person.
+        references: number of references in the training split.
+        log: receives the messages.
     """
 
     def __init__(self, references: int, log: Callable[[str], None]) -> None:
@@ -136,38 +152,42 @@ class Skipped:
         self.messages: set[str] = set()
 
     def note(self, skipped: Mapping[int, str]) -> None:
-        """Take what a batch did without. Raises DcrisError where that becomes too much of the split to be bad luck."""
+        """Record the skipped references of a batch: errors by number of the reference in the split.
+
+        Raises DcrisError if more than 5% of the split were skipped.
+        """
         for number, message in sorted(skipped.items()):
             self.numbers.add(number)
-            if message not in self.messages:  # a photograph has several references
+            if message not in self.messages:  # an image has several references
                 self.messages.add(message)
                 self.log(f"skipped: {message}")
-        if len(self.numbers) > max(1, _MOST_SKIPPED * self.references):
+        if len(self.numbers) > max(1, _MAX_SKIPPED * self.references):
             raise DcrisError(
-                f"{len(self.numbers)} of {self.references:,} references cannot be read, more than {_MOST_SKIPPED:.0%}; "
-                "`dcris data check --deep` names them all, so repair the data set and --resume"
+                f"{len(self.numbers)} of {self.references:,} references cannot be read, more than {_MAX_SKIPPED:.0%}; "
+                "find them with `dcris data check --deep`, repair the data set, then continue with --resume"
             )
 
     def conclude(self) -> None:
-        """Say how many there were, if any."""
+        """Log the total, if any reference was skipped."""
         if self.numbers:
             self.log(f"{len(self.numbers)} of {self.references:,} references could not be read and were skipped")
 
 
 def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
-    """The sentence for a photograph that is not the annotated one."""
+    """Return the error message for an image whose size is not the annotated one."""
     height, width = reference.image_size
     return (
-        f"{reference.image_path} is {image.shape[1]}x{image.shape[0]} pixels but its annotations are for {width}x{height}; "
-        "it was resized or replaced, so fetch the original"
+        f"{reference.image_path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotations are for {width}x{height}; "
+        "it was resized or replaced, so download the original"
     )
 
 
 class TrainingBatches(Sampler[list[int]]):
-    """The indices of every batch from one step to another: each epoch a new order, each reference once, whole batches only.
+    """Indices of the batches of steps `first` to `last` (exclusive), for TrainingSamples.
 
-    A set smaller than the batch gives one smaller batch an epoch. Of several processes each takes its `places` of every batch;
-    the batches are the same however many there are.
+    Each epoch has a new order, each reference once, and whole batches only. A split smaller than the
+    batch gives one smaller batch per epoch. The batches do not depend on the number of ranks: each rank
+    takes its `places` of every batch.
     """
 
     def __init__(
@@ -192,12 +212,12 @@ class TrainingBatches(Sampler[list[int]]):
 
 
 def steps_per_epoch(length: int, batch_size: int) -> int:
-    """Whole batches in an epoch; one at the least."""
+    """Return the number of whole batches in an epoch, at least one."""
     return max(1, length // batch_size)
 
 
 def collate(samples: list[Sample | Failure]) -> Batch | Failure:
-    """Stack samples; the first failure stands for the batch."""
+    """Stack samples to a batch. If any sample failed, return the first failure instead."""
     good: list[Sample] = []
     for sample in samples:
         if isinstance(sample, Failure):
@@ -213,24 +233,29 @@ def collate(samples: list[Sample | Failure]) -> Batch | Failure:
 
 @dataclass(frozen=True, slots=True)
 class ImageTask:
-    """One photograph with everything asked of it."""
+    """One image with all its queries."""
 
     image: Tensor
     """[3, S, S] uint8."""
-    fit: Transform
+    transform: Transform
+    """From the image to the square."""
     tokens: Tensor
-    """[K, L] int64, one row per phrase."""
+    """[K, L] int64, one row per expression."""
     queries: tuple[tuple[Reference, Expression], ...]
-    """K pairs: the expression, and the reference whose mask is the truth."""
+    """K pairs: the reference with the true mask, and the expression."""
     truths: dict[int, MaskArray]
-    """[H, W] bool by ref_id."""
+    """True masks [H, W] bool by ref_id."""
 
 
 Queries = Sequence[tuple[Reference, Expression]]
+"""Expressions to be segmented, each with its reference."""
 
 
 def all_queries(references: Sequence[Reference], first_only: bool = False) -> list[tuple[Reference, Expression]]:
-    """Every expression with its reference, or each reference's first alone (the CRIS family's validation in training)."""
+    """Return a query for each expression, or only for each reference's first one.
+
+    Only the first is how CRIS and its successors validate during training.
+    """
     return [
         (reference, expression)
         for reference in references
@@ -239,41 +264,62 @@ def all_queries(references: Sequence[Reference], first_only: bool = False) -> li
 
 
 def cut_phrases(queries: Queries, config: DataConfig, tokenizer: Tokenizer, dataset: str) -> str | None:
-    """Return a warning where phrases are longer than the model's word length and lose their ends; else None.
+    """Return a warning if expressions are longer than the model's word length, so that their ends are cut.
 
     Args:
-        questions: all that are asked.
-        config: of the model.
+        queries: the expressions.
+        config: the model's data configuration.
         tokenizer: of the model's text tower.
-        dataset: the name of the data set that the questions are of.
+        dataset: name of the data set, whose usual word length is mentioned.
     """
-    length, known = config.word_length, WORD_LENGTHS.get(dataset, 0)
+    length = config.word_length
     counts = Counter(expression.text for _, expression in queries)
-    rows = tokenizer([*counts], length + 1)
-    cut = sum(count for count, row in zip(counts.values(), rows[:, length], strict=True) if row != PADDING)
+    cut = sum(counts[text] for text in _longer_than(length, [*counts], tokenizer))
     if not cut:
         return None
-    usual = f"; {dataset} is usually read with {known}" if known > length else ""
-    return f"{cut:,} of {len(queries):,} phrases are longer than {length} tokens (data.word_length) and are cut{usual}"
+    usual = DATASETS[dataset].word_length if dataset in DATASETS else 0
+    advice = f"; {dataset} is usually read with {usual}" if usual > length else ""
+    return f"{cut:,} of {len(queries):,} expressions are longer than {length} tokens (data.word_length) and are cut{advice}"
+
+
+def _longer_than(length: int, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of more than `length` tokens, start and end token included.
+
+    Both tokenizers split at white space first, so a text's tokens are those of its words, and tokenising
+    each distinct word once is much cheaper. Only in plain ASCII text does cleaning not cross words: "&"
+    begins HTML entities, "<|" CLIP's special tokens.
+    """
+    plain = {text for text in texts if text.isascii() and text.isprintable() and not re.search(r"&|<\|", text)}
+    words = [*{word for text in plain for word in text.split()}]
+    ends = torch.tensor([tokenizer.end_token])
+    # The end token is last, since "<|" is excluded. A word that is cut here makes its text too long anyway.
+    rows = tokenizer(words, length + 1) if words else torch.empty(0, length + 1)
+    sizes = dict(zip(words, ((rows == ends).int().argmax(dim=1) - 1).tolist(), strict=True))
+    longer = [text for text in plain if sum(sizes[word] for word in text.split()) + 2 > length]
+    others = [text for text in texts if text not in plain]
+    if others:
+        tokens = tokenizer(others, length + 1)
+        longer += [text for text, row in zip(others, tokens, strict=True) if row[length] != PADDING]
+    return longer
 
 
 class ImageTasks(Dataset[ImageTask | Failure]):
-    """Questions gathered by photograph, so that what does not depend on the phrase is worked out once for each."""
+    """Queries grouped by image, so that what does not depend on the expression is computed once per image."""
 
     def __init__(
         self,
         queries: Queries,
         config: DataConfig,
         tokenizer: Tokenizer,
-        fit: type[Transform] = Letterbox,
+        transform: type[Transform] = Letterbox,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Take every n-th photograph from the k-th on, for a `share` of (k, n)."""
+        """Take every n-th image from the k-th on, for a `share` of (k, n)."""
         by_image: dict[str, list[tuple[Reference, Expression]]] = {}
         for reference, expression in queries:
             by_image.setdefault(str(reference.image_path), []).append((reference, expression))
         self.groups = [tuple(group) for group in by_image.values()][share[0] :: share[1]]
-        self.config, self.tokenizer, self.fit = config, tokenizer, fit
+        self.config, self.tokenizer, self.transform = config, tokenizer, transform
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -290,28 +336,29 @@ class ImageTasks(Dataset[ImageTask | Failure]):
                 truths[reference.ref_id] = decode_mask(reference.segmentation, reference.image_size).astype(bool)
         except DcrisError as error:
             return Failure(str(error))
-        square, fit = to_square(image, self.config, self.fit)
+        square, transform = to_square(image, self.config, self.transform)
         tokens = self.tokenizer([expression.text for _, expression in queries], self.config.word_length)
-        return ImageTask(square, fit, tokens, queries, truths)
+        return ImageTask(square, transform, tokens, queries, truths)
 
 
 def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches in order. Raises DcrisError where a sample cannot be read."""
+    """Yield the batches in order. Raises DcrisError if a sample cannot be read."""
     return load(samples, workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin)
 
 
 def batch_bytes(config: DataConfig, samples: int) -> int:
-    """Bytes of a training batch as it comes from the workers: uint8 images, float32 masks, int64 tokens."""
+    """Return the bytes of a training batch from the workers: uint8 images, float32 masks, int64 tokens."""
     return samples * (7 * config.image_size**2 + 8 * config.word_length)
 
 
 def task_loader(tasks: ImageTasks, images: int, workers: int) -> Iterator[list[ImageTask]]:
-    """Lists of up to `images` tasks in order, read by as many of the workers as shared memory has room for.
+    """Yield lists of up to `images` tasks in order.
 
-    Raises DcrisError where one cannot be read.
+    As many workers are started as shared memory has room for. Raises DcrisError if an image or mask
+    cannot be read.
     """
-    fit = workers_that_fit(workers, images * 3 * tasks.config.image_size**2)
-    if fit < workers:
-        note_once(f"shared memory (/dev/shm) has room for {fit} of {workers} workers that read photographs")
-    for group in load(tasks, fit, batch_size=images, collate_fn=list):
+    usable = workers_that_fit(workers, images * 3 * tasks.config.image_size**2)
+    if usable < workers:
+        note_once(f"shared memory (/dev/shm) has room for {usable} of {workers} data loader workers")
+    for group in load(tasks, usable, batch_size=images, collate_fn=list):
         yield list(or_raise(iter(group)))

@@ -1,8 +1,9 @@
-"""A phrase for a mirrored photograph: left and right change places.
+"""Exchange left and right in an expression, for horizontal flip augmentation.
 
-Mirroring is no part of the paper's training, because a phrase would then point at the wrong object. With the words exchanged it
-points at the right one, unless "right" means something else ("right now"), or the sides are spelt in a way that is not known
-here. Such phrases are left alone, and so are their photographs: that costs a little variety and never a wrong mask.
+Flipping is not part of the paper's training, because an expression would then describe the wrong
+object. With the words exchanged it describes the right one, unless "right" has another meaning
+("right now") or a side is spelt in a way that is not listed here. Flip augmentation skips such
+expressions together with their images: that costs a little variety and never gives a wrong mask.
 """
 
 import re
@@ -15,19 +16,20 @@ _PAIRS = (
     ("leftward", "rightward"),
     ("leftwards", "rightwards"),
 )
-_OTHER = {word: other for pair in _PAIRS for word, other in (pair, pair[::-1])}
+_OPPOSITE = {word: other for pair in _PAIRS for word, other in (pair, pair[::-1])}
 
 
 def _words(listed: str) -> frozenset[str]:
     return frozenset(listed.split())
 
 
-# What the sides are shortened to, and what turns with the picture without being a side.
-_UNKNOWN = _words("l r lt rt lft lef rgt rigth rite lefty righty clockwise counterclockwise anticlockwise east west")
+# Abbreviations and misspellings of the sides, and words whose meaning changes in a mirrored image.
+_AMBIGUOUS = _words("l r lt rt lft lef rgt rigth rite lefty righty clockwise counterclockwise anticlockwise east west")
 
-# "right now" and "left alone" are no sides. A rule holds for both words, so that a mirrored phrase can be mirrored back.
-_BEFORE = _words("all has have had been being is are was were gets got get")
-_AFTER = _words(
+# In "right now" and "left alone" the word is not a side. The lists apply to both words, so that swapping twice gives
+# the original.
+_NOT_A_SIDE_AFTER = _words("all has have had been being is are was were gets got get")
+_NOT_A_SIDE_BEFORE = _words(
     """
     now away here there next behind beside besides above below under beneath before after at by over out up alone open angle
     angled
@@ -38,33 +40,33 @@ _WORD = re.compile(r"[^\W_]+", re.ASCII)
 
 
 def swap_sides(phrase: str) -> str | None:
-    """The phrase for the mirrored photograph; None where it cannot be told what that is.
+    """Return the expression for the mirrored image, or None if it is ambiguous.
 
-    A phrase that names no side stays as it is. Of the phrases that can be told, each is its mirror's mirror. Capitals are kept
-    ("Left", "LEFT").
+    An expression without a side is returned unchanged. Swapping twice gives the original. Capitals are
+    kept ("Left", "LEFT").
     """
     parts: list[str] = []
     end = 0
     words = list(_WORD.finditer(phrase))
     for place, match in enumerate(words):
         word = match.group()
-        if word.lower() in _UNKNOWN:
+        if word.lower() in _AMBIGUOUS:
             return None
-        other = _OTHER.get(word.lower())
-        if other is None:
+        opposite = _OPPOSITE.get(word.lower())
+        if opposite is None:
             continue
         before = words[place - 1].group().lower() if place else ""
         after = words[place + 1].group().lower() if place + 1 < len(words) else ""
         if word.lower() in ("left", "right") and (
-            before in _BEFORE or after in _AFTER or _IN_FRONT.match(phrase, match.end())
+            before in _NOT_A_SIDE_AFTER or after in _NOT_A_SIDE_BEFORE or _IN_FRONT.match(phrase, match.end())
         ):
             return None
         if word.isupper():
-            other = other.upper()
+            opposite = opposite.upper()
         elif word == word.capitalize():
-            other = other.capitalize()
+            opposite = opposite.capitalize()
         elif word != word.lower():
-            return None  # "leFt": nobody knows how its mirror is spelt
-        parts += [phrase[end : match.start()], other]
+            return None  # mixed case such as "leFt" cannot be transferred
+        parts += [phrase[end : match.start()], opposite]
         end = match.end()
     return "".join([*parts, phrase[end:]])

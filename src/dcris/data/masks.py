@@ -1,12 +1,11 @@
-"""Masks as COCO or a picture stores them, to arrays and back.
+"""Decode masks as COCO or an image file stores them, and encode them as COCO's run lengths.
 
-Run lengths are decoded here in numpy and polygons by pycocotools. pycocotools is C and trusts its input: a run-length string
-that claims too much, or a polygon with far corners, makes it write or ask for memory where it should not. So nothing reaches it
-that was not measured first.
+Run lengths are decoded here in NumPy, polygons by pycocotools. pycocotools is C code that trusts its
+input: a run-length string with too large a claim, or a polygon with far corners, makes it write
+outside its memory or allocate without bound. So everything is validated before it gets there.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +17,55 @@ from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
 
-_LONGEST_OUTLINE = 10_000_000
-"""Pixels; pycocotools keeps about 80 bytes for each."""
+_MAX_OUTLINE = 10_000_000
+"""Pixels of all outlines of a mask; pycocotools needs about 80 bytes for each."""
 
-_LONGEST_NUMBER = 7
-"""Characters of one compressed run length; 5 bits each, so 35 bits: more than any mask needs, and safe in int64."""
+_MAX_NUMBER_LENGTH = 7
+"""Characters of one compressed run length, 5 bits each: 35 bits, more than any mask needs, safe in int64."""
 
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decode polygons, run lengths or a picture to [H, W] uint8 of 0 and 1 for a photograph of `size` (H, W).
+    """Decode polygons, run lengths or an image file to a mask [H, W] uint8 of 0 and 1.
 
-    Several polygons give their union. A picture is read from its file. Raises DcrisError where the segmentation is malformed
-    or belongs to another size, and where a picture has more than two values (see `read_mask_image`).
+    Args:
+        segmentation: several polygons are united.
+        size: height and width of the image in pixels.
+
+    Raises:
+        DcrisError: the segmentation is malformed or has another size, or the image file cannot be
+            read or has more than two values (see `read_mask_image`).
     """
     height, width = size
-    validate_segmentation(segmentation, size)
+    _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
-        return _read_picture(segmentation)
-    runs = _runs(segmentation, size)
-    values = (np.arange(len(runs)) % 2).astype(np.uint8)  # runs of 0 and 1 in turn, down the columns
+        return _read_file(segmentation, size)
+    runs = _decode_runs(segmentation, size)
+    values = (np.arange(len(runs)) % 2).astype(np.uint8)  # runs alternate between 0 and 1, column by column
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
 
 
 def mask_area(segmentation: Segmentation, size: tuple[int, int]) -> int:
-    """The object's pixels in what `decode_mask` would return, mostly without making it. Raises DcrisError as that does."""
-    validate_segmentation(segmentation, size)
+    """Return the object's area in pixels, without decoding the mask where it is not an image file.
+
+    Raises DcrisError as `decode_mask` does.
+    """
+    _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
-        return int(np.count_nonzero(_read_picture(segmentation)))
-    return int(_runs(segmentation, size)[1::2].sum())
-
-
-def _read_picture(picture: Path | SoftMask) -> NDArray[np.uint8]:
-    if isinstance(picture, SoftMask):
-        return read_mask_image(picture.path, picture.threshold)
-    return read_mask_image(picture)
-
-
-def _runs(segmentation: list[list[float]] | Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.int64]:
-    """The run lengths [runs] int64 of validated polygons, which are united, or run lengths."""
-    if isinstance(segmentation, list):
-        segmentation = coco.merge(coco.frPyObjects(segmentation, *size))
-    return _run_lengths(segmentation, size)
+        return int(np.count_nonzero(_read_file(segmentation, size)))
+    return int(_decode_runs(segmentation, size)[1::2].sum())
 
 
 def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:
-    """Compress a mask [H, W], where what is not 0 is the object, to COCO's {"size": [H, W], "counts": str}, ready for JSON.
+    """Encode a mask [H, W], nonzero for the object, as COCO's compressed run lengths, ready for JSON.
 
-    Raises ValueError where the mask is not a matrix.
+    Returns:
+        {"size": [H, W], "counts": str}
+
+    Raises:
+        ValueError: the mask does not have two dimensions.
     """
     if mask.ndim != 2:
-        raise ValueError(f"a mask is [H, W], but this one is {mask.shape}")
+        raise ValueError(f"a mask must be [H, W], but this one has the shape {mask.shape}")
     height, width = mask.shape
     return {
         "size": [height, width],
@@ -76,7 +74,7 @@ def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:
 
 
 def mask_box(mask: NDArray[Any]) -> tuple[int, int, int, int] | None:
-    """The smallest box around a mask [H, W] as x, y, width, height in pixels; None where the mask is empty."""
+    """Return the bounding box of a mask [H, W] as x, y, width, height in pixels; None for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if not len(columns):
         return None
@@ -85,85 +83,112 @@ def mask_box(mask: NDArray[Any]) -> tuple[int, int, int, int] | None:
 
 
 def validate_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentation:
-    """Return a segmentation of unknown origin unchanged when it can be decoded for a photograph of `size` (H, W).
+    """Return a segmentation from a file unchanged if it can be decoded for an image of `size` (H, W).
 
-    Raises DcrisError saying what is wrong with it.
+    Raises DcrisError with what is wrong with it. Of an image file only the header is read.
     """
-    height, width = size
-    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
-        raise DcrisError(f"a mask of {height} x {width} pixels cannot be decoded: 1 to {MAX_PIXELS:,} pixels can")
-    if isinstance(segmentation, list):
-        if not segmentation:
-            raise DcrisError("the segmentation is empty")
-        outline = sum(_outline_length(polygon, number, size) for number, polygon in enumerate(segmentation, 1))
-        if outline > _LONGEST_OUTLINE:
-            raise DcrisError(
-                f"the polygons' outline is {outline:,.0f} pixels long; at most {_LONGEST_OUTLINE:,} can be decoded"
-            )
-        return segmentation
+    _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
-        path = segmentation.path if isinstance(segmentation, SoftMask) else segmentation
-        found = image_size(path)
-        if found != size:
-            raise DcrisError(
-                f"the mask {path} is {found[0]} x {found[1]} pixels (height x width), but its photograph {height} x {width}; "
-                "make it anew from that photograph"
-            )
-        return segmentation
-    _run_lengths(segmentation, size)
+        _validate_file(segmentation, size)
+    elif isinstance(segmentation, list):
+        _validate_polygons(segmentation, size)
+    else:
+        _read_runs(segmentation, size)
     return segmentation
 
 
+def _require_decodable(size: tuple[int, int]) -> None:
+    height, width = size
+    if not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
+        raise DcrisError(
+            f"a mask of {height} x {width} pixels cannot be decoded; it must have 1 to {MAX_PIXELS:,} pixels"
+        )
+
+
+def _validate_file(segmentation: Path | SoftMask, size: tuple[int, int]) -> None:
+    path = segmentation.path if isinstance(segmentation, SoftMask) else segmentation
+    found = image_size(path)
+    if found != size:
+        raise DcrisError(
+            f"the mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}; "
+            "create it again from that image"
+        )
+
+
+def _read_file(segmentation: Path | SoftMask, size: tuple[int, int]) -> NDArray[np.uint8]:
+    _validate_file(segmentation, size)
+    if isinstance(segmentation, SoftMask):
+        return read_mask_image(segmentation.path, segmentation.threshold)
+    return read_mask_image(segmentation)
+
+
+def _decode_runs(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:
+    """Validate polygons or run lengths and return the run lengths [runs] int64 of their union."""
+    if isinstance(segmentation, list):
+        _validate_polygons(segmentation, size)
+        segmentation = coco.merge(coco.frPyObjects(segmentation, *size))
+    return _read_runs(segmentation, size)
+
+
+def _validate_polygons(polygons: list[Any], size: tuple[int, int]) -> None:
+    if not polygons:
+        raise DcrisError("the segmentation is empty")
+    outline = sum(_outline_length(polygon, number, size) for number, polygon in enumerate(polygons, 1))
+    if outline > _MAX_OUTLINE:
+        raise DcrisError(f"the outline of the polygons has {outline:,.0f} pixels; the limit is {_MAX_OUTLINE:,}")
+
+
 def _outline_length(polygon: Any, number: int, size: tuple[int, int]) -> float:
+    """Validate one polygon and return the length of its outline in pixels."""
     if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
-        raise DcrisError(f"polygon {number} is not a list of an even count of at least 6 numbers")
+        raise DcrisError(f"polygon {number} is not a list of x, y pairs with at least 3 corners")
     longest = max(size)
-    # A corner may lie outside the photograph, but not by more than its longer side. NaN fails the comparison too.
+    # A corner may lie outside the image by up to the longer side. NaN fails the comparison, too.
     if not all(type(value) in (int, float) and -longest <= value <= 2 * longest for value in polygon):
-        raise DcrisError(f"polygon {number} has a corner that is not a number, or lies far outside the photograph")
+        raise DcrisError(f"polygon {number} has a corner that is not a number or lies far outside the image")
     corners = np.array(polygon, np.float64).reshape(-1, 2)
     return float(np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum())
 
 
-def _run_lengths(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:
-    """The run lengths of an RLE mask, [runs] int64, which add up to H * W."""
+def _read_runs(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:
+    """Validate COCO's run lengths {"size": ..., "counts": ...} and return them, [runs] int64, sum H * W."""
     try:
         recorded, counts = segmentation["size"], segmentation["counts"]
     except (TypeError, KeyError, IndexError):
-        raise DcrisError(
-            "the segmentation is neither a list of polygons nor run lengths with 'size' and 'counts'"
-        ) from None
+        raise DcrisError("the segmentation is neither polygons nor run lengths with 'size' and 'counts'") from None
     if type(recorded) not in (list, tuple) or tuple(recorded) != tuple(size):
-        raise DcrisError(f"the run lengths are not for a photograph of {size[0]} x {size[1]} pixels (height x width)")
+        raise DcrisError(f"the run lengths are not for an image of {size[0]} x {size[1]} pixels (height x width)")
     if isinstance(counts, str | bytes):
         runs = _uncompress(counts)
     elif type(counts) is list and all(type(count) is int and 0 <= count <= MAX_PIXELS for count in counts):
         runs = np.array(counts, np.int64)
     else:
-        raise DcrisError("the run lengths' 'counts' are neither text nor a list of whole numbers from 0 on")
+        raise DcrisError("the 'counts' of the run lengths are neither text nor a list of non-negative integers")
     if (runs < 0).any() or runs.sum() != math.prod(size):
-        raise DcrisError("the run lengths do not add up to the photograph's pixels; the text may be cut short")
+        raise DcrisError("the run lengths do not add up to the pixels of the image; the text may be cut short")
     return runs
 
 
 def _uncompress(text: str | bytes) -> NDArray[np.int64]:
-    """COCO's run-length text: 5 bits a character from '0' on, least first, a sixth bit where the number goes on.
+    """Decode COCO's compressed run lengths.
 
-    The highest bit of a number's last character is its sign. From the fourth number on, each is the difference to the run two
-    before.
+    Each character from '0' on holds 5 bits of a number, least significant first, and a sixth bit that
+    is set if the number continues. The highest bit of a number's last character is its sign. From the
+    fourth number on, each number is the difference from the run two places before.
+    Source: rleFrString in cocoapi, common/maskApi.c.
     """
     try:
         data = text.encode("ascii") if isinstance(text, str) else text
     except UnicodeEncodeError:
-        data = b"\xff"  # refused below, as every character outside the code is
+        data = b"\xff"  # outside the code, so it is refused below
     codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
     if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise DcrisError("the run lengths' text is empty, cut short, or not COCO's code")
+        raise DcrisError("the text of the run lengths is empty, cut short or not COCO's encoding")
     ends = np.flatnonzero(codes & 32 == 0)
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
-    if lengths.max() > _LONGEST_NUMBER:
-        raise DcrisError("the run lengths' text holds a number that is too large")
+    if lengths.max() > _MAX_NUMBER_LENGTH:
+        raise DcrisError("the text of the run lengths contains a number that is too large")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << (5 * place), starts)
     runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)

@@ -1,17 +1,19 @@
-"""Several data sets as one, leak-free by default.
+"""Combine several data sets into one, without leaks by default.
 
-RefCOCO, RefCOCO+ and RefCOCOg describe the same COCO photographs and divide them differently, so a photograph that one of them
-trains on may be another's test. A mixture leaves such training references out, as PolyFormer does (Liu et al. 2023);
-"mixed-unfiltered" keeps them, as the published mixed DETRIS does.
+RefCOCO, RefCOCO+ and RefCOCOg describe the same COCO images and divide them differently, so an image
+of one train split may be in another data set's test split. A mixture leaves such training references
+out, as PolyFormer does (Liu et al., 2023); "mixed-unfiltered" keeps them, as the published mixed
+DETRIS does.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcris.data.image_folders import name_within
+from dcris.data.coco import portable_name
+from dcris.data.registry import DATASETS, PARTITIONS
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference
@@ -19,16 +21,8 @@ from dcris.types import Reference
 Load = Callable[[Path, str, str | None], ReferenceTable]
 Has = Callable[[Path, str, str], bool]
 Member = tuple[str, str | None]
-"""A data set and its `split_by`; None where it has only one."""
+"""A data set and its `split_by`; None if it has only one partition."""
 
-_FAMILY: Mapping[Member, tuple[str, ...]] = {
-    ("refcoco", "unc"): ("val", "testA", "testB"),
-    ("refcoco+", "unc"): ("val", "testA", "testB"),
-    ("refcocog", "umd"): ("val", "test"),
-    ("refcocog", "google"): ("val",),
-}
-"""The sets that share COCO's photographs, and the splits whose photographs nobody is to train on."""
-_USUAL = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 _MIXTURE = re.compile(r"mixed(-unfiltered)?(?::(.*))?", re.DOTALL)
 _MEMBER = re.compile(r"([^(),:]+)(?:\(([^(),:]+)\))?")
 _TRAIN = "train"
@@ -36,42 +30,45 @@ _TRAIN = "train"
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What a data set's name such as "mixed:refcoco,refcocog(google)" stands for."""
+    """A mixture as its name describes it, such as "mixed:refcoco,refcocog(google)"."""
 
     members: tuple[Member, ...]
     filtered: bool
+    """Whether training references are left out if their image is in a val or test split."""
 
 
 def parse_mixture(name: str) -> Mixture | None:
-    """What the name stands for; None where it is that of a single data set.
+    """Parse the name of a mixture; return None if it is the name of a single data set.
 
-    `mixed` alone is RefCOCO (unc), RefCOCO+ (unc) and RefCOCOg (umd). Raises DcrisError where the list of sets makes no sense.
+    `mixed` alone is RefCOCO (unc), RefCOCO+ (unc) and RefCOCOg (umd). Raises DcrisError if the list of
+    data sets is malformed.
     """
     match = _MIXTURE.fullmatch(name)
     if match is None:
         return None
-    members: tuple[Member, ...] = tuple(_USUAL.items())
+    members: tuple[Member, ...] = tuple((dataset, facts.split_by) for dataset, facts in DATASETS.items())
     if match[2] is not None:
+        usual = dict(members)
         found = [_MEMBER.fullmatch(part.strip()) for part in match[2].split(",")]
-        members = tuple((part[1].strip(), part[2] or _USUAL.get(part[1].strip())) for part in found if part)
+        members = tuple((part[1].strip(), part[2] or usual.get(part[1].strip())) for part in found if part)
         if len(members) < len(found) or len(set(members)) < len(members) or any(map(parse_mixture, dict(members))):
             raise DcrisError(
-                f"the data set {name!r} is no list of different sets; write it as mixed:refcoco,refcocog(google)"
+                f"{name!r} is not a list of different data sets; write it as in mixed:refcoco,refcocog(google)"
             )
     return Mixture(members, filtered=match[1] is None)
 
 
 def load_mixture(root: Path, name: str, mixture: Mixture, load: Load, has: Has) -> ReferenceTable:
-    """Read the sets below `root` and mix them.
+    """Read the data sets of a mixture below `root` and combine them.
 
-    Of RefCOCO, RefCOCO+ and both partitions of RefCOCOg, the val and test splits count as such wherever `has` finds them, mixed
-    or not. Raises DcrisError as `load` does.
+    The val and test splits of all known partitions that `has` finds below `root` are held out, whether
+    they are in the mixture or not. Raises DcrisError as `load` does.
     """
     tables = [load(root, *member) for member in mixture.members]
     others = [
         load(root, dataset, split_by)
-        for dataset, split_by in (_FAMILY if mixture.filtered else ())
-        if split_by and (dataset, split_by) not in mixture.members and has(root, dataset, split_by)
+        for dataset, split_by in (PARTITIONS if mixture.filtered else ())
+        if (dataset, split_by) not in mixture.members and has(root, dataset, split_by)
     ]
     return mix(name, tables, others, filtered=mixture.filtered)
 
@@ -79,35 +76,38 @@ def load_mixture(root: Path, name: str, mixture: Mixture, load: Load, has: Has) 
 def mix(
     name: str, tables: Sequence[ReferenceTable], others: Sequence[ReferenceTable] = (), *, filtered: bool = True
 ) -> ReferenceTable:
-    """Put data sets one behind the other, splits of one name together, and number everything anew so that it stays unique.
+    """Concatenate data sets, merge splits of the same name, and renumber everything uniquely.
 
     Args:
-        name: of the whole.
-        tables: data sets below one root.
-        others: data sets that are not part of the mixture, but whose val and test splits training is not to see either.
-        filtered: leave out training references whose photograph is in a split other than train of any of them.
+        name: name of the mixture.
+        tables: its data sets, below one root.
+        others: further data sets whose val and test images are held out of training.
+        filtered: leave out training references whose image is in another split than train, in any of
+            `tables` and `others`.
 
-    Its notes say what was left out of each set.
+    Returns:
+        The mixture. Its notes state what was left out of each data set.
     """
     sources = [*tables, *others]
-    evaluated = {_photograph(item, table) for table in sources for item in table.references if item.split != _TRAIN}
-    sees = "sees no photograph" if filtered else "may see photographs"
+    held_out = {_image_key(item, table) for table in sources for item in table.references if item.split != _TRAIN}
+    sees = "sees no image" if filtered else "may see images"
     notes = [f"training {sees} of the val and test splits of {', '.join(map(_title, sources))}"]
     for table in sources if filtered else ():
-        absent = [split for split in _FAMILY.get((table.dataset, table.split_by), ()) if split not in table.splits()]
+        partition = PARTITIONS.get((table.dataset, table.split_by))
+        absent = [split for split in (partition.held_out if partition else ()) if split not in table.splits()]
         if absent:
-            notes.append(f"{_title(table)} has no {', '.join(absent)} here, so training may see their photographs")
+            notes.append(f"{_title(table)} has no {', '.join(absent)} here, so training may see images of these splits")
     kept: list[tuple[int, str, Reference]] = []
     for number, table in enumerate(tables):
         training, leaks = 0, 0
         for item in table.references:
-            photograph = _photograph(item, table)
+            image = _image_key(item, table)
             training += item.split == _TRAIN
-            leak = item.split == _TRAIN and photograph in evaluated
+            leak = item.split == _TRAIN and image in held_out
             leaks += leak
             if not (leak and filtered):
-                kept.append((number, photograph, item))
-        leaked = f"{leaks:,} {'left out' if filtered else 'more'}, of photographs in val or test splits"
+                kept.append((number, image, item))
+        leaked = f"{leaks:,} {'left out' if filtered else 'more'}, of images in val or test splits"
         notes.append(f"{_title(table)}: {training - leaks:,} training references, and {leaked}")
     return ReferenceTable(name, ", ".join(map(_title, tables)), tables[0].root, tuple(_renumber(kept)), tuple(notes))
 
@@ -116,29 +116,32 @@ def _title(table: ReferenceTable) -> str:
     return f"{table.dataset} {table.split_by}"
 
 
-def _photograph(reference: Reference, table: ReferenceTable) -> str:
-    """What tells a photograph from others. Not its `image_id`: two generated sets both begin at 1."""
-    return name_within(reference.image_path, table.root)
+def _image_key(reference: Reference, table: ReferenceTable) -> str:
+    """Return what identifies an image in all data sets. Not its `image_id`: generated sets all begin at 1."""
+    return portable_name(reference.image_path, table.root)
 
 
 def _renumber(references: Sequence[tuple[int, str, Reference]]) -> Iterator[Reference]:
-    """References, each behind the number of its set and its photograph, with identifiers that are unique over all sets.
+    """Yield references with identifiers that are unique over all data sets.
 
-    A photograph keeps its `image_id`, which is COCO's, unless another photograph has it.
+    An image keeps its `image_id`, which is COCO's, unless another image has it too.
+
+    Args:
+        references: number of the data set, key of the image, and the reference.
     """
     sentences = itertools.count(1)
     annotations: dict[tuple[int, int], int] = {}
     images: dict[str, int] = {}
     taken: set[int] = set()
     free = itertools.count(1 + max((item.image_id for _, _, item in references), default=0))
-    for ref_id, (number, photograph, item) in enumerate(references, 1):
-        if photograph not in images:
-            images[photograph] = next(free) if item.image_id in taken else item.image_id
-            taken.add(images[photograph])
+    for ref_id, (number, image, item) in enumerate(references, 1):
+        if image not in images:
+            images[image] = next(free) if item.image_id in taken else item.image_id
+            taken.add(images[image])
         yield replace(
             item,
             ref_id=ref_id,
             ann_id=annotations.setdefault((number, item.ann_id), len(annotations) + 1),
-            image_id=images[photograph],
+            image_id=images[image],
             expressions=tuple(replace(expression, sent_id=next(sentences)) for expression in item.expressions),
         )

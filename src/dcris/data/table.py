@@ -1,6 +1,6 @@
-"""The table of references that every source of data becomes, and the strict reading of fields that all readers share.
+"""The table of references that every data set layout is read into, and the field checks that readers share.
 
-Whatever a file holds is looked at here, once, so that nothing behind a reader has to ask again.
+Readers check everything that a file contains, once, so that later code need not check it again.
 """
 
 import hashlib
@@ -13,31 +13,34 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
-from dcris.data.image_folders import name_within
+from dcris.data.coco import portable_name
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, SoftMask
 
 _T = TypeVar("_T")
 
 OnError = Callable[[DcrisError], None]
-"""Callback that receives the error of each reference that cannot be used and is left out."""
+"""Callback that receives the error of each skipped reference."""
 
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
 
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Every reference of one data set, in the file's order."""
+    """All references of one data set, in the order of its files."""
 
     dataset: str
     split_by: str
     root: Path
     references: tuple[Reference, ...]
     notes: tuple[str, ...] = ()
-    """What was left out or put together on the way here, for whoever trains on it."""
+    """Sentences about references that were left out or combined, for people who train on the data."""
 
     def splits(self) -> dict[str, tuple[int, int]]:
-        """References and expressions of each split that exists; train, val, testA, testB and test come first."""
+        """Return the number of references and of expressions of each split.
+
+        The order is train, val, testA, testB, test, then other splits.
+        """
         names = dict.fromkeys(reference.split for reference in self.references)
         counts = {name: [0, 0] for name in (*(known for known in _SPLIT_ORDER if known in names), *names)}
         for reference in self.references:
@@ -46,7 +49,7 @@ class ReferenceTable:
         return {name: (references, expressions) for name, (references, expressions) in counts.items()}
 
     def split(self, name: str) -> tuple[Reference, ...]:
-        """The references of one split. Raises DcrisError, naming the splits that exist, where there is none of that name."""
+        """Return the references of one split. Raises DcrisError, listing the splits, if there is none."""
         chosen = tuple(reference for reference in self.references if reference.split == name)
         if not chosen:
             raise DcrisError(
@@ -55,34 +58,33 @@ class ReferenceTable:
         return chosen
 
     def sha256(self, split: str | None = None) -> str:
-        """A checksum of what the references (all, or those of one split) say, in their order.
+        """Return a checksum of the references, of all or of one split, in their order.
 
-        That is identifiers, splits, phrases, masks and names of files.
-
-        Where the root is does not count, nor under which of COCO's namings the photographs lie, so that a data set may move to
-        another machine. Nor do the pixels of photographs and of masks that are pictures: reading them would take minutes.
+        It covers identifiers, splits, expressions, masks and file names. It does not depend on where
+        the root is or which of COCO's namings the images have, so a data set may move to another
+        machine. The pixels of images and of mask images are not covered: reading them takes minutes.
         """
         digest = hashlib.sha256()
         folder = self.root.parent if self.root.is_file() else self.root
 
-        def plain(value: Any) -> Any:
-            """What JSON has no word for in a segmentation."""
+        def to_plain(value: Any) -> Any:
+            """Replace a part of a segmentation that JSON cannot represent."""
             if isinstance(value, Path):
-                return name_within(value, folder)
+                return portable_name(value, folder)
             if isinstance(value, SoftMask):
                 return [value.path, value.threshold]
             return value.decode("latin1") if isinstance(value, bytes) else dict(value)
 
         for reference in self.references if split is None else self.split(split):
             identifiers = (reference.ref_id, reference.ann_id, reference.image_id, reference.split)
-            photograph = (name_within(reference.image_path, folder), reference.image_size)
-            phrases = [(expression.sent_id, expression.text) for expression in reference.expressions]
-            content = (identifiers, photograph, phrases, reference.segmentation)
-            digest.update(json.dumps(content, default=plain).encode())
+            image = (portable_name(reference.image_path, folder), reference.image_size)
+            expressions = [(expression.sent_id, expression.text) for expression in reference.expressions]
+            content = (identifiers, image, expressions, reference.segmentation)
+            digest.update(json.dumps(content, default=to_plain).encode())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What a run writes down about its data, ready for JSON."""
+        """Return what a run records about its data, ready for JSON."""
         return {
             "dataset": self.dataset,
             "split_by": self.split_by,
@@ -95,35 +97,46 @@ class ReferenceTable:
         }
 
 
-_HALF = re.compile("[\ud800-\udfff]")
-"""Half of a character, as JSON can spell it ("\\ud83d"). Python holds it as text, but nothing can encode it."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""A lone surrogate, which JSON can contain ("\\ud83d") but which cannot be encoded as UTF-8."""
 
-_KINDS = {int: "a whole number", str: "text", list: "a list", bytes: "bytes"}
+_TYPE_NAMES = {int: "an integer", str: "text", list: "a list", bytes: "bytes"}
 
 
 def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
-    """`record[key]`, which must be exactly of type `kind`: a bool is no whole number here."""
+    """Return `record[key]` if it is exactly of type `kind`: a bool is not an int here.
+
+    Args:
+        record: a JSON object, of unknown origin.
+        key: name of the field.
+        kind: int, str, list or bytes.
+        path: the file, for the error.
+        where: the place in the file, for the error, such as "reference 7".
+
+    Raises:
+        DcrisError: the record is not an object, the field is missing, or it has another type.
+    """
     if type(record) is not dict:
-        raise bad(path, f"{where} is not a table of named fields")
+        raise bad(path, f"{where} is not an object with named fields")
     if key not in record:
         raise bad(path, f"{where} has no '{key}'")
     value = record[key]
     if type(value) is not kind:
         found = "NaN" if type(value) is float and math.isnan(value) else type(value).__name__
-        raise bad(path, f"{where} has a '{key}' that is not {_KINDS[kind]} but {found}")
-    if isinstance(value, int) and abs(value) >= 1 << 63:  # Python itself writes none of thousands of digits
-        raise bad(path, f"{where} has a '{key}' that has more than 64 bits")
+        raise bad(path, f"{where} has a '{key}' that is not {_TYPE_NAMES[kind]} but {found}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:  # Python refuses to print an int of thousands of digits
+        raise bad(path, f"{where} has a '{key}' of more than 64 bits")
     return value
 
 
-def bad(path: Path, what: str) -> DcrisError:
-    """The error for a file of annotations that has something wrong in it."""
-    return DcrisError(f"{path}: {what}; correct that, or fetch the file again")
+def bad(path: Path, problem: str) -> DcrisError:
+    """Return the error for an annotation file with a problem in it."""
+    return DcrisError(f"{path}: {problem}; correct the file or download it again")
 
 
 @contextmanager
-def forgiving(on_error: OnError | None) -> Iterator[None]:
-    """Around the reading of one reference: with `on_error`, what is wrong with it goes there, and the next may be read."""
+def skip_errors(on_error: OnError | None) -> Iterator[None]:
+    """Pass a DcrisError raised inside to `on_error` and suppress it; without `on_error`, let it propagate."""
     try:
         yield
     except DcrisError as error:
@@ -133,44 +146,48 @@ def forgiving(on_error: OnError | None) -> Iterator[None]:
 
 
 def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:
-    """A relative path that a stranger's file names, which must not lead out of its folder, on any system.
+    """Return a relative path from a file of unknown origin, which must not lead out of its folder.
 
-    Returned without needless parts: "./a.jpg" and "a//b.jpg" are read as "a.jpg" and "a/b.jpg", as are Windows' backslashes.
+    The path is normalised: "./a.jpg", "a//b.jpg" and backslashes become "a.jpg" and "a/b.jpg". The
+    check holds on every operating system. `path`, `where` and `key` locate the name in the error.
     """
     slashed = name.replace("\\", "/")
     parts = [part for part in slashed.split("/") if part not in ("", ".")]
     leads_out = slashed.startswith("/") or ".." in parts or PureWindowsPath(*parts).drive
-    # Longer ones are an error of the system's, not a file that is not there; and no file's name holds half a character.
+    # The operating system raises other errors for longer names than for missing files.
     unusable = len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in parts)
-    if not parts or leads_out or unusable or "\0" in name or _HALF.search(name):
+    if not parts or leads_out or unusable or "\0" in name or _SURROGATE.search(name):
         raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder")
     return "/".join(parts)
 
 
 def index_by_id(records: list[Any], key: str, path: Path) -> dict[int, dict[str, Any]]:
-    """COCO's records by their identifiers. Raises DcrisError where two that differ have the same one.
+    """Index COCO records by their `id`. `key` is the name of the list in the file.
 
-    `key` is what the file calls the list.
+    Raises DcrisError if two different records have the same id.
     """
     index: dict[int, dict[str, Any]] = {}
     for number, record in enumerate(records, 1):
         identifier = field(record, "id", int, path, f"entry {number} of '{key}'")
         if index.setdefault(identifier, record) != record:
-            raise bad(path, f"two entries of '{key}' have the id {identifier} and differ")
+            raise bad(path, f"two different entries of '{key}' have the id {identifier}")
     return index
 
 
 def check_text(text: str, path: Path, where: str, key: str) -> str:
-    """Return `text` as it is. Raises DcrisError where it is blank, or holds half a character and can be written nowhere."""
+    """Return `text` unchanged. Raises DcrisError if it is blank or cannot be encoded as UTF-8."""
     if not text.strip():
         raise bad(path, f"{where} has a blank '{key}'")
-    if _HALF.search(text):
-        raise bad(path, f"{where} has a '{key}' that is no proper text: {text!r}")
+    if _SURROGATE.search(text):
+        raise bad(path, f"{where} has a '{key}' that is not valid Unicode text: {text!r}")
     return text
 
 
 def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Iterable[Expression]:
-    """The expressions of a reference; `seen` gathers their identifiers over the whole file."""
+    """Yield the expressions of a reference record.
+
+    `seen` collects the sent_ids of the whole file, so that duplicates are found.
+    """
     sentences = field(record, "sentences", list, path, where)
     if not sentences:
         raise bad(path, f"{where} has an empty 'sentences'")
@@ -179,7 +196,7 @@ def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Ite
         text = field(sentence, "sent", str, path, f"sentence {sent_id} of {where}")
         kind = sentence.get("kind")
         if sent_id in seen:
-            raise bad(path, f"sentence {sent_id} of {where} is there twice")
+            raise bad(path, f"sentence {sent_id} of {where} occurs twice")
         check_text(text, path, f"sentence {sent_id} of {where}", "sent")
         if not (kind is None or type(kind) is str):
             raise bad(path, f"sentence {sent_id} of {where} has a 'kind' that is not text")

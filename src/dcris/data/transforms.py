@@ -1,4 +1,4 @@
-"""The ways in which a photograph is fitted into the network's square: letterboxed, squashed, or padded at two sides."""
+"""Transforms from an image to the network's square input: letterbox, resize, and resize with padding."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,65 +8,68 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_LONGEST_SOURCE = 32_766
-"""cv2 4 refuses to warp an image with a longer side than this: it keeps coordinates in 16 bits."""
+_MAX_WARP_SIDE = 32_766
+"""cv2 4 refuses to warp an image with a longer side: it keeps coordinates in 16 bits."""
 
 
 @dataclass(frozen=True)
 class Transform(ABC):
-    """The geometry of one photograph of `size` (H, W) pixels in a square of `side` (S) pixels."""
+    """The geometry of one image of `size` (H, W) pixels in a square of `side` (S) pixels."""
 
     size: tuple[int, int]
     side: int
 
     @abstractmethod
     def image(self, image: NDArray[np.uint8], colour: tuple[float, float, float]) -> NDArray[np.uint8]:
-        """Fit an image [H, W, 3] into the square [S, S, 3]; `colour` (0 to 255, in the image's channel order) pads it.
+        """Transform an image [H, W, 3] to the square [S, S, 3].
 
-        Raises ValueError where the image is not of this fit's size.
+        Args:
+            image: must have the height and width of this transform, else ValueError is raised.
+            colour: of the padding, 0 to 255, in the image's channel order.
         """
 
     def _check(self, array: NDArray[np.uint8]) -> None:
         if array.shape[:2] != self.size:
-            raise ValueError(f"the image is {array.shape[:2]}, but the fit is for {self.size}")
+            raise ValueError(f"the image is {array.shape[:2]}, but the transform is for {self.size}")
 
 
 @dataclass(frozen=True)
 class Letterbox(Transform):
-    """In its own proportions, centred, bicubic: the CRIS family's way.
+    """Scale to fit, keep the proportions, centre; bicubic. Used by CRIS and its successors.
 
-    The map is the affine one through three corners of the photograph, and cv2 samples it. It is built from float32 corners as
-    the published one is and not from the exact scale: the two differ in the seventh digit, which is enough to move a sampling
-    point to its neighbour.
+    The affine map through three corners of the image, sampled by cv2. It is computed from float32
+    corners, as in the published code, and not from the exact scale: the two differ in the seventh
+    digit, enough to move a sampling point to its neighbour.
+    Source: `getTransformMat` in utils/dataset.py of CRIS.
     """
 
     def _corners(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Three corners, top left, top right and bottom left, x before y: [3, 2] on the photograph and on the square."""
+        """Return the corners top left, top right and bottom left as (x, y): [3, 2] on the image, on the square."""
         height, width = self.size
         scale = min(self.side / height, self.side / width)
         left, top = (self.side - width * scale) / 2, (self.side - height * scale) / 2
-        photograph = [(0, 0), (width, 0), (0, height)]
+        image = [(0, 0), (width, 0), (0, height)]
         square = [(left, top), (width * scale + left, top), (left, height * scale + top)]
-        return np.array(photograph, np.float32), np.array(square, np.float32)
+        return np.array(image, np.float32), np.array(square, np.float32)
 
     def matrix(self) -> NDArray[np.float64]:
-        """[2, 3]: takes a pixel (x, y, 1) of the photograph to the square."""
-        photograph, square = self._corners()
-        return np.asarray(cv2.getAffineTransform(photograph, square), np.float64)
+        """Return the matrix [2, 3] that maps an image pixel (x, y, 1) to the square."""
+        image, square = self._corners()
+        return np.asarray(cv2.getAffineTransform(image, square), np.float64)
 
     def inverse(self) -> NDArray[np.float64]:
-        """[2, 3]: takes a pixel (x, y, 1) of the square to the photograph."""
-        photograph, square = self._corners()
-        return np.asarray(cv2.getAffineTransform(square, photograph), np.float64)
+        """Return the matrix [2, 3] that maps a pixel (x, y, 1) of the square to the image."""
+        image, square = self._corners()
+        return np.asarray(cv2.getAffineTransform(square, image), np.float64)
 
     def image(self, image: NDArray[np.uint8], colour: tuple[float, float, float]) -> NDArray[np.uint8]:  # noqa: D102
         return np.asarray(self._warp(image, cv2.INTER_CUBIC, colour), np.uint8)
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Fit a mask [H, W] of 0 and 1 into the square [S, S], bilinear, with values in 0..1.
+        """Transform a mask [H, W] of 0 and 1 to the square [S, S], bilinear, values in 0..1.
 
-        The values are multiples of 1/255, since the family warps 8-bit masks. Raises ValueError where the mask is not of this
-        letterbox's size.
+        Values are multiples of 1/255, because the published code warps 8-bit masks. Raises ValueError
+        if the mask does not have the size of this transform.
         """
         return np.asarray(self._warp(mask * np.uint8(255), cv2.INTER_LINEAR, (0.0,)) / np.float32(255), np.float32)
 
@@ -74,8 +77,8 @@ class Letterbox(Transform):
         self._check(source)
         matrix = self.matrix()
         height, width = self.size
-        if max(height, width) > _LONGEST_SOURCE:
-            height, width = min(height, _LONGEST_SOURCE), min(width, _LONGEST_SOURCE)
+        if max(height, width) > _MAX_WARP_SIDE:
+            height, width = min(height, _MAX_WARP_SIDE), min(width, _MAX_WARP_SIDE)
             source = np.asarray(cv2.resize(source, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
             matrix[:, 0] *= self.size[1] / width
             matrix[:, 1] *= self.size[0] / height
@@ -85,7 +88,7 @@ class Letterbox(Transform):
 
 @dataclass(frozen=True)
 class Resize(Transform):
-    """Stretched over the whole square, bilinear with every pixel counted: LAVT's and CGFormer's way."""
+    """Stretch to the whole square, bilinear with antialiasing. Used by LAVT and CGFormer."""
 
     def image(self, image: NDArray[np.uint8], colour: tuple[float, float, float]) -> NDArray[np.uint8]:  # noqa: D102
         self._check(image)
@@ -95,11 +98,11 @@ class Resize(Transform):
 
 @dataclass(frozen=True)
 class ResizePad(Transform):
-    """In its own proportions in the top left corner, bilinear with every pixel counted: the way of models on SAM."""
+    """Scale to fit, keep the proportions, place at the top left; bilinear with antialiasing. Used by models on SAM."""
 
     @property
     def inner(self) -> tuple[int, int]:
-        """Height and width of the photograph on the square."""
+        """Height and width of the image on the square, in pixels."""
         height, width = self.size
         scale = self.side / max(height, width)
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))

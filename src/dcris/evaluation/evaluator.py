@@ -123,7 +123,7 @@ def _predict_task(
     truths = {ref_id: torch.from_numpy(protocol.to_canvas(mask)).to(device) for ref_id, mask in task.truths.items()}
     logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
     for (reference, expression), one in zip(task.queries, logits, strict=True):
-        (probabilities,) = protocol.probabilities(one[None], [task.fit])
+        (probabilities,) = protocol.probabilities(one[None], [task.transform])
         overlap, *curve = overlap_curve(probabilities, truths[reference.ref_id], protocol.threshold)
         mask = None
         if keep_masks:

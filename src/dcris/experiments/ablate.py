@@ -24,9 +24,10 @@ from typing import Any, Literal
 import torch
 
 from dcris.checkpoints.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
-from dcris.config import WORD_LENGTHS, RunConfig, parse_config
+from dcris.config import RunConfig, parse_config
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
+from dcris.data.registry import DATASETS
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
@@ -231,8 +232,8 @@ class _Study:
         """A row's run of equal steps: the recipe's length, or what was asked for."""
         train_settings: dict[str, Any] = {"seed": seed, "keep_last": 1}
         data: dict[str, Any] = {"dataset": self.table.dataset, "split_by": self.table.split_by}
-        if self.table.dataset != config.data.dataset and self.table.dataset in WORD_LENGTHS:
-            data["word_length"] = WORD_LENGTHS[self.table.dataset]
+        if self.table.dataset != config.data.dataset and self.table.dataset in DATASETS:
+            data["word_length"] = DATASETS[self.table.dataset].word_length
         if config.data.val_split not in {None, *self.splits}:
             data["val_split"] = None
         if self.epochs is not None:

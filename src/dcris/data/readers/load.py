@@ -1,4 +1,4 @@
-"""Whatever holds references -> one table of references."""
+"""Read a data set in any layout (see dcris.data.readers), or a mixture of several."""
 
 import gc
 from collections.abc import Iterator
@@ -7,10 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcris.data.mixing import load_mixture, parse_mixture
-from dcris.data.readers.cris_layout import find_prepared, load_prepared
-from dcris.data.readers.jsonl import is_jsonl, load_jsonl
-from dcris.data.readers.parquet import SPLIT_BY, find_parquet, load_parquet
-from dcris.data.readers.refer import find_refer, load_refer
+from dcris.data.readers import READERS
 from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import SoftMask
@@ -25,25 +22,28 @@ def load_references(
     *,
     mask_threshold: float | None = None,
 ) -> ReferenceTable:
-    """Read a data set from whatever layout it is in. Without `split_by`, the only one that is there is taken.
+    """Read a data set into a table of references.
 
-    REFER's layout comes first, then the one that CRIS's tools prepare, then Parquet: what is nearest to the release counts.
-    A `.jsonl` file is one data set and has its own name, so there the other two do not count. For names such as "mixed" or
-    "mixed-unfiltered:refcoco,refcocog(google)" see dcris.data.mixing.
+    Args:
+        root: folder of the data sets, or a data set that is one file (`.jsonl`).
+        dataset: name of the data set, or of a mixture such as "mixed" or
+            "mixed-unfiltered:refcoco,refcocog(google)"; see dcris.data.mixing. Ignored for one file.
+        split_by: which partition; may be omitted if there is only one.
+        on_error: receives the error of each reference that cannot be used, which is then skipped.
+        mask_threshold: for mask images of more than two values; see dcris.types.SoftMask.
 
-    Masks that are pictures have two values, 0 and another, unless a `mask_threshold` is given (see dcris.types.SoftMask).
-
-    Raises DcrisError for anything missing, malformed or contradictory, naming the file, the entry and the field; what is wrong
-    with a single reference goes to `on_error`, where that is given.
+    Raises:
+        DcrisError: anything is missing, malformed or contradictory. The message names the file, the
+            reference and the field.
     """
     place = as_path(root, "the data set's place")
     for value, what in ((dataset, "the data set's name"), (split_by, "split_by")):
         if value is not None and "\0" in require(value, str, what):
-            raise DcrisError(f"{what} has to be a name, and is {value!r}")
+            raise DcrisError(f"{what} must not contain NUL characters: {value!r}")
     try:
-        with _no_collection():
+        with _no_garbage_collection():
             table = _load(place, dataset, split_by, on_error)
-    except OSError as error:  # what no reader foresees, such as names that are too long
+    except OSError as error:  # errors that no reader handles, such as names that are too long
         raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
     if mask_threshold is None:
         return table
@@ -57,37 +57,47 @@ def load_references(
     return replace(table, references=tuple(references))
 
 
+def is_single_file(root: Path) -> bool:
+    """Return whether `root` is itself a data set, one file that is named after its stem."""
+    return any(reader.single_file and reader.find(root, root.stem, None) for reader in READERS.values())
+
+
+def has_references(root: Path, dataset: str, split_by: str) -> bool:
+    """Return whether a partition of a data set exists below `root`, in any layout."""
+    return any(reader.find(root, dataset, split_by) for reader in READERS.values() if not reader.single_file)
+
+
 def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnError | None) -> ReferenceTable:
-    if is_jsonl(root):
-        return load_jsonl(root, on_error)
+    for reader in READERS.values():
+        if reader.single_file and (found := reader.find(root, root.stem, None)):
+            return reader.load(root, root.stem, found[0], on_error)
     if dataset is None:
-        raise DcrisError(f"{root} may hold several data sets; name one with --dataset")
+        raise DcrisError(f"{root} may contain several data sets; choose one with --dataset")
     if mixture := parse_mixture(dataset):
         if split_by is not None:
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
         return load_mixture(root, dataset, mixture, load_references, has_references)
-    if find_refer(root, dataset, split_by):
-        return load_refer(root, dataset, split_by, on_error)
-    if find_prepared(root, dataset, split_by):
-        return load_prepared(root, dataset, split_by, on_error)
-    if find_parquet(root, dataset):
-        return load_parquet(root, dataset, split_by, on_error)
-    name = f"refs({split_by or '...'}).p"
+    layouts = [reader for reader in READERS.values() if not reader.single_file]
+    for reader in layouts:
+        found = reader.find(root, dataset, split_by)
+        if len(found) > 1:
+            raise DcrisError(
+                f"{root} contains several partitions of {dataset}; choose one with --split-by: {', '.join(sorted(found))}"
+            )
+        if found:
+            return reader.load(root, dataset, found[0], on_error)
+    if others := sorted({name for reader in layouts for name in reader.find(root, dataset, None)}):
+        raise DcrisError(f"{dataset} in {root} is split by {', '.join(others)}, not by {split_by}; change --split-by")
+    places = [reader.files.format(dataset=dataset, split_by=split_by or "...") for reader in layouts]
     raise DcrisError(
-        f"there is no data set {dataset} in {root}: neither {dataset}/{name}, nor anns/{dataset}/*.json, nor "
-        f"{dataset}/**/*.parquet; `dcris data fetch` gets one, or name another root folder"
+        f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; download one with "
+        "`dcris data fetch`, or check the root folder and the name"
     )
 
 
-def has_references(root: Path, dataset: str, split_by: str) -> bool:
-    """Whether that partition of a data set is there, in any layout."""
-    in_parquet = SPLIT_BY.get(dataset) == split_by and find_parquet(root, dataset)
-    return bool(find_refer(root, dataset, split_by) or find_prepared(root, dataset, split_by) or in_parquet)
-
-
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Put off the search for unreachable cycles, which goes through millions of new objects again and again and finds none."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Disable the garbage collector, which would repeatedly traverse millions of new objects and find nothing."""
     before = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
-"""Parquet, as the Hub gives out the RefCOCO family: ROOT/DATASET/**/*.parquet with the split in each file's name.
+"""Parquet files as jxu124's repositories on the Hub have them: ROOT/DATASET/**/*.parquet.
 
-Two forms of columns are known. jxu124's are REFER's records, each with COCO's annotation and image record as JSON text, and no
-pictures. lmms-lab's are made for scoring language models: pictures are within, and of an object no more than one outline.
+Each file name contains the split. Rows are REFER's records, each with COCO's annotation and image
+record as JSON text. The images are not included.
 """
 
 import os
@@ -12,48 +12,44 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from dcris.data.coco import CATEGORIES
-from dcris.data.image_folders import image_ids
-from dcris.data.images import image_size
-from dcris.data.masks import validate_segmentation
 from dcris.data.readers.refer import read_records
-from dcris.data.table import OnError, ReferenceTable, bad, field, plain_path, read_expressions
+from dcris.data.registry import DATASETS
+from dcris.data.table import OnError, ReferenceTable, bad, field
 from dcris.errors import DcrisError
-from dcris.types import Reference
-from dcris.utils.files import open_regular, parse_json, write_file
-from dcris.utils.streams import note
+from dcris.utils.files import open_regular, parse_json
 
-SPLIT_BY: Mapping[str, str] = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
-"""Whose splits the Hub's Parquet has, by data set."""
-
-_RECORDS = (
-    "ref_id",
-    "ann_id",
-    "image_id",
-    "category_id",
-    "split",
-    "file_name",
-    "sentences",
-    "raw_anns",
-    "raw_image_info",
-)
-_PICTURES = ("answer", "segmentation", "file_name", "image")
-_MOST_DECODED, _DECODED_PER_BYTE = 100_000_000, 20
-"""Bytes that the columns of any file may have once decoded, and that each byte of it adds to that."""
-_MOST_VALUES = 500_000
-"""Values that a column of any file may have; each byte of it adds one."""
+_REQUIRED = ("ref_id", "ann_id", "image_id", "category_id", "sentences", "raw_anns", "raw_image_info")
+_COLUMNS = (*_REQUIRED, "split", "file_name")
+"""Columns that are read."""
+_MAX_DECODED, _DECODED_PER_BYTE = 100_000_000, 20
+"""Limit on the decoded bytes of a column: a constant, and a number for each byte of the file."""
+_MAX_VALUES = 500_000
+"""Limit on the values of a column, plus one for each byte of the file."""
 _BYTE_ARRAY = 6
-"""The kind of text and bytes in parquet.thrift."""
+"""Physical type of text and bytes in parquet.thrift."""
 _MAX_FOOTER = 30_000_000
-_LIMITS = {"thrift_string_size_limit": 10_000_000, "thrift_container_size_limit": 100_000}
-"""Of the footer, where a claimed length would take memory before any is read."""
+_FOOTER_LIMITS = {"thrift_string_size_limit": 10_000_000, "thrift_container_size_limit": 100_000}
+"""Without limits, a length that the footer claims would allocate memory before anything is read."""
 
 _SPLIT = re.compile(r"(?:^|[-_])(train|validation|val|test[ABC]?)(?:[-_.]|$)")
 
 Row = dict[str, Any]
 
 
-def find_parquet(root: Path, dataset: str) -> dict[Path, str]:
-    """The Parquet files of a data set, and what each calls its split. The folder may spell the `+` of a name as `plus`."""
+def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]:
+    """Return the partition of a data set in Parquet; see Reader.find.
+
+    The Hub's copies have the usual partition; other data sets may have any.
+    """
+    if not _find_files(root, dataset):
+        return []
+    known = DATASETS.get(_canonical(dataset))
+    usual = (split_by or "parquet") if known is None else known.split_by
+    return [usual] if split_by in (None, usual) else []
+
+
+def _find_files(root: Path, dataset: str) -> dict[Path, str]:
+    """Return the Parquet files of a data set, with the split in each name. The folder may spell `+` as `plus`."""
     if not root.is_dir():
         return {}
     wanted = _canonical(dataset)
@@ -62,7 +58,7 @@ def find_parquet(root: Path, dataset: str) -> dict[Path, str]:
     files = (
         path
         for path in sorted(folder.glob("**/*.parquet"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # what downloaders keep there
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # metadata of downloaders
     )
     return {path: split_in_name(path) for path in files}
 
@@ -72,68 +68,62 @@ def _canonical(name: str) -> str:
 
 
 def split_in_name(path: PurePath) -> str:
-    """The split that a file's name says (validation-00000-of-00001.parquet), or that of its folder (train/0000.parquet).
+    """Return the split in a file's name (validation-00000-of-00001.parquet) or its folder's (train/0000.parquet).
 
-    Raises DcrisError where neither says any.
+    Raises DcrisError if neither contains one.
     """
     match = _SPLIT.search(path.name) or _SPLIT.search(path.parent.name)
     if match is None:
         raise DcrisError(
-            f"{path} does not say its split; name it as the Hub does, such as validation-00000-of-00001.parquet"
+            f"the name of {path} does not contain a split; rename it as on the Hub, such as validation-00000-of-00001.parquet"
         )
     return match[1]
 
 
 def refer_split(dataset: str, split: str) -> str:
-    """What REFER calls a split of jxu124's: `validation` is val, and the `test` of RefCOCO and RefCOCO+ is testA."""
+    """Return REFER's name of a split in jxu124's repositories.
+
+    `validation` is val, and the `test` of RefCOCO and RefCOCO+ is testA.
+    """
     if split == "test" and dataset in ("refcoco", "refcoco+"):
         return "testA"
     return "val" if split == "validation" else split
 
 
-def load_parquet(
-    root: Path, dataset: str, split_by: str | None = None, on_error: OnError | None = None
-) -> ReferenceTable:
-    """Read a data set from Parquet in either form of columns.
-
-    In lmms-lab's form, the pictures are unpacked once into `unpacked` in the data set's folder. Three things about it: of an
-    object in several parts it has one part alone, so scores do not compare; identifiers are not REFER's but places in the files
-    that are there; and `val` and `test` of its RefCOCO hold google's splits, too, as `dcris data check` notices by their size.
-
-    Raises DcrisError where pyarrow is not installed, and for anything missing, malformed or contradictory, naming the file, the
-    reference or row, and the field; what is wrong with a single reference goes to `on_error`, where that is given.
-    """
-    files = find_parquet(root, dataset)
+def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
+    """Read a data set from Parquet; see Reader.load. Raises DcrisError also if pyarrow is not installed."""
+    files = _find_files(root, dataset)
     name = _canonical(dataset)
-    by = SPLIT_BY.get(name, split_by or "parquet")
-    if split_by not in (None, by):
-        raise DcrisError(f"the Parquet files of {dataset} in {root} are split by {by}, not by {split_by}")
     first = next(iter(files))
-    names = _columns(first)
-    if names.issuperset(set(_RECORDS) - {"split", "file_name"}):
-        records, content = to_refer(files, name)
-        references = read_records(records, first.parent, content, first.parent, root, on_error)
-    elif names.issuperset(_PICTURES):
-        references = _read_pictures(files, root / first.relative_to(root).parts[0] / "unpacked")
-    else:
+    with _open_parquet(first) as file:
+        columns = set(file.schema_arrow.names)
+    if missing := set(_REQUIRED) - columns:
         raise bad(
             first,
-            f"it has the columns {', '.join(sorted(names))}, and those of jxu124/refcoco or lmms-lab/RefCOCO are read",
+            f"it lacks the columns {', '.join(sorted(missing))} of jxu124/refcoco and has {', '.join(sorted(columns))}",
         )
-    return ReferenceTable(name, by, root, references)
+    records, content = to_refer(files, name)
+    references = read_records(records, first.parent, content, first.parent, root, on_error)
+    return ReferenceTable(name, split_by, root, references)
 
 
 def to_refer(files: Mapping[Path, str], dataset: str) -> tuple[list[Row], Row]:
-    """Files in jxu124's form, with the split in each one's name -> the content of `refs(...).p` and of `instances.json`.
+    """Convert Parquet files to the content of `refs(...).p` and of `instances.json`.
 
-    A row's own split counts where it has one. Nothing is checked beyond what is needed to take the rows apart: that is for
-    read_records. Raises DcrisError where that is not possible.
+    The fields are checked by read_records, not here.
+
+    Args:
+        files: the files, with the split in each name. A row's own split takes precedence.
+        dataset: canonical name of the data set.
+
+    Raises:
+        DcrisError: a row cannot be converted.
     """
     records: list[Row] = []
     annotations: dict[int, Any] = {}
     images: dict[int, Any] = {}
     for path, split in files.items():
-        for number, row in enumerate(_rows(path, _RECORDS), 1):
+        for number, row in enumerate(_read_rows(path, _COLUMNS), 1):
             where = f"row {number}"
             sentences = field(row, "sentences", list, path, where)
             record: Row = {"split": refer_split(dataset, row.pop("split", None) or split)}
@@ -142,7 +132,7 @@ def to_refer(files: Mapping[Path, str], dataset: str) -> tuple[list[Row], Row]:
             for key, column, target in (("ann_id", "raw_anns", annotations), ("image_id", "raw_image_info", images)):
                 identifier = field(row, key, int, path, where)
                 if identifier not in target:
-                    target[identifier] = _json(field(row, column, str, path, where), path, where, column)
+                    target[identifier] = _parse_json(field(row, column, str, path, where), path, where, column)
             records.append(record)
     return records, {
         "images": list(images.values()),
@@ -151,111 +141,38 @@ def to_refer(files: Mapping[Path, str], dataset: str) -> tuple[list[Row], Row]:
     }
 
 
-def _json(text: str, path: Path, where: str, key: str) -> Any:
+def _parse_json(text: str, path: Path, where: str, key: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
         raise bad(path, f"{where} has a '{key}' that is not JSON ({error})") from error
 
 
-# ---- lmms-lab's form -----------------------------------------------------------------------------------------------------
-
-
-def _read_pictures(files: Mapping[Path, str], pictures: Path) -> tuple[Reference, ...]:
-    light = [column for column in _PICTURES if column != "image"]
-    rows: list[tuple[Path, str, str, Row, str]] = []
-    for path, split in files.items():
-        found = [(f"row {number}", row) for number, row in enumerate(_rows(path, light), 1)]
-        names = [_photograph(row, path, where) for where, row in found]
-        _unpack(path, set(names), pictures)
-        rows += [(path, where, split, row, name) for (where, row), name in zip(found, names, strict=True)]
-    numbers = image_ids(name for *_, name in rows)
-    sizes = {name: image_size(pictures / name) for name in numbers}
-    references: list[Reference] = []
-    sentences: set[int] = set()
-    for number, (path, where, split, row, name) in enumerate(rows, 1):
-        texts = field(row, "answer", list, path, where)
-        record = {
-            "sentences": [{"sent_id": len(sentences) + place, "sent": text} for place, text in enumerate(texts, 1)]
-        }
-        try:
-            # The corners were recorded to the hundredth, and stored as 32-bit numbers: 286.76 became 286.760009765625.
-            outline = [round(value, 2) for value in field(row, "segmentation", list, path, where)]
-            segmentation = validate_segmentation([outline], sizes[name])
-        except (DcrisError, TypeError) as error:
-            raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
-        references.append(
-            Reference(
-                ref_id=number,
-                ann_id=number,
-                image_id=numbers[name],
-                image_path=pictures / name,
-                image_size=sizes[name],
-                category="object",  # it is not recorded
-                split="val" if split == "validation" else split,
-                segmentation=segmentation,
-                expressions=tuple(read_expressions(record, path, where, sentences)),
-            )
-        )
-    if not references:
-        raise bad(next(iter(files)).parent, "there are no references in it")
-    return tuple(references)
-
-
-def _photograph(row: Row, path: Path, where: str) -> str:
-    """REFER puts the annotation's number behind the photograph's: COCO_train2014_000000546154_298801.jpg."""
-    name = plain_path(field(row, "file_name", str, path, where), path, where)
-    return re.sub(r"(?<=_\d{12})_\d+(?=\.jpg$)", "", name)
-
-
-def _unpack(path: Path, names: set[str], pictures: Path) -> None:
-    """Write the photographs `names` of a file to a folder of their own: they may have been encoded anew."""
-    missing = {name for name in names if not (pictures / name).is_file()}
-    if not missing:
-        return
-    note(f"unpacking {len(missing):,} photographs of {path} into {pictures}, once")
-    for number, row in enumerate(_rows(path, ("file_name", "image"), at_once=64), 1):
-        where = f"row {number}"
-        name = _photograph(row, path, where)
-        if name in missing:
-            content = field(row.get("image"), "bytes", bytes, path, f"the picture of {where}")
-            try:
-                image_size(content)
-            except DcrisError as error:
-                raise bad(path, f"{where} holds no picture ({error})") from error
-            write_file(pictures / name, content)
-            missing.remove(name)
-
-
 # ---- pyarrow -------------------------------------------------------------------------------------------------------------
 
 
-def _columns(path: Path) -> set[str]:
-    with _opened(path) as file:
-        return set(file.schema_arrow.names)
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a file as plain data, with those of `columns` that it has.
 
-
-def _rows(path: Path, columns: Sequence[str], at_once: int = 1000) -> Iterator[Row]:
-    """The rows of a file as plain data, with those of `columns` that it has.
-
-    A few kilobytes can hold gigabytes: pages compressed a thousand times, a million rows of one value, or one long text in
-    all of them. So sizes are compared with the file's before anything is decoded, texts are held once however often they are
-    there (read_dictionary), and their lengths are added up before they become Python's.
+    A few kilobytes can decode to gigabytes: pages compressed a thousandfold, a million rows of one
+    value, or one long text in all of them. So the sizes are compared with the file's size before
+    anything is decoded, equal texts are held once (read_dictionary), and their lengths are added up
+    before they become Python objects.
     """
-    with _opened(path, columns) as file:
+    with _open_parquet(path, columns) as file:
         size = path.stat().st_size
-        left = _MOST_DECODED + _DECODED_PER_BYTE * size
-        for batch in file.iter_batches(at_once, columns=[name for name in columns if name in file.schema_arrow.names]):
-            # A stranger's file may hold text that is none, or lists that reach beyond their end.
+        left = _MAX_DECODED + _DECODED_PER_BYTE * size
+        for batch in file.iter_batches(1000, columns=[name for name in columns if name in file.schema_arrow.names]):
+            # A damaged file may contain invalid UTF-8, or lists that reach beyond their end.
             batch.validate(full=True)
             left -= sum(map(_decoded_bytes, batch.columns))
             if left < 0:
-                raise bad(path, f"its {size / 1e6:.1f} MB hold far more text than they could in a data set")
+                raise bad(path, f"its {size / 1e6:.1f} MB contain far more text than a data set of that size could")
             yield from batch.to_pylist()
 
 
 def _decoded_bytes(array: Any) -> int:
-    """About what an array takes as Python's objects."""
+    """Estimate the bytes that an array needs as Python objects."""
     import pyarrow.compute
     from pyarrow import types
 
@@ -271,17 +188,18 @@ def _decoded_bytes(array: Any) -> int:
 
 
 def _text_columns(path: Path, file: BinaryIO, columns: Sequence[str]) -> list[str]:
-    """The leaves of a file's columns that hold text or bytes.
+    """Return the leaf columns of a file that contain text or bytes.
 
-    Raises DcrisError where the file says of one of `columns` that it holds far more than its size explains.
+    Raises DcrisError if one of `columns` is recorded to be far larger than the file's size explains.
     """
     texts: dict[str, None] = {}
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 8))
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, size - 8 - length))
-    footer = _Thrift(file.read(min(length, _MAX_FOOTER)))
-    # Not from pyarrow's metadata: what is odd there ends the process. The numbers are those of parquet.thrift.
+    footer = _ThriftReader(file.read(min(length, _MAX_FOOTER)))
+    # pyarrow's own metadata are not used: invalid values there end the process. The numbers are field
+    # identifiers of parquet.thrift.
     for group in footer.struct().get(4, []):
         for chunk in group.get(1, []):
             described = chunk.get(3, {})
@@ -290,18 +208,18 @@ def _text_columns(path: Path, file: BinaryIO, columns: Sequence[str]) -> list[st
                 texts[name] = None
             values, decoded = max(described.get(5, 0), group.get(3, 0)), described.get(6, 0)
             if name.partition(".")[0] in columns and (
-                values > _MOST_VALUES + size or decoded > _MOST_DECODED + _DECODED_PER_BYTE * size
+                values > _MAX_VALUES + size or decoded > _MAX_DECODED + _DECODED_PER_BYTE * size
             ):
                 raise bad(
                     path,
-                    f"its column {name} holds {values:,} values in {decoded / 1e6:,.1f} MB, far more than a file of "
+                    f"its column {name} has {values:,} values in {decoded / 1e6:,.1f} MB, far more than a file of "
                     f"{size / 1e6:,.1f} MB could",
                 )
     return list(texts)
 
 
-class _Thrift:
-    """Reads Thrift's compact protocol, in which a Parquet file's footer is written."""
+class _ThriftReader:
+    """Decodes Thrift's compact protocol, the encoding of a Parquet file's footer."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -333,7 +251,7 @@ class _Thrift:
     def value(self, kind: int, depth: int) -> Any:
         if depth > 20:
             raise ValueError("its footer is nested too deeply")
-        if kind in (1, 2, 3):  # in a list, true and false are bytes
+        if kind in (1, 2, 3):  # in a list, booleans take a byte each
             self.at += 1
             return self.data[self.at - 1]
         if kind in (4, 5, 6):
@@ -353,23 +271,23 @@ class _Thrift:
 
 
 @contextmanager
-def _opened(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
-    """The file, as pyarrow has it, to read the columns from. What pyarrow raises about the content becomes a DcrisError."""
+def _open_parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
+    """Open a file with pyarrow, to read `columns`. Errors of pyarrow become DcrisError."""
     require_pyarrow()
     from pyarrow.parquet import ParquetFile
 
     try:
         with open_regular(path) as stream:
             texts = _text_columns(path, stream, columns)
-            with ParquetFile(stream, read_dictionary=texts, **_LIMITS) as file:
+            with ParquetFile(stream, read_dictionary=texts, **_FOOTER_LIMITS) as file:
                 yield file
     except DcrisError:
         raise
     except OSError as error:
-        if error.errno is None:  # one of pyarrow's
+        if error.errno is None:  # raised by pyarrow
             raise _damaged(path, error) from error
         raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # pyarrow's own errors, and those of decoding
+    except Exception as error:  # pyarrow's own errors, and decoding errors
         raise _damaged(path, error) from error
 
 
@@ -378,10 +296,10 @@ def _damaged(path: Path, error: Exception) -> DcrisError:
 
 
 def require_pyarrow() -> None:
-    """Raise DcrisError where the library that reads Parquet is not installed."""
+    """Raise DcrisError if pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise DcrisError(
-            'Parquet is read by pyarrow, which is not installed; run: pip install "pyarrow>=14.0.1"'
+            'reading Parquet needs pyarrow, which is not installed; run: pip install "pyarrow>=14.0.1"'
         ) from error

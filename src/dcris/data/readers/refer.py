@@ -1,19 +1,19 @@
-"""The REFER layout, read strictly: `<root>/<dataset>/refs(<split_by>).p` and `instances.json` become one table of references.
+"""The REFER layout: `<root>/<dataset>/refs(<split_by>).p` and `<root>/<dataset>/instances.json`.
 
-These files come from mirrors and strangers. The first is a pickle, which could run code, so only plain data is admitted; and
-every field is looked at here, once, so that nothing behind this file has to ask again.
+The files come from mirrors of unknown origin. The first is a pickle, which could run code, so only
+plain data is admitted.
 """
 
 import io
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dcris.data.image_folders import ImageFolder, find_photographs
+from dcris.data.coco import ImageFolder, find_images
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.table import (
@@ -21,10 +21,10 @@ from dcris.data.table import (
     ReferenceTable,
     bad,
     field,
-    forgiving,
     index_by_id,
     plain_path,
     read_expressions,
+    skip_errors,
 )
 from dcris.errors import DcrisError
 from dcris.types import Reference
@@ -42,26 +42,29 @@ _PLAIN_NAMES = (
     "EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE"
 )
 _PLAIN = frozenset(_PLAIN_NAMES.split())
-"""The pickle instructions that build plain containers, strings and numbers; all others call, import or refer to something."""
+"""Pickle instructions that build containers, strings and numbers; all others call, import or load objects."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """A second lock: nothing that gets here asks for a class, and if it did, it would not get it."""
+    """A second line of defence: no admitted instruction requests a class, and none is given out."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
 
 def safe_unpickle(path: Path) -> Any:
-    """Read a pickle of plain containers, strings and numbers, written by Python 2 or 3.
+    """Read a pickle of containers, strings and numbers, written by Python 2 or 3.
 
-    Every instruction is looked at before any is run. Raises DcrisError where the file is missing, damaged or too large, would
-    take many times its size in memory, or has anything else in it, above all a request to run code.
+    All instructions are checked before any is executed.
+
+    Raises:
+        DcrisError: the file is missing, damaged or too large, would need far more memory than its
+            size explains, or contains anything else, above all a request to run code.
     """
     try:
         data = read_bytes(path, _MAX_PICKLE)
     except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path}; check the folder and the name, or fetch the file") from error
+        raise DcrisError(f"there is no file {path}; check the folder and the name, or download the file") from error
     except OSError as error:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
     try:
@@ -69,23 +72,25 @@ def safe_unpickle(path: Path) -> Any:
         return _unpickle(data)
     except InstructionError as error:
         raise DcrisError(
-            f"{path} asks to {_request(data, error.name)}: do not trust it; fetch it again from a source you know"
+            f"{path} asks to {_describe_request(data, error.name)}: do not trust it; download it again from a trusted source"
         ) from error
-    except Exception as error:  # a damaged pickle makes its readers raise nearly anything
-        raise DcrisError(f"{path} is not a whole pickle ({error}); it may be cut short, so fetch it again") from error
+    except Exception as error:  # a damaged pickle makes the readers raise nearly any error
+        raise DcrisError(
+            f"{path} is not a whole pickle ({error}); it may be cut short, so download it again"
+        ) from error
 
 
 def _unpickle(data: bytes) -> Any:
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-    except UnicodeDecodeError:  # byte strings of Python 2, which has no rule for what they mean
+    except UnicodeDecodeError:  # byte strings of Python 2 have no declared encoding
         return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
-def _request(data: bytes, name: str) -> str:
-    """What the first instruction of that name asks for, in words."""
+def _describe_request(data: bytes, name: str) -> str:
+    """Describe what the first instruction of that name requests."""
     words: list[str] = ["", ""]
-    with suppress(ValueError):  # of a damaged string before it
+    with suppress(ValueError):  # a damaged string before the instruction
         for instruction, argument, _ in pickletools.genops(data):
             if instruction.name == name and name != "STACK_GLOBAL":
                 words = str(argument).split(" ", 1)
@@ -97,75 +102,55 @@ def _request(data: bytes, name: str) -> str:
         return f"run code ({global_name(*words)})"
     if name in ("PERSID", "BINPERSID"):
         return "load an object from outside the file"
-    return f"do what plain data never needs (the pickle instruction {name})"
+    return f"execute an instruction that plain data does not need ({name})"
 
 
-def find_refer(root: Path, dataset: str, split_by: str | None = None) -> list[str]:
-    """The `split_by` of each file `<root>/<dataset>/refs(<split_by>).p` that is there, or the one asked for, if it is."""
+def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]:
+    """Return the `split_by` of each file `<root>/<dataset>/refs(<split_by>).p`; see Reader.find."""
     found = sorted(path.name[len("refs(") : -len(").p")] for path in (root / dataset).glob("refs(*).p"))
-    return found if split_by is None else [name for name in found if name == split_by]
+    return [name for name in found if split_by in (None, name)]
 
 
-def find_split_by(root: Path, dataset: str) -> str:
-    """The `split_by` of the one file `<root>/<dataset>/refs(<split_by>).p`.
-
-    Raises DcrisError where there is no such file, or several to choose from.
-    """
-    folder, choices = root / dataset, find_refer(root, dataset)
-    if not choices:
-        raise DcrisError(
-            f"there is no file refs(...).p in {folder}; the university server that gave them out is gone, so get {dataset} "
-            f"from a mirror, or name another root folder"
-        )
-    if len(choices) > 1:
-        raise DcrisError(f"{folder} holds several sets of splits; choose one with --split-by: {', '.join(choices)}")
-    return choices[0]
-
-
-def load_refer(
-    root: Path, dataset: str, split_by: str | None = None, on_error: OnError | None = None
-) -> ReferenceTable:
-    """Read a data set in the REFER layout. Without `split_by`, the only one that is there is taken.
-
-    Only a few photographs are looked for (see find_photographs). Raises DcrisError for anything missing, malformed or
-    contradictory, naming the file, the reference and the field; what is wrong with a single reference goes to `on_error`,
-    where that is given.
-    """
-    split_by = split_by or find_split_by(root, dataset)
+def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
+    """Read a data set in the REFER layout; see Reader.load. Only a few images are searched for."""
     path, instances = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
     records = safe_unpickle(path)
-    content = read_json(instances, f"the annotation file of {dataset}", each_object=_slimmer(records))
+    content = read_json(instances, f"the annotation file of {dataset}", each_object=_drop_unused(records))
     references = read_records(records, path, content, instances, root, on_error)
     return ReferenceTable(dataset, split_by, root, references)
 
 
-def _slimmer(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Leaves of annotations that no record names, three in four of the official files', their identifiers alone."""
+def _drop_unused(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a JSON object hook that drops the content of annotations that no record refers to.
+
+    In the official files these are three quarters of the annotations.
+    """
     found = (record.get("ann_id") for record in (records if type(records) is list else ()) if type(record) is dict)
-    wanted = {ann_id for ann_id in found if type(ann_id) is int}
+    used = {ann_id for ann_id in found if type(ann_id) is int}
 
-    def slim(record: dict[str, Any]) -> dict[str, Any]:
+    def drop(record: dict[str, Any]) -> dict[str, Any]:
         ann_id = record.get("id")
-        needless = "segmentation" in record and type(ann_id) is int and ann_id not in wanted
-        return {"id": ann_id} if needless else record
+        unused = "segmentation" in record and type(ann_id) is int and ann_id not in used
+        return {"id": ann_id} if unused else record
 
-    return slim
+    return drop
 
 
 def read_records(
     records: Any, path: Path, content: Any, instances_path: Path, root: Path, on_error: OnError | None = None
 ) -> tuple[Reference, ...]:
-    """The references that REFER's records and COCO's annotations spell out.
+    """Return the references of REFER's records and COCO's annotations.
 
     Args:
-        records: what `refs(...).p` holds, a list of references.
-        path: where they are from, for errors.
-        content: what `instances.json` holds: images, annotations and categories.
-        instances_path: where that is from, for errors.
-        root: where the photographs are looked for.
-        complain: as of load_refer.
+        records: content of `refs(...).p`, a list of references.
+        path: its file, for errors.
+        content: content of `instances.json`: images, annotations and categories.
+        instances_path: its file, for errors.
+        root: where images are searched for.
+        on_error: receives the error of each reference that cannot be used, which is then skipped.
 
-    Raises DcrisError as load_refer does.
+    Raises:
+        DcrisError: as Reader.load.
     """
     if type(records) is not list or not records:
         raise bad(path, "it is not a list of references")
@@ -173,11 +158,11 @@ def read_records(
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
     for number, record in enumerate(records, 1):
-        with forgiving(on_error):
+        with skip_errors(on_error):
             ref_id = field(record, "ref_id", int, path, f"entry {number}")
             if ref_id in references:
-                raise bad(path, f"reference {ref_id} is there twice")
-            references[ref_id] = _reference(record, ref_id, instances, path, sentences)
+                raise bad(path, f"reference {ref_id} occurs twice")
+            references[ref_id] = _read_reference(record, ref_id, instances, path, sentences)
     return tuple(references.values())
 
 
@@ -186,7 +171,7 @@ class _Instances:
     """COCO's annotations, indexed by identifier."""
 
     path: Path
-    photographs: ImageFolder
+    image_folder: ImageFolder
     images: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     categories: dict[int, dict[str, Any]]
@@ -197,12 +182,12 @@ class _Instances:
             index_by_id(field(content, key, list, path, "the file"), key, path)
             for key in ("images", "annotations", "categories")
         )
-        # A hundred of them: of a data set of which some splits were fetched, any one may be missing.
+        # A hundred names: if only some splits were downloaded, any single image may be missing.
         names = (_file_name(image, path) for image in list(images.values())[:: 1 + len(images) // 100])
-        return cls(path, find_photographs(root, names), images, annotations, categories)
+        return cls(path, find_images(root, names), images, annotations, categories)
 
 
-def _reference(record: Any, ref_id: int, instances: _Instances, path: Path, sentences: set[int]) -> Reference:
+def _read_reference(record: Any, ref_id: int, instances: _Instances, path: Path, sentences: set[int]) -> Reference:
     where = f"reference {ref_id}"
     ann_id, image_id, category_id = (
         field(record, key, int, path, where) for key in ("ann_id", "image_id", "category_id")
@@ -226,16 +211,16 @@ def _reference(record: Any, ref_id: int, instances: _Instances, path: Path, sent
         raise bad(instances.path, f"image {image_id} cannot be {height} x {width} pixels")
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        raise bad(instances.path, f"annotation {ann_id}, the object of {where}, has no 'segmentation'")
+        raise bad(instances.path, f"annotation {ann_id} of {where} has no 'segmentation'")
     try:
         segmentation = validate_segmentation(segmentation, (height, width))
     except DcrisError as error:
-        raise bad(instances.path, f"annotation {ann_id}, the object of {where}, cannot be decoded ({error})") from error
+        raise bad(instances.path, f"annotation {ann_id} of {where} cannot be decoded ({error})") from error
     return Reference(
         ref_id=ref_id,
         ann_id=ann_id,
         image_id=image_id,
-        image_path=instances.photographs.path(_file_name(image, instances.path)),
+        image_path=instances.image_folder.path(_file_name(image, instances.path)),
         image_size=(height, width),
         category=field(category, "name", str, instances.path, f"category {category_id}"),
         split=split,

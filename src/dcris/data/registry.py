@@ -1,0 +1,87 @@
+"""Facts about the known data sets (RefCOCO, RefCOCO+, RefCOCOg), all in one place.
+
+Every partition below describes images of COCO train2014, so the train split of one may contain
+images of another one's val and test splits; see dcris.data.mixing. Facts about COCO itself (file
+names, categories, server) are in dcris.data.coco.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Facts that hold for all partitions of a data set."""
+
+    word_length: int
+    """Usual number of tokens per expression, start and end token included."""
+    split_by: str
+    """The usual partition: the one in the Hub repository and in mixtures."""
+    repository: str
+    """Data set repository on the Hugging Face Hub with a copy of the REFER annotations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One division of a data set into splits, called `split_by` in REFER."""
+
+    splits: Mapping[str, tuple[int, int]]
+    """Number of references and of expressions of each split, as in the REFER release."""
+    cris_folder: str
+    """Folder below anns/ and masks/ in the layout of CRIS, ETRIS and DETRIS."""
+    shares_images: bool = False
+    """Whether splits share images by design, because the partition was made by object."""
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Splits for validation and testing: all except train."""
+        return tuple(split for split in self.splits if split != "train")
+
+
+DATASETS: Mapping[str, Dataset] = {
+    "refcoco": Dataset(word_length=17, split_by="unc", repository="jxu124/refcoco"),
+    "refcoco+": Dataset(word_length=17, split_by="unc", repository="jxu124/refcocoplus"),
+    "refcocog": Dataset(word_length=22, split_by="umd", repository="jxu124/refcocog"),
+}
+"""By data set. Word lengths are those of CRIS, ETRIS and DETRIS."""
+
+PARTITIONS: Mapping[tuple[str, str], Partition] = {
+    ("refcoco", "unc"): Partition(
+        {"train": (42_404, 120_624), "val": (3_811, 10_834), "testA": (1_975, 5_657), "testB": (1_810, 5_095)},
+        cris_folder="refcoco",
+    ),
+    ("refcoco+", "unc"): Partition(
+        {"train": (42_278, 120_191), "val": (3_805, 10_758), "testA": (1_975, 5_726), "testB": (1_798, 4_889)},
+        cris_folder="refcoco+",
+    ),
+    ("refcocog", "umd"): Partition(
+        {"train": (42_226, 80_512), "val": (2_573, 4_896), "test": (5_023, 9_602)},
+        cris_folder="refcocog_u",
+    ),
+    ("refcocog", "google"): Partition(
+        {"train": (44_822, 85_474), "val": (5_000, 9_536)},
+        cris_folder="refcocog_g",
+        shares_images=True,
+    ),
+}
+"""By data set and `split_by`."""
+
+
+def official_splits(dataset: str, split_by: str) -> Mapping[str, tuple[int, int]]:
+    """Return the official references and expressions of each split; empty if the data set is not known."""
+    partition = PARTITIONS.get((dataset, split_by))
+    return {} if partition is None else partition.splits
+
+
+def word_length_settings(settings: Iterable[tuple[str, str]], current: str) -> list[tuple[str, str]]:
+    """Return configuration settings with the usual `data.word_length` of the data set that they select.
+
+    The word length is added only if the settings select a known data set other than `current`, the
+    configured one, and do not give a word length themselves. Values are text, as on the command line.
+    """
+    pairs = list(settings)
+    given = dict(pairs)
+    selected = given.get("data.dataset", "").strip('"')
+    if "data.word_length" not in given and selected != current and selected in DATASETS:
+        pairs.append(("data.word_length", str(DATASETS[selected].word_length)))
+    return pairs

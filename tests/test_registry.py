@@ -1,0 +1,40 @@
+"""The facts about known data sets."""
+
+from dcris.config import RunConfig, override
+from dcris.data.registry import DATASETS, PARTITIONS, official_splits, word_length_settings
+
+
+def _choose(config: RunConfig, *settings: tuple[str, str]) -> RunConfig:
+    """Apply settings as `dcris train` does."""
+    return override(config, word_length_settings(settings, config.data.dataset))
+
+
+def test_a_data_set_brings_its_word_length() -> None:
+    """Expressions of RefCOCOg are longer: `--dataset refcocog` with a recipe of 17 tokens would cut them silently."""
+    assert _choose(RunConfig(), ("data.dataset", "refcocog")).data.word_length == 22
+    assert _choose(RunConfig(), ("data.dataset", '"refcocog"'), ("data.word_length", "20")).data.word_length == 20
+    google = _choose(RunConfig(), ("data.dataset", "refcocog"))
+    assert _choose(google, ("data.dataset", "refcoco")).data.word_length == 17
+    assert _choose(google, ("data.dataset", "mine")).data.word_length == 22  # no usual length is known for others
+    kept = _choose(google, ("data.word_length", "17"))
+    assert _choose(kept, ("data.dataset", "refcocog")).data.word_length == 17  # a checkpoint's own data set
+
+
+def test_official_sizes_add_up_to_the_published_totals() -> None:
+    """A wrong number in the table would report correct files as wrong."""
+    expressions = {key: sum(count for _, count in each.splits.values()) for key, each in PARTITIONS.items()}
+    assert expressions[("refcoco", "unc")] == 142_210
+    assert expressions[("refcoco+", "unc")] == 141_564
+    assert expressions[("refcocog", "umd")] == 95_010
+    assert expressions[("refcocog", "google")] == 95_010
+    references = {key: sum(count for count, _ in each.splits.values()) for key, each in PARTITIONS.items()}
+    assert list(references.values()) == [50_000, 49_856, 49_822, 49_822]
+
+
+def test_the_tables_agree() -> None:
+    """Every data set has its usual partition, and every partition its data set."""
+    assert {name for name, _ in PARTITIONS} == set(DATASETS)
+    for name, dataset in DATASETS.items():
+        assert official_splits(name, dataset.split_by)
+    assert official_splits("refcoco", "google") == {}
+    assert len({each.cris_folder for each in PARTITIONS.values()}) == len(PARTITIONS)
