@@ -297,5 +297,5 @@ def test_transforms_fill_or_pad_the_square() -> None:
     assert (padded[:28] == 200).all()
     assert (padded[28:] == (1, 2, 3)).all()
     for fit in (Resize, ResizePad, Letterbox):
-        with pytest.raises(ValueError, match="but the fit"):
+        with pytest.raises(ValueError, match="but the transform"):
             fit((100, 50), 56).image(image, (0, 0, 0))
