@@ -1,11 +1,14 @@
-"""Times the published DETRIS-B and this program's side by side: python benchmarks/against_detris.py --reference CHECKOUT
+"""Compare speed and memory of DETRIS-B with the published code.
 
-CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It is run as it is; modules that it imports and does not need for
-this are replaced by empty ones (tests/golden/make_detris.py). Both networks hold the same random weights, take turns within
-one process, and are compared by the median over the turns of the ratio of their seconds. Each row is a process of its own, as
-a run is: what an earlier row leaves the allocator with would decide how many pages a later one has to wait for. Peak memory
-is that of a process for each network. What is timed is the network: with the photograph and the words as tensors, up to the
-logits; and for training the published loop's forward pass with loss, backward pass and Adam.
+    python benchmarks/against_detris.py --reference CHECKOUT
+
+CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It runs unchanged; modules that it
+imports but does not need here are replaced by empty ones (tests/golden/make_detris.py). Both
+networks have the same random weights and take turns within one process. The reported ratio is the
+median over the turns of the ratios of their seconds. Each row is a process of its own, because the
+allocator's state after one row changes the page faults of the next. Peak memory is measured in one
+process for each network. Prediction is timed from tensors of image and tokens to logits; training
+is the published loop's forward pass with loss, backward pass and Adam.
 """
 
 import argparse
@@ -36,11 +39,11 @@ TARGETS = {
     },
     "cuda": {"train by default": (3, 5)},
 }
-"""By device and row: what must be reached and what is the goal."""
+"""By device and row: the required ratio and the goal."""
 
 
 def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
-    """The two networks with the same weights, by "theirs" and "ours"."""
+    """Return the two networks with the same weights as "theirs" and "ours"."""
     import make_detris
 
     from dcris.checkpoints.convert_detris import rename_tensors
@@ -104,13 +107,13 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
 
     images, tokens, masks = _inputs(batch, device)
     if name == "ours":
-        hold_frozen(network, dtype)  # for good: a later precision is timed on a network of its own
+        hold_frozen(network, dtype)  # permanent, so each precision has a network of its own
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4, fused=name == "ours" or None)
 
     def step() -> float:
         network.train()
-        if name == "ours":  # each as its own loop has it
+        if name == "ours":  # where each one's own loop resets gradients
             optimizer.zero_grad(set_to_none=True)
         with autocast(device, dtype):
             if name == "theirs":
@@ -129,7 +132,7 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
 
 
 def _in_a_process(args: argparse.Namespace, *task: str) -> Any:
-    """What a process of its own finds (`_alone`)."""
+    """Return what `_alone` measures in a process of its own."""
     command = [sys.executable, str(_HERE), "--reference", str(args.reference), "--device", args.device]
     command += ["--rounds", str(args.rounds), "--batch", str(args.batch), *["--cpu-time"] * args.cpu_time]
     done = subprocess.run([*command, "--alone", *task], capture_output=True, text=True, check=False)
@@ -139,7 +142,7 @@ def _in_a_process(args: argparse.Namespace, *task: str) -> Any:
 
 
 def _alone(args: argparse.Namespace) -> None:
-    """One row of the table ("time"), or the peak memory in GiB of one network's training steps ("theirs" or "ours")."""
+    """Print one row of the table ("time") or one network's peak memory in GiB of training."""
     import torch
 
     from dcris.experiments.bench import peak_memory
@@ -167,7 +170,7 @@ def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> d
     by_default = precision == "default"
     theirs = ours = choose_precision("auto", device) if by_default else getattr(torch, precision)
     cudnn = True
-    if by_default:  # on a GPU theirs switches cuDNN off, and its autocast is float16's; on a CPU it has none
+    if by_default:  # the published code disables cuDNN and uses float16 on a GPU, float32 on a CPU
         theirs, cudnn = (torch.float16, False) if device.type == "cuda" else (torch.float32, True)
     networks = {name: network.to(device) for name, network in _networks(args.reference).items()}
     make = partial(_training, batch=args.batch) if what == "train" else _prediction
@@ -179,7 +182,7 @@ def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> d
     }
     seconds = take_turns(tasks, args.rounds, device, time.process_time if args.cpu_time else time.perf_counter)
     ceiling = operations / median(seconds["product"])
-    # By the work that is counted in the published network, 316 GFLOP a photograph and about 720 a training sample.
+    # Operations counted in the published network: 316 GFLOP an image, about 720 a training sample.
     work = 720e9 * args.batch if what == "train" else 316e9
     return {
         "row": f"{what} by default" if by_default else f"{what} {precision}",
@@ -195,27 +198,31 @@ def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> d
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure all rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--reference", type=Path, required=True, metavar="CHECKOUT", help="the published code")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
-    parser.add_argument("--batch", type=int, default=BATCH, help="of the training step (%(default)s)")
+    parser.add_argument("--reference", type=Path, required=True, metavar="CHECKOUT", help="clone of the published code")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each network (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, help="batch size of the training step (default: %(default)s)"
+    )
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=("float32", "bfloat16"),
-        help="not float32 and, where the device multiplies it in hardware, bfloat16",
+        help="precisions to measure (default: float32, and bfloat16 if the device supports it)",
     )
     parser.add_argument(
-        "--cpu-time", action="store_true", help="count the process's own work instead of seconds: for a busy machine"
+        "--cpu-time", action="store_true", help="measure CPU time instead of wall-clock time, for a busy machine"
     )
-    parser.add_argument("--only", nargs="+", choices=("predict", "train", "memory"), help="not all of it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--only", nargs="+", choices=("predict", "train", "memory"), help="parts to measure (default: all)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.reference / "model" / "segmenter.py").is_file():
-        parser.error(f"{args.reference} is no checkout of DETRIS: it has no model/segmenter.py")
+        parser.error(f"{args.reference} is not a clone of DETRIS: model/segmenter.py is missing")
     if args.alone:
         _alone(args)
     else:
@@ -240,7 +247,7 @@ def _measure(args: argparse.Namespace) -> None:
         print(row, file=sys.stderr, flush=True)
 
     for what in ("predict", "train"):
-        # Training on a CPU has no default of theirs to compare with: that is float32's row.
+        # On a CPU the published code trains in float32, which has a row already.
         defaults = device.type == "cuda" or (default != torch.float32 and what == "predict")
         for precision in [*precisions, *["default"] * defaults] if what in wanted else []:
             note(_in_a_process(args, "time", what, precision))
@@ -248,13 +255,13 @@ def _measure(args: argparse.Namespace) -> None:
         theirs, ours = (_in_a_process(args, name, "train", precision) for name in ("theirs", "ours"))
         note({"row": f"memory {precision}", "theirs": theirs, "ours": ours, "unit": "GiB", "ratio": ours / theirs})
     targets = TARGETS[device.type]
-    header = ("what", "theirs", "ours", "ratio", "must", "goal", "share of products, theirs", "ours")
+    header = ("what", "theirs", "ours", "ratio", "required", "goal", "share of products, theirs", "ours")
     cells = []
     for row in rows:
-        must, goal = targets.get(row["row"], (None, None))
+        required, goal = targets.get(row["row"], (None, None))
         shares = [f"{row[key]:.0%}" if key in row else "" for key in ("share_theirs", "share_ours")]
         figures = [f"{row[key]:.2f} {row['unit']}" for key in ("theirs", "ours")]
-        cells.append([row["row"], *figures, f"{row['ratio']:.2f}", str(must or ""), str(goal or ""), *shares])
+        cells.append([row["row"], *figures, f"{row['ratio']:.2f}", str(required or ""), str(goal or ""), *shares])
     about = machine(device)
     print(markdown(header, cells))
     print(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -1,7 +1,10 @@
-"""Seconds and memory of reading and checking data sets of the official sizes: python benchmarks/data_loading.py [--deep]
+"""Measure seconds and memory of reading and checking data sets of the official sizes.
 
-The sets are made up (tests/full_size.py) in a temporary folder of about 0.2 GB. Every step is a process of its own, started
-from one without libraries: memory that was used is not given back, and a process begins with the figure of its parent.
+    python benchmarks/data_loading.py [--deep]
+
+The data sets are generated (tests/full_size.py) in a temporary folder of about 0.2 GB. Every step
+runs in a process of its own, because freed memory stays with a process. The parent imports no
+libraries, because a child's peak starts at its parent's memory.
 """
 
 import argparse
@@ -39,9 +42,9 @@ _CALLS = {
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure every step and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--deep", action="store_true", help="decode every photograph, too")
+    parser.add_argument("--deep", action="store_true", help="also decode every image")
     deep = parser.parse_args().deep
     print(f"{'data set':<20}{'what':<14}{'seconds':>8}{'peak MB':>9}{'libraries MB':>14}")
     for dataset, split_by in _SETS:
@@ -55,7 +58,7 @@ def main() -> None:
 
 
 def _python(program: str, *words: str) -> str:
-    """Run a program beside the tests and return what it prints."""
+    """Run a program that can import from tests/ and return its output."""
     tests = Path(__file__).parents[1] / "tests"
     command = [sys.executable, "-c", f"import sys; sys.path.append({str(tests)!r})\n{program}", *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,13 +1,14 @@
-"""Masks of an exported model against PyTorch's on photographs: IoU and seconds, for each number of photographs at a time.
+"""Compare the masks of an exported model with PyTorch's: IoU and seconds by batch size.
 
-    python benchmarks/export_agreement.py MODEL --photographs FOLDER [--count 20] [--batches 1 4] [--phrases 4]
-    python benchmarks/export_agreement.py dcris_b --photographs FOLDER
-    python benchmarks/export_agreement.py runs/quickstart --data runs/quickstart/scenes [--split test] [--int8] [--export DIR]
+    python benchmarks/export_agreement.py MODEL --images FOLDER [--count 20] [--batches 1 4]
+    [--phrases 4] python benchmarks/export_agreement.py dcris_b --images FOLDER
+    python benchmarks/export_agreement.py runs/quickstart --data runs/quickstart/scenes
+        [--split test] [--int8] [--export DIR]
 
-MODEL is whatever `dcris predict` takes, or a recipe's name: then its weights are random, with a threshold that divides what it
-believes of the first photograph. It is exported to DIR, unless there is an export already. With --data the export's masks are
-scored instead, to be held against `dcris evaluate`. ONNX Runtime is asked by examples/onnx_segment.py, which has no part of
-dcris in it.
+MODEL is a model as for `dcris predict`, or the name of a recipe, which gets random weights and the
+median probability of the first image as threshold. The model is exported to DIR, unless DIR has an
+export. With --data the export is scored on a data set, for comparison with `dcris evaluate`. ONNX
+Runtime is run by examples/onnx_segment.py, which does not use dcris.
 """
 
 import argparse
@@ -35,7 +36,7 @@ PHRASES = ("left person", "the red one", "second from the right", "the thing in 
 
 
 def random_segmenter(recipe: str) -> Segmenter:
-    """A recipe's network at its full size, every weight an ordinary number: fresh ones are full of zeros."""
+    """Return a recipe's model with random weights; initial weights contain many zeros."""
     config = get_recipe(recipe)
     model = ReferringSegmenter(config.model)
     source = torch.Generator().manual_seed(0)
@@ -50,7 +51,7 @@ def random_segmenter(recipe: str) -> Segmenter:
 
 
 def example() -> Any:
-    """examples/onnx_segment.py as a module."""
+    """Import examples/onnx_segment.py."""
     spec = importlib.util.spec_from_file_location(
         "onnx_segment", Path(__file__).parents[1] / "examples/onnx_segment.py"
     )
@@ -63,24 +64,24 @@ def example() -> Any:
 def compare(
     segmenter: Segmenter, export: Path, paths: list[Path], phrases: Sequence[str], batch: int, threshold: float
 ) -> dict[str, Any]:
-    """IoU of the masks and what part of the photographs they cover, and seconds a photograph with all phrases."""
+    """Return the masks' IoU and area as a share of the image, and seconds per image."""
     onnx_segment = example()
     settings, *graphs = onnx_segment.load(export)
     model = ({**settings, "threshold": threshold}, *graphs)
     ious, covered, seconds = [], [], {"pytorch": 0.0, "onnx": 0.0}
     for start in range(0, len(paths), batch):
-        photographs: list[Any] = [read_image(path) for path in paths[start : start + batch]]
+        images: list[Any] = [read_image(path) for path in paths[start : start + batch]]
         begin = time.perf_counter()
-        theirs = segmenter.predict(photographs, phrases, threshold=threshold)
+        theirs = segmenter.predict(images, phrases, threshold=threshold)
         between = time.perf_counter()
-        ours = onnx_segment.segment(model, photographs, phrases)
+        ours = onnx_segment.segment(model, images, phrases)
         seconds["onnx"] += time.perf_counter() - between
         seconds["pytorch"] += between - begin
-        for masks, answers in zip(ours, theirs, strict=True):
-            for mask, answer in zip(masks, answers, strict=True):
-                either = (mask | answer.mask).sum()
-                ious.append(float((mask & answer.mask).sum() / either) if either else 1.0)
-                covered.append(float(answer.mask.mean()))
+        for masks, predictions in zip(ours, theirs, strict=True):
+            for mask, prediction in zip(masks, predictions, strict=True):
+                union = (mask | prediction.mask).sum()
+                ious.append(float((mask & prediction.mask).sum() / union) if union else 1.0)
+                covered.append(float(prediction.mask.mean()))
     return {
         "batch": batch,
         "masks": len(ious),
@@ -93,7 +94,7 @@ def compare(
 
 
 def score(segmenter: Segmenter, export: Path, root: Path, split: str) -> dict[str, Any]:
-    """The export's scores on every expression of a split, as `dcris evaluate` counts them by the protocol `cris`."""
+    """Return the export's scores on a split, as `dcris evaluate --protocol cris` computes them."""
     onnx_segment = example()
     model = onnx_segment.load(export)
     overlaps = []
@@ -106,30 +107,36 @@ def score(segmenter: Segmenter, export: Path, root: Path, split: str) -> dict[st
 
 
 def main() -> None:
-    """Export where needed, then a line of JSON for each number of photographs at a time."""
+    """Export if needed, then print a line of JSON for each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", metavar="MODEL", help="model or recipe")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--photographs", type=Path)
-    source.add_argument("--data", type=Path)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--phrases", type=int, choices=range(1, len(PHRASES) + 1), default=len(PHRASES))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--export", type=Path)
-    parser.add_argument("--int8", action="store_true")
+    source.add_argument("--images", type=Path, help="folder of images to compare on")
+    source.add_argument("--data", type=Path, help="folder of a data set to score on")
+    parser.add_argument("--split", default="test", help="split to score (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=20, help="number of images (default: %(default)s)")
+    parser.add_argument(
+        "--phrases",
+        type=int,
+        choices=range(1, len(PHRASES) + 1),
+        default=len(PHRASES),
+        help="per image (default: %(default)s)",
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images at a time (default: 1 4)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="folder of the export (default: temporary)")
+    parser.add_argument("--int8", action="store_true", help="export with int8 weights")
     args = parser.parse_args()
-    found = args.photographs.rglob("*") if args.photographs else ()
+    found = args.images.rglob("*") if args.images else ()
     paths = sorted(path for path in found if path.suffix in {".jpg", ".png"})[: args.count]
-    made_up = args.model in RECIPES
-    if made_up:
+    random = args.model in RECIPES
+    if random:
         segmenter = random_segmenter(args.model)
     else:
         segmenter = Segmenter.from_pretrained(args.model, device="cpu", precision="float32")
     phrases, threshold = PHRASES[: args.phrases], segmenter.protocol.threshold
-    if made_up:
-        answers = segmenter.predict(paths[0], phrases, scores=True)
-        threshold = float(np.median([answer.probabilities for answer in answers if answer.probabilities is not None]))
+    if random:
+        predictions = segmenter.predict(paths[0], phrases, scores=True)
+        threshold = float(np.median([each.probabilities for each in predictions if each.probabilities is not None]))
     with tempfile.TemporaryDirectory() as folder:
         export = args.export or Path(folder) / "export"
         if not (export / "model.json").exists():
@@ -139,7 +146,7 @@ def main() -> None:
         print(json.dumps({"mb": round(sum(file.stat().st_size for file in export.iterdir()) / 1e6, 1)}), flush=True)
         if args.data:
             print(json.dumps(score(segmenter, export, args.data, args.split)), flush=True)
-        for batch in args.batches if args.photographs else ():
+        for batch in args.batches if args.images else ():
             print(json.dumps(compare(segmenter, export, paths, phrases, batch, threshold)), flush=True)
 
 

@@ -1,8 +1,10 @@
-"""Whether each of the program's short cuts pays: python benchmarks/tricks.py [--rounds 5] [--device cuda] [--json FILE]
+"""Measure the speed of each optimisation against a plain implementation.
 
-A line is one short cut at the shapes of DCRIS-B, against the plain way to the same numbers: both take turns within one
-process, and what is printed is the median over the turns of the plain way's seconds divided by the short cut's. That the
-numbers are the same is what the test named beside it says.
+    python benchmarks/tricks.py [--rounds 5] [--device cuda] [--json FILE]
+
+Each row is one optimisation at the shapes of DCRIS-B. Both implementations take turns within one
+process; the ratio is the median over the turns of the plain one's seconds divided by the optimised
+one's. The test named in the row checks that both compute the same.
 """
 
 import argparse
@@ -36,19 +38,19 @@ GRID = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Trick:
-    """A short cut and the plain way round."""
+class Optimisation:
+    """An optimisation and the plain implementation."""
 
     what: str
     plain: Task
-    short: Task
+    optimised: Task
     test: str
     part: str
-    """Of what the seconds are."""
+    """The computation that is timed."""
 
 
 def _trained(task: Callable[..., Tensor], *inputs: Tensor) -> Task:
-    """The task and its gradients."""
+    """Return a task that computes the function and its gradients."""
     leaves = [x.requires_grad_() for x in inputs]
 
     def run() -> None:
@@ -81,14 +83,14 @@ def _convolve_in_groups(x: Tensor, kernels: Tensor, bias: Tensor, weight: Tensor
     return F.conv2d(x.reshape(1, -1, height, width), grouped, bias, padding=1, groups=batch).transpose(0, 1)
 
 
-def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
-    """One after the other."""
+def optimisations(device: torch.device, dtype: torch.dtype) -> Iterator[Optimisation]:
+    """Yield the optimisations, one at a time."""
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, device=device, dtype=kind)
 
     blocks = [random(1, 12, GRID**2 + 5, 64) for _ in range(3)]
-    yield Trick(
+    yield Optimisation(
         "attention without whole maps",
         _predicted(_maps_by_hand, *blocks),
         _predicted(attend, *blocks),
@@ -98,7 +100,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
     with torch.no_grad():
         own = cpu_attention.pays(*blocks, 0.0)
     if own:
-        yield Trick(
+        yield Optimisation(
             "own attention on CPUs that have bfloat16 and no AMX",
             _predicted(F.scaled_dot_product_attention, *blocks),
             _predicted(attend, *blocks),
@@ -108,7 +110,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
     branch, gamma = random(1, GRID**2 + 5, 768), random(768, kind=torch.float32)
     residual = random(1, GRID**2 + 5, 768, kind=torch.float32)
-    yield Trick(
+    yield Optimisation(
         "LayerScale and sum in one pass",
         _predicted(lambda: residual + branch * gamma),
         _predicted(lambda: torch.addcmul(residual, branch, gamma)),
@@ -118,16 +120,16 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
     if device.type == "cpu":
         pixels = random(2, GRID**2, 512)
-        yield Trick(
-            "dropout drawn in 16 bits",
+        yield Optimisation(
+            "dropout from 16-bit random numbers",
             _trained(nn.Dropout(0.1), pixels),
             _trained(Dropout(0.1), pixels.detach().clone()),
             "test_the_quick_dropout_is_dropout",
             "one of a decoder layer's four, trained at batch 2",
         )
         heads = [random(2, 8, GRID**2, 64) for _ in range(3)]
-        yield Trick(
-            "own attention on CPUs, dropout drawn twice",
+        yield Optimisation(
+            "own attention on CPUs, dropout drawn again in the backward pass",
             _trained(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), *heads),
             _trained(lambda q, k, v: cpu_attention.attend(q, k, v, 0.1), *heads),
             "test_attention_cpu.py",
@@ -135,7 +137,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         )
         words = [random(2, 8, 17, 64) for _ in range(2)]
         mask = torch.ones(2, 1, 1, 17, dtype=torch.bool)
-        yield Trick(
+        yield Optimisation(
             "attention to words with dropout, not in float32",
             _trained(
                 lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.1),
@@ -154,8 +156,8 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
     layer = DecoderLayer(512, 8, 512, 0.0).to(device, dtype)
     pixels, places, words = random(1, 512, GRID**2).transpose(1, 2), random(GRID**2, 512), random(1, 17, 512)
     padding = torch.zeros(1, 17, dtype=torch.bool, device=device)
-    yield Trick(
-        "tokens in memory as tokens, not as a map",
+    yield Optimisation(
+        "tokens contiguous in memory",
         _predicted(lambda: layer(pixels, places, words, words, padding)),
         _predicted(lambda: layer(pixels.contiguous(), places, words, words, padding)),
         "test_decoder_is_section_3_4",
@@ -165,8 +167,8 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
     x = random(1, 512, GRID, GRID).to(memory_format=torch.channels_last)
     weight = random(512, 512, KERNEL, KERNEL)
     for part, wrap in (("predicted", _predicted), ("trained", _trained)):
-        yield Trick(
-            f"taps before interpolation, {part}",
+        yield Optimisation(
+            f"convolution taps before interpolation, {part}",
             wrap(_interpolate_first, x.detach().clone(), weight.detach().clone()),
             wrap(finer_convolution, x.detach().clone(), weight.detach().clone()),
             "test_finer_convolution_is_interpolation_then_convolution",
@@ -177,8 +179,8 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
     fine = random(2, half, side, side).to(memory_format=torch.channels_last)
     kernels, bias = random(2, half * KERNEL**2), random(2)
     weight, before = random(half, half), random(half)
-    yield Trick(
-        "1x1 convolution on the sentence's taps, no groups",
+    yield Optimisation(
+        "1x1 convolution folded into the dynamic kernel, no groups",
         _predicted(_convolve_in_groups, fine, kernels, bias, weight, before),
         _predicted(lambda *x: apply_kernels(x[0], x[1], x[2], (x[3], x[4])), fine, kernels, bias, weight, before),
         "test_projector_is_equation_5",
@@ -187,7 +189,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
     gate = MultiHeadAttention(512, 8).to(device, dtype)
     pixels, sentence = random(1, GRID**2, 512), random(1, 512)
-    yield Trick(
+    yield Optimisation(
         "attention to one key is its value",
         _predicted(lambda pixels, sentence: gate(pixels, sentence[:, None], sentence[:, None]), pixels, sentence),
         _predicted(lambda pixels, sentence: gate.single_key(sentence), pixels, sentence),
@@ -197,8 +199,8 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
     unit = ConvNormReLU(768, 512, 1).to(device, dtype).eval()
     tokens = random(1, GRID**2 + 5, 768)[:, 5:]
-    yield Trick(
-        "maps of tokens whose channels torch sees to come last",
+    yield Optimisation(
+        "channels-last token maps",
         _predicted(lambda: unit(tokens.transpose(1, 2).unflatten(-1, (GRID, GRID)))),
         _predicted(lambda: unit(as_map(tokens, (GRID, GRID)))),
         "test_a_map_of_tokens_is_one_whose_channels_come_last",
@@ -214,15 +216,15 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         text = model.encode_text(tokens)
         levels = [random(1, config.model.vision.width, GRID, GRID, kind=torch.float32) for _ in range(3)]
     prepared = prepare_for_prediction(model)
-    yield Trick(
+    yield Optimisation(
         "batch norms folded",
         _predicted(lambda: model.head(levels, text)),
         _predicted(lambda: prepared.head(levels, text)),
         "test_it_answers_as_the_model_does",
         "the head",
     )
-    yield Trick(
-        "positions remembered by size",
+    yield Optimisation(
+        "cached position embeddings",
         _predicted(lambda: model.vision.positions_on((GRID, GRID))),
         _predicted(lambda: prepared.vision.positions_on((GRID, GRID))),
         "test_it_answers_as_the_model_does",
@@ -239,8 +241,8 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
             return run
 
-        yield Trick(
-            "weights held in the working precision",
+        yield Optimisation(
+            "weights stored in the working precision",
             answer(prepared),
             answer(held),
             "test_it_answers_as_the_model_does",
@@ -249,15 +251,15 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
         if device.type == "cpu":
             x = random(1, GRID**2 + 5, 768)
             plain = MLP(768, nn.GELU()).to(device, dtype)
-            yield Trick(
-                "weights placed as oneDNN multiplies them, GELU in the product",
+            yield Optimisation(
+                "weights packed for oneDNN, GELU fused",
                 _predicted(plain, x),
                 _predicted(held.vision.blocks[0].mlp, x),
                 "test_a_block_is_packed_and_answers_the_same",
                 "a vision block's MLP",
             )
-            yield Trick(
-                "the same of the decoder",
+            yield Optimisation(
+                "the same in the decoder",
                 _predicted(layer, pixels, places, words, words, padding),
                 _predicted(held.head.decoder.layers[0], pixels, places, words, words, padding),
                 "test_the_head_is_packed_and_answers_the_same",
@@ -265,16 +267,16 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
             )
             x = random(1, 512, GRID, GRID).to(memory_format=torch.channels_last)
             convolution = prepared.head.neck.coordinate_conv[1].to(dtype)
-            yield Trick(
-                "the same of convolutions, ReLU in the product",
+            yield Optimisation(
+                "the same for convolutions, ReLU fused",
                 _predicted(convolution, x),
                 _predicted(held.head.neck.coordinate_conv[1], x),
                 "test_the_head_is_packed_and_answers_the_same",
                 "one of the neck's 3x3 convolutions",
             )
             weight = random(512, 512, KERNEL, KERNEL)
-            yield Trick(
-                "the same of the projector",
+            yield Optimisation(
+                "the same in the projector",
                 _predicted(finer_convolution, x, weight, random(512)),
                 _predicted(held.head.projector.refine1[0], x),
                 "test_the_head_is_packed_and_answers_the_same",
@@ -283,7 +285,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
             x = random(2, GRID**2 + 5, 768)
             frozen = ReferringSegmenter(config.model)
             hold_frozen(frozen, dtype)
-            yield Trick(
+            yield Optimisation(
                 "the same without GELU, trained",
                 _trained(plain.requires_grad_(False), x),
                 _trained(frozen.vision.blocks[0].mlp, x.detach().clone()),
@@ -294,7 +296,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
     model.train()
 
     def step(wanted: bool) -> Task:
-        seen = images.clone().requires_grad_(wanted)  # then the whole tower has a part in the backward pass
+        seen = images.clone().requires_grad_(wanted)  # if wanted, gradients reach the whole tower
 
         def run() -> None:
             with autocast(device, dtype):
@@ -304,7 +306,7 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
 
         return run
 
-    yield Trick(
+    yield Optimisation(
         "no gradients before the first adapter",
         step(True),
         step(False),
@@ -316,44 +318,46 @@ def tricks(device: torch.device, dtype: torch.dtype) -> Iterator[Trick]:
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
     loop, fused = (torch.optim.Adam(trained, lr=0.0, foreach=False, fused=fused) for fused in (False, True))
-    yield Trick("Adam in one kernel", loop.step, fused.step, "torch's own", "the update")
+    yield Optimisation("Adam in one kernel", loop.step, fused.step, "torch's own", "the update")
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure all optimisations and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     args = parser.parse_args()
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
     rows = []
-    for trick in tricks(device, dtype):
-        seconds = take_turns({"plain": trick.plain, "short": trick.short}, args.rounds, device)
+    for each in optimisations(device, dtype):
+        seconds = take_turns({"plain": each.plain, "optimised": each.optimised}, args.rounds, device)
         rows.append(
             {
-                "what": trick.what,
-                "of": trick.part,
+                "what": each.what,
+                "of": each.part,
                 "plain_s": median(seconds["plain"]),
-                "short_s": median(seconds["short"]),
-                "ratio": ratio(seconds["plain"], seconds["short"]),
-                "test": trick.test,
+                "optimised_s": median(seconds["optimised"]),
+                "ratio": ratio(seconds["plain"], seconds["optimised"]),
+                "test": each.test,
             }
         )
     cells = [
         [
             row["what"],
             row["of"],
-            *(f"{1e3 * row[key]:.3g} ms" for key in ("plain_s", "short_s")),
+            *(f"{1e3 * row[key]:.3g} ms" for key in ("plain_s", "optimised_s")),
             f"{row['ratio']:.2f}",
             row["test"],
         ]
         for row in rows
     ]
     about = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
-    print(markdown(("short cut", "of", "plain way", "short cut", "ratio", "test"), cells))
+    print(markdown(("optimisation", "of", "plain", "optimised", "ratio", "test"), cells))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")

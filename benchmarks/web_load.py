@@ -1,8 +1,8 @@
-"""How the web page's API stands a crowd: requests from several clients at once, each answer compared, memory watched.
+"""Load test of the web API: concurrent requests, with every response and the memory checked.
 
     python benchmarks/web_load.py CKPT [--requests 500] [--clients 10]
 
-It starts `dcris web` as its own process, so that the memory is the server's alone.
+It starts `dcris web` as a process of its own, whose memory is measured.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from dcris.inference.web.service import coco_results
 _PHRASES = ("left circle", "the small red star", "second ring from the right", "blue square")
 
 
-def pictures(count: int = 6) -> list[bytes]:
-    """Different photographs of different shapes."""
+def test_images(count: int = 6) -> list[bytes]:
+    """Return different JPEG images of different shapes."""
     made = []
     for number in range(count):
         source = np.random.default_rng(number)
@@ -41,8 +41,8 @@ def pictures(count: int = 6) -> list[bytes]:
     return made
 
 
-def ask(address: str, data: bytes, phrases: Sequence[str]) -> Any:
-    """One request to the API."""
+def request_masks(address: str, data: bytes, phrases: Sequence[str]) -> Any:
+    """Send one request to the API and return the response."""
     query = urlencode({"phrase": phrases, "threshold": 0.1}, doseq=True)
     request = urllib.request.Request(f"{address}/api/segment?{query}", data=data)
     with urllib.request.urlopen(request, timeout=600) as response:
@@ -50,18 +50,23 @@ def ask(address: str, data: bytes, phrases: Sequence[str]) -> Any:
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process has now."""
+    """Return the resident memory of a process in bytes."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def load(checkpoint: str, requests: int = 500, clients: int = 10) -> dict[str, float]:
-    """Ask a server of its own, and return "answered", "right", "seconds" and the memory's "growth" after the first 50."""
+    """Send requests to a new server.
+
+    Returns:
+        "answered", "right" (equal to Segmenter's), "seconds", "settled_mb" (memory after 50
+        requests) and "growth" (of the memory since then).
+    """
     segmenter = Segmenter.from_pretrained(checkpoint, device="cpu", precision="float32")
-    questions = []
-    for number, data in enumerate(pictures()):
+    cases = []
+    for number, data in enumerate(test_images()):
         phrases = _PHRASES[: 1 + number % len(_PHRASES)]
-        answers = segmenter.predict(read_image(data), phrases, threshold=0.1)
-        questions.append((data, phrases, json.loads(json.dumps(coco_results(answers, "")))))
+        predictions = segmenter.predict(read_image(data), phrases, threshold=0.1)
+        cases.append((data, phrases, json.loads(json.dumps(coco_results(predictions, "")))))
     words = [
         sys.executable,
         "-m",
@@ -82,14 +87,14 @@ def load(checkpoint: str, requests: int = 500, clients: int = 10) -> dict[str, f
             memory: list[int] = []
 
             def one(number: int) -> bool:
-                data, phrases, expected = questions[number % len(questions)]
-                found = ask(address, data, phrases)
+                data, phrases, expected = cases[number % len(cases)]
+                found = request_masks(address, data, phrases)
                 memory.append(resident(server.pid))
                 return found == expected
 
             start = time.perf_counter()
-            with ThreadPoolExecutor(clients) as crowd:
-                right = list(crowd.map(one, range(requests)))
+            with ThreadPoolExecutor(clients) as pool:
+                right = list(pool.map(one, range(requests)))
             seconds = time.perf_counter() - start
         finally:
             server.terminate()

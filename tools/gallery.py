@@ -1,7 +1,7 @@
-"""The pictures of docs/gallery.md: `python tools/gallery.py runs/quickstart docs/images`.
+"""Draw the images of docs/gallery.md: `python tools/gallery.py runs/quickstart docs/images`.
 
-For each kind of phrase the first test scenes that have one, so that nobody has chosen them: the truth in blue, what the model
-answers in orange.
+For each kind of expression, the first test scenes that have one are shown, without selection: the
+true mask in blue, the predicted mask in orange.
 """
 
 import sys
@@ -22,11 +22,11 @@ from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_byte
 
 SCENES = 3
 SIDE, GAP, LETTERS = 150, 6, 14
-DRAWN = 450  # masks are drawn on scenes of this size, which are then made smaller: thin contours without steps
+DRAWN = 450  # masks are drawn at this size and then reduced to SIDE, for thin smooth contours
 
 
 def main(run: str, out: str) -> None:
-    """Write gallery-KIND.jpg for each kind of phrase."""
+    """Write gallery-KIND.jpg for each kind of expression."""
     segmenter = Segmenter.from_pretrained(run, device="cpu", precision="float32")
     references = load_references(Path(run) / "scenes", "scenes").split("test")
     for kind in KINDS:
@@ -35,7 +35,7 @@ def main(run: str, out: str) -> None:
 
 
 def first(references: tuple[Reference, ...], kind: str) -> list[tuple[Reference, Expression]]:
-    """The first phrase of a kind in each scene that has one."""
+    """Return the first expression of a kind in each of the first scenes that have one."""
     found: dict[Path, tuple[Reference, Expression]] = {}
     for reference in references:
         for expression in reference.expressions:
@@ -45,20 +45,20 @@ def first(references: tuple[Reference, ...], kind: str) -> list[tuple[Reference,
 
 
 def panel(segmenter: Segmenter, reference: Reference, expression: Expression) -> NDArray[np.uint8]:
-    """Truth and prediction side by side, the phrase above, the IoU below."""
+    """Draw true and predicted mask side by side, with the expression above and the IoU below."""
     image = read_image(reference.image_path)
     truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    (answer,) = segmenter.predict(image, expression.text)
-    iou = (truth & answer.mask).sum() / (truth | answer.mask).sum()
+    (prediction,) = segmenter.predict(image, expression.text)
+    iou = (truth & prediction.mask).sum() / (truth | prediction.mask).sum()
 
     def drawn(mask: MaskArray, colour: tuple[int, int, int]) -> Image.Image:
-        picture = overlay(cell(image, DRAWN), mask_cell(mask, DRAWN), colour)
-        return Image.fromarray(np.asarray(cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8))
+        pixels = overlay(cell(image, DRAWN), mask_cell(mask, DRAWN), colour)
+        return Image.fromarray(np.asarray(cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8))
 
     line = LETTERS + GAP
     canvas = Image.new("RGB", (2 * SIDE + 4 * GAP, SIDE + 2 * line + 2 * GAP), "white")
     canvas.paste(drawn(truth, TRUTH_COLOUR), (GAP, line + GAP))
-    canvas.paste(drawn(answer.mask, PREDICTION_COLOUR), (SIDE + 2 * GAP, line + GAP))
+    canvas.paste(drawn(prediction.mask, PREDICTION_COLOUR), (SIDE + 2 * GAP, line + GAP))
     write, font = ImageDraw.Draw(canvas), ImageFont.load_default(LETTERS)
     write.text((GAP, GAP / 2), expression.text, "black", font)
     write.text((SIDE + 2 * GAP, SIDE + line + GAP), f"IoU {100 * iou:.0f}", "black", font)

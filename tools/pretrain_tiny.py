@@ -1,15 +1,18 @@
-"""Pretrain the tiny towers that ship in the package, on generated scenes of their own random stream.
+"""Pretrain the package's tiny towers on generated scenes.
 
     python tools/pretrain_tiny.py --out src/dcris/assets/tiny_towers.safetensors
 
-The objective is supervision on the attributes of the generated things, and is no claim about self-supervision:
+The objective is supervised by the attributes of the generated objects:
 
-- vision, per patch: what the thing under the patch is (shape, colour, texture, size), where its centre lies and how large it
-  is, which sixteenths of the patch it covers, and its rank among the things of its shape; read from blocks 4, 8 and 12.
-- text: the next word, and from the sentence feature which words describe the target and which its landmark.
+- vision, per patch: shape, colour, texture and size class of the object under the patch, its centre
+  and radius, the sixteenths of the patch that it covers, and its rank among the objects of its
+  shape; predicted from blocks 4, 8 and 12.
+- text: the next word, and from the sentence feature the words that describe the target and those
+  that describe its landmark.
 
-The towers never see each other: what links words to patches is left to the adapters and the head. No scene of a data set
-written by `dcris data scenes` is among these: the scenes come from a random stream of their own (scenes.scene_rng).
+The towers are trained separately; adapters and head learn to link words to patches. The scenes come
+from a random stream of their own (scenes.scene_rng), so none of them is in a data set of
+`dcris data scenes`.
 """
 
 import argparse
@@ -36,8 +39,8 @@ from dcris.recipes import TINY_TEXT, TINY_VISION
 SIDE, GRID, PATCH, FINE = 112, 8, 14, 4
 RANKS = 4  # ranks 0 to 2, and "3 or more"
 LENGTH = 17
-# The spread of the sentence feature's numbers. The head multiplies by this feature, so its scale matters more than any
-# other setting of the tiny model.
+# Standard deviation of the sentence feature. The head multiplies by this feature, so its scale
+# matters more than any other setting of the tiny model.
 SENTENCE_DEVIATION = 0.5
 SYNONYMS = {"little": "small", "tiny": "small", "large": "big", "largest": "biggest", "over": "above", "under": "below"}
 SYNONYMS |= {"1st": "first", "2nd": "second", "3rd": "third", "4th": "fourth", "center": "middle", "near": "next"}
@@ -48,7 +51,7 @@ Targets = dict[str, Tensor]
 
 
 class PatchLabels:
-    """What a patch is asked about, and the loss of the answers."""
+    """The labels of a patch, and the loss of their predictions."""
 
     classes = {  # noqa: RUF012
         "shape": len(scenes.SHAPES),
@@ -68,13 +71,16 @@ class PatchLabels:
 
     @classmethod
     def of(cls, scene: scenes.Scene) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
-        """The right answers for one scene, per patch; `thing` is 0 where nothing covers a quarter of the patch."""
+        """Return the labels of one scene by patch.
+
+        `thing` is 0 where no object covers a quarter of the patch.
+        """
         things = scene.things
         tiles = scene.owners.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
         cover = np.stack([(tiles == number).sum(axis=1) for number in range(len(things))], axis=1)
         owner = cover.argmax(axis=1)
         covered = cover.max(axis=1) >= PATCH * PATCH // 4
-        # A fine cell is 3.5 pixels wide: take the pixel in its middle.
+        # A fine cell is 3.5 pixels wide; its middle pixel decides.
         middles = ((np.arange(FINE) + 0.5) * PATCH / FINE).astype(int)
         cells = tiles.reshape(-1, PATCH, PATCH)[:, middles][:, :, middles].reshape(GRID * GRID, -1)
         names = {
@@ -106,9 +112,11 @@ class PatchLabels:
         return labels
 
     @classmethod
-    def loss(cls, answers: Tensor, targets: Targets) -> Tensor:
-        """Sum of the losses of all questions; `answers` is [B, N, outputs]."""
-        thing, cells, numbers, *choices = answers.split((1, FINE * FINE, cls.numbers, *cls.classes.values()), dim=-1)
+    def loss(cls, predictions: Tensor, targets: Targets) -> Tensor:
+        """Return the sum of the losses of all labels; `predictions` is [B, N, outputs]."""
+        thing, cells, numbers, *choices = predictions.split(
+            (1, FINE * FINE, cls.numbers, *cls.classes.values()), dim=-1
+        )
         covered = targets["thing"]
         share = covered / covered.sum()
         total = F.binary_cross_entropy_with_logits(thing.squeeze(-1), covered)
@@ -121,13 +129,16 @@ class PatchLabels:
 
 
 class SceneStream(IterableDataset[tuple[Tensor, Targets]]):
-    """Batches of never repeating scenes. Each worker takes every n-th batch, so the order does not depend on their number."""
+    """Batches of scenes that never repeat.
+
+    Each worker makes every n-th batch, so the order does not depend on the number of workers.
+    """
 
     def __init__(self, seed: int, batch: int, steps: int) -> None:
         self.seed, self.batch, self.steps = seed, batch, steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
-        cv2.setNumThreads(1)  # its threads would fight with those that train
+        cv2.setNumThreads(1)  # its threads would compete with those of the training
         info = torch.utils.data.get_worker_info()
         first, stride = (info.id, info.num_workers) if info else (0, 1)
         mean, deviation = (np.array(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
@@ -141,7 +152,7 @@ class SceneStream(IterableDataset[tuple[Tensor, Targets]]):
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 3 per cent of the steps, then a half cosine to zero."""
+    """Return the rate: linear warm-up over 3% of the steps, then a half cosine to zero."""
     warmup = max(1, steps * 3 // 100)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -149,11 +160,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def pretrain_vision(steps: int, batch: int, seed: int) -> DinoV2Tower:
-    """Train the vision tower with its reading heads, and return the tower."""
+    """Train the vision tower with prediction heads and return the tower."""
     torch.manual_seed(seed)
     tower = DinoV2Tower(TINY_VISION)
     width = TINY_VISION.width
-    for block in tower.blocks:  # small steps at first: with LayerScale at one, twelve blocks start too loud
+    for block in tower.blocks:  # with LayerScale at 1, the outputs of 12 blocks start too large
         block.scale1.gamma.data.fill_(0.3)  # type: ignore[union-attr, operator]
         block.scale2.gamma.data.fill_(0.3)  # type: ignore[union-attr, operator]
     heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, PatchLabels.outputs)) for _ in range(3))
@@ -180,20 +191,23 @@ def pretrain_vision(steps: int, batch: int, seed: int) -> DinoV2Tower:
 
 
 def word_roles(text: str, words: list[str]) -> Tensor:
-    """[2, words] of 0 and 1: which words speak of the target and which of its landmark, synonyms as one."""
+    """Return [2, words] of 0 and 1: the words that describe the target, and its landmark.
+
+    Synonyms count as one word.
+    """
     roles = torch.zeros(2, len(words))
     spoken = [SYNONYMS.get(word, word) for word in text.split()]
     role = 0
     for word, following in zip(spoken, [*spoken[1:], ""], strict=True):
         if word in {"above", "below", "next"} or following == "of":
-            role = 1  # the relation and all after it speak of the landmark
+            role = 1  # the relation and all words after it describe the landmark
         if word not in SILENT:
             roles[role, words.index(word)] = 1
     return roles
 
 
 def phrases(rng: np.random.Generator) -> Iterator[str]:
-    """Phrases without end, from arrangements that are never drawn."""
+    """Yield expressions without end, from arrangements that are not drawn."""
     while True:
         things = scenes.arrange(rng)
         for thing in things:
@@ -241,14 +255,19 @@ def pretrain_text(steps: int, batch: int, seed: int) -> TextTower:
 
 
 def main() -> None:
-    """Pretrain both towers and write one safetensors file of float16."""
+    """Pretrain both towers and write them to one safetensors file in float16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vision-steps", type=int, default=4000)
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="sums depend on it in the last digits (%(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="number of threads; changes the last digits of the weights (default: %(default)s)",
+    )
     args = parser.parse_args()
     from safetensors.torch import save_file
 

@@ -1,6 +1,9 @@
-"""The picture of the web page in docs/: `python tools/screenshot_web.py http://127.0.0.1:7860 docs/images/web.png`.
+"""Take the screenshot of the web page in docs/.
 
-Start `dcris web runs/quickstart` before. It takes the second example as a visitor would, with the system's Chromium.
+    python tools/screenshot_web.py http://127.0.0.1:7860 docs/images/web.png
+
+Start `dcris web runs/quickstart` first. The script segments the second example in the system's
+Chromium.
 """
 
 import shutil
@@ -12,7 +15,7 @@ from playwright.sync_api import sync_playwright
 def main(address: str, target: str, threshold: str = "0.35") -> None:
     with sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        # 840 pixels wide in the end, which is a column of the documentation.
+        # The screenshot is 840 pixels wide, as a column of the documentation.
         page = browser.new_page(viewport={"width": 1200, "height": 960}, device_scale_factor=0.7, color_scheme="light")
         page.goto(address)
         page.click("#examples button >> nth=1")
@@ -22,7 +25,7 @@ def main(address: str, target: str, threshold: str = "0.35") -> None:
         number.press("Enter")
         page.click("button#segment, #segment button")
         page.wait_for_selector("#downloads a")
-        page.wait_for_timeout(2000)  # the progress fades
+        page.wait_for_timeout(2000)  # until the progress bar has faded
         page.screenshot(path=target)
         browser.close()
 
