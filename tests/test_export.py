@@ -266,6 +266,6 @@ def test_an_export_that_is_wrong_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
-    with pytest.raises(DcrisError, match="is there already"):
+    with pytest.raises(DcrisError, match="exists already"):
         export_onnx(segmenter, tmp_path / "mine")
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"

@@ -426,9 +426,9 @@ def test_adapters_that_do_not_belong(several: dict[str, Path], tmp_path: Path) -
     other = segmenter(model__text__name='"random"').save_pretrained(tmp_path / "other")
     with pytest.raises(DcrisError, match="trained on another text tower than tiny-text"):
         shared.add_adapters("other", other)
-    with pytest.raises(DcrisError, match="adapters 'scenes' already"):
+    with pytest.raises(DcrisError, match="'scenes' is already used by other adapters"):
         shared.add_adapters("scenes", several["refcoco+"])
-    with pytest.raises(DcrisError, match="no adapters 'refcocog'; there are scenes"):
+    with pytest.raises(DcrisError, match="no adapters 'refcocog'; the available ones are scenes"):
         shared.predict(PHOTO, PHRASES, adapters="refcocog")
     with pytest.raises(DcrisError, match="two of the models were trained on scenes; give a dict"):
         Segmenter.from_pretrained([several["scenes"], several["scenes"]], device="cpu")

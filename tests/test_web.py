@@ -35,7 +35,7 @@ from dcris.cli import main
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Visits, coco_results, masks_zip
+from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, coco_results, masks_zip
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
 
@@ -54,8 +54,8 @@ def picture(width: int = 110, height: int = 70, kind: str = "PNG") -> bytes:
 
 def test_what_may_be_asked(segmenter: Segmenter) -> None:
     """Each bound has its sentence: people must learn what to do, and nobody may fill the memory."""
-    desk = InferenceService(segmenter, Limits(pixels=10_000, phrases=3, letters=10, answer=20_000))
-    assert desk.photograph(picture(60, 40)).shape == (40, 60, 3)
+    service = InferenceService(segmenter, Limits(pixels=10_000, phrases=3, characters=10, masks=20_000))
+    assert service.read_image(picture(60, 40)).shape == (40, 60, 3)
     for data, message in (
         (b"GIF89a but no more", "cannot read the image"),
         (b"", "empty"),
@@ -63,18 +63,18 @@ def test_what_may_be_asked(segmenter: Segmenter) -> None:
         (picture(101, 100, "JPEG"), "101 x 100 pixels, and 1 to 10,000"),
     ):
         with pytest.raises(DcrisError, match=message):
-            desk.photograph(data)
-    assert desk.phrases([" left ", "", "right"]) == ["left", "right"]
+            service.read_image(data)
+    assert service.parse_phrases([" left ", "", "right"]) == ["left", "right"]
     for lines, message in (
         (["", "  "], "there is no phrase"),
-        (["a"] * 4, "up to 3 are taken"),
-        (["a" * 11], "11 letters"),
+        (["a"] * 4, "at most 3 are allowed"),
+        (["a" * 11], "11 characters"),
         (["\u200b\xad"[:0] + "&nbsp;"], "is empty"),
     ):
         with pytest.raises(DcrisError, match=message):
-            desk.phrases(lines)
-    with pytest.raises(DcrisError, match="up to 2 phrases"):
-        asyncio.run(desk.ask(np.zeros((100, 100, 3), np.uint8), ["a", "b", "c"], None))
+            service.parse_phrases(lines)
+    with pytest.raises(DcrisError, match="at most 2 phrases"):
+        asyncio.run(service.predict(np.zeros((100, 100, 3), np.uint8), ["a", "b", "c"], None))
 
 
 def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> None:
@@ -91,18 +91,18 @@ def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> No
         order.extend(phrases)
         return []
 
-    desk = InferenceService(SimpleNamespace(predict=predict), Limits(waiting=5))  # type: ignore[arg-type]
+    service = InferenceService(SimpleNamespace(predict=predict), Limits(waiting=5))  # type: ignore[arg-type]
     pixels = np.zeros((4, 4, 3), np.uint8)
 
     async def crowd() -> list[Any]:
         return await asyncio.gather(
-            *(desk.ask(pixels, [str(number)], None) for number in range(7)), return_exceptions=True
+            *(service.predict(pixels, [str(number)], None) for number in range(7)), return_exceptions=True
         )
 
     answers = asyncio.run(crowd())
     assert order == ["0", "1", "2", "3", "4"]
     assert [isinstance(answer, BusyError) for answer in answers] == [False] * 5 + [True] * 2
-    assert desk.waiting == 0
+    assert service.waiting == 0
 
 
 def test_questions_of_clients_that_left_are_not_answered() -> None:
@@ -116,11 +116,11 @@ def test_questions_of_clients_that_left_are_not_answered() -> None:
         go_on.wait(20)
         return []
 
-    desk = InferenceService(SimpleNamespace(predict=predict))  # type: ignore[arg-type]
+    service = InferenceService(SimpleNamespace(predict=predict))  # type: ignore[arg-type]
     pixels = np.zeros((4, 4, 3), np.uint8)
 
     async def crowd() -> None:
-        first, second = (asyncio.ensure_future(desk.ask(pixels, [phrase], None)) for phrase in "ab")
+        first, second = (asyncio.ensure_future(service.predict(pixels, [phrase], None)) for phrase in "ab")
         await asyncio.to_thread(begun.wait, 20)
         second.cancel()
         await asyncio.sleep(0)
@@ -128,39 +128,39 @@ def test_questions_of_clients_that_left_are_not_answered() -> None:
         await first
 
     asyncio.run(crowd())
-    desk._model.shutdown()
-    assert (asked, desk.waiting) == (["a"], 0)
+    service._model.shutdown()
+    assert (asked, service.waiting) == (["a"], 0)
 
 
-def test_visits_are_forgotten(segmenter: Segmenter) -> None:
+def test_sessions_expire(segmenter: Segmenter) -> None:
     """Photographs of strangers must not pile up: neither for long, nor many."""
     now = 0.0
-    visits = Visits(Limits(kept_bytes=2_500, kept_seconds=10), clock=lambda: now)
+    sessions = Sessions(Limits(kept_bytes=2_500, kept_seconds=10), clock=lambda: now)
     pixels = np.zeros((20, 20, 3), np.uint8)
-    names = [visits.put(Session(pixels, "a.png")) for _ in range(2)]
-    visits.get(names[0])
-    third = visits.put(Session(pixels, "b.png"))
-    assert len(visits) == 2
-    with pytest.raises(DcrisError, match="no longer kept"):
-        visits.get(names[1])
+    names = [sessions.put(Session(pixels, "a.png")) for _ in range(2)]
+    sessions.get(names[0])
+    third = sessions.put(Session(pixels, "b.png"))
+    assert len(sessions) == 2
+    with pytest.raises(DcrisError, match="no longer stored"):
+        sessions.get(names[1])
     now = 5.0
-    visits.get(third)
+    sessions.get(third)
     now = 14.0
-    visits.forget()
-    assert len(visits) == 1
-    visits.drop(third)
-    visits.drop(None)
-    assert len(visits) == 0
+    sessions.delete_expired()
+    assert len(sessions) == 1
+    sessions.delete(third)
+    sessions.delete(None)
+    assert len(sessions) == 0
 
 
 def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
     """The slider must show what Segmenter.predict would say at that threshold, confidence and all."""
-    desk = InferenceService(segmenter)
-    pixels = desk.photograph(picture())
-    visit = Session(pixels, "a.png", asyncio.run(desk.ask(pixels, PHRASES, None)))
+    service = InferenceService(segmenter)
+    pixels = service.read_image(picture())
+    session = Session(pixels, "a.png", asyncio.run(service.predict(pixels, PHRASES, None)))
     for threshold in (0.05, 0.2, 0.5):
         expected = segmenter.predict(pixels, PHRASES, threshold=threshold)
-        found = visit.at(threshold)
+        found = session.at_threshold(threshold)
         with zipfile.ZipFile(io.BytesIO(masks_zip(found, "a"))) as archive:
             for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
                 np.testing.assert_array_equal(ours.mask, theirs.mask)
@@ -196,10 +196,10 @@ def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> I
         for name in ("HOME", "TMPDIR", "GRADIO_TEMP_DIR"):
             patch.setenv(name, str(folder))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        desk = InferenceService(segmenter, Limits(upload=100_000))
-        with serving(make_app(desk, Visits(desk.limits), hosts=["demo.example"]), desk.limits) as found:
+        service = InferenceService(segmenter, Limits(upload=100_000))
+        with serving(make_app(service, Sessions(service.limits), hosts=["demo.example"]), service.limits) as found:
             yield found
-        desk.close()
+        service.close()
         assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -246,9 +246,9 @@ def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: P
     ("data", "query", "status", "message"),
     [
         (b"no image at all" * 9, {"phrase": "left"}, 400, "not an image"),
-        (b"", {"phrase": "left"}, 400, "no photograph"),
+        (b"", {"phrase": "left"}, 400, "no image"),
         (picture(), {}, 400, "no phrase"),
-        (picture(), {"phrase": ["a"] * 21}, 400, "up to 20"),
+        (picture(), {"phrase": ["a"] * 21}, 400, "at most 20"),
         (picture(), {"phrase": "a", "threshold": "much"}, 400, "must be a number"),
         (picture(), {"phrase": "a", "threshold": "1.5"}, 400, "between 0 and 1"),
         (picture(), {"phrase": "a", "adapters": "none"}, 400, "there are no adapters"),
@@ -272,11 +272,11 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
 
     from dcris.inference.web.app import make_app
 
-    desk = InferenceService(segmenter)
-    visits = Visits(desk.limits)
-    client = TestClient(make_app(desk, visits, hosts=["testserver"]))
+    service = InferenceService(segmenter)
+    sessions = Sessions(service.limits)
+    client = TestClient(make_app(service, sessions, hosts=["testserver"]))
     answers = segmenter.predict(read_image(picture()), ["left"], scores=True)
-    name = visits.put(Session(np.zeros((4, 4, 3), np.uint8), "..\\\\up/../a.png", answers))
+    name = sessions.put(Session(np.zeros((4, 4, 3), np.uint8), "..\\\\up/../a.png", answers))
     for threshold in ("2", "nan", "much", ""):
         answer = client.get(f"/download/{name}/coco.json?threshold={threshold}")
         assert answer.status_code == 400
@@ -382,9 +382,9 @@ def _file(path: str) -> dict[str, Any]:
         ("/run/predict", 404),
         ("/", 404),
         ("/page/segment", 400),
-        ("/page/move", 400),
+        ("/page/threshold", 400),
         ("/page/example", 400),
-        ("/page/photograph?name=/etc/passwd", 400),
+        ("/page/image?name=/etc/passwd", 400),
         ("/api/segment?phrase=left&name=/etc/passwd", 400),
     ],
 )
@@ -393,7 +393,7 @@ def test_no_path_of_a_client_is_opened(address: str, recorded: list[Any], route:
     for question in (
         {"data": [_file(path), None], "fn_index": 0, "session_hash": "x"},
         {"data": ["a", "left", 0.5, _file(path)], "fn_index": 1, "session_hash": "x"},
-        {"photo": _file(path), "text": path, "adapters": _file(path)},
+        {"session": _file(path), "text": path, "adapters": _file(path)},
     ):
         found, content = send(address, f"POST {route}", json.dumps(question).encode())
         assert (found, recorded) == (status, [])
@@ -445,7 +445,7 @@ def test_uploads_nobody_asked_for_are_not_written_to_disk(address: str, recorded
     headers = "Content-Type: multipart/form-data; boundary=x\r\n"
     for route, status in (
         ("/gradio_api/upload", 404),
-        ("/page/photograph?name=a.png", 400),
+        ("/page/image?name=a.png", 400),
         ("/api/segment?phrase=a", 400),
     ):
         assert send(address, f"POST {route}", form, headers)[0] == status
@@ -497,7 +497,7 @@ def test_a_request_must_name_a_host(address: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize(
-    ("path", "status"), [("/api/segment?phrase=left", 413), ("/page/move", 413), ("/gradio_api/upload", 404)]
+    ("path", "status"), [("/api/segment?phrase=left", 413), ("/page/threshold", 413), ("/gradio_api/upload", 404)]
 )
 @pytest.mark.parametrize("chunked", [False, True])
 def test_large_bodies_take_no_memory(address: str, path: str, status: int, chunked: bool) -> None:
@@ -545,7 +545,7 @@ def test_a_client_that_leaves_is_no_error(address: str, capfd: pytest.CaptureFix
     host, port = address.removeprefix("http://").split(":")
     for text in (
         "POST /api/segment?phrase=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc",
-        "POST /page/move HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        "POST /page/threshold HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
         "POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\nxyz\r\n",
         "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         "GET /",

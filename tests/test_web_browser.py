@@ -57,7 +57,7 @@ class Site:
 def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pytest.importorskip("gradio")
     from dcris.inference.web.app import make_app, make_server
-    from dcris.inference.web.service import InferenceService, Visits
+    from dcris.inference.web.service import InferenceService, Sessions
 
     segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
     uploads = tmp_path_factory.mktemp("uploads")
@@ -72,8 +72,8 @@ def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             return segment(model, state, text)
 
         patch.setattr(ReferringSegmenter, "segment", counted)
-        desk = InferenceService(segmenter)
-        server = make_server(make_app(desk, Visits(desk.limits)), desk.limits)
+        service = InferenceService(segmenter)
+        server = make_server(make_app(service, Sessions(service.limits)), service.limits)
         thread = Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         while not server.started:
@@ -81,7 +81,7 @@ def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield site
         server.should_exit = True
         thread.join(20)
-        desk.close()
+        service.close()
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_from_photograph_to_masks(page: Any, site: Site, tmp_path: Path) -> None
 def test_examples_and_messages(page: Any, site: Site, tmp_path: Path) -> None:
     """A visitor without a photograph has one at hand, and whoever does something odd is told in a sentence."""
     page.click("button#segment, #segment button")
-    page.get_by_text(re.compile("There is no photograph yet")).first.wait_for()
+    page.get_by_text(re.compile("There is no image yet")).first.wait_for()
     page.click("#examples button >> nth=1")
     page.wait_for_selector("#picture img")
     assert len(page.input_value("#phrases textarea").splitlines()) >= 2

@@ -1,4 +1,4 @@
-"""`dcris export`: a trained model as ONNX."""
+"""The command `dcris export`."""
 
 import argparse
 from pathlib import Path
@@ -9,25 +9,27 @@ from dcris.errors import DcrisError
 
 
 def add(commands: Any) -> None:
-    """Describe the command of this file."""
+    """Add the command of this file to the parser."""
     export = adder(commands, "dcris ")(
         "export",
         _export,
-        "write a trained model as ONNX, for programs without torch",
+        "export a trained model to ONNX",
         "runs/tiny --out onnx/tiny",
-        "DIR gets fit.onnx, text.onnx, image.onnx and model.json, and the graphs are compared with PyTorch before it is there.",
+        "Writes fit.onnx, text.onnx, image.onnx and model.json to DIR after comparing the graphs with PyTorch.",
     )
     export.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, new or empty")
     export.add_argument(
-        "--int8", action="store_true", help="matrix weights in 8 bits: a quarter of the size, slightly other masks"
+        "--int8",
+        action="store_true",
+        help="store matrix weights in 8 bits: a quarter of the size, slightly different masks",
     )
 
 
 def _export(args: argparse.Namespace) -> None:
     if args.out.suffix == ".onnx":
         raise DcrisError(
-            f"an export is several files in a folder, and {args.out} is named as one file; give a folder: --out "
+            f"an export consists of several files, but {args.out} is a file name; give a folder: --out "
             f"{args.out.with_suffix('')}"
         )
     from dcris.inference.export_onnx import export_onnx

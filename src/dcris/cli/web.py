@@ -1,4 +1,4 @@
-"""`dcris web`: a page on which anybody can try a model."""
+"""The command `dcris web`."""
 
 import argparse
 from pathlib import Path
@@ -8,35 +8,42 @@ from dcris.cli.common import CHECKPOINT, adder, device_arguments, log, natural
 
 
 def add(commands: Any) -> None:
-    """Describe the command of this file."""
+    """Add the command of this file to the parser."""
     web = adder(commands, "dcris ")(
         "web",
         _web,
-        "serve a web page on which a model is tried",
+        "serve a web page for trying a model",
         "runs/tiny --port 7860",
-        "Only this machine is served unless --host is given. Uploads are kept in memory only, for half an hour.",
+        "Listens on this machine only unless --host is given. Uploads stay in memory, for at most half an hour.",
     )
     web.add_argument(
-        "checkpoints", metavar="CKPT", nargs="+", help=f"{CHECKPOINT}; several on the same towers are chosen from"
+        "checkpoints",
+        metavar="CKPT",
+        nargs="+",
+        help=f"{CHECKPOINT}; several on the same towers can be selected on the page",
     )
-    web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them (%(default)s)")
-    web.add_argument("--port", type=natural, default=7860, help="0 is any free one (%(default)s)")
+    web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
+    web.add_argument(
+        "--port", type=natural, default=7860, help="port to listen on; 0 for any free one (default: %(default)s)"
+    )
     web.add_argument(
         "--allow-host",
         metavar="NAME",
         action="append",
         default=[],
-        help="a further host name by which browsers may address the server; may be given several times",
+        help="further host name that clients may use; repeatable",
     )
     access = web.add_mutually_exclusive_group()
     access.add_argument(
         "--auth",
         metavar="USER:PASSWORD",
-        help="ask for this user name and password; or a file with one such line per user "
+        help="required user name and password, or a file with one such line per user "
         "(default: the environment variable DCRIS_WEB_AUTH)",
     )
     access.add_argument("--no-auth", action="store_true", help="serve other machines without a password")
-    web.add_argument("--examples", type=Path, metavar="DIR", help="images to try, in place of generated scenes")
+    web.add_argument(
+        "--examples", type=Path, metavar="DIR", help="folder of example images (default: generated scenes)"
+    )
     device_arguments(web)
 
 
@@ -55,11 +62,11 @@ def _web(args: argparse.Namespace) -> None:
         allow_hosts=args.allow_host,
         auth=args.auth,
         no_auth=args.no_auth,
-        ready=lambda address: log(f"{address} (Ctrl-C ends it)"),
+        ready=lambda address: log(f"{address} (stop with Ctrl-C)"),
     )
 
 
 def _named(sources: list[str]) -> dict[str, str]:
-    """Each by the last part of its path, or by all of it where two end alike."""
+    """Name each source by the last part of its path, or by the whole path if two sources share it."""
     short = [Path(source).name for source in sources]
     return {source if short.count(name) > 1 else name: source for name, source in zip(short, sources, strict=True)}

@@ -1,4 +1,7 @@
-"""Predictions as Label Studio imports them: masks to start annotating from, as strokes of its brush."""
+"""Convert predictions to Label Studio's pre-annotations: brush strokes to start annotating from.
+
+Not with `label_studio_sdk`: it needs 29 further packages, older versions of numpy and OpenCV among them.
+"""
 
 import hashlib
 import re
@@ -12,31 +15,31 @@ from numpy.typing import NDArray
 from dcris.types import MaskArray
 
 _SIZES = np.array([3, 4, 8, 16])
-"""Bits in which a run's length is written; each run says which of them it takes."""
+"""Bit widths of run lengths; each run has the index of its width."""
 
-_LONGEST = 1 << 16
+_MAX_RUN = 1 << 16
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 cannot hold, not even as a character reference: most control characters."""
+"""Characters that XML 1.0 forbids, even as character references: most control characters."""
 
 
 def brush_rle(mask: MaskArray) -> list[int]:
-    """A mask [H, W] bool as Label Studio's `rle`: bytes, 0..255.
+    """Encode a mask [H, W] bool as Label Studio's `rle`, a list of bytes.
 
-    The code is that of thi.ng/rle-pack over the pixels' red, green, blue and alpha, all 255 inside: how many values (32 bits),
-    bits of a value less 1 (5), the four sizes less 1 (4 bits each); then for each run a 1, which size (2 bits), its length
-    less 1 in that many bits, and the value (8 bits). The last byte is filled up with zeros.
+    The format is thi.ng/rle-pack of the RGBA values, which are 255 inside the mask. Header: number of values (32 bits), bits
+    per value - 1 (5 bits), the four run widths - 1 (4 bits each). Each run: the bit 1, the index of its width (2 bits), its
+    length - 1 (in that width), and the value (8 bits). The last byte is padded with zeros.
     """
     flat = mask.ravel()
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
     lengths = np.diff(np.append(starts, flat.size)) * 4
     values = flat[starts].astype(np.int64) * 255
-    # A run that is longer than 16 bits can say becomes several.
-    pieces = -(-lengths // _LONGEST)
+    # Split runs that are longer than 16 bits can count.
+    pieces = -(-lengths // _MAX_RUN)
     values = np.repeat(values, pieces)
     last = np.cumsum(pieces) - 1
-    counts = np.full(int(pieces.sum()), _LONGEST)
-    counts[last] = lengths - (pieces - 1) * _LONGEST
+    counts = np.full(int(pieces.sum()), _MAX_RUN)
+    counts[last] = lengths - (pieces - 1) * _MAX_RUN
     which = np.searchsorted(1 << _SIZES, counts)
     widths = 3 + _SIZES[which] + 8
     codes = (((4 + which) << _SIZES[which] | (counts - 1)) << 8) | values
@@ -46,26 +49,28 @@ def brush_rle(mask: MaskArray) -> list[int]:
 
 
 def _bits(codes: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Numbers in so many bits each, highest first, one after the other."""
+    """Concatenate numbers as bits, highest bit first, each in its own width."""
     ends = np.cumsum(widths)
-    place = np.repeat(ends, widths) - 1 - np.arange(int(ends[-1]))  # of each bit in its number, from the lowest
+    place = (
+        np.repeat(ends, widths) - 1 - np.arange(int(ends[-1]))
+    )  # position of each bit in its number, from the lowest
     return ((np.repeat(codes, widths) >> place) & 1).astype(np.uint8)
 
 
 def label_studio_task(
-    image: str, size: tuple[int, int], answers: Iterable[tuple[str, float, MaskArray]], model: str
+    image: str, size: tuple[int, int], results: Iterable[tuple[str, float, MaskArray]], model: str
 ) -> dict[str, Any]:
-    """One task with its pre-annotations.
+    """Create one task with its pre-annotations.
 
     Args:
-        image: the address under which Label Studio finds the image.
-        size: H and W of the image, as a browser shows it.
-        answers: phrase, score and mask of each; empty masks are left out, as there is no such stroke.
-        model: what the prediction's `model_version` says.
+        image: URL of the image for Label Studio.
+        size: H and W of the image, upright.
+        results: phrase, score and mask of each; empty masks are omitted, because they have no stroke.
+        model: the `model_version` of the prediction.
     """
     height, width = size
     strokes: list[Mapping[str, Any]] = []
-    for number, (phrase, score, mask) in enumerate(answers):
+    for number, (phrase, score, mask) in enumerate(results):
         if not mask.any():
             continue
         strokes.append(
@@ -88,7 +93,7 @@ def label_studio_task(
 
 
 def label_studio_config(phrases: Sequence[str]) -> str:
-    """The labelling interface to which the tasks belong: the semantic segmentation template, with the phrases as labels."""
+    """Create the labelling interface of the tasks: the semantic segmentation template with the phrases as labels."""
     names = dict.fromkeys(_label(phrase) for phrase in phrases)
     labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in names)
     return (
@@ -98,5 +103,5 @@ def label_studio_config(phrases: Sequence[str]) -> str:
 
 
 def _label(phrase: str) -> str:
-    """The label for a phrase, the same in tasks and interface: as Python's escapes what XML cannot hold (`red\\x1bcup`)."""
+    """Return the label of a phrase for tasks and interface. Characters forbidden in XML become Python escapes (`\\x1b`)."""
     return _NOT_IN_XML.sub(lambda match: ascii(match[0])[1:-1], phrase)

@@ -1,6 +1,6 @@
-"""What the model answers, and the forms in which other programs want it.
+"""A predicted mask, and its conversion to the formats of other programs.
 
-Shape letters: H W pixels of a photograph.
+Shape letters: H W height and width of the image in pixels.
 """
 
 from collections.abc import Iterable
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What the model answers for one phrase on one photograph."""
+    """The result for one image and one phrase."""
 
     phrase: str
     mask: MaskArray
-    """[H, W] bool, at the photograph's size."""
+    """[H, W] bool, at the size of the image."""
     score: float
-    """Confidence in 0..1: the mean probability inside the mask, 0 where the mask is empty."""
+    """Confidence in 0..1: mean probability inside the mask, 0 for an empty mask."""
     box: tuple[int, int, int, int] | None
-    """x, y, width, height in pixels of the mask's bounding box; None where the mask is empty."""
+    """Bounding box of the mask (x, y, width, height) in pixels; None for an empty mask."""
     probabilities: NDArray[np.float32] | None = None
-    """[H, W] in 0..1, where they were asked for."""
+    """[H, W] in 0..1; None unless requested with `scores=True`."""
 
     def __eq__(self, other: object) -> bool:
-        # Not dataclass's own: == of arrays is an array.
+        # The method that dataclass generates fails: == of arrays is an array.
         if not isinstance(other, Prediction):
             return NotImplemented
         plain = (self.phrase, self.score, self.box) == (other.phrase, other.score, other.box)
@@ -54,30 +54,36 @@ class Prediction:
     def decide(
         cls, phrase: str, probabilities: NDArray[np.float32], threshold: float, *, keep: bool = True
     ) -> "Prediction":
-        """The answer that probabilities [H, W] give: a pixel is the object's if its probability is greater than the threshold.
+        """Create a prediction from probabilities.
 
-        `keep` is whether the answer holds them. Raises DcrisError where they are no such array or the threshold is not between
-        0 and 1.
+        Args:
+            phrase: the phrase.
+            probabilities: [H, W] in 0..1.
+            threshold: pixels with a greater probability belong to the mask.
+            keep: store the probabilities in the prediction.
+
+        Raises:
+            DcrisError: the probabilities are not such an array, or the threshold is not between 0 and 1.
         """
         if not isinstance(probabilities, np.ndarray) or probabilities.ndim != 2 or probabilities.dtype.kind != "f":
-            raise DcrisError(f"probabilities are an array [H, W] of floats, and not {kind_of(probabilities)}")
+            raise DcrisError(f"probabilities must be an array [H, W] of floats, not {kind_of(probabilities)}")
         mask = probabilities > require_threshold(threshold)
         box = mask_box(mask)
         score = float(probabilities[mask].mean()) if box else 0.0
         return cls(phrase, mask, score, box, probabilities if keep else None)
 
     def with_threshold(self, threshold: float) -> "Prediction":
-        """The same answer decided anew, without asking the model. Raises DcrisError without `probabilities` (`scores=True`)."""
+        """Return the prediction at another threshold, without a forward pass. Raises DcrisError without `probabilities`."""
         if self.probabilities is None:
-            raise DcrisError("this prediction has no probabilities to decide anew by; predict with scores=True")
+            raise DcrisError("this prediction has no probabilities; predict with scores=True")
         return Prediction.decide(self.phrase, self.probabilities, threshold)
 
     def to_rle(self) -> dict[str, Any]:
-        """The mask as COCO's compressed run lengths {"size": [H, W], "counts": str}, ready for JSON and for pycocotools."""
+        """Encode the mask as COCO's compressed run lengths {"size": [H, W], "counts": str}, for JSON and pycocotools."""
         return encode_mask(self.mask)
 
     def to_coco(self, image_id: int = 0, category_id: int = 1) -> dict[str, Any]:
-        """One entry of a COCO result file: image_id, category_id, segmentation, bbox, score; and the phrase beside them."""
+        """Return the entry of a COCO result file: image_id, category_id, segmentation, bbox and score, and also the phrase."""
         return {
             "image_id": image_id,
             "category_id": category_id,
@@ -88,70 +94,82 @@ class Prediction:
         }
 
     def polygons(self, tolerance: float = 0.0) -> list[list[float]]:
-        """The outlines of the mask's parts as COCO has them: [[x, y, x, y, ...], ...] in pixels, without holes.
+        """Return the outlines of the mask's parts in COCO's form: [[x, y, x, y, ...], ...] in pixels.
 
-        They run along the pixels' borders, so pycocotools makes the same mask of them again, but with its holes filled, since
-        COCO's polygons have none. A `tolerance` in pixels leaves corners out that the outline can do without.
+        The outlines follow pixel borders, so pycocotools converts them back to the same mask. Holes are filled, because
+        COCO polygons have no holes.
+
+        Args:
+            tolerance: maximum deviation in pixels of a simplified outline; 0 keeps every corner.
         """
         require_number(tolerance, 0, "the tolerance")
-        # cv2 follows the centres of pixels. Seen at twice the size, the centres of a border's small pixels tell which side
-        # of a pixel they are on, and so which of the pixel's borders is meant.
+        # cv2 follows pixel centres, not borders. In the mask at twice the size, the centre of each contour pixel lies on one
+        # side of an original pixel, which tells the border it belongs to.
         if self.box is None:
             return []
         left, top, width, height = self.box
         inside = self.mask[top : top + height, left : left + width].astype(np.uint8)
         doubled = np.repeat(np.repeat(inside, 2, axis=0), 2, axis=1)
         found, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        outlines = [_without_needless((outline[:, 0] + 1) // 2 + (left, top)) for outline in found]
+        outlines = [_remove_redundant_points((outline[:, 0] + 1) // 2 + (left, top)) for outline in found]
         if tolerance > 0:
             outlines = [cv2.approxPolyDP(outline.astype(np.int32), tolerance, True)[:, 0] for outline in outlines]
         return [[float(value) for value in outline.ravel()] for outline in outlines if len(outline) > 2]
 
     def cutout(self, image: ImageLike, *, crop: bool = True) -> Image.Image:
-        """The object alone, as an RGBA picture: transparent outside the mask, and no larger than its box with `crop`.
+        """Return the object as an RGBA image that is transparent outside the mask.
 
-        Raises DcrisError where the image is of another size than the mask, or where there is nothing to cut out.
+        Args:
+            image: the image of this prediction.
+            crop: crop to the bounding box.
+
+        Raises:
+            DcrisError: the image has another size than the mask, or the mask is empty.
         """
-        pixels = self._fitting(image)
+        pixels = self._pixels_of(image)
         if self.box is None:
-            raise DcrisError(f"nothing was found for {self.phrase!r}, so there is nothing to cut out")
-        picture = Image.fromarray(np.dstack((pixels, self.mask.astype(np.uint8) * np.uint8(255))))
+            raise DcrisError(f"the mask of {self.phrase!r} is empty, so there is nothing to cut out")
+        cutout = Image.fromarray(np.dstack((pixels, self.mask.astype(np.uint8) * np.uint8(255))))
         left, top, width, height = self.box
-        return picture.crop((left, top, left + width, top + height)) if crop else picture
+        return cutout.crop((left, top, left + width, top + height)) if crop else cutout
 
     def overlay(self, image: ImageLike, colour: Colour = COLOURS[0]) -> Image.Image:
-        """The image with the mask shown on it. Raises DcrisError where the image is of another size than the mask."""
-        pixels = self._fitting(image)
+        """Draw the mask on the image. Raises DcrisError if the image has another size than the mask."""
+        pixels = self._pixels_of(image)
         try:
             valid = len(colour) == 3 and all(0 <= int(value) <= 255 for value in colour)
         except (TypeError, ValueError):
             valid = False
         if not valid:
-            raise DcrisError(f"a colour is red, green and blue from 0 to 255, as in (255, 122, 0), and not {colour!r}")
+            raise DcrisError(
+                f"a colour must be red, green and blue from 0 to 255, such as (255, 122, 0), not {colour!r}"
+            )
         return Image.fromarray(overlay(pixels, self.mask, colour))
 
-    def _fitting(self, image: ImageLike) -> NDArray[np.uint8]:
+    def _pixels_of(self, image: ImageLike) -> NDArray[np.uint8]:
         pixels = as_pixels(image)
         if pixels.shape[:2] != self.mask.shape:
             sizes = [f"{shape[1]} x {shape[0]}" for shape in (pixels.shape, self.mask.shape)]
             raise DcrisError(
-                f"the image is {sizes[0]} pixels and the mask {sizes[1]}; give the image that was asked about"
+                f"the image is {sizes[0]} pixels and the mask {sizes[1]}; use the image of this prediction"
             )
         return pixels
 
 
 def to_detections(predictions: Iterable[Prediction]) -> "supervision.Detections":
-    """supervision's Detections, for its annotators, trackers and data sets; what found nothing is left out.
+    """Convert predictions to supervision's Detections, for its annotators, trackers and data sets.
 
-    `class_id` is the prediction's place in the sequence, `data["class_name"]` its phrase.
-    Raises DcrisError where supervision is not installed.
+    Empty masks are omitted. `class_id` is the position of the prediction in the sequence, `data["class_name"]` its phrase.
+
+    Raises:
+        DcrisError: supervision is not installed.
     """
     try:
         import supervision
     except ImportError as error:
         raise DcrisError(f"supervision cannot be imported ({error}); install it: pip install supervision") from error
     if not isinstance(predictions, Iterable):
-        raise DcrisError(f"predictions are a list of Prediction, and not {kind_of(predictions)}")
+        raise DcrisError(f"predictions must be a list of Prediction, not {kind_of(predictions)}")
     every = [require(each, Prediction, "each prediction") for each in predictions]
     found = [(number, each) for number, each in enumerate(every) if each.box is not None]
     if not found:
@@ -167,18 +185,18 @@ def to_detections(predictions: Iterable[Prediction]) -> "supervision.Detections"
 
 
 def require_threshold(threshold: float) -> float:
-    """The threshold itself. Raises DcrisError where it does not lie between 0 and 1."""
-    given: Any = threshold  # whatever a caller passed
+    """Return the threshold. Raises DcrisError if it is not between 0 and 1."""
+    given: Any = threshold  # callers may pass any type
     if not isinstance(given, Real) or not 0 < float(given) < 1:
-        raise DcrisError(f"the threshold must be a number between 0 and 1, and is {given!r}")
+        raise DcrisError(f"the threshold must be a number between 0 and 1, not {given!r}")
     return float(given)
 
 
-def _without_needless(outline: NDArray[Any]) -> NDArray[Any]:
-    """A closed outline [N, 2] without repeated points and without those on a straight line between their neighbours."""
+def _remove_redundant_points(outline: NDArray[Any]) -> NDArray[Any]:
+    """Remove repeated points of a closed outline [N, 2], and points on a straight line between their neighbours."""
     outline = outline[np.any(outline != np.roll(outline, 1, axis=0), axis=1)]
     before, after = outline - np.roll(outline, 1, axis=0), np.roll(outline, -1, axis=0) - outline
     bends = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    # There and back again is a corner too: it has no area, but its point may join two parts of the outline.
+    # A turn by 180 degrees is a corner, too: it encloses no area, but its point may join two parts of the outline.
     turns = (before * after).sum(axis=1) < 0
     return np.asarray(outline[bends | turns])

@@ -1,4 +1,4 @@
-"""The public Python API: a photograph and phrases in, masks out."""
+"""The public Python API: predict masks for an image and phrases."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,36 +40,36 @@ from dcris.utils.device import autocast, choose_device, choose_precision, free_m
 from dcris.utils.hub import push
 
 Source = PathLike
-"""What names a trained model; see Segmenter.from_pretrained."""
+"""A trained model by path or name; see Segmenter.from_pretrained."""
 
 Phrases = str | Sequence[str]
 
-_AT_MOST = 32
-"""Pairs of an image and a phrase in one pass, however much memory there is: more are no faster."""
+_MAX_PAIRS = 32
+"""Limit on the pairs of an image and a phrase per forward pass. More are not faster."""
 
 _SHARE_OF_MEMORY = 0.25
-"""Of what is free: others want some, too."""
+"""Share of the free memory that a forward pass may take by default."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: tensors have no single answer to ==
 class EncodedImage:
-    """What of an image does not depend on the phrase, worked out once by `Segmenter.encode_image`."""
+    """The features of an image that do not depend on the phrase, computed by `Segmenter.encode_image`."""
 
     size: tuple[int, int]
-    """H and W of the image in pixels."""
+    """Height and width of the image in pixels."""
     adapters: str
-    """The adapter set it was encoded with; only that can go on from it."""
-    _fit: Transform
+    """Name of the adapter set that encoded the image; `Segmenter.segment` uses the same one."""
+    _transform: Transform
     _state: VisionState
 
 
 class Segmenter:
-    """A trained model, ready to answer. It keeps no state between calls, so several threads may share it.
+    """A trained model for prediction. It keeps no state between calls, so several threads may share it.
 
     ```python
     segmenter = Segmenter.from_pretrained("runs/quickstart")
-    for answer in segmenter.predict("photo.jpg", ["left slice", "the red cup"]):
-        print(answer.phrase, answer.score, answer.box)
+    for prediction in segmenter.predict("photo.jpg", ["left slice", "the red cup"]):
+        print(prediction.phrase, prediction.score, prediction.box)
     ```
     """
 
@@ -89,7 +89,7 @@ class Segmenter:
         self.model = model.to(self.device).eval()
         self.config = config
         self.origin: Origin = origin or {}
-        """Which published checkpoint the model was converted from; empty where it was trained."""
+        """The published checkpoint that the model was converted from; empty if it was not converted."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
         self._held: Held = {}
@@ -104,20 +104,21 @@ class Segmenter:
         device: str = "auto",
         precision: Precision | None = None,
     ) -> "Segmenter":
-        """Load a trained model, or several adapter sets of one pair of towers.
+        """Load a trained model, or several adapter sets on the same towers.
 
         Args:
-            source: a run's directory (its best checkpoint), a checkpoint's directory, a .safetensors bundle, a repository
-                "owner/name" or "owner/name@revision" of the Hub, or a published DETRIS model such as "detris-b-refcoco".
-                Several of them, as a list (each is then called by its data set) or as a dict by names of your own, share
-                the towers of the first, which also answers where `predict` is given no name.
+            source: a run directory (its best checkpoint), a checkpoint directory, a .safetensors bundle, a repository
+                "owner/name" or "owner/name@revision" on the Hub, or a published DETRIS model such as "detris-b-refcoco".
+                A list or dict of these loads several adapter sets on the towers of the first. A list names each set by its
+                data set, a dict by its key. `predict` uses the first set by default.
             device: auto, cpu, cuda or cuda:N.
             precision: auto, float32 or bfloat16; the run's own by default.
 
-        Raises DcrisError where there is no such model, it cannot be fetched or used, its towers are not those it was trained
-        on, or one of several has other towers than the first.
+        Raises:
+            DcrisError: the model does not exist, cannot be fetched or loaded, its towers are not those it was trained on, or
+                one of several has other towers than the first.
         """
-        chosen = choose_device(device)  # before anything is fetched
+        chosen = choose_device(device)  # fails before anything is fetched
         if precision is not None:
             choose_precision(precision, chosen)
         if isinstance(source, Mapping):
@@ -127,10 +128,10 @@ class Segmenter:
         elif isinstance(source, Iterable) and not isinstance(source, str | bytes | os.PathLike):
             named = [(None, each) for each in source]
         else:
-            return cls._one(source, device, precision)
+            return cls._load(source, device, precision)
         if not named:
-            raise DcrisError("no model was given to load")
-        segmenter = cls._one(named[0][1], device, precision)
+            raise DcrisError("no model was given")
+        segmenter = cls._load(named[0][1], device, precision)
         if named[0][0] is not None:
             segmenter._sets = {named[0][0]: (segmenter._ready, segmenter.config)}
         for name, each in named[1:]:
@@ -138,43 +139,47 @@ class Segmenter:
         return segmenter
 
     @classmethod
-    def _one(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
-        path = find_checkpoint(locate(_source(source)))
+    def _load(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
+        path = find_checkpoint(locate(_path_or_name(source)))
         model, config = load_checkpoint(path)
         return cls(model, config, device=device, precision=precision, origin=read_origin(path))
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names that `predict(..., adapters=)` takes, in the order in which they were added."""
+        """The names for `predict(..., adapters=)`, in the order in which they were added."""
         return tuple(self._sets)
 
     def add_adapters(self, name: str, source: Source) -> None:
-        """Load another checkpoint's adapters and head, to be chosen by `predict(..., adapters=name)`.
+        """Load the adapters and head of another checkpoint, for `predict(..., adapters=name)`.
 
-        The model that was loaded first is called by its data set. The new ones stand on the frozen towers that are in memory
-        already, and answer as their own checkpoint does. Threads that are predicting meanwhile are not disturbed; two that
-        add at one time have to take turns.
+        The first model is named by its data set. The new adapters use the frozen towers that are already in memory, and give
+        the same results as their own checkpoint. Other threads may predict meanwhile, but only one thread at a time may add
+        adapters.
 
-        Raises DcrisError as from_pretrained does, where the name is taken, and where they were trained on other towers.
+        Raises:
+            DcrisError: as in from_pretrained; also if the name is in use, or they were trained on other towers.
         """
         self._add(require(name, str, "the name of the adapters"), source)
 
     def _add(self, name: str | None, source: Source) -> None:
         if name in self._sets:
-            raise DcrisError(f"there are adapters {name!r} already; choose another name")
-        model, config = load_adapters(locate(_source(source), towers=False), self.model, self._towers)
+            raise DcrisError(f"the name {name!r} is already used by other adapters; choose another name")
+        model, config = load_adapters(locate(_path_or_name(source), towers=False), self.model, self._towers)
         name = name or config.data.dataset
         if name in self._sets:
-            raise DcrisError(f"two of the models were trained on {name}; give a dict, with a name for each")
-        # Replaced, not changed: another thread may be reading it.
+            raise DcrisError(f"two of the models were trained on {name}; give a dict with a name for each")
+        # Replaced, not modified: another thread may be reading it.
         ready = prepare_for_prediction(model.to(self.device), self.dtype, self._held)
         self._sets = {**self._sets, name: (ready, config)}
 
     def merged(self) -> "Segmenter":
-        """This segmenter with what was trained in its towers folded into their weights, where the method allows that (LoRA).
+        """Return a segmenter whose trained weights are merged into the towers, if the method supports it (LoRA).
 
-        It answers the same up to rounding and takes the time of the plain towers; saved, it brings its towers along. Of several
-        adapter sets, the first is taken. Raises DcrisError where it cannot be folded.
+        The results are the same up to rounding, at the speed of the plain towers. A saved copy includes its towers. Of
+        several adapter sets, the first is used.
+
+        Raises:
+            DcrisError: the method does not support merging.
         """
         model = self.model.merged()
         config = self.config.model_copy(update={"model": model.config})
@@ -195,25 +200,29 @@ class Segmenter:
         metrics: Metrics | Sequence[Metrics] = (),
         licence: str | None = None,
     ) -> Path:
-        """Write the model where from_pretrained finds it again: config.json, model.safetensors and a model card, README.md.
+        """Save the model for from_pretrained: config.json, model.safetensors and a model card (README.md).
 
-        Of several adapter sets, the first is written.
+        Of several adapter sets, the first is saved.
 
         Args:
-            path: a directory, which must not exist; or a file with `bundle`.
-            half: store adapters and head in float16, in half the space. They are read back as float32.
-            bundle: write one .safetensors file with everything in it, and no card; also chosen by a path of that ending.
-            towers: write the frozen towers too, as towers.safetensors; by default where whoever loads the model could not
-                have them from the Hub or the package.
-            metrics: what `dcris evaluate --out` wrote, or several of those, for the card.
-            licence: the Hub's short name of one, for the card.
+            path: a directory that does not exist; with `bundle`, a file.
+            half: store adapters and head in float16, which halves their size. They are loaded as float32.
+            bundle: write one .safetensors file with everything and no card; implied by a path with that ending.
+            towers: write the frozen towers too, as towers.safetensors; by default only if others cannot get them from the
+                Hub or the package.
+            metrics: output of `dcris evaluate --out`, or a list of such outputs, for the card.
+            licence: short licence name of the Hub, for the card.
 
-        Returns the path. Raises DcrisError where it exists or cannot be written.
+        Returns:
+            The path.
+
+        Raises:
+            DcrisError: the path exists or cannot be written.
         """
-        path = as_path(path, "the place to save to")
+        path = as_path(path, "the path to save to")
         bundle = bundle or path.suffix == ".safetensors"
         if bundle and path.suffix != ".safetensors":
-            raise DcrisError(f"a bundle is one file whose name ends in .safetensors, and {path} does not")
+            raise DcrisError(f"the name of a bundle ends in .safetensors, which {path} does not")
         self._write(path, path.name, half, towers, metrics, licence)
         return path
 
@@ -228,22 +237,29 @@ class Segmenter:
         licence: str | None = None,
         message: str = "Upload a dcris model",
     ) -> str:
-        """Upload what save_pretrained writes to the Hub, as one commit, and return the repository's address.
+        """Upload the files of save_pretrained to the Hub, as one commit.
 
         Args:
-            repo: "owner/name"; made where there is none.
-            private: whether a repository that is made can be seen by its owner alone.
-            half, towers, metrics, licence: as of save_pretrained.
-            message: of the commit.
+            repo: "owner/name"; created if it does not exist.
+            private: create the repository as private.
+            half: as in save_pretrained.
+            towers: as in save_pretrained.
+            metrics: as in save_pretrained.
+            licence: as in save_pretrained.
+            message: commit message.
 
-        Raises DcrisError where the Hub cannot be reached, or the token of `hf auth login` may not write there.
+        Returns:
+            URL of the repository.
+
+        Raises:
+            DcrisError: the Hub cannot be reached, or the token of `hf auth login` does not permit writing.
         """
         require(repo, str, "the repository")
         require(message, str, "the message")
         with TemporaryDirectory() as folder:
-            made = Path(folder) / "model"
-            self._write(made, repo, half, towers, metrics, licence)
-            return push(made, repo, private=private, message=message)
+            path = Path(folder) / "model"
+            self._write(path, repo, half, towers, metrics, licence)
+            return push(path, repo, private=private, message=message)
 
     def _write(
         self,
@@ -258,7 +274,7 @@ class Segmenter:
             towers = not all(can_be_had(tower) for tower in (self.model.vision, self.model.text))
         if not isinstance(metrics, dict | list | tuple):
             raise DcrisError(
-                f"metrics are what `dcris evaluate --out` wrote, or a list of those, and not {kind_of(metrics)}"
+                f"metrics must be the output of `dcris evaluate --out` or a list of such outputs, not {kind_of(metrics)}"
             )
         rows = (
             [metrics]
@@ -306,72 +322,74 @@ class Segmenter:
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
-        """Find what each phrase refers to.
+        """Predict the mask of the object that each phrase refers to.
 
         Args:
-            image: one image (a path, a PIL image of any mode, or an array; EXIF's orientation is applied) or a list of images,
-                which go through the network together as far as the memory allows.
-            phrases: asked of each image; a single string is one phrase. For a list of images also a list of lists, the phrases
-                of each image.
-            threshold: a pixel is the object's if its probability is greater; 0.35 by default.
-            scores: keep each pixel's probability in the predictions.
-            adapters: the name of the adapter set that answers; the first by default.
-            memory: bytes that the network's features may take while it runs; a quarter of what is free there by default.
+            image: one image or a list of images. An image is a path, a PIL image of any mode, or an array; EXIF orientation
+                is applied. Several images share forward passes as far as memory allows.
+            phrases: phrases for every image; a string is one phrase. For a list of images, this may also be a list with the
+                phrases of each image.
+            threshold: pixels with a greater probability belong to the mask; 0.35 by default.
+            scores: keep the probability of each pixel in the predictions.
+            adapters: name of the adapter set; the first by default.
+            memory: bytes that activations may take; a quarter of the free memory by default.
 
         Returns:
-            One prediction per phrase, in order; for a list of images, one such list per image. What else is asked in the same
-            call changes an answer by no more than rounding.
+            One prediction per phrase, in order; for a list of images, one such list per image. The grouping into forward
+            passes changes predictions by no more than rounding.
 
-        Raises DcrisError where an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or there are
-        no such adapters.
+        Raises:
+            DcrisError: an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or the adapter set
+                does not exist.
         """
         name, threshold = self._check(adapters, threshold)
         if memory is not None:
             memory = require_number(memory, 0, "the memory")
-        asked = _listed(phrases)
+        given = _as_list(phrases)
         if not isinstance(image, list):
-            (answers,) = self._predict([image], [_phrases(asked)], name, threshold, scores, memory)
-            return answers
-        if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in asked):
-            wanted = _phrases(asked)
-            return self._predict(image, [wanted] * len(image), name, threshold, scores, memory)
-        if len(asked) != len(image):
-            raise DcrisError(f"there are phrases for {len(asked)} images, and {len(image)} images; give as many")
-        return self._predict(image, [_phrases(_listed(each)) for each in asked], name, threshold, scores, memory)
+            (predictions,) = self._predict([image], [_check_phrases(given)], name, threshold, scores, memory)
+            return predictions
+        if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in given):
+            shared = _check_phrases(given)
+            return self._predict(image, [shared] * len(image), name, threshold, scores, memory)
+        if len(given) != len(image):
+            raise DcrisError(
+                f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
+            )
+        return self._predict(image, [_check_phrases(_as_list(each)) for each in given], name, threshold, scores, memory)
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
-        """Work out what of an image does not depend on the phrase, for `segment` to go on from as often as wanted.
+        """Compute the features of an image that do not depend on the phrase, for any number of calls of `segment`.
 
-        Args: as of `predict`. Raises DcrisError as that does.
+        Args and errors: as in `predict`.
         """
         name, _ = self._check(adapters, None)
-        state, (fit,) = self._encode([image], *self._sets[name])
-        return EncodedImage(fit.size, name, fit, state)
+        state, (transform,) = self._encode([image], *self._sets[name])
+        return EncodedImage(transform.size, name, transform, state)
 
     @torch.no_grad()
     def segment(
         self, encoded: EncodedImage, phrases: Phrases, *, threshold: float | None = None, scores: bool = False
     ) -> list[Prediction]:
-        """Find what each phrase refers to in an image that was encoded before; the answers are `predict`'s.
+        """Predict masks for an image that `encode_image` has encoded, with the results of `predict`.
 
-        Another threshold costs no further pass through the network: ask with `scores` and use `Prediction.with_threshold`.
+        Another threshold needs no further forward pass: use `scores=True` and `Prediction.with_threshold`.
 
-        Args and errors: as of `predict`.
+        Args and errors: as in `predict`.
         """
         require(encoded, EncodedImage, "the encoded image")
         _, threshold = self._check(encoded.adapters, threshold)
-        wanted = _phrases(_listed(phrases))
-        pairs = [(0, number) for number in range(len(wanted))]
-        return list(
-            self._finish(encoded._state, [encoded._fit], wanted, pairs, encoded.adapters, threshold, scores, None)
-        )
+        checked = _check_phrases(_as_list(phrases))
+        pairs = [(0, number) for number in range(len(checked))]
+        transforms = [encoded._transform]
+        return list(self._decode(encoded._state, transforms, checked, pairs, encoded.adapters, threshold, scores, None))
 
     def _check(self, adapters: str | None, threshold: float | None) -> tuple[str, float]:
         sets = self._sets
         name = next(iter(sets)) if adapters is None else adapters
         if not isinstance(name, str) or name not in sets:
-            raise DcrisError(f"there are no adapters {adapters!r}; there are {', '.join(sets)}")
+            raise DcrisError(f"there are no adapters {adapters!r}; the available ones are {', '.join(sets)}")
         return name, self.protocol.threshold if threshold is None else require_threshold(threshold)
 
     @torch.no_grad()
@@ -385,38 +403,36 @@ class Segmenter:
         memory: float | None,
     ) -> list[list[Prediction]]:
         model, config = self._sets[adapters]
-        answers: list[list[Prediction]] = []
-        at_once = self._at_once(model, config, memory)
+        results: list[list[Prediction]] = []
+        at_once = self._pairs_per_pass(model, config, memory)
         for start in range(0, len(images), at_once):
-            asked = phrases[start : start + at_once]
-            if not any(asked):
-                # Nothing is asked of them, but that they cannot be read is said.
-                answers += [[] for image in images[start : start + at_once] if as_pixels(image).size]
+            some_images, some_phrases = images[start : start + at_once], phrases[start : start + at_once]
+            if not any(some_phrases):
+                # Without phrases there is nothing to predict, but unreadable images must still raise an error.
+                results += [[] for image in some_images if as_pixels(image).size]
                 continue
-            # A phrase that is asked of several images is encoded once for all of them.
-            distinct = {
-                phrase: number for number, phrase in enumerate(dict.fromkeys(p for each in asked for p in each))
-            }
-            state, fits = self._encode(images[start : start + at_once], model, config)
-            pairs = [(number, distinct[phrase]) for number, each in enumerate(asked) for phrase in each]
-            found = self._finish(state, fits, list(distinct), pairs, adapters, threshold, scores, memory)
-            answers += [[next(found) for _ in each] for each in asked]
-        return answers
+            # Encode a phrase of several images only once.
+            distinct = {phrase: n for n, phrase in enumerate(dict.fromkeys(p for each in some_phrases for p in each))}
+            state, transforms = self._encode(some_images, model, config)
+            pairs = [(number, distinct[phrase]) for number, each in enumerate(some_phrases) for phrase in each]
+            found = self._decode(state, transforms, list(distinct), pairs, adapters, threshold, scores, memory)
+            results += [[next(found) for _ in each] for each in some_phrases]
+        return results
 
     def _encode(
         self, images: Sequence[ImageLike], model: ReferringSegmenter, config: RunConfig
     ) -> tuple[VisionState, list[Transform]]:
-        squares, fits = zip(
+        squares, transforms = zip(
             *(to_square(as_pixels(image), config.data, self.protocol.transform) for image in images), strict=True
         )
         pixels = normalise(torch.stack(squares).to(self.device), config.data)
         with autocast(self.device, self.dtype):
-            return model.encode_images(pixels), list(fits)
+            return model.encode_images(pixels), list(transforms)
 
-    def _finish(
+    def _decode(
         self,
         state: VisionState,
-        fits: Sequence[Transform],
+        transforms: Sequence[Transform],
         phrases: Sequence[str],
         pairs: Sequence[tuple[int, int]],
         adapters: str,
@@ -424,48 +440,48 @@ class Segmenter:
         scores: bool,
         memory: float | None,
     ) -> Iterator[Prediction]:
-        """The answers to pairs of an image and a phrase, in order, at each image's size."""
+        """Yield the predictions for pairs of (image number, phrase number), in order, at the size of each image."""
         if not pairs:
             return
         model, config = self._sets[adapters]
         tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
-        at_once = self._at_once(model, config, memory)
+        at_once = self._pairs_per_pass(model, config, memory)
         done = 0
         for logits in finish_in_passes(model, state, tokens, pairs, self.device, self.dtype, at_once):
             some = pairs[done : done + len(logits)]
-            pictures = self.protocol.probabilities(logits, [fits[image] for image, _ in some])
-            for (_, phrase), picture in zip(some, pictures, strict=True):
-                yield Prediction.decide(phrases[phrase], picture.cpu().numpy(), threshold, keep=scores)
+            maps = self.protocol.probabilities(logits, [transforms[image] for image, _ in some])
+            for (_, phrase), probabilities in zip(some, maps, strict=True):
+                yield Prediction.decide(phrases[phrase], probabilities.cpu().numpy(), threshold, keep=scores)
             done += len(logits)
 
-    def _at_once(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:
-        """Pairs of an image and a phrase for which a pass through the network stays within the memory."""
+    def _pairs_per_pass(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:
+        """Number of pairs of an image and a phrase whose forward pass fits into the memory (bytes)."""
         budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
-        return int(min(_AT_MOST, max(1, budget / _bytes_per_pair(model, config))))
+        return int(min(_MAX_PAIRS, max(1, budget / _bytes_per_pair(model, config))))
 
 
-def _source(source: Source) -> str | Path:
-    """A str, which may be a name, stays one."""
+def _path_or_name(source: Source) -> str | Path:
+    """Convert paths, but keep a str, which may be a name."""
     return source if isinstance(source, str) else as_path(source, "a model")
 
 
-def _listed(phrases: Any) -> list[Any]:
-    """A phrase or several as a list."""
+def _as_list(phrases: Any) -> list[Any]:
+    """Return one phrase or several as a list."""
     if isinstance(phrases, str):
         return [phrases]
     if not isinstance(phrases, Iterable) or isinstance(phrases, bytes):
-        raise DcrisError(f"phrases are a str or a list of str, and not {kind_of(phrases)}")
+        raise DcrisError(f"phrases must be a str or a list of str, not {kind_of(phrases)}")
     return list(phrases)
 
 
-def _phrases(phrases: Iterable[Any]) -> list[str]:
+def _check_phrases(phrases: Iterable[Any]) -> list[str]:
     return [require_phrase(phrase) for phrase in phrases]
 
 
 def _bytes_per_pair(model: ReferringSegmenter, config: RunConfig) -> int:
-    """What one image with one phrase takes at the network's widest place, in float32: an estimate from above.
+    """Upper estimate of the activation memory of one image with one phrase, in float32.
 
-    That is either the projector, whose maps are four times as fine as the patches, or a block's hidden layer.
+    The largest activation is either in the projector, with 4 x 4 cells per patch, or in the hidden layer of a block.
     """
     cells = (config.data.image_size // config.model.vision.patch) ** 2
     projector = 16 * cells * 4 * config.model.head.width

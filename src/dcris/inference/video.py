@@ -1,7 +1,7 @@
-"""Videos: their frames as pixels, and a video with masks drawn on it.
+"""Read the frames of videos, and write videos with masks drawn on them.
 
-PyAV reads them, since it raises where a file is broken; cv2 returns one frame less without an error. FFmpeg never gets a name:
-it would take one such as "http:host/a.mp4" for an address, and the entries of a playlist for further files.
+PyAV is used because it raises an error for broken files; cv2 silently returns fewer frames. FFmpeg never gets a file name: it
+would take a name such as "http:host/a.mp4" as a URL, and open the files that a playlist lists.
 """
 
 import struct
@@ -37,11 +37,11 @@ _DEMUXERS = {
     "h264": (".h264", ".264"),
     "hevc": (".hevc", ".h265", ".265"),
 }
-"""FFmpeg's names of the containers that are read, and how their files end. Among its hundreds of others are playlists (hls,
-concat, sdp), which would read further files and hosts."""
+"""Accepted containers (FFmpeg's names) and their file endings. FFmpeg's other formats include playlists (hls, concat, sdp),
+which open further files and hosts."""
 
 _MAX_PIXELS = 36_000_000
-"""Of a frame: cinema's 8K. A decoder keeps up to 16 frames, which is 0.9 GB then."""
+"""Limit on the pixels of a frame (8K cinema). A decoder keeps up to 16 frames, which takes 0.9 GB."""
 
 VIDEO_ENDINGS = frozenset(ending for endings in _DEMUXERS.values() for ending in endings)
 
@@ -50,10 +50,10 @@ _ENCODERS = {
     "libopenh264": {"b": "8000000"},
     "mpeg4": {"qscale": "3"},
 }
-"""H.264, which every browser plays, where FFmpeg was built with a library for it."""
+"""Encoders in order of preference: H.264, which every browser plays, if FFmpeg was built with it."""
 
 _MISSING_SECONDS = 0.5
-"""By so much the last frame may end before what the file says, without the file counting as cut short."""
+"""The last frame may end this much before the duration in the file; otherwise the file is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +61,19 @@ class Frame:
     """One frame of a video."""
 
     index: int
-    """Its number in the video, from 0."""
+    """Number in the video, from 0."""
     time: float | None
     """Seconds from the start of the stream."""
     pixels: NDArray[np.uint8]
-    """[H, W, 3] RGB, turned and mirrored as the file says."""
+    """[H, W, 3] RGB, rotated and mirrored as the file specifies."""
 
 
 def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Frame]:
-    """Every `every`-th frame of a video, from the first on, where its index is wanted.
+    """Yield every `every`-th frame of a video, from the first, whose index is `wanted`.
 
-    Raises DcrisError where PyAV is not installed, the file is no video or changes its size, and, after the frames that are
-    whole, where it is damaged or cut short. Only a transport stream (.ts) may end early without an error, as it does not say
-    how long it is.
+    Raises:
+        DcrisError: PyAV is not installed, or the file is not a video or changes its size; after the intact frames, if the
+            file is damaged or truncated. A truncated transport stream (.ts) is not detected, because it has no duration.
     """
     _require_one_size(path)
     for frame in _decoded(path):
@@ -84,21 +84,26 @@ def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lamb
 def write_overlay(
     source: Path, target: Path, masks: Callable[[int], Sequence[MaskArray] | None], last: int, every: int = 1
 ) -> str:
-    """Write the frames that have masks, drawn on them in the colours of `drawing.COLOURS`, as an .mp4 of the source's pace.
+    """Write the frames that have masks, with the masks drawn on them, as an .mp4 file at the speed of the source.
 
     Args:
         source: the video.
-        target: the .mp4 file; it is whole or not there.
-        masks: of a frame's index: those of its phrases, [H, W] bool each; None where the frame is to be left out.
-        last: the last index that has any; the source is not read any further.
-        every: the step between frames that have any: the pace is slower by that.
+        target: the .mp4 file; it is written completely or not at all.
+        masks: returns the masks [H, W] bool of a frame by its index, one per phrase; None omits the frame. Phrase k has the
+            colour k of `drawing.COLOURS`.
+        last: index of the last frame with masks; reading stops there.
+        every: step between frames with masks, which divides the frame rate.
 
-    Returns the name of the codec. Raises DcrisError where the source cannot be read or the target not be written.
+    Returns:
+        Name of the codec.
+
+    Raises:
+        DcrisError: the source cannot be read, or the target cannot be written.
     """
     av = _av()
     encoder = next((name for name in _ENCODERS if name in av.codecs_available), None)
     if encoder is None:
-        raise DcrisError("this build of PyAV can write neither H.264 nor MPEG-4; choose other formats than overlay")
+        raise DcrisError("this build of PyAV cannot write H.264 or MPEG-4; leave out the format overlay")
 
     def fill(path: Path) -> None:
         with path.open("wb") as file, av.open(file, "w", format="mp4") as output:
@@ -112,25 +117,23 @@ def write_overlay(
                 pixels = _upright(source, frame.data)
                 for number, mask in enumerate(drawn):
                     pixels = overlay(pixels, mask, COLOURS[number % len(COLOURS)])
-                # 4:2:0 halves both sides, so they have to be even.
+                # 4:2:0 chroma subsampling needs even sides.
                 height, width = pixels.shape[:2]
                 pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 if stream is None:
                     stream = output.add_stream(encoder, rate=frame.rate / every, options=_ENCODERS[encoder])
                     stream.height, stream.width, stream.pix_fmt = *pixels.shape[:2], "yuv420p"
                     stream.codec_context.time_base = frame.base
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                picture.pts, picture.time_base = frame.ticks, frame.base
-                output.mux(stream.encode(picture))
+                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                image.pts, image.time_base = frame.ticks, frame.base
+                output.mux(stream.encode(image))
             if stream is not None:
                 output.mux(stream.encode(None))
 
     try:
         write_file(target, fill)
     except av.FFmpegError as error:
-        raise DcrisError(
-            f"cannot write {target}: {error.strerror or error}; choose other formats than overlay"
-        ) from error
+        raise DcrisError(f"cannot write {target}: {error.strerror or error}; leave out the format overlay") from error
     return "H.264" if "264" in encoder else "MPEG-4"
 
 
@@ -139,20 +142,20 @@ class _Decoded:
     index: int
     time: float | None
     ticks: int
-    """When it is shown, in units of `base`."""
+    """Presentation time in units of `base`."""
     base: Fraction
     rate: Fraction
-    """Frames a second, about."""
+    """Approximate frames per second."""
     data: Any
     """PyAV's frame."""
 
 
 def _require_one_size(path: Path) -> None:
-    """Raise DcrisError where the key frames of a video have several sizes, before anything is made of its first frames."""
+    """Raise DcrisError if the key frames of a video differ in size, before any frame is predicted."""
     with _opened(path) as (container, stream):
         stream.codec_context.skip_frame = "NONKEY"
         size = None
-        with suppress(_av().FFmpegError):  # reported by the pass that decodes all frames
+        with suppress(_av().FFmpegError):  # reported later, when all frames are decoded
             for frame in container.decode(stream):
                 size = _same_size(path, frame, size)
 
@@ -170,10 +173,10 @@ def _same_size(path: Path, frame: Any, size: tuple[int, ...] | None) -> tuple[in
 def _decoded(path: Path) -> Iterator[_Decoded]:
     av = _av()
     with _opened(path) as (container, stream):
-        # Not by frame: FFmpeg 8's threads then wait for each other for ever after an error, when the decoder is closed.
+        # No frame threads: after an error, closing the decoder of FFmpeg 8 deadlocks with them.
         stream.thread_type = "SLICE"
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        start = stream.start_time  # of a recorded broadcast, the hour of the day
+        start = stream.start_time  # not 0 in recorded broadcasts
         index, before, end = 0, -1, 0.0
         size = None
         frames = container.decode(stream)
@@ -185,17 +188,17 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
             except av.FFmpegError as error:
                 raise DcrisError(
                     f"the video {path} is damaged or cut short at frame {index} ({error.strerror or error}); "
-                    "fetch or export it again"
+                    "download or export it again"
                 ) from error
             if frame.is_corrupt:
-                raise DcrisError(f"the video {path} is damaged at frame {index}; fetch or export it again")
+                raise DcrisError(f"the video {path} is damaged at frame {index}; download or export it again")
             size = _same_size(path, frame, size)
             ticks, time = -1, None
             if frame.pts is not None:
                 start = frame.pts if start is None else start
                 ticks = frame.pts - start
                 time = round(float(ticks * stream.time_base), 6)
-            # Files without times of their own (raw streams, some .avi) are played at their rate.
+            # Frames without usable times (raw streams, some .avi) are shown at the frame rate.
             if ticks <= before:
                 ticks = max(before + 1, round(index / rate / stream.time_base))
             yield _Decoded(index, time, ticks, stream.time_base, rate, frame)
@@ -203,14 +206,14 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
         length = _seconds(stream)
         if length is not None and end < length - _MISSING_SECONDS:
             raise DcrisError(
-                f"the video {path} is cut short: it ends after {end:.1f} of {length:.1f} s; fetch or export it again"
+                f"the video {path} is cut short: it ends after {end:.1f} of {length:.1f} s; download or export it again"
             )
         if index == 0:
             raise DcrisError(f"the video {path} has no frames")
 
 
 def _seconds(stream: Any) -> float | None:
-    """How long the file says that its video is; Matroska has that in a tag."""
+    """Return the duration that the file states; Matroska has it in a tag."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     tag = str(stream.metadata.get("DURATION", "")).split(":")
@@ -221,19 +224,19 @@ def _seconds(stream: Any) -> float | None:
 
 
 class _Nameless:
-    """What FFmpeg needs of an open file."""
+    """The methods of an open file that FFmpeg needs, without its name."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def _open_nothing(url: str, flags: int, options: Any) -> NoReturn:
-    raise PermissionError(f"a video must not open another file ({url})")
+    raise PermissionError(f"the video refers to another file ({url}), which is not allowed")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A video's container and its first video stream."""
+    """Open a video; yield its container and its first video stream."""
     av = _av()
     with ExitStack() as stack:
         try:
@@ -247,13 +250,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             )
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DcrisError(f"cannot read the video {path} ({reason}); replace that file or leave it out") from error
+            raise DcrisError(f"cannot read the video {path} ({reason}); replace or remove it") from error
         if not container.streams.video:
-            raise DcrisError(f"{path} holds no video")
+            raise DcrisError(f"{path} has no video stream; remove it")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise DcrisError(f"cannot read the video {path} (FFmpeg has no decoder for it); convert it to H.264")
-        # Else damage is painted over, and a frame may be larger than its container says.
+        # By default damage is concealed, and a frame may be larger than its container states.
         stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
         try:
             refuse_shape(stream.codec_context.height, stream.codec_context.width, _MAX_PIXELS)
@@ -263,22 +266,23 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
-    """A frame's display matrix [[a, b], [c, d]]: pixel (x, y) is shown at (a x + c y, b x + d y), but for a shift."""
+    """Return the display matrix (a, b, c, d) of a frame: pixel (x, y) is shown at (a x + c y, b x + d y) plus an offset."""
     data = frame.side_data.get("DISPLAYMATRIX")
     a, b, _, c, d = (1, 0, 0, 0, 1) if data is None else struct.unpack_from("=5i", bytes(data))
     return a, b, c, d
 
 
 def _upright(path: Path, frame: Any) -> NDArray[np.uint8]:
+    """Convert a frame to RGB pixels and apply its display matrix."""
     try:
         pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
     except (_av().FFmpegError, ValueError) as error:
         raise DcrisError(
-            f"the frames of the video {path} cannot be turned into RGB ({getattr(error, 'strerror', None) or error}); "
+            f"the frames of the video {path} cannot be converted to RGB ({getattr(error, 'strerror', None) or error}); "
             "convert it to H.264"
         ) from error
     a, b, c, d = _matrix(frame)
-    if abs(b) > abs(a):  # x and y change places
+    if abs(b) > abs(a):  # x and y are swapped
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
@@ -287,8 +291,6 @@ def _av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise DcrisError(
-            f"videos are read by PyAV, which cannot be imported ({error}); pip install 'dcris[video]'"
-        ) from error
-    av.logging.set_level(av.logging.PANIC)  # what is wrong is raised as well
+        raise DcrisError(f"videos need PyAV, which cannot be imported ({error}); pip install 'dcris[video]'") from error
+    av.logging.set_level(av.logging.PANIC)  # errors are raised as exceptions
     return av

@@ -1,8 +1,8 @@
-"""Checks of every request before the page or the API gets it: host, origin, password, size and time.
+"""Checks of every request before it reaches the page or the API: host, origin, password, size and time.
 
-`Guard` is an ASGI application in front of another: allowed host names, the same origin, a password, the size of a body and the
-time for it. `Connection` is uvicorn's connection with what uvicorn lacks: a time limit for a request's head, and a bound on the
-connections of one client. Nothing here opens a file or an outgoing connection.
+`Guard` is an ASGI application in front of another one. It checks the host name, the origin, the password, and the size and
+time of the body. `Connection` adds to uvicorn's connection a time limit for the head of a request and a limit on the
+connections of one client. This module opens no files and no outgoing connections.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dcris.errors import DcrisError
 from dcris.inference.web.service import BUSY, BusyError, Limits
 
-# The page needs no other server; this keeps every browser to that, whatever a later Gradio would like to fetch.
+# The page needs no other server. This header makes browsers enforce that, also for future versions of Gradio.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'",
     "Referrer-Policy": "no-referrer",
@@ -37,13 +37,13 @@ _HEADERS = {
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:/?#@\\\s]+)(?::([0-9]{1,5}))?", re.ASCII)
 
 _PAUSE = 2.0
-"""Seconds without a byte after which no more of a refused body is awaited."""
+"""Seconds without a byte after which the server stops reading a refused body."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Refused(DcrisError):
-    """A request that is not passed on."""
+    """The request is refused before it reaches the application."""
 
     def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(sentence)
@@ -51,35 +51,36 @@ class Refused(DcrisError):
 
 
 class _GoneError(Exception):
-    """The client has closed its connection."""
+    """The client has closed the connection."""
 
 
-def failure(error: DcrisError) -> JSONResponse:
-    """The answer to a request that failed: {"error": a sentence}, with the error's status or 400."""
+def error_response(error: DcrisError) -> JSONResponse:
+    """Convert an error to the response {"error": MESSAGE} with the error's status, or 400."""
     return JSONResponse({"error": str(error)}, getattr(error, "status", 400), getattr(error, "headers", None))
 
 
 @dataclass(eq=False)
 class _Body:
-    """A request's body, in memory until the request is answered."""
+    """The body of a request, which stays in memory until the request is answered."""
 
     client: str
     size: int = 0
     data: bytearray = field(default_factory=bytearray)
     deadline: asyncio.Timeout | None = None
-    """While it is being received."""
+    """None when the body is complete."""
     displaced: bool = False
+    """Whether it was dropped to make room for other bodies."""
 
 
 class Guard:
     """Check requests, receive their bodies, and pass them to an application.
 
     Args:
-        app: the application. It gets each body at once, and is cancelled when its client leaves.
-        bodies: the paths that take a body (by POST), with the largest size of each in bytes.
-        limits: the bounds on sizes and times.
-        hosts: host names by which the server may be addressed, besides the address it is reached at.
-        credentials: "user:password" of everyone who may use the server; if empty, anyone may.
+        app: the application. It gets each body in one message, and is cancelled when the client disconnects.
+        bodies: maximum size in bytes of each path that accepts a body (by POST).
+        limits: limits on sizes and times.
+        hosts: allowed host names, in addition to the address of the server.
+        credentials: "user:password" of each user; if empty, no password is needed.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Guard:
         self._credentials = [each.encode() for each in credentials]
         self._failures: OrderedDict[str, list[float]] = OrderedDict()
         self._bodies: dict[_Body, None] = {}
-        """In the order in which they began."""
+        """In order of arrival; a dict serves as an ordered set."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -115,7 +116,8 @@ class Guard:
                 if unread:
                     sent["Connection"] = "close"
             elif unread and not message.get("more_body"):
-                # uvicorn would close the connection now. A client that is still sending would see a reset, not the answer.
+                # uvicorn would close the connection now, and a client that is still sending would see a reset instead of the
+                # response. So delay the end of the response until the body has been read.
                 message, last = {**message, "more_body": True}, True
             await send(message)
             if last:
@@ -131,18 +133,18 @@ class Guard:
                 await self._receive(body, headers, receive, limit)
                 unread = False
             if not await self._pass(scope, body, receive, answer, watch=not unread) and not started:
-                raise Refused(503, f"there was no answer within {self._limits.answer_seconds:.0f} s; try again later")
+                raise Refused(503, f"the request took longer than {self._limits.answer_seconds:.0f} s; try again later")
         except DcrisError as error:
-            await failure(error)(scope, receive, answer)
+            await error_response(error)(scope, receive, answer)
         except _GoneError:
             pass
         finally:
             self._bodies.pop(body, None)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raise Refused for a request that is not passed on whatever its body."""
+        """Raise Refused if the request must be refused whatever its body is."""
         if not scope["path"].startswith("/"):
-            raise Refused(400, "the address of the request must start with /")
+            raise Refused(400, "the path of the request must start with /")
         if "transfer-encoding" in headers and "content-length" in headers:
             raise Refused(400, "the request has both Content-Length and Transfer-Encoding; send one of them")
         hosts = headers.getlist("host")
@@ -151,7 +153,7 @@ class Guard:
         if not self._allowed(host[1], scope):
             raise Refused(403, f"requests for the host {host[1]!r} are refused; allow it with --allow-host")
         for origin in headers.getlist("origin"):
-            # Behind a proxy that replaces the host name, the origin is the name that --allow-host gives.
+            # Behind a proxy that replaces the host name, the origin is a name given by --allow-host.
             scheme, _, place = origin.lower().partition("://")
             found = _HOST.fullmatch(place)
             if scheme not in ("http", "https") or not found:
@@ -162,9 +164,9 @@ class Guard:
             self._check_password(scope, headers)
 
     def _allowed(self, host: str, scope: Scope) -> bool:
-        """Whether the server may be addressed as `host`.
+        """Whether clients may use the name `host`.
 
-        Other sites can point a name of theirs at this server (DNS rebinding), so names are allowed one by one.
+        Other sites can let a name of theirs point to this server (DNS rebinding), so every name must be allowed explicitly.
         """
         here = _address(scope["server"][0]) if scope.get("server") else None
         local = here is not None and here.is_loopback
@@ -185,10 +187,10 @@ class Guard:
         kind, _, encoded = given.partition(" ")
         with suppress(ValueError):
             decoded = base64.b64decode(encoded.strip(), validate=True)
-            # Every one is compared, in constant time, so that the time reveals nothing of a password.
+            # Compare with all of them, each in constant time, so that the time reveals nothing about a password.
             if kind.lower() == "basic" and sum(hmac.compare_digest(decoded, each) for each in self._credentials):
                 return
-        # A right password does not clear the count: it may be of another user at the same address.
+        # A correct password does not reset the count: it may be another user at the same address.
         self._failures[client] = [*failures, now]
         self._failures.move_to_end(client)
         while len(self._failures) > 10_000:
@@ -196,7 +198,7 @@ class Guard:
         raise Refused(401, "the user name or the password is wrong", ask)
 
     async def _receive(self, body: _Body, headers: Headers, receive: Receive, limit: int) -> None:
-        """Read a body into memory. Raises Refused where it is too large or takes too long."""
+        """Read a body into memory. Raises Refused if it is too large or takes too long."""
         too_large = Refused(413, f"the request is larger than {limit / 1e6:.1f} MB; send a smaller file")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > limit:
@@ -224,7 +226,7 @@ class Guard:
             raise BusyError(BUSY)
 
     def _make_room(self) -> None:
-        """Give up unfinished uploads while all bodies together are too large: of the client with most, the oldest first."""
+        """Drop unfinished bodies until the total size fits: of the client with the most bytes, the oldest first."""
         held = Counter[str]()
         for body in self._bodies:
             held[body.client] += body.size
@@ -241,22 +243,22 @@ class Guard:
             deadline.reschedule(0)
 
     async def _pass(self, scope: Scope, body: _Body, receive: Receive, send: Send, *, watch: bool) -> bool:
-        """Let the application answer; return whether it did. Raises _GoneError where the client left before."""
+        """Run the application; return False if it took too long. Raises _GoneError if the client disconnected."""
 
         messages: list[Message] = [{"type": "http.request", "body": bytes(body.data)}]
-        body.data = bytearray()  # its size counts on
+        body.data = bytearray()  # its size still counts
 
         async def replay() -> Message:
             if not messages:
                 await asyncio.Event().wait()  # until the application has answered or is cancelled
             return messages.pop()
 
-        async def exit_interrupted() -> None:
+        async def disconnected() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
         answering = asyncio.ensure_future(self._app(scope, replay, send))
-        tasks = {answering} | ({asyncio.ensure_future(exit_interrupted())} if watch else set())
+        tasks = {answering} | ({asyncio.ensure_future(disconnected())} if watch else set())
         try:
             await asyncio.wait(tasks, timeout=self._limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED)
             done, left = answering.done(), any(task.done() for task in tasks - {answering})
@@ -271,25 +273,25 @@ class Guard:
         return done
 
     async def _drain(self, headers: Headers, receive: Receive) -> None:
-        """Discard what a client still sends, up to a bound."""
+        """Read and discard the rest of a body, up to a limit."""
         if "expect" in headers:
-            return  # it waits for an answer before it sends the body
+            return  # the client waits for a response before it sends the body
         left = self._limits.drain
         with suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain_seconds):
                 more = True
                 while more and left > 0:
-                    # A client that stops sending has read the answer, or waits for the end of the connection.
+                    # A client that stops sending has read the response, or waits until the connection is closed.
                     message = await asyncio.wait_for(receive(), _PAUSE)
                     left -= len(message.get("body", b""))
                     more = message.get("more_body", False)
 
 
 class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvicorn
-    """One connection of uvicorn's, with a time limit for the head of a request.
+    """A connection of uvicorn with a time limit for the head of a request.
 
-    The connections of one client, and of all clients together, are limited. A new one beyond that replaces the one that has
-    waited longest for its client (for the rest of a request, or to read), so that such connections do not block others.
+    The connections of one client, and of all clients together, are limited. A new connection beyond the limit replaces the
+    one that has waited longest for its client (to send a request or to read a response).
     """
 
     def __init__(self, limits: Limits, **uvicorn: Any) -> None:
@@ -300,7 +302,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
         self._key = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Count the connection, and make room for it."""
+        """Accept the connection; close another one if there are too many."""
         super().connection_made(transport)
         self._key = _client({"client": self.client})
         self._expect_head()
@@ -316,29 +318,29 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
         min(crowded, key=lambda each: (not each._awaits_client(), each._since)).drop()
 
     def drop(self) -> None:
-        """Close the connection at once."""
-        self.connections.discard(self)  # connection_lost comes a moment later, perhaps after further connections
+        """Close the connection immediately."""
+        self.connections.discard(self)  # connection_lost is called later, perhaps after further connections
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes of a request."""
+        """Receive bytes of a request."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_deadline()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Start the time limit of the next request."""
         super().on_response_complete()
         if self.cycle.response_complete:  # and no pipelined request has begun
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Stop the time limit."""
         self._stop_deadline()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP; an answer may be under way already."""
+        """Respond to data that is not HTTP. A response may have been started already."""
         try:
             super().send_400_response(msg)
         except h11.LocalProtocolError:
@@ -355,7 +357,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
     def _late(self) -> None:
         waited = self.loop.time() - self._since
         if self.transport.get_write_buffer_size() and waited < self._limits.answer_seconds:
-            # The answer is complete here, but not yet at a client with a slow network.
+            # The response has been written here, but has not reached a client with a slow network.
             self._deadline = self.loop.call_later(self._limits.head_seconds, self._late)
         else:
             self.drop()
@@ -367,7 +369,7 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
 
 
 def _address(text: str) -> _Address | None:
-    """The IP address that a text is, or None. An IPv4 address that is written as IPv6 is that IPv4 address."""
+    """Parse an IP address; None for other text. IPv4 addresses in IPv6 notation become IPv4 addresses."""
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -376,7 +378,7 @@ def _address(text: str) -> _Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an IP address is of this machine alone."""
+    """Whether an IP address is a loopback address."""
     address = _address(host)
     return address is not None and address.is_loopback
 
@@ -386,7 +388,7 @@ def _name(host: str) -> str:
 
 
 def _client(scope: Mapping[str, Any]) -> str:
-    """Who is counted as one client: an IPv4 address, or the 64 bits of an IPv6 address that a network has."""
+    """Key of a client: its IPv4 address, or the first 64 bits of its IPv6 address (its network)."""
     host = scope["client"][0] if scope.get("client") else ""
     address = _address(host)
     return str(ipaddress.ip_network((address, 64), strict=False)) if address and address.version == 6 else str(address)

@@ -1,6 +1,7 @@
-"""What the page and the API share: the bounds on requests, one model for all visitors, and the answers that are kept.
+"""What the page and the API share: limits, one model for all clients, and the sessions of the page.
 
-Nothing here depends on the web. Photographs and answers are in memory only, and bounded in number, bytes and time.
+This module does not depend on a web framework. Images and predictions are kept in memory only, and their number, size and
+age are limited.
 """
 
 import asyncio
@@ -26,121 +27,125 @@ from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.utils.drawing import png_bytes
 
-_Result = TypeVar("_Result")
+T = TypeVar("T")
 
 BUSY = "too many requests are waiting; try again in a moment"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on requests: on one, on those of one client, and on all together."""
+    """Limits on single requests, on the requests of one client, and on all requests together."""
 
     upload: int = 20_000_000
     """Bytes of an image file."""
     pixels: int = 25_000_000
-    """Of a photograph."""
+    """Pixels of an image."""
     phrases: int = 20
-    letters: int = 300
-    """Of a phrase."""
-    answer: int = 100_000_000
-    """Pixels times phrases: each phrase has a probability for every pixel, in 4 bytes."""
+    """Phrases of a request."""
+    characters: int = 300
+    """Characters of a phrase."""
+    masks: int = 100_000_000
+    """Pixels times phrases: each phrase has a probability (4 bytes) per pixel."""
     waiting: int = 32
-    """Questions that wait or are answered at one time."""
+    """Requests that wait or run at one time."""
     kept_bytes: int = 1_000_000_000
-    """Of photographs and probabilities that pages hold, all together."""
+    """Bytes of the images and probabilities of all sessions together."""
     kept_seconds: float = 1800.0
-    """After which a page's photograph and answers are forgotten, counted from its last use."""
-    question: int = 200_000
-    """Bytes of what the page sends besides photographs."""
+    """Time after the last use of a session until it is deleted."""
+    page_request: int = 200_000
+    """Bytes of a request of the page without an image."""
     uploading: int = 200_000_000
-    """Bytes of requests that are received or wait, all together."""
+    """Bytes of all request bodies in memory."""
     drain: int = 1_000_000_000
-    """Bytes of a refused body that are received and discarded, so that the client reads why it was refused."""
+    """Bytes of a refused body that are received and discarded, so that the client reads the error message."""
     connections: int = 200
     client_connections: int = 64
     head_seconds: float = 10.0
-    """For the head of a request, counted from the connection's start or the last answer."""
+    """Time for the head of a request, from the start of the connection or the last response."""
     body_seconds: float = 60.0
-    """For the body of a request."""
+    """Time for the body of a request."""
     answer_seconds: float = 300.0
-    """For waiting, the model, and sending the answer."""
+    """Time for waiting, the model, and sending the response."""
     drain_seconds: float = 30.0
     attempts: int = 10
-    """Wrong passwords of one client within a minute."""
+    """Wrong passwords of one client per minute."""
 
 
 class BusyError(DcrisError):
-    """Too many are waiting."""
+    """Too many requests are waiting."""
 
     status = 503
 
 
-class ForgottenError(DcrisError):
-    """A photograph is no longer kept."""
+class NotFoundError(DcrisError):
+    """A session or file does not exist (any more)."""
 
     status = 404
 
 
 class InferenceService:
-    """One model for many visitors; they are served one after the other, in the order in which they came.
+    """One model for many clients. Requests are answered one after the other, in the order of arrival.
 
-    What is costly without the model (decoding a photograph, drawing, compressing) has a thread of its own, so that it neither
-    waits for the model nor fills the memory many times over.
+    Work without the model (decoding images, drawing, compressing) has its own thread: it does not wait for the model, and
+    only one such job at a time takes memory.
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits | None = None) -> None:
         self.segmenter = segmenter
         self.limits = limits or Limits()
         self.waiting = 0
+        """Number of requests that wait or run."""
         self._model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._artist = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        self._images = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
 
-    def photograph(self, data: bytes) -> NDArray[np.uint8]:
-        """The pixels [H, W, 3] of an uploaded file. Raises DcrisError where it is no image or has too many pixels."""
+    def read_image(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode an uploaded file to pixels [H, W, 3]. Raises DcrisError if it is not an image or has too many pixels."""
         return read_image(data, self.limits.pixels)
 
-    def phrases(self, lines: Sequence[str]) -> list[str]:
-        """The phrases among lines of text. Raises DcrisError where there is none, there are too many, or one is too long."""
+    def parse_phrases(self, lines: Sequence[str]) -> list[str]:
+        """Return the phrases among lines of text. Raises DcrisError if there are none, too many, or one is too long."""
         phrases = [line.strip() for line in lines if line.strip()]
         if not phrases:
-            raise DcrisError("there is no phrase; write what to look for, such as: left slice")
+            raise DcrisError("there is no phrase; enter one, for example: left slice")
         if len(phrases) > self.limits.phrases:
-            raise DcrisError(f"there are {len(phrases)} phrases, and up to {self.limits.phrases} are taken at a time")
+            raise DcrisError(f"there are {len(phrases)} phrases; at most {self.limits.phrases} are allowed per request")
         for phrase in phrases:
-            if len(phrase) > self.limits.letters:
+            if len(phrase) > self.limits.characters:
                 raise DcrisError(
-                    f"the phrase that starts with {phrase[:30]!r} has {len(phrase)} letters, and up to {self.limits.letters} "
-                    "are taken"
+                    f"the phrase that starts with {phrase[:30]!r} has {len(phrase)} characters; at most "
+                    f"{self.limits.characters} are allowed"
                 )
         return [require_phrase(phrase) for phrase in phrases]
 
-    async def ask(
+    async def predict(
         self,
-        photograph: NDArray[np.uint8] | bytes,
+        image: NDArray[np.uint8] | bytes,
         phrases: list[str],
-        adapters: str | None,
+        adapters: str | None = None,
         threshold: float | None = None,
     ) -> list[Prediction]:
-        """Predictions with probabilities, as of Segmenter.predict, for pixels or an uploaded file.
+        """Predict masks with probabilities, as Segmenter.predict does, for pixels or an uploaded file.
 
-        Raises DcrisError as that does, and BusyError where too many are waiting.
+        Raises:
+            DcrisError: as Segmenter.predict does.
+            BusyError: too many requests are waiting.
         """
 
-        def predict() -> list[Prediction]:
-            # A file is decoded here: one that waits is smaller than its pixels.
-            pixels = self.photograph(photograph) if isinstance(photograph, bytes) else photograph
-            most = self.limits.answer // (pixels.shape[0] * pixels.shape[1])
+        def run() -> list[Prediction]:
+            # Decode the file only now: while the request waits, the file takes less memory than its pixels.
+            pixels = self.read_image(image) if isinstance(image, bytes) else image
+            most = self.limits.masks // (pixels.shape[0] * pixels.shape[1])
             if len(phrases) > most:
-                raise DcrisError(f"of a photograph of this size up to {most} phrases are taken at a time")
+                raise DcrisError(f"at most {most} phrases are allowed for an image of this size")
             return self.segmenter.predict(pixels, phrases, threshold=threshold, scores=True, adapters=adapters)
 
-        return await self._run(self._model, predict)
+        return await self._submit(self._model, run)
 
-    async def draw(self, work: Callable[[], _Result]) -> _Result:
-        """Do what needs no model. Raises BusyError where too many are waiting."""
-        return await self._run(self._artist, work)
+    async def render(self, work: Callable[[], T]) -> T:
+        """Run work that does not need the model. Raises BusyError if too many requests are waiting."""
+        return await self._submit(self._images, work)
 
-    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], _Result]) -> _Result:
+    async def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         if self.waiting >= self.limits.waiting:
             raise BusyError(BUSY)
         self.waiting += 1
@@ -150,102 +155,104 @@ class InferenceService:
             self.waiting -= 1
 
     def close(self) -> None:
-        """Cancel the requests that wait, and accept no more."""
-        for executor in (self._model, self._artist):
+        """Cancel all waiting requests and accept no more."""
+        for executor in (self._model, self._images):
             executor.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
 class Session:
-    """What a page holds: its photograph, and what was answered about it."""
+    """The image of one page and the predictions for it."""
 
     pixels: NDArray[np.uint8]
     name: str
-    """Of its file. It is a client's text, and no file of the server's."""
-    answers: list[Prediction] = field(default_factory=list)
+    """File name as the client sent it. It is never used as a path."""
+    predictions: list[Prediction] = field(default_factory=list)
     used: float = 0.0
+    """Time of the last use."""
 
     @property
     def stem(self) -> str:
-        """Its file's name without a folder, in any system's notation, and without the ending."""
-        return PureWindowsPath(self.name).stem or "photograph"
+        """The file name without its ending and without folders of any operating system."""
+        return PureWindowsPath(self.name).stem or "image"
 
     @property
     def size(self) -> int:
-        """Bytes in memory, about."""
-        return self.pixels.size + sum(answer.mask.size * 5 for answer in self.answers)
+        """Approximate memory in bytes."""
+        return self.pixels.size + sum(prediction.mask.size * 5 for prediction in self.predictions)
 
-    def at(self, threshold: float) -> list[Prediction]:
-        """The answers at another threshold, without asking the model again."""
+    def at_threshold(self, threshold: float) -> list[Prediction]:
+        """Return the predictions at another threshold, without a forward pass."""
         found = []
-        for answer in self.answers:
-            assert answer.probabilities is not None
-            found.append(Prediction.decide(answer.phrase, answer.probabilities, threshold, keep=False))
+        for prediction in self.predictions:
+            assert prediction.probabilities is not None
+            found.append(Prediction.decide(prediction.phrase, prediction.probabilities, threshold, keep=False))
         return found
 
 
-class Visits:
-    """Visits by secret name. The ones that were not used for longest make room for others. Threads may share it."""
+class Sessions:
+    """Sessions by secret name, safe for several threads. The least recently used ones are deleted for new ones."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock
-        self._visits: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._visits)
+        return len(self._sessions)
 
-    def put(self, visit: Session, name: str | None = None) -> str:
-        """Keep a visit, under its old name if that is given, and return its name."""
+    def put(self, session: Session, name: str | None = None) -> str:
+        """Store a session and return its name. `name` replaces a stored session."""
         name = name or secrets.token_urlsafe(16)
         with self._lock:
-            visit.used = self._clock()
-            self._visits[name] = visit
-            self._visits.move_to_end(name)
-            self._forget()
-            while len(self._visits) > 1 and sum(each.size for each in self._visits.values()) > self._limits.kept_bytes:
-                self._visits.popitem(last=False)
+            session.used = self._clock()
+            self._sessions[name] = session
+            self._sessions.move_to_end(name)
+            self._delete_expired()
+            limit = self._limits.kept_bytes
+            while len(self._sessions) > 1 and sum(each.size for each in self._sessions.values()) > limit:
+                self._sessions.popitem(last=False)
         return name
 
     def get(self, name: str | None) -> Session:
-        """The visit of that name. Raises DcrisError where it was forgotten."""
+        """Return a session. Raises NotFoundError if it was deleted."""
         with self._lock:
-            self._forget()
-            visit = self._visits.get(name or "")
-            if visit is None:
-                raise ForgottenError("this photograph is no longer kept; drop it once more")
-            visit.used = self._clock()
-            self._visits.move_to_end(name or "")
-            return visit
+            self._delete_expired()
+            session = self._sessions.get(name or "")
+            if session is None:
+                raise NotFoundError("this image is no longer stored; upload it again")
+            session.used = self._clock()
+            self._sessions.move_to_end(name or "")
+            return session
 
-    def drop(self, name: str | None) -> None:
-        """Forget a visit, if it is there."""
+    def delete(self, name: str | None) -> None:
+        """Delete a session if it exists."""
         with self._lock:
-            self._visits.pop(name or "", None)
+            self._sessions.pop(name or "", None)
 
-    def forget(self) -> None:
-        """Forget what was not used for too long."""
+    def delete_expired(self) -> None:
+        """Delete the sessions that were not used for `Limits.kept_seconds`."""
         with self._lock:
-            self._forget()
+            self._delete_expired()
 
-    def _forget(self) -> None:
+    def _delete_expired(self) -> None:
         oldest = self._clock() - self._limits.kept_seconds
-        for name in [name for name, visit in self._visits.items() if visit.used < oldest]:
-            del self._visits[name]
+        for name in [name for name, session in self._sessions.items() if session.used < oldest]:
+            del self._sessions[name]
 
 
-def coco_results(answers: Sequence[Prediction], file_name: str) -> list[dict[str, Any]]:
-    """The answers about one photograph in COCO's result form, as `dcris predict` writes them."""
+def coco_results(predictions: Sequence[Prediction], file_name: str) -> list[dict[str, Any]]:
+    """Convert the predictions for one image to COCO results, as `dcris predict` writes them."""
     return [
-        {**answer.to_coco(image_id=1), "file_name": file_name, "phrase_number": number}
-        for number, answer in enumerate(answers)
+        {**prediction.to_coco(image_id=1), "file_name": file_name, "phrase_number": number}
+        for number, prediction in enumerate(predictions)
     ]
 
 
-def masks_zip(answers: Sequence[Prediction], stem: str) -> bytes:
-    """A zip file of one PNG per phrase, 0 and 255, called as `dcris predict` calls them."""
+def masks_zip(predictions: Sequence[Prediction], stem: str) -> bytes:
+    """Pack the masks (PNG, 0 and 255) into a zip file, with the file names of `dcris predict`."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:  # PNGs are compressed already
-        for number, answer in enumerate(answers):
-            archive.writestr(f"{stem}.{number}.mask.png", png_bytes(answer.mask))
+    with zipfile.ZipFile(stream, "w") as archive:  # stored: PNG is compressed already
+        for number, prediction in enumerate(predictions):
+            archive.writestr(f"{stem}.{number}.mask.png", png_bytes(prediction.mask))
     return stream.getvalue()
