@@ -249,7 +249,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
     [
         (lambda s, p: s.predict(p, ""), "phrase '' is empty"),
         (lambda s, p: s.predict(p, ["ring", " \n"]), "is empty"),
-        (lambda s, p: s.predict(p, "ring", threshold=2), "between 0 and 1, and is 2"),
+        (lambda s, p: s.predict(p, "ring", threshold=2), "between 0 and 1, not 2"),
         (lambda s, p: s.predict(p, "ring", threshold=0), "between 0 and 1"),
         (lambda s, p: s.predict(p, "ring", threshold=float("nan")), "between 0 and 1"),
         (lambda s, p: s.predict(p.with_name("absent.jpg"), "ring"), r"no image file .*absent\.jpg"),
