@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.evaluation import analysis
-from dcris.evaluation.analysis import analyse, difference, phrase_kinds, resample, scores, tally
+from dcris.evaluation.analysis import analyse, difference, expression_kinds, resample, scores, tally
 from dcris.evaluation.compare import compare
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, INCLUSIVE_METRICS, STANDARD_METRICS, Metric, Overlap, summarise
@@ -236,7 +236,7 @@ def test_a_generated_expression_keeps_its_kind() -> None:
 )
 def test_kinds_of_expressions(phrase: str, kinds: str) -> None:
     """Expressions of RefCOCO in any case and punctuation; parts of words do not count."""
-    assert phrase_kinds(phrase) == tuple(kinds.split())
+    assert expression_kinds(phrase) == tuple(kinds.split())
 
 
 def test_sizes_of_polygons_and_mask_files(tmp_path: Path) -> None:

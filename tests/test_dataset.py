@@ -30,7 +30,7 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import PADDING, TinyTokenizer, Tokenizer, get_tokenizer
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import exchange_phrases
+from dcris.evaluation.evaluator import exchange_expressions
 from dcris.types import Batch, Expression, Reference
 
 CONFIG = DataConfig(dataset="scenes", image_size=56, word_length=9)
@@ -217,7 +217,7 @@ def test_a_broken_photograph_is_one_sentence(toy: tuple[Reference, ...], damage:
 def test_exchanged_phrases_are_those_of_another_object_of_the_picture(table: ReferenceTable) -> None:
     """Else the control that shows that a model listens is no control."""
     references = table.split("test")
-    mixed = exchange_phrases(references)
+    mixed = exchange_expressions(references)
     owner = {e.sent_id: reference for reference in references for e in reference.expressions}
     for reference, expression in mixed:
         assert owner[expression.sent_id].ref_id != reference.ref_id
@@ -229,10 +229,10 @@ def test_exchanged_phrases_are_those_of_another_object_of_the_picture(table: Ref
 
 def test_an_object_alone_on_its_picture_has_nobody_to_exchange_with(toy: tuple[Reference, ...]) -> None:
     """Else it gets its own phrase back and raises the control's score."""
-    mixed = exchange_phrases(toy)
+    mixed = exchange_expressions(toy)
     assert {reference.ref_id for reference, _ in mixed} == {10, 11}
     assert [(r.ref_id, e.text) for r, e in mixed] == [(10, "tall thing"), (10, "right"), (11, "left one")]
-    assert exchange_phrases(toy[2:]) == []
+    assert exchange_expressions(toy[2:]) == []
 
 
 PHRASES = st.lists(

@@ -17,7 +17,7 @@ from dcris.data.readers.load import has_references, load_references
 from dcris.data.registry import PARTITIONS
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import exchange_phrases
+from dcris.evaluation.evaluator import exchange_expressions
 from dcris.recipes import get_recipe
 from dcris.types import Expression, Reference
 
@@ -123,7 +123,7 @@ def test_different_photographs_under_one_number_stay_apart() -> None:
     coco = [reference(1, 1, "train"), reference(2, 1, "train")]
     mixed = mix("mixed", [table("a", *own), table("b", *coco)])
     assert [item.image_id for item in mixed.references] == [1, 2, 3, 3]
-    assert {item.image_id for item, _ in exchange_phrases(mixed.references)} == {3}
+    assert {item.image_id for item, _ in exchange_expressions(mixed.references)} == {3}
 
 
 @pytest.mark.parametrize(

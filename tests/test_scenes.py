@@ -20,7 +20,7 @@ from dcris.data.masks import decode_mask, mask_box
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import COLOURS, KINDS, SHAPES, SIZES, TEXTURES, make_scene, scene_rng, vocabulary, write_scenes
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import exchange_phrases
+from dcris.evaluation.evaluator import exchange_expressions
 
 SIDE = 112
 DOUBT = 0.05  # of the side: two things nearer than this may be told in either order
@@ -533,7 +533,7 @@ def test_exchanged_phrases_belong_to_another_object_of_the_same_scene(root):
     """The check that a model listens asks for the wrong object; with an own or a foreign phrase it would prove nothing."""
     references = load_references(root, "scenes").references
     owner = {e.sent_id: reference for reference in references for e in reference.expressions}
-    queries = exchange_phrases(references)
+    queries = exchange_expressions(references)
     for reference, expression in queries:
         assert owner[expression.sent_id].image_id == reference.image_id
         assert owner[expression.sent_id].ann_id != reference.ann_id
@@ -547,6 +547,6 @@ def test_a_reference_alone_on_its_picture_has_no_phrase_to_exchange(root):
     references = load_references(root, "scenes").references
     alone = references[0]
     others = [reference for reference in references if reference.image_id != alone.image_id]
-    asked = exchange_phrases([alone, *others])
+    asked = exchange_expressions([alone, *others])
     assert alone.ref_id not in {reference.ref_id for reference, _ in asked}
     assert len(asked) == sum(len(reference.expressions) for reference in others)

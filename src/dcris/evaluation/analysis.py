@@ -248,7 +248,7 @@ _KIND_OF = {word: kind for kind, words in _WORDS.items() for word in words.split
 _COUNTED = re.compile(r"\b(?:\d*(?:1st|2nd|3rd|\dth)|(?:one|two|three|four|five|six|\d+) (?:in )?from)\b")
 
 
-def phrase_kinds(text: str) -> tuple[str, ...]:
+def expression_kinds(text: str) -> tuple[str, ...]:
     """Classify what an expression uses to identify its object: "place", "ordinal", "attribute".
 
     Place words give a position; ordinals count ("third", "2nd", "two from left"); attributes are
@@ -278,7 +278,7 @@ def _groups(results: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
         expression = result.expression
         lengths[_bin(len(expression.text.split()), _LENGTHS)].append(index)
         sizes[_bin(areas[result.reference.ref_id], _SIZES)].append(index)
-        for kind in [expression.kind] if expression.kind is not None else phrase_kinds(expression.text):
+        for kind in [expression.kind] if expression.kind is not None else expression_kinds(expression.text):
             kinds.setdefault(kind, []).append(index)
     in_order = dict(sorted(kinds.items(), key=lambda item: (item[0] == "other", item[0])))
     groupings = {"by_length": lengths, "by_size": sizes, "by_kind": in_order}

@@ -204,7 +204,7 @@ def predict_on_all_ranks(
     return sorted(chain.from_iterable(parts), key=lambda item: order[item.reference.ref_id, item.expression.sent_id])
 
 
-def exchange_phrases(references: Sequence[Reference]) -> list[tuple[Reference, Expression]]:
+def exchange_expressions(references: Sequence[Reference]) -> list[tuple[Reference, Expression]]:
     """Return queries that pair each reference with the expressions of another object of its image.
 
     A model that uses the expression must score low on them. A reference that is alone on its image

@@ -15,7 +15,7 @@ from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.evaluation.analysis import analyse
-from dcris.evaluation.evaluator import EvalResult, exchange_phrases, predict_queries, result_record
+from dcris.evaluation.evaluator import EvalResult, exchange_expressions, predict_queries, result_record
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.report.evaluation_report import write_evaluation_report
@@ -86,7 +86,7 @@ def evaluate_both_ways(
     protocol = Cris()
     results, exchanged = (
         list(predict_queries(model, queries, config, protocol, device=device))
-        for queries in (all_queries(references), exchange_phrases(references))
+        for queries in (all_queries(references), exchange_expressions(references))
     )
     metrics = result_record(
         results,
