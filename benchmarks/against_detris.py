@@ -48,7 +48,7 @@ def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
 
     from dcris.checkpoints.convert_detris import rename_tensors
     from dcris.models.segmentation import ReferringSegmenter
-    from dcris.recipes import detris_b
+    from dcris.recipes import get_recipe
     from detris_layout import VARIANTS, weights
 
     networks: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def _networks(reference: Path, only: str | None = None) -> dict[str, Any]:
         make_detris.stub_imports()
         networks["theirs"] = make_detris.build(VARIANTS["base"], dropout=True)
     if only != "theirs":
-        config = detris_b().model
+        config = get_recipe("detris_b").model
         ours = ReferringSegmenter(config)
         ours.load_state_dict(rename_tensors(weights(VARIANTS["base"]), config, "the random weights"))
         networks["ours"] = ours
@@ -119,7 +119,7 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
             if name == "theirs":
                 _, _, loss = network(images, tokens, masks)
             else:
-                logits = network(images, tokens)
+                logits, _ = network(images, tokens)
         if name == "ours":
             loss = text_to_pixel_loss(logits, masks)
         if name == "theirs":

@@ -29,7 +29,7 @@ from dcris.models.layers.attention import MultiHeadAttention, attend
 from dcris.models.layers.dropout import Dropout
 from dcris.models.optimize import hold_frozen, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import dcris_b
+from dcris.recipes import get_recipe
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.text_tables import markdown
 
@@ -207,7 +207,7 @@ def optimisations(device: torch.device, dtype: torch.dtype) -> Iterator[Optimisa
         "the neck's first convolution",
     )
 
-    config = dcris_b()
+    config = get_recipe("dcris_b")
     torch.manual_seed(0)
     model = ReferringSegmenter(config.model).to(device)
     images, tokens = random(1, 3, 448, 448, kind=torch.float32), torch.ones(1, 17, dtype=torch.int64, device=device)
@@ -300,7 +300,7 @@ def optimisations(device: torch.device, dtype: torch.dtype) -> Iterator[Optimisa
 
         def run() -> None:
             with autocast(device, dtype):
-                result = model(seen, tokens).float().sum()
+                result = model(seen, tokens)[0].float().sum()
             result.backward()
             seen.grad = None
 

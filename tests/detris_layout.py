@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dcris.config import RunConfig, VisionConfig
-from dcris.recipes import detris_b, detris_l, detris_l_mixed
+from dcris.recipes import get_recipe
 
 TEXT, HEAD = 512, 512
 PHRASES = ["left slice", "the third person from the right, who wears a dark blue coat and holds a very long umbrella"]
@@ -40,7 +40,7 @@ class Variant:
     """The very last bias, chosen so that the masks are neither empty nor full."""
 
     @property
-    def taps(self) -> tuple[int, int]:
+    def feature_layers(self) -> tuple[int, int]:
         return (8, 16) if self.depth == 24 else (4, 8)
 
 
@@ -60,7 +60,7 @@ SAMPLED = 32
 """Numbers of each tensor that stand for all of it."""
 
 
-RECIPES = {"base": detris_b(), "large": detris_l(), "mixed": detris_l_mixed()}
+RECIPES = {"base": get_recipe("detris_b"), "large": get_recipe("detris_l"), "mixed": get_recipe("detris_l_mixed")}
 
 
 def config_of(name: str) -> RunConfig:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dcris.checkpoints.convert_detris import published_name
-from dcris.checkpoints.key_mappings import OPENAI_CLIP, OPENAI_CLIP_VISION
 from dcris.config import RunConfig
 from dcris.data.tokenizer import get_tokenizer
-from dcris.models.encoders.clip_text import TextState
+from dcris.models.encoders.clip_text import OPENAI_CLIP
+from dcris.models.encoders.clip_vision import OPENAI_CLIP_VISION
+from dcris.models.encoders.text import TextState
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import etris_vit_b
+from dcris.recipes import get_recipe
 from detris_layout import PHRASES, value_of
 
 GRID = 14
@@ -52,7 +53,7 @@ VARIANTS = {"small": Variant(128, 80, True, 0.5), "base": Variant(768, 416, Fals
 
 def config_of(variant: Variant) -> RunConfig:
     """The recipe with the variant's tower and input."""
-    config = etris_vit_b()
+    config = get_recipe("etris_vit_b")
     vision = {"width": variant.width, "heads": variant.width // 64, "grid": variant.image_size // 16}
     model = config.model.model_copy(update={"vision": config.model.vision.model_copy(update=vision)})
     data = config.data.model_copy(update={"image_size": variant.image_size})
@@ -94,8 +95,9 @@ def on_the_way(model: ReferringSegmenter, images: Tensor, tokens: Tensor) -> tup
     state, words = model.encode_images(images), model.encode_text(tokens)
     assert model.bridge is not None
     assert isinstance(words, TextState)
-    joined, text, _ = model.bridge.join(model.vision, model.text, state, words, model.config.head.taps)
-    levels = [joined.patches(each) for each in (*joined.taps, model.vision.finish(joined))]
+    fused = model.bridge.fuse(model.vision, model.text, state, words, model.config.head.feature_layers)
+    joined, text = fused.state, fused.text
+    levels = [joined.patches(each) for each in (*joined.layer_outputs, model.vision.finish(joined))]
     return thinned(levels, text.tokens, text.sentence), model.segment(state, words)
 
 

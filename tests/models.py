@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, TextConfig, VisionConfig
+from dcris.config import HeadConfig, ModelConfig, TextConfig, VisionConfig
+from dcris.models.adapters.dcris import DcrisConfig, DenseCrossConfig, TextAdapterConfig
 
 TINY_VISION = VisionConfig(name="test", width=32, depth=4, heads=4, grid=4, position_rule="exact")
 TINY_CLIP_VISION = VisionConfig(
@@ -24,23 +25,23 @@ TINY_CLIP_VISION = VisionConfig(
 )
 TINY_TEXT = TextConfig(name="test", width=24, depth=3, heads=4, vocabulary=40, length=12, sentence_width=20)
 TINY_DENSE = DenseCrossConfig(layers=(1, 3), width=16, attention_width=8, heads=2, dropout=0.0)
-TINY_HEAD = HeadConfig(taps=(0, 2), width=16, heads=4, layers=2, feedforward=28, dropout=0.0)
+TINY_TEXT_ADAPTER = TextAdapterConfig(layers=(0, 2), width=6)
+TINY_HEAD = HeadConfig(feature_layers=(0, 2), width=16, heads=4, layers=2, feedforward=28, dropout=0.0)
 START, END = 38, 39
 
 MULTIPLIES_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_bfloat16 = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="oneDNN does not multiply bfloat16 on this CPU")
 
 
-def tiny_config(**changes: Any) -> ModelConfig:
+def tiny_config(
+    *,
+    visual_adapter: DenseCrossConfig | None = TINY_DENSE,
+    text_adapter: TextAdapterConfig | None = TINY_TEXT_ADAPTER,
+    **changes: Any,
+) -> ModelConfig:
     """A whole network of about 100,000 weights; `changes` replace its sections."""
-    sections: dict[str, Any] = {
-        "vision": TINY_VISION,
-        "text": TINY_TEXT,
-        "visual_adapter": TINY_DENSE,
-        "text_adapter": TextAdapterConfig(layers=(0, 2), width=6),
-        "head": TINY_HEAD,
-    }
-    return ModelConfig(**{**sections, **changes})
+    method = DcrisConfig(visual=visual_adapter, text=text_adapter)
+    return ModelConfig(**{"vision": TINY_VISION, "text": TINY_TEXT, "method": method, "head": TINY_HEAD, **changes})
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dcris.checkpoints.checkpoint import list_checkpoints
-from dcris.config import RunConfig, override
+from dcris.config import RunConfig, parse_value, replace
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
@@ -22,15 +22,15 @@ EVERY_STEP = ("train.log_every", "1")
 
 def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_tiny") -> RunConfig:
     """A tiny recipe in batches of four small squares, read without worker processes, for so many steps."""
-    base = [
-        ("train.max_steps", str(steps)),
-        ("train.epochs", "1000"),
-        ("train.batch_size", "4"),
-        ("train.warmup_steps", "1"),
-        ("data.workers", "0"),
-        ("data.image_size", "56"),
-    ]
-    return override(get_recipe(recipe), [*base, *settings])
+    base = {
+        "train.max_steps": steps,
+        "train.epochs": 1000,
+        "train.batch_size": 4,
+        "train.warmup_steps": 1,
+        "data.workers": 0,
+        "data.image_size": 56,
+    }
+    return replace(get_recipe(recipe), base | {key: parse_value(text) for key, text in settings})
 
 
 def run_training(

@@ -20,8 +20,9 @@ from dcris.experiments.ablate import ablate, configure
 from dcris.experiments.ablation_report import Measured, who_wins, write_ablation
 from dcris.experiments.paper_tables import DATA_SET, SPLITS, TABLES, Row, Table
 from dcris.models.segmentation import ReferringSegmenter
+from dcris.recipes import get_recipe
 
-FIXED = Row(("Fixed",), dense=False, textual=False, parameters="0.00M", scores=(74.9, 77.1, 72.0))
+FIXED = Row(("Fixed",), "fixed", name="fixed backbone", parameters="0.00M", scores=(74.9, 77.1, 72.0))
 DEFAULT = Row(("DCRIS",), parameters="2.69M", scores=(76.4, 77.9, 73.7))
 SMALL = Table("Table 9: small", ("Method",), (FIXED, DEFAULT))
 
@@ -29,7 +30,14 @@ SMALL = Table("Table 9: small", ("Method",), (FIXED, DEFAULT))
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
     """Two tables of two rows and one of a row that fails, in place of the paper's."""
-    other = Table("Table 8", ("Method",), (DEFAULT, Row(("DCRIS, one layer",), layers=(8,))))
+    other = Table(
+        "Table 8",
+        ("Method",),
+        (
+            DEFAULT,
+            Row(("DCRIS, one layer",), changes={"model.method.visual.layers": (8,), "model.method.text.layers": (8,)}),
+        ),
+    )
     broken = Table("Table 7", ("Method",), (Row(("Magic",), "magic"), DEFAULT))
     tables = {"table9": SMALL, "table8": other, "table7": broken}
     monkeypatch.setattr(module, "TABLES", tables)
@@ -70,13 +78,13 @@ def test_rows_of_table_5_have_the_papers_counts() -> None:
         with torch.device("meta"):
             counts = ReferringSegmenter(configure(row, "b").model).count_weights()
         assert f"{counts['adapters'] / 1e6:.2f}M" == row.parameters
-        assert configure(row, "tiny").model.visual_adapter.layers == row.layers
+        assert configure(row, "tiny").model.method.visual.layers == row.changes["model.method.visual.layers"]
 
 
 def test_widths_keep_their_ratio_in_small_towers() -> None:
     """Else table 4 compares something else on the tiny towers: a width above the tower's own."""
     widths = [
-        (config.visual_adapter.width, config.text_adapter.width)
+        (config.method.visual.width, config.method.text.width)
         for size in ("b", "tiny")
         for config in (configure(row, size).model for row in TABLES["table4"].rows)
     ]
@@ -87,17 +95,18 @@ def test_widths_keep_their_ratio_in_small_towers() -> None:
 def test_every_table_has_the_default_once(name: str) -> None:
     """Else there is no time to keep equal, or the same run stands twice in a table."""
     rows = TABLES[name].rows
-    assert sum(module._is_default(row) for row in rows) == 1
-    assert len({(row.method, row.layers, row.widths, row.dense, row.textual) for row in rows}) == len(rows)
+    default = get_recipe("dcris_b").model
+    assert sum(row.only is None and configure(row, "b").model == default for row in rows) == 1
+    assert len({(row.recipe, *map(str, row.changes.items())) for row in rows}) == len(rows)
     assert all(len(row.cells) == len(TABLES[name].columns) for row in rows)
 
 
 def test_adapters_are_left_out_where_a_row_says_so() -> None:
     """Else table 3 measures four times the same."""
     none, visual, textual, both = (configure(row, "tiny").model for row in TABLES["table3"].rows)
-    assert (none.visual_adapter, none.text_adapter, visual.text_adapter, textual.visual_adapter) == (None,) * 4
-    assert visual.visual_adapter == both.visual_adapter
-    assert textual.text_adapter == both.text_adapter
+    assert (none.method, visual.method.text, textual.method.visual) == (None,) * 3
+    assert visual.method.visual == both.method.visual
+    assert textual.method.text == both.method.text
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -156,16 +165,16 @@ def test_a_row_that_fails_ends_no_other(
     command = ["ablate", "table7", "--recipe", "tiny", "--data", scenes_root, "--out", out, "--seeds", 0, "--steps", 1]
     assert main([str(word) for word in [*command, "--budget", "steps", "--device", "cpu"]]) == 2
     printed = capsys.readouterr()
-    assert "1 of the rows failed (Magic: failed: there is no recipe 'magic_tiny'" in printed.err
+    assert "1 of the rows failed (Magic: failed: unknown recipe 'magic_tiny'" in printed.err
     page = (out / "table7.md").read_text()
-    assert "failed: there is no recipe 'magic_tiny'" in page
+    assert "failed: unknown recipe 'magic_tiny'" in page
     assert len(json.loads((out / "table7.json").read_text())["steps"][1]["runs"]) == 1
 
     # An error of any kind inside a run; tried again next time.
     train = module.train
 
     def failing(model: ReferringSegmenter, config: Any, *rest: Any, **more: Any) -> Any:
-        if config.model.visual_adapter is None:
+        if config.model.method is None:
             raise ValueError("not\ntoday")
         return train(model, config, *rest, **more)
 
@@ -225,11 +234,11 @@ def test_what_libraries_do_on_first_use_is_no_runs_time() -> None:
     code = """
         import sys, torch
         from dcris.experiments.ablate import _warm_up
-        from dcris.models.segmentation import DCRIS
+        from dcris.models.segmentation import ReferringSegmenter
         from dcris.recipes import get_recipe
 
         config = get_recipe("dcris_tiny")
-        _warm_up(DCRIS(config.model), config)
+        _warm_up(ReferringSegmenter(config.model), config)
         before = set(sys.modules)
         torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True).step()
         print(len(set(sys.modules) - before))
@@ -282,7 +291,7 @@ def test_a_seed_that_no_run_takes_is_a_sentence(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table]
 ) -> None:
     """Else every row is trained, and its checkpoint cannot be read."""
-    with pytest.raises(DcrisError, match=r"the settings given do not fit: train\.seed"):
+    with pytest.raises(DcrisError, match=r"invalid setting: train\.seed"):
         quiet_study("table9", seeds=(2**32,))
 
 

@@ -5,12 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import TextAdapterConfig, parse_config
-from dcris.models.adapters.dense_cross import DenseCrossAdapter
-from dcris.models.adapters.text import TextAdapter
+from dcris.models.adapters.dcris import DenseCrossAdapter, TextAdapter, TextAdapterConfig
 from dcris.models.encoders.blocks import Block, SlotContext
-from dcris.models.encoders.clip_text import TextTower
-from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.encoders.clip_text import ClipTextTower
+from dcris.models.encoders.dino import DinoTower
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
 from models import (
@@ -161,15 +159,6 @@ def test_adapters_sit_beside_the_mlp_before_layer_scale() -> None:
     assert error(block(x, context), half + block.scale2.gamma * branch) < TOLERANCE
 
 
-@pytest.mark.parametrize(("recorded", "init"), [(True, "zero"), (False, "published")])
-def test_configurations_from_before_init_are_read(recorded: bool, init: str) -> None:
-    """Else checkpoints whose configuration records `zero_init` cannot be opened any more."""
-    content = {"model": {"visual_adapter": {"zero_init": recorded}, "text_adapter": {"zero_init": recorded}}}
-    config = parse_config(content, "config.json").model
-    assert config.visual_adapter and config.text_adapter
-    assert (config.visual_adapter.init, config.text_adapter.init) == (init, init)
-
-
 @torch.no_grad()
 def test_zero_started_adapters_leave_the_towers_alone() -> None:
     """Else a person who asked for a start from the plain towers gets another one."""
@@ -179,7 +168,7 @@ def test_zero_started_adapters_leave_the_towers_alone() -> None:
             text_adapter=TextAdapterConfig(layers=(0, 2), width=6, init="zero"),
         )
     ).eval()
-    plain_text, plain_vision = TextTower(TINY_TEXT).eval(), DinoV2Tower(TINY_VISION).eval()
+    plain_text, plain_vision = ClipTextTower(TINY_TEXT).eval(), DinoTower(TINY_VISION).eval()
     for ours, plain in ((model.text, plain_text), (model.vision, plain_vision)):
         plain.load_state_dict({name: weight for name, weight in ours.state_dict().items() if "_slot." not in name})
     tokens, pixels = tokens_ending_at((3, 5), 7), images(2, 3, 5)

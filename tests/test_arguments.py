@@ -12,7 +12,7 @@ from PIL import Image
 
 from dcris import Prediction, Segmenter, to_detections
 from dcris.checkpoints.checkpoint import load_checkpoint
-from dcris.config import RunConfig, override
+from dcris.config import RunConfig, replace
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
@@ -137,10 +137,10 @@ CALLS: dict[str, Call] = {
     **{f"recipe {name!r}": lambda s, name=name: get_recipe(name) for name in (None, 5, [], "nonsense")},
     **{f"protocol {name!r}": lambda s, name=name: get_protocol(name) for name in (None, 5, [], "nonsense")},
     **{
-        f"settings {value!r}": lambda s, value=value: override(s.config, value)
-        for value in (None, 5, "ab", ["ab"], [("train.lr",)], [("train.lr", 5)], [(5, "5")], {"train.lr": "5"})
+        f"settings {value!r}": lambda s, value=value: replace(s.config, value)
+        for value in (None, 5, "ab", ["ab"], [("train.lr",)], [("train.lr", 5)], {5: "5"}, {"train.lr": "five"})
     },
-    "override None": lambda s: override(None, []),
+    "replace None": lambda s: replace(None, {}),
     **{
         f"checkpoint {path!r}": lambda s, path=path: load_checkpoint(path) for path in (None, 5, b"x", "a\0b", "", "no")
     },

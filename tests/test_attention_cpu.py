@@ -184,10 +184,10 @@ def test_it_is_used_where_it_pays(
 def test_a_step_through_a_model_is_as_exact_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast too: the parts must agree on types, and gradients may not be worse than torch's own bfloat16."""
     from dcris.models.segmentation import ReferringSegmenter
-    from dcris.recipes import dcris_tiny
+    from dcris.recipes import get_recipe
     from models import images, randomise, without_dropout
 
-    model = ReferringSegmenter(dcris_tiny().model).train()
+    model = ReferringSegmenter(get_recipe("dcris_tiny").model).train()
     randomise(model)
     without_dropout(model)
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_a_step_through_a_model_is_as_exact_with_and_without(monkeypatch: pytest
 
     def gradients(half: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model(pictures, tokens).float().square().mean()
+            loss = model(pictures, tokens)[0].float().square().mean()
         found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from barleria_layout import VARIANT, config_of, ours
 from dcris.checkpoints.backbones import copy_strictly
-from dcris.config import override
+from dcris.config import parse_value, replace
 from dcris.errors import DcrisError
 from dcris.models.adapters.barleria import BarleriaBridge, Flow
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import barleria_tiny
+from dcris.recipes import get_recipe
 from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks
 from etris_layout import inputs, on_the_way
@@ -35,7 +35,7 @@ def test_the_published_code_s_own_numbers() -> None:
     model, images = model.double(), images.double()
     assert isinstance(model.bridge, BarleriaBridge)
     sides: list[Tensor] = []
-    model.bridge.side.register_forward_hook(lambda module, arguments, result: sides.append(result))
+    model.bridge.side.register_forward_hook(lambda module, arguments, result: sides.append(result[0]))
     found, logits = on_the_way(model, images, tokens)
     side = sides[0].transpose(1, 2)
     found |= {"side": side[:, ::3, :: side.shape[2] // 4], "logits": logits[:, 0, ::2, ::2]}
@@ -43,38 +43,40 @@ def test_the_published_code_s_own_numbers() -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-4)
     assert 0.02 < (logits > 0).double().mean() < 0.98
 
-    logits = without_dropout(model.train())(images, tokens)
+    logits, auxiliary = without_dropout(model.train())(images, tokens)
     loss = text_to_pixel_loss(logits, masks(VARIANT.image_size))
-    loss.backward()
+    whole = loss + auxiliary["reconstruction"]
+    whole.backward()
     torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
     assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
-    # The gradients are those of the published loss, in which the side network's own is added.
+    # The gradients are those of the published loss, to which the side network's own loss is added.
     assert expected["whole_loss"] > expected["loss"] + 0.1
+    assert whole.item() == pytest.approx(expected["whole_loss"].item(), rel=1e-5)
     assert_norms(gradients_of(model), expected["gradients"], rel=1e-6, floor=1e-14)
 
 
 def test_a_flow_is_an_affine_and_planar_ones() -> None:
     """Else the residual streams are bent otherwise than published. At the start they hardly are at all."""
     flow, x = Flow(6, 3).double(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
-    assert error(flow.carry(x), x) < 0.01
+    assert error(flow.transform_residual(x), x) < 0.01
     assert flow(x, x, x, SlotContext()) is x  # the branch is left alone
     randomise(flow)
     z = torch.stack([flow.shift[d] + torch.exp(flow.log_scale[d]) * x[..., d] for d in range(6)], dim=-1)
     for k in range(3):
         inner = sum(flow.weights[k, d] * z[..., d] for d in range(6)) + flow.biases[k]
         z = torch.stack([z[..., d] + flow.scales[k, d] * torch.tanh(inner) for d in range(6)], dim=-1)
-    assert error(flow.carry(x), z) < 1e-12
+    assert error(flow.transform_residual(x), z) < 1e-12
 
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:
     """Else the same phrase gets another mask in company: the published code's mean word is normalised over the batch."""
-    model = ReferringSegmenter(barleria_tiny().model).double()
+    model = ReferringSegmenter(get_recipe("barleria_tiny").model).double()
     randomise(model)
     images = torch.randn(3, 3, 70, 56, generator=torch.Generator().manual_seed(0)).double()
     tokens = torch.tensor([[1, 5, 9, 128, 0], [1, 7, 128, 0, 0], [1, 6, 4, 8, 128]])
     with torch.no_grad():
-        together = model(images, tokens)
-        alone = torch.cat([model(images[i : i + 1], tokens[i : i + 1]) for i in range(3)])
+        together = model(images, tokens)[0]
+        alone = torch.cat([model(images[i : i + 1], tokens[i : i + 1])[0] for i in range(3)])
     assert error(together, alone) < 1e-9 * together.abs().max()
 
 
@@ -82,19 +84,23 @@ def test_an_answer_does_not_depend_on_its_batch() -> None:
     ("key", "value", "message"),
     [
         ("fused", "[0, 12]", "method.fused .* below the tower's 12 blocks"),
-        ("fused", "[0, 1, 2, 3, 4, 5]", "method.fused has more blocks than the side network's 4 and one"),
-        ("side_heads", "5", "method.side_width 48 does not divide into 5 heads"),
+        ("fused", "[0, 1, 2, 3, 4, 5]", "method.fused has 6 blocks; with method.side_depth 4 there can be at most 5"),
+        ("side_heads", "5", "method.side_width 48 cannot be divided among 5 heads"),
         ("flow_length", "-1", "model.method.flow_length"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
     """Else a slip of the pen is a traceback from inside a tower."""
     with pytest.raises(DcrisError, match=message):
-        override(barleria_tiny(), [(f"model.method.{key}", value)])
+        replace(get_recipe("barleria_tiny"), {f"model.method.{key}": parse_value(value)})
 
 
-def test_other_adapters_in_its_places_are_refused() -> None:
-    """Else the flows silently take the place of adapters that the configuration names."""
-    for section in ("visual_adapter", "text_adapter"):
-        with pytest.raises(DcrisError, match=f"{section}.*set it to null"):
-            override(barleria_tiny(), [(f"model.{section}", "{}")])
+def test_the_auxiliary_loss_is_returned_in_training_only() -> None:
+    """Else validation is slower, or the log shows a loss without it."""
+    model = ReferringSegmenter(get_recipe("barleria_tiny").model)
+    batch = torch.randn(1, 3, 56, 56), torch.tensor([[1, 5, 9, 128, 0]])
+    assert model(*batch)[1] == {}
+    _, auxiliary = model.train()(*batch)
+    assert set(auxiliary) == {"reconstruction"}
+    with torch.no_grad():
+        assert model(*batch)[1] == {}

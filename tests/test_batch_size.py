@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
-from dcris.config import RunConfig, override
+from dcris.config import RunConfig, replace
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
@@ -102,7 +102,7 @@ def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str,
     kept: list[int] = []
     torch.manual_seed(11)
     with saved_bytes(kept):
-        loss = text_to_pixel_loss(model(batch.images.float() / 255, batch.tokens), batch.masks)
+        loss = text_to_pixel_loss(model(batch.images.float() / 255, batch.tokens)[0], batch.masks)
     loss.backward()
     found = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
     return loss.item(), found, kept[0]
@@ -112,7 +112,7 @@ def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str,
 def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
     """Loss, gradients and running statistics, bit for bit; dropout draws the same, batch norms count each step once."""
     side = ("data.image_size", "112")
-    config = quick_config(1, side, ("model.head.dropout", dropout), ("model.visual_adapter.dropout", dropout))
+    config = quick_config(1, side, ("model.head.dropout", dropout), ("model.method.visual.dropout", dropout))
     plain, batch = model_of(config), samples(2, 112)
     frugal = copy.deepcopy(plain)
     frugal.checkpoint_activations()
@@ -195,8 +195,8 @@ class Doubled(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, tokens: Tensor, share: float) -> Tensor:
-        return self.model(images.double(), tokens, share)
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model(images.double(), tokens)
 
 
 # ---- the largest that fits -----------------------------------------------------------------------------------------------
@@ -295,4 +295,4 @@ def test_old_configurations_still_load() -> None:
     for name in ("micro_batch", "checkpoint_activations", "shard_towers"):
         del tree["train"][name]
     assert RunConfig.model_validate(tree) == quick_config(1)
-    assert override(quick_config(1), [("train.micro_batch", "2")]).train.micro_batch == 2
+    assert replace(quick_config(1), {"train.micro_batch": 2}).train.micro_batch == 2

@@ -9,7 +9,7 @@ import torch
 from dcris.cli import main
 from dcris.experiments.bench import in_own_process, matrix_products, peak_of_training, ratio, render, take_turns
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import dcris_tiny
+from dcris.recipes import get_recipe
 from models import needs_bfloat16
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys: pytest.Cap
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     """Else whatever this process has used before counts as the training's."""
     block = torch.ones(1 << 28)  # 1 GiB that the other process must not count
-    peak = in_own_process(peak_of_training, dcris_tiny().model_dump_json(), 2, "cpu", "float32")
+    peak = in_own_process(peak_of_training, get_recipe("dcris_tiny").model_dump_json(), 2, "cpu", "float32")
     assert 0.1 < peak < block.numel() * 4 / 2**30
 
 
@@ -75,7 +75,7 @@ def test_a_prepared_model_s_operations_are_all_counted() -> None:
     from dcris.experiments.bench import count_operations
     from dcris.models.optimize import prepare_for_prediction
 
-    model = ReferringSegmenter(dcris_tiny().model).eval()
+    model = ReferringSegmenter(get_recipe("dcris_tiny").model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)
     images, tokens = torch.zeros(1, 3, 112, 112), torch.zeros(1, 9, dtype=torch.int64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

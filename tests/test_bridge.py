@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 from dcris.checkpoints.checkpoint import load_checkpoint
-from dcris.config import RunConfig, override
+from dcris.config import RunConfig, replace
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.base import adapters
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import RECIPES, barleria_tiny, etris_tiny
+from dcris.recipes import get_recipe
 from models import error, randomise
 from runs import CPU, quick_config, run_training
 
-METHODS = {"etris": etris_tiny, "barleria": barleria_tiny}
+METHODS = ("etris", "barleria")
 TOKENS = torch.tensor([[1, 5, 9, 128, 0, 0], [1, 7, 128, 0, 0, 0], [1, 6, 4, 8, 10, 128]])
 
 
 def quick(method: str, steps: int = 4) -> RunConfig:
-    config = override(METHODS[method](), [("data.image_size", "56")])
+    config = replace(get_recipe(f"{method}_tiny"), {"data.image_size": 56})
     return config.model_copy(update={"train": quick_config(steps).train})
 
 
@@ -32,7 +32,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 3, 42, 56, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=list(METHODS))
+@pytest.fixture(scope="module", params=METHODS)
 def run(request: pytest.FixtureRequest, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bridge") / request.param
     run_training(quick(request.param), scenes_root, out)
@@ -52,7 +52,7 @@ def run(request: pytest.FixtureRequest, scenes_root: Path, tmp_path_factory: pyt
 def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
     """Else a recipe is not the method of its name; the published bridger has 598,592 weights."""
     with torch.device("meta"):
-        model = ReferringSegmenter(RECIPES[recipe]().model)
+        model = ReferringSegmenter(get_recipe(recipe).model)
     assert model.count_weights()["adapters"] == adapters_
     assert model.bridge is not None
     assert sum(parameter.numel() for parameter in model.bridge.parameters()) == bridge
@@ -61,14 +61,14 @@ def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_steps_may_be_called_apart(method: str) -> None:
     """Else an image that is encoded once for several phrases, or a phrase for several images, gets other masks."""
-    model = ReferringSegmenter(METHODS[method]().model).double()
+    model = ReferringSegmenter(get_recipe(f"{method}_tiny").model).double()
     randomise(model)
     pictures = images(2).double()
     image_of_phrase, phrases = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         state, text = model.encode_images(pictures), model.encode_text(TOKENS)
         apart = model.segment(state.select(image_of_phrase), text.select(phrases))
-        whole = model(pictures[image_of_phrase], TOKENS[phrases])
+        whole = model(pictures[image_of_phrase], TOKENS[phrases])[0]
     assert apart.shape == (4, 1, 12, 16)
     assert error(apart, whole) < 1e-9 * whole.abs().max()
     assert error(apart[:1], apart[3:]) < 1e-9 * whole.abs().max()
@@ -77,7 +77,7 @@ def test_the_steps_may_be_called_apart(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_both_towers_see_each_other(method: str) -> None:
     """Else the bridge is there in name alone. BarLeRIa's words go among the patches; its text never sees the image."""
-    model = ReferringSegmenter(METHODS[method]().model).double()
+    model = ReferringSegmenter(get_recipe(f"{method}_tiny").model).double()
     randomise(model)
     pictures = images(2).double()
     assert model.bridge is not None
@@ -85,10 +85,11 @@ def test_both_towers_see_each_other(method: str) -> None:
     with torch.no_grad():
         for picture, tokens in ((0, TOKENS[:1]), (1, TOKENS[:1]), (0, TOKENS[1:2])):
             state, words = model.encode_images(pictures[picture : picture + 1]), model.encode_text(tokens)
-            joined.append(model.bridge.join(model.vision, model.text, state, words, (4, 8)))
-    (state, text, _), (_, other_image, _), (other_phrase, _, _) = joined
-    assert not torch.equal(state.taps[0][:, 5:], other_phrase.taps[0][:, 5:])
-    assert torch.equal(text.tokens, other_image.tokens) == (method == "barleria")
+            joined.append(model.bridge.fuse(model.vision, model.text, state, words, (4, 8)))
+    first, other_image, other_phrase = joined
+    ours, theirs = first.state.layer_outputs[0], other_phrase.state.layer_outputs[0]
+    assert not torch.equal(ours[:, 5:], theirs[:, 5:])
+    assert torch.equal(first.text.tokens, other_image.text.tokens) == (method == "barleria")
 
 
 def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> None:
@@ -102,9 +103,9 @@ def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> No
 
 def test_a_bridge_is_no_part_of_the_towers() -> None:
     """Else it is counted as frozen, or a checkpoint knows the towers by it."""
-    model = ReferringSegmenter(etris_tiny().model)
+    model = ReferringSegmenter(get_recipe("etris_tiny").model)
     assert not adapters(model.vision)
     assert not adapters(model.text)
     assert (
-        model.count_weights()["frozen"] == ReferringSegmenter(RECIPES["fixed_tiny"]().model).count_weights()["frozen"]
+        model.count_weights()["frozen"] == ReferringSegmenter(get_recipe("fixed_tiny").model).count_weights()["frozen"]
     )

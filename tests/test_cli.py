@@ -322,7 +322,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("train dcris_tiny --data DATA --out OUT --train.lr -1", "train.lr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr NaN", "train.lr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr", "no value"),
-        ("train dcris_tiny --data DATA --out OUT --model.visual_adapter.layers [1,99]", "layers"),
+        ("train dcris_tiny --data DATA --out OUT --model.method.visual.layers [1,99]", "layers"),
         ("train dcris_tiny --data DATA --out OUT --lr 1", "--lr"),
         ("train dcris_tiny --data DATA --out OUT --data.train_split dev", "'dev'"),
         ("train dcris_tiny --data DATA --dataset nowhere --out OUT", "nowhere"),

@@ -9,17 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dcris.config import ModelConfig, RunConfig, load_config, override, parse_config
+from dcris.config import METHODS, ModelConfig, RunConfig, load_config, parse_config, parse_value, replace
 from dcris.errors import DcrisError
-from dcris.recipes import RECIPES, dcris_b, dcris_tiny, get_recipe
+from dcris.models.adapters.dcris import DcrisConfig
+from dcris.recipes import RECIPES, get_recipe
 from dcris.utils.files import write_json
 
 
 def tree(**sections: Any) -> dict[str, Any]:
     """A whole configuration as plain data, with fields of its sections replaced."""
-    plain = dcris_b().model_dump(mode="json")
+    plain = get_recipe("dcris_b").model_dump(mode="json")
     for section, fields in sections.items():
         plain[section].update(fields)
+    return plain
+
+
+def method(**adapters: dict[str, Any]) -> dict[str, Any]:
+    """The same with fields of DCRIS's adapters replaced."""
+    plain = tree()
+    for adapter, fields in adapters.items():
+        plain["model"]["method"][adapter].update(fields)
     return plain
 
 
@@ -48,7 +57,7 @@ def test_an_unknown_recipe_lists_those_there_are() -> None:
 )
 def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
     """Else `learning_rate` for `lr` trains silently with the default."""
-    with pytest.raises(DcrisError, match=rf"^here: there is no setting {key}$"):
+    with pytest.raises(DcrisError, match=rf"^here: unknown setting {key}$"):
         parse_config(plain, "here")
 
 
@@ -59,7 +68,7 @@ def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
         (tree(train={"epochs": 2.5}), "train.epochs"),
         (tree(train={"lr": 1e300}), "train.lr"),  # float32 would overflow
         (tree(train={"warmup_steps": 10**400}), "train.warmup_steps"),
-        (tree(model={"visual_adapter": {"scale": 1e308}}), "model.visual_adapter.scale"),
+        (method(visual={"scale": 1e308}), "model.method.visual.scale"),
         (tree(data={"std": [1e-300, 1, 1]}), "data.std.0"),
         (tree(train={"batch_size": 0}), "train.batch_size"),
         (tree(train={"lr": -1.0}), "train.lr"),
@@ -73,8 +82,8 @@ def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
         (tree(data={"mean": [0.5, float("nan"), 0.5]}), "data.mean"),
         (tree(data={"dataset": 3}), "data.dataset"),
         (tree(data={"word_length": 2}), "data.word_length"),
-        (tree(model={"visual_adapter": {"width": 100}}), "model.visual_adapter.width"),
-        (tree(model={"visual_adapter": {"layers": [-1]}}), "model.visual_adapter.layers"),
+        (method(visual={"width": 100}), "model.method.visual.width"),
+        (method(visual={"layers": [-1]}), "model.method.visual.layers"),
         (tree(model={"vision": None}), "model.vision"),
         ({**tree(), "data": []}, "data"),
     ],
@@ -89,15 +98,18 @@ def test_a_value_that_does_not_fit_names_its_key_in_one_line(plain: dict[str, An
 @pytest.mark.parametrize(
     ("plain", "words"),
     [
-        (tree(model={"visual_adapter": {"layers": [1, 12]}}), "visual_adapter.layers"),
-        (tree(model={"visual_adapter": {"layers": [3, 3]}}), "visual_adapter.layers"),
-        (tree(model={"text_adapter": {"layers": [40]}}), "text_adapter.layers"),
-        (tree(model={"head": {"taps": [4, 12]}}), "head.taps"),
-        (tree(model={"head": {"taps": [8, 4]}}), "head.taps.*ascending"),
+        (method(visual={"layers": [1, 12]}), "method.visual.layers"),
+        (method(visual={"layers": [3, 3]}), "method.visual.layers"),
+        (method(text={"layers": [40]}), "method.text.layers"),
+        (tree(model={"head": {"feature_layers": [4, 12]}}), "head.feature_layers"),
+        (tree(model={"head": {"feature_layers": [8, 4]}}), "head.feature_layers.*ascending"),
         (tree(model={"head": {"width": 500}}), "head.width 500"),
         (tree(model={"vision": {"heads": 7}}), "vision.width 768"),
         (tree(model={"text": {"heads": 5}}), "text.width 512"),
-        (tree(model={"visual_adapter": {"attention_width": 130}}), "attention_width 130"),
+        (method(visual={"attention_width": 130}), "attention_width 130"),
+        (tree(model={"method": {"name": "dcris", "visual": None, "text": None}}), "set model.method to null"),
+        (tree(model={"vision": {"family": "siglip"}}), "vision.family: unknown family 'siglip'; known: clip, dinov2"),
+        (tree(model={"text": {"family": "t5"}}), "text.family: unknown family 't5'; known: clip"),
         (tree(data={"image_size": 450}), "image_size 450.*14"),
         (tree(data={"word_length": 78}), "word_length 78.*77"),
     ],
@@ -121,67 +133,65 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> 
 
 def test_a_configuration_is_frozen() -> None:
     """Else code that runs in the middle of a run can make its config.json a lie."""
-    config = dcris_tiny()
+    config = get_recipe("dcris_tiny")
     with pytest.raises(ValidationError):
         config.train.lr = 1.0  # type: ignore[misc]
     with pytest.raises(ValidationError):
         config.train = config.train  # type: ignore[misc]
-    assert isinstance(config.model.head.taps, tuple)
+    assert isinstance(config.model.head.feature_layers, tuple)
 
 
 def test_settings_of_the_command_line_change_only_what_they_name() -> None:
     """Else an ablation differs in more than its one setting."""
-    before = dcris_tiny()
-    after = override(
+    before = get_recipe("dcris_tiny")
+    after = replace(
         before,
-        [
-            ("train.lr", "3e-4"),
-            ("data.val_split", "val"),
-            ("data.split_by", "null"),
-            ("model.visual_adapter.layers", "[1, 3]"),
-            ("model.text_adapter", "null"),
-            ("model.head.bias", "-1.5"),
-            ("train.epochs", "2"),
-            ("train.epochs", "3"),
-            ("train.max_steps", "1700"),
-        ],
+        {
+            "train.lr": 3e-4,
+            "data.val_split": "val",
+            "data.split_by": None,
+            "model.method.visual.layers": [1, 3],
+            "model.method.text": None,
+            "model.head.bias": -1.5,
+            "train.epochs": 3,
+            "train.max_steps": 1700,
+        },
     )
-    assert (after.train.lr, after.train.epochs) == (3e-4, 3)  # the last of two wins
+    assert (after.train.lr, after.train.epochs) == (3e-4, 3)
     assert (after.data.val_split, after.data.split_by) == ("val", None)
-    assert after.model.visual_adapter is not None
-    assert after.model.visual_adapter.layers == (1, 3)
-    assert after.model.text_adapter is None
+    assert isinstance(after.model.method, DcrisConfig)
+    assert after.model.method.visual is not None
+    assert after.model.method.visual.layers == (1, 3)
+    assert after.model.method.text is None
     assert after.model.head.bias == -1.5
 
     plain, changed = before.model_dump(), after.model_dump()
     changed["train"].update(lr=plain["train"]["lr"], epochs=plain["train"]["epochs"])
     changed["data"].update(val_split=plain["data"]["val_split"])
-    for part in ("visual_adapter", "text_adapter"):
-        changed["model"][part] = plain["model"][part]
+    changed["model"]["method"] = plain["model"]["method"]
     changed["model"]["head"]["bias"] = plain["model"]["head"]["bias"]
     assert changed == plain
-    assert before == dcris_tiny()
+    assert before == get_recipe("dcris_tiny")
 
 
 @pytest.mark.parametrize("key", ["lr", "train", "train.", ".lr", "train.lr.x", "trian.lr", "train.Lr", "", "."])
 def test_a_setting_that_is_not_there_is_named(key: str) -> None:
     """Else a misspelt `--train.lrr 1e-3` changes nothing and nobody notices."""
     with pytest.raises(DcrisError, match="setting"):
-        override(dcris_tiny(), [(key, "1e-3")])
+        replace(get_recipe("dcris_tiny"), {key: 1e-3})
 
 
 def test_a_setting_inside_an_adapter_that_was_left_out() -> None:
     """Else it crashes: there is no section to put the value into."""
-    with pytest.raises(DcrisError, match=r"there is no setting model\.text_adapter\.width"):
-        override(dcris_tiny(), [("model.text_adapter", "null"), ("model.text_adapter.width", "8")])
+    with pytest.raises(DcrisError, match=r"unknown setting model\.method\.text\.width"):
+        replace(get_recipe("dcris_tiny"), {"model.method.text": None, "model.method.text.width": 8})
 
 
 @given(st.floats(1e-9, 1e3), st.integers(0, 2**32 - 1), st.text(max_size=20))
 def test_any_number_or_name_arrives_as_it_was_typed(lr: float, seed: int, name: str) -> None:
     """Else a learning rate is rounded, or a folder called `null-2` or `1e` cannot be named."""
-    config = override(
-        dcris_tiny(), [("train.lr", repr(lr)), ("train.seed", str(seed)), ("data.dataset", json.dumps(name))]
-    )
+    typed = {"train.lr": repr(lr), "train.seed": str(seed), "data.dataset": json.dumps(name)}
+    config = replace(get_recipe("dcris_tiny"), {key: parse_value(text) for key, text in typed.items()})
     assert (config.train.lr, config.train.seed, config.data.dataset) == (lr, seed, name)
 
 
@@ -190,7 +200,7 @@ def test_a_value_of_any_text_is_taken_or_refused_in_one_sentence(text: str) -> N
     """Else odd input on the command line ends in a traceback."""
     for key in ("train.lr", "train.milestones", "model.vision", "data.val_split"):
         try:
-            config = override(dcris_tiny(), [(key, text)])
+            config = replace(get_recipe("dcris_tiny"), {key: parse_value(text)})
         except DcrisError as error:
             assert key.split(".")[1] in str(error)
         else:
@@ -200,3 +210,5 @@ def test_a_value_of_any_text_is_taken_or_refused_in_one_sentence(text: str) -> N
 def test_what_a_setting_holds_is_validated_by_default_too() -> None:
     """Else a default that breaks its own rule goes unseen until somebody writes it down."""
     assert ModelConfig.model_validate(ModelConfig().model_dump()) == ModelConfig()
+    for settings in METHODS.values():
+        assert settings.model_validate(settings().model_dump()) == settings()  # type: ignore[call-arg]

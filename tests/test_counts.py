@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from dcris.config import DenseCrossConfig, HeadConfig, ModelConfig, TextAdapterConfig, VisionConfig
+from dcris.config import HeadConfig, ModelConfig, VisionConfig
 from dcris.models.adapters.base import adapters as adapters_of
-from dcris.models.adapters.dense_cross import DenseCrossAdapter
-from dcris.models.adapters.dense_text import DenseTextAdapter
-from dcris.models.adapters.text import TextAdapter
+from dcris.models.adapters.dcris import (
+    DcrisConfig,
+    DenseCrossAdapter,
+    DenseCrossConfig,
+    DenseTextAdapter,
+    TextAdapter,
+    TextAdapterConfig,
+)
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 
@@ -44,7 +49,7 @@ def adapters(model: ReferringSegmenter) -> int:
 
 @pytest.fixture(scope="module")
 def base() -> ReferringSegmenter:
-    return shapes_only(ModelConfig())
+    return shapes_only(ModelConfig(method=DcrisConfig()))
 
 
 @pytest.mark.parametrize(("width", "expected"), [(768, 382_896), (1024, 448_688)])
@@ -85,8 +90,8 @@ def test_dcris_l() -> None:
     large = shapes_only(
         ModelConfig(
             vision=VisionConfig(name="dinov2-large", width=1024, depth=24, heads=16),
-            visual_adapter=DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22)),
-            head=HeadConfig(taps=(8, 16)),
+            method=DcrisConfig(visual=DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22))),
+            head=HeadConfig(feature_layers=(8, 16)),
         )
     )
     assert adapters(large) == 3_088_800
@@ -97,7 +102,7 @@ def test_every_row_of_table_5(position: str, millions: str) -> None:
     """Else the ablation over layers counts something other than the paper's table."""
     layers = tuple(int(number) for number in position.strip("[]").split(","))
     model = shapes_only(
-        ModelConfig(visual_adapter=DenseCrossConfig(layers=layers), text_adapter=TextAdapterConfig(layers=layers))
+        ModelConfig(method=DcrisConfig(visual=DenseCrossConfig(layers=layers), text=TextAdapterConfig(layers=layers)))
     )
     assert adapters(model) == len(layers) * 449_008
     assert f"{adapters(model) / 1e6:.2f}" == millions

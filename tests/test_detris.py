@@ -20,7 +20,7 @@ from dcris.checkpoints.backbones import copy_strictly
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.checkpoints.convert_detris import convert_detris, published_name, rename_tensors
 from dcris.cli import main
-from dcris.config import HeadConfig, RunConfig, TextAdapterConfig
+from dcris.config import HeadConfig, RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.tokenizer import get_tokenizer
 from dcris.data.transforms import Letterbox
@@ -28,6 +28,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.base import adapters
+from dcris.models.adapters.dcris import DcrisConfig, TextAdapterConfig
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
@@ -86,7 +87,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     assert torch.equal(tokens, expected["tokens"])
 
     with torch.no_grad():
-        logits = model(images, tokens)
+        logits = model(images, tokens)[0]
     torch.testing.assert_close(logits[:, 0, ::2, ::2], expected["logits"], rtol=0, atol=2e-4)
     for ours, theirs in zip(Cris().probabilities(logits, boxes), expected["scores"], strict=True):
         assert (ours - theirs.clip(0, 1)).abs().mean() <= 1e-5
@@ -95,7 +96,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
         assert (mask & other).sum() / (mask | other).sum() >= 0.995
 
     without_dropout(model).train()
-    logits = model(images, tokens)
+    logits = model(images, tokens)[0]
     truth = masks(config.data.image_size)
     loss = F.binary_cross_entropy_with_logits(logits, F.interpolate(truth, logits.shape[-2:]).to(dtype))
     loss.backward()
@@ -155,7 +156,7 @@ def test_five_published_steps() -> None:
     optimizer = make_optimizer(model, config.train)
     losses = []
     for _ in range(STEPS):
-        loss = text_to_pixel_loss(model(images, tokens), truth)
+        loss = text_to_pixel_loss(model(images, tokens)[0], truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,9 +202,11 @@ def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:
     for key in [key for key in state if ".adapter." in key and key.startswith("txt")]:
         del state[key]
     config, _ = convert_detris(save(tmp_path / "refcoco.pth", state))
-    assert config.model.text_adapter is None
-    assert config.model.visual_adapter is not None
-    assert config.model.visual_adapter.layers == (1, 5, 7, 9, 11)
+    method = config.model.method
+    assert isinstance(method, DcrisConfig)
+    assert method.text is None
+    assert method.visual is not None
+    assert method.visual.layers == (1, 5, 7, 9, 11)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +323,7 @@ def _scalar(state: dict[str, Any]) -> None:
         (_sparse, "dinov2.norm.bias"),
         (_integers, "dinov2.norm.bias"),
         (_meta, "dinov2.norm.bias"),
-        (_odd_width, "visual_adapter.width"),
+        (_odd_width, "method.visual.width"),
         (_deep, "13 blocks"),
         (_no_tower, "dinov2.cls_token"),
         (_not_tensor, "entry 'dinov2.norm.bias' is a list"),
@@ -441,7 +444,7 @@ def test_from_file_to_mask(tmp_path: Path, capsys: Any) -> None:
         load_checkpoint(folder)
 
 
-def test_older_configurations_mean_the_plain_text_adapter() -> None:
-    """Else runs from before there were two kinds cannot be opened."""
+def test_the_default_text_adapter_is_the_papers() -> None:
+    """Else DCRIS has DETRIS's text adapter, or another head."""
     assert TextAdapterConfig.model_validate_json(json.dumps({"layers": [1], "width": 64})).kind == "plain"
     assert HeadConfig() == RECIPES["base"].model.head

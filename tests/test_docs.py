@@ -22,7 +22,7 @@ from PIL import Image
 from conftest import make_tiny_refer
 from dcris.cli import _parser
 from dcris.cli.train import parse_settings
-from dcris.config import override
+from dcris.config import replace
 from dcris.errors import DcrisError
 from dcris.recipes import get_recipe
 
@@ -87,7 +87,7 @@ def parse(command: list[str]) -> None:
         return
     # A recipe that is a file of the reader's has the sections of every recipe.
     recipe = "dcris_b" if args.recipe.endswith(".json") else args.recipe
-    override(get_recipe(recipe), parse_settings(rest))
+    replace(get_recipe(recipe), parse_settings(rest))
 
 
 @pytest.mark.parametrize("page", PAGES)

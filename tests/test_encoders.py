@@ -16,11 +16,10 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from dcris.checkpoints.key_mappings import VISION_LAYOUTS
 from dcris.models.encoders.blocks import SlotContext
-from dcris.models.encoders.clip_text import TextTower
-from dcris.models.encoders.clip_vision import ClipVisionTower
-from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.encoders.clip_text import ClipTextTower
+from dcris.models.encoders.clip_vision import HUB_CLIP_VISION, ClipVisionTower
+from dcris.models.encoders.dino import DinoTower
 from dcris.models.encoders.vit import as_map, interpolate_positions
 from dcris.models.segmentation import ReferringSegmenter
 from models import (
@@ -40,9 +39,9 @@ TOLERANCE = 1e-12  # of float64 numbers about 1
 
 
 @pytest.fixture
-def vision() -> tuple[DinoV2Tower, Dinov2WithRegistersModel]:
+def vision() -> tuple[DinoTower, Dinov2WithRegistersModel]:
     """Our vision tower and transformers' with the same weights."""
-    tower = DinoV2Tower(TINY_VISION).double().eval()
+    tower = DinoTower(TINY_VISION).double().eval()
     randomise(tower)
     config = Dinov2WithRegistersConfig(
         hidden_size=tower.config.width,
@@ -80,9 +79,9 @@ def vision() -> tuple[DinoV2Tower, Dinov2WithRegistersModel]:
 
 
 @pytest.fixture
-def text() -> tuple[TextTower, CLIPTextModelWithProjection]:
+def text() -> tuple[ClipTextTower, CLIPTextModelWithProjection]:
     """Our text tower and transformers' with the same weights."""
-    tower = TextTower(TINY_TEXT).double().eval()
+    tower = ClipTextTower(TINY_TEXT).double().eval()
     randomise(tower)
     config = CLIPTextConfig(
         vocab_size=tower.config.vocabulary,
@@ -133,16 +132,16 @@ def filled(oracle: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Modu
     ids=["the table's own grid", "finer", "not square, 70x98", "coarser", "the table's count, another shape"],
 )
 @torch.no_grad()
-def test_vision_tower_is_dinov2(vision: tuple[DinoV2Tower, Dinov2WithRegistersModel], rows: int, columns: int) -> None:
+def test_vision_tower_is_dinov2(vision: tuple[DinoTower, Dinov2WithRegistersModel], rows: int, columns: int) -> None:
     """Else published DINOv2 weights give the features of another network, and every result built on them is off."""
     tower, oracle = vision
     pixels = images(2, rows, columns).double()
     expected = oracle(pixels, output_hidden_states=True)
     start = tower.start(pixels)
-    state = tower.advance(start, taps=range(len(tower.blocks)))
+    state = tower.advance(start, feature_layers=range(len(tower.blocks)))
     assert state.grid == (rows, columns)
-    assert len(state.taps) == len(tower.blocks)
-    for ours, theirs in zip((start.tokens, *state.taps), expected.hidden_states, strict=True):
+    assert len(state.layer_outputs) == len(tower.blocks)
+    for ours, theirs in zip((start.tokens, *state.layer_outputs), expected.hidden_states, strict=True):
         assert error(ours, theirs) < TOLERANCE
     assert error(tower.finish(state), expected.last_hidden_state) < TOLERANCE
     assert error(tower(pixels), expected.last_hidden_state) < TOLERANCE
@@ -162,7 +161,7 @@ def clip_vision() -> tuple[ClipVisionTower, CLIPVisionModelWithProjection]:
         image_size=tower.config.patch * tower.config.grid,
         patch_size=tower.config.patch,
     )
-    layout = VISION_LAYOUTS["clip"][0]
+    layout = HUB_CLIP_VISION
     weights = {}
     for name, value in tower.state_dict().items():
         parts = layout.parts(name)
@@ -186,9 +185,9 @@ def test_clip_vision_tower_is_clip(
     pixels = torch.randn(2, 3, rows * patch, columns * patch, generator=torch.Generator().manual_seed(0)).double()
     expected = oracle(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
     start = tower.start(pixels)
-    state = tower.advance(start, taps=range(len(tower.blocks)))
+    state = tower.advance(start, feature_layers=range(len(tower.blocks)))
     assert state.grid == (rows, columns)
-    for ours, theirs in zip((start.tokens, *state.taps), expected.hidden_states, strict=True):
+    for ours, theirs in zip((start.tokens, *state.layer_outputs), expected.hidden_states, strict=True):
         assert error(ours, theirs) < TOLERANCE
     finished = tower(pixels)
     assert error(finished[:, 0], expected.image_embeds) < TOLERANCE
@@ -198,7 +197,7 @@ def test_clip_vision_tower_is_clip(
 
 
 @torch.no_grad()
-def test_a_text_tower_can_be_stopped(text: tuple[TextTower, CLIPTextModelWithProjection]) -> None:
+def test_a_text_tower_can_be_stopped(text: tuple[ClipTextTower, CLIPTextModelWithProjection]) -> None:
     """Else a method that lets the towers run side by side reads other words than one that reads the finished text."""
     tower, _ = text
     tokens = tokens_ending_at((3, 5, 2), 7)
@@ -215,7 +214,7 @@ def test_a_text_tower_can_be_stopped(text: tuple[TextTower, CLIPTextModelWithPro
 @pytest.mark.parametrize(("ends", "length"), [((1, 4, 6), 7), ((2, 11, 5), 12), ((2, 1, 2), 3)])
 @torch.no_grad()
 def test_text_tower_is_clip(
-    text: tuple[TextTower, CLIPTextModelWithProjection], ends: tuple[int, ...], length: int
+    text: tuple[ClipTextTower, CLIPTextModelWithProjection], ends: tuple[int, ...], length: int
 ) -> None:
     """Else published CLIP weights read phrases wrongly: a wrong activation alone shifts features by per cents."""
     tower, oracle = text
@@ -227,7 +226,7 @@ def test_text_tower_is_clip(
 
 
 @torch.no_grad()
-def test_padding_does_not_change_what_a_phrase_means(text: tuple[TextTower, CLIPTextModelWithProjection]) -> None:
+def test_padding_does_not_change_what_a_phrase_means(text: tuple[ClipTextTower, CLIPTextModelWithProjection]) -> None:
     """Else a model trained with 17 tokens per phrase answers differently when asked with 22."""
     tower, _ = text
     tokens = tokens_ending_at((3, 5), 12)
@@ -301,8 +300,10 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter)
     logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens))
     assert logits.shape == (3, 1, 16, 20)
     # Not to the last digit: products of other shapes may round otherwise, which depends on the processor.
-    assert error(logits, model(pixels[image_of_phrase], tokens)) < TOLERANCE
-    one_by_one = [model(pixels[i : i + 1], row[None]) for i, row in zip(image_of_phrase.tolist(), tokens, strict=True)]
+    assert error(logits, model(pixels[image_of_phrase], tokens)[0]) < TOLERANCE
+    one_by_one = [
+        model(pixels[i : i + 1], row[None])[0] for i, row in zip(image_of_phrase.tolist(), tokens, strict=True)
+    ]
     assert error(logits, torch.cat(one_by_one)) < TOLERANCE
 
 
@@ -317,7 +318,8 @@ def test_the_mlp_beside_the_first_adapter_is_shared_too(model: ReferringSegmente
     assert rows == [1]
     assert (
         error(
-            shared, model.segment(replace(state, made=None).select(torch.tensor([0, 0, 0])), model.encode_text(tokens))
+            shared,
+            model.segment(replace(state, mlp_out=None).select(torch.tensor([0, 0, 0])), model.encode_text(tokens)),
         )
         < TOLERANCE
     )
@@ -331,7 +333,7 @@ def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
     state = model.encode_images(images(1, 3, 3))
     assert state.step == 2 * len(model.vision.blocks)
     tokens = tokens_ending_at((2,), 4)
-    assert torch.equal(model.segment(state, model.encode_text(tokens)), model(images(1, 3, 3), tokens))
+    assert torch.equal(model.segment(state, model.encode_text(tokens)), model(images(1, 3, 3), tokens)[0])
 
 
 @torch.no_grad()
@@ -341,17 +343,17 @@ def test_half_blocks_add_up_to_blocks(model: ReferringSegmenter) -> None:
     text = model.encode_text(tokens_ending_at((3, 5), 6)).tokens
     start = tower.start(pixels)
     whole, outputs = start.tokens, []
-    context = SlotContext(grid=start.grid, prefix=tower.prefix, text=text)
+    context = SlotContext(grid=start.grid, num_prefix_tokens=tower.num_prefix_tokens, text=text)
     for block in tower.blocks:
         whole = block(whole, context)
         outputs.append(whole)
     state = start
     for step in range(1, 2 * len(tower.blocks) + 1):
-        state = tower.advance(state, step, text=text, taps=(0, 2))
+        state = tower.advance(state, step, text=text, feature_layers=(0, 2))
         assert state.step == step
     assert torch.equal(state.tokens, whole)
-    assert len(state.taps) == 2
-    assert all(torch.equal(tap, outputs[index]) for tap, index in zip(state.taps, (0, 2), strict=True))
+    assert len(state.layer_outputs) == 2
+    assert all(torch.equal(tap, outputs[index]) for tap, index in zip(state.layer_outputs, (0, 2), strict=True))
     assert torch.equal(tower.finish(state), tower(pixels, text))
 
 

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from dcris.checkpoints.backbones import copy_strictly
-from dcris.config import override
+from dcris.config import parse_value, replace
 from dcris.errors import DcrisError
-from dcris.models.adapters.base import adapters
 from dcris.models.adapters.etris import EtrisBridge, EtrisConfig, Stage
 from dcris.models.encoders.blocks import SlotContext
-from dcris.models.encoders.clip_text import TextState
+from dcris.models.encoders.text import TextState
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import etris_tiny
+from dcris.recipes import get_recipe
 from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks, norms, sums
 from etris_layout import VARIANTS, config_of, inputs, on_the_way, ours, theirs
@@ -42,7 +41,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     torch.testing.assert_close(logits[:, 0, ::2, ::2], expected["logits"], rtol=0, atol=1e-4)
     assert 0.02 < (logits > 0).double().mean() < 0.98
 
-    logits = without_dropout(model.train())(images, tokens)
+    logits = without_dropout(model.train())(images, tokens)[0]
     loss = text_to_pixel_loss(logits, masks(variant.image_size))
     loss.backward()
     torch.testing.assert_close(logits.detach()[:, 0, ::2, ::2], expected["train_logits"], rtol=0, atol=1e-3)
@@ -74,29 +73,21 @@ def test_how_the_bridger_starts() -> None:
         ("layers", "[3, 7, 12]", "method.layers .* below the tower's 12 blocks"),
         ("text_layers", "[7, 3, 11]", "method.text_layers .* ascending"),
         ("layers", "[]", "method.layers"),
-        ("layers", "[3, 11]", "equally many"),
-        ("heads", "5", "method.width 32 does not divide into 5 heads"),
-        ("depth", "5", "there is no setting model.method.depth"),
+        ("layers", "[3, 11]", "equally long"),
+        ("heads", "5", "method.width 32 cannot be divided among 5 heads"),
+        ("depth", "5", "unknown setting model.method.depth"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
     """Else a slip of the pen is a traceback from inside a tower."""
     with pytest.raises(DcrisError, match=message):
-        override(etris_tiny(), [(f"model.method.{key}", value)])
-
-
-def test_an_adapter_that_reads_the_finished_text_is_refused() -> None:
-    """Else it would meet no text: the towers run side by side. The text tower's own adapters are welcome."""
-    with pytest.raises(DcrisError, match=r"visual_adapter reads the finished text.*etris.*set it to null"):
-        override(etris_tiny(), [("model.visual_adapter", "{}")])
-    config = override(etris_tiny(), [("model.text_adapter", '{"width": 8}')])
-    assert len(adapters(ReferringSegmenter(config.model).text)) == 6
+        replace(get_recipe("etris_tiny"), {f"model.method.{key}": parse_value(value)})
 
 
 def test_stages_may_lie_anywhere() -> None:
     """Else the towers can only meet behind the last blocks; a stage at a tap is tapped behind the exchange."""
-    settings = [("model.method.layers", "[2, 4]"), ("model.method.text_layers", "[0, 9]")]
-    model = ReferringSegmenter(override(etris_tiny(), settings).model).double()
+    settings = {"model.method.layers": (2, 4), "model.method.text_layers": (0, 9)}
+    model = ReferringSegmenter(replace(get_recipe("etris_tiny"), settings).model).double()
     randomise(model)
     images = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(0)).double()
     tokens = torch.tensor([[1, 5, 9, 128, 0], [1, 7, 128, 0, 0]])
@@ -104,28 +95,28 @@ def test_stages_may_lie_anywhere() -> None:
     assert isinstance(bridge, EtrisBridge)
     with torch.no_grad():
         state, words = model.encode_images(images), model.encode_text(tokens)
-        assert (state.step, state.taps) == (6, ())
+        assert (state.step, state.layer_outputs) == (6, ())
         assert isinstance(words, TextState)
         assert words.step == 1
-        joined, text, aside = bridge.join(model.vision, model.text, state, words, model.config.head.taps)
+        fused = bridge.fuse(model.vision, model.text, state, words, model.config.head.feature_layers)
         # By hand, a block and an exchange after the other.
         x, t, before = model.vision.start(images).tokens, model.text.start(tokens).tokens, None
-        context, taps = SlotContext(grid=(3, 4), prefix=5), []
+        context, outputs = SlotContext(grid=(3, 4), num_prefix_tokens=5), []
         for layer, block in enumerate(model.vision.blocks):
             x = block(x, context)
             if layer in (2, 4):
                 first, last = ((0, 1), (1, 10))[(2, 4).index(layer)]
                 for text_block in model.text.blocks[first:last]:
-                    t = text_block(t, SlotContext(prefix=1))
+                    t = text_block(t, SlotContext(num_prefix_tokens=1))
                 patches = x[:, 5:].transpose(1, 2).reshape(2, 128, 3, 4)
                 seen, said, before = bridge.stages[(2, 4).index(layer)](patches, t, before)
                 x, t = torch.cat((x[:, :5], x[:, 5:] + seen.flatten(2).transpose(1, 2)), dim=1), t + said
             if layer in (4, 8):
-                taps.append(x)
+                outputs.append(x)
         for text_block in model.text.blocks[10:]:
-            t = text_block(t, SlotContext(prefix=1))
-    assert aside is None
-    assert error(joined.tokens, x) < 1e-10
-    assert error(text.tokens, model.text.norm(t)) < 1e-10
-    for ours_, theirs_ in zip(joined.taps, taps, strict=True):
+            t = text_block(t, SlotContext(num_prefix_tokens=1))
+    assert fused.side_features is None
+    assert error(fused.state.tokens, x) < 1e-10
+    assert error(fused.text.tokens, model.text.norm(t)) < 1e-10
+    for ours_, theirs_ in zip(fused.state.layer_outputs, outputs, strict=True):
         assert error(ours_, theirs_) < 1e-10

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.cli import main
-from dcris.config import DenseCrossConfig, RunConfig, override
+from dcris.config import replace
 from dcris.data.dataset import TrainingSamples, all_queries, normalise
 from dcris.data.flip import swap_sides
 from dcris.data.readers.load import load_references
@@ -19,7 +19,9 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
+from dcris.models.adapters.dcris import DcrisConfig, DenseCrossConfig
 from dcris.models.segmentation import ReferringSegmenter
+from dcris.recipes import get_recipe
 from dcris.training.losses import dice_loss, text_to_pixel_loss, training_losses
 from models import error, images, randomise, tiny_config, tokens_ending_at
 from runs import CPU, quick_config, run_training
@@ -36,11 +38,12 @@ def dcris(*arguments: object) -> int:
 
 def test_extensions_are_off_by_default() -> None:
     """The paper's recipes must stay the paper's."""
-    config = RunConfig()
+    config = get_recipe("dcris_b")
     assert config.data.augmentations == {}
     assert config.train.losses == {}
-    assert config.model.visual_adapter is not None
-    assert not config.model.visual_adapter.mask_padding
+    assert isinstance(config.model.method, DcrisConfig)
+    assert config.model.method.visual is not None
+    assert not config.model.method.visual.mask_padding
     assert config.model.vision.family == "dinov2"
 
 
@@ -90,7 +93,7 @@ def test_padding_is_hidden_from_the_adapters(masked: bool) -> None:
     model = ReferringSegmenter(tiny_config(visual_adapter=visual)).double().eval()
     randomise(model)
     pixels, tokens = images(2, 3, 4).double(), tokens_ending_at((3, 5), 11)
-    short, long = model(pixels, tokens[:, :6]), model(pixels, tokens)
+    short, long = model(pixels, tokens[:, :6])[0], model(pixels, tokens)[0]
     assert (error(short, long) < 1e-10) == masked
 
 
@@ -109,12 +112,12 @@ def test_another_resolution_trains_and_predicts(scenes_root: Path, tmp_path: Pat
         samples = TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
         sample = samples[0]
         with torch.no_grad():
-            logits[size] = model(normalise(sample.image[None], config.data), sample.tokens[None])
+            logits[size] = model(normalise(sample.image[None], config.data), sample.tokens[None])[0]
         assert logits[size].shape[-2:] == (4 * size // 14, 4 * size // 14)
         assert torch.isfinite(logits[size]).all()
     # A model trained at one size also predicts at another.
     model, config = load_checkpoint(tmp_path / "56")
-    finer = override(config, [("data.image_size", "112")])
+    finer = replace(config, {"data.image_size": 112})
     found = predict_queries(model, all_queries(table.split("test")), finer, Cris(), device=CPU)
     assert sum(1 for _ in found) == len(all_queries(table.split("test")))
 
@@ -125,7 +128,7 @@ def test_a_whole_model_on_dinov3() -> None:
     config = tiny_config()
     vision = config.vision.model_copy(update={"family": "dinov3", "patch": 16})
     model = ReferringSegmenter(config.model_copy(update={"vision": vision})).train()
-    logits = model(torch.randn(2, 3, 48, 64), tokens_ending_at((3, 5), 8))
+    logits = model(torch.randn(2, 3, 48, 64), tokens_ending_at((3, 5), 8))[0]
     assert logits.shape == (2, 1, 12, 16)
     logits.sum().backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

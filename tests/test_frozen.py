@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dcris.models.adapters.base import trained_state
-from dcris.models.encoders.blocks import Slot
+from dcris.models.encoders.blocks import EmptySlot
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from models import images, randomise, tiny_config, tokens_ending_at
@@ -33,7 +33,7 @@ def step(model: ReferringSegmenter, seed: int = 0) -> None:
     """One step of Adam over everything that may move, on noise."""
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     masks = (torch.randn(2, 1, 42, 70, generator=torch.Generator().manual_seed(seed)) > 0).float()
-    text_to_pixel_loss(model(images(2, 3, 5), tokens_ending_at((3, 5), 7)), masks).backward()
+    text_to_pixel_loss(model(images(2, 3, 5), tokens_ending_at((3, 5), 7))[0], masks).backward()
     optimizer.step()
 
 
@@ -89,12 +89,12 @@ def test_modes_switch_adapters_and_head_only(model: ReferringSegmenter) -> None:
     for mode in (True, False, True):
         assert model.train(mode) is model
         for name, module in model.named_modules():
-            if type(module) is Slot:  # an empty slot has no mode
+            if isinstance(module, EmptySlot):  # an empty slot has no mode
                 continue
             trained = not name or f"{name}.".startswith(TRAINED)
             assert module.training == (mode and trained), name
     assert model.eval() is model
-    assert not any(module.training for module in model.modules() if type(module) is not Slot)
+    assert not any(module.training for module in model.modules() if not isinstance(module, EmptySlot))
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ def test_checkpoints_hold_what_was_trained(model: ReferringSegmenter) -> None:
     pixels, tokens = images(2, 3, 5), tokens_ending_at((3, 5), 7)
     model.train()
     step(model)
-    expected = model.eval()(pixels, tokens)
+    expected = model.eval()(pixels, tokens)[0]
     fresh = ReferringSegmenter(tiny_config())
     frozen = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINED)}
     fresh.load_state_dict({**frozen, **trained_state(model)}, strict=True)
-    assert torch.equal(fresh(pixels, tokens), expected)
+    assert torch.equal(fresh(pixels, tokens)[0], expected)

@@ -51,19 +51,20 @@ from bombs import (
 from conftest import make_tiny_refer
 from dcris import Segmenter
 from dcris.checkpoints.backbones import tower_state
-from dcris.checkpoints.key_mappings import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.cli import _parser
-from dcris.config import RunConfig, override
+from dcris.config import RunConfig, parse_value
+from dcris.config import replace as replace_settings
 from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
 from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.results import write_results
-from dcris.models.encoders.clip_text import TextTower
-from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.encoders.clip_text import CLIP_TEXT, ClipTextTower
+from dcris.models.encoders.dino import DINOV2, DinoTower
+from dcris.models.encoders.registry import KeyMapping
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import dcris_tiny
+from dcris.recipes import get_recipe
 from fuzz import (
     ANY,
     WORDS,
@@ -97,14 +98,17 @@ def small_config(*settings: tuple[str, str]) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {
         "vision": {**tower, "grid": 4},
         "text": {**tower, "tokenizer": "tiny", "vocabulary": 129, "length": 14, "sentence_width": 24},
-        "visual_adapter": {"layers": [1], "width": 16, "attention_width": 8, "heads": 2},
-        "text_adapter": {"layers": [0], "width": 8},
-        "head": {"taps": [0, 1], "width": 16, "heads": 4, "feedforward": 16, "layers": 1},
+        "method": {
+            "name": "dcris",
+            "visual": {"layers": [1], "width": 16, "attention_width": 8, "heads": 2},
+            "text": {"layers": [0], "width": 8},
+        },
+        "head": {"feature_layers": [0, 1], "width": 16, "heads": 4, "feedforward": 16, "layers": 1},
     }
-    changes = [(f"model.{name}", json.dumps(section)) for name, section in sections.items()]
-    changes += [("data.image_size", "28"), ("data.dataset", "tiny"), ("data.workers", "0")]
-    changes += [("train.max_steps", "2"), ("train.warmup_steps", "0")]
-    return override(dcris_tiny(), [*changes, *settings])
+    changes: dict[str, Any] = {f"model.{name}": section for name, section in sections.items()}
+    changes |= {"data.image_size": 28, "data.dataset": "tiny", "data.workers": 0}
+    changes |= {"train.max_steps": 2, "train.warmup_steps": 0}
+    return replace_settings(get_recipe("dcris_tiny"), changes | {key: parse_value(text) for key, text in settings})
 
 
 def refer(root: Path) -> None:
@@ -190,7 +194,7 @@ def run(root: Path) -> None:
         unseal(path)  # what is behind the checksums is what strangers reach
 
 
-def published(tower: DinoV2Tower | TextTower, layout: Layout) -> dict[str, Tensor]:
+def published(tower: DinoTower | ClipTextTower, layout: KeyMapping) -> dict[str, Tensor]:
     """A small tower's weights under the names that published files give them."""
     tensors: dict[str, Tensor] = {}
     for name, value in tower_state(tower).items():
@@ -220,12 +224,12 @@ def towers(root: Path) -> None:
     make_tiny_refer(root / "data").write()
     config = small_config(("train.max_steps", "1"))
     (root / "config.json").write_text(config.model_dump_json())
-    vision, text = DinoV2Tower(config.model.vision), TextTower(config.model.text)
-    hub, meta = (published(vision, layout) for layout in VISION_LAYOUTS["dinov2"])
+    vision, text = DinoTower(config.model.vision), ClipTextTower(config.model.text)
+    hub, meta = (published(vision, layout) for layout in DINOV2.key_mappings)
     save_file(hub, root / "hub.safetensors")
     torch.save(meta, root / "meta.pth")
     torch.save(meta, root / "old.pth", _use_new_zipfile_serialization=False)
-    hub, openai = (published(text, layout) for layout in TEXT_LAYOUTS)
+    hub, openai = (published(text, layout) for layout in CLIP_TEXT.key_mappings)
     torch.save(hub, root / "hub.bin")
     with warnings.catch_warnings(action="ignore"):
         torch.jit.save(archive(openai), root / "openai.pt")

@@ -305,14 +305,14 @@ def test_the_head_reads_patches_of_the_taps_and_the_normed_end() -> None:
     model.eval()
     pixels, tokens = images(2, 3, 5).double(), tokens_ending_at((3, 5), 7)
     text = model.encode_text(tokens)
-    state = model.vision.advance(model.vision.start(pixels), text=text.tokens, taps=range(4))
+    state = model.vision.advance(model.vision.start(pixels), text=text.tokens, feature_layers=range(4))
     levels = []
-    for x in (state.taps[0], state.taps[2], model.vision.norm(state.taps[3])):
+    for x in (state.layer_outputs[0], state.layer_outputs[2], model.vision.norm(state.layer_outputs[3])):
         patches = x[:, 5:]
         levels.append(torch.stack([patches[:, 5 * row : 5 * row + 5] for row in range(3)], 1).permute(0, 3, 1, 2))
     features = model.head.neck(levels, text.sentence)
     features = model.head.decoder(features, text.tokens, tokens == 0)
-    assert error(model(pixels, tokens), model.head.projector(features, text.sentence)) < TOLERANCE
+    assert error(model(pixels, tokens)[0], model.head.projector(features, text.sentence)) < TOLERANCE
 
 
 def test_the_projector_is_exported_for_any_number_of_phrases() -> None:

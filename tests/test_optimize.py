@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from dcris.checkpoints.backbones import fingerprint
-from dcris.config import ModelConfig, TextAdapterConfig
+from dcris.config import ModelConfig, replace
 from dcris.models.optimize import Held, hold_frozen, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import dcris_tiny, fixed_tiny
+from dcris.recipes import get_recipe
 from models import MULTIPLIES_BFLOAT16, images, needs_bfloat16, randomise
 
 
@@ -22,7 +22,8 @@ def model_of(config: ModelConfig) -> ReferringSegmenter:
 
 
 def dense_text() -> ModelConfig:
-    return dcris_tiny().model.model_copy(update={"text_adapter": TextAdapterConfig(kind="dense", width=32)})
+    adapter = {"kind": "dense", "width": 32}
+    return replace(get_recipe("dcris_tiny"), {"model.method.text": adapter}).model
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +34,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "config", [dcris_tiny().model, fixed_tiny().model, dense_text()], ids=["dcris", "fixed", "dense"]
+    "config",
+    [get_recipe("dcris_tiny").model, get_recipe("fixed_tiny").model, dense_text()],
+    ids=["dcris", "fixed", "dense"],
 )
 def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
     """Else masks in a user's hands are not those that were evaluated while training."""
@@ -43,7 +46,7 @@ def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
     pixels, tokens = inputs()
     for photographs in (pixels, images(2, 3, 5), pixels):  # what is remembered of a size must not be another's
         with torch.no_grad():
-            expected, found = model(photographs, tokens), ready(photographs, tokens)
+            expected, found = model(photographs, tokens)[0], ready(photographs, tokens)[0]
         assert (found - expected).norm() < 1e-5 * expected.norm()
     assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in ready.modules())
     assert fingerprint(model.state_dict()) == before
@@ -52,7 +55,7 @@ def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
 
 def test_it_shares_the_towers_and_does_not_train() -> None:
     """Else every loaded model takes twice the memory."""
-    model = model_of(dcris_tiny().model)
+    model = model_of(get_recipe("dcris_tiny").model)
     ready = prepare_for_prediction(model.train())
     assert ready.vision.blocks[0].mlp.fc1.weight is model.vision.blocks[0].mlp.fc1.weight
     assert model.training and not ready.training
@@ -61,9 +64,9 @@ def test_it_shares_the_towers_and_does_not_train() -> None:
 
 def test_it_is_gone_when_nobody_holds_it() -> None:
     """Else validation after validation leaves a copy of all weights until the garbage collector comes by."""
-    ready = prepare_for_prediction(model_of(dcris_tiny().model), torch.bfloat16)
+    ready = prepare_for_prediction(model_of(get_recipe("dcris_tiny").model), torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        ready(*inputs())
+        ready(*inputs())[0]
     seen = weakref.ref(ready.vision)
     gc.disable()
     try:
@@ -75,21 +78,21 @@ def test_it_is_gone_when_nobody_holds_it() -> None:
 
 def test_half_precision_is_held_as_autocast_would_cast() -> None:
     """Else predictions in bfloat16 differ from those of the evaluator that chose the checkpoint by more than rounding."""
-    model = model_of(dcris_tiny().model).eval()
+    model = model_of(get_recipe("dcris_tiny").model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)
     assert ready.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert ready.vision.norm.weight.dtype == torch.float32
     with torch.no_grad():
-        exact = model(*inputs())
+        exact = model(*inputs())[0]
         with torch.autocast("cpu", torch.bfloat16):
-            cast, held = model(*inputs()).float(), ready(*inputs()).float()
+            cast, held = model(*inputs())[0].float(), ready(*inputs())[0].float()
     assert (held - exact).norm() < 1.3 * (cast - exact).norm() + 1e-3 * exact.norm()
 
 
 @needs_bfloat16
 def test_a_block_is_packed_and_answers_the_same() -> None:
     """The quick products take whatever comes: slices, single precision, any number of tokens; and GELU is the exact one."""
-    model = model_of(dcris_tiny().model).eval()
+    model = model_of(get_recipe("dcris_tiny").model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)
     block, plain = ready.vision.blocks[1], model.vision.blocks[1]
     assert all(type(layer) is not nn.Linear for part in (block.attention, block.mlp) for layer in part.children())
@@ -107,7 +110,7 @@ def test_a_block_is_packed_and_answers_the_same() -> None:
 @needs_bfloat16
 def test_the_head_is_packed_and_answers_the_same() -> None:
     """Its convolutions are laid for maps of one size and one place in memory, and take what comes."""
-    model = model_of(dcris_tiny().model)
+    model = model_of(get_recipe("dcris_tiny").model)
     exact, ready = (prepare_for_prediction(model, dtype).head for dtype in (torch.float32, torch.bfloat16))
     units = [
         (exact.neck.aggregate, ready.neck.aggregate),
@@ -134,8 +137,8 @@ def test_the_head_is_packed_and_answers_the_same() -> None:
 
 def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
     """Else ten adapter sets hold ten pairs of towers in half precision."""
-    first = model_of(dcris_tiny().model)
-    second = ReferringSegmenter(dcris_tiny().model)
+    first = model_of(get_recipe("dcris_tiny").model)
+    second = ReferringSegmenter(get_recipe("dcris_tiny").model)
     for (name, weight), (_, shared) in zip(second.named_parameters(), first.named_parameters(), strict=True):
         if not weight.requires_grad:
             owner, _, last = name.rpartition(".")
@@ -152,12 +155,12 @@ def test_frozen_towers_in_half_precision_train_the_same() -> None:
     Packed weights may round otherwise: by no more than bfloat16 itself does.
     """
     packed = MULTIPLIES_BFLOAT16
-    model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
+    model, same = (model_of(get_recipe("dcris_tiny").model).train() for _ in range(2))
     hold_frozen(same, torch.bfloat16)
     gradients = []
     for each in (model, same):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = each(*inputs()).float().square().mean()
+            loss = each(*inputs())[0].float().square().mean()
         loss.backward()
         gradients.append({name: weight.grad for name, weight in each.named_parameters() if weight.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
@@ -171,7 +174,7 @@ def test_frozen_towers_in_half_precision_train_the_same() -> None:
 @needs_bfloat16
 def test_gradients_go_through_packed_layers() -> None:
     """Else adapters learn from wrong gradients; and layers before the first adapter would hold their weights twice."""
-    model, same = (model_of(dcris_tiny().model).train() for _ in range(2))
+    model, same = (model_of(get_recipe("dcris_tiny").model).train() for _ in range(2))
     hold_frozen(same, torch.bfloat16)
     block, plain = same.vision.blocks[-1], model.vision.blocks[-1]
     for ours, theirs in ((block.mlp.fc1, plain.mlp.fc1), (block.attention.qkv, plain.attention.qkv)):
@@ -185,7 +188,7 @@ def test_gradients_go_through_packed_layers() -> None:
         for found, exact in zip(*results, strict=True):
             assert (found - exact).norm() < 0.02 * exact.norm()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = same(*inputs()).float().square().mean()
+        loss = same(*inputs())[0].float().square().mean()
     loss.backward()
     # The first adapter is in the second block, behind its MLP.
     turned = [block.mlp.fc1.turned is not None for block in same.vision.blocks]
@@ -193,6 +196,6 @@ def test_gradients_go_through_packed_layers() -> None:
     ready = prepare_for_prediction(same, torch.bfloat16)  # validation between the steps
     again = prepare_for_prediction(ready, torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        plainly, found = same.eval()(*inputs()).float(), ready(*inputs()).float()
-        assert torch.equal(again(*inputs()).float(), found)
+        plainly, found = same.eval()(*inputs())[0].float(), ready(*inputs())[0].float()
+        assert torch.equal(again(*inputs())[0].float(), found)
     assert (found - plainly).norm() < 0.1 * plainly.norm()

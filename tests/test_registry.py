@@ -1,23 +1,28 @@
 """The facts about known data sets."""
 
-from dcris.config import RunConfig, override
+from typing import Any
+
+from dcris.config import RunConfig, replace
 from dcris.data.registry import DATASETS, PARTITIONS, official_splits, word_length_settings
+from dcris.recipes import get_recipe
 
 
-def _choose(config: RunConfig, *settings: tuple[str, str]) -> RunConfig:
-    """Apply settings as `dcris train` does."""
-    return override(config, word_length_settings(settings, config.data.dataset))
+def _choose(config: RunConfig, **data: Any) -> RunConfig:
+    """Apply settings of the data section as `dcris train` does."""
+    settings = {f"data.{key}": value for key, value in data.items()}
+    return replace(config, settings | word_length_settings(settings, config.data.dataset))
 
 
 def test_a_data_set_brings_its_word_length() -> None:
     """Expressions of RefCOCOg are longer: `--dataset refcocog` with a recipe of 17 tokens would cut them silently."""
-    assert _choose(RunConfig(), ("data.dataset", "refcocog")).data.word_length == 22
-    assert _choose(RunConfig(), ("data.dataset", '"refcocog"'), ("data.word_length", "20")).data.word_length == 20
-    google = _choose(RunConfig(), ("data.dataset", "refcocog"))
-    assert _choose(google, ("data.dataset", "refcoco")).data.word_length == 17
-    assert _choose(google, ("data.dataset", "mine")).data.word_length == 22  # no usual length is known for others
-    kept = _choose(google, ("data.word_length", "17"))
-    assert _choose(kept, ("data.dataset", "refcocog")).data.word_length == 17  # a checkpoint's own data set
+    base = get_recipe("dcris_b")
+    google = _choose(base, dataset="refcocog")
+    assert google.data.word_length == 22
+    assert _choose(base, dataset="refcocog", word_length=20).data.word_length == 20
+    assert _choose(google, dataset="refcoco").data.word_length == 17
+    assert _choose(google, dataset="mine").data.word_length == 22  # no usual length is known for others
+    kept = _choose(google, word_length=17)
+    assert _choose(kept, dataset="refcocog").data.word_length == 17  # a checkpoint's own data set
 
 
 def test_official_sizes_add_up_to_the_published_totals() -> None:

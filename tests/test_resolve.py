@@ -1,10 +1,10 @@
 """Every name a trained model goes by leads to the same answers, and what is written can be read by others."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,11 @@ from dcris.checkpoints.convert_detris import published_name
 from dcris.checkpoints.model_zoo import PUBLISHED, REPOSITORY
 from dcris.checkpoints.resolve import locate
 from dcris.cli import main
-from dcris.config import RunConfig, override
+from dcris.config import RunConfig, parse_value, replace
 from dcris.errors import DcrisError
 from dcris.models.adapters.base import trained_state
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import dcris_tiny
+from dcris.recipes import get_recipe
 from hub import Hub
 from models import randomise
 from published import saved
@@ -35,7 +35,9 @@ REPO = "somebody/tiny"
 
 
 def tiny_run(*settings: tuple[str, str]) -> RunConfig:
-    return override(dcris_tiny(), [("data.image_size", "56"), *settings])
+    return replace(
+        get_recipe("dcris_tiny"), {"data.image_size": 56} | {key: parse_value(text) for key, text in settings}
+    )
 
 
 def segmenter(seed: int = 0, dataset: str = "scenes", **changes: str) -> Segmenter:
@@ -266,7 +268,7 @@ def test_a_refused_upload_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where converted models go; and models of the tiny towers' size count as DETRIS-B."""
-    monkeypatch.setattr(dcris.checkpoints.convert_detris, "_RECIPES", {(128, 12): (tiny_run,)})
+    monkeypatch.setattr(dcris.checkpoints.convert_detris, "_RECIPES", {(128, 12): (tiny_run(),)})
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "converted"))
     return tmp_path / "converted"
 
@@ -284,7 +286,7 @@ def test_a_published_model_by_its_short_name(
     ours, name = segmenter(), "detris-b-refcocog-umd"
     content = published_file(ours)
     commit = hub.push(REPOSITORY, {"base/base_refcocog_u.pth": content})
-    known = replace(PUBLISHED[name], sha256=hashlib.sha256(content).hexdigest())
+    known = dataclasses.replace(PUBLISHED[name], sha256=hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(PUBLISHED, name, known)
     loaded = load(name)
     said = capsys.readouterr().err

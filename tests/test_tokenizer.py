@@ -28,7 +28,7 @@ from dcris.data.tokenizer import (
     tokenizer_of,
 )
 from dcris.errors import DcrisError
-from dcris.recipes import dcris_tiny
+from dcris.recipes import get_recipe
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "clip_tokens.json").read_text())
 WORDS = ["the", "red", "circle", ","]
@@ -242,7 +242,7 @@ def test_a_phrase_is_returned_as_written():
 @needs_instant
 def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
     """A checkpoint's configuration that names another tokenizer would end in an index error, on a GPU in worse."""
-    config = dcris_tiny().model.text
+    config = get_recipe("dcris_tiny").model.text
     assert tokenizer_of(config).name == "tiny"
     with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, and model\.text\.vocabulary is 129"):
         tokenizer_of(config.model_copy(update={"tokenizer": "clip"}))

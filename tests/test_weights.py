@@ -41,11 +41,11 @@ from dcris.checkpoints.convert_detris import read_state
 from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
 from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse_other_run
 from dcris.errors import DcrisError
-from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders import TEXT_TOWERS, VISION_TOWERS
+from dcris.models.encoders.clip_text import ClipTextTower
 from dcris.models.encoders.clip_vision import ClipVisionTower
-from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.encoders.dino import DinoTower
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import TEXT_TOWERS, VISION_TOWERS
 from dcris.utils.hub import fetch
 from hub import Hub
 from models import TINY_CLIP_VISION, TINY_TEXT, TINY_VISION, error, images, randomise, tiny_config, tokens_ending_at
@@ -59,12 +59,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 TOLERANCE = 2e-5  # of float32 numbers about 1
 
 
-def vision_tower(shape: VisionConfig = TINY_VISION) -> DinoV2Tower:
-    return DinoV2Tower(shape).eval()
+def vision_tower(shape: VisionConfig = TINY_VISION) -> DinoTower:
+    return DinoTower(shape).eval()
 
 
-def text_tower(shape: TextConfig = TINY_TEXT) -> TextTower:
-    return TextTower(shape).eval()
+def text_tower(shape: TextConfig = TINY_TEXT) -> ClipTextTower:
+    return ClipTextTower(shape).eval()
 
 
 def file_of(folder: Path, name: str, content: bytes) -> str:
@@ -74,13 +74,13 @@ def file_of(folder: Path, name: str, content: bytes) -> str:
 
 
 @torch.no_grad()
-def assert_same_images(tower: DinoV2Tower, oracle: nn.Module) -> None:
+def assert_same_images(tower: DinoTower, oracle: nn.Module) -> None:
     pixels = images(2, 3, 5)
     assert error(tower(pixels), oracle(pixels).last_hidden_state) < TOLERANCE
 
 
 @torch.no_grad()
-def assert_same_phrases(tower: TextTower, oracle: Callable[[Tensor], Tensor]) -> None:
+def assert_same_phrases(tower: ClipTextTower, oracle: Callable[[Tensor], Tensor]) -> None:
     tokens = tokens_ending_at((2, 5, 3), 7)
     assert error(tower(tokens).sentence, oracle(tokens)) < TOLERANCE
 
@@ -109,13 +109,13 @@ def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) 
     oracle = DINOv3ViTModel(dinov3_config(shape, image_size=64)).eval()
     randomise(oracle)
     hub.push("facebook/dinov3-vitb16-pretrain-lvd1689m", {"model.safetensors": written(oracle, tmp_path / "m")})
-    tower = DinoV2Tower(shape).eval()
+    tower = DinoTower(shape).eval()
     randomise(tower)
     fill_tower(tower, shape.name)
     pixels = torch.randn(2, 3, 16 * rows, 16 * columns, generator=torch.Generator().manual_seed(1))
     expected = oracle(pixels, output_hidden_states=True)
-    state = tower.advance(tower.start(pixels), taps=range(shape.depth))
-    for ours, theirs in zip(state.taps, expected.hidden_states[1:], strict=True):
+    state = tower.advance(tower.start(pixels), feature_layers=range(shape.depth))
+    for ours, theirs in zip(state.layer_outputs, expected.hidden_states[1:], strict=True):
         assert error(ours, theirs) < TOLERANCE
     assert error(tower(pixels), expected.last_hidden_state) < TOLERANCE
     # The numbers are also right in double precision: what is left above is rounding.
@@ -124,7 +124,7 @@ def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) 
 
 def test_dinov3_refuses_what_is_not_dinov3(tmp_path: Path) -> None:
     """Else the weights of the other family are half used, or the refusal is a traceback."""
-    three = DinoV2Tower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
+    three = DinoTower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
     path = tmp_path / "model.safetensors"
     path.write_bytes(written(hub_dinov2(TINY_VISION), tmp_path / "m"))
     with pytest.raises(DcrisError, match="is neither DINOv3 as the Hub has it"):
@@ -235,11 +235,20 @@ def test_named_towers_have_the_published_sizes() -> None:
     with torch.device("meta"):
         for shape in VISION_TOWERS.values():
             if shape.family == "clip":
-                clip = CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=shape.patch, projection_dim=512))
+                clip = CLIPVisionModelWithProjection(
+                    CLIPVisionConfig(
+                        hidden_size=shape.width,
+                        intermediate_size=4 * shape.width,
+                        num_hidden_layers=shape.depth,
+                        num_attention_heads=shape.heads,
+                        patch_size=shape.patch,
+                        projection_dim=shape.projected_width,
+                    )
+                )
                 assert count(ClipVisionTower(shape)) == count(clip)
                 continue
             if shape.family == "dinov3":
-                ours = count(DinoV2Tower(shape)) - shape.depth * shape.width  # the biases of keys, which are zeros
+                ours = count(DinoTower(shape)) - shape.depth * shape.width  # the biases of keys, which are zeros
                 assert ours == count(DINOv3ViTModel(dinov3_config(shape, image_size=224)))
                 continue
             theirs = HubVision(
@@ -252,17 +261,16 @@ def test_named_towers_have_the_published_sizes() -> None:
                     use_swiglu_ffn=shape.name == "dinov2-giant",
                 )
             )
-            assert count(DinoV2Tower(shape)) == count(theirs)
+            assert count(DinoTower(shape)) == count(theirs)
         for shape in TEXT_TOWERS.values():
             large = shape.name == "clip-vit-large-patch14"
             sizes: dict[str, Any] = (
                 {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}
             )
             theirs = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=768 if large else 512))
-            assert count(TextTower(shape)) == count(theirs) + 1  # the scale belongs to both halves
+            assert count(ClipTextTower(shape)) == count(theirs) + 1  # the scale belongs to both halves
     clips = {shape.name for shape in VISION_TOWERS.values() if shape.family == "clip"}
-    assert set(VISION_TOWERS) - clips == set(weights._HUB_VISION)
-    assert clips <= set(weights._HUB_CLIP) == set(TEXT_TOWERS)
+    assert clips == set(TEXT_TOWERS)
     assert CLIPConfig().text_config.max_position_embeddings == TextConfig().length
 
 
@@ -518,9 +526,9 @@ def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
     """Else HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which people's machines are set up with, are passed over."""
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
     program = (
-        "from dcris.config import VisionConfig; from dcris.models.encoders.dino import DinoV2Tower\n"
+        "from dcris.config import VisionConfig; from dcris.models.encoders.dino import DinoTower\n"
         "from dcris.checkpoints.backbones import fill_tower\n"
-        f"tower = DinoV2Tower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
+        f"tower = DinoTower(VisionConfig.model_validate_json('''{TINY_VISION.model_dump_json()}'''))\n"
         f"fill_tower(tower, '{VISION}'); print(tower.source['revision'])"
     )
     settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": ""}
@@ -547,7 +555,7 @@ def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: 
     }
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path / "v")})
     hub.push(TEXT_REPO, {"model.safetensors": written(hub_clip(TINY_TEXT), tmp_path / "t")})
-    config = RunConfig(model=tiny_config(**shapes), data=DataConfig(word_length=12))
+    config = RunConfig(recipe="tiny", model=tiny_config(**shapes), data=DataConfig(word_length=12))
     model = ReferringSegmenter(config.model)
     weights.load_towers(model.vision, model.text, config.model)
     towers = identify_towers(model)

@@ -13,7 +13,7 @@ import pytest
 
 from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
-from dcris.config import override
+from dcris.config import replace
 from dcris.data import dataset
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
@@ -140,7 +140,7 @@ def test_steps_decide_how_long_a_run_is(scenes_root: Path, tmp_path: Path) -> No
     """A recipe of one epoch given 7 steps once trained for the 3 of its epoch, all in the warm-up."""
     config = quick_config(7, ("train.epochs", "1"))
     assert total_steps(config.train, 12) == 7
-    assert total_steps(override(config, [("train.epochs", "2")]).train, 12) == 6  # the one that is given counts
+    assert total_steps(replace(config, {"train.epochs": 2}).train, 12) == 6  # the one that is given counts
     run_training(config, scenes_root, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run")[-1].step == 7
 

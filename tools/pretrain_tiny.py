@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from dcris.config import CLIP_MEAN, CLIP_STD
 from dcris.data import scenes
 from dcris.data.tokenizer import TinyTokenizer
-from dcris.models.encoders.clip_text import TextTower
-from dcris.models.encoders.dino import DinoV2Tower
+from dcris.models.encoders.clip_text import ClipTextTower
+from dcris.models.encoders.dino import DinoTower
 from dcris.recipes import TINY_TEXT, TINY_VISION
 
 SIDE, GRID, PATCH, FINE = 112, 8, 14, 4
@@ -159,10 +159,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def pretrain_vision(steps: int, batch: int, seed: int) -> DinoV2Tower:
+def pretrain_vision(steps: int, batch: int, seed: int) -> DinoTower:
     """Train the vision tower with prediction heads and return the tower."""
     torch.manual_seed(seed)
-    tower = DinoV2Tower(TINY_VISION)
+    tower = DinoTower(TINY_VISION)
     width = TINY_VISION.width
     for block in tower.blocks:  # with LayerScale at 1, the outputs of 12 blocks start too large
         block.scale1.gamma.data.fill_(0.3)  # type: ignore[union-attr, operator]
@@ -175,9 +175,12 @@ def pretrain_vision(steps: int, batch: int, seed: int) -> DinoV2Tower:
     for step, (images, targets) in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 1e-3)
-        state = tower.advance(tower.start(images), taps=(4, 8))
-        outputs = (*state.taps, tower.finish(state))
-        losses = [PatchLabels.loss(head(x[:, tower.prefix :]), targets) for head, x in zip(heads, outputs, strict=True)]
+        state = tower.advance(tower.start(images), feature_layers=(4, 8))
+        outputs = (*state.layer_outputs, tower.finish(state))
+        losses = [
+            PatchLabels.loss(head(x[:, tower.num_prefix_tokens :]), targets)
+            for head, x in zip(heads, outputs, strict=True)
+        ]
         loss = 0.3 * losses[0] + 0.5 * losses[1] + losses[2]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -214,10 +217,10 @@ def phrases(rng: np.random.Generator) -> Iterator[str]:
             yield from (phrase.text for phrase in scenes.make_phrases(things, thing, rng))
 
 
-def pretrain_text(steps: int, batch: int, seed: int) -> TextTower:
+def pretrain_text(steps: int, batch: int, seed: int) -> ClipTextTower:
     """Train the text tower to predict the next word and the words' roles, and return it."""
     torch.manual_seed(seed)
-    tower, tokenizer = TextTower(TINY_TEXT), TinyTokenizer.embedded()
+    tower, tokenizer = ClipTextTower(TINY_TEXT), TinyTokenizer.embedded()
     nn.init.normal_(tower.token_embedding.weight, std=0.3)
     words = scenes.vocabulary()
     reader = nn.Linear(TINY_TEXT.sentence_width, 2 * len(words))

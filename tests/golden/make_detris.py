@@ -101,7 +101,7 @@ def build(variant: Variant, dropout: bool = False, constructed: bool = False) ->
         ladder_dim=128,
         nhead=8,
         dino_layers=variant.depth,
-        output_dinov2=list(variant.taps),
+        output_dinov2=list(variant.feature_layers),
         fpn_in=[variant.width] * 3,
         fpn_out=[256, 512, 1024],
         stride=[1, 1, 1],

@@ -1,7 +1,7 @@
 """Where the frozen towers' weights come from, and how they are filled: strictly.
 
 A tower's configuration names its weights:
-- "dinov2-base", "dinov3-base", "clip-vit-base-patch16" and so on (recipes.VISION_TOWERS and TEXT_TOWERS) are fetched from the
+- "dinov2-base", "dinov3-base", "clip-vit-base-patch16" and so on (VISION_TOWERS and TEXT_TOWERS of dcris.models.encoders) are fetched from the
   Hub, at the revision beside the name, and cached;
 - the path of a file: what the Hub has, Meta's dinov2_*_reg4_pretrain.pth, OpenAI's ViT-*.pt, a plain state dict of either;
 - "tiny-vision" and "tiny-text" ship in the package;
@@ -12,16 +12,17 @@ import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_bytes
 from torch import Tensor, nn
 
-from dcris.checkpoints.key_mappings import TEXT_LAYOUTS, VISION_LAYOUTS, Layout
 from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
-from dcris.config import ModelConfig, VisionConfig
+from dcris.config import TEXT_FAMILIES, VISION_FAMILIES, ModelConfig, VisionConfig
 from dcris.errors import DcrisError
-from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.registry import KeyMapping, TowerFamily
+from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions
 from dcris.utils.hub import fetch
 
@@ -29,16 +30,6 @@ RANDOM = "random"
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}
 _EMBEDDED_FILE = "tiny_towers.safetensors"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_HUB_VISION = {
-    f"dinov2-{size}": f"facebook/dinov2-with-registers-{size}" for size in ("small", "base", "large", "giant")
-}
-_HUB_VISION |= {
-    f"dinov3-{size}": f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m"
-    for size, letter in (("small", "s"), ("base", "b"), ("large", "l"))
-}
-_HUB_CLIP = {
-    name: f"openai/{name}" for name in ("clip-vit-base-patch16", "clip-vit-base-patch32", "clip-vit-large-patch14")
-}
 
 
 def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> None:
@@ -56,7 +47,8 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     Raises DcrisError where there are no such weights, where they cannot be fetched or read, and where a tensor is missing,
     left over or of another shape.
     """
-    layouts, published = _families(tower)
+    family = family_of(tower)
+    published = family.repositories()
     if name == RANDOM:
         return
     if name in _EMBEDDED:
@@ -66,25 +58,24 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
         copy_strictly(tower_state(tower), tensors, name)
     elif name in published:
         file = fetch(published[name], revision, _HUB_FILES)
-        fill_from_file(tower, file.path, layouts)
+        fill_from_file(tower, file.path, family.key_mappings)
         tower.source = {"source": f"{file.repo}/{file.name}", "revision": file.commit}
     elif Path(name).is_file():
-        fill_from_file(tower, Path(name), layouts)
+        fill_from_file(tower, Path(name), family.key_mappings)
         tower.source = {"source": Path(name).name}
     else:
         known = ", ".join((*published, *_EMBEDDED))
         raise DcrisError(f"there are no weights {name!r}: it is neither a file nor one of {known}")
 
 
-def _families(tower: VisionTower | TextTower) -> tuple[Sequence[Layout], dict[str, str]]:
-    """The files that can fill a tower, and the names of those on the Hub."""
-    if isinstance(tower, TextTower):
-        return TEXT_LAYOUTS, _HUB_CLIP
-    family = tower.config.family
-    return VISION_LAYOUTS[family], _HUB_CLIP if family == "clip" else _HUB_VISION
+def family_of(tower: VisionTower | TextTower) -> TowerFamily[Any]:
+    """Return the registry's entry of a tower's architecture."""
+    families = TEXT_FAMILIES if isinstance(tower, TextTower) else VISION_FAMILIES
+    family: TowerFamily[Any] = families[tower.config.family]
+    return family
 
 
-def fill_from_file(tower: VisionTower | TextTower, path: Path, layouts: Sequence[Layout]) -> None:
+def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequence[KeyMapping]) -> None:
     """Copy a published file into a tower, one tensor at a time, so that no second copy of all is ever in memory.
 
     Numbers of half precision become float32, and a position table that the configuration says is of another grid is brought to
@@ -92,23 +83,23 @@ def fill_from_file(tower: VisionTower | TextTower, path: Path, layouts: Sequence
     missing, of another shape, or that nothing here has a place for; and where the file is damaged.
     """
     stored = open_tensors(path)
-    layout = next((layout for layout in layouts if layout.marker in stored), None)
-    if layout is None:
-        kinds = ", nor ".join(f"{layout.title} ({layout.marker})" for layout in layouts)
+    mapping = next((mapping for mapping in mappings if mapping.marker in stored), None)
+    if mapping is None:
+        kinds = ", nor ".join(f"{mapping.title} ({mapping.marker})" for mapping in mappings)
         raise DcrisError(f"{path} is neither {kinds}: none of these tensors is in it")
     target = tower_state(tower)
     shapes = {name: tuple(value.shape) for name, value in target.items()}
     grid = tower.config.published_grid if isinstance(tower, VisionTower) else None
     if grid is not None:
         shapes["positions"] = (1 + grid**2, *shapes["positions"][1:])
-    plan = {name: layout.parts(name) for name in target}
-    zeros = tuple(layout.zeros)
+    plan = {name: mapping.parts(name) for name in target}
+    zeros = tuple(mapping.zeros)
     for name, parts in plan.items():
         for part in filter(lambda part: not part.endswith(zeros), parts):
-            _check_part(stored, part, _shape_of_part(shapes[name], len(parts), name in layout.transposed), path)
+            _check_part(stored, part, _shape_of_part(shapes[name], len(parts), name in mapping.transposed), path)
     used = {part for parts in plan.values() for part in parts}
     for part in stored:
-        if part not in used and not part.startswith(layout.needless):
+        if part not in used and not part.startswith(mapping.ignored):
             raise DcrisError(f"{path} has a tensor {part} that this model has no place for; it is for another model")
     with torch.no_grad():
         for name, parts in plan.items():
@@ -121,7 +112,7 @@ def fill_from_file(tower: VisionTower | TextTower, path: Path, layouts: Sequence
                 config = tower.config
                 assert isinstance(config, VisionConfig)
                 (whole,) = interpolate_positions(whole[None], (config.grid, config.grid), config.position_rule)
-            target[name].copy_(whole.T if name in layout.transposed else whole)
+            target[name].copy_(whole.T if name in mapping.transposed else whole)
 
 
 def _shape_of_part(shape: tuple[int, ...], parts: int, transposed: bool) -> tuple[int, ...]:

@@ -6,23 +6,26 @@ their code drops CLIP's image half before it saves and their `fusion` has no wei
 when segmenting, `logit_scale` and `mask_token`, are part of our towers too.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcris.checkpoints.checkpoint import save_whole
 from dcris.checkpoints.tensor_files import open_tensors
-from dcris.config import ModelConfig, RunConfig, override, parse_config
+from dcris.config import ModelConfig, RunConfig, replace
 from dcris.errors import DcrisError
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import detris_b, detris_l, detris_l_mixed
+from dcris.recipes import get_recipe
 
 # By the vision tower's width and depth. What no tensor tells, heads and the blocks the neck reads, comes with the recipe.
-_RECIPES = {(768, 12): (detris_b,), (1024, 24): (detris_l, detris_l_mixed)}
+_RECIPES = {
+    (768, 12): (get_recipe("detris_b"),),
+    (1024, 24): (get_recipe("detris_l"), get_recipe("detris_l_mixed")),
+}
 
 # What a file's name says: pattern, data set, partition, word length. The first that is found counts.
 _DATA_SETS: tuple[tuple[str, str, str | None, int], ...] = (
@@ -125,7 +128,7 @@ def convert_detris(path: Path, word_length: int | None = None) -> tuple[RunConfi
     """
     theirs = read_state(path)
     config = recognise(theirs, str(path))
-    config = override(config, _data_settings(path, word_length))
+    config = replace(config, _data_settings(path, word_length))
     return config, rename_tensors(theirs, config.model, str(path))
 
 
@@ -185,29 +188,31 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     if (width, depth) not in _RECIPES:
         known = " or ".join(f"{blocks} blocks, {wide} wide" for wide, blocks in _RECIPES)
         raise DcrisError(f"{where} has a vision tower of {depth} blocks, {width} wide; a DETRIS model has {known}")
-    recipes = [recipe() for recipe in _RECIPES[width, depth]]
-    tree = recipes[0].model_dump()
-    model = tree["model"]
-    visual, text = model["visual_adapter"], model["text_adapter"]
+    recipes = _RECIPES[width, depth]
+    assert recipes[0].model.method is not None
+    method = recipes[0].model.method.model_dump()
     if layers := _numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\.adapter\."):
         at = f"dinov2.blocks.{layers[0]}.adapter"
-        visual |= {
+        method["visual"] |= {
             "layers": layers,
             "width": _size(tensors, f"{at}.D_fc1.weight", 0, where),
             "attention_width": _size(tensors, f"{at}.cross.image_proj.weight", 0, where),
         }
     else:
-        model["visual_adapter"] = None
+        method["visual"] = None
     if layers := _numbers(tensors, r"txt_backbone\.transformer\.resblocks\.([0-9]{1,4})\.adapter\."):
         at = f"txt_backbone.transformer.resblocks.{layers[0]}.adapter"
-        text |= {
+        method["text"] |= {
             "kind": "dense" if any(name.startswith(f"{at}.dense_") for name in tensors) else "plain",
             "layers": layers,
             "width": _size(tensors, f"{at}.D_fc1.weight", 0, where),
         }
     else:
-        model["text_adapter"] = None
-    found = parse_config(tree, f"{where} is of no model that dcris knows")
+        method["text"] = None
+    try:
+        found = replace(recipes[0], {"model.method": method if method["visual"] or method["text"] else None})
+    except DcrisError as error:
+        raise DcrisError(f"{where} does not fit any known model: {error}") from error
     return next((recipe for recipe in recipes if recipe.model == found.model), found)
 
 
@@ -227,10 +232,10 @@ def data_set_of(stem: str) -> tuple[str, str | None, int] | None:
     return next((row[1:] for row in _DATA_SETS if re.search(row[0], stem.lower())), None)
 
 
-def _data_settings(path: Path, word_length: int | None) -> list[tuple[str, str]]:
-    """Settings of the data section, from the file's name."""
+def _data_settings(path: Path, word_length: int | None) -> dict[str, Any]:
+    """Return the settings of the data section, from the file's name."""
     known = data_set_of(path.stem)
-    settings = [] if known is None else [("data.dataset", known[0]), ("data.split_by", json.dumps(known[1]))]
+    settings: dict[str, Any] = {} if known is None else {"data.dataset": known[0], "data.split_by": known[1]}
     if word_length is None:
         if known is None:
             raise DcrisError(
@@ -238,4 +243,4 @@ def _data_settings(path: Path, word_length: int | None) -> list[tuple[str, str]]
                 "umd partition of G-Ref"
             )
         word_length = known[2]
-    return [*settings, ("data.word_length", str(word_length))]
+    return {**settings, "data.word_length": word_length}

@@ -44,17 +44,10 @@ def model_card(
     header += ["base_model:", *(f"- {base}" for base in bases)] if bases else []
     partition = f", {config.data.split_by} partition" if config.data.split_by else ""
     data = f"{_TITLES.get(config.data.dataset, config.data.dataset)}{partition}"
-    method = (
-        "DETRIS (Huang et al. 2025, *Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation*)"
-        if config.recipe.startswith("detris")
-        else "DCRIS (Xu et al. 2024, *Enhancing Fine-grained Multi-modal Alignment via Adapters*)"
-    )
-    trained = "adapters and head are trained, the towers are frozen"
-    if (tuning := config.model.method) is not None:
-        method = f"{tuning.name}, with the head of DCRIS (see the documentation's page on methods)"
-        trained = "what the method trains, in the towers too, and the head are in `model.safetensors`"
-    elif config.model.visual_adapter is None and config.model.text_adapter is None:
-        method, trained = "no adapters, with the head of DCRIS", "the head is trained, the towers are frozen"
+    if config.model.method is None:
+        method = "no adapters, with the head of DCRIS; the head is trained, the towers are frozen"
+    else:
+        method = f"{config.model.method.describe()}; `model.safetensors` has all trained weights"
     counted = [f"- {part} tower: {_tower(tower)}" for part, tower in towers.items()]
     lines = [
         *header,
@@ -73,7 +66,7 @@ def model_card(
         "",
         "## What it is",
         "",
-        f"- Method: {method}; {trained}",
+        f"- Method: {method}",
         *counted,
         f"- Recipe: `{config.recipe}`; the whole configuration is in `config.json`",
         f"- Trained on: {data}; phrases of {config.data.word_length} tokens, images of {config.data.image_size} pixels",

@@ -196,12 +196,12 @@ def _recipes(args: argparse.Namespace) -> None:
     rows = []
     for name, recipe in RECIPES.items():
         with torch.device("meta"):  # shapes without memory
-            rows.append({"name": name, **ReferringSegmenter(recipe().model).count_weights()})
+            rows.append({"name": name, **ReferringSegmenter(recipe.config.model).count_weights()})
     if args.json:
         log(json.dumps(rows, indent=2))
         return
     log(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
         log(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
-        log(f"    {' '.join((recipe.__doc__ or '').split())}")
+        log(f"    {recipe.summary}")
     log("Train one with: dcris train RECIPE --data ROOT --out DIR. Adapters: all trained weights except the head.")

@@ -1,7 +1,6 @@
 """`dcris train`."""
 
 import argparse
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +94,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
         DcrisError: a setting is unknown or has a wrong value.
     """
     from dcris.checkpoints.resolve import locate
-    from dcris.config import load_config, override
+    from dcris.config import load_config, replace
     from dcris.data.registry import word_length_settings
     from dcris.recipes import SCHEDULES, get_recipe
 
@@ -113,21 +112,24 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
         ("data.mask_threshold", args.mask_threshold),
     ):
         if value is not None:
-            settings.append((key, json.dumps(value)))
+            settings[key] = value
     if args.schedule is not None:
-        settings += [(f"train.{key}", json.dumps(value)) for key, value in SCHEDULES[args.schedule].items()]
+        settings |= {f"train.{key}": value for key, value in SCHEDULES[args.schedule].items()}
     if own:
-        settings.append(("data.split_by", "null"))
-    return override(config, word_length_settings(settings, config.data.dataset))
+        settings["data.split_by"] = None
+    return replace(config, settings | word_length_settings(settings, config.data.dataset))
 
 
-def parse_settings(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (key, value) pairs of `--section.field value` and `--section.field=value`.
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `--section.field value` and `--section.field=value` by key.
 
     Raises:
         DcrisError: an argument is not a setting, or a setting has no value.
     """
-    pairs, rest = [], list(words)
+    from dcris.config import parse_value
+
+    values: dict[str, Any] = {}
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or "." not in word.partition("=")[0]:
@@ -137,12 +139,12 @@ def parse_settings(words: Sequence[str]) -> list[tuple[str, str]]:
             if not rest:
                 raise DcrisError(f"the setting --{key} has no value; give one after it")
             value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
+        values[key] = parse_value(value)
+    return values
 
 
 def _train(group: Any, args: argparse.Namespace) -> None:
-    from dcris.config import override
+    from dcris.config import replace
     from dcris.data.readers.load import load_references
     from dcris.data.tokenizer import tokenizer_of
     from dcris.training.batch_size import choose_micro_batch
@@ -154,13 +156,13 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     table = load_references(
         args.data, config.data.dataset, config.data.split_by, mask_threshold=config.data.mask_threshold
     )
-    chose_val = "data.val_split" in dict(parse_settings(args.settings))
+    chose_val = "data.val_split" in parse_settings(args.settings)
     if own_name(args.data, args) and not chose_val and config.data.val_split not in {None, *table.splits()}:
         print_line(
             f"{table.dataset} has no split {config.data.val_split!r}: training runs without validation, and the last checkpoint "
             "is used"
         )
-        config = override(config, [("data.val_split", "null")])
+        config = replace(config, {"data.val_split": None})
     check_run(config, table, group)
     device = choose_device(args.device)
     model = build_model(config)
@@ -173,7 +175,7 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     if args.batch_size == "auto":
         references = len(table.split(config.data.train_split))
         micro_batch = choose_micro_batch(model, config, tokenizer, references, args.out, device, group, print_line)
-        config = override(config, [("train.micro_batch", str(micro_batch))])
+        config = replace(config, {"train.micro_batch": micro_batch})
     trainer = Trainer(
         model, config, table, tokenizer, args.out, device=device, resume=args.resume, log=print_line, group=group
     )

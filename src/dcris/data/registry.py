@@ -5,8 +5,9 @@ images of another one's val and test splits; see dcris.data.mixing. Facts about 
 names, categories, server) are in dcris.data.coco.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +74,15 @@ def official_splits(dataset: str, split_by: str) -> Mapping[str, tuple[int, int]
     return {} if partition is None else partition.splits
 
 
-def word_length_settings(settings: Iterable[tuple[str, str]], current: str) -> list[tuple[str, str]]:
-    """Return configuration settings with the usual `data.word_length` of the data set that they select.
+def word_length_settings(settings: Mapping[str, Any], current: str) -> dict[str, int]:
+    """Return the usual `data.word_length` of the data set that the settings select.
 
-    The word length is added only if the settings select a known data set other than `current`, the
-    configured one, and do not give a word length themselves. Values are text, as on the command line.
+    Empty unless the settings select a known data set other than `current`, the configured one, and do
+    not give a word length themselves.
     """
-    pairs = list(settings)
-    given = dict(pairs)
-    selected = given.get("data.dataset", "").strip('"')
-    if "data.word_length" not in given and selected != current and selected in DATASETS:
-        pairs.append(("data.word_length", str(DATASETS[selected].word_length)))
-    return pairs
+    selected = settings.get("data.dataset")
+    if not isinstance(selected, str) or selected not in DATASETS or selected == current:
+        return {}
+    if "data.word_length" in settings:
+        return {}
+    return {"data.word_length": DATASETS[selected].word_length}

@@ -18,16 +18,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from dcris.checkpoints.checkpoint import list_checkpoints, load_checkpoint, sound_checkpoints
-from dcris.config import RunConfig, parse_config
+from dcris.config import RunConfig, replace
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
-from dcris.data.registry import DATASETS
+from dcris.data.registry import word_length_settings
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
@@ -35,7 +36,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries, result_record
 from dcris.evaluation.protocols import Cris
 from dcris.experiments.ablation_report import Measured, write_ablation
-from dcris.experiments.paper_tables import TABLES, WIDTHS, Row
+from dcris.experiments.paper_tables import TABLES, Row
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.stopping import Interrupted
@@ -101,34 +102,26 @@ def ablate(
 
 
 def configure(row: Row, size: Size) -> RunConfig:
-    """The row as a recipe for towers of that size.
+    """Return the configuration of a row for towers of that size.
 
-    Widths are scaled: what is half of the paper's default width there is half of the recipe's here.
-
-    Raises DcrisError where there is no such recipe, or the row does not fit it.
+    Raises:
+        DcrisError: there is no such recipe, or the row does not fit it.
     """
-    config = get_recipe(f"{row.method}_{size}")
-    visual, textual = config.model.visual_adapter, config.model.text_adapter
-    if row.method == "dcris":
-        assert visual is not None and textual is not None
-        layers = {"layers": row.layers} if row.layers is not None else {}
-        width, text_width = scaled_widths(config, row)
-        changes: dict[str, Any] = {
-            "visual_adapter": visual.model_copy(update={"width": width, **layers}) if row.dense else None,
-            "text_adapter": textual.model_copy(update={"width": text_width, **layers}) if row.textual else None,
-        }
-        config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
-    return parse_config(config.model_dump(), f"the row {', '.join(row.cells)}")
+    config = get_recipe(f"{row.recipe}_{size}")
+    return replace(config, scaled(row, config))
 
 
-def scaled_widths(config: RunConfig, row: Row) -> tuple[int, int]:
-    """The widths of a row's adapters in towers of the recipe's size."""
-    assert config.model.visual_adapter is not None and config.model.text_adapter is not None
-    visual, textual = row.widths or WIDTHS
-    return (
-        config.model.visual_adapter.width * visual // WIDTHS[0],
-        config.model.text_adapter.width * textual // WIDTHS[1],
-    )
+def scaled(row: Row, config: RunConfig) -> dict[str, Any]:
+    """Return the row's changes with its widths scaled to a recipe of the row, of any size."""
+    paper = get_recipe(f"{row.recipe}_b")
+    return {
+        key: value * _setting(config, key) // _setting(paper, key) if key.endswith(".width") else value
+        for key, value in row.changes.items()
+    }
+
+
+def _setting(config: RunConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +193,9 @@ class _Study:
         ]
         # The default's first: without its time there are no runs of equal time, and no estimate.
         yardstick = next(
-            jobs for row, jobs in zip(self.rows, equal, strict=True) if _is_default(row) and isinstance(jobs, dict)
+            jobs
+            for config, jobs in zip(configs, equal, strict=True)
+            if isinstance(config, RunConfig) and isinstance(jobs, dict) and config.model == self.default.model
         )
         planned = [yardstick, *(jobs for jobs in equal if isinstance(jobs, dict))]
         jobs = [job for jobs in planned for job in jobs.values()]
@@ -230,27 +225,25 @@ class _Study:
 
     def _job(self, row: Row, config: RunConfig, seed: int) -> _Job:
         """A row's run of equal steps: the recipe's length, or what was asked for."""
-        train_settings: dict[str, Any] = {"seed": seed, "keep_last": 1}
-        data: dict[str, Any] = {"dataset": self.table.dataset, "split_by": self.table.split_by}
-        if self.table.dataset != config.data.dataset and self.table.dataset in DATASETS:
-            data["word_length"] = DATASETS[self.table.dataset].word_length
+        changes: dict[str, Any] = {
+            "train.seed": seed,
+            "train.keep_last": 1,
+            "data.dataset": self.table.dataset,
+            "data.split_by": self.table.split_by,
+        }
+        changes |= word_length_settings(changes, config.data.dataset)
         if config.data.val_split not in {None, *self.splits}:
-            data["val_split"] = None
+            changes["data.val_split"] = None
         if self.epochs is not None:
-            train_settings |= {"epochs": self.epochs, "max_steps": None}
+            changes["train.epochs"] = self.epochs
         if self.steps is not None:
-            train_settings["max_steps"] = self.steps
-        train = config.train.model_copy(update=train_settings)
-        # A shorter run has a shorter warm-up: else it would train in nothing but its warm-up.
+            changes["train.max_steps"] = self.steps
+        changed = replace(config, changes)
+        # A shorter run has a shorter warm-up, so that it does not consist of the warm-up only.
         references = len(self.table.split(config.data.train_split))
-        share = min(1.0, total_steps(train, references) / total_steps(config.train, references))
-        changed = config.model_copy(
-            update={
-                "train": train.model_copy(update={"warmup_steps": round(share * train.warmup_steps)}),
-                "data": config.data.model_copy(update=data),
-            }
-        )
-        return self._keyed(row, parse_config(changed.model_dump(), "the settings given do not fit"))
+        share = min(1.0, total_steps(changed.train, references) / total_steps(config.train, references))
+        warmup = round(share * config.train.warmup_steps)
+        return self._keyed(row, replace(changed, {"train.warmup_steps": warmup}))
 
     def _stretched(
         self, row: Row, jobs: dict[int, _Job], yardstick: dict[int, _Job]
@@ -270,12 +263,11 @@ class _Study:
                 steps = max(1, round(own["steps"] * factor))
                 settings = job.config.train
                 changes = {
-                    "max_steps": steps,
-                    "warmup_steps": round(settings.warmup_steps * factor),
-                    "milestones": tuple(milestone * factor for milestone in settings.milestones),
+                    "train.max_steps": steps,
+                    "train.warmup_steps": round(settings.warmup_steps * factor),
+                    "train.milestones": tuple(milestone * factor for milestone in settings.milestones),
                 }
-                config = job.config.model_copy(update={"train": settings.model_copy(update=changes)})
-                stretched[seed] = self._keyed(row, config)
+                stretched[seed] = self._keyed(row, replace(job.config, changes))
         return stretched
 
     def _keyed(self, row: Row, config: RunConfig) -> _Job:
@@ -284,7 +276,7 @@ class _Study:
         plain["train"] = {name: value for name, value in plain["train"].items() if name not in _BOOKKEEPING}
         told = json.dumps([plain, self.data, self.splits, self.device.type, __version__], sort_keys=True)
         key = hashlib.sha256(told.encode()).hexdigest()[:16]
-        return _Job(f"{_label(row)}, seed {config.train.seed}", config, key, self.out / "runs" / key)
+        return _Job(f"{row.name or row.cells[0]}, seed {config.train.seed}", config, key, self.out / "runs" / key)
 
     def _scenes(self) -> Path:
         """The generated scenes in OUT, made where they are missing, by one process while the others wait."""
@@ -369,9 +361,14 @@ class _Study:
         if isinstance(jobs, DcrisError):
             failures.append(str(jobs))
         cells = row.cells
-        if row.widths is not None and (widths := scaled_widths(self.default, row)) != row.widths:
-            cells = (f"{row.cells[0]} (here {widths[0]}, {widths[1]})",)
-        return Measured(row, _label(row), cells, tuple(runs), f"failed: {failures[0]}" if failures else None)
+        widths = {key: value for key, value in row.changes.items() if key.endswith(".width")}
+        if widths:
+            here = {key: value for key, value in scaled(row, self.default).items() if key in widths}
+            if here != widths:
+                cells = (f"{row.cells[0]} (here {', '.join(map(str, here.values()))})",)
+        return Measured(
+            row, row.name or row.cells[0], cells, tuple(runs), f"failed: {failures[0]}" if failures else None
+        )
 
     def _write(self, measured: dict[str, list[Measured]]) -> str:
         with torch.device("meta"):  # shapes without memory
@@ -451,7 +448,7 @@ def _warm_up(model: ReferringSegmenter, config: RunConfig) -> None:
     device, side = next(model.parameters()).device, config.data.image_size
     images = torch.zeros(2, 3, side, side, device=device)
     tokens = torch.ones(2, config.data.word_length, dtype=torch.long, device=device)
-    model(images, tokens).sum().backward()
+    model(images, tokens)[0].sum().backward()
     model.zero_grad(set_to_none=True)
     # torch imports its compiler with the first one, which takes over a second.
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device=device))], fused=True)
@@ -507,28 +504,6 @@ def _claim(path: Path) -> Iterator[bool]:
         except OSError:  # the file system has no locks: there, too, one process at a time has to do
             pass
         yield True
-
-
-def _is_default(row: Row) -> bool:
-    defaults = (None, WIDTHS), (None, (1, 3, 5, 7, 9, 11))
-    return (
-        row.method == "dcris" and row.dense and row.textual and row.widths in defaults[0] and row.layers in defaults[1]
-    )
-
-
-def _label(row: Row) -> str:
-    """The row in a word."""
-    if row.method != "dcris":
-        return row.cells[0]
-    if not (row.dense or row.textual):
-        return "fixed backbone"
-    if not row.textual:
-        return "DA alone"
-    if not row.dense:
-        return "TA alone"
-    if _is_default(row):
-        return "DCRIS"
-    return f"DCRIS {row.widths[0]}, {row.widths[1]}" if row.widths else f"DCRIS, {len(row.layers or ())} layers"
 
 
 def _is_file(root: Path | None) -> bool:

@@ -185,9 +185,7 @@ def _plot(heading: str, rows: Sequence[Measured], splits: Sequence[str]) -> str:
     for item in rows:
         if item.runs:
             point = (item.runs[0]["counts"]["adapters"] / 1e6, _mean(item, splits))
-            (ours if item.row.method == "dcris" and (item.row.dense or item.row.textual) else others).append(
-                (point, item.name)
-            )
+            (ours if item.row.recipe == "dcris" else others).append((point, item.name))
     lines = list(_lines(sorted(ours), "DCRIS")) + [line for each in sorted(others) for line in _lines([each], each[1])]
     if not lines:
         return ""

@@ -24,13 +24,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcris.checkpoints.backbones import RANDOM
-from dcris.config import DenseCrossConfig, RunConfig
+from dcris.config import RunConfig, replace
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
+from dcris.models.adapters.dcris import DcrisConfig
 from dcris.models.optimize import hold_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
@@ -171,7 +172,7 @@ class TrainingStep:
         """Forward, loss, backward, update."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
-            logits = self.model(self.images, self.tokens)
+            logits, _ = self.model(self.images, self.tokens)
         loss = text_to_pixel_loss(logits, self.masks)
         loss.backward()
         self.optimizer.step()
@@ -279,10 +280,10 @@ def bench(
     ceiling = operations / median(seconds["product"])
     add("prediction, one photograph and phrase", of_one, "s", share=work / of_one / ceiling)
     _many_phrases(segmenter, "8 phrases at once, against 8 calls", rounds, add)
-    if isinstance(config.model.visual_adapter, DenseCrossConfig) and config.model.vision.depth > max(LATE_LAYERS):
-        late = config.model.visual_adapter.model_copy(update={"layers": LATE_LAYERS})
-        model = config.model.model_copy(update={"visual_adapter": late})
-        segmenter = _segmenter(config.model_copy(update={"model": model}), device, kind)
+    method = config.model.method
+    if isinstance(method, DcrisConfig) and method.visual is not None and config.model.vision.depth > max(LATE_LAYERS):
+        late = replace(config, {"model.method.visual.layers": LATE_LAYERS})
+        segmenter = _segmenter(late, device, kind)
         _many_phrases(segmenter, f"the same, adapters on {list(LATE_LAYERS)}", rounds, add)
     if not quick:
         text = config.model_dump_json()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dcris.checkpoints.checkpoint import load_checkpoint
-from dcris.config import RunConfig, load_config, override, refuse_other_run
+from dcris.config import RunConfig, load_config, refuse_other_run, replace
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
@@ -43,7 +43,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
     """
     begin = time.monotonic()
     chosen = choose_device(device)
-    config = override(get_recipe("dcris_tiny"), [("train.seed", str(seed))])
+    config = replace(get_recipe("dcris_tiny"), {"train.seed": seed})
     data = out / "scenes"
     if (out / "config.json").exists():
         refuse_other_run(load_config(out / "config.json"), config, out)

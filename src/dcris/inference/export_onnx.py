@@ -29,7 +29,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.resampling import resize_matrix
 from dcris.inference.segmenter import Segmenter
-from dcris.models.encoders.clip_text import TextFeatures
+from dcris.models.encoders.text import TextFeatures
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.files import write_directory, write_json
@@ -323,7 +323,7 @@ def _compare(segmenter: Segmenter, folder: Path, int8: bool) -> dict[str, float]
     largest, total, count = 0.0, 0.0, 0
     for images, phrases in _CHECKED:
         tensors, index, tokens = _inputs(segmenter.config, images, phrases)
-        expected = torch.sigmoid(segmenter.model(tensors[index], tokens)).numpy()
+        expected = torch.sigmoid(segmenter.model(tensors[index], tokens)[0]).numpy()
         found = _run(folder, tensors.numpy(), index.numpy(), tokens.numpy())
         if found.shape != expected.shape:
             raise DcrisError(

@@ -1,1 +1,5 @@
-"""Everything with weights."""
+"""Everything that has weights. Importing it fills the registries of dcris.config."""
+
+from dcris.models import adapters, encoders
+
+__all__ = ["adapters", "encoders"]

@@ -106,8 +106,9 @@ def largest_micro_batch(
         images = normalise(torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device), config.data)
         tokens = tokenizer(["left"] * size, config.data.word_length).to(device)
         with autocast(device, dtype):
-            logits = model(images, tokens)
-        losses = training_losses(logits, torch.zeros(size, 1, side, side, device=device), config.train.losses)
+            logits, auxiliary = model(images, tokens)
+        masks = torch.zeros(size, 1, side, side, device=device)
+        losses = training_losses(logits, masks, config.train.losses) | auxiliary
         torch.stack([*losses.values()]).sum().backward()
         for item in parameters:
             item.grad = None

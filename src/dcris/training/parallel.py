@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dcris.errors import DcrisError
-from dcris.models.encoders.clip_text import TextTower
+from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower
 from dcris.utils.distributed import Processes, connection_errors
 

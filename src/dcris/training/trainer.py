@@ -275,8 +275,8 @@ class Trainer:
             # The batch's mean is the sum of the passes' means, each times its share of the batch.
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
-                logits = self.model(images, tokens, share)
-            losses = training_losses(logits, masks, self.settings.losses)
+                logits, auxiliary = self.model(images, tokens)
+            losses = training_losses(logits, masks, self.settings.losses) | auxiliary
             loss = torch.stack([*losses.values()]).sum() * share
             loss.backward()
             terms.append({"loss": loss.detach()} | {name: term.detach() * share for name, term in losses.items()})

@@ -1,39 +1,34 @@
 """AdaptFormer (Chen et al. 2022): a scaled bottleneck in parallel to the MLP of every block.
 
-Shape letters: B batch, P tokens, D tower width, r adapter width.
+Shape letters: B batch, P tokens, D tower width.
 """
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import Factor, MethodConfig, Width
+from dcris.config import Factor, MethodConfig, Probability, Width
 from dcris.models.adapters.base import attach_everywhere
-from dcris.models.encoders.blocks import Slot, SlotContext
+from dcris.models.encoders.blocks import BranchSlot, SlotContext
 
 
 class AdaptFormerConfig(MethodConfig):
-    """Both towers, every block; the source has a vision tower alone. Defaults are the source's."""
+    """Both towers, every block; the source has a vision tower only. Defaults are the source's."""
 
     name: Literal["adaptformer"] = "adaptformer"
     width: Width = 64
     scale: Factor = 0.1
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-
-    def starts_plain(self) -> bool:
-        """The up-projection starts at zero."""
-        return True
+    dropout: Probability = 0.1
 
     def attach(self, vision: Any, text: Any) -> None:
-        """One adapter a block."""
+        """Put one adapter into each block."""
         attach_everywhere((vision, text), "mlp_slot", partial(ParallelAdapter, config=self))
 
 
-class ParallelAdapter(Slot):
-    """MLP(LN(x)) + scale * up(ReLU(down(LN(x)))). It starts at zero."""
+class ParallelAdapter(BranchSlot):
+    """MLP(LN(x)) + scale * up(ReLU(down(LN(x)))). The up-projection starts at zero."""
 
     def __init__(self, width: int, config: AdaptFormerConfig) -> None:
         super().__init__()
@@ -45,6 +40,6 @@ class ParallelAdapter(Slot):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """MLP output [B, P, D], and what the MLP read -> adapted [B, P, D]."""
+        """MLP output [B, P, D] and MLP input -> adapted output [B, P, D]."""
         features = F.dropout(F.relu(self.down(normed)), self.dropout, self.training)
         return output + self.scale * self.up(features)

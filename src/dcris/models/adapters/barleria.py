@@ -1,86 +1,84 @@
-"""BarLeRIa (Wang et al. 2024): flows on the residual streams, words among the patches, and a side network over all of it.
+"""BarLeRIa (Wang et al. 2024): flows on the residual streams, words among the patches, and a side network.
 
-Shape letters: B batch, N patches, L text tokens, Q queries, D vision width, T text width, S side width, K planar flows.
+Shape letters: B batch, N patches, L text tokens, Q queries, D vision width, T text width, S side width,
+K planar flows.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from dcris.config import Blocks, Count, Layers, MethodConfig, Width
+from dcris.config import Blocks, Count, Layers, MethodConfig, ModelConfig, Width
 from dcris.models.adapters.base import attach_everywhere
-from dcris.models.adapters.bridge import Bridge
-from dcris.models.encoders.blocks import MLP, Slot
-from dcris.models.encoders.clip_text import TextFeatures, TextState, TextTower
+from dcris.models.adapters.bridge import Bridge, Fused
+from dcris.models.encoders.blocks import MLP, BranchSlot
+from dcris.models.encoders.text import TextState, TextTower
 from dcris.models.encoders.vit import VisionState, VisionTower, as_map, interpolate_positions
 from dcris.models.layers.attention import attend
 
-if TYPE_CHECKING:
-    from dcris.config import ModelConfig
-
 
 class BarleriaConfig(MethodConfig):
-    """All defaults are the published ones, but for the grid, which is that of 448 pixels in patches of 14."""
+    """All defaults are the published ones, except the grid, which is that of 448 pixels in patches of 14."""
 
     name: Literal["barleria"] = "barleria"
     order: ClassVar[Literal["text first", "interleaved"]] = "interleaved"
     flow_length: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
-    """Planar flows in a row, behind the affine one; two such rows in every block."""
+    """Planar flows in a chain, after the affine one; every block has two such chains."""
     text_width: Width = 32
-    """Width between the words' embeddings and what of them goes among the patches; and before the side network."""
+    """Hidden width of the two projections of the words: into the vision tower, and into the side network."""
     side_width: Width = 144
     side_depth: Blocks = 8
     side_heads: Width = 3
     queries: Annotated[int, Field(ge=0, le=1024, strict=True)] = 128
     """Learned tokens of the side network."""
     fused: Layers = (0, 3, 6, 9)
-    """The visual blocks (from 0) whose patches are added to the side network's: the first before its blocks, the second behind
-    its first block, and so on."""
+    """The visual blocks (0-based) whose patches are added to the side network's: the first before its
+    blocks, the second after its first block, and so on."""
     grid: Count = 32
     """Side of the side network's position table."""
     reconstruction: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the side network's own loss, which teaches its feedback to go back through its blocks."""
+    """Weight of the side network's auxiliary loss, which trains its feedback to invert its blocks."""
     positions: bool = False
     """Train both towers' position tables too, as the published code does on CLIP's own vision tower."""
 
-    def check(self, model: "ModelConfig") -> None:
-        """Raise ValueError where the fused blocks are not the tower's, widths do not fit, or the slots are wanted by others."""
+    def check(self, model: ModelConfig) -> None:
+        """Raise ValueError where the fused blocks are not the tower's, or widths do not fit."""
         depth = model.vision.depth
         if list(self.fused) != sorted(set(self.fused)) or any(layer >= depth for layer in self.fused):
             raise ValueError(
                 f"method.fused {list(self.fused)} must be ascending numbers below the tower's {depth} blocks"
             )
         if len(self.fused) > self.side_depth + 1:
-            raise ValueError(f"method.fused has more blocks than the side network's {self.side_depth} and one")
+            raise ValueError(
+                f"method.fused has {len(self.fused)} blocks; with method.side_depth {self.side_depth} there can be at most "
+                f"{self.side_depth + 1}"
+            )
         if self.side_width % self.side_heads:
-            raise ValueError(f"method.side_width {self.side_width} does not divide into {self.side_heads} heads")
-        if model.text_adapter is not None:
-            raise ValueError("text_adapter sits where barleria has its flows; set it to null")
+            raise ValueError(f"method.side_width {self.side_width} cannot be divided among {self.side_heads} heads")
 
     def attach(self, vision: Any, text: Any) -> None:
-        """Flows in both halves of every block of both towers."""
+        """Put flows into both halves of every block of both towers."""
         for place in ("attention_slot", "mlp_slot"):
             attach_everywhere((vision, text), place, lambda width: Flow(width, self.flow_length))
 
-    def bridge(self, model: "ModelConfig") -> Bridge:
-        """The words' way among the patches, and the side network."""
+    def bridge(self, model: ModelConfig) -> Bridge:
+        """Return the projection of the words, and the side network."""
         return BarleriaBridge(model, self)
 
     def trains(self, name: str) -> bool:
-        """The position tables, where that is asked for."""
+        """Return whether the weight is a position table, if `positions` is set."""
         return self.positions and name in ("vision.positions", "text.positions")
 
 
-class Flow(Slot):
-    """An affine and K planar flows, which the residual stream goes through while the branch reads it as it was.
+class Flow(BranchSlot):
+    """An affine flow and K planar flows on the residual stream; the branch reads the unchanged stream.
 
-    z + scale_k tanh(weight_k z + bias_k), one k after the other. Almost the identity at the start.
+    A planar flow is z + scale_k tanh(weight_k z + bias_k). Initially the chain is almost the identity.
     """
 
     def __init__(self, width: int, length: int) -> None:
@@ -93,24 +91,39 @@ class Flow(Slot):
         for parameter in (self.weights, self.biases, self.scales):
             nn.init.uniform_(parameter, -0.01, 0.01)
 
-    def carry(self, residual: Tensor) -> Tensor:
-        """[B, P, D] -> [B, P, D]."""
+    def transform_residual(self, residual: Tensor) -> Tensor:
+        """Apply the flows: [B, P, D] -> [B, P, D]."""
         z = self.shift + self.log_scale.exp() * residual
         for weight, bias, scale in zip(self.weights, self.biases, self.scales, strict=True):
             z = z + scale * torch.tanh(z @ weight + bias)[..., None]
         return z
 
 
-def _between(inputs: int, width: int, outputs: int) -> nn.Sequential:
+def _bottleneck(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
 
-class BarleriaBridge(Bridge):
-    """The words' embeddings go through the vision tower beside the patches; the finished words guide the side network."""
+@dataclass(frozen=True, slots=True)
+class BarleriaState(VisionState):
+    """The vision tower's state, and the patches as the side network embeds them."""
 
-    def __init__(self, model: "ModelConfig", config: BarleriaConfig) -> None:
+    side_patches: Tensor | None = None
+    """[B, N, S]"""
+
+    def select(self, index: Tensor) -> "BarleriaState":
+        """Return the state of the images `index` [B'] int64."""
+        assert self.side_patches is not None
+        selected = VisionState.select(self, index)
+        assert isinstance(selected, BarleriaState)
+        return replace(selected, side_patches=self.side_patches[index])
+
+
+class BarleriaBridge(Bridge):
+    """The word embeddings pass through the vision tower with the patches; f_t guides the side network."""
+
+    def __init__(self, model: ModelConfig, config: BarleriaConfig) -> None:
         super().__init__()
-        self.words_in = _between(model.text.width, config.text_width, model.vision.width)
+        self.words_in = _bottleneck(model.text.width, config.text_width, model.vision.width)
         for module in self.words_in:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -119,38 +132,42 @@ class BarleriaBridge(Bridge):
         self.fused = config.fused
         self.out = nn.Linear(config.side_width, model.head.width)
 
-    def see(self, vision: VisionTower, images: Tensor, taps: Collection[int]) -> VisionState:
-        """The patches, as the tower and as the side network embed them: words are among them from the first block on."""
+    def encode_image(self, vision: VisionTower, images: Tensor, feature_layers: Collection[int]) -> BarleriaState:
+        """Embed the patches for the tower and for the side network. All blocks depend on the text."""
         state = vision.start(images)
-        return replace(state, aside=self.side.embed(images, state.grid))
+        side_patches = self.side.embed(images, state.grid)
+        return BarleriaState(state.tokens, state.grid, state.num_prefix_tokens, side_patches=side_patches)
 
-    def read(self, text: TextTower, tokens: Tensor) -> TextState:
-        """The embedded tokens."""
+    def encode_text(self, text: TextTower, tokens: Tensor) -> TextState:
+        """Embed the tokens."""
         return text.start(tokens)
 
-    def join(
+    def fuse(
         self,
         vision: VisionTower,
         text: TextTower,
         state: VisionState,
-        words: TextState,
-        taps: Collection[int],
-        share: float = 1.0,
-    ) -> tuple[VisionState, TextFeatures, Tensor | None]:
-        """Words among the patches, behind class token and registers; both towers; the side network."""
-        guests = self.words_in(words.tokens)
-        tokens = torch.cat((state.tokens[:, : vision.prefix], guests, state.tokens[:, vision.prefix :]), dim=1)
-        state = replace(state, tokens=tokens, guests=guests.shape[1])
-        wanted = sorted({*taps, *self.fused})
-        state = vision.advance(state, taps=wanted)
-        outputs = dict(zip(wanted, state.taps, strict=True))
-        finished = text.finish(text.advance(words))
-        embedded = state.aside
-        assert embedded is not None
-        seen = [outputs[layer][:, -embedded.shape[1] :] for layer in self.fused]
-        patches = self.side(embedded, seen, finished.tokens, share)
-        aside = as_map(self.out(patches), state.grid)
-        return replace(state, taps=tuple(outputs[layer] for layer in sorted(taps))), finished, aside
+        text_state: TextState,
+        feature_layers: Collection[int],
+    ) -> Fused:
+        """Insert the words behind class token and registers; run both towers and the side network."""
+        assert isinstance(state, BarleriaState) and state.side_patches is not None
+        words, prefix = self.words_in(text_state.tokens), state.num_prefix_tokens
+        tokens = torch.cat((state.tokens[:, :prefix], words, state.tokens[:, prefix:]), dim=1)
+        wanted = sorted({*feature_layers, *self.fused})
+        ended = vision.advance(
+            replace(state, tokens=tokens, num_prefix_tokens=prefix + words.shape[1]), feature_layers=wanted
+        )
+        outputs = dict(zip(wanted, ended.layer_outputs, strict=True))
+        features = text.finish(text.advance(text_state))
+        tower_patches = [outputs[layer][:, -state.side_patches.shape[1] :] for layer in self.fused]
+        patches, losses = self.side(state.side_patches, tower_patches, features.tokens)
+        return Fused(
+            replace(ended, layer_outputs=tuple(outputs[layer] for layer in sorted(feature_layers))),
+            features,
+            as_map(self.out(patches), state.grid),
+            losses,
+        )
 
 
 class SideBlock(nn.Module):
@@ -178,7 +195,7 @@ class SideBlock(nn.Module):
 
 
 class Feedback(nn.Module):
-    """One step back through a block: what the block before is thought to have made, and what is fed to this one."""
+    """One step of the feedback path: an approximate inverse of a block, and the feedback to the block's values."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -187,21 +204,22 @@ class Feedback(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    """A small transformer with top-down attention (Shi et al. 2023), over queries, words and patches of its own.
+    """A small transformer with top-down attention (Shi et al. 2023), over queries, words and its own patches.
 
-    It runs twice: once without the towers, to see which of its tokens agree with the mean word; these are sent back through
-    linear maps, as feedback to the values of the second run, which the towers' patches are added to on the way.
+    It runs twice. The first pass selects the tokens that agree with the mean word; linear maps send them
+    back as feedback to the values of the second pass, in which the towers' patches are added after its
+    blocks.
     """
 
-    def __init__(self, model: "ModelConfig", config: BarleriaConfig) -> None:
+    def __init__(self, model: ModelConfig, config: BarleriaConfig) -> None:
         super().__init__()
         vision, width = model.vision, config.side_width
         self.patch_embed = nn.Conv2d(3, width, vision.patch, vision.patch)
-        # The first row, of the class token that the published network was made with, is left out there and here.
+        # Without a row for a class token, as in the published code.
         self.positions = nn.Parameter(torch.empty(config.grid**2, width))
         self.queries = nn.Parameter(torch.empty(config.queries, width))
         self.query_positions = nn.Parameter(torch.empty(config.queries, width))
-        self.words_in = _between(model.text.width, config.text_width, width)
+        self.words_in = _bottleneck(model.text.width, config.text_width, width)
         self.fuse_norms = nn.ModuleList(nn.LayerNorm(vision.width, eps=1e-6) for _ in config.fused)
         self.fuse = nn.ModuleList(nn.Linear(vision.width, width) for _ in config.fused)
         self.blocks = nn.ModuleList(SideBlock(width, config.side_heads) for _ in range(config.side_depth))
@@ -221,55 +239,56 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, 3, H, W] normalised images -> [B, N, S] patches with positions."""
-        table = torch.cat((self.positions[:1], self.positions))[None]  # the first row stands for a class token
-        positions = interpolate_positions(table, grid, "plain")[:, 1:]
+        """Return patches with positions: [B, 3, H, W] normalised images -> [B, N, S]."""
         embedded: Tensor = self.patch_embed(images)
+        positions = interpolate_positions(self.positions[None], grid, "plain", num_prefix_rows=0)
         return embedded.flatten(2).transpose(1, 2) + positions
 
-    def forward(self, patches: Tensor, seen: Sequence[Tensor], words: Tensor, share: float = 1.0) -> Tensor:
-        """What the side network makes of the patches.
+    def forward(
+        self, patches: Tensor, tower_patches: Sequence[Tensor], words: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the network.
 
         Args:
-            patches: [B, N, S] as embedded.
-            seen: [B, N, D] each: what the fused blocks of the vision tower made of them.
+            patches: [B, N, S] from `embed`.
+            tower_patches: [B, N, D] each: outputs of the vision tower's fused blocks.
             words: [B, L, T] f_t.
-            share: of the batch whose mean loss is descended, these are so much.
 
-        Returns [B, N, S].
+        Returns:
+            The patches [B, N, S]; and, in training, the weighted auxiliary loss "reconstruction".
         """
         prompt = self.words_in(words)
         queries = (self.queries + self.query_positions).expand(len(patches), -1, -1)
-        start = self._fuse(0, torch.cat((queries, prompt, patches), dim=1), seen)
+        start = self._fuse(0, torch.cat((queries, prompt, patches), dim=1), tower_patches)
         x = start
         for block in self.blocks:
             x = block(x)
-        feedback = self._go_back(x, prompt.mean(dim=1))
-        x, entered, left = start, [], []
+        feedback = self._feedback(x, prompt.mean(dim=1))
+        x, inputs, outputs = start, [], []
         for number, (block, fed) in enumerate(zip(self.blocks, feedback, strict=True), 1):
-            entered.append(x)
+            inputs.append(x)
             x = block(x, fed)
-            left.append(x)
-            x = self._fuse(number, x, seen)
-        result = x[:, -patches.shape[1] :]
+            outputs.append(x)
+            x = self._fuse(number, x, tower_patches)
+        losses = {}
         if self.training and self.reconstruction and torch.is_grad_enabled():
-            penalty = share * self.reconstruction * self._penalty(entered, left)
-            result = _WithPenalty.apply(result, penalty)  # type: ignore[no-untyped-call]
-        return result
+            losses["reconstruction"] = self.reconstruction * self._reconstruction_loss(inputs, outputs)
+        return x[:, -patches.shape[1] :], losses
 
-    def _fuse(self, number: int, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        if number >= len(seen):
+    def _fuse(self, number: int, x: Tensor, tower_patches: Sequence[Tensor]) -> Tensor:
+        if number >= len(tower_patches):
             return x
-        own, patches = x.split((x.shape[1] - seen[number].shape[1], seen[number].shape[1]), dim=1)
-        return torch.cat((own, patches + self.fuse[number](self.fuse_norms[number](seen[number]))), dim=1)
+        added = tower_patches[number]
+        own, patches = x.split((x.shape[1] - added.shape[1], added.shape[1]), dim=1)
+        return torch.cat((own, patches + self.fuse[number](self.fuse_norms[number](added))), dim=1)
 
-    def _go_back(self, x: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Feedback for each block, from the tokens [B, P, S] that agree with the mean word [B, S]."""
-        # The published code normalises the mean word over the batch instead of over its channels. Then an answer depends on
-        # what else is asked in the same batch, and for a batch of one on nothing but signs.
+    def _feedback(self, x: Tensor, prompt: Tensor) -> list[Tensor]:
+        """Return the feedback for each block, from the tokens [B, P, S] that agree with the mean word [B, S]."""
+        # The published code normalises the mean word over the batch instead of over its channels. A result
+        # then depends on the rest of its batch, and in a batch of one on nothing but signs.
         agreement = F.normalize(x, dim=-1) @ F.normalize(prompt, dim=-1)[:, :, None]
         x = x * agreement.clamp(0, 1)
-        # x p p^T, and the published factor.
+        # x p p^T, with the published factor.
         x = 5 * (x @ prompt[:, :, None]) * prompt[:, None]
         feedback = []
         for step in reversed(self.feedback):
@@ -278,25 +297,10 @@ class SideNetwork(nn.Module):
             feedback.append(step.feed(x))
         return feedback[::-1]
 
-    def _penalty(self, entered: Sequence[Tensor], left: Sequence[Tensor]) -> Tensor:
-        """How far each step back is from undoing its block; only the steps learn from it."""
+    def _reconstruction_loss(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+        """Return the summed error of the feedback steps as inverses of their blocks; only the steps get gradients."""
         losses = []
-        for step, before, after in zip(self.feedback, entered, left, strict=True):
+        for step, before, after in zip(self.feedback, inputs, outputs, strict=True):
             assert isinstance(step, Feedback)
             losses.append(F.mse_loss(step.back(after.detach()), before.detach()))
         return torch.stack(losses).sum()
-
-
-class _WithPenalty(torch.autograd.Function):
-    """A tensor as it is, whose backward pass also descends a penalty: as if it were added to the loss, which no method sees."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, penalty: Tensor) -> Tensor:
-        """[B, N, S] and [] -> the same [B, N, S]."""
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient passes; the penalty's is 1."""
-        (gradient,) = gradients
-        return gradient, gradient.new_ones(())

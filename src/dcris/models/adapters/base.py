@@ -1,8 +1,7 @@
-"""How adapters get into the towers, and what trains.
+"""How adapters are put into the towers, and which weights train.
 
-An adapter is a Slot (dcris.models.encoders.blocks). A method is one file of this folder: its slots, and its settings (a
-dcris.config.MethodConfig), which put them in. Everything that a method adds to a tower sits in a slot, so its weights have
-`_slot.` in their names, and a tower's own weights do not.
+Everything that a method adds to a tower is in a slot (dcris.models.encoders.blocks), so the names of its
+weights contain `_slot.`, and those of the tower's own weights do not.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,37 +10,37 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dcris.models.encoders.blocks import Block, Slot
+from dcris.models.encoders.blocks import Block, EmptySlot, Slot
 
 Place = Literal["token_slot", "qkv_slot", "attention_slot", "mlp_slot"]
 PLACES: tuple[Place, ...] = ("token_slot", "qkv_slot", "attention_slot", "mlp_slot")
 
 
-def attach(blocks: nn.ModuleList, layers: Iterable[int], place: Place, make: Callable[[], Slot]) -> None:
-    """Put an adapter made by `make()` into the named slot of the blocks numbered `layers` (from 0)."""
-    for layer in layers:
-        put(blocks[layer], place, make())
-
-
 def put(block: nn.Module, place: Place, adapter: Slot) -> None:
-    """Put an adapter into the named slot of a block."""
+    """Put an adapter into a slot of a block."""
     assert isinstance(block, Block)
     setattr(block.attention if place == "qkv_slot" else block, place, adapter)
 
 
+def attach(blocks: nn.ModuleList, layers: Iterable[int], place: Place, make: Callable[[], Slot]) -> None:
+    """Put a new adapter from `make()` into the slot of each of the blocks `layers` (0-based)."""
+    for layer in layers:
+        put(blocks[layer], place, make())
+
+
 def attach_everywhere(towers: Iterable[Any], place: Place, make: Callable[[int], Slot]) -> None:
-    """Put an adapter made by `make(tower's width)` into the named slot of every block of the towers."""
+    """Put a new adapter from `make(tower's width)` into the slot of every block of the towers."""
     for tower in towers:
         attach(tower.blocks, range(len(tower.blocks)), place, partial(make, tower.config.width))
 
 
 def adapters(tower: nn.Module) -> list[Slot]:
-    """Every adapter of a tower, in the order in which they run; empty slots are not among them."""
-    return [module for module in tower.modules() if isinstance(module, Slot) and type(module) is not Slot]
+    """Return the adapters of a tower in the order in which they run, without empty slots."""
+    return [module for module in tower.modules() if isinstance(module, Slot) and not isinstance(module, EmptySlot)]
 
 
 def freeze(tower: nn.Module, trains: Callable[[str], bool] = lambda name: False) -> None:
-    """Exclude a tower from training, but not what sits in its slots, nor its own weights whose names `trains` picks."""
+    """Exclude a tower from training, except its adapters and the own weights that `trains` selects by name."""
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(trains(name))
     for adapter in adapters(tower):
@@ -49,36 +48,34 @@ def freeze(tower: nn.Module, trains: Callable[[str], bool] = lambda name: False)
 
 
 def set_mode(tower: nn.Module, training: bool) -> None:
-    """A frozen tower stays in evaluation mode; what sits in its slots follows `training`."""
+    """Put a tower into evaluation mode, and its adapters into training mode if `training`."""
     tower.eval()
     for adapter in adapters(tower):
         adapter.train(training)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds: every trainable weight, and the buffers (batch norm statistics) beside them.
+    """Return the content of a checkpoint: trained weights, and the buffers (batch norm statistics) beside them.
 
-    A buffer belongs to the trained part if the module that owns it has a weight that is.
+    A buffer is included if the module that owns it has a trained weight.
     """
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     owners = {name.rpartition(".")[0] for name, trained in trains.items() if trained}
     return {
         name: value
         for name, value in model.state_dict().items()
-        if trains.get(name, name.rpartition(".")[0] in owners)  # what is no parameter is a buffer
+        if trains.get(name, name.rpartition(".")[0] in owners)  # names that are not parameters are buffers
     }
 
 
-def merge(tower: nn.Module) -> bool:
-    """Fold every adapter of a tower into the weights of its block and empty the slots. False where one cannot be folded.
+def fold(tower: nn.Module) -> None:
+    """Fold every adapter of a tower into the weights of its block and empty the slots.
 
-    The tower then gives the same up to rounding, with nothing in its slots; where this is False, some may be left.
+    The output stays the same up to rounding. Only for methods that are `foldable`.
     """
     for block in [module for module in tower.modules() if isinstance(module, Block)]:
         for place in PLACES:
-            slot = getattr(block.attention if place == "qkv_slot" else block, place)
-            if type(slot) is not Slot:
-                if not slot.merge(block):
-                    return False
-                put(block, place, Slot())
-    return True
+            slot: Slot = getattr(block.attention if place == "qkv_slot" else block, place)
+            if not isinstance(slot, EmptySlot):
+                slot.fold(block)
+                put(block, place, EmptySlot())

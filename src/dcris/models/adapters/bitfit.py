@@ -1,22 +1,19 @@
-"""BitFit (Ben Zaken et al. 2021): of the towers, the biases alone are trained."""
+"""BitFit (Ben Zaken et al. 2021): of the towers' weights, only the biases are trained."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dcris.config import MethodConfig
 
 
 class BitFitConfig(MethodConfig):
-    """Every bias of both towers: of projections, MLPs, norms and the patch embedding.
+    """Every bias of both towers: projections, MLPs, norms and the patch embedding.
 
-    The biases of the keys are among them, as in the source, although attention does not depend on them.
+    As in the source, this includes the biases of the keys, although attention does not depend on them.
     """
 
     name: Literal["bitfit"] = "bitfit"
-
-    def starts_plain(self) -> bool:
-        """It adds nothing."""
-        return True
+    foldable: ClassVar[bool] = True
 
     def trains(self, name: str) -> bool:
-        """Whether it is a bias."""
+        """Return whether the weight is a bias."""
         return name.endswith(".bias")

@@ -1,48 +1,62 @@
-"""The order of the towers in which neither comes first: they run side by side and a bridge joins them.
+"""Interface for methods that interleave both encoders (ETRIS, BarLeRIa).
 
-What phrases of one image share then ends where the towers meet, and so does what images share of one phrase.
+The expressions of an image then share the image encoder only up to the point where the towers first
+exchange features, and likewise for the images of an expression.
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from dcris.models.encoders.clip_text import TextFeatures, TextState, TextTower
+from dcris.models.encoders.text import TextFeatures, TextState, TextTower
 from dcris.models.encoders.vit import VisionState, VisionTower
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Output of `Bridge.fuse`."""
+
+    state: VisionState
+    """The vision tower after its last block, before the last norm, with the feature layers' outputs."""
+    text: TextFeatures
+    side_features: Tensor | None = None
+    """[B, C, h, w] to be added to the output of the neck."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Auxiliary losses, weighted, by name; empty except in training."""
+
+
 class Bridge(nn.Module):
-    """What joins the two towers. The three steps are those of dcris.models.segmentation, which may be called apart.
+    """Connects the two towers. All of it is trained; the towers stay the model's and are arguments."""
 
-    The towers are arguments: they stay the model's, and frozen, while all of the bridge is trained.
-    """
+    def encode_image(self, vision: VisionTower, images: Tensor, feature_layers: Collection[int]) -> VisionState:
+        """Run the vision tower up to where the towers first exchange features.
 
-    def see(self, vision: VisionTower, images: Tensor, taps: Collection[int]) -> VisionState:
-        """[I, 3, H, W] normalised images -> the tower stopped where the towers first meet; `taps` as of `join`."""
+        Args:
+            vision: the tower.
+            images: [I, 3, H, W] normalised.
+            feature_layers: as in `fuse`.
+        """
         raise NotImplementedError
 
-    def read(self, text: TextTower, tokens: Tensor) -> TextState:
-        """[B, L] tokens -> the tower stopped where the towers first meet."""
+    def encode_text(self, text: TextTower, tokens: Tensor) -> TextState:
+        """Run the text tower on [B, L] tokens up to where the towers first exchange features."""
         raise NotImplementedError
 
-    def join(
+    def fuse(
         self,
         vision: VisionTower,
         text: TextTower,
         state: VisionState,
-        words: TextState,
-        taps: Collection[int],
-        share: float = 1.0,
-    ) -> tuple[VisionState, TextFeatures, Tensor | None]:
+        text_state: TextState,
+        feature_layers: Collection[int],
+    ) -> Fused:
         """Run both towers to their ends.
 
         Args:
             vision, text: the towers.
-            state, words: where they stopped, pair by pair.
-            taps: the visual blocks (from 0) whose outputs, as the next block reads them, are wanted in the state returned.
-            share: of the batch, as of DCRIS.forward, for a bridge with a loss of its own.
-
-        Returns the vision tower's state, not yet normalised; the text; and [B, C, h, w] to be added to what the neck makes, or
-        None.
+            state, text_state: where `encode_image` and `encode_text` stopped, pair by pair.
+            feature_layers: the visual blocks (0-based) whose outputs the head reads. An output is the
+                next block's input, so it includes what the bridge adds behind the block.
         """
         raise NotImplementedError

@@ -1,6 +1,7 @@
-"""Compacter (Karimi Mahabadi et al. 2021): Houlsby's bottlenecks, their matrices sums of Kronecker products.
+"""Compacter (Karimi Mahabadi et al. 2021): Houlsby's bottlenecks, with matrices that are sums of Kronecker products.
 
-Shape letters: B batch, P tokens, D tower width, k adapter width, n terms of the sum, r rank of a term's large factor.
+Shape letters: B batch, P tokens, D tower width, k adapter width, n terms of the sum, r rank of a term's
+large factor.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,38 +13,35 @@ from torch.nn import functional as F
 
 from dcris.config import MethodConfig, ModelConfig, Width
 from dcris.models.adapters.base import Place, put
-from dcris.models.encoders.blocks import Slot, SlotContext
+from dcris.models.encoders.blocks import BranchSlot, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
 
 
 class CompacterConfig(MethodConfig):
-    """Both towers, every block, behind attention and behind the MLP. Width and rank land on the paper's count."""
+    """Both towers, every block, after attention and after the MLP. Width and rank give the paper's count."""
 
     name: Literal["compacter"] = "compacter"
     width: Width = 384
     rank: Width = 16
     terms: Annotated[int, Field(gt=0, le=64, strict=True)] = 4
-    """n. Tower widths and `width` have to be multiples of it."""
+    """n. The towers' widths and `width` must be multiples of it."""
     zero_init: bool = False
-    """Start the up-projection at zero, so that the tower starts exactly as the plain one, not only nearly."""
+    """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the plain
+    one."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ValueError where a matrix does not divide into n x n parts."""
-        for what, width in (
-            ("width", self.width),
+        """Raise ValueError where a matrix cannot be divided into n x n parts."""
+        for key, width in (
+            ("method.width", self.width),
             ("vision.width", model.vision.width),
             ("text.width", model.text.width),
         ):
             if width % self.terms:
-                raise ValueError(f"{what} {width} does not divide by the method's {self.terms} terms")
-
-    def starts_plain(self) -> bool:
-        """With zero_init; else nearly."""
-        return self.zero_init
+                raise ValueError(f"{key} {width} must be a multiple of method.terms {self.terms}")
 
     def attach(self, vision: Any, text: Any) -> None:
-        """Two adapters a block; all of a tower follow one rule, which the first of them holds."""
+        """Put two adapters into each block; those of a tower share one rule, which the first of them holds."""
         for tower in (vision, text):
             first: CompacterAdapter | None = None
             for block in tower.blocks:
@@ -54,7 +52,7 @@ class CompacterConfig(MethodConfig):
 
 
 class HypercomplexLinear(nn.Module):
-    """y = x H + b with H [inputs, outputs] = sum over i of A_i (x) (S_i T_i), A being the rule that many layers share."""
+    """y = x H + b with H [inputs, outputs] = sum over i of A_i (x) (S_i T_i); A is the rule that layers share."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, terms: int) -> None:
         super().__init__()
@@ -65,18 +63,18 @@ class HypercomplexLinear(nn.Module):
             nn.init.xavier_uniform_(factor)
 
     def forward(self, x: Tensor, rule: Tensor) -> Tensor:
-        """[B, P, inputs], and the rule A [n, n, n] -> [B, P, outputs]."""
-        # H itself is small beside its product with the tokens. Indices: i term; a, b within A_i; p, q within S_i T_i.
+        """[B, P, inputs] and the rule A [n, n, n] -> [B, P, outputs]."""
+        # Building H is cheap compared with its product with the tokens. Indices: i term; a, b within A_i; p, q within S_i T_i.
         weight = torch.einsum("iab,ipq->apbq", rule, self.left @ self.right).flatten(2).flatten(0, 1)
         return F.linear(x, weight.t(), self.bias)
 
 
-class CompacterAdapter(Slot):
-    """x + up(GELU(down(x))) on what the branch made, before it joins the residual stream (and before LayerScale)."""
+class CompacterAdapter(BranchSlot):
+    """x + up(GELU(down(x))) on the branch's output, before LayerScale and the residual sum."""
 
     def __init__(self, width: int, config: CompacterConfig, first: "CompacterAdapter | None") -> None:
         super().__init__()
-        # In a tuple, where torch does not take another block's adapter, and so its weights, for a part of this one.
+        # In a tuple, so that torch does not register another block's adapter as a submodule of this one.
         self._first = () if first is None else (first,)
         if first is None:
             self.rule = nn.Parameter(torch.empty(config.terms, config.terms, config.terms))
@@ -87,7 +85,7 @@ class CompacterAdapter(Slot):
             nn.init.zeros_(self.up.left)
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """Branch output [B, P, D] -> adapted [B, P, D]."""
-        # Asked for at each call: loading may put another tensor in its place.
+        """Branch output [B, P, D] -> adapted output [B, P, D]."""
+        # Looked up at each call, since loading a checkpoint may replace the tensor.
         rule = self._first[0].rule if self._first else self.rule
         return output + self.up(F.gelu(self.down(output, rule), approximate="tanh"), rule)

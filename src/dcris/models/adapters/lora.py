@@ -1,46 +1,43 @@
 """LoRA (Hu et al. 2021): a low-rank change of the projections to queries and values in every block.
 
-The peft library does the same to a whole Linear under new names. Here one Linear makes queries, keys and values, and towers are
-filled and recognised by their tensors' names; so these are a few lines of our own, and peft is the oracle in the tests.
+The peft library wraps a whole Linear and renames its weights. Here one Linear makes queries, keys and
+values, and towers are filled and identified by the names of their tensors; hence this implementation,
+which the tests compare with peft.
 
-Shape letters: B batch, P tokens, D tower width, r rank.
+Shape letters: B batch, P tokens, D tower width.
 """
 
 import math
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import Factor, MethodConfig, Width
+from dcris.config import Factor, MethodConfig, Probability, Width
 from dcris.models.adapters.base import attach_everywhere
-from dcris.models.encoders.blocks import Block, Slot, SlotContext
+from dcris.models.encoders.blocks import Block, QkvSlot, SlotContext
 
 
 class LoraConfig(MethodConfig):
-    """Both towers, every block. The ranks land on the paper's count."""
+    """Both towers, every block. The ranks give the paper's count."""
 
     name: Literal["lora"] = "lora"
+    foldable: ClassVar[bool] = True
     vision_rank: Width = 32
     text_rank: Width = 16
     scale: Factor = 1.0
-    """What the source calls alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def starts_plain(self) -> bool:
-        """B starts at zero."""
-        return True
+    """alpha / r in the source."""
+    dropout: Probability = 0.0
 
     def attach(self, vision: Any, text: Any) -> None:
-        """One module a block, for both projections."""
+        """Put one module into each block, for both projections."""
         for tower, rank in ((vision, self.vision_rank), (text, self.text_rank)):
             attach_everywhere((tower,), "qkv_slot", partial(LowRank, rank=rank, config=self))
 
 
-class LowRank(Slot):
+class LowRank(QkvSlot):
     """q + scale * B_q A_q x and v + scale * B_v A_v x. B starts at zero, so the tower starts as the plain one."""
 
     def __init__(self, width: int, rank: int, config: LoraConfig) -> None:
@@ -52,17 +49,16 @@ class LowRank(Slot):
         for matrix in self.down:
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
-    def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """Queries, keys and values [B, P, 3D], and what they are made of [B, P, D] -> changed [B, P, 3D]."""
+    def forward(self, qkv: Tensor, normed: Tensor, context: SlotContext) -> Tensor:
+        """Queries, keys and values [B, P, 3D] and their input [B, P, D] -> changed [B, P, 3D]."""
         x = F.dropout(normed, self.dropout, self.training)
-        query, key, value = output.chunk(3, dim=-1)
+        query, key, value = qkv.chunk(3, dim=-1)
         changes = [self.scale * F.linear(F.linear(x, down), up) for down, up in zip(self.down, self.up, strict=True)]
         return torch.cat((query + changes[0], key, value + changes[1]), dim=-1)
 
     @torch.no_grad()
-    def merge(self, block: Block) -> bool:
-        """Add the change to the projection's weights."""
+    def fold(self, block: Block) -> None:
+        """Add the change to the weights of the projection."""
         query, _, value = block.attention.qkv.weight.chunk(3)
         for weight, down, up in zip((query, value), self.down, self.up, strict=True):
             weight.add_(up @ down, alpha=self.scale)
-        return True

@@ -1,5 +1,7 @@
-"""Prompt tokens in both towers: learned tokens before the patches (VPT, Jia et al. 2022) and before the words (CoOp, Zhou et
-al. 2022), shallow or in every block (VPT's "deep"; both towers at once as in MaPLe, Khattak et al. 2023).
+"""Prompt tokens in both towers: learned tokens before the patches (VPT, Jia et al. 2022) and the words (CoOp, Zhou et al. 2022).
+
+They are shallow, or in every block (VPT's "deep"; in both towers at once as in MaPLe, Khattak et al.
+2023).
 
 Shape letters: B batch, P tokens, D tower width.
 """
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from dcris.config import MethodConfig
 from dcris.models.adapters.base import put
-from dcris.models.encoders.blocks import Slot, SlotContext
+from dcris.models.encoders.blocks import SlotContext, TokenSlot
 
 Tokens = Annotated[int, Field(ge=0, le=1024, strict=True)]
 
@@ -20,40 +22,41 @@ Tokens = Annotated[int, Field(ge=0, le=1024, strict=True)]
 class PromptsConfig(MethodConfig):
     """Tokens behind the class token and the registers, and behind the start token.
 
-    They have no positions, so the words keep theirs, which the tower was trained with (CoOp shifts them), and a sentence may be
-    as long as ever. What the towers hand on has no prompts in it; through attention it depends on them.
+    Prompts have no positions, so the words keep the positions that the tower was trained with (CoOp
+    shifts them) and expressions may be as long as without prompts. The towers' outputs contain no
+    prompts.
     """
 
     name: Literal["prompts"] = "prompts"
     vision_tokens: Tokens = 50
     text_tokens: Tokens = 16
     deep: bool = False
-    """Tokens of their own for every block, in place of what the block before made of its own."""
+    """Every block has its own prompts, which replace the outputs of the previous block's."""
 
     def attach(self, vision: Any, text: Any) -> None:
-        """The first block's slot puts the tokens in, those of further blocks exchange them."""
+        """Insert the prompts before the first block and, if deep, replace them before each other block."""
         patch = 3 * vision.config.patch**2
         for tower, count, spread in (
-            (vision, self.vision_tokens, (6 / (patch + vision.config.width)) ** 0.5),  # VPT's
-            (text, self.text_tokens, 0.02 * 3**0.5),  # as wide as CoOp's normal of 0.02
+            (vision, self.vision_tokens, (6 / (patch + vision.config.width)) ** 0.5),  # as in VPT
+            (text, self.text_tokens, 0.02 * 3**0.5),  # the deviation of CoOp's normal distribution, 0.02
         ):
             for layer in range(len(tower.blocks) if self.deep else 1) if count else ():
-                prompts = PromptTokens(count, tower.config.width, spread, puts_in=layer == 0)
+                prompts = PromptTokens(count, tower.config.width, spread, insert=layer == 0)
                 put(tower.blocks[layer], "token_slot", prompts)
 
 
-class PromptTokens(Slot):
-    """Tokens that are put in, or that take the place of those put in before."""
+class PromptTokens(TokenSlot):
+    """Tokens that are inserted, or that replace the tokens inserted before."""
 
-    def __init__(self, count: int, width: int, spread: float, puts_in: bool) -> None:
+    def __init__(self, count: int, width: int, spread: float, insert: bool) -> None:
         super().__init__()
-        self.added_tokens = count if puts_in else 0
+        self.num_added_tokens = count if insert else 0
         self.tokens = nn.Parameter(torch.empty(count, width))
         nn.init.uniform_(self.tokens, -spread, spread)
 
-    def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """Tokens [B, P, D] -> [B, P + added_tokens, D]."""
-        start = context.prefix - len(self.tokens)
-        behind = start if self.added_tokens else context.prefix
-        prompts = self.tokens.expand(output.shape[0], -1, -1)
-        return torch.cat((output[:, :start], prompts, output[:, behind:]), dim=1)
+    def forward(self, tokens: Tensor, context: SlotContext) -> Tensor:
+        """Tokens [B, P, D] -> [B, P + num_added_tokens, D]."""
+        start = context.num_prefix_tokens - len(self.tokens)
+        behind = start if self.num_added_tokens else context.num_prefix_tokens
+        prompts = self.tokens.expand(tokens.shape[0], -1, -1)
+        return torch.cat((tokens[:, :start], prompts, tokens[:, behind:]), dim=1)

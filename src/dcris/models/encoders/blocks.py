@@ -1,6 +1,6 @@
-"""The transformer block both towers are made of, with a slot in each branch where an adapter goes.
+"""The transformer block of all towers, with slots for adapters.
 
-Shape letters: B batch, P tokens (class, registers and patches, or text tokens), D width.
+Shape letters: B batch, P tokens (prefix and patches, or text tokens), D width.
 """
 
 from collections.abc import Iterable
@@ -17,58 +17,94 @@ from dcris.models.layers.rope import Rotation, rotate_patches
 
 @dataclass(frozen=True, slots=True)
 class SlotContext:
-    """What an adapter may need beside the branch it sits in. It is an argument, so that no module keeps per-call state."""
+    """Inputs of adapters besides the features. Passed as an argument, so that no module stores per-call state."""
 
     grid: tuple[int, int] | None = None
     """Patch rows and columns h, w; None in the text tower."""
-    prefix: int = 0
-    """Tokens before the patches or the words: class token and registers, or the start token, and what a method puts in."""
+    num_prefix_tokens: int = 0
+    """Tokens before the patches or the words: class token and registers, or the start token, plus the tokens that a method
+    inserts behind them."""
     text: Tensor | None = None
-    """[B, L, T] token features of the finished text tower; None in the text tower itself, and where nothing reads the text."""
+    """[B, L, T] token features of the finished text tower; None in the text tower, and where no adapter reads the text."""
     padding: Tensor | None = None
-    """[B, L] bool: True where a text token is padding; there wherever `text` is."""
+    """[B, L] bool, True where a text token is padding; given together with `text`."""
     rotation: Rotation | None = None
-    """Of DINOv3's queries and keys, by patch; None where positions are a table."""
+    """DINOv3's rotation of queries and keys, for each patch; None for towers with a position table."""
 
 
-_NOTHING = SlotContext()
+_NO_CONTEXT = SlotContext()
 
 
 class Slot(nn.Module):
-    """A place in a block for an adapter. This one is empty: what would be there without it passes through.
+    """Base class of the adapters that a block can hold: TokenSlot, QkvSlot and BranchSlot.
 
-    A block has four, in this order: `token_slot` before everything, where tokens may be put in or exchanged;
-    `attention.qkv_slot` behind the projection to queries, keys and values; `attention_slot` and `mlp_slot` at the ends of the
-    two branches.
+    A block has four slots, in this order: `token_slot` (a TokenSlot) before everything else; `attention.qkv_slot` (a QkvSlot)
+    behind the projection to queries, keys and values; `attention_slot` and `mlp_slot` (BranchSlots) at the ends of the two
+    branches.
     """
 
     reads_text = False
-    """Whether the output depends on the text: what comes before the first such slot is shared by all phrases of an image."""
-    added_tokens = 0
-    """How many tokens it puts in, behind those that come before the patches or the words. For a `token_slot` alone."""
+    """Whether the output depends on the text. Everything before the first such slot is computed once for all expressions of
+    an image."""
+
+    def fold(self, block: "Block") -> None:
+        """Change the block's own weights so that the block without this adapter gives the same output.
+
+        Implemented by methods whose settings have `foldable = True`.
+        """
+        raise NotImplementedError
+
+
+class TokenSlot(Slot):
+    """An adapter that inserts or replaces tokens before a block."""
+
+    num_added_tokens = 0
+    """How many tokens it inserts, behind those that precede the patches or the words."""
+
+    def forward(self, tokens: Tensor, context: SlotContext) -> Tensor:
+        """Tokens that enter the block [B, P, D] -> [B, P + num_added_tokens, D]."""
+        raise NotImplementedError
+
+
+class QkvSlot(Slot):
+    """An adapter that changes queries, keys and values."""
+
+    def forward(self, qkv: Tensor, normed: Tensor, context: SlotContext) -> Tensor:
+        """Output of the projection [B, P, 3D] and its input [B, P, D] -> changed [B, P, 3D]."""
+        raise NotImplementedError
+
+
+class BranchSlot(Slot):
+    """An adapter at the end of a branch (attention or MLP)."""
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """Return what takes the place of `output`.
+        """Return the changed branch output [B, P, D].
 
         Args:
-            output: [B, P, D] what the branch (attention or MLP) made, before LayerScale. A `qkv_slot` gets what the projection
-                made [B, P, 3D], a `token_slot` the tokens that enter the block.
-            normed: [B, P, D] what the branch or the projection read: the layer norm's output. A `token_slot` gets the tokens.
-            residual: [B, P, D] the residual stream before that norm. A `qkv_slot` gets `normed`, a `token_slot` the tokens.
-            context: the rest an adapter may read.
+            output: [B, P, D] output of the branch, before LayerScale.
+            normed: [B, P, D] input of the branch: the output of its layer norm.
+            residual: [B, P, D] the residual stream before that norm.
+            context: further inputs.
         """
         return output
 
-    def carry(self, residual: Tensor) -> Tensor:
-        """What the branch is added to: the residual stream [B, P, D] as it is, unless a method changes that too.
-
-        Not for a `token_slot` or a `qkv_slot`.
-        """
+    def transform_residual(self, residual: Tensor) -> Tensor:
+        """Return what the branch is added to: the residual stream [B, P, D], unchanged by default."""
         return residual
 
-    def merge(self, block: "Block") -> bool:
-        """Add to the block's own weights what has the same effect as this slot, and say whether that can be done."""
-        return False
+
+class EmptySlot(Slot):
+    """A slot without an adapter, in any of the four places: its first input passes through."""
+
+    num_added_tokens = 0
+
+    def forward(self, x: Tensor, *others: Tensor | SlotContext) -> Tensor:
+        """Return `x` unchanged."""
+        return x
+
+    def transform_residual(self, residual: Tensor) -> Tensor:
+        """Return the residual stream unchanged."""
+        return residual
 
 
 class QuickGELU(nn.Module):
@@ -80,7 +116,7 @@ class QuickGELU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a branch's output (DINOv2), and the sum with the residual stream, in one pass."""
+    """Multiply a branch's output by a learned factor per channel (DINOv2) and add it to the residual stream."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,7 +128,7 @@ class LayerScale(nn.Module):
 
 
 class Sum(nn.Module):
-    """The same without a factor (CLIP)."""
+    """Add a branch's output to the residual stream, without a factor (CLIP)."""
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         """residual + branch, both of any shape."""
@@ -107,13 +143,13 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
-        self.qkv_slot = Slot()
+        self.qkv_slot: QkvSlot | EmptySlot = EmptySlot()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: SlotContext = _NOTHING) -> Tensor:
+    def forward(self, x: Tensor, context: SlotContext = _NO_CONTEXT) -> Tensor:
         """[B, P, D] -> [B, P, D]."""
         batch, tokens, width = x.shape
-        qkv = self.qkv_slot(self.qkv(x), x, x, context).view(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = self.qkv_slot(self.qkv(x), x, context).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if context.rotation is not None:
             query, key = rotate_patches(query, context.rotation), rotate_patches(key, context.rotation)
@@ -140,7 +176,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Two thirds of the plain MLP's 4 * width, so that three matrices weigh what two did; rounded up to eights.
+        # Two thirds of the plain MLP's 4 * width, so that three matrices have as many weights as two; rounded up to a multiple of 8.
         hidden = (8 * width // 3 + 7) // 8 * 8
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
@@ -151,17 +187,20 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-def _make_mlp(width: int, kind: Literal["gelu", "quick_gelu", "swiglu"]) -> nn.Module:
+MlpKind = Literal["gelu", "quick_gelu", "swiglu"]
+
+
+def _make_mlp(width: int, kind: MlpKind) -> nn.Module:
     if kind == "swiglu":
         return SwiGLU(width)
     return MLP(width, nn.GELU() if kind == "gelu" else QuickGELU())
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block in two halves, with slots on the way.
+    """A pre-norm transformer block in two halves, with slots for adapters.
 
-    The halves are callable apart because what precedes the first slot that reads text is computed once per image, and that
-    is usually in the middle of a block.
+    The halves can be called separately: what precedes the first slot that reads the text is computed once per image, and that
+    slot is usually in the middle of a block.
     """
 
     def __init__(
@@ -171,52 +210,52 @@ class Block(nn.Module):
         *,
         causal: bool = False,
         layer_scale: bool = True,
-        mlp: Literal["gelu", "quick_gelu", "swiglu"] = "gelu",
+        mlp: MlpKind = "gelu",
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.token_slot = Slot()
+        self.token_slot: TokenSlot | EmptySlot = EmptySlot()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads, causal)
-        self.attention_slot = Slot()
+        self.attention_slot: BranchSlot | EmptySlot = EmptySlot()
         self.scale1 = LayerScale(width) if layer_scale else Sum()
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = _make_mlp(width, mlp)
-        self.mlp_slot = Slot()
+        self.mlp_slot: BranchSlot | EmptySlot = EmptySlot()
         self.scale2 = LayerScale(width) if layer_scale else Sum()
 
     def attend(self, x: Tensor, context: SlotContext) -> Tensor:
-        """The first half: carry(x) + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
-        x = self.token_slot(x, x, x, context)
+        """First half: transform_residual(x) + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
+        x = self.token_slot(x, context)
         normed = self.norm1(x)
         branch = self.attention_slot(self.attention(normed, context), normed, x, context)
-        summed: Tensor = self.scale1(self.attention_slot.carry(x), branch)
+        summed: Tensor = self.scale1(self.attention_slot.transform_residual(x), branch)
         return summed
 
-    def feed(self, x: Tensor, context: SlotContext, made: Tensor | None = None) -> Tensor:
-        """The second half: carry(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D].
+    def feed_forward(self, x: Tensor, context: SlotContext, mlp_out: Tensor | None = None) -> Tensor:
+        """Second half: transform_residual(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D].
 
-        `made` [B, P, D] is what the MLP makes of x, where that is known already (`foresee`).
+        `mlp_out` [B, P, D] is the MLP's output for x, where it is already known (`precompute_mlp`).
         """
         normed = self.norm2(x)
-        made = self.mlp(normed) if made is None else made
-        summed: Tensor = self.scale2(self.mlp_slot.carry(x), self.mlp_slot(made, normed, x, context))
+        mlp_out = self.mlp(normed) if mlp_out is None else mlp_out
+        summed: Tensor = self.scale2(self.mlp_slot.transform_residual(x), self.mlp_slot(mlp_out, normed, x, context))
         return summed
 
-    def foresee(self, x: Tensor) -> Tensor:
-        """What the second half's MLP will make of x, before its slot looks at the text. [B, P, D] -> [B, P, D]."""
-        made: Tensor = self.mlp(self.norm2(x))
-        return made
+    def precompute_mlp(self, x: Tensor) -> Tensor:
+        """Return the MLP's output for x [B, P, D], which does not depend on the text, without the slot behind it."""
+        mlp_out: Tensor = self.mlp(self.norm2(x))
+        return mlp_out
 
     def forward(self, x: Tensor, context: SlotContext) -> Tensor:
         """Both halves. [B, P, D] -> [B, P, D]."""
-        return self.feed(self.attend(x, context), context)
+        return self.feed_forward(self.attend(x, context), context)
 
 
-def added_tokens(blocks: Iterable[nn.Module]) -> int:
-    """How many tokens a method puts into the sequence that goes through the blocks."""
+def count_added_tokens(blocks: Iterable[nn.Module]) -> int:
+    """Return how many tokens the token slots of the blocks insert into the sequence."""
     count = 0
     for block in blocks:
         assert isinstance(block, Block)
-        count += block.token_slot.added_tokens
+        count += block.token_slot.num_added_tokens
     return count

@@ -1,6 +1,8 @@
-"""What the vision towers have in common: they are run half a block at a time, so that phrases share what they can.
+"""The base class of the vision towers. They run half a block at a time, so that the expressions of
+an image share everything that does not depend on the text.
 
-Shape letters: B batch, H W pixels, h w patch grid, N = h*w patches, P tokens (prefix, then patches), D width.
+Shape letters: B batch, H W pixels, h w patch grid, N = h*w patches, P tokens (prefix, then patches),
+D width.
 """
 
 from collections.abc import Iterable
@@ -11,52 +13,54 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import PositionRule, VisionConfig
-from dcris.models.encoders.blocks import Block, SlotContext, added_tokens
+from dcris.models.encoders.blocks import Block, SlotContext, count_added_tokens
 from dcris.models.layers.activation_checkpointing import recomputed
 from dcris.models.layers.rope import Rotation
 
 
 @dataclass(frozen=True, slots=True)
 class VisionState:
-    """A vision tower stopped on its way. Whatever does not depend on the text is run once and then taken up per phrase."""
+    """A vision tower that has run up to some half block. `VisionTower.advance` continues it."""
 
     tokens: Tensor
     """[B, P, D]"""
     grid: tuple[int, int]
-    step: int
+    """Patch rows and columns h, w."""
+    num_prefix_tokens: int
+    """Tokens before the patches, including those that a method inserts."""
+    step: int = 0
     """Half blocks done: 2i means that block i is next, 2i + 1 that its second half is."""
-    made: Tensor | None = None
-    """[B, P, D] what the next half block's MLP makes of the tokens, where that is known already."""
-    taps: tuple[Tensor, ...] = ()
-    """[B, P, D] each: outputs collected so far."""
-    guests: int = 0
-    """Words that go through the tower behind its prefix, where a method puts some in (dcris.models.adapters.barleria)."""
-    aside: Tensor | None = None
-    """[B, N, S] the patches as a side network embeds them; None where there is no such network."""
+    mlp_out: Tensor | None = None
+    """[B, P, D] output of the next half block's MLP, if already computed (`precompute_mlp`)."""
+    layer_outputs: tuple[Tensor, ...] = ()
+    """[B, P, D] each: outputs of the feature layers that have run."""
 
     def select(self, index: Tensor) -> "VisionState":
-        """The state with images picked by `index` [B'] int64, an image as often as it has phrases."""
-        made, aside = (None if x is None else x[index] for x in (self.made, self.aside))
-        taps = tuple(tap[index] for tap in self.taps)
-        return replace(self, tokens=self.tokens[index], made=made, taps=taps, aside=aside)
+        """Return the state of the images `index` [B'] int64, for example one row per expression."""
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            mlp_out=None if self.mlp_out is None else self.mlp_out[index],
+            layer_outputs=tuple(output[index] for output in self.layer_outputs),
+        )
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """The patches among a tower's tokens, as a map: [B, P, C] -> [B, C, h, w]."""
+        """Return the patches among a tower's tokens as a map: [B, P, C] -> [B, C, h, w]."""
         rows, columns = self.grid
         return as_map(tokens[:, -rows * columns :], self.grid)
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens as a map whose channels come last in memory, without a copy: [B, h*w, C] -> [B, C, h, w].
+    """View tokens as a map in channels-last memory layout: [B, h*w, C] -> [B, C, h, w].
 
-    The order matters: transposed before they are unflattened, tokens of one photograph get strides in which torch does not
-    see that channels come last, and every convolution moves the map in memory.
+    Unflatten first, then permute: transposing first gives a single image strides in which torch does
+    not recognise channels_last, and every convolution then copies the map.
     """
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 class VisionTower(nn.Module):
-    """Patches, blocks and a last norm; the subclass embeds the patches and finishes."""
+    """Patch embedding, blocks and a last norm. Subclasses create them and implement `embed`."""
 
     config: VisionConfig
     patch_embed: nn.Conv2d
@@ -67,18 +71,30 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.source: dict[str, str] = {}
-        """Where its weights came from, as dcris.checkpoints.backbones.fill_tower found out."""
+        """Where the weights come from; set by dcris.checkpoints.backbones.fill_tower."""
         self.checkpoint_activations = False
-        """Whether half blocks with gradients are run again in the backward pass instead of remembered."""
+        """Whether half blocks with gradients are recomputed in the backward pass."""
+
+    @classmethod
+    def check(cls, config: VisionConfig) -> None:
+        """Raise ValueError where the configuration does not fit this architecture."""
 
     @property
-    def prefix(self) -> int:
-        """Tokens before the patches: the class token, the registers, and what a method puts in behind them."""
-        return 1 + self.config.registers + added_tokens(self.blocks)
+    def num_own_prefix_tokens(self) -> int:
+        """Tokens that `embed` puts before the patches: class token and registers."""
+        return 1 + self.config.registers
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches, including those that the token slots insert."""
+        return self.num_own_prefix_tokens + count_added_tokens(self.blocks)
 
     @property
     def first_text_step(self) -> int:
-        """The first half block whose slot reads the text; 2 * depth where none does. Half blocks before it are shared."""
+        """The first half block with a slot that reads the text; 2 * depth if there is none.
+
+        All half blocks before it are shared by the expressions of an image.
+        """
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             before = block.token_slot, block.attention.qkv_slot, block.attention_slot
@@ -94,23 +110,28 @@ class VisionTower(nn.Module):
         """
         patch = self.config.patch
         if images.shape[-2] % patch or images.shape[-1] % patch:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels do not divide into patches of {patch}")
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels cannot be cut into patches of {patch}")
         patches = self.patch_embed(images)
         _, _, rows, columns = patches.shape
-        return VisionState(self.embed(patches.flatten(2).transpose(1, 2), (rows, columns)), (rows, columns), 0)
+        tokens = self.embed(patches.flatten(2).transpose(1, 2), (rows, columns))
+        return VisionState(tokens, (rows, columns), self.num_prefix_tokens)
 
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What enters the first block: [B, N, D] patches -> [B, P, D]."""
+        """Return the input of the first block: [B, N, D] patches -> [B, P, D]."""
         raise NotImplementedError
 
     def positions_on(self, grid: tuple[int, int]) -> Tensor:
-        """The table of positions, where there is one, on a grid of patches: [1, 1 + h*w, D]."""
+        """Return the position table, where the tower has one, on a patch grid: [1, 1 + h*w, D].
+
+        The table's first row is that of the class token. A tower without one has [1, h*w, D].
+        """
         table = self.positions
         assert isinstance(table, Tensor)
-        return interpolate_positions(table.view(1, *table.shape[-2:]), grid, self.config.position_rule)
+        table = table.view(1, *table.shape[-2:])
+        return interpolate_positions(table, grid, self.config.position_rule, int(self.num_own_prefix_tokens > 0))
 
     def rotation(self, state: VisionState) -> Rotation | None:
-        """What the patches' queries and keys are turned by, where positions are told in that way."""
+        """Return the rotation of the patches' queries and keys (DINOv3); None for other towers."""
         return None
 
     def advance(
@@ -120,53 +141,58 @@ class VisionTower(nn.Module):
         *,
         text: Tensor | None = None,
         padding: Tensor | None = None,
-        taps: Iterable[int] = (),
+        feature_layers: Iterable[int] = (),
     ) -> VisionState:
-        """Run half blocks from `state.step` up to but not including `stop` (to the end by default).
+        """Run half blocks from `state.step` up to but not including `stop`.
 
         Args:
-            state: where to go on from.
-            stop: a number of half blocks, or None for all.
-            text: [B, L, T] for the slots that read it.
+            state: where to continue.
+            stop: a number of half blocks; None runs all.
+            text: [B, L, T] token features for the slots that read the text.
             padding: [B, L] bool, True where a token of the text is padding.
-            taps: blocks (from 0) whose outputs are collected on the way.
+            feature_layers: blocks (0-based) whose outputs are appended to `layer_outputs`.
         """
         context = SlotContext(
             grid=state.grid,
-            prefix=self.prefix + state.guests,
+            num_prefix_tokens=state.num_prefix_tokens,
             text=text,
             padding=padding,
             rotation=self.rotation(state),
         )
-        wanted = set(taps)
-        tokens, made, collected = state.tokens, state.made, list(state.taps)
+        wanted = set(feature_layers)
+        tokens, mlp_out, outputs = state.tokens, state.mlp_out, list(state.layer_outputs)
         stop = 2 * len(self.blocks) if stop is None else stop
         for step in range(state.step, stop):
             index, half = divmod(step, 2)
             block = self.blocks[index]
             assert isinstance(block, Block)
-            run, arguments = (block.feed, (tokens, context, made)) if half else (block.attend, (tokens, context))
-            # Before the first adapter there is no gradient, so nothing is kept that could be done without.
+            run, arguments = (
+                (block.feed_forward, (tokens, context, mlp_out)) if half else (block.attend, (tokens, context))
+            )
+            # Before the first adapter there are no gradients, so nothing is stored for the backward pass.
             if self.checkpoint_activations and torch.is_grad_enabled() and (tokens.requires_grad or _trains(block)):
                 tokens = recomputed(block, run, *arguments)
             else:
                 tokens = run(*arguments)
-            made = None
+            mlp_out = None
             if half and index in wanted:
-                collected.append(tokens)
-        return replace(state, tokens=tokens, made=made, step=max(stop, state.step), taps=tuple(collected))
+                outputs.append(tokens)
+        return replace(state, tokens=tokens, mlp_out=mlp_out, step=max(stop, state.step), layer_outputs=tuple(outputs))
 
-    def foresee(self, state: VisionState) -> VisionState:
-        """The state with what the next half block's MLP, if it has one, makes of the tokens: only its slot reads the text."""
+    def precompute_mlp(self, state: VisionState) -> VisionState:
+        """Return the state with the output of the next MLP, if the next half block has one.
+
+        Only the slot behind that MLP reads the text, so all expressions of an image share it.
+        """
         index, half = divmod(state.step, 2)
         if not half:
             return state
         block = self.blocks[index]
         assert isinstance(block, Block)
-        return replace(state, made=block.foresee(state.tokens))
+        return replace(state, mlp_out=block.precompute_mlp(state.tokens))
 
     def finish(self, state: VisionState) -> Tensor:
-        """The last layer norm: [B, P, D]."""
+        """Apply the last layer norm: [B, P, D]."""
         normed: Tensor = self.norm(state.tokens)
         return normed
 
@@ -179,18 +205,25 @@ def _trains(block: Block) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
 
-def interpolate_positions(table: Tensor, grid: tuple[int, int], rule: PositionRule) -> Tensor:
-    """Bring a table [1, 1 + g*g, D] of positions to another patch grid: [1, 1 + h*w, D].
+def interpolate_positions(table: Tensor, grid: tuple[int, int], rule: PositionRule, num_prefix_rows: int = 1) -> Tensor:
+    """Resize a position table [1, R + g*g, D] to another patch grid: [1, R + h*w, D].
 
-    Three rules are in circulation and differ by up to a few per cent of a position's norm. "exact" resizes with antialiasing
-    to the exact grid (Meta's hub entry for the register models, and transformers for DINOv2). "offset" multiplies by
-    (h + 0.1) / g and does not antialias (Meta's first release, and the published DETRIS code, so also what the paper trained
-    with). "plain" resizes to the exact grid and does not antialias (transformers for CLIP, and the published ETRIS code).
+    Three rules are in use; their results differ by up to a few per cent of a position's norm.
+    "exact": antialiased, to the exact grid (Meta's hub entry for the register models, and
+    transformers for DINOv2). "offset": scale factor (h + 0.1) / g, not antialiased (Meta's first
+    release and the published DETRIS code, so also the one the paper trained with). "plain": to the
+    exact grid, not antialiased (transformers for CLIP, and the published ETRIS code).
+
+    Args:
+        table: positions; the first R = `num_prefix_rows` rows are copied.
+        grid: rows and columns h, w.
+        rule: which of the three.
+        num_prefix_rows: 1 for a table with a row for the class token, else 0.
     """
-    side = round((table.shape[1] - 1) ** 0.5)
+    side = round((table.shape[1] - num_prefix_rows) ** 0.5)
     if grid == (side, side):
         return table
-    patches = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = table[:, num_prefix_rows:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     if rule == "plain":
         resized = F.interpolate(patches, size=grid, mode="bicubic")
     elif rule == "exact":
@@ -199,4 +232,4 @@ def interpolate_positions(table: Tensor, grid: tuple[int, int], rule: PositionRu
         factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
         resized = F.interpolate(patches.float(), scale_factor=factors, mode="bicubic", antialias=False)
     resized = resized.to(table.dtype).permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
-    return torch.cat((table[:, :1], resized), dim=1)
+    return torch.cat((table[:, :num_prefix_rows], resized), dim=1)
