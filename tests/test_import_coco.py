@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.data.check import check_dataset
-from dcris.data.import_coco import Imported, import_coco
+from dcris.data.import_coco import ImportResult, import_coco
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
@@ -55,7 +55,7 @@ class Export:
         self.content["annotations"].append(record | more)
         return number
 
-    def load(self, phrases: Any = None, **settings: Any) -> tuple[ReferenceTable, Imported]:
+    def load(self, phrases: Any = None, **settings: Any) -> tuple[ReferenceTable, ImportResult]:
         out = self.folder / "my.jsonl"
         out.unlink(missing_ok=True)
         (self.folder / "coco.json").write_text(json.dumps(self.content))
@@ -82,7 +82,7 @@ def test_category_names_are_phrases_where_they_mean_one_object(export: Export) -
     table, done = export.load()
     assert said(table) == [(1, ["cup"]), (1, ["dog"]), (3, ["dog"])]
     assert (done.splits, done.images, done.expressions, done.ambiguous) == ({"train": 3}, 2, 3, 2)
-    assert "left out: 2 whose phrase fits several objects" in str(done)
+    assert "left out: 2 whose phrase fits several objects of an image" in str(done)
     assert [item.category for item in table.references] == ["cup", "dog", "dog"]
     for item, mask in zip(table.references, (MASK, MASK, np.ones((H, W))), strict=True):
         np.testing.assert_array_equal(decode_mask(item.segmentation, (H, W)), mask)
@@ -106,7 +106,7 @@ def test_boxes_are_no_masks(export: Export) -> None:
     export.add(4, DOG, [], bbox=[1, 2, 3, 4])
     del export.content["annotations"][0]["segmentation"]
     table, done = export.load()
-    assert (len(table.references), done.maskless) == (2, 2)
+    assert (len(table.references), done.without_mask) == (2, 2)
 
 
 def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
@@ -148,7 +148,7 @@ def test_phrases_from_a_file(export: Export) -> None:
     ]
     table, done = export.load({"dog": "a dog"})
     assert said(table) == [(1, ["the brown dog"]), (3, ["the black dog"])]
-    assert done.phraseless == 3
+    assert done.without_phrase == 3
 
 
 def test_one_phrase_for_two_categories_fits_both(export: Export) -> None:
@@ -169,7 +169,7 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
     ]
     table, done = export.load("\r\n".join(mark.join(row) for row in rows))
     assert said(table) == [(1, ['the "blue" cup', "кубок"])]
-    assert done.phraseless == 4
+    assert done.without_phrase == 4
     table, _ = export.load(f"sep={mark}\nannotation{mark}phrase\n11.0{mark}a cup\n")  # as Excel and pandas write them
     assert said(table) == [(1, ["a cup"])]
     table, _ = export.load(f"category{mark}phrase\n7{mark}dot\ncup{mark}a cup\n")
@@ -179,18 +179,18 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
 @pytest.mark.parametrize(
     ("phrases", "sentence"),
     [
-        ({"99": "x"}, "'99' is the id of no annotation and the name of no category"),
-        ({"cups": "x"}, "'cups' is the id of no annotation"),
+        ({"99": "x"}, "'99' is neither the id of an annotation nor the name of a category"),
+        ({"cups": "x"}, "'cups' is neither the id of an annotation"),
         ({"cup": ""}, "blank 'phrase'"),
         ({"cup": []}, "neither text nor a list of texts"),
         ({"cup": {"a": "b"}}, "neither text nor a list of texts"),
-        (["cup"], "not a table of phrases"),
-        ("id,text\n1,x", "heading"),
-        ("annotation\n11", "heading"),
-        ("", "heading"),
-        ("annotation,phrase\n11,x\n12,y\n99,x", "row 4, with the annotation '99', is the id of no annotation"),
-        ("annotation,phrase\ncup,x", "row 2, with the annotation 'cup', is the id of no"),
-        ("category,phrase\n11,x", "row 2, with the category '11', is the id of no"),
+        (["cup"], "not an object with phrases"),
+        ("id,text\n1,x", "header is neither"),
+        ("annotation\n11", "header is neither"),
+        ("", "header is neither"),
+        ("annotation,phrase\n11,x\n12,y\n99,x", "row 4, with the annotation '99', is not in the COCO file"),
+        ("annotation,phrase\ncup,x", "row 2, with the annotation 'cup', is not in the COCO file"),
+        ("category,phrase\n11,x", "row 2, with the category '11', is not in the COCO file"),
         ('annotation,phrase\n11,"' + "x" * 200_000 + '"', "not CSV"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_key_that_may_mean_two_things(export: Export) -> None:
     """Categories of digits exist; which is meant is said by a CSV heading."""
     for number, record in enumerate(export.content["annotations"], 5):
         record["id"] = number
-    with pytest.raises(DcrisError, match="'7' may be an annotation's id or a category's name"):
+    with pytest.raises(DcrisError, match="'7' is both the id of an annotation and the name of a category"):
         export.load({"7": "x"})
     table, _ = export.load("annotation,phrase\n7,x\n")
     assert said(table) == [(2, ["x"])]
@@ -231,17 +231,17 @@ FIRST = ("annotations", 0)
         (_set((*FIRST, "image_id"), 99), "annotation 11 names image 99, which the file does not have"),
         (_set((*FIRST, "category_id"), 99), "annotation 11 names category 99, which the file does not have"),
         (_set((*FIRST, "category_id"), "cup"), "annotation 11 has a 'category_id' that is not an integer"),
-        (_set(FIRST, 5), "entry 1 of 'annotations' is not a table"),
+        (_set(FIRST, 5), "entry 1 of 'annotations' is not an object"),
         (_set((*FIRST, "iscrowd"), "perhaps"), "annotation 11 has an 'iscrowd' that is neither 0 nor 1"),
         (_set((*FIRST, "segmentation"), [[1, 2]]), "annotation 11 cannot be decoded .*no polygon has three corners"),
         (_set((*FIRST, "segmentation"), [[1, 2, 3, 4]]), "annotation 11 cannot be decoded .*no polygon has three"),
         (_set((*FIRST, "segmentation"), [*POLYGON, [1] * 7]), "annotation 11 cannot be decoded .*polygon 2"),
         (_set((*FIRST, "segmentation"), [["1", "x"] * 4]), "annotation 11 cannot be decoded .*polygon 1"),
-        (_set((*FIRST, "segmentation"), [[1, 1, 5, 1, 9, 1]]), "annotation 11 has a mask that covers no pixel"),
-        (_set((*FIRST, "segmentation"), {"size": [H, W], "counts": [H * W]}), "annotation 11 has a mask that covers"),
+        (_set((*FIRST, "segmentation"), [[1, 1, 5, 1, 9, 1]]), "annotation 11 has a mask without a pixel"),
+        (_set((*FIRST, "segmentation"), {"size": [H, W], "counts": [H * W]}), "annotation 11 has a mask without"),
         (_set((*FIRST, "segmentation"), [[]]), "annotation 11 has no mask"),
-        (_set((*FIRST, "segmentation"), "[[1,1,2,2,3,1]]"), "annotation 11 cannot be decoded .*neither a list"),
-        (_set(("images", 1), {"id": "1", "file_name": "2.png"}), "two entries of 'images' have the id 1 and differ"),
+        (_set((*FIRST, "segmentation"), "[[1,1,2,2,3,1]]"), "annotation 11 cannot be decoded .*neither polygons"),
+        (_set(("images", 1), {"id": "1", "file_name": "2.png"}), "two different entries of 'images' have the id 1"),
         (_set((*FIRST, "segmentation"), {"size": [W, H], "counts": [W * H]}), "annotation 11 cannot be decoded"),
         (_set((*FIRST, "segmentation"), [[float("nan")] * 6]), "annotation 11 cannot be decoded"),
         (_set((*FIRST, "caption"), 5), "annotation 11 has a 'caption' that is neither text"),
@@ -250,8 +250,8 @@ FIRST = ("annotations", 0)
         (_set(("images", 0, "file_name"), "../photos/1.png"), "image 1 has a 'file_name' that is not a plain path"),
         (_set(("images", 0, "file_name"), "none.png"), "no image file .*none.png"),
         (_set(("images", 0, "height"), W), r"1.png is 8 x 12 pixels .* says 12 x 12, so its masks do not fit"),
-        (_set(("annotations",), [1] * 20_000), "20,000 entries of 'annotations' are not tables"),
-        (_set(("annotations",), []), "nothing in .* has both a mask and a phrase"),
+        (_set(("annotations",), [1] * 20_000), "20,000 entries of 'annotations' are not objects"),
+        (_set(("annotations",), []), "no annotation in .* has both a mask and a phrase"),
     ],
 )
 def test_what_is_wrong_with_an_export_is_named(export: Export, change: Any, sentence: str) -> None:
@@ -266,7 +266,7 @@ def test_what_is_wrong_with_an_export_is_named(export: Export, change: Any, sent
         return
     table, done = export.load()
     assert str(caught.value) in done.problems
-    left_out = done.unusable + done.maskless + done.empty + done.ambiguous
+    left_out = done.unusable + done.without_mask + done.empty + done.ambiguous
     assert len(table.references) == len(export.content["annotations"]) - left_out
     assert not check_dataset(export.folder / "my.jsonl", None).problem_count
 
@@ -341,7 +341,7 @@ def test_records_that_tools_write_differently(export: Export) -> None:
     del export.content["categories"], annotations[0]["category_id"]
     table, done = export.load(strict=True)
     assert said(table) == [(1, ["a blue cup"])]
-    assert done.phraseless == 4
+    assert done.without_phrase == 4
 
 
 def test_two_annotations_of_one_id(export: Export) -> None:
@@ -351,7 +351,7 @@ def test_two_annotations_of_one_id(export: Export) -> None:
     table, done = export.load({"11": "it", "13": "the left cup"})
     assert said(table) == [(2, ["the left cup"])]
     assert done.unusable == 2
-    assert "two entries of 'annotations' have the id 11 and differ" in done.problems[0]
+    assert "two different entries of 'annotations' have the id 11" in done.problems[0]
 
 
 def test_a_disk_that_is_full_leaves_nothing(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,11 +390,11 @@ def test_what_is_there_is_not_overwritten(export: Export) -> None:
     before = out.read_bytes()
     with pytest.raises(DcrisError, match="exists already"):
         import_coco(coco, photos, out)
-    with pytest.raises(DcrisError, match=r"call it .*my\.jsonl"):
+    with pytest.raises(DcrisError, match=r"change it to .*my\.jsonl"):
         import_coco(coco, photos, export.folder / "my.json")
     with pytest.raises(DcrisError, match="no folder"):
         import_coco(coco, export.folder / "images", export.folder / "new.jsonl")
-    with pytest.raises(DcrisError, match="split needs a name"):
+    with pytest.raises(DcrisError, match="--split is blank"):
         import_coco(coco, photos, export.folder / "new.jsonl", split=" ")
     assert out.read_bytes() == before
     assert not (export.folder / "new.jsonl").exists()
