@@ -289,7 +289,7 @@ def _progressive(photo: np.ndarray, scans: int) -> bytes:
 def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(photo):
     """Each scan is one pass over the whole picture: 2 MB of them take minutes."""
     assert read_image(_progressive(photo, 20)).shape == photo.shape
-    with pytest.raises(DcrisError, match=r"a JPEG of 5,010 scans"):
+    with pytest.raises(DcrisError, match=r"a JPEG with 5,010 scans"):
         read_image(_progressive(photo, 5_000))
 
 
@@ -340,7 +340,7 @@ def test_pictures_whose_decoder_needs_much_memory_are_refused_by_their_headers(
         if fits:
             assert image_size(path) == (side, side)
         else:
-            with pytest.raises(DcrisError, match=r"100 x 100 pixels, for which this format takes"):
+            with pytest.raises(DcrisError, match=r"100 x 100 pixels, which need"):
                 image_size(path)
     assert image_size(_save(tmp_path, "plain.jpg", Image.new("RGB", (100, 100)))) == (100, 100)
 

@@ -480,7 +480,7 @@ def test_a_finished_set_is_not_overwritten(tmp_path):
     """A second call with another seed would change the data under results that were measured on it."""
     write_scenes(tmp_path, train=1, val=0, test=0, side=56)
     before = content(tmp_path)
-    with pytest.raises(DcrisError, match="already holds generated scenes; choose another folder"):
+    with pytest.raises(DcrisError, match="already contains generated scenes; choose another folder"):
         write_scenes(tmp_path, train=1, val=0, test=0, seed=1, side=56)
     assert content(tmp_path) == before
 
@@ -506,7 +506,7 @@ def test_an_interrupted_writing_is_completed_by_calling_again(tmp_path):
     ("numbers", "complaint"),
     [
         ({"train": -1}, "must not be negative"),
-        ({"train": 0, "val": 0, "test": 0}, "nor all zero"),
+        ({"train": 0, "val": 0, "test": 0}, "or all zero"),
         ({"side": 55}, "56 to 4096 pixels, and is 55"),
         ({"side": 4097}, "56 to 4096"),
         ({"seed": -1}, "seed must be 0 or more, and is -1"),

@@ -253,7 +253,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
         (lambda s, p: s.predict(p, "ring", threshold=0), "between 0 and 1"),
         (lambda s, p: s.predict(p, "ring", threshold=float("nan")), "between 0 and 1"),
         (lambda s, p: s.predict(p.with_name("absent.jpg"), "ring"), r"no image file .*absent\.jpg"),
-        (lambda s, p: s.predict((p, p), "ring"), "several images are a list"),
+        (lambda s, p: s.predict((p, p), "ring"), "give several images as a list"),
         (lambda s, p: s.predict(np.zeros((4, 4, 2), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
         (lambda s, p: s.predict(np.zeros((2, 4, 4, 3), np.uint8), "ring"), r"uint8 \[H, W, 3\]"),
         (lambda s, p: s.predict([p], [["a"], ["b"]]), "there are 1 images, but phrases for 2 images"),

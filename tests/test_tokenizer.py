@@ -201,7 +201,7 @@ def test_unknown_words_mostly_stay_distinct():
 
 @pytest.mark.parametrize("words", [["Red"], [""], ["two words"], ["it's"], ["red", "blue", "red"]])
 def test_bad_word_lists_are_refused(words):
-    with pytest.raises(DcrisError, match="list of words"):
+    with pytest.raises(DcrisError, match="word list"):
         TinyTokenizer(words)
 
 
@@ -224,7 +224,7 @@ def test_an_empty_phrase_is_refused(text):
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud800", "red \udfff cup"])
 def test_a_phrase_that_is_not_utf8_is_refused(text):
     """A terminal in another encoding gives such bytes; they would end the work when results are written."""
-    with pytest.raises(DcrisError, match="is not UTF-8 text; use a UTF-8 terminal"):
+    with pytest.raises(DcrisError, match="is not UTF-8 text; use a terminal"):
         require_phrase(text)
 
 

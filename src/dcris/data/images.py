@@ -1,9 +1,11 @@
-"""Pictures of every common format as one kind of array: uint8 [H, W, 3] RGB, upright.
+"""Read images of all common formats as upright RGB arrays, uint8 [H, W, 3].
 
-Pillow decodes everything. The published results were made with cv2, which gives the same pixels for ordinary JPEG and takes
-nine tenths of the time, but fills the missing part of a truncated file with grey without an error.
+Pillow decodes all formats. The published results were made with cv2, which gives the same pixels for
+ordinary JPEG files in nine tenths of the time, but silently fills the missing part of a truncated
+file with grey.
 
-What a file costs is bounded before it is decoded, because a file of a few kilobytes can claim any size (see `_refuse_costly`).
+The cost of a file is bounded before it is decoded, because a file of a few kilobytes can claim any
+size (see `_refuse_costly`).
 """
 
 import io
@@ -25,26 +27,27 @@ from dcris.errors import DcrisError
 from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import open_regular
 
-# Pillow logs what it also raises; without a handler, Python prints the log as well.
+# Pillow logs errors that it also raises; without a handler, Python prints the log.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 145_000_000
-"""The largest picture that is read: decoding it takes just under 1 GiB. Telephones with 108 megapixels are below it."""
+"""Limit on the pixels of an image; decoding one of that size takes just under 1 GiB. Phone cameras of
+108 megapixels are below it."""
 
 MAX_SIDE = 65_535
-"""The longest side, as in JPEG: some memory is needed for each row and column of a photograph."""
+"""Limit on the longer side, as in JPEG: each row and each column of an image needs some memory."""
 
 _MAX_MEMORY = 7 * MAX_PIXELS
-"""Bytes that decoding may take at a time: Pillow holds RGB in 4 bytes a pixel, and the array that is returned has 3."""
+"""Limit on the bytes in use while decoding: Pillow uses 4 bytes per RGB pixel, the returned array 3."""
 
 _MAX_FILE = 1_000_000_000
-"""Bytes of a file. Some decoders read all of it into memory."""
+"""Limit on the bytes of a file. Some decoders read all of it into memory."""
 
 _MAX_SCANS = 100
-"""Scans of a JPEG; libtiff has the same limit. Encoders write about 10, and each is one pass over the whole picture."""
+"""Limit on the scans of a JPEG, as in libtiff. Encoders write about 10; each is a pass over the whole image."""
 
 _MAX_NUMBERS = 1_000_000
-"""Numbers in one tag of a TIFF file, such as its tiles; Pillow makes a Python object of each."""
+"""Limit on the numbers in one TIFF tag, such as its tiles; Pillow creates a Python object for each."""
 
 _FORMATS: dict[str, tuple[str | None, int]] = {
     "JPEG": ("jpg", 0),
@@ -59,12 +62,13 @@ _FORMATS: dict[str, tuple[str | None, int]] = {
     "HEIF": (None, 4),
     "AVIF": ("avif", 8),
 }
-"""Pillow's names of the formats that are tried, the library each needs, and the bytes a pixel that its decoder holds beside
-the picture itself. Pillow knows dozens more, of which some start other programs (EPS) or hold no pixels of their own."""
+"""Formats that are read, by Pillow's names, with the library that each needs and the bytes per pixel
+that its decoder uses beside the image itself. Of Pillow's other formats, some start other programs
+(EPS) or contain no pixels of their own."""
 
 _HEIF_ENDINGS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-NEEDS_PILLOW_HEIF = "to read HEIC and HEIF pictures, pip install pillow-heif"
+NEEDS_PILLOW_HEIF = "to read HEIC and HEIF images, run: pip install pillow-heif"
 
 _STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     2: lambda upright: upright[:, ::-1],
@@ -75,27 +79,27 @@ _STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
     8: lambda upright: np.rot90(upright, -1),
 }
-"""For each EXIF orientation but 1: a view of the upright array [H, W, ...] as the file stores it."""
+"""For each EXIF orientation except 1: the view of the upright array [H, W, ...] in the file's order."""
 _SIDEWAYS = frozenset({5, 6, 7, 8})
-"""Orientations that exchange width and height."""
+"""EXIF orientations that exchange width and height."""
 
 _BAND = 1 << 20
-"""Pixels that are converted at a time, so that no further copy of the whole picture is made."""
+"""Pixels that are converted at a time, which avoids another copy of the whole image."""
 
 
 @cache
 def image_endings() -> frozenset[str]:
-    """The endings of file names (".jpg") whose format can be decoded by the libraries that are installed here."""
+    """Return the file name endings (".jpg") of the formats that the installed libraries can decode."""
     _init_pillow()
     return frozenset(
         ending
         for ending, name in Image.EXTENSION.items()
-        if _decodable("JPEG" if name == "MPO" else name)  # MPO: JPEG pictures one after the other
+        if _decodable("JPEG" if name == "MPO" else name)  # MPO: several JPEG images in one file
     )
 
 
 def why_not_read(ending: str) -> str | None:
-    """What to install for files with this ending; None where no library helps."""
+    """Return what to install for files with this ending; None if no library helps."""
     return NEEDS_PILLOW_HEIF if ending in _HEIF_ENDINGS else None
 
 
@@ -106,7 +110,7 @@ def _decodable(name: str) -> bool:
 
 @cache
 def _init_pillow() -> None:
-    """Load Pillow's plugins, and pillow-heif's where it is installed."""
+    """Load Pillow's plugins, and pillow-heif's if it is installed."""
     Image.init()
     with suppress(ImportError):
         import pillow_heif
@@ -115,36 +119,44 @@ def _init_pillow() -> None:
 
 
 def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Read an image file, or its bytes, as [H, W, 3] uint8 RGB, with its EXIF orientation applied, transparency laid on white.
+    """Read an image file, or its bytes, as an upright RGB array.
 
-    Of an animation the first frame is read. 16-bit pixels keep their upper 8 bits. 32-bit whole numbers are kept where none
-    exceeds 255, else scaled so that the greatest becomes 255.
+    The EXIF orientation is applied, and transparency is blended with white. Of an animation, the first
+    frame is read. Of 16-bit values, the upper 8 bits are kept. 32-bit integers are kept if none exceeds
+    255, else scaled so that the greatest becomes 255.
 
-    Raises DcrisError where the file is missing, no regular file, not an image, cut short, larger than `max_pixels`, or too
-    costly to decode.
+    Args:
+        source: path or content of the file.
+        max_pixels: limit on width times height.
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        DcrisError: the file is missing, not a regular file, not an image, truncated, has more than
+            `max_pixels`, or is too costly to decode.
     """
     with _opened(source, max_pixels) as image:
         return _pixels(image)
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:
-    """Height and width of the image that `read_image` would return, from the headers of a file or of its bytes alone.
+    """Return height and width of the image that `read_image` would return, reading only headers.
 
-    Raises DcrisError as `read_image` does, except for what only decoding or reading the whole file finds.
+    Raises DcrisError as `read_image` does, except for errors that only decoding finds.
     """
     with _opened(source, header_only=True) as image:
         width, height = image.size
-        # Of a TIFF, Pillow gives the size after its orientation.
+        # For TIFF, Pillow applies the orientation to the size itself.
         sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
         return (width, height) if sideways else (height, width)
 
 
 def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.uint8]:
-    """Read a picture of a mask as [H, W] uint8 of 0 and 1 by the rule of `binary_mask`, with its EXIF orientation applied.
+    """Read a mask image as [H, W] uint8 of 0 and 1, with its EXIF orientation applied; see `binary_mask`.
 
-    Palettes are read by index, as segmentation tools write them. What is black or wholly transparent is 0.
-
-    Raises DcrisError as `read_image` and `binary_mask` do.
+    Palette images are read by index, as segmentation tools write them. Black and fully transparent
+    pixels are 0. Raises DcrisError as `read_image` and `binary_mask` do.
     """
     with _opened(path) as image:
         image.load()
@@ -159,19 +171,21 @@ def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.ui
 
 
 def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:
-    """Turn the values of a mask, [H, W] or [H, W, C] of which 0 is the background, into [H, W] uint8 of 0 and 1.
+    """Convert the values of a mask image to [H, W] uint8 of 0 and 1.
 
-    A mask that was saved as JPEG or with soft edges, a probability map and a map of several objects have more than two values:
-    which of them are the object is unknown, so they are refused unless there is a threshold.
+    A mask with soft edges or saved as JPEG, a probability map and a map of several objects have more
+    than two values. Which of them belong to the object is unknown, so a threshold is required.
 
     Args:
-        values: where there are two or four channels, the last is alpha.
-        name: what the error calls the mask.
-        threshold: decides where there are more values than 0 and one other: a pixel is 1 if its value (that of its brightest
-            channel, times its opacity) is greater. Below 1 it is a share of the full scale, which is 1 for floating-point
-            values, 255 for 8 bits, 65,535 for 16 bits, and the greatest value for more.
+        values: [H, W] or [H, W, C]; 0 is background. With two or four channels, the last one is alpha.
+        name: name of the mask in errors.
+        threshold: used if there are more values than 0 and one other: a pixel is 1 if its value (that
+            of its brightest channel, times its opacity) is greater. Below 1 it is a share of the full
+            scale: 1 for floating-point values, 255 for 8 bits, 65,535 for 16 bits, and the greatest
+            value for more bits.
 
-    Raises DcrisError, naming the mask, where a threshold is needed and none is given.
+    Raises:
+        DcrisError: a threshold is required and not given.
     """
     found: NDArray[np.bool_] = np.any(values, axis=2) if values.ndim == 3 else np.asarray(values != 0)
     if not found.any():
@@ -183,7 +197,7 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
     if threshold is None:
         raise DcrisError(
             f"the mask {name} has more values than 0 and one other (from {values.min():g} to {values.max():g}); save it with "
-            "two values, not as JPEG, without soft edges, one object a mask, or give --mask-threshold"
+            "two values (one object per mask, no soft edges, not as JPEG), or give --mask-threshold"
         )
     if values.ndim == 3:
         opacity = values[..., -1] / 255 if values.shape[2] in (2, 4) else 1
@@ -194,24 +208,23 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
 
 
 ImageLike = PathLike | Image.Image | NDArray[np.uint8]
-"""A path, a PIL image of any mode, or pixels of uint8: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]."""
+"""A path, a PIL image of any mode, or uint8 pixels: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]."""
 
 
 def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
-    """Whatever people have as an image, as [H, W, 3] uint8 RGB. Raises DcrisError where it cannot be read, or is none."""
+    """Convert an image in any accepted form to [H, W, 3] uint8 RGB. Raises DcrisError if it cannot be read."""
     if isinstance(image, str | os.PathLike):
         return read_image(as_path(image, "an image"))
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not isinstance(image, np.ndarray):
         raise DcrisError(
-            f"an image is a path, a PIL image or a numpy array, and this is a {type(image).__name__}; several images are a list"
+            f"an image must be a path, a PIL image or a NumPy array, not {type(image).__name__}; give several images as a list"
         )
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
         raise DcrisError(
-            f"an array must be uint8 [H, W, 3] in RGB ([H, W, 4] and [H, W] are taken, too), and is {image.dtype} "
-            f"{list(image.shape)}"
+            f"an image array must be uint8 [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey, and is {image.dtype} {list(image.shape)}"
         )
     refuse_shape(*image.shape[:2])
     if channels == 3:
@@ -220,32 +233,34 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """A Pillow image as [H, W, 3] uint8 RGB, by the same rules as `read_image`: orientation applied, transparency on white.
+    """Convert a Pillow image to [H, W, 3] uint8 RGB by the rules of `read_image`.
 
-    Raises DcrisError where the image is empty, larger than `MAX_PIXELS`, or cannot be decoded.
+    Raises DcrisError if the image is empty, has more than `MAX_PIXELS`, or cannot be decoded.
     """
     try:
         refuse_shape(image.size[1], image.size[0])
         return _pixels(image)
     except Exception as error:
-        raise DcrisError(f"cannot read the given image ({_reason(error)}); open it anew or give another one") from error
+        raise DcrisError(
+            f"cannot read the given image ({_reason(error)}); open it again or give another one"
+        ) from error
 
 
 @contextmanager
 def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS, *, header_only: bool = False) -> Iterator[Image.Image]:
-    """An image whose header is read, and whose cost is bounded; what its decoder raises is turned into DcrisError.
+    """Open an image with bounded cost: read its header; convert errors of its decoder to DcrisError.
 
-    With `header_only` the scans of a JPEG are not counted, since that reads the whole file.
+    With `header_only`, the scans of a JPEG are not counted, because that reads the whole file.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, _MAX_FILE) as file:
             yield _open(file, max_pixels, header_only)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+    except Exception as error:  # Pillow's decoders raise nearly any error for a broken file
         raise _cannot_read(source, error) from error
 
 
 def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
-    """Read a header, without Image.open: its guard against huge files is a warning and a limit below ours, both global."""
+    """Read a header. Not with Image.open, whose guard against huge files is a global warning and a lower limit."""
     _init_pillow()
     start = file.read(32)
     if not start:
@@ -260,7 +275,7 @@ def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
         file.seek(0)
         try:
             image: Image.Image = factory(file, "")
-        except SyntaxError:  # Pillow's "not mine": AVIF and HEIF begin alike
+        except SyntaxError:  # not this format after all: AVIF and HEIF begin alike
             continue
         refuse_shape(image.size[1], image.size[0], max_pixels)
         _refuse_costly(image, name, None if header_only else file)
@@ -269,52 +284,52 @@ def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
         return image
     if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS and "HEIF" not in Image.OPEN:
         raise DcrisError(NEEDS_PILLOW_HEIF)
-    raise DcrisError(f"it is not an image of a format that is read here: {', '.join(filter(_decodable, _FORMATS))}")
+    raise DcrisError(f"it is not an image in one of the formats {', '.join(filter(_decodable, _FORMATS))}")
 
 
 def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise DcrisError for a picture of no pixels, more than `max_pixels`, or a side over `MAX_SIDE`."""
+    """Raise DcrisError for an image without pixels, with more than `max_pixels`, or a side above `MAX_SIDE`."""
     if not 0 < width * height <= max_pixels or max(height, width) > MAX_SIDE:
         raise DcrisError(
-            f"it is {width} x {height} pixels, and 1 to {max_pixels:,} pixels are read, up to {MAX_SIDE:,} a side"
+            f"it is {width} x {height} pixels; the limits are {max_pixels:,} pixels and {MAX_SIDE:,} per side"
         )
 
 
 def _refuse_costly(image: Any, name: str, file: BinaryIO | None) -> None:
-    """Raise DcrisError where decoding would take too much memory, or too many passes (if there is a file to count them in)."""
+    """Raise DcrisError if decoding takes too much memory or, if `file` is given to count them, too many passes."""
     width, height = image.size
-    a_pixel = float(_FORMATS[name][1])  # beside what Pillow and the returned array hold
+    per_pixel = float(_FORMATS[name][1])  # bytes, beside those of Pillow and the returned array
     if name == "JPEG":
         scans = 1 if file is None else _count_scans(file)
         if scans > _MAX_SCANS:
-            raise DcrisError(f"it is a JPEG of {scans:,} scans, and at most {_MAX_SCANS} are decoded; save it again")
-        if scans > 1 or "progressive" in image.info:  # then all coefficients are held, in 16 bits
+            raise DcrisError(f"it is a JPEG with {scans:,} scans; the limit is {_MAX_SCANS}; save it again")
+        if scans > 1 or "progressive" in image.info:  # all coefficients are in memory, 16 bits each
             sampling = [across * down for _, across, down, _ in getattr(image, "layer", [])] or [1] * 4
-            a_pixel += 2 * sum(sampling) / max(sampling)
+            per_pixel += 2 * sum(sampling) / max(sampling)
     elif name == "TIFF":
-        a_pixel += _strip_bytes(image) / (width * height)
-        a_pixel += 4 * (image.tag_v2.get(0x0112, 1) != 1)  # Pillow turns it by a copy
-    a_pixel += 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
-    needed = (a_pixel + 3) * width * height
+        per_pixel += _strip_bytes(image) / (width * height)
+        per_pixel += 4 * (image.tag_v2.get(0x0112, 1) != 1)  # Pillow rotates a copy
+    per_pixel += 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    needed = (per_pixel + 3) * width * height
     if needed > _MAX_MEMORY:
         raise DcrisError(
-            f"it is {width} x {height} pixels, for which this format takes {needed / 1e9:.1f} GB of memory, and at most "
-            f"{_MAX_MEMORY / 1e9:.1f} GB are used; make it smaller or save it as JPEG"
+            f"it is {width} x {height} pixels, which need {needed / 1e9:.1f} GB of memory in this format; the limit is "
+            f"{_MAX_MEMORY / 1e9:.1f} GB; make it smaller or save it as JPEG"
         )
 
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""In a JPEG's compressed data, what begins the next segment: 0xFF is followed by 0 there, or by a restart marker."""
+"""Start of a JPEG segment. Within compressed data, 0xFF is followed by 0 or a restart marker."""
 
 
 def _count_scans(file: BinaryIO) -> int:
-    """The scans of a JPEG file's first picture, by its markers alone; counting stops at the limit's double."""
+    """Count the scans of a JPEG file's first image by its markers, up to a million."""
     file.seek(0)
     data = file.read()
     scans, at = 0, 2
     while (found := _MARKER.search(data, at)) is not None and scans < 1_000_000:
         marker, at = data[found.start() + 1], found.end()
-        if marker == 0xD9:  # the end of the picture; thumbnails and further pictures lie inside segments, or after it
+        if marker == 0xD9:  # end of the image; thumbnails are inside segments, further images after it
             break
         scans += marker == 0xDA
         at += int.from_bytes(data[at : at + 2], "big")
@@ -322,7 +337,7 @@ def _count_scans(file: BinaryIO) -> int:
 
 
 def _strip_bytes(image: Any) -> int:
-    """Bytes of a TIFF's largest strip or tile, which libtiff decodes at once."""
+    """Return the bytes of a TIFF's largest strip or tile, which libtiff decodes as a whole."""
     if not any(tile[0] == "libtiff" for tile in image.tile):
         return 0
     tags = image.tag_v2
@@ -332,9 +347,9 @@ def _strip_bytes(image: Any) -> int:
 
 
 def _refuse_tags(file: BinaryIO) -> None:
-    """Raise DcrisError where the tags of a TIFF file, or of an EXIF block, claim more than it holds.
+    """Raise DcrisError if the tags of a TIFF file or EXIF block claim more bytes than it has.
 
-    Pillow copies what each tag claims; 65,535 tags could each claim the whole file.
+    Pillow copies the bytes of each tag, and 65,535 tags could each claim the whole file.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -351,11 +366,11 @@ def _refuse_tags(file: BinaryIO) -> None:
     for _, kind, numbers in entry.iter_unpack(entries[: len(entries) // entry.size * entry.size]):
         claimed += numbers * widths.get(kind, 1)
         if claimed > size or (numbers > _MAX_NUMBERS and kind in widths):
-            raise DcrisError("its tags claim more than the file can hold; save it again")
+            raise DcrisError("its tags claim more bytes than the file has; save it again")
 
 
 def _has_late_metadata(file: BinaryIO) -> bool:
-    """Whether a PNG has text or EXIF after its pixels, where Pillow finds an orientation only after decoding them."""
+    """Return whether a PNG has text or EXIF after its pixels; Pillow finds that only after decoding."""
     file.seek(8)
     pixels = False
     while len(header := file.read(8)) == 8:
@@ -372,13 +387,13 @@ def _orientation(image: Image.Image) -> int:
         exif = image.info.get("exif")
         if exif:
             _refuse_tags(io.BytesIO(exif.removeprefix(b"Exif\0\0")))
-        return int(Image.Image.getexif(image).get(0x0112, 1))  # of a PNG, its own would decode the picture
-    except Exception:  # broken EXIF data does not make the picture unreadable
+        return int(Image.Image.getexif(image).get(0x0112, 1))  # the override for PNG would decode the image
+    except Exception:  # broken EXIF data do not make the image unreadable
         return 1
 
 
 def _upright(image: Image.Image, channels: tuple[int, ...], dtype: Any, convert: Callable[[Any], Any]) -> NDArray[Any]:
-    """A loaded image as an array [H, W, *channels], turned by its orientation; `convert` makes pixels of a band of rows."""
+    """Convert a loaded image to an upright array [H, W, *channels]; `convert` converts a band of rows."""
     width, height = image.size
     orientation = _orientation(image)
     shape = (width, height) if orientation in _SIDEWAYS else (height, width)
@@ -392,15 +407,17 @@ def _upright(image: Image.Image, channels: tuple[int, ...], dtype: Any, convert:
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    image.load()  # a TIFF loses its orientation tag here, since loading applies it
+    image.load()  # for TIFF, this applies the orientation and removes its tag
     if image.mode == "F":
-        raise DcrisError("it holds floating-point pixels, whose range is unknown; save it with 8 bits a channel")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts every value above 255 to white
+        raise DcrisError("it has floating-point pixels of unknown range; save it with 8 bits per channel")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips values above 255
         return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band) >> 8)[..., None])
     if image.mode == "I":
         least, greatest = cast(tuple[int, int], image.getextrema())
         if least < 0:
-            raise DcrisError("it holds negative pixels, or 32-bit ones of 2,147,483,648 and more; save it with 8 bits")
+            raise DcrisError(
+                "it has negative pixels, or 32-bit ones of 2,147,483,648 or more; save it with 8 bits per channel"
+            )
         scale = 255 / max(255, greatest)
         return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band) * scale)[..., None])
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
@@ -417,10 +434,10 @@ def _on_white(band: Image.Image) -> NDArray[np.uint8]:
 
 def _cannot_read(path: Path | bytes, error: Exception) -> DcrisError:
     if isinstance(path, bytes):
-        return DcrisError(f"cannot read the image ({_reason(error)}); replace it or leave it out")
+        return DcrisError(f"cannot read the image ({_reason(error)}); replace or remove it")
     if isinstance(error, FileNotFoundError):
-        return DcrisError(f"there is no image file {path}; check the name, or fetch the images again")
-    return DcrisError(f"cannot read the image {path} ({_reason(error)}); replace that file or leave it out")
+        return DcrisError(f"there is no image file {path}; check the name, or download the images again")
+    return DcrisError(f"cannot read the image {path} ({_reason(error)}); replace or remove that file")
 
 
 def _reason(error: Exception) -> str:

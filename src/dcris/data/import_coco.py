@@ -200,7 +200,9 @@ def read_phrases(path: Path, annotations: set[int], categories: set[str]) -> Phr
         elif is_category:
             by_category.setdefault(key, {}).update(dict.fromkeys(texts))
         else:
-            problem = "neither the id of an annotation nor the name of a category" if by is None else "not in the COCO file"
+            problem = (
+                "neither the id of an annotation nor the name of a category" if by is None else "not in the COCO file"
+            )
             raise bad(path, f"{where} is {problem}")
     return Phrases(
         {number: tuple(texts) for number, texts in by_annotation.items()},

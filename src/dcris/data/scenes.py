@@ -1,8 +1,9 @@
-"""Generated scenes: cluttered pictures of overlapping shapes with phrases that need to be understood.
+"""Generate scenes: cluttered images of overlapping shapes, with phrases that require understanding.
 
-They are written in the REFER layout and so take the same way through the program as RefCOCO does. In every scene the target
-of a phrase shares its shape with a distractor, so naming the shape is never enough; each phrase is kept only if exactly
-one object answers it, with a margin a person would grant. A scene depends on its seed, split and number alone.
+They are written in the REFER layout, so they are read like RefCOCO. In every scene the target of a
+phrase shares its shape with a distractor, so the shape alone never identifies it. A phrase is kept
+only if exactly one object fits it, with a margin that excludes doubtful cases. A scene depends only on
+its seed, split and number.
 """
 
 import itertools
@@ -21,6 +22,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dcris.data.coco import IMAGE_FOLDER
 from dcris.data.masks import encode_mask, mask_box
 from dcris.errors import DcrisError
 from dcris.utils.files import make_directory, write_file, write_json
@@ -43,27 +45,27 @@ TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "medium", "big")
 KINDS = ("attribute", "place", "ordinal", "superlative", "relation")
 
-# Radius as a share of the picture's side, by size; the gaps between them keep "small" and "medium" apart.
+# Radius as a share of the image's side, by size. The gaps keep "small" and "medium" distinct.
 _RADII = {"small": (0.075, 0.09), "medium": (0.115, 0.135), "big": (0.17, 0.195)}
 _SYNONYMS = {"small": ("small", "little", "tiny"), "medium": ("medium",), "big": ("big", "large")}
 _SIZE_SHARES = (0.25, 0.35, 0.4)
 _KIND_WEIGHTS = {"attribute": 3.0, "place": 3.0, "ordinal": 1.0, "superlative": 2.0, "relation": 2.0}
 _PHRASES_PER_OBJECT = 3
 _OBJECTS_PER_SCENE = 3
-_MARGIN = 0.08  # of the side: nearer than this, people disagree on what is further left
-_VISIBLE = 0.6  # of an object's area that must show
-_SAMPLES = 2  # the picture is drawn at this many times its size and averaged down
+_MARGIN = 0.08  # share of the side; below it, people disagree on which object is further left
+_VISIBLE = 0.6  # share of an object's area that must be visible
+_SAMPLES = 2  # the image is drawn at this multiple of its size and averaged
 
 Pixels = NDArray[np.uint8]
 Points = NDArray[np.float64]
 T = TypeVar("T")
 Place = tuple[str, int, int]
-"""A scene: its split, its number there, and its image_id."""
+"""A scene: its split, its number in the split, and its image_id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. Lengths are shares of the picture's side, so that phrases do not depend on the resolution."""
+    """One object. Lengths are shares of the image's side, so that phrases do not depend on the resolution."""
 
     shape: str
     colour: str
@@ -78,7 +80,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A phrase for one thing, and what tells the thing apart."""
+    """A phrase for one thing, and the kind of information that identifies the thing (one of KINDS)."""
 
     text: str
     kind: str
@@ -86,15 +88,15 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture with its things and the phrases for some of them."""
+    """An image with its things and the phrases for some of them."""
 
     image: Pixels
-    """[side, side, 3] RGB."""
+    """[side, side, 3] uint8 RGB."""
     owners: NDArray[np.int8]
-    """[side, side]: which thing each pixel shows, -1 for the background."""
+    """[side, side]: index of the visible thing at each pixel, -1 for the background."""
     things: tuple[Thing, ...]
     phrases: dict[int, tuple[Phrase, ...]]
-    """By index of the thing; at least two things have some."""
+    """By index of the thing; at least two things have phrases."""
 
 
 # ---- what a phrase means -------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Attributes a thing must have; None where any will do."""
+    """Attributes that a thing must have; None for any."""
 
     shape: str | None = None
     colour: str | None = None
@@ -110,7 +112,7 @@ class Description:
     size: str | None = None
 
     def fits(self, thing: Thing) -> bool:
-        """Whether the thing has every attribute named."""
+        """Return whether the thing has all the attributes."""
         return (
             self.shape in (None, thing.shape)
             and self.colour in (None, thing.colour)
@@ -119,7 +121,7 @@ class Description:
         )
 
     def words(self, rng: np.random.Generator) -> str:
-        """The description in words: size, texture, colour, noun."""
+        """Return the description in words: size, texture, colour, noun."""
         size = _pick(rng, _SYNONYMS[self.size]) if self.size else None
         noun = self.shape or _pick(rng, ("one", "thing", "shape"))
         return " ".join(word for word in (size, self.texture, self.colour, noun) if word)
@@ -130,7 +132,7 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def _descriptions(thing: Thing, with_shape: bool) -> Iterator[Description]:
-    """Every true description of a thing, the shortest first."""
+    """Yield all true descriptions of a thing, the shortest first."""
     attributes = ("colour", "texture", "size")
     for count in range(len(attributes) + 1):
         for chosen in itertools.combinations(attributes, count):
@@ -139,17 +141,18 @@ def _descriptions(thing: Thing, with_shape: bool) -> Iterator[Description]:
 
 
 def _rivals(things: Sequence[Thing], target: Thing, description: Description) -> list[Thing]:
+    """Return the other things that fit a description of the target."""
     return [thing for thing in things if thing is not target and description.fits(thing)]
 
 
 def _attribute(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
-    """Told apart by colour, texture or size. The noun is sometimes "one", and then no thing of any shape may fit."""
+    """Return a phrase by colour, texture or size. If the noun is "one", no other thing of any shape may fit."""
     for with_shape in (True, False) if rng.random() < 0.8 else (False, True):
-        telling = [d for d in _descriptions(target, with_shape) if not _rivals(things, target, d)]
-        if telling:
-            # People say no more than they must, most of the time.
-            shortest = [d for d in telling if _length(d) == _length(telling[0])]
-            chosen = _pick(rng, shortest if rng.random() < 0.8 else telling)
+        unique = [d for d in _descriptions(target, with_shape) if not _rivals(things, target, d)]
+        if unique:
+            # People mostly use the shortest sufficient description.
+            shortest = [d for d in unique if _length(d) == _length(unique[0])]
+            chosen = _pick(rng, shortest if rng.random() < 0.8 else unique)
             return _pick(rng, ("{}", "{}", "the {}")).format(chosen.words(rng))
     return None
 
@@ -161,15 +164,15 @@ def _length(description: Description) -> int:
 
 
 def _group(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> tuple[Description, list[Thing]]:
-    """A description that the target shares with at least one rival, for phrases that choose among those it fits."""
+    """Return a description with at least one rival, and its rivals, for phrases that choose among them."""
     shared = [d for d in _descriptions(target, with_shape=True) if _length(d) <= 2 and _rivals(things, target, d)]
-    # The bare noun is always among them: each target has a distractor of its shape.
+    # The noun alone is always among them, since each target has a distractor of its shape.
     chosen = shared[0] if rng.random() < 0.7 else _pick(rng, shared)
     return chosen, _rivals(things, target, chosen)
 
 
 def _place(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
-    """Told apart by where it is in the picture."""
+    """Return a phrase by the place in the image."""
     description, rivals = _group(things, target, rng)
     options: list[str] = []
     x, y = target.x, target.y
@@ -192,14 +195,14 @@ def _place(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> 
 
 
 def _in_corner(thing: Thing, vertical: str, horizontal: str) -> bool:
-    """Generously: a rival anywhere near the corner makes the phrase doubtful."""
+    """Return whether a rival is near the corner, with a wide margin: it would make the phrase doubtful."""
     near_y = thing.y < 0.55 if vertical == "top" else thing.y > 0.45
     near_x = thing.x < 0.55 if horizontal == "left" else thing.x > 0.45
     return near_x and near_y
 
 
 def _in_the_middle(thing: Thing, rivals: Sequence[Thing]) -> bool:
-    """Between two rivals in a row rather than a column, and nearest to the picture's middle too: people mean either."""
+    """Return whether a thing is both between two rivals in a row and nearest to the centre: people mean either."""
     if len(rivals) != 2:
         return False
     low, high = sorted(rival.x for rival in rivals)
@@ -216,7 +219,7 @@ _ORDINALS = (("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "
 
 
 def _ordinal(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
-    """Told apart by its number in a row of at least three."""
+    """Return a phrase by the number in a row of at least three."""
     description, rivals = _group(things, target, rng)
     if len(rivals) < 2:
         return None
@@ -233,7 +236,7 @@ def _ordinal(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -
 
 
 def _superlative(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
-    """Told apart as the greatest or smallest of its kind."""
+    """Return a phrase for the biggest or smallest of its kind, or None."""
     description, rivals = _group(things, target, rng)
     if description.size is not None:
         description = replace(description, size=None)
@@ -246,24 +249,24 @@ def _superlative(things: Sequence[Thing], target: Thing, rng: np.random.Generato
 
 
 def _relation(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
-    """Told apart by another thing that can itself be named."""
+    """Return a phrase by the relation to another thing with a unique description."""
     description, rivals = _group(things, target, rng)
     options: list[str] = []
     for landmark in things:
         if landmark is target or description.fits(landmark):
             continue
-        naming = [d for d in _descriptions(landmark, with_shape=True) if not _rivals(things, landmark, d)]
-        if not naming:
+        unique = [d for d in _descriptions(landmark, with_shape=True) if not _rivals(things, landmark, d)]
+        if not unique:
             continue
-        name = naming[0].words(rng)
+        name = unique[0].words(rng)
         overlapped = any(_gap(other, landmark) < 0 for other in rivals)
         for words, holds, nearly in _RELATIONS:
             if holds(target, landmark) and not any(nearly(other, landmark) for other in rivals):
-                # "over" and "under" may also tell which of two overlapping things is in front.
+                # Of overlapping things, "over" and "under" may also mean in front of and behind.
                 word = _pick(rng, words[:1] if overlapped else words)
                 options.append(f"{{}} {word} {_pick(rng, ('', 'the '))}{name}")
         near, gap = _distance(target, landmark), max(0.0, _gap(target, landmark))
-        # By the middles and by the edges: a big thing's edge may be near although its middle is far.
+        # Compare centres and edges: the edge of a big thing may be near although its centre is far.
         if near < 0.4 and all(
             _distance(other, landmark) > 1.4 * near and _gap(other, landmark) > gap + _MARGIN for other in rivals
         ):
@@ -276,11 +279,12 @@ def _distance(a: Thing, b: Thing) -> float:
 
 
 def _gap(a: Thing, b: Thing) -> float:
-    """Between the edges, as if both were round; negative where they overlap."""
+    """Return the distance between the edges of two things taken as circles; negative if they overlap."""
     return _distance(a, b) - a.radius - b.radius
 
 
-# A relation holds when it is plain to see, and a rival rules it out when it holds even doubtfully.
+# Words, condition for the target (clear cases only), and condition by which a rival excludes the relation (doubtful
+# cases included).
 _RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Thing, Thing], bool], Callable[[Thing, Thing], bool]], ...] = (
     (("left of",), lambda a, b: b.x - a.x > max(_MARGIN, abs(a.y - b.y)), lambda a, b: a.x < b.x),
     (("right of",), lambda a, b: a.x - b.x > max(_MARGIN, abs(a.y - b.y)), lambda a, b: a.x > b.x),
@@ -298,7 +302,7 @@ _MAKERS: dict[str, Callable[[Sequence[Thing], Thing, np.random.Generator], str |
 
 
 def make_phrases(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> tuple[Phrase, ...]:
-    """Up to three phrases of different kinds, each true of `target` alone; none where it has no distractor of its shape."""
+    """Return up to three phrases of different kinds that fit only `target`; none without a distractor of its shape."""
     if not _rivals(things, target, Description(shape=target.shape)):
         return ()
     weights = np.array([_KIND_WEIGHTS[kind] for kind in KINDS])
@@ -314,7 +318,7 @@ def make_phrases(things: Sequence[Thing], target: Thing, rng: np.random.Generato
 
 
 def vocabulary() -> list[str]:
-    """Every word a generated phrase can hold, sorted."""
+    """Return all words of generated phrases, sorted."""
     words = {*SHAPES, *COLOURS, *TEXTURES, *itertools.chain(*_SYNONYMS.values()), *itertools.chain(*_ORDINALS)}
     places = "left right top bottom leftmost rightmost highest lowest middle center"
     relations = "of above over below under next to near closest"
@@ -327,7 +331,7 @@ def vocabulary() -> list[str]:
 
 
 def _outline(shape: str) -> list[Points]:
-    """The shape's contours around the origin, within a circle of radius 1; a second contour is a hole."""
+    """Return the shape's contours around the origin, about the size of the unit circle; a second one is a hole."""
     turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     circle = np.stack((np.cos(turn), np.sin(turn)), axis=1)
     if shape == "circle":
@@ -370,7 +374,7 @@ _OUTLINES = {shape: _outline(shape) for shape in SHAPES}
 
 
 def _background(rng: np.random.Generator, side: int) -> Pixels:
-    """Pale gradients with strokes and blobs, duller than any thing."""
+    """Draw pale gradients with strokes and blobs, less saturated than any thing."""
     corners = rng.uniform(95, 190) + rng.normal(0, 18, size=(2, 2, 3)) + rng.normal(0, 12, size=3)
     smooth = cv2.resize(corners.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
     canvas: Pixels = np.clip(smooth, 60, 215).astype(np.uint8)
@@ -391,24 +395,24 @@ def _background(rng: np.random.Generator, side: int) -> Pixels:
 
 
 def _draw(canvas: Pixels, owners: NDArray[np.int8], number: int, thing: Thing, rng: np.random.Generator) -> int:
-    """Paint one thing over what is there; returns its area in pixels of the canvas."""
+    """Draw one thing over the canvas and return its area in pixels of the canvas."""
     side = canvas.shape[0]
     cosine, sine = np.cos(thing.angle), np.sin(thing.angle)
     turn = np.array([[cosine, sine], [-sine, cosine]])
     centre = np.array([thing.x, thing.y])
-    # Work in a window around the thing: whole pictures would cost five times as much.
+    # Draw in a window around the thing: the whole image would take five times as long.
     low = np.maximum(np.floor((centre - 1.3 * thing.radius) * side).astype(int), 0)
     high = np.minimum(np.ceil((centre + 1.3 * thing.radius) * side).astype(int), side)
     window = np.s_[low[1] : high[1], low[0] : high[0]]
     view = canvas[window]
-    shift = 4  # cv2 takes fixed point numbers with so many binary places
+    shift = 4  # fractional bits of the fixed-point coordinates for cv2
     contours = [(centre + thing.radius * points @ turn) * side - low - 0.5 for points in _OUTLINES[thing.shape]]
     fixed = [np.round(points * 2**shift).astype(np.int32) for points in contours]
     mask = np.zeros(view.shape[:2], np.uint8)
     cv2.fillPoly(mask, fixed, 1, shift=shift)
     inside = mask.astype(bool)
     base = np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 9, size=3), 0, 255)
-    # The second colour of a texture is a shade of the first, so that the colour's name stays true.
+    # The second colour of a texture is a shade of the first, so that the name of the colour remains correct.
     shade = base * 0.5 if base.mean() > 75 else base + 95
     view[inside] = base
     if thing.texture != "plain":
@@ -428,12 +432,12 @@ def _draw(canvas: Pixels, owners: NDArray[np.int8], number: int, thing: Thing, r
 
 
 def arrange(rng: np.random.Generator) -> list[Thing]:
-    """Three to eight things of one to three shapes, placed so that they touch and overlap but do not hide each other."""
+    """Place three to eight things of one to three shapes; they may overlap, but not hide each other."""
     count = int(rng.integers(3, 9))
     shapes = [str(name) for name in rng.choice(SHAPES, size=int(rng.integers(1, 4)), replace=False)]
     things: list[Thing] = []
     for number in range(count):
-        # The first two share a shape, so that there is always a target with a distractor.
+        # The first two have the same shape, so that there is always a target with a distractor.
         shape = shapes[0] if number < 2 else _pick(rng, shapes)
         size = str(rng.choice(SIZES, p=_SIZE_SHARES))
         for _ in range(30):
@@ -448,7 +452,7 @@ def arrange(rng: np.random.Generator) -> list[Thing]:
 
 
 def make_scene(rng: np.random.Generator, side: int = 112) -> Scene:
-    """Draw one scene of `side` x `side` pixels in which at least two things have phrases."""
+    """Draw a scene of `side` x `side` pixels in which at least two things have phrases."""
     while True:
         things = arrange(rng)
         if len(things) < 3:
@@ -470,26 +474,26 @@ def make_scene(rng: np.random.Generator, side: int = 112) -> Scene:
             continue
         image = cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA)
         noisy = np.clip(image + rng.normal(0, 4, size=image.shape), 0, 255).astype(np.uint8)
-        # One sample of each pixel decides whose it is, so that masks never overlap.
+        # One sample per pixel decides which thing it shows, so that masks never overlap.
         return Scene(noisy, np.ascontiguousarray(owners[1::_SAMPLES, 1::_SAMPLES]), tuple(things), phrases)
 
 
-# ---- writing them down ---------------------------------------------------------------------------------------------------
+# ---- writing the data set ---------------------------------------------------------------------------------------------------
 
 
 def scene_rng(seed: int, split: str, number: int) -> np.random.Generator:
-    """The random numbers of one scene. Splits, and the scenes the tiny towers were pretrained on, never share any."""
+    """Return the generator of one scene. Splits and the pretraining scenes of the tiny towers share no streams."""
     streams = (*SPLITS, "pretraining")
     return np.random.default_rng([seed, streams.index(split), number])
 
 
 def cores() -> int:
-    """Processors this process may use, which in a container or under a scheduler are fewer than the machine has."""
+    """Return the number of CPUs that this process may use, in a container or job perhaps fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_picture(folder: Path, seed: int, side: int, place: Place) -> dict[str, Any]:
-    """Draw and store one scene; returns what the annotations need of it. Runs in worker processes."""
+def _write_scene(folder: Path, seed: int, side: int, place: Place) -> dict[str, Any]:
+    """Draw and write one scene; return its annotations. Runs in worker processes."""
     split, number, image_id = place
     scene = make_scene(scene_rng(seed, split, number), side)
     name = f"scene_{image_id:06d}.jpg"
@@ -523,46 +527,54 @@ def write_scenes(
     """Write a data set of generated scenes in the REFER layout (data set "scenes", partition "generated").
 
     Args:
-        out: the root that will hold `scenes/refs(generated).p`, `scenes/instances.json` and the pictures.
-        train, val, test: scenes of each split; each gives two or three references of up to three expressions.
-        seed: two calls with the same seed and sizes write the same files.
-        side: pixels of a picture's side, 56 at the least.
-        workers: processes that draw.
-        progress: called with the number of scenes done so far.
+        out: root for `scenes/refs(generated).p`, `scenes/instances.json` and the images.
+        train: number of scenes in train. Each has two or three references of up to three expressions.
+        val: number of scenes in val.
+        test: number of scenes in test.
+        seed: the same seed and numbers give the same files.
+        side: side of the images in pixels, at least 56.
+        workers: number of processes that draw.
+        progress: receives the number of scenes done.
 
-    Raises DcrisError where `out` already holds a set, cannot be written, or a number is out of range.
+    Returns:
+        The root.
+
+    Raises:
+        DcrisError: `out` already contains generated scenes or cannot be written, or a number is out of
+            range.
     """
     counts = {"train": train, "val": val, "test": test}
     if any(count < 0 for count in counts.values()) or not any(counts.values()):
-        raise DcrisError(f"the numbers of scenes must not be negative nor all zero, and are {counts}")
+        raise DcrisError(f"the numbers of scenes must not be negative or all zero, and are {counts}")
     if seed < 0:
-        raise DcrisError(f"the scenes' seed must be 0 or more, and is {seed}")
+        raise DcrisError(f"the seed of the scenes must be 0 or more, and is {seed}")
     if not 56 <= side <= 4096:
         raise DcrisError(
-            f"the scenes' side must be 56 to 4096 pixels, and is {side}: smaller ones cannot show a texture"
+            f"the side of the scenes must be 56 to 4096 pixels, and is {side}; smaller images cannot show textures"
         )
     references_path = out / DATASET / f"refs({SPLIT_BY}).p"
     if references_path.exists():
-        raise DcrisError(f"{out} already holds generated scenes; choose another folder or delete that one")
-    folder = make_directory(out / "images" / "mscoco" / "images" / "train2014")
+        raise DcrisError(f"{out} already contains generated scenes; choose another folder or delete it")
+    folder = make_directory(out / IMAGE_FOLDER)
     places = [(split, number) for split, count in counts.items() for number in range(count)]
     jobs = [(split, number, image_id) for image_id, (split, number) in enumerate(places, start=1)]
-    draw = partial(_write_picture, folder, seed, side)
+    draw = partial(_write_scene, folder, seed, side)
     records: list[dict[str, Any]] = []
     for record in _map(draw, jobs, workers):
         records.append(record)
         progress(len(records))
     references, instances = _annotations(records, side)
     write_json(out / DATASET / "instances.json", instances)
-    # A pickle tells one string used twice from two that are equal, which depends on the processes; JSON's reader does not.
+    # A pickle records which equal strings are one object, which depends on the processes. A round trip through JSON
+    # makes that the same every time.
     references = json.loads(json.dumps(references))
-    # Last: a set is complete once its references are there.
+    # Last: a data set is complete once its references are written.
     write_file(references_path, pickle.dumps(references, protocol=2))
     return out
 
 
 def _map(draw: Callable[[Place], dict[str, Any]], jobs: Sequence[Place], workers: int) -> Iterator[dict[str, Any]]:
-    """What `draw` makes of the jobs, in their order, in worker processes where those can be started."""
+    """Yield `draw(job)` for all jobs in order, computed in worker processes if those can be started."""
     if workers > 1:
         try:
             pool = ProcessPoolExecutor(workers, initializer=ignore_interrupts)
@@ -573,7 +585,7 @@ def _map(draw: Callable[[Place], dict[str, Any]], jobs: Sequence[Place], workers
                 yield from pool.map(draw, jobs, chunksize=64)
             except BrokenProcessPool as error:
                 raise DcrisError(
-                    "a process that draws scenes was killed; the memory of this machine may be too small, so try again"
+                    "a process that draws scenes was killed, perhaps for lack of memory; run the command again"
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -582,7 +594,7 @@ def _map(draw: Callable[[Place], dict[str, Any]], jobs: Sequence[Place], workers
 
 
 def _annotations(records: list[dict[str, Any]], side: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The REFER release's list of references, and COCO's instances."""
+    """Return the content of `refs(...).p` and `instances.json`."""
     references: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     sentence_ids = itertools.count()
