@@ -509,7 +509,7 @@ def test_an_interrupted_writing_is_completed_by_calling_again(tmp_path):
         ({"train": 0, "val": 0, "test": 0}, "or all zero"),
         ({"side": 55}, "56 to 4096 pixels, and is 55"),
         ({"side": 4097}, "56 to 4096"),
-        ({"seed": -1}, "seed must be 0 or more, and is -1"),
+        ({"seed": -1}, "seed of the scenes must be 0 or more, and is -1"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, numbers, complaint):

@@ -244,5 +244,5 @@ def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
     """A checkpoint's configuration that names another tokenizer would end in an index error, on a GPU in worse."""
     config = get_recipe("dcris_tiny").model.text
     assert tokenizer_of(config).name == "tiny"
-    with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, and model\.text\.vocabulary is 129"):
+    with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, but model\.text\.vocabulary is 129"):
         tokenizer_of(config.model_copy(update={"tokenizer": "clip"}))
