@@ -345,7 +345,7 @@ def test_a_disk_that_fills_all_the_same(
         return write_bytes(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", fill)
-    assert "No space left on device; free some space" in _refused(capsys, _fetch(tmp_path, "--connections", 1))
+    assert "No space left on device; free disk space" in _refused(capsys, _fetch(tmp_path, "--connections", 1))
     assert len(written) < COUNT
     monkeypatch.undo()
     assert len(_files(tmp_path)) == 5

@@ -187,7 +187,7 @@ def test_jpeg_keeps_colours():
 
 def test_encoders_refuse_what_is_no_picture():
     for wrong in (np.zeros((3, 3)), np.zeros((3, 3, 4), np.uint8), np.zeros((3, 3, 3), bool), np.zeros(3, np.uint8)):
-        with pytest.raises(ValueError, match="as a picture"):
+        with pytest.raises(ValueError, match="as an image"):
             png_bytes(wrong)
     with pytest.raises(ValueError, match="without pixels"):
         png_bytes(np.zeros((0, 3), bool))

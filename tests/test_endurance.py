@@ -443,7 +443,7 @@ def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root:
     assert launcher.wait(process, 60) == 2, run.said()
     said = run.said().splitlines()[-1]
     # torch knows the signal or not, depending on who hears of it first.
-    worker = f"process {workers[1]}, a worker that reads photographs,"
+    worker = f"process {workers[1]}, a worker that reads images,"
     ways = (f"{worker} {how}; the memory" for how in ("was killed (Killed)", "ended"))
     assert any(way in said for way in ways), said
     assert "Traceback" not in run.said()

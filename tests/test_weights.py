@@ -447,7 +447,7 @@ def test_a_broken_download_goes_on_where_it_broke(served: Hub, monkeypatch: pyte
 def test_a_download_that_breaks_for_good_says_so(served: Hub, tmp_path: Path) -> None:
     """Else half a file is taken for a whole one."""
     served.cuts = [0] * 20
-    with pytest.raises(DcrisError, match=rf"fetching {VISION_REPO} from {served.url} failed \(.*\); try again"):
+    with pytest.raises(DcrisError, match=rf"downloading {VISION_REPO} from {served.url} failed \(.*\); try again"):
         fetch(VISION_REPO, "main", FILES)
     served.cuts = []
     assert fetch(VISION_REPO, "main", FILES).path.stat().st_size == 256 * 256
@@ -475,7 +475,7 @@ def test_a_damaged_header_is_called_so(hub: Hub) -> None:
     ("repo", "revision", "names", "sentence"),
     [
         ("facebook/nothing", "main", FILES, "no repository facebook/nothing on http.*or it is private"),
-        (VISION_REPO, "v9", FILES, f"{VISION_REPO} has no revision v9; give a branch, a tag or a whole commit hash"),
+        (VISION_REPO, "v9", FILES, f"{VISION_REPO} has no revision v9; use a branch, a tag or a full commit hash"),
         (VISION_REPO, "main", ("a.safetensors", "b.bin"), r"revision main has no file a\.safetensors or b\.bin"),
     ],
     ids=["repository", "revision", "file"],
@@ -505,7 +505,7 @@ def test_no_network_and_no_cache(served: Hub, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("number", "sentence"),
     [
-        (errno.ENOSPC, "is full; free some space there, or set HF_HOME"),
+        (errno.ENOSPC, "is full; free disk space there, or set HF_HOME"),
         (errno.EROFS, "cannot write to the cache .*HF_HOME"),
     ],
 )

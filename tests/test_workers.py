@@ -64,7 +64,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
 
 def test_workers_that_stall_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A disk on the network that hangs: a note after a minute, an error after ten, and the process can then end."""
-    monkeypatch.setattr(workers, "_PATIENCE", 0.3)
+    monkeypatch.setattr(workers, "_TIMEOUT", 0.3)
     batches = load(Samples(stalled), 1, batch_size=1, collate_fn=list)
     assert [next(batches), next(batches)] == [[0], [1]]
     with pytest.raises(DcrisError, match="no photographs have been read"):

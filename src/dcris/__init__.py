@@ -1,4 +1,5 @@
-"""Referring image segmentation: a photograph and a phrase in, the mask of that object out (DCRIS)."""
+"""Referring image segmentation with DCRIS: predict the mask of the object that an expression
+describes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes a second to import; `dcris --help` and `dcris.__version__` do without it.
+    # Imported on first use: `dcris --help` and `dcris.__version__` do not need torch, which takes a
+    # second.
     if name == "Segmenter":
         from dcris.inference.segmenter import Segmenter
 

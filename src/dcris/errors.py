@@ -1,15 +1,17 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exception for errors that a user can correct."""
 
 
 class DcrisError(Exception):
-    """Bad input, said in one plain sentence: what is wrong, where, and what to do about it.
+    """Bad input or a limit of the machine, in one or two sentences: what is wrong, where, and what
+    to do.
 
-    The command line prints the sentence and exits with 2; it never shows a traceback for this class. Anything else that
-    escapes is a defect of dcris and keeps its traceback.
+    The command line prints the message without a traceback and exits with code 2. Any other
+    exception that reaches it is a bug in dcris and keeps its traceback.
     """
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch or a GPU had no memory left. torch has a class of its own for GPUs alone."""
+    """Return whether an error of Python or torch means that memory ran out. torch has a class of
+    its own for GPUs only."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

@@ -1,6 +1,6 @@
-"""The vocabulary the whole package shares.
+"""Data types that the whole package shares.
 
-Shape letters: B batch, H W pixels of a photograph, S side of the network's square input, h w patch grid, L text tokens.
+Shape letters: B batch, H W pixels of an image, S side of the network's square input, L text tokens.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SoftMask:
-    """A picture of a mask that need not be two-valued, as JPEG masks and probability maps are not."""
+    """A mask image with more than two values (JPEG, probability map), and the threshold that makes
+    it a mask."""
 
     path: Path
     threshold: float
-    """A pixel is the object's if its value is greater: a share of the full scale below 1, else a value."""
+    """Pixels above it are the object: a fraction of the full scale if below 1, otherwise a pixel
+    value."""
 
 
 Segmentation = list[list[float]] | Mapping[str, Any] | Path | SoftMask
-"""A mask as COCO stores it, polygons (x, y, x, y, ...) or run lengths {"size": [H, W], "counts": list, str or bytes}; or the
-path of a picture of two values: 0, and any other for the object."""
+"""A mask in a form of COCO, polygons (x, y, x, y, ...) or run lengths {"size": [H, W], "counts":
+list, str or bytes}; or the path of a mask image with two values, 0 for the background and any other
+for the object."""
 
 MaskArray = NDArray[np.bool_]
 """[H, W] bool: True where the object is."""
@@ -32,17 +35,18 @@ MaskArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """One phrase for an object, as a person wrote it."""
+    """A referring expression."""
 
     sent_id: int
     text: str
     kind: str | None = None
-    """What tells the object apart (attribute, place, ordinal, ...), known for generated scenes only."""
+    """How it identifies the object (attribute, place, ordinal, ...); known for generated scenes
+    only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One object of one photograph with every expression for it: the sample unit of the REFER data sets."""
+    """One object of an image with all its expressions: the unit of the REFER data sets."""
 
     ref_id: int
     ann_id: int
@@ -58,16 +62,18 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training sample: a letterboxed image, the tokens of one of its reference's expressions, and the mask."""
+    """One training sample: a letterboxed image, the tokens of one of its reference's expressions,
+    and the mask."""
 
     image: Tensor
-    """[3, S, S] uint8: a quarter of the normalised image's bytes on their way from the workers to the device."""
+    """[3, S, S] uint8, normalised on the device: a quarter of the bytes of float32 to move there.
+    """
     tokens: Tensor
     """[L] int64."""
     mask: Tensor
     """[S, S] float32 in 0..1: the object's mask on the network's square."""
     skipped: Mapping[int, str] = field(default_factory=dict)
-    """As of Batch."""
+    """See Batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +87,5 @@ class Batch:
     masks: Tensor
     """[B, 1, S, S] float32 in 0..1."""
     skipped: Mapping[int, str] = field(default_factory=dict)
-    """References that could not be read and that others stand for here: why, by their number in the training split."""
+    """References that could not be read and were replaced by others: number in the training split
+    -> reason."""

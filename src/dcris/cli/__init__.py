@@ -1,8 +1,9 @@
 """The command line: one file a command, which reads its arguments and calls the library.
 
-Libraries that take long to import are imported inside the commands, so that `dcris --help` is fast. argparse is used and not a
-library that derives options from types: the settings of `dcris train` are `--SECTION.FIELD VALUE` pairs that the configuration
-itself checks, and every error has to be one sentence.
+Libraries that take long to import are imported inside the commands, so that `dcris --help` is fast.
+argparse is used and not a library that derives options from types: the settings of `dcris train`
+are `--SECTION.FIELD VALUE` pairs that the configuration itself checks, and every error has to be
+one sentence.
 """
 
 import errno
@@ -37,7 +38,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
+    """Run one command; return its exit code: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
     with usable_streams():
         try:
             _run(arguments)
@@ -66,12 +67,14 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return the message for bad input or a limit of this machine; None for a defect, which keeps its traceback."""
+    """Return the message for bad input or a limit of this machine; None for a defect, which keeps
+    its traceback."""
     if isinstance(error, DcrisError):
         return str(error)
     if isinstance(error, RuntimeError) and (died := dead_worker(error)):
         return str(died)
-    # Libraries raise several classes for this; "ancdata" is torch's, when a worker sends a file descriptor.
+    # Libraries raise several classes for this; "ancdata" is torch's, when a worker sends a file
+    # descriptor.
     texts = (os.strerror(errno.EMFILE), "items of ancdata")
     if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or any(text in str(error) for text in texts):
         return "too many open files; raise the limit (`ulimit -n 1024`) or use fewer workers"
@@ -84,7 +87,8 @@ def _sentence(error: Exception) -> str | None:
             "PYTHONUTF8=1 or a UTF-8 locale (LC_ALL=C.UTF-8)"
         )
     if isinstance(error, OSError) and error.filename is not None:
-        # Errors that no reader handles: names that are too long, missing permissions, circular links, failing disks.
+        # Errors that no reader handles: names that are too long, missing permissions, circular
+        # links, failing disks.
         return f"cannot use {error.filename}: {error.strerror}; check that path"
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}:
         return f"cannot read or write: {error.strerror}; check the disks of this machine"
@@ -93,7 +97,10 @@ def _sentence(error: Exception) -> str | None:
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that temporary files are removed as after Ctrl-C. Training has a handler of its own."""
+    """Turn SIGTERM into SystemExit, so that temporary files are removed as after Ctrl-C.
+
+    Training has a handler of its own.
+    """
 
     def end(number: int, frame: object) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up

@@ -39,7 +39,8 @@ def on_error(text: str) -> None:
 
 
 def argument(path: Path | str) -> str:
-    """Return a path as an argument of a suggested command: quoted for the shell, and never mistaken for an option."""
+    """Return a path as an argument of a suggested command: quoted for the shell, and never mistaken
+    for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
@@ -72,9 +73,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
-    """Return a function that adds a command to `commands`; `prefix` is the command line before its name.
+    """Return a function that adds a command to `commands`; `prefix` is the command line before its
+    name.
 
-    The function takes the name, the function to run, a summary, the arguments of an example, and further help text.
+    The function takes the name, the function to run, a summary, the arguments of an example, and
+    further help text.
     """
 
     def add(name: str, run: Command, summary: str, example: str, more: str = "") -> argparse.ArgumentParser:
@@ -178,7 +181,7 @@ def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) ->
 
 
 def own_name(root: Path, args: argparse.Namespace) -> str | None:
-    """Return the name of the data set if `root` is a single file, and None if it is a folder of data sets.
+    """Return the name of a data set that is a single file, and None for a folder of data sets.
 
     Raises:
         DcrisError: `root` is a file, and --dataset or --split-by is given.

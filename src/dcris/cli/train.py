@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def configuration(args: argparse.Namespace) -> "RunConfig":
-    """Return the run's configuration: the recipe, with the options and `--SECTION.FIELD VALUE` settings applied.
+    """Return the run's configuration: the recipe, with the options and `--SECTION.FIELD VALUE`
+    settings applied.
 
     Raises:
         DcrisError: a setting is unknown or has a wrong value.

@@ -12,15 +12,19 @@ Augmentation = Callable[
 ]
 """Function from (image, mask, phrase, generator) to a changed (image, mask, phrase).
 
-The image is [H, W, 3] uint8 RGB and the mask [H, W] with 1 on the object, both before they are resized; the two returned arrays
-have the same H and W. All randomness comes from the generator, so that a resumed run sees the same samples.
+The image is [H, W, 3] uint8 RGB and the mask [H, W] with 1 on the object, both before they are
+resized; the two returned arrays have the same H and W. All randomness comes from the generator, so
+that a resumed run sees the same samples.
 """
 
 
 def flip(
     image: NDArray[np.uint8], mask: NDArray[np.uint8], phrase: str, generator: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:
-    """Mirror image and mask, and exchange left and right in the phrase. Samples with an ambiguous phrase are not changed."""
+    """Mirror image and mask, and exchange left and right in the phrase.
+
+    Samples with an ambiguous phrase are not changed.
+    """
     mirrored = swap_sides(phrase)
     if mirrored is None:
         return image, mask, phrase

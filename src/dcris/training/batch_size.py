@@ -21,7 +21,8 @@ from dcris.utils.distributed import Processes
 _CPU = torch.device("cpu")
 
 _USABLE = 0.9
-"""Share of the free memory that a pass may take; the rest is for the loader, checkpoints and fragmentation."""
+"""Share of the free memory that a pass may take; the rest is for the loader, checkpoints and
+fragmentation."""
 
 
 def choose_micro_batch(
@@ -47,8 +48,8 @@ def choose_micro_batch(
         log: receives lines of progress.
 
     Raises:
-        DcrisError: not even one sample fits, or `train.shard_towers` is set: sharded towers need all ranks for a pass, but
-            each rank tries on its own.
+        DcrisError: not even one sample fits, or `train.shard_towers` is set: sharded towers need
+            all ranks for a pass, but each rank tries on its own.
     """
     micro_batch = group.from_first(lambda: _recorded_micro_batch(out))
     batch = min(config.train.batch_size, references)
@@ -77,10 +78,12 @@ def largest_micro_batch(
     device: torch.device,
     processes: int = 1,
 ) -> int:
-    """Return the largest number of samples whose forward and backward pass fits: a power of two, or the whole `share`.
+    """Return the largest number of samples whose forward and backward pass fits: a power of two, or
+    the whole `share`.
 
-    On CUDA, passes are tried until memory runs out. On a CPU that could kill the process, so there the growth from one pass to
-    the next predicts whether the one after it fits. Weights, batch norm statistics and the random state are not changed.
+    On CUDA, passes are tried until memory runs out. On a CPU that could kill the process, so there
+    the growth from one pass to the next predicts whether the one after it fits. Weights, batch norm
+    statistics and the random state are not changed.
 
     Args:
         model: moved to `device`.
@@ -162,7 +165,8 @@ def _try_on_cpu(run: Callable[[int], None], sizes: Sequence[int], moments_bytes:
     available = free_memory(_CPU) * _USABLE / processes - moments_bytes
     best, used = 0, 0.0
     for size in sizes:
-        # Assumes that all memory grows with the size, which is slightly too much: a part is constant.
+        # Assumes that all memory grows with the size, which is slightly too much: a part is
+        # constant.
         if used * size > available * max(best, 1):
             break
         used = memory_growth(partial(run, size))

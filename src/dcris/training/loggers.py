@@ -1,7 +1,9 @@
-"""Progress of a training run: lines or a bar for a person, the log, and TensorBoard or Weights & Biases on request.
+"""Progress of a training run: lines or a bar for a person, the log, and TensorBoard or Weights &
+Biases on request.
 
-The log is the run's record: a run whose log cannot be written ends. A tracker that fails is reported once and left out.
-Trackers are imported only on request, and nothing here draws a random number, so trackers do not change the trained weights.
+The log is the run's record: a run whose log cannot be written ends. A tracker that fails is
+reported once and left out. Trackers are imported only on request, and nothing here draws a random
+number, so trackers do not change the trained weights.
 """
 
 import importlib
@@ -52,7 +54,8 @@ PANEL_CELL = 320
 _GAP = 8  # pixels between them
 _PACKAGES = {"tensorboard": "tensorboard>=2.20", "wandb": "wandb>=0.31"}
 _VALIDATION = "val_first_"
-"""Prefix of validation scores in the log: validation in training uses only the first expression of each reference."""
+"""Prefix of validation scores in the log: validation in training uses only the first expression of
+each reference."""
 
 _LINES = 20
 """Progress lines of a run without a terminal."""
@@ -126,7 +129,8 @@ class Monitor:
             self._log(line)
 
     def wants_iou(self, done: int) -> bool:
-        """Return whether the IoU of a step will be logged or shown; computing it makes the CPU wait for the GPU."""
+        """Return whether the IoU of a step will be logged or shown; computing it makes the CPU wait
+        for the GPU."""
         return self.enabled and (self._is_logged(done) or self.progress.due(done))
 
     def step(self, done: int, losses: Mapping[str, float], iou: float | None, lr: float, images: int) -> None:
@@ -161,7 +165,8 @@ class Monitor:
         Args:
             done: steps so far.
             scores: by name, in percent.
-            results: returns a few results with masks for the panels; called only if a tracker shows them.
+            results: returns a few results with masks for the panels; called only if a tracker shows
+                them.
 
         Raises:
             DcrisError: the log cannot be written.
@@ -232,7 +237,8 @@ class _Speed:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return {"peak_memory_mb": ...}, in 10^6 bytes, of the GPU or else of this process; {} where it is unknown."""
+    """Return {"peak_memory_mb": ...}, in 10^6 bytes, of the GPU or else of this process; {} where
+    it is unknown."""
     try:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_memory("VmHWM")
     except ImportError:  # on Windows
@@ -240,11 +246,13 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak_memory_mb": round(peak / 1e6, 1)}
 
 
-# ---- the log -------------------------------------------------------------------------------------------------------------
+# ---- the log -----------------------------------------------------------------------------------
 
 
 class LogFile:
-    """Writes log.jsonl, one JSON object a line. On resuming, lines after the checkpoint's step are dropped.
+    """Writes log.jsonl, one JSON object a line.
+
+    On resuming, lines after the checkpoint's step are dropped.
 
     Args:
         path: the file.
@@ -259,7 +267,8 @@ class LogFile:
         sync_directory(path.parent)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line and sync it to disk: a checkpoint must not survive a crash that loses the lines before it.
+        """Append a line and sync it to disk: a checkpoint must not survive a crash that loses the
+        lines before it.
 
         Raises:
             DcrisError: the file cannot be written, for example because the disk is full.
@@ -281,7 +290,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; lines that are not objects of numbers are left out (the last one may be incomplete)."""
+    """Return the lines of a log; lines that are not objects of numbers are left out (the last one
+    may be incomplete)."""
 
     def is_valid(line: Any) -> bool:
         return (
@@ -293,7 +303,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for _, line in read_json_lines(path, on_error=lambda error: None) if is_valid(line)]
 
 
-# ---- progress for a person -----------------------------------------------------------------------------------------------
+# ---- progress for a person ---------------------------------------------------------------------
 
 
 class Progress:
@@ -325,7 +335,8 @@ class Progress:
         self.bar.close()
 
     def due(self, done: int) -> bool:
-        """Return whether this step updates the numbers: on a terminal about once a second, elsewhere with each line."""
+        """Return whether this step updates the numbers: on a terminal about once a second,
+        elsewhere with each line."""
         if self.terminal:
             return time.monotonic() - self.refreshed >= _REFRESH
         return done % self.every == 0 or done == self.total
@@ -355,7 +366,7 @@ class Progress:
         return math.ceil(done / self.per_epoch)
 
 
-# ---- trackers ------------------------------------------------------------------------------------------------------------
+# ---- trackers ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +382,10 @@ class Panel:
 
 
 class Tracker(Protocol):
-    """Shows a run's curves and panels. Methods may raise anything; Monitor then leaves the tracker out."""
+    """Shows a run's curves and panels.
+
+    Methods may raise anything; Monitor then leaves the tracker out.
+    """
 
     def add(self, step: int, curves: Mapping[str, float]) -> None:
         """Record the values of curves after `step` steps."""
@@ -387,14 +401,16 @@ def check_trackers(names: Iterable[str]) -> None:
     """Raise DcrisError if the package of a tracker is not installed."""
     for name in names:
         try:
-            # W&B leaves a folder `wandb` where it ran, which can be imported too, but has no version.
+            # W&B leaves a folder `wandb` where it ran, which can be imported too, but has no
+            # version.
             importlib.import_module(name).__version__  # noqa: B018
         except (ImportError, AttributeError) as error:
             raise DcrisError(f'the tracker {name} is not installed; run: pip install "{_PACKAGES[name]}"') from error
 
 
 def panel_queries(queries: Queries) -> Queries:
-    """Return up to PANELS queries for the panels, of different images and spread evenly over the split."""
+    """Return up to PANELS queries for the panels, of different images and spread evenly over the
+    split."""
     by_image = list({query[0].image_path: query for query in reversed(queries)}.values())[::-1]
     count = min(PANELS, len(by_image))
     return [by_image[number * len(by_image) // count] for number in range(count)]
@@ -420,8 +436,9 @@ def make_panel(result: EvalResult) -> Panel:
 class TensorBoard:
     """Writes RUN/tensorboard: one file of events for each start of the run.
 
-    Records are written at once. torch's SummaryWriter writes in a thread, where a full disk prints a traceback that the run
-    cannot prevent, and it stores panels only as PNG, which is several times larger for photographs.
+    Records are written at once. torch's SummaryWriter writes in a thread, where a full disk prints
+    a traceback that the run cannot prevent, and it stores panels only as PNG, which is several
+    times larger for photographs.
     """
 
     def __init__(self, out: Path, config: RunConfig, first: int) -> None:
@@ -435,7 +452,8 @@ class TensorBoard:
         self.file = (folder / name).open("xb")
         self.records = RecordWriter(self.file)
         self._write(self.event(file_version="brain.Event:2"))
-        # Makes readers drop the points of earlier files from this step on: the steps after the checkpoint are repeated.
+        # Makes readers drop the points of earlier files from this step on: the steps after the
+        # checkpoint are repeated.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(self.event(step=first + 1, session_log=start))
         self.file.flush()
@@ -468,9 +486,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to a run of Weights & Biases: sent, or kept in RUN/wandb with WANDB_MODE=offline. RUN/wandb.json holds its id.
+    """Logs to a run of Weights & Biases: sent, or kept in RUN/wandb with WANDB_MODE=offline.
 
-    Sends the configuration, the curves, the panels and W&B's own measurements of the machine; neither code nor output.
+    RUN/wandb.json holds its id.
+
+    Sends the configuration, the curves, the panels and W&B's own measurements of the machine;
+    neither code nor output.
     """
 
     def __init__(self, out: Path, config: RunConfig, first: int) -> None:
@@ -499,7 +520,8 @@ class WeightsAndBiases:
                 finish_timeout=_WANDB_TIMEOUT,
             ),
         )
-        # Steps after the checkpoint are repeated, but W&B has them already and takes no earlier step again.
+        # Steps after the checkpoint are repeated, but W&B has them already and takes no earlier
+        # step again.
         self.begin = self.run.starting_step
 
     def add(self, step: int, curves: Mapping[str, float]) -> None:

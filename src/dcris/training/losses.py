@@ -1,4 +1,6 @@
-"""The training losses: equation 6, and losses that can be added to it. See docs/extending_training.md for adding one.
+"""The training losses: equation 6, and losses that can be added to it.
+
+See docs/extending_training.md for adding one.
 
 Shape letters: B batch, S side of the input square, h w logit grid.
 """
@@ -9,20 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Function from logits [B, 1, h, w] and masks [B, 1, S, S] in 0..1 to a scalar, the mean over the batch, in float32.
+"""Function from logits [B, 1, h, w] and masks [B, 1, S, S] in 0..1 to a scalar, the mean over the
+batch, in float32.
 
-It must be a mean over samples, or splitting a batch into passes and over ranks would change its value.
+It must be a mean over samples, or splitting a batch into passes and over ranks would change its
+value.
 """
 
 
 def text_to_pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Equation 6: the mean binary cross entropy of the logits against the mask, on the logits' grid.
+    """Equation 6: the mean binary cross entropy of the logits against the mask, on the logits'
+    grid.
 
     The paper takes the logarithm of a sigmoid; this computes the same value without overflow.
 
     Args:
         logits: [B, 1, h, w].
-        masks: [B, 1, S, S] in 0..1, resized to the grid by nearest neighbour, as in the published code.
+        masks: [B, 1, S, S] in 0..1, resized to the grid by nearest neighbour, as in the published
+            code.
 
     Returns:
         A scalar in float32, whatever the precision of the logits.
@@ -32,9 +38,11 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """One minus the soft dice coefficient, mean over the batch (Milletari et al. 2016, with plain sums and 1 added to each).
+    """One minus the soft dice coefficient, mean over the batch (Milletari et al. 2016, with plain
+    sums and 1 added to each).
 
-    Dice weighs all objects alike, whatever their share of the image; cross entropy weighs all pixels alike.
+    Dice weighs all objects alike, whatever their share of the image; cross entropy weighs all
+    pixels alike.
 
     Args:
         logits: [B, 1, h, w].

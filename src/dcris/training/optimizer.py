@@ -23,7 +23,8 @@ def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.op
 def parameter_groups(model: ReferringSegmenter, settings: TrainConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups, each with its `lr_factor`.
 
-    The towers' own weights, where a method trains them, are a group of their own if `tower_lr` is not 1.
+    The towers' own weights, where a method trains them, are a group of their own if `tower_lr` is
+    not 1.
     """
     towers: list[torch.nn.Parameter] = []
     other: list[torch.nn.Parameter] = []
@@ -36,7 +37,8 @@ def parameter_groups(model: ReferringSegmenter, settings: TrainConfig) -> list[d
 
 
 def learning_rate(settings: TrainConfig, step: int, per_epoch: int, total: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then milestones (section 4.2) or half a cosine.
+    """Return the learning rate of a step: linear warm-up, then milestones (section 4.2) or half a
+    cosine.
 
     Args:
         settings: of the run.

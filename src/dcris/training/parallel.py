@@ -21,8 +21,8 @@ from dcris.utils.distributed import Processes, connection_errors
 def divide_batch(batch: int, micro_batch: int | None, group: Processes) -> list[range]:
     """Return this process's places in a batch, one range for each pass through the network.
 
-    The batch is divided into passes, then each pass among the ranks, as evenly as whole samples allow. So the samples of a pass
-    depend only on `micro_batch` times the number of ranks.
+    The batch is divided into passes, then each pass among the ranks, as evenly as whole samples
+    allow. So the samples of a pass depend only on `micro_batch` times the number of ranks.
 
     Args:
         batch: samples in the whole batch.
@@ -45,14 +45,16 @@ def divide_batch(batch: int, micro_batch: int | None, group: Processes) -> list[
     return ranges
 
 
-# ---- batch norm over all ranks -------------------------------------------------------------------------------------------
+# ---- batch norm over all ranks -----------------------------------------------------------------
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the samples of all ranks, with the parameters and buffers of the module it replaces.
+    """Batch norm over the samples of all ranks, with the parameters and buffers of the module it
+    replaces.
 
-    torch's SyncBatchNorm works on CUDA only. Statistics are combined from each rank's mean and squared deviations and not from
-    sums of squares, which lose digits. Ranks may hold different numbers of samples.
+    torch's SyncBatchNorm works on CUDA only. Statistics are combined from each rank's mean and
+    squared deviations and not from sums of squares, which lose digits. Ranks may hold different
+    numbers of samples.
 
     Args:
         replaced: the batch norm whose place it takes.
@@ -84,7 +86,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Returns the normalised tensor, and over all ranks the mean [C], the biased variance [C] and the number of values."""
+    """Returns the normalised tensor, and over all ranks the mean [C], the biased variance [C] and
+    the number of values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,8 +119,8 @@ class _Normalise(torch.autograd.Function):
         grad_y = _in_float32(gradient)
         normed = (_in_float32(x) - mean.view(shape)) * scale.view(shape)
         grad_bias, grad_weight = grad_y.sum(dims), (grad_y * normed).sum(dims)
-        # The gradients of weight and bias stay this rank's part, as those of all other weights; the gradient through the
-        # statistics needs the sum over all ranks.
+        # The gradients of weight and bias stay this rank's part, as those of all other weights; the
+        # gradient through the statistics needs the sum over all ranks.
         sums = torch.stack((grad_bias, grad_weight))
         with connection_errors():
             distributed.all_reduce(sums)
@@ -131,21 +134,24 @@ def _in_float32(x: Tensor) -> Tensor:
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Replace every batch norm of a model by a synchronised one with the same parameters, buffers and names."""
+    """Replace every batch norm of a model by a synchronised one with the same parameters, buffers
+    and names."""
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
                 setattr(parent, name, SynchronisedBatchNorm(child))
 
 
-# ---- sharded towers ------------------------------------------------------------------------------------------------------
+# ---- sharded towers ----------------------------------------------------------------------------
 
 
 def shard_towers(towers: Sequence[VisionTower | TextTower], device: torch.device, group: Processes) -> None:
-    """Spread the weights of the towers' attentions and MLPs over all ranks (FSDP2); a module is whole only while it runs.
+    """Spread the weights of the towers' attentions and MLPs over all ranks (FSDP2); a module is
+    whole only while it runs.
 
-    The unit is half a block. Adapters stay outside, so their parameters, gradients and names do not change. The rest of a tower
-    (embeddings, norms) is whole on every rank. From here on, all ranks have to run the towers equally often.
+    The unit is half a block. Adapters stay outside, so their parameters, gradients and names do not
+    change. The rest of a tower (embeddings, norms) is whole on every rank. From here on, all ranks
+    have to run the towers equally often.
 
     Raises:
         DcrisError: there is only one process.

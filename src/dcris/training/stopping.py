@@ -30,7 +30,10 @@ class Interrupted(Exception):
 
 
 class StopWaiting(BaseException):
-    """Raised by the signal handler to break off a wait. A BaseException, so that no library on the way catches it."""
+    """Raised by the signal handler to break off a wait.
+
+    A BaseException, so that no library on the way catches it.
+    """
 
 
 class StopRequest:
@@ -42,7 +45,8 @@ class StopRequest:
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Context for a wait that a request breaks off: one that arrives in it, or came before, raises StopWaiting."""
+        """Context for a wait that a request breaks off: one that arrives in it, or came before,
+        raises StopWaiting."""
         self._waiting = True
         try:
             if self.signal is not None:
@@ -66,8 +70,9 @@ class StopRequest:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: note the request; a second Ctrl-C raises KeyboardInterrupt at once.
 
-        A second SIGTERM does not: a scheduler sends one to every process, and torchrun then forwards its own. For the same
-        reason a second Ctrl-C within a second of the first is ignored.
+        A second SIGTERM does not: a scheduler sends one to every process, and torchrun then
+        forwards its own. For the same reason a second Ctrl-C within a second of the first is
+        ignored.
         """
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
@@ -79,7 +84,8 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Context in which Ctrl-C and SIGTERM are noted in the StopRequest it gives, for the training loop to act on."""
+    """Context in which Ctrl-C and SIGTERM are noted in the StopRequest it gives, for the training
+    loop to act on."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

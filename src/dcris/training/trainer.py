@@ -1,7 +1,7 @@
 """The training loop, the same for every method.
 
-All random numbers of a step come from the seed and the number of the step, so a run that was interrupted and resumed ends in
-the same weights as one that was not (bit for bit on a CPU).
+All random numbers of a step come from the seed and the number of the step, so a run that was
+interrupted and resumed ends in the same weights as one that was not (bit for bit on a CPU).
 """
 
 import math
@@ -66,7 +66,8 @@ from dcris.utils.files import claim, make_directory, read_json, write_json
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Distance between the seeds of neighbouring places in a batch, large enough not to meet those of other steps and runs."""
+"""Distance between the seeds of neighbouring places in a batch, large enough not to meet those of
+other steps and runs."""
 
 _CONFIG = "config.json"
 _DATA = "data.json"
@@ -86,7 +87,8 @@ class TrainResult:
 
 
 def build_model(config: RunConfig) -> ReferringSegmenter:
-    """Return a new model: trainable weights initialised from the seed, towers filled with the weights they name.
+    """Return a new model: trainable weights initialised from the seed, towers filled with the
+    weights they name.
 
     Raises:
         DcrisError: tower weights are missing or unreadable.
@@ -98,7 +100,8 @@ def build_model(config: RunConfig) -> ReferringSegmenter:
 
 
 def total_steps(settings: TrainConfig, references: int) -> int:
-    """Return the optimiser steps of a whole run on `references` training references: `max_steps`, or else from `epochs`."""
+    """Return the optimiser steps of a whole run on `references` training references: `max_steps`,
+    or else from `epochs`."""
     return settings.max_steps or settings.epochs * steps_per_epoch(references, min(settings.batch_size, references))
 
 
@@ -106,8 +109,8 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
     """Check what can be checked before the model is built.
 
     Raises:
-        DcrisError: a split, tracker, loss or augmentation does not exist, shared memory is too small for the workers, or the
-            run is shorter than its warm-up.
+        DcrisError: a split, tracker, loss or augmentation does not exist, shared memory is too
+            small for the workers, or the run is shorter than its warm-up.
     """
     settings = config.train
     check_trackers(settings.trackers)
@@ -126,10 +129,12 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
 
 
 class Trainer:
-    """Trains the adapters and the head of a model, and writes checkpoints, a log and the configuration to `out`.
+    """Trains the adapters and the head of a model, and writes checkpoints, a log and the
+    configuration to `out`.
 
-    Several processes can train together: each takes a part of every batch, gradients are those of the whole batch's mean, and
-    batch norm uses the statistics of the whole batch. Only rank 0 reads and writes `out`.
+    Several processes can train together: each takes a part of every batch, gradients are those of
+    the whole batch's mean, and batch norm uses the statistics of the whole batch. Only rank 0 reads
+    and writes `out`.
 
     Args:
         model: with its towers filled; moved to `device`.
@@ -143,8 +148,8 @@ class Trainer:
         group: the processes; all call this with the same arguments except `device` and `log`.
 
     Raises:
-        DcrisError: an argument has the wrong type, a tracker is not installed, a split is missing, or the batch cannot be
-            divided among the processes.
+        DcrisError: an argument has the wrong type, a tracker is not installed, a split is missing,
+            or the batch cannot be divided among the processes.
     """
 
     def __init__(
@@ -191,13 +196,15 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            DcrisError: `out` holds a run and `resume` is not set, or the run has other settings or references; another process
-                trains in `out`; all its checkpoints are damaged; `config.train.start` is from another model; the ranks have
-                different settings; data cannot be read or results not written; a worker dies; memory does not suffice; the
+            DcrisError: `out` holds a run and `resume` is not set, or the run has other settings or
+                references; another process trains in `out`; all its checkpoints are damaged;
+                `config.train.start` is from another model; the ranks have different settings; data
+                cannot be read or results not written; a worker dies; memory does not suffice; the
                 loss is not finite.
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         """
-        # Signals are handled until the monitor is closed, so that a second Ctrl-C can break off a tracker that still sends.
+        # Signals are handled until the monitor is closed, so that a second Ctrl-C can break off a
+        # tracker that still sends.
         with ExitStack() as stack:
             self.stop = stack.enter_context(stop_requests())
             try:
@@ -220,7 +227,7 @@ class Trainer:
         checkpoints = self.group.from_first(partial(list_checkpoints, self.out))
         return TrainResult(checkpoints[-1], best_checkpoint(checkpoints), time.monotonic() - begin)
 
-    # ---- the loop --------------------------------------------------------------------------------------------------------
+    # ---- the loop -------------------------------------------------------------------------------
 
     def _train(self) -> None:
         """The training loop."""
@@ -256,7 +263,8 @@ class Trainer:
             want_iou: whether to compute the batch's IoU.
 
         Returns:
-            losses: over the whole batch, all ranks: "loss", and the terms added to equation 6, by name.
+            losses: over the whole batch, all ranks: "loss", and the terms added to equation 6, by
+                name.
             iou: mIoU of the whole batch in percent, if wanted.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -287,10 +295,12 @@ class Trainer:
         *values, iou = self.group.sum(*(sum(term[name].item() for term in terms) for name in names), sum(ious))
         return dict(zip(names, values, strict=True)), iou if want_iou else None
 
-    # ---- what the loop calls ---------------------------------------------------------------------------------------------
+    # ---- what the loop calls --------------------------------------------------------------------
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield this process's part of each batch. An error that one rank meets in reading is raised on all ranks.
+        """Yield this process's part of each batch.
+
+        An error that one rank meets in reading is raised on all ranks.
 
         Raises:
             DcrisError: a sample cannot be read on some rank.
@@ -325,7 +335,8 @@ class Trainer:
                 self.skipped.note(part)
 
     def _require_finite(self, losses: dict[str, float], step: int) -> None:
-        """Raise DcrisError for a loss that is NaN or infinite; the weights are then still those of the step before."""
+        """Raise DcrisError for a loss that is NaN or infinite; the weights are then still those of
+        the step before."""
         if not math.isfinite(losses["loss"]):
             raise DcrisError(
                 f"the loss is {losses['loss']} at step {step + 1}; the last checkpoint is intact: resume from it with a lower "
@@ -363,7 +374,7 @@ class Trainer:
         saved = self.last if self.last is not None and self.last.step == self.done else self.save()
         raise Interrupted(number, saved)
 
-    # ---- validation ------------------------------------------------------------------------------------------------------
+    # ---- validation -----------------------------------------------------------------------------
 
     def validate(self) -> None:
         """Score the newest checkpoint on the validation split, and log the scores.
@@ -385,15 +396,18 @@ class Trainer:
         self.model.train()
 
     def compute_scores(self) -> dict[str, float]:
-        """Return scores in percent on the validation split's first expressions, as the CRIS family validates in training.
+        """Return scores in percent on the validation split's first expressions, as the CRIS family
+        validates in training.
 
-        A stop request ends it early: a scheduler does not wait for a whole split. Leaves the model in evaluation mode.
+        A stop request ends it early: a scheduler does not wait for a whole split. Leaves the model
+        in evaluation mode.
         """
         self.model.eval()
         predict = partial(self._predict, self.queries, keep_masks=False)
         results: Iterable[EvalResult]
         if self.settings.shard_towers:
-            # Sharded towers must run equally often on all ranks, but shares differ in their numbers of images.
+            # Sharded towers must run equally often on all ranks, but shares differ in their numbers
+            # of images.
             results = predict()
         else:
             results = predict_on_all_ranks(
@@ -402,7 +416,8 @@ class Trainer:
         return summarise(result.overlap for result in results)
 
     def _validate_unscored(self) -> None:
-        """Validate the checkpoint that was resumed from, if the run was stopped before it was scored."""
+        """Validate the checkpoint that was resumed from, if the run was stopped before it was
+        scored."""
         ends_epoch = self.done % self.per_epoch == 0 or self.done == self.total
         if self.done and self.last is not None and self.last.score is None and self.queries and ends_epoch:
             self.validate()
@@ -415,12 +430,14 @@ class Trainer:
             self.model, queries, self.config, Cris(), device=self.device, dtype=self.dtype, **options
         )
 
-    # ---- before the first step -------------------------------------------------------------------------------------------
+    # ---- before the first step ------------------------------------------------------------------
 
     def _prepare(self, stack: ExitStack) -> None:
-        """Find the checkpoints, compare the ranks, prepare model and optimizer, and write the run's configuration.
+        """Find the checkpoints, compare the ranks, prepare model and optimizer, and write the run's
+        configuration.
 
-        Nothing is written before everything has been checked. `stack` holds the lock on the run's directory.
+        Nothing is written before everything has been checked. `stack` holds the lock on the run's
+        directory.
         """
         resuming = self.resume and self.out.is_dir()
         checkpoints = []
@@ -455,7 +472,11 @@ class Trainer:
             hold_frozen(self.model, self.dtype)
 
     def _data_record(self, newest: Checkpoint | None) -> dict[str, Any]:
-        """Return the content of data.json. Raises DcrisError if the run was started on other references."""
+        """Return the content of data.json.
+
+        Raises:
+            DcrisError: the run was started on other references.
+        """
         record, path = self.table.record(), self.out / _DATA
         if newest is None or not path.exists():
             return record
@@ -482,7 +503,8 @@ class Trainer:
                     )
 
     def _prepare_model(self) -> None:
-        """Move the model to the device, shard it and synchronise its batch norms as configured, and make the optimizer."""
+        """Move the model to the device, shard it and synchronise its batch norms as configured, and
+        make the optimizer."""
         model = self.model
         if self.settings.shard_towers:
             shard_towers((model.vision, model.text), self.device, self.group)
@@ -494,7 +516,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, self.settings)
 
     def _load_weights(self, newest: Checkpoint | None, record: dict[str, Any]) -> None:
-        """Load the checkpoint that is resumed, or else that of `train.start`, which is noted in `record`."""
+        """Load the checkpoint that is resumed, or else that of `train.start`, which is noted in
+        `record`."""
         if newest is not None:
             load_trained(self.model, newest.path)
             self.done = newest.step
@@ -514,11 +537,13 @@ class Trainer:
             self.log(f"starting from the adapters and the head of {start}")
 
     def _copy_from_first_rank(self) -> None:
-        """Copy the step, trained weights, batch norm statistics and optimizer state of rank 0 to the other ranks."""
+        """Copy the step, trained weights, batch norm statistics and optimizer state of rank 0 to
+        the other ranks."""
         if self.group.count == 1:
             return
         weights, own = trained_state(self.model), self.optimizer.state_dict()
-        # Moved to the CPU first: a pickled tensor is restored on its device, which is another rank's.
+        # Moved to the CPU first: a pickled tensor is restored on its device, which is another
+        # rank's.
         state = {slot: {key: x.cpu() for key, x in values.items()} for slot, values in own["state"].items()}
         self.done, values, state = self.group.from_first(
             lambda: (self.done, {name: value.cpu() for name, value in weights.items()}, state)
@@ -530,7 +555,8 @@ class Trainer:
 
 
 def batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
-    """Return a rough mIoU of a batch in percent, on the grid of the logits, at the CRIS family's threshold.
+    """Return a rough mIoU of a batch in percent, on the grid of the logits, at the CRIS family's
+    threshold.
 
     Args:
         logits: [B, 1, h, w].

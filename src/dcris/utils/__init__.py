@@ -1,1 +1,1 @@
-"""What every part uses: devices, processes, files, streams, drawing."""
+"""Helpers that know nothing of models and data: files, devices, processes, drawing."""

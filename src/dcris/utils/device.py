@@ -1,4 +1,4 @@
-"""Where the work is done and in which precision."""
+"""Devices, precision and memory."""
 
 import os
 import platform
@@ -16,22 +16,26 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """ "auto" is the first GPU, or else the CPU. Raises DcrisError for a device that is not there."""
+    """Return a device by name; "auto" is the first GPU, or else the CPU.
+
+    Raises:
+        DcrisError: it does not exist.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise DcrisError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N") from error
+        raise DcrisError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise DcrisError(f"dcris runs on cpu and cuda, not on {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DcrisError(f"device {name} is not on this machine, which has {torch.cuda.device_count()} CUDA devices")
+        raise DcrisError(f"no device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU, or the number and model of this machine's processor cores."""
+    """Return the model of a GPU, or the number and model of the processor cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -41,9 +45,14 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device multiplies it in hardware, or else float32. Raises DcrisError for another name."""
+    """Return a dtype; "auto" is bfloat16 if the device multiplies it in hardware, otherwise
+    float32.
+
+    Raises:
+        DcrisError: the name is unknown.
+    """
     if not isinstance(precision, str) or precision not in get_args(Precision):
-        raise DcrisError(f"there is no precision {precision!r}; use {', '.join(get_args(Precision))}")
+        raise DcrisError(f"unknown precision {precision!r}; use {', '.join(get_args(Precision))}")
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -55,16 +64,18 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Work in `dtype` inside; weights stay in float32."""
+    """Return a context that computes in `dtype`; weights stay in float32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had on a device: of a GPU, or of the machine and within what a container may use.
+    """Return the bytes that are free: of a GPU, or of the machine within the limit of its
+    container.
 
-    Where the system does not say, half of what is built in, and where it does not even say that, 4 GiB.
+    If the system does not tell, half of the installed memory; if it does not tell that either, 4
+    GiB.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
@@ -86,16 +97,19 @@ def free_memory(device: torch.device) -> float:
 
 
 def resident_memory(field: str) -> float:
-    """Bytes of this process in memory: now (VmRSS), or at its height (VmHWM), which is also all that systems but Linux know."""
+    """Return the bytes of this process in memory: now (VmRSS), or at its peak (VmHWM).
+
+    Only the peak is known outside Linux.
+    """
     with suppress(OSError):
-        # Not getrusage, whose height a process inherits from the one that started it.
+        # Not getrusage: a process inherits the peak of the one that started it.
         return _kilobytes("/proc/self/status")[field]
-    import resource  # there is none on Windows
+    import resource  # missing on Windows
 
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def _kilobytes(file: str) -> dict[str, float]:
-    """The bytes that one of Linux's lists of "Name: 123 kB" gives."""
+    """Parse a Linux file of lines "Name: 123 kB" to bytes by name."""
     lines = (line.split() for line in Path(file).read_text("utf-8").splitlines())
     return {words[0].rstrip(":"): 1024.0 * int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}

@@ -1,4 +1,4 @@
-"""Several processes at one task, as torchrun starts them: who is who, and how their results come together."""
+"""Several processes, as torchrun starts them: ranks, and exchange of results and errors."""
 
 import importlib
 import os
@@ -20,38 +20,41 @@ from dcris.utils.workers import dead_worker
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(minutes=10)
-"""How long a process waits for another: far more than a checkpoint takes, or one share of a validation more than another."""
+_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for another: much longer than writing a checkpoint, or than shares of a
+validation differ."""
 
 _BUCKET = 1 << 25
-"""Bytes of gradients that travel together: few messages, and no second copy of all gradients at once."""
+"""Bytes of gradients that are sent together: few messages, without a second copy of all gradients.
+"""
 
 _FAILED = "dcris/failed"
-"""The key under which processes that end in an error count themselves, in the store that all can reach."""
+"""Key in the shared store that counts the ranks that ended with an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among all that torchrun started; alone where it did not.
+    """The group of processes that torchrun started, as seen by this one; by default a single
+    process.
 
-    Every method is to be called by all of them in the same order. Each raises DcrisError where another process has ended or
-    does not answer.
+    All ranks must call the methods in the same order. Each raises DcrisError if another rank has
+    ended or does not answer.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    """Among those on this machine: the number of its GPU."""
+    """Rank on this machine; also the number of its GPU."""
     local_count: int = 1
-    """Processes on this machine."""
+    """Number of processes on this machine."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+        """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
 
     def all_gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, for all of them to have."""
+        """Return the values of all ranks, in their order."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -60,7 +63,7 @@ class Processes:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process alone makes, for all to have; none goes on before it is made."""
+        """Call `make` on rank 0 only, and return its result on all ranks, which wait for it."""
         values: list[Any] = [make() if self.first else None]
         if self.count == 1:
             return values[0]
@@ -69,7 +72,7 @@ class Processes:
         return values[0]
 
     def agree(self, number: int | None) -> int | None:
-        """The greatest number that any process has; None where none has one."""
+        """Return the largest number of all ranks; None if all have None."""
         if self.count == 1:
             return number
         greatest = torch.tensor(-1 if number is None else number)
@@ -78,7 +81,7 @@ class Processes:
         return None if greatest < 0 else int(greatest)
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Raise in every process the error that one of them has met; the last one's where several have."""
+        """Raise on all ranks the error of one of them: of the highest rank, if several have one."""
         where = self.agree(None if error is None else self.rank)
         if where is None:
             return
@@ -89,7 +92,7 @@ class Processes:
         raise errors[0] from (None if errors[0] is error else error)
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sum over all processes of each of some numbers."""
+        """Return the sum over all ranks of each number."""
         if self.count == 1:
             return [*numbers]
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -98,10 +101,11 @@ class Processes:
         return sums.tolist()
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give every process the sum of all their gradients, in place, to the last bit the same everywhere.
+        """Replace the gradients by their sum over all ranks, bit for bit the same on each.
 
-        An explicit sum and not DistributedDataParallel: what is trained is small, passes of one batch add up first, and what
-        no loss reaches needs no special case, since it has a gradient in no process.
+        Not DistributedDataParallel: the trained part is small, passes of a batch are added up
+        first, and a parameter that no loss reaches needs no special case, because it has no
+        gradient on any rank.
         """
         if self.count == 1:
             return
@@ -131,28 +135,29 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def connection_errors() -> Iterator[None]:
-    """Turn what a library raises over a broken connection into a DcrisError."""
+    """Context that turns a library's error about a lost connection into a DcrisError."""
     try:
         yield
     except RuntimeError as error:
-        if dead_worker(error) is not None:  # raised wherever this process is
+        if dead_worker(error) is not None:  # torch raises it at any place in the code
             raise
         raise DcrisError(
-            f"another process of this run has ended or does not answer ({_reason(error)}); look for what it said, and give the "
-            "same command again, a training run's with --resume"
+            f"lost connection to another rank ({_reason(error)}); check its output, then run the same command again, for "
+            "training with --resume"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what a library says, without the places in its source that it begins with."""
+    """Return the first sentence of a library's message, without source locations at its start."""
     text = re.sub(r"^(\[[^\]]*\]\s*)+", "", str(error).strip()) or type(error).__name__
     return text.splitlines()[0].split(". ")[0][:200]
 
 
 def described_processes() -> Processes:
-    """Which process of how many this is, as torchrun says in the environment; one alone where it says nothing.
+    """Read torchrun's environment variables; without them, return a group of one process.
 
-    Raises DcrisError where the description is not whole.
+    Raises:
+        DcrisError: some variables are missing or not numbers.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -161,19 +166,25 @@ def described_processes() -> Processes:
         return Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except (KeyError, ValueError) as error:
         raise DcrisError(
-            f"WORLD_SIZE is set, but it, RANK or LOCAL_RANK is not a number ({error}); start several processes with torchrun"
+            f"WORLD_SIZE is set, but WORLD_SIZE, RANK or LOCAL_RANK is not a number ({error}); start processes with torchrun"
         ) from error
 
 
 @contextmanager
-def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator[Processes]:
-    """Join the group that torchrun describes in the environment, with NCCL where this runs on CUDA and Gloo elsewhere.
+def processes(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[Processes]:
+    """Context that joins the group described by torchrun's environment: NCCL on CUDA, Gloo
+    elsewhere.
 
-    An error inside ends all processes: the connections of the one that leaves are closed, on which the others leave too.
-    Only the first of them raises its error; the others exit in silence with code 2, so that it is said once. `patience` is how
-    long one that has come to a meeting point waits for the others.
+    An error on one rank ends all: its connections close, which the others notice. Only the first
+    rank to fail raises its error; the others exit silently with code 2, so that the message is
+    printed once.
 
-    Raises DcrisError where the description is not whole or the others cannot be reached.
+    Args:
+        device: as given on the command line.
+        timeout: how long a rank waits for the others.
+
+    Raises:
+        DcrisError: the environment is incomplete, or the others cannot be reached.
     """
     group = described_processes()
     if group.count == 1:
@@ -183,28 +194,29 @@ def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator
     if on_cuda:
         if group.local_rank >= torch.cuda.device_count():
             raise DcrisError(
-                f"process {group.local_rank} of this machine has no GPU of its own, as there are {torch.cuda.device_count()}; "
-                "start as many processes as there are, or give --device cpu"
+                f"local rank {group.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start one process per "
+                "GPU, or use --device cpu"
             )
         torch.cuda.set_device(group.local_rank)
-    # Before there is a group, which defaults of its functions would name and keep alive for ever: its threads would then free
-    # tensors while the interpreter ends, which aborts the process.
+    # Imported before the group exists: default arguments of its functions would hold the group
+    # until the interpreter ends, when its threads free tensors and abort the process.
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
-        # Objects and counts travel over Gloo in any case, so that none of them makes the CPU wait for the GPU.
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        # Objects and counts are always sent with Gloo, so that the CPU does not wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         shared = PrefixStore("dcris", store)
-        distributed.init_process_group(backend, store=shared, rank=group.rank, world_size=group.count, timeout=patience)
-    except (RuntimeError, ValueError) as error:  # both are the library's
+        distributed.init_process_group(backend, store=shared, rank=group.rank, world_size=group.count, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch raises both
         raise DcrisError(
-            f"process {group.rank} of {group.count} did not find the others ({_reason(error)}); check the address and port of "
+            f"rank {group.rank} of {group.count} cannot connect to the others ({_reason(error)}); check the address and port of "
             "torchrun"
         ) from error
     try:
         yield group
     except Exception as error:
-        # torchrun sends SIGTERM to the others as soon as one has left; they have their own exit code to give.
+        # torchrun sends SIGTERM to the others as soon as one has ended, but they have to exit with
+        # their own code.
         _ignore_sigterm()
         if not _is_first_to_fail(store):
             raise SystemExit(2) from error
@@ -216,12 +228,12 @@ def processes(device: str = "auto", patience: timedelta = _PATIENCE) -> Iterator
 
 
 def _ignore_sigterm() -> None:
-    with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+    with suppress(ValueError):  # not the main thread, where only the caller can handle signals
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_first_to_fail(store: Store) -> bool:
-    """Whether no process has ended in an error before this one; also where nobody can tell any more."""
+    """Return whether no other rank has failed before this one; also True if the store is gone."""
     try:
         return store.add(_FAILED, 1) == 1
     except RuntimeError:
@@ -229,7 +241,8 @@ def _is_first_to_fail(store: Store) -> bool:
 
 
 def exit_together(group: Processes) -> None:
-    """Wait for all, and end undisturbed: torchrun sends SIGTERM to those that end later than another that was interrupted."""
+    """Wait for all ranks, ignoring SIGTERM from here on: torchrun sends it to ranks that end later
+    than another."""
     if group.count > 1:
         _ignore_sigterm()
         group.all_gather(None)

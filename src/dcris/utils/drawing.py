@@ -1,7 +1,7 @@
-"""Pictures of masks: for the report, and for a person who wants to see what was segmented.
+"""Draw masks on images, resize images for display, and encode them as PNG or JPEG.
 
-Everything stays uint8 or bool, and work is kept to the mask's surroundings, so that a photograph of 100 megapixels needs
-little memory beside its own copy.
+Arrays stay uint8 or bool, and only the surroundings of a mask are processed, so that an image of
+100 megapixels needs little memory besides its own copy.
 """
 
 import math
@@ -28,26 +28,38 @@ COLOURS: tuple[Colour, ...] = (
     (0, 215, 235),  # cyan
     (200, 0, 40),  # crimson
 )
-"""For several phrases on one picture: `COLOURS[k % len(COLOURS)]`. Neighbours differ for colour-blind eyes too."""
+"""Colours for several masks on one image: `COLOURS[k % len(COLOURS)]`.
+
+Neighbours differ also with colour blindness.
+"""
 
 PREDICTION_COLOUR, TRUTH_COLOUR = COLOURS[:2]
-"""Where a model's answer stands beside what was right."""
+"""Colours of a predicted mask and of the true mask."""
 
 PNG_UP_TO = 200
-"""Longer side of pictures that are kept as PNG: smaller ones are drawn scenes, which JPEG would smear."""
+"""Longest side of images that are stored as PNG: such small ones are drawn scenes, which JPEG would
+blur."""
 
-_ALPHA = 0.45  # of the tint: the object under it stays recognisable
-_CASING: Colour = (255, 255, 255)  # around the contour, which would vanish on a background of its own colour
-_BAND = 256  # rows tinted at a time
+_ALPHA = 0.45  # of the tint; the object under it stays visible
+_CASING: Colour = (255, 255, 255)  # around the contour, which would not be visible on a background of its own colour
+_BAND = 256  # rows that are tinted at once
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _SQUARE = cv2.getStructuringElement(cv2.MORPH_RECT, (3, 3))
 
 
 def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[0]) -> NDArray[np.uint8]:
-    """`image` [H, W, 3] uint8 with `mask` [H, W] bool shown on it: a tint inside, a contour just outside. A new array.
+    """Return a copy of an image with a mask drawn on it: a tint inside, a contour just outside.
 
-    The contour is `contour_width` pixels of `colour` with a white line around it that is half as wide, so that even an object
-    of a few pixels is seen. All other pixels stay as they are. Raises ValueError where the shapes or types do not fit.
+    The contour is `contour_width` pixels of `colour`, with a white line around it that is half as
+    wide, so that even an object of a few pixels is visible. All other pixels are unchanged.
+
+    Args:
+        image: [H, W, 3] uint8.
+        mask: [H, W] bool.
+        colour: of the tint and the contour.
+
+    Raises:
+        ValueError: shapes or types do not fit.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
@@ -69,7 +81,7 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
     )
     target, inside = result[window], mask[window]
 
-    # A blend with one colour depends on the pixel's value alone, so a table of 256 values per channel holds it.
+    # Blending with one colour depends on the pixel's value only: a table of 256 values per channel.
     values = np.arange(256, dtype=np.float32)[:, None]
     table = np.rint(values * (1 - _ALPHA) + np.array(colour, np.float32) * _ALPHA).astype(np.uint8)[None]
     for top in range(0, len(target), _BAND):
@@ -85,15 +97,21 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
 
 
 def contour_width(height: int, width: int) -> int:
-    """Pixels across of the contour that `overlay` draws: about 1/170 of the picture's side, and at least one."""
+    """Return the width in pixels of the contour that `overlay` draws: 1/170 of the image's side, at
+    least 1."""
     return max(1, round(math.sqrt(height * width) / 170))
 
 
 def cell(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """`image` [H, W, 3] uint8 brought to at most `size` pixels on its longer side, in its own proportions.
+    """Resize an image [H, W, 3] uint8 to at most `size` pixels on its longer side; proportions are
+    kept.
 
-    Larger pictures are averaged down. Smaller ones are repeated a whole number of times, so that the pixels of a generated
-    scene stay squares of equal size; one that would not fit twice stays as it is. Raises ValueError for an empty image.
+    Larger images are averaged. In smaller ones each pixel is repeated a whole number of times, so
+    that the pixels of a generated scene stay equal squares; an image that does not fit twice is
+    unchanged.
+
+    Raises:
+        ValueError: the image is empty.
     """
     height, width, repeat = _cell_shape(image.shape[0], image.shape[1], size)
     if repeat:
@@ -102,9 +120,10 @@ def cell(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def mask_cell(mask: MaskArray, size: int) -> MaskArray:
-    """`mask` [H, W] bool brought to the shape that `cell` gives a picture of its size; the two stay in line.
+    """Resize a mask [H, W] bool to the shape that `cell` gives an image of its size.
 
-    A pixel is set where at least half of it was, or where any of it was if nothing of the mask would be left.
+    A pixel is set if at least half of its area was, or, if the mask would become empty, if any of
+    its area was.
     """
     height, width, repeat = _cell_shape(mask.shape[0], mask.shape[1], size)
     if repeat:
@@ -113,25 +132,31 @@ def mask_cell(mask: MaskArray, size: int) -> MaskArray:
     half: MaskArray = share >= 128
     if half.any() or not mask.any():
         return half
-    # A far smaller object than a pixel may have been rounded away altogether, so its pixels are looked up one by one.
+    # An object much smaller than a pixel may round to zero everywhere, so its pixels are set one by
+    # one.
     rows, columns = np.nonzero(mask)
     half[rows * height // len(mask), columns * width // mask.shape[1]] = True
     return half
 
 
 def png_bytes(array: NDArray[np.uint8] | MaskArray) -> bytes:
-    """A PNG file of a mask [H, W] bool (written as 0 and 255), grey values [H, W] uint8 or an image [H, W, 3] uint8 RGB.
+    """Encode a mask [H, W] bool (as 0 and 255), grey values [H, W] uint8 or an image [H, W, 3]
+    uint8 RGB as PNG.
 
-    Raises ValueError for other types or shapes, and for an empty array.
+    Raises:
+        ValueError: another type or shape, or an empty array.
     """
-    # cv2's own setting is made for photographs, and swells a picture of repeated pixels to four times its size.
+    # The default of cv2 is made for photographs; images with repeated pixels become four times as
+    # large.
     return _encode(array, ".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
 
 
 def jpeg_bytes(image: NDArray[np.uint8], quality: int = 88) -> bytes:
-    """A JPEG file of an image [H, W, 3] uint8 RGB, with colours at full resolution: contours are thin and coloured.
+    """Encode an image [H, W, 3] uint8 RGB as JPEG, with colours at full resolution: contours are
+    thin and coloured.
 
-    Raises ValueError for other types or shapes, for an empty array, and above 65,535 pixels a side.
+    Raises:
+        ValueError: another type or shape, an empty array, or more than 65,535 pixels a side.
     """
     if max(image.shape[:2]) > 65_535:
         raise ValueError(f"JPEG holds at most 65535 pixels a side, not {list(image.shape[:2])}")
@@ -140,22 +165,23 @@ def jpeg_bytes(image: NDArray[np.uint8], quality: int = 88) -> bytes:
 
 
 def _grow(region: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
-    """Grow a region of ones by `pixels` on all sides. Cross and square in turn make an octagon, at a step's cost each."""
+    """Grow a region of ones by `pixels` on all sides, by an octagon: cross and square in turn."""
     for step in range(pixels):
         region = np.asarray(cv2.dilate(region, _SQUARE if step % 2 else _CROSS), np.uint8)
     return region
 
 
 def _paint(target: NDArray[np.uint8], outer: NDArray[np.uint8], inner: NDArray[np.uint8], colour: Colour) -> None:
-    """Colour the pixels of `target` that are in `outer` and not in `inner`, where inner is a part of outer."""
+    """Set the pixels of `target` in `outer` but not in `inner` (a part of it) to a colour."""
     np.copyto(target, np.array(colour, np.uint8), where=(outer != inner)[..., None])
 
 
 def _cell_shape(height: int, width: int, size: int) -> tuple[int, int, int]:
-    """Height and width of a picture's cell, and how often pixels are repeated for it; 0 where they are averaged."""
+    """Return height and width of an image's cell, and how often pixels are repeated; 0 for
+    averaging."""
     longer = max(height, width)
     if min(height, width, size) < 1:
-        raise ValueError(f"cannot make a cell of {size} pixels from a picture of {height} x {width}")
+        raise ValueError(f"cannot make a cell of {size} pixels from an image of {height} x {width}")
     if longer <= size:
         repeat = size // longer
         return height * repeat, width * repeat, repeat
@@ -170,10 +196,10 @@ def _encode(array: NDArray[np.uint8] | MaskArray, suffix: str, settings: list[in
     kind = (array.dtype.type, array.ndim)
     if kind not in ((np.bool_, 2), (np.uint8, 2), (np.uint8, 3)) or (array.ndim == 3 and array.shape[2] != 3):
         raise ValueError(
-            f"cannot write {array.dtype} {list(array.shape)} as a picture; give bool [H, W] or uint8 [H, W, 3]"
+            f"cannot encode {array.dtype} {list(array.shape)} as an image; pass bool [H, W] or uint8 [H, W, 3]"
         )
     if not array.size:
-        raise ValueError("cannot write a picture without pixels")
+        raise ValueError("cannot encode an image without pixels")
     pixels = array.astype(np.uint8)
     if array.ndim == 3:
         cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR, dst=pixels)
@@ -181,5 +207,5 @@ def _encode(array: NDArray[np.uint8] | MaskArray, suffix: str, settings: list[in
         pixels *= np.uint8(255)
     done, data = cv2.imencode(suffix, pixels, settings)
     if not done:
-        raise ValueError(f"cannot encode a picture of {list(array.shape)} as {suffix[1:].upper()}")
+        raise ValueError(f"cannot encode an image of {list(array.shape)} as {suffix[1:].upper()}")
     return bytes(data)

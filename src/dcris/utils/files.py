@@ -1,8 +1,9 @@
-"""Files: what a user names is opened here, and every result is written here, whole or not at all.
+"""Read files that a user names, and write results atomically.
 
-A run may be killed, or the disk may fill, at any moment. Each writer therefore fills a neighbour with a temporary name and
-renames it over the target, which the file system does in one step. What a killed writer leaves is a neighbour, never half a
-target, and `remove_partial` knows it by its name.
+A run may be killed, or the disk may fill, at any moment. So each writer fills a file with a
+temporary name in the same folder and renames it to the target, which the file system does in one
+step. A killed writer leaves a temporary file, never a half-written target, and `remove_partial`
+recognises it by its name.
 """
 
 import codecs
@@ -30,24 +31,28 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 _PARTIAL = ".partial-"
-"""In the name of every file or directory that is not whole yet, or about to be deleted."""
+"""Part of the name of every file or directory that is incomplete, or about to be deleted."""
 
 MAX_TEXT = 1_000_000_000
-"""Bytes of a text or JSON file that are accepted. COCO's largest annotation file has 0.45 GB."""
+"""Most bytes of a text or JSON file. COCO's largest annotation file has 0.45 GB."""
 
 MAX_LINE = 16 << 20
-"""Bytes of a line of JSON Lines that are accepted. A mask that takes more is better kept as a picture."""
+"""Most bytes of a line of JSON Lines. A mask that takes more should be an image file."""
 
 _MAX_BRACKETS = 1_000_000
-"""Opening brackets that are accepted in JSON of any length; see `_refuse_dense`."""
+"""Most opening brackets in JSON of any length; see `_refuse_dense`."""
 
 
 def _cannot_write(path: Path, error: OSError) -> DcrisError:
-    return DcrisError(f"cannot write {path}: {error.strerror or error}; free some space there or choose another place")
+    return DcrisError(f"cannot write {path}: {error.strerror or error}; free disk space there or choose another path")
 
 
 def make_directory(path: Path) -> Path:
-    """Create `path` and its parents where they are missing, and return it. Raises DcrisError where that is not possible."""
+    """Create a directory and its parents if they do not exist, and return it.
+
+    Raises:
+        DcrisError: that fails.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,65 +61,79 @@ def make_directory(path: Path) -> Path:
 
 
 def expand_home(path: str | Path, instead: str = "give the path in full") -> Path:
-    """The path with a leading `~` or `~user` replaced by that home folder.
+    """Return a path with a leading `~` or `~user` replaced by the home folder.
 
-    Raises DcrisError, ending in `instead`, where that is not known: users of containers may have no entry in passwd.
+    Raises:
+        DcrisError: the home folder is unknown (in containers, users may have no entry in passwd);
+            `instead` ends the message.
     """
     plain = Path(path)
     try:
         return plain.expanduser()
     except RuntimeError as error:
-        if plain.exists():  # a file whose name starts with ~
+        if plain.exists():  # the name of the file starts with ~
             return plain
-        raise DcrisError(f"the home folder in {path} is not known, as HOME is not set; set it, or {instead}") from error
+        raise DcrisError(
+            f"the home folder in {path} is unknown because HOME is not set; set it, or {instead}"
+        ) from error
 
 
-def open_regular(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a file for reading, in binary. Every file that a user or a data set names is opened here.
+def open_regular(path: Path, max_bytes: int | None = None) -> BufferedReader:
+    """Open a regular file, or a link to one, for reading in binary mode.
 
-    A pipe would block for ever, and a device such as /dev/zero has no end: only regular files, and links to them, are opened.
+    For all files that a user or a data set names.
+
+    Other kinds are refused: a pipe would block forever, and a device such as /dev/zero has no end.
 
     Args:
         path: the file.
-        most: the largest size to accept, in bytes; None accepts any. The file may still grow, so readers that load all of it
-            use `read_bytes`, which stops there.
+        max_bytes: largest size to accept; None accepts any. The file may still grow, so readers
+            that load all of it use `read_bytes`, which stops there.
 
-    Raises OSError, with the reason as its `strerror`, where the file is missing, unreadable, not regular or too large.
+    Raises:
+        OSError: the file is missing, unreadable, not regular or too large; `strerror` is the
+            reason.
     """
-    _require_regular(path, path.stat())  # before it is opened: opening some devices has effects
-    # O_NONBLOCK: if a pipe has taken its place meanwhile, opening it does not wait for a writer.
+    _require_regular(path, path.stat())  # before opening, which has side effects for some devices
+    # O_NONBLOCK: if the file was replaced by a pipe in between, opening it does not wait for a
+    # writer.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     file = os.fdopen(os.open(path, flags), "rb")
     try:
         found = os.fstat(file.fileno())
         _require_regular(path, found)
-        if most is not None and found.st_size > most:
-            raise _too_large(path, most)
+        if max_bytes is not None and found.st_size > max_bytes:
+            raise _too_large(path, max_bytes)
     except OSError:
         file.close()
         raise
     return file
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises OSError as `open_regular` does."""
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a regular file of at most `max_bytes`.
+
+    Raises OSError like `open_regular`.
+    """
     content = b""
-    with open_regular(path, most) as file:
-        # Not read(most + 1), which allocates that much for any file. A file that grows takes more turns.
-        size = min(most, os.fstat(file.fileno()).st_size)
-        while len(content) <= most and (part := file.read(min(size, most - len(content)) + 1)):
+    with open_regular(path, max_bytes) as file:
+        # Not read(max_bytes + 1), which allocates that much for any file. The loop is for files
+        # that grow.
+        size = min(max_bytes, os.fstat(file.fileno()).st_size)
+        while len(content) <= max_bytes and (part := file.read(min(size, max_bytes - len(content)) + 1)):
             content += part
-    if len(content) > most:
-        raise _too_large(path, most)
+    if len(content) > max_bytes:
+        raise _too_large(path, max_bytes)
     return content
 
 
-def read_text(path: Path, most: int = MAX_TEXT) -> str:
-    """The text of a regular file in UTF-8, with or without the byte order mark that Windows programs write.
+def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
+    """Return the text of a regular file in UTF-8, with or without a byte order mark.
 
-    Raises OSError, with the reason as its `strerror`, as `open_regular` does and where the file is not UTF-8.
+    Raises:
+        OSError: as for `open_regular`, or the file is not UTF-8; `strerror` is the reason.
     """
-    content = read_bytes(path, most)
+    content = read_bytes(path, max_bytes)
     _refuse_utf16(path, content)
     try:
         return content.decode("utf-8-sig")
@@ -125,36 +144,39 @@ def read_text(path: Path, most: int = MAX_TEXT) -> str:
 
 
 def _refuse_utf16(path: Path, start: bytes) -> None:
-    """Raise OSError where a file begins as UTF-16 does, with its byte order mark or a letter of two bytes."""
+    """Raise OSError if a file starts like UTF-16: with its byte order mark, or with a letter of two
+    bytes."""
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (start[1:2] == b"\0" and start[:1] != b"\0"):
         raise OSError(
             errno.EILSEQ,
-            "it is UTF-16 text, which `>` of Windows PowerShell 5 writes, for one; save it as UTF-8",
+            "it is UTF-16 text, as `>` in Windows PowerShell 5 writes it; save it as UTF-8",
             str(path),
         )
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip file for reading, with members that are stored or deflated.
+    """Open a zip file for reading whose members are stored or deflated.
 
-    Other compressions may take any amount of memory before the first byte (LZMA's dictionary). Callers bound the size of a
-    member.
+    Other compressions can take any amount of memory before the first byte (LZMA's dictionary).
+    Callers limit the size of a member.
 
-    Raises OSError, with the reason as its `strerror`, as `open_regular` does and where it is no such zip file.
+    Raises:
+        OSError: as for `open_regular`, or the file is not such a zip file; `strerror` is the
+            reason.
     """
     file = open_regular(path)
     try:
         archive = zipfile.ZipFile(file)
         if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in archive.infolist()):
-            raise ValueError("its compression is another than deflate")
-    except Exception as error:  # a damaged archive makes its reader raise nearly anything
+            raise ValueError("it uses a compression other than deflate")
+    except Exception as error:  # for a damaged archive, zipfile raises nearly any exception
         file.close()
-        raise OSError(errno.EINVAL, f"it is not a zip file that can be read ({error})", str(path)) from error
+        raise OSError(errno.EINVAL, f"it is not a readable zip file ({error})", str(path)) from error
     return archive
 
 
 def kind_of_file(mode: int) -> str:
-    """The kind of a file with this `st_mode` in words, "a folder" for example."""
+    """Return the kind of a file with this `st_mode` in words, for example "a folder"."""
     kinds = {
         stat.S_ISREG: "a regular file",
         stat.S_ISDIR: "a folder",
@@ -173,36 +195,39 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
     raise OSError(errno.ENXIO, f"it is {kind_of_file(found.st_mode)}, not a regular file", str(path))
 
 
-def _too_large(path: Path, most: int) -> OSError:
-    return OSError(errno.EFBIG, f"it is larger than the {most / 1e6:,.0f} MB that are accepted", str(path))
+def _too_large(path: Path, max_bytes: int) -> OSError:
+    return OSError(errno.EFBIG, f"it is larger than the limit of {max_bytes / 1e6:,.0f} MB", str(path))
 
 
 def _temporary(path: Path) -> Path:
-    """A free name beside `path`, with its ending, by which some writers choose their format. It is at most 200 bytes long."""
+    """Return an unused name in the folder of `path`, of at most 200 bytes.
+
+    It has the same ending, by which some writers choose their format.
+    """
     start = os.fsencode(path.name)[:100].decode(errors="ignore")
     ending = path.suffix if len(os.fsencode(path.suffix)) <= 20 else ""
     return path.with_name(f".{start}{_PARTIAL}{secrets.token_hex(4)}{ending}")
 
 
 def require_replaceable(path: Path, allowed: Callable[[int], bool] = stat.S_ISREG) -> None:
-    """Raise DcrisError where something else than the `allowed` kind of file is in the place of a result."""
+    """Raise DcrisError if `path` exists and is not of the `allowed` kind."""
     try:
         mode = path.lstat().st_mode
-    except OSError:  # it is missing, or what is wrong with its folder is reported by the writer
+    except OSError:  # it is missing, or the writer reports what is wrong with its folder
         return
     if not allowed(mode):
-        raise DcrisError(
-            f"cannot write {path}: {kind_of_file(mode)} of this name exists and is kept; choose another name"
-        )
+        raise DcrisError(f"cannot write {path}: {kind_of_file(mode)} with this name exists; choose another name")
 
 
 def open_append(path: Path) -> TextIO:
-    """Open a result to read it and to add to its end, as UTF-8 text.
+    """Open a regular file for reading and appending, as UTF-8 text; it is created if missing.
 
-    Raises DcrisError where that cannot be done, or where it is something else than a regular file, as `write_file` does.
+    Raises:
+        DcrisError: it cannot be opened, or is not a regular file.
     """
     require_replaceable(path)
-    # If a link or a pipe has taken its place meanwhile, the one is not followed and the other not waited for.
+    # If it was replaced by a link or a pipe in between: does not follow the link or wait for the
+    # pipe.
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         return os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666), "a+", encoding="utf-8")
@@ -211,16 +236,21 @@ def open_append(path: Path) -> TextIO:
 
 
 def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
-    """Write one file atomically; `content` is its bytes, its text, or a function that writes to the path it is given.
+    """Write a file atomically. Its permissions are those of a new file (the process's umask).
 
-    Its permissions are those of any new file (the process's umask). Raises DcrisError where the disk is full, the place cannot
-    be written to, or holds something else than a regular file (a link, pipe or device); what is there stays as it was.
+    Args:
+        path: the file; its folder is created if missing.
+        content: bytes, text, or a function that writes to the path it receives.
+
+    Raises:
+        DcrisError: the disk is full, the path is not writable, or it is not a regular file (but a
+            link, pipe or device). The previous content is then unchanged.
     """
     make_directory(path.parent)
     require_replaceable(path)
     temporary = _temporary(path)
     try:
-        # Not by tempfile: its files are for their owner alone, whatever the umask.
+        # Not tempfile, which gives access to the owner only, whatever the umask.
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
@@ -233,7 +263,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(mode)  # some writers (safetensors) put a file of their own in its place
+        temporary.chmod(mode)  # some writers (safetensors) replace the file by their own
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -242,10 +272,15 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Write a whole directory atomically: `fill` puts files into a temporary neighbour, which then takes the place of `path`.
+    """Write a directory atomically. Permissions are those of new files (the process's umask).
 
-    Permissions are those of any new file (the process's umask). Raises DcrisError where that cannot be done, or where `path`
-    is something else than a directory; a directory that stood at `path` before then stays as it was.
+    Args:
+        path: the directory; an existing one is replaced.
+        fill: function that writes the files into the temporary directory it receives.
+
+    Raises:
+        DcrisError: writing fails, or `path` is not a directory. An existing directory is then
+            unchanged.
     """
     make_directory(path.parent)
     require_replaceable(path, stat.S_ISDIR)
@@ -260,10 +295,10 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         for file in temporary.iterdir():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
-            file.chmod(mode)  # safetensors makes files that only their owner can read
+            file.chmod(mode)  # safetensors writes files that only their owner can read
         sync_directory(temporary)
-        if path.exists():  # a rename cannot replace a directory that holds something
-            retired = path.with_name(f".{path.name}.old")  # no partial one: after a kill it is the only copy
+        if path.exists():  # a rename cannot replace a directory that is not empty
+            retired = path.with_name(f".{path.name}.old")  # not a partial name: after a kill this is the only copy
             shutil.rmtree(retired, ignore_errors=True)
             path.rename(retired)
             try:
@@ -282,9 +317,11 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory: first its name, in one step, then what is in it, so that a kill leaves no half of it in its place.
+    """Delete a directory.
 
-    What cannot be deleted stays.
+    It is renamed first, so that a kill does not leave half of it under its name.
+
+    Files that cannot be deleted remain.
     """
     retired = path.with_name(f".{path.name}{_PARTIAL}old")
     shutil.rmtree(retired, ignore_errors=True)
@@ -296,12 +333,13 @@ def remove_directory(path: Path) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether `path` is, by its name, a file or directory that a writer has not finished."""
+    """Return whether the name of `path` is that of an unfinished file or directory."""
     return path.name.startswith(".") and _PARTIAL in path.name
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what writers that were killed left in a folder, though not in the folders in it."""
+    """Delete the unfinished files and directories of killed writers in a folder, not in its
+    subfolders."""
     for path in folder.glob(f".*{_PARTIAL}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -310,17 +348,15 @@ def remove_partial(folder: Path) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Have the disk hold the names in a folder, too, and not only the files: else a power failure undoes a rename."""
-    if os.name == "nt":  # where a directory cannot be opened
+    """Sync the names in a folder to disk; otherwise a power failure can undo a rename."""
+    if os.name == "nt":  # Windows cannot open a directory
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network file systems cannot, and do it by themselves
+        # Some network file systems do not support it, and sync by themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(handle)
@@ -328,47 +364,52 @@ def sync_directory(folder: Path) -> None:
 
 @contextmanager
 def claim(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Have a folder to oneself, by a lock on its file `name`; it ends with the context or the process, however that ends.
+    """Context that locks a folder against other processes, by a lock on its file `name`.
 
-    Raises DcrisError where another process has it or where it cannot be written to. Where the file system has no locks,
-    no process is kept out.
+    The lock ends with the context or the process, even a killed one. On a file system without
+    locks, it has no effect.
+
+    Raises:
+        DcrisError: another process holds the lock, or the file cannot be written.
     """
     path = make_directory(folder) / name
     for tries_left in reversed(range(100)):
         with open_append(path) as file:
             if fcntl is not None:
                 _lock(file, folder)
-            # Its owner may have removed it between opening and locking. Some network drives number a file anew at each look.
+            # Its owner may have removed it between opening and locking. Retries are limited,
+            # because some network drives report another inode each time.
             if tries_left and not _is_at(file, path):
                 continue
-            with suppress(OSError):  # a full disk; the name of the owner is only for the error of others
+            with suppress(OSError):  # a full disk; the owner is only recorded for the error message of others
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
             try:
                 yield
             finally:
-                with suppress(OSError):  # on Windows an open file cannot be removed
+                with suppress(OSError):  # Windows cannot remove an open file
                     path.unlink()
             return
 
 
 def _lock(file: TextIO, folder: Path) -> None:
     try:
-        # A POSIX lock belongs to the process. Of flock's, workers would inherit a share, and outlive a killed process with it.
+        # A POSIX lock belongs to the process. Forked workers would inherit one of flock, and could
+        # outlive a killed process.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         owner = file.read(200).strip() or "unknown"
         raise DcrisError(
-            f"another process ({owner}) is writing to {folder}; wait until it ends, stop it, or choose another place"
+            f"another process ({owner}) is writing to {folder}; wait until it ends, stop it, or choose another folder"
         ) from error
     except OSError:  # the file system has no locks
         pass
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether `path` names this open file."""
+    """Return whether `path` is the name of this open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
@@ -376,7 +417,11 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically and for good. NaN is refused: it is not JSON."""
+    """Write `value` as indented JSON, atomically, and sync it to disk.
+
+    Raises:
+        ValueError: NaN, which is not JSON.
+    """
     write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
     try:
         sync_directory(path.parent)
@@ -385,10 +430,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Parse JSON of unknown origin; `each_object` is given every object as soon as it is read and returns what replaces it.
+    """Parse JSON from an untrusted source.
 
-    Raises ValueError, with a short reason, where it is not JSON, has a key twice in one object (of which Python would keep the
-    last), is nested too deeply, or would take far more memory than its length suggests.
+    Args:
+        text: the JSON.
+        each_object: function that receives every object as soon as it is read, and returns its
+            replacement.
+
+    Raises:
+        ValueError: it is not JSON, has a key twice in one object (Python would keep the last), is
+            nested too deeply, or would take far more memory than its length suggests.
     """
     _refuse_dense(text.count("[") + text.count("{"), len(text))
 
@@ -406,21 +457,28 @@ def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = 
     except json.JSONDecodeError:
         raise
     except ValueError as error:
-        if "integer string conversion" in str(error):  # Python's limit, because the time grows with the square
+        if "integer string conversion" in str(error):  # Python limits it, because the time grows quadratically
             raise ValueError("a number has too many digits") from error
         raise
 
 
 def _refuse_dense(brackets: int, length: int) -> None:
-    """Raise ValueError for JSON with very many lists and objects: `[],` has 3 bytes in a file and 64 in memory."""
+    """Raise ValueError for JSON with very many lists and objects: `[],` takes 3 bytes in a file and
+    64 in memory."""
     if brackets > max(_MAX_BRACKETS, length // 8):
-        raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are more than is read")
+        raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are too many")
 
 
 def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Read a JSON file; `what` names it in the error ("the run's configuration"), and `each_object` is as of `parse_json`.
+    """Read a JSON file.
 
-    Raises DcrisError where the file is missing, unreadable or not JSON.
+    Args:
+        path: the file.
+        what: name of its content for the error message, as in "the run's configuration".
+        each_object: see `parse_json`.
+
+    Raises:
+        DcrisError: the file is missing, unreadable or not JSON.
     """
     try:
         return parse_json(read_text(path), each_object)
@@ -430,36 +488,38 @@ def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any
         raise DcrisError(f"cannot read {what}, {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise DcrisError(
-            f"{what}, {path}, is not valid JSON ({error}); it may be cut short, so fetch or make it again"
+            f"{what}, {path}, is not valid JSON ({error}); it may be truncated: download or write it again"
         ) from error
 
 
 def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = None) -> Iterator[tuple[int, Any]]:
-    """The number, from 1 on, and the value of each line of a JSON Lines file that is not blank.
+    """Yield the number, from 1, and the value of each line of a JSON Lines file that is not blank.
 
     Args:
-        path: a regular file in UTF-8, with any line ends and byte order marks, as `cat` of several files leaves them.
-        complain: receives the error of each line that cannot be read; the other lines are yielded.
+        path: a regular file in UTF-8, with any line ends; byte order marks are ignored, also inside
+            (from `cat`).
+        on_error: receives the error of each invalid line; the other lines are yielded.
 
-    Raises DcrisError where the file cannot be read and, without `on_error`, for the first line that cannot.
+    Raises:
+        DcrisError: the file cannot be read or, without `on_error`, a line is invalid.
     """
     brackets = length = 0
     try:
         with open_regular(path) as file:
             _refuse_utf16(path, file.read(2))
             file.seek(0)
-            # Not `for line in file`: a file that is all one line would be read whole.
+            # Not `for line in file`, which would load a file without line ends whole.
             for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
                 if len(line) > MAX_LINE:
                     raise DcrisError(
-                        f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; put each object on a line of its own, and "
-                        "keep a large mask as a picture"
+                        f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; write one object a line, and large masks as "
+                        "image files"
                     )
                 brackets, length = brackets + line.count(b"[") + line.count(b"{"), length + len(line)
                 try:
                     _refuse_dense(brackets, length)
                 except ValueError as error:
-                    raise DcrisError(f"{path}: {error}; divide the file") from error
+                    raise DcrisError(f"{path}: {error}; split the file") from error
                 text = line.removeprefix(codecs.BOM_UTF8).strip()
                 if not text:
                     continue
@@ -479,9 +539,9 @@ def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = 
 
 
 def _of_line(error: ValueError) -> str:
-    """What is wrong with a line that `parse_json` or a decoder refused."""
+    """Describe why a line is invalid."""
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 text (from byte {error.start + 1} on)"
-    if isinstance(error, json.JSONDecodeError):  # its own text speaks of line 1
+    if isinstance(error, json.JSONDecodeError):  # its own message names line 1
         return f"is not JSON ({error.msg} at character {error.colno})"
-    return f"is not JSON that can be read ({error})"
+    return f"is not valid JSON ({error})"

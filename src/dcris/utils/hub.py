@@ -1,7 +1,8 @@
-"""Files of repositories on the Hugging Face Hub, fetched once and kept in its cache.
+"""Download files from the Hugging Face Hub into its cache.
 
-Everything is huggingface_hub's: the cache (HF_HOME), HF_HUB_OFFLINE, HF_ENDPOINT, tokens, progress bars, and going on where a
-connection broke. What is added here: one sentence for each way it can fail, and a look at the checksum of what arrived.
+huggingface_hub does the work: the cache (HF_HOME), HF_HUB_OFFLINE, HF_ENDPOINT, tokens, progress
+bars, and resuming a broken download. Added here: a message for each kind of failure, and a
+comparison of the checksum.
 """
 
 import errno
@@ -15,10 +16,10 @@ from typing import Literal
 from dcris.errors import DcrisError
 
 Kind = Literal["model", "dataset"]
-"""The Hub keeps models and data sets apart: one name may stand for one of each."""
+"""Kind of repository: a model and a data set on the Hub can have the same name."""
 
 
-_PATIENCE = 5.0
+_TIMEOUT = 5.0
 """Seconds to wait for the Hub's answer about a file that is not cached."""
 
 
@@ -30,67 +31,74 @@ class HubFile:
     repo: str
     name: str
     commit: str
-    """The commit that the revision asked for stood for."""
+    """The commit that the requested revision stood for."""
 
 
 class FileMissingError(DcrisError):
-    """The repository is there, at that revision, and has none of the files asked for."""
+    """The repository exists at that revision, but has none of the requested files."""
 
 
 def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") -> HubFile:
-    """The first of the files `names` that the repository has at a revision (branch, tag or commit), from the cache or the Hub.
+    """Return the first of several files that a repository has, from the cache or the Hub.
 
-    A file in the cache needs no network where the revision is a commit; for a branch the Hub is asked whether it has moved,
-    and the cached file serves where it cannot be reached.
+    A cached file needs no network if the revision is a commit. For a branch, the Hub is asked
+    whether it has moved; if the Hub cannot be reached, the cached file is used.
 
-    Raises FileMissingError where the repository has none of them; DcrisError where there is no such repository or revision;
-    where the Hub cannot be reached, or is not to be, and the cache lacks the file; where the disk is full; and where what
-    arrived is damaged.
+    Args:
+        repo: owner/name.
+        revision: branch, tag or commit.
+        names: of the files, in order of preference.
+        kind: of the repository.
+
+    Raises:
+        FileMissingError: the repository has none of the files.
+        DcrisError: the repository or revision does not exist; the file is not cached and the Hub
+            cannot be reached or HF_HUB_OFFLINE is set; the disk is full; the file arrived damaged.
     """
     from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if constants.HF_HUB_CACHE.startswith("~"):  # the library would make a folder of that name where it runs
+    if constants.HF_HUB_CACHE.startswith("~"):  # huggingface_hub would create a folder named ~
         raise DcrisError(
-            "there is no home folder for the Hub's cache, as HOME is not set; set HF_HOME to a folder for downloads and "
+            "there is no home folder for the Hub's cache, because HOME is not set; set HF_HOME to a folder for downloads, and "
             "DCRIS_CACHE to one for converted checkpoints"
         )
     cached = {name: try_to_load_from_cache(repo, name, revision=revision, repo_type=kind) for name in names}
-    # What is cached comes first: without a network, asking for any other name takes half a minute to fail.
+    # Cached files first: without a network, requesting another name takes half a minute to fail.
     for name in sorted(names, key=lambda name: not isinstance(cached[name], str)):
         if cached[name] is _CACHED_NO_EXIST and re.fullmatch("[0-9a-f]{40}", revision):
-            continue  # a commit will not get a file that it lacks
+            continue  # a commit does not change, so the file is still missing
         if not isinstance(cached[name], str):
             _require_reachable(repo, name, revision, kind)
         try:
             path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind, library_name="dcris"))
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # nothing is said of the repository: it could not be asked
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub could not be asked whether the file exists
                 raise _explain(error, repo, revision, kind) from error
-        except (
-            Exception
-        ) as error:  # each release has its own network library, and each of those its own family of errors
+        # Any exception: releases use different network libraries, each with its own exceptions.
+        except Exception as error:
             raise _explain(error, repo, revision, kind) from error
         else:
             if str(path) != cached[name]:
                 _verify(path, repo)
             # CACHE/models--.../snapshots/COMMIT/NAME, where a name may have folders in it
             return HubFile(path, repo, name, path.parents[name.count("/")].name)
-    raise FileMissingError(f"{repo} at revision {revision} has no file {' or '.join(names)}; is the revision right?")
+    raise FileMissingError(f"{repo} at revision {revision} has no file {' or '.join(names)}; check the revision")
 
 
 def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
-    """Raise DcrisError where the Hub does not answer at all: huggingface_hub would retry for half a minute."""
+    """Raise DcrisError if the Hub does not answer within seconds; huggingface_hub would retry for
+    half a minute."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, repo_type=kind), timeout=_PATIENCE)
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, repo_type=kind), timeout=_TIMEOUT)
     except (HfHubHTTPError, ValueError):  # the Hub answered, or the name is invalid: hf_hub_download reports it
         return
-    except Exception as error:  # as in fetch
+    except Exception as error:  # see fetch
         raise _unreachable(error, repo, kind) from error
 
 
@@ -105,47 +113,61 @@ def _unreachable(error: Exception, repo: str, kind: Kind) -> DcrisError:
 
 
 def _instead(kind: Kind) -> str:
-    return "give the path of a file in place of the name" if kind == "model" else "get the files from a mirror"
+    return "use the path of a file instead of the name" if kind == "model" else "get the files from a mirror"
 
 
 def list_files(repo: str, revision: str = "main", kind: Kind = "model") -> list[str]:
-    """The names of a repository's files, as the Hub says now. Raises DcrisError where it cannot be asked."""
-    from huggingface_hub import HfApi, constants
+    """Return the names of a repository's files, asking the Hub.
 
-    if constants.HF_HUB_OFFLINE:
-        raise DcrisError(f"HF_HUB_OFFLINE forbids asking which files {repo} has; unset it once")
-    try:
-        return sorted(HfApi(library_name="dcris").list_repo_files(repo, revision=revision, repo_type=kind))
-    except Exception as error:  # as in fetch
-        raise _explain(error, repo, revision, kind) from error
-
-
-def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
-    """Upload a folder's files as one commit to a repository, which is made where there is none; return its address.
-
-    Raises DcrisError where the Hub cannot be reached or does not let this person write there.
+    Raises:
+        DcrisError: it cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        raise DcrisError(f"HF_HUB_OFFLINE forbids uploading to {repo}; unset it")
+        raise DcrisError(f"HF_HUB_OFFLINE is set, but the list of files of {repo} is needed; unset it for this command")
+    try:
+        return sorted(HfApi(library_name="dcris").list_repo_files(repo, revision=revision, repo_type=kind))
+    except Exception as error:  # see fetch
+        raise _explain(error, repo, revision, kind) from error
+
+
+def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Upload the files of a folder to a repository as one commit, and return its address.
+
+    Args:
+        folder: with the files.
+        repo: owner/name; created if missing.
+        private: whether a new repository is private.
+        message: of the commit.
+
+    Raises:
+        DcrisError: the Hub cannot be reached, or the user may not write there.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise DcrisError(f"HF_HUB_OFFLINE is set, so nothing is uploaded to {repo}; unset it")
     api = HfApi(library_name="dcris")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except Exception as error:  # as in fetch
+    except Exception as error:  # see fetch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DcrisError(
-            f"uploading to {repo} on {constants.ENDPOINT} failed ({reason}); check its name and that `hf auth login` was done "
-            "with a token that may write"
+            f"uploading to {repo} on {constants.ENDPOINT} failed ({reason}); check its name, and run `hf auth login` with a "
+            "token that has write access"
         ) from error
     return f"{constants.ENDPOINT}/{repo}"
 
 
 def _verify(path: Path, repo: str) -> None:
-    """Compare a large file that has just arrived with its SHA-256, by which the cache names it; small ones have none.
+    """Compare a downloaded file with its SHA-256.
 
-    The size has been compared by huggingface_hub. This is done once: it takes a second or two per gigabyte.
+    Only large files have one: it is their name in the cache.
+
+    huggingface_hub has compared the size. Done only after the download, because it takes 1 to 2
+    seconds per gigabyte.
     """
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
@@ -156,38 +178,36 @@ def _verify(path: Path, repo: str) -> None:
             blob.unlink()
             raise DcrisError(
                 f"{path.name} of {repo} arrived damaged: its SHA-256 is {found}, not {blob.name}; "
-                "it has been deleted, so try again"
+                "it was deleted; try again"
             )
 
 
 def _explain(error: Exception, repo: str, revision: str, kind: Kind) -> DcrisError:
-    """One sentence for what huggingface_hub, the network library below it or the disk said."""
+    """Return a DcrisError for an error of huggingface_hub, its network library or the disk."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
-        return DcrisError(
-            f"{repo} is open only to people who accepted its terms; do so there, then run `hf auth login`"
-        )
+        return DcrisError(f"{repo} requires accepting its terms; accept them on the Hub, then run `hf auth login`")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return DcrisError(f"there is no repository {repo} on {constants.ENDPOINT}, or it is private (`hf auth login`)")
-    if isinstance(error, errors.RevisionNotFoundError):
         return DcrisError(
-            f"{repo} has no revision {revision}; give a branch, a tag or a whole commit hash, or leave it out"
+            f"there is no repository {repo} on {constants.ENDPOINT}, or it is private (run `hf auth login`)"
         )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DcrisError(f"{repo} has no revision {revision}; use a branch, a tag or a full commit hash, or omit it")
     file_instead = _instead(kind)
     if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
         return DcrisError(
-            f"{repo} at revision {revision} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching "
-            f"it; unset that once, or {file_instead}"
+            f"{repo} at revision {revision} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it "
+            f"for this command, or {file_instead}"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return _unreachable(error, repo, kind)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error):  # hf_xet, which large files come through, has only words
+    if full or "No space left on device" in str(error):  # hf_xet, which downloads large files, raises it as text only
         return DcrisError(
-            f"the disk of the cache {constants.HF_HUB_CACHE} is full; free some space there, or set HF_HOME to another place"
+            f"the disk of the cache {constants.HF_HUB_CACHE} is full; free disk space there, or set HF_HOME to another folder"
         )
     if isinstance(error, OSError) and error.errno is not None:
         return DcrisError(f"cannot write to the cache {constants.HF_HUB_CACHE}: {error.strerror or error}; set HF_HOME")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DcrisError(f"fetching {repo} from {constants.ENDPOINT} failed ({reason}); try again, or {file_instead}")
+    return DcrisError(f"downloading {repo} from {constants.ENDPOINT} failed ({reason}); try again, or {file_instead}")

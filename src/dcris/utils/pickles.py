@@ -1,7 +1,8 @@
-"""Pickles from strangers: bound the memory that one takes before any of it is run.
+"""Limit the memory that an untrusted pickle can take, before any of it is run.
 
-One byte of a pickle can make a set of 216 bytes, five can ask for a table of 32 GB. So every instruction is looked at first,
-and a pickle is refused that takes many times its own size. Which classes it may name is for the caller's `find_class`.
+One byte of a pickle can make a set of 216 bytes, and five bytes a table of 32 GB. So all
+instructions are checked first, and a pickle that would take many times its own size is refused.
+Which classes it may name is decided by the caller's `find_class`.
 """
 
 import pickle
@@ -9,12 +10,15 @@ import pickletools
 from collections.abc import Collection
 
 _MEMORY_PER_BYTE = 32
-"""What a pickle may take in memory, by its size. REFER's official files take 7 times theirs, terse ones 27 times."""
+"""Bytes of memory that a pickle may take per byte of its size.
+
+REFER's official files take 7, compact ones 27.
+"""
 _MEMORY_OF_ANY = 16_000_000
-"""Bytes that any pickle may take on top, or small ones could hold nothing."""
+"""Bytes of memory that any pickle may take in addition, because small ones need relatively more."""
 
 _COSTS = (
-    (32, ""),  # of every instruction: a place on the stack, and one in a container
+    (32, ""),  # every instruction: a place on the stack and one in a container
     (40, "NONE NEWTRUE NEWFALSE EMPTY_TUPLE BININT BININT2 LONG1 LONG4 INT LONG BINFLOAT FLOAT"),
     (72, "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8"),
     (72, "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 TUPLE TUPLE1 TUPLE2 TUPLE3"),
@@ -23,10 +27,12 @@ _COSTS = (
     (256, "REDUCE BUILD NEWOBJ NEWOBJ_EX OBJ INST PERSID BINPERSID"),
     (512, "EMPTY_SET FROZENSET"),
 )
-"""Bytes of memory that instructions take, besides what their arguments take in the file."""
+"""Bytes of memory that instructions take, in addition to the size of their arguments."""
 _LONG_NUMBER = 100_000
-"""Bytes that count for a whole number of more than 8 bytes. Thousands of such numbers can share one hash, and a dictionary of n
-of them then takes n * n steps."""
+"""Bytes that are counted for an integer of more than 8 bytes.
+
+Thousands of such integers can share one hash, and a dictionary of n of them then takes n * n steps.
+"""
 
 _LINES = {
     "INT": 1,
@@ -40,7 +46,7 @@ _LINES = {
     "GLOBAL": 2,
     "INST": 2,
 }
-"""Instructions whose arguments are lines of text, and how many."""
+"""Instructions whose arguments are lines of text: name -> number of lines."""
 _CODES = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
 _NAMES = {code: name for name, code in _CODES.items()}
 _STOP, _PUT, _LONG_BINPUT, _LONG1, _LONG4 = (_CODES[name] for name in ("STOP", "PUT", "LONG_BINPUT", "LONG1", "LONG4"))
@@ -49,7 +55,11 @@ _NUMBERS = {_CODES["INT"], _CODES["LONG"]}
 
 
 def _sizes() -> list[int]:
-    """By instruction: its bytes with its argument's; or, below 0, of how many bytes is the count of bytes behind it; else 0."""
+    """Return for each instruction its size with its argument.
+
+    Negative: the number of bytes of the length that precedes a variable argument. 0: other
+    instructions.
+    """
     counts = {
         pickletools.UP_TO_NEWLINE: 0,
         pickletools.TAKEN_FROM_ARGUMENT1: -1,
@@ -70,14 +80,14 @@ _SIZES = _sizes()
 _COST = [
     next((cost for cost, names in reversed(_COSTS) if _NAMES.get(code) in names.split()), 32) for code in range(256)
 ]
-# Less what the instruction's own bytes allow.
+# Minus the memory that the instruction's own bytes allow.
 _EXCESS = [
     cost - _MEMORY_PER_BYTE * max(1, 1 - size if size < 0 else size) for cost, size in zip(_COST, _SIZES, strict=True)
 ]
 
 
 class InstructionError(pickle.UnpicklingError):
-    """A pickle has an instruction that is not admitted."""
+    """A pickle contains an instruction that is not allowed."""
 
     def __init__(self, name: str, place: int) -> None:
         super().__init__(f"it has the pickle instruction {name} at byte {place}")
@@ -85,20 +95,21 @@ class InstructionError(pickle.UnpicklingError):
 
 
 def global_name(*parts: str) -> str:
-    """How errors write what a pickle asks for: on one line, whatever characters the file has in it."""
+    """Return the name of a global for an error message: on one line, escaped and cut."""
     return ascii(".".join(parts))[1:-1][:100]
 
 
 def end_of_pickle(data: bytes, start: int = 0, admitted: Collection[str] = frozenset(_CODES)) -> int:
-    """The place behind the pickle that starts at `start`. None of it is run.
+    """Return the position after the pickle that starts at `start`, without running it.
 
     Args:
-        data: what holds the pickle.
-        start: where it starts.
-        admitted: the instructions that it may have, by pickletools' names.
+        data: contains the pickle.
+        start: its position.
+        admitted: the allowed instructions, by pickletools' names.
 
-    Raises InstructionError for another instruction, and UnpicklingError where the pickle is cut short or would take many times
-    its size in memory.
+    Raises:
+        InstructionError: the pickle has another instruction.
+        UnpicklingError: the pickle is truncated, or would take many times its size in memory.
     """
     codes = {_CODES[name] for name in admitted}
     sizes = [size if code in codes else 0 for code, size in enumerate(_SIZES)]
@@ -118,7 +129,7 @@ def end_of_pickle(data: bytes, start: int = 0, admitted: Collection[str] = froze
                 raise InstructionError(_NAMES[code], at)
             elif code == _LONG_BINPUT:
                 place = int.from_bytes(data[at + 1 : at + 5], "little")
-                if place > highest:  # Python makes a table of twice as many entries
+                if place > highest:  # Python allocates a table of twice as many entries
                     spent += 16 * (place - highest)
                     highest = place
                 at += 5
@@ -141,6 +152,6 @@ def end_of_pickle(data: bytes, start: int = 0, admitted: Collection[str] = froze
                 if length > 8:
                     spent += _LONG_NUMBER
                 at += 1 + width + length
-    except (IndexError, KeyError, ValueError) as error:  # the end of the data, no instruction, or no number
-        raise pickle.UnpicklingError("it ends before its last instruction, or is no pickle") from error
+    except (IndexError, KeyError, ValueError) as error:  # end of the data, unknown instruction, or not a number
+        raise pickle.UnpicklingError("it ends before its last instruction, or is not a pickle") from error
     raise pickle.UnpicklingError("it would take far more memory than its size explains")

@@ -1,4 +1,5 @@
-"""The standard streams: they may be closed, in another encoding than UTF-8, or files on a disk that is full."""
+"""Standard streams, which may be closed, use an encoding other than UTF-8, or be files on a full
+disk."""
 
 import os
 import sys
@@ -14,10 +15,12 @@ from dcris.errors import DcrisError
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Around a whole command: replace closed standard streams by os.devnull, and escape characters that cannot be encoded."""
+    """Context for a command: replace closed standard streams by os.devnull, and escape what cannot
+    be encoded."""
     with ExitStack() as opened:
-        # The next file that is opened gets the lowest number that is free. If that were 2, what C libraries print as errors
-        # would land in it. In this order each stream gets its own number.
+        # The next file to be opened gets the lowest free number. If that is 2, error messages of C
+        # libraries are written into that file. Opened in this order, each stream gets its own
+        # number.
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
             if getattr(sys, name) is None:
                 stream = opened.enter_context(Path(os.devnull).open(mode, encoding="utf-8"))
@@ -30,19 +33,22 @@ def usable_streams() -> Iterator[None]:
 
 
 def is_terminal() -> bool:
-    """Whether progress bars, which are drawn on standard error, have a terminal there."""
+    """Return whether standard error, where progress bars are drawn, is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def printable(text: str) -> str:
-    """Escape what a terminal would obey or cannot show: names in the text may come from strangers."""
+    """Escape control characters and others that a terminal cannot show: file names may come from
+    untrusted sources."""
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def write(text: str) -> None:
-    """Print text to standard output and flush it, since a process that is killed loses what is buffered.
+    """Print text to standard output and flush it, since a killed process loses what is buffered.
 
-    Raises DcrisError where the output cannot be written, and BrokenPipeError where its reader has gone.
+    Raises:
+        DcrisError: standard output cannot be written.
+        BrokenPipeError: the reader of a pipe has closed it.
     """
     try:
         print(text, flush=True)
@@ -52,12 +58,12 @@ def write(text: str) -> None:
     except OSError as error:
         discard(sys.stdout)
         raise DcrisError(
-            f"cannot write to the standard output: {error.strerror or error}; send it elsewhere or free some space"
+            f"cannot write to standard output: {error.strerror or error}; redirect it elsewhere or free disk space"
         ) from error
 
 
 def note(text: str) -> None:
-    """Print a line to standard error, where that can be written: nothing fails because a remark is lost."""
+    """Print a line to standard error. Does nothing if that cannot be written."""
     if sys.stderr is None:  # print would then write to standard output
         return
     try:
@@ -68,13 +74,14 @@ def note(text: str) -> None:
 
 @cache
 def note_once(text: str) -> None:
-    """Print a line to standard error unless this process did already."""
+    """Print a line to standard error, unless this process has printed it before."""
     note(text)
 
 
 def discard(stream: TextIO) -> None:
-    """Send the rest of a stream to os.devnull: Python writes its buffer again at the end, and would fail again."""
-    with suppress(OSError, ValueError):  # ValueError: it has no file descriptor
+    """Redirect a stream to os.devnull: Python flushes its buffer again at exit, and would fail
+    again."""
+    with suppress(OSError, ValueError):  # ValueError: the stream has no file descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)

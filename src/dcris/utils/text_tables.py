@@ -1,4 +1,4 @@
-"""Tables of results for a terminal, a README and a paper."""
+"""Markdown and LaTeX tables."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ _LATEX = {
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads as plain text too; the first column to the left, the others to the right."""
+    """Return a Markdown table, padded to be readable as plain text; first column left-aligned,
+    others right-aligned."""
     cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
@@ -27,7 +28,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A LaTeX tabular with the rules of the package booktabs."""
+    """Return a LaTeX tabular with the rules of the package booktabs."""
 
     def line(row: Sequence[str]) -> str:
         return " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"

@@ -1,6 +1,7 @@
-"""Processes that read photographs ahead of the network, and what can go wrong with them.
+"""Worker processes that read images ahead of the network, and their failures.
 
-A worker passes tensors on through shared memory. Containers often have little of that (Docker: 64 MB), some systems have none.
+Workers pass tensors through shared memory. Containers often have little of it (Docker: 64 MB), some
+systems have none.
 """
 
 import multiprocessing
@@ -19,47 +20,51 @@ from dcris.utils.streams import note, note_once
 
 T = TypeVar("T")
 
-_SHARED_MEMORY = Path("/dev/shm")  # on Linux; no other system limits it in a way that could be read
+_SHARED_MEMORY = Path("/dev/shm")  # on Linux; other systems have no limit that can be read
 
-_AHEAD = 2
+_PREFETCH = 2
 """Batches that each worker reads ahead."""
 
-_PATIENCE = 60
-"""Seconds without a batch before a note is printed. Ten times as long ends the command."""
+_TIMEOUT = 60
+"""Seconds without a batch before a message is printed. After ten times as long the command ends."""
 
 _ADVICE = (
-    "the memory of this machine or its shared memory (/dev/shm) may be too small, so use fewer --data.workers (0 for none) or "
-    "give a container more (docker run --shm-size=1g); a training run keeps its last checkpoint"
+    "memory or shared memory (/dev/shm) may be too small: use fewer --data.workers (0 for none) or give the container more "
+    "(docker run --shm-size=1g); a training run keeps its last checkpoint"
 )
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
 
 CANNOT_START = (OSError, ImportError, NotImplementedError)
-"""What multiprocessing raises where the system has no semaphores (no writable /dev/shm) or allows no more processes."""
+"""Exceptions of multiprocessing if the system has no semaphores (no writable /dev/shm) or allows no
+more processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error on its way out of a worker, where raising it would bury its sentence in a traceback."""
+    """An error that a worker returns instead of raising, which would bury the message in a
+    traceback."""
 
     message: str
 
 
 def dead_worker(error: RuntimeError) -> DcrisError | None:
-    """Return the sentence for the death of a worker if that is what torch raised, which it does wherever this process is."""
+    """Return a DcrisError if torch raised `error` because a worker died (it does so at any place in
+    the code), else None."""
     if (died := _WORKER_DIED.match(str(error))) is None:
         return None
     how = f"was killed ({died[2].strip()})" if died[2] else "ended"
-    return DcrisError(f"process {died[1]}, a worker that reads photographs, {how}; {_ADVICE}")
+    return DcrisError(f"process {died[1]}, a worker that reads images, {how}; {_ADVICE}")
 
 
 def note_no_workers(error: Exception) -> None:
-    """Print that work is done without worker processes, as they could not be started."""
-    note_once(f"worker processes cannot be started here ({error}); continuing without them, which is slower")
+    """Print once that worker processes could not be started."""
+    note_once(f"cannot start worker processes ({error}); continuing without them, which is slower")
 
 
 def shared_memory_left() -> float:
-    """Bytes of shared memory that are free; infinite where the system sets no limit, or has none that can be written."""
+    """Return the free bytes of shared memory; infinite if the system sets no limit or it is not
+    writable."""
     try:
         found = os.statvfs(_SHARED_MEMORY)
     except (OSError, AttributeError):
@@ -69,48 +74,51 @@ def shared_memory_left() -> float:
 
 
 def workers_that_fit(workers: int, batch_bytes: float) -> int:
-    """Return how many of these workers shared memory has room for: each holds two batches, and the network a further one."""
-    room = (shared_memory_left() / batch_bytes - 1) / _AHEAD
+    """Return how many workers fit in shared memory: each holds two batches, and the network one
+    more."""
+    room = (shared_memory_left() / batch_bytes - 1) / _PREFETCH
     return workers if room >= workers else max(0, int(room))
 
 
 def require_shared_memory(workers: int, batch_bytes: float) -> None:
-    """Raise DcrisError where batches of that size do not fit into shared memory with that many workers."""
+    """Raise DcrisError if the batches of so many workers do not fit in shared memory."""
     if (fit := workers_that_fit(workers, batch_bytes)) < workers:
-        batches = _AHEAD * workers + 1
+        batches = _PREFETCH * workers + 1
         raise DcrisError(
-            f"the shared memory of this machine is too small: {workers} workers need {batches * batch_bytes / 1e6:,.1f} MB for "
-            f"{batches} batches, and {_SHARED_MEMORY} has {shared_memory_left() / 1e6:,.1f} MB left; use --data.workers {fit}, "
-            "a smaller batch, or give a container more (docker run --shm-size=1g)"
+            f"shared memory is too small: {workers} workers need {batches * batch_bytes / 1e6:,.1f} MB for {batches} batches, "
+            f"and {_SHARED_MEMORY} has {shared_memory_left() / 1e6:,.1f} MB free; use --data.workers {fit}, a smaller batch, or "
+            "give the container more (docker run --shm-size=1g)"
         )
 
 
 def load(dataset: Any, workers: int, **options: Any) -> Iterator[Any]:
-    """Start a DataLoader and return its batches; without workers where the system cannot start any.
+    """Return an iterator over the batches of a DataLoader; without workers if the system cannot
+    start any.
 
     Args:
         dataset: a map-style dataset.
-        workers: processes that read it; 0 reads it in this one.
-        options: DataLoader's.
+        workers: number of worker processes; 0 reads in this process.
+        options: passed to DataLoader.
 
-    Raises DcrisError where a worker cannot pass on a batch, or none comes for ten minutes.
+    Raises:
+        DcrisError: a worker cannot pass a batch on, or no batch arrives for ten minutes.
     """
     import cv2
     from torch.utils.data import DataLoader
 
     if workers:
-        # A worker is one process on one core. Set here and not in the worker: after a fork cv2 would wait for ever for the
-        # threads that its parent had.
+        # One thread per worker. Set here and not in the worker: after a fork, cv2 would wait
+        # forever for the threads of its parent.
         threads = cv2.getNumThreads()
         cv2.setNumThreads(1)
         try:
-            multiprocessing.get_context().Lock()  # torch leaves an iterator behind that cannot be deleted if this fails in it
+            multiprocessing.get_context().Lock()  # fails here and not in torch, which would leave a broken iterator
             loader = DataLoader(
                 dataset,
                 num_workers=workers,
                 worker_init_fn=_start_worker,
-                prefetch_factor=_AHEAD,
-                timeout=_PATIENCE,
+                prefetch_factor=_PREFETCH,
+                timeout=_TIMEOUT,
                 **options,
             )
             return or_raise(_batches(iter(loader)))
@@ -132,14 +140,14 @@ def _batches(iterator: Any) -> Iterator[Any]:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-                # Not an error yet: a disk may be slow, or a whole job suspended for hours (Ctrl-Z) and resumed.
+                # Not an error yet: the disk may be slow, or the job was suspended (Ctrl-Z) for
+                # hours.
                 waited += 1
                 if waited == 1:
-                    note(f"the workers have read nothing for {_PATIENCE} s; still waiting")
+                    note(f"the workers have read nothing for {_TIMEOUT} s; still waiting")
                 elif waited == 10:
                     raise DcrisError(
-                        f"no photographs have been read for {10 * _PATIENCE // 60} minutes; check the disk they are on; "
-                        f"else {_ADVICE}"
+                        f"no images have been read for {10 * _TIMEOUT // 60} minutes; check their disk; otherwise {_ADVICE}"
                     ) from error
                 continue
             waited = 0
@@ -147,11 +155,11 @@ def _batches(iterator: Any) -> Iterator[Any]:
     finally:
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            worker.kill()  # one that hangs (in a read from a network disk) would otherwise be waited for at exit
+            worker.kill()  # Python would wait at exit for one that hangs, for example in a read from a network disk
 
 
 def or_raise(items: Iterator[T | Failure]) -> Iterator[T]:
-    """The items. Raises DcrisError at the first failure among them."""
+    """Yield the items. Raises DcrisError for the first Failure among them."""
     for item in items:
         if isinstance(item, Failure):
             raise DcrisError(item.message)
@@ -159,28 +167,30 @@ def or_raise(items: Iterator[T | Failure]) -> Iterator[T]:
 
 
 def ignore_interrupts() -> None:
-    """Ignore Ctrl-C in a worker: a terminal sends it to every process, and the parent ends its workers."""
+    """Ignore Ctrl-C in a worker: a terminal sends it to all processes, but the parent ends its
+    workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _start_worker(worker: int) -> None:
     queues.Queue._on_queue_feeder_error = _send_failure  # type: ignore[attr-defined]
-    # Many schedulers, too, send requests to end to every process, but the batches of the step in progress are still wanted.
-    # Only the process that these are for may end its workers.
+    # Schedulers may send SIGTERM to all processes, but the current step still needs its batches. So
+    # a worker only obeys a SIGTERM from its parent.
     ignore_interrupts()
-    if hasattr(signal, "sigwaitinfo"):  # not on Windows and macOS; there SIGTERM ends a worker, and that is reported
+    if hasattr(signal, "sigwaitinfo"):  # missing on Windows and macOS, where SIGTERM ends a worker and is reported
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _send_failure(queue: Any, error: Exception, item: Any) -> None:
-    """Send the error in place of the batch that could not be sent (no shared memory left, too many open files).
+    """Send a Failure instead of a batch that could not be sent (no shared memory left, too many
+    open files).
 
-    multiprocessing calls this in the thread that sends. By default it prints a traceback there, drops the batch, and the
-    parent waits for it for ever.
+    multiprocessing calls this in its sending thread. Its default prints a traceback and drops the
+    batch, for which the parent then waits forever.
     """
     index, _ = item
-    queue.put((index, Failure(f"a worker that reads photographs cannot pass them on ({error}); {_ADVICE}")))
+    queue.put((index, Failure(f"a worker that reads images cannot pass them on ({error}); {_ADVICE}")))
 
 
 def _end_for_parent(parent: int) -> None:

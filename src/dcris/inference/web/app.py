@@ -406,7 +406,7 @@ def _credentials(given: str | None) -> list[str]:
     if not given:
         return []
     try:
-        found = files.read_text(Path(given), most=100_000).split("\n")
+        found = files.read_text(Path(given), max_bytes=100_000).split("\n")
         where = given
     except (OSError, ValueError):
         found, where = [given], "--auth"
