@@ -1,16 +1,16 @@
-"""Checkpoints: what was trained, in a directory that is either whole or not there.
+"""Checkpoints: the trained weights of a model, in a directory that is written completely or not at all.
 
-RUN/config.json, RUN/data.json (what it was trained on) and, per checkpoint, RUN/checkpoints/step-00000123/
-    config.json           what the model is and how it was trained
-    model.safetensors     adapters, head and their statistics; names the frozen towers by fingerprint
-    optimizer.safetensors the optimiser's moments, for --resume alone
-    state.json            step, score and by what, and a checksum of each of the other files and of itself
-A converted checkpoint has only the first two, and beside them
-    towers.safetensors    the frozen towers themselves, so that no other source is needed
-Where that file is missing the towers are looked for under their names, and either way they must have the fingerprints that
-model.safetensors names. So the file may be deleted to save space where the named weights are at hand.
-A bundle is all of it in one .safetensors file, the configuration in its metadata.
-Nothing in a checkpoint can run code.
+A run has config.json, data.json (the data it was trained on) and checkpoints/step-00000123/ with
+    config.json           configuration of the model and the training
+    model.safetensors     adapters, head and their statistics; records the fingerprints of the frozen towers
+    optimizer.safetensors state of the optimiser, for --resume
+    state.json            step, score, and checksums of the other files and of itself
+A converted or saved checkpoint has the first two files, and optionally
+    towers.safetensors    the frozen towers
+Without that file, the towers are loaded by their names. In both cases they must have the recorded fingerprints, so the file
+may be deleted to save space if the named weights are available.
+A bundle is all of this in one .safetensors file, with the configuration in its metadata.
+Checkpoints contain no code.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensor
 _TOWERS = "towers.safetensors"
 _BUNDLE = ".safetensors"
 _DAMAGED = "damaged-"
-"""Before the name of a checkpoint that was moved aside."""
+"""Prefix of the directory name of a damaged checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +60,19 @@ class Checkpoint:
     path: Path
     step: int
     score: float | None
-    """On the validation split, in percent, by the run's `train.best_by`; None where it was not measured."""
+    """Validation score in percent, by the metric `train.best_by`; None if not measured."""
 
 
 Towers = dict[str, dict[str, str]]
-"""The frozen towers by "vision" and "text": the name of their weights and their SHA-256; and where they are known, the file's
-"source" and the Hub's "revision"."""
+"""The frozen towers by "vision" and "text": "name" of the weights, "sha256", and, if known, "source" (file) and "revision" (of
+the Hub)."""
 
 Origin = Mapping[str, str]
-"""Of a published checkpoint that was converted, which one it was: "name", "source", "revision", "sha256"; else nothing."""
+"""The published checkpoint that this one was converted from: "name", "source", "revision", "sha256"; empty if none."""
 
 
 def identify_towers(model: ReferringSegmenter) -> Towers:
-    """Name a model's frozen towers. Reads every weight: a second or two for the large ones."""
+    """Fingerprint the frozen towers of a model. This reads every weight: a second or two for large towers."""
     return {
         name: {"name": part.config.name, **part.source, "sha256": fingerprint(frozen_state(part))}
         for name, part in (("vision", model.vision), ("text", model.text))
@@ -87,9 +87,10 @@ def save_checkpoint(
     config: RunConfig,
     step: int,
 ) -> Checkpoint:
-    """Write the checkpoint of `step`, which has no score yet, into the run's directory, atomically.
+    """Write the checkpoint of `step`, still without a score, to a run, atomically.
 
-    Raises DcrisError where it cannot be written.
+    Raises:
+        DcrisError: it cannot be written.
     """
     metadata = _metadata(towers, step)
     state = _on_cpu(trained_state(model))
@@ -111,9 +112,10 @@ def save_checkpoint(
 
 
 def score_checkpoint(checkpoint: Checkpoint, score: float, by: str) -> None:
-    """Note what validation gave, and which score it is. The weights are not written again.
+    """Record the validation score of a checkpoint and its metric. The weights are not written again.
 
-    Raises DcrisError where the checkpoint's state cannot be read or written.
+    Raises:
+        DcrisError: the state of the checkpoint cannot be read or written.
     """
     write_json(
         checkpoint.path / _STATE, _sealed({**_read_state(checkpoint.path, checkpoint.step), "score": score, "by": by})
@@ -121,7 +123,7 @@ def score_checkpoint(checkpoint: Checkpoint, score: float, by: str) -> None:
 
 
 def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with its own checksum."""
+    """Return the state with its checksum."""
     content = {key: value for key, value in state.items() if key != "sha256"}
     return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
@@ -133,18 +135,20 @@ def _sha256(path: Path) -> str:
     except FileNotFoundError as error:
         raise DcrisError(f"the checkpoint has no file {path}") from error
     except OSError as error:
-        raise DcrisError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def save_whole(
     path: Path, tensors: dict[str, Tensor], config: RunConfig, origin: Origin | None = None, half: bool = False
 ) -> None:
-    """Write a whole model, given as its state dict, as the checkpoint directory `path`: what was trained, and the towers.
+    """Write the state dict of a whole model as the checkpoint directory `path`, with the towers.
 
-    Tensors are read one by one, so they may be mapped from a file. `origin` and `half` are as of save_model.
-    Raises DcrisError where it cannot be written.
+    Tensors are read one by one, so they may be memory-mapped. `origin` and `half` are as in save_model.
+
+    Raises:
+        DcrisError: it cannot be written.
     """
-    with torch.device("meta"):  # names without memory
+    with torch.device("meta"):  # names without allocating memory
         model = ReferringSegmenter(config.model)
     trained = trained_state(model).keys()
     state = {name: value.contiguous() for name, value in tensors.items() if name in trained}
@@ -175,21 +179,21 @@ def save_model(
     origin: Origin | None = None,
     card: str | None = None,
 ) -> None:
-    """Write a model to be used, not to be trained on: a directory, which must not exist, or a bundle if `path` is a
-    .safetensors file (which brings its towers in any case).
+    """Write a model for prediction: a checkpoint directory, or a bundle (which includes the towers).
 
     Args:
-        path: where.
+        path: a directory that does not exist, or a .safetensors file for a bundle.
         model: on any device.
-        towers: as identify_towers names them.
-        config: of the run that trained it.
+        towers: from identify_towers.
+        config: configuration of the run that trained the model.
         with_towers: write the frozen towers too.
-        half: store what was trained in float16. Batch norm statistics and towers stay float32: the former are few and may be
-            large, the latter are known by a fingerprint of exact numbers.
-        origin: which published checkpoint it is.
-        card: what README.md says of it.
+        half: store the trained weights in float16. Batch norm statistics and towers stay float32: statistics may exceed the
+            range of float16, and towers are identified by a fingerprint of their exact values.
+        origin: the published checkpoint.
+        card: content of README.md.
 
-    Raises DcrisError where the directory exists or cannot be written.
+    Raises:
+        DcrisError: the directory exists or cannot be written.
     """
     state = _on_cpu(trained_state(model))
     if half:
@@ -203,7 +207,7 @@ def save_model(
         )
         return
     if path.exists():
-        raise DcrisError(f"{path} exists already; delete it or choose another place")
+        raise DcrisError(f"{path} exists already; delete it or choose another path")
 
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, metadata)
@@ -230,13 +234,13 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _halved(state: Mapping[str, Tensor], model: ReferringSegmenter) -> dict[str, Tensor]:
-    """Weights in float16; statistics as they are."""
+    """Convert weights to float16; keep statistics."""
     weights = {name for name, _ in model.named_parameters()}
     return {name: value.half() if name in weights else value for name, value in state.items()}
 
 
 def _tower_tensors(model: ReferringSegmenter) -> dict[str, Tensor]:
-    """The tensors of the towers that are frozen, by their names in the whole model."""
+    """The frozen tensors of the towers, by their names in the whole model."""
     return {
         f"{name}.{key}": value
         for name, tower in (("vision", model.vision), ("text", model.text))
@@ -256,24 +260,24 @@ def _write(path: Path, fill: Callable[[Path], None]) -> None:
 def _guarded(path: Path, write: Callable[[], None]) -> None:
     try:
         write()
-    except SafetensorError as error:  # safetensors wraps what the disk said
+    except SafetensorError as error:  # safetensors wraps OSError
         raise DcrisError(f"cannot write the checkpoint {path}: {error}") from error
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
-    """A run's checkpoints, oldest first. Raises DcrisError where the state of one cannot be read."""
+    """Return the checkpoints of a run, oldest first. Raises DcrisError if the state of one cannot be read."""
     found = []
     for path, step in _steps(run, ""):
         try:
             found.append(Checkpoint(path, step, _read_state(path, step)["score"]))
         except DcrisError:
-            if path.exists():  # else a run that goes on has just deleted it
+            if path.exists():  # a training run may have just deleted it
                 raise
     return found
 
 
 def _steps(run: Path, prefix: str) -> list[tuple[Path, int]]:
-    """The directories of a run that are named as checkpoints, and their steps, oldest first."""
+    """Return the directories of a run with names of checkpoints, and their steps, oldest first."""
     names = re.compile(rf"{prefix}step-(\d{{8,18}})")
     paths = (path for path in (run / "checkpoints").glob(f"{prefix}step-*") if path.is_dir())
     found = [(path, int(match[1])) for path in paths if (match := names.fullmatch(path.name))]
@@ -281,43 +285,49 @@ def _steps(run: Path, prefix: str) -> list[tuple[Path, int]]:
 
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises DcrisError where it is missing, damaged or of another step."""
+    """Read state.json of a checkpoint. Raises DcrisError if it is missing, damaged or of another step."""
     state = read_json(path / _STATE, "the checkpoint's state")
     if (
         not isinstance(state, dict)
         or type(state.get("step")) is not int
         or state["step"] != step
         or not isinstance(state.setdefault("score", None), int | float | None)
-        or not isinstance(state.get("files", {}), dict)
-        or ("sha256" in state) != ("files" in state)  # neither is in those from before there were checksums
-        or ("sha256" in state and state["sha256"] != _sealed(state)["sha256"])
+        or not isinstance(state.get("files"), dict)
+        or state.get("sha256") != _sealed(state)["sha256"]
     ):
-        raise DcrisError(f"{path / _STATE} is not the state of a checkpoint; delete {path} to do without it")
+        raise DcrisError(f"{path / _STATE} is not a valid state of a checkpoint; delete {path} to continue without it")
     return state
 
 
 def check_files(path: Path, names: Container[str] = (_MODEL, _OPTIMIZER, _CONFIG)) -> None:
-    """Compare files of a checkpoint's directory with the checksums beside them, where there are any.
+    """Compare files of a checkpoint directory with the checksums in its state.json.
 
-    Raises DcrisError naming the first that is missing or not as it was written.
+    Raises:
+        DcrisError: a file is missing or has changed; the error names the first one.
     """
-    if not (path / _STATE).is_file():
+    if not (path / _STATE).is_file():  # a converted or saved checkpoint
         return
     state = read_json(path / _STATE, "the checkpoint's state")
     step = state.get("step") if isinstance(state, dict) else None
-    for name, known in _read_state(path, step if isinstance(step, int) else -1).get("files", {}).items():
+    for name, known in _read_state(path, step if isinstance(step, int) else -1)["files"].items():
         if name in names and _sha256(path / name) != known:
             raise DcrisError(
-                f"{path / name} cannot be read as it was written (its checksum is another): it is cut short or changed, so "
-                "copy it again or use another checkpoint"
+                f"{path / name} does not match its checksum: it is cut short or changed, so copy it again or use another "
+                "checkpoint"
             )
 
 
 def sound_checkpoints(run: Path, log: Callable[[str], None]) -> list[Checkpoint]:
-    """The checkpoints a run can go on from, oldest first, after the traces of a kill were removed; `log` takes a line for each
-    that is damaged and was moved aside.
+    """Return the intact checkpoints of a run, oldest first, and move damaged ones aside. Delete unfinished files.
 
-    Every file is read. Raises DcrisError where all are damaged; then none is moved.
+    Every file is read.
+
+    Args:
+        run: the directory of the run.
+        log: receives a line per damaged checkpoint.
+
+    Raises:
+        DcrisError: all checkpoints are damaged; none is moved then.
     """
     remove_partial(run)
     remove_partial(run / "checkpoints")
@@ -326,37 +336,32 @@ def sound_checkpoints(run: Path, log: Callable[[str], None]) -> list[Checkpoint]
     for path, step in steps:
         remove_partial(path)
         try:
-            if "files" in _read_state(path, step):
-                check_files(path)
-            else:  # from before there were checksums: what is cut short shows
-                load_config(path / _CONFIG)
-                for name in (_MODEL, _OPTIMIZER):
-                    with _open(path / name):
-                        pass
+            _read_state(path, step)
+            check_files(path)
         except DcrisError as error:
             damaged.append((path, step, str(error)))
     if damaged and len(damaged) == len(steps):
         raise DcrisError(
-            f"no checkpoint in {run} can be gone on from: {damaged[-1][2]}; bring back a copy, or delete {run} to start again"
+            f"all checkpoints of {run} are damaged: {damaged[-1][2]}; restore a copy, or delete {run} to start again"
         )
-    for path, step, complaint in damaged:
+    for path, step, reason in damaged:
         aside = path.with_name(_DAMAGED + path.name)
         remove_directory(aside)
         try:
             path.rename(aside)
         except OSError as error:
-            raise DcrisError(f"cannot move {path} aside ({error.strerror or error}); delete it: {complaint}") from error
-        log(f"the checkpoint of step {step} is damaged and is left out, moved to {aside}: {complaint}")
+            raise DcrisError(f"cannot move {path} aside ({error.strerror or error}); delete it: {reason}") from error
+        log(f"the checkpoint of step {step} is damaged and was moved to {aside}: {reason}")
     return list_checkpoints(run)
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
-    """The one with the highest score, the newest of equals; the newest where none has a score."""
+    """Return the checkpoint with the highest score, the newest of equal ones; the newest if none has a score."""
     return max(checkpoints, key=lambda item: (item.score is not None, item.score or 0.0, item.step))
 
 
 def prune_checkpoints(run: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` and the best, and damaged ones that were made anew."""
+    """Delete all checkpoints but the newest `keep_last` and the best, and damaged ones that have been replaced."""
     checkpoints = list_checkpoints(run)
     if checkpoints:
         kept = {item.path for item in (*checkpoints[-keep_last:], best_checkpoint(checkpoints))}
@@ -369,16 +374,17 @@ def prune_checkpoints(run: Path, keep_last: int) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory or bundle that `path` means: itself, or the best of the run it is.
+    """Return the checkpoint directory or bundle at `path`, or the best checkpoint if it is a run.
 
-    Raises DcrisError where there is none.
+    Raises:
+        DcrisError: there is no checkpoint.
     """
     if path.is_file():
         if path.suffix == _BUNDLE:
             return path
         raise DcrisError(
-            f"{path} is neither a checkpoint's directory nor a {_BUNDLE} file; a published DETRIS checkpoint (.pth) has to go "
-            "through `dcris convert` first"
+            f"{path} is neither a checkpoint directory nor a {_BUNDLE} file; convert a published DETRIS checkpoint (.pth) "
+            "with `dcris convert` first"
         )
     if (path / _MODEL).is_file():
         return path
@@ -386,28 +392,29 @@ def find_checkpoint(path: Path) -> Path:
     if checkpoints:
         return best_checkpoint(checkpoints).path
     if not path.exists():
-        raise DcrisError(f"there is no checkpoint {path}; give a run's directory, as made by `dcris train --out`")
-    raise DcrisError(f"{path} holds no checkpoint: neither {_MODEL} nor checkpoints/step-* is in it")
+        raise DcrisError(f"there is no checkpoint {path}; give the directory of a run (`dcris train --out`)")
+    raise DcrisError(f"{path} has no checkpoint: it contains neither {_MODEL} nor checkpoints/step-*")
 
 
 def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
-    """Build the model of a checkpoint directory, a run or a bundle, towers and all, on the CPU in evaluation mode.
+    """Load the whole model of a checkpoint directory, a run or a bundle, on the CPU in evaluation mode.
 
-    Raises DcrisError where a file is missing, cut short or of another model, or where the frozen towers are not those that
-    the adapters were trained on.
+    Raises:
+        DcrisError: a file is missing, cut short or of another model, or the frozen towers are not those that the adapters
+            were trained on.
     """
     path = find_checkpoint(as_path(path, "the checkpoint"))
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
-    with torch.device("meta"):  # names and shapes without memory
+    with torch.device("meta"):  # names and shapes without allocating memory
         model = ReferringSegmenter(config.model)
-    # A stranger's configuration may ask for any amount of memory: what was trained has to be there in those shapes first.
+    # A hostile configuration may describe a model of any size, so check the shapes of the trained tensors before allocating.
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     model.to_empty(device="cpu")
-    beside = path if path.is_file() else path / _TOWERS
-    if beside.is_file():
+    tower_file = path if path.is_file() else path / _TOWERS
+    if tower_file.is_file():
         towers = _tower_tensors(model)
-        copy_strictly(towers, _read_tensors(beside, only=towers if path.is_file() else None), str(beside))
+        copy_strictly(towers, _read_tensors(tower_file, only=towers if path.is_file() else None), str(tower_file))
     else:
         load_towers(model.vision, model.text, config.model)
     load_trained(model, path)
@@ -415,57 +422,59 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
 
 
 def load_trained(model: ReferringSegmenter, path: Path) -> None:
-    """Copy a checkpoint's adapters and head into a model whose towers are filled. Raises as load_checkpoint does."""
+    """Copy the trained weights of a checkpoint into a model with loaded towers. Raises as load_checkpoint does."""
     towers = _require_towers(path, identify_towers(model))
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     for name, tower in (("vision", model.vision), ("text", model.text)):
-        # The fingerprint has shown that these are the recorded weights, so they come from where the record says.
+        # The fingerprints are equal, so the recorded source is also that of these weights.
         tower.source = tower.source or {key: towers[name][key] for key in ("source", "revision") if key in towers[name]}
 
 
 def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tuple[ReferringSegmenter, RunConfig]:
-    """A checkpoint's model on the frozen towers of another: only its adapters and head take memory.
+    """Load a checkpoint on the frozen towers of another model: only its adapters and head take memory.
 
     Args:
-        path: a checkpoint directory, a run or a bundle; towers in it are not read.
-        shared: the model whose towers' tensors become this one's too, on any device.
-        towers: what identify_towers says of it.
+        path: a checkpoint directory, a run or a bundle; its towers are not read.
+        shared: model whose tower tensors are shared, on any device.
+        towers: of `shared`, from identify_towers.
 
-    Raises DcrisError where a file is missing, cut short or of another model, or where it was trained on other towers.
+    Raises:
+        DcrisError: a file is missing, cut short or of another model, or the checkpoint was trained on other towers.
     """
     path = find_checkpoint(path)
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
-    with torch.device("meta"):  # names and shapes without memory
+    with torch.device("meta"):  # names and shapes without allocating memory
         model = ReferringSegmenter(config.model)
-    wanted, there = _tower_tensors(model), _tower_tensors(shared)
-    if wanted.keys() < there.keys():  # it trains some of its towers' weights itself, and is known by the others
-        there = {name: there[name] for name in wanted}
-        towers = {name: {**towers[name], "sha256": fingerprint(_part(there, name))} for name in towers}
+    needed, present = _tower_tensors(model), _tower_tensors(shared)
+    if needed.keys() < present.keys():  # the method trains some tower weights; only the frozen ones identify the towers
+        present = {name: present[name] for name in needed}
+        towers = {name: {**towers[name], "sha256": fingerprint(_part(present, name))} for name in towers}
     recorded = _require_towers(path, towers)
-    copy_strictly(wanted, there, "the tower in memory")  # compares alone: nothing is there
+    copy_strictly(needed, present, "the tower in memory")  # only compares names and shapes: the targets are on "meta"
     expected, tensors = trained_state(model), _read_trained(path, model)
     copy_strictly(expected, tensors, str(path))
     device = shared.head.projector.visual.weight.device
     trained = {name: value.to(device, expected[name].dtype) for name, value in tensors.items()}
-    model.load_state_dict({**there, **trained}, assign=True)
+    model.load_state_dict({**present, **trained}, assign=True)
     for name, tower in (("vision", model.vision), ("text", model.text)):
         tower.source = {key: recorded[name][key] for key in ("source", "revision") if key in recorded[name]}
     return model, config
 
 
 def read_origin(path: Path) -> Origin:
-    """Which published checkpoint this one was converted from; empty where it was trained. Raises DcrisError if unreadable."""
+    """Read which published checkpoint this one was converted from. Raises DcrisError if it is unreadable."""
     try:
         return {str(key): str(value) for key, value in parse_json(_read_metadata(path).get("origin", "{}")).items()}
     except (ValueError, AttributeError) as error:
-        raise DcrisError(f"{path} does not say where it comes from in a way that can be read") from error
+        raise DcrisError(f"the metadata of {path} have an invalid origin; copy the checkpoint again") from error
 
 
 def _require_towers(path: Path, towers: Towers) -> Towers:
-    """Check that a checkpoint was trained on these towers, and return what it records of them.
+    """Check that a checkpoint was trained on these towers, and return its record of them.
 
-    Raises DcrisError where it was trained on others.
+    Raises:
+        DcrisError: it was trained on others.
     """
     recorded = _read_towers(path)
     for name, tower in towers.items():
@@ -473,20 +482,20 @@ def _require_towers(path: Path, towers: Towers) -> Towers:
         if known.get("sha256") != tower["sha256"]:
             revision = f" of revision {known['revision']}" if "revision" in known else ""
             raise DcrisError(
-                f"{path} was trained on another {name} tower than {tower['name']} as found here; its adapters mean nothing "
-                f"on these weights, so load the tower it names, {known.get('name')}{revision}, or train again"
+                f"{path} was trained on another {name} tower than {tower['name']} as found here, and its adapters work only "
+                f"with the tower {known.get('name')}{revision}; load that one or train again"
             )
     return recorded
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration with the Hub's commits that the checkpoint was trained on: "main" may have moved since."""
+    """Read the configuration, with the Hub commits of the towers that were used in training instead of "main"."""
     if path.is_file():
         try:
             config = parse_config(parse_json(_read_metadata(path)["config"]), str(path))
         except (KeyError, ValueError) as error:
             raise DcrisError(
-                f"{path} has no configuration in it, so it is no bundle; if it lies in a checkpoint's directory, give that"
+                f"{path} is not a bundle: it has no configuration; give the checkpoint directory if it is a file of one"
             ) from error
     else:
         config = load_config(path / _CONFIG)
@@ -501,7 +510,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def _read_trained(path: Path, model: ReferringSegmenter) -> dict[str, Tensor]:
-    """What was trained: all of a directory's model file, and of a bundle what is no tower's."""
+    """Read the trained tensors: the model file of a directory, or the tensors of a bundle that are not the towers'."""
     return _read_tensors(path, but=_tower_tensors(model)) if path.is_file() else _read_tensors(path / _MODEL)
 
 
@@ -512,16 +521,18 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read_towers(path: Path) -> Towers:
-    """Which towers a checkpoint says it was trained on. Raises DcrisError where it does not say."""
+    """Read the record of the towers that a checkpoint was trained on. Raises DcrisError if there is none."""
     try:
         towers = parse_json(_read_metadata(path)["towers"])
         return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DcrisError(f"{path} does not say which towers it was trained on; it was not written by dcris") from error
+        raise DcrisError(
+            f"{path} has no record of its towers, so it was not written by dcris; use another checkpoint"
+        ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Copy a checkpoint's moments into a fresh optimiser of the same model. Raises DcrisError where they do not fit."""
+    """Load the optimiser state of a checkpoint into a new optimiser. Raises DcrisError if it is of another model."""
     tensors = _read_tensors(path / _OPTIMIZER)
     state = optimizer.state_dict()
     slots: dict[int, dict[str, Tensor]] = {}
@@ -535,15 +546,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values())
     ):
         raise DcrisError(
-            f"{path / _OPTIMIZER} is not of this model; delete {path} to go on from the checkpoint before it"
+            f"{path / _OPTIMIZER} is of another model; delete {path} to continue from the checkpoint before it"
         )
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
 def _read_tensors(path: Path, only: Container[str] | None = None, but: Container[str] = ()) -> dict[str, Tensor]:
-    """A safetensors file's tensors: all, or those whose names are in `only` and not in `but`."""
+    """Read the tensors of a safetensors file: all, or those with names in `only` and not in `but`."""
     with _open(path) as file:
-        names: list[str] = list(file.keys())  # it is no dict
+        names: list[str] = list(file.keys())  # not a dict
         return {name: file.get_tensor(name) for name in names if (only is None or name in only) and name not in but}
 
 

@@ -1,9 +1,9 @@
-"""Published DETRIS checkpoints (Huang et al. 2025, the successor of DCRIS) -> our format.
+"""Convert published DETRIS checkpoints (Huang et al. 2025, the successor of DCRIS) to dcris's format.
 
-Their file is one state dict of both towers, adapters and head; beside it may lie the state of the optimiser and of the
-schedule, which are left out. Every tensor in the dict has a counterpart here and the other way round, so nothing is skipped:
-their code drops CLIP's image half before it saves and their `fusion` has no weights, while the two tensors that are never read
-when segmenting, `logit_scale` and `mask_token`, are part of our towers too.
+A published file has one state dict of towers, adapters and head, and optionally the state of optimiser and scheduler, which
+is ignored. Each tensor of the state dict has exactly one counterpart here: the published code drops CLIP's image encoder before
+saving, its `fusion` has no weights, and the two tensors that segmentation does not read (`logit_scale`, `mask_token`) are also
+part of dcris's towers.
 """
 
 import re
@@ -27,7 +27,7 @@ _RECIPES = {
     (1024, 24): (get_recipe("detris_l"), get_recipe("detris_l_mixed")),
 }
 
-# What a file's name says: pattern, data set, partition, word length. The first that is found counts.
+# Pattern of the file name, data set, partition, word length. The first match counts.
 _DATA_SETS: tuple[tuple[str, str, str | None, int], ...] = (
     (r"mix", "mixed-unfiltered", None, 17),
     (r"refcoco(\+|plus)", "refcoco+", "unc", 17),
@@ -36,11 +36,11 @@ _DATA_SETS: tuple[tuple[str, str, str | None, int], ...] = (
     (r"refcoco(?!g)", "refcoco", "unc", 17),
 )
 
-# Our names -> theirs: all that fit are applied, in this order.
+# Our names -> published names. All matching rules are applied, in this order.
 _NAMES = tuple(
     (re.compile(pattern), theirs)
     for pattern, theirs in (
-        # the adapters, in either tower
+        # adapters of both towers
         (r"\.mlp_slot\.", ".adapter."),
         (r"(?<=adapter\.)down\.", "D_fc1."),
         (r"(?<=adapter\.)up\.", "D_fc2."),
@@ -49,7 +49,7 @@ _NAMES = tuple(
         (r"(?<=adapter\.)((image|text|back)_proj)\.", r"cross.\1."),
         (r"(?<=adapter\.)attention\.in_", "cross.multihead_attn.in_proj_"),
         (r"(?<=adapter\.)attention\.out\.", "cross.multihead_attn.out_proj."),
-        # the vision tower
+        # vision tower
         (r"^vision\.", "dinov2."),
         (r"^dinov2\.class_token$", "dinov2.cls_token"),
         (r"^dinov2\.registers$", "dinov2.register_tokens"),
@@ -57,7 +57,7 @@ _NAMES = tuple(
         (r"^dinov2\.patch_embed\.", "dinov2.patch_embed.proj."),
         (r"(?<=^dinov2)(\.blocks\.\d+\.)scale", r"\1ls"),
         (r"(?<=^dinov2)(\.blocks\.\d+\.)attention\.", r"\1attn."),
-        # the text tower
+        # text tower
         (r"^text\.", "txt_backbone."),
         (r"^txt_backbone\.positions$", "txt_backbone.positional_embedding"),
         (r"^txt_backbone\.projection$", "txt_backbone.text_projection"),
@@ -68,7 +68,7 @@ _NAMES = tuple(
         (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.)attention\.proj\.", r"\1attn.out_proj."),
         (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.mlp\.)fc1\.", r"\1c_fc."),
         (r"(?<=^txt_backbone\.transformer\.resblocks\.)(\d+\.mlp\.)fc2\.", r"\1c_proj."),
-        # the neck; its levels are numbered from 3, as the stages of the ResNet that once stood there
+        # neck; its levels are numbered from 3, as in CRIS, whose backbone is a ResNet
         (r"^head\.neck\.", "neck."),
         (r"^neck\.text_proj\.", "neck.txt_proj."),
         (r"^neck\.aggregate\.", "neck.aggr."),
@@ -76,16 +76,16 @@ _NAMES = tuple(
         (r"^neck\.coordinate_conv\.1\.", "neck.coordconv.1."),
         *((rf"^neck\.level_convs\.{i}\.", f"neck.f{i + 3}_proj.") for i in range(3)),
         *((rf"^neck\.level_attentions\.{i}\.", f"neck.fusion{i + 3}.multihead_attn.") for i in range(3)),
-        # the decoder
+        # decoder
         (r"^head\.decoder\.", "decoder."),
         (r"^(decoder\.layers\.\d+\.)self_attention\.", r"\1self_attn."),
         (r"^(decoder\.layers\.\d+\.)cross_attention\.", r"\1multihead_attn."),
         (r"^(decoder\.layers\.\d+\.)(self|cross)_norm\.", r"\1\2_attn_norm."),
         (r"^(decoder\.layers\.\d+\.)feedforward\.", r"\1ffn."),
-        # torch's own attention, in neck and decoder
+        # torch's attention in neck and decoder
         (r"^((neck|decoder)\..*attn\.)in_(weight|bias)$", r"\1in_proj_\3"),
         (r"^((neck|decoder)\..*attn\.)out\.", r"\1out_proj."),
-        # the projector
+        # projector
         (r"^head\.projector\.refine1\.", "proj.vis.1."),
         (r"^head\.projector\.refine2\.", "proj.vis.3."),
         (r"^head\.projector\.visual\.", "proj.vis.4."),
@@ -94,7 +94,11 @@ _NAMES = tuple(
 )
 
 _TRANSPOSED = "neck.f5_proj.0.weight"
-"""Theirs is a transposed 1x1 convolution, which is a plain one with its first two axes exchanged."""
+"""A transposed 1x1 convolution, which equals a plain one with the first two axes swapped."""
+
+
+_MAX_REPEATED = 256_000_000
+"""Limit on the bytes that all tensors may take beyond the size of their file, because they repeat numbers."""
 
 
 def convert_file(
@@ -104,27 +108,43 @@ def convert_file(
     origin: Mapping[str, str] | None = None,
     half: bool = False,
 ) -> RunConfig:
-    """Write the published checkpoint `path` as a checkpoint directory `out`, which must not exist.
+    """Convert a published checkpoint to a checkpoint directory with the frozen towers, which needs no network.
 
-    The directory has the frozen towers in it, so that it can be used without a network. `origin` is recorded in it: which
-    published checkpoint it is, where that is known. `half` stores adapters and head in float16. Returns its configuration.
-    Raises DcrisError as convert_detris does, or where `out` cannot be made; it is then not there at all.
+    Args:
+        path: the published file.
+        out: a directory that does not exist.
+        word_length: tokens per phrase; by default from the file name.
+        origin: the published checkpoint, for the record.
+        half: store adapters and head in float16.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        DcrisError: as in convert_detris; also if `out` cannot be written. It does not exist then.
     """
     if out.exists():
         raise DcrisError(f"{out} exists already; delete it or choose another --out")
     config, tensors = convert_detris(path, word_length)
+    size, stored = sum(value.nbytes for value in tensors.values()), path.stat().st_size
+    if size > stored + _MAX_REPEATED:  # expanded tensors: a small file could fill the disk
+        raise DcrisError(
+            f"the tensors of {path} take {size / 1e9:.1f} GB, but the file has {stored / 1e9:.1f} GB; it is not a "
+            "published checkpoint, so download it again"
+        )
     save_whole(out, tensors, config, origin, half)
     return config
 
 
 def convert_detris(path: Path, word_length: int | None = None) -> tuple[RunConfig, dict[str, Tensor]]:
-    """A published DETRIS checkpoint's configuration, and its tensors (mapped from the file) by our names.
+    """Return the configuration of a published DETRIS checkpoint, and its tensors (memory-mapped) by our names.
 
-    Widths, layers and the kind of text adapter are read off the tensors. The data set follows from the file's name, as
-    published, and the word length from the data set where it is not given.
+    Widths, layers and the kind of text adapter follow from the tensors, the data set from the file name, and the word length
+    from the data set unless it is given.
 
-    Raises DcrisError where the file cannot be read, is no such checkpoint (naming the first tensor that is missing, of
-    another shape, or has no place), or does not say its word length.
+    Raises:
+        DcrisError: the file cannot be read, is not such a checkpoint (the error names the first tensor that is missing,
+            unexpected or of another shape), or its word length is unknown.
     """
     theirs = read_state(path)
     config = recognise(theirs, str(path))
@@ -133,9 +153,15 @@ def convert_detris(path: Path, word_length: int | None = None) -> tuple[RunConfi
 
 
 def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
-    """The tensors of a published state dict by our names, exactly those of the model. `where` names it in errors.
+    """Return the tensors of a published state dict by our names: exactly those of the model.
 
-    Raises DcrisError naming the first tensor that is missing, of another shape or kind, or has no place.
+    Args:
+        theirs: the published state dict.
+        config: the model.
+        where: name of the file, for errors.
+
+    Raises:
+        DcrisError: a tensor is missing, unexpected, or of another shape or type; the error names the first one.
     """
     with torch.device("meta"):  # names and shapes without memory
         ours = ReferringSegmenter(config).state_dict()
@@ -144,7 +170,7 @@ def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str
         published = published_name(name)
         if published not in left:
             raise DcrisError(
-                f"{where} has no tensor {published}; it is not a whole DETRIS checkpoint, so fetch it again"
+                f"{where} has no tensor {published}; it is not a complete DETRIS checkpoint, so download it again"
             )
         value = left.pop(published)
         if published == _TRANSPOSED and value.dim() == expected.dim():
@@ -153,35 +179,37 @@ def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str
         same_kind = value.dtype.is_floating_point == expected.dtype.is_floating_point
         if value.shape != expected.shape or not same_kind or not plain:
             raise DcrisError(
-                f"the tensor {published} of {where} is {value.dtype} {list(value.shape)}, where this model needs "
+                f"the tensor {published} of {where} is {value.dtype} {list(value.shape)}, but the model needs "
                 f"{expected.dtype} {list(expected.shape)}"
             )
         renamed[name] = value
     for name in left:
-        raise DcrisError(f"{where} has a tensor {name!r} that a DETRIS model has no place for")
+        raise DcrisError(
+            f"{where} has a tensor {name!r} that is not part of a DETRIS model; use a published checkpoint"
+        )
     return renamed
 
 
 def published_name(name: str) -> str:
-    """What the published checkpoints call the tensor of ours."""
+    """Return the published name of a tensor."""
     for pattern, theirs in _NAMES:
         name = pattern.sub(theirs, name)
     return name
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The weights in a file by name. Nothing in it is executed, and numbers are read when they are needed.
-
-    Raises DcrisError as open_tensors does.
-    """
+    """Return the weights of a file by name, memory-mapped. No code in the file is run. Raises DcrisError as open_tensors."""
     return {name: stored.read() for name, stored in open_tensors(path).items()}
 
 
 def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
-    """The run that a published state dict is of, from its names and shapes. `where` names it in errors.
+    """Return the run configuration of a published state dict, from its names and shapes.
 
-    It is a recipe's where one has that model, and else the nearest recipe's with that model put in.
-    Raises DcrisError where it is of no DETRIS model.
+    It is that of the recipe with the same model, or else of the closest recipe with that model. `where` names the file in
+    errors.
+
+    Raises:
+        DcrisError: the state dict is not of a DETRIS model.
     """
     width = _size(tensors, "dinov2.cls_token", -1, where)
     depth = len(_numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\."))
@@ -217,7 +245,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
 
 
 def _numbers(names: Iterable[str], pattern: str) -> list[int]:
-    """The different numbers that the pattern finds at the names' starts, ascending."""
+    """Return the distinct numbers that the pattern matches at the start of the names, ascending."""
     return sorted({int(found[1]) for name in names if (found := re.match(pattern, name))})
 
 
@@ -228,7 +256,7 @@ def _size(tensors: Mapping[str, Tensor], name: str, axis: int, where: str) -> in
 
 
 def data_set_of(stem: str) -> tuple[str, str | None, int] | None:
-    """Data set, partition and word length that a published file's name speaks of; None where it speaks of none."""
+    """Return data set, partition and word length from the name of a published file; None if it has none of them."""
     return next((row[1:] for row in _DATA_SETS if re.search(row[0], stem.lower())), None)
 
 
@@ -239,8 +267,8 @@ def _data_settings(path: Path, word_length: int | None) -> dict[str, Any]:
     if word_length is None:
         if known is None:
             raise DcrisError(
-                f"the name of {path} does not say which data set it was trained on; give --word-length 17, or 22 for the "
-                "umd partition of G-Ref"
+                f"the name of {path} has no known data set; give the word length: --word-length 17, or 22 for the umd "
+                "partition of G-Ref"
             )
         word_length = known[2]
     return {**settings, "data.word_length": word_length}

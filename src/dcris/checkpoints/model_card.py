@@ -1,4 +1,4 @@
-"""The model card: what README.md says beside published weights."""
+"""The model card (README.md) of saved weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from dcris.config import RunConfig
 from dcris.version import __version__
 
 Metrics = Mapping[str, Any]
-"""What `dcris evaluate --out` writes."""
+"""Output of `dcris evaluate --out`."""
 
 _TITLES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "G-Ref", "scenes": "generated scenes"}
 _TITLES["mixed-unfiltered"] = "RefCOCO, RefCOCO+ and G-Ref mixed"
-_TITLES["mixed"] = f"{_TITLES['mixed-unfiltered']}, without the photographs of their val and test splits"
+_TITLES["mixed"] = f"{_TITLES['mixed-unfiltered']}, without the images of their val and test splits"
 
 
 def model_card(
@@ -25,15 +25,15 @@ def model_card(
     metrics: Sequence[Metrics] = (),
     licence: str | None = None,
 ) -> str:
-    """README.md as the Hub shows it, with its header.
+    """Write README.md for the Hub, with its metadata header.
 
     Args:
-        config: of the run that trained the model.
-        towers: the frozen ones, as identify_towers names them.
-        name: what the model is to be loaded by.
-        origin: which published checkpoint it was converted from, if it was.
-        metrics: what was measured, by any number of evaluations; said to be unmeasured without any.
-        licence: the Hub's short name for one; DETRIS's own for its converted checkpoints, else said not to be stated.
+        config: configuration of the run that trained the model.
+        towers: the frozen towers, from identify_towers.
+        name: name for from_pretrained.
+        origin: the published checkpoint that the model was converted from; empty if none.
+        metrics: results of any number of evaluations.
+        licence: short licence name of the Hub; by default DETRIS's licence for its converted checkpoints, else none.
     """
     published = PUBLISHED.get(origin.get("name", ""))
     licence = licence or (LICENCE if published else None)
@@ -55,27 +55,27 @@ def model_card(
         "",
         f"# {name}",
         "",
-        "Referring image segmentation: a photograph and a phrase in, the mask of that object out.",
+        "Referring image segmentation: predicts the mask of the object that a phrase refers to in an image.",
         "",
         "```python",
         "from dcris import Segmenter",
         "",
         f'segmenter = Segmenter.from_pretrained("{name}")',
-        'answers = segmenter.predict("photo.jpg", ["left slice"])',
+        'predictions = segmenter.predict("photo.jpg", ["left slice"])',
         "```",
         "",
-        "## What it is",
+        "## Model",
         "",
         f"- Method: {method}",
         *counted,
-        f"- Recipe: `{config.recipe}`; the whole configuration is in `config.json`",
-        f"- Trained on: {data}; phrases of {config.data.word_length} tokens, images of {config.data.image_size} pixels",
+        f"- Recipe: `{config.recipe}`; the complete configuration is in `config.json`",
+        f"- Trained on: {data}; {config.data.word_length} tokens per phrase, images of {config.data.image_size} pixels",
         f"- Written by dcris {__version__}",
     ]
     if published:
         lines += [
             f"- Converted from `{origin.get('source')}` at {origin.get('revision')}, SHA-256 {origin.get('sha256')}: "
-            "the weights are the work of DETRIS's authors",
+            "the weights are those of DETRIS's authors",
         ]
     lines += ["", "## Scores", ""]
     if metrics:
@@ -92,7 +92,7 @@ def model_card(
         lines += ["| split | mIoU | oIoU |", "|---|---|---|"]
         lines += [f"| {split} | {miou:.1f} | {oiou:.1f} |" for split, miou, oiou in published.scores]
     stated = {LICENCE: "MIT, as DETRIS's authors published them"}.get(licence or "", licence) if published else licence
-    return "\n".join([*lines, "", "## Licence", "", f"{stated or 'Not stated by whoever trained it'}.", ""])
+    return "\n".join([*lines, "", "## Licence", "", f"{stated or 'Not stated'}.", ""])
 
 
 def _tower(tower: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The published DETRIS checkpoints: names, files, checksums, and the scores that their authors report."""
+"""The published DETRIS checkpoints: names, files, checksums, and the scores reported by their authors."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ class Published:
     split_by: str | None
     word_length: int
     scores: tuple[tuple[str, float, float], ...]
-    """Split, mIoU and oIoU in percent, from the authors' README. They have not been measured here."""
+    """Split, mIoU and oIoU in percent from the authors' README, not measured with dcris."""
     size: str
-    """base, large or mix: the folder, and the start of the file's name."""
+    """base, large or mix: the folder, and the start of the file name."""
     file: str | None = None
-    """None where the file's name is not known beforehand; it is then looked for in the repository."""
+    """None if the file name is not known; the file is then searched in the repository."""
     sha256: str | None = None
-    """None where it is not known beforehand; it is then taken from the first download."""
+    """None if it is not known; that of the first download is then expected in later ones."""
 
 
 _UNC = ("val", "testA", "testB")
@@ -88,4 +88,4 @@ PUBLISHED: dict[str, Published] = {
         "mix",
     ),
 }
-"""By the short names that `Segmenter.from_pretrained` and the command line take."""
+"""By the short names for `Segmenter.from_pretrained` and the command line."""

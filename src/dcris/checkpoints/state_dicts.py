@@ -1,4 +1,4 @@
-"""Weights by name, found among all that a checkpoint holds, and without what torch's wrappers put into the names."""
+"""Find the weights in the content of a checkpoint, and remove the name prefixes of torch's wrappers."""
 
 import re
 from dataclasses import dataclass
@@ -12,42 +12,44 @@ _T = TypeVar("_T")
 
 _KEYS = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "weights", "params"),
-    # Averages over the steps of training (EMA). Last: it is the others that a program loads to train on or to evaluate.
+    # Averages over training steps (EMA). Last, because programs load the others for training and evaluation.
     *("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "ema"),
 )
-"""Under which keys programs save weights. Where several have some, the first counts."""
+"""Usual keys of weights. If several have weights, the first counts."""
 
 _INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and recomputed activations put into names, at any module."""
+"""Name parts that torch.compile, FSDP and activation checkpointing insert at any module."""
 _PREFIXES = ("module.", "model.")
-"""Before every name: torch's wrappers for several GPUs and for averages; a Lightning module's attribute."""
+"""Prefixes of all names: torch's wrappers for several GPUs and averages, and the attribute of a Lightning module."""
 _COUNTER = "n_averaged"
-"""What torch's AveragedModel stores beside `module.`, and is no weight."""
+"""Counter that torch's AveragedModel stores beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherValue:
-    """A value of a checkpoint that is no plain tensor."""
+    """A value of a checkpoint that is not a plain tensor."""
 
     kind: str
 
     def __setstate__(self, state: Any) -> None:
-        """A pickle's attributes of it are left out."""
+        """Ignore the attributes in a pickle."""
 
 
 def find_weights(content: Any, tensor: type[_T], path: Path) -> dict[str, _T]:
-    """The weights in what a file holds: all of it, or what is under one of the usual keys, or under the only key that has any.
+    """Return the weights in the content of a file: all of it, or the value of a usual key or of the only key with weights.
+
+    If several usual keys have weights, the first of _KEYS counts, and a note on stderr names it.
 
     Args:
-        content: what the file holds.
-        tensor: the class that stands for a tensor in it.
+        content: content of the file.
+        tensor: class that represents tensors in it.
         path: the file, for errors.
 
-    Where several usual keys have weights, the first of _KEYS counts, and a line on stderr names it. Raises DcrisError where
-    there are none, where it is not clear which are meant, and for an entry among them that is no tensor.
+    Raises:
+        DcrisError: there are no weights, several candidates, or an entry that is not a tensor.
     """
     if not isinstance(content, dict):
-        raise DcrisError(f"{path} holds a {_kind(content)} where weights by name were expected")
+        raise DcrisError(f"{path} holds a {_kind(content)} instead of weights by name; save a state dict")
     states = _states(content, tensor)
     if not states:
         held = ", ".join(f"{ascii(key)[:40]} ({_kind(value)})" for key, value in list(content.items())[:5])
@@ -59,12 +61,12 @@ def find_weights(content: Any, tensor: type[_T], path: Path) -> dict[str, _T]:
             'torch.save(checkpoint[key], "weights.pth")'
         )
     if others:
-        note(f"{path} holds weights under {', '.join(states)}; those under {taken} are read")
+        note(f"{path} holds weights under {', '.join(states)}; using {taken}")
     return _without_prefixes(_tensors(states[taken], tensor, path), path)
 
 
 def _states(content: dict[Any, Any], tensor: type, depth: int = 0) -> dict[str, dict[Any, Any]]:
-    """The state dicts in a dictionary by their keys, the preferred first; its own key is ""."""
+    """Return the state dicts in a dictionary by their keys, in order of preference. The dictionary itself has the key ""."""
     found: dict[str, dict[Any, Any]] = {}
     for key in _KEYS:
         value = content.get(key)
@@ -88,7 +90,7 @@ def _tensors(state: dict[Any, Any], tensor: type[_T], path: Path) -> dict[str, _
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, tensor):
             raise DcrisError(
-                f"{path} is not a plain state dict: its entry {ascii(name)[:100]} is a {_kind(value)}, no tensor by name"
+                f"{path} is not a plain state dict: its entry {ascii(name)[:100]} is a {_kind(value)}; save tensors only"
             )
     return state
 
@@ -98,7 +100,9 @@ def _without_prefixes(state: dict[str, _T], path: Path) -> dict[str, _T]:
     while prefix := next((each for each in _PREFIXES if _all_have(each, names.values())), None):
         names = {name: short.removeprefix(prefix) for name, short in names.items() if short != _COUNTER}
     if len(set(names.values())) != len(names):
-        raise DcrisError(f"{path} has two tensors of one name after the prefixes of torch's wrappers are removed")
+        raise DcrisError(
+            f"{path} has two tensors of one name without the prefixes of torch's wrappers; rename one of them"
+        )
     return {short: state[name] for name, short in names.items()}
 
 

@@ -1,8 +1,8 @@
-"""Weights files of any kind as tensors by name, each read when it is asked for.
+"""Read weights files of several formats as tensors by name, each tensor on demand.
 
-Weights come as safetensors, as what torch.save writes (a pickle and the numbers, in a zip file since torch 1.6) and as
-TorchScript archives (torch.jit.save). The last two can carry code. None of it is run here: their pickles are read with
-stand-ins for the few classes that weights need, and tensors are views of the file, so that no claim in it takes memory.
+Formats: safetensors, torch.save (a pickle and the numbers, in a zip file since torch 1.6) and TorchScript (torch.jit.save).
+The last two can contain code. No code is run: pickles are read with stand-ins for the few classes that weights need. Tensors are
+views of the memory-mapped file, so sizes stated in a hostile file allocate no memory.
 """
 
 import errno
@@ -30,38 +30,40 @@ from dcris.utils.files import open_regular
 from dcris.utils.pickles import end_of_pickle, global_name
 
 _MAX_PICKLE = 64_000_000
-"""Bytes of a file's pickle, which holds all but the numbers. Those of published weights have less than 1 MB."""
+"""Limit on the bytes of a pickle, which holds everything but the numbers. Published weights have less than 1 MB."""
 _MAX_HEADER = 16_000_000
-"""Bytes of a safetensors header."""
+"""Limit on the bytes of a safetensors header."""
 _MAX_MODULES = 100_000
-"""In a TorchScript archive; those that are there under several names count under each."""
+"""Limit on the modules of a TorchScript archive; a module with several names counts several times."""
 _MAX_REPEATED = 256_000_000
-"""Bytes of a tensor that repeats its numbers, as torch's expand() leaves them: a copy of it takes that much."""
+"""Limit on the bytes of a tensor that repeats its numbers (torch's expand()): a copy takes that much memory."""
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-"""The first two pickles of what torch.save wrote before 1.6."""
+"""The first two pickles in files of torch.save before 1.6."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that still lies in its file."""
+    """A tensor that has not been read from its file yet."""
 
     shape: tuple[int, ...]
     floating: bool
-    """Whether its numbers are floating point, of any precision."""
+    """Whether its type is floating point, of any precision."""
     read: Callable[[], Tensor]
-    """Gives the tensor as it is stored. Raises DcrisError where the file is damaged there."""
+    """Read the tensor in its stored type. Raises DcrisError if the file is damaged there."""
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a weights file by name. Only names and shapes are read now.
+    """Return the tensors of a weights file by name. Only names and shapes are read now.
 
-    They may lie in a dictionary beside other things, and torch's wrappers may have put something into their names: see
-    find_weights. Raises DcrisError where the file is missing, unreadable or damaged, holds other objects than tensors, numbers
-    and text, or holds no weights by name.
+    Other entries beside the state dict, and prefixes of torch's wrappers, are handled by find_weights.
+
+    Raises:
+        DcrisError: the file is missing, unreadable or damaged, holds other objects than tensors, numbers and text, or holds no
+            weights by name.
     """
     with _reading(path), open_regular(path) as file:
         start = file.read(9)
-        # By content, so that a renamed file works; by name too, so that a damaged one is called what it is.
+        # By content, so that renamed files work; also by name, so that errors about damaged files name the right format.
         if path.suffix == ".safetensors" or start[8:] == b"{":
             return find_weights(_safetensors(path), StoredTensor, path)
         content, numbers = (_read_zip if start.startswith(b"PK") else _read_old)(file)
@@ -71,22 +73,22 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what a reader raises into one sentence."""
+    """Convert all exceptions of a reader to DcrisError."""
     try:
         yield
     except DcrisError:
         raise
     except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path}; check the folder and the name, or fetch the file") from error
+        raise DcrisError(f"there is no file {path}; check the path, or download the file") from error
     except _ForeignError as error:
         raise DcrisError(f"{path} {error}") from error
-    except Exception as error:  # a damaged file makes its readers raise nearly anything
-        # A cut zip file sends its reader to places before the start, which the system calls an invalid argument.
+    except Exception as error:  # readers raise many kinds of exceptions for damaged files
+        # In a truncated zip file, the reader seeks to a negative position, which the system reports as EINVAL.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise DcrisError(
-            f"{path} cannot be read as weights ({reason}); it may be cut short or damaged, so delete it and fetch it again"
+            f"{path} cannot be read as weights ({reason}); it may be cut short or damaged, so delete it and download it again"
         ) from error
 
 
@@ -94,15 +96,15 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """A safetensors file, as its library has it. Raises OSError and SafetensorError where it cannot be read."""
-    with open_regular(path) as file:  # the library opens by name, and would wait for a pipe
+    """Open a file with the safetensors library. Raises OSError or SafetensorError if it cannot be read."""
+    with open_regular(path) as file:  # the library opens by name and would block on a pipe
         if not 0 < int.from_bytes(file.read(8), "little") <= _MAX_HEADER:
-            raise OSError("its header is empty or too large, or it is no safetensors file")
+            raise OSError("its header is empty or too large, or it is not a safetensors file")
     return safe_open(path, framework="pt")
 
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
-    file = open_safetensors(path)  # open as long as one of its readers is held
+    file = open_safetensors(path)  # stays open as long as one of the readers exists
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -123,16 +125,16 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 class _Storage(NamedTuple):
-    """What stands in a pickle for numbers that lie elsewhere in the file."""
+    """Reference in a pickle to numbers elsewhere in the file."""
 
     key: str
     dtype: torch.dtype
     offset: int = 0
-    """Of a part of older files' storages: where it starts, in numbers."""
+    """Start in numbers, for the partial storages of old files."""
 
 
 class _View(NamedTuple):
-    """Where in a file a tensor's numbers are."""
+    """Location of the numbers of a tensor."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -142,18 +144,18 @@ class _View(NamedTuple):
 
 
 class _ForeignError(pickle.UnpicklingError):
-    """A pickle asks for a class or function that weights do not need."""
+    """A pickle names a class or function that weights do not need."""
 
     def __init__(self, module: str, name: str) -> None:
         asked = global_name(module, name)
         if module in _PROGRAMS:
             super().__init__(
-                f"asks to run code ({asked}), which weights never need: do not trust it; fetch it again from a source you know"
+                f"asks to run code ({asked}), which weights never need; do not trust it, and download it from a known source"
             )
         else:
             super().__init__(
-                f"holds {asked} beside its weights, and other objects than tensors, numbers and text are refused because they "
-                "can run code; save the weights alone, where the file was made or, if you trust it, after torch.load(..., "
+                f"holds {asked} beside its weights; only tensors, numbers and text are accepted, because other objects can run "
+                "code. Save the weights alone, in the original program or, if you trust the file, after torch.load(..., "
                 'weights_only=False): torch.save(checkpoint["state_dict"], "weights.pth")'
             )
 
@@ -172,11 +174,11 @@ _PROGRAMS = {
     "ctypes",
     "socket",
 }
-"""Modules whose functions nobody saves by mistake. They only decide the wording: all that is not in _STAND_INS is refused."""
+"""Modules whose functions are never saved by mistake. This only affects the message: all names not in _STAND_INS are refused."""
 
 
 class _Module:
-    """Stands in for every class of a TorchScript program: a bag of attributes."""
+    """Stand-in for all classes of a TorchScript program; it keeps the attributes."""
 
     attributes: Any = None
 
@@ -185,7 +187,7 @@ class _Module:
 
 
 class _Dictionary(dict[Any, Any]):
-    """Stands in for dictionaries of any class; their attributes are left out."""
+    """Stand-in for dictionaries of any class; attributes are ignored."""
 
     __slots__ = ()
 
@@ -194,7 +196,7 @@ class _Dictionary(dict[Any, Any]):
 
 
 class _StandIn:
-    """What a pickle gets for a class or function that it names. A pickle can call it, and not change it."""
+    """Stand-in for a class or function. A pickle can call it, but not modify it."""
 
     __slots__ = ("call",)
 
@@ -205,20 +207,20 @@ class _StandIn:
         return self.call(*arguments)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it asks to change a class")
+        raise pickle.UnpicklingError("it tries to modify a class")
 
 
 def _view(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _View:
-    """A tensor, as torch's `_rebuild_tensor` and its second and third version are given it.
+    """Stand-in for torch's `_rebuild_tensor`, `_v2` and `_v3`.
 
-    What is behind the stride: whether it is trained, hooks, in the third version a kind of numbers, and marks of special views.
+    Arguments after the stride: requires_grad, hooks, the type (in `_v3`), and flags of special views.
     """
     if not isinstance(storage, _Storage) or not (
         type(shape) is type(stride) is tuple and len(shape) == len(stride) < 50
     ):
-        raise pickle.UnpicklingError("it has a tensor without numbers or shape")
+        raise pickle.UnpicklingError("it has a tensor without storage or shape")
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in (storage.offset, offset, *shape, *stride)):
-        raise pickle.UnpicklingError("it has a tensor of no possible shape")
+        raise pickle.UnpicklingError("it has a tensor with an impossible shape")
     if more[2:] and isinstance(more[-1], dict) and more[-1]:
         raise pickle.UnpicklingError("it has a tensor that is a conjugate or negative view")
     dtype = more[2] if isinstance(more[2:3] and more[2], torch.dtype) else storage.dtype
@@ -226,22 +228,22 @@ def _view(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _Vi
 
 
 def _first(*values: Any) -> Any:
-    """The value of which a plain object was made: nothing needs the object itself."""
+    """Return the first argument, for objects that are represented by it."""
     return values[0] if values else None
 
 
 def _dictionary(entries: Any = (), *_: Any) -> Any:
-    """A dictionary of nothing, of another one, or of the pairs in a list, as Python 2 has it."""
+    """Create a dictionary from nothing, from another one, or from a list of pairs (Python 2)."""
     if isinstance(entries, dict):
         return entries
     made = _Dictionary(entries if isinstance(entries, list) else ())
     if isinstance(entries, list):
-        entries.clear()  # or six bytes of a pickle could ask for another copy
+        entries.clear()  # otherwise six bytes of a pickle could create another copy
     return made
 
 
 def _subclass(function: Any, _: Any, arguments: Any, *__: Any) -> Any:
-    """A tensor with attributes, which are left out."""
+    """Stand-in for a tensor with attributes, which are ignored."""
     if not isinstance(function, _StandIn) or function.call is _subclass or type(arguments) is not tuple:
         raise pickle.UnpicklingError("it has a tensor of an unknown class")
     return function(*arguments)
@@ -261,8 +263,8 @@ _STAND_INS: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _StandIn(_subclass),
     "torch._utils._rebuild_sparse_tensor": _other("sparse tensor"),
     "torch._utils._rebuild_qtensor": _other("quantised tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _other("tensor without numbers, of the device meta"),
-    # Numbers, text and containers beside the weights.
+    "torch._utils._rebuild_meta_tensor_no_storage": _other("tensor without numbers, on the device meta"),
+    # Numbers, text and containers.
     **dict.fromkeys(("collections.OrderedDict", "collections.Counter"), _StandIn(_dictionary)),
     "collections.defaultdict": _StandIn(lambda *_: _Dictionary()),
     **dict.fromkeys(
@@ -282,7 +284,7 @@ _STAND_INS: dict[str, Any] = {
         )
         for name in ("dtype", "ndarray", "scalar", "_reconstruct", "_frombuffer")
     },
-    # Typed lists and dictionaries among a TorchScript module's attributes.
+    # Typed lists and dictionaries in the attributes of TorchScript modules.
     **dict.fromkeys(
         (
             *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
@@ -313,32 +315,32 @@ _STAND_INS: dict[str, Any] = {
     },
     "torch.storage.UntypedStorage": torch.uint8,
 }
-"""What pickles of weights may name. No class or function is ever looked up by a name out of a file."""
+"""Names that pickles of weights may contain. No class or function is ever imported by a name from a file."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of tensors with stand-ins. `modules` admits the classes of a TorchScript program, too."""
+    """Reads a pickle with stand-ins; with `modules`, also the classes of a TorchScript program."""
 
     def __init__(self, data: bytes, modules: bool = False) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
         self.modules = modules
         self.widths: dict[str, int] = {}
-        """Bytes of a number of each storage, by its key."""
+        """Bytes per number of each storage, by its key."""
 
     def find_class(self, module: str, name: str) -> Any:
         if self.modules and (module == "__torch__" or module.startswith("__torch__.")):
             return _Module
-        module = {"__builtin__": "builtins"}.get(module, module)  # as Python 2 calls it
+        module = {"__builtin__": "builtins"}.get(module, module)  # name in Python 2
         try:
             return _STAND_INS[f"{module}.{name}"]
         except KeyError:
             raise _ForeignError(module, name) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        # The rest: the word "storage", a device that need not exist here, a length, and in old files a part of it.
+        # Ignored: the word "storage", the device, the length. Old files also have a part of the storage.
         _, dtype, key, _, _, *part = pid
         if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError("it has numbers of no known kind")
+            raise pickle.UnpicklingError("it has numbers of an unknown type")
         self.widths[str(key)] = dtype.itemsize
         return _Storage(str(key), dtype, part[0][1] if part and part[0] else 0)
 
@@ -347,7 +349,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Place(NamedTuple):
-    """Where a storage's bytes are in the file."""
+    """Location of a storage in the file, in bytes."""
 
     start: int
     size: int
@@ -355,48 +357,48 @@ class _Place(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """A file's bytes, and where in them each storage is."""
+    """The bytes of a file, and the location of each storage."""
 
     content: mmap.mmap
     place: Callable[[str], _Place]
-    """Of a storage's key."""
+    """Returns the location of a storage by its key."""
 
 
 def _mapped(file: BinaryIO) -> mmap.mmap:
-    """The file as memory that is read when it is needed. Private: a tensor of it may be written to, the file stays."""
+    """Map the file into memory. The map is private: writing to a tensor does not change the file."""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, _Numbers]:
-    """What torch.save or torch.jit.save put into a zip file; of an archive, the tensors by the names that its modules give."""
+    """Read a zip file of torch.save, or of torch.jit.save with tensor names from its modules."""
     content = _mapped(file)
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
     root = next((name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")), "")
-    scripted = f"{root}constants.pkl" in entries  # only TorchScript writes it; torch.load goes by this file too
+    scripted = f"{root}constants.pkl" in entries  # only TorchScript writes this file; torch.load checks the same
 
     def place(name: str) -> _Place:
         entry = entries[f"{root}{name}"]
-        # torch compresses neither: a few bytes cannot become many.
+        # torch never compresses, so refuse compression: a few bytes could expand to many.
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise zipfile.BadZipFile(f"its entry {ascii(name)[:100]} is compressed")
         header = content[entry.header_offset : entry.header_offset + 30]
         if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise zipfile.BadZipFile(f"its entry {ascii(name)[:100]} is not where it should be")
+            raise zipfile.BadZipFile(f"its entry {ascii(name)[:100]} has a wrong position")
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         if start + entry.file_size > len(content):
-            raise zipfile.BadZipFile(f"its entry {ascii(name)[:100]} reaches beyond the end")
-        # torch.save can be set to leave the checksums out, and torch does not look at them.
+            raise zipfile.BadZipFile(f"its entry {ascii(name)[:100]} extends beyond the end of the file")
+        # torch.save can omit the checksums, and torch.load does not check them.
         return _Place(start, entry.file_size, entry.CRC if scripted else None)
 
     def read(name: str, most: int) -> bytes:
         start, size, _ = place(name)
         if size > most:
-            raise pickle.UnpicklingError(f"its {name} is larger than the {most / 1e6:.0f} MB that are accepted")
+            raise pickle.UnpicklingError(f"its {name} is larger than the limit of {most / 1e6:.0f} MB")
         return content[start : start + size]
 
     if f"{root}byteorder" in entries and read("byteorder", 9) != sys.byteorder.encode():
-        raise pickle.UnpicklingError("it was written on a machine with another order of bytes")
+        raise pickle.UnpicklingError("it was written on a machine with another byte order")
     data = read("data.pkl", _MAX_PICKLE)
     end_of_pickle(data)
     tree = _Unpickler(data, modules=scripted).load()
@@ -405,14 +407,14 @@ def _read_zip(file: BinaryIO) -> tuple[Any, _Numbers]:
 
 
 def _views(tree: Any) -> Iterator[tuple[str, _View]]:
-    """The tensors of a tree of modules, named as its state dict names them."""
+    """Yield the tensors of a tree of modules, with the names of its state dict."""
     seen, left = 0, [("", tree)]
     while left:
         prefix, module = left.pop()
         seen += 1
-        # Modules in modules, each twice, are 2 ** n of them; and some hold themselves.
+        # n modules that each contain the next one twice give 2 ** n names, and modules may contain themselves.
         if seen > _MAX_MODULES or len(prefix) > 10_000:
-            raise pickle.UnpicklingError("its modules lie in one another too often")
+            raise pickle.UnpicklingError("its modules are nested too deeply")
         if isinstance(module, _Module) and isinstance(module.attributes, dict):
             for name, value in module.attributes.items():
                 if isinstance(value, _View):
@@ -422,7 +424,7 @@ def _views(tree: Any) -> Iterator[tuple[str, _View]]:
 
 
 def _read_old(file: BinaryIO) -> tuple[Any, _Numbers]:
-    """What torch.save wrote before 1.6: five pickles, then each storage's length and numbers."""
+    """Read a file of torch.save before 1.6: five pickles, then length and numbers of each storage."""
     content = _mapped(file)
     data, at, held = content[:_MAX_PICKLE], 0, []
     widths: dict[str, int] = {}
@@ -432,11 +434,11 @@ def _read_old(file: BinaryIO) -> tuple[Any, _Numbers]:
         held.append(unpickler.load())
         widths |= unpickler.widths
         if expected is not None and held[-1] != expected:
-            raise pickle.UnpicklingError("it is no file of torch.save")
+            raise pickle.UnpicklingError("it is not a file of torch.save")
         at = end
     *_, system, tree, keys = held
     if not isinstance(system, dict) or system.get("little_endian") is not (sys.byteorder == "little"):
-        raise pickle.UnpicklingError("it was written on a machine with another order of bytes")
+        raise pickle.UnpicklingError("it was written on a machine with another byte order")
     places = {}
     for key in keys:
         (length,) = struct.unpack_from("<q", content, at)
@@ -448,7 +450,7 @@ def _read_old(file: BinaryIO) -> tuple[Any, _Numbers]:
 
 
 def _stored(path: Path, view: _View, numbers: _Numbers) -> StoredTensor:
-    """A tensor that is read from the file's memory. Raises UnpicklingError where it reaches outside its storage."""
+    """Create the tensor of a view. Raises UnpicklingError if it extends beyond its storage."""
     place, item, count = numbers.place(view.storage.key), view.dtype.itemsize, math.prod(view.shape)
     within, start = place.size // item, view.offset + view.storage.offset
     reach = (
@@ -464,7 +466,7 @@ def _stored(path: Path, view: _View, numbers: _Numbers) -> StoredTensor:
             if place.checksum is not None:
                 with memoryview(numbers.content)[place.start : place.start + place.size] as stored:
                     if zlib.crc32(stored) != place.checksum:
-                        raise zipfile.BadZipFile("its numbers are not those that were written")
+                        raise zipfile.BadZipFile("a checksum does not match")
             tensor = torch.frombuffer(numbers.content, dtype=view.dtype, count=within, offset=place.start)
             return tensor.as_strided(view.shape, view.stride, start)
 
