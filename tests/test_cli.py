@@ -303,7 +303,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("predict RUN EMPTY -e ring --out OUT", "no images"),
         ("predict RUN NOIMAGE -e ring --out OUT", "notes.jpg"),
         ("predict ABSENT PHOTO -e ring --out OUT", "no checkpoint"),
-        ("predict EMPTY PHOTO -e ring --out OUT", "holds no checkpoint"),
+        ("predict EMPTY PHOTO -e ring --out OUT", "has no checkpoint"),
         ("predict CUT PHOTO -e ring --out OUT", "cut short"),
         ("predict RUN PHOTO -e ring --out OUT --device cuda:99", "cuda:99"),
         ("predict RUN PHOTO -e ring --out OUT --device tpu", "tpu"),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dcris.checkpoints.backbones import copy_strictly
 from dcris.checkpoints.checkpoint import load_checkpoint
-from dcris.checkpoints.convert_detris import convert_detris, published_name, rename_tensors
+from dcris.checkpoints.convert_detris import convert_detris, convert_file, published_name, rename_tensors
 from dcris.cli import main
 from dcris.config import HeadConfig, RunConfig
 from dcris.data.dataset import normalise, to_square
@@ -192,6 +192,14 @@ def test_variants_are_recognised_from_their_tensors(name: str, wrapper: str, tmp
     assert len(tensors) == len(state)
     if name == "base":
         assert len(state) == 994  # as in the published file
+
+
+def test_a_small_file_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """Expanded tensors take 4 bytes in the file and any number of bytes when they are written."""
+    path = save(tmp_path / "refcoco.pth", empty("base"))
+    with pytest.raises(DcrisError, match=r"the tensors of .* take 0\.\d GB, but the file has 0\.0 GB"):
+        convert_file(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:

@@ -167,13 +167,16 @@ def _empty_bundle(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (_pickle, "go through `dcris convert` first"),
-        (_headless, "no configuration in it, so it is no bundle"),
+        (_pickle, "with `dcris convert` first"),
+        (_headless, "is not a bundle: it has no configuration"),
         (_empty_bundle, "cannot be read"),
-        (lambda folder: "nowhere", "there is no checkpoint nowhere; give a run's directory.* detris-b-refcoco"),
-        (lambda folder: "detris-b-refcok", "no published model 'detris-b-refcok'; there are detris-b-refcoco, "),
+        (lambda folder: "nowhere", "there is no checkpoint nowhere; give the directory of a run.* detris-b-refcoco"),
+        (
+            lambda folder: "detris-b-refcok",
+            "no published model 'detris-b-refcok'; the available ones are detris-b-refcoco, ",
+        ),
         (lambda folder: "a/b/c", "there is no checkpoint a/b/c"),
-        (lambda folder: "no/body", "no file or folder no/body here, and on the Hub: there is no repository no/body"),
+        (lambda folder: "no/body", "no local file or folder no/body, and on the Hub: there is no repository no/body"),
         (lambda folder: "some/thing", "some/thing on the Hub is not a dcris model: .* no file config.json"),
     ],
 )
@@ -290,8 +293,8 @@ def test_a_published_model_by_its_short_name(
     monkeypatch.setitem(PUBLISHED, name, known)
     loaded = load(name)
     said = capsys.readouterr().err
-    assert f"{name}: fetching base/base_refcocog_u.pth of {REPOSITORY}" in said
-    assert f"converting it, once, into {cache / name}" in said
+    assert f"{name}: downloading base/base_refcocog_u.pth of {REPOSITORY}" in said
+    assert f"converting it to {cache / name}" in said
     assert loaded.config.data.word_length == 22
     assert loaded.origin == {
         "name": name,
@@ -355,8 +358,8 @@ def test_converting_to_half_precision(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["base/base_refcoco.pth"], "none of its files is detris-l-refcoco"),
-        (["large/a_refcoco.pth", "large/b_refcoco.pth"], "several files fit .*: large/a_refcoco.pth, large/b_ref"),
+        (["base/base_refcoco.pth"], "no file matches detris-l-refcoco"),
+        (["large/a_refcoco.pth", "large/b_refcoco.pth"], "several files match .*: large/a_refcoco.pth, large/b_ref"),
     ],
 )
 def test_a_repository_that_has_changed(hub: Hub, cache: Path, files: list[str], words: str) -> None:

@@ -394,13 +394,13 @@ def flip(path: Path) -> None:
 
 
 def unsealed(checkpoint: Path, damage: Callable[[], object]) -> None:
-    """Damage a checkpoint that has no checksums to tell."""
+    """Damage a checkpoint whose state has no checksums of files."""
     unseal(checkpoint)
     damage()
 
 
 def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
-    """Change what is in a checkpoint that has no checksums, as that of a stranger may."""
+    """Change the tensors of a checkpoint whose state has no checksums of files."""
     unsealed(path.parent, lambda: None)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -425,13 +425,13 @@ MODEL = "model.safetensors"
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda at: cut(at / MODEL), r"model\.safetensors cannot be read .* cut short"),
-        (lambda at: flip(at / MODEL), r"model\.safetensors cannot be read as it was written"),
-        (lambda at: flip(at / "config.json"), r"config\.json cannot be read as it was written"),
-        (lambda at: (at / MODEL).write_bytes(b""), r"model\.safetensors cannot be read"),
+        (lambda at: cut(at / MODEL), r"model\.safetensors does not match its checksum: .*cut short"),
+        (lambda at: flip(at / MODEL), r"model\.safetensors does not match its checksum"),
+        (lambda at: flip(at / "config.json"), r"config\.json does not match its checksum"),
+        (lambda at: (at / MODEL).write_bytes(b""), r"model\.safetensors does not match its checksum"),
         (lambda at: (at / MODEL).unlink(), r"no file .*model\.safetensors|no checkpoint"),
         (lambda at: (at / "config.json").unlink(), r"has no file .*config\.json"),
-        (lambda at: cut(at / "config.json"), r"config\.json cannot be read as it was written"),
+        (lambda at: cut(at / "config.json"), r"config\.json does not match its checksum"),
         (lambda at: unsealed(at, (at / "config.json").unlink), r"configuration is missing: .*config\.json"),
         (lambda at: unsealed(at, lambda: cut(at / "config.json")), r"config\.json, is not valid JSON"),
         (lambda at: rewritten(at / MODEL, lambda t, m: t.pop(min(t))), r"has no tensor .*not for this model"),
@@ -441,9 +441,9 @@ MODEL = "model.safetensors"
         ),
         (lambda at: rewritten(at / MODEL, reshape_first), r"has the shape \[3, 5, 7\]"),
         (lambda at: rewritten(at / MODEL, other_towers), r"trained on another vision tower than tiny-vision"),
-        (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"does not say which towers"),
-        (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"does not say which towers"),
-        (lambda at: shutil.rmtree(at.parent), r"holds no checkpoint"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"has no record of its towers"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"has no record of its towers"),
+        (lambda at: shutil.rmtree(at.parent), r"has no checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Path], object], words: str) -> None:
@@ -464,7 +464,7 @@ def test_moments_that_are_not_of_this_model_are_one_sentence(
     """Else training goes on with moments of nothing and the loss jumps."""
     checkpoint = list_checkpoints(broken)[-1].path
     unsealed(checkpoint, lambda: save_file(tensors, checkpoint / "optimizer.safetensors"))
-    with pytest.raises(DcrisError, match="is not of this model"):
+    with pytest.raises(DcrisError, match="is of another model"):
         run_training(quick_config(14, ("train.log_every", "2")), table, broken, resume=True)
 
 
@@ -472,7 +472,7 @@ def test_a_place_without_checkpoints(tmp_path: Path) -> None:
     """A misspelt path and an empty folder are told apart."""
     with pytest.raises(DcrisError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "absent")
-    with pytest.raises(DcrisError, match="holds no checkpoint"):
+    with pytest.raises(DcrisError, match="has no checkpoint"):
         load_checkpoint(tmp_path)
 
 

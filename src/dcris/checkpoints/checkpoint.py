@@ -1,14 +1,19 @@
-"""Checkpoints: the trained weights of a model, in a directory that is written completely or not at all.
+"""Checkpoints: the trained weights of a model, in a directory that is written atomically.
 
 A run has config.json, data.json (the data it was trained on) and checkpoints/step-00000123/ with
+
     config.json           configuration of the model and the training
-    model.safetensors     adapters, head and their statistics; records the fingerprints of the frozen towers
+    model.safetensors     adapters, head, their statistics; fingerprints of the frozen towers
     optimizer.safetensors state of the optimiser, for --resume
     state.json            step, score, and checksums of the other files and of itself
+
 A converted or saved checkpoint has the first two files, and optionally
+
     towers.safetensors    the frozen towers
-Without that file, the towers are loaded by their names. In both cases they must have the recorded fingerprints, so the file
-may be deleted to save space if the named weights are available.
+
+Without that file, the towers are loaded by their names. In both cases they must have the recorded
+fingerprints, so the file may be deleted to save space if the named weights are available.
+
 A bundle is all of this in one .safetensors file, with the configuration in its metadata.
 Checkpoints contain no code.
 """
@@ -64,15 +69,19 @@ class Checkpoint:
 
 
 Towers = dict[str, dict[str, str]]
-"""The frozen towers by "vision" and "text": "name" of the weights, "sha256", and, if known, "source" (file) and "revision" (of
-the Hub)."""
+"""The frozen towers by "vision" and "text": "name" of the weights, "sha256", and, if known,
+"source" (file) and "revision" (of the Hub)."""
 
 Origin = Mapping[str, str]
-"""The published checkpoint that this one was converted from: "name", "source", "revision", "sha256"; empty if none."""
+"""The published checkpoint that this one was converted from: "name", "source", "revision",
+"sha256"; empty if none."""
 
 
 def identify_towers(model: ReferringSegmenter) -> Towers:
-    """Fingerprint the frozen towers of a model. This reads every weight: a second or two for large towers."""
+    """Fingerprint the frozen towers of a model.
+
+    This reads every weight: a second or two for large towers.
+    """
     return {
         name: {"name": part.config.name, **part.source, "sha256": fingerprint(frozen_state(part))}
         for name, part in (("vision", model.vision), ("text", model.text))
@@ -112,7 +121,9 @@ def save_checkpoint(
 
 
 def score_checkpoint(checkpoint: Checkpoint, score: float, by: str) -> None:
-    """Record the validation score of a checkpoint and its metric. The weights are not written again.
+    """Record the validation score of a checkpoint and its metric.
+
+    The weights are not written again.
 
     Raises:
         DcrisError: the state of the checkpoint cannot be read or written.
@@ -143,7 +154,8 @@ def save_whole(
 ) -> None:
     """Write the state dict of a whole model as the checkpoint directory `path`, with the towers.
 
-    Tensors are read one by one, so they may be memory-mapped. `origin` and `half` are as in save_model.
+    Tensors are read one by one, so they may be memory-mapped. `origin` and `half` are as in
+    save_model.
 
     Raises:
         DcrisError: it cannot be written.
@@ -179,7 +191,7 @@ def save_model(
     origin: Origin | None = None,
     card: str | None = None,
 ) -> None:
-    """Write a model for prediction: a checkpoint directory, or a bundle (which includes the towers).
+    """Write a model for prediction: a checkpoint directory, or a bundle with the towers.
 
     Args:
         path: a directory that does not exist, or a .safetensors file for a bundle.
@@ -187,8 +199,9 @@ def save_model(
         towers: from identify_towers.
         config: configuration of the run that trained the model.
         with_towers: write the frozen towers too.
-        half: store the trained weights in float16. Batch norm statistics and towers stay float32: statistics may exceed the
-            range of float16, and towers are identified by a fingerprint of their exact values.
+        half: store the trained weights in float16. Batch norm statistics and towers stay float32:
+            statistics may exceed the range of float16, and towers are identified by a fingerprint
+            of their exact values.
         origin: the published checkpoint.
         card: content of README.md.
 
@@ -265,7 +278,10 @@ def _guarded(path: Path, write: Callable[[], None]) -> None:
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
-    """Return the checkpoints of a run, oldest first. Raises DcrisError if the state of one cannot be read."""
+    """Return the checkpoints of a run, oldest first.
+
+    Raises DcrisError if the state of one cannot be read.
+    """
     found = []
     for path, step in _steps(run, ""):
         try:
@@ -285,7 +301,10 @@ def _steps(run: Path, prefix: str) -> list[tuple[Path, int]]:
 
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
-    """Read state.json of a checkpoint. Raises DcrisError if it is missing, damaged or of another step."""
+    """Read state.json of a checkpoint.
+
+    Raises DcrisError if it is missing, damaged or of another step.
+    """
     state = read_json(path / _STATE, "the checkpoint's state")
     if (
         not isinstance(state, dict)
@@ -318,7 +337,9 @@ def check_files(path: Path, names: Container[str] = (_MODEL, _OPTIMIZER, _CONFIG
 
 
 def sound_checkpoints(run: Path, log: Callable[[str], None]) -> list[Checkpoint]:
-    """Return the intact checkpoints of a run, oldest first, and move damaged ones aside. Delete unfinished files.
+    """Return the intact checkpoints of a run, oldest first, and move damaged ones aside.
+
+    Delete unfinished files.
 
     Every file is read.
 
@@ -356,12 +377,12 @@ def sound_checkpoints(run: Path, log: Callable[[str], None]) -> list[Checkpoint]
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
-    """Return the checkpoint with the highest score, the newest of equal ones; the newest if none has a score."""
+    """Return the checkpoint with the highest score; the newest if several or none have it."""
     return max(checkpoints, key=lambda item: (item.score is not None, item.score or 0.0, item.step))
 
 
 def prune_checkpoints(run: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best, and damaged ones that have been replaced."""
+    """Delete all but the newest `keep_last` checkpoints and the best, and replaced damaged ones."""
     checkpoints = list_checkpoints(run)
     if checkpoints:
         kept = {item.path for item in (*checkpoints[-keep_last:], best_checkpoint(checkpoints))}
@@ -397,18 +418,19 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
-    """Load the whole model of a checkpoint directory, a run or a bundle, on the CPU in evaluation mode.
+    """Load the model of a checkpoint directory, a run or a bundle, on the CPU in evaluation mode.
 
     Raises:
-        DcrisError: a file is missing, cut short or of another model, or the frozen towers are not those that the adapters
-            were trained on.
+        DcrisError: a file is missing, cut short or of another model, or the frozen towers are not
+            those that the adapters were trained on.
     """
     path = find_checkpoint(as_path(path, "the checkpoint"))
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     with torch.device("meta"):  # names and shapes without allocating memory
         model = ReferringSegmenter(config.model)
-    # A hostile configuration may describe a model of any size, so check the shapes of the trained tensors before allocating.
+    # A hostile configuration may describe a model of any size, so check the shapes of the trained
+    # tensors before allocating.
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     model.to_empty(device="cpu")
     tower_file = path if path.is_file() else path / _TOWERS
@@ -422,7 +444,10 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
 
 
 def load_trained(model: ReferringSegmenter, path: Path) -> None:
-    """Copy the trained weights of a checkpoint into a model with loaded towers. Raises as load_checkpoint does."""
+    """Copy the trained weights of a checkpoint into a model with loaded towers.
+
+    Raises as load_checkpoint does.
+    """
     towers = _require_towers(path, identify_towers(model))
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     for name, tower in (("vision", model.vision), ("text", model.text)):
@@ -431,7 +456,7 @@ def load_trained(model: ReferringSegmenter, path: Path) -> None:
 
 
 def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tuple[ReferringSegmenter, RunConfig]:
-    """Load a checkpoint on the frozen towers of another model: only its adapters and head take memory.
+    """Load a checkpoint on the frozen towers of another model, which both then share.
 
     Args:
         path: a checkpoint directory, a run or a bundle; its towers are not read.
@@ -439,7 +464,8 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
         towers: of `shared`, from identify_towers.
 
     Raises:
-        DcrisError: a file is missing, cut short or of another model, or the checkpoint was trained on other towers.
+        DcrisError: a file is missing, cut short or of another model, or the checkpoint was trained
+            on other towers.
     """
     path = find_checkpoint(path)
     check_files(path, (_MODEL, _CONFIG))
@@ -463,7 +489,10 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
 
 
 def read_origin(path: Path) -> Origin:
-    """Read which published checkpoint this one was converted from. Raises DcrisError if it is unreadable."""
+    """Read which published checkpoint this one was converted from.
+
+    Raises DcrisError if it is unreadable.
+    """
     try:
         return {str(key): str(value) for key, value in parse_json(_read_metadata(path).get("origin", "{}")).items()}
     except (ValueError, AttributeError) as error:
@@ -489,7 +518,7 @@ def _require_towers(path: Path, towers: Towers) -> Towers:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read the configuration, with the Hub commits of the towers that were used in training instead of "main"."""
+    """Read the configuration, with the Hub commits of the towers at training instead of "main"."""
     if path.is_file():
         try:
             config = parse_config(parse_json(_read_metadata(path)["config"]), str(path))
@@ -510,7 +539,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def _read_trained(path: Path, model: ReferringSegmenter) -> dict[str, Tensor]:
-    """Read the trained tensors: the model file of a directory, or the tensors of a bundle that are not the towers'."""
+    """Read the trained tensors of a directory, or of a bundle (all but the towers')."""
     return _read_tensors(path, but=_tower_tensors(model)) if path.is_file() else _read_tensors(path / _MODEL)
 
 
@@ -521,7 +550,10 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read_towers(path: Path) -> Towers:
-    """Read the record of the towers that a checkpoint was trained on. Raises DcrisError if there is none."""
+    """Read the record of the towers that a checkpoint was trained on.
+
+    Raises DcrisError if there is none.
+    """
     try:
         towers = parse_json(_read_metadata(path)["towers"])
         return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
@@ -532,7 +564,10 @@ def _read_towers(path: Path) -> Towers:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Load the optimiser state of a checkpoint into a new optimiser. Raises DcrisError if it is of another model."""
+    """Load the optimiser state of a checkpoint into a new optimiser.
+
+    Raises DcrisError if it is of another model.
+    """
     tensors = _read_tensors(path / _OPTIMIZER)
     state = optimizer.state_dict()
     slots: dict[int, dict[str, Tensor]] = {}
@@ -552,7 +587,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 def _read_tensors(path: Path, only: Container[str] | None = None, but: Container[str] = ()) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file: all, or those with names in `only` and not in `but`."""
+    """Read the tensors of a safetensors file with names in `only` (None: all) and not in `but`."""
     with _open(path) as file:
         names: list[str] = list(file.keys())  # not a dict
         return {name: file.get_tensor(name) for name in names if (only is None or name in only) and name not in but}

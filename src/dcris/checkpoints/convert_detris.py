@@ -1,9 +1,10 @@
-"""Convert published DETRIS checkpoints (Huang et al. 2025, the successor of DCRIS) to dcris's format.
+"""Convert published DETRIS checkpoints to dcris's format.
 
-A published file has one state dict of towers, adapters and head, and optionally the state of optimiser and scheduler, which
-is ignored. Each tensor of the state dict has exactly one counterpart here: the published code drops CLIP's image encoder before
-saving, its `fusion` has no weights, and the two tensors that segmentation does not read (`logit_scale`, `mask_token`) are also
-part of dcris's towers.
+DETRIS (Huang et al. 2025) is the successor of DCRIS. A published file has one state dict of towers,
+adapters and head, and optionally the state of optimiser and scheduler, which is ignored. Each
+tensor of the state dict has exactly one counterpart here: the published code drops CLIP's image
+encoder before saving, its `fusion` has no weights, and the two tensors that segmentation does not
+read (`logit_scale`, `mask_token`) are also part of dcris's towers.
 """
 
 import re
@@ -98,7 +99,8 @@ _TRANSPOSED = "neck.f5_proj.0.weight"
 
 
 _MAX_REPEATED = 256_000_000
-"""Limit on the bytes that all tensors may take beyond the size of their file, because they repeat numbers."""
+"""Limit on the bytes that all tensors may take beyond the size of their file, because they repeat
+numbers."""
 
 
 def convert_file(
@@ -108,7 +110,7 @@ def convert_file(
     origin: Mapping[str, str] | None = None,
     half: bool = False,
 ) -> RunConfig:
-    """Convert a published checkpoint to a checkpoint directory with the frozen towers, which needs no network.
+    """Convert a published checkpoint to a checkpoint directory with the frozen towers.
 
     Args:
         path: the published file.
@@ -137,14 +139,14 @@ def convert_file(
 
 
 def convert_detris(path: Path, word_length: int | None = None) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Return the configuration of a published DETRIS checkpoint, and its tensors (memory-mapped) by our names.
+    """Return configuration and tensors (memory-mapped, by our names) of a published checkpoint.
 
-    Widths, layers and the kind of text adapter follow from the tensors, the data set from the file name, and the word length
-    from the data set unless it is given.
+    Widths, layers and the kind of text adapter follow from the tensors, the data set from the file
+    name, and the word length from the data set unless it is given.
 
     Raises:
-        DcrisError: the file cannot be read, is not such a checkpoint (the error names the first tensor that is missing,
-            unexpected or of another shape), or its word length is unknown.
+        DcrisError: the file cannot be read, is not such a checkpoint (the error names the first
+            tensor that is missing, unexpected or of another shape), or its word length is unknown.
     """
     theirs = read_state(path)
     config = recognise(theirs, str(path))
@@ -161,7 +163,8 @@ def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str
         where: name of the file, for errors.
 
     Raises:
-        DcrisError: a tensor is missing, unexpected, or of another shape or type; the error names the first one.
+        DcrisError: a tensor is missing, unexpected, or of another shape or type; the error names
+            the first one.
     """
     with torch.device("meta"):  # names and shapes without memory
         ours = ReferringSegmenter(config).state_dict()
@@ -198,15 +201,18 @@ def published_name(name: str) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a file by name, memory-mapped. No code in the file is run. Raises DcrisError as open_tensors."""
+    """Return the weights of a file by name, memory-mapped.
+
+    No code in the file is run. Raises DcrisError as open_tensors.
+    """
     return {name: stored.read() for name, stored in open_tensors(path).items()}
 
 
 def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     """Return the run configuration of a published state dict, from its names and shapes.
 
-    It is that of the recipe with the same model, or else of the closest recipe with that model. `where` names the file in
-    errors.
+    It is that of the recipe with the same model, or else of the closest recipe with that model.
+    `where` names the file in errors.
 
     Raises:
         DcrisError: the state dict is not of a DETRIS model.
@@ -256,7 +262,7 @@ def _size(tensors: Mapping[str, Tensor], name: str, axis: int, where: str) -> in
 
 
 def data_set_of(stem: str) -> tuple[str, str | None, int] | None:
-    """Return data set, partition and word length from the name of a published file; None if it has none of them."""
+    """Return data set, partition and word length from a published file name; None if unknown."""
     return next((row[1:] for row in _DATA_SETS if re.search(row[0], stem.lower())), None)
 
 

@@ -33,7 +33,8 @@ def model_card(
         name: name for from_pretrained.
         origin: the published checkpoint that the model was converted from; empty if none.
         metrics: results of any number of evaluations.
-        licence: short licence name of the Hub; by default DETRIS's licence for its converted checkpoints, else none.
+        licence: short licence name of the Hub; by default DETRIS's licence for its converted
+            checkpoints, else none.
     """
     published = PUBLISHED.get(origin.get("name", ""))
     licence = licence or (LICENCE if published else None)

@@ -1,4 +1,4 @@
-"""The published DETRIS checkpoints: names, files, checksums, and the scores reported by their authors."""
+"""The published DETRIS checkpoints: names, files, checksums, and scores of their authors."""
 
 from dataclasses import dataclass
 

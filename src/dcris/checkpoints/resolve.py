@@ -1,8 +1,9 @@
 """Find a trained model by path or name, and fetch it if necessary.
 
-A run, a checkpoint directory and a bundle are used in place. "owner/name" is a repository on the Hub in dcris's format, which
-is downloaded to the Hub's cache. "detris-b-refcoco" etc. are published DETRIS checkpoints, which are downloaded and converted
-once into $DCRIS_CACHE (default: ~/.cache/dcris).
+A run, a checkpoint directory and a bundle are used in place. "owner/name" is a repository on the
+Hub in dcris's format, which is downloaded to the Hub's cache. "detris-b-refcoco" etc. are published
+DETRIS checkpoints, which are downloaded and converted once into $DCRIS_CACHE (default:
+~/.cache/dcris).
 """
 
 import hashlib
@@ -26,8 +27,9 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
     """Return the local directory or bundle of `source`, after fetching it if necessary.
 
     Args:
-        source: path of a run, checkpoint directory or bundle; or, as a string that is not an existing path, the name of a
-            published checkpoint, or "owner/name" or "owner/name@revision" on the Hub.
+        source: path of a run, checkpoint directory or bundle; or, as a string that is not an
+            existing path, the name of a published checkpoint, or "owner/name" or
+            "owner/name@revision" on the Hub.
         towers: also fetch the frozen towers of a repository, if it has them.
         log: receives a line before fetching and converting.
 
@@ -52,7 +54,10 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
 
 
 def _is_local(source: str) -> bool:
-    """Whether a name of the form owner/name is more likely a mistyped path. With @REVISION it is a repository."""
+    """Whether a name of the form owner/name is more likely a mistyped path.
+
+    With @REVISION it is a repository.
+    """
     first = source.partition("/")[0]
     known = first in ("runs", "checkpoints", "outputs") or Path(first).exists()
     return "@" not in source and (
@@ -61,7 +66,10 @@ def _is_local(source: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the folder of converted checkpoints. Raises DcrisError if it is unknown or cannot be written."""
+    """Return the folder of converted checkpoints.
+
+    Raises DcrisError if it is unknown or cannot be written.
+    """
     advice = "set DCRIS_CACHE to a folder for converted checkpoints and HF_HOME to one for downloads"
     folder = expand_home(os.environ.get("DCRIS_CACHE") or "~/.cache/dcris", advice)
     try:
@@ -102,7 +110,10 @@ def _published(name: str, log: Log) -> Path:
 
 
 def _find(name: str, model: Published) -> str:
-    """Find the file of a checkpoint whose file name is not known. Raises DcrisError unless exactly one file matches."""
+    """Find the file of a checkpoint whose file name is not known.
+
+    Raises DcrisError unless exactly one file matches.
+    """
     files = [file for file in list_files(REPOSITORY) if file.endswith(".pth")]
     mixed = [file for file in files if "mix" in file.lower()]
     if model.size == "mix":
@@ -124,7 +135,9 @@ def _find(name: str, model: Published) -> str:
 
 
 def _check(file: HubFile, model: Published, record: Path) -> str:
-    """Return the SHA-256 of the file. If the expected one is unknown, that of the first download is recorded and expected.
+    """Return the SHA-256 of the file.
+
+    If the expected one is unknown, that of the first download is recorded and expected.
 
     Raises:
         DcrisError: it differs from the expected one.

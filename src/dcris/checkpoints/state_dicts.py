@@ -1,4 +1,4 @@
-"""Find the weights in the content of a checkpoint, and remove the name prefixes of torch's wrappers."""
+"""Find the weights in a checkpoint, and remove the name prefixes of torch's wrappers."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ _T = TypeVar("_T")
 
 _KEYS = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "weights", "params"),
-    # Averages over training steps (EMA). Last, because programs load the others for training and evaluation.
+    # Averages over training steps (EMA). Last, because programs load the others for training and
+    # evaluation.
     *("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "ema"),
 )
 """Usual keys of weights. If several have weights, the first counts."""
@@ -20,7 +21,8 @@ _KEYS = (
 _INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Name parts that torch.compile, FSDP and activation checkpointing insert at any module."""
 _PREFIXES = ("module.", "model.")
-"""Prefixes of all names: torch's wrappers for several GPUs and averages, and the attribute of a Lightning module."""
+"""Prefixes of all names: torch's wrappers for several GPUs and averages, and the attribute of a
+Lightning module."""
 _COUNTER = "n_averaged"
 """Counter that torch's AveragedModel stores beside the weights."""
 
@@ -36,7 +38,9 @@ class OtherValue:
 
 
 def find_weights(content: Any, tensor: type[_T], path: Path) -> dict[str, _T]:
-    """Return the weights in the content of a file: all of it, or the value of a usual key or of the only key with weights.
+    """Return the weights in the content of a file.
+
+    These are all of it, or the value of a usual key or of the only key with weights.
 
     If several usual keys have weights, the first of _KEYS counts, and a note on stderr names it.
 
@@ -66,7 +70,10 @@ def find_weights(content: Any, tensor: type[_T], path: Path) -> dict[str, _T]:
 
 
 def _states(content: dict[Any, Any], tensor: type, depth: int = 0) -> dict[str, dict[Any, Any]]:
-    """Return the state dicts in a dictionary by their keys, in order of preference. The dictionary itself has the key ""."""
+    """Return the state dicts in a dictionary by their keys, in order of preference.
+
+    The dictionary itself has the key "".
+    """
     found: dict[str, dict[Any, Any]] = {}
     for key in _KEYS:
         value = content.get(key)

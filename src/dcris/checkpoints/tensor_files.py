@@ -1,8 +1,9 @@
 """Read weights files of several formats as tensors by name, each tensor on demand.
 
-Formats: safetensors, torch.save (a pickle and the numbers, in a zip file since torch 1.6) and TorchScript (torch.jit.save).
-The last two can contain code. No code is run: pickles are read with stand-ins for the few classes that weights need. Tensors are
-views of the memory-mapped file, so sizes stated in a hostile file allocate no memory.
+The formats are safetensors, torch.save (a pickle and the numbers, in a zip file since torch 1.6)
+and TorchScript (torch.jit.save). The last two can contain code. No code is run: pickles are read
+with stand-ins for the few classes that weights need. Tensors are views of the memory-mapped file,
+so sizes stated in a hostile file allocate no memory.
 """
 
 import errno
@@ -30,13 +31,16 @@ from dcris.utils.files import open_regular
 from dcris.utils.pickles import end_of_pickle, global_name
 
 _MAX_PICKLE = 64_000_000
-"""Limit on the bytes of a pickle, which holds everything but the numbers. Published weights have less than 1 MB."""
+"""Limit on the bytes of a pickle, which holds everything but the numbers. Published weights have
+less than 1 MB."""
 _MAX_HEADER = 16_000_000
 """Limit on the bytes of a safetensors header."""
 _MAX_MODULES = 100_000
-"""Limit on the modules of a TorchScript archive; a module with several names counts several times."""
+"""Limit on the modules of a TorchScript archive; a module with several names counts several
+times."""
 _MAX_REPEATED = 256_000_000
-"""Limit on the bytes of a tensor that repeats its numbers (torch's expand()): a copy takes that much memory."""
+"""Limit on the bytes of a tensor that repeats its numbers (torch's expand()): a copy takes that
+much memory."""
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """The first two pickles in files of torch.save before 1.6."""
 
@@ -55,15 +59,17 @@ class StoredTensor:
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a weights file by name. Only names and shapes are read now.
 
-    Other entries beside the state dict, and prefixes of torch's wrappers, are handled by find_weights.
+    Other entries beside the state dict, and prefixes of torch's wrappers, are handled by
+    find_weights.
 
     Raises:
-        DcrisError: the file is missing, unreadable or damaged, holds other objects than tensors, numbers and text, or holds no
-            weights by name.
+        DcrisError: the file is missing, unreadable or damaged, holds other objects than tensors,
+            numbers and text, or holds no weights by name.
     """
     with _reading(path), open_regular(path) as file:
         start = file.read(9)
-        # By content, so that renamed files work; also by name, so that errors about damaged files name the right format.
+        # By content, so that renamed files work; also by name, so that errors about damaged files
+        # name the right format.
         if path.suffix == ".safetensors" or start[8:] == b"{":
             return find_weights(_safetensors(path), StoredTensor, path)
         content, numbers = (_read_zip if start.startswith(b"PK") else _read_old)(file)
@@ -83,7 +89,8 @@ def _reading(path: Path) -> Iterator[None]:
     except _ForeignError as error:
         raise DcrisError(f"{path} {error}") from error
     except Exception as error:  # readers raise many kinds of exceptions for damaged files
-        # In a truncated zip file, the reader seeks to a negative position, which the system reports as EINVAL.
+        # In a truncated zip file, the reader seeks to a negative position, which the system reports
+        # as EINVAL.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -92,11 +99,14 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-# ---- safetensors ---------------------------------------------------------------------------------------------------------
+# ---- safetensors ---------------------------------------------------------------------------------
 
 
 def open_safetensors(path: Path) -> Any:
-    """Open a file with the safetensors library. Raises OSError or SafetensorError if it cannot be read."""
+    """Open a file with the safetensors library.
+
+    Raises OSError or SafetensorError if it cannot be read.
+    """
     with open_regular(path) as file:  # the library opens by name and would block on a pipe
         if not 0 < int.from_bytes(file.read(8), "little") <= _MAX_HEADER:
             raise OSError("its header is empty or too large, or it is not a safetensors file")
@@ -121,7 +131,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-# ---- pickles of tensors --------------------------------------------------------------------------------------------------
+# ---- pickles of tensors --------------------------------------------------------------------------
 
 
 class _Storage(NamedTuple):
@@ -174,7 +184,8 @@ _PROGRAMS = {
     "ctypes",
     "socket",
 }
-"""Modules whose functions are never saved by mistake. This only affects the message: all names not in _STAND_INS are refused."""
+"""Modules whose functions are never saved by mistake. This only affects the message: all names not
+in _STAND_INS are refused."""
 
 
 class _Module:
@@ -213,7 +224,8 @@ class _StandIn:
 def _view(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _View:
     """Stand-in for torch's `_rebuild_tensor`, `_v2` and `_v3`.
 
-    Arguments after the stride: requires_grad, hooks, the type (in `_v3`), and flags of special views.
+    Arguments after the stride: requires_grad, hooks, the type (in `_v3`), and flags of special
+    views.
     """
     if not isinstance(storage, _Storage) or not (
         type(shape) is type(stride) is tuple and len(shape) == len(stride) < 50
@@ -315,7 +327,8 @@ _STAND_INS: dict[str, Any] = {
     },
     "torch.storage.UntypedStorage": torch.uint8,
 }
-"""Names that pickles of weights may contain. No class or function is ever imported by a name from a file."""
+"""Names that pickles of weights may contain. No class or function is ever imported by a name from a
+file."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -337,7 +350,8 @@ class _Unpickler(pickle.Unpickler):
             raise _ForeignError(module, name) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        # Ignored: the word "storage", the device, the length. Old files also have a part of the storage.
+        # Ignored: the word "storage", the device, the length. Old files also have a part of the
+        # storage.
         _, dtype, key, _, _, *part = pid
         if not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("it has numbers of an unknown type")
@@ -345,7 +359,7 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(str(key), dtype, part[0][1] if part and part[0] else 0)
 
 
-# ---- the files that hold them -------------------------------------------------------------------------------------------
+# ---- the files that hold them --------------------------------------------------------------------
 
 
 class _Place(NamedTuple):
@@ -365,7 +379,10 @@ class _Numbers(NamedTuple):
 
 
 def _mapped(file: BinaryIO) -> mmap.mmap:
-    """Map the file into memory. The map is private: writing to a tensor does not change the file."""
+    """Map the file into memory.
+
+    The map is private: writing to a tensor does not change the file.
+    """
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
@@ -412,7 +429,8 @@ def _views(tree: Any) -> Iterator[tuple[str, _View]]:
     while left:
         prefix, module = left.pop()
         seen += 1
-        # n modules that each contain the next one twice give 2 ** n names, and modules may contain themselves.
+        # n modules that each contain the next one twice give 2 ** n names, and modules may contain
+        # themselves.
         if seen > _MAX_MODULES or len(prefix) > 10_000:
             raise pickle.UnpicklingError("its modules are nested too deeply")
         if isinstance(module, _Module) and isinstance(module.attributes, dict):
@@ -424,7 +442,7 @@ def _views(tree: Any) -> Iterator[tuple[str, _View]]:
 
 
 def _read_old(file: BinaryIO) -> tuple[Any, _Numbers]:
-    """Read a file of torch.save before 1.6: five pickles, then length and numbers of each storage."""
+    """Read a file of torch.save before 1.6: five pickles, then length and numbers per storage."""
     content = _mapped(file)
     data, at, held = content[:_MAX_PICKLE], 0, []
     widths: dict[str, int] = {}

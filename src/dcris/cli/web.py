@@ -67,6 +67,6 @@ def _web(args: argparse.Namespace) -> None:
 
 
 def _named(sources: list[str]) -> dict[str, str]:
-    """Name each source by the last part of its path, or by the whole path if two sources share it."""
+    """Name each source by the last part of its path, or by the whole path if two share it."""
     short = [Path(source).name for source in sources]
     return {source if short.count(name) > 1 else name: source for name, source in zip(short, sources, strict=True)}

@@ -1,16 +1,19 @@
 """Predict masks for many images, videos and phrases, and write them to a folder.
 
 Files for image a.jpg and phrase number k (from 0):
+
     a.k.mask.png          mask (0 and 255)
     a.k.overlay.png       the image with the mask drawn on it
-    a.k.cutout.png        the object alone on a transparent background; missing for an empty mask
+    a.k.cutout.png        the object on a transparent background; missing for an empty mask
     a.k.scores.npy        probabilities, float16 [H, W]
-Files for video clip.mp4: the same per frame, as clip.frames/000030.k.mask.png, but one clip.overlay.mp4 instead of overlays.
-Files for the whole folder:
-    predictions.json      list of COCO results with phrase and file name
-    label_studio.json     tasks for Label Studio, with label_studio.xml as the labelling interface
 
-Several calls may write to one folder; predictions.json then has the results of all of them. See dcris.inference.records.
+Video clip.mp4 has the same files per frame, as clip.frames/000030.k.mask.png, but one
+clip.overlay.mp4 instead of overlays. Files for the whole folder:
+
+    predictions.json      list of COCO results with phrase and file name
+    label_studio.json     tasks for Label Studio; label_studio.xml is the labelling interface
+
+Several calls may write to one folder; predictions.json then has the results of all of them.
 """
 
 import io
@@ -54,7 +57,8 @@ FORMATS: tuple[Format, ...] = ("mask", "overlay", "coco", "scores")
 """Default formats; for videos without scores, which take about 4 MB per frame."""
 
 LOCAL_FILES = "/data/local-files/?d="
-"""URL prefix under which Label Studio serves the folder of its setting LOCAL_FILES_DOCUMENT_ROOT."""
+"""URL prefix under which Label Studio serves the folder of its setting
+LOCAL_FILES_DOCUMENT_ROOT."""
 
 _ENDINGS: dict[Format, str] = {
     "mask": "mask.png",
@@ -78,11 +82,13 @@ class BatchOptions:
     formats: Sequence[Format] | None = None
     """FORMATS by default."""
     threshold: float | None = None
-    """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by default."""
+    """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by
+    default."""
     every: int = 1
     """Predict every N-th frame of a video, from the first."""
     overwrite: bool = False
-    """Predict everything again; replace results for these images that have other settings or phrases."""
+    """Predict everything again; replace results for these images that have other settings or
+    phrases."""
     image_url: str = LOCAL_FILES
     """Prefix of the image names for Label Studio."""
 
@@ -116,9 +122,9 @@ class Written:
 class BatchPredictor:
     """Predicts the tasks that are not finished in the output folder.
 
-    Images with a record in the folder are skipped if they have not changed and their files exist. Results for other images
-    stay. Several ranks share the work if each creates the same BatchPredictor. No other call can write to the folder until
-    `run` has ended.
+    Images with a record in the folder are skipped if they have not changed and their files exist.
+    Results for other images stay. Several ranks share the work if each creates the same
+    BatchPredictor. No other call can write to the folder until `run` has ended.
 
     Args:
         segmenter: the model.
@@ -128,8 +134,9 @@ class BatchPredictor:
         group: the ranks that share the work and the folder.
 
     Raises:
-        DcrisError: the threshold is not between 0 and 1, the folder cannot be written, another process writes to it, or
-            (without `overwrite`) it holds results with other settings, or results for these images with other phrases.
+        DcrisError: the threshold is not between 0 and 1, the folder cannot be written, another
+            process writes to it, or (without `overwrite`) it holds results with other settings, or
+            results for these images with other phrases.
     """
 
     def __init__(
@@ -171,11 +178,13 @@ class BatchPredictor:
     def run(self) -> Iterator[Done | Failed | Written]:
         """Predict what is left, and yield an event for each image and frame.
 
-        An image that cannot be read is skipped. At the end, also after an error or Ctrl-C, the first rank writes
-        predictions.json and the files for Label Studio with everything that is finished.
+        An image that cannot be read is skipped. At the end, also after an error or Ctrl-C, the
+        first rank writes predictions.json and the files for Label Studio with everything that is
+        finished.
 
         Raises:
-            DcrisError: at the end if something could not be read; at once if a file cannot be written.
+            DcrisError: at the end if something could not be read; at once if a file cannot be
+                written.
         """
         failed: list[Failed] = []
         try:
@@ -230,7 +239,7 @@ class BatchPredictor:
         yield from self._predict_group(group)
 
     def _predict_group(self, group: list[tuple[Task, Pixels]]) -> Iterator[Done]:
-        """Predict several images in one pass, or one image in passes of as many phrases as memory allows."""
+        """Predict several images in one pass, or the phrases of one image in as few as possible."""
         if len(group) == 1:
             ((task, pixels),) = group
             yield self._write(task, None, pixels, self._predict_phrases(task, pixels, self.formats), self.formats)
@@ -300,10 +309,13 @@ class BatchPredictor:
             self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
-        """Write the overlay videos and the end records. A video that fails does not stop the others.
+        """Write the overlay videos and the end records.
+
+        A video that fails does not stop the others.
 
         Args:
-            failed: names of the videos that could not be read to their end. They get an overlay, but no end record.
+            failed: names of the videos that could not be read to their end. They get an overlay,
+                but no end record.
         """
         if not self.videos:
             return
@@ -383,7 +395,7 @@ def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
 
 
 def _image_ids(records: Sequence[Record]) -> dict[str, int]:
-    """Image ids by source: COCO's own if every image has a COCO file name, else the numbers in the folder.
+    """Image ids by source: COCO's if every image has a COCO file name, else the folder's numbers.
 
     The two kinds are never mixed, so that no two images share an id.
     """
@@ -423,7 +435,10 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _frame_names(task: Task, index: int) -> tuple[str, str]:
-    """Start of a frame's file names, and the name of its record. No path has two slashes, so no task has that name."""
+    """Start of a frame's file names, and the name of its record.
+
+    No path has two slashes, so no task has that name.
+    """
     return f"{task.name}.frames/{index:06}", f"{task.name}//{index}"
 
 
@@ -446,7 +461,10 @@ def _read_task(task: Task) -> Pixels | str:
 
 
 def _until_error(frames: Iterator[Frame]) -> Iterator[Frame | str]:
-    """Yield the frames, then the reason if a frame cannot be read. Errors raised by the consumer are not caught."""
+    """Yield the frames, then the reason if a frame cannot be read.
+
+    Errors raised by the consumer are not caught.
+    """
     while True:
         try:
             frame = next(frames)
@@ -459,7 +477,7 @@ def _until_error(frames: Iterator[Frame]) -> Iterator[Frame | str]:
 
 
 def _read_ahead(read: Callable[[Task], T], tasks: Iterable[Task]) -> Iterator[tuple[Task, T]]:
-    """Yield each task with `read(task)`, which a thread computes while the caller works on the task before."""
+    """Yield each task with `read(task)`, which a thread computes while the caller is working."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[Task, Future[T]]] = deque()
         for task in tasks:

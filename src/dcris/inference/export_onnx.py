@@ -1,9 +1,10 @@
 """Export a trained model to ONNX, for programs without torch.
 
-Three graphs: letterbox (fit.onnx), text encoder (text.onnx), and image encoder with head (image.onnx).
+Three graphs: letterbox (fit.onnx), text encoder (text.onnx), and image encoder with head
+(image.onnx).
 
-Shape letters: I images, B phrases, H W size of an image, S side of the network's input, L text tokens, T and E widths of f_t
-and f_s, h w patch grid.
+Shape letters: I images, B phrases, H W size of an image, S side of the network's input, L text
+tokens, T and E widths of f_t and f_s, h w patch grid.
 """
 
 import copy
@@ -55,11 +56,12 @@ _INT8_TOLERANCE = 0.05
 
 
 class _FitGraph(nn.Module):
-    """Image [H, W, 3] uint8 -> square [3, S, S], and rows [H, 4h] and columns [4w, W] that map a result back to the image.
+    """Image [H, W, 3] uint8 -> square [3, S, S]; rows [H, 4h] and columns [4w, W] map back.
 
-    The same as dcris.data.transforms.Letterbox and dcris.evaluation.protocols.Cris, in operators that every runtime has, so
-    that no program needs an implementation of its own. Both keep the centre of the image in the centre of the square, which
-    is equivalent to their formulas by corners.
+    The same as dcris.data.transforms.Letterbox and dcris.evaluation.protocols.Cris, in operators
+    that every runtime has, so that no program needs an implementation of its own. Both keep the
+    centre of the image in the centre of the square, which is equivalent to their formulas by
+    corners.
     """
 
     border: Tensor
@@ -92,7 +94,8 @@ class _FitGraph(nn.Module):
     def _source_positions(self, length: Tensor, step: Tensor) -> Tensor:
         """Positions on the image of the square's rows or columns: [S] float32.
 
-        Computed from corners in float32, as Letterbox and cv2 do, so that values between two grey levels round alike.
+        Computed from corners in float32, as Letterbox and cv2 do, so that values between two grey
+        levels round alike.
         """
         start = ((self.side - length / step) / 2).float().double()
         scale = ((length / step + start).float().double() - start) / length
@@ -100,7 +103,7 @@ class _FitGraph(nn.Module):
 
     @staticmethod
     def _sample(image: Tensor, positions: Tensor, length: Tensor, border: Tensor) -> Tensor:
-        """Interpolate `image - border` [length, n, 3] (bicubic) at positions [S] of its first axis: [S, n, 3]."""
+        """Interpolate `image - border` [length, n, 3] at positions [S] of axis 0: [S, n, 3]."""
         taps = positions.floor()[:, None] + torch.arange(-1, 3)
         weights = _bicubic((positions[:, None] - taps[:, :3]).abs())
         weights = torch.cat((weights, 1 - weights.sum(1, keepdim=True)), 1)  # cv2 defines the fourth weight as the rest
@@ -109,7 +112,7 @@ class _FitGraph(nn.Module):
         return (weights[..., None, None] * found).sum(1)
 
     def _back_weights(self, positions: Tensor) -> Tensor:
-        """Weights [n, 4h] that interpolate a map at positions [n] of the square, with zeros outside."""
+        """Weights [n, 4h] that interpolate a map at positions [n] of the square; zero outside."""
         return _bicubic((positions[:, None] - torch.arange(self.side)).abs()).float() @ self.finer
 
 
@@ -134,12 +137,12 @@ class _TextGraph(nn.Module):
 
 
 class _ImageGraph(nn.Module):
-    """Images [I, 3, S, S], image of each phrase [B], and the outputs of the text graph -> logits [B, 1, 4h, 4w]."""
+    """Images [I, 3, S, S], image of each phrase [B], text features -> logits [B, 1, 4h, 4w]."""
 
     def __init__(self, model: ReferringSegmenter, side: int) -> None:
         super().__init__()
-        # Interpolate the position table here, so that the graph need not do it. The tower is a shallow copy: the caller's
-        # tower keeps its table, and no weight is in memory twice.
+        # Interpolate the position table here, so that the graph need not do it. The tower is a
+        # shallow copy: the caller's tower keeps its table, and no weight is in memory twice.
         vision = copy.copy(model.vision)
         grid = (side // vision.config.patch, side // vision.config.patch)
         table = vision._parameters.get("positions")  # DINOv3 has no table
@@ -158,31 +161,34 @@ class _ImageGraph(nn.Module):
 def export_onnx(
     segmenter: Segmenter, out: Path, *, int8: bool = False, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, float]:
-    """Write fit.onnx, text.onnx, image.onnx and model.json to a folder, in float32, and compare them with PyTorch.
+    """Export to fit.onnx, text.onnx, image.onnx and model.json, and compare with PyTorch.
 
-    - fit.onnx: `photograph` [H, W, 3] uint8 -> `image` [3, S, S] (letterboxed, normalised), `rows` [H, 4h] and `columns`
-      [4w, W]; `rows @ probabilities @ columns` are the probabilities at the size of the image.
+    - fit.onnx: `photograph` [H, W, 3] uint8 -> `image` [3, S, S] (letterboxed, normalised), `rows`
+      [H, 4h] and `columns` [4w, W]; `rows @ probabilities @ columns` are the probabilities at the
+      size of the image.
     - text.onnx: `tokens` [B, L] int64 -> `f_t` [B, L, T], `f_s` [B, E] and `padding` [B, L] bool.
-    - image.onnx: `images` [I, 3, S, S], `image_index` [B] int64 (the image of each phrase) and the outputs of text.onnx ->
-      `logits` [B, 1, 4h, 4w]. Layers before the first adapter that reads the text run once per image.
-    - model.json: word length, threshold and tokenizer; mean, standard deviation and image size for programs with their own
-      letterbox. The metadata of the graphs have the same except the words of the tokenizer.
+    - image.onnx: `images` [I, 3, S, S], `image_index` [B] int64 (the image of each phrase) and the
+      outputs of text.onnx -> `logits` [B, 1, 4h, 4w]. Layers before the first adapter that reads
+      the text run once per image.
+    - model.json: word length, threshold and tokenizer; mean, standard deviation and image size for
+      programs with their own letterbox. The metadata of the graphs have the same except the words
+      of the tokenizer.
 
     H, W, I and B are dynamic. L is fixed, because a text adapter may use later tokens.
 
     Args:
         segmenter: a model on the CPU; its first adapters are exported.
         out: a folder that is empty or does not exist.
-        int8: store the weights of matrix products in 8 bits (dynamic quantisation of ONNX Runtime): about a quarter of the
-            size, slightly different masks.
+        int8: store the weights of matrix products in 8 bits (dynamic quantisation of ONNX Runtime):
+            about a quarter of the size, slightly different masks.
         progress: receives a line of text before each step.
 
     Returns:
         The "largest" and the "mean" difference of the probabilities from PyTorch's.
 
     Raises:
-        DcrisError: the extra `export` is not installed, `out` is in use or cannot be written, or the graphs disagree with
-            the model. Nothing is written then.
+        DcrisError: the extra `export` is not installed, `out` is in use or cannot be written, or
+            the graphs disagree with the model. Nothing is written then.
     """
     _require_packages()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -301,7 +307,8 @@ def _quantise(path: Path) -> None:
         op_types_to_quantize=["MatMul", "Gemm"],
         weight_type=QuantType.QInt8,
         per_channel=True,
-        # 7 of the 8 bits: processors without VNNI add two products in 16 bits, which overflows and ruins the masks.
+        # 7 of the 8 bits: processors without VNNI add two products in 16 bits, which overflows and
+        # ruins the masks.
         reduce_range=True,
         use_external_data_format=weights.exists(),
     )
@@ -309,7 +316,7 @@ def _quantise(path: Path) -> None:
 
 
 def _inputs(config: RunConfig, images: int, phrases: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Create smooth images, the image of each phrase, and the tokens of phrases of different lengths."""
+    """Create smooth images, the image of each phrase, and tokens of different lengths."""
     side, length = config.data.image_size, config.data.word_length
     source = torch.Generator().manual_seed(images)
     coarse = torch.randn(images, 3, 8, 8, generator=source)
@@ -351,7 +358,10 @@ def _test_image(height: int, width: int) -> Tensor:
 
 
 def _compare_fit(config: RunConfig, folder: Path) -> None:
-    """Compare fit.onnx with PyTorch. Rounding may change a grey level by 1, float32 the weights by little."""
+    """Compare fit.onnx with PyTorch.
+
+    Rounding may change a grey level by 1, float32 the weights by little.
+    """
     cells = 4 * (config.data.image_size // config.model.vision.patch)
     for height, width in _IMAGE_SIZES:
         original = _test_image(height, width)
@@ -388,7 +398,7 @@ def _session(path: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress logs, warnings and output of the exporter and the quantiser, which are for their developers."""
+    """Suppress logs, warnings and output of the exporter and the quantiser."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

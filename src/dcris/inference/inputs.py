@@ -1,4 +1,4 @@
-"""Find the images and videos of a call and their phrases, and give each a unique name for its files."""
+"""Find the images and videos of a call with their phrases, and name their result files."""
 
 import csv
 import glob
@@ -28,18 +28,21 @@ _RESULT = re.compile(
     re.DOTALL,
 )
 _LONGEST_NAME = 200
-"""Limit in bytes. File systems allow 255; file names are longer by their endings, and temporary names by a suffix."""
+"""Limit in bytes. File systems allow 255; file names are longer by their endings, and temporary
+names by a suffix."""
 
 _MAX_LISTED = 10
 """Number of file endings that the message about skipped files lists."""
 
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}
-"""Candidates, the usual one first. Spreadsheets write semicolons in countries with a decimal comma."""
+"""Candidates, the usual one first. Spreadsheets write semicolons in countries with a decimal
+comma."""
 
 _DELIMITER_NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 _NOT_UTF8 = "bytes:"
-"""Prefix of a percent-encoded source. All other sources are absolute paths, so none starts with it."""
+"""Prefix of a percent-encoded source. All other sources are absolute paths, so none starts with
+it."""
 
 _PHRASE_KEYS = ("phrase", "expression", "phrases", "expressions")
 
@@ -52,7 +55,8 @@ class Task:
     shown: str
     """Name in results: the path relative to the folder or list that contains it."""
     name: str
-    """Start of its result files' names, relative to the output folder; unique among the tasks, ignoring case."""
+    """Start of its result files' names, relative to the output folder; unique among the tasks,
+    ignoring case."""
     phrases: tuple[str, ...]
 
     @property
@@ -97,16 +101,17 @@ def find_tasks(
 ) -> list[Task]:
     """Find images and videos by files, folders and patterns (`photos/*.jpg`, also `**`), in order.
 
-    A folder gives its images, but not its videos. Files that several places or links name become one task. Results of
-    earlier calls (in `out`, or in any folder with records) and unfinished files are skipped.
+    A folder gives its images, but not its videos. Files that several places or links name become
+    one task. Results of earlier calls (in `out`, or in any folder with records) and unfinished
+    files are skipped.
 
     Args:
         places: files, folders and patterns.
         phrases: the phrases of every image and video.
         out: the output folder of this call.
         recursive: search subfolders of folders; their results go to subfolders of the same names.
-        on_skipped: receives one line per folder or pattern that has files which cannot be read: how many of which ending,
-            and why.
+        on_skipped: receives one line per folder or pattern that has files which cannot be read: how
+            many of which ending, and why.
 
     Returns:
         One task per image or video.
@@ -130,10 +135,11 @@ def find_tasks(
 def read_pairs(path: Path) -> list[Task]:
     """Read a list of images (or videos) with phrases.
 
-    A .csv or .tsv file has the columns `image` and `phrase`, named in the first line, or just two columns; the delimiter is a
-    comma, semicolon or tab. A .jsonl file has objects with `image` and `phrase`, or a list of `phrases`; `expression` and
-    `expressions` are accepted too, so that a data set in JSON Lines can be read. Paths are relative to the list. Phrases of
-    one image are numbered in the order of the lines.
+    A .csv or .tsv file has the columns `image` and `phrase`, named in the first line, or just two
+    columns; the delimiter is a comma, semicolon or tab. A .jsonl file has objects with `image` and
+    `phrase`, or a list of `phrases`; `expression` and `expressions` are accepted too, so that a
+    data set in JSON Lines can be read. Paths are relative to the list. Phrases of one image are
+    numbered in the order of the lines.
 
     Returns:
         One task per image. Whether the images exist is not checked here.
@@ -162,9 +168,10 @@ def read_pairs(path: Path) -> list[Task]:
 
 
 def assign_names(tasks: Iterable[Task], known: Mapping[str, str] | None = None) -> list[Task]:
-    """Give each task a unique name, ignoring case: the known name of its source, else a free one ("a", "a~2", ...).
+    """Give each task a unique name, ignoring case: its known name, else "a", "a~2", ...
 
-    Names do not depend on which tasks are known if those have the names they got here, so a repeated call uses the same names.
+    Names do not depend on which tasks are known if those have the names they got here, so a
+    repeated call uses the same names.
 
     Args:
         tasks: their names may coincide.
@@ -238,7 +245,7 @@ def _counted(endings: Counter[str]) -> str:
 
 
 def _is_result(path: Path, out: Path | None) -> bool:
-    """Whether a file is a result of `dcris predict`, by its name and folder, or an unfinished file."""
+    """Whether a file is a result of `dcris predict` (by name and folder), or unfinished."""
     if is_partial(path):
         return True
     if not _RESULT.fullmatch(path.name):
@@ -248,7 +255,10 @@ def _is_result(path: Path, out: Path | None) -> bool:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    """Yield the matches of a pattern. `**` visits each folder once; that of `glob` follows circular links."""
+    """Yield the matches of a pattern.
+
+    `**` visits each folder once; that of `glob` follows circular links.
+    """
     before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
     if not after:
         yield from map(Path, glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute patterns)
@@ -259,7 +269,10 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 
 def _folders(top: Path, hidden: bool = True) -> Iterator[Path]:
-    """Yield a folder and its subfolders, each once, although links may be circular. Folders come before links to them."""
+    """Yield a folder and its subfolders, each once, although links may be circular.
+
+    Folders come before links to them.
+    """
     seen: set[str] = set()  # real paths; inode numbers are 0 on some network drives
     waiting = deque([top])
     while waiting:
@@ -281,12 +294,15 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _real(path: Path) -> str:
-    """The absolute path of a file with the links to its folder resolved. The file itself may be a link."""
+    """The absolute path of a file with the links to its folder resolved.
+
+    The file itself may be a link.
+    """
     return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118 (Path would be the slower way to text)
 
 
 def _stem(shown: PurePath) -> str:
-    """The preferred name of an image's files: its path without the ending, as UTF-8 text of limited length."""
+    """The preferred name of an image's files: its path without the ending, as short UTF-8 text."""
     # Not by PurePath: an image may be named "..png", and no path has the name ".".
     return "/".join(_cut(quoted(part)) for part in (*shown.parts[:-1], shown.stem))
 
@@ -341,7 +357,7 @@ def _table_pairs(path: Path, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
 
 
 def _fit(text: str, delimiter: str) -> tuple[bool, int, int]:
-    """Rate a delimiter: whether it gives a header, the number of rows with an image name, the number of rows with two cells.
+    """Rate a delimiter by: a header, the rows with an image name, the rows with two cells.
 
     csv.Sniffer is not used: it counts characters and may choose a space or the letter "e".
     """

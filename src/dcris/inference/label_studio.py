@@ -1,6 +1,7 @@
 """Convert predictions to Label Studio's pre-annotations: brush strokes to start annotating from.
 
-Not with `label_studio_sdk`: it needs 29 further packages, older versions of numpy and OpenCV among them.
+Not with `label_studio_sdk`: it needs 29 further packages, older versions of numpy and OpenCV among
+them.
 """
 
 import hashlib
@@ -26,9 +27,10 @@ _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 def brush_rle(mask: MaskArray) -> list[int]:
     """Encode a mask [H, W] bool as Label Studio's `rle`, a list of bytes.
 
-    The format is thi.ng/rle-pack of the RGBA values, which are 255 inside the mask. Header: number of values (32 bits), bits
-    per value - 1 (5 bits), the four run widths - 1 (4 bits each). Each run: the bit 1, the index of its width (2 bits), its
-    length - 1 (in that width), and the value (8 bits). The last byte is padded with zeros.
+    The format is thi.ng/rle-pack of the RGBA values, which are 255 inside the mask. Header: number
+    of values (32 bits), bits per value - 1 (5 bits), the four run widths - 1 (4 bits each). Each
+    run: the bit 1, the index of its width (2 bits), its length - 1 (in that width), and the value
+    (8 bits). The last byte is padded with zeros.
     """
     flat = mask.ravel()
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
@@ -65,7 +67,8 @@ def label_studio_task(
     Args:
         image: URL of the image for Label Studio.
         size: H and W of the image, upright.
-        results: phrase, score and mask of each; empty masks are omitted, because they have no stroke.
+        results: phrase, score and mask of each; empty masks are omitted, because they have no
+            stroke.
         model: the `model_version` of the prediction.
     """
     height, width = size
@@ -93,7 +96,7 @@ def label_studio_task(
 
 
 def label_studio_config(phrases: Sequence[str]) -> str:
-    """Create the labelling interface of the tasks: the semantic segmentation template with the phrases as labels."""
+    """Create the labelling interface: the semantic segmentation template with phrases as labels."""
     names = dict.fromkeys(_label(phrase) for phrase in phrases)
     labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in names)
     return (
@@ -103,5 +106,8 @@ def label_studio_config(phrases: Sequence[str]) -> str:
 
 
 def _label(phrase: str) -> str:
-    """Return the label of a phrase for tasks and interface. Characters forbidden in XML become Python escapes (`\\x1b`)."""
+    """Return the label of a phrase for tasks and interface.
+
+    Characters forbidden in XML become Python escapes (`\\x1b`).
+    """
     return _NOT_IN_XML.sub(lambda match: ascii(match[0])[1:-1], phrase)

@@ -63,7 +63,8 @@ class Prediction:
             keep: store the probabilities in the prediction.
 
         Raises:
-            DcrisError: the probabilities are not such an array, or the threshold is not between 0 and 1.
+            DcrisError: the probabilities are not such an array, or the threshold is not between 0
+                and 1.
         """
         if not isinstance(probabilities, np.ndarray) or probabilities.ndim != 2 or probabilities.dtype.kind != "f":
             raise DcrisError(f"probabilities must be an array [H, W] of floats, not {kind_of(probabilities)}")
@@ -73,17 +74,20 @@ class Prediction:
         return cls(phrase, mask, score, box, probabilities if keep else None)
 
     def with_threshold(self, threshold: float) -> "Prediction":
-        """Return the prediction at another threshold, without a forward pass. Raises DcrisError without `probabilities`."""
+        """Return the prediction at another threshold, without a forward pass.
+
+        Raises DcrisError without `probabilities`.
+        """
         if self.probabilities is None:
             raise DcrisError("this prediction has no probabilities; predict with scores=True")
         return Prediction.decide(self.phrase, self.probabilities, threshold)
 
     def to_rle(self) -> dict[str, Any]:
-        """Encode the mask as COCO's compressed run lengths {"size": [H, W], "counts": str}, for JSON and pycocotools."""
+        """Encode the mask as COCO's compressed run lengths {"size": [H, W], "counts": str}."""
         return encode_mask(self.mask)
 
     def to_coco(self, image_id: int = 0, category_id: int = 1) -> dict[str, Any]:
-        """Return the entry of a COCO result file: image_id, category_id, segmentation, bbox and score, and also the phrase."""
+        """Return a COCO result: image_id, category_id, segmentation, bbox, score; and the phrase."""
         return {
             "image_id": image_id,
             "category_id": category_id,
@@ -94,17 +98,17 @@ class Prediction:
         }
 
     def polygons(self, tolerance: float = 0.0) -> list[list[float]]:
-        """Return the outlines of the mask's parts in COCO's form: [[x, y, x, y, ...], ...] in pixels.
+        """Return the outlines of the mask in COCO's form: [[x, y, x, y, ...], ...] in pixels.
 
-        The outlines follow pixel borders, so pycocotools converts them back to the same mask. Holes are filled, because
-        COCO polygons have no holes.
+        The outlines follow pixel borders, so pycocotools converts them back to the same mask. Holes
+        are filled, because COCO polygons have no holes.
 
         Args:
             tolerance: maximum deviation in pixels of a simplified outline; 0 keeps every corner.
         """
         require_number(tolerance, 0, "the tolerance")
-        # cv2 follows pixel centres, not borders. In the mask at twice the size, the centre of each contour pixel lies on one
-        # side of an original pixel, which tells the border it belongs to.
+        # cv2 follows pixel centres, not borders. In the mask at twice the size, the centre of each
+        # contour pixel lies on one side of an original pixel, which tells the border it belongs to.
         if self.box is None:
             return []
         left, top, width, height = self.box
@@ -134,7 +138,10 @@ class Prediction:
         return cutout.crop((left, top, left + width, top + height)) if crop else cutout
 
     def overlay(self, image: ImageLike, colour: Colour = COLOURS[0]) -> Image.Image:
-        """Draw the mask on the image. Raises DcrisError if the image has another size than the mask."""
+        """Draw the mask on the image.
+
+        Raises DcrisError if the image has another size than the mask.
+        """
         pixels = self._pixels_of(image)
         try:
             valid = len(colour) == 3 and all(0 <= int(value) <= 255 for value in colour)
@@ -159,7 +166,8 @@ class Prediction:
 def to_detections(predictions: Iterable[Prediction]) -> "supervision.Detections":
     """Convert predictions to supervision's Detections, for its annotators, trackers and data sets.
 
-    Empty masks are omitted. `class_id` is the position of the prediction in the sequence, `data["class_name"]` its phrase.
+    Empty masks are omitted. `class_id` is the position of the prediction in the sequence,
+    `data["class_name"]` its phrase.
 
     Raises:
         DcrisError: supervision is not installed.
@@ -193,10 +201,11 @@ def require_threshold(threshold: float) -> float:
 
 
 def _remove_redundant_points(outline: NDArray[Any]) -> NDArray[Any]:
-    """Remove repeated points of a closed outline [N, 2], and points on a straight line between their neighbours."""
+    """Remove repeated points of a closed outline [N, 2], and points between collinear ones."""
     outline = outline[np.any(outline != np.roll(outline, 1, axis=0), axis=1)]
     before, after = outline - np.roll(outline, 1, axis=0), np.roll(outline, -1, axis=0) - outline
     bends = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    # A turn by 180 degrees is a corner, too: it encloses no area, but its point may join two parts of the outline.
+    # A turn by 180 degrees is a corner, too: it encloses no area, but its point may join two parts
+    # of the outline.
     turns = (before * after).sum(axis=1) < 0
     return np.asarray(outline[bends | turns])

@@ -1,10 +1,12 @@
-"""What a folder of results holds: one record per finished image or frame, and the checks before a call adds to it.
+"""Records of the finished images and frames in an output folder, and checks of the folder.
 
-Files in the folder: `dcris-journal.jsonl` has one JSON record per line (`dcris-journal.N.jsonl` for rank N).
-`dcris-journal.unfinished.json` lists files that were being written when a call was killed.
-`dcris-journal.lock` is locked while a call writes to the folder.
+Files in the folder (N is a rank other than 0):
 
-A repeated call skips what has a record. Only files that these records name are ever deleted.
+    dcris-journal.jsonl, dcris-journal.N.jsonl    one JSON record per finished image or frame
+    dcris-journal.unfinished.json, ...N...        files that are being written
+    dcris-journal.lock                            locked while a call writes to the folder
+
+A repeated call skips what has a record. Only files that these files name are ever deleted.
 """
 
 import json
@@ -99,7 +101,8 @@ class Record(_Strict):
     """A finished image or frame, or the end of a video. All of its files are on disk."""
 
     name: str
-    """The task's name for an image; the task's name and a suffix for a frame or the end of a video."""
+    """The task's name for an image; the task's name and a suffix for a frame or the end of a
+    video."""
     task: str
     """Start of its files' names, relative to the folder."""
     source: str
@@ -151,7 +154,9 @@ class Record(_Strict):
 
 
 class Records:
-    """The record files of one folder. Each rank appends to its own file; the first rank merges them.
+    """The record files of one folder.
+
+    Each rank appends to its own file; the first rank merges them.
 
     A record is appended after its files are on disk. A line that was cut short is ignored.
     """
@@ -193,10 +198,11 @@ class Records:
             ) from error
 
     def merge(self, all_records: Iterable[Record], kept: Iterable[Record]) -> None:
-        """Write all records to the first rank's file, delete the other files, then keep only some records.
+        """Write all records to the first rank's file, delete the others, then keep only some.
 
-        The two steps are needed because the process may be killed in between: a record that is not kept would come back
-        from another rank's file. Call it in one process, while no other rank writes.
+        The two steps are needed because the process may be killed in between: a record that is not
+        kept would come back from another rank's file. Call it in one process, while no other rank
+        writes.
 
         Raises:
             DcrisError: a file cannot be written.
@@ -219,7 +225,7 @@ class Records:
             path.unlink(missing_ok=True)
 
     def begin(self, name: str, files: Iterable[str]) -> None:
-        """Note the files that are about to be written under `name`, so that the next call can delete them after a kill.
+        """Note the files that are about to be written, so that the next call can delete them.
 
         Files that exist already are not noted: they may be the user's own.
         """
@@ -251,7 +257,8 @@ class Records:
         """Return the files that killed calls began under names without a record.
 
         Args:
-            recorded: names of all records. A call may be killed between `add` and the deletion of its note.
+            recorded: names of all records. A call may be killed between `add` and the deletion of
+                its note.
         """
         done, found = set(recorded), set[str]()
         for path in self._unfinished_files():
@@ -287,8 +294,9 @@ class ResultFolder:
         group: the ranks that share the work and the folder.
 
     Raises:
-        DcrisError: the folder cannot be written, another process writes to it, or (without `overwrite`) it holds results with
-            other settings, or results for these images with other phrases.
+        DcrisError: the folder cannot be written, another process writes to it, or (without
+            `overwrite`) it holds results with other settings, or results for these images with
+            other phrases.
     """
 
     def __init__(
@@ -329,7 +337,7 @@ class ResultFolder:
         return sorted(self._records.read().values(), key=lambda record: (record.place, record.frame or 0))
 
     def is_current(self, record: Record) -> bool:
-        """Whether a record belongs to one of these tasks and its source file has not changed since."""
+        """Whether a record is of one of these tasks and its source file has not changed."""
         return self._stamps.get(record.source) == list(record.stamp)
 
     def begin(self, name: str, files: Iterable[str]) -> None:
@@ -337,7 +345,10 @@ class ResultFolder:
         self._records.begin(name, files)
 
     def add(self, task: Task, name: str, **fields: Any) -> None:
-        """Record a finished image or frame, or the end of a video. `fields` are fields of `Record`."""
+        """Record a finished image or frame, or the end of a video.
+
+        `fields` are fields of `Record`.
+        """
         record = {
             "name": name,
             "task": task.name,
@@ -352,7 +363,10 @@ class ResultFolder:
         self._records.add(Record.model_validate_json(json.dumps(record)))  # validated as `read` will validate it
 
     def _prepare(self, tasks: list[Task], overwrite: bool) -> tuple[list[Task], dict[str, int]]:
-        """Delete outdated results. Return the tasks with their names in this folder, and the number of each source."""
+        """Delete outdated results.
+
+        Return the tasks with their names in this folder, and the number of each source.
+        """
         before = list(self._follow_moved(tasks, self._records.read().values()))
         if damaged := self._records.damaged:
             self.notes.append(f"{self._records.path} has {damaged} damaged lines; their images are predicted again")
@@ -382,7 +396,7 @@ class ResultFolder:
         return tasks, places
 
     def _follow_moved(self, tasks: Iterable[Task], records: Iterable[Record]) -> Iterator[Record]:
-        """The records, with the new source of each image that was moved (same name, size and modification time)."""
+        """Update the source of images that were moved (same name, size and modification time)."""
         new = {(PurePath(task.source).name, *(self._stamps[task.source] or ())): task.source for task in tasks}
         for record in records:
             source = new.get((PurePath(record.source).name, *record.stamp), record.source)
@@ -390,7 +404,7 @@ class ResultFolder:
             yield record.model_copy(update={"source": source}) if moved else record
 
     def _refuse_other_settings(self, tasks: Iterable[Task], records: Iterable[Record]) -> None:
-        """Raise DcrisError if the folder holds results that must not be mixed with those of this call."""
+        """Raise DcrisError if the folder holds results that must not be mixed with this call's."""
         phrases = {task.source: task.phrases for task in tasks}
         advice = "choose another --out, or add --anew to replace the results for the images of this call"
         for record in records:
@@ -411,7 +425,7 @@ class ResultFolder:
         return record.settings.differences(now)
 
     def _note_other_settings(self, kept: Iterable[Record]) -> None:
-        """Add a note if results with other settings stay, which is possible only with `overwrite`."""
+        """Add a note if results with other settings stay (only possible with `overwrite`)."""
         others = {record.source: words for record in kept if (words := self._differences(record))}
         if others:
             self.notes.append(
@@ -422,7 +436,7 @@ class ResultFolder:
         return all((self.path / file).is_file() for file in record.files)
 
     def _delete_outdated(self, tasks: Iterable[Task], kept: Iterable[Record], dropped: Iterable[Record]) -> None:
-        """Delete the files of dropped records and what killed calls left, never a file that has no such note of ours."""
+        """Delete the files of dropped records and of killed calls, and no other file."""
         kept = list(kept)
         files = {file for record in dropped for file in record.files}
         files |= self._records.unfinished(record.name for record in chain(kept, dropped))
@@ -430,7 +444,8 @@ class ResultFolder:
             path = self.path / file
             if path.is_file() and not path.is_symlink():
                 path.unlink()
-        # By text: an image may be named "..png", and the parent of `path / "."` is the parent of `path`.
+        # By text: an image may be named "..png", and the parent of `path / "."` is the parent of
+        # `path`.
         folders = {self.path, *(self.path / task.name.rpartition("/")[0] for task in tasks)}
         folders |= {self.path / f"{task.name}.frames" for task in tasks}
         for folder in folders:

@@ -53,7 +53,7 @@ _SHARE_OF_MEMORY = 0.25
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: tensors have no single answer to ==
 class EncodedImage:
-    """The features of an image that do not depend on the phrase, computed by `Segmenter.encode_image`."""
+    """The features of an image that do not depend on the phrase; see `Segmenter.encode_image`."""
 
     size: tuple[int, int]
     """Height and width of the image in pixels."""
@@ -64,7 +64,9 @@ class EncodedImage:
 
 
 class Segmenter:
-    """A trained model for prediction. It keeps no state between calls, so several threads may share it.
+    """A trained model for prediction.
+
+    It keeps no state between calls, so several threads may share it.
 
     ```python
     segmenter = Segmenter.from_pretrained("runs/quickstart")
@@ -89,7 +91,8 @@ class Segmenter:
         self.model = model.to(self.device).eval()
         self.config = config
         self.origin: Origin = origin or {}
-        """The published checkpoint that the model was converted from; empty if it was not converted."""
+        """The published checkpoint that the model was converted from; empty if it was not
+        converted."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
         self._held: Held = {}
@@ -107,16 +110,17 @@ class Segmenter:
         """Load a trained model, or several adapter sets on the same towers.
 
         Args:
-            source: a run directory (its best checkpoint), a checkpoint directory, a .safetensors bundle, a repository
-                "owner/name" or "owner/name@revision" on the Hub, or a published DETRIS model such as "detris-b-refcoco".
-                A list or dict of these loads several adapter sets on the towers of the first. A list names each set by its
-                data set, a dict by its key. `predict` uses the first set by default.
+            source: a run directory (its best checkpoint), a checkpoint directory, a .safetensors
+                bundle, a repository "owner/name" or "owner/name@revision" on the Hub, or a
+                published DETRIS model such as "detris-b-refcoco". A list or dict of these loads
+                several adapter sets on the towers of the first. A list names each set by its data
+                set, a dict by its key. `predict` uses the first set by default.
             device: auto, cpu, cuda or cuda:N.
             precision: auto, float32 or bfloat16; the run's own by default.
 
         Raises:
-            DcrisError: the model does not exist, cannot be fetched or loaded, its towers are not those it was trained on, or
-                one of several has other towers than the first.
+            DcrisError: the model does not exist, cannot be fetched or loaded, its towers are not
+                those it was trained on, or one of several has other towers than the first.
         """
         chosen = choose_device(device)  # fails before anything is fetched
         if precision is not None:
@@ -152,12 +156,13 @@ class Segmenter:
     def add_adapters(self, name: str, source: Source) -> None:
         """Load the adapters and head of another checkpoint, for `predict(..., adapters=name)`.
 
-        The first model is named by its data set. The new adapters use the frozen towers that are already in memory, and give
-        the same results as their own checkpoint. Other threads may predict meanwhile, but only one thread at a time may add
-        adapters.
+        The first model is named by its data set. The new adapters use the frozen towers that are
+        already in memory, and give the same results as their own checkpoint. Other threads may
+        predict meanwhile, but only one thread at a time may add adapters.
 
         Raises:
-            DcrisError: as in from_pretrained; also if the name is in use, or they were trained on other towers.
+            DcrisError: as in from_pretrained; also if the name is in use, or they were trained on
+                other towers.
         """
         self._add(require(name, str, "the name of the adapters"), source)
 
@@ -173,10 +178,10 @@ class Segmenter:
         self._sets = {**self._sets, name: (ready, config)}
 
     def merged(self) -> "Segmenter":
-        """Return a segmenter whose trained weights are merged into the towers, if the method supports it (LoRA).
+        """Return a segmenter with trained weights merged into the towers, for methods like LoRA.
 
-        The results are the same up to rounding, at the speed of the plain towers. A saved copy includes its towers. Of
-        several adapter sets, the first is used.
+        The results are the same up to rounding, at the speed of the plain towers. A saved copy
+        includes its towers. Of several adapter sets, the first is used.
 
         Raises:
             DcrisError: the method does not support merging.
@@ -200,16 +205,18 @@ class Segmenter:
         metrics: Metrics | Sequence[Metrics] = (),
         licence: str | None = None,
     ) -> Path:
-        """Save the model for from_pretrained: config.json, model.safetensors and a model card (README.md).
+        """Save the model for from_pretrained: config.json, model.safetensors and README.md.
 
         Of several adapter sets, the first is saved.
 
         Args:
             path: a directory that does not exist; with `bundle`, a file.
-            half: store adapters and head in float16, which halves their size. They are loaded as float32.
-            bundle: write one .safetensors file with everything and no card; implied by a path with that ending.
-            towers: write the frozen towers too, as towers.safetensors; by default only if others cannot get them from the
-                Hub or the package.
+            half: store adapters and head in float16, which halves their size. They are loaded as
+                float32.
+            bundle: write one .safetensors file with everything and no card; implied by a path with
+                that ending.
+            towers: write the frozen towers too, as towers.safetensors; by default only if others
+                cannot get them from the Hub or the package.
             metrics: output of `dcris evaluate --out`, or a list of such outputs, for the card.
             licence: short licence name of the Hub, for the card.
 
@@ -252,7 +259,8 @@ class Segmenter:
             URL of the repository.
 
         Raises:
-            DcrisError: the Hub cannot be reached, or the token of `hf auth login` does not permit writing.
+            DcrisError: the Hub cannot be reached, or the token of `hf auth login` does not permit
+                writing.
         """
         require(repo, str, "the repository")
         require(message, str, "the message")
@@ -325,22 +333,23 @@ class Segmenter:
         """Predict the mask of the object that each phrase refers to.
 
         Args:
-            image: one image or a list of images. An image is a path, a PIL image of any mode, or an array; EXIF orientation
-                is applied. Several images share forward passes as far as memory allows.
-            phrases: phrases for every image; a string is one phrase. For a list of images, this may also be a list with the
-                phrases of each image.
+            image: one image or a list of images. An image is a path, a PIL image of any mode, or an
+                array; EXIF orientation is applied. Several images share forward passes as far as
+                memory allows.
+            phrases: phrases for every image; a string is one phrase. For a list of images, this may
+                also be a list with the phrases of each image.
             threshold: pixels with a greater probability belong to the mask; 0.35 by default.
             scores: keep the probability of each pixel in the predictions.
             adapters: name of the adapter set; the first by default.
             memory: bytes that activations may take; a quarter of the free memory by default.
 
         Returns:
-            One prediction per phrase, in order; for a list of images, one such list per image. The grouping into forward
-            passes changes predictions by no more than rounding.
+            One prediction per phrase, in order; for a list of images, one such list per image. The
+            grouping into forward passes changes predictions by no more than rounding.
 
         Raises:
-            DcrisError: an image cannot be read, a phrase is empty, the threshold is not between 0 and 1, or the adapter set
-                does not exist.
+            DcrisError: an image cannot be read, a phrase is empty, the threshold is not between 0
+                and 1, or the adapter set does not exist.
         """
         name, threshold = self._check(adapters, threshold)
         if memory is not None:
@@ -360,7 +369,7 @@ class Segmenter:
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
-        """Compute the features of an image that do not depend on the phrase, for any number of calls of `segment`.
+        """Compute the features of an image that do not depend on the phrase, for `segment`.
 
         Args and errors: as in `predict`.
         """
@@ -372,9 +381,10 @@ class Segmenter:
     def segment(
         self, encoded: EncodedImage, phrases: Phrases, *, threshold: float | None = None, scores: bool = False
     ) -> list[Prediction]:
-        """Predict masks for an image that `encode_image` has encoded, with the results of `predict`.
+        """Predict masks for an image encoded by `encode_image`, with the same results as `predict`.
 
-        Another threshold needs no further forward pass: use `scores=True` and `Prediction.with_threshold`.
+        Another threshold needs no further forward pass: use `scores=True` and
+        `Prediction.with_threshold`.
 
         Args and errors: as in `predict`.
         """
@@ -408,7 +418,8 @@ class Segmenter:
         for start in range(0, len(images), at_once):
             some_images, some_phrases = images[start : start + at_once], phrases[start : start + at_once]
             if not any(some_phrases):
-                # Without phrases there is nothing to predict, but unreadable images must still raise an error.
+                # Without phrases there is nothing to predict, but unreadable images must still
+                # raise an error.
                 results += [[] for image in some_images if as_pixels(image).size]
                 continue
             # Encode a phrase of several images only once.
@@ -440,7 +451,7 @@ class Segmenter:
         scores: bool,
         memory: float | None,
     ) -> Iterator[Prediction]:
-        """Yield the predictions for pairs of (image number, phrase number), in order, at the size of each image."""
+        """Yield the predictions for pairs (image number, phrase number), in order."""
         if not pairs:
             return
         model, config = self._sets[adapters]
@@ -455,7 +466,7 @@ class Segmenter:
             done += len(logits)
 
     def _pairs_per_pass(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:
-        """Number of pairs of an image and a phrase whose forward pass fits into the memory (bytes)."""
+        """Number of image-phrase pairs whose forward pass fits into the memory (bytes)."""
         budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
         return int(min(_MAX_PAIRS, max(1, budget / _bytes_per_pair(model, config))))
 
@@ -481,7 +492,8 @@ def _check_phrases(phrases: Iterable[Any]) -> list[str]:
 def _bytes_per_pair(model: ReferringSegmenter, config: RunConfig) -> int:
     """Upper estimate of the activation memory of one image with one phrase, in float32.
 
-    The largest activation is either in the projector, with 4 x 4 cells per patch, or in the hidden layer of a block.
+    The largest activation is either in the projector, with 4 x 4 cells per patch, or in the hidden
+    layer of a block.
     """
     cells = (config.data.image_size // config.model.vision.patch) ** 2
     projector = 16 * cells * 4 * config.model.head.width

@@ -1,7 +1,8 @@
 """Read the frames of videos, and write videos with masks drawn on them.
 
-PyAV is used because it raises an error for broken files; cv2 silently returns fewer frames. FFmpeg never gets a file name: it
-would take a name such as "http:host/a.mp4" as a URL, and open the files that a playlist lists.
+PyAV is used because it raises an error for broken files; cv2 silently returns fewer frames. FFmpeg
+never gets a file name: it would take a name such as "http:host/a.mp4" as a URL, and open the files
+that a playlist lists.
 """
 
 import struct
@@ -37,11 +38,12 @@ _DEMUXERS = {
     "h264": (".h264", ".264"),
     "hevc": (".hevc", ".h265", ".265"),
 }
-"""Accepted containers (FFmpeg's names) and their file endings. FFmpeg's other formats include playlists (hls, concat, sdp),
-which open further files and hosts."""
+"""Accepted containers (FFmpeg's names) and their file endings. FFmpeg's other formats include
+playlists (hls, concat, sdp), which open further files and hosts."""
 
 _MAX_PIXELS = 36_000_000
-"""Limit on the pixels of a frame (8K cinema). A decoder keeps up to 16 frames, which takes 0.9 GB."""
+"""Limit on the pixels of a frame (8K cinema). A decoder keeps up to 16 frames, which takes 0.9
+GB."""
 
 VIDEO_ENDINGS = frozenset(ending for endings in _DEMUXERS.values() for ending in endings)
 
@@ -50,10 +52,12 @@ _ENCODERS = {
     "libopenh264": {"b": "8000000"},
     "mpeg4": {"qscale": "3"},
 }
-"""Encoders in order of preference: H.264, which every browser plays, if FFmpeg was built with it."""
+"""Encoders in order of preference: H.264, which every browser plays, if FFmpeg was built with
+it."""
 
 _MISSING_SECONDS = 0.5
-"""The last frame may end this much before the duration in the file; otherwise the file is truncated."""
+"""The last frame may end this much before the duration in the file; otherwise the file is
+truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,9 @@ def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lamb
     """Yield every `every`-th frame of a video, from the first, whose index is `wanted`.
 
     Raises:
-        DcrisError: PyAV is not installed, or the file is not a video or changes its size; after the intact frames, if the
-            file is damaged or truncated. A truncated transport stream (.ts) is not detected, because it has no duration.
+        DcrisError: PyAV is not installed, or the file is not a video or changes its size; after the
+            intact frames, if the file is damaged or truncated. A truncated transport stream (.ts)
+            is not detected, because it has no duration.
     """
     _require_one_size(path)
     for frame in _decoded(path):
@@ -84,13 +89,15 @@ def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lamb
 def write_overlay(
     source: Path, target: Path, masks: Callable[[int], Sequence[MaskArray] | None], last: int, every: int = 1
 ) -> str:
-    """Write the frames that have masks, with the masks drawn on them, as an .mp4 file at the speed of the source.
+    """Draw masks on the frames that have some, and write these as an .mp4 file.
+
+    It plays at the speed of the source.
 
     Args:
         source: the video.
         target: the .mp4 file; it is written completely or not at all.
-        masks: returns the masks [H, W] bool of a frame by its index, one per phrase; None omits the frame. Phrase k has the
-            colour k of `drawing.COLOURS`.
+        masks: returns the masks [H, W] bool of a frame by its index, one per phrase; None omits the
+            frame. Phrase k has the colour k of `drawing.COLOURS`.
         last: index of the last frame with masks; reading stops there.
         every: step between frames with masks, which divides the frame rate.
 
@@ -151,7 +158,7 @@ class _Decoded:
 
 
 def _require_one_size(path: Path) -> None:
-    """Raise DcrisError if the key frames of a video differ in size, before any frame is predicted."""
+    """Raise DcrisError if key frames differ in size, before any frame is predicted."""
     with _opened(path) as (container, stream):
         stream.codec_context.skip_frame = "NONKEY"
         size = None
@@ -266,7 +273,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
-    """Return the display matrix (a, b, c, d) of a frame: pixel (x, y) is shown at (a x + c y, b x + d y) plus an offset."""
+    """Return the display matrix (a, b, c, d): pixel (x, y) is shown at (a x + c y, b x + d y)."""
     data = frame.side_data.get("DISPLAYMATRIX")
     a, b, _, c, d = (1, 0, 0, 0, 1) if data is None else struct.unpack_from("=5i", bytes(data))
     return a, b, c, d

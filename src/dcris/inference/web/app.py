@@ -1,8 +1,9 @@
 """The web page (Gradio), the API beside it, and the server for both.
 
-Gradio only draws the page in the browser. Its routes for uploads, files, function calls and queues accept paths and URLs
-from clients, so they are not served; scripts of the page send images and requests to the routes of this module. Images and
-predictions stay in memory, and no path from a client reaches the file system.
+Gradio only draws the page in the browser. Its routes for uploads, files, function calls and queues
+accept paths and URLs from clients, so they are not served; scripts of the page send images and
+requests to the routes of this module. Images and predictions stay in memory, and no path from a
+client reaches the file system.
 """
 
 import base64
@@ -55,7 +56,8 @@ _CLEANUP_INTERVAL = 60.0
 """Seconds between two deletions of expired sessions."""
 
 AUTH = "DCRIS_WEB_AUTH"
-"""Environment variable with the value of `--auth`. Other users of the machine can see arguments, but not the environment."""
+"""Environment variable with the value of `--auth`. Other users of the machine can see arguments,
+but not the environment."""
 
 _DOWNLOADS = {"masks.zip": "Masks (zip of PNGs)", "coco.json": "COCO JSON"}
 
@@ -103,13 +105,14 @@ def serve(
         examples: example images; by default generated scenes, if the model was trained on those.
         limits: limits on requests.
         allow_hosts: further host names that clients may use.
-        auth: USER:PASSWORD, or a file with one such line per user; by default the environment variable DCRIS_WEB_AUTH.
+        auth: USER:PASSWORD, or a file with one such line per user; by default the environment
+            variable DCRIS_WEB_AUTH.
         no_auth: serve other machines without a password.
         ready: called with the URL of the page when the server answers.
 
     Raises:
-        DcrisError: the extra `web` is not installed, the port is in use, `host` serves other machines and neither `auth` nor
-            `no_auth` is given, or an example is not an image.
+        DcrisError: the extra `web` is not installed, the port is in use, `host` serves other
+            machines and neither `auth` nor `no_auth` is given, or an example is not an image.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
     credentials = () if no_auth else _credentials(auth)
@@ -255,10 +258,14 @@ def make_app(
     gradio_app, names = _gradio_app(make_page(limits, service.segmenter, example_images))
 
     async def page(scope: Any, receive: Any, send: Any) -> None:
-        """Serve Gradio's page and its files by their exact names. Gradio gets nothing else of the request."""
+        """Serve Gradio's page and its files by their exact names.
+
+        Gradio gets nothing else of the request.
+        """
         if scope["method"] not in ("GET", "HEAD") or scope["path"] not in names:
             raise Refused(404, "there is nothing at this address; the page is at / and the API at /api/segment")
-        # Without Accept-Encoding: Gradio would compress megabytes for each request, which blocks all other requests.
+        # Without Accept-Encoding: Gradio would compress megabytes for each request, which blocks
+        # all other requests.
         headers = [each for each in scope["headers"] if each[0] in (b"host", b"if-none-match")]
         await gradio_app({**scope, "query_string": b"", "headers": headers}, receive, send)
 
@@ -281,7 +288,10 @@ def make_app(
 
 
 def make_page(limits: Limits, segmenter: Segmenter, examples: Sequence[Example]) -> "gradio.Blocks":
-    """Build the page. Every event runs a script that posts to a route of this module; Gradio calls no function."""
+    """Build the page.
+
+    Every event runs a script that posts to a route of this module; Gradio calls no function.
+    """
     import gradio
 
     with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as page:
@@ -354,7 +364,7 @@ def make_page(limits: Limits, segmenter: Segmenter, examples: Sequence[Example])
 
 
 def _gradio_app(page: "gradio.Blocks") -> tuple["ASGIApp", frozenset[str]]:
-    """Return Gradio's application and the paths of it that are served: the page, its scripts and styles."""
+    """Return Gradio's application and its served paths: the page, its scripts and styles."""
     import gradio
     from fastapi import FastAPI
     from gradio.routes import BUILD_PATH_LIB, STATIC_PATH_LIB
@@ -401,7 +411,10 @@ def _parse_threshold(text: str) -> float:
 
 
 def _credentials(given: str | None) -> list[str]:
-    """Return "user:password" of each user, from one such text or a file of such lines. Raises DcrisError for other text."""
+    """Return "user:password" of each user, from one such text or a file of such lines.
+
+    Raises DcrisError for other text.
+    """
     given = given or os.environ.get(AUTH, "")
     if not given:
         return []

@@ -1,8 +1,9 @@
-"""Checks of every request before it reaches the page or the API: host, origin, password, size and time.
+"""Checks of every request before the page or the API: host, origin, password, size, time.
 
-`Guard` is an ASGI application in front of another one. It checks the host name, the origin, the password, and the size and
-time of the body. `Connection` adds to uvicorn's connection a time limit for the head of a request and a limit on the
-connections of one client. This module opens no files and no outgoing connections.
+`Guard` is an ASGI application in front of another one. It checks the host name, the origin, the
+password, and the size and time of the body. `Connection` adds to uvicorn's connection a time limit
+for the head of a request and a limit on the connections of one client. This module opens no files
+and no outgoing connections.
 """
 
 import asyncio
@@ -26,7 +27,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dcris.errors import DcrisError
 from dcris.inference.web.service import BUSY, BusyError, Limits
 
-# The page needs no other server. This header makes browsers enforce that, also for future versions of Gradio.
+# The page needs no other server. This header makes browsers enforce that, also for future versions
+# of Gradio.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'",
     "Referrer-Policy": "no-referrer",
@@ -76,7 +78,8 @@ class Guard:
     """Check requests, receive their bodies, and pass them to an application.
 
     Args:
-        app: the application. It gets each body in one message, and is cancelled when the client disconnects.
+        app: the application. It gets each body in one message, and is cancelled when the client
+            disconnects.
         bodies: maximum size in bytes of each path that accepts a body (by POST).
         limits: limits on sizes and times.
         hosts: allowed host names, in addition to the address of the server.
@@ -116,8 +119,9 @@ class Guard:
                 if unread:
                     sent["Connection"] = "close"
             elif unread and not message.get("more_body"):
-                # uvicorn would close the connection now, and a client that is still sending would see a reset instead of the
-                # response. So delay the end of the response until the body has been read.
+                # uvicorn would close the connection now, and a client that is still sending would
+                # see a reset instead of the response. So delay the end of the response until the
+                # body has been read.
                 message, last = {**message, "more_body": True}, True
             await send(message)
             if last:
@@ -153,7 +157,8 @@ class Guard:
         if not self._allowed(host[1], scope):
             raise Refused(403, f"requests for the host {host[1]!r} are refused; allow it with --allow-host")
         for origin in headers.getlist("origin"):
-            # Behind a proxy that replaces the host name, the origin is a name given by --allow-host.
+            # Behind a proxy that replaces the host name, the origin is a name given by
+            # --allow-host.
             scheme, _, place = origin.lower().partition("://")
             found = _HOST.fullmatch(place)
             if scheme not in ("http", "https") or not found:
@@ -166,7 +171,8 @@ class Guard:
     def _allowed(self, host: str, scope: Scope) -> bool:
         """Whether clients may use the name `host`.
 
-        Other sites can let a name of theirs point to this server (DNS rebinding), so every name must be allowed explicitly.
+        Other sites can let a name of theirs point to this server (DNS rebinding), so every name
+        must be allowed explicitly.
         """
         here = _address(scope["server"][0]) if scope.get("server") else None
         local = here is not None and here.is_loopback
@@ -187,7 +193,8 @@ class Guard:
         kind, _, encoded = given.partition(" ")
         with suppress(ValueError):
             decoded = base64.b64decode(encoded.strip(), validate=True)
-            # Compare with all of them, each in constant time, so that the time reveals nothing about a password.
+            # Compare with all of them, each in constant time, so that the time reveals nothing
+            # about a password.
             if kind.lower() == "basic" and sum(hmac.compare_digest(decoded, each) for each in self._credentials):
                 return
         # A correct password does not reset the count: it may be another user at the same address.
@@ -226,7 +233,7 @@ class Guard:
             raise BusyError(BUSY)
 
     def _make_room(self) -> None:
-        """Drop unfinished bodies until the total size fits: of the client with the most bytes, the oldest first."""
+        """Drop unfinished bodies until the rest fits, first the oldest of the largest client."""
         held = Counter[str]()
         for body in self._bodies:
             held[body.client] += body.size
@@ -243,7 +250,10 @@ class Guard:
             deadline.reschedule(0)
 
     async def _pass(self, scope: Scope, body: _Body, receive: Receive, send: Send, *, watch: bool) -> bool:
-        """Run the application; return False if it took too long. Raises _GoneError if the client disconnected."""
+        """Run the application; return False if it took too long.
+
+        Raises _GoneError if the client disconnected.
+        """
 
         messages: list[Message] = [{"type": "http.request", "body": bytes(body.data)}]
         body.data = bytearray()  # its size still counts
@@ -281,7 +291,8 @@ class Guard:
             async with asyncio.timeout(self._limits.drain_seconds):
                 more = True
                 while more and left > 0:
-                    # A client that stops sending has read the response, or waits until the connection is closed.
+                    # A client that stops sending has read the response, or waits until the
+                    # connection is closed.
                     message = await asyncio.wait_for(receive(), _PAUSE)
                     left -= len(message.get("body", b""))
                     more = message.get("more_body", False)
@@ -290,8 +301,9 @@ class Guard:
 class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvicorn
     """A connection of uvicorn with a time limit for the head of a request.
 
-    The connections of one client, and of all clients together, are limited. A new connection beyond the limit replaces the
-    one that has waited longest for its client (to send a request or to read a response).
+    The connections of one client, and of all clients together, are limited. A new connection beyond
+    the limit replaces the one that has waited longest for its client (to send a request or to read
+    a response).
     """
 
     def __init__(self, limits: Limits, **uvicorn: Any) -> None:
@@ -369,7 +381,10 @@ class Connection(H11Protocol):  # type: ignore[misc]  # mypy does not read uvico
 
 
 def _address(text: str) -> _Address | None:
-    """Parse an IP address; None for other text. IPv4 addresses in IPv6 notation become IPv4 addresses."""
+    """Parse an IP address; None for other text.
+
+    IPv4 addresses in IPv6 notation become IPv4 addresses.
+    """
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:

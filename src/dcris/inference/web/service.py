@@ -1,7 +1,7 @@
 """What the page and the API share: limits, one model for all clients, and the sessions of the page.
 
-This module does not depend on a web framework. Images and predictions are kept in memory only, and their number, size and
-age are limited.
+This module does not depend on a web framework. Images and predictions are kept in memory only, and
+their number, size and age are limited.
 """
 
 import asyncio
@@ -57,7 +57,8 @@ class Limits:
     uploading: int = 200_000_000
     """Bytes of all request bodies in memory."""
     drain: int = 1_000_000_000
-    """Bytes of a refused body that are received and discarded, so that the client reads the error message."""
+    """Bytes of a refused body that are received and discarded, so that the client reads the error
+    message."""
     connections: int = 200
     client_connections: int = 64
     head_seconds: float = 10.0
@@ -84,10 +85,12 @@ class NotFoundError(DcrisError):
 
 
 class InferenceService:
-    """One model for many clients. Requests are answered one after the other, in the order of arrival.
+    """One model for many clients.
 
-    Work without the model (decoding images, drawing, compressing) has its own thread: it does not wait for the model, and
-    only one such job at a time takes memory.
+    Requests are answered one after the other, in the order of arrival.
+
+    Work without the model (decoding images, drawing, compressing) has its own thread: it does not
+    wait for the model, and only one such job at a time takes memory.
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits | None = None) -> None:
@@ -99,11 +102,17 @@ class InferenceService:
         self._images = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
 
     def read_image(self, data: bytes) -> NDArray[np.uint8]:
-        """Decode an uploaded file to pixels [H, W, 3]. Raises DcrisError if it is not an image or has too many pixels."""
+        """Decode an uploaded file to pixels [H, W, 3].
+
+        Raises DcrisError if it is not an image or has too many pixels.
+        """
         return read_image(data, self.limits.pixels)
 
     def parse_phrases(self, lines: Sequence[str]) -> list[str]:
-        """Return the phrases among lines of text. Raises DcrisError if there are none, too many, or one is too long."""
+        """Return the phrases among lines of text.
+
+        Raises DcrisError if there are none, too many, or one is too long.
+        """
         phrases = [line.strip() for line in lines if line.strip()]
         if not phrases:
             raise DcrisError("there is no phrase; enter one, for example: left slice")
@@ -124,7 +133,7 @@ class InferenceService:
         adapters: str | None = None,
         threshold: float | None = None,
     ) -> list[Prediction]:
-        """Predict masks with probabilities, as Segmenter.predict does, for pixels or an uploaded file.
+        """Predict masks with probabilities (Segmenter.predict) for pixels or an uploaded file.
 
         Raises:
             DcrisError: as Segmenter.predict does.
@@ -132,7 +141,8 @@ class InferenceService:
         """
 
         def run() -> list[Prediction]:
-            # Decode the file only now: while the request waits, the file takes less memory than its pixels.
+            # Decode the file only now: while the request waits, the file takes less memory than its
+            # pixels.
             pixels = self.read_image(image) if isinstance(image, bytes) else image
             most = self.limits.masks // (pixels.shape[0] * pixels.shape[1])
             if len(phrases) > most:
@@ -142,7 +152,10 @@ class InferenceService:
         return await self._submit(self._model, run)
 
     async def render(self, work: Callable[[], T]) -> T:
-        """Run work that does not need the model. Raises BusyError if too many requests are waiting."""
+        """Run work that does not need the model.
+
+        Raises BusyError if too many requests are waiting.
+        """
         return await self._submit(self._images, work)
 
     async def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -191,7 +204,10 @@ class Session:
 
 
 class Sessions:
-    """Sessions by secret name, safe for several threads. The least recently used ones are deleted for new ones."""
+    """Sessions by secret name, safe for several threads.
+
+    The least recently used ones are deleted for new ones.
+    """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock
