@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dcris.checkpoints.checkpoint import list_checkpoints
+from dcris.checkpoints.checkpoint import _sealed, list_checkpoints
 from dcris.config import RunConfig, parse_value, replace
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable

@@ -22,7 +22,8 @@ from dcris.errors import DcrisError
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 
-# By the vision tower's width and depth. What no tensor tells, heads and the blocks the neck reads, comes with the recipe.
+# By width and depth of the vision tower. Tensors do not show the number of heads and the feature
+# layers; recipes do.
 _RECIPES = {
     (768, 12): (get_recipe("detris_b"),),
     (1024, 24): (get_recipe("detris_l"), get_recipe("detris_l_mixed")),
@@ -220,8 +221,8 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     width = _size(tensors, "dinov2.cls_token", -1, where)
     depth = len(_numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\."))
     if (width, depth) not in _RECIPES:
-        known = " or ".join(f"{blocks} blocks, {wide} wide" for wide, blocks in _RECIPES)
-        raise DcrisError(f"{where} has a vision tower of {depth} blocks, {width} wide; a DETRIS model has {known}")
+        known = " or ".join(f"{blocks} blocks of width {wide}" for wide, blocks in _RECIPES)
+        raise DcrisError(f"{where} has a vision tower with {depth} blocks of width {width}; a DETRIS model has {known}")
     recipes = _RECIPES[width, depth]
     assert recipes[0].model.method is not None
     method = recipes[0].model.method.model_dump()
@@ -246,7 +247,7 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     try:
         found = replace(recipes[0], {"model.method": method if method["visual"] or method["text"] else None})
     except DcrisError as error:
-        raise DcrisError(f"{where} does not fit any known model: {error}") from error
+        raise DcrisError(f"{where} has no valid DETRIS model: {error}") from error
     return next((recipe for recipe in recipes if recipe.model == found.model), found)
 
 
