@@ -1,8 +1,8 @@
 """`python double_precision.py ...` is `dcris ...` with a model in double precision.
 
-What differs between two ways to make the same step is then the way and not rounding. In single precision rounding soon becomes
-more: one of a step's million arguments of a ReLU lies so near zero that it falls on the other side, and the curves part, by
-up to 5e-4 within twenty steps, between two numbers of threads too.
+Two ways to compute the same step then differ by the way and not by rounding. In single precision,
+rounding grows: one of a million inputs of a ReLU is so near zero that its sign changes, and the
+curves differ by up to 5e-4 within twenty steps, even between two numbers of threads.
 """
 
 import sys

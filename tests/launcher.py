@@ -1,8 +1,9 @@
-"""Starts `dcris` over and over without importing torch each time: every start is forked from a process that has.
+"""Start `dcris` many times without importing torch each time, by forking a process that has
+imported it.
 
-That process is this file, run as a program. A request is a line of JSON: {"start": [words], "output": file, "env": {}} is
-answered with the new process's id, {"poll": id} with its exit code or null. A start is a session of its own, and can be killed
-like any other process.
+That process is this file, run as a program. A request is a line of JSON: {"start": [words],
+"output": file, "env": {}} is answered with the new process's id, {"poll": id} with its exit code or
+null. Each start has a session of its own, and can be killed like any other process.
 """
 
 import json
@@ -16,11 +17,13 @@ from typing import Any
 
 
 def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells one of several processes on this machine.
+    """Return the environment variables that torchrun sets for one of several processes on this
+    machine.
 
-    `port` is that of a store that the test keeps, a `torch.distributed.TCPStore("127.0.0.1", 0, is_master=True,
-    wait_for_workers=False)`, as torchrun itself does. A port that is merely free now may be taken when the first process wants
-    it; on one among those of outgoing connections, a process that tries too early even finds itself.
+    `port` is that of a store that the test holds, as torchrun does:
+    `torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)`. A port
+    that is merely free may be taken before rank 0 uses it; in the range of outgoing connections, a
+    process that connects too early can even connect to itself.
     """
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     theirs = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
@@ -28,7 +31,7 @@ def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 class Launcher:
-    """The side of the tests. A context."""
+    """The client, for tests. A context."""
 
     def __enter__(self) -> "Launcher":
         self.server = subprocess.Popen(
@@ -46,16 +49,17 @@ class Launcher:
         self.server.wait(30)
 
     def start(self, words: list[object], output: Path, **env: object) -> int:
-        """`dcris words...` in a session of its own; what it says is appended to `output`. Returns its id."""
+        """Start `dcris words...` in a session of its own; its output is appended to `output`.
+        Returns its id."""
         values = {name: str(value) for name, value in env.items()}
         return self._ask({"start": [str(word) for word in words], "output": str(output), "env": values})
 
     def poll(self, process: int) -> int | None:
-        """The exit code, negative for a signal, once there is one. Asked once more, it is there no longer."""
+        """Return the exit code once, negative for a signal; None while the process runs."""
         return self._ask({"poll": process})
 
     def wait(self, process: int, seconds: float = 120) -> int:
-        """The exit code, as soon as there is one; what takes longer is killed and fails the test."""
+        """Return the exit code; a process that takes longer is killed, and the test fails."""
         deadline = time.monotonic() + seconds
         while (code := self.poll(process)) is None:
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Short training runs of the tiny recipe, for tests of everything that needs a trained model or a loop."""
+"""Short training runs of the tiny recipe."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ EVERY_STEP = ("train.log_every", "1")
 
 
 def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_tiny") -> RunConfig:
-    """A tiny recipe in batches of four small squares, read without worker processes, for so many steps."""
+    """Return a tiny recipe with batches of four small images, read without workers."""
     base = {
         "train.max_steps": steps,
         "train.epochs": 1000,
@@ -36,7 +36,7 @@ def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_ti
 def run_training(
     config: RunConfig, table: ReferenceTable | Path, out: Path, resume: bool = False, log: Callable[[str], None] = len
 ) -> TrainResult:
-    """Train as `dcris train` does, on the CPU and in silence."""
+    """Train as `dcris train` does, on the CPU, without output."""
     if isinstance(table, Path):
         table = load_references(table, config.data.dataset)
     tokenizer = get_tokenizer(config.model.text.tokenizer)
@@ -44,12 +44,13 @@ def run_training(
 
 
 def last_tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    """What the newest checkpoint of a run holds."""
+    """Return the tensors of a run's newest checkpoint."""
     return load_file(list_checkpoints(run)[-1].path / file)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, statistics, moments and log of two runs agree bit for bit; only speed and memory may differ."""
+    """Two runs have the same weights, statistics, optimizer state and log, bit for bit; speed and
+    memory may differ."""
     for file in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = last_tensors(one, file), last_tensors(other, file)
         assert ours.keys() == theirs.keys()
@@ -59,7 +60,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def timeless_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without what depends on the machine."""
+    """Return the lines of a log without the values that depend on the machine."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for line in lines:
         for name in ("seconds", "images_per_second", "peak_memory_mb"):
@@ -68,7 +69,7 @@ def timeless_log(run: Path) -> list[dict[str, Any]]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files with a temporary name, which nothing may leave behind."""
+    """Return files with a temporary name, which nothing may leave behind."""
     return [path for path in folder.rglob(".*") if path.name != ".gitignore"]
 
 

@@ -1,4 +1,4 @@
-"""The Python API's arguments: what another program passes by mistake is one sentence, never an error from deep inside."""
+"""Wrong arguments of the Python API raise a DcrisError that names them."""
 
 import copy
 from collections.abc import Callable
@@ -25,7 +25,7 @@ IMAGE = np.zeros((20, 30, 3), np.uint8)
 
 
 class Place:
-    """A path of another library's, as `os.PathLike` allows."""
+    """A path class of another library (`os.PathLike`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -158,7 +158,8 @@ def found() -> Prediction:
 def test_a_wrong_argument_is_one_sentence(
     segmenter: Segmenter, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A service shows DcrisError to whoever sent the request; anything else is a failure of the service."""
+    """A service can show a DcrisError to its user; other exceptions would be failures of the
+    service."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DcrisError) as caught:
@@ -184,7 +185,7 @@ def test_paths_are_what_python_takes_as_paths(
 
 
 def test_phrases_are_what_python_takes_as_lists(segmenter: Segmenter) -> None:
-    """Of arrays, tuples and generators, the answers are those to the list."""
+    """Arrays, tuples and generators give the same results as lists."""
     expected = segmenter.predict(IMAGE, ["a cup", "red"])
     for phrases in (("a cup", "red"), np.array(["a cup", "red"]), (text for text in ("a cup", "red"))):
         assert segmenter.predict(IMAGE, phrases) == expected
@@ -196,7 +197,7 @@ def test_phrases_are_what_python_takes_as_lists(segmenter: Segmenter) -> None:
 
 
 def test_predictions_are_compared(segmenter: Segmenter) -> None:
-    """`prediction == other` says whether they are the same answer, as of any other value."""
+    """`prediction == other` compares the content."""
     for scores in (False, True):
         (answer,) = segmenter.predict(IMAGE, "a cup", scores=scores)
         assert answer == copy.deepcopy(answer)

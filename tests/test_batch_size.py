@@ -1,4 +1,5 @@
-"""Less memory must not mean another result: passes, recomputed activations, and the search for what fits."""
+"""Less memory gives the same result: passes, recomputed activations, and the search for the largest
+micro batch."""
 
 import copy
 import json
@@ -51,7 +52,7 @@ def model_of(config: RunConfig, seed: int = 0) -> ReferringSegmenter:
 
 @contextmanager
 def saved_bytes(counted: list[int]) -> Iterator[None]:
-    """Append the bytes that autograd keeps meanwhile; parameters do not count, as they are there anyway."""
+    """Append the bytes that autograd saves inside; parameters are not counted."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ def saved_bytes(counted: list[int]) -> Iterator[None]:
 
 
 def test_nothing_is_kept_before_the_first_adapter() -> None:
-    """Else memory grows by the blocks before it, whose activations no gradient ever asks for."""
+    """Blocks before the first adapter need no gradient, so autograd must not save their
+    activations."""
     config, kept = quick_config(1), []
     model, batch = model_of(config), samples(2)
     with saved_bytes(kept):
@@ -82,7 +84,7 @@ def test_nothing_is_kept_before_the_first_adapter() -> None:
 
 
 def test_a_frozen_layer_keeps_what_its_activation_needs_alone() -> None:
-    """A product with frozen weights passes gradients on without its input; were the weights to want some, it would keep it."""
+    """A product with frozen weights needs no input for its gradient; with trained weights it does."""
     mlp, kept = model_of(quick_config(1)).vision.blocks[0].mlp, []
     x = torch.randn(2, 21, 128, requires_grad=True)
     with saved_bytes(kept):
@@ -110,7 +112,8 @@ def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str,
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
 def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
-    """Loss, gradients and running statistics, bit for bit; dropout draws the same, batch norms count each step once."""
+    """Loss, gradients and running statistics are equal bit for bit; dropout draws the same numbers,
+    and batch norms count each step once."""
     side = ("data.image_size", "112")
     config = quick_config(1, side, ("model.head.dropout", dropout), ("model.method.visual.dropout", dropout))
     plain, batch = model_of(config), samples(2, 112)
@@ -130,16 +133,19 @@ def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
 
 
 def test_places_are_taken_once() -> None:
-    """Every sample of the batch in one pass of one process, in passes no larger than asked for."""
+    """Every sample of the batch is in one pass of one rank, and passes respect the micro batch. A
+    batch is refused only if no division exists."""
     for batch in (1, 5, 8, 9, 32):
         for count in (1, 2, 3, 8):
             for micro in (None, 1, 2, 3, 64):
-                shares = [partial(divide_batch, batch, micro, Processes(rank, count)) for rank in range(count)]
+                most = (micro or batch) * count
+                possible = any(count * passes <= batch <= most * passes for passes in range(1, batch + 1))
                 try:
-                    divided = [share() for share in shares]
+                    divided = [divide_batch(batch, micro, Processes(rank, count)) for rank in range(count)]
                 except DcrisError:
-                    assert batch < count or micro == 1
+                    assert not possible
                     continue
+                assert possible
                 assert len({len(ranges) for ranges in divided}) == 1
                 passes = [*zip(*divided, strict=True)]
                 assert [place for one in passes for part in one for place in part] == [*range(batch)]
@@ -151,7 +157,7 @@ def test_places_are_taken_once() -> None:
 
 
 def without_batch_norm(module: nn.Module) -> nn.Module:
-    """Norms within a sample in the place of those over the batch, whose statistics are a pass's own."""
+    """Replace batch norms, whose statistics are those of a pass, by norms within a sample."""
     for parent in [*module.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -161,9 +167,9 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(("recipe", "micro_batch"), [("dcris_tiny", 1), ("dcris_tiny", 2), ("barleria_tiny", 2)])
 def test_several_passes_are_one_step(recipe: str, micro_batch: int, scenes_root: Path, tmp_path: Path) -> None:
-    """Uneven ones too: else the gradient is not the mean over the batch, and the recipe's learning rate is another.
+    """Passes of one batch, also uneven ones, give the gradient of the mean over the batch.
 
-    BarLeRIa has a loss of its own, which is such a mean too.
+    BarLeRIa adds a loss of its own, which is such a mean, too.
     """
     batch, table = samples(5), load_references(scenes_root, "scenes")
     weights, losses, ious = [], [], []
@@ -189,7 +195,8 @@ def test_several_passes_are_one_step(recipe: str, micro_batch: int, scenes_root:
 
 
 class Doubled(nn.Module):
-    """A model in double precision behind single precision, so that rounding does not hide a wrong weight."""
+    """A model in double precision with an interface in single precision, so that rounding does not
+    hide a wrong weight."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -206,7 +213,8 @@ class Doubled(nn.Module):
 def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
     monkeypatch: pytest.MonkeyPatch, free: int | None, expected: int
 ) -> None:
-    """All of it where there is room, a power of two where there is room for three, a sentence where there is none."""
+    """All samples if there is room, a power of two if there is room for three, an error if there is
+    none."""
     config = quick_config(1)
     model, tokenizer = build_model(config), tokenizer_of(config.model.text)
     moments = 2 * sum(item.nbytes for item in model.parameters() if item.requires_grad)
@@ -245,10 +253,10 @@ print(memory_growth(lambda: (gc.collect(), torch.ones(50_000_000).sum())))
 
 
 def test_growth_and_free_memory_are_real() -> None:
-    """On the machine at hand: 200 MB are seen when they are taken for a moment, even after more was taken before.
+    """200 MB that are allocated for a moment are measured, even after more was allocated before.
 
-    And where more lies about that nobody uses any more, as a model does whose parts know each other: it goes at any time. In
-    a process of its own, since one that other tests have used may hold 200 MB that are free.
+    Also if unused memory with circular references, as a model has, is freed in between. In a
+    process of its own, since other tests may have left 200 MB of free memory.
     """
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert 1.9e8 < float(done.stdout) < 4e8
@@ -256,7 +264,7 @@ def test_growth_and_free_memory_are_real() -> None:
 
 
 def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else what is put through the network at once is measured by the machine, and the container's processes are killed."""
+    """Free memory respects the limit of a container."""
     for name, content in {
         "max": "max",
         "current": "700",
@@ -266,7 +274,7 @@ def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(device, "_CGROUP", tmp_path)
     assert free_memory(CPU) > 1000
     (tmp_path / "memory.max").write_text("1000\n")
-    assert free_memory(CPU) == 500  # what is cached of files gives way
+    assert free_memory(CPU) == 500  # file caches do not count as used
     (tmp_path / "memory.max").write_text("400\n")
     assert free_memory(CPU) == 0
 
@@ -274,7 +282,7 @@ def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pyte
 def test_auto_is_recorded_and_not_searched_again(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A resumed run takes the passes it was begun with, whatever is free by then."""
+    """A resumed run uses the recorded micro batch, whatever memory is free."""
     found = iter([2])
     monkeypatch.setattr(batch_size, "largest_micro_batch", lambda *_: next(found))
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--batch-size", "auto"]
@@ -290,7 +298,7 @@ def test_auto_is_recorded_and_not_searched_again(
 
 
 def test_old_configurations_still_load() -> None:
-    """config.json of a run from before there were passes."""
+    """config.json of a run without the fields for passes."""
     tree = quick_config(1).model_dump(mode="json")
     for name in ("micro_batch", "checkpoint_activations", "shard_towers"):
         del tree["train"][name]

@@ -1,4 +1,4 @@
-"""What a person types, end to end: results where they are promised, and one plain sentence where something is wrong."""
+"""The command line from end to end: results are written, and errors are one message."""
 
 import importlib
 import json
@@ -51,12 +51,12 @@ def photo(tmp_path: Path) -> Path:
 
 
 def dcris(*words: object) -> int:
-    """One command, in this process."""
+    """Run a command in this process."""
     return main([str(word) for word in words])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run a command that must fail as bad input does, and return its sentence."""
+    """Run a command that must fail because of bad input, and return its message."""
     code = dcris(*words)
     complaint = capsys.readouterr().err
     assert code == 2, complaint
@@ -70,7 +70,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The way of somebody who has nothing yet: scenes, check, train, evaluate, predict."""
+    """From nothing: scenes, check, train, evaluate, predict."""
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
     assert dcris("data", "scenes", data, "--train", 5, "--val", 0, "--test", 2, "--seed", 1) == 0
     assert dcris("data", "check", data, "--dataset", "scenes", "--deep", "--json") == 0
@@ -99,7 +99,7 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(capsys.readouterr().out.splitlines()) == 14
     assert len(json.loads((out / "predictions.json").read_text())) == 14
     assert len(list(out.iterdir())) == 2 + 3 * 14  # and predictions.json and the records
-    # A run can be run again from the configuration it left.
+    # A run can be repeated from its config.json.
     again = tmp_path / "again"
     assert dcris("train", run / "config.json", "--data", data, "--out", again) == 0
     assert (again / "config.json").read_text() == (run / "config.json").read_text()
@@ -108,7 +108,7 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Photographs and masks as they come: any size, grey, polygons and crowds."""
+    """Real images and masks: any size, grey, polygons and crowds."""
     assert dcris("data", "check", refer_root, "--dataset", "cocomini") == 0
     run = tmp_path / "run"
     assert dcris("train", "dcris_tiny", "--data", refer_root, "--dataset", "cocomini", "--out", run, *QUICK) == 0
@@ -124,7 +124,7 @@ def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.Captu
 def test_an_advised_command_can_be_pasted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shell would take a path with a space apart, and run what is behind a semicolon."""
+    """Paths in suggested commands are quoted for the shell."""
     monkeypatch.chdir(tmp_path)
     assert dcris("data", "scenes", f"./{name}", "--train", "2", "--val", "1", "--test", "1") == 0
     advised = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
@@ -132,7 +132,7 @@ def test_an_advised_command_can_be_pasted(
 
 
 def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From an annotation tool's export to a model that is tuned on it; the file alone says which data set it is."""
+    """From an annotation tool's export to a model tuned on it; the file is the whole data set."""
     folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))
     data, coco = folder / "shapes.jsonl", folder / "scenes/instances.json"
     photographs = folder / "images/mscoco/images/train2014"
@@ -147,7 +147,7 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads((run / "data.json").read_text())["splits"] == report["splits"]
     assert dcris("evaluate", run, "--data", data, "--split", "val", "--out", tmp_path / "a.json") == 0
     assert json.loads((tmp_path / "a.json").read_text())["dataset"] == "shapes"
-    # Without a split for validation, and from the run before.
+    # Without a validation split, starting from the previous run.
     text = data.read_text().replace('"split": "val"', '"split": "held out"')
     other = folder / "other.jsonl"
     other.write_text(text)
@@ -168,7 +168,7 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its name is the data set's wherever one is asked for; what was left out is said and kept."""
+    """Its name can be used for any data set; what was left out is reported and recorded."""
     root = Path(shutil.copytree(scenes_root, tmp_path / "data"))
     content = pickle.loads((root / "scenes/refs(generated).p").read_bytes())
     tested = {record["image_id"] for record in content if record["split"] == "val"}
@@ -188,7 +188,7 @@ def test_a_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> None:
-    """Masks, scores and COCO results say the same, at the photograph's size, whoever reads them."""
+    """Masks, scores and COCO results agree, at the size of the image."""
     phrases = ["red circle", "the leftmost ring"]
     scores = Segmenter.from_pretrained(trained_run, device="cpu").predict(photo, phrases, scores=True)
     assert scores[0].probabilities is not None
@@ -224,7 +224,7 @@ def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> 
 
 
 def test_only_what_was_asked_for_is_written(trained_run: Path, photo: Path, tmp_path: Path) -> None:
-    """Overlays of ten thousand photographs fill a disk."""
+    """Overlays of many images would fill a disk."""
     assert dcris("predict", trained_run, photo, "-e", "ring", "--out", tmp_path / "a", "--format", "mask", "coco") == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         f"{photo.stem}.0.mask.png",
@@ -234,7 +234,7 @@ def test_only_what_was_asked_for_is_written(trained_run: Path, photo: Path, tmp_
 
 
 def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path, tmp_path: Path) -> None:
-    """Else a.jpg and a.png, or those of two folders, overwrite each other's masks and nobody notices."""
+    """a.jpg and a.png, or images of two folders, must not overwrite each other's masks."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for number, (folder, name) in enumerate([(0, "a.png"), (0, "a~2.png"), (1, "a.png"), (1, "a.bmp")]):
         folders[folder].mkdir(exist_ok=True)
@@ -245,7 +245,7 @@ def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path,
 
 
 def odd_images(folder: Path) -> dict[str, tuple[int, int]]:
-    """Images as they come from scanners, phones and the web, with the height and width that a viewer shows."""
+    """Images from scanners, phones and the web, with the height and width that a viewer shows."""
     folder.mkdir()
     picture = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     picture.convert("CMYK").save(folder / "cmyk.jpg")
@@ -263,7 +263,7 @@ def odd_images(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_odd_images_are_answered(trained_run: Path, tmp_path: Path) -> None:
-    """At the size a viewer shows them."""
+    """At the size that a viewer shows."""
     sizes = odd_images(tmp_path / "in")
     out = tmp_path / "out"
     assert dcris("predict", trained_run, tmp_path / "in", "-e", "the cup", "--out", out) == 0
@@ -370,7 +370,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit code 2, one line that names what is wrong, no traceback, and no half result that looks like a whole one."""
+    """Exit code 2, one line that names the problem, no traceback, and no partial result."""
     (tmp_path / "notes.jpg").write_text("these are notes")
     (tmp_path / "empty").mkdir()
     places = {"RUN": trained_run, "DATA": scenes_root, "PHOTO": photo, "OUT": tmp_path / "out"}
@@ -384,13 +384,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     before = {path for root in (tmp_path, trained_run, scenes_root) for path in root.rglob("*")}
     assert sentence in refused(capsys, *shlex.split(words))
     after = {path for root in (tmp_path, trained_run, scenes_root) for path in root.rglob("*")}
-    # The folder for the results may be there, but nothing in it.
+    # The folder for the results may exist, but must be empty.
     assert after - before <= {tmp_path / "out"}
     assert (tmp_path / "notes.jpg").read_text() == "these are notes"
 
 
 class Hostile:
-    """Pickled, it asks whoever opens it to run a command."""
+    """An object whose pickle runs a command when it is opened."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch HACKED",)
@@ -406,7 +406,7 @@ def test_bad_data_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From `data check` and from `train` alike, whatever a mirror or a half download handed out."""
+    """From `data check` and from `train`."""
     monkeypatch.chdir(tmp_path)
     if damage == "no mask":
         del tiny_refer.instances["annotations"][2]["segmentation"]
@@ -449,7 +449,7 @@ def test_bad_data_is_one_sentence(
 def test_too_little_memory_is_said_in_a_sentence(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commonest way in which training ends on somebody's GPU; a page of traceback hides what would help."""
+    """Out of memory gives one message that helps, not a traceback."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -457,12 +457,12 @@ def test_too_little_memory_is_said_in_a_sentence(
     monkeypatch.setattr("dcris.data.check.check_dataset", fail)
     assert "not enough memory" in refused(capsys, "data", "check", ".", "--dataset", "any")
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="mat1"):  # a defect keeps its traceback
+    with pytest.raises(RuntimeError, match="mat1"):  # a bug keeps its traceback
         dcris("data", "check", ".", "--dataset", "any")
 
 
 def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A stranger's file may choose names that clear the screen, or that no terminal can show."""
+    """File names may contain control characters, or characters that no terminal can show."""
     name = "a\x1b[2J\n\udcff" + "x" * 5000
     complaint = refused(capsys, "data", "check", tmp_path, "--dataset", name)
     assert r"a\x1b[2J\n\udcff" in complaint
@@ -474,7 +474,7 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("command", ["", "data", *COMMANDS])
 def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Else a person has to guess how the arguments go together."""
+    """Every command's help ends with an example."""
     with pytest.raises(SystemExit) as exit_interrupted:
         dcris(*command.split(), "--help")
     assert exit_interrupted.value.code == 0
@@ -484,7 +484,7 @@ def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_examples_of_the_help_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    """Else the first thing a person copies does not work."""
+    """Examples are valid, settings after `dcris train` included; a misspelt setting is detected."""
     from dcris.cli import _parser
 
     for command in COMMANDS:
@@ -502,7 +502,7 @@ def test_examples_of_the_help_are_understood(capsys: pytest.CaptureFixture[str])
 
 
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """With exact numbers, which papers quote."""
+    """With exact numbers."""
     assert dcris("recipes", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["dcris_tiny"]["adapters"] > 0 == rows["fixed_tiny"]["adapters"]
@@ -525,7 +525,7 @@ def test_help_is_quick() -> None:
 
 
 def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Path) -> None:
-    """Through `python -m dcris`, as scripts see it: 0 with nothing on stderr, 2 with one line."""
+    """Through `python -m dcris`: 0 with nothing on standard error, 2 with one line."""
     command = ("-m", "dcris", "predict", str(trained_run), str(photo), "--out", str(tmp_path / "out"))
     good, bad = in_a_process(*command, "-e", "ring"), in_a_process(*command, "-e", "")
     assert (good.returncode, good.stderr) == (0, "")
@@ -538,7 +538,7 @@ def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Pa
 def test_an_interruption_says_how_to_go_on(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By an option that the command has: only `dcris train` knows --resume."""
+    """With an option that the command has: only `dcris train` has --resume."""
 
     def stop(*_: object, **__: object) -> NoReturn:
         raise Interrupted(signal.SIGTERM, Checkpoint(tmp_path / "step-00000007", 7, None))
@@ -554,12 +554,12 @@ def test_an_interruption_says_how_to_go_on(
 
 
 def write_scenes_of(count: int, root: Path, **settings: Any) -> None:
-    """A handful of scenes in the place of thousands."""
+    """Write a few scenes instead of thousands."""
     write_scenes(root, **{**settings, "train": count, "test": count})
 
 
 def test_a_shell_completes_commands_and_options() -> None:
-    """As bash does when somebody presses the tab key, from the printed script alone."""
+    """As bash does for the tab key, from the printed script."""
     printed = in_a_process("-m", "dcris", "completion", "bash")
     assert printed.returncode == 0, printed.stderr
     ask = """
@@ -572,7 +572,7 @@ def test_a_shell_completes_commands_and_options() -> None:
 
 
 def test_phrases_that_are_cut_are_counted(trained_run: Path, scenes_root: Path, tmp_path: Path, capsys) -> None:
-    """Somebody who evaluates a model of short phrases on longer ones must see why the scores are low."""
+    """Evaluating a model of short expressions on longer ones prints how many are cut."""
     phrases = ["red circle", "red " * 12 + "circle"]
     line = {"image": "a.png", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": phrases, "split": "val"}
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
@@ -586,7 +586,7 @@ def test_phrases_that_are_cut_are_counted(trained_run: Path, scenes_root: Path, 
 
 
 def test_other_data_of_an_answers_file_are_noted(scenes_root: Path, trained_run: Path, tmp_path: Path, capsys) -> None:
-    """Answers that were measured before masks were corrected look like any others."""
+    """Results that were computed on other masks are reported."""
     root = Path(shutil.copytree(scenes_root, tmp_path / "data"))
     split = ("--data", root, "--dataset", "scenes", "--split", "test")
     answers = tmp_path / "a.jsonl"

@@ -1,4 +1,4 @@
-"""Several processes at one task give what one gives."""
+"""Several processes give the results of one."""
 
 import importlib
 import json
@@ -34,7 +34,8 @@ IN_DOUBLE_PRECISION = (str(Path(__file__).with_name("double_precision.py")),)
 
 
 def torchrun(count: int, *words: object, program: Sequence[str] = DCRIS_ITSELF) -> subprocess.CompletedProcess[str]:
-    """`dcris` in `count` processes. One thread each: a product's rounding depends on their number."""
+    """Run `dcris` in `count` processes with one thread each: rounding depends on the number of
+    threads."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
     return subprocess.run(
         [sys.executable, *command, *(str(word) for word in words)],
@@ -47,7 +48,8 @@ def torchrun(count: int, *words: object, program: Sequence[str] = DCRIS_ITSELF) 
 
 
 def train_words(data: Path, out: Path, steps: int, *more: str) -> list[str]:
-    """A short run in batches of 8, at the paper's learning rate: at the recipe's, rounding soon decides."""
+    """A short run in batches of 8 at the paper's learning rate; at the recipe's, rounding soon
+    dominates."""
     settings = {"max_steps": steps, "epochs": 1000, "batch_size": 8, "warmup_steps": 1, "log_every": 1, "lr": 1e-4}
     words = [
         "train",
@@ -69,12 +71,13 @@ def losses(run: Path) -> list[float]:
 
 
 def sentences(text: str) -> list[str]:
-    """What dcris said on stderr, without what torchrun says of the processes."""
+    """Return the lines of dcris on standard error, without those of torchrun."""
     return [line for line in text.splitlines() if line.startswith("dcris: ")]
 
 
 def daring(run: Path, path: Path) -> Path:
-    """The model of a few steps, which finds nothing anywhere, with a bias at which it finds half of each photograph."""
+    """A model whose bias is set so that it selects half of each image; a few steps of training
+    select nothing."""
     segmenter = Segmenter.from_pretrained(run, device="cpu")
     picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     (answer,) = segmenter.predict(picture, "man on the left", scores=True)
@@ -89,7 +92,7 @@ def logit(probability: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 def test_scores_do_not_depend_on_batch_size_or_processes(trained_run: Path, refer_root: Path, tmp_path: Path) -> None:
-    """Else a score on eight GPUs is not that of the paper's one: samplers that pad count some expressions twice."""
+    """Samplers that pad would count some expressions twice."""
     words = [
         "evaluate",
         daring(trained_run, tmp_path / "daring"),
@@ -106,7 +109,7 @@ def test_scores_do_not_depend_on_batch_size_or_processes(trained_run: Path, refe
         out = tmp_path / f"{count}.{batch_size}.json"
         done = torchrun(count, *words, "--batch-size", batch_size, "--out", out)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count('"miou"') == 1  # one process speaks
+        assert done.stdout.count('"miou"') == 1  # printed by one rank
         results[count, batch_size] = json.loads(out.read_text())
     assert results[1, 1]["expressions"] == 216
     assert 1 < results[1, 1]["miou"] < 99
@@ -116,7 +119,7 @@ def test_scores_do_not_depend_on_batch_size_or_processes(trained_run: Path, refe
 def test_a_broken_environment_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A variable left over in a shell would make the program wait for processes that nobody starts."""
+    """With an incomplete environment, the program must not wait for other ranks."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(DcrisError, match="torchrun"), processes():
@@ -139,10 +142,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare_gradients(rank: int, port: int) -> None:
-    """In one of three processes: gradients and statistics of a batch of 8 in double precision, against all of it at once."""
+    """In one of three processes: gradients and statistics of a batch of 8 in double precision,
+    compared with those of one process."""
     os.environ |= torchrun_environment(rank, 3, port)
     torch.set_num_threads(1)
-    sys.modules.pop("torch.distributed.nn.functional", None)  # where the tests' own imports have brought it
+    sys.modules.pop("torch.distributed.nn.functional", None)  # if the tests imported it
     models = [ReferringSegmenter(quick_config(1).model).double() for _ in range(2)]
     for model in models:
         randomise(model)
@@ -172,23 +176,24 @@ def compare_gradients(rank: int, port: int) -> None:
                 assert (one.grad - other.grad).abs().max() < 1e-6 * (1e-3 + one.grad.abs().max()), name
         for (name, one), other in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
             assert torch.allclose(one, other, rtol=1e-12, atol=1e-12), name
-        # Beyond one's own eyes: what is optimised has to stay the same in all processes, to the last bit.
+        # The summed gradients are bit for bit the same on all ranks.
         total = sum(item.grad.sum().item() for item in models[1].parameters() if item.grad is not None)
         assert len(set(group.all_gather(total))) == 1
-        importlib.import_module("torch.distributed.nn.functional")  # as torch does for the first prediction
-    # A thread of the group that outlives it frees tensors while the interpreter ends, and one exit in four is an abort.
+        importlib.import_module("torch.distributed.nn.functional")  # as torch does at the first prediction
+    # A thread that outlives the group frees tensors at exit, and aborts one process in four.
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
     assert not any("gloo" in name for name in threads), threads
 
 
 def test_gradients_are_those_of_the_whole_batch() -> None:
-    """Uneven shares too (3, 3 and 2 samples): the mean over the batch, and batch norm over all of it."""
+    """Uneven shares (3, 3 and 2 samples): gradients of the mean, and batch norm, over the whole
+    batch."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(compare_gradients, (store.port,), nprocs=3, daemon=True)
 
 
 def test_two_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
-    """The same curve and scores, one log, one checkpoint, one voice: else a recipe means another run on every machine."""
+    """The same curve and scores, one log, one checkpoint, one output."""
     more = ["--data.val_split", "val"]
     alone = torchrun(1, *train_words(scenes, tmp_path / "one", 6, *more), program=IN_DOUBLE_PRECISION)
     assert alone.returncode == 0, alone.stderr
@@ -221,7 +226,7 @@ def test_two_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
     ],
 )
 def test_twenty_steps_are_the_same(scenes: Path, tmp_path: Path, count: int, more: Sequence[str]) -> None:
-    """In double precision, and then to the last digits of the single one that a loss is logged in; towers may be sharded."""
+    """In double precision, to the last logged digits; towers may be sharded."""
     for name, number, words in (("one", 1, ()), ("many", count, more)):
         done = torchrun(number, *train_words(scenes, tmp_path / name, 20, *words), program=IN_DOUBLE_PRECISION)
         assert done.returncode == 0, done.stderr
@@ -231,10 +236,12 @@ def test_twenty_steps_are_the_same(scenes: Path, tmp_path: Path, count: int, mor
 
 @pytest.mark.slow
 def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
-    """Relative 1e-5; the towers' fingerprints are right, and so is the checkpoint of sharded ones.
+    """Relative 1e-5; the fingerprints of the towers are right, and so is the checkpoint of sharded
+    ones.
 
-    With one of three seeds: in about one run of three an argument of a ReLU is on the edge (double_precision.py), and even two
-    numbers of threads differ by up to 5e-4; without, all agree to 1e-6.
+    For one of three seeds: in about one run of three, an input of a ReLU is within rounding of zero
+    (see double_precision.py), and even two numbers of threads then differ by up to 5e-4; otherwise
+    all agree to 1e-6.
     """
     ways = {"two": (2, ()), "three": (3, ()), "shards": (2, ("--train.shard_towers", "true"))}
     differences: dict[str, list[float]] = {name: [] for name in ways}
@@ -247,7 +254,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
             done = torchrun(count, *train_words(scenes, many, 20, *words, *more))
             assert done.returncode == 0, done.stderr
             assert not sentences(done.stderr)
-            Segmenter.from_pretrained(many, device="cpu")  # which checks the towers
+            Segmenter.from_pretrained(many, device="cpu")  # checks the towers
             ours, theirs = np.array(losses(many)), np.array(losses(one))
             differences[name].append(float(np.max(np.abs(ours - theirs) / theirs)))
             assert np.allclose(ours, theirs, rtol=1e-2), name
@@ -256,7 +263,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_passes_of_two_processes_are_those_of_one(scenes: Path, tmp_path: Path) -> None:
-    """A pass of two processes with 2 samples each is a pass of one with 4, batch norm and all."""
+    """A pass of two processes with 2 samples each equals a pass of one with 4, batch norm included."""
     assert main(train_words(scenes, tmp_path / "one", 3, "--train.micro_batch", "4")) == 0
     done = torchrun(2, *train_words(scenes, tmp_path / "two", 3, "--train.micro_batch", "2"))
     assert done.returncode == 0, done.stderr
@@ -265,13 +272,14 @@ def test_passes_of_two_processes_are_those_of_one(scenes: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_number_of_processes(scenes: Path, tmp_path: Path) -> None:
-    """Begun in two, continued in one and in three: the same samples, so the same curve; in two again, the same bits."""
+    """Started on two processes, continued on one and three: the same samples, so the same curve; on
+    two again, bit for bit."""
     for name, counts in (("two", (2,)), ("split", (2, 2)), ("changing", (2, 1, 3))):
         for number, count in enumerate(counts, 1):
             steps = 9 * number // len(counts)
             done = torchrun(count, *train_words(scenes, tmp_path / name, steps, "--train.schedule", "step", "--resume"))
             assert done.returncode == 0, done.stderr
-    # Other shares round otherwise, and Adam makes steps of that; other samples would differ by a tenth.
+    # Other shares round differently, which Adam amplifies; other samples would differ by 0.1.
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), rel=1e-3)
     assert losses(tmp_path / "split") == losses(tmp_path / "two")
     ours, theirs = last_tensors(tmp_path / "split"), last_tensors(tmp_path / "two")
@@ -298,7 +306,7 @@ def start(scenes: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def second_worker(agent: int) -> int:
-    """The process that torchrun started as the second."""
+    """Return the process that torchrun started as rank 1."""
     for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
             return int(pid)
@@ -309,7 +317,8 @@ def second_worker(agent: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes as Linux lists them")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_happens_to_one_process_ends_all(scenes: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """A request to end leaves a checkpoint and exit code 143 everywhere; a death leaves no process waiting."""
+    """SIGTERM leaves a checkpoint and exit code 143 on all ranks; after a kill, no rank is left
+    waiting."""
     process = start(scenes, tmp_path / "run")
     os.kill(second_worker(process.pid), number)
     _, complaint = process.communicate(timeout=120)
@@ -322,12 +331,12 @@ def test_what_happens_to_one_process_ends_all(scenes: Path, tmp_path: Path, numb
     else:
         assert codes == ["-9", "2"]
         assert re.match(r"dcris: lost connection to another rank", said)
-    assert "dcris/cli" not in complaint  # no traceback but torchrun's own
+    assert "dcris/cli" not in complaint  # no traceback except torchrun's own
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_said_once(tmp_path: Path) -> None:
-    """A picture that one of them cannot read; and a batch that cannot be divided."""
+    """An image that one rank cannot read, and a batch that cannot be divided: one message."""
     write_scenes(tmp_path / "data", train=6, val=1, test=1, seed=5)
     words = train_words(tmp_path / "data", tmp_path / "run", 50)
     done = torchrun(2, *words, "--train.batch_size", "1")

@@ -1,7 +1,7 @@
-"""kill -9 at any moment, and the run goes on as if nothing had happened; whatever else breaks ends in one sentence.
+"""Runs survive kill -9 at any moment, and other failures end in one error message.
 
-The runs here are processes of their own. Moments are drawn from a seed, by the clock or by what the run has on disk, so that
-they fall on steps, on checkpoints being written or deleted, and on validation.
+Runs are separate processes. Moments are drawn from a seed, by the clock or by the files of the run,
+so that they fall on steps, on checkpoints being written or deleted, and on validation.
 """
 
 import json
@@ -44,9 +44,9 @@ SETTINGS = {
     "train.save_every": 2,
     "data.image_size": 56,
     "data.val_split": "val",
-    "train.schedule": "step",  # which does not depend on the number of steps
+    "train.schedule": "step",  # does not depend on the number of steps
     "model.head.bias": 0.0,
-    "train.lr": 2e-4,  # with the bias, else nothing is found in so few steps, and all scores are 0
+    "train.lr": 2e-4,  # with the bias: otherwise all scores are 0 after so few steps
 }
 
 
@@ -60,7 +60,7 @@ def launcher() -> Iterator[Launcher]:
 
 
 class Run:
-    """One run's directory, and how it is started there, killed, and started again."""
+    """One run's directory, and how the run is started, killed and restarted."""
 
     def __init__(self, launcher: Launcher, data: Path, out: Path, processes: int = 1, **settings: object) -> None:
         self.launcher, self.data, self.out, self.processes = launcher, data, out, processes
@@ -73,7 +73,8 @@ class Run:
         return [*command, *settings, *words]
 
     def start(self, *words: object, workers: int = 0) -> int:
-        """With --resume, as a job script has it from the beginning on. Returns the first process's id; `started` has all."""
+        """Start with --resume, as job scripts do. Returns the id of the first process; `started`
+        has all."""
         command = self.command("--data.workers", workers, *words)
         environments: list[dict[str, str]] = [{}]
         if self.processes > 1:
@@ -85,17 +86,17 @@ class Run:
         return self.started[0]
 
     def finish(self, *words: object, workers: int = 0) -> None:
-        """To the end."""
+        """Run to the end."""
         self.start(*words, workers=workers)
         codes = [self.launcher.wait(process) for process in self.started]
         assert not any(codes), self.said()
 
     def said(self) -> str:
-        """Everything, of all starts."""
+        """Return the output of all starts."""
         return self.output.read_text() if self.output.exists() else ""
 
     def steps(self) -> int:
-        """Lines of the log."""
+        """Return the number of lines in the log."""
         log = self.out / "log.jsonl"
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
@@ -114,7 +115,8 @@ def unbroken(launcher: Launcher, scenes_root: Path, tmp_path_factory: pytest.Tem
 
 
 def assert_as_unbroken(unbroken: Run, run: Run) -> None:
-    """Weights, moments, log, which checkpoints there are and their scores; and nothing else."""
+    """Two runs have the same weights, optimizer state, log, checkpoints and scores, and no other
+    files."""
     assert_same_run(unbroken.out, run.out)
     assert run.scores() == unbroken.scores()
     assert not leftovers(run.out)
@@ -128,7 +130,7 @@ MOMENTS = ("clock", "step", "write", "delete", "validation", "start")
 
 
 def wait_for_moment(run: Run, process: int, kind: str, draw: random.Random) -> bool:
-    """Wait for a random moment of a kind. False where the run ended before."""
+    """Wait for a random moment of a kind. Returns False if the run ended before."""
     before, lines, begin = run.checkpoints("step-*"), run.steps(), time.monotonic()
     after = draw.uniform(0, {"clock": 4.0, "start": 1.0, "step": 0.2, "validation": 0.1}.get(kind, 0.01))
     more = draw.randint(1, 4)
@@ -150,7 +152,8 @@ def wait_for_moment(run: Run, process: int, kind: str, draw: random.Random) -> b
 
 
 def kill(run: Run, draw: random.Random) -> bool:
-    """Kill all, workers too, or of several processes just one, on which the others must end. False where all had ended."""
+    """Kill all processes and workers, or just one of several ranks, after which the others must
+    end. Returns False if all had ended."""
     victims = draw.choice([run.started, *([process] for process in run.started)])
     for process in victims:
         with suppress(ProcessLookupError):
@@ -161,7 +164,7 @@ def kill(run: Run, draw: random.Random) -> bool:
 
 
 def kill_again_and_again(run: Run, kills: int, seed: int) -> list[str]:
-    """Start, kill at a random moment, start again; then let it finish. Returns where it was hit."""
+    """Start, kill at a random moment, restart; then let it finish. Returns the moments."""
     draw, hit = random.Random(seed), []
     kinds = draw.sample(MOMENTS, len(MOMENTS))
     for number in range(kills):
@@ -172,7 +175,7 @@ def kill_again_and_again(run: Run, kills: int, seed: int) -> list[str]:
             break
         hit.append(f"{kind} after {run.steps()} lines")
         for checkpoint in list_checkpoints(run.out):
-            check_files(checkpoint.path)  # whole, at any moment
+            check_files(checkpoint.path)  # intact at any moment
     run.finish(workers=draw.choice((0, 1, 2)))
     return hit
 
@@ -189,7 +192,7 @@ def test_a_few_kills(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_p
 def test_killed_at_twenty_moments(
     launcher: Launcher, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
 ) -> None:
-    """A machine that fails costs the steps since the last checkpoint, and changes nothing of what a run ends in."""
+    """A kill costs the steps since the last checkpoint, and does not change the final result."""
     unbroken = Run(launcher, scenes_root, tmp_path / "unbroken", processes)
     unbroken.finish()
     hit: list[str] = []
@@ -206,7 +209,7 @@ def test_killed_at_twenty_moments(
 
 
 def descendants(process: int) -> list[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except OSError:
@@ -216,7 +219,8 @@ def descendants(process: int) -> list[int]:
 
 @pytest.mark.slow
 def test_torchrun_is_killed(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
-    """As people start it: all of it killed, then one process alone, then a request to end; then it may finish."""
+    """torchrun with all its processes is killed, then one rank, then it gets SIGTERM; then the run
+    finishes."""
     unbroken = Run(launcher, scenes_root, tmp_path / "unbroken", processes=2)
     unbroken.finish()
     run = Run(launcher, scenes_root, tmp_path / "run", processes=2)
@@ -258,7 +262,7 @@ def wait_for_lines(run: Run, lines: int, process: subprocess.Popen[str]) -> None
 
 
 def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
-    """A job that is queued again while the old one still runs: each would delete what the other writes."""
+    """A second run in the same directory is refused."""
     run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=400)
     first = run.start()
     wait_for_moment(run, first, "step", random.Random(0))
@@ -277,11 +281,11 @@ def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_
     "moment", ["set-up", "step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("write", "validation"))]
 )
 def test_a_request_to_end(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path, moment: str) -> None:
-    """SIGTERM to the whole group, twice, as a scheduler and torchrun send it: the workers must serve the step in progress."""
+    """SIGTERM to the whole process group, twice: workers still serve the current step."""
     run = Run(launcher, scenes_root, tmp_path / "run")
     process = run.start(workers=2)
     if moment == "set-up":
-        while "weights train" not in run.said():  # said right before training begins
+        while "weights train" not in run.said():  # printed before training starts
             time.sleep(0.001)
     else:
         assert wait_for_moment(run, process, moment, random.Random(1))
@@ -292,13 +296,13 @@ def test_a_request_to_end(launcher: Launcher, unbroken: Run, scenes_root: Path, 
     assert not leftovers(run.out)
     last = run.said().splitlines()[-1]
     if moment == "set-up" and "steps in all" not in run.said():
-        return  # before training there is nothing to save
+        return  # before training, no checkpoint is saved
     assert (
         last
         == f"dcris: stopped at step {run.scores()[-1][0]}; `--resume` continues from {list_checkpoints(run.out)[-1].path}"
     )
     run.finish(workers=1)
-    assert_same_run(unbroken.out, run.out)  # the checkpoint it was stopped at may be kept in another's place
+    assert_same_run(unbroken.out, run.out)  # it may keep the checkpoint it was stopped at instead of another
 
 
 # ---- checkpoints that are not as they were written -----------------------------------------------------------------------
@@ -329,7 +333,7 @@ def halfway(launcher: Launcher, unbroken: Run, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def spoilt(halfway: Run, tmp_path: Path) -> Run:
-    """A copy of it that a test may spoil."""
+    """A copy of `halfway` that the test may damage."""
     shutil.copytree(halfway.out, tmp_path / "run")
     run = Run(halfway.launcher, halfway.data, tmp_path / "run")
     assert [step for step, _ in run.scores()][-2:] == [6, 8]
@@ -351,7 +355,7 @@ def spoilt(halfway: Run, tmp_path: Path) -> Run:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_damaged_checkpoint_is_moved_aside(spoilt: Run, name: str, damage: Callable[[Path], object]) -> None:
-    """One sentence, and the checkpoint before counts."""
+    """It is reported, and the previous checkpoint is used."""
     newest = list_checkpoints(spoilt.out)[-1].path
     damage(newest / name)
     lines: list[str] = []
@@ -363,7 +367,7 @@ def test_a_damaged_checkpoint_is_moved_aside(spoilt: Run, name: str, damage: Cal
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken: Run, spoilt: Run) -> None:
-    """A disk that lies costs a few steps, and not the run. The damaged one is kept until its step is made anew."""
+    """The run repeats a few steps. The damaged checkpoint is kept until its step is saved again."""
     flip(list_checkpoints(spoilt.out)[-1].path / "optimizer.safetensors")
     spoilt.finish()
     assert "step 8 is damaged" in spoilt.said()
@@ -373,7 +377,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken: Run, spoilt
 
 
 def test_a_run_whose_checkpoints_are_all_damaged(spoilt: Run) -> None:
-    """One sentence, and everything stays for whoever can rescue it."""
+    """One error message; nothing is moved or deleted."""
     for checkpoint in list_checkpoints(spoilt.out):
         flip(checkpoint.path / "model.safetensors")
     before = {path: path.read_bytes() for path in (spoilt.out / "checkpoints").rglob("*") if path.is_file()}
@@ -388,7 +392,7 @@ def test_a_run_whose_checkpoints_are_all_damaged(spoilt: Run) -> None:
 def test_a_damaged_best_checkpoint_is_not_used(
     spoilt: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
-    """Else a paper reports what a flipped bit made of the weights."""
+    """Evaluation and prediction report it."""
     best = best_checkpoint(list_checkpoints(spoilt.out)).path
     flip(best / "model.safetensors")
     image = next(spoilt.data.rglob("*.png"), None) or next(spoilt.data.rglob("*.jpg"))
@@ -412,7 +416,7 @@ def test_a_state_without_checksums_is_damaged(spoilt: Run) -> None:
 
 
 def test_what_a_killed_process_left_goes(spoilt: Run) -> None:
-    """Else every kill costs the disk a checkpoint. What others keep there stays."""
+    """Temporary files of a killed run are removed; other files stay."""
     before = [item.path for item in list_checkpoints(spoilt.out)]
     (spoilt.out / ".config.json.partial-abc.json").write_text("{")
     (before[-1] / ".state.json.partial-abc.json").write_text("{")
@@ -431,7 +435,8 @@ def test_what_a_killed_process_left_goes(spoilt: Run) -> None:
 
 
 def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path) -> None:
-    """The kernel does that where memory is short: one sentence, no hang, and a run that can go on."""
+    """As the kernel does when memory runs out: one error message, no hang, and a run that can be
+    resumed."""
     run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=4000)
     process = run.start(workers=2)
     assert wait_for_moment(run, process, "step", random.Random(0))
@@ -440,7 +445,7 @@ def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root:
     os.kill(int(workers[1]), signal.SIGKILL)
     assert launcher.wait(process, 60) == 2, run.said()
     said = run.said().splitlines()[-1]
-    # torch knows the signal or not, depending on who hears of it first.
+    # torch reports the signal or not, depending on which thread notices first.
     worker = f"process {workers[1]}, a worker that reads images,"
     ways = (f"{worker} {how}; the memory" for how in ("was killed (Killed)", "ended"))
     assert any(way in said for way in ways), said
@@ -450,7 +455,7 @@ def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Ten megabytes: a checkpoint and a half."""
+    """A file system of ten megabytes: one checkpoint and a half."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(disk)]
@@ -461,7 +466,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full(launcher: Launcher, unbroken: Run, scenes_root: Path, small_disk: Path) -> None:
-    """A real one: the second checkpoint does not fit. Once there is space the run goes on."""
+    """A real full disk: the second checkpoint does not fit. Once there is space, the run resumes."""
     run = Run(launcher, scenes_root, small_disk / "run")
     run.output = small_disk.with_name("output.txt")
     assert launcher.wait(run.start()) == 2
@@ -471,7 +476,7 @@ def test_a_disk_that_is_full(launcher: Launcher, unbroken: Run, scenes_root: Pat
     assert "Traceback" not in run.said()
     assert [step for step, _ in run.scores()] == [2]
     assert not leftovers(run.out)
-    # The log, too.
+    # Also the log.
     (small_disk / "rest").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
     assert launcher.wait(run.start()) == 2
     assert "No space left" in run.said().splitlines()[-1]
@@ -483,7 +488,8 @@ def test_a_disk_that_is_full(launcher: Launcher, unbroken: Run, scenes_root: Pat
 
 
 def test_output_to_a_disk_that_is_full(launcher: Launcher, scenes_root: Path, small_disk: Path, tmp_path: Path) -> None:
-    """`dcris train ... > RUN.txt 2>&1` on the same disk: nothing more can be said, but the exit code is right."""
+    """`dcris train ... > RUN.txt 2>&1` on a full disk: nothing can be printed, but the exit code is
+    right."""
     run = Run(launcher, scenes_root, tmp_path / "run")
     run.output = small_disk / "output.txt"
     (small_disk / "rest").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
@@ -492,7 +498,7 @@ def test_output_to_a_disk_that_is_full(launcher: Launcher, scenes_root: Path, sm
 
 
 def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence names the step and what to do; the checkpoint before it is whole."""
+    """The message names the step and what to do; the previous checkpoint is intact."""
     losses, calls = trainer.training_losses, iter(range(100))
     monkeypatch.setattr(
         trainer, "training_losses", lambda *args: losses(*args) if next(calls) < 4 else torch.empty(1 << 55)
@@ -508,7 +514,7 @@ def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, mo
 
 @pytest.fixture
 def torn(tmp_path: Path) -> tuple[Path, Path]:
-    """Scenes with about 110 training references, of which those of one photograph cannot be read; and that photograph."""
+    """Scenes with about 110 training references, one image of which cannot be read; and that image."""
     root = tmp_path / "scenes"
     write_scenes(root, train=40, val=2, test=1, seed=5)
     photograph = load_references(root, "scenes").split("train")[0].image_path
@@ -517,7 +523,7 @@ def torn(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_an_unreadable_image_stops_the_run(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
-    """By default, naming the file; and --resume goes on with the other choice."""
+    """By default, with a message that names the file; --resume with --on-bad-image skip continues."""
     run = Run(launcher, torn[0], tmp_path / "run")
     assert launcher.wait(run.start(workers=1)) == 2
     assert f"cannot read the image {torn[1]}" in run.said().splitlines()[-1]
@@ -526,7 +532,8 @@ def test_an_unreadable_image_stops_the_run(launcher: Launcher, torn: tuple[Path,
 
 @pytest.mark.slow
 def test_an_unreadable_image_is_skipped(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
-    """Said once, counted, and the same samples take its place whatever the workers and wherever the run was killed."""
+    """Reported once and counted; the same samples replace it with any number of workers and after
+    kills."""
     skip = {"data__on_bad_image": "skip"}
     whole = Run(launcher, torn[0], tmp_path / "whole", **skip)
     whole.finish(workers=2)
@@ -540,7 +547,7 @@ def test_an_unreadable_image_is_skipped(launcher: Launcher, torn: tuple[Path, Pa
 def test_more_than_a_few_unreadable_images_stop_the_run(
     launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A disk that is not mounted must not become a model that was trained on five photographs."""
+    """More than 5%, as with a disk that is not mounted."""
     for reference in load_references(torn[0], "scenes").split("train")[::4]:
         reference.image_path.write_bytes(b"")
     run = Run(launcher, torn[0], tmp_path / "run", data__on_bad_image="skip")
@@ -550,7 +557,7 @@ def test_more_than_a_few_unreadable_images_stop_the_run(
 
 @pytest.mark.slow
 def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
-    """Else a score is of other photographs than the one beside it."""
+    """Scores of different checkpoints must be of the same images."""
     root = Path(shutil.copytree(scenes_root, tmp_path / "scenes"))
     photograph = load_references(root, "scenes").split("val")[0].image_path
     cut(photograph)
@@ -564,7 +571,7 @@ def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path:
 
 
 def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`train.best_by` decides which checkpoint is kept and found, and is recorded with its score."""
+    """`train.best_by` selects the best checkpoint, and is recorded with its score."""
     scores = iter([{"miou": 1.0, "oiou": 9.0}, {"miou": 8.0, "oiou": 2.0}, {"miou": 3.0, "oiou": 3.0}])
     monkeypatch.setattr(trainer.Trainer, "compute_scores", lambda self: next(scores))
     config = quick_config(9, ("train.batch_size", "11"), ("train.best_by", "oiou"), ("train.keep_last", "1"), VALIDATED)
@@ -581,7 +588,7 @@ def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", ["miou", "oiou", "prec@0.5", "prec@0.9"])
 def test_every_score_may_decide(name: str) -> None:
-    """The names are those that validation gives."""
+    """The values of `train.best_by` are names of validation scores."""
     assert name in summarise([])
     assert quick_config(1, ("train.best_by", name)).train.best_by == name
 
@@ -590,7 +597,7 @@ def test_every_score_may_decide(name: str) -> None:
 
 
 class Predict:
-    """`dcris predict` with its results beside the photographs, killed and started again."""
+    """`dcris predict` with its results beside the images, killed and restarted."""
 
     def __init__(self, launcher: Launcher, model: Path, photos: Path) -> None:
         self.launcher, self.photos = launcher, photos
@@ -602,7 +609,10 @@ class Predict:
         assert self.launcher.wait(self.launcher.start(self.command, self.output)) == 0, self.output.read_text()
 
     def kill(self, draw: random.Random) -> str:
-        """Start it, and kill it at a random moment of a random kind. Returns what it was, "" where it had ended before."""
+        """Start it, and kill it at a random moment of a random kind.
+
+        Returns the kind, or "" if it had ended before.
+        """
         kind = draw.choice(("lines", "unfinished", "any file", "clock"))
         begun, more = self.files(), draw.randint(1, 3)
         reached: dict[str, Callable[[], object]] = {
@@ -632,13 +642,13 @@ class Predict:
         return self.names(), self.lines()
 
     def contents(self) -> dict[str, bytes]:
-        """Every file; of the journal what does not name this folder."""
+        """Return every file; of the journal, the parts that do not name this folder."""
         files = {path.relative_to(self.photos).as_posix(): path for path in self.photos.rglob("*") if path.is_file()}
         return {name: path.read_bytes().replace(bytes(self.photos), b"") for name, path in files.items()}
 
 
 def many_photographs(folder: Path) -> Path:
-    """Some in a folder below, two of one name, and a name that is as long as can be."""
+    """Images in subfolders, two with the same name, and one with the longest possible name."""
     for number in range(10):
         name = (
             ("0.jpg", "0.png", f"{'n' * 250}.png", f"deep/{number}.png")[min(number, 3)]
@@ -659,7 +669,8 @@ def daring_model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_predict_is_killed(launcher: Launcher, daring_model: Path, tmp_path: Path, kills: int) -> None:
-    """With --out beside the photographs: the same command again ends with exactly the files of an unbroken call."""
+    """With --out beside the images: the same command again gives exactly the files of an
+    uninterrupted call."""
     unbroken = Predict(launcher, daring_model, many_photographs(tmp_path / "unbroken"))
     unbroken.run()
     expected = unbroken.contents()

@@ -1,4 +1,5 @@
-"""A full disk, a killed process or a wrong place must never leave half a result, nor take the old one away."""
+"""A full disk, a killed process or a wrong path never leaves half a result, nor deletes the old
+one."""
 
 import errno
 import json
@@ -48,7 +49,8 @@ def half_a_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", ["täxt", b"bytes", lambda path: path.write_bytes(b"by a function")])
 def test_a_file_is_written_and_replaced(tmp_path: Path, content: str | bytes | Callable[[Path], None]) -> None:
-    """And its folder is made where it is missing; others may read it, which temporary files do not allow."""
+    """Its folder is created if missing, and its permissions are those of the umask, not of a
+    temporary file."""
     path = tmp_path / "a" / "b" / "file.txt"
     for _ in range(2):
         write_file(path, content)
@@ -59,7 +61,7 @@ def test_a_file_is_written_and_replaced(tmp_path: Path, content: str | bytes | C
 
 @pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
 def test_a_disk_that_fills_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """Else the results of yesterday are gone with those of today."""
+    """The old content is unchanged."""
     path = tmp_path / "result.json"
     write_file(path, "old")
     if when == "fsync":
@@ -75,7 +77,7 @@ def test_a_disk_that_fills_keeps_the_old_file(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    """Ctrl-C in the middle of a write, or a defect of what writes."""
+    """Ctrl-C during a write, or a bug in the writing function."""
 
     def stopped(path: Path) -> None:
         raise error
@@ -87,22 +89,24 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[Bas
 
 
 def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of the process in the lock is a note for people; a traceback about it would hide the real error."""
+    """The owner's name in the lock file is information only; failing to write it must not hide the
+    real error."""
     monkeypatch.setattr(files.socket, "gethostname", full_disk)
     with claim(tmp_path):
         assert (tmp_path / "lock").read_text() == ""
-    assert not list(tmp_path.iterdir())  # results lie beside people's own files: the lock goes with its owner
+    assert not list(tmp_path.iterdir())  # the lock file is removed with its owner
 
 
 def test_a_claim_where_file_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network drives give a file another number at each look; training there must not try to lock for ever."""
+    """Some network drives report another inode each time; locking must not retry forever."""
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     with claim(tmp_path):
         assert "process" in (tmp_path / "lock").read_text()
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    """A file where a folder must be, a folder where a file must be, and a name that is too long: one sentence each."""
+    """A file instead of a folder, a folder instead of a file, and a name that is too long: one
+    message each."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     for write in (
@@ -123,7 +127,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
-    """Another person's folder."""
+    """A folder of another user."""
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o500)
     with pytest.raises(DcrisError, match=r"cannot write .*Permission denied"):
@@ -131,7 +135,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    """Else a checkpoint mixes files of two steps."""
+    """A checkpoint must not mix files of two steps."""
     path = tmp_path / "checkpoint"
     write_directory(path, lambda folder: [(folder / name).write_text("old") for name in ("one", "two")] and None)
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
@@ -142,7 +146,7 @@ def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
 def test_a_disk_that_fills_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """Else the last checkpoint is gone with the one that did not fit."""
+    """The old directory is unchanged."""
     path = tmp_path / "checkpoint"
     write_directory(path, lambda folder: (folder / "old").write_text("old") and None)
     if when == "fsync":
@@ -151,7 +155,7 @@ def test_a_disk_that_fills_keeps_the_old_directory(tmp_path: Path, monkeypatch: 
         rename = Path.rename
 
         def refused(self: Path, target: Path) -> Path:
-            # The old directory steps aside, and then the new one cannot take its place.
+            # The old directory is renamed, then renaming the new one fails.
             return full_disk() if (self / "new").exists() else rename(self, target)
 
         monkeypatch.setattr(Path, "rename", refused)
@@ -163,14 +167,14 @@ def test_a_disk_that_fills_keeps_the_old_directory(tmp_path: Path, monkeypatch: 
 
 
 def test_nan_is_not_json(tmp_path: Path) -> None:
-    """Else other programs cannot read our results."""
+    """Other programs could not read it."""
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"miou": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
 def test_json_comes_back(tmp_path: Path) -> None:
-    """Through write_json and read_json, or anybody's reader."""
+    """Through write_json and read_json, or another reader."""
     path, value = tmp_path / "a.json", {"phrase": "größer", "box": [1, 2.5, None]}
     write_json(path, value)
     assert read_json(path, "the file") == value == json.loads(path.read_text())
@@ -180,7 +184,7 @@ def test_json_comes_back(tmp_path: Path) -> None:
     "content", [b"", b'{"a": [1, 2', b"[" * 100_000, b'{"a": 1, "b": {"c": 1, "c": 1}}', b"9" * 5000]
 )
 def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
-    """Cut short, binary, or made to exhaust the reader."""
+    """Truncated, binary, or made to exhaust the reader."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(DcrisError, match=r"the thing, .*a\.json, is not valid JSON"):
@@ -192,7 +196,8 @@ def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
 
 
 def test_json_as_windows_writes_it(tmp_path: Path) -> None:
-    """Notepad and PowerShell put a byte order mark first; `>` of PowerShell 5 writes UTF-16, which one sentence names."""
+    """Notepad and PowerShell write a byte order mark; `>` of PowerShell 5 writes UTF-16, which the
+    message names."""
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}\r\n')
     assert read_json(path, "the thing") == {"a": "ä"}
@@ -207,7 +212,7 @@ def test_json_as_windows_writes_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["[],", "{},", '{"":0},', "[[[]]],"])
 def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -> None:
-    """30 MB of empty lists are 0.7 GB in memory, and 1 GB is still a plausible size of a file."""
+    """30 MB of empty lists take 0.7 GB in memory, and 1 GB is a plausible file size."""
     (tmp_path / "a.json").write_text(f"[{unit * 1_200_000}0]")
     with pytest.raises(DcrisError, match=r"lists and objects in .* are too many"):
         read_json(tmp_path / "a.json", "the thing")
@@ -218,13 +223,14 @@ def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -
 
 
 def test_polygons_of_many_points_are_no_attack(tmp_path: Path) -> None:
-    """Annotation tools write polygons as lists of points, `[[12, 345], ...]`: a few characters a list, millions of them."""
+    """Annotation tools write polygons as lists of points, `[[12, 345], ...]`: millions of lists of
+    a few characters."""
     (tmp_path / "a.json").write_text(f'{{"points": [{"[12,345]," * 1_200_000}[0,0]]}}')
     assert len(read_json(tmp_path / "a.json", "the thing")["points"]) == 1_200_001
 
 
 def irregular(folder: Path) -> dict[str, Path]:
-    """A pipe, a link, a link to a pipe and a device, under names that users give."""
+    """A pipe, a link, a link to a pipe and a device."""
     os.mkfifo(folder / "pipe.json")
     (folder / "file.json").write_text("{}")
     (folder / "link.json").symlink_to("file.json")
@@ -234,7 +240,7 @@ def irregular(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.timeout(10)
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
-    """A pipe without a writer would block the program for ever, and /dev/zero would fill its memory."""
+    """A pipe without a writer would block forever, and /dev/zero would fill the memory."""
     for path in irregular(tmp_path).values():
         with pytest.raises(OSError, match="not a regular file"):
             open_regular(path)
@@ -248,29 +254,30 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_over_the_bound_is_not_read(tmp_path: Path) -> None:
-    """Files of strangers are bounded before they are in memory, also where they grow while they are read."""
+    """The size is limited before the file is in memory, also if it grows while it is read."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"12345")
     assert read_bytes(path, 5) == b"12345"
     with pytest.raises(OSError, match="larger than"):
         read_bytes(path, 4)
-    status = Path("/proc/self/status")  # its size is given as 0
+    status = Path("/proc/self/status")  # reports size 0
     if status.exists():
         with pytest.raises(OSError, match="larger than"):
             read_bytes(status, 4)
 
 
 def test_json_of_windows_programs_is_read(tmp_path: Path) -> None:
-    """PowerShell and Notepad put a byte order mark first."""
+    """PowerShell and Notepad write a byte order mark."""
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json", "the settings") == {"a": 1}
 
 
 def test_results_replace_regular_files_only(tmp_path: Path) -> None:
-    """A result over a named pipe, a link or a device (/dev/null as root) would destroy it for its other users."""
+    """Replacing a named pipe, a link or a device (/dev/null as root) would break it for its other
+    users."""
     for name, path in irregular(tmp_path).items():
         if name == "device":
-            continue  # the real one is not risked here
+            continue  # the real one is not used
         before = path.lstat()
         with pytest.raises(DcrisError, match="with this name exists"):
             write_file(path, "x")
@@ -284,7 +291,7 @@ def test_results_replace_regular_files_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o077, 0o027, 0o002])
 def test_the_umask_decides_who_may_read_results(tmp_path: Path, umask: int) -> None:
-    """Who keeps results private by a umask of 077 must not find them readable by everybody."""
+    """With a umask of 077, results are private."""
     before = os.umask(umask)
     try:
         write_file(tmp_path / "a.txt", "x")
@@ -296,7 +303,7 @@ def test_the_umask_decides_who_may_read_results(tmp_path: Path, umask: int) -> N
 
 
 def test_a_result_may_have_the_longest_name(tmp_path: Path) -> None:
-    """File systems take 255 bytes; the temporary name must not need more than the result's own."""
+    """File systems allow 255 bytes; the temporary name must not be longer."""
     for name in ("n" * 250 + ".json", "ü" * 125 + ".json", "a." + "e" * 250):
         write_file(tmp_path / name, "x")
         assert (tmp_path / name).read_text() == "x"
@@ -305,7 +312,8 @@ def test_a_result_may_have_the_longest_name(tmp_path: Path) -> None:
 def test_without_a_home_folder_a_sentence_names_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Containers run programs for users without an entry in passwd, where Path.expanduser and huggingface_hub fail."""
+    """In containers, a user may have no entry in passwd, where Path.expanduser and huggingface_hub
+    fail."""
 
     def unknown(path: Path) -> Path:
         if str(path).startswith("~"):
@@ -326,5 +334,5 @@ def test_without_a_home_folder_a_sentence_names_the_settings(
     monkeypatch.setattr(Path, "expanduser", lambda path: path)
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "cache"))
     assert main(words) == 2
-    assert "HF_HOME" in capsys.readouterr().err  # and no folder ~ is made where the command runs
+    assert "HF_HOME" in capsys.readouterr().err  # and no folder named ~ is created
     assert main(["data", "fetch", "refcoco", "--out", str(tmp_path), "--photographs", "~/train2014"]) == 2

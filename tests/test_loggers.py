@@ -1,4 +1,5 @@
-"""Watching a run: what a person, log.jsonl, TensorBoard and W&B are told, and that none of it can break or change a run."""
+"""Progress, log.jsonl, TensorBoard and W&B: what they record, and that they neither break nor
+change a run."""
 
 import errno
 import io
@@ -42,14 +43,15 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def table(scenes_root: Path) -> ReferenceTable:
-    """Eight references to train on, so that an epoch is two steps, and those of three scenes to validate on."""
+    """Eight training references, so that an epoch is two steps, and those of three scenes for
+    validation."""
     whole = load_references(scenes_root, "scenes")
     return replace(whole, references=(*whole.split("train")[:8], *whole.split("val")))
 
 
 @pytest.fixture(scope="module")
 def unwatched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs, validated, that only the log has seen."""
+    """A run of two epochs with validation, without trackers."""
     out = tmp_path_factory.mktemp("unwatched") / "run"
     run_training(quick_config(STEPS, EVERY_STEP, VAL), table, out)
     return out
@@ -57,14 +59,14 @@ def unwatched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def watched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same under TensorBoard's eyes."""
+    """The same run with TensorBoard."""
     out = tmp_path_factory.mktemp("watched") / "run"
     run_training(quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD), table, out)
     return out
 
 
 def events(run: Path) -> Any:
-    """A run's events as TensorBoard itself reads them."""
+    """Read a run's events with TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
@@ -81,7 +83,7 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
 
 
 def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power fails in the step after so many."""
+    """Make the run crash after so many steps."""
     losses, calls = trainer.training_losses, iter(range(100))
     monkeypatch.setattr(trainer, "training_losses", lambda *args: losses(*args) if next(calls) < steps else 1 / 0)
 
@@ -90,7 +92,7 @@ def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
-    """Else somebody's plots of last year's runs do not work on this year's, and a slow loader stays unseen."""
+    """The keys of log.jsonl and their order: scripts read them."""
     steps = [line for line in read_log(unwatched) if "loss" in line]
     scores = [line for line in read_log(unwatched) if "loss" not in line]
     old = ["step", "epoch", "loss", "iou", "lr", "seconds"]
@@ -99,12 +101,12 @@ def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
     assert [(line["step"], line["epoch"]) for line in scores] == [(2, 1), (4, 2)]
     precisions = [f"val_first_prec@0.{digit}" for digit in "56789"]
     assert all(list(line) == ["step", "epoch", "val_first_miou", "val_first_oiou", *precisions] for line in scores)
-    assert all(50 < line["peak_memory_mb"] < 50_000 for line in steps)  # a process with torch in it
+    assert all(50 < line["peak_memory_mb"] < 50_000 for line in steps)  # of a process that imported torch
     assert all(0 < line["images_per_second"] < 10_000 for line in steps)
 
 
 def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four images in two seconds are two a second, however long the validation between the steps takes."""
+    """Four images in two seconds are two a second, however long validation between the steps takes."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     with Monitor(tmp_path, quick_config(3, EVERY_STEP), 0, 3, 1, CPU, len) as monitor:
@@ -118,20 +120,32 @@ def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the log of a run that nearly filled its GPU speaks of the computer's memory."""
+    """On CUDA, peak memory is torch's, not the process's."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
     assert loggers.peak_memory(torch.device("cuda", 0)) == {"peak_memory_mb": 12345.7}
-    held = loggers.peak_memory(CPU)["peak_memory_mb"]
-    block = np.ones(50_000_000, np.uint8)
-    assert loggers.peak_memory(CPU)["peak_memory_mb"] >= held
-    assert len(block) == 50_000_000
+
+
+PEAK = """
+import numpy as np, torch
+from dcris.training.loggers import peak_memory
+before = peak_memory(torch.device("cpu"))["peak_memory_mb"]
+block = np.ones(200_000_000, np.uint8)
+del block
+print(peak_memory(torch.device("cpu"))["peak_memory_mb"] - before)
+"""
+
+
+def test_memory_on_a_cpu_is_the_peak_of_the_process() -> None:
+    """200 MB that were allocated and freed raise it by 200 MB. In a process of its own: the peak never falls."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 120 < float(done.stdout) < 260
 
 
 # ---- for a person --------------------------------------------------------------------------------------------------------
 
 
 def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path) -> None:
-    """What somebody sees who looks into a cluster job's output: how well, how fast, how long still."""
+    """Progress lines in the output of a cluster job: loss, IoU, speed and time left."""
     lines: list[str] = []
     run_training(quick_config(4, ("train.log_every", "3"), VAL), table, tmp_path / "run", log=lines.append)
     log = read_log(tmp_path / "run")
@@ -151,7 +165,7 @@ def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path)
 
 @given(total=st.integers(1, 3000), data=st.data())
 def test_a_log_file_stays_short(total: int, data: st.DataObject) -> None:
-    """At most twenty lines beside those of the epochs, the last step's among them, however long the run."""
+    """At most twenty progress lines besides those of the epochs; the last step is among them."""
     first = data.draw(st.integers(0, total - 1))
     lines: list[str] = []
     progress = loggers.Progress(first, total, 7, lines.append)
@@ -162,14 +176,14 @@ def test_a_log_file_stays_short(total: int, data: st.DataObject) -> None:
 
 
 class Terminal(io.StringIO):
-    """A standard error that a person looks at."""
+    """A standard error that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same figures; and the IoU, which has to be waited for, is asked for once a second at most."""
+    """The same numbers; the IoU, which makes the CPU wait, is computed at most once a second."""
     screen, clock, lines = Terminal(), SimpleNamespace(now=100.0), []
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
@@ -189,7 +203,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else eight processes write one log eight times, and W&B has eight runs."""
+    """Ranks other than 0 print, write and send nothing."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = quick_config(2, EVERY_STEP, BOTH)
     with Monitor(tmp_path, config, 0, 2, 1, CPU, pytest.fail, enabled=False) as monitor:
@@ -203,7 +217,7 @@ def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_curves_are_those_of_the_log(watched: Path) -> None:
-    """Every number of the log at its own step: else the curve that a decision is made on is not the run's."""
+    """TensorBoard shows every number of the log at its step."""
     found = curves(watched)
     for tag in ("loss", "iou", "lr", "images_per_second", "peak_memory_mb"):
         assert found[f"train/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(watched, tag)]
@@ -215,7 +229,7 @@ def test_curves_are_those_of_the_log(watched: Path) -> None:
 
 
 def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceTable) -> None:
-    """The same phrases at each validation: the scene, with the true object tinted, and with what was found."""
+    """The same queries at each validation: image, true mask, predicted mask."""
     found, queries = events(watched), panel_queries(all_queries(table.split("val"), first_only=True))
     assert 1 < len(queries) <= PANELS
     tags = [f"panels/{number} {expression.text}" for number, (_, expression) in enumerate(queries, 1)]
@@ -239,7 +253,7 @@ def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceT
 def test_a_resumed_run_has_one_curve(
     table: ReferenceTable, unwatched: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The power fails in step 4, the checkpoint is of step 2: step 3 is taken again, and stands there once."""
+    """A crash in step 4 with a checkpoint of step 2: step 3 is repeated, but is in the curve once."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD)
     dies_after(3, monkeypatch)
     with pytest.raises(ZeroDivisionError):
@@ -273,12 +287,12 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_its_curves_again(
 
 
 def test_watching_does_not_change_a_run(unwatched: Path, watched: Path) -> None:
-    """Bit for bit: else a score depends on who looked on."""
+    """Bit for bit the same weights with and without trackers."""
     assert_same_run(unwatched, watched)
 
 
 def test_pictures_are_of_different_photographs(table: ReferenceTable) -> None:
-    """Six phrases of one photograph say less than six photographs; and they are the same on every start."""
+    """Panels show different images, the same ones at every start."""
     reference = table.references[0]
     many = [
         (replace(reference, image_path=Path(f"{number // 4}.jpg"), ref_id=number), expression)
@@ -297,7 +311,7 @@ def test_pictures_are_of_different_photographs(table: ReferenceTable) -> None:
 
 
 class FakeRun:
-    """What is used of a wandb.Run."""
+    """The used part of wandb.Run."""
 
     def __init__(self, starting_step: int) -> None:
         self.starting_step, self.exit_code = starting_step, None
@@ -311,7 +325,7 @@ class FakeRun:
 
 
 class FakeWandB(ModuleType):
-    """W&B's package, and a server that has `known` steps of a run."""
+    """The used part of wandb, with a server that has `known` steps of a run."""
 
     __version__ = "0.31.0"
 
@@ -337,7 +351,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandB]:
 
 
 def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path) -> None:
-    """Curves at their steps, settings, pictures with captions; and neither the code nor what is printed goes there."""
+    """Curves, settings and captioned panels are sent; code and output are not."""
     out = tmp_path / "run"
     run_training(quick_config(STEPS, EVERY_STEP, VAL, WANDB), table, out)
     (call,), (run,) = wandb.calls, wandb.runs
@@ -353,7 +367,7 @@ def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path
     assert [(step, values["val/first_miou"]) for step, values in run.points if "val/first_miou" in values] == logged(
         unwatched, "val_first_miou"
     )
-    assert [step for step, _ in run.points] == sorted(step for step, _ in run.points)  # W&B drops what goes back
+    assert [step for step, _ in run.points] == sorted(step for step, _ in run.points)  # W&B drops earlier steps
     (shape, caption), *_ = next(values for _, values in run.points if "panels/1" in values).values()
     assert shape[1] == 3 * shape[0] + 16
     assert "prediction with IoU " in caption
@@ -364,7 +378,7 @@ def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path
 def test_a_resumed_run_goes_on_at_wandb(
     wandb: FakeWandB, table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same run there, not a second one, and step 3, which was taken twice, only once."""
+    """The same W&B run continues; step 3, which was repeated, is sent once."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, WANDB, ("train.save_every", "2"))
     dies_after(3, monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
@@ -384,7 +398,7 @@ def test_a_resumed_run_goes_on_at_wandb(
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"id": 5}', "{"])
 def test_a_spoilt_record_starts_no_second_run(wandb: FakeWandB, tmp_path: Path, content: str) -> None:
-    """Half of a run's curves in a run of their own help nobody; the sentence names the file."""
+    """A damaged wandb.json is reported, and does not start a second W&B run."""
     (tmp_path / "wandb.json").write_text(content)
     lines: list[str] = []
     with Monitor(tmp_path, quick_config(8, WANDB), 4, 8, 2, CPU, lines.append):
@@ -397,7 +411,7 @@ def test_a_spoilt_record_starts_no_second_run(wandb: FakeWandB, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real package takes what it is given, and sends nothing where the person says so."""
+    """The real package accepts the calls, and WANDB_MODE=offline sends nothing."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -423,7 +437,7 @@ def full(*_: object) -> Any:
 
 
 def goes_on(table: ReferenceTable, out: Path, unwatched: Path) -> list[str]:
-    """What is said about trackers in a run that has to end as if there were none."""
+    """Train with failing trackers; check that the run is unchanged, and return the messages."""
     lines: list[str] = []
     run_training(quick_config(STEPS, EVERY_STEP, VAL, BOTH), table, out, log=lines.append)
     assert_same_run(unwatched, out)
@@ -452,7 +466,7 @@ def test_a_tracker_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[FakeWandB, pytest.MonkeyPatch], None],
 ) -> None:
-    """The network goes at the start, in between or at the end: said once, and all else goes on."""
+    """A network failure at the start, between or at the end: reported once, and all else continues."""
     spoil(wandb, monkeypatch)
     said = goes_on(table, tmp_path / "run", unwatched)
     assert said == ["training continues without wandb: no way to the server"]
@@ -462,7 +476,7 @@ def test_a_tracker_that_fails_is_left_out(
 def test_a_full_disk_leaves_tensorboard_out(
     wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sentence, no traceback of a thread; the other tracker goes on."""
+    """One message without a traceback; the other tracker continues."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     write, calls = RecordWriter.write, iter(range(100))
@@ -476,7 +490,7 @@ def test_a_full_disk_leaves_tensorboard_out(
 def test_a_place_that_cannot_be_written_leaves_tensorboard_out(
     wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path
 ) -> None:
-    """Known at the start."""
+    """Reported at the start."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "tensorboard").write_text("a file of somebody's")
@@ -487,7 +501,7 @@ def test_a_place_that_cannot_be_written_leaves_tensorboard_out(
 def test_pictures_that_cannot_be_made_are_left_out(
     wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said once, not after each epoch, and the curves go on."""
+    """Reported once, not after each epoch; the curves continue."""
     monkeypatch.setattr(loggers, "overlay", fails)
     (said,) = goes_on(table, tmp_path / "run", unwatched)
     assert said == "training continues without images of predictions: no way to the server"
@@ -505,7 +519,8 @@ def test_a_package_that_is_missing_is_said_before_training(
     name: str,
     there: ModuleType | None,
 ) -> None:
-    """One sentence with the line to type, also where W&B's own folder `wandb` is mistaken for its package."""
+    """One message with the pip command, also if W&B's own folder `wandb` is imported instead of the
+    package."""
     monkeypatch.setitem(sys.modules, name, there)
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--tracker", name]
     assert main([*words, "--device", "cpu"]) == 2
@@ -521,7 +536,7 @@ def test_a_package_that_is_missing_is_said_before_training(
 
 
 def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path: Path) -> None:
-    """Else a run on a machine without a network waits for one, or tells somebody about itself."""
+    """Without --tracker, neither package is imported."""
     program = (
         "import sys\n"
         "from dcris.cli import main\n"
@@ -543,7 +558,7 @@ def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path:
 def test_trackers_are_chosen_on_the_command_line_and_may_change(
     wandb: FakeWandB, scenes_root: Path, tmp_path: Path
 ) -> None:
-    """Somebody who wants to see the curves of a run that has begun resumes it with --tracker."""
+    """--tracker can be added when a run is resumed."""
     words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.batch_size 4".split()
     words += ["--data.workers", "0", "--data.image_size", "56", "--train.log_every", "1", "--train.schedule", "step"]
     words += ["--train.warmup_steps", "1"]

@@ -1,4 +1,4 @@
-"""Standard output and standard error as services, Windows and full disks leave them."""
+"""Standard output and error of services, of Windows, and on full disks."""
 
 import json
 import os
@@ -15,14 +15,15 @@ needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a shell's line in which `dcris` is this package."""
+    """Run a shell command in which `dcris` is this package."""
     program = f'dcris() {{ "{sys.executable}" -m dcris "$@"; }}; {command}'
     return subprocess.run(["sh", "-c", program], env={**os.environ, **environment}, capture_output=True, check=False)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_any_encoding_of_the_output_will_do(encoding: str, tmp_path: Path) -> None:
-    """`dcris ... > log.txt` writes in cp1252 on Windows: a Chinese name must not end the command in a traceback."""
+    """`dcris ... > log.txt` is written in cp1252 on Windows: a Chinese name must not cause a
+    traceback."""
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
     line = {"image": "a.jpg", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": ["左边的杯子"]}
     (tmp_path / "杯子.jsonl").write_text(json.dumps(line), encoding="utf-8")
@@ -40,7 +41,7 @@ def test_streams_that_are_closed_are_no_reason_to_fail(closed: str, tmp_path: Pa
     """Services and pythonw start programs without standard streams."""
     out = tmp_path / "scenes"
     assert shell(f'dcris data scenes "{out}" --train 2 --val 1 --test 0 {closed}').returncode == 0
-    assert (out / "scenes" / "instances.json").read_text().startswith("{")  # and nothing else was printed into it
+    assert (out / "scenes" / "instances.json").read_text().startswith("{")  # nothing else was printed into it
     assert shell(f"dcris recipes --show nothing {closed}").returncode == 2
 
 
@@ -49,7 +50,7 @@ def test_streams_that_are_closed_are_no_reason_to_fail(closed: str, tmp_path: Pa
     "words", ["recipes --show dcris_b", "completion bash", "--help", "data check --help", "--version"]
 )
 def test_a_full_disk_behind_standard_output_is_one_sentence(words: str) -> None:
-    """Where a script keeps the output in a file, it must see from the exit code that the file is not whole."""
+    """A script that redirects the output must see from the exit code that it is incomplete."""
     done = shell(f"dcris {words} >/dev/full")
     assert done.returncode == 2
     assert done.stderr.startswith(b"dcris: cannot write to the standard output")
@@ -65,7 +66,8 @@ def test_results_are_kept_where_nothing_can_be_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An hour's evaluation is not lost because its output went to a full disk, nor its scores because a file cannot be."""
+    """Result files are kept if the output cannot be printed, and results are printed if a file
+    cannot be written."""
     words = ["evaluate", str(trained_run), "--data", str(scenes_root), "--split", "test", "--out"]
     with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
@@ -77,7 +79,7 @@ def test_results_are_kept_where_nothing_can_be_printed(
 
 
 def test_too_many_open_files_is_one_sentence(trained_run: Path, scenes_root: Path) -> None:
-    """Containers and old macOS allow few open files; which library meets the limit first is chance."""
+    """Containers and old macOS allow few open files; any library may reach the limit first."""
     done = shell(f'ulimit -n 20; dcris evaluate "{trained_run}" --data "{scenes_root}" --split test')
     assert b"Traceback" not in done.stderr, done.stderr.decode()
     assert done.returncode in (0, 2)

@@ -1,4 +1,5 @@
-"""A run may be stopped, killed or starved of disk at any moment, and must lose nothing by it."""
+"""Training: resuming is exact, and a stop, a kill or a full disk loses no more than the steps since
+the last checkpoint."""
 
 import errno
 import json
@@ -42,7 +43,7 @@ def table(scenes_root: Path) -> ReferenceTable:
 
 @pytest.fixture(scope="module")
 def unbroken(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps without a stop."""
+    """A run of eight steps without a stop."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
     run_training(quick_config(STEPS, EVERY_STEP), table, out)
     return out
@@ -50,12 +51,12 @@ def unbroken(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def broken(trained_run: Path, tmp_path: Path) -> Path:
-    """A run that a test may spoil."""
+    """A copy of a run that the test may damage."""
     return Path(shutil.copytree(trained_run, tmp_path / "run"))
 
 
 def stop_at(step: int) -> Callable[[str], None]:
-    """Ctrl-C as that step ends."""
+    """Return a log function that sends Ctrl-C as that step ends."""
 
     def log(line: str) -> None:
         if line.startswith(f"step {step}/"):
@@ -65,7 +66,7 @@ def stop_at(step: int) -> Callable[[str], None]:
 
 
 def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> None:
-    """Else gradients do not reach what trains, or masks are not those of the phrases."""
+    """Gradients reach all trainable weights, and masks belong to their expressions."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:8])
     settings = {"train.batch_size": "8", "train.lr": "5e-4", "model.head.bias": "null", "model.head.layers": "1"}
     run_training(quick_config(40, EVERY_STEP, *settings.items()), few, tmp_path / "run")
@@ -79,7 +80,7 @@ def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> Non
 def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, stops: tuple[int, ...], workers: int
 ) -> None:
-    """Bit for bit, with any number of workers: else what a paper reports depends on when the cluster was busy."""
+    """Bit for bit, with any number of workers."""
     config = quick_config(STEPS, EVERY_STEP, ("data.workers", str(workers)))
     out = tmp_path / "run"
     for number, step in enumerate(stops):
@@ -87,7 +88,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
             run_training(config, table, out, resume=number > 0, log=stop_at(step))
         assert stop.value.exit_code == 130
         assert list_checkpoints(out)[-1].step == step
-        load_checkpoint(out)  # what it left can be used
+        load_checkpoint(out)  # it is usable
     run_training(config, table, out, resume=True)
     assert_same_run(unbroken, out)
     assert not leftovers(out)
@@ -95,7 +96,8 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
 
 @pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny"])
 def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Path, recipe: str) -> None:
-    """Towers are held otherwise then, on some CPUs packed: validation copies them, and a resumed run packs them anew."""
+    """In bfloat16, frozen weights are stored differently (packed on some CPUs): validation copies
+    them, and a resumed run packs them again."""
     few = ReferenceTable(
         table.dataset, table.split_by, table.root, [*table.split("train")[:8], *table.split("val")[:2]]
     )
@@ -112,7 +114,7 @@ def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Pa
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The power fails in step 6, with a half-written log line: what was logged after the checkpoint is taken back."""
+    """A kill in step 6 with a half-written log line: log lines after the checkpoint are dropped."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, ("train.save_every", "2"))
     losses = trainer.training_losses
     calls = iter(range(100))
@@ -129,13 +131,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
 
 def test_another_seed_is_another_run(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
-    """Else three seeds report no spread."""
+    """Runs with different seeds have different losses."""
     run_training(quick_config(2, EVERY_STEP, ("train.seed", "1")), table, tmp_path / "run")
     assert timeless_log(tmp_path / "run")[0]["loss"] != timeless_log(unbroken)[0]["loss"]
 
 
 def test_a_finished_run_has_nothing_to_resume(table: ReferenceTable, broken: Path) -> None:
-    """Else `--resume` in a job script that restarts trains on and on."""
+    """`--resume` on a finished run changes nothing, so a job script may be restarted."""
     before, log = last_tensors(broken), (broken / "log.jsonl").read_text()
     result = run_training(quick_config(12, ("train.log_every", "2")), table, broken, resume=True)
     assert result.last.step == 12
@@ -145,13 +147,13 @@ def test_a_finished_run_has_nothing_to_resume(table: ReferenceTable, broken: Pat
 
 
 def test_resuming_where_nothing_is_starts(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
-    """Else a job script needs another command the first time."""
+    """`--resume` without a run starts one, so a job script needs one command only."""
     run_training(quick_config(STEPS, EVERY_STEP), table, tmp_path / "new", resume=True)
     assert_same_run(unbroken, tmp_path / "new")
 
 
 def test_a_run_is_not_overwritten(table: ReferenceTable, broken: Path) -> None:
-    """Else a forgotten --out costs somebody the run of last week."""
+    """Without --resume, or with other settings, an existing run is refused and unchanged."""
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
     with pytest.raises(DcrisError, match=r"already holds a run; add --resume"):
         run_training(quick_config(2), table, broken)
@@ -164,7 +166,8 @@ def test_a_run_is_not_overwritten(table: ReferenceTable, broken: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    """Before the weights are spoilt: the sentence names the step, and the last checkpoint still loads."""
+    """Before the weights are changed: the error names the step, and the last checkpoint still
+    loads."""
     losses = trainer.training_losses
     calls = iter(range(100))
 
@@ -184,7 +187,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 def test_a_disk_that_fills_leaves_the_checkpoint_before(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sentence, and a run that can be resumed."""
+    """One error message, and a run that can be resumed."""
     out, syncs, fsync = tmp_path / "run", [], os.fsync
 
     def fills(handle: int) -> None:
@@ -207,7 +210,7 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(
 def test_old_checkpoints_go_and_the_best_stays(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a long run fills the disk, or the weights that the paper reports are deleted."""
+    """`keep_last` limits the number of checkpoints, and never deletes the best."""
     scores = iter([10.0, 30.0, 20.0, 30.0, 5.0, 1.0])
     monkeypatch.setattr(Trainer, "compute_scores", lambda self: {"miou": next(scores)})
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
@@ -230,7 +233,8 @@ def test_old_checkpoints_go_and_the_best_stays(
 def test_a_checkpoint_that_was_not_validated_has_no_score(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C at an epoch's end skips validation; the epoch before must not lend its score to weights it never saw."""
+    """Ctrl-C at an epoch's end skips validation; the checkpoint must not get the score of the epoch
+    before."""
     monkeypatch.setattr(Trainer, "compute_scores", lambda self: {"miou": 40.0})
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
     out = tmp_path / "run"
@@ -241,7 +245,7 @@ def test_a_checkpoint_that_was_not_validated_has_no_score(
 
 
 def test_validation_is_a_real_score_and_leaves_training_as_it_was(table: ReferenceTable, tmp_path: Path) -> None:
-    """Else turning validation on changes the weights a run ends in."""
+    """Weights are the same with and without validation."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, (*table.split("train")[:8], *table.split("val")))
     for name, split in (("with", "val"), ("without", "null")):
         run_training(quick_config(4, ("data.val_split", split)), few, tmp_path / name)
@@ -253,7 +257,7 @@ def test_validation_is_a_real_score_and_leaves_training_as_it_was(table: Referen
 
 
 def test_the_learning_rate_by_hand() -> None:
-    """Section 4.2: a tenth from epoch 35 on. And warm-up, and half a cosine that ends at nothing."""
+    """Section 4.2: one tenth from epoch 35. Also warm-up, and half a cosine that ends at zero."""
     paper = quick_config(1, ("train.schedule", "step"), ("train.lr", "1e-4"), ("train.warmup_steps", "0")).train
     rates = [learning_rate(paper, step, per_epoch=10, total=500) for step in (0, 349, 350, 499)]
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
@@ -269,7 +273,7 @@ def test_the_learning_rate_by_hand() -> None:
 
 
 def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_path: Path) -> None:
-    """Else nobody can tell next year whether the mixture was filtered, or which version of one's own data it was."""
+    """data.json records the data set, its splits, its notes and a checksum."""
     noted, lines = replace(table, notes=("two were left out",)), []
     run_training(quick_config(1), noted, tmp_path / "run", log=lines.append)
     record = json.loads((tmp_path / "run/data.json").read_text())
@@ -287,7 +291,7 @@ def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_pa
 
 
 def test_a_run_does_not_go_on_with_other_data(table: ReferenceTable, broken: Path) -> None:
-    """Else a corrected phrase file gives weights that neither version of the data explains."""
+    """Resuming on changed references is refused."""
     first = table.references[0]
     phrase = replace(first.expressions[0], text="the other one")
     changed = replace(table, references=(replace(first, expressions=(phrase,)), *table.references[1:]))
@@ -299,19 +303,20 @@ def test_a_run_does_not_go_on_with_other_data(table: ReferenceTable, broken: Pat
     (broken / "data.json").write_text("[]")
     with pytest.raises(DcrisError, match="are not those"):
         run_training(config, table, broken, resume=True)
-    (broken / "data.json").unlink()  # as runs from before there was one
+    (broken / "data.json").unlink()  # as in runs without the file
     run_training(config, table, broken, resume=True)
     assert (broken / "data.json").read_text() == before
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """What the optimiser moves; running statistics follow the data."""
+    """Return the weights that the optimizer changes; running statistics change with the data."""
     return {name: value for name, value in last_tensors(run).items() if "running" not in name and "tracked" not in name}
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "bundle"])
 def test_a_run_may_start_from_another(table: ReferenceTable, trained_run: Path, tmp_path: Path, kind: str) -> None:
-    """Fine-tuning: the first step is taken from the other run's adapters and head, and the run says whose those were."""
+    """`train.start`: the first step uses the adapters and head of the other run, and data.json
+    records which."""
     checkpoint = list_checkpoints(trained_run)[-1].path
     start = {"run": trained_run, "checkpoint": checkpoint, "bundle": tmp_path / "model.safetensors"}[kind]
     if kind == "bundle":
@@ -327,7 +332,7 @@ def test_a_run_may_start_from_another(table: ReferenceTable, trained_run: Path, 
 
 
 def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
-    """Neither from the other run's weights, nor with a need for them: they may be gone by then."""
+    """A resumed run uses its own checkpoint, even if that of `train.start` is gone."""
     config = quick_config(4, EVERY_STEP, ("train.start", json.dumps(str(broken))))
     run_training(config, table, tmp_path / "unbroken")
     with pytest.raises(Interrupted):
@@ -342,7 +347,7 @@ def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_
 
 
 def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
-    """A head of another width, or other towers: one sentence, before anything is written."""
+    """A head of another width, or other towers: one error message, before anything is written."""
     start = ("train.start", json.dumps(str(broken)))
     with pytest.raises(DcrisError, match=r"has the shape .*checkpoint of the same model"):
         run_training(quick_config(1, start, ("model.head.width", "96")), table, tmp_path / "new")
@@ -358,7 +363,7 @@ def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Pa
 
 
 def test_a_checkpoint_holds_what_was_trained_and_no_code(trained_run: Path) -> None:
-    """Else a stranger's checkpoint can run code, or every one of them carries the frozen towers along."""
+    """A checkpoint contains tensors and JSON only, and no frozen weights."""
     folder = list_checkpoints(trained_run)[-1].path
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
@@ -387,7 +392,7 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit, as a bad disk or cable does."""
+    """Flip one bit, as a bad disk or cable does."""
     content = bytearray(path.read_bytes())
     content[len(content) * 2 // 3] ^= 1
     path.write_bytes(content)
@@ -447,7 +452,8 @@ MODEL = "model.safetensors"
     ],
 )
 def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Path], object], words: str) -> None:
-    """Cut short by a copy, of another model, of other towers: never a traceback, never a model that answers nonsense."""
+    """Truncated, of another model, or of other towers: one error message, never a traceback or a
+    wrong model."""
     damage(list_checkpoints(broken)[-1].path)
     with pytest.raises(DcrisError, match=words) as caught:
         load_checkpoint(broken)
@@ -461,7 +467,7 @@ def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Pa
 def test_moments_that_are_not_of_this_model_are_one_sentence(
     table: ReferenceTable, broken: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Else training goes on with moments of nothing and the loss jumps."""
+    """An optimizer state that does not fit is refused."""
     checkpoint = list_checkpoints(broken)[-1].path
     unsealed(checkpoint, lambda: save_file(tensors, checkpoint / "optimizer.safetensors"))
     with pytest.raises(DcrisError, match="is of another model"):
@@ -469,7 +475,7 @@ def test_moments_that_are_not_of_this_model_are_one_sentence(
 
 
 def test_a_place_without_checkpoints(tmp_path: Path) -> None:
-    """A misspelt path and an empty folder are told apart."""
+    """The messages for a missing and an empty folder differ."""
     with pytest.raises(DcrisError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "absent")
     with pytest.raises(DcrisError, match="has no checkpoint"):
@@ -477,7 +483,8 @@ def test_a_place_without_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_tower_that_is_not_here(tmp_path: Path) -> None:
-    """A name that means no weights is refused before anything is read or written, and the names there are are listed."""
+    """An unknown weights name is refused before anything is read or written, and the known names
+    are listed."""
     with pytest.raises(DcrisError, match=r"no weights 'dinov5'.*dinov2-base.*tiny-vision"):
         build_model(quick_config(1, ("model.vision.name", '"dinov5"')))
 
@@ -511,7 +518,7 @@ def wait_for_steps(process: subprocess.Popen[str], out: Path, steps: int) -> Non
 def test_a_signal_leaves_a_checkpoint_and_an_exit_code(
     scenes_root: Path, table: ReferenceTable, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Ctrl-C as a terminal sends it, to the workers too; and a scheduler's request to end."""
+    """Ctrl-C as a terminal sends it, also to the workers; and SIGTERM as a scheduler sends it."""
     out, steps = tmp_path / "run", 400
     process = start_training(scenes_root, out, steps, workers=1)
     wait_for_steps(process, out, 2)
@@ -529,7 +536,7 @@ def test_a_signal_leaves_a_checkpoint_and_an_exit_code(
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(
     scenes_root: Path, table: ReferenceTable, tmp_path: Path
 ) -> None:
-    """Through the command line, as people do it."""
+    """Through the command line."""
     out, steps = tmp_path / "run", 20
     process = start_training(scenes_root, out, steps, workers=0)
     wait_for_steps(process, out, 2)

@@ -1,4 +1,5 @@
-"""Worker processes where shared memory, semaphores or disks fail: one sentence, or work without them; never a hang."""
+"""Worker processes with failing shared memory, semaphores or disks: an error message, or work
+without workers; never a hang."""
 
 import errno
 import os
@@ -32,7 +33,7 @@ class Unsendable:
 
 
 class Samples:
-    """A data set of four: what `make` gives for each number."""
+    """A data set of four samples: `make` returns each by number."""
 
     def __init__(self, make: Any) -> None:
         self.make = make
@@ -55,7 +56,7 @@ def stalled(number: int) -> int:
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
-    """Docker's 64 MB of shared memory: torch drops such a batch and waits for it for ever."""
+    """Docker's 64 MB of shared memory: torch would drop the batch and wait for it forever."""
     batches = load(Samples(unsendable), 2, batch_size=1, collate_fn=list)
     assert [next(batches), next(batches)] == [[0], [1]]
     with pytest.raises(DcrisError, match=r"No space left on device.*/dev/shm.*--data\.workers"):
@@ -63,11 +64,12 @@ def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
 
 
 def test_workers_that_stall_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A disk on the network that hangs: a note after a minute, an error after ten, and the process can then end."""
+    """A network disk that hangs: a message after a minute, an error after ten, and the process can
+    then end."""
     monkeypatch.setattr(workers, "_TIMEOUT", 0.3)
     batches = load(Samples(stalled), 1, batch_size=1, collate_fn=list)
     assert [next(batches), next(batches)] == [[0], [1]]
-    with pytest.raises(DcrisError, match="no photographs have been read"):
+    with pytest.raises(DcrisError, match="no images have been read"):
         next(batches)
     assert "still waiting" in capsys.readouterr().err
 
@@ -75,7 +77,7 @@ def test_workers_that_stall_are_reported(monkeypatch: pytest.MonkeyPatch, capsys
 def test_without_semaphores_work_is_done_in_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sandboxes without a writable /dev/shm: it is said once, and the work is done."""
+    """Sandboxes without a writable /dev/shm: one message, and the work is done."""
 
     def missing(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -97,13 +99,13 @@ def test_without_semaphores_work_is_done_in_one_process(
 def test_shared_memory_is_measured_before_anything_is_loaded(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not after the towers were fetched and some steps done. Validation and evaluation use fewer workers instead."""
+    """Before weights are downloaded. Validation and evaluation use fewer workers instead."""
     monkeypatch.setattr(workers, "shared_memory_left", lambda: 6e5)
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run")]
     assert main([*words, "--train.batch_size", "4", "--data.workers", "2"]) == 2
     told = capsys.readouterr().err
     assert "2 workers need 1.8 MB for 5 batches" in told
-    assert "has 0.6 MB left; use --data.workers 0," in told
+    assert "has 0.6 MB free; use --data.workers 0," in told
     assert not (tmp_path / "run").exists()
     assert workers_that_fit(4, 1e5) == 2
     monkeypatch.undo()
@@ -114,7 +116,8 @@ def test_shared_memory_is_measured_before_anything_is_loaded(
 def test_a_run_that_waits_for_a_batch_can_be_ended(
     steps: int, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM writes a checkpoint although no step ends, and the resumed run is the run that was never stopped."""
+    """SIGTERM writes a checkpoint although no step ends; the resumed run equals an uninterrupted
+    one."""
     read = dataset.load
 
     def hang(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -137,10 +140,11 @@ def test_a_run_that_waits_for_a_batch_can_be_ended(
 
 
 def test_steps_decide_how_long_a_run_is(scenes_root: Path, tmp_path: Path) -> None:
-    """A recipe of one epoch given 7 steps once trained for the 3 of its epoch, all in the warm-up."""
+    """Regression test: a recipe of one epoch with max_steps 7 trained for the 3 steps of its epoch
+    only, all within the warm-up."""
     config = quick_config(7, ("train.epochs", "1"))
     assert total_steps(config.train, 12) == 7
-    assert total_steps(replace(config, {"train.epochs": 2}).train, 12) == 6  # the one that is given counts
+    assert total_steps(replace(config, {"train.epochs": 2}).train, 12) == 6  # the given one counts
     run_training(config, scenes_root, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run")[-1].step == 7
 
@@ -148,7 +152,7 @@ def test_steps_decide_how_long_a_run_is(scenes_root: Path, tmp_path: Path) -> No
 def test_a_run_shorter_than_its_warm_up_is_refused(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It would end with a learning rate that never rose, and a model worse than at its start."""
+    """Its learning rate would never reach its value."""
     monkeypatch.setattr(trainer, "build_model", lambda config: pytest.fail("a model was built"))
     words = [
         "train",
@@ -161,5 +165,5 @@ def test_a_run_shorter_than_its_warm_up_is_refused(
         "39",
     ]
     assert main(words) == 2
-    assert "39 steps and the warm-up" in capsys.readouterr().err
+    assert "39 steps, fewer than the" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

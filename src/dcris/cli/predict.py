@@ -123,7 +123,7 @@ def _predict(args: argparse.Namespace) -> None:
         image_url=LOCAL_FILES if args.image_url is None else args.image_url,
     )
     # A rank with a long video keeps the others waiting.
-    with processes(args.device, patience=timedelta(days=7)) as group:
+    with processes(args.device, timeout=timedelta(days=7)) as group:
         segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
         predictor = BatchPredictor(segmenter, tasks, args.out, options, group)
         notes += predictor.notes
