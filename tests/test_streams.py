@@ -53,7 +53,7 @@ def test_a_full_disk_behind_standard_output_is_one_sentence(words: str) -> None:
     """A script that redirects the output must see from the exit code that it is incomplete."""
     done = shell(f"dcris {words} >/dev/full")
     assert done.returncode == 2
-    assert done.stderr.startswith(b"dcris: cannot write to the standard output")
+    assert done.stderr.startswith(b"dcris: cannot write to standard output")
     assert done.stderr.count(b"\n") == 1
     assert shell("dcris recipes --show nothing 2>/dev/full").returncode == 2  # not Python's 120
 
