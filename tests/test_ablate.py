@@ -1,4 +1,4 @@
-"""The paper's tables, run: rows become runs, runs are shared and skipped, failures are told, and the numbers come out."""
+"""`dcris ablate`: rows become runs, runs are shared and skipped, failures are reported, and tables are written."""
 
 import errno
 import json
@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 
 from dcris.cli import main
+from dcris.config import replace
 from dcris.errors import DcrisError
 from dcris.experiments import ablate as module
-from dcris.experiments.ablate import ablate, configure
-from dcris.experiments.ablation_report import Measured, who_wins, write_ablation
+from dcris.experiments.ablate import ablate, configure, recipe_study, table_study
+from dcris.experiments.ablation_report import Measured, summary, write_ablation
 from dcris.experiments.paper_tables import DATA_SET, SPLITS, TABLES, Row, Table
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import get_recipe
+from dcris.recipes import RECIPES, Recipe, get_recipe
+from dcris.utils.files import write_json
 
 FIXED = Row(("Fixed",), "fixed", name="fixed backbone", parameters="0.00M", scores=(74.9, 77.1, 72.0))
 DEFAULT = Row(("DCRIS",), parameters="2.69M", scores=(76.4, 77.9, 73.7))
@@ -29,7 +31,7 @@ SMALL = Table("Table 9: small", ("Method",), (FIXED, DEFAULT))
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
-    """Two tables of two rows and one of a row that fails, in place of the paper's."""
+    """Replace the paper's tables by two tables of two rows and one with a row that fails."""
     other = Table(
         "Table 8",
         ("Method",),
@@ -47,34 +49,34 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
 
 @pytest.fixture
 def quiet_study(scenes_root: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Run a table on a few scenes, two steps a run."""
+    """Return a function that runs a table on a few scenes, two steps a run."""
 
     def run(name: str, out: Path = tmp_path / "out", **more: Any) -> list[str]:
         settings: dict[str, Any] = {"seeds": (0,), "steps": 2, "device": "cpu", "log": len}
-        return ablate(name, out, root=scenes_root, **{**settings, **more})
+        return ablate(table_study(name, "tiny"), out, root=scenes_root, **{**settings, **more})
 
     return run
 
 
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders of the runs that are trained from here on."""
+    """Return a list that collects the folders of the runs trained from now on."""
     folders: list[Path] = []
-    train = module.train
+    train = module.train_and_score
 
-    def noting(*arguments: Any, **more: Any) -> Any:
-        folders.append(arguments[4])
-        return train(*arguments, **more)
+    def recording(run: Any, *rest: Any) -> Any:
+        folders.append(run.folder)
+        return train(run, *rest)
 
-    monkeypatch.setattr(module, "train", noting)
+    monkeypatch.setattr(module, "train_and_score", recording)
     return folders
 
 
-# ---- what the rows are ---------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def test_rows_of_table_5_have_the_papers_counts() -> None:
-    """Else the row is another model than the one whose score stands beside it."""
-    for row in TABLES["table5"].rows[::4]:  # 1, 5 and 12 layers: each more takes what the first took
+    """The number of trainable weights is the one printed beside the row's score."""
+    for row in TABLES["table5"].rows[::4]:  # 1, 5 and 12 layers
         with torch.device("meta"):
             counts = ReferringSegmenter(configure(row, "b").model).count_weights()
         assert f"{counts['adapters'] / 1e6:.2f}M" == row.parameters
@@ -82,34 +84,37 @@ def test_rows_of_table_5_have_the_papers_counts() -> None:
 
 
 def test_widths_keep_their_ratio_in_small_towers() -> None:
-    """Else table 4 compares something else on the tiny towers: a width above the tower's own."""
+    """On the tiny towers, the paper's widths would exceed the towers' own."""
     widths = [
         (config.method.visual.width, config.method.text.width)
         for size in ("b", "tiny")
         for config in (configure(row, size).model for row in TABLES["table4"].rows)
     ]
     assert widths == [(64, 64), (128, 64), (128, 128), (256, 128), (16, 24), (32, 24), (32, 48), (64, 48)]
+    assert table_study("table4", "b").cells[0] == ("64, 64",)
+    assert table_study("table4", "tiny").cells[0] == ("64, 64 (here 16, 24)",)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_has_the_default_once(name: str) -> None:
-    """Else there is no time to keep equal, or the same run stands twice in a table."""
+    """Its time is the budget of equal time, and no row is in a table twice."""
     rows = TABLES[name].rows
     default = get_recipe("dcris_b").model
     assert sum(row.only is None and configure(row, "b").model == default for row in rows) == 1
+    assert table_study(name, "b").default.model == default
     assert len({(row.recipe, *map(str, row.changes.items())) for row in rows}) == len(rows)
     assert all(len(row.cells) == len(TABLES[name].columns) for row in rows)
 
 
-def test_adapters_are_left_out_where_a_row_says_so() -> None:
-    """Else table 3 measures four times the same."""
+def test_rows_of_table_3_leave_out_adapters() -> None:
+    """The four rows have no, the visual, the text and both adapters."""
     none, visual, textual, both = (configure(row, "tiny").model for row in TABLES["table3"].rows)
     assert (none.method, visual.method.text, textual.method.visual) == (None,) * 3
     assert visual.method.visual == both.method.visual
     assert textual.method.text == both.method.text
 
 
-# ---- running them ----------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def test_a_table_is_run_written_and_skipped(
@@ -118,7 +123,7 @@ def test_a_table_is_run_written_and_skipped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else a study is not what its table says, or a day of runs is done twice."""
+    """All files are written, finished runs are not repeated, and tables share runs."""
     folders = trained(monkeypatch)
     out = tmp_path / "out"
     assert quiet_study("table9") == []
@@ -129,9 +134,10 @@ def test_a_table_is_run_written_and_skipped(
     assert [item["name"] for item in rows["time"]] == ["fixed backbone", "DCRIS"]
     assert (fixed["counts"]["adapters"], fixed["steps"], default["steps"]) == (0, 2, 2)
     assert fixed["scores"]["test"]["expressions"] == default["scores"]["test"]["expressions"] > 0
-    # As many steps as fit into the default's time; the default itself is not run again.
+    # The steps of equal time fill the default's seconds to half a step; the default is not run again.
     longer = rows["time"][0]["runs"][0]
-    assert longer["steps"] == max(1, round(default["seconds"] / fixed["seconds_per_step"]))
+    rate = fixed["seconds_per_step"]
+    assert longer["steps"] == 1 or abs(longer["steps"] * rate - default["seconds"]) <= rate / 2
     assert rows["time"][1]["runs"][0] == default
     assert len(folders) == len(set(folders)) == 3
     assert "Equal time" in written["table9.md"]
@@ -139,20 +145,85 @@ def test_a_table_is_run_written_and_skipped(
     assert "<svg" in written["table9.html"]
     assert "http" not in written["table9.html"].split("</title>")[1].replace("http-equiv", "")
 
-    # Again: nothing is trained. Another table: only what no table had.
+    # The same table trains nothing, another table only what no table had.
     assert quiet_study("table9") == []
     assert len(folders) == 3
     assert (out / "table9.md").read_text() == written["table9.md"]
     assert quiet_study("table8", budgets=("steps",)) == []
     assert len(folders) == 4
-    # A spoilt result, or one of other data, is no result.
+    # A damaged result is computed again.
     (out / default["run"] / "result.json").write_text('{"key"')
     assert quiet_study("table8", budgets=("steps",)) == []
     assert len(folders) == 5
     assert json.loads((out / default["run"] / "result.json").read_text())["scores"] == default["scores"]
 
 
-def test_a_row_that_fails_ends_no_other(
+def test_equal_time_gives_cheaper_rows_more_steps(
+    quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row with steps of half the default's time gets twice the steps, with a schedule twice as long."""
+    runs = {}
+
+    def train(run: Any, table: Any, splits: Any, device: Any) -> dict[str, Any]:
+        settings, method = run.config.train, run.config.model.method
+        runs[method is None, settings.max_steps] = settings
+        rate = 0.5 if method is None else 1.0
+        found = result(settings.seed, **dict.fromkeys(splits, 50.0)) | {
+            "key": run.key,
+            "steps": settings.max_steps,
+            "seconds": rate * settings.max_steps,
+            "seconds_per_step": rate,
+        }
+        write_json(run.folder / "result.json", found)
+        return found
+
+    monkeypatch.setattr(module, "train_and_score", train)
+    assert quiet_study("table9", steps=1700) == []
+    rows = json.loads((tmp_path / "out" / "table9.json").read_text())
+    assert [[item["runs"][0]["steps"] for item in rows[budget]] for budget in ("steps", "time")] == [
+        [1700, 1700],
+        [3400, 1700],
+    ]
+    assert runs.keys() == {(True, 1700), (False, 1700), (True, 3400)}
+    equal, longer = runs[True, 1700], runs[True, 3400]
+    assert (equal.warmup_steps, longer.warmup_steps) == (40, 80)
+    assert longer.milestones == tuple(2 * milestone for milestone in equal.milestones)
+
+
+def test_any_recipes_are_compared(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recipes by name, on the data set given; one needs no tiny version, and the first is the baseline."""
+    own = replace(get_recipe("lora_tiny"), {"recipe": "own", "train.max_steps": 900, "data.dataset": "other"})
+    monkeypatch.setitem(RECIPES, "own", Recipe(own, "A recipe of one size."))
+    out = tmp_path / "out"
+    data = ("--data", scenes_root, "--dataset", "scenes", "--out", out, "--device", "cpu", "--seeds", 0)
+    words = ("ablate", "--recipes", "fixed_tiny", "own", *data, "--budget", "steps", "--steps", 2)
+    assert main([str(word) for word in words]) == 0
+    assert f"written: {out / 'recipes'}.md" in capsys.readouterr().out
+    rows = json.loads((out / "recipes.json").read_text())["steps"]
+    assert [item["name"] for item in rows] == ["fixed_tiny", "own"]
+    assert [item["runs"][0]["recipe"] for item in rows] == ["fixed_tiny", "own"]
+    assert [item["runs"][0]["steps"] for item in rows] == [2, 2]
+    assert rows[1]["runs"][0]["scores"]["test"]["dataset"] == "scenes"
+    page = (out / "recipes.md").read_text()
+    assert "train as many seconds as fixed_tiny" in page.replace("trains", "train")
+
+    study = recipe_study(["dcris_tiny", "own"])
+    assert study.steps == get_recipe("dcris_tiny").train.max_steps  # that of the first
+    for names, message in (
+        (["dcris_tiny"], "two or more"),
+        (["own", "own"], "two or more"),
+        (["own", "magic"], "'magic'"),
+    ):
+        with pytest.raises(DcrisError, match=message):
+            recipe_study(names)
+    for bad in (("ablate", *data), ("ablate", "table3", "--recipes", "own", "dcris_tiny", *data)):
+        assert main([str(word) for word in bad]) == 2
+        assert "either a TABLE or --recipes" in capsys.readouterr().err
+
+
+def test_a_failed_row_does_not_stop_the_others(
     quiet_study: Callable[..., list[str]],
     tables: dict[str, Table],
     scenes_root: Path,
@@ -160,37 +231,37 @@ def test_a_row_that_fails_ends_no_other(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Else one method that runs out of memory costs the night's other rows, or is missed in silence."""
+    """The error is printed and in the table, and the next call tries the row again."""
     out = tmp_path / "cli"
     command = ["ablate", "table7", "--recipe", "tiny", "--data", scenes_root, "--out", out, "--seeds", 0, "--steps", 1]
     assert main([str(word) for word in [*command, "--budget", "steps", "--device", "cpu"]]) == 2
     printed = capsys.readouterr()
-    assert "1 of the rows failed (Magic: failed: unknown recipe 'magic_tiny'" in printed.err
+    assert "1 rows failed (Magic: failed: unknown recipe 'magic_tiny'" in printed.err
     page = (out / "table7.md").read_text()
     assert "failed: unknown recipe 'magic_tiny'" in page
     assert len(json.loads((out / "table7.json").read_text())["steps"][1]["runs"]) == 1
 
-    # An error of any kind inside a run; tried again next time.
-    train = module.train
+    # An error of any class inside a run.
+    train = module.train_and_score
 
-    def failing(model: ReferringSegmenter, config: Any, *rest: Any, **more: Any) -> Any:
-        if config.model.method is None:
+    def failing(run: Any, *rest: Any) -> Any:
+        if run.config.model.method is None:
             raise ValueError("not\ntoday")
-        return train(model, config, *rest, **more)
+        return train(run, *rest)
 
-    monkeypatch.setattr(module, "train", failing)
+    monkeypatch.setattr(module, "train_and_score", failing)
     failures = quiet_study("table9")
     assert failures == ["fixed backbone: failed: ValueError: not"] * 2
     assert "failed: ValueError: not" in (tmp_path / "out" / "table9.html").read_text()
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "train_and_score", train)
     assert quiet_study("table9") == []
 
 
-def test_a_study_that_is_broken_off_goes_on(
+def test_an_interrupted_study_continues(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else Ctrl-C costs what was trained, or the time it took."""
-    answer = module.predict_queries
+    """Ctrl-C loses neither what was trained nor its time."""
+    predict = module.predict_queries
 
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -201,36 +272,36 @@ def test_a_study_that_is_broken_off_goes_on(
     (run,) = (tmp_path / "out" / "runs").iterdir()
     spent = json.loads((run / "time.json").read_text())
     assert spent["steps"] == 2
-    monkeypatch.setattr(module, "predict_queries", answer)
+    monkeypatch.setattr(module, "predict_queries", predict)
     assert quiet_study("table9", budgets=("steps",)) == []
     assert json.loads((run / "time.json").read_text()) == spent
     assert json.loads((run / "result.json").read_text())["seconds"] == pytest.approx(spent["seconds"])
 
 
-def test_a_run_that_was_killed_is_finished(
+def test_a_killed_run_is_completed(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path
 ) -> None:
-    """Else its row fails for ever, with advice that helps nobody."""
+    """A run without its time, or with an incomplete checkpoint, must not fail for ever."""
     assert quiet_study("table9", budgets=("steps",)) == []
-    result, *_ = (tmp_path / "out" / "runs").glob("*/result.json")
-    run, expected = result.parent, json.loads(result.read_text())
-    # Behind the last step, before the time it took was noted.
-    result.unlink()
+    file, *_ = (tmp_path / "out" / "runs").glob("*/result.json")
+    run, expected = file.parent, json.loads(file.read_text())
+    # Killed after the last step, before its time was recorded.
+    file.unlink()
     (run / "time.json").unlink()
     assert quiet_study("table9", budgets=("steps",)) == []
-    assert json.loads(result.read_text())["scores"] == expected["scores"]
+    assert json.loads(file.read_text())["scores"] == expected["scores"]
     assert json.loads((run / "time.json").read_text())["steps"] == 2
-    # While the disk had not got the newest checkpoint yet, which training does without.
-    result.unlink()
+    # Killed before the newest checkpoint was on the disk.
+    file.unlink()
     damaged = run / "checkpoints" / "step-00000003"
     damaged.mkdir()
     (damaged / "state.json").write_text("")
     assert quiet_study("table9", budgets=("steps",)) == []
-    assert json.loads(result.read_text())["scores"] == expected["scores"]
+    assert json.loads(file.read_text())["scores"] == expected["scores"]
 
 
-def test_what_libraries_do_on_first_use_is_no_runs_time() -> None:
-    """Else the very first run, whose seconds the others are given, seems to take a second more than it does."""
+def test_lazy_initialisation_is_not_charged_to_a_run() -> None:
+    """After the warm-up, an optimiser's first step imports few modules."""
     code = """
         import sys, torch
         from dcris.experiments.ablate import _warm_up
@@ -247,71 +318,69 @@ def test_what_libraries_do_on_first_use_is_no_runs_time() -> None:
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 20
 
 
-def test_a_run_is_one_processs(tmp_path: Path) -> None:
-    """Else two processes write one run's files, or a process that died keeps a run for ever."""
+def test_a_lock_is_held_once(tmp_path: Path) -> None:
+    """Two processes must not write one run, and a lock is free after its holder."""
     path = tmp_path / "run" / ".lock"
-    with module._claim(path) as mine:
-        assert mine
-        with module._claim(path) as other:
+    with module._try_lock(path) as held:
+        assert held
+        with module._try_lock(path) as other:
             assert not other
-    with module._claim(path) as again:
+    with module._try_lock(path) as again:
         assert again
 
 
-def test_a_disk_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a study on such a disk waits for ever for a process that is not there."""
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study must not wait there for other processes."""
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with module._claim(tmp_path / ".lock") as mine:
-        assert mine
+    with module._try_lock(tmp_path / ".lock") as held:
+        assert held
 
 
-def test_what_was_asked_wrongly_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Else a person meets a traceback, or a study of the wrong thing."""
+def test_invalid_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing data and an unknown table are errors."""
     assert main(["ablate", "table3", "--out", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
-    with pytest.raises(DcrisError, match="no table 'table6'"):
-        ablate("table6", tmp_path)
+    with pytest.raises(DcrisError, match="unknown table 'table6'"):
+        table_study("table6", "b")
 
 
-def test_data_without_a_split_to_score_on_are_a_sentence(tables: dict[str, Table], tmp_path: Path) -> None:
-    """Else every row is trained before it shows that there is nothing to write."""
+def test_data_without_a_split_to_evaluate_on_raise(tables: dict[str, Table], tmp_path: Path) -> None:
+    """The error comes before anything is trained."""
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     line = {"image": "a.png", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": ["ring"]}
     (tmp_path / "own.jsonl").write_text(json.dumps(line))
-    with pytest.raises(DcrisError, match=r"own in .* has nothing to score the rows on, only the split 'train'"):
-        ablate("table9", tmp_path / "out", root=tmp_path / "own.jsonl", device="cpu")
+    with pytest.raises(DcrisError, match=r"own in .* has no split to evaluate on, only 'train'"):
+        ablate(table_study("table9", "tiny"), tmp_path / "out", root=tmp_path / "own.jsonl", device="cpu")
 
 
-def test_a_seed_that_no_run_takes_is_a_sentence(
-    quiet_study: Callable[..., list[str]], tables: dict[str, Table]
-) -> None:
-    """Else every row is trained, and its checkpoint cannot be read."""
+def test_an_invalid_seed_raises(quiet_study: Callable[..., list[str]], tables: dict[str, Table]) -> None:
+    """The error comes before anything is trained."""
     with pytest.raises(DcrisError, match=r"invalid setting: train\.seed"):
         quiet_study("table9", seeds=(2**32,))
 
 
-# ---- what is written --------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def result(seed: int, **miou: float) -> dict[str, Any]:
-    """A run's result with these scores by split."""
+    """Return a run's result with these scores by split."""
     scores = {split: {"miou": value, "oiou": value + 1} for split, value in miou.items()}
     return {"counts": {"adapters": 2_694_048}, "steps": 10, "seconds_per_step": 0.5, "seed": seed, "scores": scores}
 
 
-def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
-    """Else nobody sees how far a reproduction is from the paper, or its numbers stand beside other data."""
-    ours = Measured(
-        DEFAULT, "DCRIS", ("DCRIS",), (result(0, val=70, testA=72, testB=68), result(1, val=74, testA=76, testB=72))
-    )
-    poor = Measured(FIXED, "fixed", ("Fixed",), (), "failed: out of memory")
-    arguments = {"backbone": 150_011_649, "notes": ["a note"]}
-    page = write_ablation(tmp_path, "t", SMALL, {"steps": [poor, ours]}, splits=SPLITS, data=DATA_SET, **arguments)
+def test_the_papers_numbers_are_beside_ours(tmp_path: Path) -> None:
+    """They are shown for the paper's data set and splits only."""
+    towers = 150_011_649
+    runs = (result(0, val=70, testA=72, testB=68), result(1, val=74, testA=76, testB=72))
+    ours = Measured(DEFAULT, "DCRIS", ("DCRIS",), runs, towers)
+    poor = Measured(FIXED, "fixed", ("Fixed",), (), towers, "failed: out of memory")
+    notes = ["a note"]
+    page = write_ablation(tmp_path, "t", SMALL, {"steps": [poor, ours]}, splits=SPLITS, data=DATA_SET, notes=notes)
     (line,) = (line for line in page.splitlines() if line.startswith("| DCRIS"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["2,694,048", "2.69M", "1.80"]
@@ -319,20 +388,21 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert cells[-5:] == ["72.0", "76.4", "77.9", "73.7", "76.0"]
     assert "failed: out of memory" in page
     elsewhere = write_ablation(
-        tmp_path, "t", SMALL, {"steps": [ours]}, splits=("val",), data=("refcoco+", "unc"), **arguments
+        tmp_path, "t", SMALL, {"steps": [ours]}, splits=("val",), data=("refcoco+", "unc"), notes=notes
     )
     assert "76.4" not in elsewhere
 
 
-def test_who_wins_is_said_with_its_doubt() -> None:
-    """Else a difference that another seed would turn round is told as a victory."""
+def test_the_summary_states_the_deviation_between_seeds() -> None:
+    """A lead smaller than the deviation must not read as a result."""
 
     def item(name: str, *scores: float) -> Measured:
-        return Measured(DEFAULT, name, (name,), tuple(result(seed, test=score) for seed, score in enumerate(scores)))
+        runs = tuple(result(seed, test=score) for seed, score in enumerate(scores))
+        return Measured(DEFAULT, name, (name,), runs, 150_011_649)
 
-    sentence = who_wins([item("a", 50, 52), item("b", 60, 61), item("c")], ["test"])
+    sentence = summary([item("a", 50, 52), item("b", 60, 61), item("c")], ["test"])
     assert sentence.startswith("Best: b, mIoU 60.5; then a, 51.0.")
     assert "more than the seeds' deviation of 1.4" in sentence
-    assert "within the seeds' deviation of 14.1" in who_wins([item("a", 40, 60), item("b", 50, 51)], ["test"])
-    assert "one seed says nothing" in who_wins([item("a", 40), item("b", 50)], ["test"])
-    assert who_wins([item("a", 40)], ["test"]) == "There is nothing to compare yet."
+    assert "within the seeds' deviation of 14.1" in summary([item("a", 40, 60), item("b", 50, 51)], ["test"])
+    assert "one seed shows no variation" in summary([item("a", 40), item("b", 50)], ["test"])
+    assert summary([item("a", 40)], ["test"]) == "There are no two rows to compare."

@@ -10,44 +10,58 @@ from dcris.experiments.paper_tables import TABLES
 
 
 def add(commands: Any) -> None:
-    """Describe the commands of this file."""
-    add = adder(commands, "dcris ")
-    ablate = add(
+    """Add the command's parser."""
+    ablate = adder(commands, "dcris ")(
         "ablate",
         _ablate,
-        "run a table of the paper, row by row, and write it",
+        "train and compare recipes, or the rows of a table of the paper",
         "table2 --recipe tiny --out runs/ablations",
-        "What is done is skipped, and tables in one OUT share their runs. Under torchrun, or started "
-        "again while it runs, it spreads them over processes.",
+        "Finished runs are skipped, and tables in one OUT share equal runs. Several processes can work on one OUT: start "
+        "the command again, or use torchrun.",
     )
-    ablate.add_argument("table", choices=tuple(TABLES), metavar="TABLE", help=", ".join(TABLES))
-    ablate.add_argument("--data", type=Path, metavar="ROOT", help=f"{ROOT}; the tiny recipe generates its own without")
-    ablate.add_argument("--out", type=Path, required=True, help="folder of the tables and of all their runs")
-    ablate.add_argument("--recipe", choices=("tiny", "b"), default="b", help="size of the towers (%(default)s)")
+    ablate.add_argument("table", nargs="?", choices=tuple(TABLES), metavar="TABLE", help=", ".join(TABLES))
     ablate.add_argument(
-        "--seeds", type=natural, nargs="+", default=[0, 1, 2], metavar="SEED", help="of the runs (0 1 2)"
+        "--recipes", nargs="+", default=(), metavar="RECIPE", help="recipes to compare instead of a table"
     )
-    ablate.add_argument("--steps", type=positive, help="of a run with equal steps; the recipe's by default")
-    ablate.add_argument("--epochs", type=positive, help="the same in epochs")
+    ablate.add_argument(
+        "--data", type=Path, metavar="ROOT", help=f"{ROOT} (default for tiny recipes: generated scenes)"
+    )
+    ablate.add_argument("--dataset", help="name of the data set (default: that of the first row)")
+    ablate.add_argument("--split-by", help="partition of the data set; needed only if ROOT has several")
+    ablate.add_argument("--out", type=Path, required=True, help="folder of the tables and all their runs")
+    ablate.add_argument(
+        "--recipe", choices=("tiny", "b"), default="b", help="size of the towers in TABLE (default: %(default)s)"
+    )
+    ablate.add_argument(
+        "--seeds", type=natural, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs (default: 0 1 2)"
+    )
+    length = ablate.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, help="steps of a run with equal steps (default: the recipe's)")
+    length.add_argument("--epochs", type=positive, help="epochs of a run with equal steps (default: the recipe's)")
     ablate.add_argument(
         "--budget",
         choices=("steps", "time", "both"),
         default="both",
-        help="what is equal between the rows: steps, or the time that DCRIS takes for them (%(default)s)",
+        help="what is equal between rows: steps, or the time of the baseline (DCRIS, or the first recipe) "
+        "(default: %(default)s)",
     )
     device_arguments(ablate, precision=False)
 
 
 def _ablate(args: argparse.Namespace) -> None:
-    from dcris.experiments.ablate import ablate
+    from dcris.experiments.ablate import ablate, recipe_study, table_study
     from dcris.training.stopping import Interrupted
 
+    if (args.table is None) == (not args.recipes):
+        raise DcrisError("give either a TABLE or --recipes; see `dcris ablate --help`")
+    study = recipe_study(args.recipes) if args.recipes else table_study(args.table, args.recipe)
     try:
         failures = ablate(
-            args.table,
+            study,
             args.out,
             root=args.data,
-            size=args.recipe,
+            dataset=args.dataset,
+            split_by=args.split_by,
             seeds=args.seeds,
             steps=args.steps,
             epochs=args.epochs,
@@ -57,8 +71,9 @@ def _ablate(args: argparse.Namespace) -> None:
         )
     except Interrupted as stop:
         exit_interrupted(stop)
-    log(f"written: {args.out / args.table}.md, .tex, .html and .json")
+    log(f"written: {args.out / study.name}.md, .tex, .html and .json")
     if failures:
         raise DcrisError(
-            f"{len(failures)} of the rows failed ({failures[0]}); the others are written, and this can be run again"
+            f"{len(failures)} rows failed ({failures[0]}); the others are in the table, and the same command tries "
+            "the failed ones again"
         )

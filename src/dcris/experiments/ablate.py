@@ -1,14 +1,16 @@
-"""The paper's comparisons, run: every row of a table as separate runs, and the table written in the paper's layout.
+"""Training and evaluation of several configurations under equal conditions, written as a table.
 
-A run is a folder OUT/runs/KEY, where KEY stands for all that decides its result: configuration, data set, seed, length. So
-tables share what is equal between them, a second call skips what is done, and a call that was broken off goes on where it
-stopped. Several processes may work on one OUT at the same time (torchrun, or the same command started again): each takes a run
-that is neither done nor locked by another.
+The configurations are the rows of one of the paper's tables, or any recipes. Each row is trained and
+evaluated once for each seed. A run is a folder OUT/runs/KEY, where KEY is a hash of everything that
+determines its result: configuration, data set, seed and length. Tables in one OUT therefore share
+equal runs, and a second call skips finished runs and continues interrupted ones. Several processes
+can work on one OUT (torchrun, or the same command started again): each takes runs that are neither
+finished nor locked by another.
 
-Two budgets make a comparison fair in two ways. With equal steps every row sees the same samples, however long a step takes.
-With equal time every row trains as long as the default DCRIS did in its equal steps, by the seconds a step took: cheaper
-methods then take more steps, each with a schedule of that length. On a CPU the seconds are those of the process on one
-thread, which other work on the machine hardly changes; on a GPU they are the clock's.
+There are two budgets. With equal steps, all rows train on the same samples. With equal time, each
+row trains as long as the baseline does in its equal steps, by the measured seconds per step, with a
+schedule of that length. On a CPU the time is CPU time on one thread, which other work on the machine
+hardly changes; on a GPU it is wall-clock time.
 """
 
 import hashlib
@@ -36,7 +38,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries, result_record
 from dcris.evaluation.protocols import Cris
 from dcris.experiments.ablation_report import Measured, write_ablation
-from dcris.experiments.paper_tables import TABLES, Row
+from dcris.experiments.paper_tables import TABLES, Row, Table
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.stopping import Interrupted
@@ -50,20 +52,90 @@ Size = Literal["tiny", "b"]
 TINY_STEPS = 100
 TRAIN_SCENES, TEST_SCENES = 3000, 60
 _TINY_STEP = 0.3
-"""Seconds of a step of dcris_tiny on one thread of an AMD EPYC (Zen 3): for the estimate before anything was measured."""
+"""Seconds of a step of dcris_tiny on one thread of an AMD EPYC (Zen 3), for the first estimate."""
 _TINY_REST = 10.0
-"""Seconds of a tiny run beside its steps: making the model, evaluating it."""
-_BOOKKEEPING = ("workers", "log_every", "save_every", "keep_last", "trackers")
-"""Settings that change no result."""
-_POLL = 1.0  # seconds between looks at what other processes work on
+"""Seconds of a tiny run besides its steps: building and evaluating the model."""
+_NO_EFFECT = ("workers", "log_every", "save_every", "keep_last", "trackers")
+"""Settings that do not change results."""
+_POLL = 1.0  # seconds between checks of runs that other processes work on
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is compared: rows with their configurations."""
+
+    name: str
+    """Of the files: OUT/NAME.md, .tex, .html and .json."""
+    table: Table
+    configs: tuple[RunConfig | DcrisError, ...]
+    """The configuration of each row of the table; an error if it could not be made."""
+    baseline: int
+    """The row whose time is the budget of all rows with equal time."""
+    cells: tuple[tuple[str, ...], ...]
+    """The names of each row in the table's columns."""
+    steps: int | None = None
+    """Length of a run with equal steps if none is given; None for the baseline's epochs."""
+
+    @property
+    def default(self) -> RunConfig:
+        """The baseline's configuration."""
+        config = self.configs[self.baseline]
+        if isinstance(config, DcrisError):
+            raise config
+        return config
+
+    @property
+    def tiny(self) -> bool:
+        """Whether all towers are the tiny ones of the package."""
+        return all(
+            config.model.vision.name.startswith("tiny") for config in self.configs if isinstance(config, RunConfig)
+        )
+
+
+def table_study(name: str, size: Size) -> Study:
+    """Return the study of one of the paper's tables.
+
+    Args:
+        name: one of TABLES.
+        size: of the towers.
+
+    Raises:
+        DcrisError: there is no such table.
+    """
+    if name not in TABLES:
+        raise DcrisError(f"unknown table {name!r}; choose one of {', '.join(TABLES)}")
+    rows = tuple(row for row in TABLES[name].rows if row.only in (None, size))
+    default = get_recipe(f"dcris_{size}")
+    configs = tuple(_attempt_configure(row, size) for row in rows)
+    baseline = next(
+        index for index, each in enumerate(configs) if isinstance(each, RunConfig) and each.model == default.model
+    )
+    table = Table(TABLES[name].title, TABLES[name].columns, rows)
+    steps = TINY_STEPS if size == "tiny" else None
+    return Study(name, table, configs, baseline, tuple(_cells(row, default) for row in rows), steps)
+
+
+def recipe_study(recipes: Sequence[str]) -> Study:
+    """Return the study of any recipes; the first is the baseline.
+
+    Raises:
+        DcrisError: there is no such recipe, one occurs twice, or there are fewer than two.
+    """
+    if len(set(recipes)) < max(2, len(recipes)):
+        raise DcrisError(f"--recipes needs two or more different recipes, not {' '.join(recipes) or 'none'}")
+    configs = tuple(get_recipe(recipe) for recipe in recipes)
+    rows = tuple(Row((recipe,), recipe) for recipe in recipes)
+    table = Table("Comparison of recipes", ("Recipe",), rows)
+    return Study("recipes", table, configs, 0, tuple(row.cells for row in rows), configs[0].train.max_steps)
 
 
 def ablate(
-    name: str,
+    study: Study,
     out: Path,
     *,
     root: Path | None = None,
-    size: Size = "tiny",
+    dataset: str | None = None,
+    split_by: str | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int | None = None,
     epochs: int | None = None,
@@ -71,44 +143,56 @@ def ablate(
     device: str = "auto",
     log: Callable[[str], None] = print,
 ) -> list[str]:
-    """Run a table's rows, write OUT/NAME.md, .tex, .html and .json, and return what failed: a sentence for each row.
+    """Run a study and write OUT/NAME.md, .tex, .html and .json. A failed row does not stop the others.
 
     Args:
-        name: one of dcris.experiments.paper_tables.TABLES.
-        out: the folder of all tables and of their runs.
-        root: the data sets; for the tiny size None stands for scenes generated in OUT.
-        size: of the towers: "tiny" or "b".
-        seeds: of the runs; several give means and deviations.
-        steps, epochs: length of the runs with equal steps; the recipe's where None, TINY_STEPS for the tiny size.
+        study: from `table_study` or `recipe_study`.
+        out: folder of all tables and their runs.
+        root: folder of the data sets, or a .jsonl file. If None, scenes are generated in OUT, which
+            needs a study of the tiny towers.
+        dataset: name of the data set; the baseline's if None.
+        split_by: its partition; needed if ROOT has several.
+        seeds: of the runs; several give mean and deviation.
+        steps, epochs: length of a run with equal steps; the study's if both are None.
         budgets: "steps", "time" or both.
-        device: as of `choose_device`; several processes on a machine with GPUs take one each.
-        say: takes lines for a person.
+        device: as in `choose_device`; several processes on a machine with GPUs use one each.
+        log: receives lines of progress.
 
-    Raises DcrisError where there is no such table, or no data, or the tables cannot be written; Interrupted after Ctrl-C while
-    training. A row that fails does not end the others.
+    Returns:
+        A sentence for each row that failed.
+
+    Raises:
+        DcrisError: there is no data, or a table cannot be written.
+        Interrupted: after Ctrl-C while training.
     """
-    if name not in TABLES:
-        raise DcrisError(f"there is no table {name!r}; choose one of {', '.join(TABLES)}")
-    if root is None and size != "tiny":
-        raise DcrisError("a data set is needed: give its folder with --data, or generated scenes with --recipe tiny")
+    if root is None and not (study.tiny and dataset in (None, study.default.data.dataset)):
+        raise DcrisError("a data set is needed: give --data ROOT; only tiny recipes can generate scenes instead")
     chosen = choose_device(_own_gpu(device))
     threads = torch.get_num_threads()
     if chosen.type == "cpu":
-        torch.set_num_threads(1)  # its time is what is measured, and the other cores are for other runs
+        torch.set_num_threads(1)  # CPU time is compared, and other cores are left to other runs
     try:
-        return _Study(name, out, root, size, steps, epochs, chosen, log).run(sorted(set(seeds)), budgets)
+        work = _Work(study, out, root, dataset, split_by, steps, epochs, chosen, log)
+        return work.run(sorted(set(seeds)), budgets)
     finally:
         torch.set_num_threads(threads)
 
 
 def configure(row: Row, size: Size) -> RunConfig:
-    """Return the configuration of a row for towers of that size.
+    """Return the configuration of a table's row for towers of that size.
 
     Raises:
         DcrisError: there is no such recipe, or the row does not fit it.
     """
     config = get_recipe(f"{row.recipe}_{size}")
     return replace(config, scaled(row, config))
+
+
+def _attempt_configure(row: Row, size: Size) -> RunConfig | DcrisError:
+    try:
+        return configure(row, size)
+    except DcrisError as error:
+        return error
 
 
 def scaled(row: Row, config: RunConfig) -> dict[str, Any]:
@@ -120,13 +204,20 @@ def scaled(row: Row, config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _cells(row: Row, default: RunConfig) -> tuple[str, ...]:
+    """Return a row's cells, with the widths used here if they differ from the paper's."""
+    widths = {key: value for key, value in row.changes.items() if key.endswith(".width")}
+    here = {key: value for key, value in scaled(row, default).items() if key in widths} if widths else widths
+    return row.cells if here == widths else (f"{row.cells[0]} (here {', '.join(map(str, here.values()))})",)
+
+
 def _setting(config: RunConfig, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One run: a row with a seed and a length."""
+class _Run:
+    """One training run: a row with a seed and a length."""
 
     title: str
     config: RunConfig
@@ -134,15 +225,15 @@ class _Job:
     folder: Path
 
     def result(self) -> dict[str, Any] | None:
-        """What came out, where it is whole and of this very run."""
+        """Return the result, if the run has a complete one."""
         try:
-            found = read_json(self.folder / "result.json", "a run's result")
-        except DcrisError:  # missing, or spoilt: run it again
+            result = read_json(self.folder / "result.json", "a run's result")
+        except DcrisError:  # missing or damaged: run again
             return None
-        return found if isinstance(found, dict) and found.get("key") == self.key else None
+        return result if isinstance(result, dict) and result.get("key") == self.key else None
 
     def failure(self, since: float) -> str | None:
-        """Why it failed, if it did after a time: what failed before is tried again."""
+        """Return the error of a failure after that time; earlier failures are tried again."""
         path = self.folder / "failed.txt"
         try:
             return read_text(path).splitlines()[0] if path.stat().st_mtime >= since else None
@@ -150,283 +241,299 @@ class _Job:
             return None
 
 
-class _Study:
+_Runs = dict[int, _Run] | DcrisError
+"""A row's run by seed, or why it has none."""
+
+
+class _Work:
+    """The runs of a study on a data set."""
+
     def __init__(
         self,
-        name: str,
+        study: Study,
         out: Path,
         root: Path | None,
-        size: Size,
+        dataset: str | None,
+        split_by: str | None,
         steps: int | None,
         epochs: int | None,
         device: torch.device,
         log: Callable[[str], None],
     ) -> None:
-        self.name, self.out, self.size, self.device, self.log = name, out, size, device, log
+        self.study, self.out, self.device, self.log = study, out, device, log
         self.begin = time.time()
         group = described_processes()
         self.processes, self.first = group.count, group.first
-        self.default = get_recipe(f"dcris_{size}")
-        self.table = load_references(root or self._scenes(), None if _is_file(root) else self.default.data.dataset)
-        self.data = self.table.sha256()
-        self.splits = [split for split in self.table.splits() if split != self.default.data.train_split]
+        data = study.default.data
+        if root is None:
+            self.table = load_references(self._scenes(), data.dataset)
+        elif root.is_file():
+            self.table = load_references(root, dataset, split_by)
+        else:
+            same = dataset in (None, data.dataset)
+            self.table = load_references(root, dataset or data.dataset, split_by or (data.split_by if same else None))
+        self.checksum = self.table.sha256()
+        self.splits = [split for split in self.table.splits() if split != data.train_split]
         if not self.splits:
             raise DcrisError(
-                f"{self.table.dataset} in {self.table.root} has nothing to score the rows on, only the split "
-                f"'{self.default.data.train_split}'; give a part of it another one, such as val or test"
+                f"{self.table.dataset} in {self.table.root} has no split to evaluate on, only '{data.train_split}'; "
+                "assign a part of it to another split, such as val or test"
             )
-        self.rows = [row for row in TABLES[name].rows if row.only in (None, size)]
-        self.steps = steps or (TINY_STEPS if size == "tiny" and epochs is None else None)
-        self.epochs = epochs
-        self.walls: list[float] = []
+        self.steps = steps or (study.steps if epochs is None else None)
+        self.epochs = epochs or study.default.train.epochs
+        self.durations: list[float] = []
 
     def run(self, seeds: Sequence[int], budgets: Sequence[str]) -> list[str]:
-        configs: list[RunConfig | DcrisError] = []
-        for row in self.rows:
-            try:
-                configs.append(configure(row, self.size))
-            except DcrisError as error:
-                configs.append(error)
-        equal = [
-            {seed: self._job(row, config, seed) for seed in seeds} if isinstance(config, RunConfig) else config
-            for row, config in zip(self.rows, configs, strict=True)
+        """Train what is missing, write the table, and return a sentence for each failed row."""
+        equal: list[_Runs] = [
+            {seed: self._equal_steps(row, config, seed) for seed in seeds} if isinstance(config, RunConfig) else config
+            for row, config in zip(self.study.table.rows, self.study.configs, strict=True)
         ]
-        # The default's first: without its time there are no runs of equal time, and no estimate.
-        yardstick = next(
-            jobs
-            for config, jobs in zip(configs, equal, strict=True)
-            if isinstance(config, RunConfig) and isinstance(jobs, dict) and config.model == self.default.model
-        )
-        planned = [yardstick, *(jobs for jobs in equal if isinstance(jobs, dict))]
-        jobs = [job for jobs in planned for job in jobs.values()]
-        longer = len({job.key for job in jobs}) - len(seeds) if "time" in budgets else 0
-        self._announce(jobs, longer)
-        self._work(jobs, longer)
+        baseline = equal[self.study.baseline]
+        assert isinstance(baseline, dict)
+        # The baseline comes first, because the runs of equal time and the estimate need its time.
+        ordered = [baseline, *(runs for runs in equal if isinstance(runs, dict))]
+        planned = [run for runs in ordered for run in runs.values()]
+        later = len({run.key for run in planned}) - len(seeds) if "time" in budgets else 0
+        self._announce(planned, later)
+        self._train(planned, later)
         measured = {}
         if "steps" in budgets:
-            measured["steps"] = [self._measured(row, jobs) for row, jobs in zip(self.rows, equal, strict=True)]
+            measured["steps"] = self._measure(equal)
         if "time" in budgets:
-            timed = [
-                self._stretched(row, jobs, yardstick) if isinstance(jobs, dict) else jobs
-                for row, jobs in zip(self.rows, equal, strict=True)
-            ]
-            self._work(
-                [job for jobs in timed if isinstance(jobs, dict) for job in jobs.values() if isinstance(job, _Job)]
+            timed = [self._equal_time(runs, baseline) if isinstance(runs, dict) else runs for runs in equal]
+            self._train(
+                [run for runs in timed if isinstance(runs, dict) for run in runs.values() if isinstance(run, _Run)]
             )
-            measured["time"] = [self._measured(row, jobs) for row, jobs in zip(self.rows, timed, strict=True)]
+            measured["time"] = self._measure(timed)
         page = self._write(measured)
         if self.first:
             self.log(page)
-        return [
-            f"{item.name}: {item.failure}" for items in measured.values() for item in items if item.failure is not None
-        ]
+        return [f"{row.name}: {row.failure}" for rows in measured.values() for row in rows if row.failure is not None]
 
-    # ---- what is to be run -----------------------------------------------------------------------
+    # ---- planning --------------------------------------------------------------------------------
 
-    def _job(self, row: Row, config: RunConfig, seed: int) -> _Job:
-        """A row's run of equal steps: the recipe's length, or what was asked for."""
+    def _equal_steps(self, row: Row, config: RunConfig, seed: int) -> _Run:
+        """Return a row's run of the budget "steps"."""
         changes: dict[str, Any] = {
             "train.seed": seed,
             "train.keep_last": 1,
+            "train.epochs": self.epochs,
+            "train.max_steps": self.steps,
             "data.dataset": self.table.dataset,
             "data.split_by": self.table.split_by,
         }
         changes |= word_length_settings(changes, config.data.dataset)
         if config.data.val_split not in {None, *self.splits}:
             changes["data.val_split"] = None
-        if self.epochs is not None:
-            changes["train.epochs"] = self.epochs
-        if self.steps is not None:
-            changes["train.max_steps"] = self.steps
         changed = replace(config, changes)
-        # A shorter run has a shorter warm-up, so that it does not consist of the warm-up only.
+        # The warm-up is shortened with the run, or a short run would consist of its warm-up only.
         references = len(self.table.split(config.data.train_split))
         share = min(1.0, total_steps(changed.train, references) / total_steps(config.train, references))
         warmup = round(share * config.train.warmup_steps)
-        return self._keyed(row, replace(changed, {"train.warmup_steps": warmup}))
+        return self._identified(_name(row), replace(changed, {"train.warmup_steps": warmup}))
 
-    def _stretched(
-        self, row: Row, jobs: dict[int, _Job], yardstick: dict[int, _Job]
-    ) -> "dict[int, _Job | str] | DcrisError":
-        """A row's runs of equal time: as many steps as fit the default's seconds, with a schedule as much longer or shorter."""
-        stretched: dict[int, _Job | str] = {}
-        for seed, job in jobs.items():
-            own, whole = job.result(), yardstick[seed].result()
-            if job.key == yardstick[seed].key:
-                stretched[seed] = job
+    def _equal_time(self, runs: dict[int, _Run], baseline: dict[int, _Run]) -> "dict[int, _Run | str]":
+        """Return a row's runs of the budget "time" by seed, or why there is none.
+
+        They have as many steps as fit into the baseline's seconds, and a schedule of that length.
+        """
+        stretched: dict[int, _Run | str] = {}
+        for seed, run in runs.items():
+            own, budget = run.result(), baseline[seed].result()
+            if run.key == baseline[seed].key:
+                stretched[seed] = run
             elif own is None:
-                stretched[seed] = job.failure(self.begin) or "its run of equal steps is not done"
-            elif whole is None:
-                stretched[seed] = "the default row, whose time counts, is not done"
+                stretched[seed] = run.failure(self.begin) or "its run of equal steps is missing"
+            elif budget is None:
+                stretched[seed] = "the baseline's run, whose time is the budget, is missing"
             else:
-                factor = whole["seconds"] / own["seconds_per_step"] / own["steps"]
-                steps = max(1, round(own["steps"] * factor))
-                settings = job.config.train
+                factor = budget["seconds"] / own["seconds_per_step"] / own["steps"]
+                settings = run.config.train
                 changes = {
-                    "train.max_steps": steps,
+                    "train.max_steps": max(1, round(own["steps"] * factor)),
                     "train.warmup_steps": round(settings.warmup_steps * factor),
                     "train.milestones": tuple(milestone * factor for milestone in settings.milestones),
                 }
-                stretched[seed] = self._keyed(row, replace(job.config, changes))
+                stretched[seed] = self._identified(run.title.rpartition(", seed ")[0], replace(run.config, changes))
         return stretched
 
-    def _keyed(self, row: Row, config: RunConfig) -> _Job:
+    def _identified(self, name: str, config: RunConfig) -> _Run:
+        """Return the run of a configuration, with its folder."""
         plain = config.model_dump(mode="json", exclude={"recipe"})
-        plain["data"] = {name: value for name, value in plain["data"].items() if name not in _BOOKKEEPING}
-        plain["train"] = {name: value for name, value in plain["train"].items() if name not in _BOOKKEEPING}
-        told = json.dumps([plain, self.data, self.splits, self.device.type, __version__], sort_keys=True)
-        key = hashlib.sha256(told.encode()).hexdigest()[:16]
-        return _Job(f"{row.name or row.cells[0]}, seed {config.train.seed}", config, key, self.out / "runs" / key)
+        for section in ("data", "train"):
+            plain[section] = {key: value for key, value in plain[section].items() if key not in _NO_EFFECT}
+        identity = json.dumps([plain, self.checksum, self.splits, self.device.type, __version__], sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return _Run(f"{name}, seed {config.train.seed}", config, key, self.out / "runs" / key)
 
     def _scenes(self) -> Path:
-        """The generated scenes in OUT, made where they are missing, by one process while the others wait."""
+        """Return the folder of generated scenes in OUT; one process generates them, the others wait."""
         data = self.out / "scenes"
         while not (data / "scenes" / "refs(generated).p").exists():
-            with _claim(self.out / "scenes.lock") as mine:
-                if mine and not (data / "scenes" / "refs(generated).p").exists():
-                    self.log(f"generating {TRAIN_SCENES:,} scenes to train on and {TEST_SCENES} to test with")
+            with _try_lock(self.out / "scenes.lock") as held:
+                if held and not (data / "scenes" / "refs(generated).p").exists():
+                    self.log(f"generating {TRAIN_SCENES:,} scenes for training and {TEST_SCENES} for testing")
                     write_scenes(data, train=TRAIN_SCENES, val=0, test=TEST_SCENES, seed=0, workers=cores())
-            time.sleep(0 if mine else _POLL)
+            time.sleep(0 if held else _POLL)
         return data
 
-    # ---- running it ------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------
 
-    def _announce(self, jobs: Sequence[_Job], longer: int) -> None:
-        distinct = {job.key: job for job in jobs}
-        left = sum(job.result() is None for job in distinct.values())
+    def _announce(self, runs: Sequence[_Run], later: int) -> None:
+        """Log the number of runs and, for tiny ones, an estimate of their time."""
+        distinct = {run.key: run for run in runs}
+        left = sum(run.result() is None for run in distinct.values())
         self.log(
-            f"{self.name}: {len(distinct)} runs with equal steps, {len(distinct) - left} of them done; "
-            f"{longer} further runs with equal time"
+            f"{self.study.name}: {len(distinct)} runs with equal steps, {len(distinct) - left} of them finished; "
+            f"{later} more with equal time"
         )
-        if self.size == "tiny" and self.steps is not None:
-            minutes = (left + longer) * (self.steps * _TINY_STEP + _TINY_REST) / 60 / self.processes
-            self.log(
-                f"about {max(1, round(minutes))} min on {self.processes} core(s), if none of the longer ones is done"
-            )
+        if self.study.tiny and self.steps is not None:
+            minutes = (left + later) * (self.steps * _TINY_STEP + _TINY_REST) / 60 / self.processes
+            self.log(f"about {max(1, round(minutes))} min on {self.processes} core(s)")
 
-    def _work(self, jobs: Sequence[_Job], later: int = 0) -> None:
-        """Run what is neither done nor failed; come back when all are one or the other, whoever ran them.
+    def _train(self, runs: Sequence[_Run], later: int = 0) -> None:
+        """Train all runs that are neither finished nor failed, and wait for those of other processes.
 
         Args:
-            jobs: in order; equal ones count once.
-            later: runs that are still to come after these, for the time left.
+            runs: in order; equal ones are trained once.
+            later: number of runs that follow these, for the estimate of the time left.
         """
-        waiting = {job.key: job for job in jobs}
+        waiting = {run.key: run for run in runs}
         while waiting:
-            busy = True
-            for key, job in list(waiting.items()):
-                if job.result() is None and job.failure(self.begin) is None:
-                    with _claim(job.folder / ".lock") as mine:
-                        if not mine:
+            all_busy = True
+            for key, run in list(waiting.items()):
+                if run.result() is None and run.failure(self.begin) is None:
+                    with _try_lock(run.folder / ".lock") as held:
+                        if not held:
                             continue
-                        if job.result() is None and job.failure(self.begin) is None:
-                            self._attempt(job, sum(other.result() is None for other in waiting.values()) + later)
+                        # Another process may have finished it before the lock was taken.
+                        if run.result() is None and run.failure(self.begin) is None:
+                            self._attempt(run, sum(other.result() is None for other in waiting.values()) + later)
                 del waiting[key]
-                busy = False
-            if busy and waiting:
+                all_busy = False
+            if all_busy and waiting:
                 time.sleep(_POLL)
 
-    def _attempt(self, job: _Job, left: int) -> None:
+    def _attempt(self, run: _Run, left: int) -> None:
+        """Train and score one run of the `left` remaining ones; record a failure."""
         started = time.monotonic()
-        (job.folder / "failed.txt").unlink(missing_ok=True)
+        (run.folder / "failed.txt").unlink(missing_ok=True)
         try:
-            result = _run(job, self.table, self.splits, self.device)
+            result = train_and_score(run, self.table, self.splits, self.device)
         except Interrupted:
             raise
-        except Exception as error:  # whatever a method, a library or the machine may raise: the other rows go on
+        except Exception as error:  # of any class: the other rows continue
             first, *_ = str(error).strip().splitlines() or [""]
             sentence = first if isinstance(error, DcrisError) else f"{type(error).__name__}: {first}"
-            write_file(job.folder / "failed.txt", f"{sentence}\n\n{traceback.format_exc()}")
-            self.log(f"{job.title}: failed: {sentence}")
+            write_file(run.folder / "failed.txt", f"{sentence}\n\n{traceback.format_exc()}")
+            self.log(f"{run.title}: failed: {sentence}")
             return
-        self.walls.append(time.monotonic() - started)
-        scores = ", ".join(f"{split} mIoU {found['miou']:.1f}" for split, found in result["scores"].items())
-        minutes = (left - 1) * sum(self.walls) / len(self.walls) / 60 / self.processes
+        self.durations.append(time.monotonic() - started)
+        scores = ", ".join(f"{split} mIoU {record['miou']:.1f}" for split, record in result["scores"].items())
+        minutes = (left - 1) * sum(self.durations) / len(self.durations) / 60 / self.processes
         self.log(
-            f"{job.title}: {scores} after {result['steps']:,} steps in {self.walls[-1]:.0f} s; "
+            f"{run.title}: {scores} after {result['steps']:,} steps in {self.durations[-1]:.0f} s; "
             f"{left - 1} runs left, about {minutes:.0f} min"
         )
 
-    # ---- what came out ---------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------
 
-    def _measured(self, row: Row, jobs: "dict[int, _Job] | dict[int, _Job | str] | DcrisError") -> Measured:
-        runs, failures = [], []
-        for job in jobs.values() if isinstance(jobs, dict) else ():
-            if isinstance(job, str):
-                failures.append(job)
-            elif (result := job.result()) is not None:
-                runs.append({**result, "run": f"runs/{job.key}"})
+    def _measure(self, rows: "Sequence[dict[int, _Run] | dict[int, _Run | str] | DcrisError]") -> list[Measured]:
+        """Collect the results of all rows under one budget."""
+        return [
+            self._measured(index, row, runs)
+            for index, (row, runs) in enumerate(zip(self.study.table.rows, rows, strict=True))
+        ]
+
+    def _measured(self, index: int, row: Row, runs: "dict[int, _Run] | dict[int, _Run | str] | DcrisError") -> Measured:
+        results, failures = [], []
+        for run in runs.values() if isinstance(runs, dict) else ():
+            if isinstance(run, str):
+                failures.append(run)
+            elif (result := run.result()) is not None:
+                results.append({**result, "run": f"runs/{run.key}"})
             else:
-                failures.append(job.failure(self.begin) or "not run")
-        if isinstance(jobs, DcrisError):
-            failures.append(str(jobs))
-        cells = row.cells
-        widths = {key: value for key, value in row.changes.items() if key.endswith(".width")}
-        if widths:
-            here = {key: value for key, value in scaled(row, self.default).items() if key in widths}
-            if here != widths:
-                cells = (f"{row.cells[0]} (here {', '.join(map(str, here.values()))})",)
+                failures.append(run.failure(self.begin) or "not run")
+        if isinstance(runs, DcrisError):
+            failures.append(str(runs))
+        config = self.study.configs[index]
         return Measured(
-            row, row.name or row.cells[0], cells, tuple(runs), f"failed: {failures[0]}" if failures else None
+            row,
+            _name(row),
+            self.study.cells[index],
+            tuple(results),
+            _tower_weights(config if isinstance(config, RunConfig) else self.study.default),
+            f"failed: {failures[0]}" if failures else None,
         )
 
     def _write(self, measured: dict[str, list[Measured]]) -> str:
-        with torch.device("meta"):  # shapes without memory
-            backbone = ReferringSegmenter(self.default.model).count_weights()["frozen"]
+        """Write the table's files and return the Markdown."""
+        baseline = _name(self.study.table.rows[self.study.baseline])
+        towers = sorted({row.towers for rows in measured.values() for row in rows})
         notes = [
-            "Scores are percentages, by the CRIS family's protocol; several seeds give mean \N{PLUS-MINUS SIGN} deviation of "
-            "a sample.",
-            "Trainable weights are those beside the head, which is the same in every row; their share is of "
-            f"{backbone:,}, both towers.",
-            "Equal steps: every row trains on the same samples. Equal time: every row trains as many seconds as DCRIS did, "
-            "with a schedule of that length. "
+            "Scores are percentages by the protocol `cris`. Several seeds give mean \N{PLUS-MINUS SIGN} sample standard "
+            "deviation.",
+            "Trainable weights exclude the head. Their percentage is of the weights of both towers: "
+            f"{', '.join(f'{count:,}' for count in towers)}.",
+            "Equal steps: all rows train on the same samples. Equal time: each row trains as many seconds as "
+            f"{baseline}, with a schedule of that length. "
             + (
-                "Seconds are the process's on one CPU thread, with reading and batching."
+                "Seconds are CPU time on one thread, including reading and batching."
                 if self.device.type == "cpu"
-                else "Seconds are the clock's, on one GPU, with reading and validation."
+                else "Seconds are wall-clock time on one GPU, including reading and validation."
             ),
         ]
-        if self.size == "tiny":
+        if self.study.tiny:
             notes.append(
-                "Tiny towers on generated scenes: the towers know the scenes' attributes by supervision, the runs are short, "
-                "and none of this says who wins on photographs with the paper's model."
+                "The tiny towers were pretrained on the attributes of generated scenes, and the runs are short. The "
+                "scores say nothing about the ranking on photographs with the paper's model."
             )
         return write_ablation(
             self.out,
-            self.name,
-            TABLES[self.name],
+            self.study.name,
+            self.study.table,
             measured,
             splits=self.splits,
             data=(self.table.dataset, self.table.split_by),
-            backbone=backbone,
             notes=notes,
         )
 
 
-def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Train, evaluate, and leave result.json; a run that was broken off goes on."""
-    config, tokenizer = job.config, tokenizer_of(job.config.model.text)
+def _name(row: Row) -> str:
+    return row.name or row.cells[0]
+
+
+def _tower_weights(config: RunConfig) -> int:
+    """Return the number of weights of both towers."""
+    with torch.device("meta"):  # shapes without memory
+        return ReferringSegmenter(replace(config, {"model.method": None}).model).count_weights()["frozen"]
+
+
+def train_and_score(run: _Run, table: ReferenceTable, splits: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Train a run, or continue it, evaluate it on the splits, and write and return its result."""
+    config, tokenizer = run.config, tokenizer_of(run.config.model.text)
     model = build_model(config)
     counts = model.count_weights()
     steps = total_steps(config.train, len(table.split(config.data.train_split)))
     _warm_up(model.to(device), config)
-    with _timed(job.folder, steps, device):
+    with _timed(run.folder, steps, device):
         trainer = Trainer(
-            model, config, table, tokenizer, job.folder, device=device, resume=True, log=lambda line: None
+            model, config, table, tokenizer, run.folder, device=device, resume=True, log=lambda line: None
         )
         trained = trainer.run()
-    spent = read_json(job.folder / "time.json", "a run's time")
+    spent = read_json(run.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
     model.to(device)
     dtype = choose_precision(config.train.precision, device)
-    scores = {}
+    protocol, scores = Cris(), {}
     for split in splits:
         queries = all_queries(table.split(split))
-        answers = list(predict_queries(model, queries, config, Cris(), device=device, keep_masks=False))
-        scores[split] = result_record(answers, table, split, Cris(), model=model, device=device, dtype=dtype)
+        results = list(predict_queries(model, queries, config, protocol, device=device, keep_masks=False))
+        scores[split] = result_record(results, table, split, protocol, model=model, device=device, dtype=dtype)
     rate = spent["seconds"] / max(1, spent["steps"])
     result = {
-        "key": job.key,
+        "key": run.key,
         "recipe": config.recipe,
         "seed": config.train.seed,
         "counts": counts,
@@ -436,32 +543,39 @@ def _run(job: _Job, table: ReferenceTable, splits: Sequence[str], device: torch.
         "scores": scores,
         "version": __version__,
     }
-    write_json(job.folder / "result.json", result)
+    write_json(run.folder / "result.json", result)
     return result
 
 
 def _warm_up(model: ReferringSegmenter, config: RunConfig) -> None:
-    """Go through the model once, in both directions, and make an optimiser: what libraries do on first use is nobody's time.
+    """Run one forward and backward pass and make an optimiser.
 
-    In evaluation mode, which draws no random number and leaves statistics alone.
+    Lazy initialisation is then not charged to the first run. The model is in evaluation mode, which
+    draws no random numbers and changes no statistics.
     """
     device, side = next(model.parameters()).device, config.data.image_size
     images = torch.zeros(2, 3, side, side, device=device)
     tokens = torch.ones(2, config.data.word_length, dtype=torch.long, device=device)
     model(images, tokens)[0].sum().backward()
     model.zero_grad(set_to_none=True)
-    # torch imports its compiler with the first one, which takes over a second.
+    # The first optimiser imports torch's compiler, which takes more than a second.
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device=device))], fused=True)
 
 
 @contextmanager
 def _timed(folder: Path, total: int, device: torch.device) -> Iterator[None]:
-    """Add what happens inside to the run's time.json: seconds, and steps of the `total` that a checkpoint has kept.
+    """Add the time of the block to the run's time.json: seconds, and steps saved by checkpoints.
 
-    A run that was killed behind its last step, before its time was noted, is begun anew: without one it has no result.
+    A run that was killed after its last step and before its time was recorded starts again, because
+    without a time it has no result.
+
+    Args:
+        folder: of the run.
+        total: its steps.
+        device: decides between CPU time and wall-clock time.
     """
     clock = time.process_time if device.type == "cpu" else time.monotonic
-    whole = sound_checkpoints(folder, lambda line: None)  # what a kill damaged must not count
+    whole = sound_checkpoints(folder, lambda line: None)  # without checkpoints that a kill damaged
     before = whole[-1].step if whole else 0
     if before >= total and not (folder / "time.json").exists():
         remove_directory(folder / "checkpoints")
@@ -487,13 +601,16 @@ def _done(folder: Path) -> int:
 
 
 @contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Hold a lock file, if nobody does: whether this process may go on. The system lets go of it however the process ends."""
+def _try_lock(path: Path) -> Iterator[bool]:
+    """Lock a file without waiting; the context value tells whether this process holds the lock.
+
+    The system releases the lock when the process ends in any way.
+    """
     make_directory(path.parent)
     with path.open("a", encoding="utf-8") as file:
         try:
             import fcntl
-        except ImportError:  # Windows: there one process at a time has to do
+        except ImportError:  # Windows: no locks, so only one process at a time is supported
             yield True
             return
         try:
@@ -501,17 +618,13 @@ def _claim(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        except OSError:  # the file system has no locks: there, too, one process at a time has to do
+        except OSError:  # a file system without locks: likewise
             pass
         yield True
 
 
-def _is_file(root: Path | None) -> bool:
-    return root is not None and root.is_file()
-
-
 def _own_gpu(device: str) -> str:
-    """Several processes that torchrun started on a machine with GPUs take one each."""
+    """Return the device of this process: one GPU for each process of torchrun, if there are GPUs."""
     group = described_processes()
     if device in ("auto", "cuda") and group.count > 1 and torch.cuda.is_available():
         return f"cuda:{group.local_rank % torch.cuda.device_count()}"

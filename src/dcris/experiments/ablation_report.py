@@ -1,4 +1,4 @@
-"""The tables of `dcris ablate`: Markdown, LaTeX, and one HTML file with the scores against the trainable weights."""
+"""The files of `dcris ablate`: a table in Markdown, LaTeX and HTML, with a chart, and all results in JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,25 +15,27 @@ from dcris.utils.files import write_file, write_json
 from dcris.utils.text_tables import latex, markdown
 
 BUDGETS = {"steps": "Equal steps", "time": "Equal time"}
-"""What is kept equal between the rows, and the heading it gets."""
+"""Heading of each budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One row's runs under one budget."""
+    """The results of one row under one budget."""
 
     row: Row
     name: str
-    """The row in a word, for sentences and charts."""
+    """Short name for sentences and charts."""
     cells: tuple[str, ...]
-    """What names the row, in the table's own columns."""
+    """The row's names in the table's columns."""
     runs: tuple[Mapping[str, Any], ...]
-    """The result of each seed; see dcris.experiments.ablate."""
+    """The result of each seed, from `dcris.experiments.ablate.train_and_score`."""
+    towers: int
+    """Number of weights of both towers."""
     failure: str | None = None
-    """Why there are no runs, or fewer than were asked for."""
+    """Why results are missing."""
 
     def values(self, split: str, metric: str) -> list[float]:
-        """One metric in percent, of each seed."""
+        """Return one metric of each seed, in percent."""
         return [float(run["scores"][split][metric]) for run in self.runs]
 
 
@@ -45,7 +47,6 @@ def write_ablation(
     *,
     splits: Sequence[str],
     data: tuple[str, str],
-    backbone: int,
     notes: Sequence[str],
 ) -> str:
     """Write OUT/NAME.md, .tex, .html and .json, each atomically, and return the Markdown.
@@ -53,34 +54,33 @@ def write_ablation(
     Args:
         out: the folder.
         name: of the files.
-        table: the paper's.
+        table: title, columns and published values.
         budgets: the measured rows by budget, in the table's order.
-        splits: on which was scored, in order.
-        data: the data set's name and partition.
-        backbone: weights of both towers, over which the share of the trainable ones is taken.
+        splits: that were evaluated, in order.
+        data: name and partition of the data set.
         notes: sentences on how it was measured.
 
-    Raises DcrisError where a file cannot be written.
+    Raises:
+        DcrisError: a file cannot be written.
     """
-    theirs = data == DATA_SET and tuple(splits) == SPLITS
+    with_paper = data == DATA_SET and tuple(splits) == SPLITS
     parts, papers, sections = [f"# {table.title}", f"On {data[0]} ({data[1]})."], [], []
     for budget, rows in budgets.items():
-        header = _header(table, splits, theirs)
-        cells = [_cells(measured, splits, theirs, backbone) for measured in rows]
-        verdict = who_wins(rows, splits)
-        parts += [f"## {BUDGETS[budget]}", markdown(header, cells), verdict]
+        header = _header(table, splits, with_paper)
+        cells = [_cells(measured, splits, with_paper) for measured in rows]
+        sentence = summary(rows, splits)
+        parts += [f"## {BUDGETS[budget]}", markdown(header, cells), sentence]
         papers.append(f"% {table.title}, {BUDGETS[budget].lower()}\n{latex(header, cells)}\n")
         sections.append(
             {
                 "heading": BUDGETS[budget],
                 "header": header,
                 "rows": cells,
-                "summary": verdict,
-                "chart": _plot(BUDGETS[budget], rows, splits),
+                "summary": sentence,
+                "chart": _chart(BUDGETS[budget], rows, splits),
             }
         )
-    parts += [f"- {note}" for note in notes]
-    page = "\n\n".join(parts[: len(parts) - len(notes)]) + "\n\n" + "\n".join(parts[len(parts) - len(notes) :]) + "\n"
+    page = "\n\n".join(parts) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
     write_file(out / f"{name}.md", page)
     write_file(out / f"{name}.tex", "\n".join(papers))
     write_page(
@@ -110,76 +110,80 @@ def write_ablation(
     return page
 
 
-def who_wins(rows: Sequence[Measured], splits: Sequence[str]) -> str:
-    """One plain sentence: which row scores most on average over splits, and by how much."""
+def summary(rows: Sequence[Measured], splits: Sequence[str]) -> str:
+    """State which row has the best mIoU averaged over the splits, and whether the lead is significant."""
     ranked = sorted(((_mean(item, splits), item) for item in rows if item.runs), key=lambda pair: -pair[0])
     if len(ranked) < 2:
-        return "There is nothing to compare yet."
+        return "There are no two rows to compare."
     (first, best), (second, next_best) = ranked[:2]
-    spread = max(_spread(best, splits), _spread(next_best, splits))
-    sure = (
-        "one seed says nothing of chance"
+    deviation = max(_deviation(best, splits), _deviation(next_best, splits))
+    certainty = (
+        "one seed shows no variation between seeds"
         if len(best.runs) < 2
-        else f"more than the seeds' deviation of {spread:.1f}"
-        if first - second > spread
-        else f"within the seeds' deviation of {spread:.1f}"
+        else f"more than the seeds' deviation of {deviation:.1f}"
+        if first - second > deviation
+        else f"within the seeds' deviation of {deviation:.1f}"
     )
     return (
         f"Best: {best.name}, mIoU {first:.1f}; then {next_best.name}, {second:.1f}. "
-        f"The difference is {first - second:.1f} points: {sure}."
+        f"The difference is {first - second:.1f} points: {certainty}."
     )
 
 
 def _mean(item: Measured, splits: Sequence[str]) -> float:
+    """Return the mIoU averaged over splits and seeds."""
     return fmean(fmean(item.values(split, "miou")) for split in splits)
 
 
-def _spread(item: Measured, splits: Sequence[str]) -> float:
-    """The deviation over seeds of the mean over splits; 0 for one seed."""
-    over_splits = [fmean(values) for values in zip(*(item.values(split, "miou") for split in splits), strict=True)]
-    return stdev(over_splits) if len(over_splits) > 1 else 0.0
+def _deviation(item: Measured, splits: Sequence[str]) -> float:
+    """Return the deviation over seeds of the mIoU averaged over splits; 0 for one seed."""
+    by_seed = [fmean(values) for values in zip(*(item.values(split, "miou") for split in splits), strict=True)]
+    return stdev(by_seed) if len(by_seed) > 1 else 0.0
 
 
-def _header(table: Table, splits: Sequence[str], theirs: bool) -> list[str]:
+def _header(table: Table, splits: Sequence[str], with_paper: bool) -> list[str]:
     scores = [f"{metric} {split}" for split in splits for metric in ("mIoU", "oIoU")]
     average = ["mIoU avg"] if len(splits) > 1 else []
-    paper = [*(f"paper {split}" for split in SPLITS), "paper avg"] if theirs else []
-    return [*table.columns, "Trainable", "Paper's", "% of towers", "Steps", "s a step", *scores, *average, *paper]
+    paper = [*(f"paper {split}" for split in SPLITS), "paper avg"] if with_paper else []
+    return [*table.columns, "Trainable", "Paper's", "% of towers", "Steps", "s per step", *scores, *average, *paper]
 
 
-def _cells(item: Measured, splits: Sequence[str], theirs: bool, backbone: int) -> list[str]:
+def _cells(item: Measured, splits: Sequence[str], with_paper: bool) -> list[str]:
     width = 2 * len(splits) + (len(splits) > 1)
-    named = [*item.cells]
+    cells = [*item.cells]
     if item.runs:
         trained = int(item.runs[0]["counts"]["adapters"])
-        named += [f"{trained:,}", item.row.parameters or "-", f"{100 * trained / backbone:.2f}"]
-        named += [
+        cells += [f"{trained:,}", item.row.parameters or "-", f"{100 * trained / item.towers:.2f}"]
+        cells += [
             _number([run["steps"] for run in item.runs], 0),
             _number([run["seconds_per_step"] for run in item.runs], 3),
         ]
-        named += [
+        cells += [
             _number(item.values(split, metric), 1, spread=True) for split in splits for metric in ("miou", "oiou")
         ]
-        named += [f"{_mean(item, splits):.1f}"] if len(splits) > 1 else []
+        cells += [f"{_mean(item, splits):.1f}"] if len(splits) > 1 else []
         if item.failure is not None:
-            named[len(item.cells) - 1] += f" ({len(item.runs)} seeds; {item.failure})"
+            cells[len(item.cells) - 1] += f" ({len(item.runs)} seeds; {item.failure})"
     else:
-        named += ["-", item.row.parameters or "-", "-", "-", "-", *["-"] * width]
-        named[-width] = item.failure or "not run"
-    if theirs:
+        cells += ["-", item.row.parameters or "-", "-", "-", "-", *["-"] * width]
+        cells[-width] = item.failure or "not run"
+    if with_paper:
         scores = item.row.scores
-        named += [f"{value:.1f}" for value in scores] + [f"{fmean(scores):.1f}"] if scores else ["-"] * 4
-    return named
+        cells += [f"{value:.1f}" for value in scores] + [f"{fmean(scores):.1f}"] if scores else ["-"] * 4
+    return cells
 
 
 def _number(values: Sequence[float], digits: int, spread: bool = False) -> str:
-    """Mean, and deviation (of a sample) where there are several."""
+    """Format the mean, and the sample standard deviation of several values."""
     mean = f"{fmean(values):,.{digits}f}"
     return f"{mean} \N{PLUS-MINUS SIGN} {stdev(values):.{digits}f}" if spread and len(values) > 1 else mean
 
 
-def _plot(heading: str, rows: Sequence[Measured], splits: Sequence[str]) -> str:
-    """IoU against trainable weights, as figure 2: DCRIS's own points are one line, each other method a point."""
+def _chart(heading: str, rows: Sequence[Measured], splits: Sequence[str]) -> str:
+    """Draw mIoU against trainable weights, as in the paper's figure 2.
+
+    The points of DCRIS are one line; each other method is a point.
+    """
     ours: list[tuple[tuple[float, float], str]] = []
     others: list[tuple[tuple[float, float], str]] = []
     for item in rows:
@@ -189,11 +193,11 @@ def _plot(heading: str, rows: Sequence[Measured], splits: Sequence[str]) -> str:
     lines = list(_lines(sorted(ours), "DCRIS")) + [line for each in sorted(others) for line in _lines([each], each[1])]
     if not lines:
         return ""
-    title = f"{heading}: score against trainable weights"
-    return chart(title, lines, x="trainable weights beside the head, in millions", y="mIoU in percent", legend=False)
+    title = f"{heading}: mIoU by trainable weights"
+    return chart(title, lines, x="trainable weights without the head, in millions", y="mIoU in percent", legend=False)
 
 
 def _lines(points: Sequence[tuple[tuple[float, float], str]], name: str) -> Iterator[Line]:
     if points:
-        places = np.array([place for place, _ in points], np.float64)
-        yield Line(name, places, labels=tuple(label for _, label in points))
+        positions = np.array([position for position, _ in points], np.float64)
+        yield Line(name, positions, labels=tuple(label for _, label in points))
