@@ -1,4 +1,4 @@
-"""`dcris ablate`: rows become runs, runs are shared and skipped, failures are reported, and tables are written."""
+"""`dcris ablate`: rows become runs, runs are shared and skipped, and tables are written."""
 
 import errno
 import json
@@ -134,7 +134,8 @@ def test_a_table_is_run_written_and_skipped(
     assert [item["name"] for item in rows["time"]] == ["fixed backbone", "DCRIS"]
     assert (fixed["counts"]["adapters"], fixed["steps"], default["steps"]) == (0, 2, 2)
     assert fixed["scores"]["test"]["expressions"] == default["scores"]["test"]["expressions"] > 0
-    # The steps of equal time fill the default's seconds to half a step; the default is not run again.
+    # The steps of equal time fill the default's seconds to half a step; the default is not
+    # run again.
     longer = rows["time"][0]["runs"][0]
     rate = fixed["seconds_per_step"]
     assert longer["steps"] == 1 or abs(longer["steps"] * rate - default["seconds"]) <= rate / 2
@@ -161,7 +162,7 @@ def test_a_table_is_run_written_and_skipped(
 def test_equal_time_gives_cheaper_rows_more_steps(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row with steps of half the default's time gets twice the steps, with a schedule twice as long."""
+    """With steps of half the default's time, a row gets twice the steps and schedule."""
     runs = {}
 
     def train(run: Any, table: Any, splits: Any, device: Any) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def test_equal_time_gives_cheaper_rows_more_steps(
 def test_any_recipes_are_compared(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Recipes by name, on the data set given; one needs no tiny version, and the first is the baseline."""
+    """Recipes of any name are compared on the given data set; the first is the baseline."""
     own = replace(get_recipe("lora_tiny"), {"recipe": "own", "train.max_steps": 900, "data.dataset": "other"})
     monkeypatch.setitem(RECIPES, "own", Recipe(own, "A recipe of one size."))
     out = tmp_path / "out"

@@ -8,40 +8,59 @@ from dcris.cli.common import adder, device_arguments, log, positive
 
 
 def add(commands: Any) -> None:
-    """Describe the command of this file."""
-    add = adder(commands, "dcris ")
-    bench = add(
+    """Add the command's parser."""
+    bench = adder(commands, "dcris ")(
         "bench",
         _bench,
-        "measure speed and memory of training and prediction on this machine",
+        "measure the speed and memory of a recipe on this machine",
         "--recipe dcris_tiny --json bench.json",
-        "The towers' weights are random, so nothing is downloaded. Ratios and shares of the machine's own matrix products "
-        "are what can be compared; seconds belong to the machine and its other work.",
+        "Tower weights are random, so nothing is downloaded. Compare ratios and shares of the speed of matrix products; "
+        "seconds depend on the machine and its other work.",
     )
-    bench.add_argument("--recipe", default="dcris_b", metavar="RECIPE", help="see `dcris recipes` (%(default)s)")
-    bench.add_argument("--batch-size", type=positive, default=2, metavar="N", help="of the training step (%(default)s)")
+    bench.add_argument(
+        "--recipe", default="dcris_b", metavar="RECIPE", help="recipe, see `dcris recipes` (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--batch-size",
+        type=positive,
+        nargs="+",
+        default=[2],
+        metavar="N",
+        help="batch sizes of the training step (default: 2)",
+    )
+    bench.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="train with less memory: recompute activations in the backward pass",
+    )
+    bench.add_argument("--only", choices=("speed", "memory"), help="part to measure (default: both)")
     bench.add_argument("--quick", action="store_true", help="fewer rounds, and no memory")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write")
     device_arguments(bench)
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from dcris.experiments.bench import Row, bench, render
+    from dcris.config import replace
+    from dcris.experiments.bench import PARTS, Row, bench, render
     from dcris.recipes import get_recipe
     from dcris.utils.files import write_json
 
     def show(row: Row) -> None:
         log(f"{row.what}: {row.value:.4g} {row.unit}")
 
-    figures = bench(
-        get_recipe(args.recipe),
+    config = get_recipe(args.recipe)
+    if args.checkpoint_activations:
+        config = replace(config, {"train.checkpoint_activations": True})
+    measured = bench(
+        config,
         device=args.device,
         precision=args.precision,
         quick=args.quick,
-        batch_size=args.batch_size,
+        batch_sizes=args.batch_size,
+        parts=(args.only,) if args.only else ("speed",) if args.quick else PARTS,
         progress=show,
     )
-    log(render(figures))
+    log(render(measured))
     if args.json is not None:
-        write_json(args.json, figures)
+        write_json(args.json, measured)
         log(f"wrote {args.json}")

@@ -1,16 +1,16 @@
 """Training and evaluation of several configurations under equal conditions, written as a table.
 
-The configurations are the rows of one of the paper's tables, or any recipes. Each row is trained and
-evaluated once for each seed. A run is a folder OUT/runs/KEY, where KEY is a hash of everything that
-determines its result: configuration, data set, seed and length. Tables in one OUT therefore share
-equal runs, and a second call skips finished runs and continues interrupted ones. Several processes
-can work on one OUT (torchrun, or the same command started again): each takes runs that are neither
-finished nor locked by another.
+The configurations are the rows of one of the paper's tables, or any recipes. Each row is trained
+and evaluated once for each seed. A run is a folder OUT/runs/KEY, where KEY is a hash of everything
+that determines its result: configuration, data set, seed and length. Tables in one OUT therefore
+share equal runs, and a second call skips finished runs and continues interrupted ones. Several
+processes can work on one OUT (torchrun, or the same command started again): each takes runs that
+are neither finished nor locked by another.
 
 There are two budgets. With equal steps, all rows train on the same samples. With equal time, each
 row trains as long as the baseline does in its equal steps, by the measured seconds per step, with a
-schedule of that length. On a CPU the time is CPU time on one thread, which other work on the machine
-hardly changes; on a GPU it is wall-clock time.
+schedule of that length. On a CPU the time is CPU time on one thread, which other work on the
+machine hardly changes; on a GPU it is wall-clock time.
 """
 
 import hashlib
@@ -143,7 +143,9 @@ def ablate(
     device: str = "auto",
     log: Callable[[str], None] = print,
 ) -> list[str]:
-    """Run a study and write OUT/NAME.md, .tex, .html and .json. A failed row does not stop the others.
+    """Run a study and write OUT/NAME.md, .tex, .html and .json.
+
+    A failed row does not stop the others.
 
     Args:
         study: from `table_study` or `recipe_study`.
@@ -368,7 +370,7 @@ class _Work:
         return _Run(f"{name}, seed {config.train.seed}", config, key, self.out / "runs" / key)
 
     def _scenes(self) -> Path:
-        """Return the folder of generated scenes in OUT; one process generates them, the others wait."""
+        """Return the folder of generated scenes in OUT; one process makes them, others wait."""
         data = self.out / "scenes"
         while not (data / "scenes" / "refs(generated).p").exists():
             with _try_lock(self.out / "scenes.lock") as held:
@@ -393,7 +395,7 @@ class _Work:
             self.log(f"about {max(1, round(minutes))} min on {self.processes} core(s)")
 
     def _train(self, runs: Sequence[_Run], later: int = 0) -> None:
-        """Train all runs that are neither finished nor failed, and wait for those of other processes.
+        """Train all runs that are neither finished nor failed; wait for those of other processes.
 
         Args:
             runs: in order; equal ones are trained once.
@@ -624,7 +626,7 @@ def _try_lock(path: Path) -> Iterator[bool]:
 
 
 def _own_gpu(device: str) -> str:
-    """Return the device of this process: one GPU for each process of torchrun, if there are GPUs."""
+    """Return this process's device: one GPU for each process of torchrun, if there are GPUs."""
     group = described_processes()
     if device in ("auto", "cuda") and group.count > 1 and torch.cuda.is_available():
         return f"cuda:{group.local_rank % torch.cuda.device_count()}"

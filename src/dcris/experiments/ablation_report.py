@@ -1,4 +1,4 @@
-"""The files of `dcris ablate`: a table in Markdown, LaTeX and HTML, with a chart, and all results in JSON."""
+"""The files of `dcris ablate`: a table in Markdown, LaTeX and HTML, and all results in JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ def write_ablation(
 
 
 def summary(rows: Sequence[Measured], splits: Sequence[str]) -> str:
-    """State which row has the best mIoU averaged over the splits, and whether the lead is significant."""
+    """State which row has the best mean mIoU, and whether its lead is significant."""
     ranked = sorted(((_mean(item, splits), item) for item in rows if item.runs), key=lambda pair: -pair[0])
     if len(ranked) < 2:
         return "There are no two rows to compare."

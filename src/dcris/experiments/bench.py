@@ -1,7 +1,8 @@
-"""What this machine makes of the program: seconds, ratios, memory, and shares of the machine's own matrix products.
+"""Speed and memory of a recipe on this machine.
 
-Times on a machine that does other things too are no measurements, so whatever is compared takes turns within one process, and
-a ratio is the median over the turns. The ceiling, what the machine's own matrix products reach, is measured between them.
+Other work on the machine disturbs times. Tasks that are compared therefore take turns within one
+process, and a ratio is the median over the turns. The speed of plain matrix products is measured in
+the same turns, as the limit that the machine sets.
 """
 
 import json
@@ -10,14 +11,14 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from dcris.utils.device import autocast, choose_device, choose_precision, device
 from dcris.utils.text_tables import markdown
 from dcris.version import __version__
 
-PHRASES = (
+EXPRESSIONS = (
     "left slice",
     "the red cup behind the plate",
     "man in a dark blue coat",
@@ -50,21 +51,23 @@ PHRASES = (
     "white car near the tree",
     "top of the bread",
 )
+Part = Literal["speed", "memory"]
+PARTS: tuple[Part, ...] = ("speed", "memory")
 LATE_LAYERS = (4, 8, 11)
-"""Adapters on three late blocks (table 5): more of the vision tower is shared between phrases."""
+"""Three late blocks with adapters (table 5): expressions share more of the vision tower."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     what: str
     value: float
     unit: str
     ratio: float | None = None
-    """Against whatever `what` names, where something is compared."""
+    """Relative to what `what` names; None if nothing is compared."""
     share: float | None = None
-    """Of the machine's matrix products, 0 to 1, by the floating-point operations that were counted in this program."""
+    """Of the speed of matrix products, 0 to 1, by the counted floating-point operations."""
 
 
 def take_turns(
@@ -73,28 +76,36 @@ def take_turns(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each task in each of `rounds` rounds. The tasks take turns, after one turn each that does not count.
+    """Measure tasks in turns, after one turn each that is not counted.
 
-    On a machine that others use too, `time.process_time` as `clock` counts this process's work alone, over all its threads.
+    Args:
+        tasks: by name.
+        rounds: number of turns of each task.
+        device: to synchronise with.
+        clock: `time.process_time` counts only this process's CPU time, over all its threads, which
+            suits a busy machine.
+
+    Returns:
+        By name, the seconds of each turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
-            _wait(device)
+            _synchronize(device)
             begin = clock()
             task()
-            _wait(device)
+            _synchronize(device)
             if turn:
                 seconds[name].append(clock() - begin)
     return seconds
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median over the rounds of one task's seconds divided by another's in the same round."""
+    """Return the median over the rounds of one task's seconds divided by another's."""
     return median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -102,19 +113,24 @@ def _wait(device: torch.device) -> None:
 def matrix_products(
     device: torch.device, dtype: torch.dtype, size: int | None = None
 ) -> tuple[Callable[[], object], float]:
-    """A task that multiplies two large square matrices, and its floating-point operations (a multiply-add is 2)."""
+    """Return a product of two large square matrices as a task, and its floating-point operations.
+
+    A multiply-add counts as 2 operations.
+    """
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return lambda: left @ right, 2.0 * size**3
 
 
 def count_operations(task: Callable[[], object]) -> float:
-    """Floating-point operations of the matrix products, convolutions and attentions in a task."""
+    """Count the operations of a task's matrix products, convolutions and attention."""
 
     def packed(x: object, weight: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
-    # What linear layers and convolutions are in bfloat16 on a CPU (dcris.models.optimize), which torch does not count.
+    # Operators of packed linear layers and convolutions in bfloat16 on a CPU
+    # (dcris.models.optimize),
+    # which torch does not count.
     products = (torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise)
     known = dict.fromkeys(products, packed) if torch.backends.mkldnn.is_available() else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
@@ -123,14 +139,14 @@ def count_operations(task: Callable[[], object]) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in GiB: on a GPU by this process's tensors, or else by the process."""
+    """Return the peak memory in GiB: of this process's tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resident_memory("VmHWM") / 2**30
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures belong to."""
+    """Describe the machine and the versions that were measured."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -142,7 +158,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def random_towers(config: RunConfig) -> RunConfig:
-    """The same run on towers of random weights: equal speed, and nothing to download."""
+    """Return the recipe with random tower weights: equal speed and no download."""
     model = config.model
     towers = {
         "vision": model.vision.model_copy(update={"name": RANDOM}),
@@ -152,7 +168,7 @@ def random_towers(config: RunConfig) -> RunConfig:
 
 
 class TrainingStep:
-    """Optimiser steps on one made-up batch, as the training loop does them."""
+    """Optimiser steps of the training loop on one random batch."""
 
     def __init__(self, config: RunConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -169,7 +185,7 @@ class TrainingStep:
         self.masks = (torch.rand(batch_size, 1, side, side, device=device) > 0.5).float()
 
     def __call__(self) -> None:
-        """Forward, loss, backward, update."""
+        """Run one step: forward, loss, backward, update."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
             logits, _ = self.model(self.images, self.tokens)
@@ -179,7 +195,17 @@ class TrainingStep:
 
 
 def peak_of_training(config: str, batch_size: int, device_name: str, precision: Precision) -> float:
-    """Peak memory in GiB of two training steps, in this process. `config` is a RunConfig as JSON."""
+    """Measure the peak memory of two training steps in this process.
+
+    Args:
+        config: RunConfig as JSON.
+        batch_size: of the steps.
+        device_name: as in `choose_device`.
+        precision: working precision.
+
+    Returns:
+        GiB.
+    """
     device = choose_device(device_name)
     step = TrainingStep(RunConfig.model_validate_json(config), batch_size, device, choose_precision(precision, device))
     for _ in range(2):
@@ -188,14 +214,14 @@ def peak_of_training(config: str, batch_size: int, device_name: str, precision: 
 
 
 def peak_of_prediction(config: str, batch_size: int, device_name: str, precision: Precision) -> float:
-    """Peak memory in GiB of predicting for one photograph and `batch_size` phrases, in this process."""
+    """Measure the peak memory in GiB of predicting `batch_size` masks of one image."""
     segmenter = _segmenter(RunConfig.model_validate_json(config), device_name, precision)
-    segmenter.predict(_photograph(), list(PHRASES[:batch_size]))
+    segmenter.predict(_random_image(), list(EXPRESSIONS[:batch_size]))
     return peak_memory(segmenter.device)
 
 
 def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments: Any) -> float:
-    """What a function of this module returns in a process of its own, whose memory nothing else has used."""
+    """Call a function of this module in a new process, whose memory nothing else has used."""
     program = (
         f"import sys, json; from dcris.experiments.bench import {task.__name__} as f; print(f(*json.load(sys.stdin)))"
     )
@@ -204,7 +230,7 @@ def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise DcrisError(f"the memory could not be measured: {reason[:300]}")
+        raise DcrisError(f"cannot measure memory: {reason[:300]}")
     return float(done.stdout.split()[-1])
 
 
@@ -213,7 +239,7 @@ def _segmenter(config: RunConfig, device: str, precision: Precision | None) -> S
     return Segmenter(ReferringSegmenter(config.model), config, device=device, precision=precision)
 
 
-def _photograph() -> Any:
+def _random_image() -> Any:
     return np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
 
 
@@ -223,84 +249,113 @@ def bench(
     device: str = "auto",
     precision: Precision | None = None,
     quick: bool = False,
-    batch_size: int = 2,
+    batch_sizes: Sequence[int] = (2,),
+    parts: Sequence[Part] = PARTS,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Measure a recipe on this machine with random tower weights.
 
     Args:
-        config: the run.
+        config: the recipe.
         device: auto, cpu, cuda or cuda:N.
-        precision: auto, float32 or bfloat16; the run's own by default.
-        quick: fewer rounds, and no processes for memory.
-        batch_size: of the training step.
-        progress: called with each row when it is known.
+        precision: auto, float32 or bfloat16; the recipe's own by default.
+        quick: fewer rounds.
+        batch_sizes: of the training step.
+        parts: what is measured.
+        progress: called with each row when it is measured.
 
-    Returns "machine", "recipe", "precision", "batch_size" and "rows", as JSON can hold them. Raises DcrisError where the device
-    is not there.
+    Returns:
+        "machine", "recipe", "precision", "batch_sizes" and "rows", as JSON data.
+
+    Raises:
+        DcrisError: the device does not exist, or a process for memory fails.
     """
     config = random_towers(config)
     chosen = choose_device(device)
     kind: Precision = precision or config.train.precision
     dtype = choose_precision(kind, chosen)
-    rounds = 2 if quick else 5
     rows: list[Row] = []
 
-    def add(*row: Any, **more: Any) -> None:
-        rows.append(Row(*row, **more))
-        progress(rows[-1])
+    def add(row: Row) -> None:
+        rows.append(row)
+        progress(row)
 
-    for what, command in _STARTS.items():
-        add(f"start-up: {what}", _start_seconds(command, rounds), "s")
-    product, operations = matrix_products(chosen, dtype)
-    step = TrainingStep(config, batch_size, chosen, dtype)
-    step()
-    work = count_operations(step)
-    seconds = take_turns({"step": step, "product": product}, rounds, chosen)
-    ceiling = operations / median(seconds["product"])
-    add("matrix products of this machine", ceiling / 1e9, "GFLOP/s")
-    of_step = median(seconds["step"])
-    add(f"training step, batch {batch_size}", of_step, "s", share=work / of_step / ceiling)
-    add("training", batch_size / of_step, "images/s")
-    del step  # its gradients and the optimiser's memory
-    loaded = _loading(config, quick)
-    add(
-        "data loading by one process, against what training takes",
-        loaded,
-        "samples/s",
-        ratio=loaded * of_step / batch_size,
-    )
-
-    segmenter, photograph = _segmenter(config, device, kind), _photograph()
-    one = partial(segmenter.predict, photograph, PHRASES[0])
-    one()
-    work = count_operations(one)
-    seconds = take_turns({"one": one, "product": product}, rounds, chosen)
-    of_one = median(seconds["one"])
-    ceiling = operations / median(seconds["product"])
-    add("prediction, one photograph and phrase", of_one, "s", share=work / of_one / ceiling)
-    _many_phrases(segmenter, "8 phrases at once, against 8 calls", rounds, add)
-    method = config.model.method
-    if isinstance(method, DcrisConfig) and method.visual is not None and config.model.vision.depth > max(LATE_LAYERS):
-        late = replace(config, {"model.method.visual.layers": LATE_LAYERS})
-        segmenter = _segmenter(late, device, kind)
-        _many_phrases(segmenter, f"the same, adapters on {list(LATE_LAYERS)}", rounds, add)
-    if not quick:
-        text = config.model_dump_json()
-        memory = in_own_process(peak_of_training, text, batch_size, device, kind)
-        add(f"peak memory, training at batch {batch_size}", memory, "GiB")
-        add("peak memory, prediction", in_own_process(peak_of_prediction, text, 1, device, kind), "GiB")
+    if "speed" in parts:
+        for row in _speed(config, chosen, kind, dtype, batch_sizes, quick):
+            add(row)
+    if "memory" in parts:
+        for row in _memory(config, device, kind, batch_sizes):
+            add(row)
     return {
         "machine": machine(chosen),
         "recipe": config.recipe,
         "precision": str(dtype).removeprefix("torch."),
-        "batch_size": batch_size,
+        "batch_sizes": list(batch_sizes),
         "rows": [asdict(row) for row in rows],
     }
 
 
-def render(figures: Mapping[str, Any]) -> str:
-    """What `bench` returns, as a Markdown table and a line about the machine."""
+def _speed(
+    config: RunConfig,
+    device: torch.device,
+    precision: Precision,
+    dtype: torch.dtype,
+    batch_sizes: Sequence[int],
+    quick: bool,
+) -> Iterator[Row]:
+    """Measure start-up, training, data loading and prediction."""
+    rounds = 2 if quick else 5
+    for what, command in _STARTS.items():
+        yield Row(f"start-up: {what}", _start_seconds(command, rounds), "s")
+    product, operations = matrix_products(device, dtype)
+    loaded = _loading(config, quick)
+    for number, batch_size in enumerate(batch_sizes):
+        step = TrainingStep(config, batch_size, device, dtype)
+        step()
+        work = count_operations(step)
+        seconds = take_turns({"step": step, "product": product}, rounds, device)
+        del step  # frees its gradients and the optimiser's memory
+        ceiling = operations / median(seconds["product"])
+        per_step = median(seconds["step"])
+        if number == 0:
+            yield Row("matrix products of this machine", ceiling / 1e9, "GFLOP/s")
+        yield Row(f"training step, batch {batch_size}", per_step, "s", share=work / per_step / ceiling)
+        yield Row(f"training, batch {batch_size}", batch_size / per_step, "images/s")
+        ratio_of_loading = loaded * per_step / batch_size
+        yield Row(
+            f"data loading by one process, relative to training at batch {batch_size}",
+            loaded,
+            "samples/s",
+            ratio=ratio_of_loading,
+        )
+
+    segmenter, image = _segmenter(config, str(device), precision), _random_image()
+    one = partial(segmenter.predict, image, EXPRESSIONS[0])
+    one()
+    work = count_operations(one)
+    seconds = take_turns({"one": one, "product": product}, rounds, device)
+    per_prediction = median(seconds["one"])
+    ceiling = operations / median(seconds["product"])
+    yield Row("prediction, one image and expression", per_prediction, "s", share=work / per_prediction / ceiling)
+    yield _many_expressions(segmenter, "8 expressions in one call, relative to 8 calls", rounds)
+    method = config.model.method
+    if isinstance(method, DcrisConfig) and method.visual is not None and config.model.vision.depth > max(LATE_LAYERS):
+        late = replace(config, {"model.method.visual.layers": LATE_LAYERS})
+        segmenter = _segmenter(late, str(device), precision)
+        yield _many_expressions(segmenter, f"the same with adapters on layers {list(LATE_LAYERS)}", rounds)
+
+
+def _memory(config: RunConfig, device: str, precision: Precision, batch_sizes: Sequence[int]) -> Iterator[Row]:
+    """Measure peak memory, each value in a process of its own."""
+    text = config.model_dump_json()
+    for batch_size in batch_sizes:
+        peak = in_own_process(peak_of_training, text, batch_size, device, precision)
+        yield Row(f"peak memory, training at batch {batch_size}", peak, "GiB")
+    yield Row("peak memory, prediction", in_own_process(peak_of_prediction, text, 1, device, precision), "GiB")
+
+
+def render(measured: Mapping[str, Any]) -> str:
+    """Format the result of `bench` as a Markdown table and a line about the machine."""
     cells = [
         [
             row["what"],
@@ -308,10 +363,10 @@ def render(figures: Mapping[str, Any]) -> str:
             "" if row["ratio"] is None else f"{row['ratio']:.2f}",
             "" if row["share"] is None else f"{row['share']:.0%}",
         ]
-        for row in figures["rows"]
+        for row in measured["rows"]
     ]
-    about = ", ".join(f"{key} {value}" for key, value in figures["machine"].items())
-    title = f"{figures['recipe']}, {figures['precision']}; {about}"
+    about = ", ".join(f"{key} {value}" for key, value in measured["machine"].items())
+    title = f"{measured['recipe']}, {measured['precision']}; {about}"
     return f"{markdown(('what', 'value', 'ratio', 'share of matrix products'), cells)}\n{title}"
 
 
@@ -319,6 +374,7 @@ _STARTS = {"dcris --help": ("-m", "dcris", "--help"), "import dcris": ("-c", "im
 
 
 def _start_seconds(command: Sequence[str], rounds: int) -> float:
+    """Return the median seconds of a new Python process, after one run that is not counted."""
     times = []
     for turn in range(rounds + 1):
         begin = time.perf_counter()
@@ -328,22 +384,23 @@ def _start_seconds(command: Sequence[str], rounds: int) -> float:
     return median(times)
 
 
-def _many_phrases(segmenter: Segmenter, what: str, rounds: int, add: Callable[..., None]) -> None:
-    photograph = _photograph()
+def _many_expressions(segmenter: Segmenter, what: str, rounds: int) -> Row:
+    """Compare one call with 8 expressions to 8 calls."""
+    image = _random_image()
 
-    def apart() -> None:
-        for phrase in PHRASES:
-            segmenter.predict(photograph, phrase)
+    def separately() -> None:
+        for expression in EXPRESSIONS:
+            segmenter.predict(image, expression)
 
     def together() -> None:
-        segmenter.predict(photograph, list(PHRASES))
+        segmenter.predict(image, list(EXPRESSIONS))
 
-    seconds = take_turns({"together": together, "apart": apart}, max(2, rounds - 2), segmenter.device)
-    add(what, median(seconds["together"]), "s", ratio=ratio(seconds["together"], seconds["apart"]))
+    seconds = take_turns({"together": together, "separately": separately}, max(2, rounds - 2), segmenter.device)
+    return Row(what, median(seconds["together"]), "s", ratio=ratio(seconds["together"], seconds["separately"]))
 
 
 def _loading(config: RunConfig, quick: bool) -> float:
-    """Samples a second that one process reads: photographs of COCO's size, decoded, letterboxed, with their masks and words."""
+    """Return the training samples per second that one process reads, with images of COCO's size."""
     with TemporaryDirectory() as folder:
         root = write_scenes(Path(folder) / "data", train=16 if quick else 64, val=0, test=0, side=560, workers=cores())
         references = load_references(root, "scenes").split("train")

@@ -1,7 +1,7 @@
-"""The paper's tables 2 to 5 and figure 2 as data: the rows, what each changes, and the numbers printed beside it.
+"""The paper's tables 2 to 5 and figure 2 as data: rows, their changes, and the published values.
 
-Scores are the paper's "IoU" on RefCOCO's val, testA and testB, which for its family is the mean of each expression's IoU. Of
-table 4 and figure 2 only the rows that other tables repeat have numbers here.
+Scores are the paper's "IoU" on val, testA and testB of RefCOCO, which is most likely the mIoU. The
+text of the paper has no values of table 4 and figure 2 except those of rows in other tables.
 """
 
 from collections.abc import Mapping
@@ -10,27 +10,27 @@ from typing import Any
 
 SPLITS = ("val", "testA", "testB")
 DATA_SET = ("refcoco", "unc")
-"""The data set and partition of which SPLITS are."""
+"""The data set and partition of SPLITS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: a recipe, and what is changed in it."""
+    """One row: a recipe and changes to it."""
 
     cells: tuple[str, ...]
-    """The row's name, in the table's own columns."""
+    """The row's names in the table's columns."""
     recipe: str = "dcris"
-    """The recipe, without the model's size behind it (_b, _tiny)."""
+    """The recipe without its size (_b, _tiny)."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that differ from the recipe. Widths are those of the b size; for another size they are scaled
+    """Settings that differ from the recipe. Widths are of size b; for another size they are scaled
     by the ratio of the two recipes' widths."""
     name: str = ""
-    """The row's name in one or two words; the first cell where empty."""
+    """Short name of the row; the first cell if empty."""
     parameters: str = ""
-    """The trainable weights besides the head, as printed."""
+    """Published number of trainable weights without the head."""
     scores: tuple[float, float, float] | None = None
     only: str | None = None
-    """The only size of the model for which the row is run; such a row is not in the paper."""
+    """The only size for which the row is run; such a row is not in the paper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    """Headings of the rows' cells."""
+    """Headings of the cells."""
     rows: tuple[Row, ...]
 
 
@@ -48,7 +48,7 @@ _FIXED = (74.9, 77.1, 72.0)
 
 
 def _on(*layers: int) -> dict[str, Any]:
-    """Adapters on these blocks of both towers."""
+    """Return the changes for adapters on these blocks of both towers."""
     return {"model.method.visual.layers": layers, "model.method.text.layers": layers}
 
 
@@ -71,7 +71,7 @@ _FURTHER = tuple(
         ("BarLeRIa", "barleria"),
     )
 )
-"""Methods that the paper names and does not run in table 2."""
+"""Methods that the paper mentions but does not run in table 2."""
 
 
 def _widths(visual: int, text: int, *, parameters: str = "", scores: tuple[float, float, float] | None = None) -> Row:
@@ -125,7 +125,8 @@ TABLES = {
         ("Model",),
         (
             *(replace(row, cells=(f"DCRIS {row.cells[0]}",)) for row in _WIDTHS),
-            # All of table 2 except full tuning, which has fifty times as many weights, and the default, which is above.
+            # All of table 2 except full tuning, which has fifty times as many
+            # weights, and the default, which is above.
             *_METHODS[1:-1],
         ),
     ),

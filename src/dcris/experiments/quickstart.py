@@ -1,4 +1,4 @@
-"""One command that shows the whole thing: generate scenes, train DCRIS-tiny, evaluate, segment, report."""
+"""The whole workflow in one command: scenes, training, evaluation, prediction, report."""
 
 import time
 from collections.abc import Callable
@@ -33,13 +33,21 @@ TRAIN_SCENES, TEST_SCENES = 4800, 200
 
 
 def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run it all in `out` and return what metrics.json then holds.
+    """Run the workflow in a folder; a second call continues where the first stopped.
 
-    Leaves scenes/ (the data set), config.json, log.jsonl and checkpoints/ (the run), metrics.json, predictions/ and
-    report.html. Called again, it goes on from where it was stopped.
+    Args:
+        out: gets scenes/ (the data set), config.json, log.jsonl and checkpoints/ (the run),
+            metrics.json, predictions/ and report.html.
+        seed: of the scenes and the training.
+        device: as in `choose_device`.
+        log: receives lines of progress.
 
-    Raises DcrisError where something cannot be written or `out` holds a run of another seed, and Interrupted after Ctrl-C
-    while training.
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        DcrisError: a file cannot be written, or `out` has a run of another seed.
+        Interrupted: after Ctrl-C while training.
     """
     begin = time.monotonic()
     chosen = choose_device(device)
@@ -47,7 +55,9 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
     data = out / "scenes"
     if (out / "config.json").exists():
         refuse_other_run(load_config(out / "config.json"), config, out)
-    # Before the scenes, so that a run broken off among them is not taken up with another seed.
+    # Written before the scenes, so that a run that stops while they are generated cannot be
+    # continued
+    # with another seed.
     write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     if not (data / "scenes" / "refs(generated).p").exists():
         log(f"generating {TRAIN_SCENES + TEST_SCENES} scenes")
@@ -81,7 +91,12 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
 def evaluate_both_ways(
     model: ReferringSegmenter, config: RunConfig, table: ReferenceTable, split: str, *, device: torch.device
 ) -> tuple[list[EvalResult], dict[str, Any]]:
-    """Answers on a split, and its metrics: with each phrase its own object's, and with phrases exchanged in each scene."""
+    """Evaluate a split with its own expressions and with exchanged ones.
+
+    Returns:
+        The results with the own expressions, and the content of a result file with `miou_shuffled`,
+        the mIoU with exchanged expressions.
+    """
     references = table.split(split)
     protocol = Cris()
     results, exchanged = (
@@ -107,11 +122,11 @@ def evaluate_both_ways(
 
 
 def _segment_a_few(segmenter: Segmenter, table: ReferenceTable, out: Path) -> None:
-    """Predictions for the first test scenes, with the phrases of their own objects."""
-    phrases: dict[Path, list[str]] = {}
+    """Predict masks for the first test scenes, with the first expression of each object."""
+    expressions: dict[Path, list[str]] = {}
     for reference in table.split("test"):
-        phrases.setdefault(reference.image_path, []).append(reference.expressions[0].text)
-    for image, texts in list(phrases.items())[:4]:
+        expressions.setdefault(reference.image_path, []).append(reference.expressions[0].text)
+    for image, texts in list(expressions.items())[:4]:
         tasks, options = find_tasks([image], texts), BatchOptions(overwrite=True)
         for _ in BatchPredictor(segmenter, tasks, out / image.stem, options).run():
             pass
