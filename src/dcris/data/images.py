@@ -30,14 +30,14 @@ from dcris.utils.files import open_regular
 # Pillow logs errors that it also raises; without a handler, Python prints the log.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-MAX_PIXELS = 145_000_000
-"""Limit on the pixels of an image; decoding one of that size takes just under 1 GiB. Phone cameras of
-108 megapixels are below it."""
+MAX_PIXELS = 110_000_000
+"""Limit on the pixels of an image. A prediction with an overlay takes about 8 bytes per pixel, 1 GiB in
+all. Phone cameras of 108 megapixels are below it."""
 
 MAX_SIDE = 65_535
 """Limit on the longer side, as in JPEG: each row and each column of an image needs some memory."""
 
-_MAX_MEMORY = 7 * MAX_PIXELS
+_MAX_MEMORY = 1_000_000_000
 """Limit on the bytes in use while decoding: Pillow uses 4 bytes per RGB pixel, the returned array 3."""
 
 _MAX_FILE = 1_000_000_000

@@ -43,7 +43,7 @@ from dcris.inference.segmenter import Segmenter
 from dcris.inference.video import Frame, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.distributed import Processes
-from dcris.utils.drawing import COLOURS, overlay, png_bytes
+from dcris.utils.drawing import COLOURS, overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
 from dcris.version import __version__
 
@@ -364,7 +364,7 @@ def _encode_files(
     if "mask" in formats:
         yield _ENDINGS["mask"], png_bytes(prediction.mask)
     if "overlay" in formats:
-        yield _ENDINGS["overlay"], png_bytes(overlay(pixels, prediction.mask, COLOURS[number % len(COLOURS)]))
+        yield _ENDINGS["overlay"], overlay_png(pixels, prediction.mask, COLOURS[number % len(COLOURS)])
     if "cutout" in formats and prediction.box is not None:
         stream = io.BytesIO()
         prediction.cutout(pixels).save(stream, "PNG")

@@ -5,6 +5,7 @@ Arrays stay uint8 or bool, and only the surroundings of a mask are processed, so
 """
 
 import math
+from collections.abc import Iterator
 from typing import TypeVar
 
 import cv2
@@ -42,9 +43,9 @@ blur."""
 
 _ALPHA = 0.45  # of the tint; the object under it stays visible
 _CASING: Colour = (255, 255, 255)  # around the contour, which would not be visible on a background of its own colour
-_BAND = 256  # rows that are tinted at once
-_CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-_SQUARE = cv2.getStructuringElement(cv2.MORPH_RECT, (3, 3))
+_BAND = 256  # rows that are painted at once, at least
+# The default of cv2 is made for photographs; images with repeated pixels become four times as large.
+_PNG_SETTINGS = [cv2.IMWRITE_PNG_COMPRESSION, 3]
 
 
 def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[0]) -> NDArray[np.uint8]:
@@ -84,16 +85,27 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
     # Blending with one colour depends on the pixel's value only: a table of 256 values per channel.
     values = np.arange(256, dtype=np.float32)[:, None]
     table = np.rint(values * (1 - _ALPHA) + np.array(colour, np.float32) * _ALPHA).astype(np.uint8)[None]
-    for top in range(0, len(target), _BAND):
-        band = target[top : top + _BAND]
-        np.copyto(band, cv2.LUT(band, table), where=inside[top : top + _BAND, :, None])
-
-    filled = inside.astype(np.uint8)
-    with_line = _grow(filled, line)
-    with_casing = _grow(with_line, casing)
-    _paint(target, with_casing, with_line, _CASING)
-    _paint(target, with_line, filled, colour)
+    for top in range(0, len(target), max(_BAND, 4 * reach)):
+        above = min(top, reach)  # the contour of a band depends on so many rows around it
+        bottom = top + max(_BAND, 4 * reach)
+        band = target[top:bottom]
+        np.copyto(band, cv2.LUT(band, table), where=inside[top:bottom, :, None])
+        filled = inside[top - above : bottom + reach].view(np.uint8)
+        with_line = _grow(filled, line)
+        with_casing = _grow(with_line, casing)
+        rows = slice(above, above + len(band))
+        _paint(band, with_casing[rows], with_line[rows], _CASING)
+        _paint(band, with_line[rows], filled[rows], colour)
     return result
+
+
+def overlay_png(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[0]) -> bytes:
+    """Return `overlay` as a PNG file, for one copy of the image less than `png_bytes(overlay(...))`."""
+    shown = overlay(image, mask, colour)
+    for top in range(0, len(shown), _BAND):  # in place; `cv2.cvtColor` with dst=src copies the whole
+        band = shown[top : top + _BAND]
+        band[:] = band[..., ::-1]
+    return _compress(shown, ".png", _PNG_SETTINGS)
 
 
 def contour_width(height: int, width: int) -> int:
@@ -146,9 +158,7 @@ def png_bytes(array: NDArray[np.uint8] | MaskArray) -> bytes:
     Raises:
         ValueError: another type or shape, or an empty array.
     """
-    # The default of cv2 is made for photographs; images with repeated pixels become four times as
-    # large.
-    return _encode(array, ".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    return _encode(array, ".png", _PNG_SETTINGS)
 
 
 def jpeg_bytes(image: NDArray[np.uint8], quality: int = 88) -> bytes:
@@ -165,10 +175,30 @@ def jpeg_bytes(image: NDArray[np.uint8], quality: int = 88) -> bytes:
 
 
 def _grow(region: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
-    """Grow a region of ones by `pixels` on all sides, by an octagon: cross and square in turn."""
-    for step in range(pixels):
-        region = np.asarray(cv2.dilate(region, _SQUARE if step % 2 else _CROSS), np.uint8)
+    """Grow a region of ones by `pixels` on all sides: an octagon, of a diamond and a square of half the pixels each."""
+    square = pixels // 2
+    for step in _doubling(pixels - square):
+        region = np.asarray(cv2.dilate(region, _spread_cross(step)), np.uint8)
+    if square:
+        side = 2 * square + 1
+        region = np.asarray(cv2.dilate(region, np.ones((side, side), np.uint8)), np.uint8)
     return region
+
+
+def _doubling(radius: int) -> Iterator[int]:
+    """Yield distances of `_spread_cross` that add up to a diamond of the radius: each at most the sum of those before it."""
+    done = 0
+    while done < radius:
+        step = min(max(1, done), radius - done)
+        yield step
+        done += step
+
+
+def _spread_cross(distance: int) -> NDArray[np.uint8]:
+    """Five ones: the middle, and four at the distance from it. Zeros cost `cv2.dilate` nothing."""
+    kernel = np.zeros((2 * distance + 1, 2 * distance + 1), np.uint8)
+    kernel[distance, ::distance] = kernel[::distance, distance] = 1
+    return kernel
 
 
 def _paint(target: NDArray[np.uint8], outer: NDArray[np.uint8], inner: NDArray[np.uint8], colour: Colour) -> None:
@@ -205,7 +235,11 @@ def _encode(array: NDArray[np.uint8] | MaskArray, suffix: str, settings: list[in
         cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR, dst=pixels)
     elif array.dtype == np.bool_:
         pixels *= np.uint8(255)
+    return _compress(pixels, suffix, settings)
+
+
+def _compress(pixels: NDArray[np.uint8], suffix: str, settings: list[int]) -> bytes:
     done, data = cv2.imencode(suffix, pixels, settings)
     if not done:
-        raise ValueError(f"cannot encode an image of {list(array.shape)} as {suffix[1:].upper()}")
+        raise ValueError(f"cannot encode an image of {list(pixels.shape)} as {suffix[1:].upper()}")
     return bytes(data)
