@@ -117,7 +117,7 @@ def replace(random: Random, path: Path) -> str:
         path.unlink(missing_ok=True)
     aside = path.with_name("aside")
     if aside.is_dir():  # of another case
-        aside.rmdir()
+        shutil.rmtree(aside)
     else:
         aside.unlink(missing_ok=True)
     match kind:
