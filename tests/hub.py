@@ -1,4 +1,5 @@
-"""A small Hub on the loopback address: what huggingface_hub asks of the real one, and the ways in which that fails."""
+"""A small Hub on the loopback address: the requests of huggingface_hub, and ways in which they
+fail."""
 
 import base64
 import hashlib
@@ -11,7 +12,10 @@ from urllib.parse import unquote
 
 @dataclass
 class Repository:
-    """Files by commit, and what branches stand for. Its hashes are made from its content: nothing here is the Hub's."""
+    """Files by commit, and branches.
+
+    Its hashes are computed from its content and are not the Hub's.
+    """
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -26,21 +30,21 @@ class Repository:
 
 
 class Hub:
-    """Start with `with Hub() as hub`; fill `hub.repositories`; look at `hub.requests`."""
+    """Start with `with Hub() as hub`, fill `hub.repositories`, look at `hub.requests`."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        """By name; a data set's begins with datasets/."""
+        """By name; the name of a data set starts with datasets/."""
         self.stored: dict[str, bytes] = {}
-        """Large files by checksum, as the Hub's store has them."""
+        """Large files by checksum, as the Hub's storage has them."""
         self.requests: list[tuple[str, str, str | None]] = []
-        """Method, file name and Range header of each request for a file, to the Hub itself or its store."""
+        """Method, file name and Range header of each request for a file."""
         self.cuts: list[int] = []
-        """For each of the next answers: how many bytes are sent before the connection breaks."""
+        """Per response: number of bytes that are sent before the connection breaks."""
         self.damage = False
-        """Send other bytes than those whose checksum was announced."""
+        """Send other bytes than those with the announced checksum."""
         self.read_only = False
-        """Nobody may upload."""
+        """Refuse all uploads."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -52,7 +56,7 @@ class Hub:
         self.stop()
 
     def stop(self) -> None:
-        """From now on connections are refused."""
+        """Refuse connections from now on."""
         self.server.shutdown()
         self.server.server_close()
 
@@ -60,7 +64,7 @@ class Hub:
         return self.repositories.setdefault(repository, Repository()).push(files, branch)
 
     def bodies(self) -> list[str]:
-        """The files whose content was asked for."""
+        """The files whose content was requested."""
         return [name for method, name, _ in self.requests if method == "GET"]
 
 
@@ -110,7 +114,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             )
 
         def do_POST(self) -> None:
-            """What an upload asks for. Every file comes inside the commit, as small ones do at the real Hub."""
+            """Requests of an upload.
+
+            Every file is part of the commit, like small files on the real Hub.
+            """
             body = self.rfile.read(int(self.headers["Content-Length"]))
             address = unquote(self.path.split("?")[0]).strip("/").removeprefix("api/")
             if address == "validate-yaml":
@@ -165,6 +172,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Keep the tests' output clean."""
+            """Print no log."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""Tiny networks whose weights are random and whose files are those of the published ones, layout for layout."""
+"""Tiny networks with random weights, whose files have the layouts of the published ones."""
 
 import io
 import zipfile
@@ -14,7 +14,7 @@ from models import END, START, randomise
 
 
 def saved(content: object) -> bytes:
-    """What torch.save writes."""
+    """The bytes of torch.save."""
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
@@ -36,7 +36,7 @@ def hub_dinov2(shape: VisionConfig, seed: int = 0) -> Dinov2WithRegistersModel:
 
 
 def hub_clip(shape: TextConfig, image: VisionConfig | None = None) -> CLIPModel:
-    """Both halves; the image half is a stump unless its shape is given."""
+    """Text and image encoder; the image encoder is a stub unless its shape is given."""
     text = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.width,
@@ -60,13 +60,13 @@ def hub_clip(shape: TextConfig, image: VisionConfig | None = None) -> CLIPModel:
 
 
 def written(model: nn.Module, folder: Path) -> bytes:
-    """The model.safetensors that transformers writes, under the names the Hub's files have."""
+    """The model.safetensors of transformers, with the tensor names of the Hub's files."""
     model.save_pretrained(folder)
     return (folder / "model.safetensors").read_bytes()
 
 
 def as_meta(hub: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """A DINOv2 of the Hub under Meta's names."""
+    """A DINOv2 of the Hub with Meta's tensor names."""
     outside = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens"}
     outside |= {"pos_embed": "position_embeddings"}
     outside |= {f"patch_embed.proj.{kind}": f"patch_embeddings.projection.{kind}" for kind in ("weight", "bias")}
@@ -119,7 +119,8 @@ class _Transformer(nn.Module):
 
 
 class OpenAIClip(nn.Module):
-    """The text half in the layout of OpenAI's files, and an image half of two tensors; `forward` encodes text."""
+    """The text encoder in OpenAI's layout, and an image encoder of two tensors; `forward` encodes
+    text."""
 
     def __init__(self, shape: TextConfig) -> None:
         super().__init__()
@@ -146,14 +147,15 @@ class OpenAIClip(nn.Module):
 
 
 def openai_clip(shape: TextConfig) -> OpenAIClip:
-    """With weights that half precision holds exactly."""
+    """Round the weights to values that half precision represents exactly."""
     model = OpenAIClip(shape).eval()
     randomise(model)
     return model.half().float()
 
 
 def archive_without_program(model: nn.Module, path: Path) -> None:
-    """What torch.jit.save writes for the model in half precision, with every line of the program replaced."""
+    """The bytes of torch.jit.save for the model in half precision, with every line of its program
+    replaced."""
     torch.jit.save(torch.jit.script(model.half()), path)
     with zipfile.ZipFile(path) as whole:
         entries = [(entry.filename, whole.read(entry)) for entry in whole.infolist()]
@@ -164,7 +166,8 @@ def archive_without_program(model: nn.Module, path: Path) -> None:
 
 
 def as_openai(hub: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The image half of a CLIP of the Hub, and a tensor of the text half, under OpenAI's names."""
+    """The image encoder of a CLIP of the Hub and a tensor of the text encoder, with OpenAI's
+    names."""
     ours: dict[str, Tensor] = {"positional_embedding": hub["text_model.embeddings.position_embedding.weight"]}
     outside = {"class_embedding": "embeddings.class_embedding", "conv1.weight": "embeddings.patch_embedding.weight"}
     outside |= {"positional_embedding": "embeddings.position_embedding.weight"}

@@ -1,4 +1,4 @@
-"""ONNX: the graphs, and the example that uses them without torch, say what the model says."""
+"""ONNX export: the graphs, and the example that uses them without torch, agree with the model."""
 
 import importlib.util
 import json
@@ -52,7 +52,7 @@ def exported(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def balanced(segmenter: Segmenter, exported: Path, folder: Path, photograph: Any) -> tuple[Path, float]:
-    """A copy of the export whose threshold divides what the little-trained model believes, so that masks are not empty."""
+    """A copy of the export with a threshold that gives masks which are not empty."""
     answers = segmenter.predict(photograph, PHRASES, scores=True)
     threshold = float(np.median([answer.probabilities for answer in answers if answer.probabilities is not None]))
     for file in exported.iterdir():
@@ -66,7 +66,8 @@ def balanced(segmenter: Segmenter, exported: Path, folder: Path, photograph: Any
 def agreement(
     segmenter: Segmenter, folder: Path, photographs: list[Any], threshold: float, batch: int
 ) -> Iterator[tuple[float, bool]]:
-    """For each photograph and phrase the IoU of the example's mask with Segmenter's, and whether that is a real mask."""
+    """Yield the IoU of the example's mask with Segmenter's, and whether the mask is neither empty
+    nor full."""
     onnx_segment = example()
     model = onnx_segment.load(folder)
     for start in range(0, len(photographs), batch):
@@ -82,7 +83,8 @@ def agreement(
 def test_the_example_agrees_on_generated_scenes(
     segmenter: Segmenter, exported: Path, scenes_root: Path, tmp_path: Path
 ) -> None:
-    """The example is what people start from: its letterbox, its tokens and its way back must be the real ones."""
+    """The example's letterbox, tokens and postprocessing must be correct, because people copy
+    it."""
     paths = sorted({reference.image_path for reference in load_references(scenes_root, "scenes").references})[:4]
     scenes = [read_image(path)[: 112 - 9 * number] for number, path in enumerate(paths)]
     folder, threshold = balanced(segmenter, exported, tmp_path, scenes[0])
@@ -96,7 +98,7 @@ def test_the_example_agrees_on_generated_scenes(
 def test_masks_agree_on_real_photographs(
     segmenter: Segmenter, exported: Path, refer_root: Path, tmp_path: Path
 ) -> None:
-    """20 photographs of any shape, two batch sizes: a mask from ONNX is the mask from PyTorch."""
+    """20 images of any shape, two batch sizes: ONNX and PyTorch give the same masks."""
     paths = sorted(
         {
             reference.image_path
@@ -117,7 +119,7 @@ def test_masks_agree_on_real_photographs(
 
 @pytest.mark.slow
 def test_the_example_needs_no_torch(segmenter: Segmenter, exported: Path, tmp_path: Path) -> None:
-    """That is its point: a server of a few megabytes, in 80 lines. Neither may it import dcris, which would bring torch."""
+    """The example has fewer than 80 lines and imports neither torch nor dcris."""
     assert len((REPOSITORY / "examples/onnx_segment.py").read_text().splitlines()) < 80
     pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
@@ -144,7 +146,7 @@ def test_the_example_needs_no_torch(segmenter: Segmenter, exported: Path, tmp_pa
     ],
 )
 def test_the_example_reads_pictures_as_dcris_does(tmp_path: Path, mode: str, ending: str, orientation: int) -> None:
-    """Another reading is another mask: of a transparent PNG the example saw the colours below the transparency."""
+    """The example must read images as dcris does, for example transparent ones."""
     mode, _, transparent = mode.partition(" ")
     random = np.random.default_rng(0)
     for shape in ((20, 30), (20, 1), (1, 30)):
@@ -163,7 +165,7 @@ def test_the_example_reads_pictures_as_dcris_does(tmp_path: Path, mode: str, end
 
 @pytest.mark.parametrize("name", ["tiny", "clip"])
 def test_the_example_has_the_same_tokens(name: str) -> None:
-    """One id that differs is another phrase."""
+    """The example must give the same token ids."""
     if name == "clip":
         pytest.importorskip("instant_clip_tokenizer")
     tokenizer = get_tokenizer(name)
@@ -178,7 +180,8 @@ def test_the_example_has_the_same_tokens(name: str) -> None:
     ["&#" + "9" * 4400, "&amp;#" + "9" * 9000 + "; cup", "&#" + "0" * 5000 + "65;b", "&#x1F34E;&#8203; \u3000a\x1f b"],
 )
 def test_the_example_cleans_hostile_phrases_as_the_tokenizer_does(name: str, phrase: str) -> None:
-    """Regression: html.unescape raises ValueError for a character reference with more than 4,300 digits."""
+    """Regression: html.unescape raises ValueError for a character reference with more than 4,300
+    digits."""
     if name == "clip":
         pytest.importorskip("instant_clip_tokenizer")
     tokenizer = get_tokenizer(name)
@@ -188,7 +191,7 @@ def test_the_example_cleans_hostile_phrases_as_the_tokenizer_does(name: str, phr
 
 @pytest.mark.slow
 def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
-    """Whoever has only a graph must find out how to feed it."""
+    """The metadata of a graph say how to use it."""
     settings = json.loads((exported / "model.json").read_text())
     config = segmenter.config
     assert settings["mean"] == list(config.data.mean)
@@ -206,7 +209,7 @@ def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
 
 @pytest.mark.slow
 def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Path, tmp_path: Path) -> None:
-    """Else the option would have no use, or do harm."""
+    """The option must save space and keep the masks similar."""
     found = export_onnx(segmenter, tmp_path / "int8", int8=True)
     assert found["mean"] < 0.02  # on processors with and without VNNI
 
@@ -227,7 +230,8 @@ def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Pat
 
 @pytest.mark.slow
 def test_the_way_into_the_square_and_back(exported: Path, segmenter: Segmenter) -> None:
-    """Photographs of any shape: the letterbox is cv2's but for single grey values, and the way back the protocol's."""
+    """Images of any shape: the letterbox equals cv2's up to single grey levels, and the way back
+    the protocol's."""
     fit, data = dcris.inference.export_onnx._session(exported / "fit.onnx"), segmenter.config.data
     for height, width in ((480, 640), (1, 1), (1, 50), (2000, 7), (333, 500)):
         coarse = np.random.default_rng(height).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
@@ -243,7 +247,7 @@ def test_the_way_into_the_square_and_back(exported: Path, segmenter: Segmenter) 
 
 
 def test_a_file_is_no_place_for_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other tools write one model.onnx; a folder of that name would be a puzzle. It is said before the model is loaded."""
+    """Other tools write one model.onnx. The error comes before the model is loaded."""
     assert main(["export", str(tmp_path / "no run"), "--out", str(tmp_path / "model.onnx")]) == 2
     assert f"give a folder: --out {tmp_path / 'model'}\n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -252,7 +256,7 @@ def test_a_file_is_no_place_for_an_export(tmp_path: Path, capsys: pytest.Capture
 def test_an_export_that_is_wrong_leaves_nothing(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that silently answers something else would be worse than none."""
+    """A wrong export must fail and leave nothing."""
     monkeypatch.setattr(dcris.inference.export_onnx, "_write_graphs", lambda *_: None)
 
     def wrong(folder: Path, images: Any, index: Any, tokens: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The notebook in examples/ runs from its first cell to its last."""
+"""The notebook in examples/ runs completely."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ NOTEBOOK = Path(__file__).parents[1] / "examples/segment.ipynb"
 def test_the_notebook_runs(
     trained_run: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the first thing that a newcomer opens ends in an error."""
+    """All cells run without an error."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     run = Path(shutil.copytree(trained_run, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""`dcris predict` over many images: what is asked, what it leaves on disk, and what happens when something goes wrong."""
+"""`dcris predict` for many images: tasks, output files, and errors."""
 
 import json
 import os
@@ -35,7 +35,7 @@ UNFINISHED = "dcris-journal.unfinished.json"
 
 @pytest.fixture(scope="module")
 def model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that finds something on most pictures."""
+    """A model that finds something on most images."""
     return daring(trained_run, tmp_path_factory.mktemp("daring") / "model")
 
 
@@ -70,11 +70,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------------
+# ---- what is asked -------------------------------------------------------------------------------
 
 
 def test_folders_patterns_and_what_is_named_twice(photos: Path) -> None:
-    """Subfolders are looked into on demand only, and keep their shape, so that no image takes another's name."""
+    """Subfolders are searched only with --recursive, and keep their structure in names."""
     make_photos(photos / "deeper", 1)
     (photos / "a folder.jpg").mkdir()
     (photos / "notes.txt").touch()
@@ -89,7 +89,8 @@ def test_folders_patterns_and_what_is_named_twice(photos: Path) -> None:
 
 
 def test_names_differ_on_any_file_system(tmp_path: Path) -> None:
-    """A.png and a.png are one file on a Mac's disk and a stick's, so their masks must not be."""
+    """A.png and a.png are the same file on case-insensitive file systems, so their masks need other
+    names."""
     for name in ("a.png", "A.jpg", "a.bmp", "a~2.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     names = [task.name for task in find_tasks([tmp_path], ["cup"])]
@@ -97,7 +98,7 @@ def test_names_differ_on_any_file_system(tmp_path: Path) -> None:
 
 
 def test_names_as_long_as_a_file_system_takes(model: Path, tmp_path: Path) -> None:
-    """Else one such photograph, where a letter takes three bytes, ends the work on all of them, however often it is begun."""
+    """A name near the limit, with three bytes per character, must not stop the whole call."""
     photos = make_photos(tmp_path / "photos", 2)
     for number in range(2):
         (photos / f"{number}.png").rename(photos / f"{chr(0x3042) * 83}{number}.png")
@@ -107,7 +108,7 @@ def test_names_as_long_as_a_file_system_takes(model: Path, tmp_path: Path) -> No
 
 
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
-    """ "photo [1].png" is what browsers call a second download."""
+    """Browsers name a second download "photo [1].png"."""
     Image.new("RGB", (4, 4)).save(tmp_path / "photo [1].png")
     assert [task.name for task in find_tasks([tmp_path / "photo [1].png"], ["cup"])] == ["photo [1]"]
 
@@ -115,7 +116,7 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("way", ["recursive", "pattern", "pattern twice", "absolute", "both names"])
 def test_links_in_circles(way: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else `**` over a folder that links to itself never ends, or asks about one photograph 41 times."""
+    """Circular links must not make `**` run forever or return an image several times."""
     make_photos(photos / "a" / "deep", 1)
     for link, target in (("a/up", ".."), ("a/self", "."), ("again", "a"), ("a/deep/top", photos), ("gone", "nowhere")):
         (photos / link).symlink_to(target)
@@ -148,7 +149,8 @@ def test_links_in_circles(way: str, photos: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_paths_that_look_like_addresses(tmp_path: Path) -> None:
-    """A colon is a letter of a file's name like any other, and a list must not make requests to other machines."""
+    """A colon is a normal character of a file name, and a list must not cause requests to other
+    hosts."""
     (tmp_path / "a.csv").write_text("http:host/y.mp4,cup\n2026-11-28T10:30:00.mp4,cup\n")
     tasks = read_pairs(tmp_path / "a.csv")
     assert [task.path for task in tasks] == [tmp_path / "http:host" / "y.mp4", tmp_path / "2026-11-28T10:30:00.mp4"]
@@ -158,7 +160,7 @@ def test_paths_that_look_like_addresses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["folder", "recursive", "pattern", "shell"])
 def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
-    """Also those that a killed call has not finished, and those beside photographs that are now answered elsewhere."""
+    """Results, unfinished files, and results of other calls beside the images are skipped."""
     photos = make_photos(tmp_path / "photos", 2)
     for name in ("0.0.mask.png", "0.0.overlay.png", "1.12.cutout.png", ".1.0.mask.png.partial-0123abcd.png", RECORDS):
         (photos / name).touch()
@@ -174,14 +176,14 @@ def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
 
 
 def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> None:
-    """Else the second run asks about the masks of the first, and the third about theirs."""
+    """A second call must not predict on the masks of the first."""
     for _ in range(2):
         assert dcris("predict", model, photos, "-e", "cup", "--out", photos, "--recursive") == 0
         assert len(results(photos)) == 4
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of a telephone's pictures may hold more files of other kinds than of the known ones."""
+    """A folder of a phone may have more files of unknown formats than of known ones."""
     monkeypatch.setattr("dcris.inference.inputs.image_endings", lambda: frozenset({".jpg", ".avif", ".mpo"}))
     for name in ("a.jpg", "b.AVIF", "c.mpo", "d.heic", "e.HEIC", "f.psd", "g.mp4", "notes", ".DS_Store", "h.wmv"):
         (tmp_path / name).touch()
@@ -207,7 +209,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pyte
 def test_pictures_of_every_readable_ending_are_answered(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Six formats in one folder; two of them were passed over without a word."""
+    """All readable endings are predicted; others are reported."""
     picture = Image.new("RGB", (90, 60), (200, 9, 9))
     names = {"a.jpg": "JPEG", "b.gif": "GIF", "c.jfif": "JPEG", "d.mpo": "MPO", "e.png": "PNG", "f.ppm": "PPM"}
     for name, kind in names.items():
@@ -242,7 +244,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
-    """However a spreadsheet or a script writes them, in the order of the lines."""
+    """All forms that spreadsheets and scripts write, in the order of the lines."""
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * (name in {"bare.csv", "declared.csv"}) + PAIRS[name].encode())
     tasks = read_pairs(tmp_path / name)
     assert [(task.path, task.shown, task.phrases) for task in tasks] == [
@@ -290,14 +292,14 @@ def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_list_names_the_line(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
-    """Of ten thousand lines one is wrong, and somebody has to find it."""
+    """The error must name the one wrong line of a long list."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DcrisError, match=words):
         read_pairs(tmp_path / name)
 
 
 def test_pairs_are_answered(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each image is asked its own phrases alone; one that is not there does not stop the others."""
+    """Each image gets its own phrases; a missing image does not stop the others."""
     (photos / "pairs.csv").write_text("image,phrase\n0.png,the cup\n1.png,left\nabsent.png,ring\n0.png,ring\n")
     out = tmp_path / "out"
     assert dcris("predict", model, "--pairs", photos / "pairs.csv", "--out", out) == 2
@@ -324,7 +326,7 @@ def test_pairs_are_answered(model: Path, photos: Path, tmp_path: Path, capsys: p
 def test_bad_arguments(
     words: str, sentence: str, model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One sentence, before anything is written."""
+    """One error line, before anything is written."""
     (photos / "deep" / "er").mkdir(parents=True)
     (tmp_path / "pairs.csv").write_text(f"{photos / '0.png'},ring\n")
     places = {"PAIRS": tmp_path / "pairs.csv", "PHOTOS": photos, "ABSENT": tmp_path / "absent"}
@@ -337,13 +339,14 @@ def test_bad_arguments(
     assert not list((tmp_path / "out").glob("*"))
 
 
-# ---- what goes wrong on the way --------------------------------------------------------------------------------------------
+# ---- what goes wrong on the way ------------------------------------------------------------------
 
 
 def test_bad_files_among_good_ones(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All others are answered; the bad ones are named at once and at the end, and asked again when they are put right."""
+    """Bad files are reported at once and at the end, do not stop the others, and are retried by the
+    next call."""
     good = (photos / "1.png").read_bytes()
     (photos / "1.png").write_bytes(good[: len(good) // 2])
     (photos / "2.png").write_text("not a picture")
@@ -372,7 +375,8 @@ def written(out: Path) -> dict[str, int]:
 
 
 def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other questions, another picture or lost files are other work; the same are not."""
+    """A call predicts again after other phrases, a changed image or a deleted file, and only
+    then."""
     out = tmp_path / "out"
     ask = ["predict", model, photos, "-e", "cup", "--out", out, "--format", "mask", "coco"]
     assert dcris(*ask) == 0
@@ -397,7 +401,7 @@ def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys
 
 
 def test_a_call_adds_to_what_earlier_calls_answered(model: Path, tmp_path: Path) -> None:
-    """Each photograph of each call has its own masks and its own entries, whatever it is called, and keeps its number."""
+    """Images of several calls keep their own masks, entries and ids, whatever their names are."""
     one, two = make_photos(tmp_path / "one", 2), tmp_path / "two"
     two.mkdir()
     for name, size in (("0.png", (7, 5)), ("1.jpg", (9, 6)), ("2.png", (5, 5))):
@@ -417,7 +421,7 @@ def test_a_call_adds_to_what_earlier_calls_answered(model: Path, tmp_path: Path)
 
 
 def test_one_photograph_by_several_paths(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path, a link to its folder, or a folder that has been moved since, make no other photograph of it."""
+    """A relative path, a linked folder or a moved folder does not make it another image."""
     work = photos.parent
     (work / "link").symlink_to("photos")
     monkeypatch.chdir(work)
@@ -446,7 +450,8 @@ def test_one_photograph_by_several_paths(model: Path, photos: Path, monkeypatch:
 def test_other_settings_are_refused(
     change: Any, words: str, model: Path, trained_run: Path, photos: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Else predictions.json mixes two models or thresholds, or a mask of one phrase lies beside the score of another."""
+    """predictions.json must not mix models or thresholds, or masks and scores of different
+    phrases."""
     out = tmp_path / "out"
     assert dcris("predict", model, photos / "0.png", "-e", "cup", "--format", "mask", "coco", "--out", out) == 0
     before = contents(out)
@@ -462,7 +467,8 @@ def test_other_settings_are_refused(
 
 
 def test_anew_replaces_what_is_asked_alone(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """The masks of a phrase that is not asked any more are gone, and the other photographs' stay; that they differ is said."""
+    """--anew deletes masks of phrases that are not requested any more, keeps other images, and
+    reports mixed settings."""
     out, ask = tmp_path / "out", ("--format", "mask", "scores", "coco", "--out")
     assert dcris("predict", model, photos, "-e", "cup", "-e", "ring", *ask, out) == 0
     before = written(out) | {name: 0 for name in contents(out) if name.startswith("0.1.")}
@@ -523,7 +529,10 @@ def killed(*_: object) -> None:
 
 @pytest.mark.parametrize("more", [(), ("--anew",)])
 def test_own_files_with_names_of_results_are_kept(more: tuple[str, ...], model: Path, tmp_path: Path) -> None:
-    """Regression: a call deleted the user's files in --out that have such names. Nothing but our own files is deleted."""
+    """Regression: a call deleted the user's files in --out with such names.
+
+    Only recorded files are deleted.
+    """
     photos = make_photos(tmp_path / "photos", 2)
     own = [
         "0.1.mask.png",
@@ -558,7 +567,8 @@ def test_own_files_survive_a_kill(model: Path, photos: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("file", ["../own.0.mask.png", "0.x/../../own.0.mask.png", "own.0.mask.png", "0.txt"])
 def test_records_of_others_delete_no_other_file(file: str, model: Path, photos: Path, tmp_path: Path) -> None:
-    """A folder of results may come from somebody else, and its records must not choose files to delete."""
+    """A folder of results may come from another person; its records must not select files to
+    delete."""
     out = tmp_path / "out"
     ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", out)
     assert dcris(*ask) == 0
@@ -573,7 +583,7 @@ def test_records_of_others_delete_no_other_file(file: str, model: Path, photos: 
 
 
 def test_an_answer_outlives_its_photograph(model: Path, photos: Path, tmp_path: Path) -> None:
-    """A disk that is not mounted today must not cost what was answered yesterday."""
+    """Results of an image that is missing today (disk not mounted) are kept."""
     (photos / "pairs.csv").write_text("0.png,cup\n1.png,ring\n")
     out = tmp_path / "out"
     ask = ("predict", model, "--pairs", photos / "pairs.csv", "--out", out)
@@ -586,7 +596,10 @@ def test_an_answer_outlives_its_photograph(model: Path, photos: Path, tmp_path: 
 
 
 def test_two_calls_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each would drop what the other has answered. The second is refused, and a killed one keeps nobody out."""
+    """Two calls would delete each other's results.
+
+    The second is refused; a killed call does not block the folder.
+    """
     photos, out = make_photos(tmp_path / "photos", 12), tmp_path / "out"
     ask = ("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
     first = start(*ask)
@@ -627,7 +640,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", ["cut line", "no line end", "file gone", "empty", "each line"])
 def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """Whatever a crash or a person left of it, results are complete, and never of half a line."""
+    """Whatever happened to the record file, results are complete and never come from a damaged
+    line."""
     out = tmp_path / "out"
     ask = ("predict", model, photos, "-e", "cup", "--out", out)
     assert dcris(*ask) == 0
@@ -667,7 +681,8 @@ def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp
     ],
 )
 def test_something_else_in_the_place_of_a_result(name: str, kind: str, model: Path, photos: Path, capsys: Any) -> None:
-    """A pipe must not block the call, and nothing that others read or wrote is replaced, also not behind a link."""
+    """A pipe must not block the call, and files of others are not replaced, not even through a
+    link."""
     (photos.parent / "theirs").write_text("theirs")
     place = photos / name
     if kind == "pipe":
@@ -688,7 +703,8 @@ def test_something_else_in_the_place_of_a_result(name: str, kind: str, model: Pa
 
 
 def test_names_that_are_not_utf8(model: Path, photos: Path, tmp_path: Path) -> None:
-    """Names from old disks and archives are any bytes: every output has them in a form that other programs can read."""
+    """Names of old disks and archives may be any bytes; every output has them in a readable
+    form."""
     plain, bytes_ = photos / "caf%E9.png", os.fsdecode(b"caf\xe9.png")
     (photos / "0.png").rename(photos / bytes_)
     (photos / "1.png").rename(plain)
@@ -732,7 +748,8 @@ def wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> Non
 
 @pytest.mark.slow
 def test_killed_and_started_again(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As after a power cut: nothing done twice, nothing missing, and the same results as without it."""
+    """After a kill: nothing is predicted twice, nothing is missing, and results equal those of one
+    call."""
     photos = make_photos(tmp_path / "photos", 24)
     out, whole = tmp_path / "out", tmp_path / "whole"
     ask = ("predict", model, photos, "-e", "cup", "-e", "ring", "--format", "mask", "coco", "--device", "cpu", "--out")
@@ -756,7 +773,7 @@ def test_killed_and_started_again(model: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
-    """Exit code 130, one line, and predictions.json of all that was answered."""
+    """Exit code 130, one line, and predictions.json with everything that is finished."""
     photos = make_photos(tmp_path / "photos", 60)
     out = tmp_path / "out"
     process = start("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
@@ -772,7 +789,8 @@ def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes(model: Path, tmp_path: Path) -> None:
-    """They share the work, also what another number of them left, and their results are those of one."""
+    """Ranks share the work, also after calls with another number of ranks, with the results of one
+    rank."""
     photos = make_photos(tmp_path / "photos", 7)
     pytest.importorskip("av")
     make_video(photos / "clip.mp4", 6)
@@ -803,7 +821,7 @@ def test_several_processes(model: Path, tmp_path: Path) -> None:
 def test_a_full_disk_stops_at_once(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is no bad image: going on would fail a thousand times more."""
+    """A full disk is not a bad image: the next thousand images would fail, too."""
     import dcris.inference.batch as job
 
     written = job.write_file
@@ -819,17 +837,17 @@ def test_a_full_disk_stops_at_once(
     assert [entry["file_name"] for entry in results(tmp_path / "out")] == ["0.png", "1.png"]
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------------
+# ---- formats -------------------------------------------------------------------------------------
 
 
 def middling(model: Path, image: Path, phrase: str) -> float:
-    """A threshold at which half of an image is the object."""
+    """A threshold at which half of the pixels belong to the mask."""
     (answer,) = Segmenter.from_pretrained(model, device="cpu").predict(image, phrase, scores=True)
     return float(np.median(answer.probabilities))
 
 
 def test_cutouts(model: Path, photos: Path, tmp_path: Path) -> None:
-    """The object's own pixels, transparent around it, as large as its box."""
+    """The pixels of the object on a transparent background, cropped to its box."""
     out = tmp_path / "out"
     formats = ("--format", "mask", "cutout", "coco", "--threshold", middling(model, photos / "0.png", "cup"))
     assert dcris("predict", model, photos, "-e", "cup", "--out", out, *formats) == 0
@@ -847,7 +865,7 @@ def test_cutouts(model: Path, photos: Path, tmp_path: Path) -> None:
 
 
 def decode_brush(code: list[int]) -> np.ndarray:
-    """Label Studio's run lengths, bit by bit, as its documentation and front end read them."""
+    """Decode Label Studio's run lengths bit by bit, as its documentation and front end do."""
     bits = "".join(f"{byte:08b}" for byte in code)
     place = 0
 
@@ -871,7 +889,7 @@ def decode_brush(code: list[int]) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_the_brush_s_code(height: int, width: int, share: float, seed: int) -> None:
-    """Any mask comes back from an independent decoder."""
+    """An independent decoder gives the same mask."""
     mask = np.random.default_rng(seed).random((height, width)) < share
     pixels = decode_brush(brush_rle(mask)).reshape(height, width, 4)
     np.testing.assert_array_equal(pixels, np.repeat(mask[..., None].astype(np.uint8) * 255, 4, axis=2))
@@ -879,14 +897,15 @@ def test_the_brush_s_code(height: int, width: int, share: float, seed: int) -> N
 
 @pytest.mark.parametrize("run", [1, 2, 3, 4, 5, 64, 65, 16384, 16385, 32768, 40000])
 def test_the_brush_s_long_runs(run: int) -> None:
-    """Where a length needs the next size, or more than one piece."""
+    """Runs whose length needs the next width, or several pieces."""
     mask = np.zeros((1, run + 7), bool)
     mask[0, 3 : 3 + run] = True
     np.testing.assert_array_equal(decode_brush(brush_rle(mask))[::4] > 0, mask[0])
 
 
 def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
-    """Tasks that it imports: masks as its brush writes them, labels as in the interface, images where it finds them."""
+    """Label Studio can import the tasks: brush masks, labels equal to those of the interface, image
+    URLs."""
     (photos / "0.png").rename(photos / "größe & 1.png")
     out = tmp_path / "out"
     phrases = ["the <red> cup", 'a "ring"']
@@ -920,7 +939,8 @@ def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
 
 
 def test_labels_that_xml_cannot_hold() -> None:
-    """Label Studio refuses the whole interface for one control character; and a label has to be the same in the tasks."""
+    """Label Studio refuses an interface with a control character, and labels must be equal in tasks
+    and interface."""
     phrases = ["red\x1bcup", "a\x00b\x7f", "\ufffe", "line\nbreak\ttab", 'a "b" <c> & \U0001f600']
     interface = ElementTree.fromstring(label_studio_config(phrases))
     labels = [label.get("value") for label in interface.iter("Label")]
@@ -931,13 +951,14 @@ def test_labels_that_xml_cannot_hold() -> None:
     ]
 
 
-# ---- videos ----------------------------------------------------------------------------------------------------------------
+# ---- videos --------------------------------------------------------------------------------------
 
 
 def make_video(
     path: Path, frames: int, size: tuple[int, int] = (64, 48), codec: str = "mpeg4", turned: int = 0
 ) -> Path:
-    """A video at 10 frames a second whose frame n is grey, 20 + 5 n, with a white upper left quarter."""
+    """Write a video at 10 frames per second; frame n is grey (20 + 5 n) with a white upper left
+    quarter."""
     import av
 
     with av.open(str(path), "w") as output:
@@ -963,7 +984,7 @@ def read_video(path: Path) -> tuple[list[np.ndarray], float]:
 
 
 def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every n-th frame has masks of its own, and they are drawn on a video that plays as long as the first."""
+    """Every n-th frame has its own masks, drawn on a video with the duration of the source."""
     pytest.importorskip("av")
     clip, out = make_video(tmp_path / "clip.mp4", 20, (66, 50)), tmp_path / "out"
     ask = ("predict", model, clip, "-e", "cup", "-e", "ring", "--every", 4, "--out", out)
@@ -990,7 +1011,8 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for entry in found:
         mask = np.array(Image.open(out / "clip.frames" / f"{entry['frame']:06}.{entry['phrase_number']}.mask.png"))
         np.testing.assert_array_equal(coco.decode(entry["segmentation"]), mask > 0)
-    # The frames' own pixels were asked about and drawn on: far from every mask they are as they were.
+    # The frames' own pixels were asked about and drawn on: far from every mask they are as they
+    # were.
     for number, frame in enumerate(frames):
         untouched = ~np.logical_or.reduce([coco.decode(entry["segmentation"]) > 0 for entry in found[2 * number :][:2]])
         untouched[: 50 // 2 + 4, : 66 // 2 + 4] = False
@@ -1003,7 +1025,7 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """Whoever waits for their frames must hear of it; whoever has none must not."""
+    """The note appears if there are videos, and only then."""
     pytest.importorskip("av")
     clip = make_video(tmp_path / "clip.mp4", 2)
     rest = ("-e", "cup", "--format", "label-studio", "--out")
@@ -1015,7 +1037,7 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
 
 
 def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
-    """The same network, threshold and colours as for pictures."""
+    """The same network, threshold and colours as for images."""
     pytest.importorskip("av")
     from dcris.inference.video import read_frames
 
@@ -1034,7 +1056,7 @@ def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
 def test_a_video_of_a_turned_telephone(angle: int, tmp_path: Path) -> None:
-    """Its frames are stored as the sensor lies; a player turns them, and so must whoever segments them."""
+    """Rotated frames are upright, as in a player."""
     pytest.importorskip("av")
     from dcris.inference.video import read_frames
 
@@ -1050,7 +1072,7 @@ def test_a_video_of_a_turned_telephone(angle: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["mp4", "avi", "mkv"])
 @pytest.mark.parametrize("share", [0.02, 0.6])
 def test_a_video_that_is_cut_short(ending: str, share: float, model: Path, tmp_path: Path, capsys: Any) -> None:
-    """What can be read is answered, and that it was not all is said: a quiet end looks like a short video."""
+    """Intact frames are predicted, and the truncation is reported."""
     pytest.importorskip("av")
     whole = make_video(tmp_path / f"whole.{ending}", 40)
     clip = tmp_path / f"clip.{ending}"
@@ -1074,7 +1096,7 @@ def test_a_video_that_is_cut_short(ending: str, share: float, model: Path, tmp_p
 
 
 def test_a_damaged_video(tmp_path: Path) -> None:
-    """A decoder that paints over damage would have its inventions segmented, and one that cannot be closed hangs."""
+    """Damaged frames must not be concealed by the decoder, and closing it must not hang."""
     pytest.importorskip("av")
     from dcris.inference.video import read_frames
 
@@ -1099,7 +1121,7 @@ def test_a_damaged_video(tmp_path: Path) -> None:
 
 
 def test_a_video_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
-    """An hour of film must not begin anew; the drawn video holds the frames of both halves."""
+    """A second call continues a video; the overlay video has the frames of both calls."""
     pytest.importorskip("av")
     clip, out = make_video(tmp_path / "clip.mp4", 10), tmp_path / "out"
     segmenter = Segmenter.from_pretrained(model, device="cpu")
@@ -1115,7 +1137,7 @@ def test_a_video_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
 
 
 def test_without_pyav(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The extra is named, and images are answered all the same."""
+    """The error names the extra, and images are still predicted."""
     (tmp_path / "clip.mp4").touch()
     monkeypatch.setitem(sys.modules, "av", None)
     good = make_photos(tmp_path / "photos", 1)
@@ -1124,11 +1146,12 @@ def test_without_pyav(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(results(tmp_path / "out")) == 1
 
 
-# ---- on a GPU, images go in passes -----------------------------------------------------------------------------------------
+# ---- on a GPU, images go in passes ---------------------------------------------------------------
 
 
 def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else what a GPU answers is mixed up between the images of a pass, or an unreadable one shifts them."""
+    """Results of a pass with several images belong to the right images, also after an unreadable
+    one."""
     (photos / "1.png").write_text("no picture")
     segmenter = Segmenter.from_pretrained(model, device="cpu")
     tasks = [
@@ -1156,7 +1179,8 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
 
 
 def test_a_photograph_called_dot(model: Path, tmp_path: Path) -> None:
-    """Its files are in the folder of the results; one above, another call's unfinished files would be removed."""
+    """Its results are in the output folder; unfinished files of other calls in the parent folder
+    are kept."""
     photos, above = tmp_path / "photos", tmp_path / ".other.png.partial-1.png"
     photos.mkdir()
     above.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""What a prediction turns into for other programs: nothing of the mask may be lost on the way."""
+"""Conversions of a prediction to other formats lose nothing of the mask."""
 
 import json
 
@@ -29,7 +29,8 @@ def disc() -> np.ndarray:
 @given(MASKS)
 @settings(max_examples=300, deadline=None)
 def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
-    """pycocotools makes the same mask of them: half a pixel lost at each border is a tenth of a small object."""
+    """pycocotools gives the same mask: half a pixel lost at each border is 10% of a small
+    object."""
     polygons = prediction(mask).polygons()
     if not mask.any():
         assert polygons == []
@@ -39,7 +40,7 @@ def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
 
 
 def test_simpler_polygons_stay_near() -> None:
-    """A tolerance leaves corners out, not the object."""
+    """A tolerance removes corners, not the object."""
     answer = prediction(disc())
     exact, simple = answer.polygons()[0], answer.polygons(tolerance=1.5)[0]
     assert 6 <= len(simple) < len(exact) / 3
@@ -50,7 +51,7 @@ def test_simpler_polygons_stay_near() -> None:
 @given(MASKS)
 @settings(max_examples=100, deadline=None)
 def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:
-    """An evaluation server gets JSON that pycocotools decodes to the mask."""
+    """pycocotools decodes the JSON to the mask."""
     entry = json.loads(json.dumps(prediction(mask).to_coco(image_id=7, category_id=3)))
     np.testing.assert_array_equal(coco.decode(entry["segmentation"]).astype(bool), mask)
     assert (entry["image_id"], entry["category_id"], entry["phrase"]) == (7, 3, "cup")
@@ -59,7 +60,7 @@ def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:
 
 
 def test_another_threshold_is_another_decision() -> None:
-    """As if it had been asked for at once."""
+    """Equal to a prediction at that threshold."""
     picture = np.linspace(0, 1, 35, dtype=np.float32).reshape(5, 7)
     answer = Prediction.decide("cup", picture, 0.35)
     for threshold in (0.1, 0.5, 0.99):
@@ -74,7 +75,7 @@ def test_another_threshold_is_another_decision() -> None:
 
 
 def test_cutouts_and_overlays() -> None:
-    """The object's pixels as they were, and nothing else; on the picture, the mask alone is coloured."""
+    """The pixels of the object are unchanged; in the overlay, only the mask is coloured."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     answer = prediction(disc())
     whole, cropped = answer.cutout(pixels, crop=False), answer.cutout(Image.fromarray(pixels))
@@ -94,7 +95,7 @@ def test_cutouts_and_overlays() -> None:
 
 
 def test_supervision_gets_what_was_found() -> None:
-    """Its boxes are corners, and what found nothing is no detection."""
+    """Boxes are corners, and empty masks are omitted."""
     pytest.importorskip("supervision")
     answers = [prediction(disc(), "disc"), prediction(np.zeros((40, 60), bool), "none"), prediction(~disc(), "rest")]
     found = to_detections(answers)
@@ -108,7 +109,7 @@ def test_supervision_gets_what_was_found() -> None:
 
 
 def test_without_supervision_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no dependency."""
+    """supervision is not a dependency."""
     monkeypatch.setitem(__import__("sys").modules, "supervision", None)
     with pytest.raises(DcrisError, match="pip install supervision"):
         to_detections([])

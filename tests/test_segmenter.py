@@ -1,4 +1,4 @@
-"""The Python interface: whatever people have as an image, however many phrases and threads, one answer."""
+"""The Python API: any kind of image, any number of phrases and threads, the same results."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ def segmenter(trained_run: Path) -> Segmenter:
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture that is neither square nor of the network's size, with structure in each channel."""
+    """An image that is not square and has structure in each channel."""
     rows, columns = np.mgrid[:70, :110]
     pixels = np.stack([rows * 3, columns * 2, (rows * columns) % 256], axis=-1).astype(np.uint8)
     path = tmp_path_factory.mktemp("photo") / "photo.png"
@@ -46,7 +46,7 @@ def assert_same(ours: list[Prediction], theirs: list[Prediction], tolerance: flo
 
 
 def test_path_picture_and_array_are_one_image(segmenter: Segmenter, photo: Path) -> None:
-    """Else the same photograph gets another answer from a notebook than from the command line."""
+    """All kinds of input give the same result for one image."""
     expected = segmenter.predict(photo, PHRASES, scores=True)
     pixels = np.array(Image.open(photo))
     views: list[Any] = [
@@ -66,7 +66,7 @@ def test_path_picture_and_array_are_one_image(segmenter: Segmenter, photo: Path)
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16"])
 def test_a_picture_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> None:
-    """Whatever Pillow hands out must be answered at the picture's size."""
+    """Images of any Pillow mode give a mask of their size."""
     picture = Image.open(photo)
     picture = picture.convert("L").convert(mode) if mode in ("LA", "I", "I;16") else picture.convert(mode)
     answers = segmenter.predict(picture, ["ring"])
@@ -74,7 +74,7 @@ def test_a_picture_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> 
 
 
 def test_what_a_prediction_holds(segmenter: Segmenter, photo: Path) -> None:
-    """The definitions: strict threshold, mean probability inside, smallest box, all at the photograph's size."""
+    """Strict threshold, mean probability inside, smallest box, all at the size of the image."""
     seen = set()
     first = segmenter.predict(photo, PHRASES, scores=True)[0].probabilities
     assert first is not None
@@ -100,7 +100,7 @@ def test_what_a_prediction_holds(segmenter: Segmenter, photo: Path) -> None:
 
 
 def test_a_string_is_one_phrase_and_none_are_none(segmenter: Segmenter, photo: Path) -> None:
-    """Else "cup" is asked as three letters."""
+    """A string must not be treated as a list of letters."""
     assert [answer.phrase for answer in segmenter.predict(photo, "Red  Circle ")] == ["Red  Circle "]
     assert [answer.phrase for answer in segmenter.predict(photo, ("a", "b", "a"))] == ["a", "b", "a"]
     assert segmenter.predict(photo, []) == []
@@ -109,7 +109,7 @@ def test_a_string_is_one_phrase_and_none_are_none(segmenter: Segmenter, photo: P
 
 
 def test_grouping_does_not_matter(segmenter: Segmenter, photo: Path) -> None:
-    """Else a phrase's answer depends on what else was asked, which no user can know."""
+    """The result for a phrase does not depend on the other phrases."""
     phrases = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("ring", "circle", "star")]
     together = segmenter.predict(photo, phrases, scores=True)
     alone = [segmenter.predict(photo, phrase, scores=True)[0] for phrase in phrases]
@@ -122,7 +122,7 @@ def test_grouping_does_not_matter(segmenter: Segmenter, photo: Path) -> None:
 
 @pytest.fixture
 def passes(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """How many images or phrases went through each step of the network, call by call."""
+    """Number of images or phrases in each step of the network, per call."""
     seen: dict[str, list[int]] = {"encode_images": [], "encode_text": [], "segment": []}
 
     def watch(name: str) -> None:
@@ -143,7 +143,8 @@ def passes(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
 def test_many_images_with_many_phrases_go_together(
     segmenter: Segmenter, scenes_root: Path, photo: Path, passes: dict[str, list[int]]
 ) -> None:
-    """Images in one pass, a phrase encoded once for all of them; with less memory in smaller passes, to the same answers."""
+    """Images share a pass and a phrase is encoded once; less memory means smaller passes with the
+    same result."""
     images: list[Any] = [
         photo,
         *sorted({each.image_path for each in load_references(scenes_root, "scenes").references})[:4],
@@ -159,7 +160,7 @@ def test_many_images_with_many_phrases_go_together(
 
 
 def test_each_image_may_have_its_own_phrases(segmenter: Segmenter, photo: Path, passes: dict[str, list[int]]) -> None:
-    """As a list of pairs needs it; an image of which nothing is asked gets no answer, and the rest stay in their places."""
+    """A list of phrases per image works; an image without phrases has no predictions."""
     other = np.zeros((30, 20, 3), np.uint8)
     answers = segmenter.predict([photo, other, other], [["ring", "star"], [], ["star"]])
     assert [[answer.phrase for answer in each] for each in answers] == [["ring", "star"], [], ["star"]]
@@ -171,7 +172,7 @@ def test_each_image_may_have_its_own_phrases(segmenter: Segmenter, photo: Path, 
 def test_an_image_is_encoded_once_for_interactive_use(
     segmenter: Segmenter, photo: Path, passes: dict[str, list[int]]
 ) -> None:
-    """A phrase after the other costs its own part alone, and another threshold nothing at all."""
+    """Each further phrase costs only its own part, another threshold no forward pass."""
     encoded = segmenter.encode_image(photo)
     assert encoded.size == (70, 110)
     answers = [segmenter.segment(encoded, phrase, scores=True)[0] for phrase in PHRASES]
@@ -186,7 +187,7 @@ def test_an_image_is_encoded_once_for_interactive_use(
 
 
 def test_grey_and_transparent_arrays(segmenter: Segmenter, photo: Path) -> None:
-    """Cameras and cut-outs give such; they are what a picture of the same pixels would be."""
+    """Unusual modes of cameras and cut-outs equal the plain image."""
     colour = np.array(Image.open(photo))
     clear = np.dstack((colour, np.full((70, 110), 255, np.uint8)))
     assert_same(segmenter.predict(clear, "ring", scores=True), segmenter.predict(colour, "ring", scores=True))
@@ -197,7 +198,7 @@ def test_grey_and_transparent_arrays(segmenter: Segmenter, photo: Path) -> None:
 
 
 def test_the_way_the_camera_was_held_counts(segmenter: Segmenter, tmp_path: Path, photo: Path) -> None:
-    """In a file and in a PIL image alike: else masks lie on their side."""
+    """EXIF orientation is applied to files and PIL images."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(photo).save(tmp_path / "turned.png", exif=exif)
@@ -210,7 +211,7 @@ def test_the_way_the_camera_was_held_counts(segmenter: Segmenter, tmp_path: Path
 
 
 def test_bfloat16_ends_with_the_network(segmenter: Segmenter, trained_run: Path, photo: Path) -> None:
-    """Else what follows it runs in bfloat16 too: an error where NumPy takes over, and coarse probabilities elsewhere."""
+    """The results are float32 outside of the network, also in bfloat16."""
     half = Segmenter.from_pretrained(trained_run, device="cpu", precision="bfloat16")
     answers = half.predict(photo, PHRASES, scores=True)
     assert_same(answers, segmenter.predict(photo, PHRASES, scores=True), tolerance=0.1)
@@ -220,7 +221,7 @@ def test_bfloat16_ends_with_the_network(segmenter: Segmenter, trained_run: Path,
 
 
 def test_threads_share_a_segmenter(segmenter: Segmenter, scenes_root: Path) -> None:
-    """Else a web server mixes up the pictures of two visitors."""
+    """Threads must not mix up their images."""
     images = sorted({reference.image_path for reference in load_references(scenes_root, "scenes").references})[:8]
     expected = [segmenter.predict(image, PHRASES[:2], scores=True) for image in images]
     with ThreadPoolExecutor(8) as pool:
@@ -230,7 +231,7 @@ def test_threads_share_a_segmenter(segmenter: Segmenter, scenes_root: Path) -> N
 
 
 def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root: Path) -> None:
-    """Else the reported scores are not those of what users get."""
+    """Evaluation measures exactly what users get."""
     reference = load_references(scenes_root, "scenes").split("test")[0]
     queries = [(reference, expression) for expression in reference.expressions]
     scored = predict_queries(
@@ -269,7 +270,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
 def test_bad_questions_are_one_sentence(
     segmenter: Segmenter, photo: Path, ask: Callable[[Segmenter, Path], object], words: str
 ) -> None:
-    """Else a person sees a shape error from inside torch."""
+    """Wrong arguments give one sentence, not a shape error from torch."""
     with pytest.raises(DcrisError, match=words) as caught:
         ask(segmenter, photo)
     assert "\n" not in str(caught.value)
@@ -277,13 +278,13 @@ def test_bad_questions_are_one_sentence(
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
 def test_the_smallest_pictures(segmenter: Segmenter, size: tuple[int, int]) -> None:
-    """A thumbnail of one pixel must not divide by nothing."""
+    """Images of one pixel work."""
     answer = segmenter.predict(np.full((*size, 3), 200, np.uint8), "ring", scores=True)[0]
     assert answer.mask.shape == size
 
 
 def test_a_device_that_is_not_here(trained_run: Path) -> None:
-    """Else CUDA's own page of text."""
+    """An unknown device gives one sentence."""
     for device in ("cuda:99", "gpu", "meta", "cuda:x"):
         with pytest.raises(DcrisError, match=device):
             Segmenter.from_pretrained(trained_run, device=device)

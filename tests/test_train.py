@@ -439,7 +439,7 @@ MODEL = "model.safetensors"
         (lambda at: cut(at / "config.json"), r"config\.json does not match its checksum"),
         (lambda at: unsealed(at, (at / "config.json").unlink), r"configuration is missing: .*config\.json"),
         (lambda at: unsealed(at, lambda: cut(at / "config.json")), r"config\.json, is not valid JSON"),
-        (lambda at: rewritten(at / MODEL, lambda t, m: t.pop(min(t))), r"has no tensor .*not for this model"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: t.pop(min(t))), r"has no tensor .*for another model"),
         (
             lambda at: rewritten(at / MODEL, lambda t, m: t.update(extra=torch.zeros(1))),
             r"tensor extra that this model",

@@ -1,4 +1,4 @@
-"""How videos are read, whatever a camera, a converter or a stranger wrote into them."""
+"""Reading videos, whatever a camera, a converter or an attacker wrote into them."""
 
 import json
 import os
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 128, 96
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A frame that looks different in each of the eight orientations."""
+    """A frame that differs in each of the eight orientations."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, number * width // 10 : (number + 1) * width // 10] = (255, 40, 40)
     pixels[: height // 4, : width // 4] = (40, 40, 250)
@@ -39,7 +39,7 @@ def make_video(path: Path, codec: str = "libx264", frames: int = 5, **options: A
 
 
 def make_changing(path: Path, sizes: tuple[tuple[int, int], ...] = ((128, 96), (192, 144))) -> Path:
-    """A WebM whose frames have several sizes, three of each, as recordings of video calls do."""
+    """Write a WebM file with three frames of each size, as recordings of video calls have them."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libvpx", rate=10)
         stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuv420p"
@@ -64,7 +64,7 @@ def make_changing(path: Path, sizes: tuple[tuple[int, int], ...] = ((128, 96), (
 def test_a_video_that_changes_its_size_is_left_out_alone(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It took the overlays of all other videos with it."""
+    """One such video stopped the overlays of all others."""
     clips = [make_changing(tmp_path / "a.webm"), make_video(tmp_path / "b.mp4")]
     out = tmp_path / "out"
     words = ["predict", trained_run, *clips, "-e", "red bar", "--out", out, "--format", "mask", "overlay", "coco"]
@@ -101,7 +101,7 @@ MATRICES = {
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_a_video_is_shown_by_its_display_matrix(name: str, tmp_path: Path) -> None:
-    """Front cameras store mirrored frames; "left" has to mean what a player shows on the left."""
+    """Front cameras store mirrored frames; "left" means the left side in a player."""
     (a, b, c, d), turned = MATRICES[name]
     plain = make_video(tmp_path / "plain.mp4")
     data = bytearray(plain.read_bytes())
@@ -115,7 +115,7 @@ def test_a_video_is_shown_by_its_display_matrix(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("start", [0, 7, 1000])
 def test_times_are_counted_from_the_start_of_the_stream(start: int, tmp_path: Path) -> None:
-    """The clock of a recorded broadcast begins hours before its first frame."""
+    """Timestamps of a recorded broadcast do not start at 0."""
     clip = make_video(tmp_path / "a.ts", format="mpegts", options={"output_ts_offset": str(start)})
     times = [frame.time for frame in read_frames(clip)]
     assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=1e-3)
@@ -130,7 +130,7 @@ CODECS = {
 
 @pytest.mark.parametrize("ending", CODECS)
 def test_containers_that_are_read(ending: str, tmp_path: Path) -> None:
-    """A pattern's videos are found by these endings; what is missing here is left out of people's results."""
+    """Patterns find videos by these endings; a missing one would be skipped."""
     assert f".{ending}" in VIDEO_ENDINGS
     clip = make_video(tmp_path / f"a.{ending}", CODECS[ending])
     frames = list(read_frames(clip))
@@ -144,7 +144,8 @@ def test_ffmpeg_has_every_container() -> None:
 
 @pytest.mark.parametrize("name", ["2026-11-28T10:30:00.mp4", "http:a.mp4", "file:b.mp4", "concat:c|d.mp4", "%03d.mp4"])
 def test_any_file_name_is_a_file(name: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFmpeg takes what stands before a colon for a protocol; recorders name their files by the time."""
+    """FFmpeg treats text before a colon as a protocol, but recorders put the time into file
+    names."""
     make_video(tmp_path / "plain.mp4").rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert len(list(read_frames(Path(name)))) == 5
@@ -155,7 +156,7 @@ def test_any_file_name_is_a_file(name: str, trained_run: Path, tmp_path: Path, m
 
 @pytest.fixture
 def listener():
-    """A port of this machine, and the connections that were made to it."""
+    """A local port and the connections that were made to it."""
     made: list[Any] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -185,7 +186,7 @@ PLAYLISTS = {
 @pytest.mark.parametrize("kind", PLAYLISTS)
 @pytest.mark.parametrize("ending", ["mp4", "m3u8", "ts"])
 def test_what_names_other_files_or_hosts_is_no_video(kind: str, ending: str, tmp_path: Path, listener: Any) -> None:
-    """A list from a stranger would make requests in the user's network, or show another file of the user's."""
+    """A hostile playlist must not cause requests or open other files."""
     port, made = listener
     other = make_video(tmp_path / "other.ts", format="mpegts")
     for url in (f"http://127.0.0.1:{port}/a.ts", f"tcp://127.0.0.1:{port}", str(other), "other.ts"):
@@ -204,7 +205,7 @@ def test_a_name_that_is_an_address_makes_no_request(tmp_path: Path, listener: An
 
 
 def test_pipes_devices_and_folders_are_refused(tmp_path: Path) -> None:
-    """A pipe would block for ever."""
+    """A pipe would block forever."""
     os.mkfifo(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").mkdir()
     for path in (tmp_path / "a.mp4", Path("/dev/zero"), tmp_path / "b.mp4"):

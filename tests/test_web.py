@@ -1,4 +1,4 @@
-"""The web page's parts and its API: bounded, in order, and the same answers as the Python interface gives."""
+"""Parts of the web page and its API: limits, order, and the same results as the Python API."""
 
 import asyncio
 import base64
@@ -53,7 +53,7 @@ def picture(width: int = 110, height: int = 70, kind: str = "PNG") -> bytes:
 
 
 def test_what_may_be_asked(segmenter: Segmenter) -> None:
-    """Each bound has its sentence: people must learn what to do, and nobody may fill the memory."""
+    """Each limit has its own message."""
     service = InferenceService(segmenter, Limits(pixels=10_000, phrases=3, characters=10, masks=20_000))
     assert service.read_image(picture(60, 40)).shape == (40, 60, 3)
     for data, message in (
@@ -78,7 +78,7 @@ def test_what_may_be_asked(segmenter: Segmenter) -> None:
 
 
 def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> None:
-    """Else two passes fight for one processor, and a crowd fills the memory with waiting photographs."""
+    """Requests run one at a time, in order; too many are refused."""
     order: list[str] = []
     running = 0
 
@@ -106,7 +106,7 @@ def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> No
 
 
 def test_questions_of_clients_that_left_are_not_answered() -> None:
-    """Else a few requests, given up at once, keep the model busy for everybody else."""
+    """Requests of clients that have disconnected must not use the model."""
     asked: list[str] = []
     begun, go_on = Event(), Event()
 
@@ -133,7 +133,7 @@ def test_questions_of_clients_that_left_are_not_answered() -> None:
 
 
 def test_sessions_expire(segmenter: Segmenter) -> None:
-    """Photographs of strangers must not pile up: neither for long, nor many."""
+    """Sessions are limited in total size and age."""
     now = 0.0
     sessions = Sessions(Limits(kept_bytes=2_500, kept_seconds=10), clock=lambda: now)
     pixels = np.zeros((20, 20, 3), np.uint8)
@@ -154,7 +154,7 @@ def test_sessions_expire(segmenter: Segmenter) -> None:
 
 
 def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
-    """The slider must show what Segmenter.predict would say at that threshold, confidence and all."""
+    """The slider shows the result of Segmenter.predict at that threshold, including the score."""
     service = InferenceService(segmenter)
     pixels = service.read_image(picture())
     session = Session(pixels, "a.png", asyncio.run(service.predict(pixels, PHRASES, None)))
@@ -171,7 +171,7 @@ def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
 
 @contextmanager
 def serving(app: Any, limits: Limits) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
+    """URL of a server in a thread of this process."""
     from dcris.inference.web.app import make_server
 
     server = make_server(app, limits)
@@ -187,7 +187,7 @@ def serving(app: Any, limits: Limits) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A page, whose user's folder is a temporary one and empty in the end."""
+    """URL of a page whose home folder is temporary, and empty at the end."""
     pytest.importorskip("gradio")
     from dcris.inference.web.app import make_app
 
@@ -210,7 +210,7 @@ def post(address: str, data: bytes, **query: Any) -> Any:
 
 
 def test_the_api_answers_as_the_segmenter(address: str, segmenter: Segmenter) -> None:
-    """Whoever calls the API gets the same masks as from Python, in the form that `dcris predict` writes."""
+    """The API returns the masks of the Python API, in the format of `dcris predict`."""
     data = picture()
     for threshold in (None, 0.1):
         query = {} if threshold is None else {"threshold": threshold}
@@ -224,7 +224,7 @@ def test_the_api_answers_as_the_segmenter(address: str, segmenter: Segmenter) ->
 
 
 def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: Path) -> None:
-    """What docs/web.md tells programs to send, word for word but for the address, is answered."""
+    """The requests in docs/web.md work as written, except for the URL."""
     (tmp_path / "photo.jpg").write_bytes(picture(kind="JPEG"))
     expected = segmenter.predict(tmp_path / "photo.jpg", ["left circle", "small red star"])
     page = (Path(__file__).parents[1] / "docs/web.md").read_text(encoding="utf-8")
@@ -257,7 +257,7 @@ def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: P
     ],
 )
 def test_the_api_says_what_is_wrong(address: str, data: bytes, query: Any, status: int, message: str) -> None:
-    """A program needs the status, its author the sentence."""
+    """Errors have a status and a message."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(address, data, **query)
     with caught.value as error:
@@ -266,7 +266,7 @@ def test_the_api_says_what_is_wrong(address: str, data: bytes, query: Any, statu
 
 
 def test_downloads_are_checked(segmenter: Segmenter) -> None:
-    """Else a changed link ends in a server's error."""
+    """A modified link gives an error message, not an internal error."""
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
@@ -289,7 +289,7 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
 
 
 def test_nothing_from_elsewhere(address: str) -> None:
-    """The page names no other host, and forbids the browser to ask one."""
+    """The page refers to no other host, and forbids the browser to contact one."""
     with urllib.request.urlopen(address, timeout=60) as response:
         text = response.read().decode()
         assert "default-src 'self'" in response.headers["Content-Security-Policy"]
@@ -298,7 +298,7 @@ def test_nothing_from_elsewhere(address: str) -> None:
 
 
 def test_a_port_that_is_taken(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The most common mistake of all, and it must be told before the model is loaded."""
+    """A port in use is reported before the model is loaded."""
     pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -321,7 +321,8 @@ _PROGRAM = (sys.prefix, sys.base_prefix, str(Path(dcris.__file__).parent))
 
 
 class Recorder:
-    """Notes what the server's threads do to files and connections while it is active, and does not let it happen."""
+    """Records and blocks what the server's threads do with files and connections while it is
+    active."""
 
     def __init__(self) -> None:
         self.active = False
@@ -344,14 +345,14 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def recorded(recorder: Recorder) -> Iterator[list[tuple[str, str]]]:
-    """What the server does to files and connections during the test."""
+    """What the server does with files and connections during the test."""
     recorder.found, recorder.active = [], True
     yield recorder.found
     recorder.active = False
 
 
 def send(address: str, head: str, body: bytes = b"", headers: str = "") -> tuple[int, bytes]:
-    """Status and content of the answer to a request that is sent as it stands."""
+    """Send a request as it is; return status and content of the response."""
     host, port = address.removeprefix("http://").split(":")
     if not re.search("^Host:", headers, re.M):
         headers += f"Host: {host}:{port}\r\n"
@@ -389,7 +390,8 @@ def _file(path: str) -> dict[str, Any]:
     ],
 )
 def test_no_path_of_a_client_is_opened(address: str, recorded: list[Any], route: str, status: int, path: str) -> None:
-    """W1 to W4: routes of Gradio's delete folders, hand out files, read devices and fetch addresses that a client names."""
+    """W1 to W4: Gradio's routes delete folders, serve files, read devices and fetch URLs given by
+    clients."""
     for question in (
         {"data": [_file(path), None], "fn_index": 0, "session_hash": "x"},
         {"data": ["a", "left", 0.5, _file(path)], "fn_index": 1, "session_hash": "x"},
@@ -423,13 +425,14 @@ def test_no_path_of_a_client_is_opened(address: str, recorded: list[Any], route:
     ],
 )
 def test_only_the_pages_own_files_are_served(address: str, recorded: list[Any], route: str) -> None:
-    """W2, W4: whatever an address is made of, it opens no file and no connection."""
+    """W2, W4: no path of a request opens a file or a connection."""
     assert send(address, f"GET {route}")[0] == 404
     assert recorded == []
 
 
 def test_the_page_ignores_what_an_address_asks_of_gradio(address: str, recorded: list[Any]) -> None:
-    """A "deep link" of Gradio's is a file name, and a forwarded host name would stand in everybody's page."""
+    """A "deep link" of Gradio is a file name, and a forwarded host name would appear in every
+    page."""
     found, content = send(
         address, "GET /?deep_link=abc&page=x&__theme=dark", headers="X-Forwarded-Host: evil.example\r\n"
     )
@@ -438,7 +441,7 @@ def test_the_page_ignores_what_an_address_asks_of_gradio(address: str, recorded:
 
 
 def test_uploads_nobody_asked_for_are_not_written_to_disk(address: str, recorded: list[Any]) -> None:
-    """W6, W7: a form of another site could fill the disk."""
+    """W6, W7: a form on another site could fill the disk."""
     form = (
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + picture() + b"\r\n--x--\r\n"
     )
@@ -477,13 +480,13 @@ def test_uploads_nobody_asked_for_are_not_written_to_disk(address: str, recorded
     ],
 )
 def test_hosts_and_origins(address: str, headers: str, status: int) -> None:
-    """W7: else a page of another site can use the server of its visitor, by a form or by a name that it points here."""
+    """W7: pages of other sites must not use the server through a form or DNS rebinding."""
     text = headers.format(address.removeprefix("http://"))
     assert send(address, "GET /theme.css", headers=f"{text}\r\n")[0] == status
 
 
 def test_a_request_must_name_a_host(address: str) -> None:
-    """HTTP/1.0 requests may lack a host; they are refused, and so are targets that are whole addresses."""
+    """Requests without a host (HTTP/1.0) and targets that are whole URLs are refused."""
     host, port = address.removeprefix("http://").split(":")
     for line in (
         b"GET / HTTP/1.0\r\n\r\n",
@@ -501,7 +504,10 @@ def test_a_request_must_name_a_host(address: str) -> None:
 )
 @pytest.mark.parametrize("chunked", [False, True])
 def test_large_bodies_take_no_memory(address: str, path: str, status: int, chunked: bool) -> None:
-    """W4, W6: a body of 900 MB took gigabytes. A client that reads after it has sent everything gets its answer too."""
+    """W4, W6: a body of 900 MB took gigabytes.
+
+    A client that reads after sending gets the response, too.
+    """
     megabytes, piece = (100 if chunked else 900), b"0" * 1_000_000
     largest = before = resident()
 
@@ -526,7 +532,7 @@ def resident() -> int:
 
 @pytest.mark.parametrize(("count", "begun"), [(32, 3), (150, 3), (32, 90_000)])
 def test_unfinished_uploads_keep_nobody_out(address: str, count: int, begun: int) -> None:
-    """W5: 32 uploads that never end were enough for everybody else to be refused."""
+    """W5: 32 unfinished uploads blocked all other clients."""
     host, port = address.removeprefix("http://").split(":")
     with ExitStack() as stack:
         for _ in range(count):
@@ -541,7 +547,7 @@ def test_unfinished_uploads_keep_nobody_out(address: str, count: int, begun: int
 
 
 def test_a_client_that_leaves_is_no_error(address: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """It left a traceback on the server's screen."""
+    """It printed a traceback."""
     host, port = address.removeprefix("http://").split(":")
     for text in (
         "POST /api/segment?phrase=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc",
@@ -558,7 +564,8 @@ def test_a_client_that_leaves_is_no_error(address: str, capfd: pytest.CaptureFix
 
 
 class Behind:
-    """An application behind a guard that answers with the body's length, or a lot, or never, as the path says."""
+    """An application that responds with the body length, with much data, or never, depending on the
+    path."""
 
     def __init__(self) -> None:
         self.left = Event()
@@ -585,7 +592,7 @@ def guarded(limits: Limits, app: Any = None, **options: Any) -> Iterator[str]:
 
 
 def test_time_is_limited(capfd: pytest.CaptureFixture[str]) -> None:
-    """A request that is never finished, or never answered, must not hold its connection for ever."""
+    """Unfinished and unanswered requests must not hold a connection forever."""
     app = Behind()
     with guarded(Limits(head_seconds=0.3, body_seconds=0.3, answer_seconds=0.3, drain_seconds=0.1), app) as address:
         host, port = address.removeprefix("http://").split(":")
@@ -611,7 +618,8 @@ def test_time_is_limited(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("header", ["", "Connection: close\r\n"])
 def test_slow_readers_get_their_answer(header: str) -> None:
-    """A download over a slow network takes longer than any head of a request; one that nobody reads ends all the same."""
+    """A slow download may take longer than the time limit of a head; one that is never read
+    ends."""
     with guarded(Limits(head_seconds=0.2, answer_seconds=2)) as address:
         host, port = address.removeprefix("http://").split(":")
         for pause, whole in ((1, True), (4, False)):
@@ -626,7 +634,7 @@ def test_slow_readers_get_their_answer(header: str) -> None:
 
 
 def test_what_a_client_no_longer_waits_for_is_cancelled() -> None:
-    """Else a client that comes and goes fills the queue."""
+    """Requests of disconnected clients are cancelled; otherwise they fill the queue."""
     app = Behind()
     with guarded(Limits(), app) as address:
         host, port = address.removeprefix("http://").split(":")
@@ -639,10 +647,11 @@ def test_what_a_client_no_longer_waits_for_is_cancelled() -> None:
 @pytest.mark.parametrize("text", [b"", b"GET / HT", b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("limits", [Limits(client_connections=3), Limits(connections=3)])
 def test_connections_make_room_for_new_ones(limits: Limits, text: bytes) -> None:
-    """A client that opens connections and neither asks nor reads keeps nobody out, itself included."""
+    """Idle connections do not block new ones, not even of the same client."""
     with guarded(limits) as address, ExitStack() as stack:
         host, port = address.removeprefix("http://").split(":")
-        # Another client, where all have one bound: any address of 127.0.0.0/8 is this machine's, on Linux.
+        # Another client, where all have one bound: any address of 127.0.0.0/8 is this machine's, on
+        # Linux.
         source = ("127.0.0.2", 0) if limits.connections == 3 and sys.platform == "linux" else None
         held = []
         for _ in range(3):
@@ -657,7 +666,8 @@ def test_connections_make_room_for_new_ones(limits: Limits, text: bytes) -> None
 
 
 def test_bodies_make_room_for_each_other() -> None:
-    """All unfinished bodies together are bounded: of the client with the most, the oldest is given up."""
+    """The total size of unfinished bodies is limited: the oldest of the largest client is
+    dropped."""
     with guarded(Limits(uploading=2500)) as address, ExitStack() as stack:
         host, port = address.removeprefix("http://").split(":")
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
@@ -672,7 +682,7 @@ def test_bodies_make_room_for_each_other() -> None:
 
 
 def test_wrong_passwords(tmp_path: Path) -> None:
-    """Nothing is answered without the password, and passwords cannot be tried out."""
+    """Every request needs the password, and guessing is limited."""
     with guarded(Limits(attempts=3), credentials=["ann:öl:1", "bob:2"]) as address:
 
         def login(user: str) -> int:
@@ -688,7 +698,7 @@ def test_wrong_passwords(tmp_path: Path) -> None:
 
 
 def test_a_password_can_be_kept_from_the_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every user of a machine sees the arguments of its programs."""
+    """Other users of a machine can see the arguments of programs."""
     from dcris.inference.web.app import AUTH, _credentials
 
     path = tmp_path / "users"
@@ -708,7 +718,7 @@ def test_a_password_can_be_kept_from_the_list_of_processes(tmp_path: Path, monke
 def test_other_machines_are_served_by_decision_only(
     trained_run: Path, capsys: pytest.CaptureFixture[str], host: str
 ) -> None:
-    """Whoever gives --host must not find out later that everybody on the network could use it."""
+    """--host alone must not open the server to the network without a password."""
     pytest.importorskip("gradio")
     assert main(["web", str(trained_run), "--host", host, "--port", "0"]) == 2
     assert "--auth USER:PASSWORD, or give --no-auth" in capsys.readouterr().err
@@ -716,7 +726,7 @@ def test_other_machines_are_served_by_decision_only(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_it_cleanly(trained_run: Path, tmp_path: Path) -> None:
-    """130, one line, no traceback, and nothing left on the disk."""
+    """Exit code 130, one line, no traceback, no files left."""
     pytest.importorskip("gradio")
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "dcris", "web", str(trained_run), "--port", "0"]
@@ -733,7 +743,8 @@ def test_ctrl_c_ends_it_cleanly(trained_run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_crowd_of_500_requests(trained_run: Path) -> None:
-    """10 clients at once: everybody is answered, with the right masks, and the memory stays where it was after the first 50."""
+    """10 clients at once get the right masks, and memory does not grow after the first 50
+    requests."""
     pytest.importorskip("gradio")
     spec = importlib.util.spec_from_file_location("web_load", Path(__file__).parents[1] / "benchmarks/web_load.py")
     assert spec is not None and spec.loader is not None

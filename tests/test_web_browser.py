@@ -1,4 +1,5 @@
-"""The web page in a real browser: upload, phrases, masks, the slider, downloads, and no word to anybody else."""
+"""The web page in a real browser: upload, phrases, masks, slider, downloads, and no requests
+elsewhere."""
 
 import base64
 import io
@@ -41,7 +42,7 @@ OPTIONS = [
     "--disable-sync",
 ]
 PATIENCE = 120_000
-"""Milliseconds: a machine that runs other tests beside is slow."""
+"""Milliseconds; long, because other tests may run on the machine."""
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Site:
     segmenter: Segmenter
     uploads: Path
     passes: list[int] = field(default_factory=list)
-    """Phrases of each forward pass."""
+    """Number of phrases of each forward pass."""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
 
 
 def shown(page: Any) -> np.ndarray[Any, Any]:
-    """The pixels of the picture on the page."""
+    """Pixels of the image on the page."""
     source = page.get_attribute("#picture img", "src")
     assert source.startswith("data:image/jpeg;base64,")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")).astype(int)
@@ -144,7 +145,7 @@ def photograph(folder: Path) -> Path:
 
 
 def test_from_photograph_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
-    """The whole way of a visitor, and what is downloaded is what the Python interface answers."""
+    """The complete use of the page; downloads equal the results of the Python API."""
     path = photograph(tmp_path)
     page.set_input_files("#photo input[type=file]", path)
     page.wait_for_selector("#picture img")
@@ -153,7 +154,8 @@ def test_from_photograph_to_masks(page: Any, site: Site, tmp_path: Path) -> None
     assert not [file for file in site.uploads.rglob("*") if file.is_file()], "the upload stayed on the disk"
 
     phrases = ["red circle", "the <b>small</b> ring"]
-    # A threshold at which something is found, whatever the little-trained model of the tests believes.
+    # A threshold at which something is found, whatever the little-trained model of the tests
+    # believes.
     highest = min(answer.probabilities.max() for answer in site.segmenter.predict(path, phrases, scores=True))  # type: ignore[union-attr]
     low, high = round(0.05, 2), 0.95
     assert highest > low
@@ -195,7 +197,7 @@ def test_from_photograph_to_masks(page: Any, site: Site, tmp_path: Path) -> None
 
 
 def test_examples_and_messages(page: Any, site: Site, tmp_path: Path) -> None:
-    """A visitor without a photograph has one at hand, and whoever does something odd is told in a sentence."""
+    """Examples work without an upload, and mistakes give a message."""
     page.click("button#segment, #segment button")
     page.get_by_text(re.compile("There is no image yet")).first.wait_for()
     page.click("#examples button >> nth=1")
@@ -211,7 +213,7 @@ def test_examples_and_messages(page: Any, site: Site, tmp_path: Path) -> None:
 
 
 def test_the_photograph_by_drag_and_drop_and_by_keyboard(page: Any, site: Site, tmp_path: Path) -> None:
-    """The field for the photograph is our own, so what a browser's own field does has to be seen to."""
+    """The upload field is dcris's own, so keyboard and drop must be tested."""
     page.wait_for_load_state("networkidle")
     field = page.locator("#photo input[type=file]")
     for _ in range(9):
@@ -239,7 +241,7 @@ def test_the_photograph_by_drag_and_drop_and_by_keyboard(page: Any, site: Site, 
 
 
 def test_the_dark_mode(page: Any, site: Site) -> None:
-    """Colours of our own must not stay light where the system asks for dark ones."""
+    """Colours must follow the dark mode of the system."""
     page.emulate_media(color_scheme="dark")
     page.reload()
     page.wait_for_selector("#picture .empty")

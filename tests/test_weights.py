@@ -1,4 +1,5 @@
-"""Published weights, in each form they come in, fill the towers exactly; what does not fit is refused by name."""
+"""Published weights of every file format fill the towers exactly; tensors that do not match are
+named."""
 
 import argparse
 import datetime
@@ -89,7 +90,7 @@ def assert_same_phrases(tower: ClipTextTower, oracle: Callable[[Tensor], Tensor]
 
 
 def dinov3_config(shape: VisionConfig, **more: Any) -> DINOv3ViTConfig:
-    """Transformers' description of a DINOv3 tower."""
+    """The DINOv3 configuration of transformers."""
     return DINOv3ViTConfig(
         hidden_size=shape.width,
         intermediate_size=4 * shape.width,
@@ -104,7 +105,7 @@ def dinov3_config(shape: VisionConfig, **more: Any) -> DINOv3ViTConfig:
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 5), (7, 2)])
 @torch.no_grad()
 def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) -> None:
-    """Else DINOv3's weights give the features of another network: positions, norms and keys are not DINOv2's."""
+    """DINOv3 has other positions, norms and keys than DINOv2; its features must be correct."""
     shape = VisionConfig(name="dinov3-base", family="dinov3", width=32, depth=3, heads=2, patch=16)
     oracle = DINOv3ViTModel(dinov3_config(shape, image_size=64)).eval()
     randomise(oracle)
@@ -123,7 +124,7 @@ def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) 
 
 
 def test_dinov3_refuses_what_is_not_dinov3(tmp_path: Path) -> None:
-    """Else the weights of the other family are half used, or the refusal is a traceback."""
+    """Weights of another family are refused with one sentence."""
     three = DinoTower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
     path = tmp_path / "model.safetensors"
     path.write_bytes(written(hub_dinov2(TINY_VISION), tmp_path / "m"))
@@ -136,7 +137,7 @@ def test_dinov3_refuses_what_is_not_dinov3(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [TINY_VISION, GIANT], ids=["gelu", "swiglu"])
 def test_vision_tower_from_the_hub(hub: Hub, tmp_path: Path, shape: VisionConfig) -> None:
-    """Else the published DINOv2 gives features of another network, and nobody can tell from the scores why."""
+    """The features of published DINOv2 weights must be correct."""
     oracle = hub_dinov2(shape)
     commit = hub.push(VISION_REPO, {"model.safetensors": written(oracle, tmp_path / "m")})
     tower = vision_tower(shape)
@@ -147,7 +148,8 @@ def test_vision_tower_from_the_hub(hub: Hub, tmp_path: Path, shape: VisionConfig
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_text_tower_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    """Else CLIP's text half is misread, or its image half, three fifths of the file, fills the memory."""
+    """CLIP's text encoder must be read correctly, without loading its image encoder (three fifths
+    of the file)."""
     oracle = hub_clip(TINY_TEXT)
     content = written(oracle, tmp_path / "m")
     if file.endswith(".bin"):  # the old files hold position numbers too
@@ -174,7 +176,7 @@ def test_text_tower_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("shape", [TINY_VISION, GIANT], ids=["gelu", "swiglu"])
 @pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
 def test_vision_tower_from_metas_file(tmp_path: Path, shape: VisionConfig, in_zip: bool) -> None:
-    """Else people with the file Meta publishes, and no Hub, are left out."""
+    """The file that Meta publishes works without the Hub."""
     oracle = hub_dinov2(shape)
     state = as_meta(load(written(oracle, tmp_path)), shape.depth)
     path = tmp_path / "dinov2_vitb14_reg4_pretrain.pth"
@@ -186,7 +188,7 @@ def test_vision_tower_from_metas_file(tmp_path: Path, shape: VisionConfig, in_zi
 
 
 def test_clip_vision_tower_from_the_hub(hub: Hub, tmp_path: Path) -> None:
-    """Else ETRIS on its own tower starts from other features than the published ones, or with unfit positions."""
+    """CLIP's image encoder gives the published features, with interpolated positions."""
     shape = TINY_CLIP_VISION.model_copy(update={"grid": 5, "published_grid": 3})
     oracle = hub_clip(TINY_TEXT, shape)
     content = written(oracle, tmp_path / "m")
@@ -203,14 +205,14 @@ def test_clip_vision_tower_from_the_hub(hub: Hub, tmp_path: Path) -> None:
         with torch.no_grad():
             assert error(each(pixels)[:, 0], oracle.visual_projection(expected.pooler_output)) < TOLERANCE
         assert error(each.positions[0], oracle.vision_model.embeddings.position_embedding.weight[0]) == 0
-    with pytest.raises(DcrisError, match=r"position_embedding.weight .* has the shape \[10, 48\], while .* \[26, 48\]"):
+    with pytest.raises(DcrisError, match=r"position_embedding.weight .* has the shape \[10, 48\], but .* \[26, 48\]"):
         fill_tower(ClipVisionTower(shape.model_copy(update={"published_grid": None})), TEXT)
     with pytest.raises(DcrisError, match=r"neither DINOv2 .* nor DINOv2 "):
         fill_tower(vision_tower(), str(tmp_path / "openai.pt"))
 
 
 def test_text_tower_from_openais_archive(tmp_path: Path) -> None:
-    """Else a program out of a downloaded file runs: this one's is unreadable, so that nothing could have run it."""
+    """No program in a downloaded file is run: this one is invalid, so running it would fail."""
     oracle = openai_clip(TINY_TEXT)
     path = tmp_path / "ViT-B-16.pt"
     archive_without_program(oracle, path)
@@ -223,7 +225,7 @@ def test_text_tower_from_openais_archive(tmp_path: Path) -> None:
 
 
 def test_text_tower_from_openais_state_dict(tmp_path: Path) -> None:
-    """Else those who saved OpenAI's weights themselves cannot use them."""
+    """State dicts saved from OpenAI's model work."""
     oracle = openai_clip(TINY_TEXT)
     tower = text_tower()
     fill_tower(tower, file_of(tmp_path, "clip.pt", saved(oracle.half().state_dict())))
@@ -231,7 +233,7 @@ def test_text_tower_from_openais_state_dict(tmp_path: Path) -> None:
 
 
 def test_named_towers_have_the_published_sizes() -> None:
-    """Else the first thing a published file says to a tower of that name is that it does not fit."""
+    """The published file of a tower name must match that tower."""
     with torch.device("meta"):
         for shape in VISION_TOWERS.values():
             if shape.family == "clip":
@@ -300,7 +302,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Path], dict[str, Tensor]]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["missing", "left over", "another shape", "whole numbers"])
 def test_the_first_tensor_that_does_not_fit_is_named(tmp_path: Path, family: str, fault: str) -> None:
-    """Else a file for another model is half used in silence, or a person is left to guess which."""
+    """A file for another model is refused, and the first tensor that does not match is named."""
     make, state_of, name = FAMILIES[family]
     state = state_of(tmp_path)
     if fault == "missing":
@@ -311,7 +313,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tmp_path: Path, family: str
         expected = "a tensor classifier.weight that"
     elif fault == "whole numbers":
         state[name] = torch.zeros(state[name].shape, dtype=torch.int8)
-        expected = f"tensor {name} of .* holds whole numbers"
+        expected = f"tensor {name} of .* has integer values"
     else:
         rows, *rest = state[name].shape
         state[name] = torch.zeros(rows + 3, *rest)
@@ -324,7 +326,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tmp_path: Path, family: str
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
-    """Else a person who mixed up two files gets a stack trace."""
+    """Files of other content give one sentence."""
     clip = file_of(tmp_path, "clip.pth", saved(openai_clip(TINY_TEXT).state_dict()))
     with pytest.raises(DcrisError, match=r"neither DINOv2.*embeddings\.cls_token.*nor DINOv2.*cls_token"):
         fill_tower(vision_tower(), clip)
@@ -339,7 +341,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 5, 500, -40])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "old.pth", "archive.pt"])
 def test_cut_files_are_called_so(tmp_path: Path, name: str, keep: int) -> None:
-    """Else a download that broke off ends in a parser's traceback."""
+    """A truncated download gives one sentence."""
     path = tmp_path / name
     if name == "archive.pt":
         archive_without_program(openai_clip(TINY_TEXT), path)
@@ -353,7 +355,7 @@ def test_cut_files_are_called_so(tmp_path: Path, name: str, keep: int) -> None:
 
 
 class Trap:
-    """Unpickled carelessly, it leaves a file behind."""
+    """Unpickling it creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -364,7 +366,7 @@ class Trap:
 
 @pytest.mark.parametrize("kind", ["zip", "old", "archive"])
 def test_files_that_ask_to_run_code_are_refused(tmp_path: Path, kind: str) -> None:
-    """Else whoever can put a file on a mirror owns the machine of everyone who loads it."""
+    """A manipulated file on a mirror must not run code."""
     trace, path = tmp_path / "trace", tmp_path / "pytorch_model.bin"
     state = {**openai_clip(TINY_TEXT).state_dict(), "positional_embedding": Trap(trace)}
     if kind == "archive":
@@ -381,7 +383,7 @@ def test_files_that_ask_to_run_code_are_refused(tmp_path: Path, kind: str) -> No
 
 
 def test_archives_cannot_read_outside_their_numbers(tmp_path: Path) -> None:
-    """Else a crafted file copies whatever lies next to its numbers in memory into the weights."""
+    """A crafted file must not copy memory outside of its numbers into the weights."""
     path = tmp_path / "a.pt"
     archive_without_program(openai_clip(TINY_TEXT), path)
     with zipfile.ZipFile(path) as whole:
@@ -400,7 +402,8 @@ def test_archives_cannot_read_outside_their_numbers(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served(hub: Hub) -> Hub:
-    """With one repository, whose only weights are in a .bin, so that both names are asked for."""
+    """With one repository whose only weights are in a .bin file, so that both names are
+    requested."""
     hub.push(VISION_REPO, {"pytorch_model.bin": bytes(range(256)) * 256})
     return hub
 
@@ -409,7 +412,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def test_a_cached_file_is_not_fetched_again(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else every start moves 350 MB, and a train journey ends the work."""
+    """Downloaded weights are cached and work offline."""
     first = fetch(VISION_REPO, "main", FILES)
     assert first.name == "pytorch_model.bin"
     assert first.path.read_bytes() == bytes(range(256)) * 256
@@ -427,7 +430,7 @@ def test_a_cached_file_is_not_fetched_again(served: Hub, monkeypatch: pytest.Mon
 
 
 def test_a_revision_stays_what_it_was(served: Hub) -> None:
-    """Else a repository's owner changes what a published result was made with."""
+    """A pinned commit does not change when the repository does."""
     old = fetch(VISION_REPO, "main", FILES)
     served.push(VISION_REPO, {"model.safetensors": b"x" * 10, "pytorch_model.bin": b"new" * 100})
     new = fetch(VISION_REPO, "main", FILES)
@@ -436,7 +439,7 @@ def test_a_revision_stays_what_it_was(served: Hub) -> None:
 
 
 def test_a_broken_download_goes_on_where_it_broke(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a bad line never gets a large file."""
+    """An interrupted download is continued."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     served.cuts = [20_000, 30_000]
     assert fetch(VISION_REPO, "main", FILES).path.read_bytes() == bytes(range(256)) * 256
@@ -445,7 +448,7 @@ def test_a_broken_download_goes_on_where_it_broke(served: Hub, monkeypatch: pyte
 
 
 def test_a_download_that_breaks_for_good_says_so(served: Hub, tmp_path: Path) -> None:
-    """Else half a file is taken for a whole one."""
+    """A truncated download is detected."""
     served.cuts = [0] * 20
     with pytest.raises(DcrisError, match=rf"downloading {VISION_REPO} from {served.url} failed \(.*\); try again"):
         fetch(VISION_REPO, "main", FILES)
@@ -454,7 +457,7 @@ def test_a_download_that_breaks_for_good_says_so(served: Hub, tmp_path: Path) ->
 
 
 def test_what_arrives_damaged_is_not_kept(served: Hub) -> None:
-    """Else damaged weights stay in the cache for good, and every later run reads them."""
+    """A damaged download does not stay in the cache."""
     served.damage = True
     with pytest.raises(DcrisError, match=r"pytorch_model\.bin of .* arrived damaged: its SHA-256 is .*try again"):
         fetch(VISION_REPO, "main", FILES)
@@ -463,7 +466,7 @@ def test_what_arrives_damaged_is_not_kept(served: Hub) -> None:
 
 
 def test_a_damaged_header_is_called_so(hub: Hub) -> None:
-    """Else a file that was damaged before it was published ends in a traceback."""
+    """A published file that is damaged gives one sentence."""
     hub.push(VISION_REPO, {"model.safetensors": b"\x00" * 100})
     with pytest.raises(
         DcrisError, match=r"model\.safetensors cannot be read as weights .* delete it and download it again"
@@ -483,13 +486,13 @@ def test_a_damaged_header_is_called_so(hub: Hub) -> None:
 def test_what_the_hub_does_not_have(
     served: Hub, repo: str, revision: str, names: tuple[str, ...], sentence: str
 ) -> None:
-    """Else a typing mistake ends in a page of HTTP."""
+    """A typing mistake gives one sentence."""
     with pytest.raises(DcrisError, match=sentence):
         fetch(repo, revision, names)
 
 
 def test_no_network_and_no_cache(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a person on a machine without network is not told what to do instead."""
+    """The error without a network says what to do."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DcrisError, match=rf"{VISION_REPO} at .* not in the cache .*HF_HUB_OFFLINE.*path of a file"):
         fetch(VISION_REPO, "main", FILES)
@@ -510,7 +513,7 @@ def test_no_network_and_no_cache(served: Hub, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_disk_that_takes_nothing(served: Hub, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
-    """Else a full disk looks like a fault of dcris."""
+    """A full disk is reported as such."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -523,7 +526,7 @@ def test_a_disk_that_takes_nothing(served: Hub, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
-    """Else HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which people's machines are set up with, are passed over."""
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected."""
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
     program = (
         "from dcris.config import VisionConfig; from dcris.models.encoders.dino import DinoTower\n"
@@ -548,7 +551,7 @@ def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path) -> None:
-    """Else a checkpoint cannot be loaded any more once its towers' repository has moved."""
+    """A checkpoint still loads after the repository of its towers has moved."""
     shapes = {
         "vision": TINY_VISION.model_copy(update={"name": VISION}),
         "text": TINY_TEXT.model_copy(update={"name": TEXT}),
@@ -591,7 +594,7 @@ def assert_weights(path: Path) -> None:
 @pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_numbers_beside_the_weights_are_admitted(tmp_path: Path, in_zip: bool, protocol: int) -> None:
-    """Else a checkpoint whose best score is a number of numpy's is called damaged, and fetching it again does not help."""
+    """A checkpoint with numpy numbers in it is not damaged."""
     beside = {
         "best_iou": np.float64(0.7),
         "epoch": np.int64(3),
@@ -616,7 +619,7 @@ def test_numbers_beside_the_weights_are_admitted(tmp_path: Path, in_zip: bool, p
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_both_names_that_numpy_gave_its_numbers(tmp_path: Path, module: str) -> None:
-    """Else half of the checkpoints are refused: numpy 2 renamed the module that its numbers name."""
+    """numpy 2 renamed a module that its pickled numbers name; both names work."""
     number = f"c{module}\nscalar\n(cnumpy\ndtype\n(X\2\0\0\0f8K\0K\1tRX\4\0\0\0abcdtR".encode()
     (tmp_path / "best.pth").write_bytes(saved({"best": "@", "state_dict": WEIGHTS}))
     with zipfile.ZipFile(tmp_path / "best.pth") as whole:
@@ -628,7 +631,7 @@ def test_both_names_that_numpy_gave_its_numbers(tmp_path: Path, module: str) -> 
 
 
 class Settings:
-    """As some program of its own has them."""
+    """A class of another program."""
 
 
 @pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
@@ -643,7 +646,7 @@ class Settings:
     ],
 )
 def test_other_objects_beside_the_weights_are_named(tmp_path: Path, value: object, name: str, in_zip: bool) -> None:
-    """Else a person is told to fetch a sound file again, and not what is in the way nor what to do about it."""
+    """The error names the object and says what to do."""
     path = tmp_path / "best_refcoco.pth"
     torch.save({"state_dict": WEIGHTS, "args": value}, path, _use_new_zipfile_serialization=in_zip)
     for read in (open_tensors, read_state):
@@ -676,13 +679,13 @@ def test_other_objects_beside_the_weights_are_named(tmp_path: Path, value: objec
     ],
 )
 def test_weights_are_found_wherever_programs_put_them(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
-    """Else a person has to take apart each checkpoint by hand before it can be used."""
+    """Weights are found in the usual structures of checkpoints."""
     torch.save(wrap(WEIGHTS), tmp_path / "best.pth")
     assert_weights(tmp_path / "best.pth")
 
 
 def test_which_of_several_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Else the averaged weights are evaluated in place of the trained ones, or the other way round, in silence."""
+    """The choice between trained and averaged weights is fixed and reported."""
     other = {name: value + 1 for name, value in WEIGHTS.items()}
     torch.save({"ema": other, "model": WEIGHTS}, tmp_path / "best.pth")
     assert open_tensors(tmp_path / "best.pth")["b"].read() == 3
@@ -697,7 +700,7 @@ def test_which_of_several_weights_are_read(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
 def test_tensors_of_every_kind_and_layout(tmp_path: Path, in_zip: bool) -> None:
-    """Else a tensor that was saved transposed, as a slice or in another precision arrives as other numbers."""
+    """Transposed tensors, slices and all types keep their values."""
     kinds = [
         torch.float64,
         torch.float32,
@@ -737,7 +740,7 @@ def test_tensors_of_every_kind_and_layout(tmp_path: Path, in_zip: bool) -> None:
 
 
 def rezipped(source: Path, path: Path, change: Callable[[str, bytes], bytes], how: int = zipfile.ZIP_STORED) -> Path:
-    """A zip file with other content in its entries."""
+    """Copy a zip file with changed entries."""
     with zipfile.ZipFile(source) as whole:
         entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
     with zipfile.ZipFile(path, "w", how) as changed:
@@ -751,7 +754,7 @@ def replaced(end: str, content: bytes) -> Callable[[str, bytes], bytes]:
 
 
 class Tensor2:
-    """Pickled, a tensor of any shape on the first storage."""
+    """Pickle a tensor of any shape on the first storage."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -761,7 +764,7 @@ class Tensor2:
 
 
 class Pointing(pickle.Pickler):
-    """Writes "@" as torch does a storage: a pointer to numbers elsewhere."""
+    """Pickles "@" as torch pickles a storage: as a reference to numbers elsewhere."""
 
     def persistent_id(self, value: object) -> object:
         return ("storage", torch.FloatStorage, "0", "cpu", 6) if value == "@" else None
@@ -804,7 +807,8 @@ def tensor(offset: object, shape: object, stride: object, storage: object = "@")
     ids=lambda data: f"{len(data)} bytes",
 )
 def test_small_files_that_ask_for_much_are_refused(tmp_path: Path, data: bytes, kind: str) -> None:
-    """300 bytes took 4 GB: what a pickle claims has to be compared with what is there before any memory is taken."""
+    """300 bytes took 4 GB: sizes in a pickle are checked against the file before memory is
+    allocated."""
     torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
     path = rezipped(tmp_path / "good.pth", tmp_path / "bad.pth", replaced("data.pkl", data))
     if kind == "archive":
@@ -820,7 +824,7 @@ def test_small_files_that_ask_for_much_are_refused(tmp_path: Path, data: bytes, 
 
 @pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, entry: str) -> None:
-    """1.5 MB that unpack to 1.5 GB; torch itself compresses nothing."""
+    """1.5 MB that unpack to 1.5 GB; torch never compresses."""
     torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
     change = replaced(entry, bytes(20_000_000))
     path = rezipped(tmp_path / "good.pth", tmp_path / "bad.pth", change, zipfile.ZIP_DEFLATED)
@@ -829,7 +833,8 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, entry: str) -> None:
 
 
 def test_modules_in_modules_without_end(tmp_path: Path) -> None:
-    """Thirty modules, each of which holds the next one twice, are a billion names; and one may hold itself."""
+    """Thirty modules that each contain the next one twice have a billion names; a module may
+    contain itself."""
     torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
     new = b"c__torch__\nM\n)\x81"
     twice = b"".join(new + b"q%c" % n + b"}(X\1\0\0\0ah%cX\1\0\0\0bh%cub" % (n - 1, n - 1) for n in range(2, 32))
@@ -845,7 +850,7 @@ def test_modules_in_modules_without_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_what_is_no_file_is_called_so(tmp_path: Path, kind: str, name: str) -> None:
-    """Else a pipe in place of a file keeps the program waiting for ever, and /dev/zero fills the memory."""
+    """A pipe would block forever, and /dev/zero would fill the memory."""
     path = tmp_path / name
     if kind == "pipe":
         os.mkfifo(path)

@@ -1,11 +1,13 @@
-"""Where the frozen towers' weights come from, and how they are filled: strictly.
+"""Load the weights of the frozen towers.
 
-A tower's configuration names its weights:
-- "dinov2-base", "dinov3-base", "clip-vit-base-patch16" and so on (VISION_TOWERS and TEXT_TOWERS of dcris.models.encoders) are fetched from the
-  Hub, at the revision beside the name, and cached;
-- the path of a file: what the Hub has, Meta's dinov2_*_reg4_pretrain.pth, OpenAI's ViT-*.pt, a plain state dict of either;
-- "tiny-vision" and "tiny-text" ship in the package;
-- "random" leaves a tower as it was made, for tests and for measuring speed.
+The `name` in a tower's configuration selects the weights:
+
+- "dinov2-base", "dinov3-base", "clip-vit-base-patch16" etc. (VISION_TOWERS and TEXT_TOWERS of
+  dcris.models.encoders) are downloaded from the Hub, at the configured revision, and cached;
+- a path is a file from the Hub, Meta's dinov2_*_reg4_pretrain.pth, OpenAI's ViT-*.pt, or a plain
+  state dict of either;
+- "tiny-vision" and "tiny-text" are included in the package;
+- "random" keeps the initial weights, for tests and speed measurements.
 """
 
 import hashlib
@@ -33,19 +35,21 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> None:
-    """Fill both towers with the weights their configurations name. Adapters in their slots are left alone.
+    """Load the weights of both towers by their configurations; adapters stay unchanged.
 
-    Raises DcrisError where the weights cannot be had or do not fit the tower's shape.
+    Raises:
+        DcrisError: weights cannot be loaded, or do not match the shapes of the tower.
     """
     fill_tower(vision, config.vision.name, config.vision.revision)
     fill_tower(text, config.text.name, config.text.revision)
 
 
 def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> None:
-    """Fill one tower with the weights of that name, strictly, and note on it where they came from (`tower.source`).
+    """Load the weights of one tower by their name, and record their origin in `tower.source`.
 
-    Raises DcrisError where there are no such weights, where they cannot be fetched or read, and where a tensor is missing,
-    left over or of another shape.
+    Raises:
+        DcrisError: the weights do not exist, cannot be downloaded or read, or a tensor is missing,
+            unexpected or of another shape.
     """
     family = family_of(tower)
     published = family.repositories()
@@ -65,28 +69,31 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
         tower.source = {"source": Path(name).name}
     else:
         known = ", ".join((*published, *_EMBEDDED))
-        raise DcrisError(f"there are no weights {name!r}: it is neither a file nor one of {known}")
+        raise DcrisError(f"there are no weights {name!r}; give a file or one of {known}")
 
 
 def family_of(tower: VisionTower | TextTower) -> TowerFamily[Any]:
-    """Return the registry's entry of a tower's architecture."""
+    """Return the registry entry of a tower's architecture."""
     families = TEXT_FAMILIES if isinstance(tower, TextTower) else VISION_FAMILIES
     family: TowerFamily[Any] = families[tower.config.family]
     return family
 
 
 def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequence[KeyMapping]) -> None:
-    """Copy a published file into a tower, one tensor at a time, so that no second copy of all is ever in memory.
+    """Copy the weights of a published file into a tower, tensor by tensor, to limit the memory.
 
-    Numbers of half precision become float32, and a position table that the configuration says is of another grid is brought to
-    the tower's. Raises DcrisError, before anything is copied, naming the first tensor that is
-    missing, of another shape, or that nothing here has a place for; and where the file is damaged.
+    Half precision becomes float32. A position table with the configured `published_grid` is
+    interpolated to the grid of the tower.
+
+    Raises:
+        DcrisError: the file is damaged, or a tensor is missing, unexpected or of another shape; the
+            error names the first one, and nothing has been copied then.
     """
     stored = open_tensors(path)
     mapping = next((mapping for mapping in mappings if mapping.marker in stored), None)
     if mapping is None:
         kinds = ", nor ".join(f"{mapping.title} ({mapping.marker})" for mapping in mappings)
-        raise DcrisError(f"{path} is neither {kinds}: none of these tensors is in it")
+        raise DcrisError(f"{path} is neither {kinds}: it has none of these tensors; give another file")
     target = tower_state(tower)
     shapes = {name: tuple(value.shape) for name, value in target.items()}
     grid = tower.config.published_grid if isinstance(tower, VisionTower) else None
@@ -100,7 +107,7 @@ def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequenc
     used = {part for parts in plan.values() for part in parts}
     for part in stored:
         if part not in used and not part.startswith(mapping.ignored):
-            raise DcrisError(f"{path} has a tensor {part} that this model has no place for; it is for another model")
+            raise DcrisError(f"{path} has a tensor {part} that this model does not have; it is for another model")
     with torch.no_grad():
         for name, parts in plan.items():
             tensors = [
@@ -123,51 +130,56 @@ def _shape_of_part(shape: tuple[int, ...], parts: int, transposed: bool) -> tupl
 
 def _check_part(stored: dict[str, StoredTensor], part: str, shape: tuple[int, ...], path: Path) -> None:
     if part not in stored:
-        raise DcrisError(f"{path} has no tensor {part}; it is not for this model, or is cut short")
+        raise DcrisError(f"{path} has no tensor {part}; it is for another model or cut short")
     if stored[part].shape != shape:
-        shapes = f"{list(stored[part].shape)}, while this model needs {list(shape)}"
+        shapes = f"{list(stored[part].shape)}, but this model needs {list(shape)}"
         raise DcrisError(f"the tensor {part} of {path} has the shape {shapes}; it is for another model")
     if not stored[part].floating:
-        raise DcrisError(f"the tensor {part} of {path} holds whole numbers; quantised weights cannot be loaded")
+        raise DcrisError(f"the tensor {part} of {path} has integer values; quantised weights are not supported")
 
 
-def can_be_had(tower: VisionTower | TextTower) -> bool:
-    """Whether anybody can fill this tower by its name: its weights are in the package or came from the Hub."""
+def is_downloadable(tower: VisionTower | TextTower) -> bool:
+    """Whether others can load this tower by its name: from the package or from the Hub."""
     return tower.config.name in _EMBEDDED or "revision" in tower.source
 
 
 def tower_state(tower: nn.Module) -> dict[str, Tensor]:
-    """A tower's own tensors by name, without those of the adapters in its slots."""
+    """Return the tensors of a tower by name, without those of adapters in its slots."""
     return {name: value for name, value in tower.state_dict().items() if "_slot." not in name}
 
 
 def frozen_state(tower: nn.Module) -> dict[str, Tensor]:
-    """Those of a tower's own tensors that are not trained. They are what a checkpoint knows the tower by."""
+    """Return the tensors of a tower that are not trained.
+
+    Checkpoints identify the tower by them.
+    """
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
     return {name: value for name, value in tower_state(tower).items() if name not in trained}
 
 
 def copy_strictly(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> None:
-    """Copy every tensor of `source` over its namesake in `target`.
+    """Copy each tensor of `source` to the tensor of the same name in `target`.
 
-    Raises DcrisError naming the first that is missing, left over, or of another shape; nothing has then been copied.
+    Raises:
+        DcrisError: a tensor is missing, unexpected, or of another shape; the error names the first
+            one, and nothing has been copied then.
     """
     for name, value in target.items():
         if name not in source:
-            raise DcrisError(f"{where} has no tensor {name}; it is not for this model, or is cut short")
+            raise DcrisError(f"{where} has no tensor {name}; it is for another model or cut short")
         if source[name].shape != value.shape:
-            shapes = f"{list(source[name].shape)}, while this model needs {list(value.shape)}"
-            raise DcrisError(f"the tensor {name} of {where} has the shape {shapes}")
+            shapes = f"{list(source[name].shape)}, but this model needs {list(value.shape)}"
+            raise DcrisError(f"the tensor {name} of {where} has the shape {shapes}; it is for another model")
     for name in source:
         if name not in target:
-            raise DcrisError(f"{where} has a tensor {name} that this model has no place for")
+            raise DcrisError(f"{where} has a tensor {name} that this model does not have; it is for another model")
     with torch.no_grad():
         for name, value in target.items():
             value.copy_(source[name])
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values in float32, so that it does not depend on a file's layout or precision."""
+    """Return the SHA-256 of names, shapes and float32 values, whatever the file format is."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().to("cpu", torch.float32).contiguous()

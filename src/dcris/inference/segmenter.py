@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import torch
 
-from dcris.checkpoints.backbones import can_be_had
+from dcris.checkpoints.backbones import is_downloadable
 from dcris.checkpoints.checkpoint import (
     Origin,
     Towers,
@@ -279,7 +279,7 @@ class Segmenter:
         licence: str | None,
     ) -> None:
         if towers is None:
-            towers = not all(can_be_had(tower) for tower in (self.model.vision, self.model.text))
+            towers = not all(is_downloadable(tower) for tower in (self.model.vision, self.model.text))
         if not isinstance(metrics, dict | list | tuple):
             raise DcrisError(
                 f"metrics must be the output of `dcris evaluate --out` or a list of such outputs, not {kind_of(metrics)}"
