@@ -145,7 +145,7 @@ def test_the_example_needs_no_torch(segmenter: Segmenter, exported: Path, tmp_pa
         *(("L", "jpg"), ("CMYK", "jpg"), ("RGB", "webp"), ("RGBA", "webp"), ("P", "gif")),
     ],
 )
-def test_the_example_reads_pictures_as_dcris_does(tmp_path: Path, mode: str, ending: str, orientation: int) -> None:
+def test_the_example_reads_images_as_dcris_does(tmp_path: Path, mode: str, ending: str, orientation: int) -> None:
     """The example must read images as dcris does, for example transparent ones."""
     mode, _, transparent = mode.partition(" ")
     random = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_the_example_cleans_hostile_phrases_as_the_tokenizer_does(name: str, phr
 
 
 @pytest.mark.slow
-def test_what_the_files_say(exported: Path, segmenter: Segmenter) -> None:
+def test_metadata_of_the_export(exported: Path, segmenter: Segmenter) -> None:
     """The metadata of a graph say how to use it."""
     settings = json.loads((exported / "model.json").read_text())
     config = segmenter.config
@@ -229,7 +229,7 @@ def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Pat
 
 
 @pytest.mark.slow
-def test_the_way_into_the_square_and_back(exported: Path, segmenter: Segmenter) -> None:
+def test_the_letterbox_graph(exported: Path, segmenter: Segmenter) -> None:
     """Images of any shape: the letterbox equals cv2's up to single grey levels, and the way back
     the protocol's."""
     fit, data = dcris.inference.export_onnx._session(exported / "fit.onnx"), segmenter.config.data
@@ -246,16 +246,14 @@ def test_the_way_into_the_square_and_back(exported: Path, segmenter: Segmenter) 
         np.testing.assert_allclose(columns.T, expected[1], atol=2e-6)
 
 
-def test_a_file_is_no_place_for_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_name_is_refused_as_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other tools write one model.onnx. The error comes before the model is loaded."""
     assert main(["export", str(tmp_path / "no run"), "--out", str(tmp_path / "model.onnx")]) == 2
     assert f"give a folder: --out {tmp_path / 'model'}\n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_that_is_wrong_leaves_nothing(
-    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_export_leaves_nothing(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong export must fail and leave nothing."""
     monkeypatch.setattr(dcris.inference.export_onnx, "_write_graphs", lambda *_: None)
 

@@ -159,7 +159,7 @@ def test_paths_that_look_like_addresses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["folder", "recursive", "pattern", "shell"])
-def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
+def test_results_are_skipped(way: str, tmp_path: Path) -> None:
     """Results, unfinished files, and results of other calls beside the images are skipped."""
     photos = make_photos(tmp_path / "photos", 2)
     for name in ("0.0.mask.png", "0.0.overlay.png", "1.12.cutout.png", ".1.0.mask.png.partial-0123abcd.png", RECORDS):
@@ -175,14 +175,14 @@ def test_results_are_not_asked_about(way: str, tmp_path: Path) -> None:
         find_tasks([photos / "0.0.mask.png", photos / "clip.frames"], ["cup"])
 
 
-def test_results_in_the_folder_of_the_photographs(model: Path, photos: Path) -> None:
+def test_results_in_the_folder_of_the_images(model: Path, photos: Path) -> None:
     """A second call must not predict on the masks of the first."""
     for _ in range(2):
         assert dcris("predict", model, photos, "-e", "cup", "--out", photos, "--recursive") == 0
         assert len(results(photos)) == 4
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_files_are_counted_by_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of a phone may have more files of unknown formats than of known ones."""
     monkeypatch.setattr("dcris.inference.inputs.image_endings", lambda: frozenset({".jpg", ".avif", ".mpo"}))
     for name in ("a.jpg", "b.AVIF", "c.mpo", "d.heic", "e.HEIC", "f.psd", "g.mp4", "notes", ".DS_Store", "h.wmv"):
@@ -206,7 +206,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch: pyte
         find_tasks([tmp_path / "films"], ["cup"])
 
 
-def test_pictures_of_every_readable_ending_are_answered(
+def test_images_of_every_readable_ending_are_predicted(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All readable endings are predicted; others are reported."""
@@ -298,7 +298,7 @@ def test_a_bad_list_names_the_line(name: str, content: str | bytes, words: str, 
         read_pairs(tmp_path / name)
 
 
-def test_pairs_are_answered(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_are_predicted(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each image gets its own phrases; a missing image does not stop the others."""
     (photos / "pairs.csv").write_text("image,phrase\n0.png,the cup\n1.png,left\nabsent.png,ring\n0.png,ring\n")
     out = tmp_path / "out"
@@ -374,7 +374,9 @@ def written(out: Path) -> dict[str, int]:
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*.png")}
 
 
-def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_images_are_skipped(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A call predicts again after other phrases, a changed image or a deleted file, and only
     then."""
     out = tmp_path / "out"
@@ -400,7 +402,7 @@ def test_nothing_is_done_twice(model: Path, photos: Path, tmp_path: Path, capsys
     assert len(results(out)) == 4
 
 
-def test_a_call_adds_to_what_earlier_calls_answered(model: Path, tmp_path: Path) -> None:
+def test_a_call_adds_to_earlier_results(model: Path, tmp_path: Path) -> None:
     """Images of several calls keep their own masks, entries and ids, whatever their names are."""
     one, two = make_photos(tmp_path / "one", 2), tmp_path / "two"
     two.mkdir()
@@ -420,7 +422,7 @@ def test_a_call_adds_to_what_earlier_calls_answered(model: Path, tmp_path: Path)
     assert len(json.loads((out / "label_studio.json").read_text())) == 5
 
 
-def test_one_photograph_by_several_paths(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_by_several_paths(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path, a linked folder or a moved folder does not make it another image."""
     work = photos.parent
     (work / "link").symlink_to("photos")
@@ -466,7 +468,7 @@ def test_other_settings_are_refused(
     assert contents(out) == before
 
 
-def test_anew_replaces_what_is_asked_alone(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_anew_replaces_only_the_images_of_the_call(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     """--anew deletes masks of phrases that are not requested any more, keeps other images, and
     reports mixed settings."""
     out, ask = tmp_path / "out", ("--format", "mask", "scores", "coco", "--out")
@@ -582,7 +584,7 @@ def test_records_of_others_delete_no_other_file(file: str, model: Path, photos: 
     assert (out / file).read_text() == "mine"
 
 
-def test_an_answer_outlives_its_photograph(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_results_of_a_deleted_image_are_kept(model: Path, photos: Path, tmp_path: Path) -> None:
     """Results of an image that is missing today (disk not mounted) are kept."""
     (photos / "pairs.csv").write_text("0.png,cup\n1.png,ring\n")
     out = tmp_path / "out"
@@ -639,7 +641,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", ["cut line", "no line end", "file gone", "empty", "each line"])
-def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_damaged_records(damage: str, model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     """Whatever happened to the record file, results are complete and never come from a damaged
     line."""
     out = tmp_path / "out"
@@ -680,7 +682,7 @@ def test_a_journal_that_is_not_whole(damage: str, model: Path, photos: Path, tmp
         ("1.0.overlay.png", "folder"),
     ],
 )
-def test_something_else_in_the_place_of_a_result(name: str, kind: str, model: Path, photos: Path, capsys: Any) -> None:
+def test_other_files_in_the_place_of_a_result(name: str, kind: str, model: Path, photos: Path, capsys: Any) -> None:
     """A pipe must not block the call, and files of others are not replaced, not even through a
     link."""
     (photos.parent / "theirs").write_text("theirs")
@@ -747,7 +749,7 @@ def wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> Non
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_call_is_repeated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """After a kill: nothing is predicted twice, nothing is missing, and results equal those of one
     call."""
     photos = make_photos(tmp_path / "photos", 24)
@@ -772,7 +774,7 @@ def test_killed_and_started_again(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(results(out)) == 48
 
 
-def test_ctrl_c_keeps_what_is_done(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_finished_images(model: Path, tmp_path: Path) -> None:
     """Exit code 130, one line, and predictions.json with everything that is finished."""
     photos = make_photos(tmp_path / "photos", 60)
     out = tmp_path / "out"
@@ -888,7 +890,7 @@ def decode_brush(code: list[int]) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_the_brush_s_code(height: int, width: int, share: float, seed: int) -> None:
+def test_brush_run_lengths(height: int, width: int, share: float, seed: int) -> None:
     """An independent decoder gives the same mask."""
     mask = np.random.default_rng(seed).random((height, width)) < share
     pixels = decode_brush(brush_rle(mask)).reshape(height, width, 4)
@@ -896,7 +898,7 @@ def test_the_brush_s_code(height: int, width: int, share: float, seed: int) -> N
 
 
 @pytest.mark.parametrize("run", [1, 2, 3, 4, 5, 64, 65, 16384, 16385, 32768, 40000])
-def test_the_brush_s_long_runs(run: int) -> None:
+def test_long_brush_runs(run: int) -> None:
     """Runs whose length needs the next width, or several pieces."""
     mask = np.zeros((1, run + 7), bool)
     mask[0, 3 : 3 + run] = True
@@ -938,7 +940,7 @@ def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:
     assert json.loads((out / "label_studio.json").read_text())[0]["data"]["image"] == "s3://b/1.png"
 
 
-def test_labels_that_xml_cannot_hold() -> None:
+def test_labels_with_characters_that_xml_forbids() -> None:
     """Label Studio refuses an interface with a control character, and labels must be equal in tasks
     and interface."""
     phrases = ["red\x1bcup", "a\x00b\x7f", "\ufffe", "line\nbreak\ttab", 'a "b" <c> & \U0001f600']
@@ -1036,7 +1038,7 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
     assert "videos" not in capsys.readouterr().out
 
 
-def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
+def test_a_video_is_predicted_as_its_frames(model: Path, tmp_path: Path) -> None:
     """The same network, threshold and colours as for images."""
     pytest.importorskip("av")
     from dcris.inference.video import read_frames
@@ -1055,7 +1057,7 @@ def test_a_video_is_answered_as_its_frames(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
-def test_a_video_of_a_turned_telephone(angle: int, tmp_path: Path) -> None:
+def test_a_rotated_video(angle: int, tmp_path: Path) -> None:
     """Rotated frames are upright, as in a player."""
     pytest.importorskip("av")
     from dcris.inference.video import read_frames
@@ -1120,7 +1122,7 @@ def test_a_damaged_video(tmp_path: Path) -> None:
         list(read_frames(tmp_path / "folder.mp4"))
 
 
-def test_a_video_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
+def test_a_video_is_continued(model: Path, tmp_path: Path) -> None:
     """A second call continues a video; the overlay video has the frames of both calls."""
     pytest.importorskip("av")
     clip, out = make_video(tmp_path / "clip.mp4", 10), tmp_path / "out"
@@ -1178,7 +1180,7 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
             assert (ours.mask != theirs.mask).mean() < 0.01
 
 
-def test_a_photograph_called_dot(model: Path, tmp_path: Path) -> None:
+def test_an_image_named_dot(model: Path, tmp_path: Path) -> None:
     """Its results are in the output folder; unfinished files of other calls in the parent folder
     are kept."""
     photos, above = tmp_path / "photos", tmp_path / ".other.png.partial-1.png"

@@ -39,7 +39,7 @@ def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
     np.testing.assert_array_equal(found.astype(bool), ndimage.binary_fill_holes(mask))
 
 
-def test_simpler_polygons_stay_near() -> None:
+def test_simplified_polygons_stay_close() -> None:
     """A tolerance removes corners, not the object."""
     answer = prediction(disc())
     exact, simple = answer.polygons()[0], answer.polygons(tolerance=1.5)[0]
@@ -94,7 +94,7 @@ def test_cutouts_and_overlays() -> None:
         prediction(np.zeros((40, 60), bool)).cutout(pixels)
 
 
-def test_supervision_gets_what_was_found() -> None:
+def test_conversion_to_supervision() -> None:
     """Boxes are corners, and empty masks are omitted."""
     pytest.importorskip("supervision")
     answers = [prediction(disc(), "disc"), prediction(np.zeros((40, 60), bool), "none"), prediction(~disc(), "rest")]
@@ -108,7 +108,7 @@ def test_supervision_gets_what_was_found() -> None:
     assert len(to_detections([answers[1]])) == 0
 
 
-def test_without_supervision_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_supervision_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """supervision is not a dependency."""
     monkeypatch.setitem(__import__("sys").modules, "supervision", None)
     with pytest.raises(DcrisError, match="pip install supervision"):

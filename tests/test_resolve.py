@@ -71,7 +71,7 @@ def load(source: str | Path) -> Segmenter:
 
 @pytest.mark.parametrize("towers", [None, True], ids=["named", "beside"])
 @pytest.mark.parametrize("name", ["model", "model.safetensors"])
-def test_what_is_saved_answers_as_before(name: str, towers: bool | None, tmp_path: Path) -> None:
+def test_a_saved_model_gives_the_same_results(name: str, towers: bool | None, tmp_path: Path) -> None:
     """A saved model gives the same results."""
     ours = segmenter()
     path = ours.save_pretrained(tmp_path / name, towers=towers)
@@ -103,7 +103,7 @@ def test_half_precision_takes_half_the_space(name: str, tmp_path: Path) -> None:
         assert (answer.mask == other.mask).mean() >= 0.99
 
 
-def test_towers_that_nobody_else_has_are_written(tmp_path: Path) -> None:
+def test_local_towers_are_saved(tmp_path: Path) -> None:
     """Towers from a local file are saved with the model."""
     ours = segmenter(model__vision__name='"random"')
     path = ours.save_pretrained(tmp_path / "model")
@@ -180,7 +180,7 @@ def _empty_bundle(folder: Path) -> str:
         (lambda folder: "some/thing", "some/thing on the Hub is not a dcris model: .* no file config.json"),
     ],
 )
-def test_bad_names_are_one_sentence(
+def test_unknown_names_give_one_sentence(
     hub: Hub, source: Callable[[Path], str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A typing mistake gives one sentence."""
@@ -193,9 +193,7 @@ def test_bad_names_are_one_sentence(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_mistyped_path_is_not_looked_for_on_the_hub(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistyped_path_is_not_searched_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network, a typing mistake must be reported at once, not after half a minute."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -215,7 +213,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(
         locate("runs/nope@main")
 
 
-def test_what_stands_in_the_way_stays(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     """An existing folder must not be replaced by mistake."""
     (tmp_path / "work").write_text("mine")
     for name in (tmp_path, tmp_path / "work"):
@@ -230,7 +228,7 @@ def test_what_stands_in_the_way_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("towers", [None, True], ids=["named", "beside"])
-def test_there_and_back(hub: Hub, towers: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_and_download(hub: Hub, towers: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others can load an uploaded model, also without a network."""
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     ours = segmenter()
@@ -256,7 +254,7 @@ def test_a_revision_can_be_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(scores(load(f"{REPO}@{commit}")), scores(one))
 
 
-def test_a_refused_upload_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_upload_gives_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing token gives one sentence."""
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     hub.read_only = True
@@ -312,7 +310,7 @@ def test_a_published_model_by_its_short_name(
     assert load(tmp_path / "given").origin == loaded.origin
 
 
-def test_a_published_file_that_is_another(hub: Hub, cache: Path) -> None:
+def test_a_published_file_with_another_checksum(hub: Hub, cache: Path) -> None:
     """A file with another checksum is refused."""
     hub.push(REPOSITORY, {"base/base_refcoco.pth": b"other"})
     with pytest.raises(DcrisError, match=r"base_refcoco\.pth .*not the file that was published.*f52c5b00"):
@@ -427,7 +425,7 @@ def test_threads_choose_adapters(several: dict[str, Path]) -> None:
             assert_same(answer.result(), alone[name], tolerance=1e-6)
 
 
-def test_adapters_that_do_not_belong(several: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_of_other_towers(several: dict[str, Path], tmp_path: Path) -> None:
     """Adapters must not run on other towers or under a name that is in use."""
     shared = Segmenter.from_pretrained([several["scenes"]], device="cpu")
     other = segmenter(model__text__name='"random"').save_pretrained(tmp_path / "other")

@@ -45,7 +45,7 @@ def assert_same(ours: list[Prediction], theirs: list[Prediction], tolerance: flo
             assert (our.score, our.box) == (their.score, their.box)
 
 
-def test_path_picture_and_array_are_one_image(segmenter: Segmenter, photo: Path) -> None:
+def test_path_pil_image_and_array_give_the_same_result(segmenter: Segmenter, photo: Path) -> None:
     """All kinds of input give the same result for one image."""
     expected = segmenter.predict(photo, PHRASES, scores=True)
     pixels = np.array(Image.open(photo))
@@ -65,7 +65,7 @@ def test_path_picture_and_array_are_one_image(segmenter: Segmenter, photo: Path)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16"])
-def test_a_picture_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> None:
+def test_images_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> None:
     """Images of any Pillow mode give a mask of their size."""
     picture = Image.open(photo)
     picture = picture.convert("L").convert(mode) if mode in ("LA", "I", "I;16") else picture.convert(mode)
@@ -73,7 +73,7 @@ def test_a_picture_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> 
     assert answers[0].mask.shape == (70, 110)
 
 
-def test_what_a_prediction_holds(segmenter: Segmenter, photo: Path) -> None:
+def test_fields_of_a_prediction(segmenter: Segmenter, photo: Path) -> None:
     """Strict threshold, mean probability inside, smallest box, all at the size of the image."""
     seen = set()
     first = segmenter.predict(photo, PHRASES, scores=True)[0].probabilities
@@ -99,7 +99,7 @@ def test_what_a_prediction_holds(segmenter: Segmenter, photo: Path) -> None:
     assert segmenter.predict(photo, PHRASES)[0].probabilities is None
 
 
-def test_a_string_is_one_phrase_and_none_are_none(segmenter: Segmenter, photo: Path) -> None:
+def test_a_string_is_one_phrase(segmenter: Segmenter, photo: Path) -> None:
     """A string must not be treated as a list of letters."""
     assert [answer.phrase for answer in segmenter.predict(photo, "Red  Circle ")] == ["Red  Circle "]
     assert [answer.phrase for answer in segmenter.predict(photo, ("a", "b", "a"))] == ["a", "b", "a"]
@@ -140,7 +140,7 @@ def passes(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
     return seen
 
 
-def test_many_images_with_many_phrases_go_together(
+def test_images_share_forward_passes(
     segmenter: Segmenter, scenes_root: Path, photo: Path, passes: dict[str, list[int]]
 ) -> None:
     """Images share a pass and a phrase is encoded once; less memory means smaller passes with the
@@ -197,7 +197,7 @@ def test_grey_and_transparent_arrays(segmenter: Segmenter, photo: Path) -> None:
         assert_same(segmenter.predict(array, "ring", scores=True), expected)
 
 
-def test_the_way_the_camera_was_held_counts(segmenter: Segmenter, tmp_path: Path, photo: Path) -> None:
+def test_exif_orientation_is_applied(segmenter: Segmenter, tmp_path: Path, photo: Path) -> None:
     """EXIF orientation is applied to files and PIL images."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -210,7 +210,7 @@ def test_the_way_the_camera_was_held_counts(segmenter: Segmenter, tmp_path: Path
     assert_same(*answers)
 
 
-def test_bfloat16_ends_with_the_network(segmenter: Segmenter, trained_run: Path, photo: Path) -> None:
+def test_results_are_float32_with_bfloat16(segmenter: Segmenter, trained_run: Path, photo: Path) -> None:
     """The results are float32 outside of the network, also in bfloat16."""
     half = Segmenter.from_pretrained(trained_run, device="cpu", precision="bfloat16")
     answers = half.predict(photo, PHRASES, scores=True)
@@ -267,7 +267,7 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
         (lambda s, p: s.predict(Image.new("F", (4, 4)), "ring"), "floating-point"),
     ],
 )
-def test_bad_questions_are_one_sentence(
+def test_bad_arguments_give_one_sentence(
     segmenter: Segmenter, photo: Path, ask: Callable[[Segmenter, Path], object], words: str
 ) -> None:
     """Wrong arguments give one sentence, not a shape error from torch."""
@@ -277,13 +277,13 @@ def test_bad_questions_are_one_sentence(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
-def test_the_smallest_pictures(segmenter: Segmenter, size: tuple[int, int]) -> None:
+def test_the_smallest_images(segmenter: Segmenter, size: tuple[int, int]) -> None:
     """Images of one pixel work."""
     answer = segmenter.predict(np.full((*size, 3), 200, np.uint8), "ring", scores=True)[0]
     assert answer.mask.shape == size
 
 
-def test_a_device_that_is_not_here(trained_run: Path) -> None:
+def test_an_unknown_device(trained_run: Path) -> None:
     """An unknown device gives one sentence."""
     for device in ("cuda:99", "gpu", "meta", "cuda:x"):
         with pytest.raises(DcrisError, match=device):

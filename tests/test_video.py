@@ -61,7 +61,7 @@ def make_changing(path: Path, sizes: tuple[tuple[int, int], ...] = ((128, 96), (
     return path
 
 
-def test_a_video_that_changes_its_size_is_left_out_alone(
+def test_a_video_that_changes_its_size_is_skipped(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One such video stopped the overlays of all others."""
@@ -76,7 +76,7 @@ def test_a_video_that_changes_its_size_is_left_out_alone(
     assert {entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())} == {"b.mp4"}
 
 
-def test_an_overlay_that_cannot_be_written_stops_no_other(
+def test_a_failed_overlay_does_not_stop_others(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clips = [make_video(tmp_path / "a.mp4"), make_video(tmp_path / "b.mp4")]
@@ -143,7 +143,7 @@ def test_ffmpeg_has_every_container() -> None:
 
 
 @pytest.mark.parametrize("name", ["2026-11-28T10:30:00.mp4", "http:a.mp4", "file:b.mp4", "concat:c|d.mp4", "%03d.mp4"])
-def test_any_file_name_is_a_file(name: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_names_are_not_urls(name: str, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg treats text before a colon as a protocol, but recorders put the time into file
     names."""
     make_video(tmp_path / "plain.mp4").rename(tmp_path / name)
@@ -185,7 +185,7 @@ PLAYLISTS = {
 
 @pytest.mark.parametrize("kind", PLAYLISTS)
 @pytest.mark.parametrize("ending", ["mp4", "m3u8", "ts"])
-def test_what_names_other_files_or_hosts_is_no_video(kind: str, ending: str, tmp_path: Path, listener: Any) -> None:
+def test_playlists_are_refused(kind: str, ending: str, tmp_path: Path, listener: Any) -> None:
     """A hostile playlist must not cause requests or open other files."""
     port, made = listener
     other = make_video(tmp_path / "other.ts", format="mpegts")
@@ -196,7 +196,7 @@ def test_what_names_other_files_or_hosts_is_no_video(kind: str, ending: str, tmp
     assert not made
 
 
-def test_a_name_that_is_an_address_makes_no_request(tmp_path: Path, listener: Any) -> None:
+def test_file_names_like_urls_make_no_request(tmp_path: Path, listener: Any) -> None:
     port, made = listener
     for name in (f"http:127.0.0.1:{port}/y.mp4", f"http://127.0.0.1:{port}/y.mp4", f"tcp:127.0.0.1:{port}"):
         with pytest.raises(DcrisError, match=r"cannot read the video .*No such file"):

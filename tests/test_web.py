@@ -52,7 +52,7 @@ def picture(width: int = 110, height: int = 70, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def test_what_may_be_asked(segmenter: Segmenter) -> None:
+def test_limits_of_a_request(segmenter: Segmenter) -> None:
     """Each limit has its own message."""
     service = InferenceService(segmenter, Limits(pixels=10_000, phrases=3, characters=10, masks=20_000))
     assert service.read_image(picture(60, 40)).shape == (40, 60, 3)
@@ -77,7 +77,7 @@ def test_what_may_be_asked(segmenter: Segmenter) -> None:
         asyncio.run(service.predict(np.zeros((100, 100, 3), np.uint8), ["a", "b", "c"], None))
 
 
-def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> None:
+def test_requests_are_answered_in_order_and_limited(segmenter: Segmenter) -> None:
     """Requests run one at a time, in order; too many are refused."""
     order: list[str] = []
     running = 0
@@ -105,7 +105,7 @@ def test_people_are_served_in_order_and_not_too_many(segmenter: Segmenter) -> No
     assert service.waiting == 0
 
 
-def test_questions_of_clients_that_left_are_not_answered() -> None:
+def test_requests_of_disconnected_clients_are_dropped() -> None:
     """Requests of clients that have disconnected must not use the model."""
     asked: list[str] = []
     begun, go_on = Event(), Event()
@@ -209,7 +209,7 @@ def post(address: str, data: bytes, **query: Any) -> Any:
         return json.load(response)
 
 
-def test_the_api_answers_as_the_segmenter(address: str, segmenter: Segmenter) -> None:
+def test_the_api_agrees_with_the_segmenter(address: str, segmenter: Segmenter) -> None:
     """The API returns the masks of the Python API, in the format of `dcris predict`."""
     data = picture()
     for threshold in (None, 0.1):
@@ -256,7 +256,7 @@ def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: P
         (b"\xff" * 30_000_000, {"phrase": "left"}, 413, "larger than 0.1 MB"),
     ],
 )
-def test_the_api_says_what_is_wrong(address: str, data: bytes, query: Any, status: int, message: str) -> None:
+def test_errors_of_the_api(address: str, data: bytes, query: Any, status: int, message: str) -> None:
     """Errors have a status and a message."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(address, data, **query)
@@ -288,7 +288,7 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
         assert archive.namelist() == ["a.0.mask.png"]  # whoever unpacks it gets no file elsewhere
 
 
-def test_nothing_from_elsewhere(address: str) -> None:
+def test_the_page_uses_no_other_host(address: str) -> None:
     """The page refers to no other host, and forbids the browser to contact one."""
     with urllib.request.urlopen(address, timeout=60) as response:
         text = response.read().decode()
@@ -297,7 +297,7 @@ def test_nothing_from_elsewhere(address: str) -> None:
         assert host not in text
 
 
-def test_a_port_that_is_taken(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A port in use is reported before the model is loaded."""
     pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -430,7 +430,7 @@ def test_only_the_pages_own_files_are_served(address: str, recorded: list[Any], 
     assert recorded == []
 
 
-def test_the_page_ignores_what_an_address_asks_of_gradio(address: str, recorded: list[Any]) -> None:
+def test_the_page_ignores_query_parameters_of_gradio(address: str, recorded: list[Any]) -> None:
     """A "deep link" of Gradio is a file name, and a forwarded host name would appear in every
     page."""
     found, content = send(
@@ -440,7 +440,7 @@ def test_the_page_ignores_what_an_address_asks_of_gradio(address: str, recorded:
     assert b"evil.example" not in content
 
 
-def test_uploads_nobody_asked_for_are_not_written_to_disk(address: str, recorded: list[Any]) -> None:
+def test_uploads_are_not_written_to_disk(address: str, recorded: list[Any]) -> None:
     """W6, W7: a form on another site could fill the disk."""
     form = (
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + picture() + b"\r\n--x--\r\n"
@@ -531,7 +531,7 @@ def resident() -> int:
 
 
 @pytest.mark.parametrize(("count", "begun"), [(32, 3), (150, 3), (32, 90_000)])
-def test_unfinished_uploads_keep_nobody_out(address: str, count: int, begun: int) -> None:
+def test_unfinished_uploads_do_not_block_others(address: str, count: int, begun: int) -> None:
     """W5: 32 unfinished uploads blocked all other clients."""
     host, port = address.removeprefix("http://").split(":")
     with ExitStack() as stack:
@@ -546,7 +546,7 @@ def test_unfinished_uploads_keep_nobody_out(address: str, count: int, begun: int
             assert len(post(address, picture(), phrase=["left"])) == 1
 
 
-def test_a_client_that_leaves_is_no_error(address: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_disconnected_client_is_not_an_error(address: str, capfd: pytest.CaptureFixture[str]) -> None:
     """It printed a traceback."""
     host, port = address.removeprefix("http://").split(":")
     for text in (
@@ -617,7 +617,7 @@ def test_time_is_limited(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("header", ["", "Connection: close\r\n"])
-def test_slow_readers_get_their_answer(header: str) -> None:
+def test_slow_readers_get_their_response(header: str) -> None:
     """A slow download may take longer than the time limit of a head; one that is never read
     ends."""
     with guarded(Limits(head_seconds=0.2, answer_seconds=2)) as address:
@@ -633,7 +633,7 @@ def test_slow_readers_get_their_answer(header: str) -> None:
             assert (size > 20_000_000) == whole
 
 
-def test_what_a_client_no_longer_waits_for_is_cancelled() -> None:
+def test_requests_are_cancelled_when_their_client_disconnects() -> None:
     """Requests of disconnected clients are cancelled; otherwise they fill the queue."""
     app = Behind()
     with guarded(Limits(), app) as address:
@@ -697,7 +697,7 @@ def test_wrong_passwords(tmp_path: Path) -> None:
         assert (login("bob:2"), login("bob:3"), send(address, "GET /")[0]) == (429, 429, 401)
 
 
-def test_a_password_can_be_kept_from_the_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passwords_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other users of a machine can see the arguments of programs."""
     from dcris.inference.web.app import AUTH, _credentials
 
@@ -715,9 +715,7 @@ def test_a_password_can_be_kept_from_the_list_of_processes(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "0"])
-def test_other_machines_are_served_by_decision_only(
-    trained_run: Path, capsys: pytest.CaptureFixture[str], host: str
-) -> None:
+def test_other_machines_need_a_password(trained_run: Path, capsys: pytest.CaptureFixture[str], host: str) -> None:
     """--host alone must not open the server to the network without a password."""
     pytest.importorskip("gradio")
     assert main(["web", str(trained_run), "--host", host, "--port", "0"]) == 2
@@ -742,7 +740,7 @@ def test_ctrl_c_ends_it_cleanly(trained_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_crowd_of_500_requests(trained_run: Path) -> None:
+def test_500_requests_of_10_clients(trained_run: Path) -> None:
     """10 clients at once get the right masks, and memory does not grow after the first 50
     requests."""
     pytest.importorskip("gradio")

@@ -144,7 +144,7 @@ def photograph(folder: Path) -> Path:
     return path
 
 
-def test_from_photograph_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
+def test_from_upload_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
     """The complete use of the page; downloads equal the results of the Python API."""
     path = photograph(tmp_path)
     page.set_input_files("#photo input[type=file]", path)
@@ -212,7 +212,7 @@ def test_examples_and_messages(page: Any, site: Site, tmp_path: Path) -> None:
     assert not [file for file in site.uploads.rglob("*") if file.is_file()]
 
 
-def test_the_photograph_by_drag_and_drop_and_by_keyboard(page: Any, site: Site, tmp_path: Path) -> None:
+def test_upload_by_drag_and_drop_and_by_keyboard(page: Any, site: Site, tmp_path: Path) -> None:
     """The upload field is dcris's own, so keyboard and drop must be tested."""
     page.wait_for_load_state("networkidle")
     field = page.locator("#photo input[type=file]")

@@ -123,7 +123,7 @@ def test_dinov3_from_the_hub(hub: Hub, tmp_path: Path, rows: int, columns: int) 
     assert error(tower.double()(pixels.double()), oracle.double()(pixels.double()).last_hidden_state) < 1e-6
 
 
-def test_dinov3_refuses_what_is_not_dinov3(tmp_path: Path) -> None:
+def test_dinov3_refuses_other_weights(tmp_path: Path) -> None:
     """Weights of another family are refused with one sentence."""
     three = DinoTower(VisionConfig(name="x", family="dinov3", width=32, depth=4, heads=4, patch=16))
     path = tmp_path / "model.safetensors"
@@ -301,7 +301,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Path], dict[str, Tensor]]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["missing", "left over", "another shape", "whole numbers"])
-def test_the_first_tensor_that_does_not_fit_is_named(tmp_path: Path, family: str, fault: str) -> None:
+def test_the_first_mismatching_tensor_is_named(tmp_path: Path, family: str, fault: str) -> None:
     """A file for another model is refused, and the first tensor that does not match is named."""
     make, state_of, name = FAMILIES[family]
     state = state_of(tmp_path)
@@ -325,7 +325,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tmp_path: Path, family: str
     assert all(torch.equal(value, before[key]) for key, value in tower_state(tower).items())
 
 
-def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     """Files of other content give one sentence."""
     clip = file_of(tmp_path, "clip.pth", saved(openai_clip(TINY_TEXT).state_dict()))
     with pytest.raises(DcrisError, match=r"neither DINOv2.*embeddings\.cls_token.*nor DINOv2.*cls_token"):
@@ -340,7 +340,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 5, 500, -40])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "old.pth", "archive.pt"])
-def test_cut_files_are_called_so(tmp_path: Path, name: str, keep: int) -> None:
+def test_truncated_files_are_reported(tmp_path: Path, name: str, keep: int) -> None:
     """A truncated download gives one sentence."""
     path = tmp_path / name
     if name == "archive.pt":
@@ -365,7 +365,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("kind", ["zip", "old", "archive"])
-def test_files_that_ask_to_run_code_are_refused(tmp_path: Path, kind: str) -> None:
+def test_files_with_code_are_refused(tmp_path: Path, kind: str) -> None:
     """A manipulated file on a mirror must not run code."""
     trace, path = tmp_path / "trace", tmp_path / "pytorch_model.bin"
     state = {**openai_clip(TINY_TEXT).state_dict(), "positional_embedding": Trap(trace)}
@@ -411,7 +411,7 @@ def served(hub: Hub) -> Hub:
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def test_a_cached_file_is_not_fetched_again(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_file_is_not_downloaded_again(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloaded weights are cached and work offline."""
     first = fetch(VISION_REPO, "main", FILES)
     assert first.name == "pytorch_model.bin"
@@ -429,7 +429,7 @@ def test_a_cached_file_is_not_fetched_again(served: Hub, monkeypatch: pytest.Mon
     assert fetch(VISION_REPO, "main", FILES) == first
 
 
-def test_a_revision_stays_what_it_was(served: Hub) -> None:
+def test_a_pinned_revision_does_not_change(served: Hub) -> None:
     """A pinned commit does not change when the repository does."""
     old = fetch(VISION_REPO, "main", FILES)
     served.push(VISION_REPO, {"model.safetensors": b"x" * 10, "pytorch_model.bin": b"new" * 100})
@@ -438,7 +438,7 @@ def test_a_revision_stays_what_it_was(served: Hub) -> None:
     assert fetch(VISION_REPO, old.commit, FILES) == old
 
 
-def test_a_broken_download_goes_on_where_it_broke(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_continued(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted download is continued."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     served.cuts = [20_000, 30_000]
@@ -447,7 +447,7 @@ def test_a_broken_download_goes_on_where_it_broke(served: Hub, monkeypatch: pyte
     assert ranges == [None, "bytes=20000-", "bytes=50000-"]
 
 
-def test_a_download_that_breaks_for_good_says_so(served: Hub, tmp_path: Path) -> None:
+def test_a_failed_download_is_reported(served: Hub, tmp_path: Path) -> None:
     """A truncated download is detected."""
     served.cuts = [0] * 20
     with pytest.raises(DcrisError, match=rf"downloading {VISION_REPO} from {served.url} failed \(.*\); try again"):
@@ -456,7 +456,7 @@ def test_a_download_that_breaks_for_good_says_so(served: Hub, tmp_path: Path) ->
     assert fetch(VISION_REPO, "main", FILES).path.stat().st_size == 256 * 256
 
 
-def test_what_arrives_damaged_is_not_kept(served: Hub) -> None:
+def test_a_damaged_download_is_deleted(served: Hub) -> None:
     """A damaged download does not stay in the cache."""
     served.damage = True
     with pytest.raises(DcrisError, match=r"pytorch_model\.bin of .* arrived damaged: its SHA-256 is .*try again"):
@@ -465,7 +465,7 @@ def test_what_arrives_damaged_is_not_kept(served: Hub) -> None:
     assert fetch(VISION_REPO, "main", FILES).path.read_bytes() == bytes(range(256)) * 256
 
 
-def test_a_damaged_header_is_called_so(hub: Hub) -> None:
+def test_a_damaged_header_is_reported(hub: Hub) -> None:
     """A published file that is damaged gives one sentence."""
     hub.push(VISION_REPO, {"model.safetensors": b"\x00" * 100})
     with pytest.raises(
@@ -483,7 +483,7 @@ def test_a_damaged_header_is_called_so(hub: Hub) -> None:
     ],
     ids=["repository", "revision", "file"],
 )
-def test_what_the_hub_does_not_have(
+def test_missing_repositories_revisions_and_files(
     served: Hub, repo: str, revision: str, names: tuple[str, ...], sentence: str
 ) -> None:
     """A typing mistake gives one sentence."""
@@ -512,7 +512,7 @@ def test_no_network_and_no_cache(served: Hub, monkeypatch: pytest.MonkeyPatch) -
         (errno.EROFS, "cannot write to the cache .*HF_HOME"),
     ],
 )
-def test_a_disk_that_takes_nothing(served: Hub, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
+def test_a_full_disk(served: Hub, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
     """A full disk is reported as such."""
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -525,7 +525,7 @@ def test_a_disk_that_takes_nothing(served: Hub, monkeypatch: pytest.MonkeyPatch,
     assert fetch(VISION_REPO, "main", FILES).path.is_file()
 
 
-def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
+def test_settings_of_the_hub_are_respected(hub: Hub, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected."""
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})
     program = (
@@ -550,7 +550,7 @@ def test_the_hubs_own_settings_count(hub: Hub, tmp_path: Path) -> None:
     assert list((tmp_path / "home/hub").glob("models--*"))
 
 
-def test_a_checkpoint_asks_for_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path) -> None:
+def test_a_checkpoint_uses_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path) -> None:
     """A checkpoint still loads after the repository of its towers has moved."""
     shapes = {
         "vision": TINY_VISION.model_copy(update={"name": VISION}),
@@ -593,7 +593,7 @@ def assert_weights(path: Path) -> None:
 
 @pytest.mark.parametrize("in_zip", [True, False], ids=["zip", "old"])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_numbers_beside_the_weights_are_admitted(tmp_path: Path, in_zip: bool, protocol: int) -> None:
+def test_numpy_numbers_beside_the_weights(tmp_path: Path, in_zip: bool, protocol: int) -> None:
     """A checkpoint with numpy numbers in it is not damaged."""
     beside = {
         "best_iou": np.float64(0.7),
@@ -618,7 +618,7 @@ def test_numbers_beside_the_weights_are_admitted(tmp_path: Path, in_zip: bool, p
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_both_names_that_numpy_gave_its_numbers(tmp_path: Path, module: str) -> None:
+def test_both_module_names_of_numpy(tmp_path: Path, module: str) -> None:
     """numpy 2 renamed a module that its pickled numbers name; both names work."""
     number = f"c{module}\nscalar\n(cnumpy\ndtype\n(X\2\0\0\0f8K\0K\1tRX\4\0\0\0abcdtR".encode()
     (tmp_path / "best.pth").write_bytes(saved({"best": "@", "state_dict": WEIGHTS}))
@@ -678,13 +678,13 @@ def test_other_objects_beside_the_weights_are_named(tmp_path: Path, value: objec
         lambda state: {"ema": {"n_averaged": torch.tensor(5)} | {f"module.{name}": state[name] for name in state}},
     ],
 )
-def test_weights_are_found_wherever_programs_put_them(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+def test_weights_are_found_in_usual_structures(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
     """Weights are found in the usual structures of checkpoints."""
     torch.save(wrap(WEIGHTS), tmp_path / "best.pth")
     assert_weights(tmp_path / "best.pth")
 
 
-def test_which_of_several_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_choice_among_several_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The choice between trained and averaged weights is fixed and reported."""
     other = {name: value + 1 for name, value in WEIGHTS.items()}
     torch.save({"ema": other, "model": WEIGHTS}, tmp_path / "best.pth")
@@ -806,7 +806,7 @@ def tensor(offset: object, shape: object, stride: object, storage: object = "@")
     ],
     ids=lambda data: f"{len(data)} bytes",
 )
-def test_small_files_that_ask_for_much_are_refused(tmp_path: Path, data: bytes, kind: str) -> None:
+def test_small_files_that_claim_much_memory_are_refused(tmp_path: Path, data: bytes, kind: str) -> None:
     """300 bytes took 4 GB: sizes in a pickle are checked against the file before memory is
     allocated."""
     torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
@@ -832,7 +832,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, entry: str) -> None:
         open_tensors(path)
 
 
-def test_modules_in_modules_without_end(tmp_path: Path) -> None:
+def test_endlessly_nested_modules(tmp_path: Path) -> None:
     """Thirty modules that each contain the next one twice have a billion names; a module may
     contain itself."""
     torch.save({"a": torch.zeros(6)}, tmp_path / "good.pth")
@@ -849,7 +849,7 @@ def test_modules_in_modules_without_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_what_is_no_file_is_called_so(tmp_path: Path, kind: str, name: str) -> None:
+def test_pipes_folders_and_devices_are_reported(tmp_path: Path, kind: str, name: str) -> None:
     """A pipe would block forever, and /dev/zero would fill the memory."""
     path = tmp_path / name
     if kind == "pipe":
