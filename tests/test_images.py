@@ -155,6 +155,20 @@ def test_108_megapixels_are_read_without_a_word(tmp_path):
     assert image[-1, -1].tolist() == [255, 255, 255]
 
 
+def test_a_small_png_of_299_megapixels_is_refused_by_its_header(tmp_path):
+    """A PNG of 36 KB took 5 GB: the size has to be checked before anything is decoded."""
+    path = tmp_path / "a.png"
+    header = struct.pack(">IIBBBBB", 17_300, 17_300, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    for read in (read_image, image_size):
+        with pytest.raises(DcrisError, match="17300 x 17300 pixels"):
+            read(path)
+
+
 def test_a_file_that_claims_too_many_pixels_is_refused(tmp_path):
     """A few kilobytes may unpack to more than the memory holds."""
     path = tmp_path / "a.png"
