@@ -70,7 +70,7 @@ class Prediction:
             raise DcrisError(f"probabilities must be an array [H, W] of floats, not {kind_of(probabilities)}")
         mask = probabilities > require_threshold(threshold)
         box = mask_box(mask)
-        score = float(probabilities.mean(dtype=np.float64, where=mask)) if box else 0.0  # no copy of what is inside
+        score = float(probabilities.mean(dtype=np.float64, where=mask)) if box else 0.0  # without a copy of the values
         return cls(phrase, mask, score, box, probabilities if keep else None)
 
     def with_threshold(self, threshold: float) -> "Prediction":
