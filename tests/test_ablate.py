@@ -322,10 +322,19 @@ def test_lazy_initialisation_is_not_charged_to_a_run() -> None:
 def test_a_lock_is_held_once(tmp_path: Path) -> None:
     """Two processes must not write one run, and a lock is free after its holder."""
     path = tmp_path / "run" / ".lock"
+    code = (
+        "import sys; from pathlib import Path; from dcris.experiments.ablate import _try_lock\n"
+        "with _try_lock(Path(sys.argv[1])) as held: print(held)"
+    )
+
+    def held_by_another_process() -> str:
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     with module._try_lock(path) as held:
         assert held
-        with module._try_lock(path) as other:
-            assert not other
+        assert held_by_another_process() == "False"
+    assert held_by_another_process() == "True"
     with module._try_lock(path) as again:
         assert again
 
@@ -337,7 +346,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with module._try_lock(tmp_path / ".lock") as held:
         assert held
 

@@ -16,7 +16,7 @@ from dcris.cli import main
 from dcris.errors import DcrisError
 from dcris.utils import files
 from dcris.utils.files import (
-    claim,
+    lock_folder,
     make_directory,
     open_regular,
     read_bytes,
@@ -92,7 +92,7 @@ def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pyte
     """The owner's name in the lock file is information only; failing to write it must not hide the
     real error."""
     monkeypatch.setattr(files.socket, "gethostname", full_disk)
-    with claim(tmp_path):
+    with lock_folder(tmp_path):
         assert (tmp_path / "lock").read_text() == ""
     assert not list(tmp_path.iterdir())  # the lock file is removed with its owner
 
@@ -100,7 +100,7 @@ def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pyte
 def test_a_claim_where_file_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some network drives report another inode each time; locking must not retry forever."""
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
-    with claim(tmp_path):
+    with lock_folder(tmp_path):
         assert "process" in (tmp_path / "lock").read_text()
 
 

@@ -18,7 +18,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -45,7 +45,15 @@ from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model, total_steps
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.distributed import described_processes
-from dcris.utils.files import make_directory, read_json, read_text, remove_directory, write_file, write_json
+from dcris.utils.files import (
+    LockedError,
+    lock_folder,
+    read_json,
+    read_text,
+    remove_directory,
+    write_file,
+    write_json,
+)
 from dcris.version import __version__
 
 Size = Literal["tiny", "b"]
@@ -604,24 +612,13 @@ def _done(folder: Path) -> int:
 
 @contextmanager
 def _try_lock(path: Path) -> Iterator[bool]:
-    """Lock a file without waiting; the context value tells whether this process holds the lock.
-
-    The system releases the lock when the process ends in any way.
-    """
-    make_directory(path.parent)
-    with path.open("a", encoding="utf-8") as file:
+    """Lock a file without waiting; the context value tells whether this process holds the lock."""
+    with ExitStack() as stack:
         try:
-            import fcntl
-        except ImportError:  # Windows: no locks, so only one process at a time is supported
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(lock_folder(path.parent, path.name))
+        except LockedError:
             yield False
             return
-        except OSError:  # a file system without locks: likewise
-            pass
         yield True
 
 

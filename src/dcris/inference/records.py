@@ -26,7 +26,7 @@ from dcris.inference.inputs import RECORDS, Task, assign_names, is_utf8, quoted,
 from dcris.utils.distributed import Processes
 from dcris.utils.files import (
     MAX_TEXT,
-    claim,
+    lock_folder,
     make_directory,
     open_append,
     open_regular,
@@ -319,7 +319,7 @@ class ResultFolder:
         self._places: dict[str, int] = {}
         with ExitStack() as stack:
             if group.first:
-                stack.enter_context(claim(path, LOCK))
+                stack.enter_context(lock_folder(path, LOCK))
             self.tasks, self._places = group.from_first(lambda: self._prepare(list(tasks), overwrite))
             self._lock = stack.pop_all()
         records = self._records.read().values()

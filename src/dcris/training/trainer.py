@@ -62,7 +62,7 @@ from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require, require_names
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.distributed import Processes
-from dcris.utils.files import claim, make_directory, read_json, write_json
+from dcris.utils.files import lock_folder, make_directory, read_json, write_json
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -442,7 +442,7 @@ class Trainer:
         resuming = self.resume and self.out.is_dir()
         checkpoints = []
         if self.group.first and resuming:
-            stack.enter_context(claim(self.out))
+            stack.enter_context(lock_folder(self.out))
             checkpoints = sound_checkpoints(self.out, self.log)
         elif self.group.first and list_checkpoints(self.out):
             raise DcrisError(f"{self.out} already holds a run; add --resume to continue it, or choose another --out")
@@ -463,7 +463,7 @@ class Trainer:
 
         if self.group.first:
             if not resuming:
-                stack.enter_context(claim(self.out))
+                stack.enter_context(lock_folder(self.out))
             write_json(make_directory(self.out) / _CONFIG, self.config.model_dump(mode="json"))
             if newest is None or not (self.out / _DATA).exists():
                 write_json(self.out / _DATA, record)

@@ -43,6 +43,10 @@ _MAX_BRACKETS = 1_000_000
 """Most opening brackets in JSON of any length; see `_refuse_dense`."""
 
 
+class LockedError(DcrisError):
+    """Another process holds the lock of a folder."""
+
+
 def _cannot_write(path: Path, error: OSError) -> DcrisError:
     return DcrisError(f"cannot write {path}: {error.strerror or error}; free disk space there or choose another path")
 
@@ -363,20 +367,21 @@ def sync_directory(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, name: str = "lock") -> Iterator[None]:
+def lock_folder(folder: Path, name: str = "lock") -> Iterator[None]:
     """Context that locks a folder against other processes, by a lock on its file `name`.
 
     The lock ends with the context or the process, even a killed one. On a file system without
     locks, it has no effect.
 
     Raises:
-        DcrisError: another process holds the lock, or the file cannot be written.
+        LockedError: another process holds the lock.
+        DcrisError: the file cannot be written.
     """
     path = make_directory(folder) / name
     for tries_left in reversed(range(100)):
         with open_append(path) as file:
             if fcntl is not None:
-                _lock(file, folder)
+                _lock_file(file, folder)
             # Its owner may have removed it between opening and locking. Retries are limited,
             # because some network drives report another inode each time.
             if tries_left and not _is_at(file, path):
@@ -393,7 +398,7 @@ def claim(folder: Path, name: str = "lock") -> Iterator[None]:
             return
 
 
-def _lock(file: TextIO, folder: Path) -> None:
+def _lock_file(file: TextIO, folder: Path) -> None:
     try:
         # A POSIX lock belongs to the process. Forked workers would inherit one of flock, and could
         # outlive a killed process.
@@ -401,7 +406,7 @@ def _lock(file: TextIO, folder: Path) -> None:
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         owner = file.read(200).strip() or "unknown"
-        raise DcrisError(
+        raise LockedError(
             f"another process ({owner}) is writing to {folder}; wait until it ends, stop it, or choose another folder"
         ) from error
     except OSError:  # the file system has no locks
