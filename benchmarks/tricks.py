@@ -234,7 +234,7 @@ def optimisations(device: torch.device, dtype: torch.dtype) -> Iterator[Optimisa
     if dtype != torch.float32:
         held = prepare_for_prediction(model, dtype)
 
-        def answer(network: nn.Module) -> Task:
+        def predict(network: nn.Module) -> Task:
             def run() -> None:
                 with torch.no_grad(), autocast(device, dtype):
                     network(images, tokens)
@@ -243,8 +243,8 @@ def optimisations(device: torch.device, dtype: torch.dtype) -> Iterator[Optimisa
 
         yield Optimisation(
             "weights stored in the working precision",
-            answer(prepared),
-            answer(held),
+            predict(prepared),
+            predict(held),
             "test_it_answers_as_the_model_does",
             "a prediction",
         )

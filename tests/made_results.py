@@ -41,7 +41,7 @@ def rectangle(size: tuple[int, int], top: int, left: int, bottom: int, right: in
 
 
 def drawn_result(reference: Reference, number: int, prediction: MaskArray, truth: MaskArray) -> EvalResult:
-    """Return a result with these masks and a curve, for the reference's expression of that number."""
+    """Return a result with these masks and a curve, for one expression of the reference."""
     found = overlap(prediction, truth)
     curve = (found,) * len(CURVE_THRESHOLDS)
     return EvalResult(reference, reference.expressions[number], found, encode_mask(prediction), curve)

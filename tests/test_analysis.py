@@ -22,12 +22,12 @@ KEYS = [metric.key for metric in STANDARD_METRICS]
 SHARES = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)).map(lambda pair: (min(pair), max(pair)))
 
 
-def mixed(seed: int, count: int = 40, photographs: int = 7) -> list[EvalResult]:
+def mixed(seed: int, count: int = 40, images: int = 7) -> list[EvalResult]:
     """Return results of varied quality, several for an image."""
     random = np.random.default_rng(seed)
     unions = random.integers(1, 1000, count)
     shares = [(int(random.integers(0, union + 1)), int(union)) for union in unions]
-    return [made_result(share, image=int(random.integers(photographs))) for share in shares]
+    return [made_result(share, image=int(random.integers(images))) for share in shares]
 
 
 def in_order(results: Sequence[EvalResult]) -> list[list[EvalResult]]:
@@ -48,22 +48,22 @@ def test_counts_by_image_add_up_to_the_scores(
     pairs: list[tuple[tuple[int, int], int]], metrics: tuple[Metric, ...]
 ) -> None:
     """The counts by image add up to the scores that the intervals belong to."""
-    results = [made_result(share, image=photograph) for share, photograph in pairs]
+    results = [made_result(share, image=image) for share, image in pairs]
     expected = summarise((each.overlap for each in results), metrics)
     found = dict(zip(KEYS, scores(tally(results, metrics).sum(axis=0), metrics), strict=True))
     assert found == pytest.approx(expected)
-    assert len(tally(results)) == len({photograph for _, photograph in pairs})
+    assert len(tally(results)) == len({image for _, image in pairs})
 
 
 def test_intervals_equal_those_of_a_plain_loop() -> None:
     """Compare with drawing images one by one, with the same indices, and averaging as an
     evaluation does."""
     results = mixed(0)
-    photographs = in_order(results)
-    chosen = np.random.default_rng(analysis.SEED).integers(len(photographs), size=(1000, len(photographs)))
+    images = in_order(results)
+    chosen = np.random.default_rng(analysis.SEED).integers(len(images), size=(1000, len(images)))
     rows = []
     for row in chosen:
-        drawn = [each for place in row for each in photographs[place]]
+        drawn = [each for place in row for each in images[place]]
         rows.append(list(summarise(each.overlap for each in drawn).values()))
     low, high = np.percentile(rows, [2.5, 97.5], axis=0)
     found = analyse(results)["intervals"]
@@ -96,7 +96,7 @@ def test_paired_intervals_equal_those_of_a_plain_loop() -> None:
 def test_expressions_of_one_image_are_drawn_together() -> None:
     """Drawing expressions one by one would claim too narrow an interval for 100 expressions on
     two images."""
-    results = [made_result((photograph, 1), image=photograph) for photograph in (0, 1) for _ in range(50)]
+    results = [made_result((image, 1), image=image) for image in (0, 1) for _ in range(50)]
     assert analyse(results)["intervals"]["miou"] == [0.0, 100.0]
 
 
@@ -115,13 +115,13 @@ def test_intervals_cover_the_mean_at_their_level() -> None:
     assert 0.91 <= covered / 300 <= 0.98
 
 
-def tally_of(ious: np.ndarray, photographs: np.ndarray) -> np.ndarray:
+def tally_of(ious: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Return what `tally` returns for such IoUs, without making results."""
     columns = np.column_stack(
         [np.ones_like(ious), ious, ious, np.ones_like(ious), *(ious > t for t in np.r_[5:10] / 10)]
     )
-    sums = np.zeros((photographs.max() + 1, columns.shape[1]))
-    np.add.at(sums, photographs, columns)
+    sums = np.zeros((images.max() + 1, columns.shape[1]))
+    np.add.at(sums, images, columns)
     return sums
 
 
@@ -164,7 +164,7 @@ def test_few_or_no_results() -> None:
     assert one["intervals"] == {}
     assert one["by_length"] == [{"name": "1-2 words", "expressions": 2, "miou": 50, "oiou": 50, "intervals": {}}]
     assert analyse([]) == {"photographs": 0, "intervals": {}, "by_length": [], "by_size": [], "by_kind": []}
-    zero = analyse([made_result((0, 0), image=photograph) for photograph in range(3)])
+    zero = analyse([made_result((0, 0), image=image) for image in range(3)])
     assert zero["intervals"]["oiou"] == [0, 0]
     assert difference([], [])["miou"] == 0
     for found in (one, zero):
@@ -251,7 +251,7 @@ def test_sizes_of_polygons_and_mask_files(tmp_path: Path) -> None:
 
 def test_intervals_and_differences_use_the_protocols_metrics() -> None:
     """Intervals and differences use the protocol's metrics: LAVT counts an IoU of exactly 0.5."""
-    results = [made_result((1, 2), image=photograph) for photograph in range(3)]
+    results = [made_result((1, 2), image=image) for image in range(3)]
     nothing = [replace(each, overlap=Overlap(0, 2)) for each in results]
     for metrics, share in ((STANDARD_METRICS, 0), (INCLUSIVE_METRICS, 100)):
         assert analyse(results, metrics)["intervals"]["prec@0.5"] == [share, share]

@@ -77,7 +77,7 @@ def test_two_runs_and_their_results_files(
     assert len(names) == 4 + 2
     assert names[-2:] == ["figure.pdf", "figure.png"]
     rows = [Image.open(images / name) for name in names[:4]]
-    assert {picture.width for picture in (*rows, Image.open(images / "figure.png"))} == {4 * CELL + 5 * 20}
+    assert {image.width for image in (*rows, Image.open(images / "figure.png"))} == {4 * CELL + 5 * 20}
 
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for run, file in zip((trained_run, other_run), files, strict=True):
@@ -258,7 +258,7 @@ def test_examples_of_equal_systems_are_random(count: int) -> None:
     assert sum(map(len, shown.values())) == min(count, 20)
 
 
-# ---- page and pictures ---------------------------------------------------------------------------
+# ---- page and figures ----------------------------------------------------------------------------
 
 
 def test_only_significant_differences_are_coloured(tmp_path: Path) -> None:

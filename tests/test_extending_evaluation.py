@@ -1,4 +1,4 @@
-"""A protocol with its own metrics: one class and one entry in PROTOCOLS, as docs/extending_evaluation.md shows."""
+"""A protocol with its own metrics: one class and one entry, as in docs/extending_evaluation.md."""
 
 import json
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def dcris(monkeypatch: pytest.MonkeyPatch, scenes_root: Path) -> Run:
 def test_a_model_is_evaluated_by_its_metrics(
     dcris: Run, trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The result file, the printed scores, intervals, groups, curve, report and threshold all use them."""
+    """Result file, printed scores, intervals, groups, curve, report and threshold use them."""
     out, report, answers = tmp_path / "result.json", tmp_path / "report.html", tmp_path / "answers.jsonl"
     files = ("--out", out, "--report", report, "--answers", answers)
     assert dcris("evaluate", trained_run, *files, "--device", "cpu", "--calibrate-on", "val") == 0
@@ -106,7 +106,7 @@ def test_a_model_is_evaluated_by_its_metrics(
 def test_masks_and_comparisons_are_scored_by_its_metrics(
     dcris: Run, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tables of `dcris score` and `dcris compare` have one row or column for each of its metrics."""
+    """The tables of `dcris score` and `dcris compare` have each of its metrics."""
     answers, page = tmp_path / "answers.jsonl", tmp_path / "page.html"
     assert dcris("evaluate", trained_run, "--answers", answers, "--device", "cpu") == 0
     record = json.loads(capsys.readouterr().out)

@@ -161,15 +161,15 @@ def test_the_threshold_is_chosen_on_another_split(
     capsys.readouterr()
     assert dcris("evaluate", trained_run, *data, "--split", "test", "--calibrate-on", "test") == 2
     assert "another split" in capsys.readouterr().err
-    picture = next((scenes_root / "images/mscoco/images/train2014").iterdir())
+    image = next((scenes_root / "images/mscoco/images/train2014").iterdir())
     out = tmp_path / "masks"
-    ask = ("predict", trained_run, picture, "-e", "red circle", "--out", out, "--device", "cpu", "--threshold")
-    assert dcris(*ask, result) == 0
-    assert dcris(*ask, tmp_path / "nothing.json") == 2
+    command = ("predict", trained_run, image, "-e", "red circle", "--out", out, "--device", "cpu", "--threshold")
+    assert dcris(*command, result) == 0
+    assert dcris(*command, tmp_path / "nothing.json") == 2
     assert "the threshold (neither a number nor a result file) is missing" in capsys.readouterr().err
     (tmp_path / "list.json").write_text("[]")
-    assert dcris(*ask, tmp_path / "list.json") == 2
-    assert dcris(*ask, 0.5, "--anew") == 0
+    assert dcris(*command, tmp_path / "list.json") == 2
+    assert dcris(*command, 0.5, "--anew") == 0
 
 
 # ---- flip ----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def truths(queries: list) -> Masks:
 # ---- the kinds of files --------------------------------------------------------------------------
 
 
-def as_pictures(masks: Masks, folder: Path) -> Path:
+def as_pngs(masks: Masks, folder: Path) -> Path:
     folder /= "masks"
     folder.mkdir()
     for sent_id, mask in masks.items():
@@ -60,7 +60,7 @@ def as_arrays(masks: Masks, folder: Path) -> Path:
     return folder / "masks.npz"
 
 
-KINDS = {"pictures": as_pictures, "coco": as_coco, "arrays": as_arrays}
+KINDS = {"pngs": as_pngs, "coco": as_coco, "arrays": as_arrays}
 every_kind = pytest.mark.parametrize("write", KINDS.values(), ids=KINDS)
 Writer = Callable[[Masks, Path], Path]
 
@@ -99,7 +99,7 @@ def test_a_shifted_square_by_hand(write: Writer, tmp_path: Path, tiny_refer) -> 
     assert (result.overlap.intersection, result.overlap.union) == (25, 175)
 
 
-@pytest.mark.parametrize("kind", ["pictures", "arrays", "arrays of shares"])
+@pytest.mark.parametrize("kind", ["pngs", "arrays", "arrays of shares"])
 def test_probability_maps_need_a_threshold(
     kind: str, truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +108,7 @@ def test_probability_maps_need_a_threshold(
     if kind == "arrays of shares":
         maps = {key: values.astype(np.float32) / 255 for key, values in maps.items()}
     predictions = as_arrays(maps, tmp_path)
-    if kind == "pictures":
+    if kind == "pngs":
         predictions = tmp_path
         for key, values in maps.items():
             Image.fromarray(values).save(predictions / f"{key}.png")

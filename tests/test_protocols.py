@@ -53,13 +53,13 @@ def slow_cris_probabilities(logits: torch.Tensor, size: Size, side: int) -> np.n
     scale = min(side / size[0], side / size[1])
     top, left = np.float32((side - size[0] * scale) / 2), np.float32((side - size[1] * scale) / 2)
     rows, columns = np.arange(size[0]) * scale + top, np.arange(size[1]) * scale + left
-    picture = np.zeros(size)
+    canvas = np.zeros(size)
     for dy in range(-1, 3):
         for dx in range(-1, 3):
             y, x = np.floor(rows).astype(int) + dy, np.floor(columns).astype(int) + dx
             taps = square[np.ix_((y + 3).clip(0, side + 5), (x + 3).clip(0, side + 5))]
-            picture += cubic(rows - y)[:, None] * cubic(columns - x) * taps
-    return picture
+            canvas += cubic(rows - y)[:, None] * cubic(columns - x) * taps
+    return canvas
 
 
 def slow_cris(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,12 +121,12 @@ def logits_like(mask: np.ndarray, seed: int, grid: int = 32) -> torch.Tensor:
 @cache
 def spotted(height: int, width: int, seed: int) -> np.ndarray:
     """Return an [H, W] bool mask of a few ellipses, which may touch the edges."""
-    picture, source = np.zeros((height, width), np.uint8), np.random.default_rng(seed)
+    canvas, source = np.zeros((height, width), np.uint8), np.random.default_rng(seed)
     for _ in range(3):
         centre = (int(source.integers(width)), int(source.integers(height)))
         axes = (int(source.integers(1, width // 3 + 2)), int(source.integers(1, height // 3 + 2)))
-        cv2.ellipse(picture, centre, axes, float(source.integers(180)), 0, 360, 1, -1)
-    return picture.astype(bool)
+        cv2.ellipse(canvas, centre, axes, float(source.integers(180)), 0, 360, 1, -1)
+    return canvas.astype(bool)
 
 
 ADVERSARIAL = {
@@ -146,8 +146,8 @@ def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: i
     protocol = get_protocol(name)
     fits = [protocol.transform(truth.shape, side) for truth in truths]
     ours, slow, ties = [], [], 0
-    for picture, truth, one in zip(protocol.probabilities(logits[:, None], fits), truths, logits, strict=True):
-        mask, compared = picture.numpy() > protocol.threshold, protocol.to_canvas(truth)
+    for canvas, truth, one in zip(protocol.probabilities(logits[:, None], fits), truths, logits, strict=True):
+        mask, compared = canvas.numpy() > protocol.threshold, protocol.to_canvas(truth)
         margin, target = SLOW[name](one.double(), truth, side)
         np.testing.assert_array_equal(compared, target)
         assert mask.shape == margin.shape
@@ -156,7 +156,7 @@ def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: i
         ties += int(unsure.sum())
         expected = np.where(unsure, mask, margin > 0)
         np.testing.assert_array_equal(mask, expected)
-        counted, *curve = overlap_curve(picture, torch.from_numpy(compared), protocol.threshold)
+        counted, *curve = overlap_curve(canvas, torch.from_numpy(compared), protocol.threshold)
         assert counted == overlap(mask, compared)
         assert len(curve) == len(CURVE_THRESHOLDS)
         ours.append(counted)

@@ -87,7 +87,7 @@ def full(report):
         record={**RECORD, "analysis": ANALYSIS},
         log=log(50),
         panels=[panel(), panel(400, truth=False, iou=None)],
-        notes=["Tiny towers know nothing of photographs."],
+        notes=["A note."],
     )
 
 
@@ -112,7 +112,7 @@ def test_the_page_states_what_was_measured(report):
         "1,500",
         "scenes_tiny",
         "93",
-        "Tiny towers know nothing of photographs.",
+        "A note.",
         "95%: 58.1\u202f\u2013\u202f64.5".replace("\u202f", " "),
         "By length of the expression",
         "44.1",
@@ -332,7 +332,7 @@ def test_a_report_of_masks_without_a_model(tiny_refer, tmp_path, count):
     assert len(page.images()) == 3 * count
     assert page.text().count("prediction: empty") == count
     assert ("By length of the expression" in page.text()) == (count > 0)
-    assert ("95%: 0.0" in page.text()) == (count == 5)  # which are on two photographs
+    assert ("95%: 0.0" in page.text()) == (count == 5)  # on two images
     assert "recipe" not in page.text()
 
 

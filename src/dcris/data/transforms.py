@@ -93,7 +93,7 @@ class Resize(Transform):
     def image(self, image: NDArray[np.uint8], colour: tuple[float, float, float]) -> NDArray[np.uint8]:  # noqa: D102
         self._check(image)
         resized = Image.fromarray(image).resize((self.side, self.side), Image.Resampling.BILINEAR)
-        return np.asarray(resized, np.uint8)
+        return np.array(resized, np.uint8)
 
 
 @dataclass(frozen=True)
