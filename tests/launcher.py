@@ -50,7 +50,9 @@ class Launcher:
 
     def start(self, words: list[object], output: Path, **env: object) -> int:
         """Start `dcris words...` in a session of its own; its output is appended to `output`.
-        Returns its id."""
+
+        Returns its id.
+        """
         values = {name: str(value) for name, value in env.items()}
         return self._ask({"start": [str(word) for word in words], "output": str(output), "env": values})
 

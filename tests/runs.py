@@ -74,6 +74,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def unseal(checkpoint: Path) -> None:
-    """Remove the checksums of the files, as a hostile checkpoint may, so that changes are not detected by them."""
+    """Remove the checksums of the files, as a hostile checkpoint may, so that changes are not
+    detected by them."""
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(_sealed({**state, "files": {}})))

@@ -65,7 +65,7 @@ def saved_bytes(counted: list[int]) -> Iterator[None]:
     counted.append(sum(seen.values()))
 
 
-# ---- what needs no gradient keeps nothing --------------------------------------------------------------------------------
+# ---- what needs no gradient keeps nothing ------------------------------------------------------
 
 
 def test_nothing_is_kept_before_the_first_adapter() -> None:
@@ -84,7 +84,7 @@ def test_nothing_is_kept_before_the_first_adapter() -> None:
 
 
 def test_a_frozen_layer_keeps_what_its_activation_needs_alone() -> None:
-    """A product with frozen weights needs no input for its gradient; with trained weights it does."""
+    """A product with frozen weights saves no input; one with trained weights does."""
     mlp, kept = model_of(quick_config(1)).vision.blocks[0].mlp, []
     x = torch.randn(2, 21, 128, requires_grad=True)
     with saved_bytes(kept):
@@ -97,7 +97,7 @@ def test_a_frozen_layer_keeps_what_its_activation_needs_alone() -> None:
     assert kept[1] > hidden
 
 
-# ---- recomputed activations ----------------------------------------------------------------------------------------------
+# ---- recomputed activations --------------------------------------------------------------------
 
 
 def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str, Tensor], int]:
@@ -129,12 +129,14 @@ def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
     assert little < 0.6 * much
 
 
-# ---- several passes ------------------------------------------------------------------------------------------------------
+# ---- several passes ----------------------------------------------------------------------------
 
 
 def test_places_are_taken_once() -> None:
-    """Every sample of the batch is in one pass of one rank, and passes respect the micro batch. A
-    batch is refused only if no division exists."""
+    """Every sample of the batch is in one pass of one rank, and passes respect the micro batch.
+
+    A batch is refused only if no division exists.
+    """
     for batch in (1, 5, 8, 9, 32):
         for count in (1, 2, 3, 8):
             for micro in (None, 1, 2, 3, 64):
@@ -206,7 +208,7 @@ class Doubled(nn.Module):
         return self.model(images.double(), tokens)
 
 
-# ---- the largest that fits -----------------------------------------------------------------------------------------------
+# ---- the largest that fits ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("free", "expected"), [(1 << 40, 6), (None, 2), (1 << 20, 0)])

@@ -66,7 +66,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return complaint
 
 
-# ---- everything in turn --------------------------------------------------------------------------------------------------
+# ---- everything in turn ------------------------------------------------------------------------
 
 
 def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +282,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         assert mask.size == (12_000, 9_000)
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.
     assert len(complaint) < 1100
 
 
-# ---- the program itself --------------------------------------------------------------------------------------------------
+# ---- the program itself ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["", "data", *COMMANDS])

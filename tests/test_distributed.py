@@ -131,7 +131,7 @@ def test_a_broken_environment_is_one_sentence(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# ---- training --------------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_passes_of_two_processes_are_those_of_one(scenes: Path, tmp_path: Path) -> None:
-    """A pass of two processes with 2 samples each equals a pass of one with 4, batch norm included."""
+    """A pass of two processes with 2 samples each equals a pass of one with 4, also its batch norm."""
     assert main(train_words(scenes, tmp_path / "one", 3, "--train.micro_batch", "4")) == 0
     done = torchrun(2, *train_words(scenes, tmp_path / "two", 3, "--train.micro_batch", "2"))
     assert done.returncode == 0, done.stderr
@@ -286,7 +286,7 @@ def test_a_run_goes_on_in_any_number_of_processes(scenes: Path, tmp_path: Path) 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-# ---- how several processes end ---------------------------------------------------------------------------------------------
+# ---- how several processes end -----------------------------------------------------------------
 
 
 def start(scenes: Path, out: Path) -> subprocess.Popen[str]:

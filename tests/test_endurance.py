@@ -73,8 +73,10 @@ class Run:
         return [*command, *settings, *words]
 
     def start(self, *words: object, workers: int = 0) -> int:
-        """Start with --resume, as job scripts do. Returns the id of the first process; `started`
-        has all."""
+        """Start with --resume, as job scripts do.
+
+        Returns the id of the first process; `started` has all.
+        """
         command = self.command("--data.workers", workers, *words)
         environments: list[dict[str, str]] = [{}]
         if self.processes > 1:
@@ -124,7 +126,7 @@ def assert_as_unbroken(unbroken: Run, run: Run) -> None:
         check_files(checkpoint.path)
 
 
-# ---- kill -9 -------------------------------------------------------------------------------------------------------------
+# ---- kill -9 -----------------------------------------------------------------------------------
 
 MOMENTS = ("clock", "step", "write", "delete", "validation", "start")
 
@@ -274,7 +276,7 @@ def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_
     kill(run, random.Random(0))
 
 
-# ---- requests to end -----------------------------------------------------------------------------------------------------
+# ---- requests to end ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ def test_a_request_to_end(launcher: Launcher, unbroken: Run, scenes_root: Path, 
     assert_same_run(unbroken.out, run.out)  # it may keep the checkpoint it was stopped at instead of another
 
 
-# ---- checkpoints that are not as they were written -----------------------------------------------------------------------
+# ---- checkpoints that are not as they were written ---------------------------------------------
 
 
 def cut(path: Path) -> None:
@@ -324,7 +326,7 @@ def empty(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def halfway(launcher: Launcher, unbroken: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that was stopped after step 8, at an epoch's end, with the checkpoints of steps 4 to 8."""
+    """A run stopped after step 8, at an epoch's end, with the checkpoints of steps 4 to 8."""
     run = Run(launcher, unbroken.data, tmp_path_factory.mktemp("halfway") / "run")
     run.settings |= {"train.max_steps": 8}
     run.finish()
@@ -431,7 +433,7 @@ def test_what_a_killed_process_left_goes(spoilt: Run) -> None:
     assert (spoilt.out / ".gitignore").exists()
 
 
-# ---- what else breaks ----------------------------------------------------------------------------------------------------
+# ---- what else breaks --------------------------------------------------------------------------
 
 
 def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path) -> None:
@@ -466,7 +468,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full(launcher: Launcher, unbroken: Run, scenes_root: Path, small_disk: Path) -> None:
-    """A real full disk: the second checkpoint does not fit. Once there is space, the run resumes."""
+    """A real full disk: the second checkpoint does not fit. With more space, the run resumes."""
     run = Run(launcher, scenes_root, small_disk / "run")
     run.output = small_disk.with_name("output.txt")
     assert launcher.wait(run.start()) == 2
@@ -509,12 +511,12 @@ def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, mo
     assert list_checkpoints(tmp_path / "run")[-1].step == 4
 
 
-# ---- photographs that cannot be read -------------------------------------------------------------------------------------
+# ---- photographs that cannot be read -----------------------------------------------------------
 
 
 @pytest.fixture
 def torn(tmp_path: Path) -> tuple[Path, Path]:
-    """Scenes with about 110 training references, one image of which cannot be read; and that image."""
+    """Scenes with about 110 training references and one unreadable image; and that image."""
     root = tmp_path / "scenes"
     write_scenes(root, train=40, val=2, test=1, seed=5)
     photograph = load_references(root, "scenes").split("train")[0].image_path
@@ -523,7 +525,7 @@ def torn(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_an_unreadable_image_stops_the_run(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
-    """By default, with a message that names the file; --resume with --on-bad-image skip continues."""
+    """By default, with a message that names the file; --on-bad-image skip continues."""
     run = Run(launcher, torn[0], tmp_path / "run")
     assert launcher.wait(run.start(workers=1)) == 2
     assert f"cannot read the image {torn[1]}" in run.said().splitlines()[-1]
@@ -567,7 +569,7 @@ def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path:
     assert run.scores()[-1] == (EPOCH, None)
 
 
-# ---- the best ------------------------------------------------------------------------------------------------------------
+# ---- the best ----------------------------------------------------------------------------------
 
 
 def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,7 +595,7 @@ def test_every_score_may_decide(name: str) -> None:
     assert quick_config(1, ("train.best_by", name)).train.best_by == name
 
 
-# ---- predict -------------------------------------------------------------------------------------------------------------
+# ---- predict -----------------------------------------------------------------------------------
 
 
 class Predict:

@@ -1,4 +1,5 @@
-"""A new loss or augmentation takes one function and one entry, and is then a setting like the others."""
+"""A new loss or augmentation takes one function and one entry, and is then a setting like the
+others."""
 
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_is_added_and_logged(scenes_root: Path, tmp_path: Path) -> None:
-    """The logged loss is equation 6 plus the terms, each times its weight, also over several passes."""
+    """The logged loss is equation 6 plus the terms, each times its weight, also over several
+    passes."""
     passes = ("train.micro_batch", "3"), EVERY_STEP
     run_training(quick_config(1, *passes), scenes_root, tmp_path / "plain")
     losses = ("train.losses", '{"mean_logit": 3, "dice": 0.5}')
@@ -55,7 +57,8 @@ def test_a_loss_is_added_and_logged(scenes_root: Path, tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_that_of_the_sum(scenes_root: Path, tmp_path: Path) -> None:
-    """A heavy loss changes the weights towards its own minimum: all logits at zero, where equation 6 is log 2."""
+    """A heavy loss changes the weights towards its own minimum: all logits at zero, where equation
+    6 is log 2."""
     settings = EVERY_STEP, ("train.lr", "5e-4"), ("model.head.bias", "-3")
     run_training(quick_config(20, *settings, ("train.losses", '{"mean_logit": 10}')), scenes_root, tmp_path / "run")
     values = [line["loss_mean_logit"] for line in read_log(tmp_path / "run")]
@@ -64,7 +67,8 @@ def test_the_gradient_is_that_of_the_sum(scenes_root: Path, tmp_path: Path) -> N
 
 
 def test_an_augmentation_changes_its_share_of_the_samples(scenes_root: Path) -> None:
-    """Image, mask and tokens are those that the function returns, and the same again for the same seed."""
+    """Image, mask and tokens are those that the function returns, and the same again for the same
+    seed."""
     config = quick_config(1, ("data.augmentations", '{"noise": 0.25}'))
     references, tokenizer = load_references(scenes_root, "scenes").split("train"), tokenizer_of(config.model.text)
     plain = TrainingSamples(references, quick_config(1).data, tokenizer, 0)

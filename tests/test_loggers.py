@@ -88,7 +88,7 @@ def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "training_losses", lambda *args: losses(*args) if next(calls) < steps else 1 / 0)
 
 
-# ---- the log -------------------------------------------------------------------------------------------------------------
+# ---- the log -----------------------------------------------------------------------------------
 
 
 def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
 
 
 def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four images in two seconds are two a second, however long validation between the steps takes."""
+    """Four images in two seconds are two a second, however long validation takes."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     with Monitor(tmp_path, quick_config(3, EVERY_STEP), 0, 3, 1, CPU, len) as monitor:
@@ -136,12 +136,15 @@ print(peak_memory(torch.device("cpu"))["peak_memory_mb"] - before)
 
 
 def test_memory_on_a_cpu_is_the_peak_of_the_process() -> None:
-    """200 MB that were allocated and freed raise it by 200 MB. In a process of its own: the peak never falls."""
+    """200 MB that were allocated and freed raise it by 200 MB.
+
+    In a process of its own: the peak never falls.
+    """
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert 120 < float(done.stdout) < 260
 
 
-# ---- for a person --------------------------------------------------------------------------------------------------------
+# ---- for a person ------------------------------------------------------------------------------
 
 
 def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path) -> None:
@@ -213,7 +216,7 @@ def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
-# ---- TensorBoard ---------------------------------------------------------------------------------------------------------
+# ---- TensorBoard -------------------------------------------------------------------------------
 
 
 def test_curves_are_those_of_the_log(watched: Path) -> None:
@@ -253,7 +256,7 @@ def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceT
 def test_a_resumed_run_has_one_curve(
     table: ReferenceTable, unwatched: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash in step 4 with a checkpoint of step 2: step 3 is repeated, but is in the curve once."""
+    """A crash in step 4 with a checkpoint of step 2: the repeated step 3 is in the curve once."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD)
     dies_after(3, monkeypatch)
     with pytest.raises(ZeroDivisionError):
@@ -307,7 +310,7 @@ def test_pictures_are_of_different_photographs(table: ReferenceTable) -> None:
     assert panel_queries([]) == []
 
 
-# ---- Weights & Biases ----------------------------------------------------------------------------------------------------
+# ---- Weights & Biases --------------------------------------------------------------------------
 
 
 class FakeRun:
@@ -425,7 +428,7 @@ def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch
     assert not [line for line in lines if "without" in line]
 
 
-# ---- what goes wrong -----------------------------------------------------------------------------------------------------
+# ---- what goes wrong ---------------------------------------------------------------------------
 
 
 def fails(*_: object, **__: object) -> Any:
@@ -466,7 +469,7 @@ def test_a_tracker_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[FakeWandB, pytest.MonkeyPatch], None],
 ) -> None:
-    """A network failure at the start, between or at the end: reported once, and all else continues."""
+    """A network failure at the start, in between or at the end is reported once; the run continues."""
     spoil(wandb, monkeypatch)
     said = goes_on(table, tmp_path / "run", unwatched)
     assert said == ["training continues without wandb: no way to the server"]
@@ -532,7 +535,7 @@ def test_a_package_that_is_missing_is_said_before_training(
         check_trackers([name])
 
 
-# ---- nothing without being asked -----------------------------------------------------------------------------------------
+# ---- nothing without being asked ---------------------------------------------------------------
 
 
 def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_the_learning_rate_by_hand() -> None:
     assert 0 < rates[-1] < 0.05
 
 
-# ---- what a run starts from ----------------------------------------------------------------------------------------------
+# ---- what a run starts from --------------------------------------------------------------------
 
 
 def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Pa
     assert not (tmp_path / "new").exists()
 
 
-# ---- what a checkpoint is ------------------------------------------------------------------------------------------------
+# ---- what a checkpoint is ----------------------------------------------------------------------
 
 
 def test_a_checkpoint_holds_what_was_trained_and_no_code(trained_run: Path) -> None:
@@ -489,7 +489,7 @@ def test_a_tower_that_is_not_here(tmp_path: Path) -> None:
         build_model(quick_config(1, ("model.vision.name", '"dinov5"')))
 
 
-# ---- signals, in a process of its own ------------------------------------------------------------------------------------
+# ---- signals, in a process of its own ----------------------------------------------------------
 
 
 def start_training(data: Path, out: Path, steps: int, workers: int) -> subprocess.Popen[str]:

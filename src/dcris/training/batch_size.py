@@ -78,12 +78,12 @@ def largest_micro_batch(
     device: torch.device,
     processes: int = 1,
 ) -> int:
-    """Return the largest number of samples whose forward and backward pass fits: a power of two, or
-    the whole `share`.
+    """Return the largest micro batch that fits: a power of two, or the whole `share`.
 
-    On CUDA, passes are tried until memory runs out. On a CPU that could kill the process, so there
-    the growth from one pass to the next predicts whether the one after it fits. Weights, batch norm
-    statistics and the random state are not changed.
+    It is the number of samples in a forward and backward pass. On CUDA, passes are tried until
+    memory runs out. On a CPU that could kill the process, so there the growth from one pass to the
+    next predicts whether the one after it fits. Weights, batch norm statistics and the random state
+    are not changed.
 
     Args:
         model: moved to `device`.

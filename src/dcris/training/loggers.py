@@ -129,8 +129,8 @@ class Monitor:
             self._log(line)
 
     def wants_iou(self, done: int) -> bool:
-        """Return whether the IoU of a step will be logged or shown; computing it makes the CPU wait
-        for the GPU."""
+        """Return whether the IoU of a step will be used; computing it makes the CPU wait for the
+        GPU."""
         return self.enabled and (self._is_logged(done) or self.progress.due(done))
 
     def step(self, done: int, losses: Mapping[str, float], iou: float | None, lr: float, images: int) -> None:
@@ -237,8 +237,8 @@ class _Speed:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return {"peak_memory_mb": ...}, in 10^6 bytes, of the GPU or else of this process; {} where
-    it is unknown."""
+    """Return {"peak_memory_mb": ...} (10^6 bytes) of the GPU, or else of the process; {} if
+    unknown."""
     try:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_memory("VmHWM")
     except ImportError:  # on Windows
@@ -290,8 +290,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; lines that are not objects of numbers are left out (the last one
-    may be incomplete)."""
+    """Return the lines of a log that are objects of numbers; the last line may be incomplete."""
 
     def is_valid(line: Any) -> bool:
         return (
@@ -335,8 +334,8 @@ class Progress:
         self.bar.close()
 
     def due(self, done: int) -> bool:
-        """Return whether this step updates the numbers: on a terminal about once a second,
-        elsewhere with each line."""
+        """Return whether this step updates the numbers: about once a second on a terminal, else
+        each line."""
         if self.terminal:
             return time.monotonic() - self.refreshed >= _REFRESH
         return done % self.every == 0 or done == self.total
@@ -409,8 +408,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def panel_queries(queries: Queries) -> Queries:
-    """Return up to PANELS queries for the panels, of different images and spread evenly over the
-    split."""
+    """Return up to PANELS queries, of different images and spread evenly over the split."""
     by_image = list({query[0].image_path: query for query in reversed(queries)}.values())[::-1]
     count = min(PANELS, len(by_image))
     return [by_image[number * len(by_image) // count] for number in range(count)]
@@ -437,8 +435,8 @@ class TensorBoard:
     """Writes RUN/tensorboard: one file of events for each start of the run.
 
     Records are written at once. torch's SummaryWriter writes in a thread, where a full disk prints
-    a traceback that the run cannot prevent. It also stores panels only as PNG, 1.7 times as large as
-    JPEG for photographs.
+    a traceback that the run cannot prevent. It also stores panels only as PNG, 1.7 times as large
+    as JPEG for photographs.
     """
 
     def __init__(self, out: Path, config: RunConfig, first: int) -> None:

@@ -86,8 +86,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Returns the normalised tensor, and over all ranks the mean [C], the biased variance [C] and
-    the number of values."""
+    """Returns the normalised tensor; over all ranks: mean [C], biased variance [C], number of
+    values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,8 +134,7 @@ def _in_float32(x: Tensor) -> Tensor:
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Replace every batch norm of a model by a synchronised one with the same parameters, buffers
-    and names."""
+    """Replace the batch norms of a model; parameters, buffers and names stay the same."""
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):

@@ -45,8 +45,8 @@ class StopRequest:
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Context for a wait that a request breaks off: one that arrives in it, or came before,
-        raises StopWaiting."""
+        """Context for a wait that a request breaks off: StopWaiting is raised, also for an earlier
+        one."""
         self._waiting = True
         try:
             if self.signal is not None:
@@ -84,8 +84,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Context in which Ctrl-C and SIGTERM are noted in the StopRequest it gives, for the training
-    loop to act on."""
+    """Context in which Ctrl-C and SIGTERM set the StopRequest it gives, which the loop checks."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

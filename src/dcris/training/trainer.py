@@ -66,8 +66,7 @@ from dcris.utils.files import lock_folder, make_directory, read_json, write_json
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Distance between the seeds of neighbouring places in a batch, large enough not to meet those of
-other steps and runs."""
+"""Distance between the seeds of neighbouring places in a batch, far beyond other steps and runs."""
 
 _CONFIG = "config.json"
 _DATA = "data.json"
@@ -87,8 +86,7 @@ class TrainResult:
 
 
 def build_model(config: RunConfig) -> ReferringSegmenter:
-    """Return a new model: trainable weights initialised from the seed, towers filled with the
-    weights they name.
+    """Return a new model with trainable weights from the seed and the towers' pretrained weights.
 
     Raises:
         DcrisError: tower weights are missing or unreadable.
@@ -100,8 +98,12 @@ def build_model(config: RunConfig) -> ReferringSegmenter:
 
 
 def total_steps(settings: TrainConfig, references: int) -> int:
-    """Return the optimiser steps of a whole run on `references` training references: `max_steps`,
-    or else from `epochs`."""
+    """Return the steps of a whole run: `max_steps` if set, or else those of `epochs`.
+
+    Args:
+        settings: of the run.
+        references: number of training references.
+    """
     return settings.max_steps or settings.epochs * steps_per_epoch(references, min(settings.batch_size, references))
 
 
@@ -129,12 +131,11 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
 
 
 class Trainer:
-    """Trains the adapters and the head of a model, and writes checkpoints, a log and the
-    configuration to `out`.
+    """Trains the adapters and the head of a model; writes checkpoints and a log to `out`.
 
-    Several processes can train together: each takes a part of every batch, gradients are those of
-    the whole batch's mean, and batch norm uses the statistics of the whole batch. Only rank 0 reads
-    and writes `out`.
+    The loop is in `_train`; what it calls is below it, in that order. Several processes can train
+    together: each takes a part of every batch, gradients are those of the whole batch's mean, and
+    batch norm uses the statistics of the whole batch. Only rank 0 reads and writes `out`.
 
     Args:
         model: with its towers filled; moved to `device`.
@@ -290,7 +291,7 @@ class Trainer:
             terms.append({"loss": loss.detach()} | {name: term.detach() * share for name, term in losses.items()})
             if compute_iou:
                 ious.append(batch_iou(logits.detach(), masks) * share)
-            del logits, losses, loss  # free this pass's graph before the next one
+            del logits, auxiliary, losses, loss  # free this pass's graph before the next one
         names = [name for name in terms[0] if name != "text_to_pixel"]
         *values, iou = self.group.sum(*(sum(term[name].item() for term in terms) for name in names), sum(ious))
         return dict(zip(names, values, strict=True)), iou if want_iou else None

@@ -51,8 +51,8 @@ def require_number(value: Any, low: float, what: str) -> float:
 
 
 def require_names(names: Iterable[str], registry: Mapping[str, Any], setting: str) -> None:
-    """Raise DcrisError for the first of `names` that is no key of `registry`; `setting` is the key
-    that holds the names."""
+    """Raise DcrisError for a name that is no key of `registry`; `setting` is the key with the
+    names."""
     for name in names:
         if name not in registry:
             raise DcrisError(f"{setting}: unknown name {name!r}; use one of {', '.join(registry)}")

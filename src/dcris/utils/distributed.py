@@ -241,8 +241,7 @@ def _is_first_to_fail(store: Store) -> bool:
 
 
 def exit_together(group: Processes) -> None:
-    """Wait for all ranks, ignoring SIGTERM from here on: torchrun sends it to ranks that end later
-    than another."""
+    """Wait for all ranks, and ignore SIGTERM, which torchrun sends to ranks that end later."""
     if group.count > 1:
         _ignore_sigterm()
         group.all_gather(None)

@@ -44,7 +44,8 @@ blur."""
 _ALPHA = 0.45  # of the tint; the object under it stays visible
 _CASING: Colour = (255, 255, 255)  # around the contour, which would not be visible on a background of its own colour
 _BAND = 256  # rows that are painted at once, at least
-# The default of cv2 is made for photographs; images with repeated pixels become four times as large.
+# The default of cv2 is made for photographs; images with repeated pixels become four times as
+# large.
 _PNG_SETTINGS = [cv2.IMWRITE_PNG_COMPRESSION, 3]
 
 
@@ -93,14 +94,15 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
         filled = inside[top - above : bottom + reach].view(np.uint8)
         with_line = _grow(filled, line)
         with_casing = _grow(with_line, casing)
-        rows = slice(above, above + len(band))
-        _paint(band, with_casing[rows], with_line[rows], _CASING)
-        _paint(band, with_line[rows], filled[rows], colour)
+        inner = slice(above, above + len(band))
+        _paint(band, with_casing[inner], with_line[inner], _CASING)
+        _paint(band, with_line[inner], filled[inner], colour)
     return result
 
 
 def overlay_png(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[0]) -> bytes:
-    """Return `overlay` as a PNG file, for one copy of the image less than `png_bytes(overlay(...))`."""
+    """Return `overlay` as a PNG file, for one copy of the image less than
+    `png_bytes(overlay(...))`."""
     shown = overlay(image, mask, colour)
     for top in range(0, len(shown), _BAND):  # in place; `cv2.cvtColor` with dst=src copies the whole
         band = shown[top : top + _BAND]
@@ -109,8 +111,8 @@ def overlay_png(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLO
 
 
 def contour_width(height: int, width: int) -> int:
-    """Return the width in pixels of the contour that `overlay` draws: 1/170 of the image's side, at
-    least 1."""
+    """Return the width of the contour of `overlay` in pixels: 1/170 of the image's side, at least
+    1."""
     return max(1, round(math.sqrt(height * width) / 170))
 
 
@@ -175,7 +177,8 @@ def jpeg_bytes(image: NDArray[np.uint8], quality: int = 88) -> bytes:
 
 
 def _grow(region: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
-    """Grow a region of ones by `pixels` on all sides: an octagon, of a diamond and a square of half the pixels each."""
+    """Grow a region of ones by `pixels` on all sides: an octagon, of a diamond and a square of half
+    the pixels each."""
     square = pixels // 2
     for step in _doubling(pixels - square):
         region = np.asarray(cv2.dilate(region, _spread_cross(step)), np.uint8)
@@ -186,7 +189,8 @@ def _grow(region: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
 
 
 def _doubling(radius: int) -> Iterator[int]:
-    """Yield distances of `_spread_cross` that add up to a diamond of the radius: each at most the sum of those before it."""
+    """Yield distances of `_spread_cross` that add up to a diamond of the radius: each at most the
+    sum of those before it."""
     done = 0
     while done < radius:
         step = min(max(1, done), radius - done)
@@ -207,8 +211,7 @@ def _paint(target: NDArray[np.uint8], outer: NDArray[np.uint8], inner: NDArray[n
 
 
 def _cell_shape(height: int, width: int, size: int) -> tuple[int, int, int]:
-    """Return height and width of an image's cell, and how often pixels are repeated; 0 for
-    averaging."""
+    """Return height and width of a cell, and how often pixels are repeated; 0 for averaging."""
     longer = max(height, width)
     if min(height, width, size) < 1:
         raise ValueError(f"cannot make a cell of {size} pixels from an image of {height} x {width}")

@@ -148,8 +148,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
 
 
 def _refuse_utf16(path: Path, start: bytes) -> None:
-    """Raise OSError if a file starts like UTF-16: with its byte order mark, or with a letter of two
-    bytes."""
+    """Raise OSError if a file starts like UTF-16: with its byte order mark or a two-byte letter."""
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (start[1:2] == b"\0" and start[:1] != b"\0"):
         raise OSError(
             errno.EILSEQ,
@@ -342,8 +341,7 @@ def is_partial(path: Path) -> bool:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the unfinished files and directories of killed writers in a folder, not in its
-    subfolders."""
+    """Delete unfinished files and directories of killed writers in a folder, not in subfolders."""
     for path in folder.glob(f".*{_PARTIAL}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -468,8 +466,7 @@ def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = 
 
 
 def _refuse_dense(brackets: int, length: int) -> None:
-    """Raise ValueError for JSON with very many lists and objects: `[],` takes 3 bytes in a file and
-    64 in memory."""
+    """Raise ValueError for JSON with too many lists and objects: `[],` takes 64 bytes in memory."""
     if brackets > max(_MAX_BRACKETS, length // 8):
         raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are too many")
 

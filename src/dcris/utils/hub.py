@@ -87,8 +87,7 @@ def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") 
 
 
 def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
-    """Raise DcrisError if the Hub does not answer within seconds; huggingface_hub would retry for
-    half a minute."""
+    """Raise DcrisError if the Hub does not answer; huggingface_hub would retry for 30 s."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
