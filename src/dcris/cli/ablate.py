@@ -36,8 +36,12 @@ def add(commands: Any) -> None:
         "--seeds", type=natural, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs (default: 0 1 2)"
     )
     length = ablate.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, help="steps of a run with equal steps (default: the recipe's)")
-    length.add_argument("--epochs", type=positive, help="epochs of a run with equal steps (default: the recipe's)")
+    length.add_argument(
+        "--steps", type=positive, metavar="N", help="steps of a run with equal steps (default: the recipe's)"
+    )
+    length.add_argument(
+        "--epochs", type=positive, metavar="N", help="epochs of a run with equal steps (default: the recipe's)"
+    )
     ablate.add_argument(
         "--budget",
         choices=("steps", "time", "both"),
