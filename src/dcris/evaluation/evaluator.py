@@ -21,7 +21,6 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import Overlap, overlap_curve, summarise
 from dcris.evaluation.protocols import Protocol
-from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.types import Expression, MaskArray, Reference
@@ -150,43 +149,7 @@ def segment_in_passes(
     with autocast(device, dtype):
         state = model.encode_images(image)
     pairs = [(0, expression) for expression in range(len(tokens))]
-    yield from finish_in_passes(model, state, tokens, pairs, device, dtype, EXPRESSIONS_PER_PASS)
-
-
-def finish_in_passes(
-    model: ReferringSegmenter,
-    state: VisionState,
-    tokens: Tensor,
-    pairs: Sequence[tuple[int, int]],
-    device: torch.device,
-    dtype: torch.dtype,
-    at_once: int,
-) -> Iterator[Tensor]:
-    """Segment pairs of encoded images and expressions, `at_once` pairs in a pass.
-
-    Each expression is encoded once.
-
-    Args:
-        model: on `device`, in evaluation mode.
-        state: of I images, from `encode_images`.
-        tokens: [K, L] of K expressions.
-        pairs: (image, expression), both counted from 0.
-        device: where the model runs.
-        dtype: working precision.
-        at_once: pairs in one pass.
-
-    Yields:
-        Logits [b, 1, h, w] of successive pairs.
-    """
-    with autocast(device, dtype):
-        text = model.encode_text(tokens)
-    for start in range(0, len(pairs), at_once):
-        images, expressions = torch.tensor(pairs[start : start + at_once], device=device).unbind(1)
-        # The context ends before the yield: autocast entered in a generator stays active in its
-        # caller, which would then interpolate in bfloat16.
-        with autocast(device, dtype):
-            logits = model.segment(state.select(images), text.select(expressions))
-        yield logits
+    yield from model.segment_pairs(state, tokens, pairs, dtype, EXPRESSIONS_PER_PASS)
 
 
 def predict_on_all_ranks(

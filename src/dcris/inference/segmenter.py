@@ -29,7 +29,6 @@ from dcris.data.images import ImageLike, as_pixels
 from dcris.data.tokenizer import require_phrase, tokenizer_of
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError
-from dcris.evaluation.evaluator import finish_in_passes
 from dcris.evaluation.protocols import Cris
 from dcris.inference.prediction import Prediction, require_threshold
 from dcris.models.encoders.vit import VisionState
@@ -458,7 +457,7 @@ class Segmenter:
         tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
         at_once = self._pairs_per_pass(model, config, memory)
         done = 0
-        for logits in finish_in_passes(model, state, tokens, pairs, self.device, self.dtype, at_once):
+        for logits in model.segment_pairs(state, tokens, pairs, self.dtype, at_once):
             some = pairs[done : done + len(logits)]
             maps = self.protocol.probabilities(logits, [transforms[image] for image, _ in some])
             for (_, phrase), probabilities in zip(some, maps, strict=True):

@@ -3,8 +3,10 @@
 Shape letters: B expressions, I images, H W pixels, h w patch grid, D visual width, L text tokens.
 """
 
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
 from dcris.config import METHODS, TEXT_FAMILIES, VISION_FAMILIES, ModelConfig
@@ -16,6 +18,7 @@ from dcris.models.encoders.vit import VisionState, VisionTower
 from dcris.models.head.decoder import Decoder
 from dcris.models.head.neck import Neck
 from dcris.models.head.projector import Projector
+from dcris.utils.device import autocast
 
 
 class Head(nn.Module):
@@ -142,6 +145,33 @@ class ReferringSegmenter(nn.Module):
     def segment(self, state: VisionState, text: TextFeatures | TextState) -> Tensor:
         """Return the logits [B, 1, 4h, 4w] of images and expressions, pair by pair (`VisionState.select`)."""
         return self._segment(state, text)[0]
+
+    def segment_pairs(
+        self, state: VisionState, tokens: Tensor, pairs: Sequence[tuple[int, int]], dtype: torch.dtype, at_once: int
+    ) -> Iterator[Tensor]:
+        """Segment pairs of encoded images and expressions in passes of bounded memory, in evaluation mode.
+
+        Each expression is encoded once.
+
+        Args:
+            state: of I images, from `encode_images`.
+            tokens: [K, L] of K expressions, on the model's device.
+            pairs: (image, expression), both counted from 0.
+            dtype: working precision.
+            at_once: pairs in one pass.
+
+        Yields:
+            Logits [b, 1, 4h, 4w] of successive pairs.
+        """
+        with autocast(tokens.device, dtype):
+            text = self.encode_text(tokens)
+        for start in range(0, len(pairs), at_once):
+            images, expressions = torch.tensor(pairs[start : start + at_once], device=tokens.device).unbind(1)
+            # The context ends before the yield: autocast entered in a generator stays active in its
+            # caller, which would then interpolate in bfloat16.
+            with autocast(tokens.device, dtype):
+                logits = self.segment(state.select(images), text.select(expressions))
+            yield logits
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Segment pairs of images and expressions.
