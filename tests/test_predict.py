@@ -190,7 +190,7 @@ def test_skipped_files_are_counted_by_ending(tmp_path: Path, monkeypatch: pytest
     lines: list[str] = []
     assert len(find_tasks([tmp_path], ["cup"], on_skipped=lines.append)) == 3
     assert lines == [
-        f"skipped in {tmp_path}: 2 .heic (to read HEIC and HEIF pictures, pip install pillow-heif); "
+        f"skipped in {tmp_path}: 2 .heic (to read HEIC and HEIF images, run: pip install pillow-heif); "
         "1 .psd, 1 without ending (not a readable image or video); "
         "1 .mp4, 1 .wmv (give videos by name or by a pattern)"
     ]
@@ -223,7 +223,7 @@ def test_images_of_every_readable_ending_are_predicted(
     assert "1 .txt (not a readable image" in told.out
     if ".heic" not in image_endings():
         assert code == 0
-        assert "1 .heic (to read HEIC and HEIF pictures, pip install pillow-heif)" in told.out
+        assert "1 .heic (to read HEIC and HEIF images, run: pip install pillow-heif)" in told.out
 
 
 PAIRS = {
