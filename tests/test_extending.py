@@ -1,4 +1,6 @@
-"""A new method, vision tower and text tower: each one file and one registry entry, as docs/extending_models.md shows."""
+"""A new method, vision tower and text tower: each one file and one registry entry, as
+docs/extending_models.md shows.
+"""
 
 import importlib.util
 import re
@@ -70,7 +72,7 @@ def gain_config(page: dict[str, ModuleType]) -> RunConfig:
     return with_method(get_recipe("dcris_tiny"), "gain_tiny", page["gain"].GainConfig())
 
 
-# ---- a method --------------------------------------------------------------------------------------------------------
+# ---- a method ----
 
 
 def test_a_method_trains_its_slots_and_the_weights_it_names(page: dict[str, ModuleType], gain_run: Path) -> None:
@@ -82,7 +84,9 @@ def test_a_method_trains_its_slots_and_the_weights_it_names(page: dict[str, Modu
 
 
 def test_a_method_can_use_a_tower_that_others_use(gain_run: Path, trained_run: Path) -> None:
-    """It has its own copy of the weights that it trained and shares the others; another model cannot share the former."""
+    """It has its own copy of the weights that it trained and shares the others; another model
+    cannot share the former.
+    """
     base, _ = load_checkpoint(trained_run)
     own, _ = load_checkpoint(gain_run)
     shared, _ = load_adapters(gain_run, base, identify_towers(base))
@@ -124,7 +128,7 @@ def test_a_methods_settings_survive_the_configuration_file(page: dict[str, Modul
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
-# ---- towers ----------------------------------------------------------------------------------------------------------
+# ---- towers ----
 
 PLAIN_VIT = {
     "name": "random",
@@ -154,7 +158,9 @@ PLAIN_TEXT = {
 def test_towers_train_save_and_load(
     page: dict[str, ModuleType], recipe: str, scenes_root: Path, tmp_path: Path
 ) -> None:
-    """Neither the adapters, nor a bridge, nor the head, nor checkpoints depend on a class token or on CLIP's text."""
+    """Neither the adapters, nor a bridge, nor the head, nor checkpoints depend on a class token or
+    on CLIP's text.
+    """
     config = replace(get_recipe(recipe), {"model.vision": PLAIN_VIT, "model.text": PLAIN_TEXT})
     config = quick(config)
     trained = build_model(config)
@@ -189,7 +195,9 @@ def test_a_vision_tower_is_a_plain_transformer(page: dict[str, ModuleType]) -> N
 
 
 def test_a_vision_tower_is_filled_from_a_published_file(page: dict[str, ModuleType], tmp_path: Path) -> None:
-    """The key mapping of the entry is used, and unused tensors of the file may only be those that it names."""
+    """The key mapping of the entry is used, and unused tensors of the file may only be those that
+    it names.
+    """
     config = replace(get_recipe("fixed_tiny"), {"model.vision": PLAIN_VIT}).model
     source, target = (ReferringSegmenter(config).vision for _ in range(2))
     randomise(source)

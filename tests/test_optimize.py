@@ -191,8 +191,8 @@ def test_gradients_go_through_packed_layers() -> None:
         loss = same(*inputs())[0].float().square().mean()
     loss.backward()
     # The first adapter is in the second block, behind its MLP.
-    turned = [block.mlp.fc1.turned is not None for block in same.vision.blocks]
-    assert turned == [index > 1 for index in range(len(turned))]
+    transposed = [block.mlp.fc1.transposed is not None for block in same.vision.blocks]
+    assert transposed == [index > 1 for index in range(len(transposed))]
     ready = prepare_for_prediction(same, torch.bfloat16)  # validation between the steps
     again = prepare_for_prediction(ready, torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,7 @@
 """The typed, frozen configuration of a run. `config.json` of a run holds all of it.
 
-Unknown keys, wrong types and values out of range are errors that name the key. The defaults are those of
-the paper's DCRIS-B on RefCOCO, except that `model.method` has none.
+Unknown keys, wrong types and values out of range are errors that name the key. The defaults are
+those of the paper's DCRIS-B on RefCOCO, except that `model.method` has none.
 """
 
 import json
@@ -17,8 +17,8 @@ from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
 
-# The bounds are far beyond sensible values. They keep an untrusted file from causing any amount of work,
-# and float32 from overflowing.
+# The bounds are far beyond sensible values. They keep an untrusted file from causing any amount of
+# work, and float32 from overflowing.
 Count = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Width = Annotated[int, Field(gt=0, le=16_384, strict=True)]
 Blocks = Annotated[int, Field(gt=0, le=256, strict=True)]
@@ -46,7 +46,8 @@ dcris.models.encoders."""
 class Section(BaseModel):
     """A frozen part of the configuration that refuses unknown keys."""
 
-    # Not strict as a whole, which would refuse 1 for 1.0 and a list for a tuple. Counts are strict: True is not a number of epochs.
+    # Not strict as a whole, which would refuse 1 for 1.0 and a list for a tuple. Counts are strict:
+    # True is not a number of epochs.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
@@ -54,14 +55,15 @@ class VisionConfig(Section):
     """The shape of a vision tower."""
 
     name: str = "dinov2-base"
-    """Which weights fill it: a published tower's name (VISION_TOWERS of dcris.models.encoders), the path
-    of a file, or "random"."""
+    """Which weights fill it: a published tower's name (VISION_TOWERS of dcris.models.encoders), the
+    path of a file, or "random"."""
     revision: Revision = "main"
-    """Revision of the Hub repository: a branch, a tag or a commit. Checkpoints record its commit."""
+    """Revision of the Hub repository: a branch, a tag or a commit. Checkpoints record its commit.
+    """
     family: str = "dinov2"
-    """The architecture, a key of VISION_FAMILIES: dinov2 adds a position table to the patches; dinov3
-    rotates queries and keys instead; clip has a table, no registers, and a projection behind its last
-    norm."""
+    """The architecture, a key of VISION_FAMILIES: dinov2 adds a position table to the patches;
+    dinov3 rotates queries and keys instead; clip has a table, no registers, and a projection behind
+    its last norm."""
     width: Width = 768
     depth: Blocks = 12
     heads: Width = 12
@@ -70,12 +72,14 @@ class VisionConfig(Section):
     grid: Annotated[int, Field(gt=0, le=1024, strict=True)] = 37
     """Side of the position table; ignored by dinov3, which has none."""
     published_grid: Annotated[int, Field(gt=0, le=1024, strict=True)] | None = None
-    """Side of the position table in the published file (clip), if it differs from `grid`: the table is
-    then resized once, when it is loaded."""
+    """Side of the position table in the published file (clip), if it differs from `grid`: the table
+    is then resized once, when it is loaded."""
     position_rule: PositionRule = "offset"
-    """How positions are resized to another grid; see dcris.models.encoders.vit.interpolate_positions."""
+    """How positions are resized to another grid; see
+    dcris.models.encoders.vit.interpolate_positions."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """The MLP of DINOv2's blocks: "swiglu" for the giant model only; see dcris.models.encoders.blocks."""
+    """The MLP of DINOv2's blocks: "swiglu" for the giant model only; see
+    dcris.models.encoders.blocks."""
     projected_width: Width | None = None
     """Width of CLIP's projection of the final tokens; None for towers without a projection."""
 
@@ -89,10 +93,11 @@ class TextConfig(Section):
     """The shape of a text tower."""
 
     name: str = "clip-vit-base-patch16"
-    """Which weights fill it: a published tower's name (TEXT_TOWERS of dcris.models.encoders), the path of
-    a file, or "random"."""
+    """Which weights fill it: a published tower's name (TEXT_TOWERS of dcris.models.encoders), the
+    path of a file, or "random"."""
     revision: Revision = "main"
-    """Revision of the Hub repository: a branch, a tag or a commit. Checkpoints record its commit."""
+    """Revision of the Hub repository: a branch, a tag or a commit. Checkpoints record its commit.
+    """
     family: str = "clip"
     """The architecture, a key of TEXT_FAMILIES."""
     tokenizer: Literal["clip", "tiny"] = "clip"
@@ -115,20 +120,20 @@ class MethodConfig(Section):
     name: str
     """Fixed by the subclass, as in `name: Literal["lora"] = "lora"`."""
     order: ClassVar[Literal["text first", "interleaved"]] = "text first"
-    """Whether the text tower runs to its end before the first visual block, or both run in alternation,
-    joined by a bridge."""
+    """Whether the text tower runs to its end before the first visual block, or both run in
+    alternation, joined by a bridge."""
     foldable: ClassVar[bool] = False
-    """Whether the trained method can be folded into the towers' own weights, so that nothing remains of
-    it in the network. Its slots then implement `fold`."""
+    """Whether the trained method can be folded into the towers' own weights, so that nothing
+    remains of it in the network. Its slots then implement `fold`."""
 
     def check(self, model: "ModelConfig") -> None:
-        """Raise ValueError, with a one-sentence message, where the method does not fit the towers."""
+        """Raise ValueError, in one sentence, where the method does not fit the towers."""
 
     def attach(self, vision: Any, text: Any) -> None:
-        """Put the method's modules into the slots of the VisionTower and the TextTower, if it has any."""
+        """Put the method's modules, if any, into the slots of the VisionTower and the TextTower."""
 
     def bridge(self, model: "ModelConfig") -> Any:
-        """Return the dcris.models.adapters.bridge.Bridge of an interleaved method; None for others."""
+        """Return the Bridge (dcris.models.adapters.bridge) of an interleaved method; else None."""
         return None
 
     def trains(self, name: str) -> bool:
@@ -154,10 +159,11 @@ class HeadConfig(Section):
     feedforward: Width = 512
     dropout: Probability = 0.1
     neck_residual: bool = True
-    """Whether the neck has a residual connection around its coordinate convolutions. ETRIS has none."""
+    """Whether the neck has a residual connection around its coordinate convolutions. ETRIS has
+    none."""
     bias: Factor | None = None
-    """Initial value of the last bias; None keeps PyTorch's. A negative value starts the masks as mostly
-    background."""
+    """Initial value of the last bias; None keeps PyTorch's. A negative value starts the masks as
+    mostly background."""
 
 
 class ModelConfig(Section):
@@ -211,7 +217,7 @@ def _choices(registry: Mapping[str, Any]) -> str:
 
 
 def check_layers(key: str, layers: Iterable[int], depth: int) -> None:
-    """Raise ValueError, naming `key`, where block numbers are repeated or not below the tower's depth."""
+    """Raise ValueError, naming `key`, where block numbers are repeated or not below `depth`."""
     layers = list(layers)
     if len(set(layers)) < len(layers) or any(not 0 <= layer < depth for layer in layers):
         raise ValueError(f"{key} {layers} must be different block numbers, from 0 to {depth - 1}")
@@ -237,36 +243,41 @@ class DataConfig(Section):
     trained with ImageNet's."""
     std: tuple[Deviation, Deviation, Deviation] = CLIP_STD
     augmentations: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
-    """Augmentations of the training samples: name -> probability, applied in this order. The names are
-    those of dcris.data.augmentations.AUGMENTATIONS."""
+    """Augmentations of the training samples: name -> probability, applied in this order. The names
+    are those of dcris.data.augmentations.AUGMENTATIONS."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
-    """Threshold for mask images with more than two values: pixels above it belong to the object. Below 1
-    it is a fraction of the full scale. None: such images are an error."""
+    """Threshold for mask images with more than two values: pixels above it belong to the object.
+    Below 1 it is a fraction of the full scale. None: such images are an error."""
     workers: Annotated[int, Field(ge=0, le=64)] = 2
     """Processes that load training samples."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """An unreadable image or mask during training: stop aborts; skip logs it and uses another sample (see
-    dcris.data.dataset.TrainingSamples). Evaluation always aborts."""
+    """An unreadable image or mask during training: stop aborts; skip logs it and uses another
+    sample (see dcris.data.dataset.TrainingSamples). Evaluation always aborts."""
 
 
 class TrainConfig(Section):
     """Optimisation and bookkeeping (sections 3.5 and 4.2)."""
 
     start: Annotated[str, Field(min_length=1)] | None = None
-    """Run, checkpoint directory or bundle whose adapters and head initialise the run; None: new ones."""
+    """Run, checkpoint directory or bundle whose adapters and head initialise the run; None: new
+    ones."""
     epochs: Count = 50
     """Length of the run, unless `max_steps` is given."""
     batch_size: Count = 32
     """Samples per step, over all ranks and passes."""
     micro_batch: Count | None = None
-    """Maximum samples per rank and pass through the network; None: the rank's whole share of the batch."""
+    """Maximum samples per rank and pass through the network; None: the rank's whole share of the
+    batch."""
     checkpoint_activations: bool = False
-    """Recompute vision blocks and decoder layers in the backward pass instead of storing activations."""
+    """Recompute vision blocks and decoder layers in the backward pass instead of storing
+    activations."""
     shard_towers: bool = False
-    """Shard the frozen towers' weights over the ranks (FSDP2), for towers that do not fit on one device."""
+    """Shard the frozen towers' weights over the ranks (FSDP2), for towers that do not fit on one
+    device."""
     lr: Positive = 1e-4
     tower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate of the towers' own weights, where a method trains them, as a fraction of `lr`."""
+    """Learning rate of the towers' own weights, where a method trains them, as a fraction of `lr`.
+    """
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0, lt=2**31)], ...] = (35,)
     """Epochs at which the step schedule multiplies the learning rate by `gamma`."""
@@ -291,10 +302,11 @@ class TrainConfig(Section):
     best_by: Literal["miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"] = "miou"
     """The validation score that determines the best checkpoint."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where curves and example predictions are shown, besides the log; see dcris.training.loggers."""
+    """Where curves and example predictions are shown, besides the log; see dcris.training.loggers.
+    """
     max_steps: Count | None = None
-    """Length of the run in steps, over as many epochs as needed, instead of `epochs`. Milestones still
-    count epochs, so a run that ends before the first keeps its learning rate."""
+    """Length of the run in steps, over as many epochs as needed, instead of `epochs`. Milestones
+    still count epochs, so a run that ends before the first keeps its learning rate."""
 
 
 class RunConfig(Section):
@@ -384,7 +396,8 @@ _MAY_CHANGE = {"recipe", "data.workers", "data.on_bad_image", "data.val_split", 
 # A run may be resumed on a machine with less memory, or on more ranks.
 _MAY_CHANGE |= {"train.micro_batch", "train.checkpoint_activations", "train.shard_towers"}
 _MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last", "train.trackers"}
-# Naming the commit allows resuming after the branch has moved. The towers' hashes are compared in any case.
+# Naming the commit allows resuming after the branch has moved. The towers' hashes are compared in
+# any case.
 _MAY_CHANGE |= {"model.vision.revision", "model.text.revision"}
 
 

@@ -1,9 +1,9 @@
 """The paper's runs as full configurations. For an ablation, change one with dcris.config.replace.
 
-Each recipe states what it reproduces, the hardware that the authors used, and the published scores. "Here:
-unmeasured" means that nobody has measured it with this code. Three scores are val, testA and testB; the
-methods of table 2 were run on RefCOCO, as DCRIS-B was. The command of each is
-`dcris train RECIPE --data ROOT --out DIR`.
+Each recipe states what it reproduces, the hardware that the authors used, and the published scores.
+"Here: unmeasured" means that nobody has measured it with this code. Three scores are val, testA and
+testB; the methods of table 2 were run on RefCOCO, as DCRIS-B was. The command of each is `dcris
+train RECIPE --data ROOT --out DIR`.
 """
 
 from dataclasses import dataclass
@@ -183,9 +183,9 @@ _add(
     "unmeasured. As theirs, it trains on images of the test splits too; `--dataset mixed` excludes them.",
 )
 
-# DCRIS on the towers that ship with the package. They have twelve blocks as in DCRIS-B, so the paper's layer
-# lists apply. The run is short: hence adapters that start as the identity, a short memory of the optimiser, and
-# clipped gradients.
+# DCRIS on the towers that ship with the package. They have twelve blocks as in DCRIS-B, so the
+# paper's layer lists apply. The run is short: hence adapters that start as the identity, a short
+# memory of the optimiser, and clipped gradients.
 _TINY = _add(
     RunConfig(
         recipe="dcris_tiny",
@@ -216,8 +216,8 @@ _TINY = _add(
     "never trained on photographs.",
 )
 
-# Other methods. The settings of the tiny ones give a method as great a share of DCRIS's weights as in the paper's
-# table. A method needs no tiny recipe.
+# Other methods. The settings of the tiny ones give a method as great a share of DCRIS's weights as
+# in the paper's table. A method needs no tiny recipe.
 _ON_DCRIS_B: dict[str, tuple[MethodConfig | None, str]] = {
     "fixed": (
         None,

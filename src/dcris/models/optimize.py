@@ -1,8 +1,9 @@
-"""The network as prediction wants it: what is constant is worked out once, not at every use.
+"""Prepare a model for prediction, and frozen towers for training: constants are computed once, not
+at every use.
 
-Both functions leave the numbers alone, up to rounding: folding batch norm moves logits by some 1e-6 of their size in float32,
-holding weights in the working precision is what autocast does with them at every use, and how they lie in memory is nobody's
-business but the processor's.
+Results stay the same up to rounding. Folding batch norm changes logits by about 1e-6 of their size
+in float32; storing weights in the working precision is what autocast does at every use; and their
+memory layout affects only the speed.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,37 +24,37 @@ from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
 
 Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
-"""Frozen weights and what they are in the working precision, by where they lie in memory and their shape.
+"""Frozen weights and their copies in the working precision, by data pointer and shape.
 
-The originals are kept too, so that nothing else can come to lie in their place.
+The originals are stored too, so that their memory is not reused while the entry exists.
 """
 
-
-_REMEMBERED_SIZES = 4
-"""Sizes of photographs for which positions are remembered; most models see one."""
+_CACHED_SIZES = 4
+"""Number of image sizes whose interpolated positions are cached; most models see one."""
 
 _GRID = 32, 32
-"""Of patches, where nothing else is known: an image of 448 pixels in patches of 14."""
+"""Size of the maps that packed convolutions are optimised for: 448 pixels in patches of 14."""
 
 
 def prepare_for_prediction(
     model: ReferringSegmenter, dtype: torch.dtype = torch.float32, held: Held | None = None
 ) -> ReferringSegmenter:
-    """A copy for prediction alone, with batch norms in their convolutions and the weights of products held in `dtype`.
+    """Return a copy for prediction, with batch norms folded into convolutions and weights stored in
+    `dtype`.
 
-    Whatever is not changed is shared with `model`, which stays as it is: its state dict is what is saved and fingerprinted.
-    A later change to its weights does not reach the copy.
+    Unchanged tensors are shared with `model`, which is not changed: save and fingerprint that one.
+    Later changes of its weights do not affect the copy.
 
-    A model whose towers are sharded over processes comes back as it is.
+    A model whose towers are sharded over ranks is returned as it is.
 
     Args:
-        model: in evaluation mode or not; the copy always is.
-        dtype: what products are worked in (under autocast, as everywhere).
-        held: pass the same dictionary for several models on the same towers, and these are held once.
+        model: in any mode; the copy is in evaluation mode.
+        dtype: the precision of matrix products (under autocast).
+        held: pass the same dictionary for several models on the same towers to store these once.
     """
     tensors = (*model.parameters(), *model.buffers())
     if _sharded(tensors):
-        return model  # its towers (dcris.utils.distributed) belong to FSDP, and cannot be copied
+        return model  # FSDP's sharded towers (dcris.training.parallel) cannot be copied
     copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     copy.eval()
     for module in list(copy.modules()):
@@ -64,35 +65,39 @@ def prepare_for_prediction(
                 module[1] = nn.Identity()
         if isinstance(module, FinerConvNormReLU) and isinstance(module[0], nn.Conv2d):
             module[0] = FinerConv(module[0])
-    # Positions are the same for all photographs of one size. The model's method, since the copy's own would keep it alive.
-    copy.vision.positions_on = lru_cache(_REMEMBERED_SIZES)(model.vision.positions_on)  # type: ignore[method-assign]
+    # Positions depend on the image size only. The cache wraps the model's method: with the copy's
+    # own, the copy would refer to itself and stay in memory.
+    copy.vision.positions_on = lru_cache(_CACHED_SIZES)(model.vision.positions_on)  # type: ignore[method-assign]
     if dtype != torch.float32:
         held = {} if held is None else held
         if _packs(model, dtype):
             for module in list(copy.modules()):
                 _pack(module, held, for_training=False)
         for module in copy.modules():
-            _hold(module, dtype, held)
-    return copy  # its weights keep saying whether they train: most are the model's own
+            _cast(module, dtype, held)
+    return copy  # requires_grad stays as it is, since most weights are the model's own
 
 
 def _sharded(tensors: Iterable[Tensor]) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
-        return False  # importing what follows takes a second, and most predictions are one process's
+        return False  # skips the import below, which takes a second
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def hold_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:
-    """Hold the weights of the frozen towers' products in `dtype`, in place, for training in that precision.
+    """Store the weights of the frozen towers' products in `dtype`, in place, for training in that
+    precision.
 
-    Else autocast makes a copy of each at every step, and keeps all of them for the backward pass. Checkpoints name the towers
-    by what was loaded, so identify them (dcris.checkpoints.checkpoint.identify_towers) before this.
+    Otherwise autocast copies each weight at every step and keeps all copies for the backward pass.
+    Checkpoints identify the towers by the loaded weights, so call
+    dcris.checkpoints.checkpoint.identify_towers before this.
 
-    In bfloat16 on a CPU the vision tower's weights are packed, which cannot be copied or fingerprinted:
-    `prepare_for_prediction` and `trained_state` work, while deepcopy and `ReferringSegmenter.merged` are for a model read from a
-    checkpoint. The text tower's products are so small that packing them for both directions is not worth its memory.
+    In bfloat16 on a CPU the vision tower's weights are packed, and packed weights cannot be copied
+    or fingerprinted: `prepare_for_prediction` and `trained_state` work; for deepcopy and
+    `ReferringSegmenter.merged` load the model from a checkpoint. The text tower's products are too
+    small for packing to be worth its memory.
     """
     if dtype == torch.float32:
         return
@@ -103,7 +108,7 @@ def hold_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:
         inside = {module for adapter in adapters(tower) for module in adapter.modules()}
         for module in tower.modules():
             if module not in inside and not _trains(module):
-                _hold(module, dtype, {})
+                _cast(module, dtype, {})
 
 
 def _trains(module: nn.Module) -> bool:
@@ -111,7 +116,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _packs(model: ReferringSegmenter, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's products of packed weights are there for it."""
+    """Return whether oneDNN can multiply packed weights on the model's device."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     return (
         dtype == torch.bfloat16
@@ -122,14 +127,15 @@ def _packs(model: ReferringSegmenter, dtype: torch.dtype) -> bool:
 
 
 def _pack(module: nn.Module, held: Held, *, for_training: bool) -> None:
-    """The module's large products with weights of its own, nine tenths of all in a tower; for training those that are frozen.
+    """Pack the weights of the module's large products; for training only the frozen ones.
 
-    For prediction GELU goes into the product before it. A gradient would need what the product made without.
+    These are nine tenths of the products in a tower. For prediction, GELU is fused into the product
+    before it; a gradient would need the product's output without GELU.
     """
     for part in _parts(module):
         for name, layer in list(part.named_children()):
             if type(layer) is nn.Linear and not (for_training and _trains(layer)):
-                _hold(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
+                _cast(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
                 setattr(part, name, _Packed(layer.weight, layer.bias))
         if not for_training and isinstance(part, MLP) and isinstance(part.activation, nn.GELU):
             first: nn.Module = part.fc1
@@ -140,7 +146,7 @@ def _pack(module: nn.Module, held: Held, *, for_training: bool) -> None:
 
 
 def _parts(module: nn.Module) -> tuple[nn.Module, ...]:
-    """Whose linear layers are worth it."""
+    """Return the parts of a module whose linear layers are large enough to be packed."""
     if isinstance(module, Block):
         return module.attention, module.mlp
     if isinstance(module, DecoderLayer):
@@ -149,24 +155,25 @@ def _parts(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 class _Packed(nn.Module):
-    """A frozen linear layer whose weight lies in memory as oneDNN multiplies it, and an activation in the same pass.
+    """A frozen linear layer with its weight in oneDNN's layout, and optionally a fused activation.
 
-    The operation is the one that torch's own compiler puts in a linear layer's place. Gradients go through it to its input,
-    where there is no activation: by a second copy of the weight, turned and laid for that product when there first is one.
+    The operation is the one that torch.compile uses for a linear layer. Without an activation,
+    gradients reach its input: by a second copy of the weight, transposed and packed at the first
+    backward pass.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias, self.activation = weight, bias, "none"
-        self.turned: Tensor | None
-        self.register_buffer("turned", None, persistent=False)
+        self.transposed: Tensor | None
+        self.register_buffer("transposed", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in bfloat16."""
         if not torch.is_grad_enabled():
             return _multiply(x.to(torch.bfloat16), self.weight, self.bias, self.activation)
-        made: Tensor = _Product.apply(x.to(torch.bfloat16), self)  # type: ignore[no-untyped-call]
-        return made
+        output: Tensor = _Product.apply(x.to(torch.bfloat16), self)  # type: ignore[no-untyped-call]
+        return output
 
 
 class _Product(torch.autograd.Function):
@@ -179,20 +186,21 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         layer: _Packed = ctx.layer
         assert layer.activation == "none"
-        if layer.turned is None:
-            layer.turned = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to_dense().t().contiguous())
-        return _multiply(gradients[0], layer.turned), None
+        if layer.transposed is None:
+            layer.transposed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to_dense().t().contiguous())
+        return _multiply(gradients[0], layer.transposed), None
 
 
 class _PackedConvReLU(nn.Module):
-    """The same for a convolution, which has batch norm's part in its bias, and the ReLU behind it. Without gradients."""
+    """A packed convolution with batch norm folded into it and a fused ReLU, without gradients."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.where = conv.padding, conv.stride, conv.dilation, conv.groups
         weight, bias = conv.weight.detach().to(torch.bfloat16), conv.bias
         assert bias is not None
-        # Told of no size, oneDNN lays a 1x1 kernel so that it takes six times as long. Maps of other sizes may come too.
+        # Without a size, oneDNN chooses a layout in which a 1x1 kernel takes six times as long.
+        # Maps of other sizes work too.
         size = [1, conv.in_channels, *_GRID]
         laid = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.where, size)
         self.weight = nn.Parameter(laid, requires_grad=False)
@@ -200,22 +208,26 @@ class _PackedConvReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, O, h, w] in bfloat16."""
-        made: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x.to(torch.bfloat16), self.weight, self.bias, *self.where, "relu", [], ""
         )
-        return made
+        return output
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    algorithm = "none" if activation == "gelu" else ""  # of GELU: not the approximation by tanh
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
-    return made
+    algorithm = "none" if activation == "gelu" else ""  # exact GELU, not the tanh approximation
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return output
 
 
-def _hold(
+def _cast(
     module: nn.Module, dtype: torch.dtype, held: Held, lay: Callable[[Tensor], Tensor] = lambda matrix: matrix
 ) -> None:
-    """Only what autocast would cast: norms, position tables and embeddings stay. `lay` places a matrix in memory."""
+    """Replace the weights that autocast would cast by copies in `dtype`; norms, position tables and
+    embeddings stay.
+
+    `lay` changes the memory layout of a matrix.
+    """
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | MultiHeadAttention):
         return
     for name, weight in list(module.named_parameters(recurse=False)):

@@ -57,11 +57,12 @@ class Head(nn.Module):
 class ReferringSegmenter(nn.Module):
     """Segment the object that an expression refers to.
 
-    The text tower never sees the image; the vision tower sees the text from the first adapter on. In an
-    interleaved method a bridge runs both towers in alternation instead (dcris.models.adapters.bridge).
+    The text tower never sees the image; the vision tower sees the text from the first adapter on.
+    In an interleaved method a bridge runs both towers in alternation instead
+    (dcris.models.adapters.bridge).
 
-    `encode_images`, `encode_text` and `segment` can be called separately, so that an image is encoded once
-    for all its expressions, and an expression once for all images.
+    `encode_images`, `encode_text` and `segment` can be called separately, so that an image is
+    encoded once for all its expressions, and an expression once for all images.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,7 +80,9 @@ class ReferringSegmenter(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "ReferringSegmenter":
-        """Switch adapters and head between training and evaluation; the towers stay in evaluation mode."""
+        """Switch adapters and head between training and evaluation; the towers stay in evaluation
+        mode.
+        """
         self.training = mode
         set_mode(self.vision, mode)
         set_mode(self.text, mode)
@@ -103,8 +106,8 @@ class ReferringSegmenter(nn.Module):
         return {"adapters": trained - head, "head": head, "frozen": total - trained}
 
     def merged(self) -> "ReferringSegmenter":
-        """Return a copy whose method is folded into the towers: same output up to rounding, at the cost of
-        the plain towers.
+        """Return a copy whose method is folded into the towers: same output up to rounding, at the
+        cost of the plain towers.
 
         Its towers are no longer the published ones, so they must be saved with it.
 
@@ -135,7 +138,9 @@ class ReferringSegmenter(nn.Module):
         return features
 
     def encode_images(self, images: Tensor) -> VisionState:
-        """Run the part of the vision tower that does not depend on the text, on [I, 3, H, W] normalised images."""
+        """Run the part of the vision tower that does not depend on the text, on [I, 3, H, W]
+        normalised images.
+        """
         layers = self.config.head.feature_layers
         if self.bridge is not None:
             return self.bridge.encode_image(self.vision, images, layers)
@@ -143,7 +148,9 @@ class ReferringSegmenter(nn.Module):
         return self.vision.precompute_mlp(state)
 
     def segment(self, state: VisionState, text: TextFeatures | TextState) -> Tensor:
-        """Return the logits [B, 1, 4h, 4w] of images and expressions, pair by pair (`VisionState.select`)."""
+        """Return the logits [B, 1, 4h, 4w] of images and expressions, pair by pair
+        (`VisionState.select`).
+        """
         return self._segment(state, text)[0]
 
     def segment_pairs(
@@ -181,8 +188,8 @@ class ReferringSegmenter(nn.Module):
             tokens: [B, L] int64.
 
         Returns:
-            The logits [B, 1, 4h, 4w], with h = H / patch size; and, in training, the method's auxiliary
-            losses by name, to be added to the loss.
+            The logits [B, 1, 4h, 4w], with h = H / patch size; and, in training, the method's
+            auxiliary losses by name, to be added to the loss.
         """
         return self._segment(self.encode_images(images), self.encode_text(tokens))
 

@@ -12,7 +12,7 @@ from dcris.config import RunConfig, load_config
 from dcris.data.dataset import normalise
 from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
-from dcris.models.layers.activation_checkpointing import statistics_kept
+from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import training_losses
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
@@ -120,7 +120,7 @@ def largest_micro_batch(
     moments = [torch.zeros_like(item) for item in parameters for _ in range(2)] if on_cuda else []
     moments_bytes = 2 * sum(item.nbytes for item in parameters)
     try:
-        with statistics_kept(model), torch.random.fork_rng([device] if on_cuda else []):
+        with frozen_statistics(model), torch.random.fork_rng([device] if on_cuda else []):
             best = _try_on_cuda(run, sizes, device) if on_cuda else _try_on_cpu(run, sizes, moments_bytes, processes)
     finally:
         del moments

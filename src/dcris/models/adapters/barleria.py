@@ -1,7 +1,7 @@
-"""BarLeRIa (Wang et al. 2024): flows on the residual streams, words among the patches, and a side network.
+"""BarLeRIa (Wang et al. 2024): flows on residual streams, words among patches, a side network.
 
-Shape letters: B batch, N patches, L text tokens, Q queries, D vision width, T text width, S side width,
-K planar flows.
+Shape letters: B batch, N patches, L text tokens, Q queries, D vision width, T text width, S side
+width, K planar flows.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,28 +23,31 @@ from dcris.models.layers.attention import attend
 
 
 class BarleriaConfig(MethodConfig):
-    """All defaults are the published ones, except the grid, which is that of 448 pixels in patches of 14."""
+    """Defaults as published, except the grid, which is that of 448 pixels in patches of 14."""
 
     name: Literal["barleria"] = "barleria"
     order: ClassVar[Literal["text first", "interleaved"]] = "interleaved"
     flow_length: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
     """Planar flows in a chain, after the affine one; every block has two such chains."""
     text_width: Width = 32
-    """Hidden width of the two projections of the words: into the vision tower, and into the side network."""
+    """Hidden width of the two projections of the words: into the vision tower, and into the side
+    network."""
     side_width: Width = 144
     side_depth: Blocks = 8
     side_heads: Width = 3
     queries: Annotated[int, Field(ge=0, le=1024, strict=True)] = 128
     """Learned tokens of the side network."""
     fused: Layers = (0, 3, 6, 9)
-    """The visual blocks (0-based) whose patches are added to the side network's: the first before its
-    blocks, the second after its first block, and so on."""
+    """The visual blocks (0-based) whose patches are added to the side network's: the first before
+    its blocks, the second after its first block, and so on."""
     grid: Count = 32
     """Side of the side network's position table."""
     reconstruction: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the side network's auxiliary loss, which trains its feedback to invert its blocks."""
+    """Weight of the side network's auxiliary loss, which trains its feedback to invert its blocks.
+    """
     positions: bool = False
-    """Train both towers' position tables too, as the published code does on CLIP's own vision tower."""
+    """Train both towers' position tables too, as the published code does on CLIP's own vision
+    tower."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError where the fused blocks are not the tower's, or widths do not fit."""
@@ -76,9 +79,11 @@ class BarleriaConfig(MethodConfig):
 
 
 class Flow(BranchSlot):
-    """An affine flow and K planar flows on the residual stream; the branch reads the unchanged stream.
+    """An affine flow and K planar flows on the residual stream; the branch reads the unchanged
+    stream.
 
-    A planar flow is z + scale_k tanh(weight_k z + bias_k). Initially the chain is almost the identity.
+    A planar flow is z + scale_k tanh(weight_k z + bias_k). Initially the chain is almost the
+    identity.
     """
 
     def __init__(self, width: int, length: int) -> None:
@@ -119,7 +124,7 @@ class BarleriaState(VisionState):
 
 
 class BarleriaBridge(Bridge):
-    """The word embeddings pass through the vision tower with the patches; f_t guides the side network."""
+    """Word embeddings pass through the vision tower; f_t guides the side network."""
 
     def __init__(self, model: ModelConfig, config: BarleriaConfig) -> None:
         super().__init__()
@@ -133,7 +138,7 @@ class BarleriaBridge(Bridge):
         self.out = nn.Linear(config.side_width, model.head.width)
 
     def encode_image(self, vision: VisionTower, images: Tensor, feature_layers: Collection[int]) -> BarleriaState:
-        """Embed the patches for the tower and for the side network. All blocks depend on the text."""
+        """Embed the patches for the tower and the side network. All blocks depend on the text."""
         state = vision.start(images)
         side_patches = self.side.embed(images, state.grid)
         return BarleriaState(state.tokens, state.grid, state.num_prefix_tokens, side_patches=side_patches)
@@ -150,7 +155,7 @@ class BarleriaBridge(Bridge):
         text_state: TextState,
         feature_layers: Collection[int],
     ) -> Fused:
-        """Insert the words behind class token and registers; run both towers and the side network."""
+        """Insert the words behind the prefix tokens; run both towers and the side network."""
         assert isinstance(state, BarleriaState) and state.side_patches is not None
         words, prefix = self.words_in(text_state.tokens), state.num_prefix_tokens
         tokens = torch.cat((state.tokens[:, :prefix], words, state.tokens[:, prefix:]), dim=1)
@@ -183,7 +188,7 @@ class SideBlock(nn.Module):
         self.mlp = MLP(width, nn.GELU())
 
     def forward(self, x: Tensor, feedback: Tensor | None = None) -> Tensor:
-        """[B, P, S] and feedback of the same shape, which is projected and added to the values -> [B, P, S]."""
+        """Tokens [B, P, S] and feedback to their values, of the same shape -> [B, P, S]."""
         width = x.shape[-1]
         query, key, value = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         if feedback is not None:
@@ -195,7 +200,7 @@ class SideBlock(nn.Module):
 
 
 class Feedback(nn.Module):
-    """One step of the feedback path: an approximate inverse of a block, and the feedback to the block's values."""
+    """One step of the feedback path: a learned inverse of a block, and feedback to its values."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -204,11 +209,12 @@ class Feedback(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    """A small transformer with top-down attention (Shi et al. 2023), over queries, words and its own patches.
+    """A small transformer with top-down attention (Shi et al. 2023), over queries, words and its
+    own patches.
 
-    It runs twice. The first pass selects the tokens that agree with the mean word; linear maps send them
-    back as feedback to the values of the second pass, in which the towers' patches are added after its
-    blocks.
+    It runs twice. The first pass selects the tokens that agree with the mean word; linear maps send
+    them back as feedback to the values of the second pass, in which the towers' patches are added
+    after its blocks.
     """
 
     def __init__(self, model: ModelConfig, config: BarleriaConfig) -> None:
@@ -283,9 +289,9 @@ class SideNetwork(nn.Module):
         return torch.cat((own, patches + self.fuse[number](self.fuse_norms[number](added))), dim=1)
 
     def _feedback(self, x: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Return the feedback for each block, from the tokens [B, P, S] that agree with the mean word [B, S]."""
-        # The published code normalises the mean word over the batch instead of over its channels. A result
-        # then depends on the rest of its batch, and in a batch of one on nothing but signs.
+        """Return each block's feedback from the tokens [B, P, S] and the mean word [B, S]."""
+        # The published code normalises the mean word over the batch instead of over its channels. A
+        # result then depends on the rest of its batch, and in a batch of one on nothing but signs.
         agreement = F.normalize(x, dim=-1) @ F.normalize(prompt, dim=-1)[:, :, None]
         x = x * agreement.clamp(0, 1)
         # x p p^T, with the published factor.
@@ -298,7 +304,7 @@ class SideNetwork(nn.Module):
         return feedback[::-1]
 
     def _reconstruction_loss(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        """Return the summed error of the feedback steps as inverses of their blocks; only the steps get gradients."""
+        """Return the feedback steps' summed error as inverses; only the steps get gradients."""
         losses = []
         for step, before, after in zip(self.feedback, inputs, outputs, strict=True):
             assert isinstance(step, Feedback)

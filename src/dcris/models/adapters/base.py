@@ -1,7 +1,7 @@
 """How adapters are put into the towers, and which weights train.
 
-Everything that a method adds to a tower is in a slot (dcris.models.encoders.blocks), so the names of its
-weights contain `_slot.`, and those of the tower's own weights do not.
+Everything that a method adds to a tower is in a slot (dcris.models.encoders.blocks), so the names
+of its weights contain `_slot.`, and those of the tower's own weights do not.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +40,9 @@ def adapters(tower: nn.Module) -> list[Slot]:
 
 
 def freeze(tower: nn.Module, trains: Callable[[str], bool] = lambda name: False) -> None:
-    """Exclude a tower from training, except its adapters and the own weights that `trains` selects by name."""
+    """Exclude a tower from training, except its adapters and the own weights that `trains` selects
+    by name.
+    """
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(trains(name))
     for adapter in adapters(tower):
@@ -55,7 +57,8 @@ def set_mode(tower: nn.Module, training: bool) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the content of a checkpoint: trained weights, and the buffers (batch norm statistics) beside them.
+    """Return the content of a checkpoint: trained weights, and the buffers (batch norm statistics)
+    beside them.
 
     A buffer is included if the module that owns it has a trained weight.
     """

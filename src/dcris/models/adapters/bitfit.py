@@ -8,7 +8,8 @@ from dcris.config import MethodConfig
 class BitFitConfig(MethodConfig):
     """Every bias of both towers: projections, MLPs, norms and the patch embedding.
 
-    As in the source, this includes the biases of the keys, although attention does not depend on them.
+    As in the source, this includes the biases of the keys, although attention does not depend on
+    them.
     """
 
     name: Literal["bitfit"] = "bitfit"

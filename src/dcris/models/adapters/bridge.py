@@ -18,7 +18,8 @@ class Fused:
     """Output of `Bridge.fuse`."""
 
     state: VisionState
-    """The vision tower after its last block, before the last norm, with the feature layers' outputs."""
+    """The vision tower after its last block, before the last norm, with the feature layers'
+    outputs."""
     text: TextFeatures
     side_features: Tensor | None = None
     """[B, C, h, w] to be added to the output of the neck."""
@@ -27,7 +28,7 @@ class Fused:
 
 
 class Bridge(nn.Module):
-    """Connects the two towers. All of it is trained; the towers stay the model's and are arguments."""
+    """Connects the two towers, which are arguments. All of the bridge is trained."""
 
     def encode_image(self, vision: VisionTower, images: Tensor, feature_layers: Collection[int]) -> VisionState:
         """Run the vision tower up to where the towers first exchange features.
@@ -56,7 +57,7 @@ class Bridge(nn.Module):
         Args:
             vision, text: the towers.
             state, text_state: where `encode_image` and `encode_text` stopped, pair by pair.
-            feature_layers: the visual blocks (0-based) whose outputs the head reads. An output is the
-                next block's input, so it includes what the bridge adds behind the block.
+            feature_layers: the visual blocks (0-based) whose outputs the head reads. An output is
+                the next block's input, so it includes what the bridge adds behind the block.
         """
         raise NotImplementedError

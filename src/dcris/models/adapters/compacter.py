@@ -1,7 +1,8 @@
-"""Compacter (Karimi Mahabadi et al. 2021): Houlsby's bottlenecks, with matrices that are sums of Kronecker products.
+"""Compacter (Karimi Mahabadi et al. 2021): Houlsby's bottlenecks, with matrices that are sums of
+Kronecker products.
 
-Shape letters: B batch, P tokens, D tower width, k adapter width, n terms of the sum, r rank of a term's
-large factor.
+Shape letters: B batch, P tokens, D tower width, k adapter width, n terms of the sum, r rank of a
+term's large factor.
 """
 
 from typing import Annotated, Any, Literal
@@ -19,7 +20,9 @@ _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
 
 
 class CompacterConfig(MethodConfig):
-    """Both towers, every block, after attention and after the MLP. Width and rank give the paper's count."""
+    """Both towers, every block, after attention and after the MLP. Width and rank give the paper's
+    count.
+    """
 
     name: Literal["compacter"] = "compacter"
     width: Width = 384
@@ -27,8 +30,8 @@ class CompacterConfig(MethodConfig):
     terms: Annotated[int, Field(gt=0, le=64, strict=True)] = 4
     """n. The towers' widths and `width` must be multiples of it."""
     zero_init: bool = False
-    """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the plain
-    one."""
+    """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the
+    plain one."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError where a matrix cannot be divided into n x n parts."""
@@ -41,7 +44,9 @@ class CompacterConfig(MethodConfig):
                 raise ValueError(f"{key} {width} must be a multiple of method.terms {self.terms}")
 
     def attach(self, vision: Any, text: Any) -> None:
-        """Put two adapters into each block; those of a tower share one rule, which the first of them holds."""
+        """Put two adapters into each block; those of a tower share one rule, which the first of
+        them holds.
+        """
         for tower in (vision, text):
             first: CompacterAdapter | None = None
             for block in tower.blocks:
@@ -52,7 +57,9 @@ class CompacterConfig(MethodConfig):
 
 
 class HypercomplexLinear(nn.Module):
-    """y = x H + b with H [inputs, outputs] = sum over i of A_i (x) (S_i T_i); A is the rule that layers share."""
+    """y = x H + b with H [inputs, outputs] = sum over i of A_i (x) (S_i T_i); A is the rule that
+    layers share.
+    """
 
     def __init__(self, inputs: int, outputs: int, rank: int, terms: int) -> None:
         super().__init__()
@@ -64,7 +71,8 @@ class HypercomplexLinear(nn.Module):
 
     def forward(self, x: Tensor, rule: Tensor) -> Tensor:
         """[B, P, inputs] and the rule A [n, n, n] -> [B, P, outputs]."""
-        # Building H is cheap compared with its product with the tokens. Indices: i term; a, b within A_i; p, q within S_i T_i.
+        # Building H is cheap compared with its product with the tokens. Indices: i term; a, b
+        # within A_i; p, q within S_i T_i.
         weight = torch.einsum("iab,ipq->apbq", rule, self.left @ self.right).flatten(2).flatten(0, 1)
         return F.linear(x, weight.t(), self.bias)
 
@@ -74,7 +82,8 @@ class CompacterAdapter(BranchSlot):
 
     def __init__(self, width: int, config: CompacterConfig, first: "CompacterAdapter | None") -> None:
         super().__init__()
-        # In a tuple, so that torch does not register another block's adapter as a submodule of this one.
+        # In a tuple, so that torch does not register another block's adapter as a submodule of this
+        # one.
         self._first = () if first is None else (first,)
         if first is None:
             self.rule = nn.Parameter(torch.empty(config.terms, config.terms, config.terms))

@@ -1,10 +1,11 @@
-"""DCRIS (Xu et al. 2024) and its successor DETRIS (Huang et al. 2025): adapters beside the MLPs of both towers.
+"""DCRIS (Xu et al. 2024) and its successor DETRIS (Huang et al. 2025): adapters beside the MLPs of
+both towers.
 
-DCRIS has the DenseCrossAdapter in the vision tower (equations 1 and 2) and a bottleneck in the text tower
-(equation 3). DETRIS replaces the bottleneck by dense convolutions along the sentence.
+DCRIS has the DenseCrossAdapter in the vision tower (equations 1 and 2) and a bottleneck in the text
+tower (equation 3). DETRIS replaces the bottleneck by dense convolutions along the sentence.
 
-Shape letters: B batch, h w patch grid, N = h*w patches, P tokens (prefix and patches), D vision width,
-L text tokens, T text width, r adapter width, * a grid (h w patches, or L text tokens).
+Shape letters: B batch, h w patch grid, N = h*w patches, P tokens (prefix and patches), D vision
+width, L text tokens, T text width, r adapter width, * a grid (h w patches, or L text tokens).
 """
 
 from functools import partial
@@ -41,15 +42,16 @@ class DenseCrossConfig(_AdapterConfig):
     heads: Width = 8
     dropout: Probability = 0.1
     mask_padding: bool = False
-    """Exclude the expression's padding tokens from the attention. The published code includes them."""
+    """Exclude the expression's padding tokens from the attention. The published code includes them.
+    """
 
 
 class TextAdapterConfig(_AdapterConfig):
     """The text adapter."""
 
     kind: Literal["plain", "dense"] = "plain"
-    """plain: the paper's (equation 3); dense: that of the published DETRIS code, with convolutions along
-    the sentence."""
+    """plain: the paper's (equation 3); dense: that of the published DETRIS code, with convolutions
+    along the sentence."""
     width: Width = 64
 
 
@@ -97,7 +99,9 @@ class DcrisConfig(MethodConfig):
 
 
 class ConvUnit(nn.Sequential):
-    """A convolution that keeps the grid, batch norm, ReLU. The convolution has a bias, as in the published code."""
+    """A convolution that keeps the grid, batch norm, ReLU. The convolution has a bias, as in the
+    published code.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, dimensions: int) -> None:
         conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dimensions == 1 else (nn.Conv2d, nn.BatchNorm2d)
@@ -109,7 +113,9 @@ class ConvUnit(nn.Sequential):
 
 
 class DenseAdapter(BranchSlot):
-    """Linear_down and the dense branches of equation 1, over a grid of one (text) or two (patches) dimensions."""
+    """Linear_down and the dense branches of equation 1, over a grid of one (text) or two (patches)
+    dimensions.
+    """
 
     def __init__(self, width: int, r: int, dimensions: int) -> None:
         super().__init__()
@@ -152,10 +158,10 @@ class DenseCrossAdapter(DenseAdapter):
     def _initialise(self, published: bool) -> None:
         """Use Kaiming for convolutions and a truncated normal of deviation 0.02 for linear layers.
 
-        The published adapter's own constructor uses Kaiming throughout. The constructor of the vision
-        tower around it then initialises every nn.Linear again (`init_weights_vit_timm`), also the output
-        projection of the attention, but not the fused projection of nn.MultiheadAttention, which is a
-        parameter and stays Xavier.
+        The published adapter's own constructor uses Kaiming throughout. The constructor of the
+        vision tower around it then initialises every nn.Linear again (`init_weights_vit_timm`),
+        also the output projection of the attention, but not the fused projection of
+        nn.MultiheadAttention, which is a parameter and stays Xavier.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -169,13 +175,14 @@ class DenseCrossAdapter(DenseAdapter):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
-        """MLP output [B, P, D] -> the same plus scale * f_dc. Needs context.grid and context.text."""
+        """MLP output [B, P, D] -> the same plus scale * f_dc. Needs the context's grid and text."""
         assert context.grid is not None and context.text is not None
         # F_v = ReLU(Linear_down(f_v))
         features = F.relu(self.down(normed))
         prefix, patches = features[:, : context.num_prefix_tokens], features[:, context.num_prefix_tokens :]
         dense = self.dense(as_map(patches, context.grid)).flatten(2).transpose(1, 2)
-        # F_cross = MHCA(F_dense, f_t) + F_v. By default padding tokens are not masked, as in the published code.
+        # F_cross = MHCA(F_dense, f_t) + F_v. By default padding tokens are not masked, as in the
+        # published code.
         text = self.text_proj(context.text)
         padding = context.padding if self.mask_padding else None
         cross = self.back_proj(self.attention(self.image_proj(dense), text, text, padding)) + patches
@@ -184,7 +191,9 @@ class DenseCrossAdapter(DenseAdapter):
 
 
 class TextAdapter(BranchSlot):
-    """Equation 3: down, ReLU, up. It reads the residual stream before the MLP's norm, as in the published code."""
+    """Equation 3: down, ReLU, up. It reads the residual stream before the MLP's norm, as in the
+    published code.
+    """
 
     def __init__(self, width: int, config: TextAdapterConfig) -> None:
         super().__init__()
@@ -203,10 +212,10 @@ class TextAdapter(BranchSlot):
 class DenseTextAdapter(DenseAdapter):
     """DETRIS's text adapter: down, ReLU, the dense branches of equation 1 along the sentence, up.
 
-    It reads the residual stream, as the plain one does. The start token skips the convolutions. Padding
-    takes part in them, and in the batch norm's statistics. A convolution reads later tokens, so unlike in
-    CLIP a token's feature depends on the tokens after it: `data.word_length` must be the one that the
-    weights were trained with.
+    It reads the residual stream, as the plain one does. The start token skips the convolutions.
+    Padding takes part in them, and in the batch norm's statistics. A convolution reads later
+    tokens, so unlike in CLIP a token's feature depends on the tokens after it: `data.word_length`
+    must be the one that the weights were trained with.
     """
 
     def __init__(self, width: int, config: TextAdapterConfig) -> None:

@@ -1,7 +1,8 @@
-"""ETRIS's bridger (Xu et al. 2023, "Bridging Vision and Language Encoders"): the towers exchange features at several depths.
+"""ETRIS's bridger (Xu et al. 2023, "Bridging Vision and Language Encoders"): the towers exchange
+features at several depths.
 
-Shape letters: B batch, h w patch grid, N = h*w patches, L text tokens, D vision width, T text width,
-d bridge width.
+Shape letters: B batch, h w patch grid, N = h*w patches, L text tokens, D vision width, T text
+width, d bridge width.
 """
 
 from collections.abc import Collection
@@ -30,10 +31,13 @@ class EtrisConfig(MethodConfig):
     width: Width = 64
     heads: Width = 8
     positions: bool = False
-    """Train both towers' position tables too, as the published code does on CLIP's own vision tower."""
+    """Train both towers' position tables too, as the published code does on CLIP's own vision
+    tower."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ValueError where the stages are not within the towers, or the heads do not divide the width."""
+        """Raise ValueError where the stages are not within the towers, or the heads do not divide
+        the width.
+        """
         for key, layers, depth in (
             ("layers", self.layers, model.vision.depth),
             ("text_layers", self.text_layers, model.text.depth),
@@ -62,8 +66,8 @@ class Stage(nn.Module):
     def __init__(self, visual_width: int, text_width: int, config: EtrisConfig, *, first: bool, last: bool) -> None:
         super().__init__()
         d = config.width
-        # The published code changes the resolution here by convolutions whose kernel is as wide as their
-        # stride, which is 1 for vision transformers. So they are 1x1 convolutions.
+        # The published code changes the resolution here by convolutions whose kernel is as wide as
+        # their stride, which is 1 for vision transformers. So they are 1x1 convolutions.
         self.zoom_in = _unit(visual_width, d)
         self.zoom_out = _unit(d, visual_width)
         self.down = nn.Linear(text_width, d)
@@ -75,8 +79,9 @@ class Stage(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         for unit in (self.zoom_in, self.zoom_out):
-            # Kaiming normal over the fan out. In the published code one of each pair is a transposed
-            # convolution, with transposed weights, so the fan out is d for both, and D in the last stage.
+            # Kaiming normal over the fan out. In the published code one of each pair is a
+            # transposed convolution, with transposed weights, so the fan out is d for both, and D
+            # in the last stage.
             convolution = unit[0]
             assert isinstance(convolution, nn.Conv2d)
             nn.init.normal_(convolution.weight, std=(2 / (visual_width if last else d)) ** 0.5)
@@ -84,13 +89,14 @@ class Stage(nn.Module):
     def forward(
         self, patches: Tensor, words: Tensor, previous: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Return what to add to the patches [B, D, h, w] and to the words [B, L, T], and the next `previous`.
+        """Return what to add to the patches [B, D, h, w] and to the words [B, L, T], and the next
+        `previous`.
 
         Args:
             patches: [B, D, h, w].
             words: [B, L, T]; padding tokens take part, as in the published code.
-            previous: [B, N, d] and [B, L, d], the inputs of the previous stage's attentions; None in the
-                first stage.
+            previous: [B, N, d] and [B, L, d], the inputs of the previous stage's attentions; None
+                in the first stage.
         """
         grid = patches.shape[-2], patches.shape[-1]
         v, t = self.zoom_in(patches).flatten(2).transpose(1, 2), self.down(words)

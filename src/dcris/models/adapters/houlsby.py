@@ -1,4 +1,5 @@
-"""The adapter of Houlsby et al. (2019): a bottleneck in series, after attention and after the MLP of every block.
+"""The adapter of Houlsby et al. (2019): a bottleneck in series, after attention and after the MLP
+of every block.
 
 Shape letters: B batch, P tokens, D tower width.
 """
@@ -20,8 +21,8 @@ _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
 class HoulsbyConfig(MethodConfig):
     """Both towers, every block.
 
-    The paper's count is that of one adapter of width 64 per block; the two adapters here have half that
-    width each.
+    The paper's count is that of one adapter of width 64 per block; the two adapters here have half
+    that width each.
     """
 
     name: Literal["houlsby"] = "houlsby"
@@ -29,8 +30,8 @@ class HoulsbyConfig(MethodConfig):
     norms: bool = False
     """Train the towers' layer norms too, as the source does."""
     zero_init: bool = False
-    """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the plain
-    one."""
+    """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the
+    plain one."""
 
     def attach(self, vision: Any, text: Any) -> None:
         """Put two adapters into each block."""

@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021): a low-rank change of the projections to queries and values in every block.
 
-The peft library wraps a whole Linear and renames its weights. Here one Linear makes queries, keys and
-values, and towers are filled and identified by the names of their tensors; hence this implementation,
-which the tests compare with peft.
+The peft library wraps a whole Linear and renames its weights. Here one Linear makes queries, keys
+and values, and towers are filled and identified by the names of their tensors; hence this
+implementation, which the tests compare with peft.
 
 Shape letters: B batch, P tokens, D tower width.
 """
@@ -38,7 +38,9 @@ class LoraConfig(MethodConfig):
 
 
 class LowRank(QkvSlot):
-    """q + scale * B_q A_q x and v + scale * B_v A_v x. B starts at zero, so the tower starts as the plain one."""
+    """q + scale * B_q A_q x and v + scale * B_v A_v x. B starts at zero, so the tower starts as the
+    plain one.
+    """
 
     def __init__(self, width: int, rank: int, config: LoraConfig) -> None:
         super().__init__()

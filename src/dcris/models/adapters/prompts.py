@@ -1,7 +1,8 @@
-"""Prompt tokens in both towers: learned tokens before the patches (VPT, Jia et al. 2022) and the words (CoOp, Zhou et al. 2022).
+"""Prompt tokens in both towers: learned tokens before the patches (VPT, Jia et al. 2022) and the
+words (CoOp, Zhou et al. 2022).
 
-They are shallow, or in every block (VPT's "deep"; in both towers at once as in MaPLe, Khattak et al.
-2023).
+They are shallow, or in every block (VPT's "deep"; in both towers at once as in MaPLe, Khattak et
+al. 2023).
 
 Shape letters: B batch, P tokens, D tower width.
 """
@@ -34,7 +35,9 @@ class PromptsConfig(MethodConfig):
     """Every block has its own prompts, which replace the outputs of the previous block's."""
 
     def attach(self, vision: Any, text: Any) -> None:
-        """Insert the prompts before the first block and, if deep, replace them before each other block."""
+        """Insert the prompts before the first block and, if deep, replace them before each other
+        block.
+        """
         patch = 3 * vision.config.patch**2
         for tower, count, spread in (
             (vision, self.vision_tokens, (6 / (patch + vision.config.width)) ** 0.5),  # as in VPT

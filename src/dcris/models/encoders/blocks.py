@@ -17,19 +17,23 @@ from dcris.models.layers.rope import Rotation, rotate_patches
 
 @dataclass(frozen=True, slots=True)
 class SlotContext:
-    """Inputs of adapters besides the features. Passed as an argument, so that no module stores per-call state."""
+    """Inputs of adapters besides the features. Passed as an argument, so that no module stores
+    per-call state.
+    """
 
     grid: tuple[int, int] | None = None
     """Patch rows and columns h, w; None in the text tower."""
     num_prefix_tokens: int = 0
-    """Tokens before the patches or the words: class token and registers, or the start token, plus the tokens that a method
-    inserts behind them."""
+    """Tokens before the patches or the words: class token and registers, or the start token, plus
+    the tokens that a method inserts behind them."""
     text: Tensor | None = None
-    """[B, L, T] token features of the finished text tower; None in the text tower, and where no adapter reads the text."""
+    """[B, L, T] token features of the finished text tower; None in the text tower, and where no
+    adapter reads the text."""
     padding: Tensor | None = None
     """[B, L] bool, True where a text token is padding; given together with `text`."""
     rotation: Rotation | None = None
-    """DINOv3's rotation of queries and keys, for each patch; None for towers with a position table."""
+    """DINOv3's rotation of queries and keys, for each patch; None for towers with a position table.
+    """
 
 
 _NO_CONTEXT = SlotContext()
@@ -38,17 +42,18 @@ _NO_CONTEXT = SlotContext()
 class Slot(nn.Module):
     """Base class of the adapters that a block can hold: TokenSlot, QkvSlot and BranchSlot.
 
-    A block has four slots, in this order: `token_slot` (a TokenSlot) before everything else; `attention.qkv_slot` (a QkvSlot)
-    behind the projection to queries, keys and values; `attention_slot` and `mlp_slot` (BranchSlots) at the ends of the two
-    branches.
+    A block has four slots, in this order: `token_slot` (a TokenSlot) before everything else;
+    `attention.qkv_slot` (a QkvSlot) behind the projection to queries, keys and values;
+    `attention_slot` and `mlp_slot` (BranchSlots) at the ends of the two branches.
     """
 
     reads_text = False
-    """Whether the output depends on the text. Everything before the first such slot is computed once for all expressions of
-    an image."""
+    """Whether the output depends on the text. Everything before the first such slot is computed
+    once for all expressions of an image."""
 
     def fold(self, block: "Block") -> None:
-        """Change the block's own weights so that the block without this adapter gives the same output.
+        """Change the block's own weights so that the block without this adapter gives the same
+        output.
 
         Implemented by methods whose settings have `foldable = True`.
         """
@@ -89,7 +94,7 @@ class BranchSlot(Slot):
         return output
 
     def transform_residual(self, residual: Tensor) -> Tensor:
-        """Return what the branch is added to: the residual stream [B, P, D], unchanged by default."""
+        """Return what the branch is added to: by default the residual stream [B, P, D]."""
         return residual
 
 
@@ -108,7 +113,9 @@ class EmptySlot(Slot):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation CLIP was trained with; the exact GELU differs by up to 0.02."""
+    """x * sigmoid(1.702 x), the activation CLIP was trained with; the exact GELU differs by up to
+    0.02.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it elementwise to a tensor of any shape."""
@@ -116,7 +123,7 @@ class QuickGELU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiply a branch's output by a learned factor per channel (DINOv2) and add it to the residual stream."""
+    """Add a branch's output, times a learned factor per channel, to the residual (DINOv2)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -176,7 +183,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Two thirds of the plain MLP's 4 * width, so that three matrices have as many weights as two; rounded up to a multiple of 8.
+        # Two thirds of the plain MLP's 4 * width, so that three matrices have as many weights as
+        # two; rounded up to a multiple of 8.
         hidden = (8 * width // 3 + 7) // 8 * 8
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
@@ -199,8 +207,8 @@ def _make_mlp(width: int, kind: MlpKind) -> nn.Module:
 class Block(nn.Module):
     """A pre-norm transformer block in two halves, with slots for adapters.
 
-    The halves can be called separately: what precedes the first slot that reads the text is computed once per image, and that
-    slot is usually in the middle of a block.
+    The halves can be called separately: what precedes the first slot that reads the text is
+    computed once per image, and that slot is usually in the middle of a block.
     """
 
     def __init__(
@@ -225,7 +233,7 @@ class Block(nn.Module):
         self.scale2 = LayerScale(width) if layer_scale else Sum()
 
     def attend(self, x: Tensor, context: SlotContext) -> Tensor:
-        """First half: transform_residual(x) + scale(slot(attention(norm(x)))). [B, P, D] -> [B, P, D]."""
+        """First half [B, P, D]: transform_residual(x) + scale(slot(attention(norm(x))))."""
         x = self.token_slot(x, context)
         normed = self.norm1(x)
         branch = self.attention_slot(self.attention(normed, context), normed, x, context)
@@ -233,7 +241,7 @@ class Block(nn.Module):
         return summed
 
     def feed_forward(self, x: Tensor, context: SlotContext, mlp_out: Tensor | None = None) -> Tensor:
-        """Second half: transform_residual(x) + scale(slot(mlp(norm(x)))). [B, P, D] -> [B, P, D].
+        """Second half [B, P, D]: transform_residual(x) + scale(slot(mlp(norm(x)))).
 
         `mlp_out` [B, P, D] is the MLP's output for x, where it is already known (`precompute_mlp`).
         """
@@ -243,7 +251,7 @@ class Block(nn.Module):
         return summed
 
     def precompute_mlp(self, x: Tensor) -> Tensor:
-        """Return the MLP's output for x [B, P, D], which does not depend on the text, without the slot behind it."""
+        """Return the MLP's output for x [B, P, D], before its slot."""
         mlp_out: Tensor = self.mlp(self.norm2(x))
         return mlp_out
 

@@ -1,4 +1,5 @@
-"""The image half of CLIP (Radford et al. 2021), the vision tower of ETRIS and BarLeRIa as published.
+"""The image half of CLIP (Radford et al. 2021), the vision tower of ETRIS and BarLeRIa as
+published.
 
 Shape letters: B batch, N patches, P = 1 + N tokens, D width, E width of the projection.
 """
@@ -18,8 +19,8 @@ from dcris.models.encoders.vit import VisionState, VisionTower
 class ClipVisionTower(VisionTower):
     """CLIP's vision transformer, of any width and depth, for inputs of whole patches.
 
-    Its last norm and its projection, which CLIP applies to the class token only, are applied to every
-    token here, as in the published code of CRIS and its successors.
+    Its last norm and its projection, which CLIP applies to the class token only, are applied to
+    every token here, as in the published code of CRIS and its successors.
     """
 
     def __init__(self, config: VisionConfig) -> None:

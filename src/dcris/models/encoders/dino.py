@@ -1,7 +1,7 @@
 """DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2024) and DINOv3 (Simeoni et al. 2025).
 
-DINOv3 differs from DINOv2 in its positions (rotary, dcris.models.layers.rope, instead of a table), in
-the eps of its norms, and in that its keys have no bias. Ours have a bias of zeros, so that both
+DINOv3 differs from DINOv2 in its positions (rotary, dcris.models.layers.rope, instead of a table),
+in the eps of its norms, and in that its keys have no bias. Ours have a bias of zeros, so that both
 families use the same block.
 
 Shape letters: B batch, N patches, R registers, P = 1 + R + N tokens, D width.
@@ -40,7 +40,7 @@ class DinoTower(VisionTower):
 
     @classmethod
     def check(cls, config: VisionConfig) -> None:
-        """Raise ValueError where CLIP's settings are given, or a head's width does not fit DINOv3."""
+        """Raise ValueError for CLIP's settings, or a head's width that does not fit DINOv3."""
         if config.projected_width or config.published_grid:
             raise ValueError("vision.projected_width and vision.published_grid are for CLIP's vision tower only")
         if config.family == "dinov3" and config.width // config.heads % 4:
@@ -50,7 +50,9 @@ class DinoTower(VisionTower):
             )
 
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Class token, registers and patches, plus the position table if any: [B, N, D] -> [B, P, D]."""
+        """Class token, registers and patches, plus the position table if any: [B, N, D] -> [B, P,
+        D].
+        """
         batch = patches.shape[0]  # not len(): that would be a constant in an exported graph
         tokens = torch.cat((self.class_token.expand(batch, -1, -1), patches), dim=1)
         if not self.rotary:

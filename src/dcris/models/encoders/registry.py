@@ -1,6 +1,7 @@
 """What a family of towers consists of, so that one entry is all that a new one needs.
 
-The registries are VISION_FAMILIES and TEXT_FAMILIES of dcris.config; dcris.models.encoders fills them.
+The registries are VISION_FAMILIES and TEXT_FAMILIES of dcris.config; dcris.models.encoders fills
+them.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class KeyMapping:
     block: str
     """Prefix of their names of block {index}."""
     inside: dict[str, tuple[str, ...]]
-    """Our names inside a block, without the last part (`kind`), -> theirs. Several are stacked along
-    the first axis."""
+    """Our names inside a block, without the last part (`kind`), -> theirs. Several are stacked
+    along the first axis."""
     zeros: frozenset[str] = frozenset()
     """Suffixes of tensors that their network does not have and that are zero in ours."""
     ignored: tuple[str, ...] = ()

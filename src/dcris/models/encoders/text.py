@@ -71,8 +71,8 @@ class TextTower(nn.Module):
     def start(self, tokens: Tensor) -> TextState:
         """Embed tokens: [B, L] int64 -> the state before block 0.
 
-        L is at most `config.length`; the tokens are start, words, end and padding (0). The end token
-        is the one with the greatest id, as in CLIP; this holds for every vocabulary here.
+        L is at most `config.length`; the tokens are start, words, end and padding (0). The end
+        token is the one with the greatest id, as in CLIP; this holds for every vocabulary here.
         """
         x = self.token_embedding(tokens) + self.positions[: tokens.shape[1]]
         return TextState(x, tokens.argmax(dim=-1), tokens == 0)

@@ -1,8 +1,8 @@
 """The base class of the vision towers. They run half a block at a time, so that the expressions of
 an image share everything that does not depend on the text.
 
-Shape letters: B batch, H W pixels, h w patch grid, N = h*w patches, P tokens (prefix, then patches),
-D width.
+Shape letters: B batch, H W pixels, h w patch grid, N = h*w patches, P tokens (prefix, then
+patches), D width.
 """
 
 from collections.abc import Iterable
@@ -53,8 +53,8 @@ class VisionState:
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens as a map in channels-last memory layout: [B, h*w, C] -> [B, C, h, w].
 
-    Unflatten first, then permute: transposing first gives a single image strides in which torch does
-    not recognise channels_last, and every convolution then copies the map.
+    Unflatten first, then permute: transposing first gives a single image strides in which torch
+    does not recognise channels_last, and every convolution then copies the map.
     """
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
@@ -169,7 +169,8 @@ class VisionTower(nn.Module):
             run, arguments = (
                 (block.feed_forward, (tokens, context, mlp_out)) if half else (block.attend, (tokens, context))
             )
-            # Before the first adapter there are no gradients, so nothing is stored for the backward pass.
+            # Before the first adapter there are no gradients, so nothing is stored for the backward
+            # pass.
             if self.checkpoint_activations and torch.is_grad_enabled() and (tokens.requires_grad or _trains(block)):
                 tokens = recomputed(block, run, *arguments)
             else:

@@ -1,4 +1,5 @@
-"""The cross-modal neck (section 3.4, equation 4): three visual levels, gated by the sentence, fused into one map.
+"""The cross-modal neck (section 3.4, equation 4): three visual levels, gated by the sentence
+feature and fused.
 
 Shape letters: B batch, h w patch grid, D tower width, E sentence width, C head width.
 """
@@ -23,7 +24,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Neck(nn.Module):
-    """Fuse the levels with the sentence feature and give the map a sense of place."""
+    """Gate the levels by the sentence feature, fuse them, and add coordinates."""
 
     def __init__(
         self,
@@ -41,19 +42,23 @@ class Neck(nn.Module):
         self.text_proj = nn.Linear(sentence_width, width)
         self.level_convs = nn.ModuleList(ConvNormReLU(inputs, width, 1) for inputs in widths)
         with torch.no_grad():
-            # Published as a transposed convolution, whose initial weights PyTorch scales by its outputs, not its inputs.
+            # The published code has a transposed convolution here, whose initial weights PyTorch
+            # scales by the outputs.
             self.level_convs[-1].get_parameter("0.weight").mul_((widths[-1] / width) ** 0.5)
         self.level_attentions = nn.ModuleList(MultiHeadAttention(width, heads) for _ in widths)
         self.aggregate = ConvNormReLU(len(widths) * width, width, 1)
         self.coordinate_conv = nn.Sequential(ConvNormReLU(width + 2, width, 3), ConvNormReLU(width, width, 3))
 
     def forward(self, levels: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """Three maps [B, D, h, w] (the last may be of another width) and f_s [B, E] -> f_c [B, C, h, w]."""
+        """Three maps [B, D, h, w] (the last may have another width) and f_s [B, E] -> f_c [B, C, h,
+        w].
+        """
         text = self.text_proj(sentence)
         gated = []
         for level, conv, attention in zip(levels, self.level_convs, self.level_attentions, strict=True):
             assert isinstance(attention, MultiHeadAttention)
-            # The pixels' attention to the sentence has one key, so all pixels get the same answer.
+            # The attention to the sentence feature has a single key, so its result is the same for
+            # all pixels.
             gated.append(conv(level) * attention.single_key(text)[:, :, None, None])
         fused = self.aggregate(torch.cat(gated, dim=1))
         placed: Tensor = self.coordinate_conv(torch.cat((fused, _coordinates(fused)), dim=1))
@@ -61,7 +66,7 @@ class Neck(nn.Module):
 
 
 def _coordinates(like: Tensor) -> Tensor:
-    """[B, 2, h, w]: x then y, from -1 at one border's cells to 1 at the other's."""
+    """Return x and y coordinates [B, 2, h, w], from -1 (first column or row) to 1 (last)."""
     batch, _, rows, columns = like.shape
     y, x = (torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype) for count in (rows, columns))
     grid = torch.stack((x.expand(rows, columns), y[:, None].expand(rows, columns)))

@@ -1,4 +1,5 @@
-"""The up-sample projector (section 3.4, equation 5): the sentence becomes the kernel that reads out the mask.
+"""The up-sample projector (section 3.4, equation 5): a convolution whose kernel is made from the
+sentence feature.
 
 Shape letters: B batch, h w patch grid, C head width, E sentence width.
 """
@@ -16,9 +17,10 @@ KERNEL = 3
 
 
 class FinerConvNormReLU(ConvNormReLU):
-    """A map made twice as fine by bilinear interpolation, then a 3x3 convolution without bias, batch norm, ReLU.
+    """Bilinear upsampling by 2, a 3x3 convolution without bias, batch norm, ReLU.
 
-    For prediction the convolution has batch norm's part in it, and is a FinerConv (dcris.models.optimize).
+    For prediction, batch norm is folded into the convolution, which becomes a FinerConv
+    (dcris.models.optimize).
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -31,7 +33,7 @@ class FinerConvNormReLU(ConvNormReLU):
 
 
 class FinerConv(nn.Module):
-    """`finer_convolution` with a constant kernel, which lies in memory as it is multiplied and is not copied each time."""
+    """`finer_convolution` with a constant kernel, stored in the layout of its products."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class FinerConv(nn.Module):
 
 
 class Projector(nn.Module):
-    """Four times finer features, and a convolution whose weights and bias are made from f_s."""
+    """Upsample the features by 4 and convolve them with weights and a bias made from f_s."""
 
     def __init__(self, width: int, sentence_width: int, bias: float | None) -> None:
         super().__init__()
@@ -71,70 +73,91 @@ class Projector(nn.Module):
 
 
 def finer_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Interpolate bilinearly to twice the size, then convolve (zero padding): [B, C, h, w], [O, C, 3, 3] -> [B, O, 2h, 2w].
+    """Upsample bilinearly by 2, then convolve with zero padding.
 
-    `bias` is [O], if any.
+    Interpolation acts within channels and each tap of the kernel between channels, so the two
+    commute: the nine taps multiply the coarse map, which takes a quarter of the products, and the
+    results are interpolated, shifted and added, one axis at a time. That is a product with a small
+    constant matrix, and no fine map is stored for the gradients.
 
-    Interpolation works within a channel and each tap of the kernel between channels, so they can change places: the nine taps
-    multiply the coarse map, which takes a quarter of the products, and what they give is interpolated, shifted and added
-    up, one axis at a time. That is a product with a small constant matrix, and nothing fine has to be kept for the gradients.
+    Channels are last in memory in input and output, so that a row's columns and taps form one
+    matrix, and all rows another.
 
-    Channels come last in memory, there and here: then a row's columns and their taps are one matrix, and all rows another.
+    Args:
+        x: [B, C, h, w].
+        weight: [O, C, 3, 3].
+        bias: [O], or None.
+
+    Returns:
+        [B, O, 2h, 2w].
     """
     return _refine(x, [partial(F.linear, weight=matrix, bias=shift) for matrix, shift in _kernel_rows(weight, bias)])
 
 
 def _kernel_rows(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """A kernel [O, C, 3, 3] by rows: the matrix [3 * O, C] of a row's three taps, and what they add [3 * O]."""
-    # The kernel's middle sees each pixel, and interpolation leaves constants alone, so the bias may come first.
+    """Split a kernel [O, C, 3, 3] into rows: the matrix [3 * O, C] of the row's three taps, and
+    their bias [3 * O].
+    """
+    # The middle tap covers every pixel once, and interpolation keeps constants, so the bias can be
+    # added before it.
     middle = None if bias is None else torch.cat((torch.zeros_like(bias), bias, torch.zeros_like(bias)))
     rows = [taps.permute(2, 0, 1).flatten(0, 1) for taps in weight.unbind(2)]
     return list(zip(rows, (None, middle, None), strict=True))
 
 
 def _refine(x: Tensor, rows: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
-    """[B, C, h, w] -> [B, O, 2h, 2w], where each of `rows` multiplies pixels [B, N, C] by a row's three taps: [B, N, 3 * O]."""
+    """Return the fine map [B, O, 2h, 2w] of a coarse one [B, C, h, w].
+
+    Each of `rows` multiplies pixels [B, N, C] by the three taps of a kernel row: [B, N, 3 * O].
+    """
     batch, _, height, width = x.shape
     pixels = x.flatten(2).transpose(1, 2)
-    across = _finer_taps(width, x).permute(2, 1, 0).flatten(1)  # fine column by (coarse column, tap)
-    downs = _finer_taps(height, x).transpose(1, 2)  # for each tap: fine row by coarse row
+    across = _finer_taps(width, x).permute(2, 1, 0).flatten(1)  # fine column x (coarse column, tap)
+    downs = _finer_taps(height, x).transpose(1, 2)  # for each tap: fine row x coarse row
     fine: Tensor | None = None
     for row, down in zip(rows, downs, strict=True):
-        answers = row(pixels).view(batch * height, width * KERNEL, -1)
-        # Not len(answers): that would be a constant in an exported graph.
-        columns = torch.bmm(across.to(answers.dtype).expand(batch * height, -1, -1), answers).view(batch, height, -1)
-        lines = down.to(columns.dtype).expand(batch, -1, -1)  # autocast leaves a product in place with what it is given
+        products = row(pixels).view(batch * height, width * KERNEL, -1)
+        # Not len(products): that would be a constant in an exported graph.
+        columns = torch.bmm(across.to(products.dtype).expand(batch * height, -1, -1), products).view(batch, height, -1)
+        lines = down.to(columns.dtype).expand(batch, -1, -1)  # autocast does not cast the arguments of baddbmm_
         fine = torch.bmm(lines, columns) if fine is None else fine.baddbmm_(lines, columns)
     assert fine is not None
     return fine.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
 def _finer_taps(length: int, like: Tensor) -> Tensor:
-    """[3, length, 2 * length]: how much of each coarse pixel a kernel's first, middle and last tap see at each fine one."""
+    """Return [3, length, 2 * length]: the weight of each coarse pixel for a kernel's three taps at
+    each fine pixel.
+    """
     pixels = torch.eye(length, device=like.device, dtype=like.dtype)
     fine = F.pad(F.interpolate(pixels[None], scale_factor=2.0, mode="linear")[0], (1, 1))
     return torch.stack([fine[:, tap : tap + 2 * length] for tap in range(KERNEL)])
 
 
 def apply_kernels(x: Tensor, kernels: Tensor, bias: Tensor, before: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Convolve each map with its own 3x3 kernel: [B, C, H, W], [B, C'*9] (channel first), [B] -> [B, 1, H, W].
+    """Convolve each map with its own 3x3 kernel -> [B, 1, H, W].
 
-    A grouped convolution with one group per sample says the same and is slow on every device. Here each of the nine taps is
-    a product with all pixels, and the nine results are shifted and added: F.fold puts tap k at pixel p onto p + k - 1,
-    while a convolution wants p - (k - 1), so the taps are taken in reverse.
+    A grouped convolution with one group per sample is equivalent but slow on every device. Here
+    each of the nine taps is multiplied with all pixels, and the nine results are shifted and added.
+    F.fold puts tap k at pixel p onto p + k - 1, while a convolution needs p - (k - 1), so the taps
+    are reversed.
 
-    `before` is the weight [C', C] and bias [C'] of a 1x1 convolution that comes first; C' = C without it. It is applied to the
-    nine taps instead of to all pixels, which gives the same since nothing lies between the two.
+    Args:
+        x: [B, C, H, W].
+        kernels: [B, C'*9], channel first; C' = C without `before`.
+        bias: [B].
+        before: weight [C', C] and bias [C'] of a 1x1 convolution to apply first. It is applied to
+            the nine taps instead of all pixels, which is equivalent since both are linear.
     """
     batch, _, height, width = x.shape
     taps = kernels.view(batch, -1, KERNEL**2).flip(-1)
-    pixels = x.flatten(2).transpose(1, 2)  # channels last, as they lie in memory
+    pixels = x.flatten(2).transpose(1, 2)  # channels last, as in memory
     if before is None:
-        answers = pixels @ taps
+        products = pixels @ taps
     else:
-        # The bias is part of the answers, not of the sum, since a tap that sees the padding gets none of it. As a row: a
-        # product with a vector comes out wrong in ONNX Runtime 1.32.
-        answers = pixels @ (before[0].t() @ taps) + before[1][None] @ taps
-    answers = answers.transpose(1, 2)
-    logits = F.fold(answers, (height, width), KERNEL, padding=KERNEL // 2)
+        # The bias is added to the products, not to their sum, since a tap over the padding must not
+        # get it. It is a row because ONNX Runtime 1.32 computes a product with a vector wrongly.
+        products = pixels @ (before[0].t() @ taps) + before[1][None] @ taps
+    products = products.transpose(1, 2)
+    logits = F.fold(products, (height, width), KERNEL, padding=KERNEL // 2)
     return logits + bias[:, None, None, None]

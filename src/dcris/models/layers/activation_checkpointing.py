@@ -1,4 +1,6 @@
-"""Activation checkpointing: what a layer would keep for its backward pass is made again there, by a second forward pass."""
+"""Activation checkpointing: a second forward pass in the backward pass instead of stored
+activations.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,23 +10,24 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(owner: nn.Module, function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """function(*arguments), of which nothing but the arguments is kept for the backward pass.
+    """Return function(*arguments), storing only the arguments for the backward pass.
 
-    Loss and gradients are those of a plain call: dropout draws the same numbers again, and the batch norms of `owner`, the
-    module that the function is of, do not count the second pass into their running statistics.
+    Loss and gradients equal those of a plain call: dropout draws the same numbers again, and the
+    batch norms of `owner`, the module that the function belongs to, do not update their running
+    statistics in the second pass.
     """
     result: Tensor = checkpoint(
-        function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(owner))
+        function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(owner))
     )
     return result
 
 
 @contextmanager
-def statistics_kept(owner: nn.Module) -> Iterator[None]:
-    """Batch norms inside `owner` work as before, but leave their running statistics alone.
+def frozen_statistics(owner: nn.Module) -> Iterator[None]:
+    """Keep the batch norms inside `owner` from updating their running statistics.
 
-    By a momentum of 0 and not by track_running_stats: without that, autograd keeps fewer tensors than in the first pass, which
-    torch refuses.
+    Uses a momentum of 0, not track_running_stats = False: that would make autograd save fewer
+    tensors than in the first pass, which torch refuses.
     """
     norms = [module for module in owner.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -1,4 +1,4 @@
-"""Attention, and its multi-head form as the adapters and the head use it.
+"""Scaled dot-product attention, and the multi-head attention of the adapters and the head.
 
 Shape letters: B batch, H heads, Q queries, K keys, C width, D head width.
 """
@@ -13,9 +13,18 @@ from dcris.models.layers import attention_cpu as cpu_attention
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(QK^T / sqrt(D)) V with dropout on the weights: [B, H, Q, D], [B, H, K, D] twice -> [B, H, Q, D].
+    """Compute softmax(QK^T / sqrt(D)) V with dropout on the weights.
 
-    `mask` is bool, True where a query may attend to a key; `causal` lets it attend to keys up to its own place.
+    Args:
+        query: [B, H, Q, D].
+        key: [B, H, K, D].
+        value: [B, H, K, D].
+        mask: bool, True where a query attends to a key.
+        causal: queries attend only to keys up to their own position.
+        dropout: probability.
+
+    Returns:
+        [B, H, Q, D].
     """
     if mask is None and not causal and cpu_attention.pays(query, key, value, dropout):
         return cpu_attention.attend(query, key, value, dropout)
@@ -25,9 +34,11 @@ def attend(
 
 
 class MultiHeadAttention(nn.Module):
-    """torch.nn.MultiheadAttention's weights and start, without the attention map that nobody reads.
+    """torch.nn.MultiheadAttention with the same weights and initialisation, without returning
+    attention maps.
 
-    The queries', keys' and values' projections are one matrix [3C, C], started as torch does (Xavier over all three as one).
+    The projections of queries, keys and values are one matrix [3C, C], initialised as in torch
+    (Xavier over the whole matrix).
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -41,7 +52,10 @@ class MultiHeadAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Attend from [B, Q, C] to [B, K, C]; `padding` [B, K] bool is True for keys to leave out. Returns [B, Q, C]."""
+        """Attend from queries [B, Q, C] to keys and values [B, K, C] -> [B, Q, C].
+
+        `padding` [B, K] is True for keys to exclude.
+        """
         weights, biases = self.in_weight.chunk(3), self.in_bias.chunk(3)
         query, key, value = (
             self._split(F.linear(x, weight, bias))
@@ -53,10 +67,11 @@ class MultiHeadAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def single_key(self, value: Tensor) -> Tensor:
-        """Attention to one key alone: [B, C] -> [B, C], the same for every query.
+        """Attend to a single key: [B, C] -> [B, C], the same for every query.
 
-        The softmax over one key is 1 whatever the query, so queries and keys have no part in the result, and their weights
-        no gradient. There is no dropout: on a lone weight of 1 it would erase the whole text.
+        The softmax over one key is 1 for any query, so the result does not depend on queries and
+        keys, and their weights get no gradient. There is no dropout: on a single weight of 1 it
+        would remove the whole text.
         """
         width = value.shape[-1]
         return self.out(F.linear(value, self.in_weight[2 * width :], self.in_bias[2 * width :]))

@@ -1,14 +1,15 @@
-"""Attention on a CPU, where torch 2.13's own is slow: with gradients, with dropout, and in bfloat16 at all.
+"""Attention on a CPU for the cases in which torch 2.13's is slow: gradients, dropout, bfloat16.
 
-torch's fused backward pass reaches a sixth of the speed of its own matrix products in bfloat16, and its forward pass a third
-where the processor multiplies bfloat16 but has no AMX. With dropout there is no fused path at all: whole attention maps are
-drawn, masked, multiplied and kept, and a megabyte's worth of them leaves the cache between any two of these steps. Here one
-head's map is worked on at a time, in buffers that are reused and stay in the cache. Nothing of a map is remembered for the
-backward pass: it is made again, and what dropout kept from the seed of its draw. With padding and dropout whole maps, which
-are small then, are made and kept in the working precision, where torch takes float32.
+torch's fused backward pass reaches a sixth of the speed of its own matrix products in bfloat16, and
+its forward pass a third on processors that multiply bfloat16 but have no AMX. With dropout torch
+has no fused path: it computes whole attention maps, which do not stay in the cache between the
+steps. Here one head's map is computed at a time, in reused buffers that stay in the cache. Maps are
+not stored for the backward pass but recomputed, and dropout masks are drawn again from their seed.
+With padding and dropout, where maps are small, whole maps are computed and stored in the working
+precision; torch uses float32.
 
-In bfloat16 the products of queries and keys are rounded before the softmax, as they are in any program that makes maps under
-autocast; torch's fused forward pass keeps them in float32.
+In bfloat16 the products of queries and keys are rounded before the softmax, as in any program that
+computes maps under autocast; torch's fused forward pass keeps them in float32.
 
 Shape letters: B batch, H heads, Q queries, K keys, D head width.
 """
@@ -24,11 +25,11 @@ from torch.nn import functional as F
 from dcris.models.layers.dropout import Draw, drop
 
 _WORTH_IT = 1 << 16
-"""Entries of a map from which on a call per head costs less than it saves."""
+"""Minimum entries of a map for which processing each head separately is faster."""
 
 
 def pays(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether `attend` is quicker than torch's own function for these [B, H, Q or K, D]."""
+    """Return whether `attend` is faster than torch's for these tensors [B, H, Q or K, D]."""
     if query.device.type != "cpu" or torch.compiler.is_compiling() or query.shape[-2] * key.shape[-2] < _WORTH_IT:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
@@ -37,9 +38,15 @@ def pays(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """softmax(QK^T / sqrt(D)) V with dropout on the weights: [B, H, Q, D], [B, H, K, D] twice -> [B, H, Q, D].
+    """Compute softmax(QK^T / sqrt(D)) V with dropout on the weights -> [B, H, Q, D].
 
     Dropout follows torch's random state (dcris.models.layers.dropout).
+
+    Args:
+        query: [B, H, Q, D].
+        key: [B, H, K, D].
+        value: [B, H, K, D].
+        dropout: probability.
     """
     if not torch.is_grad_enabled():
         return _mix(query, key, value, Draw(dropout) if dropout else None)
@@ -48,7 +55,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
 
 
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """The same where `mask` is True, for small maps, as of pixels to words. With dropout torch keeps all of it in float32."""
+    """Compute the same with a mask (True: attend), for small maps such as pixels to words.
+
+    torch would store all intermediate maps in float32 when there is dropout.
+    """
     with torch.autocast("cpu", enabled=False):
         hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
         scores = (query * query.shape[-1] ** -0.5) @ key.mT + hidden
@@ -57,15 +67,15 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropo
 
 @cache
 def _fused_is_quick(dtype: torch.dtype) -> bool:
-    """Whether torch's fused forward pass multiplies as fast as the machine does."""
+    """Return whether torch's fused forward pass is as fast as matrix products on this machine."""
     return dtype != torch.bfloat16 or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _mix(query: Tensor, key: Tensor, value: Tensor, draw: Draw | None) -> Tensor:
-    """The forward pass."""
+    """Run the forward pass."""
     if draw is None and _fused_is_quick(query.dtype):
         return F.scaled_dot_product_attention(query, key, value)
-    # Heads side by side in memory, as the layer after it wants them.
+    # Heads are adjacent in memory, as the next layer reads them.
     mixed = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     scale = query.shape[-1] ** -0.5
     stretched = value * draw.stretch if draw else value
@@ -93,11 +103,11 @@ class _Attention(torch.autograd.Function):
         query, key, value, mixed = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         draw: Draw | None = ctx.draw
-        # Heads lie interleaved in memory; each is read several times here.
+        # Heads are interleaved in memory, and each is read several times here.
         scaled, upstream = (query * scale).contiguous(), (gradients[0] * (draw.stretch if draw else 1.0)).contiguous()
         key, value = key.contiguous(), value.contiguous()
         to_query, to_key, to_value = torch.empty_like(scaled), torch.empty_like(key), torch.empty_like(value)
-        # For each query: the sum over its keys of weight times the weight's gradient.
+        # For each query, the sum over its keys of the weight times its gradient.
         exact = torch.promote_types(query.dtype, torch.float32)
         totals = (gradients[0].to(exact) * mixed.to(exact)).sum(-1)
         weights, change = _maps(query, key)
@@ -122,26 +132,27 @@ class _Attention(torch.autograd.Function):
 
 
 def _heads(x: Tensor) -> list[Tensor]:
-    """[B, H, ...] -> B * H of [...]; taken apart at once, as one view after the other takes as long as a small product."""
+    """Return the B * H heads of [B, H, ...]. One unbind is faster than a view per head."""
     return [head for sample in x.unbind() for head in sample.unbind()]
 
 
 def _kept(query: Tensor, key: Tensor, draw: Draw | None) -> Iterable[Tensor | None]:
-    """For every head of every sample: what dropout keeps of its map, where there is dropout."""
+    """Return the dropout mask of each head of each sample; None without dropout."""
     count = query.shape[0] * query.shape[1]
     return draw.kept(count, (query.shape[2], key.shape[2])) if draw else [None] * count
 
 
 def _maps(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for two maps of one head, [Q, K]."""
+    """Allocate two maps [Q, K] of one head."""
     shape = query.shape[2], key.shape[2]
     return query.new_empty(shape), query.new_empty(shape)
 
 
 def _minus(left: Tensor, shift: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices with left' @ right'.T = left @ right.T - shift[:, None], which saves a pass over the product; or many.
+    """Return two matrices with left' @ right'.T = left @ right.T - shift[:, None], to save a pass
+    over the product.
 
-    In bfloat16 the shift is given as a sum of two numbers, so that nothing of it is lost.
+    In bfloat16 the shift is split into a sum of two numbers, so that it keeps its precision.
     """
     high = shift.to(left.dtype)
     low = (shift - high.to(shift.dtype)).to(left.dtype)

@@ -1,7 +1,8 @@
-"""Dropout whose draws cost little on a CPU, where torch 2.13 draws one number after the other in a single thread.
+"""Dropout with fast random numbers on a CPU, where torch 2.13 draws them one by one in a single
+thread.
 
-numpy's generator is several times as fast, and 16 bits a draw are enough. Its seed comes from torch's random state, so that a
-step's randomness is still a function of its seed alone.
+numpy's generator is several times faster, and 16 bits per draw suffice. Its seed comes from torch's
+random state, so a step's randomness still depends only on torch's seed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,11 @@ from torch.nn import functional as F
 
 _LEVELS = 1 << 16
 _WORTH_IT = 1 << 14
-"""Elements from which on it is quicker than torch's."""
+"""Minimum number of elements for which it is faster than torch's."""
 
 
 class Draw:
-    """What dropout keeps: the same each time it is asked, since only the seed is remembered.
+    """A dropout mask that is stored as a seed and can be generated repeatedly.
 
     The probability is rounded to a multiple of 1/65,536.
     """
@@ -26,12 +27,13 @@ class Draw:
         self.cut = min(round(probability * _LEVELS), _LEVELS - 1)
         self.seed = int(torch.randint(1 << 62, ()))
         self.stretch = _LEVELS / (_LEVELS - self.cut)
-        """By what the elements that are kept are multiplied in return."""
+        """Factor that the kept elements are multiplied by."""
 
     def kept(self, count: int, shape: Sequence[int]) -> Iterator[Tensor]:
-        """For each of so many tensors, which elements are kept: 1 and 0. One after the other, in the same memory.
+        """Yield `count` masks of that shape: 1 where an element is kept, else 0. All use the same
+        memory.
 
-        As uint8, since torch takes eight times as long to make bfloat16 of bool.
+        The type is uint8, since torch converts bool to bfloat16 eight times slower.
         """
         generator = np.random.SFC64(self.seed)
         kept = torch.empty(*shape, dtype=torch.uint8)
@@ -42,7 +44,7 @@ class Draw:
 
 
 def drop(x: Tensor, probability: float) -> Tensor:
-    """Dropout of a tensor of any shape, by draws that are not torch's where it is large and on a CPU."""
+    """Apply dropout to a tensor of any shape; large tensors on a CPU use numpy's generator."""
     if not 0 < probability < 1 or x.device.type != "cpu" or x.numel() < _WORTH_IT or torch.compiler.is_compiling():
         return F.dropout(x, probability)
     draw = Draw(probability)
@@ -51,8 +53,8 @@ def drop(x: Tensor, probability: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout, with `drop`."""
+    """torch.nn.Dropout, implemented by `drop`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """A tensor of any shape."""
+        """Apply it to a tensor of any shape."""
         return drop(x, self.p) if self.training else x

@@ -1,4 +1,5 @@
-"""DINOv3's rotary positions: queries and keys of patches are turned by angles that their places give (Simeoni et al. 2025).
+"""DINOv3's rotary positions: the queries and keys of patches are rotated by angles of their
+positions (Simeoni et al. 2025).
 
 Shape letters: B batch, H heads, P tokens, N = h*w patches, d head width, a multiple of 4.
 """
@@ -15,10 +16,16 @@ _BASE = 100.0
 
 
 def patch_rotation(grid: tuple[int, int], width: int, like: Tensor) -> Rotation:
-    """The rotation of each patch of a grid (h, w), row by row, for heads of that width, in the type of `like` and beside it.
+    """Return the rotation of each patch of a grid, row by row.
 
-    A patch's place are its centre's coordinates in -1..1, along the picture's own sides, so any grid spans the same angles.
-    The first quarter of the frequencies turns by the row, the second by the column, and the second half repeats the first.
+    A patch's position is its centre in coordinates from -1 to 1 along the image's sides, so any
+    grid spans the same angles. The first quarter of the frequencies rotates by the row, the second
+    by the column, and the second half repeats the first.
+
+    Args:
+        grid: rows and columns h, w.
+        width: of a head.
+        like: a tensor whose type and device the result has.
     """
     kind = torch.promote_types(like.dtype, torch.float32)
     frequencies = _BASE ** -torch.arange(0, 1, 4 / width, dtype=torch.float32, device=like.device).to(kind)
@@ -29,9 +36,11 @@ def patch_rotation(grid: tuple[int, int], width: int, like: Tensor) -> Rotation:
 
 
 def rotate_patches(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the last N tokens of [B, H, P, d]; those before them (class, registers) have no place and stay."""
+    """Rotate the last N tokens of [B, H, P, d]; those before them (class, registers) have no
+    position.
+    """
     cosine, sine = (part.to(x.dtype) for part in rotation)
     prefix, patches = x.split((x.shape[-2] - len(cosine), len(cosine)), dim=-2)
     first, second = patches.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return torch.cat((prefix, patches * cosine + turned * sine), dim=-2)
+    rotated = torch.cat((-second, first), dim=-1)
+    return torch.cat((prefix, patches * cosine + rotated * sine), dim=-2)
