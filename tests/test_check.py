@@ -1,4 +1,4 @@
-"""`dcris data check`: what it counts, what it finds, and what it lets pass."""
+"""`dcris data check`: counts, problems and warnings."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_a_sound_set_has_no_problems(tiny_refer):
 
 
 def test_a_training_photograph_in_another_split_is_a_leak(tiny_refer):
-    """Training on a photograph whose other objects are tested makes the test look better than it is."""
+    """Training on a test image makes the test score too high."""
     tiny_refer.references[1]["split"] = "train"
     report = check_dataset(tiny_refer.write(), "tiny")
     assert (report.problem_count, report.shared_images, report.leaked_images, report.warnings) == (1, 1, 1, [])
@@ -35,14 +35,14 @@ def test_a_training_photograph_in_another_split_is_a_leak(tiny_refer):
 
 
 def test_sharing_among_the_other_splits_is_worth_a_warning(tiny_refer):
-    """It spoils no test result, but a threshold chosen on val was chosen on test photographs."""
+    """No test score is affected, but a threshold chosen on val was chosen on test images."""
     report = check_dataset(tiny_refer.write(), "tiny")
     assert (report.problem_count, report.shared_images) == (0, 1)  # image 1 is in val and testA
     assert report.warnings == ["1 images are in more than one split; training sees none of them"]
 
 
 def test_refcocogs_google_partition_shares_photographs_by_design(tiny_refer):
-    """Calling the official file damaged would send people looking for another, which there is not."""
+    """The official file is not damaged."""
     tiny_refer.dataset, tiny_refer.split_by = "refcocog", "google"
     tiny_refer.references[1]["split"] = "train"
     report = check_dataset(tiny_refer.write(), "refcocog")
@@ -51,7 +51,7 @@ def test_refcocogs_google_partition_shares_photographs_by_design(tiny_refer):
 
 
 def test_a_mask_saved_as_jpeg_is_a_problem_unless_there_is_a_threshold(tmp_path, capsys):
-    """It would train a model on a frame of compression noise around each object; nobody would learn of it."""
+    """Compression noise around the object would silently count as the object."""
     mask = np.zeros((60, 80), np.uint8)
     mask[20:40, 30:60] = 255
     Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
@@ -64,16 +64,16 @@ def test_a_mask_saved_as_jpeg_is_a_problem_unless_there_is_a_threshold(tmp_path,
     plain, soft = (load_references(tmp_path / "my.jsonl", None, mask_threshold=value) for value in (None, 0.5))
     (reference,) = soft.references
     assert np.array_equal(decode_mask(reference.segmentation, reference.image_size), mask > 0)
-    assert plain.sha256() != soft.sha256()  # else a run would resume with other masks
+    assert plain.sha256() != soft.sha256()  # otherwise a run would be resumed with other masks
 
 
 def test_missing_and_wrong_images_are_problems(tiny_refer):
-    """The mask of a photograph that was resized since fits nothing; both are found before a night of training."""
+    """Masks do not fit an image that was resized; both errors are found before training."""
     root = tiny_refer.write()
     (tiny_refer.image_folder / "1.png").unlink()
     Image.new("RGB", (12, 16)).save(tiny_refer.image_folder / "2.png")
     report = check_dataset(root, "tiny")
-    assert report.problem_count == 2  # one for each photograph, though photograph 1 has two references
+    assert report.problem_count == 2  # one for each image, although image 1 has two references
     assert "there is no image file" in report.problems[0]
     assert "reference 12: " in report.problems[1]
     assert "16 x 12 pixels (height x width), but the annotations say 32 x 24" in report.problems[1]
@@ -91,14 +91,14 @@ def test_only_a_deep_check_decodes_the_photographs(tiny_refer):
 
 
 def test_an_empty_mask_is_a_problem(tiny_refer):
-    """Its IoU is 0 whatever a model answers, and the loss teaches to find nothing."""
+    """Its IoU is always 0, and the loss trains the model to predict nothing."""
     tiny_refer.instances["annotations"][1]["segmentation"] = encode_mask(np.zeros((30, 40), bool))
     report = check_dataset(tiny_refer.write(), "tiny")
     assert report.problems == ["reference 11: the mask of annotation 72 is empty; remove the reference"]
 
 
 def test_a_long_list_of_problems_is_cut_and_counted(tiny_refer):
-    """Without its photographs a real set would print twenty thousand lines."""
+    """Without its images, a real data set would print twenty thousand lines."""
     annotation, reference = tiny_refer.instances["annotations"][0], tiny_refer.references[0]
     for number in range(25):
         image_id, ann_id = 1000 + number, 2000 + number
@@ -116,7 +116,7 @@ def test_a_long_list_of_problems_is_cut_and_counted(tiny_refer):
 
 
 def test_each_malformed_reference_is_a_problem(tiny_refer):
-    """Whoever mends a file by hand wants to see what is wrong in it at once, not one mistake at each try."""
+    """All errors of a file are reported at once."""
     tiny_refer.references[0].pop("ann_id")
     tiny_refer.references[2]["sentences"] = []
     tiny_refer.references.append(7)
@@ -142,7 +142,7 @@ def test_official_sets_are_compared_with_their_official_size(tiny_refer, monkeyp
     root = tiny_refer.write()
     report = check_dataset(root, "refcoco")
     assert report.official is False
-    assert report.problem_count == 0  # a subset is fine to work with, but not to compare with
+    assert report.problem_count == 0  # a subset can be used, but its scores do not compare
     assert any("not the official size: train, val, testA" in warning for warning in report.warnings)
     assert any("official splits that are missing: testB" in warning for warning in report.warnings)
     assert "42,404 / 120,624" in report.table()

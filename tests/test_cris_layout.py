@@ -1,4 +1,4 @@
-"""The layout that CRIS, ETRIS and DETRIS prepare: the references and masks of REFER's, and one sentence for what is wrong."""
+"""The layout of CRIS, ETRIS and DETRIS: the same references as in the REFER layout, and one sentence for each error."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from layouts import write_prepared
 
 @pytest.fixture
 def prepared(tiny_refer: TinyRefer, tmp_path: Path) -> tuple[ReferenceTable, Path]:
-    """The small data set as REFER's, and the root of the same one as their tools leave it."""
+    """The small data set in the REFER layout, and the root of the same one as their tools prepare it."""
     table = load_references(tiny_refer.write(), "tiny")
     root = tmp_path / "prepared"
     write_prepared(table, root, "refcocog_u")
@@ -32,7 +32,7 @@ def prepared(tiny_refer: TinyRefer, tmp_path: Path) -> tuple[ReferenceTable, Pat
 
 
 def test_the_same_references_as_in_the_refer_layout(prepared):
-    """Whoever prepared the data for DETRIS must get the very same numbers from it."""
+    """Data prepared for DETRIS give the same scores."""
     original, root = prepared
     table = load_references(root, "refcocog", "umd")
     assert (table.dataset, table.split_by, table.root) == ("refcocog", "umd", root)
@@ -74,7 +74,7 @@ def test_the_categories_are_cocos(refer_root):
 
 
 def test_folders_by_their_own_names_and_by_the_data_set_they_hold(prepared):
-    """Their folders' names say the splits, REFER's do not; people will type either, and must not get one of two by chance."""
+    """The folder's name contains the partition, the data set's does not; both are accepted, and ambiguity is an error."""
     _, root = prepared
     for dataset, split_by in (("refcocog", None), ("refcocog", "umd"), ("refcocog_u", None), ("refcocog_u", "umd")):
         table = load_references(root, dataset, split_by)
@@ -94,7 +94,7 @@ def test_folders_by_their_own_names_and_by_the_data_set_they_hold(prepared):
 
 
 def test_the_empty_test_split_of_googles_refcocog(prepared):
-    """Their script writes a test.json for it without any reference."""
+    """Their script writes a test.json without references for it."""
     _, root = prepared
     (root / "anns/refcocog_u/test.json").write_text("[]")
     assert list(load_references(root, "refcocog").splits()) == ["train", "val", "testA"]
@@ -105,7 +105,7 @@ def test_the_empty_test_split_of_googles_refcocog(prepared):
 
 
 def test_masks_may_have_any_value_but_0(prepared):
-    """Some copies hold 1 where others hold 255."""
+    """Some copies have 1, others 255."""
     _, root = prepared
     path = root / "masks/refcocog_u/11.png"
     pixels = np.array(Image.open(path))
@@ -115,7 +115,7 @@ def test_masks_may_have_any_value_but_0(prepared):
 
 
 def test_the_orientation_of_a_mask_is_applied(prepared):
-    """A mask that a tool turned by its EXIF tag alone would otherwise lie upside down on its photograph."""
+    """A mask may be rotated by its EXIF tag only."""
     _, root = prepared
     path = root / "masks/refcocog_u/11.png"
     mask = Image.open(path)
@@ -128,7 +128,7 @@ def test_the_orientation_of_a_mask_is_applied(prepared):
 
 
 def test_masks_that_are_missing_or_of_another_size(prepared):
-    """Without --generate_mask their script writes no masks; a resized mask lies beside its object."""
+    """Without --generate_mask, their script writes no masks; a resized mask does not fit its object."""
     _, root = prepared
     path = root / "masks/refcocog_u/11.png"
     Image.open(path).resize((20, 15)).save(path)
@@ -156,7 +156,7 @@ def test_masks_that_are_missing_or_of_another_size(prepared):
     ],
 )
 def test_each_malformed_entry_is_named(prepared, change, sentence):
-    """Whoever changed their script needs the file, the reference and the field."""
+    """The error names the file, the reference and the field."""
     _, root = prepared
     path = root / "anns/refcocog_u/val.json"
     (entry,) = json.loads(path.read_text())
@@ -176,7 +176,7 @@ _VALUES = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(key=st.sampled_from(["segment_id", "cat", "img_name", "sentences", "bbox", "sentences_num"]), value=_VALUES)
 def test_nothing_in_a_file_ends_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
-    """Files from strangers hold anything; what a person sees is one sentence, or the references."""
+    """Any content gives one sentence or references, never a traceback."""
     root = tmp_path_factory.mktemp("any")
     entry = {"segment_id": 1, "cat": 0, "img_name": "1.png", "sentences": [{"sent_id": 1, "sent": "it"}]}
     (root / "anns/refcoco").mkdir(parents=True)
@@ -191,8 +191,8 @@ def test_nothing_in_a_file_ends_in_a_traceback(tmp_path_factory: pytest.TempPath
         assert table.references[0].image_size == (3, 4)
 
 
-def test_a_data_set_that_is_nowhere_is_looked_for_in_three_places(tmp_path):
-    """The sentence must say where to put the files, whichever of them a person has."""
+def test_a_missing_data_set_lists_all_layouts(tmp_path):
+    """The error lists the places of all layouts."""
     with pytest.raises(DcrisError) as caught:
         load_references(tmp_path, "refcoco")
     for place in ("refcoco/refs(...).p", "anns/refcoco/*.json", "refcoco/**/*.parquet", "dcris data fetch"):

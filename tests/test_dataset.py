@@ -1,4 +1,4 @@
-"""What a model is shown, and in which order: nothing twice, nothing left out, and the same again whoever reads it."""
+"""Samples, batches and evaluation tasks: complete, without repetition, and reproducible."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -44,7 +44,7 @@ def table(scenes_root: Path) -> ReferenceTable:
 
 @pytest.fixture
 def toy(tiny_refer: TinyRefer) -> tuple[Reference, ...]:
-    """Three references with one or two sentences each, on two photographs."""
+    """Three references with one or two expressions each, on two images."""
     return load_references(tiny_refer.write(), tiny_refer.dataset).references
 
 
@@ -62,7 +62,7 @@ def assert_same_batches(ours: list[Batch], theirs: list[Batch]) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 100), st.integers(1, 4))
 def test_each_reference_once_an_epoch(length: int, batch_size: int, seed: int, epochs: int) -> None:
-    """Else some objects weigh twice; a last part that fills no batch is left out, another one in every epoch."""
+    """No reference counts twice. The remainder that fills no batch is left out, a different one in each epoch."""
     per_epoch = steps_per_epoch(length, min(batch_size, length))
     batches = list(TrainingBatches(length, batch_size, seed, 0, epochs * per_epoch))
     assert len(batches) == epochs * per_epoch
@@ -74,8 +74,8 @@ def test_each_reference_once_an_epoch(length: int, batch_size: int, seed: int, e
     assert epochs * per_epoch == len(TrainingBatches(length, batch_size, seed, 0, epochs * per_epoch))
 
 
-def test_order_follows_from_seed_and_epoch_alone() -> None:
-    """Else two runs of one seed differ, or every epoch shows the same order."""
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    """Runs with the same seed are equal, and epochs have different orders."""
 
     def epoch(number: int, seed: int) -> list[int]:
         batches = TrainingBatches(40, 8, seed, 5 * number, 5 * number + 5)
@@ -93,13 +93,13 @@ def test_order_follows_from_seed_and_epoch_alone() -> None:
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 40), st.integers(0, 40))
 def test_batches_from_a_step_on_are_those_of_the_unbroken_run(length: int, size: int, first: int, more: int) -> None:
-    """Else a resumed run repeats or leaves out what the unbroken one saw."""
+    """A resumed run sees the same batches as an uninterrupted one."""
     whole = list(TrainingBatches(length, size, 1, 0, first + more))
     assert list(TrainingBatches(length, size, 1, first, first + more)) == whole[first:]
 
 
 def test_one_sentence_of_each_reference_an_epoch_and_all_in_the_end(table: ReferenceTable) -> None:
-    """Else the first sentence is all the model ever hears, as with a sampler that is seeded once for each worker."""
+    """A sampler that is seeded once per worker would draw the same expressions in every epoch."""
     references = table.split("train")
     samples = TrainingSamples(references, CONFIG, TOKENIZER, seed=3)
     drawn: dict[int, Counter[int]] = defaultdict(Counter)
@@ -112,31 +112,31 @@ def test_one_sentence_of_each_reference_an_epoch_and_all_in_the_end(table: Refer
     for number, reference in enumerate(references):
         counts = [drawn[number][expression.sent_id] for expression in reference.expressions]
         assert min(counts) > 120 / len(counts) / 3, f"{counts} of reference {reference.ref_id}"
-    # Neighbouring references draw independently: an epoch is not all first or all second sentences.
+    # Neighbouring references draw independently: an epoch does not consist of first expressions only.
     several = [i for i, reference in enumerate(references) if len(reference.expressions) > 1]
     places = {references[i].expressions.index(samples.draw(5 * len(samples) + i)) for i in several}
     assert len(places) > 1
-    # Another seed draws other sentences.
+    # Another seed draws other expressions.
     other = TrainingSamples(references, CONFIG, TOKENIZER, seed=4)
     assert any(other.draw(i) != samples.draw(i) for i in several)
 
 
 def test_a_sample_is_the_photograph_its_phrase_and_its_mask(table: ReferenceTable) -> None:
-    """Else a model trains on the mask of another object, on a mirrored one, or on blue for red."""
+    """Image, expression and mask belong together, unmirrored and in RGB order."""
     references = table.split("train")
     samples = TrainingSamples(references, CONFIG.model_copy(update={"image_size": 112}), TOKENIZER, seed=3)
     for index in (0, 5, len(samples) + 7):
         reference, sample = references[index % len(samples)], samples[index]
         pixels = np.array(Image.open(reference.image_path).convert("RGB"))
-        assert pixels.shape == (112, 112, 3)  # the square's own size, so the letterbox moves nothing
+        assert pixels.shape == (112, 112, 3)  # the size of the square, so the letterbox is the identity
         assert sample.image.dtype == torch.uint8
         np.testing.assert_array_equal(sample.image.permute(1, 2, 0).numpy(), pixels)
         np.testing.assert_array_equal(sample.mask.numpy(), decode_mask(reference.segmentation, (112, 112)))
         assert torch.equal(sample.tokens, TOKENIZER([samples.draw(index).text], CONFIG.word_length)[0])
 
 
-def test_padding_of_the_letterbox_is_normalised_to_nothing(table: ReferenceTable) -> None:
-    """Else bars above and below a wide photograph are a bright thing that every model has to learn to ignore."""
+def test_padding_of_the_letterbox_is_normalised_to_zero(table: ReferenceTable) -> None:
+    """Otherwise the padding of a wide image would be bright bars that every model must learn to ignore."""
     square, box = to_square(np.full((20, 60, 3), 255, np.uint8), CONFIG, Letterbox)
     normalised = normalise(square[None], CONFIG)[0]
     assert box.size == (20, 60)
@@ -146,7 +146,7 @@ def test_padding_of_the_letterbox_is_normalised_to_nothing(table: ReferenceTable
 
 
 def test_workers_do_not_change_what_is_read(table: ReferenceTable) -> None:
-    """Else a run cannot be repeated on a machine with another number of cores."""
+    """A run can be repeated on a machine with another number of cores."""
     references = table.split("train")
     alone = batches_of(references, 0, 12, workers=0)
     assert_same_batches(alone, batches_of(references, 0, 12, workers=2))
@@ -157,14 +157,14 @@ def test_workers_do_not_change_what_is_read(table: ReferenceTable) -> None:
 
 
 def test_a_set_smaller_than_the_batch_is_one_batch(toy: tuple[Reference, ...]) -> None:
-    """Else a person's first ten photographs train for no step at all."""
+    """A data set of ten images can be trained on."""
     batches = batches_of(toy, 0, 3, workers=0, size=32)
     assert [len(batch.images) for batch in batches] == [3, 3, 3]
     assert steps_per_epoch(3, 3) == 1
 
 
-def test_photographs_come_once_with_all_that_is_asked_of_them(table: ReferenceTable) -> None:
-    """Else an image is encoded again for each phrase, or an expression is lost, or counted twice."""
+def test_each_image_comes_once_with_all_its_queries(table: ReferenceTable) -> None:
+    """Each image is encoded once, and no expression is lost or counted twice."""
     queries = all_queries(table.split("test"))
     shuffled = [queries[i] for i in np.random.default_rng(0).permutation(len(queries))]
     tasks = ImageTasks(shuffled, CONFIG, TOKENIZER)
@@ -182,8 +182,8 @@ def test_photographs_come_once_with_all_that_is_asked_of_them(table: ReferenceTa
     assert [task.queries for task in parallel] == [task.queries for task in groups]
 
 
-def test_validation_asks_the_first_sentence_or_all(table: ReferenceTable) -> None:
-    """The CRIS family validates on the first while it trains, and tests on all."""
+def test_queries_for_the_first_expressions_or_all(table: ReferenceTable) -> None:
+    """CRIS and its successors validate on the first expression during training, and test on all."""
     references = table.split("val")
     assert [e for _, e in all_queries(references, first_only=True)] == [r.expressions[0] for r in references]
     assert [e for _, e in all_queries(references)] == [e for r in references for e in r.expressions]
@@ -191,8 +191,8 @@ def test_validation_asks_the_first_sentence_or_all(table: ReferenceTable) -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["missing", "resized", "cut short"])
-def test_a_broken_photograph_is_one_sentence(toy: tuple[Reference, ...], damage: str, workers: int) -> None:
-    """Also out of a worker process, where torch would wrap it in a page of traceback."""
+def test_a_broken_image_gives_one_sentence(toy: tuple[Reference, ...], damage: str, workers: int) -> None:
+    """Also from a worker process, where torch would add a long traceback."""
     path = toy[2].image_path
     if damage == "missing":
         path.unlink()
@@ -214,8 +214,8 @@ def test_a_broken_photograph_is_one_sentence(toy: tuple[Reference, ...], damage:
         assert "\n" not in str(caught.value)
 
 
-def test_exchanged_phrases_are_those_of_another_object_of_the_picture(table: ReferenceTable) -> None:
-    """Else the control that shows that a model listens is no control."""
+def test_exchanged_expressions_belong_to_another_object_of_the_image(table: ReferenceTable) -> None:
+    """The control experiment for the use of the expression needs expressions of another object."""
     references = table.split("test")
     mixed = exchange_expressions(references)
     owner = {e.sent_id: reference for reference in references for e in reference.expressions}
@@ -223,12 +223,12 @@ def test_exchanged_phrases_are_those_of_another_object_of_the_picture(table: Ref
         assert owner[expression.sent_id].ref_id != reference.ref_id
         assert owner[expression.sent_id].image_id == reference.image_id
     counts = Counter(expression.sent_id for _, expression in mixed)
-    assert counts == Counter(e.sent_id for _, e in all_queries(references))  # each phrase is asked once, as before
+    assert counts == Counter(e.sent_id for _, e in all_queries(references))  # each expression occurs once, as before
     assert {reference.ref_id for reference, _ in mixed} == {reference.ref_id for reference in references}
 
 
-def test_an_object_alone_on_its_picture_has_nobody_to_exchange_with(toy: tuple[Reference, ...]) -> None:
-    """Else it gets its own phrase back and raises the control's score."""
+def test_an_object_alone_in_its_image_is_left_out_of_the_exchange(toy: tuple[Reference, ...]) -> None:
+    """It would get its own expression back and raise the score of the control."""
     mixed = exchange_expressions(toy)
     assert {reference.ref_id for reference, _ in mixed} == {10, 11}
     assert [(r.ref_id, e.text) for r, e in mixed] == [(10, "tall thing"), (10, "right"), (11, "left one")]

@@ -1,4 +1,4 @@
-"""One's own data in JSON Lines: what a person writes by hand or by script, and what they get wrong."""
+"""Your own data in JSON Lines: valid files, and the errors that people make."""
 
 import json
 import os
@@ -28,7 +28,7 @@ POLYGON = [[3.0, 2.0, 9.0, 2.0, 9.0, 6.0, 3.0, 6.0]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two photographs of 12 x 8 pixels (one of them lying on its side in its file) and a mask picture."""
+    """Two images of 12 x 8 pixels, one of them rotated by its EXIF tag, and a mask image."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "img").mkdir()
     Image.new("RGB", (W, H), "green").save(folder / "img/1.jpg")
@@ -56,8 +56,8 @@ def load(folder: Path, *lines: dict[str, Any] | str | bytes) -> ReferenceTable:
     return load_references(write(folder, *lines), None)
 
 
-def test_what_is_read(folder: Path) -> None:
-    """The format of the documentation: masks of all kinds, numbers, splits and defaults."""
+def test_the_documented_format_is_read(folder: Path) -> None:
+    """The documented format: masks of all kinds, ids, splits and defaults."""
     runs = encode_mask(RECTANGLE)
     plain = {"size": [H, W], "counts": [0, H * W]}
     table = load(
@@ -71,7 +71,7 @@ def test_what_is_read(folder: Path) -> None:
     assert (table.dataset, table.split_by, table.root) == ("mine", "own", folder / "mine.jsonl")
     assert [item.split for item in table.references] == ["train", "val", "my test", "train"]
     assert [item.category for item in table.references] == ["box", "object", "object", "object"]
-    assert [item.ref_id for item in table.references] == [1, 2, 4, 5]  # the lines
+    assert [item.ref_id for item in table.references] == [1, 2, 4, 5]  # line numbers
     assert [item.image_id for item in table.references] == [1, 2, 1, 1]
     assert [item.image_path for item in table.references][:2] == [folder / "img/1.jpg", folder / "img/turned.jpg"]
     assert {item.image_size for item in table.references} == {(H, W)}
@@ -84,7 +84,7 @@ def test_what_is_read(folder: Path) -> None:
 
 
 def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
-    """Whatever command takes a root takes the file, whatever data set a recipe names."""
+    """The file may be given as the root, whatever the data set of the recipe."""
     path = write(folder, line(), line(split="val"))
     table = load_references(path, "refcoco", "unc")
     assert table == load_references(path, None)
@@ -96,16 +96,16 @@ def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
         load_references(folder, None)
 
 
-def test_ids_of_ones_own(folder: Path) -> None:
+def test_given_ids_are_unique(folder: Path) -> None:
     assert [item.ref_id for item in load(folder, line(id=7), line(id=1)).references] == [7, 1]
     with pytest.raises(DcrisError, match="line 3 has the id 7, which line 1 has too"):
         load(folder, line(id=7), line(id=8), line(id=7))
-    with pytest.raises(DcrisError, match="line 2 has the id 2, which line 1 has too"):  # a line's number is an id
+    with pytest.raises(DcrisError, match="line 2 has the id 2, which line 1 has too"):  # a line number is an id, too
         load(folder, line(id=2), line())
 
 
 def test_files_as_windows_writes_them(folder: Path) -> None:
-    """A byte order mark, carriage returns, no line feed at the end."""
+    """A byte order mark, carriage returns, no line end after the last line."""
     text = "\ufeff" + "\r\n".join(
         json.dumps(line(expressions=[each]), ensure_ascii=False) for each in ("кот", "el niño")
     )
@@ -171,7 +171,7 @@ def without(key: str) -> dict[str, Any]:
     ],
 )
 def test_each_wrong_line_is_named(folder: Path, wrong: dict[str, Any] | str | bytes, sentence: str) -> None:
-    """By file, line and field, in one sentence: the file was written by hand, or by a script that has to be mended."""
+    """The error names file, line and field in one sentence."""
     with pytest.raises(DcrisError, match=rf"mine\.jsonl: line 2\b.*{sentence}") as caught:
         load(folder, line(), wrong, line())
     assert "\n" not in str(caught.value)
@@ -181,7 +181,7 @@ def test_each_wrong_line_is_named(folder: Path, wrong: dict[str, Any] | str | by
 
 
 def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
-    """Else a person mends a file of a thousand lines one run at a time."""
+    """All errors of a file can be corrected at once."""
     path = write(folder, *[line(mask="none.png")] * 25)
     report = check_dataset(path, None)
     assert (report.problem_count, len(report.problems), report.splits) == (25, 10, {})
@@ -190,7 +190,7 @@ def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fifteen million wrong lines take minutes and gigabytes, and the first says it all."""
+    """Fifteen million invalid lines would take minutes and gigabytes."""
     monkeypatch.setattr(check, "_MAX_BAD_REFERENCES", 20)
     path = write(folder, *["1"] * 30)
     with pytest.raises(DcrisError, match=r"stopped after 20 bad references; the first: .*line 1 is not an object"):
@@ -201,7 +201,7 @@ def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch
     ("content", "sentence"),
     [(None, "there is no file"), (b"", "no references"), (b"\xef\xbb\xbf\n \r\n", "no references")],
 )
-def test_files_with_nothing_in_them(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+def test_missing_and_empty_files(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     path = tmp_path / "x.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -213,10 +213,10 @@ def test_files_with_nothing_in_them(tmp_path: Path, content: bytes | None, sente
 
 
 def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of another kind, or made to fill the memory, may be one line of eight gigabytes."""
+    """A file of another kind may be a single line of eight gigabytes."""
     path = folder / "endless.jsonl"
     with path.open("wb") as file:
-        file.truncate(1 << 33)  # a hole: nothing is on the disk
+        file.truncate(1 << 33)  # a sparse file
     with pytest.raises(DcrisError, match="line 1 is longer than 16 MiB"):
         load_references(path, None)
     monkeypatch.setattr(files, "MAX_LINE", len(json.dumps(line())) + 1)
@@ -227,20 +227,20 @@ def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["./img/1.jpg", "img//1.jpg", "././img/./1.jpg", "img\\1.jpg", ".\\img\\1.jpg"])
 def test_another_spelling_of_a_path_is_the_same_photograph(folder: Path, name: str) -> None:
-    """`find` writes ./, scripts join with a slash too many, and Windows writes backslashes."""
+    """`find` writes ./, some scripts write double slashes, and Windows writes backslashes."""
     table = load(folder, line(), line(image=name))
     assert {item.image_path for item in table.references} == {folder / "img/1.jpg"}
     assert {item.image_id for item in table.references} == {1}
 
 
 def test_files_that_were_joined(folder: Path) -> None:
-    """`cat train.jsonl val.jsonl > my.jsonl`, of files with byte order marks."""
+    """`cat train.jsonl val.jsonl > my.jsonl` with files that have byte order marks."""
     text = "\ufeff" + json.dumps(line()) + "\n\n"
     assert len(load(folder, text + text).references) == 2
 
 
-def test_what_is_no_regular_file_is_named(folder: Path) -> None:
-    """A pipe would block for ever, and a device such as /dev/zero has no end."""
+def test_pipes_and_devices_are_named(folder: Path) -> None:
+    """A pipe would block for ever, and /dev/zero has no end."""
     for name in ("pipe.jsonl", "img/pipe.jpg", "pipe.png"):
         os.mkfifo(folder / name)
     (folder / "endless.jsonl").unlink(missing_ok=True)
@@ -254,7 +254,7 @@ def test_what_is_no_regular_file_is_named(folder: Path) -> None:
 
 
 def test_headers_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A photograph with fifty objects on a network drive is opened once, not fifty times."""
+    """An image with fifty objects is opened once, not fifty times."""
     asked = []
     size = jsonl.image_size
     monkeypatch.setattr(jsonl, "image_size", lambda path: asked.append(path) or size(path))
@@ -272,8 +272,8 @@ FIELDS = ("image", "mask", "expressions", "split", "category", "id")
 
 @settings(max_examples=150, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3), cut=st.integers(0, 200))
-def test_whatever_a_line_holds_it_is_read_or_refused(folder: Path, changes: dict[str, Any], cut: int) -> None:
-    """Never a traceback; and what is read can be trained on."""
+def test_any_line_is_read_or_refused(folder: Path, changes: dict[str, Any], cut: int) -> None:
+    """There is no traceback, and references that are read can be trained on."""
     text = json.dumps(line(mask=POLYGON) | changes)
     for content in (text, text[:cut]):
         try:
@@ -288,11 +288,11 @@ def test_whatever_a_line_holds_it_is_read_or_refused(folder: Path, changes: dict
             assert len(table.sha256()) == 64
 
 
-# ---- the checksum of what a table says -----------------------------------------------------------------------------------
+# ---- the checksum of a table ---------------------------------------------------------------------------------------------
 
 
 def test_the_checksum_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
-    """Else a run is resumed on other data, or refused on the same data in another place."""
+    """A run is not resumed on other data, and is resumed on the same data in another place."""
     lines = [line(), line(image="img/turned.jpg", mask=POLYGON), line(mask=encode_mask(RECTANGLE), split="val")]
     before = load(folder, *lines).sha256()
     moved = tmp_path / "elsewhere"

@@ -1,4 +1,4 @@
-"""Several sets as one: nothing lost that is to be kept, nothing trained on that is tested, no number given twice."""
+"""Mixtures of data sets: no test image is trained on, nothing else is lost, and identifiers are unique."""
 
 import json
 import pickle
@@ -45,7 +45,7 @@ def table(name: str, *references: Reference) -> ReferenceTable:
 
 @st.composite
 def tables(draw: st.DrawFn) -> list[ReferenceTable]:
-    """Up to three sets over the same six photographs, which they number alike."""
+    """Up to three data sets on the same six images, with the same identifiers."""
     made = []
     for name in "abc"[: draw(st.integers(1, 3))]:
         rows = draw(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(SPLITS), st.integers(1, 3)), max_size=10))
@@ -56,14 +56,14 @@ def tables(draw: st.DrawFn) -> list[ReferenceTable]:
 
 
 def content(item: Reference) -> tuple[Any, ...]:
-    """What renumbering may not change."""
+    """The parts of a reference that renumbering does not change."""
     return item.image_path, item.split, str(item.segmentation), tuple(each.text for each in item.expressions)
 
 
 @settings(max_examples=150, deadline=None)
 @given(sets=tables(), others=tables())
-def test_no_photograph_that_is_trained_on_is_tested(sets: list[ReferenceTable], others: list[ReferenceTable]) -> None:
-    """And nothing else is left out: what goes is training references of photographs in evaluation splits, to the last one."""
+def test_no_test_image_is_trained_on(sets: list[ReferenceTable], others: list[ReferenceTable]) -> None:
+    """Exactly the training references of images in val and test splits are left out."""
     mixed = mix("mixed", sets, others)
     tested = {item.image_path for each in (*sets, *others) for item in each.references if item.split != "train"}
     expected = [
@@ -83,7 +83,7 @@ def test_no_photograph_that_is_trained_on_is_tested(sets: list[ReferenceTable], 
 @settings(max_examples=60, deadline=None)
 @given(sets=tables())
 def test_the_unfiltered_mixture_is_a_concatenation(sets: list[ReferenceTable]) -> None:
-    """Else DETRIS's published result is not what `mixed-unfiltered` reproduces."""
+    """`mixed-unfiltered` reproduces DETRIS's published mixture."""
     mixed = mix("mixed-unfiltered", sets, filtered=False)
     assert [content(item) for item in mixed.references] == [content(item) for each in sets for item in each.references]
 
@@ -91,7 +91,7 @@ def test_the_unfiltered_mixture_is_a_concatenation(sets: list[ReferenceTable]) -
 @settings(max_examples=60, deadline=None)
 @given(sets=tables(), filtered=st.booleans())
 def test_identifiers_are_unique(sets: list[ReferenceTable], filtered: bool) -> None:
-    """Else masks are scored for another set's reference, and predictions overwrite each other's files."""
+    """Otherwise masks would be scored for another data set's reference, and predictions would overwrite each other."""
     references = mix("mixed", sets, filtered=filtered).references
     for counts in (
         Counter(item.ref_id for item in references),
@@ -100,25 +100,25 @@ def test_identifiers_are_unique(sets: list[ReferenceTable], filtered: bool) -> N
     ):
         assert set(counts.values()) <= {1}
     assert len({(item.image_id, item.image_path) for item in references}) == len({item.image_id for item in references})
-    assert all(item.image_id == int(item.image_path.stem[-12:]) for item in references)  # COCO's stay
+    assert all(item.image_id == int(item.image_path.stem[-12:]) for item in references)  # COCO's image_ids are kept
 
 
 def test_references_of_one_annotation_stay_together() -> None:
-    """`data check` decodes each annotation once."""
+    """`dcris data check` decodes each annotation once."""
     one = table("a", reference(1, 1, "train", ann_id=7), reference(2, 1, "train", ann_id=7), reference(3, 1, "train"))
     mixed = mix("mixed", [one, replace(one, dataset="b")])
     assert [item.ann_id for item in mixed.references] == [1, 1, 2, 3, 3, 4]
 
 
 def test_photographs_under_both_of_cocos_namings_are_the_same() -> None:
-    """Else a set prepared from train2017 leaks into the tests of one from train2014."""
+    """Otherwise a data set on train2017 would leak into the test splits of one on train2014."""
     short = replace(reference(1, 5, "train"), image_path=ROOT / "train2017/000000000005.jpg", image_id=1)
     mixed = mix("mixed", [table("a", short, reference(2, 6, "train")), table("b", reference(1, 5, "val"))])
     assert [(item.image_id, item.split) for item in mixed.references] == [(6, "train"), (5, "val")]
 
 
 def test_different_photographs_under_one_number_stay_apart() -> None:
-    """Generated sets all begin at 1: exchanging phrases within a photograph must not cross sets."""
+    """Generated data sets all begin at 1: exchanging expressions within an image must not cross data sets."""
     own = [replace(reference(n, n, "train"), image_path=ROOT / f"images/scene_{n}.jpg") for n in (1, 2)]
     coco = [reference(1, 1, "train"), reference(2, 1, "train")]
     mixed = mix("mixed", [table("a", *own), table("b", *coco)])
@@ -149,7 +149,7 @@ def test_other_names_are_single_sets(name: str) -> None:
     "name",
     ["mixed:", "mixed:a,,b", "mixed:a,a", "mixed:refcoco,refcoco(unc)", "mixed:a(", "mixed:a()", "mixed:mixed,a"],
 )
-def test_names_that_make_no_sense(name: str) -> None:
+def test_malformed_names_are_refused(name: str) -> None:
     with pytest.raises(DcrisError, match="is not a list of different data sets"):
         parse_mixture(name)
 
@@ -164,14 +164,14 @@ def test_the_published_mixture_has_its_published_size() -> None:
 
 @pytest.mark.parametrize(("recipe", "filtered"), [("dcris_l_mixed", True), ("detris_l_mixed", False)])
 def test_recipes_name_their_mixture(recipe: str, filtered: bool) -> None:
-    """Else "mixed" in a recipe's name trains on RefCOCO alone."""
+    """A recipe with "mixed" in its name trains on the mixture."""
     mixture = parse_mixture(get_recipe(recipe).data.dataset)
     assert mixture is not None
     assert (len(mixture.members), mixture.filtered) == (3, filtered)
 
 
 def write_refer(root: Path, dataset: str, split_by: str, rows: list[tuple[int, str]]) -> None:
-    """A set in the REFER layout: a photograph's number and a split for each reference."""
+    """A data set in the REFER layout, with an image number and a split for each reference."""
     references, annotations = [], []
     for number, (image, split) in enumerate(rows, 1):
         sentence = {"sent_id": number, "sent": f"{dataset} {number}"}
@@ -191,7 +191,7 @@ def write_refer(root: Path, dataset: str, split_by: str, rows: list[tuple[int, s
 
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
-    """The RefCOCO family in small; photograph 4 is held out by G-Ref's google partition alone."""
+    """A small RefCOCO family. Image 4 is held out only by the google partition of RefCOCOg."""
     tests = [(7, "testA"), (8, "testB")]
     write_refer(tmp_path, "refcoco", "unc", [(1, "train"), (2, "train"), (3, "val"), (4, "train"), *tests])
     write_refer(tmp_path, "refcoco+", "unc", [(1, "train"), (2, "testB"), (5, "train"), (7, "testA"), (8, "val")])
@@ -205,7 +205,7 @@ def trained(table: ReferenceTable) -> list[tuple[str, int]]:
 
 
 def test_the_whole_family_holds_out(family: Path) -> None:
-    """Also what is not mixed, where it is at hand: RefCOCO+ must be testable on a model trained on RefCOCO and G-Ref."""
+    """Data sets outside the mixture are held out, too, so that a model can be tested on them."""
     mixed = load_references(family, "mixed")
     assert trained(mixed) == [("refcoco", 1), ("refcoco+", 1), ("refcocog", 1)]
     assert mixed.splits() == {"train": (3, 3), "val": (3, 3), "testA": (2, 2), "testB": (2, 2), "test": (1, 1)}
@@ -225,7 +225,7 @@ def test_the_whole_family_holds_out(family: Path) -> None:
 
 
 def test_a_partition_is_found_in_any_layout(tmp_path: Path) -> None:
-    """Else what is held out depends on how the data were prepared."""
+    """The held-out images do not depend on the layout."""
     assert not has_references(tmp_path, "refcocog", "google")
     for name in ("anns/refcocog_g/val.json", "refcoco/train-00000-of-00001.parquet"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -234,8 +234,8 @@ def test_a_partition_is_found_in_any_layout(tmp_path: Path) -> None:
     assert found == [("refcoco", "unc"), ("refcocog", "google")]
 
 
-def test_splits_that_were_not_fetched(family: Path) -> None:
-    """What cannot be left out, as nobody knows its photographs, is said: fetching train alone would mix without a filter."""
+def test_missing_splits_are_noted(family: Path) -> None:
+    """Splits that are not present cannot be held out, and a note names them."""
     write_refer(family, "refcoco+", "unc", [(1, "train"), (8, "val")])
     notes = load_references(family, "mixed:refcoco").notes
     assert notes[1] == "refcoco+ unc has no testA, testB here, so training may see images of these splits"
@@ -243,7 +243,7 @@ def test_splits_that_were_not_fetched(family: Path) -> None:
 
 
 def test_a_set_that_is_missing_or_broken(family: Path) -> None:
-    """A set whose test photographs cannot be read must not simply hold out nothing."""
+    """A data set that cannot be read is an error; its test images would not be held out."""
     (family / "refcocog/refs(google).p").write_bytes(b"")
     with pytest.raises(DcrisError, match=r"refs\(google\)\.p is not a whole pickle"):
         load_references(family, "mixed")
@@ -255,7 +255,7 @@ def test_a_set_that_is_missing_or_broken(family: Path) -> None:
 
 
 def test_a_mixture_is_checked_as_a_whole(family: Path) -> None:
-    """`dcris data check` says what was left out, and no longer speaks of a leak."""
+    """`dcris data check` reports what was left out, and no leak."""
     report = check_dataset(family, "mixed")
     assert report.leaked_images == 0
     assert "note: refcoco unc: 1 training references, and 2 left out" in report.table()
@@ -263,7 +263,7 @@ def test_a_mixture_is_checked_as_a_whole(family: Path) -> None:
 
 
 def test_real_sets(refer_root: Path) -> None:
-    """Genuine val references stand on photographs that the templated set trains on."""
+    """Real val references are on images that the templated data set trains on."""
     alone = load_references(refer_root, "cocomini")
     for name in ("mixed:cocomini", "mixed:cocomini,refcoco,refcoco+,refcocog"):
         mixed = load_references(refer_root, name)

@@ -31,7 +31,7 @@ def _write(root: Path, dataset: str, files: dict[str, bytes]) -> Path:
 
 
 def test_the_same_references_as_in_the_refer_layout(tiny_refer: TinyRefer, tmp_path: Path) -> None:
-    """The Hub's copy of RefCOCO must give the numbers that the release gives; its `test` is testA."""
+    """The Hub's copy of RefCOCO gives the same scores as the release; its `test` is testA."""
     tiny_refer.instances["categories"] = [{"id": 5, "name": "airplane"}, {"id": 6, "name": "bus"}]  # as COCO has it
     original = load_references(tiny_refer.write(), "tiny")
     root = _write(tmp_path / "hub", "refcoco", hub_files(tiny_refer.references, tiny_refer.instances))
@@ -51,7 +51,7 @@ def test_the_same_references_as_in_the_refer_layout(tiny_refer: TinyRefer, tmp_p
 
 
 def test_real_references(refer_root: Path, tmp_path: Path) -> None:
-    """Masks of COCO's three kinds, and text with the errors people made."""
+    """Masks of COCO's three kinds, and text with people's spelling errors."""
     with (refer_root / "cocomini/refs(templated).p").open("rb") as file:
         records = pickle.load(file)
     instances = json.loads((refer_root / "cocomini/instances.json").read_text())
@@ -66,8 +66,8 @@ def test_real_references(refer_root: Path, tmp_path: Path) -> None:
             assert getattr(reference, attribute) == getattr(truth, attribute)
 
 
-def test_what_downloaders_keep_beside_the_files_is_let_be(tiny_refer: TinyRefer, tmp_path: Path) -> None:
-    """`hf download --local-dir` leaves a folder of its own there, and an interrupted one half a file in it."""
+def test_files_of_downloaders_are_ignored(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """`hf download --local-dir` creates a folder for its metadata and unfinished files."""
     root = _write(tmp_path, "mine", hub_files(tiny_refer.references, tiny_refer.instances))
     _write(root, "mine", {".cache/huggingface/train-0.parquet": b"half", "README.md": b"", "data/notes.txt": b""})
     assert load_references(root, "mine").splits() == {"train": (1, 2), "val": (1, 2), "testA": (1, 1)}
@@ -80,7 +80,7 @@ _Change = Callable[[dict[str, Any]], object]
     ("change", "sentence"),
     [
         (lambda row: row.update(raw_anns="{"), "row 1 has a 'raw_anns' that is not JSON"),
-        # Compressed, 5 KB hold it; as lists it would take 100 MB.
+        # It compresses to 5 KB, but would need 100 MB as lists.
         (lambda row: row.update(raw_anns=f"[{'[],' * 1_500_000}0]"), "row 1 has a 'raw_anns' .*lists and objects"),
         (lambda row: row.update(raw_anns="[]"), "entry 1 of 'annotations' is not an object"),
         (lambda row: row.update(raw_image_info=None), "row 1 has a 'raw_image_info' that is not text but NoneType"),
@@ -97,7 +97,7 @@ _Change = Callable[[dict[str, Any]], object]
     ],
 )
 def test_each_malformed_row_is_named(tiny_refer: TinyRefer, tmp_path: Path, change: _Change, sentence: str) -> None:
-    """Whoever made the file needs the row and the field, and no file may lead out of the image folder."""
+    """The error names the row and the field, and no path leads out of the image folder."""
     (row,) = hub_rows(tiny_refer.references, tiny_refer.instances)["validation"]
     change(row)
     root = _write(tmp_path, "refcoco", {"data/validation-00000-of-00001.parquet": parquet([row])})
@@ -107,8 +107,8 @@ def test_each_malformed_row_is_named(tiny_refer: TinyRefer, tmp_path: Path, chan
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>not found</html>" * 9, None])
-def test_what_is_no_parquet_is_said_to_be_so(tiny_refer: TinyRefer, tmp_path: Path, content: bytes | None) -> None:
-    """A download cut short, or an error page under the file's name."""
+def test_other_files_are_reported_as_not_parquet(tiny_refer: TinyRefer, tmp_path: Path, content: bytes | None) -> None:
+    """A truncated download, or an error page under the file's name."""
     if content is None:
         content = next(iter(hub_files(tiny_refer.references, tiny_refer.instances).values()))[:-20]
     root = _write(tmp_path, "refcoco", {"validation.parquet": content})
@@ -117,8 +117,8 @@ def test_what_is_no_parquet_is_said_to_be_so(tiny_refer: TinyRefer, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
-def test_damage_anywhere_in_a_file_is_one_sentence_or_none(tiny_refer: TinyRefer, tmp_path: Path) -> None:
-    """A stranger's file, or a failing disk: whatever byte is wrong, there is no traceback and no crash."""
+def test_damage_anywhere_gives_one_sentence_or_none(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """Whichever byte is wrong, there is no traceback and no crash."""
     whole = bytearray(next(iter(hub_files(tiny_refer.references, tiny_refer.instances).values())))
     random = np.random.default_rng(0)
     refused = 0
@@ -135,7 +135,7 @@ def test_damage_anywhere_in_a_file_is_one_sentence_or_none(tiny_refer: TinyRefer
 
 
 def _repeated(rows: int, words: int, text: str) -> pyarrow.Table:
-    """Rows of one value each, which take almost no room in a file."""
+    """Equal rows, which compress to almost nothing."""
     numbers = {name: pyarrow.repeat(1, rows) for name in ("ref_id", "ann_id", "image_id", "category_id")}
     texts = {name: pyarrow.repeat(text, rows) for name in ("split", "file_name", "raw_anns", "raw_image_info")}
     sentence = [pyarrow.repeat(1, words), pyarrow.repeat("x", words)]
@@ -155,7 +155,7 @@ def _repeated(rows: int, words: int, text: str) -> pyarrow.Table:
     ids=["texts", "list", "rows", "pages"],
 )
 def test_a_small_file_cannot_take_gigabytes(tmp_path: Path, table: Callable[[], pyarrow.Table], sentence: str) -> None:
-    """9 KB of Parquet unpacked to 6 GB: one value may be there a million times, and pages are compressed a thousandfold."""
+    """9 KB of Parquet decoded to 6 GB: a value may be repeated a million times, and pages are compressed a thousandfold."""
     (tmp_path / "refcoco").mkdir()
     path = tmp_path / "refcoco/val.parquet"
     pyarrow.parquet.write_table(table(), path, compression="zstd")
@@ -164,8 +164,8 @@ def test_a_small_file_cannot_take_gigabytes(tmp_path: Path, table: Callable[[], 
         load_references(tmp_path, "refcoco")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    """Else a pipe among the files keeps the program waiting for ever."""
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Opening a pipe would block for ever."""
     (tmp_path / "refcoco").mkdir()
     os.mkfifo(tmp_path / "refcoco/val.parquet")
     with pytest.raises(DcrisError, match="it is a pipe, not a regular file"):
@@ -175,7 +175,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_without_pyarrow_the_sentence_says_how_to_get_it(
     tiny_refer: TinyRefer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is large and few need it, so it is not installed with the package."""
+    """pyarrow is large and rarely needed, so it is an optional dependency."""
     root = _write(tmp_path, "refcoco", hub_files(tiny_refer.references, tiny_refer.instances))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DcrisError, match=r'pip install "pyarrow>=14\.0\.1"'):
@@ -188,7 +188,7 @@ def test_without_pyarrow_the_sentence_says_how_to_get_it(
     after=st.from_regex(r"(-\d{5}-of-\d{5}(-[0-9a-f]{16})?)?", fullmatch=True),
 )
 def test_splits_are_read_off_the_names_that_the_hub_gives(split: str, before: str, after: str) -> None:
-    """Test references taken for training ones would spoil every number."""
+    """Test references must not be taken for training references."""
     assert split_in_name(Path(f"{before}{split}{after}.parquet")) == split
     assert split_in_name(Path(f"{before}parquet-{split}.parquet")) == split
     assert split_in_name(Path(f"{before}{split}/0000.parquet")) == split

@@ -1,4 +1,4 @@
-"""Reading REFER files: what is plain data gets in, what is malformed gets one sentence, and nothing runs."""
+"""Reading REFER files: plain data are read, malformed files give one sentence, and no code is executed."""
 
 import gc
 import json
@@ -43,7 +43,7 @@ def _write(tmp_path: Path, data: bytes) -> Path:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_data_of_every_protocol_is_read(tmp_path, protocol):
-    """Whoever converted the files with another Python must still be able to use them."""
+    """Files may be written by any version of Python."""
     content = [{"a": 1, "b": [1.5, None, True, -(2**40)], "c": "näh", "d": (1, 2, 3, 4), "e": {"x": {}}}]
     assert safe_unpickle(_write(tmp_path, pickle.dumps(content, protocol))) == content
 
@@ -58,13 +58,13 @@ def test_plain_data_of_every_protocol_is_read(tmp_path, protocol):
     ],
 )
 def test_byte_strings_of_python_2_are_text(tmp_path, data, text):
-    """The released files were written by Python 2, whose strings are bytes: expressions must not arrive as bytes."""
+    """The released files were written by Python 2, whose strings are bytes; expressions must be text."""
     assert safe_unpickle(_write(tmp_path, data)) == text
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_code_in_a_pickle_never_runs(tmp_path, protocol):
-    """A file from a mirror could otherwise take over the account of whoever opens it."""
+    """A file from a mirror could otherwise take over the user's account."""
     proof = tmp_path / "proof"
     path = _write(tmp_path, pickle.dumps([{"ref_id": 1}, _Runs(f"touch {proof}")], protocol))
     with pytest.raises(DcrisError, match=r"run code \((posix|nt)\.system\): do not trust it"):
@@ -72,14 +72,14 @@ def test_code_in_a_pickle_never_runs(tmp_path, protocol):
     assert not proof.exists()
 
 
-def test_an_instance_in_the_old_style_never_runs(tmp_path):
-    """Protocol 0 has an instruction of its own for calling a class."""
+def test_an_old_style_instance_never_runs(tmp_path):
+    """Protocol 0 has its own instruction for calling a class."""
     with pytest.raises(DcrisError, match=r"run code \(os\.system\)"):
         safe_unpickle(_write(tmp_path, b"(S'true'\nios\nsystem\n."))
 
 
 def test_objects_other_than_plain_data_are_refused(tmp_path):
-    """Even harmless-looking objects, such as numpy arrays, are built by calling code that the file names."""
+    """Even harmless objects, such as NumPy arrays, are created by calling code that the file names."""
     with pytest.raises(DcrisError, match=r"run code .*numpy"):
         safe_unpickle(_write(tmp_path, pickle.dumps([np.float64(1)], 2)))
     outside = tmp_path / "outside.p"
@@ -105,7 +105,7 @@ _MILLION = 1_000_000
         ),
         b"N" + b"\x85" * 3 * _MILLION + b".",
         b"]" * 3 * _MILLION + b"a" * (3 * _MILLION - 1) + b".",
-        # As many different numbers of one hash, which a dictionary can only look through one by one.
+        # Many different numbers with the same hash, which make a dictionary slow.
         b"}("
         + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(2**5, 60_000))
         + b"u.",
@@ -116,21 +116,21 @@ _MILLION = 1_000_000
     ),
 )
 def test_a_small_pickle_cannot_take_gigabytes_or_minutes(tmp_path, data):
-    """30 MB of instructions that make an empty set each took 7 GB, and twelve bytes asked for a table of 32 GB."""
+    """30 MB of instructions that each create an empty set took 7 GB; twelve bytes requested a table of 32 GB."""
     with pytest.raises(DcrisError, match=r"is not a whole pickle .*far more memory than its size explains"):
         safe_unpickle(_write(tmp_path, data))
 
 
-def test_a_string_that_is_said_to_be_huge_takes_nothing(tmp_path):
-    """Nine bytes may say that a terabyte follows."""
+def test_a_string_with_a_huge_claimed_length_takes_no_memory(tmp_path):
+    """Nine bytes can claim that a terabyte follows."""
     for code in (b"\x8e", b"\x8d"):
         with pytest.raises(DcrisError, match="ends before its last instruction"):
             safe_unpickle(_write(tmp_path, b"\x80\x04" + code + struct.pack("<Q", 2**40) + b"."))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_the_official_files_hold_is_far_from_refused(tmp_path, protocol, monkeypatch):
-    """The bound on memory must pass every data set in this layout, whoever wrote it: phrases of one letter, too."""
+def test_valid_data_is_far_from_the_memory_limit(tmp_path, protocol, monkeypatch):
+    """The memory limit must admit every valid data set in this layout, also with expressions of one letter."""
     monkeypatch.setattr("dcris.utils.pickles._MEMORY_OF_ANY", 10_000)
     records = [
         {
@@ -148,8 +148,8 @@ def test_what_the_official_files_hold_is_far_from_refused(tmp_path, protocol, mo
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, -2])
-def test_a_pickle_cut_short_is_said_to_be_so(tmp_path, tiny_refer, kept):
-    """A broken download must not end in a traceback."""
+def test_a_truncated_pickle_is_reported(tmp_path, tiny_refer, kept):
+    """A truncated download gives a sentence, not a traceback."""
     data = pickle.dumps(tiny_refer.references, 2)
     with pytest.raises(DcrisError, match="cut short"):
         safe_unpickle(_write(tmp_path, data[:kept]))
@@ -158,8 +158,8 @@ def test_a_pickle_cut_short_is_said_to_be_so(tmp_path, tiny_refer, kept):
 @pytest.mark.parametrize(
     "data", [b"no pickle", b"\x80\x02(((.", b"\x80\x02]q\x00h\x07.", b"<html></html>", b"\x80\x02}(K\x01u."]
 )
-def test_what_is_no_pickle_is_said_to_be_so(tmp_path, data):
-    """A mirror's error page saved as refs(unc).p must be named as such."""
+def test_other_files_are_reported_as_not_a_pickle(tmp_path, data):
+    """A mirror's error page saved as refs(unc).p is not a pickle."""
     with pytest.raises(DcrisError, match="is not a whole pickle"):
         safe_unpickle(_write(tmp_path, data))
 
@@ -173,7 +173,7 @@ def test_a_missing_pickle_is_named(tmp_path):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_no_instruction_passes_that_is_not_admitted(protocol):
-    """Python's own tools must see nothing else in a pickle, however it was spoilt: what passes is run."""
+    """pickletools finds no other instruction in an admitted pickle, however it was damaged."""
     source = np.random.default_rng(protocol)
     content = [{"id": 2**40, "b": (0.5, None, True, 7), "c": "näh" * 90, 7: {"x": []}}] * 3 + ["text"] * 2
     if protocol >= 4:
@@ -186,7 +186,7 @@ def test_no_instruction_passes_that_is_not_admitted(protocol):
             for place in source.integers(len(data), size=source.integers(1, 4)):
                 spoilt[place] = source.choice(spoilt) if place % 2 else source.integers(256)
             if _passes(bytes(spoilt)):
-                with suppress(ValueError):  # no number where one should be: the unpickler stops there, too
+                with suppress(ValueError):  # a malformed number, where the unpickler stops, too
                     assert {instruction.name for instruction, *_ in pickletools.genops(bytes(spoilt))} <= _PLAIN
 
 
@@ -197,11 +197,11 @@ def _passes(data):
         return False
 
 
-# Which splits
+# Partitions
 
 
 def test_the_only_split_by_is_found_and_several_are_listed(tiny_refer):
-    """Nobody should have to type --split-by where there is nothing to choose, nor get one of two by chance."""
+    """--split-by may be omitted if there is one partition, and is required if there are several."""
     root = tiny_refer.write()
     assert load_references(root, "tiny").split_by == "toy"
     (root / "tiny/refs(google).p").write_bytes(b"")
@@ -211,11 +211,11 @@ def test_the_only_split_by_is_found_and_several_are_listed(tiny_refer):
         load_references(root, "nothing")
 
 
-# Whole data sets
+# Data sets
 
 
-def test_everything_the_files_say_arrives(tiny_refer):
-    """A field put into the wrong place would train on the wrong object without a word."""
+def test_every_field_is_read(tiny_refer):
+    """A field in the wrong place would silently train on the wrong object."""
     tiny_refer.references[1]["sentences"][1]["kind"] = "place"
     root = tiny_refer.write()
     table = load_references(root, "tiny")
@@ -232,14 +232,14 @@ def test_everything_the_files_say_arrives(tiny_refer):
     ]
 
 
-def test_a_split_that_does_not_exist_is_answered_with_those_that_do(tiny_refer):
+def test_an_unknown_split_lists_the_existing_ones(tiny_refer):
     table = load_references(tiny_refer.write(), "tiny")
     with pytest.raises(DcrisError, match="no split 'testC'; choose from train, val, testA"):
         table.split("testC")
 
 
 def test_images_may_lie_in_a_folder_of_their_own(tiny_refer):
-    """Generated sets keep their pictures out of COCO's folder."""
+    """Other data sets may keep their images outside COCO's folder."""
     for image in tiny_refer.instances["images"]:
         image["file_name"] = "scenes/" + image["file_name"]
     root = tiny_refer.write()
@@ -250,7 +250,7 @@ def test_images_may_lie_in_a_folder_of_their_own(tiny_refer):
 
 
 def _set(path, value):
-    """A change to (references, instances): the item at `path` becomes `value`, or goes where `value` is `_set`."""
+    """Return a change of (references, instances): set the item at `path` to `value`, or delete it if `value` is `_set`."""
 
     def change(data):
         *outer, last = path
@@ -334,7 +334,7 @@ _ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
     ],
 )
 def test_each_malformed_entry_is_named_with_its_file(tiny_refer, change, sentence):
-    """Whoever prepared the files by hand needs the file, the reference and the field to mend them, in one sentence."""
+    """The error names the file, the reference and the field in one sentence."""
     data = {"references": tiny_refer.references, "instances": tiny_refer.instances}
     change(data)
     tiny_refer.references, tiny_refer.instances = data["references"], data["instances"]
@@ -355,8 +355,8 @@ def test_the_annotation_file_may_be_missing_or_cut_short(tiny_refer):
         load_references(root, "tiny")
 
 
-def test_the_collector_is_as_it_was_afterwards(tiny_refer):
-    """Left off, a long training run would fill the memory."""
+def test_the_garbage_collector_is_restored(tiny_refer):
+    """A disabled collector would fill the memory during training."""
     root = tiny_refer.write()
     for enabled in (True, False):
         (gc.enable if enabled else gc.disable)()
@@ -369,8 +369,8 @@ def test_the_collector_is_as_it_was_afterwards(tiny_refer):
             gc.enable()
 
 
-def test_unknown_fields_are_let_be(tiny_refer):
-    """The released files carry many fields that are not needed here, and others add their own."""
+def test_unknown_fields_are_ignored(tiny_refer):
+    """The released files have many fields that are not used, and other people add their own."""
     plain = load_references(tiny_refer.write(), "tiny").references
     for record in (*tiny_refer.references, *tiny_refer.instances["images"], *tiny_refer.instances["annotations"]):
         record["extra"] = {"anything": [1, None]}
@@ -391,7 +391,7 @@ def test_the_real_files_have_the_counts_that_came_with_them(refer_root):
 
 
 def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root):
-    """The strict reader must not lose or exchange anything that a trusting one finds."""
+    """The strict reader loses and exchanges nothing."""
     with (refer_root / "cocomini/refs(templated).p").open("rb") as file:
         records = pickle.load(file)
     content = json.loads((refer_root / "cocomini/instances.json").read_text())
@@ -417,12 +417,12 @@ def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root
     ],
 )
 def test_photographs_are_found_under_either_of_cocos_namings(tmp_path, recorded, folder, stored):
-    """train2017 holds the same pictures as train2014 under shorter names; many people have that one alone."""
+    """train2017 contains the images of train2014 under shorter names; many people have only train2017."""
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / stored).touch()
     assert find_images(tmp_path, [recorded]).path(recorded) == tmp_path / folder / stored
 
 
-def test_photographs_that_are_nowhere_are_expected_in_the_official_folder(tmp_path):
-    """The error that follows must name the place where a person is to put them."""
+def test_missing_images_are_expected_in_the_official_folder(tmp_path):
+    """The later error names the usual place of the images."""
     assert find_images(tmp_path, ["a.jpg"]).path("a.jpg") == tmp_path / IMAGE_FOLDER / "a.jpg"
