@@ -1,4 +1,4 @@
-"""The REFER data of a test, written anew in the other layouts that people have."""
+"""Write the REFER data of a test in the other layouts."""
 
 import io
 import json
@@ -17,7 +17,7 @@ HUB_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "
 
 
 def write_prepared(table: ReferenceTable, root: Path, folder: str) -> None:
-    """What CRIS's tools/data_process.py makes: JSON by split, masks of 0 and 255."""
+    """Write the output of CRIS's tools/data_process.py: a JSON file per split, masks of 0 and 255."""
     (root / "anns" / folder).mkdir(parents=True)
     (root / "masks" / folder).mkdir(parents=True)
     numbers = {name: number for number, name in enumerate(CATEGORIES.values())}
@@ -44,7 +44,7 @@ def write_prepared(table: ReferenceTable, root: Path, folder: str) -> None:
 
 
 def hub_rows(references: list[dict[str, Any]], instances: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """REFER's files as jxu124's rows on the Hub, by the name of the split there."""
+    """Convert REFER's files to the rows of jxu124's repositories, by the name of the split there."""
     images = {image["id"]: image for image in instances["images"]}
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -71,14 +71,14 @@ def hub_rows(references: list[dict[str, Any]], instances: dict[str, Any]) -> dic
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
-    """A Parquet file's content."""
+    """Return the content of a Parquet file."""
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file.getvalue()
 
 
 def hub_files(references: list[dict[str, Any]], instances: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a repository such as jxu124/refcoco."""
+    """Return the files of a repository such as jxu124/refcoco."""
     return {
         f"data/{split}-00000-of-00001-0123456789abcdef.parquet": parquet(rows)
         for split, rows in hub_rows(references, instances).items()

@@ -23,7 +23,7 @@ def test_a_sound_set_has_no_problems(tiny_refer):
     assert json.loads(json.dumps(report.to_json()))["splits"]["val"] == {"references": 1, "expressions": 2}
 
 
-def test_a_training_photograph_in_another_split_is_a_leak(tiny_refer):
+def test_a_training_image_in_another_split_is_a_leak(tiny_refer):
     """Training on a test image makes the test score too high."""
     tiny_refer.references[1]["split"] = "train"
     report = check_dataset(tiny_refer.write(), "tiny")
@@ -41,7 +41,7 @@ def test_sharing_among_the_other_splits_is_worth_a_warning(tiny_refer):
     assert report.warnings == ["1 images are in more than one split; training sees none of them"]
 
 
-def test_refcocogs_google_partition_shares_photographs_by_design(tiny_refer):
+def test_refcocogs_google_partition_shares_images_by_design(tiny_refer):
     """The official file is not damaged."""
     tiny_refer.dataset, tiny_refer.split_by = "refcocog", "google"
     tiny_refer.references[1]["split"] = "train"
@@ -80,7 +80,7 @@ def test_missing_and_wrong_images_are_problems(tiny_refer):
     assert "problem: reference 12" in report.table()
 
 
-def test_only_a_deep_check_decodes_the_photographs(tiny_refer):
+def test_only_a_deep_check_decodes_the_images(tiny_refer):
     root = tiny_refer.write()
     path = tiny_refer.image_folder / "1.png"
     path.write_bytes(path.read_bytes()[:-200])

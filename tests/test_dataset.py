@@ -121,7 +121,7 @@ def test_one_sentence_of_each_reference_an_epoch_and_all_in_the_end(table: Refer
     assert any(other.draw(i) != samples.draw(i) for i in several)
 
 
-def test_a_sample_is_the_photograph_its_phrase_and_its_mask(table: ReferenceTable) -> None:
+def test_a_sample_is_the_image_its_phrase_and_its_mask(table: ReferenceTable) -> None:
     """Image, expression and mask belong together, unmirrored and in RGB order."""
     references = table.split("train")
     samples = TrainingSamples(references, CONFIG.model_copy(update={"image_size": 112}), TOKENIZER, seed=3)

@@ -1,4 +1,4 @@
-"""`dcris data fetch`: everything that was served arrives, nothing twice, nothing half, and each failure says what to do."""
+"""`dcris data fetch`: complete downloads, each file once and whole, and an error with advice for each failure."""
 
 import errno
 import io
@@ -27,13 +27,13 @@ from dcris.data.check import check_dataset
 from dcris.data.coco import IMAGE_FOLDER
 from dcris.data.readers.load import load_references
 from hub import Hub
+from image_server import ImageServer
 from layouts import hub_files
-from pictures import Pictures
 from runs import leftovers
 
 SPLITS = ("train", "val", "testA", "testB")
 COUNT = 16
-"""Photographs, four to a split; each has two references."""
+"""Number of images, four in each split; each has two references."""
 
 
 def _name(number: int) -> str:
@@ -80,10 +80,10 @@ def _annotations() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 @pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pictures]:
+def image_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageServer]:
     """COCO's server, with short pauses between attempts."""
     monkeypatch.setattr(download_images, "_PAUSES", (0.01, 0.02, 0.03, 0.04))
-    with Pictures() as server:
+    with ImageServer() as server:
         for number in range(1, COUNT + 1):
             server.content[f"/train2014/{_name(number)}"] = _jpeg(_size(number), number)
         monkeypatch.setattr(coco, "IMAGE_SERVER", f"{server.url}/train2014")
@@ -91,10 +91,10 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pictures]:
 
 
 @pytest.fixture
-def served(hub: Hub, pictures: Pictures) -> Pictures:
-    """Everything is to be had: annotations on the Hub, photographs at COCO's."""
+def served(hub: Hub, image_server: ImageServer) -> ImageServer:
+    """The complete data set: annotations on the Hub, images on COCO's server."""
     hub.push("datasets/jxu124/refcoco", hub_files(*_annotations()))
-    return pictures
+    return image_server
 
 
 def _fetch(root: Path, *words: object) -> int:
@@ -106,20 +106,20 @@ def _files(root: Path) -> dict[str, bytes]:
 
 
 def _refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    """The sentence of a command that failed as bad input does, behind the lines of progress."""
+    """Return the error message, the last line, of a command that failed with exit code 2."""
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert code == 2, complaint
     assert complaint.startswith("dcris: ")
     return complaint
 
 
-# ---- everything goes well ------------------------------------------------------------------------------------------------
+# ---- without failures ----------------------------------------------------------------------------------------------------
 
 
-def test_everything_that_was_served_arrives(
-    served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_whole_data_set_is_downloaded(
+    served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody with nothing but a network gets RefCOCO with one command, in the layout of the release."""
+    """One command downloads RefCOCO in the layout of the release."""
     root = tmp_path / "data"
     assert _fetch(root) == 0
     printed = capsys.readouterr()
@@ -142,8 +142,8 @@ def test_everything_that_was_served_arrives(
     assert not leftovers(root)
 
 
-def test_politeness(served: Pictures, tmp_path: Path) -> None:
-    """COCO's server is a gift: it is told who asks, never asked twice, and by few at a time."""
+def test_requests_are_few_and_identified(served: ImageServer, tmp_path: Path) -> None:
+    """Requests name the program, are never repeated, and use few connections."""
     served.delay = 0.03
     assert _fetch(tmp_path, "--connections", 3) == 0
     assert 1 <= served.most_open <= 3
@@ -153,8 +153,8 @@ def test_politeness(served: Pictures, tmp_path: Path) -> None:
     assert len(served.requests) == COUNT
 
 
-def test_only_the_chosen_splits_and_later_others(served: Pictures, hub: Hub, tmp_path: Path) -> None:
-    """Evaluating needs the test splits alone: a gigabyte in the place of three; training comes later."""
+def test_only_the_chosen_splits_and_later_others(served: ImageServer, hub: Hub, tmp_path: Path) -> None:
+    """Evaluation needs only the test splits, one gigabyte instead of three; others are added later."""
     assert _fetch(tmp_path, "--splits", "val", "testA") == 0
     assert list(load_references(tmp_path, "refcoco").splits()) == ["val", "testA"]
     assert sorted(_files(tmp_path)) == [_name(number) for number in range(5, 13)]
@@ -169,10 +169,10 @@ def test_only_the_chosen_splits_and_later_others(served: Pictures, hub: Hub, tmp
     assert (tmp_path / "refcoco/refs(unc).p").stat().st_mtime_ns == before
 
 
-def test_photographs_for_annotations_that_are_there(
-    served: Pictures, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_for_existing_annotations(
+    served: ImageServer, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever has the release's own annotations keeps them, and needs no Hub."""
+    """Existing annotations of the release are kept, and the Hub is not used."""
     assert _fetch(tmp_path / "first") == 0
     shutil.copytree(tmp_path / "first/refcoco", tmp_path / "data/refcoco")
     hub.stop()
@@ -182,8 +182,8 @@ def test_photographs_for_annotations_that_are_there(
     assert _files(tmp_path / "data") == _files(tmp_path / "first")
 
 
-def test_a_photograph_that_is_not_the_annotated_one_is_fetched_anew(served: Pictures, tmp_path: Path) -> None:
-    """A resized copy, or what was cut short by another program, would spoil training without a word."""
+def test_an_image_of_another_size_is_downloaded_again(served: ImageServer, tmp_path: Path) -> None:
+    """A resized or truncated copy would silently harm training."""
     assert _fetch(tmp_path) == 0
     folder = tmp_path / IMAGE_FOLDER
     (folder / _name(1)).write_bytes(b"")
@@ -193,8 +193,8 @@ def test_a_photograph_that_is_not_the_annotated_one_is_fetched_anew(served: Pict
     assert _files(tmp_path) == {path.rpartition("/")[2]: content for path, content in served.content.items()}
 
 
-def test_missing_ones_join_a_train2017_folder_that_is_there(served: Pictures, tmp_path: Path) -> None:
-    """Many people have COCO's 2017 release; two folders of photographs would not be found as one."""
+def test_missing_images_are_added_to_an_existing_train2017_folder(served: ImageServer, tmp_path: Path) -> None:
+    """Many people have COCO's release of 2017; only one folder of images is read."""
     (tmp_path / "train2017").mkdir()
     for number in range(1, 15):
         (tmp_path / f"train2017/{number:012d}.jpg").write_bytes(served.content[f"/train2014/{_name(number)}"])
@@ -207,8 +207,8 @@ def test_missing_ones_join_a_train2017_folder_that_is_there(served: Pictures, tm
 # ---- the network -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_busy_server_and_broken_connections_are_tried_again(served: Pictures, tmp_path: Path) -> None:
-    """Of twenty thousand requests some fail; nobody wants to start anew for them."""
+def test_a_busy_server_and_broken_connections_are_tried_again(served: ImageServer, tmp_path: Path) -> None:
+    """Some of twenty thousand requests fail and are repeated."""
     served.faults[f"/train2014/{_name(1)}"] = [(503, {}), (429, {"Retry-After": "nonsense"}), (500, {})]
     served.faults[f"/train2014/{_name(2)}"] = [(0, {}), (0, {"Content-Length": "99999"})]
     assert _fetch(tmp_path) == 0
@@ -216,16 +216,16 @@ def test_a_busy_server_and_broken_connections_are_tried_again(served: Pictures, 
     assert check_dataset(tmp_path, "refcoco", deep=True).problem_count == 0
 
 
-def test_the_server_says_how_long_to_wait(served: Pictures, tmp_path: Path) -> None:
-    """Asking again before the time is what gets an address locked out."""
+def test_retry_after_is_respected(served: ImageServer, tmp_path: Path) -> None:
+    """Servers block clients that ignore Retry-After."""
     served.faults[f"/train2014/{_name(1)}"] = [(503, {"Retry-After": "1"})]
     assert _fetch(tmp_path) == 0
     first, second = (moment for path, _, moment in served.requests if path.endswith(_name(1)))
     assert second - first >= 0.9
 
 
-def test_waiting_times_are_understood_and_bounded() -> None:
-    """Servers give seconds or a date; one that asks for a day is not waited for, and nonsense must not end in a traceback."""
+def test_retry_after_is_parsed_and_capped() -> None:
+    """Retry-After is a number or a date. Long times are capped, malformed ones ignored."""
     assert 98 < download_images._seconds(formatdate(time.time() + 100, usegmt=True)) <= 100
     assert download_images._seconds("86400") == download_images._seconds(formatdate(time.time() + 86400)) == 120
     assert download_images._seconds("9" * 400) == 120
@@ -233,10 +233,10 @@ def test_waiting_times_are_understood_and_bounded() -> None:
         assert download_images._seconds(text) == 0
 
 
-def test_single_photographs_that_fail_are_named_at_the_end(
-    served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_single_failures_are_named_at_the_end(
+    served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One photograph that is gone must not cost the others; the same command then asks for that one alone."""
+    """Other images are not affected, and the same command then requests only the missing ones."""
     content = dict(served.content)
     del served.content[f"/train2014/{_name(3)}"]
     served.content[f"/train2014/{_name(9)}"] = _jpeg((7, 9), 0)
@@ -254,10 +254,10 @@ def test_single_photographs_that_fail_are_named_at_the_end(
     assert check_dataset(tmp_path, "refcoco").problem_count == 0
 
 
-def test_a_server_that_gives_nothing_is_left_alone(
-    served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_delivers_nothing_stops_the_download(
+    served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a mistyped address, twenty thousand requests would teach nobody anything."""
+    """With a wrong address, twenty thousand requests would be useless."""
     complaint = _refused(capsys, _fetch(tmp_path, "--photographs", f"{served.url}/train", "--connections", 1))
     assert "10 images in a row could not be downloaded" in complaint
     assert "HTTP 404" in complaint
@@ -268,18 +268,18 @@ def test_a_server_that_gives_nothing_is_left_alone(
     assert "check the address and the network" in complaint
 
 
-def test_a_mirror_of_train2017(served: Pictures, tmp_path: Path) -> None:
-    """Mirrors of the newer release have the same pictures under shorter names."""
+def test_a_mirror_of_train2017(served: ImageServer, tmp_path: Path) -> None:
+    """Mirrors of the release of 2017 have the same images under shorter names."""
     for number in range(1, COUNT + 1):
         served.content[f"/coco/train2017/{number:012d}.jpg"] = served.content.pop(f"/train2014/{_name(number)}")
     assert _fetch(tmp_path, "--photographs", f"{served.url}/coco/train2017/") == 0
     assert sorted(_files(tmp_path)) == [_name(number) for number in range(1, COUNT + 1)]
 
 
-def test_what_has_no_announced_length_and_what_is_endless(
-    served: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_responses_without_length_or_end(
+    served: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A mirror may not say how much comes; one that sends without end must not fill the memory."""
+    """A mirror may send no Content-Length; an endless response must not fill the memory."""
     served.faults[f"/train2014/{_name(1)}"] = [(200, {"Content-Length": ""})]
     served.content[f"/train2014/{_name(2)}"] += bytes(70_000)
     monkeypatch.setattr(download_images, "_MAX_BYTES", 60_000)
@@ -290,8 +290,10 @@ def test_what_has_no_announced_length_and_what_is_endless(
     assert _name(1) in _files(tmp_path)
 
 
-def test_ctrl_c_leaves_whole_files_and_the_command_goes_on(served: Pictures, hub: Hub, tmp_path: Path) -> None:
-    """Three gigabytes are fetched over days, on laptops that are closed."""
+def test_ctrl_c_leaves_whole_files_and_the_same_command_continues(
+    served: ImageServer, hub: Hub, tmp_path: Path
+) -> None:
+    """A download of three gigabytes may be interrupted many times."""
     served.delay = 0.15
     command = [sys.executable, "-m", "dcris", "data", "fetch", "refcoco", "--out", str(tmp_path / "data")]
     command += ["--photographs", f"{served.url}/train2014", "--connections", "2"]
@@ -319,10 +321,10 @@ def test_ctrl_c_leaves_whole_files_and_the_command_goes_on(served: Pictures, hub
 # ---- the disk --------------------------------------------------------------------------------------------------------------
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(
-    served: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_lack_of_space_is_reported_before_the_download(
+    served: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An hour into the download is too late."""
+    """The check comes before the download."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     complaint = _refused(capsys, _fetch(tmp_path))
     assert "the images need about 2.6 MB, but" in complaint
@@ -330,10 +332,10 @@ def test_too_little_space_is_said_before_anything_is_fetched(
     assert served.requests == []
 
 
-def test_a_disk_that_fills_all_the_same(
-    served: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_disk_that_fills_during_the_download(
+    served: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Others write to the disk, too. What has arrived is whole and stays."""
+    """Other programs may fill the disk meanwhile. Files that are written are whole and are kept."""
     write_bytes, written = Path.write_bytes, []
 
     def fill(path: Path, content: bytes) -> int:
@@ -357,8 +359,8 @@ def test_a_disk_that_fills_all_the_same(
 
 
 @pytest.mark.parametrize("inner", ["", "train2014/", "train2017/"])
-def test_from_a_folder(served: Pictures, tmp_path: Path, inner: str) -> None:
-    """Universities have COCO on a disk already, as either release."""
+def test_from_a_folder(served: ImageServer, tmp_path: Path, inner: str) -> None:
+    """COCO may exist on a local disk, in either release."""
     for path, content in served.content.items():
         name = path.rpartition("_")[2] if inner == "train2017/" else path.rpartition("/")[2]
         (tmp_path / "coco" / inner).mkdir(parents=True, exist_ok=True)
@@ -368,8 +370,8 @@ def test_from_a_folder(served: Pictures, tmp_path: Path, inner: str) -> None:
     assert served.requests == []
 
 
-def test_from_a_folder_that_lacks_many(served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder is looked through to the end: what it has is worth having."""
+def test_from_a_folder_that_lacks_many(served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All images that the folder has are copied."""
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / _name(COUNT)).write_bytes(served.content[f"/train2014/{_name(COUNT)}"])
     complaint = _refused(capsys, _fetch(tmp_path / "data", "--photographs", tmp_path / "coco"))
@@ -379,8 +381,8 @@ def test_from_a_folder_that_lacks_many(served: Pictures, tmp_path: Path, capsys:
     assert list(_files(tmp_path / "data")) == [_name(COUNT)]
 
 
-def test_from_a_zip_whatever_its_names(served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """train2014.zip as COCO gives it out; names that climb out of the folder place nothing anywhere else."""
+def test_from_a_zip_with_any_names(served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """train2014.zip of COCO; member names that lead out of the folder write nothing elsewhere."""
     archive = tmp_path / "train2014.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("train2014/", b"")
@@ -398,8 +400,8 @@ def test_from_a_zip_whatever_its_names(served: Pictures, tmp_path: Path, capsys:
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_from_a_zip_that_is_damaged(served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """13 GB seldom arrive without an error; each member has its checksum."""
+def test_from_a_zip_that_is_damaged(served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each member of a zip file has a checksum."""
     archive = tmp_path / "train2014.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path, content in served.content.items():
@@ -416,10 +418,10 @@ def test_from_a_zip_that_is_damaged(served: Pictures, tmp_path: Path, capsys: py
     assert not (tmp_path / "other").exists()
 
 
-def test_what_is_no_photograph_in_a_folder_or_zip(
-    served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_things_than_images_in_a_folder_or_zip(
+    served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pipe would block for ever; a member of a zip may unpack to any size. Each is named, and the others arrive."""
+    """A pipe would block for ever; a zip member may decompress to any size. Each is named, and the others are copied."""
     folder, archive = tmp_path / "coco", tmp_path / "coco.zip"
     folder.mkdir()
     os.mkfifo(folder / _name(1))
@@ -443,7 +445,7 @@ def test_what_is_no_photograph_in_a_folder_or_zip(
     assert "it is a pipe" in _refused(capsys, _fetch(tmp_path / "c", "--photographs", tmp_path / "pipe.zip"))
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -453,8 +455,8 @@ def test_what_is_no_photograph_in_a_folder_or_zip(
         (("--photographs", "/nowhere/train2014"), "/nowhere/train2014 is neither a folder nor a zip file of images"),
     ],
 )
-def test_mistyped_words_cost_no_download(
-    served: Pictures,
+def test_wrong_arguments_cost_no_download(
+    served: ImageServer,
     hub: Hub,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -468,10 +470,10 @@ def test_mistyped_words_cost_no_download(
     assert not (tmp_path / "data").exists()
 
 
-def test_annotations_of_others_are_never_overwritten(
-    served: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_annotations_are_never_overwritten(
+    served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The release's instances.json serves several sets of splits, and is hard to come by."""
+    """The release's instances.json is used by several partitions, and is hard to obtain."""
     assert _fetch(tmp_path, "--splits", "val") == 0
     own = tmp_path / "refcoco/refs(google).p"
     own.write_bytes((tmp_path / "refcoco/refs(unc).p").read_bytes())
@@ -483,10 +485,10 @@ def test_annotations_of_others_are_never_overwritten(
     assert "splits that are not on the Hub (mini) and would be lost" in _refused(capsys, _fetch(tmp_path))
 
 
-def test_what_the_hub_has_is_checked_before_it_is_written(
-    pictures: Pictures, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_annotations_are_checked_before_they_are_written(
+    image_server: ImageServer, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Should the repository change, or hold a split twice, nothing half-understood may lie in the data folder."""
+    """If the repository changes or contains a split twice, nothing is written."""
     references, instances = _annotations()
     files = hub_files(references, instances)
     twice = {name.replace("0123", "4567"): content for name, content in files.items() if "validation" in name}
@@ -503,7 +505,7 @@ def test_what_the_hub_has_is_checked_before_it_is_written(
 
 
 def test_without_pyarrow_nothing_is_downloaded(
-    served: Pictures, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    served: ImageServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert 'pip install "pyarrow>=14.0.1"' in _refused(capsys, _fetch(tmp_path))
@@ -511,7 +513,7 @@ def test_without_pyarrow_nothing_is_downloaded(
 
 
 def test_a_hub_that_cannot_be_reached(
-    served: Pictures, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: ImageServer, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.stop()
     assert "jxu124/refcoco" in _refused(capsys, _fetch(tmp_path))
@@ -520,21 +522,21 @@ def test_a_hub_that_cannot_be_reached(
 # ---- real references -------------------------------------------------------------------------------------------------------
 
 
-def test_real_references_and_photographs(
-    refer_root: Path, hub: Hub, pictures: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_real_references_and_images(
+    refer_root: Path, hub: Hub, image_server: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real masks, text and photographs go through Hub and server, and come out as they were."""
+    """Real masks, text and images are unchanged after the download."""
     with (refer_root / "cocomini/refs(templated).p").open("rb") as file:
         records = pickle.load(file)
     instances = json.loads((refer_root / "cocomini/instances.json").read_text())
     for record in records:
-        if record["image_id"] % 10 == 0:  # by photograph: one in two splits is a leak
-            record["split"] = "testB"  # which this set has not
+        if record["image_id"] % 10 == 0:  # by image: an image in two splits is a leak
+            record["split"] = "testB"  # which this data set does not have
     for image in instances["images"]:
-        photograph = refer_root / IMAGE_FOLDER / image["file_name"]
-        if photograph.exists():
+        path = refer_root / IMAGE_FOLDER / image["file_name"]
+        if path.exists():
             image["file_name"] = f"COCO_train2014_{image['file_name']}"
-            pictures.content[f"/train2014/{image['file_name']}"] = photograph.read_bytes()
+            image_server.content[f"/train2014/{image['file_name']}"] = path.read_bytes()
     hub.push("datasets/jxu124/refcoco", hub_files(records, instances))
     assert _fetch(tmp_path) == 0
     assert main(["data", "check", str(tmp_path), "--dataset", "refcoco", "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Photographs of every kind a person may have, against cv2 and against values known beforehand."""
+"""Images of all formats, compared with cv2 and with known values."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from dcris.utils.files import open_regular
 
 @pytest.fixture
 def photo():
-    """A smooth picture [30, 40, 3], which JPEG keeps nearly as it is."""
+    """A smooth image [30, 40, 3], which JPEG hardly changes."""
     rows, columns = np.mgrid[0:30, 0:40]
     return np.stack([rows * 8, columns * 6, 255 - rows * 4 - columns * 3], axis=2).astype(np.uint8)
 
@@ -47,8 +47,8 @@ def test_lossless_files_give_their_pixels(tmp_path, photo, suffix):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("subsampling", [0, 2])
-def test_jpeg_is_what_cv2_makes_of_it(tmp_path, photo, mode, subsampling):
-    """Published numbers were made with cv2's decoder, and red must not come last."""
+def test_jpeg_equals_cv2(tmp_path, photo, mode, subsampling):
+    """Published scores were made with cv2's decoder. Channels are RGB."""
     image = Image.fromarray(photo).convert(mode)
     path = _save(tmp_path, "a.jpg", image, quality=90, **({"subsampling": subsampling} if mode == "RGB" else {}))
     assert np.abs(read_image(path).astype(int) - cv2.imread(str(path))[..., ::-1]).max() <= 1
@@ -56,8 +56,8 @@ def test_jpeg_is_what_cv2_makes_of_it(tmp_path, photo, mode, subsampling):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_the_way_it_was_taken(tmp_path, photo, orientation, suffix):
-    """Phones store nearly every upright photograph on its side; 'left' would mean 'top' in it."""
+def test_the_exif_orientation_is_applied(tmp_path, photo, orientation, suffix):
+    """Phones store most images rotated; without the rotation, 'left' would mean 'top'."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = _save(tmp_path, f"a.{suffix}", Image.fromarray(photo), exif=exif)
@@ -79,14 +79,14 @@ def test_a_photograph_is_turned_the_way_it_was_taken(tmp_path, photo, orientatio
         assert np.abs(image.astype(int) - cv2.imread(str(path))[..., ::-1]).max() <= 1
 
 
-def test_broken_exif_does_not_hide_the_picture(tmp_path, photo):
+def test_broken_exif_is_ignored(tmp_path, photo):
     path = _save(tmp_path, "a.jpg", Image.fromarray(photo), exif=b"Exif\0\0not EXIF at all")
     assert read_image(path).shape == (30, 40, 3)
     assert image_size(path) == (30, 40)
 
 
-def test_cmyk_has_its_colours(tmp_path):
-    """Pictures from print; read as they are stored, their colours come out inverted."""
+def test_cmyk_has_the_right_colours(tmp_path):
+    """CMYK values are stored inverted."""
     path = _save(tmp_path, "a.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=95)
     red = read_image(path)[8, 8].astype(int)
     assert red[0] > 230
@@ -94,7 +94,7 @@ def test_cmyk_has_its_colours(tmp_path):
 
 
 def test_sixteen_bits_keep_their_upper_half(tmp_path):
-    """Pillow's own conversion makes everything above 255, so nearly every such picture, plain white."""
+    """Pillow's own conversion clips values above 255, so nearly all of the image would be white."""
     values = np.array([[0, 256, 32_768, 65_535]], np.uint16)
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), values)
@@ -104,7 +104,7 @@ def test_sixteen_bits_keep_their_upper_half(tmp_path):
 
 
 def test_transparency_is_laid_on_white(tmp_path, photo):
-    """The colour under a transparent pixel is arbitrary, mostly black, and not what the person saw."""
+    """The colour of a transparent pixel is arbitrary, mostly black."""
     half = np.dstack([photo, np.full((30, 40), 255, np.uint8)])
     half[:, :20] = 0
     expected = photo.copy()
@@ -122,7 +122,7 @@ def test_transparency_is_laid_on_white(tmp_path, photo):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "CMYK", "YCbCr", "HSV", "LA", "RGBA"])
 def test_pillow_images_of_every_mode_become_rgb(mode):
-    """A program hands over whatever its own steps left it with."""
+    """Callers may pass images of any mode."""
     image = to_rgb(Image.new(mode, (5, 4)))
     assert image.shape == (4, 5, 3)
     assert image.dtype == np.uint8
@@ -137,14 +137,14 @@ def test_pillow_images_are_turned_like_files(photo):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (700, 1)])
-def test_small_and_narrow_pictures_are_read(tmp_path, shape):
+def test_small_and_narrow_images_are_read(tmp_path, shape):
     path = _save(tmp_path, "a.png", Image.fromarray(np.full((*shape, 3), 7, np.uint8)))
     assert read_image(path).shape == (*shape, 3)
     assert image_size(path) == shape
 
 
-def test_108_megapixels_are_read_without_a_word(tmp_path):
-    """Phones of today take them; Pillow warns about each, on the screen of a person who cannot do anything about it."""
+def test_108_megapixels_are_read_without_a_warning(tmp_path):
+    """Phones take them; Pillow would print a warning for each."""
     path = tmp_path / "a.png"
     Image.new("1", (12_000, 9_000), 1).save(path)
     with warnings.catch_warnings():
@@ -170,7 +170,7 @@ def test_a_small_png_of_299_megapixels_is_refused_by_its_header(tmp_path):
 
 
 def test_a_file_that_claims_too_many_pixels_is_refused(tmp_path):
-    """A few kilobytes may unpack to more than the memory holds."""
+    """A few kilobytes may decompress to more than the memory."""
     path = tmp_path / "a.png"
     Image.new("1", (20_000, 15_001)).save(path)
     for read in (read_image, image_size):
@@ -183,8 +183,8 @@ def test_a_file_that_claims_too_many_pixels_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_picture_cut_short_is_refused(tmp_path, photo, suffix):
-    """cv2 returns such pictures with a grey lower half, and a model would be trained on that."""
+def test_a_truncated_image_is_refused(tmp_path, photo, suffix):
+    """cv2 returns such images with a grey lower half, which would be trained on."""
     path = _save(tmp_path, f"a.{suffix}", Image.fromarray(photo))
     data = path.read_bytes()
     for kept in (len(data) * 2 // 3, len(data) - 30, 12):
@@ -196,7 +196,7 @@ def test_a_picture_cut_short_is_refused(tmp_path, photo, suffix):
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"<html>404</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"%!PS-Adobe-3.0\n"]
 )
-def test_what_is_no_image_is_said_to_be_so(tmp_path, content):
+def test_other_files_are_reported_as_no_image(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     for read in (read_image, image_size):
@@ -220,7 +220,7 @@ def test_floating_point_pixels_are_refused(tmp_path):
 
 
 def _tiff(values: np.ndarray) -> bytes:
-    """An uncompressed grey TIFF of the array's type and byte order."""
+    """An uncompressed grey TIFF with the array's type and byte order."""
     order, raw = (">" if values.dtype.byteorder == ">" else "<"), values.tobytes()
     entries = [
         *((256, values.shape[1]), (257, values.shape[0]), (258, 8 * values.itemsize), (259, 1), (262, 1), (273, 8)),
@@ -234,7 +234,7 @@ def _tiff(values: np.ndarray) -> bytes:
 @pytest.mark.parametrize("kind", ["<u4", ">i4", "<i2"])
 @pytest.mark.parametrize(("greatest", "scaled"), [(255, 255), (200, 200), (1_000, 255), (30_000, 255)])
 def test_whole_numbers_of_unknown_range_are_scaled_by_the_greatest(kind, greatest, scaled):
-    """Such TIFFs came out black, because their upper bits are 0."""
+    """Such TIFFs would be black, because their upper bits are 0."""
     values = np.linspace(0, greatest, 120).reshape(10, 12).astype(kind)
     image = read_image(_tiff(values))
     assert image.max() == scaled
@@ -257,7 +257,7 @@ ENDINGS = ["jfif", "jpe", "mpo", "apng", "gif", "dib", "tif", "jp2", "j2k", "avi
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_each_format_that_can_be_decoded_is_read_and_its_ending_known(tmp_path, photo, ending):
-    """A folder's pictures are found by these endings; what is missing here is left out of people's results."""
+    """The images of a folder are found by these endings."""
     path = tmp_path / f"a.{ending}"
     try:
         Image.fromarray(photo).save(path)
@@ -268,9 +268,9 @@ def test_each_format_that_can_be_decoded_is_read_and_its_ending_known(tmp_path, 
 
 
 def test_heic_is_read_by_pillow_heif_or_names_it(tmp_path, photo, monkeypatch):
-    """Telephones save HEIC; who has no decoder for it has to learn which one to install."""
+    """Phones write HEIC. Without a decoder, the error names the package to install."""
     content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
-    image_endings()  # Pillow's plugins are loaded now, and pillow-heif's where it is installed
+    image_endings()  # loads Pillow's plugins, and pillow-heif's if it is installed
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     with pytest.raises(DcrisError, match="pip install pillow-heif"):
         read_image(content)
@@ -283,7 +283,7 @@ def test_heic_is_read_by_pillow_heif_or_names_it(tmp_path, photo, monkeypatch):
 
 
 def test_pipes_and_devices_are_refused(tmp_path):
-    """Opening a pipe waits for a writer for ever, and /dev/zero has no end."""
+    """Opening a pipe blocks for ever, and /dev/zero has no end."""
     os.mkfifo(tmp_path / "a.jpg")
     for path in (tmp_path / "a.jpg", Path("/dev/zero")):
         for read in (read_image, image_size, read_mask_image):
@@ -301,14 +301,14 @@ def _progressive(photo: np.ndarray, scans: int) -> bytes:
 
 
 def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(photo):
-    """Each scan is one pass over the whole picture: 2 MB of them take minutes."""
+    """Each scan is a pass over the whole image: 2 MB of scans take minutes."""
     assert read_image(_progressive(photo, 20)).shape == photo.shape
     with pytest.raises(DcrisError, match=r"a JPEG with 5,010 scans"):
         read_image(_progressive(photo, 5_000))
 
 
-def test_the_size_of_a_photograph_is_in_its_first_bytes(photo, tmp_path, monkeypatch):
-    """A data set of 100,000 large photographs would otherwise be read as a whole each time that it is opened."""
+def test_the_size_is_read_from_the_first_bytes(photo, tmp_path, monkeypatch):
+    """Otherwise a data set of 100,000 large images would be read completely each time."""
     path = tmp_path / "a.jpg"
     path.write_bytes(_progressive(photo, 20) + bytes(1_000_000))
     with open_regular(path) as file:
@@ -317,8 +317,8 @@ def test_the_size_of_a_photograph_is_in_its_first_bytes(photo, tmp_path, monkeyp
         assert file.tell() < 100_000
 
 
-def test_pictures_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):
-    """Cameras put a preview into the header and a video behind the picture; both hold bytes that look like scans."""
+def test_images_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):
+    """Cameras write a preview into the header and a video after the image; both contain bytes that look like scans."""
     stream = io.BytesIO()
     Image.fromarray(photo).save(stream, "JPEG", comment=b"\xff\xda" * 500)
     assert read_image(stream.getvalue() + b"\xff\xda" * 500).shape == photo.shape
@@ -332,22 +332,22 @@ def _tags(size: int) -> bytes:
 
 
 def test_tags_that_claim_the_same_bytes_are_refused(photo):
-    """Pillow copies what each tag claims: a file of 2 MB took 6 GB."""
+    """Pillow copies the bytes of each tag: a file of 2 MB took 6 GB."""
     with pytest.raises(DcrisError, match="tags claim more"):
         image_size(_tags(1_000))
     stream = io.BytesIO()
     Image.fromarray(photo).save(stream, "PNG", exif=b"Exif\0\0" + _tags(1_000))
-    assert np.array_equal(read_image(stream.getvalue()), photo)  # of EXIF, only the orientation is wanted
+    assert np.array_equal(read_image(stream.getvalue()), photo)  # of EXIF, only the orientation is read
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "options"),
     [("a.jp2", "RGB", {}), ("a.webp", "RGB", {}), ("a.jpg", "RGB", {"progressive": True, "subsampling": 0})],
 )
-def test_pictures_whose_decoder_needs_much_memory_are_refused_by_their_headers(
+def test_images_whose_decoder_needs_much_memory_are_refused_by_their_headers(
     tmp_path, monkeypatch, name, mode, options
 ):
-    """What a pixel costs differs by format: JPEG 2000 takes three times as much as baseline JPEG."""
+    """The memory per pixel depends on the format: JPEG 2000 takes three times as much as baseline JPEG."""
     monkeypatch.setattr(images, "_MAX_MEMORY", 7 * 10_000)
     for side, fits in ((100, False), (40, True)):
         path = _save(tmp_path, name, Image.new(mode, (side, side)), **options)
@@ -362,7 +362,7 @@ def test_pictures_whose_decoder_needs_much_memory_are_refused_by_their_headers(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory of Linux")
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "L"])
 def test_decoding_takes_no_more_memory_than_is_counted(tmp_path, mode, photo):
-    """7 bytes a pixel: a small file that unpacks to the largest picture must not take several times that."""
+    """The limit is 7 bytes per pixel, also for a small file that decompresses to the largest image."""
     side = 5_000
     path = _save(tmp_path, "a.png", Image.new(mode, (side, side)), compress_level=1)
     code = (
@@ -376,7 +376,7 @@ def test_decoding_takes_no_more_memory_than_is_counted(tmp_path, mode, photo):
 
 
 def test_the_size_of_a_png_needs_no_decoding(tmp_path, photo):
-    """Where a data set's masks are PNGs, each is measured when the data set is loaded."""
+    """If the masks of a data set are PNG files, the header of each is read when the data set is loaded."""
     path = _save(tmp_path, "a.png", Image.fromarray(photo))
     data = path.read_bytes()
     at = data.index(b"IDAT") + 20
@@ -386,7 +386,7 @@ def test_the_size_of_a_png_needs_no_decoding(tmp_path, photo):
         read_image(path)
 
 
-def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path, photo):
+def test_an_orientation_after_the_pixels_of_a_png_is_applied(tmp_path, photo):
     path = _save(tmp_path, "a.png", Image.fromarray(photo))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -397,7 +397,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path, photo):
     assert image_size(path) == read_image(path).shape[:2] == (40, 30)
 
 
-def test_real_photographs_are_what_cv2_makes_of_them(refer_root):
+def test_real_images_equal_cv2(refer_root):
     for path in sorted((refer_root / "images/mscoco/images/train2014").iterdir())[::40]:
         image = read_image(path)
         assert image_size(path) == image.shape[:2]

@@ -1,4 +1,4 @@
-"""`dcris data import-coco`: what annotation tools export becomes references, and what cannot be one is left out and counted."""
+"""`dcris data import-coco`: exports of annotation tools become references; annotations that cannot are counted."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CUP, DOG, DOT = 1, 2, 3
 
 
 class Export:
-    """A folder as an annotation tool leaves it. Change `content`, then `load()` it."""
+    """The export of an annotation tool. Change `content`, then `load()` it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,12 +73,12 @@ def export(tmp_path: Path) -> Export:
 
 
 def said(table: ReferenceTable) -> list[tuple[int, list[str]]]:
-    """Photograph and phrases of each reference."""
+    """Number of the image and expressions of each reference."""
     return [(int(item.image_path.stem), [each.text for each in item.expressions]) for item in table.references]
 
 
 def test_category_names_are_phrases_where_they_mean_one_object(export: Export) -> None:
-    """ "cup" on a photograph with two cups teaches nothing but to guess."""
+    """ "cup" in an image with two cups is ambiguous."""
     table, done = export.load()
     assert said(table) == [(1, ["cup"]), (1, ["dog"]), (3, ["dog"])]
     assert (done.splits, done.images, done.expressions, done.ambiguous) == ({"train": 3}, 2, 3, 2)
@@ -91,8 +91,8 @@ def test_category_names_are_phrases_where_they_mean_one_object(export: Export) -
     assert done.left_out == ""
 
 
-def test_crowds_are_left_out_but_seen(export: Export) -> None:
-    """One dog beside a crowd of dogs is not "the dog"."""
+def test_crowds_are_left_out_but_count_for_ambiguity(export: Export) -> None:
+    """One dog beside a crowd of dogs is not the only dog."""
     export.add(3, DOG, RUNS, iscrowd=1)
     table, done = export.load()
     assert said(table) == [(1, ["cup"]), (1, ["dog"])]
@@ -101,8 +101,8 @@ def test_crowds_are_left_out_but_seen(export: Export) -> None:
     assert (len(table.references), done.crowds) == (6, 0)
 
 
-def test_boxes_are_no_masks(export: Export) -> None:
-    """Some tools export them with an empty segmentation."""
+def test_boxes_are_not_masks(export: Export) -> None:
+    """Some tools export boxes with an empty segmentation."""
     export.add(4, DOG, [], bbox=[1, 2, 3, 4])
     del export.content["annotations"][0]["segmentation"]
     table, done = export.load()
@@ -110,7 +110,7 @@ def test_boxes_are_no_masks(export: Export) -> None:
 
 
 def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
-    """Whatever the field is called, and however many objects of its kind there are."""
+    """Under any of the field names, and for any number of objects of the category."""
     for record, (key, value) in zip(
         export.content["annotations"][1:4],
         [
@@ -121,7 +121,7 @@ def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
         strict=True,
     ):
         record[key] = value
-    export.content["annotations"][0]["caption"] = ""  # a field that was not filled in
+    export.content["annotations"][0]["caption"] = ""  # an empty field
     export.content["annotations"][4]["attributes"] = {"occluded": False, "phrase": "the dog"}  # as CVAT exports them
     table, done = export.load()
     assert said(table) == [
@@ -135,7 +135,7 @@ def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
 
 
 def test_phrases_from_a_file(export: Export) -> None:
-    """By annotation before the annotation's own, by category after it; what the file does not name has no phrase."""
+    """Precedence: phrases by annotation id, the annotation's own, phrases by category. Other annotations have none."""
     export.content["annotations"][1]["phrase"] = "the brown dog"
     export.content["annotations"][4]["phrase"] = "the black dog"
     table, done = export.load({"13": ["left cup"], "14": "right cup", "15": "it", "cup": ["a mug", "cup"]})
@@ -152,7 +152,7 @@ def test_phrases_from_a_file(export: Export) -> None:
 
 
 def test_one_phrase_for_two_categories_fits_both(export: Export) -> None:
-    """ "thing" for cups and for dogs means neither, where both are."""
+    """ "thing" for cups and dogs is ambiguous in an image with both."""
     table, done = export.load({"cup": ["Thing ", "cup"], "dog": "thing"})
     assert said(table) == [(1, ["cup"]), (3, ["thing"])]
     assert done.ambiguous == 3
@@ -160,7 +160,7 @@ def test_one_phrase_for_two_categories_fits_both(export: Export) -> None:
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
 def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
-    """Saved as CSV, by a program of any language, with further columns and rows that are not filled in yet."""
+    """CSV with any delimiter, with further columns and with rows that have no phrase yet."""
     rows = [
         ["\ufeffAnnotation", "who", "Phrase"],
         ["11", "me", '"the ""blue"" cup"'],
@@ -194,15 +194,15 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
         ('annotation,phrase\n11,"' + "x" * 200_000 + '"', "not CSV"),
     ],
 )
-def test_phrases_that_mean_nothing_are_refused(export: Export, phrases: Any, sentence: str) -> None:
-    """A typing error in a name would leave out a whole category in silence."""
+def test_unknown_keys_and_blank_phrases_are_refused(export: Export, phrases: Any, sentence: str) -> None:
+    """A misspelt name would silently leave out a category."""
     with pytest.raises(DcrisError, match=rf"phrases\.(json|csv).*{sentence}"):
         export.load(phrases)
     assert not (export.folder / "my.jsonl").exists()
 
 
-def test_a_key_that_may_mean_two_things(export: Export) -> None:
-    """Categories of digits exist; which is meant is said by a CSV heading."""
+def test_an_ambiguous_key_is_refused(export: Export) -> None:
+    """Category names may be numbers; the CSV header tells ids and names apart."""
     for number, record in enumerate(export.content["annotations"], 5):
         record["id"] = number
     with pytest.raises(DcrisError, match="'7' is both the id of an annotation and the name of a category"):
@@ -254,8 +254,8 @@ FIRST = ("annotations", 0)
         (_set(("annotations",), []), "no annotation in .* has both a mask and a phrase"),
     ],
 )
-def test_what_is_wrong_with_an_export_is_named(export: Export, change: Any, sentence: str) -> None:
-    """With `strict` it stops the import and nothing is written; else it is left out and named, and the rest is read."""
+def test_each_problem_of_an_export_is_named(export: Export, change: Any, sentence: str) -> None:
+    """With `strict` nothing is written; otherwise the annotation is left out and named, and the others are converted."""
     change(export.content)
     with pytest.raises(DcrisError, match=sentence) as caught:
         export.load(strict=True)
@@ -272,7 +272,7 @@ def test_what_is_wrong_with_an_export_is_named(export: Export, change: Any, sent
 
 
 def test_the_first_ten_problems_are_named(export: Export) -> None:
-    """And a photograph that is missing once, however many objects are on it."""
+    """A missing image is named once, even if it has many objects."""
     for _ in range(12):
         export.add(4, DOT, [[1, 2]])
     for _ in range(3):
@@ -294,7 +294,7 @@ POINTS = [[2, 1], [9, 1], [9, 4], [2, 4]]
 @pytest.mark.parametrize(
     "change",
     [
-        {"segmentation": [*POLYGON, [4.0, 2.0, 4.0, 3.0], [4.0, 2.0], []]},  # specks
+        {"segmentation": [*POLYGON, [4.0, 2.0, 4.0, 3.0], [4.0, 2.0], []]},  # remnants of editing
         {"segmentation": POLYGON[0]},
         {"segmentation": [[str(value) for value in POLYGON[0]]]},
         {"segmentation": POINTS},
@@ -310,8 +310,8 @@ POINTS = [[2, 1], [9, 1], [9, 4], [2, 4]]
         *({"iscrowd": value} for value in (0, 0.0, False, None, "0", "false", "", "0.0")),
     ],
 )
-def test_what_tools_write_differently_is_read(export: Export, change: dict[str, Any]) -> None:
-    """Numbers as text or with .0, points in place of flat lists, specks that editing leaves behind."""
+def test_other_spellings_of_annotations_are_read(export: Export, change: dict[str, Any]) -> None:
+    """Numbers as text or with .0, lists of points, remnants of editing."""
     export.content["annotations"][0].update(change)
     table, _ = export.load(strict=True)
     assert len(table.references) == 3
@@ -319,20 +319,20 @@ def test_what_tools_write_differently_is_read(export: Export, change: dict[str, 
 
 
 @pytest.mark.parametrize("value", [1, 1.0, True, "1", "true", "1.0"])
-def test_crowds_however_they_are_written(export: Export, value: Any) -> None:
+def test_all_spellings_of_iscrowd_are_read(export: Export, value: Any) -> None:
     export.content["annotations"][0]["iscrowd"] = value
     assert export.load(strict=True)[1].crowds == 1
 
 
-def test_records_that_tools_write_differently(export: Export) -> None:
-    """Sizes as text, other spellings of paths, no categories, records that come twice."""
+def test_other_spellings_of_records_are_read(export: Export) -> None:
+    """Sizes as text, other spellings of paths, no categories, repeated records."""
     expected = said(export.load()[0])
     images, annotations = export.content["images"], export.content["annotations"]
     images[0].update(height=str(H), width=float(W), file_name="./1.png")
     images[2].update(id="3", file_name=".//3.png")
     images.append(images[0])
     annotations.append(annotations[0])
-    images.append({"id": 9, "file_name": "2.png", "height": H, "width": W})  # a photograph that is listed twice
+    images.append({"id": 9, "file_name": "2.png", "height": H, "width": W})  # an image that is listed twice
     annotations[3]["image_id"] = 9
     table, done = export.load(strict=True)
     assert said(table) == expected
@@ -345,7 +345,7 @@ def test_records_that_tools_write_differently(export: Export) -> None:
 
 
 def test_two_annotations_of_one_id(export: Export) -> None:
-    """Files that were merged have them. They matter only to phrases that are given by id."""
+    """Merged files have them. They matter only for phrases by annotation id."""
     export.content["annotations"][1]["id"] = 11
     assert len(export.load(strict=True)[0].references) == 3
     table, done = export.load({"11": "it", "13": "the left cup"})
@@ -365,8 +365,8 @@ def test_a_disk_that_is_full_leaves_nothing(export: Export, monkeypatch: pytest.
     assert not leftovers(export.folder)
 
 
-def test_paths_are_those_from_the_file(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the folder can be moved or packed as a whole."""
+def test_paths_are_relative_to_the_written_file(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder can be moved as a whole."""
     export.load()
     assert json.loads((export.folder / "my.jsonl").read_text().splitlines()[0])["image"] == "photos/1.png"
     coco, photos = export.folder / "coco.json", export.folder / "photos"
@@ -383,8 +383,8 @@ def test_paths_are_those_from_the_file(export: Export, monkeypatch: pytest.Monke
     assert len(load_references(export.folder / "elsewhere/my.jsonl", None).references) == 3
 
 
-def test_what_is_there_is_not_overwritten(export: Export) -> None:
-    """Somebody may have gone through the phrases by hand."""
+def test_existing_files_are_not_overwritten(export: Export) -> None:
+    """The phrases may have been edited by hand."""
     export.load()
     coco, photos, out = export.folder / "coco.json", export.folder / "photos", export.folder / "my.jsonl"
     before = out.read_bytes()
@@ -406,10 +406,10 @@ def test_what_is_there_is_not_overwritten(export: Export) -> None:
     val=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     seed=st.integers(0, 5),
 )
-def test_splits_go_by_photograph(
+def test_splits_go_by_image(
     tmp_path_factory: pytest.TempPathFactory, objects: list[tuple[int, int]], val: float, seed: int
 ) -> None:
-    """No photograph is in two splits, the share is kept to, and the same seed gives the same file."""
+    """No image is in two splits, the share is respected, and the same seed gives the same file."""
     export = Export(tmp_path_factory.mktemp("x") / "export")
     export.content["annotations"] = []
     for image_id, category_id in objects:
@@ -428,7 +428,7 @@ def test_splits_go_by_photograph(
 
 @pytest.mark.parametrize("name", ["coco.json", "phrases.csv", "phrases.json", "photos/1.png"])
 def test_what_is_no_regular_file_is_named(export: Export, name: str) -> None:
-    """A pipe in place of a file would block for ever."""
+    """Opening a pipe would block for ever."""
     export.load({"cup": "a cup"})
     (export.folder / "my.jsonl").unlink()
     (export.folder / name).unlink(missing_ok=True)
@@ -439,7 +439,7 @@ def test_what_is_no_regular_file_is_named(export: Export, name: str) -> None:
 
 
 def test_a_split_by_name(export: Export) -> None:
-    """For exports that are divided already: one file each, and `cat` puts them together."""
+    """For exports with one file per split, which `cat` joins."""
     files = []
     for split in ("train", "test"):
         _, done = export.load(split=split, val=0.5)
@@ -450,7 +450,7 @@ def test_a_split_by_name(export: Export) -> None:
 
 
 def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
-    """COCO's own annotations: polygons in parts, crowds, thousands of objects."""
+    """COCO's own annotations: objects of several polygons, crowds, thousands of objects."""
     out = tmp_path / "coco.jsonl"
     (tmp_path / "photos").symlink_to(refer_root / "images/mscoco/images/train2014")
     done = import_coco(refer_root / "cocomini/instances.json", tmp_path / "photos", out)

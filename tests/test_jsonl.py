@@ -226,7 +226,7 @@ def test_a_line_without_an_end_is_not_read_whole(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["./img/1.jpg", "img//1.jpg", "././img/./1.jpg", "img\\1.jpg", ".\\img\\1.jpg"])
-def test_another_spelling_of_a_path_is_the_same_photograph(folder: Path, name: str) -> None:
+def test_another_spelling_of_a_path_is_the_same_image(folder: Path, name: str) -> None:
     """`find` writes ./, some scripts write double slashes, and Windows writes backslashes."""
     table = load(folder, line(), line(image=name))
     assert {item.image_path for item in table.references} == {folder / "img/1.jpg"}

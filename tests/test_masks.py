@@ -1,4 +1,4 @@
-"""Masks against pycocotools, which wrote the format, and against what strangers may send."""
+"""Masks compared with pycocotools, the reference implementation, and malformed masks."""
 
 import json
 
@@ -25,7 +25,7 @@ def masks(draw):
 @given(masks())
 @settings(max_examples=60, deadline=None)
 def test_every_mask_survives_compression_and_pycocotools_agrees(mask):
-    """Predictions are written in this form; another program must read the same mask from it."""
+    """Predictions are written in this form, and other programs read the same mask."""
     encoded = encode_mask(mask)
     assert json.loads(json.dumps(encoded)) == encoded
     assert np.array_equal(decode_mask(encoded, mask.shape), mask)
@@ -38,7 +38,7 @@ def test_every_mask_survives_compression_and_pycocotools_agrees(mask):
 @given(masks())
 @settings(max_examples=40, deadline=None)
 def test_plain_run_lengths_give_the_same_mask(mask):
-    """COCO's crowd annotations come uncompressed, down the columns; along the rows every one would be scrambled."""
+    """COCO's crowd annotations are uncompressed, column by column."""
     flat = mask.T.ravel()
     edges = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *edges, flat.size]).tolist()
@@ -48,22 +48,22 @@ def test_plain_run_lengths_give_the_same_mask(mask):
     assert np.array_equal(decoded, mask)
 
 
-@given(masks(), st.sampled_from(["run lengths", "polygons", "picture"]))
+@given(masks(), st.sampled_from(["run lengths", "polygons", "image file"]))
 @settings(max_examples=60, deadline=None)
 def test_the_area_is_that_of_the_decoded_mask(tmp_path_factory, mask, form):
-    """Scores by the size of objects would otherwise sort them by another mask than the one they are scored on."""
+    """Scores by object size use the area of the mask that is scored."""
     segmentation = encode_mask(mask)
     if form == "polygons":
         height, width = mask.shape
         segmentation = [[0.0, 0.0, width, 1.5, 0.3 * width, height], [0.0, 0.0, width / 2, 0.0, width / 2, height]]
-    elif form == "picture":
+    elif form == "image file":
         segmentation = tmp_path_factory.mktemp("mask") / "mask.png"
         Image.fromarray(mask).save(segmentation)
     assert mask_area(segmentation, mask.shape) == decode_mask(segmentation, mask.shape).sum()
 
 
 def test_a_large_mask_has_long_runs(tmp_path):
-    """Runs above 2**20 need more characters than those of any COCO photograph."""
+    """Runs above 2**20 need more characters than those of any COCO image."""
     mask = np.zeros((3000, 4000), np.uint8)
     mask[100:2900, 3000:3010] = 1
     assert np.array_equal(decode_mask(encode_mask(mask), mask.shape), mask)
@@ -77,7 +77,7 @@ def test_a_polygon_fills_the_pixels_it_covers():
 
 
 def test_overlapping_polygons_are_a_union():
-    """Summing them would give 2 where they overlap, and a mask of 0 and 1 nowhere else."""
+    """A sum would be 2 where they overlap."""
     left, right = [0, 0, 20, 0, 20, 10, 0, 10], [10, 0, 30, 0, 30, 10, 10, 10]
     mask = decode_mask([left, right], (10, 40))
     assert mask.max() == 1
@@ -85,7 +85,7 @@ def test_overlapping_polygons_are_a_union():
 
 
 def test_the_mask_is_a_plain_writable_array():
-    """torch.from_numpy refuses nothing less, and warns at read-only arrays."""
+    """torch.from_numpy warns about read-only arrays."""
     for segmentation in ([[0, 0, 4, 0, 4, 4]], {"size": [5, 6], "counts": [3, 4, 23]}):
         mask = decode_mask(segmentation, (5, 6))
         assert mask.flags.c_contiguous
@@ -136,8 +136,8 @@ def test_the_mask_is_a_plain_writable_array():
         {"size": [8, 10], "counts": "P2000000O"},
     ],
 )
-def test_a_malformed_mask_is_refused_in_words(segmentation):
-    """pycocotools answers several of these by ending the process, or by asking for all the memory there is."""
+def test_a_malformed_mask_is_refused(segmentation):
+    """pycocotools ends the process for several of these, or requests all memory."""
     for use in (validate_segmentation, decode_mask, mask_area):
         with pytest.raises(DcrisError, match=r"segmentation|polygon|run lengths"):
             use(segmentation, (8, 10))
@@ -146,7 +146,7 @@ def test_a_malformed_mask_is_refused_in_words(segmentation):
 @given(st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_any_text_either_fills_the_mask_exactly_or_is_refused(text):
-    """Predictions of strangers are scored, so the text may be anything."""
+    """Predicted masks from any source are scored, so the text may be anything."""
     segmentation = {"size": [6, 7], "counts": text}
     try:
         mask = decode_mask(segmentation, (6, 7))
@@ -157,7 +157,7 @@ def test_any_text_either_fills_the_mask_exactly_or_is_refused(text):
 
 @pytest.mark.parametrize("size", [(0, 5), (-1, -5), (100_000, 100_000)])
 def test_impossible_sizes_are_refused(size):
-    """A mask of ten thousand million pixels would take the machine down before anything else is looked at."""
+    """A mask of ten billion pixels would exhaust the memory before anything else is checked."""
     for segmentation in ([[0, 0, 1, 0, 1, 1]], {"size": list(size), "counts": [size[0] * size[1]]}):
         with pytest.raises(DcrisError):
             decode_mask(segmentation, size)
@@ -178,7 +178,7 @@ def test_only_matrices_are_encoded():
 
 
 def test_real_masks_are_those_of_pycocotools(refer_root):
-    """Crowds, holes and many-part objects as COCO's annotators drew them."""
+    """Crowds, holes and objects of many parts from COCO's annotators."""
     content = json.loads((refer_root / "cocomini/instances.json").read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     crowds = [annotation for annotation in content["annotations"] if annotation["iscrowd"]]
@@ -191,8 +191,8 @@ def test_real_masks_are_those_of_pycocotools(refer_root):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
-def test_a_picture_of_a_mask_has_0_and_one_other_value(tmp_path, mode):
-    """Tools write masks as 0/1, 0/255, palette numbers or colours; each must give the same object."""
+def test_a_mask_image_has_0_and_one_other_value(tmp_path, mode):
+    """Tools write masks as 0/1, 0/255, palette indices or colours; all give the same object."""
     truth = np.zeros((5, 7), np.uint8)
     truth[1:3, 2:6] = 1
     if mode == "I;16":
@@ -217,7 +217,7 @@ DISC = np.hypot(*(np.mgrid[:40, :50] - np.array([20, 25])[:, None, None])) < 12
 
 
 def _soft(kind: str) -> np.ndarray | Image.Image:
-    """The disc as tools save it when they save more than two values."""
+    """A disc as tools save it with more than two values."""
     grey = DISC.astype(np.uint8) * 255
     soft = Image.fromarray(grey).resize((25, 20), Image.Resampling.BOX).resize((50, 40), Image.Resampling.BILINEAR)
     return {
@@ -246,10 +246,10 @@ def _soft(kind: str) -> np.ndarray | Image.Image:
     ],
 )
 def test_a_mask_of_more_than_two_values_needs_a_threshold(tmp_path, kind, ending):
-    """Wherever such a picture is not 0 would count as the object: a disc saved as a probability map covers everything."""
-    picture = _soft(kind)
+    """Otherwise all nonzero pixels would count: a disc saved as a probability map would cover everything."""
+    image = _soft(kind)
     path = tmp_path / f"mask.{ending}"
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
     for use in (decode_mask, mask_area):
         with pytest.raises(DcrisError, match=r"mask\..* has more values than 0 and one other .*--mask-threshold"):
             use(path, (40, 50))
@@ -259,7 +259,7 @@ def test_a_mask_of_more_than_two_values_needs_a_threshold(tmp_path, kind, ending
 
 @pytest.mark.parametrize("quality", [75, 95, 100])
 def test_a_mask_saved_as_jpeg_needs_a_threshold(tmp_path, quality):
-    """Compression leaves values near 0 around the object, which would all count."""
+    """Compression creates values near 0 around the object, which would all count."""
     path = tmp_path / "mask.jpg"
     Image.fromarray(DISC.astype(np.uint8) * 255).save(path, quality=quality)
     with pytest.raises(DcrisError, match=r"not as JPEG.*--mask-threshold"):
@@ -270,16 +270,16 @@ def test_a_mask_saved_as_jpeg_needs_a_threshold(tmp_path, quality):
 
 @pytest.mark.parametrize("value", [1, 60, 254, 255])
 def test_a_threshold_leaves_masks_of_two_values_as_they_are(tmp_path, value):
-    """One data set may hold masks of 0 and 1 beside probability maps."""
+    """A data set may contain both binary masks and probability maps."""
     path = tmp_path / "mask.png"
     Image.fromarray(DISC.astype(np.uint8) * np.uint8(value)).save(path)
-    for picture in (path, SoftMask(path, 0.5), SoftMask(path, 200)):
-        assert np.array_equal(decode_mask(picture, (40, 50)), DISC)
+    for image in (path, SoftMask(path, 0.5), SoftMask(path, 200)):
+        assert np.array_equal(decode_mask(image, (40, 50)), DISC)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_mask_is_turned_as_its_photograph(tmp_path, orientation):
-    """Both with the same tag, as an editor writes them, lie on each other in every viewer."""
+def test_the_orientation_of_a_mask_is_applied(tmp_path, orientation):
+    """Image and mask with the same EXIF tag fit each other."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = np.zeros((30, 40, 3), np.uint8)

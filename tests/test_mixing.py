@@ -110,14 +110,14 @@ def test_references_of_one_annotation_stay_together() -> None:
     assert [item.ann_id for item in mixed.references] == [1, 1, 2, 3, 3, 4]
 
 
-def test_photographs_under_both_of_cocos_namings_are_the_same() -> None:
+def test_images_under_both_of_cocos_namings_are_the_same() -> None:
     """Otherwise a data set on train2017 would leak into the test splits of one on train2014."""
     short = replace(reference(1, 5, "train"), image_path=ROOT / "train2017/000000000005.jpg", image_id=1)
     mixed = mix("mixed", [table("a", short, reference(2, 6, "train")), table("b", reference(1, 5, "val"))])
     assert [(item.image_id, item.split) for item in mixed.references] == [(6, "train"), (5, "val")]
 
 
-def test_different_photographs_under_one_number_stay_apart() -> None:
+def test_different_images_under_one_number_stay_apart() -> None:
     """Generated data sets all begin at 1: exchanging expressions within an image must not cross data sets."""
     own = [replace(reference(n, n, "train"), image_path=ROOT / f"images/scene_{n}.jpg") for n in (1, 2)]
     coco = [reference(1, 1, "train"), reference(2, 1, "train")]

@@ -1,4 +1,4 @@
-"""The documentation and the worked example of one's own data: what people copy has to work."""
+"""The documentation and the worked example of your own data."""
 
 import json
 import os
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def test_the_documented_line_is_read(tmp_path: Path) -> None:
-    """The first thing that anybody copies."""
+    """The line in the documentation is valid."""
     text = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^\{.*\}$", text, re.MULTILINE)
     for name in ("img/1.jpg", "masks/1.png"):
@@ -29,8 +29,8 @@ def test_the_documented_line_is_read(tmp_path: Path) -> None:
     assert len(load_references(tmp_path / "my.jsonl", None).references[0].expressions) == 2
 
 
-def test_the_documented_script_takes_object_pictures_apart(tmp_path: Path) -> None:
-    """A colour for each object, as CVAT exports them: one mask, one line each, and nothing for the background."""
+def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
+    """Images with a colour per object, as CVAT exports them, become a mask and a line for each object."""
     code = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
     objects = np.zeros((6, 8, 3), np.uint8)
     objects[1:3, 1:4] = (128, 0, 0)
@@ -49,7 +49,7 @@ def test_the_documented_script_takes_object_pictures_apart(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_worked_example(tmp_path: Path) -> None:
-    """From a folder of pictures to a tuned model, as the script does it, and fine-tuning is what makes the difference."""
+    """The script makes a fine-tuned model of a folder of images, and fine-tuning improves the score."""
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     script = ["bash", str(REPOSITORY / "examples/own_data/run.sh"), str(tmp_path / "work")]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -416,7 +416,7 @@ def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root
         ("scene 1.png", "images", "scene 1.png"),
     ],
 )
-def test_photographs_are_found_under_either_of_cocos_namings(tmp_path, recorded, folder, stored):
+def test_images_are_found_under_either_of_cocos_namings(tmp_path, recorded, folder, stored):
     """train2017 contains the images of train2014 under shorter names; many people have only train2017."""
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / stored).touch()

@@ -1,4 +1,4 @@
-"""Generated scenes: what their phrases mean, what their pictures show, and what ends up on disk.
+"""Generated scenes: what their phrases mean, what their images show, and what is written.
 
 The phrases are read here by an interpreter of their own, written from what a person would understand and not from the code that
 makes them. It is generous: where people could disagree, it returns everything that could be meant.
@@ -23,7 +23,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import exchange_expressions
 
 SIDE = 112
-DOUBT = 0.05  # of the side: two things nearer than this may be told in either order
+DOUBT = 0.05  # share of the side: the order of two things that are nearer than this is doubtful
 
 SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "medium": "medium", "big": "big", "large": "big"}
 NOUNS = (*SHAPES, "one", "thing", "shape")
@@ -36,11 +36,11 @@ TOWARDS = {
 }
 
 
-# ---- a reader of phrases -------------------------------------------------------------------------------------------------
+# ---- an interpreter of phrases --------------------------------------------------------------------------------------------
 
 
 def described(words, things):
-    """The things that have every attribute named."""
+    """Return the things that have all the attributes."""
     assert words, "there is nothing to say what is meant"
     assert words[-1] in NOUNS, f"no noun at the end of {words}"
     for word in words:
@@ -62,7 +62,7 @@ def along(thing, direction):
 
 
 def nth(things, direction, number):
-    """Those that could be counted as the `number`-th when one starts at the end that `direction` points to."""
+    """Return the things that may be the `number`-th, counted from the end that `direction` names."""
     chosen = []
     for thing in things:
         ahead = [along(other, direction) - along(thing, direction) for other in things if other is not thing]
@@ -80,7 +80,7 @@ def off_centre(thing):
 
 
 def in_the_middle(things):
-    """The nearest to the picture's middle, and the middle one of the row or column: people mean either."""
+    """Return the thing nearest to the centre and the middle one of the row or column: people mean either."""
     nearest = min(off_centre(thing) for thing in things)
     wide = np.ptp([thing.x for thing in things]) >= np.ptp([thing.y for thing in things])
     row = nth(things, (-1, 0) if wide else (0, -1), (len(things) + 1) // 2)
@@ -88,12 +88,12 @@ def in_the_middle(things):
 
 
 def gap(a, b):
-    """Between the edges, taking both for round; things that touch are all equally near."""
+    """Return the distance between the edges of two things taken as circles; 0 if they touch."""
     return max(0.0, distance(a, b) - a.radius - b.radius)
 
 
 def in_relation(things, relation, landmark, doubt):
-    """Those that stand so to the landmark; `doubt` below 0 asks that it be plain to see."""
+    """Return the things with that relation to the landmark; `doubt` below 0 admits only clear cases."""
     others = [thing for thing in things if thing is not landmark]
     if relation in ("next", "near", "closest"):
         nearest, least = min(distance(o, landmark) for o in others), min(gap(o, landmark) for o in others)
@@ -109,7 +109,7 @@ def in_relation(things, relation, landmark, doubt):
 
 
 def meant(text, things, doubt=DOUBT):
-    """The things a phrase could mean; with `doubt` below 0, those of which it is plainly true."""
+    """Return the things that a phrase may mean; with `doubt` below 0, those that it clearly means."""
     match [word for word in text.split() if word != "the"]:
         case [number, *description, "from", start] if number in NUMBERS:
             return nth(described(description, things), TOWARDS[start], NUMBERS[number])
@@ -158,14 +158,14 @@ def corner(things, x, y, doubt):
 
 @pytest.fixture(scope="module", params=[100, pytest.param(400, marks=pytest.mark.slow)])
 def drawn(request):
-    """Scenes, each with the background it was painted on."""
+    """Scenes, each with its background."""
     with pytest.MonkeyPatch.context() as patch:
         canvases = []
         original = scenes._background
 
         def keep(rng, side):
             canvas = original(rng, side)
-            canvases[:] = [canvas.copy()]  # a scene may be drawn several times; the last one counts
+            canvases[:] = [canvas.copy()]  # a scene may be drawn several times; the last time counts
             return canvas
 
         patch.setattr(scenes, "_background", keep)
@@ -177,7 +177,7 @@ def drawn(request):
 
 
 @pytest.fixture(scope="module")
-def pictures(drawn):
+def generated(drawn):
     return [scene for scene, _ in drawn]
 
 
@@ -193,26 +193,26 @@ def content(root):
 # ---- what the phrases mean -----------------------------------------------------------------------------------------------
 
 
-def phrases_of(pictures):
-    for number, scene in enumerate(pictures):
+def phrases_of(generated):
+    for number, scene in enumerate(generated):
         for index, phrases in scene.phrases.items():
             for phrase in phrases:
                 yield number, scene, scene.things[index], phrase
 
 
-def test_every_phrase_means_its_target_and_nothing_else(pictures):
-    """Otherwise training teaches contradictions, and a model is marked down for an answer a person would give."""
+def test_every_phrase_means_its_target_and_nothing_else(generated):
+    """Otherwise the training data are contradictory, and correct predictions are counted as wrong."""
     wrong = []
-    for number, scene, target, phrase in phrases_of(pictures):
+    for number, scene, target, phrase in phrases_of(generated):
         could, plainly = meant(phrase.text, scene.things), meant(phrase.text, scene.things, -DOUBT)
         if could != [target] or plainly != [target]:
             wrong.append(f"scene {number}: {phrase.text!r} ({phrase.kind}): {len(could)} could be meant, {target}")
     assert not wrong, "\n".join(wrong[:10])
 
 
-def test_the_noun_alone_is_never_enough(pictures):
-    """A model that looks for the shape and ignores the rest must fail, or the scenes measure nothing."""
-    for scene in pictures:
+def test_the_noun_alone_is_never_enough(generated):
+    """A model that uses only the shape must fail, or the scenes measure nothing."""
+    for scene in generated:
         assert len(scene.phrases) >= 2
         for index, phrases in scene.phrases.items():
             assert sum(thing.shape == scene.things[index].shape for thing in scene.things) >= 2
@@ -220,30 +220,30 @@ def test_the_noun_alone_is_never_enough(pictures):
             assert len({phrase.kind for phrase in phrases}) == len(phrases)
 
 
-def test_the_kind_of_a_phrase_is_what_tells_its_target_apart(pictures):
-    """Scores by kind would otherwise be reported under the wrong name."""
+def test_the_kind_of_a_phrase_is_what_identifies_its_target(generated):
+    """Scores are reported by kind."""
     signs = {
         "ordinal": set(NUMBERS),
         "superlative": {"biggest", "largest", "smallest"},
         "relation": {"of", "above", "over", "below", "under", "next", "near", "closest"},
         "place": {*TOWARDS, "middle", "center"},
     }
-    for _, _, _, phrase in phrases_of(pictures):
-        # From the most telling sign on: "second star from left" and "star left of the ring" hold a place's word too.
+    for _, _, _, phrase in phrases_of(generated):
+        # In this order: "second star from left" and "star left of the ring" contain a word for a place, too.
         kind = next((kind for kind, words in signs.items() if words & set(phrase.text.split())), "attribute")
         assert kind == phrase.kind, phrase
 
 
-def test_all_five_kinds_of_phrase_are_common(pictures):
-    """A kind that hardly occurs is neither learnt nor measured."""
-    counts = Counter(phrase.kind for *_, phrase in phrases_of(pictures))
+def test_all_five_kinds_of_phrase_are_common(generated):
+    """A rare kind is neither learnt nor measured."""
+    counts = Counter(phrase.kind for *_, phrase in phrases_of(generated))
     assert set(counts) == set(KINDS)
     assert min(counts.values()) > 0.05 * counts.total(), counts
     assert max(counts.values()) < 0.5 * counts.total(), counts
 
 
-def test_the_reader_itself_tells_clear_from_doubtful():
-    """A reader that accepted everything would make the test above worthless."""
+def test_the_interpreter_distinguishes_clear_and_doubtful_cases():
+    """An interpreter that accepts everything would make the test above worthless."""
 
     def thing(x, y, colour="red", radius=0.1):
         return scenes.Thing("star", colour, "plain", "medium", x, y, radius, 0.0)
@@ -259,31 +259,31 @@ def test_the_reader_itself_tells_clear_from_doubtful():
     assert meant("star at top left", row, -DOUBT) == []
     column = [thing(0.4, 0.1), thing(0.5, 0.9), thing(0.6, 0.5)]
     assert meant("middle star", column) == [column[2]]
-    doubtful = [thing(0.1, 0.5), thing(0.2, 0.5), thing(0.6, 0.5)]  # the second in the row, the third in the picture
+    doubtful = [thing(0.1, 0.5), thing(0.2, 0.5), thing(0.6, 0.5)]  # the second in the row, the third in the image
     assert meant("star in the middle", doubtful) == doubtful[1:]
 
 
-def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(pictures):
-    """A word that is missing from the tiny tokenizer would reach the model as unknown, and be learnt as noise."""
+def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(generated):
+    """A word that is missing from the tiny tokenizer would be an unknown word."""
     words = vocabulary()
     assert words == sorted(set(words))
     assert words == resources.files("dcris.assets").joinpath("tiny_words.txt").read_text("utf-8").split()
-    used = {word for *_, phrase in phrases_of(pictures) for word in phrase.text.split()}
+    used = {word for *_, phrase in phrases_of(generated) for word in phrase.text.split()}
     assert used <= set(words)
-    # "first" and "1st" are never used: one would say "leftmost". Anything else unused would be a dead branch; few scenes
+    # "first" and "1st" are never used, since people say "leftmost". Another unused word would be a dead branch; few scenes
     # leave rare words out.
-    if len(pictures) >= 400:
+    if len(generated) >= 400:
         assert set(words) - used <= {"first", "1st", "fourth", "4th"}
 
 
-# ---- what the pictures show ----------------------------------------------------------------------------------------------
+# ---- what the images show ------------------------------------------------------------------------------------------------
 
 
-def test_scenes_are_varied(pictures):
-    """The README promises clutter; a generator stuck on a few looks would make the task trivial."""
-    counts = Counter(len(scene.things) for scene in pictures)
+def test_scenes_are_varied(generated):
+    """A few repeated appearances would make the task trivial."""
+    counts = Counter(len(scene.things) for scene in generated)
     assert set(counts) == set(range(3, 9))
-    things = [thing for scene in pictures for thing in scene.things]
+    things = [thing for scene in generated for thing in scene.things]
     for name, values, least in (
         ("shape", SHAPES, 6),
         ("colour", COLOURS, 8),
@@ -296,17 +296,17 @@ def test_scenes_are_varied(pictures):
         assert min(shares.values()) > 0.5 * len(things) / len(values), shares
 
 
-def test_sizes_never_shade_into_each_other(pictures):
-    """ "Big" must be plain to see next to "medium"."""
+def test_sizes_are_clearly_different(generated):
+    """ "Big" is clearly bigger than "medium"."""
     radii = {
-        size: [t.radius for scene in pictures for t in scene.things if t.size == size]
+        size: [t.radius for scene in generated for t in scene.things if t.size == size]
         for size in ("small", "medium", "big")
     }
     assert max(radii["small"]) * 1.2 < min(radii["medium"])
     assert max(radii["medium"]) * 1.2 < min(radii["big"])
 
 
-AREAS = {  # of a shape of radius 1, by the formula in the book
+AREAS = {  # of a shape of radius 1, by the textbook formula
     "circle": math.pi * 0.95**2,
     "ring": math.pi * (1 - 0.5**2),
     "square": 1.7**2,
@@ -317,16 +317,16 @@ AREAS = {  # of a shape of radius 1, by the formula in the book
 }
 
 
-def test_things_overlap_but_none_is_hidden(pictures):
-    """Without overlaps masks are too easy; a thing that is mostly hidden cannot be asked for."""
+def test_things_overlap_but_none_is_hidden(generated):
+    """Without overlaps masks are too easy; a thing that is mostly hidden cannot be described."""
     whole = []
-    for scene in pictures:
+    for scene in generated:
         for index, thing in enumerate(scene.things):
             seen = np.count_nonzero(scene.owners == index) / SIDE**2
             whole.append(seen / (AREAS[thing.shape] * thing.radius**2))
-    # Up to 60 % by the pixels it was drawn with; a corner may lie outside the picture besides, and the small ones are coarse.
+    # At least 60% by the pixels it was drawn with; a corner may be outside the image, and small things are coarse.
     assert min(whole) > 0.55
-    assert max(whole) < 1.2  # OpenCV also fills the pixels its outline touches
+    assert max(whole) < 1.2  # OpenCV also fills the pixels that the outline touches
     assert np.mean(np.array(whole) < 0.9) > 0.04, "hardly anything is overlapped"
     assert np.median(whole) > 0.9
 
@@ -334,14 +334,14 @@ def test_things_overlap_but_none_is_hidden(pictures):
         pairs = ((owners[1:], owners[:-1]), (owners[:, 1:], owners[:, :-1]))
         return any(((a != b) & (a >= 0) & (b >= 0)).any() for a, b in pairs)
 
-    assert np.mean([touches(scene.owners) for scene in pictures]) > 0.6
+    assert np.mean([touches(scene.owners) for scene in generated]) > 0.6
 
 
-def test_masks_lie_where_their_things_are(pictures):
-    """A mask shifted or swapped against its thing teaches the model to point next to it."""
+def test_masks_lie_where_their_things_are(generated):
+    """Masks are neither shifted nor exchanged."""
     y, x = (np.mgrid[:SIDE, :SIDE] + 0.5) / SIDE
     pixel = 1.5 / SIDE
-    for scene in pictures[:150]:
+    for scene in generated[:150]:
         assert scene.image.shape == (SIDE, SIDE, 3)
         assert scene.image.dtype == np.uint8
         assert set(np.unique(scene.owners)) == {-1, *range(len(scene.things))}
@@ -349,7 +349,7 @@ def test_masks_lie_where_their_things_are(pictures):
         for index, thing in reversed(list(enumerate(scene.things))):
             mask, away = scene.owners == index, np.hypot(x - thing.x, y - thing.y)
             assert (away[mask] < 1.3 * thing.radius + pixel).all()
-            if thing.shape == "circle":  # exactly, pixel by pixel, where what was painted later does not cover it
+            if thing.shape == "circle":  # exactly, except where later things cover it
                 assert (away[mask] < 0.95 * thing.radius + pixel).all()
                 assert (mask | later)[away < 0.95 * thing.radius - pixel].all()
             if thing.shape == "ring":
@@ -359,23 +359,25 @@ def test_masks_lie_where_their_things_are(pictures):
             later |= mask
 
 
-def test_masks_hold_what_was_painted_and_the_rest_is_background(drawn):
-    """A mask that disagrees with the picture caps every score, and nobody can tell why."""
+def test_masks_cover_what_was_drawn_and_the_rest_is_background(drawn):
+    """Masks that disagree with the image would limit every score."""
     for scene, background in drawn[:150]:
-        differs = np.abs(scene.image.astype(int) - background).max(axis=2) > 25  # the noise has a deviation of 4
+        differs = (
+            np.abs(scene.image.astype(int) - background).max(axis=2) > 25
+        )  # the noise has a standard deviation of 4
         for index in range(len(scene.things)):
-            # Not all: the shade of a texture may happen to be the grey that lies behind.
+            # Not all pixels: the shade of a texture may equal the background.
             assert differs[scene.owners == index].mean() > 0.5
-        # Each thing has a thin outline, half of which lies outside.
+        # Each thing has a thin outline, half of which is outside the mask.
         empty = cv2.erode((scene.owners < 0).astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
         assert differs[empty].mean() < 0.001
 
 
-def test_colour_and_texture_are_what_the_words_say(pictures):
-    """ "Red" and "striped" must be seen in the pixels: no model can learn a word that the picture contradicts."""
+def test_colour_and_texture_match_the_words(generated):
+    """ "Red" and "striped" are visible in the pixels."""
     names, values = list(COLOURS), np.array(list(COLOURS.values()))
     spreads = {texture: [] for texture in TEXTURES}
-    for scene in pictures[:150]:
+    for scene in generated[:150]:
         for index, thing in enumerate(scene.things):
             inner = cv2.erode((scene.owners == index).astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
             pixels = scene.image[inner].astype(float)
@@ -394,16 +396,16 @@ def test_colour_and_texture_are_what_the_words_say(pictures):
 # ---- the same every time -------------------------------------------------------------------------------------------------
 
 
-def test_a_scene_depends_on_seed_split_and_number_only(pictures):
-    """A set of 10 scenes must begin like a set of 1000, or a smaller set is another data set."""
+def test_a_scene_depends_on_seed_split_and_number_only(generated):
+    """A data set of 10 scenes is the beginning of one of 1000."""
     again = make_scene(scene_rng(3, "train", 7), SIDE)
-    assert np.array_equal(again.image, pictures[7].image)
-    assert np.array_equal(again.owners, pictures[7].owners)
-    assert (again.things, again.phrases) == (pictures[7].things, pictures[7].phrases)
+    assert np.array_equal(again.image, generated[7].image)
+    assert np.array_equal(again.owners, generated[7].owners)
+    assert (again.things, again.phrases) == (generated[7].things, generated[7].phrases)
 
 
 def test_splits_seeds_and_the_pretraining_stream_share_nothing():
-    """A test scene that was trained on, by the adapters or by the towers before them, would make the score a lie."""
+    """No test scene is used in training, neither of the adapters nor of the towers."""
     streams = (*itertools.product((0, 1), (*scenes.SPLITS, "pretraining")),)
     seen = Counter()
     for seed, split in streams:
@@ -415,8 +417,8 @@ def test_splits_seeds_and_the_pretraining_stream_share_nothing():
 
 
 def test_the_same_seed_writes_the_same_bytes_whatever_the_number_of_processes(tmp_path):
-    """Results are compared across machines with different numbers of cores; the data must not differ with them."""
-    # More than 64, which is what one process takes at a time.
+    """The data do not depend on the number of cores."""
+    # More than the 64 scenes that a process takes at a time.
     sizes = {"train": 60, "val": 2, "test": 6, "side": 56}
     done = []
     alone = content(write_scenes(tmp_path / "one", seed=2, **sizes, progress=done.append))
@@ -427,7 +429,7 @@ def test_the_same_seed_writes_the_same_bytes_whatever_the_number_of_processes(tm
 
 
 def test_a_larger_set_begins_with_the_smaller(tmp_path, root):
-    """Adding training scenes must not replace those of the test split."""
+    """More training scenes do not change the test split."""
     larger = write_scenes(tmp_path / "data", train=12, val=2, test=3, seed=5, side=64)
     for split, count in (("train", 20), ("val", 99), ("test", 99)):
         small, large = (load_references(where, "scenes").split(split)[:count] for where in (root, larger))
@@ -440,8 +442,8 @@ def test_a_larger_set_begins_with_the_smaller(tmp_path, root):
 # ---- on disk -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_what_is_read(root):
-    """The scenes must come through the REFER reader as they were made: masks, phrases and kinds."""
+def test_written_scenes_are_read_unchanged(root):
+    """Masks, phrases and kinds are unchanged after writing and reading."""
     table = load_references(root, "scenes")
     assert (table.dataset, table.split_by) == ("scenes", "generated")
     assert list(table.splits()) == ["train", "val", "test"]
@@ -465,19 +467,19 @@ def test_what_is_written_is_what_is_read(root):
                 assert [(e.text, e.kind) for e in reference.expressions] == [(p.text, p.kind) for p in phrases]
                 expressions += len(phrases)
             of_image = [a for a in annotations.values() if a["image_id"] == image_id]
-            assert len(of_image) == len(scene.things), "the things nobody asks for are annotated as well"
+            assert len(of_image) == len(scene.things), "things without phrases are annotated, too"
     assert len(instances["images"]) == next(image_ids) - 1 == 13
     assert sum(count for _, count in table.splits().values()) == expressions
 
 
 def test_a_split_may_be_empty(tmp_path):
-    """The quickstart has no use for a validation split."""
+    """The quickstart has no validation split."""
     write_scenes(tmp_path, train=1, val=0, test=1, side=56)
     assert list(load_references(tmp_path, "scenes").splits()) == ["train", "test"]
 
 
-def test_a_finished_set_is_not_overwritten(tmp_path):
-    """A second call with another seed would change the data under results that were measured on it."""
+def test_a_complete_data_set_is_not_overwritten(tmp_path):
+    """A second call with another seed would change data that results were measured on."""
     write_scenes(tmp_path, train=1, val=0, test=0, side=56)
     before = content(tmp_path)
     with pytest.raises(DcrisError, match="already contains generated scenes; choose another folder"):
@@ -485,8 +487,8 @@ def test_a_finished_set_is_not_overwritten(tmp_path):
     assert content(tmp_path) == before
 
 
-def test_an_interrupted_writing_is_completed_by_calling_again(tmp_path):
-    """Whoever pressed Ctrl-C must neither clean up by hand nor be left with half a set that looks whole."""
+def test_an_interrupted_call_is_completed_by_the_next(tmp_path):
+    """After Ctrl-C, an unfinished data set does not look complete, and the same call completes it."""
     sizes = {"train": 4, "val": 1, "test": 1, "seed": 9, "side": 56}
 
     def stop(done):
@@ -513,37 +515,37 @@ def test_an_interrupted_writing_is_completed_by_calling_again(tmp_path):
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, numbers, complaint):
-    """The message must say which number and what it may be, and leave no folder behind."""
+    """The error names the number and its range, and no folder is created."""
     with pytest.raises(DcrisError, match=complaint):
         write_scenes(tmp_path / "data", **{"train": 1, "val": 0, "test": 0, "side": 56, **numbers})
     assert not (tmp_path / "data").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
-    """A file where the folder should be gives a sentence, not a traceback."""
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
+    """A file in place of the folder gives a sentence, not a traceback."""
     (tmp_path / "data").write_text("not a folder")
     with pytest.raises(DcrisError, match="data"):
         write_scenes(tmp_path / "data", train=1, val=0, test=0, side=56)
 
 
-# ---- the wrong phrases ---------------------------------------------------------------------------------------------------
+# ---- exchanged phrases ---------------------------------------------------------------------------------------------------
 
 
 def test_exchanged_phrases_belong_to_another_object_of_the_same_scene(root):
-    """The check that a model listens asks for the wrong object; with an own or a foreign phrase it would prove nothing."""
+    """The control for the use of the expression needs the expression of another object of the same image."""
     references = load_references(root, "scenes").references
     owner = {e.sent_id: reference for reference in references for e in reference.expressions}
     queries = exchange_expressions(references)
     for reference, expression in queries:
         assert owner[expression.sent_id].image_id == reference.image_id
         assert owner[expression.sent_id].ann_id != reference.ann_id
-    # Every scene has at least two references, so none is left out, and every phrase is asked once.
+    # Every scene has at least two references, so none is left out, and every phrase occurs once.
     assert {reference.ref_id for reference, _ in queries} == {reference.ref_id for reference in references}
     assert sorted(expression.sent_id for _, expression in queries) == sorted(owner)
 
 
-def test_a_reference_alone_on_its_picture_has_no_phrase_to_exchange(root):
-    """It would get its own phrase, and a model that listens would seem not to."""
+def test_a_reference_alone_in_its_image_has_no_phrase_to_exchange(root):
+    """It would get its own phrase, which would falsify the control."""
     references = load_references(root, "scenes").references
     alone = references[0]
     others = [reference for reference in references if reference.image_id != alone.image_id]

@@ -60,7 +60,7 @@ def hub_file(path: Path, start: int = CLIP_START, end: int = CLIP_END) -> Path:
     )
     tokenizer.post_processor = processors.RobertaProcessing(("<|endoftext|>", end), ("<|startoftext|>", start))
     tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    tokenizer.enable_truncation(4)  # what a file brings along must not show
+    tokenizer.enable_truncation(4)  # settings of the file must have no effect
     tokenizer.enable_padding(length=6)
     tokenizer.save(str(path))
     return path
@@ -85,7 +85,7 @@ def test_clip_tokens_are_those_of_transformers(entry):
 
 @needs_instant
 def test_special_names_count_only_where_a_token_starts():
-    # ids from OpenAI's simple_tokenizer.py; transformers and tokenizers find the names anywhere
+    # ids from OpenAI's simple_tokenizer.py; transformers and tokenizers convert the names anywhere
     rows = ClipTokenizer()(["!<|endoftext|>", "a<|endoftext|>'s"], 8).tolist()
     assert rows[0][1] != CLIP_END
     assert 40786 in rows[0]
@@ -115,15 +115,15 @@ def test_another_models_vocabulary_is_refused(tmp_path):
         ClipTokenizer(hub_file(tmp_path / "tokenizer.json", 600, 601))(["red"], 5)
 
 
-def test_a_missing_library_says_what_to_do(monkeypatch):
+def test_a_missing_library_is_reported_with_advice(monkeypatch):
     module._clip_backend.cache_clear()
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     with pytest.raises(DcrisError, match=r"tokenizer\.json.*3\.11"):
         ClipTokenizer()(["red"], 5)
 
 
-def test_without_the_library_the_hubs_vocabulary_serves(hub, monkeypatch, tmp_path):
-    """On Python 3.13 there is no wheel of the library, and models on CLIP must work there too."""
+def test_without_the_library_the_hubs_vocabulary_is_used(hub, monkeypatch, tmp_path):
+    """There is no wheel of the library for Python 3.13, where models on CLIP must work, too."""
     hub.push(CLIP_REPOSITORY, {"tokenizer.json": hub_file(tmp_path / "tokenizer.json").read_bytes()})
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     get_tokenizer.cache_clear()
@@ -163,7 +163,7 @@ def test_workers_and_threads_see_the_same_ids(tokenizer):
         tokenizer.vocabulary_size,
         tokenizer.end_token,
     )
-    module._clip_backend.cache_clear()  # the threads race for the first use
+    module._clip_backend.cache_clear()  # so that the threads compete for the first use
     with ThreadPoolExecutor(8) as pool:
         assert all(torch.equal(rows, expected) for rows in pool.map(lambda _: tokenizer(texts, 17), range(32)))
 
@@ -211,7 +211,7 @@ def test_the_embedded_words_make_a_tokenizer():
     assert TinyTokenizer.embedded().words
 
 
-def test_cleaning_is_clips():
+def test_cleaning_equals_clips():
     assert clean_text(" The\tRED &amp;amp; “Blue”\u3000 schÃ¶n ") == 'the red & "blue" schön'
 
 
@@ -223,14 +223,14 @@ def test_an_empty_phrase_is_refused(text):
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud800", "red \udfff cup"])
 def test_a_phrase_that_is_not_utf8_is_refused(text):
-    """A terminal in another encoding gives such bytes; they would end the work when results are written."""
+    """A terminal in another encoding gives such bytes, which cannot be written to result files."""
     with pytest.raises(DcrisError, match="is not UTF-8 text; use a terminal"):
         require_phrase(text)
 
 
 @pytest.mark.parametrize("text", ["&#" + "9" * 4400, "&amp;#" + "9" * 9000 + ";", "&#" + "0" * 5000 + "1114112"])
 def test_a_character_reference_with_many_digits(text):
-    """Python's int() refuses more than 4,300 digits with a ValueError; to HTML any such number is the unknown character."""
+    """Python's int() raises ValueError for more than 4,300 digits; in HTML, the number is the replacement character."""
     assert clean_text(f"{text} cup") == "\ufffd cup"
     assert clean_text("&#" + "0" * 5000 + "65;b") == "ab"
 
@@ -241,7 +241,7 @@ def test_a_phrase_is_returned_as_written():
 
 @needs_instant
 def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
-    """A checkpoint's configuration that names another tokenizer would end in an index error, on a GPU in worse."""
+    """A configuration with another tokenizer would give an index error, which on a GPU breaks the process."""
     config = get_recipe("dcris_tiny").model.text
     assert tokenizer_of(config).name == "tiny"
     with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, but model\.text\.vocabulary is 129"):

@@ -1,4 +1,4 @@
-"""The letterbox against the formula of the CRIS family, computed here a second time in the plainest way."""
+"""The letterbox compared with a direct implementation of CRIS's published formula."""
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ def logits_of(probabilities):
 
 
 def _published(size, side):
-    """Scale to fit, centre, and take the affine map through three float32 corners; both directions."""
+    """The published formula: scale to fit, centre, affine map through three float32 corners; both directions."""
     height, width = size
     scale = min(side / height, side / width)
     new_h, new_w = height * scale, width * scale
@@ -34,7 +34,7 @@ def _published(size, side):
 @given(sizes, sides, st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_every_pixel_is_that_of_the_published_formula(size, side, seed):
-    """Anyone who compares with published numbers: one pixel of difference moves a score."""
+    """A difference of one pixel would change scores."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (*size, 3), np.uint8)
     mask = rng.integers(0, 2, size, np.uint8)
@@ -50,8 +50,8 @@ def test_every_pixel_is_that_of_the_published_formula(size, side, seed):
 
 @given(sizes, sides)
 @settings(max_examples=60, deadline=None)
-def test_there_and_back_is_the_identity(size, side):
-    """A mask that came back shifted would lose at every border."""
+def test_the_inverse_undoes_the_transform(size, side):
+    """A shift would cost accuracy at every border of a mask."""
     box = Letterbox(size, side)
     there, back = (np.vstack([matrix, [0, 0, 1]]) for matrix in (box.matrix(), box.inverse()))
     corners = np.array([[0, 0, 1], [size[1], 0, 1], [0, size[0], 1], [size[1], size[0], 1]], float).T
@@ -65,7 +65,7 @@ def test_there_and_back_is_the_identity(size, side):
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 427), (333, 500), (448, 448), (100, 60), (1200, 900)])
 def test_a_mask_comes_back_where_it_was(size):
-    """The best a perfect network can reach through the square: nearly everything."""
+    """The loss from the resampling to the square and back is small."""
     rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
     mask = ((rows / size[0] - 0.4) ** 2 + (columns / size[1] - 0.6) ** 2 < 0.06).astype(np.uint8)
     box = Letterbox(size, 448)
@@ -75,7 +75,7 @@ def test_a_mask_comes_back_where_it_was(size):
     assert overlap > 0.98
 
 
-def test_padding_has_its_colour_and_lies_outside(tmp_path):
+def test_padding_has_its_colour_and_is_outside_the_image(tmp_path):
     image = Letterbox((100, 200), 64).image(np.full((100, 200, 3), 200, np.uint8), (10, 20, 30))
     assert image.shape == (64, 64, 3)
     assert image.dtype == np.uint8
@@ -85,7 +85,7 @@ def test_padding_has_its_colour_and_lies_outside(tmp_path):
 
 
 def test_values_stay_probabilities():
-    """Bicubic sampling overshoots at edges, and a confidence of 1.07 would be printed."""
+    """Bicubic sampling overshoots at edges: probabilities of 1.07 would be possible."""
     square = np.zeros((64, 64), np.float32)
     square[20:40, 20:40] = 1
     (restored,) = Cris().probabilities(logits_of(square), [Letterbox((200, 150), 64)])
@@ -101,7 +101,7 @@ def test_values_stay_probabilities():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 5000), (5000, 1), (3, 40_000), (40_000, 2), (1, 65_535)])
 def test_extreme_shapes_pass(size):
-    """A banner, a scan, a single pixel: no crash, right shapes, finite values. cv2 4 refuses sides above 32,766."""
+    """Very long images and a single pixel give the right shapes and finite values. cv2 4 refuses sides above 32,766."""
     box = Letterbox(size, 56)
     assert box.image(np.full((*size, 3), 99, np.uint8), COLOUR).shape == (56, 56, 3)
     assert np.isfinite(box.mask(np.ones(size, np.uint8))).all()
@@ -110,8 +110,8 @@ def test_extreme_shapes_pass(size):
     assert restored.isfinite().all()
 
 
-def test_a_very_long_picture_keeps_its_ends_apart():
-    """Shrinking it before the warp must not shift anything: the bright last tenth stays the last tenth."""
+def test_a_very_long_image_keeps_its_ends_apart():
+    """Shrinking before the warp does not shift anything: the bright last tenth stays the last tenth."""
     image = np.zeros((500, 40_000, 3), np.uint8)
     image[:, 36_000:] = 255
     fitted = Letterbox((500, 40_000), 400).image(image, (0, 0, 0))
@@ -120,7 +120,7 @@ def test_a_very_long_picture_keeps_its_ends_apart():
     assert np.flatnonzero(mask.max(axis=0) > 0.5).tolist() == list(range(360, 400))
 
 
-def test_arrays_of_another_size_are_a_mistake_of_the_caller():
+def test_arrays_of_another_size_raise_value_error():
     box = Letterbox((10, 20), 14)
     for use in (
         lambda: box.image(np.zeros((20, 10, 3), np.uint8), COLOUR),

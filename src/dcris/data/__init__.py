@@ -1,1 +1,1 @@
-"""References, photographs, masks and words: everything that comes before the network."""
+"""Data sets: references, images, masks and expressions, up to the tensors for the network."""
