@@ -1,4 +1,6 @@
-"""A small HTTP server of images on the loopback address, which can simulate the failures of COCO's server."""
+"""A small HTTP server of images on the loopback address, which can simulate the failures of COCO's
+server.
+"""
 
 import threading
 import time
@@ -13,7 +15,8 @@ class ImageServer:
     content: dict[str, bytes] = field(default_factory=dict)
     """By the requested path, such as /train2014/a.jpg."""
     faults: dict[str, list[tuple[int, dict[str, str]]]] = field(default_factory=dict)
-    """Status and headers for the next requests of a path; status 0 breaks the connection in the middle of the content."""
+    """Status and headers for the next requests of a path; status 0 breaks the connection in the
+    middle of the content."""
     requests: list[tuple[str, str, float]] = field(default_factory=list)
     """Path, User-Agent and time of each."""
     delay: float = 0.0

@@ -17,7 +17,7 @@ HUB_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "
 
 
 def write_prepared(table: ReferenceTable, root: Path, folder: str) -> None:
-    """Write the output of CRIS's tools/data_process.py: a JSON file per split, masks of 0 and 255."""
+    """Write what CRIS's tools/data_process.py writes: JSON by split, masks of 0 and 255."""
     (root / "anns" / folder).mkdir(parents=True)
     (root / "masks" / folder).mkdir(parents=True)
     numbers = {name: number for number, name in enumerate(CATEGORIES.values())}
@@ -44,7 +44,7 @@ def write_prepared(table: ReferenceTable, root: Path, folder: str) -> None:
 
 
 def hub_rows(references: list[dict[str, Any]], instances: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Convert REFER's files to the rows of jxu124's repositories, by the name of the split there."""
+    """Convert REFER's files to rows of jxu124's repositories, by the name of the split."""
     images = {image["id"]: image for image in instances["images"]}
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,6 @@
-"""The layout of CRIS, ETRIS and DETRIS: the same references as in the REFER layout, and one sentence for each error."""
+"""The layout of CRIS, ETRIS and DETRIS: the same references as in the REFER layout, and one
+sentence for each error.
+"""
 
 import json
 from pathlib import Path
@@ -22,7 +24,9 @@ from layouts import write_prepared
 
 @pytest.fixture
 def prepared(tiny_refer: TinyRefer, tmp_path: Path) -> tuple[ReferenceTable, Path]:
-    """The small data set in the REFER layout, and the root of the same one as their tools prepare it."""
+    """The small data set in the REFER layout, and the root of the same one as their tools prepare
+    it.
+    """
     table = load_references(tiny_refer.write(), "tiny")
     root = tmp_path / "prepared"
     write_prepared(table, root, "refcocog_u")
@@ -74,7 +78,9 @@ def test_the_categories_are_cocos(refer_root):
 
 
 def test_folders_by_their_own_names_and_by_the_data_set_they_hold(prepared):
-    """The folder's name contains the partition, the data set's does not; both are accepted, and ambiguity is an error."""
+    """The folder's name contains the partition, the data set's does not; both are accepted, and
+    ambiguity is an error.
+    """
     _, root = prepared
     for dataset, split_by in (("refcocog", None), ("refcocog", "umd"), ("refcocog_u", None), ("refcocog_u", "umd")):
         table = load_references(root, dataset, split_by)
@@ -128,7 +134,9 @@ def test_the_orientation_of_a_mask_is_applied(prepared):
 
 
 def test_masks_that_are_missing_or_of_another_size(prepared):
-    """Without --generate_mask, their script writes no masks; a resized mask does not fit its object."""
+    """Without --generate_mask, their script writes no masks; a resized mask does not fit its
+    object.
+    """
     _, root = prepared
     path = root / "masks/refcocog_u/11.png"
     Image.open(path).resize((20, 15)).save(path)

@@ -62,7 +62,10 @@ def assert_same_batches(ours: list[Batch], theirs: list[Batch]) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 100), st.integers(1, 4))
 def test_each_reference_once_an_epoch(length: int, batch_size: int, seed: int, epochs: int) -> None:
-    """No reference counts twice. The remainder that fills no batch is left out, a different one in each epoch."""
+    """No reference counts twice.
+
+    The remainder that fills no batch is left out, a different one in each epoch.
+    """
     per_epoch = steps_per_epoch(length, min(batch_size, length))
     batches = list(TrainingBatches(length, batch_size, seed, 0, epochs * per_epoch))
     assert len(batches) == epochs * per_epoch
@@ -112,7 +115,8 @@ def test_one_sentence_of_each_reference_an_epoch_and_all_in_the_end(table: Refer
     for number, reference in enumerate(references):
         counts = [drawn[number][expression.sent_id] for expression in reference.expressions]
         assert min(counts) > 120 / len(counts) / 3, f"{counts} of reference {reference.ref_id}"
-    # Neighbouring references draw independently: an epoch does not consist of first expressions only.
+    # Neighbouring references draw independently: an epoch does not consist of first expressions
+    # only.
     several = [i for i, reference in enumerate(references) if len(reference.expressions) > 1]
     places = {references[i].expressions.index(samples.draw(5 * len(samples) + i)) for i in several}
     assert len(places) > 1
@@ -136,7 +140,9 @@ def test_a_sample_is_the_image_its_phrase_and_its_mask(table: ReferenceTable) ->
 
 
 def test_padding_of_the_letterbox_is_normalised_to_zero(table: ReferenceTable) -> None:
-    """Otherwise the padding of a wide image would be bright bars that every model must learn to ignore."""
+    """Otherwise the padding of a wide image would be bright bars that every model must learn to
+    ignore.
+    """
     square, box = to_square(np.full((20, 60, 3), 255, np.uint8), CONFIG, Letterbox)
     normalised = normalise(square[None], CONFIG)[0]
     assert box.size == (20, 60)
@@ -254,7 +260,9 @@ PHRASES = st.lists(
 def test_long_expressions_are_counted_as_the_tokenizer_does(
     tokenizer: Tokenizer, texts: list[str], length: int
 ) -> None:
-    """Counting word by word is what makes the warning cheap for 120,000 expressions; the number must be exact."""
+    """Counting word by word is what makes the warning cheap for 120,000 expressions; the number
+    must be exact.
+    """
     reference = Reference(1, 1, 1, Path("1.png"), (2, 2), "cup", "val", [[0, 0, 1, 0, 1, 1]], ())
     queries = [(reference, Expression(number, text)) for number, text in enumerate(texts)]
     expected = int((tokenizer(texts, length + 1)[:, length] != PADDING).sum())

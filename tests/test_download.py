@@ -1,4 +1,6 @@
-"""`dcris data fetch`: complete downloads, each file once and whole, and an error with advice for each failure."""
+"""`dcris data fetch`: complete downloads, each file once and whole, and an error with advice for
+each failure.
+"""
 
 import errno
 import io
@@ -113,7 +115,7 @@ def _refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     return complaint
 
 
-# ---- without failures ----------------------------------------------------------------------------------------------------
+# ---- without failures ----------------------------------------------------------------------------
 
 
 def test_the_whole_data_set_is_downloaded(
@@ -154,7 +156,7 @@ def test_requests_are_few_and_identified(served: ImageServer, tmp_path: Path) ->
 
 
 def test_only_the_chosen_splits_and_later_others(served: ImageServer, hub: Hub, tmp_path: Path) -> None:
-    """Evaluation needs only the test splits, one gigabyte instead of three; others are added later."""
+    """Evaluation needs only the test splits, one gigabyte of three; others are added later."""
     assert _fetch(tmp_path, "--splits", "val", "testA") == 0
     assert list(load_references(tmp_path, "refcoco").splits()) == ["val", "testA"]
     assert sorted(_files(tmp_path)) == [_name(number) for number in range(5, 13)]
@@ -204,7 +206,7 @@ def test_missing_images_are_added_to_an_existing_train2017_folder(served: ImageS
     assert check_dataset(tmp_path, "refcoco").problem_count == 0
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 def test_a_busy_server_and_broken_connections_are_tried_again(served: ImageServer, tmp_path: Path) -> None:
@@ -318,7 +320,7 @@ def test_ctrl_c_leaves_whole_files_and_the_same_command_continues(
     assert len(served.requests) - asked == COUNT - len(arrived)
 
 
-# ---- the disk --------------------------------------------------------------------------------------------------------------
+# ---- the disk ------------------------------------------------------------------------------------
 
 
 def test_lack_of_space_is_reported_before_the_download(
@@ -355,7 +357,7 @@ def test_a_disk_that_fills_during_the_download(
     assert not leftovers(tmp_path / "images")
 
 
-# ---- a folder, a zip -------------------------------------------------------------------------------------------------------
+# ---- a folder, a zip -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", ["", "train2014/", "train2017/"])
@@ -421,7 +423,9 @@ def test_from_a_zip_that_is_damaged(served: ImageServer, tmp_path: Path, capsys:
 def test_other_things_than_images_in_a_folder_or_zip(
     served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pipe would block for ever; a zip member may decompress to any size. Each is named, and the others are copied."""
+    """A pipe would block for ever; a zip member may decompress to any size. Each is named, and the
+    others are copied.
+    """
     folder, archive = tmp_path / "coco", tmp_path / "coco.zip"
     folder.mkdir()
     os.mkfifo(folder / _name(1))
@@ -445,7 +449,7 @@ def test_other_things_than_images_in_a_folder_or_zip(
     assert "it is a pipe" in _refused(capsys, _fetch(tmp_path / "c", "--photographs", tmp_path / "pipe.zip"))
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -519,7 +523,7 @@ def test_a_hub_that_cannot_be_reached(
     assert "jxu124/refcoco" in _refused(capsys, _fetch(tmp_path))
 
 
-# ---- real references -------------------------------------------------------------------------------------------------------
+# ---- real references -----------------------------------------------------------------------------
 
 
 def test_real_references_and_images(

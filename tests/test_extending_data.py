@@ -1,4 +1,6 @@
-"""A new data set layout takes one file's worth of code and one entry in READERS; docs/extending_data.md shows the same."""
+"""A new data set layout takes one file's worth of code and one entry in READERS;
+docs/extending_data.md shows the same.
+"""
 
 import csv
 import json
@@ -18,7 +20,7 @@ from dcris.data.table import OnError, ReferenceTable, bad, check_text, plain_pat
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 
-# ---- the layout: ROOT/boxes/DATASET.csv with an image, a box and an expression in each row -------------------------------
+# ---- the layout: ROOT/boxes/DATASET.csv with an image, a box and an expression in each row -------
 
 
 def find(root: Path, dataset: str, split_by: str | None) -> Sequence[str]:
@@ -59,7 +61,7 @@ def read_row(row: dict[str, str], number: int, path: Path) -> Reference:
     )
 
 
-# ---- the tests -----------------------------------------------------------------------------------------------------------
+# ---- the tests -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

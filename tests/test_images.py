@@ -318,7 +318,9 @@ def test_the_size_is_read_from_the_first_bytes(photo, tmp_path, monkeypatch):
 
 
 def test_images_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):
-    """Cameras write a preview into the header and a video after the image; both contain bytes that look like scans."""
+    """Cameras write a preview into the header and a video after the image; both contain bytes that
+    look like scans.
+    """
     stream = io.BytesIO()
     Image.fromarray(photo).save(stream, "JPEG", comment=b"\xff\xda" * 500)
     assert read_image(stream.getvalue() + b"\xff\xda" * 500).shape == photo.shape
@@ -347,7 +349,9 @@ def test_tags_that_claim_the_same_bytes_are_refused(photo):
 def test_images_whose_decoder_needs_much_memory_are_refused_by_their_headers(
     tmp_path, monkeypatch, name, mode, options
 ):
-    """The memory per pixel depends on the format: JPEG 2000 takes three times as much as baseline JPEG."""
+    """The memory per pixel depends on the format: JPEG 2000 takes three times as much as baseline
+    JPEG.
+    """
     monkeypatch.setattr(images, "_MAX_MEMORY", 7 * 10_000)
     for side, fits in ((100, False), (40, True)):
         path = _save(tmp_path, name, Image.new(mode, (side, side)), **options)
@@ -362,7 +366,7 @@ def test_images_whose_decoder_needs_much_memory_are_refused_by_their_headers(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory of Linux")
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "L"])
 def test_decoding_takes_no_more_memory_than_is_counted(tmp_path, mode, photo):
-    """The limit is 7 bytes per pixel, also for a small file that decompresses to the largest image."""
+    """Also for a small file that decompresses to the largest image."""
     side = 5_000
     path = _save(tmp_path, "a.png", Image.new(mode, (side, side)), compress_level=1)
     code = (
@@ -376,7 +380,9 @@ def test_decoding_takes_no_more_memory_than_is_counted(tmp_path, mode, photo):
 
 
 def test_the_size_of_a_png_needs_no_decoding(tmp_path, photo):
-    """If the masks of a data set are PNG files, the header of each is read when the data set is loaded."""
+    """If the masks of a data set are PNG files, the header of each is read when the data set is
+    loaded.
+    """
     path = _save(tmp_path, "a.png", Image.fromarray(photo))
     data = path.read_bytes()
     at = data.index(b"IDAT") + 20

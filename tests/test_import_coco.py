@@ -1,4 +1,6 @@
-"""`dcris data import-coco`: exports of annotation tools become references; annotations that cannot are counted."""
+"""`dcris data import-coco`: exports of annotation tools become references; annotations that cannot
+are counted.
+"""
 
 import json
 import os
@@ -135,7 +137,10 @@ def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
 
 
 def test_phrases_from_a_file(export: Export) -> None:
-    """Precedence: phrases by annotation id, the annotation's own, phrases by category. Other annotations have none."""
+    """Precedence: phrases by annotation id, the annotation's own, phrases by category.
+
+    Other annotations have none.
+    """
     export.content["annotations"][1]["phrase"] = "the brown dog"
     export.content["annotations"][4]["phrase"] = "the black dog"
     table, done = export.load({"13": ["left cup"], "14": "right cup", "15": "it", "cup": ["a mug", "cup"]})
@@ -255,7 +260,9 @@ FIRST = ("annotations", 0)
     ],
 )
 def test_each_problem_of_an_export_is_named(export: Export, change: Any, sentence: str) -> None:
-    """With `strict` nothing is written; otherwise the annotation is left out and named, and the others are converted."""
+    """With `strict` nothing is written; otherwise the annotation is left out and named, and the
+    others are converted.
+    """
     change(export.content)
     with pytest.raises(DcrisError, match=sentence) as caught:
         export.load(strict=True)

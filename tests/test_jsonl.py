@@ -288,7 +288,7 @@ def test_any_line_is_read_or_refused(folder: Path, changes: dict[str, Any], cut:
             assert len(table.sha256()) == 64
 
 
-# ---- the checksum of a table ---------------------------------------------------------------------------------------------
+# ---- the checksum of a table ---------------------------------------------------------------------
 
 
 def test_the_checksum_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:

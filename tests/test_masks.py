@@ -246,7 +246,9 @@ def _soft(kind: str) -> np.ndarray | Image.Image:
     ],
 )
 def test_a_mask_of_more_than_two_values_needs_a_threshold(tmp_path, kind, ending):
-    """Otherwise all nonzero pixels would count: a disc saved as a probability map would cover everything."""
+    """Otherwise all nonzero pixels would count: a disc saved as a probability map would cover
+    everything.
+    """
     image = _soft(kind)
     path = tmp_path / f"mask.{ending}"
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)

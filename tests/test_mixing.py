@@ -1,4 +1,6 @@
-"""Mixtures of data sets: no test image is trained on, nothing else is lost, and identifiers are unique."""
+"""Mixtures of data sets: no test image is trained on, nothing else is lost, and identifiers are
+unique.
+"""
 
 import json
 import pickle
@@ -91,7 +93,9 @@ def test_the_unfiltered_mixture_is_a_concatenation(sets: list[ReferenceTable]) -
 @settings(max_examples=60, deadline=None)
 @given(sets=tables(), filtered=st.booleans())
 def test_identifiers_are_unique(sets: list[ReferenceTable], filtered: bool) -> None:
-    """Otherwise masks would be scored for another data set's reference, and predictions would overwrite each other."""
+    """Otherwise masks would be scored for another data set's reference, and predictions would
+    overwrite each other.
+    """
     references = mix("mixed", sets, filtered=filtered).references
     for counts in (
         Counter(item.ref_id for item in references),
@@ -118,7 +122,9 @@ def test_images_under_both_of_cocos_namings_are_the_same() -> None:
 
 
 def test_different_images_under_one_number_stay_apart() -> None:
-    """Generated data sets all begin at 1: exchanging expressions within an image must not cross data sets."""
+    """Generated data sets all begin at 1: exchanging expressions within an image must not cross
+    data sets.
+    """
     own = [replace(reference(n, n, "train"), image_path=ROOT / f"images/scene_{n}.jpg") for n in (1, 2)]
     coco = [reference(1, 1, "train"), reference(2, 1, "train")]
     mixed = mix("mixed", [table("a", *own), table("b", *coco)])

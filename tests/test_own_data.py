@@ -30,7 +30,9 @@ def test_the_documented_line_is_read(tmp_path: Path) -> None:
 
 
 def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
-    """Images with a colour per object, as CVAT exports them, become a mask and a line for each object."""
+    """Images with a colour per object, as CVAT exports them, become a mask and a line for each
+    object.
+    """
     code = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
     objects = np.zeros((6, 8, 3), np.uint8)
     objects[1:3, 1:4] = (128, 0, 0)
@@ -49,7 +51,9 @@ def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_worked_example(tmp_path: Path) -> None:
-    """The script makes a fine-tuned model of a folder of images, and fine-tuning improves the score."""
+    """The script makes a fine-tuned model of a folder of images, and fine-tuning improves the
+    score.
+    """
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     script = ["bash", str(REPOSITORY / "examples/own_data/run.sh"), str(tmp_path / "work")]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

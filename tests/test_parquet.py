@@ -155,7 +155,9 @@ def _repeated(rows: int, words: int, text: str) -> pyarrow.Table:
     ids=["texts", "list", "rows", "pages"],
 )
 def test_a_small_file_cannot_take_gigabytes(tmp_path: Path, table: Callable[[], pyarrow.Table], sentence: str) -> None:
-    """9 KB of Parquet decoded to 6 GB: a value may be repeated a million times, and pages are compressed a thousandfold."""
+    """9 KB of Parquet decoded to 6 GB: a value may be repeated a million times, and pages are
+    compressed a thousandfold.
+    """
     (tmp_path / "refcoco").mkdir()
     path = tmp_path / "refcoco/val.parquet"
     pyarrow.parquet.write_table(table(), path, compression="zstd")

@@ -1,4 +1,6 @@
-"""Reading REFER files: plain data are read, malformed files give one sentence, and no code is executed."""
+"""Reading REFER files: plain data are read, malformed files give one sentence, and no code is
+executed.
+"""
 
 import gc
 import json
@@ -58,7 +60,9 @@ def test_plain_data_of_every_protocol_is_read(tmp_path, protocol):
     ],
 )
 def test_byte_strings_of_python_2_are_text(tmp_path, data, text):
-    """The released files were written by Python 2, whose strings are bytes; expressions must be text."""
+    """The released files were written by Python 2, whose strings are bytes; expressions must be
+    text.
+    """
     assert safe_unpickle(_write(tmp_path, data)) == text
 
 
@@ -79,7 +83,7 @@ def test_an_old_style_instance_never_runs(tmp_path):
 
 
 def test_objects_other_than_plain_data_are_refused(tmp_path):
-    """Even harmless objects, such as NumPy arrays, are created by calling code that the file names."""
+    """Even harmless objects, such as NumPy arrays, are created by calling named code."""
     with pytest.raises(DcrisError, match=r"run code .*numpy"):
         safe_unpickle(_write(tmp_path, pickle.dumps([np.float64(1)], 2)))
     outside = tmp_path / "outside.p"
@@ -116,7 +120,9 @@ _MILLION = 1_000_000
     ),
 )
 def test_a_small_pickle_cannot_take_gigabytes_or_minutes(tmp_path, data):
-    """30 MB of instructions that each create an empty set took 7 GB; twelve bytes requested a table of 32 GB."""
+    """30 MB of instructions that each create an empty set took 7 GB; twelve bytes requested a table
+    of 32 GB.
+    """
     with pytest.raises(DcrisError, match=r"is not a whole pickle .*far more memory than its size explains"):
         safe_unpickle(_write(tmp_path, data))
 
@@ -130,7 +136,9 @@ def test_a_string_with_a_huge_claimed_length_takes_no_memory(tmp_path):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_valid_data_is_far_from_the_memory_limit(tmp_path, protocol, monkeypatch):
-    """The memory limit must admit every valid data set in this layout, also with expressions of one letter."""
+    """The memory limit must admit every valid data set in this layout, also with expressions of one
+    letter.
+    """
     monkeypatch.setattr("dcris.utils.pickles._MEMORY_OF_ANY", 10_000)
     records = [
         {
@@ -250,7 +258,9 @@ def test_images_may_lie_in_a_folder_of_their_own(tiny_refer):
 
 
 def _set(path, value):
-    """Return a change of (references, instances): set the item at `path` to `value`, or delete it if `value` is `_set`."""
+    """Return a change of (references, instances): set the item at `path` to `value`, or delete it
+    if `value` is `_set`.
+    """
 
     def change(data):
         *outer, last = path
@@ -417,7 +427,9 @@ def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root
     ],
 )
 def test_images_are_found_under_either_of_cocos_namings(tmp_path, recorded, folder, stored):
-    """train2017 contains the images of train2014 under shorter names; many people have only train2017."""
+    """train2017 contains the images of train2014 under shorter names; many people have only
+    train2017.
+    """
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / stored).touch()
     assert find_images(tmp_path, [recorded]).path(recorded) == tmp_path / folder / stored

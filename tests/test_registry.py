@@ -14,7 +14,9 @@ def _choose(config: RunConfig, **data: Any) -> RunConfig:
 
 
 def test_a_data_set_brings_its_word_length() -> None:
-    """Expressions of RefCOCOg are longer: `--dataset refcocog` with a recipe of 17 tokens would cut them silently."""
+    """Expressions of RefCOCOg are longer: `--dataset refcocog` with a recipe of 17 tokens would cut
+    them silently.
+    """
     base = get_recipe("dcris_b")
     google = _choose(base, dataset="refcocog")
     assert google.data.word_length == 22

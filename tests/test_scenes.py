@@ -1,7 +1,8 @@
 """Generated scenes: what their phrases mean, what their images show, and what is written.
 
-The phrases are read here by an interpreter of their own, written from what a person would understand and not from the code that
-makes them. It is generous: where people could disagree, it returns everything that could be meant.
+The phrases are read here by an interpreter of their own, written from what a person would
+understand and not from the code that makes them. It is generous: where people could disagree, it
+returns everything that could be meant.
 """
 
 import itertools
@@ -36,7 +37,7 @@ TOWARDS = {
 }
 
 
-# ---- an interpreter of phrases --------------------------------------------------------------------------------------------
+# ---- an interpreter of phrases -------------------------------------------------------------------
 
 
 def described(words, things):
@@ -62,7 +63,7 @@ def along(thing, direction):
 
 
 def nth(things, direction, number):
-    """Return the things that may be the `number`-th, counted from the end that `direction` names."""
+    """Return the things that may be the `number`-th, counted from the end `direction`."""
     chosen = []
     for thing in things:
         ahead = [along(other, direction) - along(thing, direction) for other in things if other is not thing]
@@ -80,7 +81,9 @@ def off_centre(thing):
 
 
 def in_the_middle(things):
-    """Return the thing nearest to the centre and the middle one of the row or column: people mean either."""
+    """Return the thing nearest to the centre and the middle one of the row or column: people mean
+    either.
+    """
     nearest = min(off_centre(thing) for thing in things)
     wide = np.ptp([thing.x for thing in things]) >= np.ptp([thing.y for thing in things])
     row = nth(things, (-1, 0) if wide else (0, -1), (len(things) + 1) // 2)
@@ -93,7 +96,9 @@ def gap(a, b):
 
 
 def in_relation(things, relation, landmark, doubt):
-    """Return the things with that relation to the landmark; `doubt` below 0 admits only clear cases."""
+    """Return the things with that relation to the landmark; `doubt` below 0 admits only clear
+    cases.
+    """
     others = [thing for thing in things if thing is not landmark]
     if relation in ("next", "near", "closest"):
         nearest, least = min(distance(o, landmark) for o in others), min(gap(o, landmark) for o in others)
@@ -109,7 +114,7 @@ def in_relation(things, relation, landmark, doubt):
 
 
 def meant(text, things, doubt=DOUBT):
-    """Return the things that a phrase may mean; with `doubt` below 0, those that it clearly means."""
+    """Return the things that a phrase may mean; with `doubt` below 0, clear cases only."""
     match [word for word in text.split() if word != "the"]:
         case [number, *description, "from", start] if number in NUMBERS:
             return nth(described(description, things), TOWARDS[start], NUMBERS[number])
@@ -153,7 +158,7 @@ def corner(things, x, y, doubt):
     ]
 
 
-# ---- fixtures ------------------------------------------------------------------------------------------------------------
+# ---- fixtures ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[100, pytest.param(400, marks=pytest.mark.slow)])
@@ -190,7 +195,7 @@ def content(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-# ---- what the phrases mean -----------------------------------------------------------------------------------------------
+# ---- what the phrases mean -----------------------------------------------------------------------
 
 
 def phrases_of(generated):
@@ -201,7 +206,7 @@ def phrases_of(generated):
 
 
 def test_every_phrase_means_its_target_and_nothing_else(generated):
-    """Otherwise the training data are contradictory, and correct predictions are counted as wrong."""
+    """Otherwise training data contradict each other, and correct predictions count as wrong."""
     wrong = []
     for number, scene, target, phrase in phrases_of(generated):
         could, plainly = meant(phrase.text, scene.things), meant(phrase.text, scene.things, -DOUBT)
@@ -229,7 +234,8 @@ def test_the_kind_of_a_phrase_is_what_identifies_its_target(generated):
         "place": {*TOWARDS, "middle", "center"},
     }
     for _, _, _, phrase in phrases_of(generated):
-        # In this order: "second star from left" and "star left of the ring" contain a word for a place, too.
+        # In this order: "second star from left" and "star left of the ring" contain a word for a
+        # place, too.
         kind = next((kind for kind, words in signs.items() if words & set(phrase.text.split())), "attribute")
         assert kind == phrase.kind, phrase
 
@@ -270,13 +276,13 @@ def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(generated):
     assert words == resources.files("dcris.assets").joinpath("tiny_words.txt").read_text("utf-8").split()
     used = {word for *_, phrase in phrases_of(generated) for word in phrase.text.split()}
     assert used <= set(words)
-    # "first" and "1st" are never used, since people say "leftmost". Another unused word would be a dead branch; few scenes
-    # leave rare words out.
+    # "first" and "1st" are never used, since people say "leftmost". Another unused word would be a
+    # dead branch; few scenes leave rare words out.
     if len(generated) >= 400:
         assert set(words) - used <= {"first", "1st", "fourth", "4th"}
 
 
-# ---- what the images show ------------------------------------------------------------------------------------------------
+# ---- what the images show ------------------------------------------------------------------------
 
 
 def test_scenes_are_varied(generated):
@@ -324,7 +330,8 @@ def test_things_overlap_but_none_is_hidden(generated):
         for index, thing in enumerate(scene.things):
             seen = np.count_nonzero(scene.owners == index) / SIDE**2
             whole.append(seen / (AREAS[thing.shape] * thing.radius**2))
-    # At least 60% by the pixels it was drawn with; a corner may be outside the image, and small things are coarse.
+    # At least 60% by the pixels it was drawn with; a corner may be outside the image, and small
+    # things are coarse.
     assert min(whole) > 0.55
     assert max(whole) < 1.2  # OpenCV also fills the pixels that the outline touches
     assert np.mean(np.array(whole) < 0.9) > 0.04, "hardly anything is overlapped"
@@ -393,7 +400,7 @@ def test_colour_and_texture_match_the_words(generated):
     assert np.quantile(spreads["plain"], 0.95) < np.quantile(spreads["dotted"], 0.05)
 
 
-# ---- the same every time -------------------------------------------------------------------------------------------------
+# ---- the same every time -------------------------------------------------------------------------
 
 
 def test_a_scene_depends_on_seed_split_and_number_only(generated):
@@ -439,7 +446,7 @@ def test_a_larger_set_begins_with_the_smaller(tmp_path, root):
             assert a.image_path.read_bytes() == b.image_path.read_bytes()
 
 
-# ---- on disk -------------------------------------------------------------------------------------------------------------
+# ---- on disk -------------------------------------------------------------------------------------
 
 
 def test_written_scenes_are_read_unchanged(root):
@@ -488,7 +495,7 @@ def test_a_complete_data_set_is_not_overwritten(tmp_path):
 
 
 def test_an_interrupted_call_is_completed_by_the_next(tmp_path):
-    """After Ctrl-C, an unfinished data set does not look complete, and the same call completes it."""
+    """After Ctrl-C, the data set does not look complete, and the same call completes it."""
     sizes = {"train": 4, "val": 1, "test": 1, "seed": 9, "side": 56}
 
     def stop(done):
@@ -528,11 +535,13 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path):
         write_scenes(tmp_path / "data", train=1, val=0, test=0, side=56)
 
 
-# ---- exchanged phrases ---------------------------------------------------------------------------------------------------
+# ---- exchanged phrases ---------------------------------------------------------------------------
 
 
 def test_exchanged_phrases_belong_to_another_object_of_the_same_scene(root):
-    """The control for the use of the expression needs the expression of another object of the same image."""
+    """The control for the use of the expression needs the expression of another object of the same
+    image.
+    """
     references = load_references(root, "scenes").references
     owner = {e.sent_id: reference for reference in references for e in reference.expressions}
     queries = exchange_expressions(references)

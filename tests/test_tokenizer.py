@@ -230,7 +230,9 @@ def test_a_phrase_that_is_not_utf8_is_refused(text):
 
 @pytest.mark.parametrize("text", ["&#" + "9" * 4400, "&amp;#" + "9" * 9000 + ";", "&#" + "0" * 5000 + "1114112"])
 def test_a_character_reference_with_many_digits(text):
-    """Python's int() raises ValueError for more than 4,300 digits; in HTML, the number is the replacement character."""
+    """Python's int() raises ValueError for more than 4,300 digits; in HTML, the number is the
+    replacement character.
+    """
     assert clean_text(f"{text} cup") == "\ufffd cup"
     assert clean_text("&#" + "0" * 5000 + "65;b") == "ab"
 
@@ -241,7 +243,9 @@ def test_a_phrase_is_returned_as_written():
 
 @needs_instant
 def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
-    """A configuration with another tokenizer would give an index error, which on a GPU breaks the process."""
+    """A configuration with another tokenizer would give an index error, which on a GPU breaks the
+    process.
+    """
     config = get_recipe("dcris_tiny").model.text
     assert tokenizer_of(config).name == "tiny"
     with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, but model\.text\.vocabulary is 129"):

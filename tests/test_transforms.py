@@ -21,7 +21,9 @@ def logits_of(probabilities):
 
 
 def _published(size, side):
-    """The published formula: scale to fit, centre, affine map through three float32 corners; both directions."""
+    """The published formula: scale to fit, centre, affine map through three float32 corners; both
+    directions.
+    """
     height, width = size
     scale = min(side / height, side / width)
     new_h, new_w = height * scale, width * scale
@@ -101,7 +103,10 @@ def test_values_stay_probabilities():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 5000), (5000, 1), (3, 40_000), (40_000, 2), (1, 65_535)])
 def test_extreme_shapes_pass(size):
-    """Very long images and a single pixel give the right shapes and finite values. cv2 4 refuses sides above 32,766."""
+    """Very long images and a single pixel give the right shapes and finite values.
+
+    cv2 4 refuses sides above 32,766.
+    """
     box = Letterbox(size, 56)
     assert box.image(np.full((*size, 3), 99, np.uint8), COLOUR).shape == (56, 56, 3)
     assert np.isfinite(box.mask(np.ones(size, np.uint8))).all()
@@ -111,7 +116,9 @@ def test_extreme_shapes_pass(size):
 
 
 def test_a_very_long_image_keeps_its_ends_apart():
-    """Shrinking before the warp does not shift anything: the bright last tenth stays the last tenth."""
+    """Shrinking before the warp does not shift anything: the bright last tenth stays the last
+    tenth.
+    """
     image = np.zeros((500, 40_000, 3), np.uint8)
     image[:, 36_000:] = 255
     fitted = Letterbox((500, 40_000), 400).image(image, (0, 0, 0))

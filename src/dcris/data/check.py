@@ -20,12 +20,16 @@ from dcris.types import Reference
 _MAX_SHOWN = 10
 
 _MAX_BAD_REFERENCES = 100_000
-"""Reading stops after this many bad references: 30 MB of another kind of file may have 15 million lines."""
+"""Reading stops after this many bad references: 30 MB of another kind of file may have 15 million
+lines."""
 
 
 @dataclass
 class CheckReport:
-    """Result of a check. Problems stop a run sooner or later; warnings matter when scores are compared."""
+    """Result of a check.
+
+    Problems stop a run sooner or later; warnings matter when scores are compared.
+    """
 
     dataset: str
     split_by: str
@@ -98,7 +102,7 @@ def check_dataset(
     mask_threshold: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
-    """Check a data set in any layout: its references, their number, leaks, and every image and mask.
+    """Check a data set in any layout: references, sizes, leaks, and every image and mask.
 
     A training image that is in another split too is a problem, except in the google partition of
     RefCOCOg and in unfiltered mixtures, which share images by design; other sharing is a warning. A

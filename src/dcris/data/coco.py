@@ -1,4 +1,4 @@
-"""Facts about COCO and its files: categories, names of image files, folders and the image server."""
+"""Facts about COCO: categories, names and folders of image files, and the image server."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IMAGE_SERVER = "http://images.cocodataset.org/train2014"
-"""COCO's own server, which serves single images. HTTPS fails: the certificate is for another host."""
+"""COCO's own server, which serves single images. HTTPS fails: the certificate is for another
+host."""
 
 IMAGE_FOLDER = "images/mscoco/images/train2014"
 """Folder of the images below the root, in the REFER release."""
@@ -23,8 +24,8 @@ _IMAGE_FOLDERS = (
 """Folders below the root that are searched for images, in this order."""
 
 NAMINGS = ("as recorded", "2017", "2014")
-"""How an image file may be named: as the annotations record it, 000000000036.jpg (release of 2017), or
-COCO_train2014_000000000036.jpg (release of 2014)."""
+"""How an image file may be named: as the annotations record it, 000000000036.jpg (release of 2017),
+or COCO_train2014_000000000036.jpg (release of 2014)."""
 
 _ANY_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg")
 _NAME_OF_2014 = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
@@ -57,12 +58,14 @@ class ImageFolder:
     naming: str = "as recorded"
 
     def path(self, name: str) -> Path:
-        """Return the path of the image that the annotations call `name`, whether or not it exists."""
+        """Return the path of the image that the annotations call `name`; it may be missing."""
         return self.folder / rename_image(name, self.naming)
 
 
 def find_images(root: Path, names: Iterable[str]) -> ImageFolder:
-    """Find the folder below `root` that contains the first of `names` to be found, under any naming.
+    """Find the folder of the images below `root`, by the first of `names` that exists there.
+
+    All namings are tried.
 
     If none is found, return the folder of the REFER release, so that errors name the usual place.
     """
@@ -88,9 +91,10 @@ def rename_image(name: str, naming: str) -> str:
 
 
 def portable_name(path: Path, folder: Path) -> str:
-    """Return a name for a file that does not depend on where its data set is stored or on COCO's naming.
+    """Return a name for a file that is the same wherever its data set is stored.
 
-    That is COCO's image number, or else the path relative to the data set's `folder`.
+    That is COCO's image number, under any naming, or else the path relative to `folder`, the data
+    set's.
     """
     number = _ANY_NAME.fullmatch(path.name)
     if number:

@@ -1,7 +1,7 @@
-"""Convert references to tensors: samples for training, images with all their expressions for evaluation.
+"""Convert references to tensors: samples for training, images with all queries for evaluation.
 
-Random choices depend only on the seed, the epoch and the reference, so a run has the same batches for
-any number of workers and after any interruption.
+Random choices depend only on the seed, the epoch and the reference, so a run has the same batches
+for any number of workers and after any interruption.
 
 Shape letters: B batch, S side of the network's square, L text tokens, H W pixels of an image,
 K expressions of an image.
@@ -43,7 +43,7 @@ _MAX_SKIPPED = 0.05
 
 
 def letterbox_colour(config: DataConfig) -> tuple[float, float, float]:
-    """Return the RGB colour of the padding, 0 to 255: the mean, so that normalisation makes it zero."""
+    """Return the padding's RGB colour, 0 to 255: the mean, which normalisation maps to 0."""
     red, green, blue = (255 * value for value in config.mean)
     return red, green, blue
 
@@ -65,7 +65,7 @@ def to_square(image: NDArray[np.uint8], config: DataConfig, transform: type[T]) 
 
 
 def normalise(images: Tensor, config: DataConfig) -> Tensor:
-    """Normalise [B, 3, S, S] uint8 by the configured mean and deviation, to float32 on the same device."""
+    """Normalise [B, 3, S, S] uint8 to float32, on the same device."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (config.mean, config.std))
     return (images.float() / 255 - mean) / std
 
@@ -75,9 +75,9 @@ class TrainingSamples(Dataset[Sample | Failure]):
 
     Index `epoch * len(self) + i` is reference i with one of its expressions, drawn for that epoch.
 
-    If reference i cannot be read and `config.on_bad_image` is "skip", another reference replaces it, so
-    that batches keep their size: the first readable one that a generator seeded with
-    (seed, epoch, i, 1) draws. That depends only on the seed, the index and which files are broken, so a
+    If reference i cannot be read and `config.on_bad_image` is "skip", another reference replaces
+    it, so that batches keep their size: the first readable one that a generator seeded with (seed,
+    epoch, i, 1) draws. That depends only on the seed, the index and which files are broken, so a
     run that skips references is resumed as exactly as any other.
     """
 
@@ -95,11 +95,12 @@ class TrainingSamples(Dataset[Sample | Failure]):
         return expressions[int(np.random.default_rng([self.seed, epoch, number]).integers(len(expressions)))]
 
     def draw_augmentations(self, index: int) -> list[tuple[str, np.random.Generator]]:
-        """Return the names of the augmentations that are applied to the sample at `index`, each with its generator."""
+        """Return the augmentations of the sample at `index`: their names and generators."""
         epoch, number = divmod(index, len(self))
         drawn = []
         for name, probability in self.config.augmentations.items():
-            # One stream per name: adding an augmentation changes no draw of another, nor which expressions are drawn.
+            # One stream per name: adding an augmentation changes no draw of another, nor which
+            # expressions are drawn.
             generator = np.random.default_rng([self.seed, epoch, number, zlib.crc32(name.encode())])
             if generator.random() < probability:
                 drawn.append((name, generator))
@@ -185,9 +186,9 @@ def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
 class TrainingBatches(Sampler[list[int]]):
     """Indices of the batches of steps `first` to `last` (exclusive), for TrainingSamples.
 
-    Each epoch has a new order, each reference once, and whole batches only. A split smaller than the
-    batch gives one smaller batch per epoch. The batches do not depend on the number of ranks: each rank
-    takes its `places` of every batch.
+    Each epoch has a new order, each reference once, and whole batches only. A split smaller than
+    the batch gives one smaller batch per epoch. The batches do not depend on the number of ranks:
+    each rank takes its `places` of every batch.
     """
 
     def __init__(
@@ -264,7 +265,7 @@ def all_queries(references: Sequence[Reference], first_only: bool = False) -> li
 
 
 def cut_phrases(queries: Queries, config: DataConfig, tokenizer: Tokenizer, dataset: str) -> str | None:
-    """Return a warning if expressions are longer than the model's word length, so that their ends are cut.
+    """Return a warning if expressions are cut because they exceed the model's word length.
 
     Args:
         queries: the expressions.
@@ -285,14 +286,15 @@ def cut_phrases(queries: Queries, config: DataConfig, tokenizer: Tokenizer, data
 def _longer_than(length: int, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     """Return the texts of more than `length` tokens, start and end token included.
 
-    Both tokenizers split at white space first, so a text's tokens are those of its words, and tokenising
-    each distinct word once is much cheaper. Only in plain ASCII text does cleaning not cross words: "&"
-    begins HTML entities, "<|" CLIP's special tokens.
+    Both tokenizers split at white space first, so a text's tokens are those of its words, and
+    tokenising each distinct word once is much cheaper. Only in plain ASCII text does cleaning not
+    cross words: "&" begins HTML entities, "<|" CLIP's special tokens.
     """
     plain = {text for text in texts if text.isascii() and text.isprintable() and not re.search(r"&|<\|", text)}
     words = [*{word for text in plain for word in text.split()}]
     ends = torch.tensor([tokenizer.end_token])
-    # The end token is last, since "<|" is excluded. A word that is cut here makes its text too long anyway.
+    # The end token is last, since "<|" is excluded. A word that is cut here makes its text too long
+    # anyway.
     rows = tokenizer(words, length + 1) if words else torch.empty(0, length + 1)
     sizes = dict(zip(words, ((rows == ends).int().argmax(dim=1) - 1).tolist(), strict=True))
     longer = [text for text in plain if sum(sizes[word] for word in text.split()) + 2 > length]
@@ -304,7 +306,7 @@ def _longer_than(length: int, texts: Sequence[str], tokenizer: Tokenizer) -> lis
 
 
 class ImageTasks(Dataset[ImageTask | Failure]):
-    """Queries grouped by image, so that what does not depend on the expression is computed once per image."""
+    """Queries grouped by image, so that each image is encoded once for all its expressions."""
 
     def __init__(
         self,
@@ -347,7 +349,7 @@ def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers:
 
 
 def batch_bytes(config: DataConfig, samples: int) -> int:
-    """Return the bytes of a training batch from the workers: uint8 images, float32 masks, int64 tokens."""
+    """Return the bytes of a training batch: uint8 images, float32 masks, int64 tokens."""
     return samples * (7 * config.image_size**2 + 8 * config.word_length)
 
 

@@ -1,4 +1,4 @@
-"""`dcris data fetch`: download annotations from the Hub into the REFER layout, and the images they need.
+"""`dcris data fetch`: download annotations, into the REFER layout, and the images they need.
 
 The university server with the original annotations is offline; jxu124's copies on the Hub have all
 their fields. The written files differ from the release in one way: instances.json contains the
@@ -38,16 +38,17 @@ def fetch_dataset(
     log: Callable[[str], None] = note,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReferenceTable:
-    """Download a data set into `root` in the REFER layout: annotations and the images of its splits.
+    """Download a data set into `root`, in the REFER layout: annotations and images.
 
-    Existing annotations that have the splits, and existing images of the right size, are kept. So the
-    same call continues after an interruption, and a call with other splits adds these.
+    Existing annotations that have the splits, and existing images of the right size, are kept. So
+    the same call continues after an interruption, and a call with other splits adds these.
 
     Args:
         dataset: refcoco, refcoco+ or refcocog.
         root: folder of the data sets.
         splits: as REFER names them; default: all.
-        images: COCO's server, the URL of a mirror of train2014, or a folder or zip file to copy from.
+        images: COCO's server, the URL of a mirror of train2014, or a folder or zip file to copy
+            from.
         connections: number of images downloaded at a time.
         log: receives progress messages, with the space needed.
         progress: receives the number of images done and to do.
@@ -56,8 +57,8 @@ def fetch_dataset(
         The table of the data set.
 
     Raises:
-        DcrisError: the annotations cannot be downloaded or used, the disk lacks space, or some images
-            could not be obtained (after all others were).
+        DcrisError: the annotations cannot be downloaded or used, the disk lacks space, or some
+            images could not be obtained (after all others were).
     """
     source = open_source(images)  # first: a mistyped path should not cost the download of the annotations
     table = _fetch_annotations(dataset, root, splits, log)
@@ -110,13 +111,16 @@ def _format_size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-# ---- annotations ---------------------------------------------------------------------------------------------------------
+# ---- annotations ---------------------------------------------------------------------------------
 
 
 def _fetch_annotations(
     dataset: str, root: Path, splits: Sequence[str] | None, log: Callable[[str], None]
 ) -> ReferenceTable:
-    """Return the table with at least these splits: the existing one, or a new one from the Hub, written to `root`."""
+    """Return the table with at least these splits.
+
+    That is the existing one, or a new one from the Hub, which is written to `root`.
+    """
     if dataset not in DATASETS:
         raise DcrisError(f"there is no data set {dataset} to download; choose from {', '.join(DATASETS)}")
     split_by, repo = DATASETS[dataset].split_by, DATASETS[dataset].repository
@@ -139,14 +143,15 @@ def _fetch_annotations(
     folder = root / dataset
     refer.read_records(records, folder, content, folder, root)  # check before anything is written
     content = {"info": {"description": f"{dataset} ({split_by}) from {repo} on the Hub", "version": commit}, **content}
-    # In this order, an interruption leaves annotations without references, not references without annotations.
+    # In this order, an interruption leaves annotations without references, not references without
+    # annotations.
     write_file(folder / "instances.json", json.dumps(content))
     write_file(folder / f"refs({split_by}).p", pickle.dumps(records, protocol=2))
     return refer.load(root, dataset, split_by)
 
 
 def _download_annotations(dataset: str, repo: str, splits: Sequence[str]) -> tuple[dict[Path, str], str]:
-    """Download the Parquet files of the splits; return them with the split of each, and their commit."""
+    """Download the Parquet files; return them with the split of each, and their commit."""
     require_pyarrow()  # before a download that could not be read
     names = [PurePosixPath(name) for name in list_files(repo, kind="dataset") if name.endswith(".parquet")]
     files: dict[Path, str] = {}

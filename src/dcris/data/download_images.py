@@ -1,4 +1,6 @@
-"""Copy images from COCO's server, a folder or a zip file to where a data set expects them, atomically."""
+"""Copy images from COCO's server, a folder or a zip file to where a data set expects them,
+atomically.
+"""
 
 import threading
 import time
@@ -65,7 +67,10 @@ class Source(Protocol):
 
 
 def open_source(where: str) -> Source:
-    """Return the server, folder or zip file for a URL or path. Raises DcrisError if it is none of them."""
+    """Return the server, folder or zip file for a URL or path.
+
+    Raises DcrisError if it is none of them.
+    """
     if where.startswith(("http://", "https://")):
         return _Server(where.rstrip("/"))
     path = expand_home(where)
@@ -98,8 +103,8 @@ def download_images(
         A description of each image that could not be obtained.
 
     Raises:
-        DcrisError: a file cannot be written, or the source delivers nothing any more. Files that are
-            already written are kept.
+        DcrisError: a file cannot be written, or the source delivers nothing any more. Files that
+            are already written are kept.
     """
     stop, failures, in_a_row = threading.Event(), [], 0
 
@@ -138,7 +143,7 @@ def download_images(
     return failures
 
 
-# ---- the sources ---------------------------------------------------------------------------------------------------------
+# ---- the sources ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ class _Server:
     def read(self, name: str, stop: threading.Event) -> bytes:
         naming = "2017" if self.address.endswith("2017") else "2014"
         url = f"{self.address}/{quote(rename_image(name, naming))}"
-        # Not urllib3.Retry: it is a further dependency, and its pauses cannot be interrupted by `stop`.
+        # Not urllib3.Retry: it is a further dependency, and its pauses cannot be interrupted by
+        # `stop`.
         for pause in (*_PAUSES, None):
             try:
                 return _get(url, stop)
@@ -167,7 +173,10 @@ class _Server:
 
 
 def _get(url: str, stop: threading.Event) -> bytes:
-    """Return the body of a response. Raises UnavailableError if it is too large or `stop` is set."""
+    """Return the body of a response.
+
+    Raises UnavailableError if it is too large or `stop` is set.
+    """
     request = Request(url, headers={"User-Agent": f"dcris/{__version__} (referring image segmentation)"})
     with urlopen(request, timeout=30) as response:
         content = bytearray()
@@ -217,7 +226,11 @@ class _Folder:
 
 @dataclass
 class _Zip:
-    """Members are identified by the last part of their names, and nothing is extracted to a path in the zip file."""
+    """A zip file.
+
+    Members are identified by the last part of their names, and nothing is extracted to a path
+    from the zip file.
+    """
 
     path: Path
     max_failures_in_a_row: int | None = None

@@ -26,8 +26,8 @@ def _words(listed: str) -> frozenset[str]:
 # Abbreviations and misspellings of the sides, and words whose meaning changes in a mirrored image.
 _AMBIGUOUS = _words("l r lt rt lft lef rgt rigth rite lefty righty clockwise counterclockwise anticlockwise east west")
 
-# In "right now" and "left alone" the word is not a side. The lists apply to both words, so that swapping twice gives
-# the original.
+# In "right now" and "left alone" the word is not a side. The lists apply to both words, so that
+# swapping twice gives the original.
 _NOT_A_SIDE_AFTER = _words("all has have had been being is are was were gets got get")
 _NOT_A_SIDE_BEFORE = _words(
     """
@@ -42,8 +42,8 @@ _WORD = re.compile(r"[^\W_]+", re.ASCII)
 def swap_sides(phrase: str) -> str | None:
     """Return the expression for the mirrored image, or None if it is ambiguous.
 
-    An expression without a side is returned unchanged. Swapping twice gives the original. Capitals are
-    kept ("Left", "LEFT").
+    An expression without a side is returned unchanged. Swapping twice gives the original. Capitals
+    are kept ("Left", "LEFT").
     """
     parts: list[str] = []
     end = 0

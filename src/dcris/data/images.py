@@ -1,8 +1,8 @@
 """Read images of all common formats as upright RGB arrays, uint8 [H, W, 3].
 
-Pillow decodes all formats. The published results were made with cv2, which gives the same pixels for
-ordinary JPEG files in nine tenths of the time, but silently fills the missing part of a truncated
-file with grey.
+Pillow decodes all formats. The published results were made with cv2, which gives the same pixels
+for ordinary JPEG files in nine tenths of the time, but silently fills the missing part of a
+truncated file with grey.
 
 The cost of a file is bounded before it is decoded, because a file of a few kilobytes can claim any
 size (see `_refuse_costly`).
@@ -31,23 +31,26 @@ from dcris.utils.files import open_regular
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 110_000_000
-"""Limit on the pixels of an image. A prediction with an overlay takes about 8 bytes per pixel, 1 GiB in
-all. Phone cameras of 108 megapixels are below it."""
+"""Limit on the pixels of an image. A prediction with an overlay takes about 8 bytes per pixel, 1
+GiB in all. Phone cameras of 108 megapixels are below it."""
 
 MAX_SIDE = 65_535
 """Limit on the longer side, as in JPEG: each row and each column of an image needs some memory."""
 
 _MAX_MEMORY = 1_000_000_000
-"""Limit on the bytes in use while decoding: Pillow uses 4 bytes per RGB pixel, the returned array 3."""
+"""Limit on the bytes in use while decoding: Pillow uses 4 bytes per RGB pixel, the returned array
+3."""
 
 _MAX_FILE = 1_000_000_000
 """Limit on the bytes of a file. Some decoders read all of it into memory."""
 
 _MAX_SCANS = 100
-"""Limit on the scans of a JPEG, as in libtiff. Encoders write about 10; each is a pass over the whole image."""
+"""Limit on the scans of a JPEG, as in libtiff. Encoders write about 10; each is a pass over the
+whole image."""
 
 _MAX_NUMBERS = 1_000_000
-"""Limit on the numbers in one TIFF tag, such as its tiles; Pillow creates a Python object for each."""
+"""Limit on the numbers in one TIFF tag, such as its tiles; Pillow creates a Python object for
+each."""
 
 _FORMATS: dict[str, tuple[str | None, int]] = {
     "JPEG": ("jpg", 0),
@@ -62,9 +65,9 @@ _FORMATS: dict[str, tuple[str | None, int]] = {
     "HEIF": (None, 4),
     "AVIF": ("avif", 8),
 }
-"""Formats that are read, by Pillow's names, with the library that each needs and the bytes per pixel
-that its decoder uses beside the image itself. Of Pillow's other formats, some start other programs
-(EPS) or contain no pixels of their own."""
+"""Formats that are read, by Pillow's names, with the library that each needs and the bytes per
+pixel that its decoder uses beside the image itself. Of Pillow's other formats, some start other
+programs (EPS) or contain no pixels of their own."""
 
 _HEIF_ENDINGS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -79,7 +82,8 @@ _STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
     8: lambda upright: np.rot90(upright, -1),
 }
-"""For each EXIF orientation except 1: the view of the upright array [H, W, ...] in the file's order."""
+"""For each EXIF orientation except 1: the view of the upright array [H, W, ...] in the file's
+order."""
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 """EXIF orientations that exchange width and height."""
 
@@ -89,7 +93,7 @@ _BAND = 1 << 20
 
 @cache
 def image_endings() -> frozenset[str]:
-    """Return the file name endings (".jpg") of the formats that the installed libraries can decode."""
+    """Return the file name endings (".jpg") that the installed libraries can decode."""
     _init_pillow()
     return frozenset(
         ending
@@ -121,9 +125,9 @@ def _init_pillow() -> None:
 def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read an image file, or its bytes, as an upright RGB array.
 
-    The EXIF orientation is applied, and transparency is blended with white. Of an animation, the first
-    frame is read. Of 16-bit values, the upper 8 bits are kept. 32-bit integers are kept if none exceeds
-    255, else scaled so that the greatest becomes 255.
+    The EXIF orientation is applied, and transparency is blended with white. Of an animation, the
+    first frame is read. Of 16-bit values, the upper 8 bits are kept. 32-bit integers are kept if
+    none exceeds 255, else scaled so that the greatest becomes 255.
 
     Args:
         source: path or content of the file.
@@ -153,7 +157,7 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.uint8]:
-    """Read a mask image as [H, W] uint8 of 0 and 1, with its EXIF orientation applied; see `binary_mask`.
+    """Read a mask image as an upright mask, [H, W] uint8 of 0 and 1; see `binary_mask`.
 
     Palette images are read by index, as segmentation tools write them. Black and fully transparent
     pixels are 0. Raises DcrisError as `read_image` and `binary_mask` do.
@@ -173,16 +177,17 @@ def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.ui
 def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:
     """Convert the values of a mask image to [H, W] uint8 of 0 and 1.
 
-    A mask with soft edges or saved as JPEG, a probability map and a map of several objects have more
-    than two values. Which of them belong to the object is unknown, so a threshold is required.
+    A mask with soft edges or saved as JPEG, a probability map and a map of several objects have
+    more than two values. Which of them belong to the object is unknown, so a threshold is required.
 
     Args:
-        values: [H, W] or [H, W, C]; 0 is background. With two or four channels, the last one is alpha.
+        values: [H, W] or [H, W, C]; 0 is background. With two or four channels, the last one is
+            alpha.
         name: name of the mask in errors.
-        threshold: used if there are more values than 0 and one other: a pixel is 1 if its value (that
-            of its brightest channel, times its opacity) is greater. Below 1 it is a share of the full
-            scale: 1 for floating-point values, 255 for 8 bits, 65,535 for 16 bits, and the greatest
-            value for more bits.
+        threshold: used if there are more values than 0 and one other: a pixel is 1 if its value
+            (that of its brightest channel, times its opacity) is greater. Below 1 it is a share of
+            the full scale: 1 for floating-point values, 255 for 8 bits, 65,535 for 16 bits, and the
+            greatest value for more bits.
 
     Raises:
         DcrisError: a threshold is required and not given.
@@ -208,11 +213,15 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
 
 
 ImageLike = PathLike | Image.Image | NDArray[np.uint8]
-"""A path, a PIL image of any mode, or uint8 pixels: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]."""
+"""A path, a PIL image of any mode, or uint8 pixels: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or
+[H, W, 1]."""
 
 
 def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
-    """Convert an image in any accepted form to [H, W, 3] uint8 RGB. Raises DcrisError if it cannot be read."""
+    """Convert an image in any accepted form to [H, W, 3] uint8 RGB.
+
+    Raises DcrisError if it cannot be read.
+    """
     if isinstance(image, str | os.PathLike):
         return read_image(as_path(image, "an image"))
     if isinstance(image, Image.Image):
@@ -248,7 +257,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS, *, header_only: bool = False) -> Iterator[Image.Image]:
-    """Open an image with bounded cost: read its header; convert errors of its decoder to DcrisError.
+    """Open an image with bounded cost, and convert errors of its decoder to DcrisError.
 
     With `header_only`, the scans of a JPEG are not counted, because that reads the whole file.
     """
@@ -260,7 +269,10 @@ def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS, *, header_only: 
 
 
 def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
-    """Read a header. Not with Image.open, whose guard against huge files is a global warning and a lower limit."""
+    """Read a header.
+
+    Not with Image.open, whose guard against huge files is a global warning and a lower limit.
+    """
     _init_pillow()
     start = file.read(32)
     if not start:
@@ -288,7 +300,7 @@ def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
 
 
 def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise DcrisError for an image without pixels, with more than `max_pixels`, or a side above `MAX_SIDE`."""
+    """Raise DcrisError for an image without pixels, or above `max_pixels` or `MAX_SIDE`."""
     if not 0 < width * height <= max_pixels or max(height, width) > MAX_SIDE:
         raise DcrisError(
             f"it is {width} x {height} pixels; the limits are {max_pixels:,} pixels and {MAX_SIDE:,} per side"
@@ -296,7 +308,7 @@ def refuse_shape(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def _refuse_costly(image: Any, name: str, file: BinaryIO | None) -> None:
-    """Raise DcrisError if decoding takes too much memory or, if `file` is given to count them, too many passes."""
+    """Raise DcrisError if decoding takes too much memory, or too many passes over `file`."""
     width, height = image.size
     per_pixel = float(_FORMATS[name][1])  # bytes, beside those of Pillow and the returned array
     if name == "JPEG":
@@ -370,7 +382,10 @@ def _refuse_tags(file: BinaryIO) -> None:
 
 
 def _has_late_metadata(file: BinaryIO) -> bool:
-    """Return whether a PNG has text or EXIF after its pixels; Pillow finds that only after decoding."""
+    """Return whether a PNG has text or EXIF after its pixels.
+
+    Pillow reads that only after decoding.
+    """
     file.seek(8)
     pixels = False
     while len(header := file.read(8)) == 8:
@@ -393,7 +408,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, channels: tuple[int, ...], dtype: Any, convert: Callable[[Any], Any]) -> NDArray[Any]:
-    """Convert a loaded image to an upright array [H, W, *channels]; `convert` converts a band of rows."""
+    """Convert a loaded image to an upright array [H, W, *channels], with `convert` band by band."""
     width, height = image.size
     orientation = _orientation(image)
     shape = (width, height) if orientation in _SIDEWAYS else (height, width)

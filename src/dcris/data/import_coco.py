@@ -1,4 +1,4 @@
-"""Convert COCO annotations, which most annotation tools export, with phrases to JSON Lines (your own data)."""
+"""Convert COCO annotations, as most annotation tools export them, to your own data (JSON Lines)."""
 
 import csv
 import hashlib
@@ -32,13 +32,14 @@ _MAX_ROWS = 1_000_000
 """Limit on its rows."""
 
 _MAX_NON_OBJECTS = 10_000
-"""Entries of 'annotations' that may be something else than objects before the file is refused as another
-kind of file: 30 MB may contain 15 million numbers."""
+"""Entries of 'annotations' that may be something else than objects before the file is refused as
+another kind of file: 30 MB may contain 15 million numbers."""
 
 _MAX_SHOWN = 10
 
 _PHRASE_FIELDS = ("expressions", "phrase", "caption")
-"""Fields with an annotation's own phrases, in it or in its "attributes", where CVAT writes typed text."""
+"""Fields with an annotation's own phrases, in it or in its "attributes", where CVAT writes typed
+text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,10 @@ class ImportResult:
         return f"; left out: {', '.join(found)}" if found else ""
 
     def add_problem(self, problem: str) -> None:
-        """Keep a problem if it is among the first ten different ones. One image may affect many annotations."""
+        """Keep a problem if it is among the first ten different ones.
+
+        One image may affect many annotations.
+        """
         if len(self.problems) < _MAX_SHOWN and problem not in self.problems:
             self.problems.append(problem)
 
@@ -109,16 +113,16 @@ def import_coco(
     keep_crowds: bool = False,
     strict: bool = False,
 ) -> ImportResult:
-    """Write a JSON Lines file with one reference for each COCO annotation that has a mask and a phrase.
+    """Convert each COCO annotation with a mask and a phrase to a reference in a JSON Lines file.
 
-    The phrases of an annotation are, in this order of precedence: those that `phrases` gives for its id;
-    its own (an "expressions", "phrase" or "caption" field, in it or in its "attributes"); those of its
-    category, from `phrases` or, without such a file, the category's name. A category's phrase is left
-    out if another object of the image has it too, because it is ambiguous.
+    The phrases of an annotation are, in this order of precedence: those that `phrases` gives for
+    its id; its own (an "expressions", "phrase" or "caption" field, in it or in its "attributes");
+    those of its category, from `phrases` or, without such a file, the category's name. A category's
+    phrase is left out if another object of the image has it too, because it is ambiguous.
 
-    Tools write COCO in different ways, so integers may be text or end in .0, polygons may be lists of
-    points, and polygons of fewer than three corners are ignored beside others. What still cannot be
-    used is counted and left out.
+    Tools write COCO in different ways, so integers may be text or end in .0, polygons may be lists
+    of points, and polygons of fewer than three corners are ignored beside others. What still cannot
+    be used is counted and left out.
 
     Args:
         annotations: COCO file with polygons, run lengths or compressed run lengths.
@@ -136,8 +140,8 @@ def import_coco(
         Counts of what was written and left out.
 
     Raises:
-        DcrisError: a file cannot be read, the phrases name an unknown annotation or category, or nothing
-            is left. Nothing is written then.
+        DcrisError: a file cannot be read, the phrases name an unknown annotation or category, or
+            nothing is left. Nothing is written then.
     """
     if not is_jsonl(out):
         raise DcrisError(f"--out must end in .jsonl; change it to {out.with_suffix('.jsonl')}")
@@ -229,8 +233,8 @@ def _read_csv(path: Path) -> tuple[str, Iterable[tuple[str, Texts, str]]]:
     header = lines.readline()
     if declared := re.match("sep=(.)", header, re.IGNORECASE):  # Excel's declaration of the delimiter
         header = lines.readline()
-    # Excel's delimiter depends on the language. The header alone decides: csv.Sniffer would also guess from phrases,
-    # which contain commas.
+    # Excel's delimiter depends on the language. The header alone decides: csv.Sniffer would also
+    # guess from phrases, which contain commas.
     delimiter = declared[1] if declared else next((mark for mark in ",;\t" if mark in header), ",")
     columns = [name.strip(' "').lower() for name in header.strip().split(delimiter)]
     by = next((name for name in ("annotation", "category") if name in columns), None)
@@ -320,7 +324,10 @@ class _CocoFile:
     def lines(
         self, result: ImportResult, keep_ambiguous: bool, keep_crowds: bool, strict: bool
     ) -> Iterator[dict[str, Any]]:
-        """Yield the lines of the file, without their splits. What is left out is counted in `result`."""
+        """Yield the lines of the file, without their splits.
+
+        What is left out is counted in `result`.
+        """
         every = (_Annotation(self, place, record) for place, record in enumerate(self.annotations, 1))
         annotations = [each for each in every if not self.annotation_index.is_copy(each.number, each.record)]
         objects_of = Counter(phrase for each in annotations for phrase in each.phrases_on_image())
@@ -378,7 +385,10 @@ class _CocoFile:
         return self.names[image_id]
 
     def size(self, image_id: int) -> tuple[int, int]:
-        """Return height and width of an image. Raises DcrisError if file and annotations disagree."""
+        """Return height and width of an image.
+
+        Raises DcrisError if file and annotations disagree.
+        """
         if image_id not in self.sizes:
             try:
                 self.sizes[image_id] = self._size(image_id)
@@ -428,7 +438,10 @@ class _Index:
         return first is not record and first == record
 
     def id_of(self, annotation: Any, where: str) -> int:
-        """Return the id of this kind in an annotation. Raises DcrisError if there is no such record."""
+        """Return the id of this kind in an annotation.
+
+        Raises DcrisError if there is no such record.
+        """
         number = _number(annotation, f"{self.kind}_id", self.path, where)
         if number not in self.records:
             raise bad(self.path, f"{where} names {self.kind} {number}, which the file does not have")
@@ -517,7 +530,7 @@ class _Annotation:
         return (name,) if phrases is None else phrases.by_category.get(name, ())
 
     def phrases_on_image(self) -> set[tuple[str, str]]:
-        """Return (image, phrase) for each phrase of the category, to count the objects that a phrase fits."""
+        """Return (image, phrase) for each phrase of the category, to find ambiguous phrases."""
         if type(self.record) is not dict or "image_id" not in self.record:
             return set()
         try:
@@ -546,7 +559,9 @@ def _identifiers(records: Iterable[Any]) -> Iterator[int | None]:
 
 
 def _coco_segmentation(value: Any) -> Any:
-    """Convert a segmentation as tools write it to COCO's polygons or run lengths; None if there is nothing.
+    """Convert a segmentation as tools write it to COCO's polygons or run lengths.
+
+    Returns None if there is none.
 
     Raises DcrisError if the form is unknown. The content is checked when it is decoded.
     """
@@ -586,7 +601,8 @@ def _corners(polygon: Any) -> list[float]:
 
 
 _comparable = cache(clean_text)
-"""Phrases that are equal after cleaning are the same to a model. Cached, since ftfy is slow and phrases repeat."""
+"""Phrases that are equal after cleaning are the same to a model. Cached, since ftfy is slow and
+phrases repeat."""
 
 
 def _choose(names: set[str], share: float, seed: int) -> set[str]:

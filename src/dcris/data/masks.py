@@ -1,7 +1,7 @@
 """Decode masks as COCO or an image file stores them, and encode them as COCO's run lengths.
 
-Run lengths are decoded here in NumPy, polygons by pycocotools. pycocotools is C code that trusts its
-input: a run-length string with too large a claim, or a polygon with far corners, makes it write
+Run lengths are decoded here in NumPy, polygons by pycocotools. pycocotools is C code that trusts
+its input: a run-length string with too large a claim, or a polygon with far corners, makes it write
 outside its memory or allocate without bound. So everything is validated before it gets there.
 """
 
@@ -21,7 +21,8 @@ _MAX_OUTLINE = 10_000_000
 """Pixels of all outlines of a mask; pycocotools needs about 80 bytes for each."""
 
 _MAX_NUMBER_LENGTH = 7
-"""Characters of one compressed run length, 5 bits each: 35 bits, more than any mask needs, safe in int64."""
+"""Characters of one compressed run length, 5 bits each: 35 bits, more than any mask needs, safe in
+int64."""
 
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -56,10 +57,10 @@ def mask_area(segmentation: Segmentation, size: tuple[int, int]) -> int:
 
 
 def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:
-    """Encode a mask [H, W], nonzero for the object, as COCO's compressed run lengths, ready for JSON.
+    """Encode a mask [H, W], nonzero for the object, as COCO's compressed run lengths.
 
     Returns:
-        {"size": [H, W], "counts": str}
+        {"size": [H, W], "counts": str}, ready for JSON.
 
     Raises:
         ValueError: the mask does not have two dimensions.
@@ -74,7 +75,7 @@ def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:
 
 
 def mask_box(mask: NDArray[Any]) -> tuple[int, int, int, int] | None:
-    """Return the bounding box of a mask [H, W] as x, y, width, height in pixels; None for an empty mask."""
+    """Return the bounding box of a mask [H, W] as x, y, width, height; None for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if not len(columns):
         return None
@@ -83,9 +84,9 @@ def mask_box(mask: NDArray[Any]) -> tuple[int, int, int, int] | None:
 
 
 def validate_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentation:
-    """Return a segmentation from a file unchanged if it can be decoded for an image of `size` (H, W).
+    """Return a segmentation unchanged if it can be decoded for an image of `size` (H, W).
 
-    Raises DcrisError with what is wrong with it. Of an image file only the header is read.
+    Raises DcrisError with the problem if it cannot. Of an image file only the header is read.
     """
     _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
@@ -151,7 +152,7 @@ def _outline_length(polygon: Any, number: int, size: tuple[int, int]) -> float:
 
 
 def _read_runs(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:
-    """Validate COCO's run lengths {"size": ..., "counts": ...} and return them, [runs] int64, sum H * W."""
+    """Validate COCO's run lengths, which add up to H * W, and return them, [runs] int64."""
     try:
         recorded, counts = segmentation["size"], segmentation["counts"]
     except (TypeError, KeyError, IndexError):
@@ -172,9 +173,9 @@ def _read_runs(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:
 def _uncompress(text: str | bytes) -> NDArray[np.int64]:
     """Decode COCO's compressed run lengths.
 
-    Each character from '0' on holds 5 bits of a number, least significant first, and a sixth bit that
-    is set if the number continues. The highest bit of a number's last character is its sign. From the
-    fourth number on, each number is the difference from the run two places before.
+    Each character from '0' on holds 5 bits of a number, least significant first, and a sixth bit
+    that is set if the number continues. The highest bit of a number's last character is its sign.
+    From the fourth number on, each number is the difference from the run two places before.
     Source: rleFrString in cocoapi, common/maskApi.c.
     """
     try:

@@ -1,9 +1,9 @@
 """Combine several data sets into one, without leaks by default.
 
-RefCOCO, RefCOCO+ and RefCOCOg describe the same COCO images and divide them differently, so an image
-of one train split may be in another data set's test split. A mixture leaves such training references
-out, as PolyFormer does (Liu et al., 2023); "mixed-unfiltered" keeps them, as the published mixed
-DETRIS does.
+RefCOCO, RefCOCO+ and RefCOCOg describe the same COCO images and divide them differently, so an
+image of one train split may be in another data set's test split. A mixture leaves such training
+references out, as PolyFormer does (Liu et al., 2023); "mixed-unfiltered" keeps them, as the
+published mixed DETRIS does.
 """
 
 import itertools
@@ -40,8 +40,8 @@ class Mixture:
 def parse_mixture(name: str) -> Mixture | None:
     """Parse the name of a mixture; return None if it is the name of a single data set.
 
-    `mixed` alone is RefCOCO (unc), RefCOCO+ (unc) and RefCOCOg (umd). Raises DcrisError if the list of
-    data sets is malformed.
+    `mixed` alone is RefCOCO (unc), RefCOCO+ (unc) and RefCOCOg (umd). Raises DcrisError if the list
+    of data sets is malformed.
     """
     match = _MIXTURE.fullmatch(name)
     if match is None:
@@ -61,8 +61,8 @@ def parse_mixture(name: str) -> Mixture | None:
 def load_mixture(root: Path, name: str, mixture: Mixture, load: Load, has: Has) -> ReferenceTable:
     """Read the data sets of a mixture below `root` and combine them.
 
-    The val and test splits of all known partitions that `has` finds below `root` are held out, whether
-    they are in the mixture or not. Raises DcrisError as `load` does.
+    The val and test splits of all known partitions that `has` finds below `root` are held out,
+    whether they are in the mixture or not. Raises DcrisError as `load` does.
     """
     tables = [load(root, *member) for member in mixture.members]
     others = [
@@ -82,8 +82,8 @@ def mix(
         name: name of the mixture.
         tables: its data sets, below one root.
         others: further data sets whose val and test images are held out of training.
-        filtered: leave out training references whose image is in another split than train, in any of
-            `tables` and `others`.
+        filtered: leave out training references whose image is in another split than train, in any
+            of `tables` and `others`.
 
     Returns:
         The mixture. Its notes state what was left out of each data set.
@@ -117,7 +117,10 @@ def _title(table: ReferenceTable) -> str:
 
 
 def _image_key(reference: Reference, table: ReferenceTable) -> str:
-    """Return what identifies an image in all data sets. Not its `image_id`: generated sets all begin at 1."""
+    """Return what identifies an image in all data sets.
+
+    Not its `image_id`: generated sets all begin at 1.
+    """
     return portable_name(reference.image_path, table.root)
 
 

@@ -69,7 +69,7 @@ PARTITIONS: Mapping[tuple[str, str], Partition] = {
 
 
 def official_splits(dataset: str, split_by: str) -> Mapping[str, tuple[int, int]]:
-    """Return the official references and expressions of each split; empty if the data set is not known."""
+    """Return the official references and expressions by split; empty for other data sets."""
     partition = PARTITIONS.get((dataset, split_by))
     return {} if partition is None else partition.splits
 
@@ -77,8 +77,8 @@ def official_splits(dataset: str, split_by: str) -> Mapping[str, tuple[int, int]
 def word_length_settings(settings: Mapping[str, Any], current: str) -> dict[str, int]:
     """Return the usual `data.word_length` of the data set that the settings select.
 
-    Empty unless the settings select a known data set other than `current`, the configured one, and do
-    not give a word length themselves.
+    Empty unless the settings select a known data set other than `current`, the configured one, and
+    do not give a word length themselves.
     """
     selected = settings.get("data.dataset")
     if not isinstance(selected, str) or selected not in DATASETS or selected == current:

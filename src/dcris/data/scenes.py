@@ -2,8 +2,8 @@
 
 They are written in the REFER layout, so they are read like RefCOCO. In every scene the target of a
 phrase shares its shape with a distractor, so the shape alone never identifies it. A phrase is kept
-only if exactly one object fits it, with a margin that excludes doubtful cases. A scene depends only on
-its seed, split and number.
+only if exactly one object fits it, with a margin that excludes doubtful cases. A scene depends only
+on its seed, split and number.
 """
 
 import itertools
@@ -65,7 +65,10 @@ Place = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. Lengths are shares of the image's side, so that phrases do not depend on the resolution."""
+    """One object.
+
+    Lengths are shares of the image's side, so that phrases do not depend on the resolution.
+    """
 
     shape: str
     colour: str
@@ -80,7 +83,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A phrase for one thing, and the kind of information that identifies the thing (one of KINDS)."""
+    """A phrase for one thing, and what identifies the thing (one of KINDS)."""
 
     text: str
     kind: str
@@ -99,7 +102,7 @@ class Scene:
     """By index of the thing; at least two things have phrases."""
 
 
-# ---- what a phrase means -------------------------------------------------------------------------------------------------
+# ---- what a phrase means -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,10 @@ def _rivals(things: Sequence[Thing], target: Thing, description: Description) ->
 
 
 def _attribute(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
-    """Return a phrase by colour, texture or size. If the noun is "one", no other thing of any shape may fit."""
+    """Return a phrase by colour, texture or size.
+
+    If the noun is "one", no other thing of any shape may fit.
+    """
     for with_shape in (True, False) if rng.random() < 0.8 else (False, True):
         unique = [d for d in _descriptions(target, with_shape) if not _rivals(things, target, d)]
         if unique:
@@ -164,7 +170,7 @@ def _length(description: Description) -> int:
 
 
 def _group(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> tuple[Description, list[Thing]]:
-    """Return a description with at least one rival, and its rivals, for phrases that choose among them."""
+    """Return a description that fits other things, too, and these rivals of the target."""
     shared = [d for d in _descriptions(target, with_shape=True) if _length(d) <= 2 and _rivals(things, target, d)]
     # The noun alone is always among them, since each target has a distractor of its shape.
     chosen = shared[0] if rng.random() < 0.7 else _pick(rng, shared)
@@ -195,14 +201,17 @@ def _place(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> 
 
 
 def _in_corner(thing: Thing, vertical: str, horizontal: str) -> bool:
-    """Return whether a rival is near the corner, with a wide margin: it would make the phrase doubtful."""
+    """Return whether a rival is near the corner, doubtful cases included."""
     near_y = thing.y < 0.55 if vertical == "top" else thing.y > 0.45
     near_x = thing.x < 0.55 if horizontal == "left" else thing.x > 0.45
     return near_x and near_y
 
 
 def _in_the_middle(thing: Thing, rivals: Sequence[Thing]) -> bool:
-    """Return whether a thing is both between two rivals in a row and nearest to the centre: people mean either."""
+    """Return whether a thing is between two rivals in a row and also nearest to the centre.
+
+    "Middle" may mean either.
+    """
     if len(rivals) != 2:
         return False
     low, high = sorted(rival.x for rival in rivals)
@@ -279,12 +288,12 @@ def _distance(a: Thing, b: Thing) -> float:
 
 
 def _gap(a: Thing, b: Thing) -> float:
-    """Return the distance between the edges of two things taken as circles; negative if they overlap."""
+    """Return the distance between two things taken as circles; negative if they overlap."""
     return _distance(a, b) - a.radius - b.radius
 
 
-# Words, condition for the target (clear cases only), and condition by which a rival excludes the relation (doubtful
-# cases included).
+# Words, condition for the target (clear cases only), and condition by which a rival excludes the
+# relation (doubtful cases included).
 _RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Thing, Thing], bool], Callable[[Thing, Thing], bool]], ...] = (
     (("left of",), lambda a, b: b.x - a.x > max(_MARGIN, abs(a.y - b.y)), lambda a, b: a.x < b.x),
     (("right of",), lambda a, b: a.x - b.x > max(_MARGIN, abs(a.y - b.y)), lambda a, b: a.x > b.x),
@@ -302,7 +311,10 @@ _MAKERS: dict[str, Callable[[Sequence[Thing], Thing, np.random.Generator], str |
 
 
 def make_phrases(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> tuple[Phrase, ...]:
-    """Return up to three phrases of different kinds that fit only `target`; none without a distractor of its shape."""
+    """Return up to three phrases of different kinds that fit only `target`.
+
+    Without a distractor of its shape there are none.
+    """
     if not _rivals(things, target, Description(shape=target.shape)):
         return ()
     weights = np.array([_KIND_WEIGHTS[kind] for kind in KINDS])
@@ -327,11 +339,11 @@ def vocabulary() -> list[str]:
     )
 
 
-# ---- what a scene looks like ---------------------------------------------------------------------------------------------
+# ---- what a scene looks like ---------------------------------------------------------------------
 
 
 def _outline(shape: str) -> list[Points]:
-    """Return the shape's contours around the origin, about the size of the unit circle; a second one is a hole."""
+    """Return the shape's contours, about the size of the unit circle; a second one is a hole."""
     turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     circle = np.stack((np.cos(turn), np.sin(turn)), axis=1)
     if shape == "circle":
@@ -412,7 +424,8 @@ def _draw(canvas: Pixels, owners: NDArray[np.int8], number: int, thing: Thing, r
     cv2.fillPoly(mask, fixed, 1, shift=shift)
     inside = mask.astype(bool)
     base = np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 9, size=3), 0, 255)
-    # The second colour of a texture is a shade of the first, so that the name of the colour remains correct.
+    # The second colour of a texture is a shade of the first, so that the name of the colour remains
+    # correct.
     shade = base * 0.5 if base.mean() > 75 else base + 95
     view[inside] = base
     if thing.texture != "plain":
@@ -432,7 +445,7 @@ def _draw(canvas: Pixels, owners: NDArray[np.int8], number: int, thing: Thing, r
 
 
 def arrange(rng: np.random.Generator) -> list[Thing]:
-    """Place three to eight things of one to three shapes; they may overlap, but not hide each other."""
+    """Place three to eight things of one to three shapes, which may overlap, but not much."""
     count = int(rng.integers(3, 9))
     shapes = [str(name) for name in rng.choice(SHAPES, size=int(rng.integers(1, 4)), replace=False)]
     things: list[Thing] = []
@@ -478,17 +491,23 @@ def make_scene(rng: np.random.Generator, side: int = 112) -> Scene:
         return Scene(noisy, np.ascontiguousarray(owners[1::_SAMPLES, 1::_SAMPLES]), tuple(things), phrases)
 
 
-# ---- writing the data set ---------------------------------------------------------------------------------------------------
+# ---- writing the data set ------------------------------------------------------------------------
 
 
 def scene_rng(seed: int, split: str, number: int) -> np.random.Generator:
-    """Return the generator of one scene. Splits and the pretraining scenes of the tiny towers share no streams."""
+    """Return the generator of one scene.
+
+    Splits and the pretraining scenes of the tiny towers share no streams.
+    """
     streams = (*SPLITS, "pretraining")
     return np.random.default_rng([seed, streams.index(split), number])
 
 
 def cores() -> int:
-    """Return the number of CPUs that this process may use, in a container or job perhaps fewer than the machine's."""
+    """Return the number of CPUs that this process may use.
+
+    In a container or a job these may be fewer than the machine's.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -524,11 +543,12 @@ def write_scenes(
     workers: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
-    """Write a data set of generated scenes in the REFER layout (data set "scenes", partition "generated").
+    """Write the data set "scenes", partition "generated", in the REFER layout.
 
     Args:
         out: root for `scenes/refs(generated).p`, `scenes/instances.json` and the images.
-        train: number of scenes in train. Each has two or three references of up to three expressions.
+        train: number of scenes in train. Each has two or three references of up to three
+            expressions.
         val: number of scenes in val.
         test: number of scenes in test.
         seed: the same seed and numbers give the same files.
@@ -540,8 +560,8 @@ def write_scenes(
         The root.
 
     Raises:
-        DcrisError: `out` already contains generated scenes or cannot be written, or a number is out of
-            range.
+        DcrisError: `out` already contains generated scenes or cannot be written, or a number is out
+            of range.
     """
     counts = {"train": train, "val": val, "test": test}
     if any(count < 0 for count in counts.values()) or not any(counts.values()):
@@ -565,8 +585,8 @@ def write_scenes(
         progress(len(records))
     references, instances = _annotations(records, side)
     write_json(out / DATASET / "instances.json", instances)
-    # A pickle records which equal strings are one object, which depends on the processes. A round trip through JSON
-    # makes that the same every time.
+    # A pickle records which equal strings are one object, which depends on the processes. A round
+    # trip through JSON makes that the same every time.
     references = json.loads(json.dumps(references))
     # Last: a data set is complete once its references are written.
     write_file(references_path, pickle.dumps(references, protocol=2))
@@ -574,7 +594,7 @@ def write_scenes(
 
 
 def _map(draw: Callable[[Place], dict[str, Any]], jobs: Sequence[Place], workers: int) -> Iterator[dict[str, Any]]:
-    """Yield `draw(job)` for all jobs in order, computed in worker processes if those can be started."""
+    """Yield `draw(job)` for all jobs in order, from worker processes if those can be started."""
     if workers > 1:
         try:
             pool = ProcessPoolExecutor(workers, initializer=ignore_interrupts)

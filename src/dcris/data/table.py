@@ -1,4 +1,5 @@
-"""The table of references that every data set layout is read into, and the field checks that readers share.
+"""The table of references that every data set layout is read into, and the field checks that
+readers share.
 
 Readers check everything that a file contains, once, so that later code need not check it again.
 """
@@ -34,7 +35,8 @@ class ReferenceTable:
     root: Path
     references: tuple[Reference, ...]
     notes: tuple[str, ...] = ()
-    """Sentences about references that were left out or combined, for people who train on the data."""
+    """Sentences about references that were left out or combined, for people who train on the
+    data."""
 
     def splits(self) -> dict[str, tuple[int, int]]:
         """Return the number of references and of expressions of each split.
@@ -49,7 +51,10 @@ class ReferenceTable:
         return {name: (references, expressions) for name, (references, expressions) in counts.items()}
 
     def split(self, name: str) -> tuple[Reference, ...]:
-        """Return the references of one split. Raises DcrisError, listing the splits, if there is none."""
+        """Return the references of one split.
+
+        Raises DcrisError, listing the splits, if there is none.
+        """
         chosen = tuple(reference for reference in self.references if reference.split == name)
         if not chosen:
             raise DcrisError(
@@ -60,9 +65,10 @@ class ReferenceTable:
     def sha256(self, split: str | None = None) -> str:
         """Return a checksum of the references, of all or of one split, in their order.
 
-        It covers identifiers, splits, expressions, masks and file names. It does not depend on where
-        the root is or which of COCO's namings the images have, so a data set may move to another
-        machine. The pixels of images and of mask images are not covered: reading them takes minutes.
+        It covers identifiers, splits, expressions, masks and file names. It does not depend on
+        where the root is or which of COCO's namings the images have, so a data set may move to
+        another machine. The pixels of images and of mask images are not covered: reading them takes
+        minutes.
         """
         digest = hashlib.sha256()
         folder = self.root.parent if self.root.is_file() else self.root
@@ -136,7 +142,7 @@ def bad(path: Path, problem: str) -> DcrisError:
 
 @contextmanager
 def skip_errors(on_error: OnError | None) -> Iterator[None]:
-    """Pass a DcrisError raised inside to `on_error` and suppress it; without `on_error`, let it propagate."""
+    """Pass a DcrisError raised inside to `on_error`; without `on_error`, let it propagate."""
     try:
         yield
     except DcrisError as error:

@@ -1,7 +1,8 @@
 """Convert phrases to token ids: CLIP's byte pairs, and the words of the tiny towers.
 
-Both tokenizers return [B, L] int64: start token, tokens of the phrase, end token, then padding 0. Both
-import their libraries on first use, can be pickled for data loader workers, and are thread-safe.
+Both tokenizers return [B, L] int64: start token, tokens of the phrase, end token, then padding 0.
+Both import their libraries on first use, can be pickled for data loader workers, and are
+thread-safe.
 """
 
 import html
@@ -23,7 +24,8 @@ from dcris.utils.arguments import kind_of
 from dcris.utils.hub import fetch
 
 PADDING = 0
-"""Padding id of both tokenizers. In CLIP it is also the token of a "!" that is followed by punctuation."""
+"""Padding id of both tokenizers. In CLIP it is also the token of a "!" that is followed by
+punctuation."""
 
 CLIP_REPOSITORY = "openai/clip-vit-base-patch16"
 """Repository on the Hub; all text towers of CLIP have the same vocabulary."""
@@ -47,17 +49,22 @@ class Tokenizer(Protocol):
 
     @property
     def end_token(self) -> int:
-        """Id of the token whose feature stands for the sentence. Its first occurrence in a row ends the phrase."""
+        """Id of the token whose feature stands for the sentence.
+
+        Its first occurrence in a row ends the phrase.
+        """
 
     def __call__(self, texts: Sequence[str], length: int) -> Tensor:
-        """Return the tokens of each text, a row of [B, length] int64. Longer texts are cut before the end token.
+        """Return the tokens of each text, [B, length] int64.
+
+        Longer texts are cut before the end token.
 
         Raises DcrisError if `length` is below 2. Source: CLIP's tokenize(truncate=True).
         """
 
 
 def clean_text(text: str) -> str:
-    """Clean a phrase as CLIP does: repair the encoding, unescape HTML twice, normalise white space, lower case.
+    """Clean a phrase as CLIP does: repair encoding, unescape HTML twice, one space, lower case.
 
     Cleaning is not idempotent ("&amp;amp;amp;lt;"), so only the tokenizers clean.
     Source: `basic_clean` and `whitespace_clean` in simple_tokenizer.py of OpenAI's CLIP.
@@ -69,8 +76,9 @@ def clean_text(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """Apply `html.unescape`, also to numbers ("&#999...") with too many digits for Python's `int`."""
-    # Leading zeros do not count and numbers of more than 7 digits are beyond Unicode, so no result changes.
+    """Apply `html.unescape`, also to numbers ("&#999...") with too many digits for `int`."""
+    # Leading zeros do not count and numbers of more than 7 digits are beyond Unicode, so no result
+    # changes.
     return html.unescape(re.sub(r"(?<=&#)0*([0-9]{1,20})[0-9]*", r"\1", text))
 
 
@@ -107,15 +115,17 @@ def _refuse_bare_text(texts: Sequence[str]) -> None:
         raise TypeError("a tokenizer takes a list of phrases, not a single phrase")
 
 
-# In a phrase, CLIP converts the names of its two special tokens to these tokens, but only where its pattern starts a new
-# token: directly after punctuation ("!<|endoftext|>") the name is plain text. `[^\w\s]|_` is punctuation. Names may repeat.
+# In a phrase, CLIP converts the names of its two special tokens to these tokens, but only where its
+# pattern starts a new token: directly after punctuation ("!<|endoftext|>") the name is plain text.
+# `[^\w\s]|_` is punctuation. Names may repeat.
 _SPECIAL = re.compile(r"((?<![^\w\s])(?<!_)(?:<\|(?:start|end)oftext\|>)+)")
 
 
 class ClipTokenizer:
     """CLIP's byte-pair tokens: 49,408 ids, start 49406, end 49407, padding 0.
 
-    The vocabulary is read at the first call, which raises DcrisError if it is missing or not CLIP's.
+    The vocabulary is read at the first call, which raises DcrisError if it is missing or not
+    CLIP's.
 
     Args:
         file: `tokenizer.json` of a CLIP repository on the Hub, read with `tokenizers`. Default: the
@@ -133,9 +143,9 @@ class ClipTokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> Tensor:
         """Return the tokens [B, length] int64 of the cleaned texts.
 
-        The ids equal those of OpenAI's tokenizer with three exceptions: "'ſ" (long s, which OpenAI's
-        case-insensitive pattern takes for "'s"), the Greek iota subscript, and characters that are newer
-        than the Unicode tables of the library that splits the words.
+        The ids equal those of OpenAI's tokenizer with three exceptions: "'ſ" (long s, which
+        OpenAI's case-insensitive pattern takes for "'s"), the Greek iota subscript, and characters
+        that are newer than the Unicode tables of the library that splits the words.
         """
         _refuse_bare_text(texts)
         return _rows([self._encode(clean_text(text)) for text in texts], CLIP_START, CLIP_END, length)
@@ -153,7 +163,9 @@ class ClipTokenizer:
 
 
 class _HubVocabulary:
-    """A `tokenizer.json`, with everything around its byte pairs switched off: cleaning and framing are done here."""
+    """A `tokenizer.json`, with everything around its byte pairs switched off: cleaning and framing
+    are done here.
+    """
 
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer as HubTokenizer
@@ -207,9 +219,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 class TinyTokenizer:
     """Whole words of the generated scenes' language, for the tiny towers in the package.
 
-    Ids: 0 padding, 1 to n the words in the given order, then 64 buckets, the start token, and the end
-    token. Other words are assigned to a bucket by their CRC-32, so every phrase can be represented, and
-    unknown words mostly have different ids, so that adapters can learn them.
+    Ids: 0 padding, 1 to n the words in the given order, then 64 buckets, the start token, and the
+    end token. Other words are assigned to a bucket by their CRC-32, so every phrase can be
+    represented, and unknown words mostly have different ids, so that adapters can learn them.
 
     Args:
         words: distinct lower-case words; DcrisError is raised for anything else.
@@ -235,7 +247,7 @@ class TinyTokenizer:
 
     @classmethod
     def embedded(cls) -> "TinyTokenizer":
-        """Return the tokenizer of the towers in the package, with the words in `assets/tiny_words.txt`."""
+        """Return the tokenizer of the tiny towers, with the words in `assets/tiny_words.txt`."""
         text = resources.files("dcris").joinpath("assets", "tiny_words.txt").read_text(encoding="utf-8")
         return cls(text.split())
 
@@ -256,8 +268,8 @@ class TinyTokenizer:
 def get_tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer with the name "clip" or "tiny", one instance per process.
 
-    CLIP's vocabulary is that of instant-clip-tokenizer if it is installed, as on Python 3.11 and 3.12,
-    else that of the Hub, downloaded once. Raises DcrisError if neither is available.
+    CLIP's vocabulary is that of instant-clip-tokenizer if it is installed, as on Python 3.11 and
+    3.12, else that of the Hub, downloaded once. Raises DcrisError if neither is available.
     """
     if name == "tiny":
         return TinyTokenizer.embedded()

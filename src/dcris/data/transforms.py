@@ -1,4 +1,6 @@
-"""Transforms from an image to the network's square input: letterbox, resize, and resize with padding."""
+"""Transforms from an image to the network's square input: letterbox, resize, and resize with
+padding.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -44,7 +46,10 @@ class Letterbox(Transform):
     """
 
     def _corners(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the corners top left, top right and bottom left as (x, y): [3, 2] on the image, on the square."""
+        """Return three corners as (x, y), [3, 2] on the image and on the square.
+
+        They are the top left, top right and bottom left ones.
+        """
         height, width = self.size
         scale = min(self.side / height, self.side / width)
         left, top = (self.side - width * scale) / 2, (self.side - height * scale) / 2
@@ -68,8 +73,8 @@ class Letterbox(Transform):
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Transform a mask [H, W] of 0 and 1 to the square [S, S], bilinear, values in 0..1.
 
-        Values are multiples of 1/255, because the published code warps 8-bit masks. Raises ValueError
-        if the mask does not have the size of this transform.
+        Values are multiples of 1/255, because the published code warps 8-bit masks. Raises
+        ValueError if the mask does not have the size of this transform.
         """
         return np.asarray(self._warp(mask * np.uint8(255), cv2.INTER_LINEAR, (0.0,)) / np.float32(255), np.float32)
 
@@ -98,7 +103,10 @@ class Resize(Transform):
 
 @dataclass(frozen=True)
 class ResizePad(Transform):
-    """Scale to fit, keep the proportions, place at the top left; bilinear with antialiasing. Used by models on SAM."""
+    """Scale to fit, keep the proportions, place at the top left; bilinear with antialiasing.
+
+    Used by models on SAM.
+    """
 
     @property
     def inner(self) -> tuple[int, int]:

@@ -17,7 +17,8 @@ class Reader:
     """How to detect and to read a data set layout."""
 
     files: str
-    """Where the files are below the root, for error messages; may contain {dataset} and {split_by}."""
+    """Where the files are below the root, for error messages; may contain {dataset} and
+    {split_by}."""
     find: Callable[[Path, str, str | None], Sequence[str]]
     """(root, dataset, split_by) -> the partitions of the data set that are there in this layout, as
     values of `split_by`. If `split_by` is given, that one or none."""
@@ -25,7 +26,8 @@ class Reader:
     """(root, dataset, split_by, on_error) -> the references of one partition that `find` returned.
 
     Raises DcrisError for anything missing, malformed or contradictory, naming file, reference and
-    field. With `on_error`, the error of a single reference goes there instead, and it is skipped."""
+    field. With `on_error`, the error of a single reference goes there instead, and it is
+    skipped."""
     single_file: bool = False
     """Whether the root is itself the data set, one file that is named after its stem."""
 

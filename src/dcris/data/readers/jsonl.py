@@ -1,11 +1,11 @@
 """Your own data in JSON Lines, one reference per line.
 
-    {"image": "img/1.jpg", "mask": "m/1.png", "expressions": ["left cup", "the cup on the left"], "split": "train"}
+    {"image": "img/1.jpg", "mask": "m/1.png", "expressions": ["cup", "red cup"], "split": "val"}
 
 `mask` is the path of an image of two values, 0 and another one for the object, or COCO's polygons
 [[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}. Paths are relative to the
-file and must not lead out of its folder. Optional fields: `split` (default: train), `category` (text)
-and `id` (an integer). Unknown fields are ignored.
+file and must not lead out of its folder. Optional fields: `split` (default: train), `category`
+(text) and `id` (an integer). Unknown fields are ignored.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,11 @@ def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]
 
 
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
-    """Read the JSON Lines file `root`; see Reader.load. The data set is named after the file's stem.
+    """Read the JSON Lines file `root`; see Reader.load.
 
-    The ref_id is the `id`, or else the line number. Expressions and distinct images are numbered in
-    the order of the file. The headers of all images and mask images are read.
+    The data set is named after the file's stem. The ref_id is the `id`, or else the line
+    number. Expressions and distinct images are numbered in the order of the file. The headers of
+    all images and mask images are read.
     """
     reader, references, errors = _LineReader(root), [], 0
 

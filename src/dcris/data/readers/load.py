@@ -27,7 +27,8 @@ def load_references(
     Args:
         root: folder of the data sets, or a data set that is one file (`.jsonl`).
         dataset: name of the data set, or of a mixture such as "mixed" or
-            "mixed-unfiltered:refcoco,refcocog(google)"; see dcris.data.mixing. Ignored for one file.
+            "mixed-unfiltered:refcoco,refcocog(google)"; see dcris.data.mixing. Ignored for one
+            file.
         split_by: which partition; may be omitted if there is only one.
         on_error: receives the error of each reference that cannot be used, which is then skipped.
         mask_threshold: for mask images of more than two values; see dcris.types.SoftMask.
@@ -97,7 +98,10 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Disable the garbage collector, which would repeatedly traverse millions of new objects and find nothing."""
+    """Disable the garbage collector.
+
+    It would repeatedly traverse millions of new objects and find nothing.
+    """
     before = gc.isenabled()
     gc.disable()
     try:

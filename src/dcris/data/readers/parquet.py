@@ -49,7 +49,10 @@ def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]
 
 
 def _find_files(root: Path, dataset: str) -> dict[Path, str]:
-    """Return the Parquet files of a data set, with the split in each name. The folder may spell `+` as `plus`."""
+    """Return the Parquet files of a data set, with the split in each name.
+
+    The folder may spell `+` as `plus`.
+    """
     if not root.is_dir():
         return {}
     wanted = _canonical(dataset)
@@ -68,9 +71,10 @@ def _canonical(name: str) -> str:
 
 
 def split_in_name(path: PurePath) -> str:
-    """Return the split in a file's name (validation-00000-of-00001.parquet) or its folder's (train/0000.parquet).
+    """Return the split in a file's name, or else in its folder's.
 
-    Raises DcrisError if neither contains one.
+    Examples: validation-00000-of-00001.parquet, train/0000.parquet. Raises DcrisError if neither
+    contains one.
     """
     match = _SPLIT.search(path.name) or _SPLIT.search(path.parent.name)
     if match is None:
@@ -91,7 +95,10 @@ def refer_split(dataset: str, split: str) -> str:
 
 
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
-    """Read a data set from Parquet; see Reader.load. Raises DcrisError also if pyarrow is not installed."""
+    """Read a data set from Parquet; see Reader.load.
+
+    Raises DcrisError also if pyarrow is not installed.
+    """
     files = _find_files(root, dataset)
     name = _canonical(dataset)
     first = next(iter(files))
@@ -148,7 +155,7 @@ def _parse_json(text: str, path: Path, where: str, key: str) -> Any:
         raise bad(path, f"{where} has a '{key}' that is not JSON ({error})") from error
 
 
-# ---- pyarrow -------------------------------------------------------------------------------------------------------------
+# ---- pyarrow -------------------------------------------------------------------------------------
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -190,7 +197,8 @@ def _decoded_bytes(array: Any) -> int:
 def _text_columns(path: Path, file: BinaryIO, columns: Sequence[str]) -> list[str]:
     """Return the leaf columns of a file that contain text or bytes.
 
-    Raises DcrisError if one of `columns` is recorded to be far larger than the file's size explains.
+    Raises DcrisError if one of `columns` is recorded to be far larger than the file's size
+    explains.
     """
     texts: dict[str, None] = {}
     size = file.seek(0, os.SEEK_END)
@@ -198,8 +206,8 @@ def _text_columns(path: Path, file: BinaryIO, columns: Sequence[str]) -> list[st
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(0, size - 8 - length))
     footer = _ThriftReader(file.read(min(length, _MAX_FOOTER)))
-    # pyarrow's own metadata are not used: invalid values there end the process. The numbers are field
-    # identifiers of parquet.thrift.
+    # pyarrow's own metadata are not used: invalid values there end the process. The numbers are
+    # field identifiers of parquet.thrift.
     for group in footer.struct().get(4, []):
         for chunk in group.get(1, []):
             described = chunk.get(3, {})

@@ -42,7 +42,8 @@ _PLAIN_NAMES = (
     "EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE"
 )
 _PLAIN = frozenset(_PLAIN_NAMES.split())
-"""Pickle instructions that build containers, strings and numbers; all others call, import or load objects."""
+"""Pickle instructions that build containers, strings and numbers; all others call, import or load
+objects."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
