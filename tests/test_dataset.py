@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,7 +27,7 @@ from dcris.data.dataset import (
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
-from dcris.data.tokenizer import PADDING, TinyTokenizer, Tokenizer, get_tokenizer
+from dcris.data.tokenizer import PADDING, TinyTokenizer, get_tokenizer
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import exchange_expressions
@@ -255,14 +255,16 @@ PHRASES = st.lists(
 )
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, get_tokenizer("clip")], ids=["tiny", "clip"])
+@pytest.mark.parametrize("name", ["tiny", "clip"])
 @given(texts=PHRASES, length=st.integers(3, 9))
-def test_long_expressions_are_counted_as_the_tokenizer_does(
-    tokenizer: Tokenizer, texts: list[str], length: int
-) -> None:
-    """Counting word by word is what makes the warning cheap for 120,000 expressions; the number
-    must be exact.
+@settings(deadline=None)
+def test_long_expressions_are_counted_as_the_tokenizer_does(name: str, texts: list[str], length: int) -> None:
+    """Words are counted one by one, which is cheap for 120,000 expressions, and the number is
+    exact.
     """
+    if name == "clip":
+        pytest.importorskip("instant_clip_tokenizer")
+    tokenizer = get_tokenizer(name)
     reference = Reference(1, 1, 1, Path("1.png"), (2, 2), "cup", "val", [[0, 0, 1, 0, 1, 1]], ())
     queries = [(reference, Expression(number, text)) for number, text in enumerate(texts)]
     expected = int((tokenizer(texts, length + 1)[:, length] != PADDING).sum())
