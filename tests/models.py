@@ -1,4 +1,4 @@
-"""Small networks for tests: every size is different from its neighbours, so that a mixed-up axis cannot pass."""
+"""Small networks for tests. All sizes differ, so that exchanged axes are noticed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,15 +39,16 @@ def tiny_config(
     text_adapter: TextAdapterConfig | None = TINY_TEXT_ADAPTER,
     **changes: Any,
 ) -> ModelConfig:
-    """A whole network of about 100,000 weights; `changes` replace its sections."""
+    """Return a network of about 100,000 weights; `changes` replace its sections."""
     method = DcrisConfig(visual=visual_adapter, text=text_adapter)
     return ModelConfig(**{"vision": TINY_VISION, "text": TINY_TEXT, "method": method, "head": TINY_HEAD, **changes})
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Fill every weight and statistic with ordinary numbers.
+    """Fill every weight and statistic with random numbers.
 
-    Fresh networks are full of zeros and ones (biases, norms, LayerScale, running statistics), which hide mistakes.
+    New networks are full of zeros and ones (biases, norms, LayerScale, running statistics), which
+    hide mistakes.
     """
     source = torch.Generator().manual_seed(seed)
 
@@ -70,7 +71,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
-    """Set every dropout to 0, torch's modules' and those of attention, ours and torch's."""
+    """Set every dropout of a module to 0, torch's and ours."""
     for part in module.modules():
         if isinstance(getattr(part, "dropout", None), float):
             part.dropout = 0.0
@@ -80,7 +81,9 @@ def without_dropout(module: nn.Module) -> nn.Module:
 
 
 def tokens_ending_at(ends: Sequence[int], length: int, seed: int = 0) -> Tensor:
-    """[B, L] int64: the start token, words, the end token at the given place of each row, padding."""
+    """Return tokens [B, L] int64: the start token, words, the end token at the given position of
+    each row, padding.
+    """
     words = torch.randint(1, START, (len(ends), length), generator=torch.Generator().manual_seed(seed))
     words[:, 0] = START
     for row, end in zip(words, ends, strict=True):
@@ -90,18 +93,20 @@ def tokens_ending_at(ends: Sequence[int], length: int, seed: int = 0) -> Tensor:
 
 
 def images(count: int, rows: int, columns: int, seed: int = 0) -> Tensor:
-    """[count, 3, rows * 14, columns * 14] of noise."""
+    """Return noise [count, 3, rows * 14, columns * 14]."""
     return torch.randn(count, 3, rows * 14, columns * 14, generator=torch.Generator().manual_seed(seed))
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """The greatest absolute difference of two tensors of one shape."""
+    """Return the greatest absolute difference of two tensors of the same shape."""
     assert ours.shape == theirs.shape
     return (ours - theirs).abs().max().item()
 
 
 def torch_attention(ours: nn.Module) -> nn.MultiheadAttention:
-    """torch.nn.MultiheadAttention with the weights of our attention (dcris.models.layers.attention)."""
+    """Return torch.nn.MultiheadAttention with the weights of our attention
+    (dcris.models.layers.attention).
+    """
     width = ours.out.in_features
     theirs = nn.MultiheadAttention(width, ours.heads, ours.dropout, batch_first=True).to(ours.in_weight.dtype)
     weights = {"in_proj_weight": ours.in_weight, "in_proj_bias": ours.in_bias}

@@ -1,4 +1,6 @@
-"""The paper's two adapters, against plain readings of the equations, and how they start."""
+"""DCRIS's two adapters, compared with plain implementations of the equations, and their initial
+weights.
+"""
 
 import pytest
 import torch
@@ -81,7 +83,7 @@ class PlainDenseCross:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_dense_cross_adapter_is_equations_1_and_2(training: bool) -> None:
-    """Else what is trained is not the paper's adapter: its output, every gradient and its statistics are compared."""
+    """Output, gradients and batch statistics equal those of the plain implementation."""
     adapter = dense_cross().train(training)
     plain = PlainDenseCross(adapter)
     output, normed, text = noise(2, 20, WIDTH), noise(2, 20, WIDTH, seed=1), noise(2, 4, TEXT_WIDTH, seed=2)
@@ -101,7 +103,7 @@ def test_dense_cross_adapter_is_equations_1_and_2(training: bool) -> None:
 
 
 def test_dense_cross_adapter_attends_to_padding_as_published() -> None:
-    """Else the authors' weights, which were trained without a mask here, answer differently."""
+    """Padding is not masked by default: the published weights were trained so."""
     adapter = dense_cross().eval()
     output = normed = noise(1, 20, WIDTH)
     text = noise(1, 4, TEXT_WIDTH)
@@ -113,7 +115,7 @@ def test_dense_cross_adapter_attends_to_padding_as_published() -> None:
 
 
 def test_attention_dropout_is_for_training_only() -> None:
-    """Else two evaluations of one checkpoint disagree, or the dropout of the configuration is never used."""
+    """Dropout changes training outputs and never evaluation outputs."""
     adapter = dense_cross(dropout=0.5)
     x, context = noise(1, 20, WIDTH), SlotContext(GRID, PREFIX, noise(1, 4, TEXT_WIDTH))
     adapter.eval()
@@ -123,7 +125,7 @@ def test_attention_dropout_is_for_training_only() -> None:
 
 
 def test_attention_starts_as_torch_does() -> None:
-    """Else the head, which the published code leaves as PyTorch has it, starts elsewhere."""
+    """Initial weights are those of PyTorch, as in the published head."""
     torch.manual_seed(0)
     ours = MultiHeadAttention(64, 4)
     torch.manual_seed(0)
@@ -136,7 +138,7 @@ def test_attention_starts_as_torch_does() -> None:
 
 
 def test_text_adapter_is_equation_3() -> None:
-    """Else what is trained is not the paper's text adapter. It reads the residual stream, not the normalised one."""
+    """It reads the residual stream, not the normalised one."""
     adapter = TextAdapter(TEXT_WIDTH, TextAdapterConfig(width=6)).double()
     randomise(adapter)
     output, normed, residual = (noise(2, 7, TEXT_WIDTH, seed=seed) for seed in range(3))
@@ -146,7 +148,7 @@ def test_text_adapter_is_equation_3() -> None:
 
 
 def test_adapters_sit_beside_the_mlp_before_layer_scale() -> None:
-    """Else the adapter's share in the sum is another one: published weights were trained with LayerScale over both."""
+    """LayerScale applies to the sum of MLP and adapter, as in the published weights."""
     block = Block(WIDTH, 4).double()
     block.mlp_slot = DenseCrossAdapter(WIDTH, TEXT_WIDTH, TINY_DENSE).double()
     randomise(block)
@@ -161,7 +163,7 @@ def test_adapters_sit_beside_the_mlp_before_layer_scale() -> None:
 
 @torch.no_grad()
 def test_zero_started_adapters_leave_the_towers_alone() -> None:
-    """Else a person who asked for a start from the plain towers gets another one."""
+    """With `init: zero` the towers' initial output is unchanged."""
     model = ReferringSegmenter(
         tiny_config(
             visual_adapter=TINY_DENSE.model_copy(update={"init": "zero"}),

@@ -1,4 +1,4 @@
-"""The quick attention of CPUs against torch's own: the same outputs and gradients, and dropout that is dropout."""
+"""The CPU attention, compared with torch's: outputs, gradients and dropout."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHAPES = [(2, 260, 260, 3, 16), (1, 300, 257, 2, 8), (2, 65, 70, 1, 4)]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Queries, keys and values as the layers hand them over: heads side by side in memory."""
+    """Return queries, keys and values in the memory layout of the layers: heads interleaved."""
     batch, queries, keys, heads, width = shape
     made = torch.Generator().manual_seed(seed)
     return [
@@ -34,7 +34,7 @@ def with_gradients(function, tensors: list[Tensor], seed: int = 1) -> list[Tenso
 
 
 def maps(draw: Draw, query: Tensor, key: Tensor) -> Tensor:
-    """What a draw keeps of all heads' maps: [B, H, Q, K]."""
+    """Return the dropout masks of all heads: [B, H, Q, K]."""
     heads = query.shape[0] * query.shape[1]
     kept = [kept.clone() for kept in draw.kept(heads, (query.shape[2], key.shape[2]))]
     return torch.stack(kept).unflatten(0, query.shape[:2])
@@ -48,7 +48,7 @@ def maps(draw: Draw, query: Tensor, key: Tensor) -> Tensor:
 def test_outputs_and_gradients_are_torchs(
     shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else training on a CPU trains another network, whichever forward pass the machine takes."""
+    """Outputs and gradients equal torch's, for either forward pass."""
     monkeypatch.setattr(cpu_attention, "_fused_is_quick", lambda dtype: fused)
     exact = with_gradients(F.scaled_dot_product_attention, inputs(shape, torch.float64))
     ours = with_gradients(lambda *x: cpu_attention.attend(*x, 0.0), inputs(shape, dtype))
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_torchs(
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_dropout_is_that_of_an_explicit_mask(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that were dropped forwards must be dropped backwards, and the rest made up for."""
+    """Dropout in the forward and the backward pass uses the same mask and the right scale."""
     drawn = []
     draw = cpu_attention.Draw
     monkeypatch.setattr(cpu_attention, "Draw", lambda *x: drawn.append(draw(*x)) or drawn[-1])
@@ -83,7 +83,7 @@ def test_dropout_is_that_of_an_explicit_mask(dropout: float, monkeypatch: pytest
     ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
 def test_pixels_attend_to_words_and_not_to_padding(dtype: torch.dtype, tolerance: float) -> None:
-    """Else a head learns from words that are not there; with dropout this is our own, in training alone."""
+    """Masked keys get no weight, with and without dropout."""
     shape = (2, 1100, 17, 3, 16)
     mask = torch.arange(17) < torch.tensor([5, 9])[:, None, None, None]
 
@@ -109,7 +109,9 @@ def test_pixels_attend_to_words_and_not_to_padding(dtype: torch.dtype, tolerance
 
 
 def test_dropout_follows_torchs_seed_and_differs_between_heads() -> None:
-    """A step's randomness comes from its number: that is what makes resuming exact."""
+    """Dropout depends on torch's seed only, which makes resuming exact, and differs
+    between heads.
+    """
     query, key, _ = inputs(SHAPES[0], torch.float32)
 
     def draw(seed: int) -> Tensor:
@@ -126,7 +128,7 @@ def test_dropout_follows_torchs_seed_and_differs_between_heads() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_quick_dropout_is_dropout(dtype: torch.dtype) -> None:
-    """Else a head is trained with other noise than the paper's: what is kept is stretched, and so is its gradient."""
+    """The fast dropout keeps the right fraction and scales outputs and gradients."""
     x = torch.ones(3, 100, 200, dtype=dtype).requires_grad_()
     layer = Dropout(0.25)
     torch.manual_seed(1)
@@ -167,7 +169,7 @@ def test_it_is_used_where_it_pays(
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Small maps, float32 without dropout, and predictions on a CPU with AMX are quicker in torch's own hands."""
+    """Small maps, float32 without dropout, and prediction with AMX use torch's function."""
     used = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     monkeypatch.setattr(cpu_attention, "_fused_is_quick", cpu_attention._fused_is_quick.__wrapped__)
@@ -182,7 +184,7 @@ def test_it_is_used_where_it_pays(
 
 
 def test_a_step_through_a_model_is_as_exact_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast too: the parts must agree on types, and gradients may not be worse than torch's own bfloat16."""
+    """Under autocast, gradients are about as exact as those of torch's bfloat16 attention."""
     from dcris.models.segmentation import ReferringSegmenter
     from dcris.recipes import get_recipe
     from models import images, randomise, without_dropout

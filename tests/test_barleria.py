@@ -1,6 +1,7 @@
-"""BarLeRIa: the same numbers as the authors' code, and what it promises.
+"""BarLeRIa, compared with the authors' code.
 
-The golden numbers are the published code's, on random weights in its layout (tests/golden/make_barleria.py).
+The golden numbers are those of the published code on random weights in its layout
+(tests/golden/make_barleria.py).
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden" / "barleria.safetensors"
 
 
 def test_the_published_code_s_own_numbers() -> None:
-    """Else what is called BarLeRIa in a table of results is another method."""
+    """Features, logits, losses and gradients equal those of the published code."""
     expected = load_file(GOLDEN)
     model = ReferringSegmenter(config_of(VARIANT).model)
     copy_strictly(model.state_dict(), ours(VARIANT), "here")
@@ -56,7 +57,7 @@ def test_the_published_code_s_own_numbers() -> None:
 
 
 def test_a_flow_is_an_affine_and_planar_ones() -> None:
-    """Else the residual streams are bent otherwise than published. At the start they hardly are at all."""
+    """A flow equals its formula and starts near the identity."""
     flow, x = Flow(6, 3).double(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
     assert error(flow.transform_residual(x), x) < 0.01
     assert flow(x, x, x, SlotContext()) is x  # the branch is left alone
@@ -69,7 +70,9 @@ def test_a_flow_is_an_affine_and_planar_ones() -> None:
 
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:
-    """Else the same phrase gets another mask in company: the published code's mean word is normalised over the batch."""
+    """A result does not depend on the batch, unlike in the published code, which normalises over
+    it.
+    """
     model = ReferringSegmenter(get_recipe("barleria_tiny").model).double()
     randomise(model)
     images = torch.randn(3, 3, 70, 56, generator=torch.Generator().manual_seed(0)).double()
@@ -90,13 +93,13 @@ def test_an_answer_does_not_depend_on_its_batch() -> None:
     ],
 )
 def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
-    """Else a slip of the pen is a traceback from inside a tower."""
+    """Unsuitable settings are errors of the configuration."""
     with pytest.raises(DcrisError, match=message):
         replace(get_recipe("barleria_tiny"), {f"model.method.{key}": parse_value(value)})
 
 
 def test_the_auxiliary_loss_is_returned_in_training_only() -> None:
-    """Else validation is slower, or the log shows a loss without it."""
+    """The reconstruction loss is returned in training, and not in evaluation."""
     model = ReferringSegmenter(get_recipe("barleria_tiny").model)
     batch = torch.randn(1, 3, 56, 56), torch.tensor([[1, 5, 9, 128, 0]])
     assert model(*batch)[1] == {}

@@ -1,4 +1,4 @@
-"""Towers that run side by side: what a method that joins them promises beside what every method does."""
+"""Interleaved methods (ETRIS, BarLeRIa): tests beyond those of every method."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def quick(method: str, steps: int = 4) -> RunConfig:
 
 
 def images(count: int) -> Tensor:
-    """Not square: 3 by 4 patches."""
+    """Return images of 3 by 4 patches."""
     return torch.randn(count, 3, 42, 56, generator=torch.Generator().manual_seed(0))
 
 
@@ -50,7 +50,7 @@ def run(request: pytest.FixtureRequest, scenes_root: Path, tmp_path_factory: pyt
     ],
 )
 def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
-    """Else a recipe is not the method of its name; the published bridger has 598,592 weights."""
+    """The numbers of trained weights are as published; the published bridger has 598,592."""
     with torch.device("meta"):
         model = ReferringSegmenter(get_recipe(recipe).model)
     assert model.count_weights()["adapters"] == adapters_
@@ -60,7 +60,9 @@ def test_trained_weights(recipe: str, adapters_: int, bridge: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_steps_may_be_called_apart(method: str) -> None:
-    """Else an image that is encoded once for several phrases, or a phrase for several images, gets other masks."""
+    """Encoding an image once for several expressions, and an expression for several images, does
+    not change results.
+    """
     model = ReferringSegmenter(get_recipe(f"{method}_tiny").model).double()
     randomise(model)
     pictures = images(2).double()
@@ -76,7 +78,9 @@ def test_the_steps_may_be_called_apart(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_both_towers_see_each_other(method: str) -> None:
-    """Else the bridge is there in name alone. BarLeRIa's words go among the patches; its text never sees the image."""
+    """The vision features depend on the text. ETRIS's text features depend on the image, BarLeRIa's
+    do not.
+    """
     model = ReferringSegmenter(get_recipe(f"{method}_tiny").model).double()
     randomise(model)
     pictures = images(2).double()
@@ -93,7 +97,7 @@ def test_both_towers_see_each_other(method: str) -> None:
 
 
 def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> None:
-    """Else a method needs an evaluator of its own, and the scores of a table are not comparable."""
+    """The evaluator needs no special case for interleaved methods."""
     model, config = load_checkpoint(run)
     table = load_references(scenes_root, "scenes")
     queries = all_queries(table.split("test"))
@@ -102,7 +106,7 @@ def test_the_evaluator_takes_it_as_any_other(run: Path, scenes_root: Path) -> No
 
 
 def test_a_bridge_is_no_part_of_the_towers() -> None:
-    """Else it is counted as frozen, or a checkpoint knows the towers by it."""
+    """A bridge is not counted as frozen and is not part of a tower's fingerprint."""
     model = ReferringSegmenter(get_recipe("etris_tiny").model)
     assert not adapters(model.vision)
     assert not adapters(model.text)

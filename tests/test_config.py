@@ -1,4 +1,4 @@
-"""A configuration that is not understood exactly is refused: a misspelt setting must not cost somebody a week of GPU time."""
+"""A configuration with an unknown key or an unsuitable value is refused."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from dcris.utils.files import write_json
 
 
 def tree(**sections: Any) -> dict[str, Any]:
-    """A whole configuration as plain data, with fields of its sections replaced."""
+    """Return a whole configuration as plain data, with fields of its sections replaced."""
     plain = get_recipe("dcris_b").model_dump(mode="json")
     for section, fields in sections.items():
         plain[section].update(fields)
@@ -25,7 +25,7 @@ def tree(**sections: Any) -> dict[str, Any]:
 
 
 def method(**adapters: dict[str, Any]) -> dict[str, Any]:
-    """The same with fields of DCRIS's adapters replaced."""
+    """Return the same with fields of DCRIS's adapters replaced."""
     plain = tree()
     for adapter, fields in adapters.items():
         plain["model"]["method"][adapter].update(fields)
@@ -34,7 +34,7 @@ def method(**adapters: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_the_way_through_its_file(name: str, tmp_path: Path) -> None:
-    """Else a run cannot be run again from the config.json it left."""
+    """A recipe equals itself after writing and reading config.json."""
     config = get_recipe(name)
     write_json(tmp_path / "config.json", config.model_dump(mode="json"))
     assert load_config(tmp_path / "config.json") == config
@@ -42,7 +42,7 @@ def test_a_recipe_survives_the_way_through_its_file(name: str, tmp_path: Path) -
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
-    """Else a person who misspells a name has to read the source."""
+    """The error message lists the recipes."""
     with pytest.raises(DcrisError, match=r"'dcris_xl'.*dcris_b"):
         get_recipe("dcris_xl")
 
@@ -56,7 +56,7 @@ def test_an_unknown_recipe_lists_those_there_are() -> None:
     ],
 )
 def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
-    """Else `learning_rate` for `lr` trains silently with the default."""
+    """A misspelt key is an error, not a silent default."""
     with pytest.raises(DcrisError, match=rf"^here: unknown setting {key}$"):
         parse_config(plain, "here")
 
@@ -89,7 +89,7 @@ def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
     ],
 )
 def test_a_value_that_does_not_fit_names_its_key_in_one_line(plain: dict[str, Any], key: str) -> None:
-    """Else NaN or text for a number surfaces hours later, far from where it was typed."""
+    """NaN, text for a number and values out of range are errors that name the key."""
     with pytest.raises(DcrisError, match=rf"^here: {key}[.:]") as caught:
         parse_config(plain, "here")
     assert "\n" not in str(caught.value)
@@ -115,14 +115,16 @@ def test_a_value_that_does_not_fit_names_its_key_in_one_line(plain: dict[str, An
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(plain: dict[str, Any], words: str) -> None:
-    """Else an adapter for block 12 of 12 is dropped without a word, or a shape error appears inside the network."""
+    """Settings that do not fit each other are errors of the configuration, not of a shape in the
+    network.
+    """
     with pytest.raises(DcrisError, match=words):
         parse_config(plain, "here")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"train": ', '{"train": {"lr": 1e-3, "epochs": "x"}}'])
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
-    """Else a person with twenty runs does not know which config.json is broken."""
+    """The error message names the file."""
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(DcrisError, match=r"config\.json"):
@@ -132,7 +134,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> 
 
 
 def test_a_configuration_is_frozen() -> None:
-    """Else code that runs in the middle of a run can make its config.json a lie."""
+    """A configuration cannot be changed during a run."""
     config = get_recipe("dcris_tiny")
     with pytest.raises(ValidationError):
         config.train.lr = 1.0  # type: ignore[misc]
@@ -142,7 +144,7 @@ def test_a_configuration_is_frozen() -> None:
 
 
 def test_settings_of_the_command_line_change_only_what_they_name() -> None:
-    """Else an ablation differs in more than its one setting."""
+    """`replace` changes only the named settings."""
     before = get_recipe("dcris_tiny")
     after = replace(
         before,
@@ -176,20 +178,20 @@ def test_settings_of_the_command_line_change_only_what_they_name() -> None:
 
 @pytest.mark.parametrize("key", ["lr", "train", "train.", ".lr", "train.lr.x", "trian.lr", "train.Lr", "", "."])
 def test_a_setting_that_is_not_there_is_named(key: str) -> None:
-    """Else a misspelt `--train.lrr 1e-3` changes nothing and nobody notices."""
+    """An unknown setting is an error."""
     with pytest.raises(DcrisError, match="setting"):
         replace(get_recipe("dcris_tiny"), {key: 1e-3})
 
 
 def test_a_setting_inside_an_adapter_that_was_left_out() -> None:
-    """Else it crashes: there is no section to put the value into."""
+    """A setting of an adapter that is null is an error."""
     with pytest.raises(DcrisError, match=r"unknown setting model\.method\.text\.width"):
         replace(get_recipe("dcris_tiny"), {"model.method.text": None, "model.method.text.width": 8})
 
 
 @given(st.floats(1e-9, 1e3), st.integers(0, 2**32 - 1), st.text(max_size=20))
 def test_any_number_or_name_arrives_as_it_was_typed(lr: float, seed: int, name: str) -> None:
-    """Else a learning rate is rounded, or a folder called `null-2` or `1e` cannot be named."""
+    """Numbers are not rounded, and text that resembles JSON can be given as JSON."""
     typed = {"train.lr": repr(lr), "train.seed": str(seed), "data.dataset": json.dumps(name)}
     config = replace(get_recipe("dcris_tiny"), {key: parse_value(text) for key, text in typed.items()})
     assert (config.train.lr, config.train.seed, config.data.dataset) == (lr, seed, name)
@@ -197,7 +199,7 @@ def test_any_number_or_name_arrives_as_it_was_typed(lr: float, seed: int, name: 
 
 @given(st.text(max_size=30))
 def test_a_value_of_any_text_is_taken_or_refused_in_one_sentence(text: str) -> None:
-    """Else odd input on the command line ends in a traceback."""
+    """Any text is either accepted or an error that names the key."""
     for key in ("train.lr", "train.milestones", "model.vision", "data.val_split"):
         try:
             config = replace(get_recipe("dcris_tiny"), {key: parse_value(text)})
@@ -208,7 +210,7 @@ def test_a_value_of_any_text_is_taken_or_refused_in_one_sentence(text: str) -> N
 
 
 def test_what_a_setting_holds_is_validated_by_default_too() -> None:
-    """Else a default that breaks its own rule goes unseen until somebody writes it down."""
+    """Default values satisfy their own rules."""
     assert ModelConfig.model_validate(ModelConfig().model_dump()) == ModelConfig()
     for settings in METHODS.values():
         assert settings.model_validate(settings().model_dump()) == settings()  # type: ignore[call-arg]

@@ -1,4 +1,6 @@
-"""Parameter counts, to the last weight: the paper's tables are counts, and published weights are read strictly."""
+"""Exact parameter counts: the paper's tables print them, and published weights are loaded
+strictly.
+"""
 
 from collections.abc import Iterable
 
@@ -38,7 +40,7 @@ def count(modules: nn.Module | Iterable[nn.Module]) -> int:
 
 
 def shapes_only(config: ModelConfig) -> ReferringSegmenter:
-    """The network without memory for its weights."""
+    """Return the network without memory for its weights."""
     with torch.device("meta"):
         return ReferringSegmenter(config)
 
@@ -54,30 +56,30 @@ def base() -> ReferringSegmenter:
 
 @pytest.mark.parametrize(("width", "expected"), [(768, 382_896), (1024, 448_688)])
 def test_one_dense_cross_adapter(width: int, expected: int) -> None:
-    """Else the adapter is not the paper's, whatever it is called."""
+    """The count is the paper's."""
     assert count(DenseCrossAdapter(width, 512, DenseCrossConfig())) == expected
 
 
 def test_one_text_adapter() -> None:
-    """Else the adapter is not the paper's, whatever it is called."""
+    """The count is the paper's."""
     assert count(TextAdapter(512, TextAdapterConfig())) == 66_112
 
 
 def test_frozen_towers(base: ReferringSegmenter) -> None:
-    """Else the towers cannot hold the published weights, and every percentage in the reports is off."""
+    """The counts are those of the published towers."""
     assert count(base.vision) - count(adapters_of(base.vision)) == 86_583_552
     assert count(base.text) - count(adapters_of(base.text)) == 63_428_097
 
 
 def test_head(base: ReferringSegmenter) -> None:
-    """Else the head is not the paper's, whatever it is called."""
+    """The counts are those of the published head."""
     assert count(base.head.neck) == 10_114_560
     assert count(base.head.decoder) == 7_899_136
     assert count(base.head.projector) == 4_788_737
 
 
 def test_dcris_b(base: ReferringSegmenter) -> None:
-    """Else the reported trainable share (2.69 M, 1.79 %) is not this network's."""
+    """DCRIS-B trains 2.69M adapter weights, 1.8% of the towers (table 2)."""
     assert adapters(base) == 2_694_048
     trainable = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
     assert trainable == 2_694_048 + 10_114_560 + 7_899_136 + 4_788_737
@@ -86,7 +88,7 @@ def test_dcris_b(base: ReferringSegmenter) -> None:
 
 
 def test_dcris_l() -> None:
-    """Else DCRIS-L is built from wrong widths or layers."""
+    """DCRIS-L has the published widths and layers."""
     large = shapes_only(
         ModelConfig(
             vision=VisionConfig(name="dinov2-large", width=1024, depth=24, heads=16),
@@ -99,7 +101,7 @@ def test_dcris_l() -> None:
 
 @pytest.mark.parametrize(("position", "millions"), TABLE_5)
 def test_every_row_of_table_5(position: str, millions: str) -> None:
-    """Else the ablation over layers counts something other than the paper's table."""
+    """The count of each row of table 5 is the printed one."""
     layers = tuple(int(number) for number in position.strip("[]").split(","))
     model = shapes_only(
         ModelConfig(method=DcrisConfig(visual=DenseCrossConfig(layers=layers), text=TextAdapterConfig(layers=layers)))
@@ -109,7 +111,7 @@ def test_every_row_of_table_5(position: str, millions: str) -> None:
 
 
 def test_one_dense_text_adapter() -> None:
-    """Else DETRIS's published weights do not fit: by its code, 64 wide for CLIP's 512."""
+    """The count is that of DETRIS's published class, 64 wide for CLIP's 512."""
     convolutions = sum(
         inputs * kernel * outputs + 3 * outputs  # weight and bias, and the batch norm's two
         for inputs, kernel, outputs in ((64, 1, 32), (96, 1, 4), (4, 3, 16), (112, 1, 4), (4, 5, 16))
@@ -127,7 +129,7 @@ def test_one_dense_text_adapter() -> None:
     ],
 )
 def test_detris(recipe: str, visual: int, text: int) -> None:
-    """Else a recipe of the successor has the wrong widths or layers: per adapter, what the published classes count."""
+    """The counts of the DETRIS recipes are those of the published classes."""
     config = get_recipe(recipe).model
     model = shapes_only(config)
     assert count(adapters_of(model.vision)) == visual

@@ -1,6 +1,7 @@
-"""Published DETRIS checkpoints: the same answers as the authors' code, and plain words for what is no such file.
+"""Published DETRIS checkpoints: results equal those of the authors' code; other files are refused.
 
-The golden numbers are the published code's, on random weights in its layout (tests/golden/make_detris.py).
+The golden numbers are those of the published code on random weights in its layout
+(tests/golden/make_detris.py).
 """
 
 import json
@@ -74,7 +75,7 @@ def inputs(config: RunConfig) -> tuple[Tensor, Tensor, list[Any]]:
     ["small", pytest.param("base", marks=pytest.mark.slow), pytest.param("large", marks=pytest.mark.slow)],
 )
 def test_the_published_code_s_own_numbers(name: str) -> None:
-    """Else a published checkpoint does not do here what it did for its authors, or trains on to something else."""
+    """Logits, masks, loss and gradients equal those of the published code."""
     pytest.importorskip(
         "instant_clip_tokenizer", reason="CLIP's vocabulary is neither in a package nor on the Hub here"
     )
@@ -104,8 +105,9 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     for each in (loss, text_to_pixel_loss(logits, truth)):
         assert each.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
 
-    # Some are zero in theory (a bias before a batch norm) and others nearly cancel, so rounding is judged by the whole.
-    # In float32 it depends on the processor: of L's tensors one is 1.2e-3 off on an AMD EPYC, none by 1e-3 on an Intel Xeon.
+    # Some are zero in theory (a bias before a batch norm) and others nearly cancel, so rounding is
+    # judged by the whole. In float32 it depends on the processor: of L's tensors one is 1.2e-3 off
+    # on an AMD EPYC, none by 1e-3 on an Intel Xeon.
     rel, floor = (1e-6, 1e-14) if VARIANTS[name].double else (2e-3, 1e-6)
     assert_norms(gradients_of(model, published_name), expected["gradients"], rel, floor)
 
@@ -120,7 +122,9 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", STARTED)
 def test_the_published_start(name: str) -> None:
-    """Else training starts elsewhere than the authors' did: a Kaiming start adds 20 times as much to the towers."""
+    """Initial weights are distributed as in the published code; a Kaiming start adds 20 times as
+    much to the towers.
+    """
     expected = golden(name)
     torch.manual_seed(0)
     model = ReferringSegmenter(config_of(name).model)
@@ -128,7 +132,8 @@ def test_the_published_start(name: str) -> None:
     for key, ours, theirs in zip(sorted(weights), describe_start(weights), expected["start"], strict=True):
         mean, deviation, largest = theirs.tolist()
         count = weights[key].numel()
-        # Five standard errors of a sample of this size, and of the four that the golden numbers are means of.
+        # Five standard errors of a sample of this size, and of the four that the golden numbers are
+        # means of.
         error = 5 * deviation * (1.25 / count) ** 0.5
         assert abs(ours[0].item() - mean) <= error + 1e-12, f"{key}: mean {ours[0]}, not {mean}"
         assert abs(ours[1].item() - deviation) <= error, f"{key}: deviation {ours[1]}, not {deviation}"
@@ -145,7 +150,7 @@ def test_the_published_start(name: str) -> None:
 
 
 def test_five_published_steps() -> None:
-    """Else a run goes another way than the authors' did, though each of its gradients is right."""
+    """Losses and weight updates of five training steps equal the published code's."""
     config, expected = config_of("small"), golden("small")
     model = ReferringSegmenter(config.model)
     copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS["small"]), config.model, "here"), "here")
@@ -168,7 +173,7 @@ def test_five_published_steps() -> None:
 
 
 def empty(name: str) -> dict[str, Tensor]:
-    """A state dict of a variant's names and shapes whose values take no room."""
+    """Return a state dict of a variant's names and shapes whose values take no memory."""
     state = {}
     for key, shape in layout(VARIANTS[name]).items():
         state[key] = torch.zeros((), dtype=torch.int64 if key.endswith("tracked") else torch.float32).expand(shape)
@@ -183,7 +188,7 @@ def save(path: Path, state: Any) -> Path:
 @pytest.mark.parametrize("name", ["base", "large", "mixed"])
 @pytest.mark.parametrize("wrapper", ["", "module."])
 def test_variants_are_recognised_from_their_tensors(name: str, wrapper: str, tmp_path: Path) -> None:
-    """Else a person has to know and say which of ten files is which."""
+    """The model is recognised from the tensors' names and shapes."""
     state = {wrapper + key: value for key, value in empty(name).items()}
     config, tensors = convert_detris(save(tmp_path / "x_refcoco.pth", {"state_dict": state, "epoch": 3}))
     assert config.model == RECIPES[name].model
@@ -195,7 +200,7 @@ def test_variants_are_recognised_from_their_tensors(name: str, wrapper: str, tmp
 
 
 def test_a_small_file_does_not_fill_the_disk(tmp_path: Path) -> None:
-    """Expanded tensors take 4 bytes in the file and any number of bytes when they are written."""
+    """Expanded tensors take 4 bytes in the file, but any number of bytes when written."""
     path = save(tmp_path / "refcoco.pth", empty("base"))
     with pytest.raises(DcrisError, match=r"the tensors of .* take 0\.\d GB, but the file has 0\.0 GB"):
         convert_file(path, tmp_path / "out")
@@ -203,7 +208,7 @@ def test_a_small_file_does_not_fill_the_disk(tmp_path: Path) -> None:
 
 
 def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:
-    """Else only the published settings could be read, and not an ablation run with their code."""
+    """Models with other layers and widths, as in an ablation, are recognised too."""
     state = empty("base")
     for key in [key for key in state if ".adapter." in key and key.startswith("dinov2") and ".blocks.3." in key]:
         del state[key]
@@ -231,13 +236,13 @@ def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:
 def test_the_file_s_name_says_the_data_set(
     stem: str, dataset: str, split_by: str | None, length: int, tmp_path: Path
 ) -> None:
-    """Else the phrases are cut at another length than the weights were trained with."""
+    """Data set and word length follow from the file's name."""
     config, _ = convert_detris(save(tmp_path / f"{stem}.pth", empty("base")))
     assert (config.data.dataset, config.data.split_by, config.data.word_length) == (dataset, split_by, length)
 
 
 def test_a_name_that_says_nothing_needs_the_flag(tmp_path: Path) -> None:
-    """Else the word length is guessed."""
+    """Without a data set in the file's name, --word-length is required."""
     for stem in ("best_model", "refcocog"):
         path = save(tmp_path / f"{stem}.pth", empty("base"))
         with pytest.raises(DcrisError, match="--word-length"):
@@ -250,7 +255,7 @@ def test_a_name_that_says_nothing_needs_the_flag(tmp_path: Path) -> None:
 
 
 def test_training_state_beside_the_weights_is_left_out(tmp_path: Path) -> None:
-    """Else the older files, which hold optimiser and schedule, cannot be read."""
+    """The state of optimiser and scheduler in older files is ignored."""
     weight = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.Adam([weight])
     weight.sum().backward()
@@ -339,7 +344,7 @@ def _scalar(state: dict[str, Any]) -> None:
     ],
 )
 def test_a_foreign_state_dict_is_named(spoil: Any, says: str, tmp_path: Path, capsys: Any) -> None:
-    """Else a wrong file ends in a traceback, or worse, in a model that is filled in part."""
+    """A state dict of another model is refused, naming the tensor."""
     state = empty("base")
     spoil(state)
     check_refusal(save(tmp_path / "refcoco.pth", state), says, capsys)
@@ -399,7 +404,7 @@ def _text(path: Path) -> None:
 def test_other_files_are_refused_in_one_sentence(
     make: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a damaged download is a riddle, and a hostile one runs code."""
+    """Damaged files and files with code are refused in one sentence, and nothing in them is run."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "refcoco.pth"
     make(path)
@@ -408,7 +413,7 @@ def test_other_files_are_refused_in_one_sentence(
 
 
 def test_the_command_refuses_what_stands_in_its_way(tmp_path: Path, capsys: Any) -> None:
-    """Else a folder of the same name is replaced, or one result by the next."""
+    """`dcris convert` does not overwrite a folder or one of its own results."""
     path = save(tmp_path / "refcoco.pth", empty("base"))
     (tmp_path / "out" / "refcoco").mkdir(parents=True)
     assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 2
@@ -424,7 +429,7 @@ def test_the_command_refuses_what_stands_in_its_way(tmp_path: Path, capsys: Any)
 
 @pytest.mark.slow
 def test_from_file_to_mask(tmp_path: Path, capsys: Any) -> None:
-    """Else the pieces fit and the whole does not: the command, the directory it leaves, and the answer for a photograph."""
+    """A published file can be converted and used for prediction by the commands."""
     path = save(tmp_path / "base_refcoco.pth", {"state_dict": weights(VARIANTS["base"])})
     assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 0
     assert "detris_b" in capsys.readouterr().out
@@ -453,6 +458,6 @@ def test_from_file_to_mask(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_the_default_text_adapter_is_the_papers() -> None:
-    """Else DCRIS has DETRIS's text adapter, or another head."""
+    """The default text adapter and head are DCRIS's."""
     assert TextAdapterConfig.model_validate_json(json.dumps({"layers": [1], "width": 64})).kind == "plain"
     assert HeadConfig() == RECIPES["base"].model.head

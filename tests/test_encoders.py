@@ -1,4 +1,4 @@
-"""The towers compute what the published weights were trained for; transformers is the oracle."""
+"""The towers compute what the published networks compute, compared with transformers."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ TOLERANCE = 1e-12  # of float64 numbers about 1
 
 @pytest.fixture
 def vision() -> tuple[DinoTower, Dinov2WithRegistersModel]:
-    """Our vision tower and transformers' with the same weights."""
+    """Return our vision tower and transformers' with the same weights."""
     tower = DinoTower(TINY_VISION).double().eval()
     randomise(tower)
     config = Dinov2WithRegistersConfig(
@@ -80,7 +80,7 @@ def vision() -> tuple[DinoTower, Dinov2WithRegistersModel]:
 
 @pytest.fixture
 def text() -> tuple[ClipTextTower, CLIPTextModelWithProjection]:
-    """Our text tower and transformers' with the same weights."""
+    """Return our text tower and transformers' with the same weights."""
     tower = ClipTextTower(TINY_TEXT).double().eval()
     randomise(tower)
     config = CLIPTextConfig(
@@ -118,7 +118,7 @@ def text() -> tuple[ClipTextTower, CLIPTextModelWithProjection]:
 
 
 def filled(oracle: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
-    """Transformers' model with our weights: every one of its own, and no other."""
+    """Return transformers' model with exactly these weights."""
     oracle = oracle.double().eval()
     # Newer releases know of buffers (position ids) that hold no weights; they stay.
     assert {name for name, _ in oracle.named_parameters()} == set(weights)
@@ -133,7 +133,7 @@ def filled(oracle: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Modu
 )
 @torch.no_grad()
 def test_vision_tower_is_dinov2(vision: tuple[DinoTower, Dinov2WithRegistersModel], rows: int, columns: int) -> None:
-    """Else published DINOv2 weights give the features of another network, and every result built on them is off."""
+    """Features at every block equal those of transformers."""
     tower, oracle = vision
     pixels = images(2, rows, columns).double()
     expected = oracle(pixels, output_hidden_states=True)
@@ -149,7 +149,7 @@ def test_vision_tower_is_dinov2(vision: tuple[DinoTower, Dinov2WithRegistersMode
 
 @pytest.fixture
 def clip_vision() -> tuple[ClipVisionTower, CLIPVisionModelWithProjection]:
-    """Our image half of CLIP and transformers' with the same weights."""
+    """Return our CLIP vision tower and transformers' with the same weights."""
     tower = ClipVisionTower(TINY_CLIP_VISION).double().eval()
     randomise(tower)
     config = CLIPVisionConfig(
@@ -179,7 +179,7 @@ def clip_vision() -> tuple[ClipVisionTower, CLIPVisionModelWithProjection]:
 def test_clip_vision_tower_is_clip(
     clip_vision: tuple[ClipVisionTower, CLIPVisionModelWithProjection], rows: int, columns: int
 ) -> None:
-    """Else ETRIS on its own tower is another model than the published one."""
+    """Features at every block equal those of transformers."""
     tower, oracle = clip_vision
     patch = tower.config.patch
     pixels = torch.randn(2, 3, rows * patch, columns * patch, generator=torch.Generator().manual_seed(0)).double()
@@ -198,7 +198,7 @@ def test_clip_vision_tower_is_clip(
 
 @torch.no_grad()
 def test_a_text_tower_can_be_stopped(text: tuple[ClipTextTower, CLIPTextModelWithProjection]) -> None:
-    """Else a method that lets the towers run side by side reads other words than one that reads the finished text."""
+    """Running the blocks in parts gives the same features as running them at once."""
     tower, _ = text
     tokens = tokens_ending_at((3, 5, 2), 7)
     state = tower.start(tokens)
@@ -216,7 +216,9 @@ def test_a_text_tower_can_be_stopped(text: tuple[ClipTextTower, CLIPTextModelWit
 def test_text_tower_is_clip(
     text: tuple[ClipTextTower, CLIPTextModelWithProjection], ends: tuple[int, ...], length: int
 ) -> None:
-    """Else published CLIP weights read phrases wrongly: a wrong activation alone shifts features by per cents."""
+    """Token and sentence features equal those of transformers. A wrong activation alone would
+    change them by per cents.
+    """
     tower, oracle = text
     tokens = tokens_ending_at(ends, length)
     ours, theirs = tower(tokens), oracle(tokens)
@@ -227,7 +229,7 @@ def test_text_tower_is_clip(
 
 @torch.no_grad()
 def test_padding_does_not_change_what_a_phrase_means(text: tuple[ClipTextTower, CLIPTextModelWithProjection]) -> None:
-    """Else a model trained with 17 tokens per phrase answers differently when asked with 22."""
+    """Features of the words do not depend on the number of padding tokens."""
     tower, _ = text
     tokens = tokens_ending_at((3, 5), 12)
     short, long = tower(tokens[:, :6]), tower(tokens)
@@ -241,7 +243,9 @@ def test_padding_does_not_change_what_a_phrase_means(text: tuple[ClipTextTower, 
 
 
 def bicubic_offset(table: np.ndarray, size: int) -> np.ndarray:
-    """Cubic convolution (a = -0.75) along the first axis, at the places the 0.1 offset gives, borders repeated."""
+    """Convolve cubically (a = -0.75) along the first axis at offset positions; borders are
+    repeated.
+    """
     side = len(table)
 
     def weight(distance: float) -> float:
@@ -260,7 +264,7 @@ def bicubic_offset(table: np.ndarray, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (5, 7), (6, 4), (12, 2)])
 def test_offset_rule_places_positions_as_the_published_code_does(rows: int, columns: int) -> None:
-    """Else the authors' DETRIS weights meet position codes they were not trained with."""
+    """The published DETRIS weights were trained with these interpolated positions."""
     table = torch.randn(1, 1 + 4 * 4, 5, generator=torch.Generator().manual_seed(0))
     square = table[0, 1:].double().reshape(4, 4, 5).numpy()
     expected = bicubic_offset(bicubic_offset(square, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
@@ -270,7 +274,7 @@ def test_offset_rule_places_positions_as_the_published_code_does(rows: int, colu
 
 
 def test_the_position_rules_differ() -> None:
-    """Else the setting that tells them apart is dead, and one of the published families is read wrongly."""
+    """The three interpolation rules give different positions."""
     table = torch.randn(1, 1 + 37 * 37, 3, generator=torch.Generator().manual_seed(0))
     offset, exact = (interpolate_positions(table, (32, 32), rule) for rule in ("offset", "exact"))
     assert offset.shape == exact.shape == (1, 1 + 32 * 32, 3)
@@ -291,7 +295,7 @@ def model() -> ReferringSegmenter:
 
 @torch.no_grad()
 def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter) -> None:
-    """Else answers depend on whether a service caches its photographs."""
+    """Sharing an image's features between expressions does not change the results."""
     pixels = images(2, 4, 5).double()
     tokens = tokens_ending_at((3, 6, 2), 7)
     image_of_phrase = torch.tensor([1, 0, 1])
@@ -299,7 +303,8 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter)
     assert state.step == 3  # block 1 holds the first adapter: block 0 whole and block 1's attention come before it
     logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens))
     assert logits.shape == (3, 1, 16, 20)
-    # Not to the last digit: products of other shapes may round otherwise, which depends on the processor.
+    # Not to the last digit: products of other shapes may round otherwise, which depends on the
+    # processor.
     assert error(logits, model(pixels[image_of_phrase], tokens)[0]) < TOLERANCE
     one_by_one = [
         model(pixels[i : i + 1], row[None])[0] for i, row in zip(image_of_phrase.tolist(), tokens, strict=True)
@@ -309,7 +314,7 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter)
 
 @torch.no_grad()
 def test_the_mlp_beside_the_first_adapter_is_shared_too(model: ReferringSegmenter) -> None:
-    """It does not read the text, and of what an adapter on a late block leaves to each phrase it is the largest part."""
+    """The MLP next to the first adapter does not read the text and is computed once per image."""
     tokens, rows = tokens_ending_at((3, 6, 2), 7), []
     model.vision.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     state = model.encode_images(images(1, 4, 5).double())
@@ -328,7 +333,7 @@ def test_the_mlp_beside_the_first_adapter_is_shared_too(model: ReferringSegmente
 
 @torch.no_grad()
 def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
-    """Else the ablation without visual adapters runs the image again for each phrase, or stops half way."""
+    """Without visual adapters, the vision tower runs to its end once per image."""
     model = ReferringSegmenter(tiny_config(visual_adapter=None)).eval()
     state = model.encode_images(images(1, 3, 3))
     assert state.step == 2 * len(model.vision.blocks)
@@ -338,7 +343,7 @@ def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
 
 @torch.no_grad()
 def test_half_blocks_add_up_to_blocks(model: ReferringSegmenter) -> None:
-    """Else stopping before the first text-reading slot, in the middle of a block, changes the result."""
+    """Running half blocks one by one gives the same result as whole blocks."""
     tower, pixels = model.vision, images(2, 3, 5).double()
     text = model.encode_text(tokens_ending_at((3, 5), 6)).tokens
     start = tower.start(pixels)
@@ -359,14 +364,14 @@ def test_half_blocks_add_up_to_blocks(model: ReferringSegmenter) -> None:
 
 @pytest.mark.parametrize("size", [(56, 57), (55, 56), (13, 14)])
 def test_sizes_that_do_not_divide_are_refused(model: ReferringSegmenter, size: tuple[int, int]) -> None:
-    """Else the last pixels are dropped in silence and masks are shifted against the photograph."""
+    """Images whose sides are not multiples of the patch size are an error."""
     with pytest.raises(ValueError, match=f"{size[0]}, {size[1]}.*patches of 14"):
         model.encode_images(torch.zeros(1, 3, *size).double())
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_map_of_tokens_is_one_whose_channels_come_last(batch: int) -> None:
-    """Else every convolution of a single photograph's features moves them in memory first, and the next moves them back."""
+    """The map of a single image is channels_last, so that convolutions do not copy it."""
     tokens = torch.arange(batch * 7 * 4.0).view(batch, 7, 4)[:, 1:]
     features = as_map(tokens, (2, 3))
     assert torch.equal(features[-1, :, 1, 2], tokens[-1, 5])

@@ -1,6 +1,7 @@
-"""ETRIS's bridger: the same numbers as the authors' code, and how it starts.
+"""ETRIS's bridger, compared with the authors' code.
 
-The golden numbers are the published code's, on random weights in its layout (tests/golden/make_etris.py).
+The golden numbers are those of the published code on random weights in its layout
+(tests/golden/make_etris.py).
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden" / "etris.safetensors"
 
 @pytest.mark.parametrize("name", ["small", pytest.param("base", marks=pytest.mark.slow)])
 def test_the_published_code_s_own_numbers(name: str) -> None:
-    """Else what is called ETRIS in a table of results is another method."""
+    """Features, logits, loss, gradients and statistics equal those of the published code."""
     variant = VARIANTS[name]
     expected = {key.removeprefix(f"{name}."): value for key, value in load_file(GOLDEN).items() if key.startswith(name)}
     model = ReferringSegmenter(config_of(variant).model)
@@ -54,7 +55,9 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
 
 
 def test_how_the_bridger_starts() -> None:
-    """Else a run starts elsewhere than the authors' did. By their code, Kaiming over the fan out as torch counts it."""
+    """Initial weights are distributed as in the published code: Kaiming over the fan out as torch
+    counts it.
+    """
     torch.manual_seed(0)
     bridge = EtrisBridge(768, 512, EtrisConfig())
     for number, stage in enumerate(bridge.stages):
@@ -79,13 +82,15 @@ def test_how_the_bridger_starts() -> None:
     ],
 )
 def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
-    """Else a slip of the pen is a traceback from inside a tower."""
+    """Unsuitable settings are errors of the configuration."""
     with pytest.raises(DcrisError, match=message):
         replace(get_recipe("etris_tiny"), {f"model.method.{key}": parse_value(value)})
 
 
 def test_stages_may_lie_anywhere() -> None:
-    """Else the towers can only meet behind the last blocks; a stage at a tap is tapped behind the exchange."""
+    """Stages can follow any blocks; the output of a feature layer includes the exchange
+    behind it.
+    """
     settings = {"model.method.layers": (2, 4), "model.method.text_layers": (0, 9)}
     model = ReferringSegmenter(replace(get_recipe("etris_tiny"), settings).model).double()
     randomise(model)

@@ -1,4 +1,4 @@
-"""Frozen means frozen: what trains is exactly the adapters and the head."""
+"""Exactly the adapters and the head are trained."""
 
 import copy
 
@@ -30,7 +30,7 @@ def model() -> ReferringSegmenter:
 
 
 def step(model: ReferringSegmenter, seed: int = 0) -> None:
-    """One step of Adam over everything that may move, on noise."""
+    """Take one step of Adam over all trained weights, on noise."""
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     masks = (torch.randn(2, 1, 42, 70, generator=torch.Generator().manual_seed(seed)) > 0).float()
     text_to_pixel_loss(model(images(2, 3, 5), tokens_ending_at((3, 5), 7))[0], masks).backward()
@@ -38,7 +38,7 @@ def step(model: ReferringSegmenter, seed: int = 0) -> None:
 
 
 def test_exactly_adapters_and_head_train(model: ReferringSegmenter) -> None:
-    """Else a run trains 150 M frozen weights, or leaves an adapter out, and nobody sees it in the loss."""
+    """The trained weights are those of the adapters and the head."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in model.named_parameters() if name.startswith(TRAINED)}
     for prefix in TRAINED:
@@ -50,7 +50,7 @@ def test_exactly_adapters_and_head_train(model: ReferringSegmenter) -> None:
 
 @pytest.mark.parametrize("part", ["visual_adapter", "text_adapter"])
 def test_an_adapter_left_out_leaves_nothing_behind(part: str) -> None:
-    """Else the ablation without an adapter still trains part of it."""
+    """Without one of the adapters, no weight of it is left."""
     names = [name for name, _ in ReferringSegmenter(tiny_config(**{part: None})).named_parameters() if "_slot." in name]
     other = "text." if part == "visual_adapter" else "vision."
     assert names
@@ -58,7 +58,7 @@ def test_an_adapter_left_out_leaves_nothing_behind(part: str) -> None:
 
 
 def test_a_training_step_moves_what_trains_and_nothing_else(model: ReferringSegmenter) -> None:
-    """Else checkpoints without towers do not give back the network that was trained."""
+    """Frozen weights and buffers are unchanged by a training step."""
     before = copy.deepcopy(model.state_dict())
     model.train()
     step(model)
@@ -66,7 +66,8 @@ def test_a_training_step_moves_what_trains_and_nothing_else(model: ReferringSegm
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     frozen = {name for name in before if not name.startswith(TRAINED)}
     assert not moved & frozen
-    # A bias right before batch norm changes nothing, so its gradient is only what rounding leaves of zero.
+    # A bias right before batch norm changes nothing, so its gradient is only what rounding leaves
+    # of zero.
     idle = {
         f"{name}.0.bias"
         for name, module in model.named_modules()
@@ -76,7 +77,7 @@ def test_a_training_step_moves_what_trains_and_nothing_else(model: ReferringSegm
 
 
 def test_frozen_weights_get_no_gradient(model: ReferringSegmenter) -> None:
-    """Else training needs the memory of a full fine-tuning."""
+    """Frozen weights have no gradients, which would need memory."""
     model.train()
     step(model)
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -84,7 +85,7 @@ def test_frozen_weights_get_no_gradient(model: ReferringSegmenter) -> None:
 
 
 def test_modes_switch_adapters_and_head_only(model: ReferringSegmenter) -> None:
-    """Else a tower's behaviour depends on the mode, or adapters evaluate with dropout and batch statistics."""
+    """The towers stay in evaluation mode; adapters and head follow the model's mode."""
     assert not model.training, "a fresh network answers; training is asked for"
     for mode in (True, False, True):
         assert model.train(mode) is model
@@ -99,7 +100,7 @@ def test_modes_switch_adapters_and_head_only(model: ReferringSegmenter) -> None:
 
 @torch.no_grad()
 def test_statistics_move_in_training_and_never_in_evaluation(model: ReferringSegmenter) -> None:
-    """Else evaluating a model changes it."""
+    """Batch statistics change in training only."""
     batch = images(2, 3, 5), tokens_ending_at((3, 5), 7)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert before
@@ -113,7 +114,7 @@ def test_statistics_move_in_training_and_never_in_evaluation(model: ReferringSeg
 
 
 def test_checkpoints_hold_what_was_trained(model: ReferringSegmenter) -> None:
-    """Else a checkpoint carries 600 MB of towers, or forgets statistics and evaluates to noise after loading."""
+    """A checkpoint has trained weights and statistics, not the towers, and restores the network."""
     state = trained_state(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     statistics = {

@@ -1,4 +1,6 @@
-"""Neck, decoder, projector and loss, against plain readings of section 3.4 and equation 6."""
+"""Neck, decoder, projector and loss, compared with plain implementations of section 3.4 and
+equation 6.
+"""
 
 import math
 
@@ -39,7 +41,9 @@ def check_attention_gradients(ours: MultiHeadAttention, theirs: nn.MultiheadAtte
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all keys", "padding left out"])
 def test_attention_is_torchs(masked: bool) -> None:
-    """Else published heads, trained with torch.nn.MultiheadAttention, cannot be read."""
+    """Results and gradients equal those of torch.nn.MultiheadAttention, with which the published
+    head was trained.
+    """
     ours = attention()
     theirs = torch_attention(ours)
     query, key, value = noise(2, 5, 12), noise(2, 4, 12, seed=1), noise(2, 4, 12, seed=2)
@@ -54,7 +58,9 @@ def test_attention_is_torchs(masked: bool) -> None:
 
 
 def test_one_key_needs_no_queries() -> None:
-    """Else the shortcut in the neck changes what is trained: queries and keys must get no gradient, values all of it."""
+    """The shortcut for a single key keeps the result and the gradients: none for queries
+    and keys.
+    """
     ours = attention()
     theirs = torch_attention(ours)
     query, value = noise(2, 5, 12), noise(2, 12, seed=1)
@@ -70,7 +76,7 @@ def test_one_key_needs_no_queries() -> None:
 
 
 def conv_norm_relu(unit: nn.Sequential, x: Tensor) -> Tensor:
-    """A unit's convolution, batch norm and ReLU in evaluation mode."""
+    """Apply a unit's convolution, batch norm and ReLU in evaluation mode."""
     weight, norm = unit[0].weight, unit[1]
     x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
     x = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
@@ -78,7 +84,7 @@ def conv_norm_relu(unit: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def test_neck_is_per_pixel_attention_to_the_sentence() -> None:
-    """Else the head is not the paper's: every pixel attends to f_s, level by level, before the maps are fused."""
+    """Every pixel attends to f_s, level by level, before the levels are fused."""
     neck = Neck(10, 9, 12, 3).double().eval()
     randomise(neck)
     levels, sentence = [noise(2, 10, 3, 5, seed=seed) for seed in range(3)], noise(2, 9, seed=3)
@@ -97,7 +103,7 @@ def test_neck_is_per_pixel_attention_to_the_sentence() -> None:
 
 
 def test_coordinates_are_x_then_y() -> None:
-    """Else "left" and "top" change places for the published head; border cells are -1 and 1 exactly."""
+    """Coordinates are x, then y; border cells are exactly -1 and 1."""
     neck = Neck(10, 9, 12, 3).eval()
     seen: list[Tensor] = []
     neck.coordinate_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -113,7 +119,7 @@ def sine(position: int, channel: int, width: int) -> float:
 
 
 def test_positions_follow_the_formula() -> None:
-    """Else a published decoder reads words and pixels at wrong places."""
+    """Sine positions equal the formula, for words and for pixels."""
     expected = [[sine(place, channel, 12) for channel in range(12)] for place in range(22)]
     assert error(sine_positions(22, 12), torch.tensor(expected)) < 1e-5
     expected = [
@@ -125,7 +131,7 @@ def test_positions_follow_the_formula() -> None:
 
 
 def plain_decoder(decoder: Decoder, features: Tensor, words: Tensor, padding: Tensor) -> Tensor:
-    """Section 3.4 in torch's own modules, in evaluation mode."""
+    """Section 3.4 implemented with torch's own modules, in evaluation mode."""
     batch, width, rows, columns = features.shape
     words = decoder.text_proj(words)
     places = sine_positions_2d(rows, columns, width).double()
@@ -145,7 +151,9 @@ def plain_decoder(decoder: Decoder, features: Tensor, words: Tensor, padding: Te
 
 @pytest.mark.parametrize("text_width", [16, 10], ids=["words as wide as the head", "words projected"])
 def test_decoder_is_section_3_4(text_width: int) -> None:
-    """Else the head is not the paper's: positions go to queries and keys only, padding is left out, norms are twice."""
+    """Positions are added to queries and keys only, padding is masked, and attention outputs are
+    normalised.
+    """
     decoder = Decoder(16, text_width, heads=4, layers=2, feedforward=20, dropout=0.1).double()
     randomise(decoder)
     decoder.eval()
@@ -172,7 +180,7 @@ def test_decoder_is_section_3_4(text_width: int) -> None:
 def test_kernels_per_sample_are_a_grouped_convolution(
     batch: int, channels: int, rows: int, columns: int, seed: int
 ) -> None:
-    """Else masks are shifted or mirrored by a pixel, at the borders above all."""
+    """The result equals a grouped convolution, also at the borders."""
     x, kernels, bias = (
         noise(*shape, seed=seed + 100 * i).requires_grad_()
         for i, shape in enumerate(((batch, channels, rows, columns), (batch, channels * 9), (batch,)))
@@ -200,7 +208,9 @@ def test_kernels_per_sample_are_a_grouped_convolution(
 def test_finer_convolution_is_interpolation_then_convolution(
     batch: int, inputs: int, outputs: int, rows: int, columns: int, seed: int
 ) -> None:
-    """Else the quarter of the products that is done gives another mask, at the borders above all, or another gradient."""
+    """The result and the gradients equal interpolation followed by a convolution, also at the
+    borders.
+    """
     x = noise(batch, inputs, rows, columns, seed=seed).requires_grad_()
     weight = noise(outputs, inputs, 3, 3, seed=seed + 100).requires_grad_()
     found = finer_convolution(x, weight)
@@ -213,7 +223,7 @@ def test_finer_convolution_is_interpolation_then_convolution(
 
 
 def test_finer_convolution_rounds_no_worse_in_bfloat16() -> None:
-    """Half precision rounds at other places here; if it lost more, GPUs would train a worse model than the published code."""
+    """In bfloat16 it rounds hardly worse than interpolation followed by a convolution."""
     x, weight = noise(1, 256, 16, 16).float(), noise(64, 256, 3, 3, seed=1).float() / 48
     exact = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="bilinear"), weight, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -223,7 +233,7 @@ def test_finer_convolution_rounds_no_worse_in_bfloat16() -> None:
 
 
 def test_finer_convolution_where_autocast_interpolates_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does on CUDA, where a product in place then meets two precisions and ends every step."""
+    """On CUDA autocast interpolates in float32; an in-place product must not mix precisions."""
     interpolate = F.interpolate
     x, weight, bias = (noise(*shape).float() for shape in ((1, 8, 3, 5), (4, 8, 3, 3), (4,)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -233,7 +243,7 @@ def test_finer_convolution_where_autocast_interpolates_in_single_precision(monke
 
 
 def test_projector_is_equation_5() -> None:
-    """Else the sentence's kernel reads features other than the paper's, or on another grid."""
+    """The kernel made from f_s is applied to the upsampled features, on the paper's grid."""
     projector = Projector(12, 9, None).double()
     randomise(projector)
     projector.eval()
@@ -250,7 +260,7 @@ def test_projector_is_equation_5() -> None:
 
 
 def test_the_last_bias_can_start_below_zero() -> None:
-    """Else the setting that says most pixels are background does nothing, or moves the kernels too."""
+    """`head.bias` sets the last bias and nothing else."""
     torch.manual_seed(0)
     plain = Projector(12, 9, None)
     torch.manual_seed(0)
@@ -261,7 +271,9 @@ def test_the_last_bias_can_start_below_zero() -> None:
 
 
 def plain_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Equation 6 with its logarithms, cell by cell; each cell asks the mask's pixel at its upper left corner."""
+    """Equation 6 with explicit logarithms, cell by cell, with the mask's pixel at each cell's upper
+    left corner.
+    """
     total, (batch, _, rows, columns) = torch.zeros(()).double(), logits.shape
     for sample in range(batch):
         for row in range(rows):
@@ -274,7 +286,7 @@ def plain_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [(8, 12), (28, 42), (14, 21)], ids=["the grid's own", "the network's", "the patches'"])
 def test_loss_is_equation_6(size: tuple[int, int]) -> None:
-    """Else training minimises something other than the paper's objective."""
+    """The loss equals equation 6."""
     logits = noise(2, 1, 8, 12).mul(3).requires_grad_()
     masks = (noise(2, 1, *size, seed=1) > 0).float()
     loss, expected = text_to_pixel_loss(logits, masks), plain_loss(logits, masks)
@@ -286,7 +298,7 @@ def test_loss_is_equation_6(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_of_huge_logits_is_finite(dtype: torch.dtype) -> None:
-    """Else one confident mistake turns a whole run into NaN."""
+    """A confident wrong prediction gives a finite loss."""
     logits = torch.full((1, 1, 4, 4), 1e4, dtype=dtype, requires_grad=True)
     masks = torch.ones(1, 1, 16, 16)
     assert text_to_pixel_loss(logits, masks).item() == 0
@@ -299,7 +311,9 @@ def test_loss_of_huge_logits_is_finite(dtype: torch.dtype) -> None:
 
 
 def test_the_head_reads_patches_of_the_taps_and_the_normed_end() -> None:
-    """Else published heads get other levels: blocks' outputs as they are, the last one normalised, no class or registers."""
+    """The levels are the feature layers' outputs as they are and the normalised last output,
+    patches only.
+    """
     model = ReferringSegmenter(tiny_config()).double()
     randomise(model)
     model.eval()
@@ -316,7 +330,7 @@ def test_the_head_reads_patches_of_the_taps_and_the_normed_end() -> None:
 
 
 def test_the_projector_is_exported_for_any_number_of_phrases() -> None:
-    """Else an exported file takes as many phrases at once as its example had, and no other number."""
+    """An exported graph accepts any number of expressions."""
     projector = Projector(8, 6, None).eval()
     batch = torch.export.Dim("batch")
     example = torch.randn(2, 8, 3, 4), torch.randn(2, 6)

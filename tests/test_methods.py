@@ -53,7 +53,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def test_the_list_of_methods_is_whole() -> None:
-    """Else a method that is not found, or has no recipe, passes every test here by not being tried."""
+    """Every method is registered and has both recipes, so that the tests below try all of them."""
     assert {
         "dcris",
         "full",
@@ -72,7 +72,9 @@ def test_the_list_of_methods_is_whole() -> None:
 
 @pytest.mark.parametrize("method", COUNTS)
 def test_counts(method: str) -> None:
-    """Else a table compares methods at other budgets than it says. Within 3% of the paper's where the paper has the method."""
+    """Trained weights are as documented, and within 3% of the paper's count where the paper has the
+    method.
+    """
     with torch.device("meta"):
         count = ReferringSegmenter(get_recipe(f"{method}_b").model).count_weights()["adapters"]
     expected, paper = COUNTS[method]
@@ -80,13 +82,16 @@ def test_counts(method: str) -> None:
     if paper:
         assert abs(count / paper - 1) < 0.03
     if method == "full":
-        # The paper's number leaves out the text tower's positions; ours two tensors that are never read.
+        # The paper's number leaves out the text tower's positions; ours two tensors that are never
+        # read.
         assert count + 768 + 1 - 77 * 512 == 149_972_225
 
 
 @cache
 def _built(recipe: str) -> ReferringSegmenter:
-    """The tiny towers with their own weights. The last biases differ from zero, so that nothing hides."""
+    """Return a model on the tiny towers. The head is randomised, so that zeros do not hide
+    differences.
+    """
     model = build_model(get_recipe(recipe))
     randomise(model.head, seed=3)
     return model
@@ -97,7 +102,7 @@ def built(recipe: str) -> ReferringSegmenter:
 
 
 def tokens(*rows: tuple[int, ...], length: int = 9) -> Tensor:
-    """Phrases of the tiny vocabulary: start 127, end 128."""
+    """Return tokens of the tiny vocabulary: start 127, end 128."""
     whole = torch.zeros(len(rows), length, dtype=torch.long)
     for row, words in zip(whole, rows, strict=True):
         row[: len(words) + 2] = torch.tensor([127, *words, 128])
@@ -133,19 +138,19 @@ def _tuned(method: str) -> ReferringSegmenter:
 
 
 def tuned(method: str) -> ReferringSegmenter:
-    """A model of the method after three steps; nobody may change it."""
+    """Return a model of the method after three steps. Tests must not change it."""
     return _tuned(method)
 
 
 def added(name: str) -> bool:
-    """Whether a tensor is one that the method adds."""
+    """Return whether the method added the tensor."""
     return "_slot." in name or name.startswith("bridge.")
 
 
 @every_method
 @torch.no_grad()
 def test_it_starts_as_the_plain_towers_where_it_should(method: str) -> None:
-    """Else training starts from worse features than the towers have."""
+    """Adapters that start as the identity leave the towers' initial output unchanged."""
     model = built(f"{method}_tiny")
     plain = ReferringSegmenter(model.config.model_copy(update={"method": None})).eval()
     # Before anything is trained what is not in a slot or a bridge is the plain network.
@@ -157,8 +162,9 @@ def test_it_starts_as_the_plain_towers_where_it_should(method: str) -> None:
 
 @every_method
 def test_exactly_its_weights_train(method: str) -> None:
-    """Else a comparison at equal budgets is none: all that trains has a finite gradient, and nothing else moves, statistics
-    included."""
+    """All trained weights have finite gradients and move; nothing else moves, statistics
+    included.
+    """
     model = built(f"{method}_tiny")
     config = model.config.method
     assert config is not None
@@ -175,7 +181,8 @@ def test_exactly_its_weights_train(method: str) -> None:
     state = trained_state(model)
     assert moved <= state.keys()
     assert not moved & (own - trains)
-    # All of the method's weights move. Some of the head's cannot (a bias before batch norm has no gradient but rounding).
+    # All of the method's weights move. Some of the head's cannot (a bias before batch norm has no
+    # gradient but rounding).
     assert {name for name in trains - moved if not name.startswith("head.")} == set()
     for tower in (model.vision, model.text):
         assert not any(module.training for module in tower.modules())
@@ -184,7 +191,7 @@ def test_exactly_its_weights_train(method: str) -> None:
 @every_method
 @torch.no_grad()
 def test_saved_and_loaded_it_answers_the_same(method: str, tmp_path: Path) -> None:
-    """Else the checkpoint lacks something that was trained; and on towers that are not the recorded ones it is refused."""
+    """A checkpoint holds everything that was trained, and is refused on other towers."""
     model, config = tuned(method), get_recipe(f"{method}_tiny")
     expected = model(PIXELS, PHRASES)[0]
     towers = identify_towers(model)
@@ -205,7 +212,7 @@ def test_saved_and_loaded_it_answers_the_same(method: str, tmp_path: Path) -> No
     "method", [name if name in ("houlsby", "etris") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
 def test_a_resumed_run_is_the_same_run(method: str, scenes_root: Path, tmp_path: Path) -> None:
-    """Else a night's run that was interrupted ends in other weights. And a Segmenter takes the run."""
+    """An interrupted and resumed run ends with the same weights. A Segmenter can load the run."""
 
     def config(steps: int) -> RunConfig:
         quick, recipe = quick_config(steps), get_recipe(f"{method}_tiny")
@@ -226,7 +233,7 @@ def test_a_resumed_run_is_the_same_run(method: str, scenes_root: Path, tmp_path:
 
 @every_method
 def test_bfloat16(method: str) -> None:
-    """Else the default precision of a GPU cannot train it."""
+    """Training works in bfloat16, the default precision of a GPU."""
     model = built(f"{method}_tiny").train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model)
@@ -239,7 +246,7 @@ def test_bfloat16(method: str) -> None:
 @every_method
 @torch.no_grad()
 def test_many_phrases_on_one_image_are_as_single_calls(method: str) -> None:
-    """Else evaluation, which shares an image's work between its phrases, scores another network than the one trained."""
+    """Evaluation shares an image's features between its expressions; results equal single calls."""
     model = tuned(method)
     phrases = tokens((5, 6, 7), (8, 9), (10,))
     state = model.encode_images(PIXELS[:1])
@@ -251,7 +258,7 @@ def test_many_phrases_on_one_image_are_as_single_calls(method: str) -> None:
 @every_method
 @torch.no_grad()
 def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path) -> None:
-    """Else the quick form of a model is another model; what cannot be folded says so and is left as it is."""
+    """Folding keeps the results; methods that cannot be folded raise an error and are unchanged."""
     config = get_recipe(f"{method}_tiny")
     other = torch.bfloat16 if choose_precision("auto", CPU) == torch.float32 else torch.float32
     precision = str(other).removeprefix("torch.")
@@ -277,7 +284,7 @@ def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_it_compiles(method: str, backend: str) -> None:
-    """Else `torch.compile` breaks on it, or gives another answer. One graph, with nothing left to Python."""
+    """`torch.compile` gives the same result, in one graph."""
     model = tuned(method)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -287,7 +294,7 @@ def test_it_compiles(method: str, backend: str) -> None:
 
 
 def test_a_rate_of_its_own_for_the_towers_weights() -> None:
-    """Else full tuning at a tenth of the head's rate tunes at the whole."""
+    """`tower_lr` applies to the towers' own weights only."""
     model, config = built("full_tiny"), get_recipe("full_tiny").train
     head, own = parameter_groups(model, config)
     assert (head["lr_factor"], own["lr_factor"]) == (1.0, 0.1)
@@ -306,7 +313,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_houlsby_is_a_bottleneck_in_series() -> None:
-    """It reads what the branch made, not what the branch read."""
+    """It reads the branch's output, not its input."""
     adapter = HoulsbyAdapter(12, HoulsbyConfig(width=5)).double()
     randomise(adapter)
     w = dict(adapter.named_parameters())
@@ -316,7 +323,9 @@ def test_houlsby_is_a_bottleneck_in_series() -> None:
 
 
 def test_houlsby_starts_nearly_as_the_identity() -> None:
-    """Within a hundredth, as the source; and its layer norms train where that is asked for."""
+    """It starts within a hundredth of the identity, as in the source; `norms` trains the layer
+    norms.
+    """
     adapter, x = HoulsbyAdapter(128, HoulsbyConfig()), torch.randn(2, 7, 128)
     assert 0 < error(adapter(x, x, x, SlotContext()), x) < 0.02
     config = get_recipe("dcris_tiny").model.model_copy(update={"method": HoulsbyConfig(norms=True)})
@@ -328,7 +337,7 @@ def test_houlsby_starts_nearly_as_the_identity() -> None:
 
 
 def test_adaptformer_is_a_scaled_bottleneck_in_parallel() -> None:
-    """It reads what the MLP reads."""
+    """It reads the MLP's input."""
     adapter = ParallelAdapter(12, AdaptFormerConfig(width=5, scale=0.3)).double().eval()
     randomise(adapter)
     w = dict(adapter.named_parameters())
@@ -339,7 +348,9 @@ def test_adaptformer_is_a_scaled_bottleneck_in_parallel() -> None:
 
 
 def test_compacter_is_sums_of_kronecker_products() -> None:
-    """H = sum of A_i (x) S_i T_i, the rule A being the first adapter's for all of a tower, before and after a deep copy."""
+    """H = sum of A_i (x) S_i T_i. The tower's first adapter holds the rule A, also after a deep
+    copy.
+    """
     config = CompacterConfig(width=8, rank=2, terms=4)
     first = CompacterAdapter(12, config, None).double()
     second = CompacterAdapter(12, config, first).double()
@@ -369,13 +380,15 @@ def test_compacter_is_sums_of_kronecker_products() -> None:
 
 
 def test_compacter_says_what_does_not_divide() -> None:
-    """Else a shape error from inside torch."""
+    """A width that cannot be divided is an error of the configuration."""
     with pytest.raises(DcrisError, match=r"method\.width 50 must be a multiple of method\.terms 4"):
         replace(get_recipe("compacter_tiny"), {"model.method.width": 50})
 
 
 def test_lora_is_what_peft_makes_of_it() -> None:
-    """Same outputs and gradients as peft's LoRA on queries and values as Linears of their own, and the same when merged."""
+    """Outputs and gradients equal those of peft's LoRA on separate query and value layers, also
+    when folded.
+    """
     peft = pytest.importorskip("peft")
 
     class Separate(nn.Module):
@@ -432,7 +445,9 @@ def test_lora_is_what_peft_makes_of_it() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
 def test_prompts_are_tokens_that_come_and_go(deep: bool) -> None:
-    """Put in behind the prefix, without positions, exchanged in each block where deep, and not handed on."""
+    """Prompts are inserted behind the prefix, have no positions, are replaced in each block if
+    deep, and are removed from the output.
+    """
     config = replace(get_recipe("prompts_tiny"), {"model.method.deep": deep, "model.method.text_tokens": 3})
     model = ReferringSegmenter(config.model).eval()
     randomise(model)

@@ -1,4 +1,4 @@
-"""The network as prediction wants it: the same answers, the same state dict, nothing held twice."""
+"""The model prepared for prediction: same results, same state dict, nothing stored twice."""
 
 import gc
 import weakref
@@ -39,7 +39,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     ids=["dcris", "fixed", "dense"],
 )
 def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
-    """Else masks in a user's hands are not those that were evaluated while training."""
+    """The prepared copy gives the same results, and the model is unchanged."""
     model = model_of(config).eval()
     before = fingerprint(model.state_dict())
     ready = prepare_for_prediction(model)
@@ -54,7 +54,7 @@ def test_it_answers_as_the_model_does(config: ModelConfig) -> None:
 
 
 def test_it_shares_the_towers_and_does_not_train() -> None:
-    """Else every loaded model takes twice the memory."""
+    """The copy shares the towers' weights and is in evaluation mode."""
     model = model_of(get_recipe("dcris_tiny").model)
     ready = prepare_for_prediction(model.train())
     assert ready.vision.blocks[0].mlp.fc1.weight is model.vision.blocks[0].mlp.fc1.weight
@@ -63,7 +63,9 @@ def test_it_shares_the_towers_and_does_not_train() -> None:
 
 
 def test_it_is_gone_when_nobody_holds_it() -> None:
-    """Else validation after validation leaves a copy of all weights until the garbage collector comes by."""
+    """The copy is freed without the garbage collector, so that validations do not accumulate
+    copies.
+    """
     ready = prepare_for_prediction(model_of(get_recipe("dcris_tiny").model), torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ready(*inputs())[0]
@@ -77,7 +79,7 @@ def test_it_is_gone_when_nobody_holds_it() -> None:
 
 
 def test_half_precision_is_held_as_autocast_would_cast() -> None:
-    """Else predictions in bfloat16 differ from those of the evaluator that chose the checkpoint by more than rounding."""
+    """Stored bfloat16 weights give the results of autocast, up to rounding."""
     model = model_of(get_recipe("dcris_tiny").model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)
     assert ready.vision.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
@@ -91,7 +93,7 @@ def test_half_precision_is_held_as_autocast_would_cast() -> None:
 
 @needs_bfloat16
 def test_a_block_is_packed_and_answers_the_same() -> None:
-    """The quick products take whatever comes: slices, single precision, any number of tokens; and GELU is the exact one."""
+    """Packed products accept slices, float32 and any number of tokens, and use the exact GELU."""
     model = model_of(get_recipe("dcris_tiny").model).eval()
     ready = prepare_for_prediction(model, torch.bfloat16)
     block, plain = ready.vision.blocks[1], model.vision.blocks[1]
@@ -109,7 +111,7 @@ def test_a_block_is_packed_and_answers_the_same() -> None:
 
 @needs_bfloat16
 def test_the_head_is_packed_and_answers_the_same() -> None:
-    """Its convolutions are laid for maps of one size and one place in memory, and take what comes."""
+    """Packed convolutions accept maps of any size and memory layout."""
     model = model_of(get_recipe("dcris_tiny").model)
     exact, ready = (prepare_for_prediction(model, dtype).head for dtype in (torch.float32, torch.bfloat16))
     units = [
@@ -136,7 +138,7 @@ def test_the_head_is_packed_and_answers_the_same() -> None:
 
 
 def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
-    """Else ten adapter sets hold ten pairs of towers in half precision."""
+    """Several models on the same towers share the bfloat16 copies."""
     first = model_of(get_recipe("dcris_tiny").model)
     second = ReferringSegmenter(get_recipe("dcris_tiny").model)
     for (name, weight), (_, shared) in zip(second.named_parameters(), first.named_parameters(), strict=True):
@@ -150,9 +152,8 @@ def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
 
 
 def test_frozen_towers_in_half_precision_train_the_same() -> None:
-    """Else training in bfloat16 gives other gradients than it did, or trained weights lose their last bits.
-
-    Packed weights may round otherwise: by no more than bfloat16 itself does.
+    """Gradients are those of autocast, up to bfloat16 rounding, and trained weights stay
+    float32.
     """
     packed = MULTIPLIES_BFLOAT16
     model, same = (model_of(get_recipe("dcris_tiny").model).train() for _ in range(2))
@@ -173,7 +174,9 @@ def test_frozen_towers_in_half_precision_train_the_same() -> None:
 
 @needs_bfloat16
 def test_gradients_go_through_packed_layers() -> None:
-    """Else adapters learn from wrong gradients; and layers before the first adapter would hold their weights twice."""
+    """Gradients pass through packed layers; only layers behind the first adapter store a transposed
+    copy.
+    """
     model, same = (model_of(get_recipe("dcris_tiny").model).train() for _ in range(2))
     hold_frozen(same, torch.bfloat16)
     block, plain = same.vision.blocks[-1], model.vision.blocks[-1]
