@@ -245,7 +245,7 @@ def detris(root: Path) -> None:
 
 
 def prepared(root: Path) -> None:
-    """What CRIS's tools leave."""
+    """The layout of CRIS."""
     tiny = make_tiny_refer(root / "refer")
     write_prepared(load_references(tiny.write(), "tiny"), root, "refcoco")
     (root / "images").mkdir()
@@ -254,7 +254,7 @@ def prepared(root: Path) -> None:
 
 
 def hub(root: Path) -> None:
-    """Parquet without pictures."""
+    """Parquet as on the Hub."""
     tiny = make_tiny_refer(root)
     tiny.write()
     for name, content in hub_files(tiny.references, tiny.instances).items():
@@ -265,7 +265,7 @@ def hub(root: Path) -> None:
 
 
 def own(root: Path) -> None:
-    """A data set of one's own, with masks of each kind."""
+    """Your own data in JSON Lines, with masks of each kind."""
     (root / "m").mkdir(parents=True)
     mask = np.zeros((20, 30), np.uint8)
     mask[5:15, 5:25] = 1
@@ -280,7 +280,7 @@ def own(root: Path) -> None:
 
 
 def export(root: Path) -> None:
-    """What annotation tools leave, with phrases beside it."""
+    """The export of an annotation tool, and phrase files."""
     tiny = make_tiny_refer(root / "tiny")
     tiny.write()
     tiny.image_folder.rename(root / "photos")

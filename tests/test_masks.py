@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
+from dcris.data import masks as masks_module
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, encode_mask, mask_area, mask_box, validate_segmentation
 from dcris.errors import DcrisError
@@ -292,3 +293,13 @@ def test_the_orientation_of_a_mask_is_applied(tmp_path, orientation):
     for name in ("mask.png", "mask.tif"):
         assert validate_segmentation(tmp_path / name, photo.shape) == tmp_path / name
         assert np.array_equal(decode_mask(tmp_path / name, photo.shape).astype(bool), photo)
+
+
+@pytest.mark.parametrize("read", [decode_mask, mask_area])
+def test_run_lengths_are_decoded_once(monkeypatch, read):
+    """Every sample of an epoch decodes its mask, so validation and decoding share the work."""
+    calls = []
+    original = masks_module._uncompress
+    monkeypatch.setattr(masks_module, "_uncompress", lambda text: calls.append(text) or original(text))
+    read(encode_mask(np.eye(20, 30)), (20, 30))
+    assert len(calls) == 1
