@@ -53,8 +53,10 @@ def exported(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def balanced(segmenter: Segmenter, exported: Path, folder: Path, photograph: Any) -> tuple[Path, float]:
     """A copy of the export with a threshold that gives masks which are not empty."""
-    answers = segmenter.predict(photograph, PHRASES, scores=True)
-    threshold = float(np.median([answer.probabilities for answer in answers if answer.probabilities is not None]))
+    predictions = segmenter.predict(photograph, PHRASES, scores=True)
+    threshold = float(
+        np.median([prediction.probabilities for prediction in predictions if prediction.probabilities is not None])
+    )
     for file in exported.iterdir():
         (folder / file.name).symlink_to(file)
     settings = json.loads((exported / "model.json").read_text())
@@ -73,10 +75,10 @@ def agreement(
     for start in range(0, len(photographs), batch):
         group = photographs[start : start + batch]
         theirs = segmenter.predict(group, PHRASES, threshold=threshold)
-        for masks, answers in zip(onnx_segment.segment(model, group, PHRASES), theirs, strict=True):
-            for mask, answer in zip(masks, answers, strict=True):
-                either = (mask | answer.mask).sum()
-                yield (mask & answer.mask).sum() / either if either else 1.0, 0 < answer.mask.mean() < 1
+        for masks, predictions in zip(onnx_segment.segment(model, group, PHRASES), theirs, strict=True):
+            for mask, prediction in zip(masks, predictions, strict=True):
+                either = (mask | prediction.mask).sum()
+                yield (mask & prediction.mask).sum() / either if either else 1.0, 0 < prediction.mask.mean() < 1
 
 
 @pytest.mark.slow

@@ -352,8 +352,8 @@ def test_bad_files_among_good_ones(
     (photos / "2.png").write_text("not a picture")
     (photos / "gone.png").symlink_to(photos / "nowhere")
     out = tmp_path / "out"
-    ask = ("predict", model, photos, "-e", "cup", "--out", out)
-    assert dcris(*ask) == 2
+    command = ("predict", model, photos, "-e", "cup", "--out", out)
+    assert dcris(*command) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("dcris: 3 of 5 could not be read, all others are done: ")
     assert printed.err.count("\n") == 1
@@ -364,7 +364,7 @@ def test_bad_files_among_good_ones(
     (photos / "1.png").write_bytes(good)
     (photos / "2.png").unlink()
     (photos / "gone.png").unlink()
-    assert dcris(*ask) == 0
+    assert dcris(*command) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("2 of 3 are done already")
     assert [entry["file_name"] for entry in results(out)] == ["0.png", "1.png", "3.png"]
     assert not leftovers(out)
@@ -380,23 +380,23 @@ def test_finished_images_are_skipped(
     """A call predicts again after other phrases, a changed image or a deleted file, and only
     then."""
     out = tmp_path / "out"
-    ask = ["predict", model, photos, "-e", "cup", "--out", out, "--format", "mask", "coco"]
-    assert dcris(*ask) == 0
+    command = ["predict", model, photos, "-e", "cup", "--out", out, "--format", "mask", "coco"]
+    assert dcris(*command) == 0
     first, content = written(out), results(out)
     (out / "predictions.json").unlink()
-    assert dcris(*ask) == 0
+    assert dcris(*command) == 0
     assert written(out) == first
     assert results(out) == content
     # A mask that is gone, and a picture that is another now.
     (out / "0.0.mask.png").unlink()
     Image.new("RGB", (9, 9)).save(photos / "1.png")
-    assert dcris(*ask) == 0
+    assert dcris(*command) == 0
     again = written(out)
     assert {name for name in first if again[name] == first[name]} == {"2.0.mask.png", "3.0.mask.png"}
     assert len(results(out)) == 4
     # All of it again.
     capsys.readouterr()
-    assert dcris(*ask, "--anew") == 0
+    assert dcris(*command, "--anew") == 0
     assert "done already" not in capsys.readouterr().out
     assert not any(written(out)[name] == time for name, time in again.items() if name.endswith(".0.mask.png"))
     assert len(results(out)) == 4
@@ -408,9 +408,9 @@ def test_a_call_adds_to_earlier_results(model: Path, tmp_path: Path) -> None:
     two.mkdir()
     for name, size in (("0.png", (7, 5)), ("1.jpg", (9, 6)), ("2.png", (5, 5))):
         Image.new("RGB", size).save(two / name)
-    out, ask = tmp_path / "out", ("-e", "cup", "--format", "mask", "coco", "label-studio", "--out")
+    out, command = tmp_path / "out", ("-e", "cup", "--format", "mask", "coco", "label-studio", "--out")
     for place in (one / "1.png", two / "0.png", one, two / "2.png", two, one):
-        assert dcris("predict", model, place, *ask, out) == 0
+        assert dcris("predict", model, place, *command, out) == 0
     found = {entry["name"]: (entry["file_name"], entry["image_id"]) for entry in results(out)}
     assert found == {"1": ("1.png", 1), "0": ("0.png", 2), "0~2": ("0.png", 3), "2": ("2.png", 4), "1~2": ("1.jpg", 5)}
     for entry in results(out):
@@ -458,10 +458,10 @@ def test_other_settings_are_refused(
     assert dcris("predict", model, photos / "0.png", "-e", "cup", "--format", "mask", "coco", "--out", out) == 0
     before = contents(out)
     place = photos / "1.png" if "another photograph" in change else photos / "0.png"
-    ask = ["predict", trained_run if change == "another model" else model, place, "-e", "cup", "--out", out]
+    command = ["predict", trained_run if change == "another model" else model, place, "-e", "cup", "--out", out]
     more = [] if change == "another model" else [word for word in change if word != "another photograph"]
     capsys.readouterr()
-    assert dcris(*ask, *([] if "--format" in more else ["--format", "mask", "coco"]), *more) == 2
+    assert dcris(*command, *([] if "--format" in more else ["--format", "mask", "coco"]), *more) == 2
     complaint = capsys.readouterr().err
     assert words in complaint
     assert "choose another --out, or add --anew to replace" in complaint
@@ -471,11 +471,11 @@ def test_other_settings_are_refused(
 def test_anew_replaces_only_the_images_of_the_call(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     """--anew deletes masks of phrases that are not requested any more, keeps other images, and
     reports mixed settings."""
-    out, ask = tmp_path / "out", ("--format", "mask", "scores", "coco", "--out")
-    assert dcris("predict", model, photos, "-e", "cup", "-e", "ring", *ask, out) == 0
+    out, command = tmp_path / "out", ("--format", "mask", "scores", "coco", "--out")
+    assert dcris("predict", model, photos, "-e", "cup", "-e", "ring", *command, out) == 0
     before = written(out) | {name: 0 for name in contents(out) if name.startswith("0.1.")}
     capsys.readouterr()
-    assert dcris("predict", model, photos / "0.png", "-e", "left", *ask, out, "--anew", "--threshold", "0.6") == 0
+    assert dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--anew", "--threshold", "0.6") == 0
     assert f"{out} keeps its results for 3 other images, made with threshold 0.35 (now 0.6)" in capsys.readouterr().out
     asked = [(entry["name"], entry["phrase"]) for entry in results(out)]
     assert asked == [("0", "left"), *((name, phrase) for name in "123" for phrase in ("cup", "ring"))]
@@ -483,7 +483,7 @@ def test_anew_replaces_only_the_images_of_the_call(model: Path, photos: Path, tm
     assert {name for name, time in written(out).items() if time != before.get(name)} == {"0.0.mask.png"}
     # No call without --anew adds to either.
     for threshold in ("0.35", "0.6"):
-        assert dcris("predict", model, photos / "0.png", "-e", "left", *ask, out, "--threshold", threshold) == 2
+        assert dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--threshold", threshold) == 2
 
 
 def test_files_of_a_killed_call_are_deleted(
@@ -492,7 +492,7 @@ def test_files_of_a_killed_call_are_deleted(
     """Masks without a record, of phrases that the next call does not have, and unfinished files."""
     out = tmp_path / "out"
     make_photos(photos / "deeper", 1)
-    ask = ("predict", model, photos, "--recursive", "--out", out, "-e", "cup")
+    command = ("predict", model, photos, "--recursive", "--out", out, "-e", "cup")
     with monkeypatch.context() as patch:
         patch.setattr("dcris.inference.records.Records.add", killed)
         for place, formats in ((photos, ("mask", "overlay")), (photos / "deeper", ("scores",))):
@@ -520,7 +520,7 @@ def test_files_of_a_killed_call_are_deleted(
     (out / "other").mkdir()
     for name in (".0.0.mask.png.partial-01234567.png", "deeper/.0.0.mask.png.partial-01234567.png", *kept):
         (out / name).touch()
-    assert dcris(*ask, "--format", "mask") == 0
+    assert dcris(*command, "--format", "mask") == 0
     names = [*(f"{number}.0.mask.png" for number in range(4)), "deeper/0.0.mask.png", *kept]
     assert {*contents(out)} == {*names, RECORDS}
 
@@ -547,9 +547,9 @@ def test_own_files_with_names_of_results_are_kept(more: tuple[str, ...], model: 
     (photos / "0.frames").mkdir()
     for name in own:
         (photos / name).write_text(name)
-    ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", photos)
+    command = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", photos)
     for _ in range(2):
-        assert dcris(*ask, *more) == 0
+        assert dcris(*command, *more) == 0
         assert {name: (photos / name).read_text() for name in own} == {name: name for name in own}
     assert {path.name for path in photos.glob("[01].0.mask.png")} == {"0.0.mask.png", "1.0.mask.png"}
 
@@ -572,15 +572,15 @@ def test_records_of_others_delete_no_other_file(file: str, model: Path, photos: 
     """A folder of results may come from another person; its records must not select files to
     delete."""
     out = tmp_path / "out"
-    ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", out)
-    assert dcris(*ask) == 0
+    command = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", out)
+    assert dcris(*command) == 0
     (out / "0.x").mkdir()
     (out / file).write_text("mine")
     lines = (out / RECORDS).read_text()
     (out / RECORDS).write_text(lines.replace('"files":["0.0.mask.png"]', f'"files":["{file}"]'))
     if file != "own.0.mask.png":  # inside the folder the note may name any result
         (out / UNFINISHED).write_text(json.dumps({"9": [file, f"/{file}", 1], "8": 2}))
-    assert dcris(*ask, "--anew") == 0
+    assert dcris(*command, "--anew") == 0
     assert (out / file).read_text() == "mine"
 
 
@@ -588,12 +588,12 @@ def test_results_of_a_deleted_image_are_kept(model: Path, photos: Path, tmp_path
     """Results of an image that is missing today (disk not mounted) are kept."""
     (photos / "pairs.csv").write_text("0.png,cup\n1.png,ring\n")
     out = tmp_path / "out"
-    ask = ("predict", model, "--pairs", photos / "pairs.csv", "--out", out)
-    assert dcris(*ask) == 0
+    command = ("predict", model, "--pairs", photos / "pairs.csv", "--out", out)
+    assert dcris(*command) == 0
     before = {name: content for name, content in contents(out).items() if name != RECORDS}
     (photos / "0.png").unlink()
     for more in ((), ("--anew",)):
-        assert dcris(*ask, *more) == 2
+        assert dcris(*command, *more) == 2
         assert {name: content for name, content in contents(out).items() if name != RECORDS} == before
 
 
@@ -603,19 +603,19 @@ def test_two_calls_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     The second is refused; a killed call does not block the folder.
     """
     photos, out = make_photos(tmp_path / "photos", 12), tmp_path / "out"
-    ask = ("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
-    first = start(*ask)
+    command = ("predict", model, photos, "-e", "cup", "--out", out, "--format", "coco", "mask", "--device", "cpu")
+    first = start(*command)
     wait_for_lines(first, out, 2)
     first.send_signal(signal.SIGSTOP)
     before = contents(out)
-    assert dcris(*ask) == 2
+    assert dcris(*command) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"dcris: another process (process {first.pid} on ")
     assert complaint.count("\n") == 1
     assert contents(out) == before
     first.kill()
     first.communicate()
-    assert dcris(*ask) == 0
+    assert dcris(*command) == 0
     assert len(results(out)) == 12
 
 
@@ -645,8 +645,8 @@ def test_damaged_records(damage: str, model: Path, photos: Path, tmp_path: Path,
     """Whatever happened to the record file, results are complete and never come from a damaged
     line."""
     out = tmp_path / "out"
-    ask = ("predict", model, photos, "-e", "cup", "--out", out)
-    assert dcris(*ask) == 0
+    command = ("predict", model, photos, "-e", "cup", "--out", out)
+    assert dcris(*command) == 0
     expected, (first, *others) = contents(out), (out / RECORDS).read_bytes().splitlines(keepends=True)
     each = {name: change(first) for name, change in DAMAGE.items()}
     assert not [name for name, line in each.items() if line == first]
@@ -659,7 +659,7 @@ def test_damaged_records(damage: str, model: Path, photos: Path, tmp_path: Path,
     }[damage]
     (out / RECORDS).write_bytes(b"".join(lines))
     capsys.readouterr()
-    assert dcris(*ask) == 0
+    assert dcris(*command) == 0
     assert (f"{len(each)} damaged lines" in capsys.readouterr().out) == (damage == "each line")
     assert {**contents(out), RECORDS: b""} == {**expected, RECORDS: b""}
     assert sorted(recorded(out)) == ["0", "1", "2", "3"]
@@ -711,9 +711,21 @@ def test_names_that_are_not_utf8(model: Path, photos: Path, tmp_path: Path) -> N
     (photos / "0.png").rename(photos / bytes_)
     (photos / "1.png").rename(plain)
     (photos / "2.png").rename(photos / os.fsdecode(b"50%\xff\n.png"))
-    ask = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "label-studio", "--out", tmp_path / "out")
+    command = (
+        "predict",
+        model,
+        photos,
+        "-e",
+        "cup",
+        "--format",
+        "mask",
+        "coco",
+        "label-studio",
+        "--out",
+        tmp_path / "out",
+    )
     for _ in range(2):
-        assert dcris(*ask) == 0
+        assert dcris(*command) == 0
         found = [(entry["file_name"], entry.get("percent_encoded", False)) for entry in results(tmp_path / "out")]
         assert sorted(found) == [
             ("3.png", False),
@@ -754,8 +766,22 @@ def test_a_killed_call_is_repeated(model: Path, tmp_path: Path, capsys: pytest.C
     call."""
     photos = make_photos(tmp_path / "photos", 24)
     out, whole = tmp_path / "out", tmp_path / "whole"
-    ask = ("predict", model, photos, "-e", "cup", "-e", "ring", "--format", "mask", "coco", "--device", "cpu", "--out")
-    process = start(*ask, out)
+    command = (
+        "predict",
+        model,
+        photos,
+        "-e",
+        "cup",
+        "-e",
+        "ring",
+        "--format",
+        "mask",
+        "coco",
+        "--device",
+        "cpu",
+        "--out",
+    )
+    process = start(*command, out)
     wait_for_lines(process, out, 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -763,13 +789,13 @@ def test_a_killed_call_is_repeated(model: Path, tmp_path: Path, capsys: pytest.C
     assert 5 <= len(names) < 24
     before = {name: time for name, time in written(out).items() if name.split(".")[0] in names}
     assert len(before) == 2 * len(names)
-    assert dcris(*ask, out) == 0
+    assert dcris(*command, out) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{len(names)} of 24 are done already")
     assert len(printed.splitlines()) == 1 + 2 * (24 - len(names))
     after = written(out)
     assert {name: after[name] for name in before} == before
-    assert dcris(*ask, whole) == 0
+    assert dcris(*command, whole) == 0
     assert results(out) == results(whole)
     assert len(results(out)) == 48
 
@@ -797,24 +823,24 @@ def test_several_processes(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
     make_video(photos / "clip.mp4", 6)
     alone, together = tmp_path / "alone", tmp_path / "together"
-    ask = ("predict", model, photos, photos / "clip.mp4", "-e", "cup", "--device", "cpu", "--out")
-    done = torchrun(1, *ask, alone)
+    command = ("predict", model, photos, photos / "clip.mp4", "-e", "cup", "--device", "cpu", "--out")
+    done = torchrun(1, *command, alone)
     assert done.returncode == 0, done.stderr
-    done = torchrun(3, *ask, together)
+    done = torchrun(3, *command, together)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("score") == 13
     assert len(list(together.glob("dcris-journal*.jsonl"))) == 3
     assert results(together) == results(alone)
     assert {*written(together)} == {*written(alone)}
     before = written(together)
-    done = torchrun(2, *ask, together)
+    done = torchrun(2, *command, together)
     assert done.returncode == 0, done.stderr
     assert "\n8 of 8 are done already" in f"\n{done.stdout}"
     assert written(together) == before
     assert results(together) == results(alone)
     # One bad file: the others are done, and the sentence is said once.
     (photos / "bad.png").write_text("no picture")
-    done = torchrun(2, *ask, together)
+    done = torchrun(2, *command, together)
     assert done.returncode != 0
     assert done.stderr.count("dcris: 1 of 9 could not be read") == 1
     assert written(together) == before
@@ -844,8 +870,8 @@ def test_a_full_disk_stops_at_once(
 
 def middling(model: Path, image: Path, phrase: str) -> float:
     """A threshold at which half of the pixels belong to the mask."""
-    (answer,) = Segmenter.from_pretrained(model, device="cpu").predict(image, phrase, scores=True)
-    return float(np.median(answer.probabilities))
+    (prediction,) = Segmenter.from_pretrained(model, device="cpu").predict(image, phrase, scores=True)
+    return float(np.median(prediction.probabilities))
 
 
 def test_cutouts(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -989,8 +1015,8 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Every n-th frame has its own masks, drawn on a video with the duration of the source."""
     pytest.importorskip("av")
     clip, out = make_video(tmp_path / "clip.mp4", 20, (66, 50)), tmp_path / "out"
-    ask = ("predict", model, clip, "-e", "cup", "-e", "ring", "--every", 4, "--out", out)
-    assert dcris(*ask) == 0
+    command = ("predict", model, clip, "-e", "cup", "-e", "ring", "--every", 4, "--out", out)
+    assert dcris(*command) == 0
     printed = capsys.readouterr().out
     assert f"{clip}, frame 16: 'ring'" in printed
     assert "5 frames, H.264" in printed
@@ -1021,7 +1047,7 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         if untouched.sum() > 300:
             assert np.median(frame[untouched]) == pytest.approx(20 + 5 * 4 * number, abs=8)
     before = written(out) | {"video": (out / "clip.overlay.mp4").stat().st_mtime_ns}
-    assert dcris(*ask) == 0
+    assert dcris(*command) == 0
     assert capsys.readouterr().out.startswith("1 of 1 are done already")
     assert written(out) | {"video": (out / "clip.overlay.mp4").stat().st_mtime_ns} == before
 
@@ -1049,10 +1075,10 @@ def test_a_video_is_predicted_as_its_frames(model: Path, tmp_path: Path) -> None
     )
     segmenter = Segmenter.from_pretrained(model, device="cpu")
     for frame, entry in zip(read_frames(clip), results(out), strict=True):
-        (answer,) = segmenter.predict(frame.pixels, "cup", scores=True)
-        np.testing.assert_array_equal(coco.decode(entry["segmentation"]), answer.mask)
+        (prediction,) = segmenter.predict(frame.pixels, "cup", scores=True)
+        np.testing.assert_array_equal(coco.decode(entry["segmentation"]), prediction.mask)
         scores = np.load(out / "clip.frames" / f"{frame.index:06}.0.scores.npy")
-        np.testing.assert_allclose(scores, answer.probabilities, atol=1e-3)
+        np.testing.assert_allclose(scores, prediction.probabilities, atol=1e-3)
     assert not (out / "clip.overlay.mp4").exists()
 
 

@@ -17,7 +17,7 @@ from dcris.errors import DcrisError
 MASKS = arrays.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
 
-def prediction(mask: np.ndarray, phrase: str = "cup") -> Prediction:
+def make_prediction(mask: np.ndarray, phrase: str = "cup") -> Prediction:
     return Prediction.decide(phrase, np.where(mask, np.float32(0.9), np.float32(0.1)), 0.35)
 
 
@@ -31,7 +31,7 @@ def disc() -> np.ndarray:
 def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
     """pycocotools gives the same mask: half a pixel lost at each border is 10% of a small
     object."""
-    polygons = prediction(mask).polygons()
+    polygons = make_prediction(mask).polygons()
     if not mask.any():
         assert polygons == []
         return
@@ -41,8 +41,8 @@ def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
 
 def test_simplified_polygons_stay_close() -> None:
     """A tolerance removes corners, not the object."""
-    answer = prediction(disc())
-    exact, simple = answer.polygons()[0], answer.polygons(tolerance=1.5)[0]
+    prediction = make_prediction(disc())
+    exact, simple = prediction.polygons()[0], prediction.polygons(tolerance=1.5)[0]
     assert 6 <= len(simple) < len(exact) / 3
     found = coco.decode(coco.merge(coco.frPyObjects([simple], 40, 60))).astype(bool)
     assert (found & disc()).sum() / (found | disc()).sum() > 0.9
@@ -52,7 +52,7 @@ def test_simplified_polygons_stay_close() -> None:
 @settings(max_examples=100, deadline=None)
 def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:
     """pycocotools decodes the JSON to the mask."""
-    entry = json.loads(json.dumps(prediction(mask).to_coco(image_id=7, category_id=3)))
+    entry = json.loads(json.dumps(make_prediction(mask).to_coco(image_id=7, category_id=3)))
     np.testing.assert_array_equal(coco.decode(entry["segmentation"]).astype(bool), mask)
     assert (entry["image_id"], entry["category_id"], entry["phrase"]) == (7, 3, "cup")
     assert entry["bbox"] == coco.toBbox(entry["segmentation"]).tolist()
@@ -62,42 +62,46 @@ def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:
 def test_another_threshold_is_another_decision() -> None:
     """Equal to a prediction at that threshold."""
     picture = np.linspace(0, 1, 35, dtype=np.float32).reshape(5, 7)
-    answer = Prediction.decide("cup", picture, 0.35)
+    prediction = Prediction.decide("cup", picture, 0.35)
     for threshold in (0.1, 0.5, 0.99):
-        moved = answer.with_threshold(threshold)
+        moved = prediction.with_threshold(threshold)
         np.testing.assert_array_equal(moved.mask, picture > threshold)
         assert moved.score == pytest.approx(picture[picture > threshold].mean())
         assert moved.probabilities is not None
-    assert answer.with_threshold(0.35).box == answer.box
+    assert prediction.with_threshold(0.35).box == prediction.box
     for threshold in (0, 1, float("nan")):
         with pytest.raises(DcrisError, match="between 0 and 1"):
-            answer.with_threshold(threshold)
+            prediction.with_threshold(threshold)
 
 
 def test_cutouts_and_overlays() -> None:
     """The pixels of the object are unchanged; in the overlay, only the mask is coloured."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    answer = prediction(disc())
-    whole, cropped = answer.cutout(pixels, crop=False), answer.cutout(Image.fromarray(pixels))
+    prediction = make_prediction(disc())
+    whole, cropped = prediction.cutout(pixels, crop=False), prediction.cutout(Image.fromarray(pixels))
     assert (whole.mode, whole.size) == ("RGBA", (60, 40))
     np.testing.assert_array_equal(np.array(whole)[..., 3] == 255, disc())
     np.testing.assert_array_equal(np.array(whole)[disc()][:, :3], pixels[disc()])
-    left, top, width, height = answer.box or (0, 0, 0, 0)
+    left, top, width, height = prediction.box or (0, 0, 0, 0)
     np.testing.assert_array_equal(np.array(cropped), np.array(whole)[top : top + height, left : left + width])
-    shown = np.array(answer.overlay(pixels))
+    shown = np.array(prediction.overlay(pixels))
     far = ~ndimage.binary_dilation(disc(), iterations=4)
     np.testing.assert_array_equal(shown[far], pixels[far])
     assert (shown[disc()] != pixels[disc()]).any()
     with pytest.raises(DcrisError, match="50 x 40 pixels and the mask 60 x 40"):
-        answer.overlay(pixels[:, :50])
+        prediction.overlay(pixels[:, :50])
     with pytest.raises(DcrisError, match="nothing to cut out"):
-        prediction(np.zeros((40, 60), bool)).cutout(pixels)
+        make_prediction(np.zeros((40, 60), bool)).cutout(pixels)
 
 
 def test_conversion_to_supervision() -> None:
     """Boxes are corners, and empty masks are omitted."""
     pytest.importorskip("supervision")
-    answers = [prediction(disc(), "disc"), prediction(np.zeros((40, 60), bool), "none"), prediction(~disc(), "rest")]
+    answers = [
+        make_prediction(disc(), "disc"),
+        make_prediction(np.zeros((40, 60), bool), "none"),
+        make_prediction(~disc(), "rest"),
+    ]
     found = to_detections(answers)
     assert found.xyxy[0].tolist() == [18, 6, 43, 31]
     assert found.xyxy[1].tolist() == [0, 0, 60, 40]

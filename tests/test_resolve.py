@@ -52,8 +52,8 @@ def segmenter(seed: int = 0, dataset: str = "scenes", **changes: str) -> Segment
 
 
 def scores(answering: Segmenter, adapters: str | None = None) -> list[np.ndarray]:
-    answers = answering.predict(PHOTO, PHRASES, scores=True, adapters=adapters)
-    return [answer.probabilities for answer in answers if answer.probabilities is not None]
+    predictions = answering.predict(PHOTO, PHRASES, scores=True, adapters=adapters)
+    return [prediction.probabilities for prediction in predictions if prediction.probabilities is not None]
 
 
 def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray], tolerance: float = 0.0) -> None:
@@ -99,8 +99,8 @@ def test_half_precision_takes_half_the_space(name: str, tmp_path: Path) -> None:
     loaded = load(half)
     assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
     assert_same(scores(loaded), scores(ours), tolerance=0.02)
-    for answer, other in zip(loaded.predict(PHOTO, PHRASES), ours.predict(PHOTO, PHRASES), strict=True):
-        assert (answer.mask == other.mask).mean() >= 0.99
+    for prediction, other in zip(loaded.predict(PHOTO, PHRASES), ours.predict(PHOTO, PHRASES), strict=True):
+        assert (prediction.mask == other.mask).mean() >= 0.99
 
 
 def test_local_towers_are_saved(tmp_path: Path) -> None:
@@ -415,14 +415,14 @@ def test_threads_choose_adapters(several: dict[str, Path]) -> None:
     shared = Segmenter.from_pretrained([several["scenes"], several["refcoco+"]], device="cpu")
     names = ["scenes", "refcoco+"] * 6
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(scores, shared, name) for name in names]
+        predictions = [pool.submit(scores, shared, name) for name in names]
         pool.submit(shared.add_adapters, "refcocog", several["refcocog"]).result()
         names.append("refcocog")
-        answers.append(pool.submit(scores, shared, "refcocog"))
-        for name, answer in zip(names, answers, strict=True):
+        predictions.append(pool.submit(scores, shared, "refcocog"))
+        for name, prediction in zip(names, predictions, strict=True):
             # Folded weights lie elsewhere in memory, and products may round otherwise for that;
             # another set is far off.
-            assert_same(answer.result(), alone[name], tolerance=1e-6)
+            assert_same(prediction.result(), alone[name], tolerance=1e-6)
 
 
 def test_adapters_of_other_towers(several: dict[str, Path], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(ours: list[Prediction], theirs: list[Prediction], tolerance: float = 0.0) -> None:
-    assert [answer.phrase for answer in ours] == [answer.phrase for answer in theirs]
+    assert [prediction.phrase for prediction in ours] == [prediction.phrase for prediction in theirs]
     for our, their in zip(ours, theirs, strict=True):
         assert our.probabilities is not None
         np.testing.assert_allclose(our.probabilities, their.probabilities, rtol=0, atol=tolerance)
@@ -60,8 +60,8 @@ def test_path_pil_image_and_array_give_the_same_result(segmenter: Segmenter, pho
     for view in views:
         assert_same(segmenter.predict(view, PHRASES, scores=True), expected)
     lists = segmenter.predict([photo, pixels], PHRASES, scores=True)
-    for answers in lists:
-        assert_same(answers, expected)
+    for predictions in lists:
+        assert_same(predictions, expected)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16"])
@@ -69,8 +69,8 @@ def test_images_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> Non
     """Images of any Pillow mode give a mask of their size."""
     picture = Image.open(photo)
     picture = picture.convert("L").convert(mode) if mode in ("LA", "I", "I;16") else picture.convert(mode)
-    answers = segmenter.predict(picture, ["ring"])
-    assert answers[0].mask.shape == (70, 110)
+    predictions = segmenter.predict(picture, ["ring"])
+    assert predictions[0].mask.shape == (70, 110)
 
 
 def test_fields_of_a_prediction(segmenter: Segmenter, photo: Path) -> None:
@@ -79,20 +79,20 @@ def test_fields_of_a_prediction(segmenter: Segmenter, photo: Path) -> None:
     first = segmenter.predict(photo, PHRASES, scores=True)[0].probabilities
     assert first is not None
     for threshold in (None, float(np.median(first)), float(np.quantile(first, 0.9)), 0.999):
-        for answer in segmenter.predict(photo, PHRASES, threshold=threshold, scores=True):
-            assert answer.probabilities is not None
-            assert answer.probabilities.dtype == np.float32
-            assert 0 <= answer.probabilities.min() <= answer.probabilities.max() <= 1
-            assert answer.mask.dtype == bool
-            assert answer.mask.shape == answer.probabilities.shape == (70, 110)
-            np.testing.assert_array_equal(answer.mask, answer.probabilities > (threshold or 0.35))
-            seen.add(bool(answer.mask.any()))
-            if not answer.mask.any():
-                assert (answer.score, answer.box) == (0.0, None)
+        for prediction in segmenter.predict(photo, PHRASES, threshold=threshold, scores=True):
+            assert prediction.probabilities is not None
+            assert prediction.probabilities.dtype == np.float32
+            assert 0 <= prediction.probabilities.min() <= prediction.probabilities.max() <= 1
+            assert prediction.mask.dtype == bool
+            assert prediction.mask.shape == prediction.probabilities.shape == (70, 110)
+            np.testing.assert_array_equal(prediction.mask, prediction.probabilities > (threshold or 0.35))
+            seen.add(bool(prediction.mask.any()))
+            if not prediction.mask.any():
+                assert (prediction.score, prediction.box) == (0.0, None)
                 continue
-            assert answer.score == pytest.approx(float(answer.probabilities[answer.mask].mean()), abs=1e-6)
-            rows, columns = np.nonzero(answer.mask)
-            left, top, width, height = answer.box or (0, 0, 0, 0)
+            assert prediction.score == pytest.approx(float(prediction.probabilities[prediction.mask].mean()), abs=1e-6)
+            rows, columns = np.nonzero(prediction.mask)
+            left, top, width, height = prediction.box or (0, 0, 0, 0)
             assert (left, top) == (columns.min(), rows.min())
             assert (left + width - 1, top + height - 1) == (columns.max(), rows.max())
     assert seen == {True, False}
@@ -101,8 +101,8 @@ def test_fields_of_a_prediction(segmenter: Segmenter, photo: Path) -> None:
 
 def test_a_string_is_one_phrase(segmenter: Segmenter, photo: Path) -> None:
     """A string must not be treated as a list of letters."""
-    assert [answer.phrase for answer in segmenter.predict(photo, "Red  Circle ")] == ["Red  Circle "]
-    assert [answer.phrase for answer in segmenter.predict(photo, ("a", "b", "a"))] == ["a", "b", "a"]
+    assert [prediction.phrase for prediction in segmenter.predict(photo, "Red  Circle ")] == ["Red  Circle "]
+    assert [prediction.phrase for prediction in segmenter.predict(photo, ("a", "b", "a"))] == ["a", "b", "a"]
     assert segmenter.predict(photo, []) == []
     assert segmenter.predict([], PHRASES) == []
     assert segmenter.predict([photo], []) == [[]]
@@ -162,9 +162,9 @@ def test_images_share_forward_passes(
 def test_each_image_may_have_its_own_phrases(segmenter: Segmenter, photo: Path, passes: dict[str, list[int]]) -> None:
     """A list of phrases per image works; an image without phrases has no predictions."""
     other = np.zeros((30, 20, 3), np.uint8)
-    answers = segmenter.predict([photo, other, other], [["ring", "star"], [], ["star"]])
-    assert [[answer.phrase for answer in each] for each in answers] == [["ring", "star"], [], ["star"]]
-    assert [answer.mask.shape for each in answers for answer in each] == [(70, 110), (70, 110), (30, 20)]
+    predictions = segmenter.predict([photo, other, other], [["ring", "star"], [], ["star"]])
+    assert [[prediction.phrase for prediction in each] for each in predictions] == [["ring", "star"], [], ["star"]]
+    assert [prediction.mask.shape for each in predictions for prediction in each] == [(70, 110), (70, 110), (30, 20)]
     assert passes["encode_text"] == [2]
     assert segmenter.predict([other], [[]]) == [[]]
 
@@ -175,12 +175,12 @@ def test_an_image_is_encoded_once_for_interactive_use(
     """Each further phrase costs only its own part, another threshold no forward pass."""
     encoded = segmenter.encode_image(photo)
     assert encoded.size == (70, 110)
-    answers = [segmenter.segment(encoded, phrase, scores=True)[0] for phrase in PHRASES]
+    predictions = [segmenter.segment(encoded, phrase, scores=True)[0] for phrase in PHRASES]
     assert passes["encode_images"] == [1]
     assert passes["segment"] == [1] * len(PHRASES)
-    moved = [answer.with_threshold(0.2) for answer in answers]
+    moved = [prediction.with_threshold(0.2) for prediction in predictions]
     assert passes["segment"] == [1] * len(PHRASES)
-    assert_same(answers, segmenter.predict(photo, PHRASES, scores=True), tolerance=1e-5)
+    assert_same(predictions, segmenter.predict(photo, PHRASES, scores=True), tolerance=1e-5)
     for ours, theirs in zip(moved, segmenter.predict(photo, PHRASES, threshold=0.2), strict=True):
         assert (ours.mask == theirs.mask).mean() > 0.999
         assert ours.score == pytest.approx(theirs.score, abs=1e-3)
@@ -202,22 +202,22 @@ def test_exif_orientation_is_applied(segmenter: Segmenter, tmp_path: Path, photo
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(photo).save(tmp_path / "turned.png", exif=exif)
-    answers = [
+    predictions = [
         segmenter.predict(each, "ring", scores=True)
         for each in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png"))
     ]
-    assert answers[0][0].mask.shape == (110, 70)
-    assert_same(*answers)
+    assert predictions[0][0].mask.shape == (110, 70)
+    assert_same(*predictions)
 
 
 def test_results_are_float32_with_bfloat16(segmenter: Segmenter, trained_run: Path, photo: Path) -> None:
     """The results are float32 outside of the network, also in bfloat16."""
     half = Segmenter.from_pretrained(trained_run, device="cpu", precision="bfloat16")
-    answers = half.predict(photo, PHRASES, scores=True)
-    assert_same(answers, segmenter.predict(photo, PHRASES, scores=True), tolerance=0.1)
-    for answer in answers:
-        assert answer.probabilities is not None
-        assert len(np.unique(answer.probabilities)) > 1000  # bfloat16 has 128 steps between a half and one
+    predictions = half.predict(photo, PHRASES, scores=True)
+    assert_same(predictions, segmenter.predict(photo, PHRASES, scores=True), tolerance=0.1)
+    for prediction in predictions:
+        assert prediction.probabilities is not None
+        assert len(np.unique(prediction.probabilities)) > 1000  # bfloat16 has 128 steps between a half and one
 
 
 def test_threads_share_a_segmenter(segmenter: Segmenter, scenes_root: Path) -> None:
@@ -240,9 +240,9 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
     from dcris.data.masks import decode_mask
 
     truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
-    for answer in scored:
-        mine = segmenter.predict(reference.image_path, answer.expression.text)[0]
-        assert overlap(mine.mask, truth) == answer.overlap
+    for prediction in scored:
+        mine = segmenter.predict(reference.image_path, prediction.expression.text)[0]
+        assert overlap(mine.mask, truth) == prediction.overlap
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_bad_arguments_give_one_sentence(
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
 def test_the_smallest_images(segmenter: Segmenter, size: tuple[int, int]) -> None:
     """Images of one pixel work."""
-    answer = segmenter.predict(np.full((*size, 3), 200, np.uint8), "ring", scores=True)[0]
-    assert answer.mask.shape == size
+    prediction = segmenter.predict(np.full((*size, 3), 200, np.uint8), "ring", scores=True)[0]
+    assert prediction.mask.shape == size
 
 
 def test_an_unknown_device(trained_run: Path) -> None:

@@ -60,7 +60,7 @@ def test_limits_of_a_request(segmenter: Segmenter) -> None:
         (b"GIF89a but no more", "cannot read the image"),
         (b"", "empty"),
         (b"<svg></svg>" * 5, "not an image"),
-        (picture(101, 100, "JPEG"), "101 x 100 pixels, and 1 to 10,000"),
+        (picture(101, 100, "JPEG"), "101 x 100 pixels; the limits are 10,000 pixels"),
     ):
         with pytest.raises(DcrisError, match=message):
             service.read_image(data)

@@ -377,7 +377,7 @@ def test_files_with_code_are_refused(tmp_path: Path, kind: str) -> None:
                 bad.writestr(entry.filename, good.read(entry) if harmless else pickle.dumps(Trap(trace), 2))
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(DcrisError, match=r"pytorch_model\.bin asks to run code \(\w+\.mkdir\)"):
+    with pytest.raises(DcrisError, match=r"pytorch_model\.bin tries to run code \(\w+\.mkdir\)"):
         fill_tower(text_tower(), str(path))
     assert not trace.exists()
 

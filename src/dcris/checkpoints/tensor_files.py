@@ -157,14 +157,14 @@ class _ForeignError(pickle.UnpicklingError):
     """A pickle names a class or function that weights do not need."""
 
     def __init__(self, module: str, name: str) -> None:
-        asked = global_name(module, name)
+        found = global_name(module, name)
         if module in _PROGRAMS:
             super().__init__(
-                f"asks to run code ({asked}), which weights never need; do not trust it, and download it from a known source"
+                f"tries to run code ({found}), which weights never need; do not trust it, and download it from a known source"
             )
         else:
             super().__init__(
-                f"holds {asked} beside its weights; only tensors, numbers and text are accepted, because other objects can run "
+                f"holds {found} beside its weights; only tensors, numbers and text are accepted, because other objects can run "
                 "code. Save the weights alone, in the original program or, if you trust the file, after torch.load(..., "
                 'weights_only=False): torch.save(checkpoint["state_dict"], "weights.pth")'
             )

@@ -214,27 +214,27 @@ def make_app(
         return await view(sessions.put(Session(pixels, query.get("name", ""))), default_threshold)
 
     async def choose_example(request: "Request") -> Response:
-        asked = await _parse_request(request)
-        if not 0 <= asked.number < len(example_images):
-            raise DcrisError(f"there is no example {asked.number}")
-        pixels, file_name, phrases = example_images[asked.number]
-        sessions.delete(asked.session)
+        body = await _parse_request(request)
+        if not 0 <= body.number < len(example_images):
+            raise DcrisError(f"there is no example {body.number}")
+        pixels, file_name, phrases = example_images[body.number]
+        sessions.delete(body.session)
         fields = {"text": "\n".join(phrases)} if phrases else {}
         return await view(sessions.put(Session(pixels, file_name)), default_threshold, **fields)
 
     async def segment_session(request: "Request") -> Response:
-        asked = await _parse_request(request)
-        if asked.session is None:
+        body = await _parse_request(request)
+        if body.session is None:
             raise DcrisError("there is no image yet; drop one, or choose an example")
-        session = sessions.get(asked.session)
-        phrases = service.parse_phrases(asked.text.splitlines())
-        session.predictions = await service.predict(session.pixels, phrases, asked.adapters)
-        sessions.put(session, asked.session)  # its size has grown
-        return await view(asked.session, asked.threshold)
+        session = sessions.get(body.session)
+        phrases = service.parse_phrases(body.text.splitlines())
+        session.predictions = await service.predict(session.pixels, phrases, body.adapters)
+        sessions.put(session, body.session)  # its size has grown
+        return await view(body.session, body.threshold)
 
     async def change_threshold(request: "Request") -> Response:
-        asked = await _parse_request(request)
-        return await view(asked.session or "", asked.threshold)
+        body = await _parse_request(request)
+        return await view(body.session or "", body.threshold)
 
     async def download(request: "Request") -> Response:
         session, file = sessions.get(request.path_params["name"]), request.path_params["file"]

@@ -109,7 +109,7 @@ class Guard:
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         started = False
 
-        async def answer(message: Message) -> None:
+        async def respond(message: Message) -> None:
             nonlocal started
             last = False
             if message["type"] == "http.response.start":
@@ -136,10 +136,10 @@ class Guard:
                 self._bodies[body] = None
                 await self._receive(body, headers, receive, limit)
                 unread = False
-            if not await self._pass(scope, body, receive, answer, watch=not unread) and not started:
+            if not await self._pass(scope, body, receive, respond, watch=not unread) and not started:
                 raise Refused(503, f"the request took longer than {self._limits.answer_seconds:.0f} s; try again later")
         except DcrisError as error:
-            await error_response(error)(scope, receive, answer)
+            await error_response(error)(scope, receive, respond)
         except _GoneError:
             pass
         finally:
@@ -182,10 +182,10 @@ class Guard:
         return _name(host) in self._hosts or (local and _name(host) == "localhost")
 
     def _check_password(self, scope: Scope, headers: Headers) -> None:
-        ask = {"WWW-Authenticate": 'Basic realm="dcris", charset="UTF-8"'}
+        challenge = {"WWW-Authenticate": 'Basic realm="dcris", charset="UTF-8"'}
         given = headers.get("authorization")
         if given is None:
-            raise Refused(401, "this server needs a user name and a password", ask)
+            raise Refused(401, "this server needs a user name and a password", challenge)
         client, now = _client(scope), time.monotonic()
         failures = [each for each in self._failures.get(client, []) if now - each < 60]
         if len(failures) >= self._limits.attempts:
@@ -202,7 +202,7 @@ class Guard:
         self._failures.move_to_end(client)
         while len(self._failures) > 10_000:
             self._failures.popitem(last=False)
-        raise Refused(401, "the user name or the password is wrong", ask)
+        raise Refused(401, "the user name or the password is wrong", challenge)
 
     async def _receive(self, body: _Body, headers: Headers, receive: Receive, limit: int) -> None:
         """Read a body into memory. Raises Refused if it is too large or takes too long."""
