@@ -211,7 +211,7 @@ def test_every_block_runs(page: str, folder: Path) -> None:
             session += block.code
             words = [sys.executable, "-c", session]
         done = subprocess.run(
-            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, (
             f"{page}, block {number + 1}:\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
