@@ -101,13 +101,13 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
 def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BATCH) -> Callable[[], Any]:
     import torch
 
-    from dcris.models.optimize import hold_frozen
+    from dcris.models.optimize import cast_frozen
     from dcris.training.losses import text_to_pixel_loss
     from dcris.utils.device import autocast
 
     images, tokens, masks = _inputs(batch, device)
     if name == "ours":
-        hold_frozen(network, dtype)  # permanent, so each precision has a network of its own
+        cast_frozen(network, dtype)  # permanent, so each precision has a network of its own
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4, fused=name == "ours" or None)
 

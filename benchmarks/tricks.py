@@ -27,7 +27,7 @@ from dcris.models.head.projector import KERNEL, apply_kernels, finer_convolution
 from dcris.models.layers import attention_cpu as cpu_attention
 from dcris.models.layers.attention import MultiHeadAttention, attend
 from dcris.models.layers.dropout import Dropout
-from dcris.models.optimize import hold_frozen, prepare_for_prediction
+from dcris.models.optimize import cast_frozen, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.utils.device import autocast, choose_device, choose_precision
@@ -284,7 +284,7 @@ def optimisations(device: torch.device, dtype: torch.dtype) -> Iterator[Optimisa
             )
             x = random(2, GRID**2 + 5, 768)
             frozen = ReferringSegmenter(config.model)
-            hold_frozen(frozen, dtype)
+            cast_frozen(frozen, dtype)
             yield Optimisation(
                 "the same without GELU, trained",
                 _trained(plain.requires_grad_(False), x),

@@ -9,7 +9,7 @@ from torch import nn
 
 from dcris.checkpoints.backbones import fingerprint
 from dcris.config import ModelConfig, replace
-from dcris.models.optimize import Held, hold_frozen, prepare_for_prediction
+from dcris.models.optimize import CastWeights, cast_frozen, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from models import MULTIPLIES_BFLOAT16, images, needs_bfloat16, randomise
@@ -145,8 +145,8 @@ def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
         if not weight.requires_grad:
             owner, _, last = name.rpartition(".")
             setattr(second.get_submodule(owner), last, nn.Parameter(shared.data, requires_grad=False))
-    held: Held = {}
-    one, two = (prepare_for_prediction(model, torch.bfloat16, held) for model in (first, second))
+    shared: CastWeights = {}
+    one, two = (prepare_for_prediction(model, torch.bfloat16, shared) for model in (first, second))
     assert one.vision.blocks[3].mlp.fc1.weight is two.vision.blocks[3].mlp.fc1.weight
     assert one.vision.blocks[3].mlp_slot.up.weight is not two.vision.blocks[3].mlp_slot.up.weight
 
@@ -157,7 +157,7 @@ def test_frozen_towers_in_half_precision_train_the_same() -> None:
     """
     packed = MULTIPLIES_BFLOAT16
     model, same = (model_of(get_recipe("dcris_tiny").model).train() for _ in range(2))
-    hold_frozen(same, torch.bfloat16)
+    cast_frozen(same, torch.bfloat16)
     gradients = []
     for each in (model, same):
         with torch.autocast("cpu", torch.bfloat16):
@@ -178,7 +178,7 @@ def test_gradients_go_through_packed_layers() -> None:
     copy.
     """
     model, same = (model_of(get_recipe("dcris_tiny").model).train() for _ in range(2))
-    hold_frozen(same, torch.bfloat16)
+    cast_frozen(same, torch.bfloat16)
     block, plain = same.vision.blocks[-1], model.vision.blocks[-1]
     for ours, theirs in ((block.mlp.fc1, plain.mlp.fc1), (block.attention.qkv, plain.attention.qkv)):
         assert type(ours) is not nn.Linear

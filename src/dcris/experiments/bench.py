@@ -33,7 +33,7 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.dcris import DcrisConfig
-from dcris.models.optimize import hold_frozen
+from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.arguments import Precision
@@ -175,7 +175,7 @@ class TrainingStep:
         self.device, self.dtype = device, dtype
         self.model = ReferringSegmenter(config.model).to(device).train()
         self.model.checkpoint_activations(config.train.checkpoint_activations)
-        hold_frozen(self.model, dtype)
+        cast_frozen(self.model, dtype)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.train.lr, fused=True)
         side = config.data.image_size

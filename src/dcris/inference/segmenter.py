@@ -32,7 +32,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.inference.prediction import Prediction, require_threshold
 from dcris.models.encoders.vit import VisionState
-from dcris.models.optimize import Held, prepare_for_prediction
+from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, Precision, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
@@ -94,8 +94,8 @@ class Segmenter:
         converted."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
-        self._held: Held = {}
-        self._ready = prepare_for_prediction(self.model, self.dtype, self._held)
+        self._cast_weights: CastWeights = {}
+        self._ready = prepare_for_prediction(self.model, self.dtype, self._cast_weights)
         self._sets: Mapping[str, tuple[ReferringSegmenter, RunConfig]] = {config.data.dataset: (self._ready, config)}
 
     @classmethod
@@ -173,7 +173,7 @@ class Segmenter:
         if name in self._sets:
             raise DcrisError(f"two of the models were trained on {name}; give a dict with a name for each")
         # Replaced, not modified: another thread may be reading it.
-        ready = prepare_for_prediction(model.to(self.device), self.dtype, self._held)
+        ready = prepare_for_prediction(model.to(self.device), self.dtype, self._cast_weights)
         self._sets = {**self._sets, name: (ready, config)}
 
     def merged(self) -> "Segmenter":

@@ -1,5 +1,4 @@
-"""Prepare a model for prediction, and frozen towers for training: constants are computed once, not
-at every use.
+"""Prepare models for prediction, and frozen towers for training: compute constants once.
 
 Results stay the same up to rounding. Folding batch norm changes logits by about 1e-6 of their size
 in float32; storing weights in the working precision is what autocast does at every use; and their
@@ -23,7 +22,7 @@ from dcris.models.head.projector import FinerConv, FinerConvNormReLU
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
 
-Held = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
+CastWeights = dict[tuple[int, tuple[int, ...]], tuple[nn.Parameter, nn.Parameter]]
 """Frozen weights and their copies in the working precision, by data pointer and shape.
 
 The originals are stored too, so that their memory is not reused while the entry exists.
@@ -37,10 +36,9 @@ _GRID = 32, 32
 
 
 def prepare_for_prediction(
-    model: ReferringSegmenter, dtype: torch.dtype = torch.float32, held: Held | None = None
+    model: ReferringSegmenter, dtype: torch.dtype = torch.float32, cast_weights: CastWeights | None = None
 ) -> ReferringSegmenter:
-    """Return a copy for prediction, with batch norms folded into convolutions and weights stored in
-    `dtype`.
+    """Return a copy for prediction: batch norms folded, weights of products stored in `dtype`.
 
     Unchanged tensors are shared with `model`, which is not changed: save and fingerprint that one.
     Later changes of its weights do not affect the copy.
@@ -50,7 +48,8 @@ def prepare_for_prediction(
     Args:
         model: in any mode; the copy is in evaluation mode.
         dtype: the precision of matrix products (under autocast).
-        held: pass the same dictionary for several models on the same towers to store these once.
+        cast_weights: pass the same dictionary for several models on the same towers, to store these
+            once.
     """
     tensors = (*model.parameters(), *model.buffers())
     if _sharded(tensors):
@@ -69,12 +68,12 @@ def prepare_for_prediction(
     # own, the copy would refer to itself and stay in memory.
     copy.vision.positions_on = lru_cache(_CACHED_SIZES)(model.vision.positions_on)  # type: ignore[method-assign]
     if dtype != torch.float32:
-        held = {} if held is None else held
+        cast_weights = {} if cast_weights is None else cast_weights
         if _packs(model, dtype):
             for module in list(copy.modules()):
-                _pack(module, held, for_training=False)
+                _pack(module, cast_weights, for_training=False)
         for module in copy.modules():
-            _cast(module, dtype, held)
+            _cast(module, dtype, cast_weights)
     return copy  # requires_grad stays as it is, since most weights are the model's own
 
 
@@ -86,7 +85,7 @@ def _sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def hold_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:
+def cast_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:
     """Store the weights of the frozen towers' products in `dtype`, in place, for training in that
     precision.
 
@@ -126,7 +125,7 @@ def _packs(model: ReferringSegmenter, dtype: torch.dtype) -> bool:
     )
 
 
-def _pack(module: nn.Module, held: Held, *, for_training: bool) -> None:
+def _pack(module: nn.Module, cast_weights: CastWeights, *, for_training: bool) -> None:
     """Pack the weights of the module's large products; for training only the frozen ones.
 
     These are nine tenths of the products in a tower. For prediction, GELU is fused into the product
@@ -135,7 +134,7 @@ def _pack(module: nn.Module, held: Held, *, for_training: bool) -> None:
     for part in _parts(module):
         for name, layer in list(part.named_children()):
             if type(layer) is nn.Linear and not (for_training and _trains(layer)):
-                _cast(layer, torch.bfloat16, held, torch.ops.mkldnn._reorder_linear_weight)
+                _cast(layer, torch.bfloat16, cast_weights, torch.ops.mkldnn._reorder_linear_weight)
                 setattr(part, name, _Packed(layer.weight, layer.bias))
         if not for_training and isinstance(part, MLP) and isinstance(part.activation, nn.GELU):
             first: nn.Module = part.fc1
@@ -221,7 +220,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation:
 
 
 def _cast(
-    module: nn.Module, dtype: torch.dtype, held: Held, lay: Callable[[Tensor], Tensor] = lambda matrix: matrix
+    module: nn.Module,
+    dtype: torch.dtype,
+    cast_weights: CastWeights,
+    lay: Callable[[Tensor], Tensor] = lambda matrix: matrix,
 ) -> None:
     """Replace the weights that autocast would cast by copies in `dtype`; norms, position tables and
     embeddings stay.
@@ -232,10 +234,10 @@ def _cast(
         return
     for name, weight in list(module.named_parameters(recurse=False)):
         place = weight.data_ptr(), tuple(weight.shape)
-        known = None if weight.requires_grad else held.get(place)
+        known = None if weight.requires_grad else cast_weights.get(place)
         if known is None:
             cast = weight.detach().to(dtype)
             known = weight, nn.Parameter(lay(cast) if name == "weight" else cast, requires_grad=False)
             if not weight.requires_grad:
-                held[place] = known
+                cast_weights[place] = known
         setattr(module, name, known[1])

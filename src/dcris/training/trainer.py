@@ -51,7 +51,7 @@ from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.base import trained_state
-from dcris.models.optimize import hold_frozen
+from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
 from dcris.training.losses import LOSSES, training_losses
@@ -470,7 +470,7 @@ class Trainer:
                 write_json(self.out / _DATA, record)
         self.log(f"{len(self.samples):,} references, {self.per_epoch:,} steps an epoch, {self.total:,} steps in all")
         if not self.settings.shard_towers:  # FSDP holds sharded weights itself
-            hold_frozen(self.model, self.dtype)
+            cast_frozen(self.model, self.dtype)
 
     def _data_record(self, newest: Checkpoint | None) -> dict[str, Any]:
         """Return the content of data.json.
