@@ -61,7 +61,8 @@ def test_path_pil_image_and_array_give_the_same_result(segmenter: Segmenter, pho
         assert_same(segmenter.predict(view, PHRASES, scores=True), expected)
     lists = segmenter.predict([photo, pixels], PHRASES, scores=True)
     for predictions in lists:
-        assert_same(predictions, expected)
+        # Two images are one pass, whose products round differently on some processors.
+        assert_same(predictions, expected, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16"])
