@@ -110,8 +110,8 @@ def test_a_changed_line_raises(tmp_path: Path, change: dict[str, Any], sentence:
         (b"{}\n", "'sent_id'"),
         (b"[1]\n", "named fields"),
         (b"\n", "no result for sentence"),
-        (b"[" * 100_000, "line 1 is not JSON"),
-        (b'{"sent_id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        (b"[" * 100_000, "line 1 is not valid JSON"),
+        (b'{"sent_id": ' + b"9" * 5000 + b"}", "line 1 is not valid JSON"),
     ],
 )
 def test_another_file_raises(tmp_path: Path, content: bytes, sentence: str) -> None:
