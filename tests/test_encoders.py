@@ -358,7 +358,7 @@ def test_half_blocks_add_up_to_blocks(model: ReferringSegmenter) -> None:
         assert state.step == step
     assert torch.equal(state.tokens, whole)
     assert len(state.layer_outputs) == 2
-    assert all(torch.equal(tap, outputs[index]) for tap, index in zip(state.layer_outputs, (0, 2), strict=True))
+    assert all(torch.equal(output, outputs[index]) for output, index in zip(state.layer_outputs, (0, 2), strict=True))
     assert torch.equal(tower.finish(state), tower(pixels, text))
 
 

@@ -310,7 +310,7 @@ def test_loss_of_huge_logits_is_finite(dtype: torch.dtype) -> None:
     assert torch.equal(logits.grad, torch.full_like(logits, 1 / 16))
 
 
-def test_the_head_reads_patches_of_the_taps_and_the_normed_end() -> None:
+def test_the_head_reads_the_feature_layers_and_the_normed_output() -> None:
     """The levels are the feature layers' outputs as they are and the normalised last output,
     patches only.
     """

@@ -119,9 +119,6 @@ class MethodConfig(Section):
 
     name: str
     """Fixed by the subclass, as in `name: Literal["lora"] = "lora"`."""
-    order: ClassVar[Literal["text first", "interleaved"]] = "text first"
-    """Whether the text tower runs to its end before the first visual block, or both run in
-    alternation, joined by a bridge."""
     foldable: ClassVar[bool] = False
     """Whether the trained method can be folded into the towers' own weights, so that nothing
     remains of it in the network. Its slots then implement `fold`."""

@@ -156,7 +156,7 @@ class ReferringSegmenter(nn.Module):
     def segment_pairs(
         self, state: VisionState, tokens: Tensor, pairs: Sequence[tuple[int, int]], dtype: torch.dtype, at_once: int
     ) -> Iterator[Tensor]:
-        """Segment pairs of encoded images and expressions in passes of bounded memory, in evaluation mode.
+        """Segment pairs of encoded images and expressions in passes of bounded memory.
 
         Each expression is encoded once.
 

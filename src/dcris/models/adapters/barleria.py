@@ -6,7 +6,7 @@ width, K planar flows.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,7 +26,6 @@ class BarleriaConfig(MethodConfig):
     """Defaults as published, except the grid, which is that of 448 pixels in patches of 14."""
 
     name: Literal["barleria"] = "barleria"
-    order: ClassVar[Literal["text first", "interleaved"]] = "interleaved"
     flow_length: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
     """Planar flows in a chain, after the affine one; every block has two such chains."""
     text_width: Width = 32

@@ -7,7 +7,7 @@ width, d bridge width.
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ class EtrisConfig(MethodConfig):
     """Three stages by default, at a third, two thirds and the end of each tower; d as published."""
 
     name: Literal["etris"] = "etris"
-    order: ClassVar[Literal["text first", "interleaved"]] = "interleaved"
     layers: Layers = (3, 7, 11)
     """The visual blocks (0-based) after which the towers exchange features."""
     text_layers: Layers = (3, 7, 11)
