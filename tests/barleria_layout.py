@@ -1,7 +1,7 @@
-"""Random weights in the layout of the published BarLeRIa code, the same on every machine.
+"""Random weights in the layout of the published BarLeRIa code, equal on every machine.
 
-tests/golden/make_barleria.py fills the published classes with them; test_barleria.py fills ours, without the published code.
-Towers, head and inputs are those of tests/etris_layout.py.
+tests/golden/make_barleria.py fills the published classes with them; test_barleria.py fills ours,
+without the published code. Towers, head and inputs are those of tests/etris_layout.py.
 """
 
 import torch
@@ -31,14 +31,14 @@ _PLANAR = {"weights": "weight", "biases": "bias", "scales": "scale"}
 
 
 def config_of(variant: Variant) -> RunConfig:
-    """As published, on a narrower image half of CLIP."""
+    """Return the published configuration on a narrower vision tower of CLIP."""
     config = etris_layout.config_of(variant)
     method = BarleriaConfig(positions=True, grid=config.model.vision.grid)
     return config.model_copy(update={"model": config.model.model_copy(update={"method": method})})
 
 
 def theirs(name: str, length: int) -> list[str]:
-    """What the published code calls our tensor of that name; several where ours stacks `length` of them."""
+    """Return the published names of our tensor; several where ours stacks `length` of them."""
     if "_slot." in name:
         block, _, rest = name.partition("_slot.")
         flow = "flow" if block.endswith("attention") else "flow2"
@@ -65,7 +65,9 @@ def theirs(name: str, length: int) -> list[str]:
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A value for every tensor of a published state dict of those shapes, but that CLIP's positions are as in its file."""
+    """Return a value for every tensor of a published state dict of these shapes, with positions as
+    in CLIP's file.
+    """
     state = {}
     for name, shape in shapes.items():
         value = value_of(name, (1 + GRID**2, *shape[1:]) if name == POSITIONS else shape, VARIANT.bias)
@@ -78,7 +80,7 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def ours(variant: Variant) -> dict[str, Tensor]:
-    """The same by our names."""
+    """Return the same by our names."""
     config = config_of(variant).model
     method = config.method
     assert isinstance(method, BarleriaConfig)

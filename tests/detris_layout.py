@@ -1,6 +1,8 @@
-"""Random weights in the layout of the published DETRIS checkpoints, the same on every machine, and inputs to go with them.
+"""Random weights in the layout of the published DETRIS checkpoints, equal on every machine, and
+inputs.
 
-tests/golden/make_detris.py fills the published classes with them; test_detris.py fills ours, without the published code.
+tests/golden/make_detris.py fills the published classes with them; test_detris.py fills ours,
+without the published code.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one published model from another, and the input it is tried on."""
+    """What distinguishes the published models, and the input for the comparison."""
 
     width: int
     depth: int
@@ -35,7 +37,8 @@ class Variant:
     text_width: int = 64
     word_length: int = 17
     double: bool = False
-    """Compared in float64. In float32 rounding alone moves the gradients that nearly cancel by more than a per mille."""
+    """Compared in float64. In float32 rounding alone moves the gradients that nearly cancel by more
+    than a per mille."""
     bias: float = 0.0
     """The very last bias, chosen so that the masks are neither empty nor full."""
 
@@ -45,7 +48,8 @@ class Variant:
 
 
 VARIANTS = {
-    # Nothing of this size was published; it is the base model on DINOv2's small tower, for a test that is quick.
+    # Nothing of this size was published; it is the base model on DINOv2's small tower, for a test
+    # that is quick.
     "small": Variant(384, 12, 112, (1, 3, 5, 7, 9, 11), word_length=22, double=True, bias=0.96),
     "base": Variant(768, 12, 448, (1, 3, 5, 7, 9, 11), bias=0.46),
     "large": Variant(1024, 24, 224, (2, 6, 10, 14, 18, 22), bias=1.49),
@@ -64,7 +68,9 @@ RECIPES = {"base": get_recipe("detris_b"), "large": get_recipe("detris_l"), "mix
 
 
 def config_of(name: str) -> RunConfig:
-    """The recipe's configuration with the variant's input; the small one is the base model on a smaller tower."""
+    """Return the recipe's configuration with the variant's input; "small" is the base model on a
+    smaller tower.
+    """
     variant = VARIANTS[name]
     config = RECIPES[name.replace("small", "base")]
     if name == "small":
@@ -75,7 +81,7 @@ def config_of(name: str) -> RunConfig:
 
 
 def layout(variant: Variant) -> Shapes:
-    """Every tensor of the state dict, by name."""
+    """Return the shape of every tensor of the state dict, by name."""
     shapes: Shapes = {}
     d = variant.width
 
@@ -174,9 +180,10 @@ def layout(variant: Variant) -> Shapes:
 
 
 def _noise(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Evenly spread numbers of mean 0 and variance 1, from the name alone.
+    """Return evenly distributed numbers of mean 0 and variance 1, seeded by the name.
 
-    From the bit generator's own stream, which NumPy promises to keep; the distributions made from it may change.
+    They come from the bit generator's own stream, which NumPy keeps stable; its distributions may
+    change.
     """
     count = int(np.prod(shape))
     bits = np.random.PCG64(crc32(name.encode())).random_raw((count + 1) // 2).view(np.uint32)[:count]
@@ -184,7 +191,8 @@ def _noise(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def value_of(name: str, shape: tuple[int, ...], bias: float) -> Tensor:
-    """Ordinary numbers for a tensor, from its published name: a fresh network's zeros and ones would hide mistakes.
+    """Return ordinary numbers for a tensor by its published name, instead of a new network's zeros
+    and ones.
 
     `bias` is the very last bias of the head.
     """
@@ -213,46 +221,54 @@ def value_of(name: str, shape: tuple[int, ...], bias: float) -> Tensor:
 
 
 def weights(variant: Variant) -> dict[str, Tensor]:
-    """A value for every tensor."""
+    """Return a value for every tensor."""
     return {name: value_of(name, shape, variant.bias) for name, shape in layout(variant).items()}
 
 
 def sums(tensors: Mapping[str, Tensor]) -> Tensor:
-    """[n] the sum of each, by name in alphabetical order."""
+    """Return the sum [n] of each tensor, by name in alphabetical order."""
     return torch.stack([tensors[name].double().sum() for name in sorted(tensors)])
 
 
 def norms(tensors: Mapping[str, Tensor]) -> Tensor:
-    """[n] the norm of each, by name in alphabetical order."""
+    """Return the norm [n] of each tensor, by name in alphabetical order."""
     return torch.stack([tensors[name].double().norm() for name in sorted(tensors)])
 
 
 def describe_start(trained: Mapping[str, Tensor]) -> Tensor:
-    """[n, 3] mean, deviation and largest magnitude of each tensor, by name in alphabetical order."""
+    """Return mean, deviation and largest magnitude [n, 3] of each tensor, by name in alphabetical
+    order.
+    """
     rows = [(each.mean(), each.std(correction=0), each.abs().max()) for _, each in sorted(trained.items())]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def adapter_inputs(variant: Variant) -> tuple[Tensor, Tensor]:
-    """What a visual adapter reads, as if layer norms had made it: tokens [2, 5 + 64, D] and words [2, L, T], float64."""
+    """Return inputs of a visual adapter with the statistics of layer norms: tokens [2, 5 + 64, D]
+    and text [2, L, T], float64.
+    """
     shapes = ((2, 5 + 64, variant.width), (2, variant.word_length, TEXT))
     normed, text = (torch.from_numpy(_noise(f"adapter input {shape}", shape)).double() for shape in shapes)
     return normed, text
 
 
 def root_mean_squares(added: Tensor) -> Tensor:
-    """[2] of what an adapter adds, [B, P, D]: over class and register tokens, and over patches."""
+    """Return the RMS [2] of an adapter's output [B, P, D], over class and register tokens and over
+    patches.
+    """
     return torch.stack([part.detach().square().mean().sqrt() for part in (added[:, :5], added[:, 5:])])
 
 
 def sampled(tensors: Mapping[str, Tensor]) -> Tensor:
-    """[n, SAMPLED] evenly spread numbers of each tensor, by name in alphabetical order; a small one's are repeated."""
+    """Return evenly spaced numbers [n, SAMPLED] of each tensor, by name in alphabetical order;
+    those of small tensors are repeated.
+    """
     rows = [tensors[name].flatten() for name in sorted(tensors)]
     return torch.stack([row[torch.linspace(0, len(row) - 1, SAMPLED).long()] for row in rows])
 
 
 def gradients_of(model: nn.Module, named: Callable[[str], str] = str) -> dict[str, Tensor]:
-    """The gradient of everything that trains, by its published name."""
+    """Return the gradient of every trained weight by its published name."""
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -262,19 +278,21 @@ def gradients_of(model: nn.Module, named: Callable[[str], str] = str) -> dict[st
 
 
 def assert_norms(gradients: Mapping[str, Tensor], expected: Tensor, rel: float, floor: float) -> None:
-    """Check gradients by their norms, [n] as of `norms`: to `rel` of each, or `floor` of all of them together."""
+    """Compare the norms [n] of gradients, as from `norms`: within `rel` of each, or `floor` of all
+    together.
+    """
     floor *= expected.norm().item()
     for name, norm, theirs in zip(sorted(gradients), norms(gradients).tolist(), expected.tolist(), strict=True):
         assert abs(norm - theirs) <= max(rel * theirs, floor), f"{name}: {norm}, not {theirs}"
 
 
 def photograph() -> NDArray[np.uint8]:
-    """[H, W, 3]: noise, since batch norm divides rounding errors by what little varies in a flat picture."""
+    """Return noise [H, W, 3], since batch norm amplifies rounding errors in a flat image."""
     return (_noise("photograph", (*PHOTOGRAPH, 3)) * 60 + 128).astype(np.uint8)
 
 
 def masks(size: int) -> Tensor:
-    """[2, 1, size, size]: a rectangle for each phrase."""
+    """Return masks [2, 1, size, size]: a rectangle for each expression."""
     both = torch.zeros(2, 1, size, size)
     both[0, 0, size // 4 : size // 2, size // 8 : size // 2] = 1
     both[1, 0, size // 3 :, size // 2 :] = 1

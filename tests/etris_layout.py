@@ -1,6 +1,7 @@
-"""Random weights in the layout of the published ETRIS code, the same on every machine, and inputs to go with them.
+"""Random weights in the layout of the published ETRIS code, equal on every machine, and inputs.
 
-tests/golden/make_etris.py fills the published classes with them; test_etris.py fills ours, without the published code.
+tests/golden/make_etris.py fills the published classes with them; test_etris.py fills ours, without
+the published code.
 """
 
 import re
@@ -38,7 +39,7 @@ _STAGES = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """The published model, and the same on a narrower image half, for a test that is quick."""
+    """The published model, or the same on a narrower vision tower for a quick test."""
 
     width: int
     image_size: int
@@ -52,7 +53,7 @@ VARIANTS = {"small": Variant(128, 80, True, 0.5), "base": Variant(768, 416, Fals
 
 
 def config_of(variant: Variant) -> RunConfig:
-    """The recipe with the variant's tower and input."""
+    """Return the recipe with the variant's tower and input."""
     config = get_recipe("etris_vit_b")
     vision = {"width": variant.width, "heads": variant.width // 64, "grid": variant.image_size // 16}
     model = config.model.model_copy(update={"vision": config.model.vision.model_copy(update=vision)})
@@ -61,7 +62,7 @@ def config_of(variant: Variant) -> RunConfig:
 
 
 def theirs(name: str) -> str:
-    """What the published code calls our tensor of that name."""
+    """Return the published name of our tensor."""
     part, _, rest = name.partition(".")
     if part == "head":
         return published_name(name)
@@ -77,21 +78,21 @@ def theirs(name: str) -> str:
 
 
 def inputs(variant: Variant) -> tuple[Tensor, Tensor]:
-    """Two images of noise and their phrases."""
+    """Return two images of noise and their tokens."""
     size = variant.image_size
     images = value_of("images", (2, 3, size, size), 0.0) * (3 * size * size) ** 0.5
     return images, get_tokenizer("clip")(PHRASES, 17)
 
 
 def thinned(levels: Sequence[Tensor], words: Tensor, sentence: Tensor) -> dict[str, Tensor]:
-    """Some of the numbers that enter the head, from everywhere: channels 8 apart, and four pixels of each map."""
+    """Return a sample of the head's inputs: every eighth channel, and four pixels of each map."""
     some = [level.flatten(2)[:, :: level.shape[1] // 64, :: level[0, 0].numel() // 4][:, :64, :4] for level in levels]
     return {"levels": torch.stack(some), "words": words[:, :, ::8].contiguous(), "sentence": sentence}
 
 
 @torch.no_grad()
 def on_the_way(model: ReferringSegmenter, images: Tensor, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What enters the head of an interleaved model, thinned out, and the logits."""
+    """Return a sample of the head's inputs in an interleaved model, and the logits."""
     state, words = model.encode_images(images), model.encode_text(tokens)
     assert model.bridge is not None
     assert isinstance(words, TextState)
@@ -102,7 +103,7 @@ def on_the_way(model: ReferringSegmenter, images: Tensor, tokens: Tensor) -> tup
 
 
 def transposed(name: str) -> bool:
-    """Whether the published tensor is that of a transposed convolution."""
+    """Return whether the published tensor belongs to a transposed convolution."""
     kind, _, stage = name.removeprefix("bridger.").removesuffix(".0.weight").partition(".")
     last = stage == str(_STAGES - 1)
     in_bridge = (kind == "zoom_in" and last) or (kind == "zoom_out" and stage.isdigit() and not last)
@@ -110,7 +111,9 @@ def transposed(name: str) -> bool:
 
 
 def layout(variant: Variant) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the published state dict, by name, after the position table was brought to the input's grid."""
+    """Return the shape of every tensor of the published state dict, with positions resized to the
+    input's grid.
+    """
     with torch.device("meta"):
         ours = ReferringSegmenter(config_of(variant).model).state_dict()
     shapes = {}
@@ -121,13 +124,15 @@ def layout(variant: Variant) -> dict[str, tuple[int, ...]]:
 
 
 def weights(variant: Variant) -> dict[str, Tensor]:
-    """A value for every tensor of the published state dict; the position table is as CLIP's file has it."""
+    """Return a value for every tensor of the published state dict, with positions as in CLIP's
+    file.
+    """
     shapes = layout(variant) | {POSITIONS: (1 + GRID**2, variant.width)}
     return {name: value_of(name, shape, variant.bias) for name, shape in shapes.items()}
 
 
 def ours(variant: Variant) -> dict[str, Tensor]:
-    """The same by our names."""
+    """Return the same by our names."""
     config = config_of(variant).model
     state = weights(variant)
     grid = config.vision.grid

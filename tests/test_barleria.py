@@ -60,7 +60,7 @@ def test_a_flow_is_an_affine_and_planar_ones() -> None:
     """A flow equals its formula and starts near the identity."""
     flow, x = Flow(6, 3).double(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
     assert error(flow.transform_residual(x), x) < 0.01
-    assert flow(x, x, x, SlotContext()) is x  # the branch is left alone
+    assert flow(x, x, x, SlotContext()) is x  # the branch is unchanged
     randomise(flow)
     z = torch.stack([flow.shift[d] + torch.exp(flow.log_scale[d]) * x[..., d] for d in range(6)], dim=-1)
     for k in range(3):

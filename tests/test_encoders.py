@@ -120,7 +120,7 @@ def text() -> tuple[ClipTextTower, CLIPTextModelWithProjection]:
 def filled(oracle: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
     """Return transformers' model with exactly these weights."""
     oracle = oracle.double().eval()
-    # Newer releases know of buffers (position ids) that hold no weights; they stay.
+    # Newer releases have buffers (position ids) that are not weights; they are kept.
     assert {name for name, _ in oracle.named_parameters()} == set(weights)
     oracle.load_state_dict({**oracle.state_dict(), **{name: weight.detach() for name, weight in weights.items()}})
     return oracle
@@ -191,7 +191,7 @@ def test_clip_vision_tower_is_clip(
         assert error(ours, theirs) < TOLERANCE
     finished = tower(pixels)
     assert error(finished[:, 0], expected.image_embeds) < TOLERANCE
-    # CLIP projects the class token alone; the patches go the same way.
+    # CLIP projects the class token only; here the patches are projected too.
     normed = oracle.vision_model.post_layernorm(expected.last_hidden_state)
     assert error(finished, oracle.visual_projection(normed)) < TOLERANCE
 
@@ -300,7 +300,7 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter)
     tokens = tokens_ending_at((3, 6, 2), 7)
     image_of_phrase = torch.tensor([1, 0, 1])
     state = model.encode_images(pixels)
-    assert state.step == 3  # block 1 holds the first adapter: block 0 whole and block 1's attention come before it
+    assert state.step == 3  # block 0 and block 1's attention precede the first adapter
     logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens))
     assert logits.shape == (3, 1, 16, 20)
     # Not to the last digit: products of other shapes may round otherwise, which depends on the

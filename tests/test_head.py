@@ -162,7 +162,7 @@ def test_decoder_is_section_3_4(text_width: int) -> None:
     padding = torch.tensor([[False] * 6, [False] * 3 + [True] * 3])
     found = decoder(features, words, padding)
     assert error(found, plain_decoder(decoder, features, words, padding)) < TOLERANCE
-    # What stands in the padding must not matter at all.
+    # The content of the padding must not matter.
     words[1, 3:] = 1e3
     assert torch.equal(decoder(features, words, padding), found)
     decoder.train()

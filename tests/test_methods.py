@@ -270,7 +270,7 @@ def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path)
         assert torch.equal(segmenter.model(PIXELS, PHRASES)[0], expected)
         return
     merged = segmenter.merged()
-    assert merged.dtype == segmenter.dtype == other  # as it was asked for, and not what the device would choose
+    assert merged.dtype == segmenter.dtype == other  # the requested one, not the device's default
     assert all(isinstance(module, EmptySlot) for module in merged.model.modules() if isinstance(module, Slot))
     assert error(merged.model(PIXELS, PHRASES)[0], expected) < 1e-5 * expected.abs().max().item()
     assert torch.equal(segmenter.model(PIXELS, PHRASES)[0], expected)
