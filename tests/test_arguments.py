@@ -155,9 +155,7 @@ def found() -> Prediction:
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=[key[:40].replace("\0", "NUL") for key in CALLS])
-def test_a_wrong_argument_is_one_sentence(
-    segmenter: Segmenter, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_arguments(segmenter: Segmenter, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service can show a DcrisError to its user; other exceptions would be failures of the
     service."""
     monkeypatch.chdir(tmp_path)
@@ -168,9 +166,7 @@ def test_a_wrong_argument_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_paths_are_what_python_takes_as_paths(
-    segmenter: Segmenter, trained_run: Path, scenes_root: Path, tmp_path: Path
-) -> None:
+def test_path_types(segmenter: Segmenter, trained_run: Path, scenes_root: Path, tmp_path: Path) -> None:
     """str, Path and any other os.PathLike name the same file."""
     Image.fromarray(IMAGE).save(tmp_path / "photo.png")
     expected = segmenter.predict(IMAGE, "a cup")
@@ -184,7 +180,7 @@ def test_paths_are_what_python_takes_as_paths(
         assert load_checkpoint(kind(saved))[1] == segmenter.config
 
 
-def test_phrases_are_what_python_takes_as_lists(segmenter: Segmenter) -> None:
+def test_phrase_sequences(segmenter: Segmenter) -> None:
     """Arrays, tuples and generators give the same results as lists."""
     expected = segmenter.predict(IMAGE, ["a cup", "red"])
     for phrases in (("a cup", "red"), np.array(["a cup", "red"]), (text for text in ("a cup", "red"))):
@@ -196,7 +192,7 @@ def test_phrases_are_what_python_takes_as_lists(segmenter: Segmenter) -> None:
     assert segmenter.predict(IMAGE, []) == segmenter.predict([], "a") == []
 
 
-def test_predictions_are_compared(segmenter: Segmenter) -> None:
+def test_comparing_predictions(segmenter: Segmenter) -> None:
     """`prediction == other` compares the content."""
     for scores in (False, True):
         (answer,) = segmenter.predict(IMAGE, "a cup", scores=scores)

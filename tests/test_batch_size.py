@@ -68,7 +68,7 @@ def saved_bytes(counted: list[int]) -> Iterator[None]:
 # ---- what needs no gradient keeps nothing ------------------------------------------------------
 
 
-def test_nothing_is_kept_before_the_first_adapter() -> None:
+def test_no_activations_saved_before_the_first_adapter() -> None:
     """Blocks before the first adapter need no gradient, so autograd must not save their
     activations."""
     config, kept = quick_config(1), []
@@ -83,7 +83,7 @@ def test_nothing_is_kept_before_the_first_adapter() -> None:
     assert kept[1] > 0
 
 
-def test_a_frozen_layer_keeps_what_its_activation_needs_alone() -> None:
+def test_frozen_layer_saves_no_input() -> None:
     """A product with frozen weights saves no input; one with trained weights does."""
     mlp, kept = model_of(quick_config(1)).vision.blocks[0].mlp, []
     x = torch.randn(2, 21, 128, requires_grad=True)
@@ -111,7 +111,7 @@ def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str,
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
-def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
+def test_recomputing_only_changes_memory(dropout: str) -> None:
     """Loss, gradients and running statistics are equal bit for bit; dropout draws the same numbers,
     and batch norms count each step once."""
     side = ("data.image_size", "112")
@@ -132,7 +132,7 @@ def test_recomputing_changes_nothing_but_memory(dropout: str) -> None:
 # ---- several passes ----------------------------------------------------------------------------
 
 
-def test_places_are_taken_once() -> None:
+def test_divide_batch() -> None:
     """Every sample of the batch is in one pass of one rank, and passes respect the micro batch.
 
     A batch is refused only if no division exists.
@@ -168,7 +168,7 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(("recipe", "micro_batch"), [("dcris_tiny", 1), ("dcris_tiny", 2), ("barleria_tiny", 2)])
-def test_several_passes_are_one_step(recipe: str, micro_batch: int, scenes_root: Path, tmp_path: Path) -> None:
+def test_passes_equal_one_step(recipe: str, micro_batch: int, scenes_root: Path, tmp_path: Path) -> None:
     """Passes of one batch, also uneven ones, give the gradient of the mean over the batch.
 
     BarLeRIa adds a loss of its own, which is such a mean, too.
@@ -180,7 +180,9 @@ def test_several_passes_are_one_step(recipe: str, micro_batch: int, scenes_root:
         model = without_batch_norm(model_of(config)).double()
         start = {name: item.detach().clone() for name, item in model.named_parameters()}
         parameters = [item for item in model.parameters() if item.requires_grad]
-        trainer = Trainer(Doubled(model), config, table, tokenizer_of(config.model.text), tmp_path, device=CPU)
+        trainer = Trainer(
+            InDoublePrecision(model), config, table, tokenizer_of(config.model.text), tmp_path, device=CPU
+        )
         trainer.dtype = torch.float32
         trainer.optimizer = torch.optim.SGD(parameters, lr=1.0)
         found, iou = trainer.forward_backward(0, batch, want_iou=True)
@@ -196,7 +198,7 @@ def test_several_passes_are_one_step(recipe: str, micro_batch: int, scenes_root:
         assert torch.allclose(weights[1][name], change, rtol=1e-4, atol=1e-6 * scale.item()), name
 
 
-class Doubled(nn.Module):
+class InDoublePrecision(nn.Module):
     """A model in double precision with an interface in single precision, so that rounding does not
     hide a wrong weight."""
 
@@ -212,9 +214,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize(("free", "expected"), [(1 << 40, 6), (None, 2), (1 << 20, 0)])
-def test_the_largest_micro_batch_is_found_and_nothing_else_changes(
-    monkeypatch: pytest.MonkeyPatch, free: int | None, expected: int
-) -> None:
+def test_largest_micro_batch(monkeypatch: pytest.MonkeyPatch, free: int | None, expected: int) -> None:
     """All samples if there is room, a power of two if there is room for three, an error if there is
     none."""
     config = quick_config(1)
@@ -254,7 +254,7 @@ print(memory_growth(lambda: (gc.collect(), torch.ones(50_000_000).sum())))
 """
 
 
-def test_growth_and_free_memory_are_real() -> None:
+def test_measured_memory() -> None:
     """200 MB that are allocated for a moment are measured, even after more was allocated before.
 
     Also if unused memory with circular references, as a model has, is freed in between. In a
@@ -265,7 +265,7 @@ def test_growth_and_free_memory_are_real() -> None:
     assert 1e8 < free_memory(CPU) < 1e14
 
 
-def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory respects the limit of a container."""
     for name, content in {
         "max": "max",
@@ -281,7 +281,7 @@ def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pyte
     assert free_memory(CPU) == 0
 
 
-def test_auto_is_recorded_and_not_searched_again(
+def test_auto_micro_batch_is_recorded(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A resumed run uses the recorded micro batch, whatever memory is free."""
@@ -299,7 +299,7 @@ def test_auto_is_recorded_and_not_searched_again(
     assert main([*words[:-2], "--batch-size", "none"]) == 2
 
 
-def test_old_configurations_still_load() -> None:
+def test_configurations_without_micro_batch_load() -> None:
     """config.json of a run without the fields for passes."""
     tree = quick_config(1).model_dump(mode="json")
     for name in ("micro_batch", "checkpoint_activations", "shard_towers"):

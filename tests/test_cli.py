@@ -58,12 +58,12 @@ def dcris(*words: object) -> int:
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """Run a command that must fail because of bad input, and return its message."""
     code = dcris(*words)
-    complaint = capsys.readouterr().err
-    assert code == 2, complaint
-    assert complaint.startswith("dcris: ")
-    assert complaint.count("\n") == 1
-    assert complaint.endswith("\n")
-    return complaint
+    error_text = capsys.readouterr().err
+    assert code == 2, error_text
+    assert error_text.startswith("dcris: ")
+    assert error_text.count("\n") == 1
+    assert error_text.endswith("\n")
+    return error_text
 
 
 # ---- everything in turn ------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("name", ["s p", "it's", "$HOME", "-x", "a;b"])
-def test_an_advised_command_can_be_pasted(
+def test_suggested_commands_are_quoted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Paths in suggested commands are quoted for the shell."""
@@ -135,8 +135,8 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     """From an annotation tool's export to a model tuned on it; the file is the whole data set."""
     folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))
     data, coco = folder / "shapes.jsonl", folder / "scenes/instances.json"
-    photographs = folder / "images/mscoco/images/train2014"
-    assert dcris("data", "import-coco", coco, "--images", photographs, "--out", data, "--val", "0.2") == 0
+    image_folder = folder / "images/mscoco/images/train2014"
+    assert dcris("data", "import-coco", coco, "--images", image_folder, "--out", data, "--val", "0.2") == 0
     assert f"next: dcris data check {data}" in capsys.readouterr().out
     assert dcris("data", "check", data, "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -167,7 +167,7 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "b").exists()
 
 
-def test_a_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its name can be used for any data set; what was left out is reported and recorded."""
     root = Path(shutil.copytree(scenes_root, tmp_path / "data"))
     content = pickle.loads((root / "scenes/refs(generated).p").read_bytes())
@@ -187,7 +187,7 @@ def test_a_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["dataset"] == name
 
 
-def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+def test_files_of_predict(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Masks, scores and COCO results agree, at the size of the image."""
     phrases = ["red circle", "the leftmost ring"]
     scores = Segmenter.from_pretrained(trained_run, device="cpu").predict(photo, phrases, scores=True)
@@ -223,7 +223,7 @@ def test_what_predict_writes(trained_run: Path, photo: Path, tmp_path: Path) -> 
     assert not leftovers(tmp_path)
 
 
-def test_only_what_was_asked_for_is_written(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+def test_predict_formats(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Overlays of many images would fill a disk."""
     assert dcris("predict", trained_run, photo, "-e", "ring", "--out", tmp_path / "a", "--format", "mask", "coco") == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
@@ -233,7 +233,7 @@ def test_only_what_was_asked_for_is_written(trained_run: Path, photo: Path, tmp_
     }
 
 
-def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path, tmp_path: Path) -> None:
+def test_images_with_the_same_name(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """a.jpg and a.png, or images of two folders, must not overwrite each other's masks."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for number, (folder, name) in enumerate([(0, "a.png"), (0, "a~2.png"), (1, "a.png"), (1, "a.bmp")]):
@@ -247,22 +247,22 @@ def test_images_of_one_name_keep_their_own_files(trained_run: Path, photo: Path,
 def odd_images(folder: Path) -> dict[str, tuple[int, int]]:
     """Images from scanners, phones and the web, with the height and width that a viewer shows."""
     folder.mkdir()
-    picture = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    image = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(folder / "deep.png")
-    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
-    picture.convert("RGBA").save(folder / "alpha.png")
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
+    image.convert("RGBA").save(folder / "alpha.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(folder / "turned.jpg", exif=exif)
-    picture.convert("L").save(folder / "grey.webp")
-    picture.convert("1").save(folder / "black and white.tiff")
+    image.save(folder / "turned.jpg", exif=exif)
+    image.convert("L").save(folder / "grey.webp")
+    image.convert("1").save(folder / "black and white.tiff")
     Image.new("RGB", (1, 1)).save(folder / "one.png")
-    picture.save(folder / "größe 猫.JPG")
+    image.save(folder / "größe 猫.JPG")
     return {path.stem: (30, 40) for path in folder.iterdir()} | {"turned": (40, 30), "one": (1, 1)}
 
 
-def test_odd_images_are_answered(trained_run: Path, tmp_path: Path) -> None:
+def test_odd_images(trained_run: Path, tmp_path: Path) -> None:
     """At the size that a viewer shows."""
     sizes = odd_images(tmp_path / "in")
     out = tmp_path / "out"
@@ -274,7 +274,7 @@ def test_odd_images_are_answered(trained_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
+def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
     """A panorama or a scan of 108 million pixels."""
     Image.new("RGB", (12_000, 9_000), "green").save(tmp_path / "large.jpg")
     assert dcris("predict", trained_run, tmp_path / "large.jpg", "-e", "left", "--out", tmp_path / "out") == 0
@@ -370,7 +370,7 @@ def test_a_very_large_photograph(trained_run: Path, tmp_path: Path) -> None:
         ("quickstart --seed x", "x"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input(
     words: str,
     sentence: str,
     trained_run: Path,
@@ -408,7 +408,7 @@ class Hostile:
 @pytest.mark.parametrize(
     "damage", ["cut refs", "hostile pickle", "no mask", "no pictures", "broken json", "two splits"]
 )
-def test_bad_data_is_one_sentence(
+def test_bad_data(
     tiny_refer: TinyRefer,
     damage: str,
     tmp_path: Path,
@@ -425,7 +425,7 @@ def test_bad_data_is_one_sentence(
     if damage == "hostile pickle":
         tiny_refer.pickle_path.write_bytes(pickle.dumps([Hostile()]))
     if damage == "no pictures":
-        for path in tiny_refer.image_folder.iterdir():
+        for path in tiny_refer.photographs.iterdir():
             path.unlink()
     if damage == "broken json":
         tiny_refer.json_path.write_text(tiny_refer.json_path.read_text()[:100])
@@ -455,9 +455,7 @@ def test_bad_data_is_one_sentence(
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: 12"),
     ],
 )
-def test_too_little_memory_is_said_in_a_sentence(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_of_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Out of memory gives one message that helps, not a traceback."""
 
     def fail(*_: object, **__: object) -> None:
@@ -470,12 +468,12 @@ def test_too_little_memory_is_said_in_a_sentence(
         dcris("data", "check", ".", "--dataset", "any")
 
 
-def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """File names may contain control characters, or characters that no terminal can show."""
     name = "a\x1b[2J\n\udcff" + "x" * 5000
-    complaint = refused(capsys, "data", "check", tmp_path, "--dataset", name)
-    assert r"a\x1b[2J\n\udcff" in complaint
-    assert len(complaint) < 1100
+    error_text = refused(capsys, "data", "check", tmp_path, "--dataset", name)
+    assert r"a\x1b[2J\n\udcff" in error_text
+    assert len(error_text) < 1100
 
 
 # ---- the program itself ------------------------------------------------------------------------
@@ -492,7 +490,7 @@ def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str])
         assert f"example: dcris {command}".rstrip() in " ".join(printed.split())
 
 
-def test_examples_of_the_help_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_examples_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     """Examples are valid, settings after `dcris train` included; a misspelt setting is detected."""
     from dcris.cli import _parser
 
@@ -510,7 +508,7 @@ def test_examples_of_the_help_are_understood(capsys: pytest.CaptureFixture[str])
                 configuration(args)
 
 
-def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     """With exact numbers."""
     assert dcris("recipes", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
@@ -544,7 +542,7 @@ def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", ["quickstart", "ablate table3 --recipe tiny"])
-def test_an_interruption_says_how_to_go_on(
+def test_interruption_message(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With an option that the command has: only `dcris train` has --resume."""
@@ -567,7 +565,7 @@ def write_scenes_of(count: int, root: Path, **settings: Any) -> None:
     write_scenes(root, **{**settings, "train": count, "test": count})
 
 
-def test_a_shell_completes_commands_and_options() -> None:
+def test_shell_completion() -> None:
     """As bash does for the tab key, from the printed script."""
     printed = in_a_process("-m", "dcris", "completion", "bash")
     assert printed.returncode == 0, printed.stderr
@@ -580,21 +578,21 @@ def test_a_shell_completes_commands_and_options() -> None:
     assert found == [{"evaluate"}, {"--split", "--split-by"}, {"check"}]
 
 
-def test_phrases_that_are_cut_are_counted(trained_run: Path, scenes_root: Path, tmp_path: Path, capsys) -> None:
+def test_cut_expressions_are_counted(trained_run: Path, scenes_root: Path, tmp_path: Path, capsys) -> None:
     """Evaluating a model of short expressions on longer ones prints how many are cut."""
     phrases = ["red circle", "red " * 12 + "circle"]
     line = {"image": "a.png", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": phrases, "split": "val"}
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     (tmp_path / "refcocog.jsonl").write_text(json.dumps(line))
     assert dcris("evaluate", trained_run, "--data", tmp_path / "refcocog.jsonl") == 0
-    told = capsys.readouterr().err
-    assert "1 of 2 expressions are longer than 14 tokens" in told
-    assert "refcocog is usually read with 22" in told
+    error_text = capsys.readouterr().err
+    assert "1 of 2 expressions are longer than 14 tokens" in error_text
+    assert "refcocog is usually read with 22" in error_text
     assert dcris("evaluate", trained_run, "--data", scenes_root, "--split", "test") == 0
     assert capsys.readouterr().err == ""
 
 
-def test_other_data_of_an_answers_file_are_noted(scenes_root: Path, trained_run: Path, tmp_path: Path, capsys) -> None:
+def test_compare_reports_other_data(scenes_root: Path, trained_run: Path, tmp_path: Path, capsys) -> None:
     """Results that were computed on other masks are reported."""
     root = Path(shutil.copytree(scenes_root, tmp_path / "data"))
     split = ("--data", root, "--dataset", "scenes", "--split", "test")

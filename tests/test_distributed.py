@@ -70,17 +70,17 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_log(run) if "loss" in line]
 
 
-def sentences(text: str) -> list[str]:
+def messages_of(text: str) -> list[str]:
     """Return the lines of dcris on standard error, without those of torchrun."""
     return [line for line in text.splitlines() if line.startswith("dcris: ")]
 
 
-def daring(run: Path, path: Path) -> Path:
+def half_mask_model(run: Path, path: Path) -> Path:
     """A model whose bias is set so that it selects half of each image; a few steps of training
     select nothing."""
     segmenter = Segmenter.from_pretrained(run, device="cpu")
-    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    (answer,) = segmenter.predict(picture, "man on the left", scores=True)
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    (answer,) = segmenter.predict(image, "man on the left", scores=True)
     with torch.no_grad():
         segmenter.model.head.projector.text.bias[-1] -= np.quantile(logit(answer.probabilities.astype(float)), 0.5)
     return segmenter.save_pretrained(path)
@@ -95,7 +95,7 @@ def test_scores_do_not_depend_on_batch_size_or_processes(trained_run: Path, refe
     """Samplers that pad would count some expressions twice."""
     words = [
         "evaluate",
-        daring(trained_run, tmp_path / "daring"),
+        half_mask_model(trained_run, tmp_path / "daring"),
         "--data",
         refer_root,
         "--dataset",
@@ -116,9 +116,7 @@ def test_scores_do_not_depend_on_batch_size_or_processes(trained_run: Path, refe
     assert all(result == results[1, 1] for result in results.values())
 
 
-def test_a_broken_environment_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_incomplete_environment_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With an incomplete environment, the program must not wait for other ranks."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "two")
@@ -162,8 +160,10 @@ def compare_gradients(rank: int, port: int) -> None:
         synchronise_batch_norm(models[1])
         assert models[0].state_dict().keys() == models[1].state_dict().keys()
         (places,) = divide_batch(8, None, group)
-        mine = slice(places.start, places.stop)
-        (text_to_pixel_loss(models[1](images[mine], tokens[mine]), masks[mine]) * (len(places) / 8)).backward()
+        own_part = slice(places.start, places.stop)
+        (
+            text_to_pixel_loss(models[1](images[own_part], tokens[own_part]), masks[own_part]) * (len(places) / 8)
+        ).backward()
         group.sum_gradients([*models[1].parameters()])
         assert group.all_gather(rank) == [0, 1, 2]
         assert group.agree(None) is None
@@ -185,14 +185,14 @@ def compare_gradients(rank: int, port: int) -> None:
     assert not any("gloo" in name for name in threads), threads
 
 
-def test_gradients_are_those_of_the_whole_batch() -> None:
+def test_gradients_of_the_whole_batch() -> None:
     """Uneven shares (3, 3 and 2 samples): gradients of the mean, and batch norm, over the whole
     batch."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(compare_gradients, (store.port,), nprocs=3, daemon=True)
 
 
-def test_two_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(scenes: Path, tmp_path: Path) -> None:
     """The same curve and scores, one log, one checkpoint, one output."""
     more = ["--data.val_split", "val"]
     alone = torchrun(1, *train_words(scenes, tmp_path / "one", 6, *more), program=IN_DOUBLE_PRECISION)
@@ -225,12 +225,12 @@ def test_two_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
         (2, ("--train.shard_towers", "true", "--data.val_split", "val", "--tracker", "tensorboard")),
     ],
 )
-def test_twenty_steps_are_the_same(scenes: Path, tmp_path: Path, count: int, more: Sequence[str]) -> None:
+def test_twenty_steps_in_double_precision(scenes: Path, tmp_path: Path, count: int, more: Sequence[str]) -> None:
     """In double precision, to the last logged digits; towers may be sharded."""
     for name, number, words in (("one", 1, ()), ("many", count, more)):
         done = torchrun(number, *train_words(scenes, tmp_path / name, 20, *words), program=IN_DOUBLE_PRECISION)
         assert done.returncode == 0, done.stderr
-        assert not sentences(done.stderr)
+        assert not messages_of(done.stderr)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=4e-7)
 
 
@@ -253,7 +253,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
             many = tmp_path / f"{name}.{seed}"
             done = torchrun(count, *train_words(scenes, many, 20, *words, *more))
             assert done.returncode == 0, done.stderr
-            assert not sentences(done.stderr)
+            assert not messages_of(done.stderr)
             Segmenter.from_pretrained(many, device="cpu")  # checks the towers
             ours, theirs = np.array(losses(many)), np.array(losses(one))
             differences[name].append(float(np.max(np.abs(ours - theirs) / theirs)))
@@ -262,7 +262,7 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_passes_of_two_processes_are_those_of_one(scenes: Path, tmp_path: Path) -> None:
+def test_passes_of_two_processes_equal_those_of_one(scenes: Path, tmp_path: Path) -> None:
     """A pass of two processes with 2 samples each equals a pass of one with 4, also its batch norm."""
     assert main(train_words(scenes, tmp_path / "one", 3, "--train.micro_batch", "4")) == 0
     done = torchrun(2, *train_words(scenes, tmp_path / "two", 3, "--train.micro_batch", "2"))
@@ -271,7 +271,7 @@ def test_passes_of_two_processes_are_those_of_one(scenes: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_any_number_of_processes(scenes: Path, tmp_path: Path) -> None:
+def test_resume_with_another_number_of_processes(scenes: Path, tmp_path: Path) -> None:
     """Started on two processes, continued on one and three: the same samples, so the same curve; on
     two again, bit for bit."""
     for name, counts in (("two", (2,)), ("split", (2, 2)), ("changing", (2, 1, 3))):
@@ -316,37 +316,37 @@ def second_worker(agent: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes as Linux lists them")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_happens_to_one_process_ends_all(scenes: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_end_of_one_process_ends_all(scenes: Path, tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM leaves a checkpoint and exit code 143 on all ranks; after a kill, no rank is left
     waiting."""
     process = start(scenes, tmp_path / "run")
     os.kill(second_worker(process.pid), number)
-    _, complaint = process.communicate(timeout=120)
-    codes = sorted(set(re.findall(r"exitcode  : (-?\d+)", complaint)))
-    (said,) = sentences(complaint)
+    _, error_text = process.communicate(timeout=120)
+    codes = sorted(set(re.findall(r"exitcode  : (-?\d+)", error_text)))
+    (message,) = messages_of(error_text)
     if number == signal.SIGTERM:
         assert codes == ["143"]
-        assert re.match(r"dcris: stopped at step \d+; `--resume` continues from", said)
+        assert re.match(r"dcris: stopped at step \d+; `--resume` continues from", message)
         assert list_checkpoints(tmp_path / "run")
     else:
         assert codes == ["-9", "2"]
-        assert re.match(r"dcris: lost connection to another rank", said)
-    assert "dcris/cli" not in complaint  # no traceback except torchrun's own
+        assert re.match(r"dcris: lost connection to another rank", message)
+    assert "dcris/cli" not in error_text  # no traceback except torchrun's own
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_said_once(tmp_path: Path) -> None:
+def test_error_of_one_process_is_printed_once(tmp_path: Path) -> None:
     """An image that one rank cannot read, and a batch that cannot be divided: one message."""
     write_scenes(tmp_path / "data", train=6, val=1, test=1, seed=5)
     words = train_words(tmp_path / "data", tmp_path / "run", 50)
     done = torchrun(2, *words, "--train.batch_size", "1")
-    (said,) = sentences(done.stderr)
-    assert said.startswith("dcris: a batch of 1 leaves some of 2 processes without a sample; start fewer")
+    (message,) = messages_of(done.stderr)
+    assert message.startswith("dcris: a batch of 1 leaves some of 2 processes without a sample; start fewer")
     assert not (tmp_path / "run").exists()
-    pictures = sorted((tmp_path / "data/images/mscoco/images/train2014").iterdir())
-    pictures[0].write_bytes(b"no picture")
+    image_paths = sorted((tmp_path / "data/images/mscoco/images/train2014").iterdir())
+    image_paths[0].write_bytes(b"no picture")
     done = torchrun(2, *words, "--data.train_split", "train")
-    (said,) = sentences(done.stderr)
-    assert pictures[0].name in said
+    (message,) = messages_of(done.stderr)
+    assert image_paths[0].name in message
     assert set(re.findall(r"exitcode  : (-?\d+)", done.stderr)) == {"2"}
     assert "dcris/cli" not in done.stderr

@@ -32,7 +32,7 @@ from dcris.evaluation.metrics import summarise
 from dcris.training import trainer
 from launcher import Launcher, torchrun_environment
 from runs import assert_same_run, leftovers, quick_config, run_training
-from test_distributed import daring
+from test_distributed import half_mask_model
 
 STEPS, EPOCH = 12, 4
 SETTINGS = {
@@ -91,9 +91,9 @@ class Run:
         """Run to the end."""
         self.start(*words, workers=workers)
         codes = [self.launcher.wait(process) for process in self.started]
-        assert not any(codes), self.said()
+        assert not any(codes), self.printed()
 
-    def said(self) -> str:
+    def printed(self) -> str:
         """Return the output of all starts."""
         return self.output.read_text() if self.output.exists() else ""
 
@@ -110,17 +110,17 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def unbroken(launcher: Launcher, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def uninterrupted(launcher: Launcher, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(launcher, scenes_root, tmp_path_factory.mktemp("unbroken") / "run")
     run.finish()
     return run
 
 
-def assert_as_unbroken(unbroken: Run, run: Run) -> None:
+def assert_same_result(uninterrupted: Run, run: Run) -> None:
     """Two runs have the same weights, optimizer state, log, checkpoints and scores, and no other
     files."""
-    assert_same_run(unbroken.out, run.out)
-    assert run.scores() == unbroken.scores()
+    assert_same_run(uninterrupted.out, run.out)
+    assert run.scores() == uninterrupted.scores()
     assert not leftovers(run.out)
     for checkpoint in list_checkpoints(run.out):
         check_files(checkpoint.path)
@@ -147,7 +147,7 @@ def wait_for_moment(run: Run, process: int, kind: str, draw: random.Random) -> b
     while not reached[kind]():
         if run.launcher.poll(process) is not None:
             return False
-        assert time.monotonic() < begin + 120, run.said()
+        assert time.monotonic() < begin + 120, run.printed()
         time.sleep(0.0005)
     time.sleep(after)
     return True
@@ -161,7 +161,7 @@ def kill(run: Run, draw: random.Random) -> bool:
         with suppress(ProcessLookupError):
             os.killpg(process, signal.SIGKILL)
     codes = [run.launcher.wait(process, 60) for process in run.started]
-    assert all(codes) or not any(codes), run.said()
+    assert all(codes) or not any(codes), run.printed()
     return -signal.SIGKILL in codes
 
 
@@ -182,26 +182,26 @@ def kill_again_and_again(run: Run, kills: int, seed: int) -> list[str]:
     return hit
 
 
-def test_a_few_kills(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path) -> None:
+def test_few_kills(launcher: Launcher, uninterrupted: Run, scenes_root: Path, tmp_path: Path) -> None:
     """The short form of the test below."""
     run = Run(launcher, scenes_root, tmp_path / "run")
     assert kill_again_and_again(run, 2, seed=3)
-    assert_as_unbroken(unbroken, run)
+    assert_same_result(uninterrupted, run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_twenty_moments(
+def test_twenty_kills(
     launcher: Launcher, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
 ) -> None:
     """A kill costs the steps since the last checkpoint, and does not change the final result."""
-    unbroken = Run(launcher, scenes_root, tmp_path / "unbroken", processes)
-    unbroken.finish()
+    uninterrupted = Run(launcher, scenes_root, tmp_path / "unbroken", processes)
+    uninterrupted.finish()
     hit: list[str] = []
     for seed in range(100, 130):
         run = Run(launcher, scenes_root, tmp_path / f"run{seed}", processes)
         hit += kill_again_and_again(run, 4, seed)
-        assert_as_unbroken(unbroken, run)
+        assert_same_result(uninterrupted, run)
         if len(hit) >= 24:
             break
     assert len(hit) >= 20
@@ -220,11 +220,11 @@ def descendants(process: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_torchrun_is_killed(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
+def test_kill_torchrun(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
     """torchrun with all its processes is killed, then one rank, then it gets SIGTERM; then the run
     finishes."""
-    unbroken = Run(launcher, scenes_root, tmp_path / "unbroken", processes=2)
-    unbroken.finish()
+    uninterrupted = Run(launcher, scenes_root, tmp_path / "unbroken", processes=2)
+    uninterrupted.finish()
     run = Run(launcher, scenes_root, tmp_path / "run", processes=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dcris"]
 
@@ -249,21 +249,21 @@ def test_torchrun_is_killed(launcher: Launcher, scenes_root: Path, tmp_path: Pat
         wait_for_lines(run, 9, process)
         process.terminate()
         process.wait(120)
-        assert "dcris: stopped at step " in run.said()
+        assert "dcris: stopped at step " in run.printed()
         assert not leftovers(run.out)
-        assert start(workers=0).wait(300) == 0, run.said()
-    assert_same_run(unbroken.out, run.out)
+        assert start(workers=0).wait(300) == 0, run.printed()
+    assert_same_run(uninterrupted.out, run.out)
 
 
 def wait_for_lines(run: Run, lines: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 240
     while run.steps() < lines:
-        assert process.poll() is None, run.said()
-        assert time.monotonic() < deadline, run.said()
+        assert process.poll() is None, run.printed()
+        assert time.monotonic() < deadline, run.printed()
         time.sleep(0.01)
 
 
-def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
+def test_second_process_in_one_directory_is_refused(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
     """A second run in the same directory is refused."""
     run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=400)
     first = run.start()
@@ -271,7 +271,7 @@ def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_
     second = Run(launcher, scenes_root, run.out, train__max_steps=400)
     second.output = tmp_path / "second.txt"
     assert launcher.wait(second.start()) == 2
-    assert f"another process (process {first} on " in second.said()
+    assert f"another process (process {first} on " in second.printed()
     assert launcher.poll(first) is None
     kill(run, random.Random(0))
 
@@ -282,29 +282,29 @@ def test_two_processes_do_not_train_in_one_directory(launcher: Launcher, scenes_
 @pytest.mark.parametrize(
     "moment", ["set-up", "step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("write", "validation"))]
 )
-def test_a_request_to_end(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path, moment: str) -> None:
+def test_sigterm(launcher: Launcher, uninterrupted: Run, scenes_root: Path, tmp_path: Path, moment: str) -> None:
     """SIGTERM to the whole process group, twice: workers still serve the current step."""
     run = Run(launcher, scenes_root, tmp_path / "run")
     process = run.start(workers=2)
     if moment == "set-up":
-        while "weights train" not in run.said():  # printed before training starts
+        while "weights train" not in run.printed():  # printed before training starts
             time.sleep(0.001)
     else:
         assert wait_for_moment(run, process, moment, random.Random(1))
     os.killpg(process, signal.SIGTERM)
     time.sleep(0.02)
     os.killpg(process, signal.SIGTERM)
-    assert launcher.wait(process, 60) == 143, run.said()
+    assert launcher.wait(process, 60) == 143, run.printed()
     assert not leftovers(run.out)
-    last = run.said().splitlines()[-1]
-    if moment == "set-up" and "steps in all" not in run.said():
+    last = run.printed().splitlines()[-1]
+    if moment == "set-up" and "steps in all" not in run.printed():
         return  # before training, no checkpoint is saved
     assert (
         last
         == f"dcris: stopped at step {run.scores()[-1][0]}; `--resume` continues from {list_checkpoints(run.out)[-1].path}"
     )
     run.finish(workers=1)
-    assert_same_run(unbroken.out, run.out)  # it may keep the checkpoint it was stopped at instead of another
+    assert_same_run(uninterrupted.out, run.out)  # it may keep the checkpoint it was stopped at instead of another
 
 
 # ---- checkpoints that are not as they were written ---------------------------------------------
@@ -325,19 +325,19 @@ def empty(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def halfway(launcher: Launcher, unbroken: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def half_run(launcher: Launcher, uninterrupted: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run stopped after step 8, at an epoch's end, with the checkpoints of steps 4 to 8."""
-    run = Run(launcher, unbroken.data, tmp_path_factory.mktemp("halfway") / "run")
+    run = Run(launcher, uninterrupted.data, tmp_path_factory.mktemp("halfway") / "run")
     run.settings |= {"train.max_steps": 8}
     run.finish()
     return run
 
 
 @pytest.fixture
-def spoilt(halfway: Run, tmp_path: Path) -> Run:
+def damaged(half_run: Run, tmp_path: Path) -> Run:
     """A copy of `halfway` that the test may damage."""
-    shutil.copytree(halfway.out, tmp_path / "run")
-    run = Run(halfway.launcher, halfway.data, tmp_path / "run")
+    shutil.copytree(half_run.out, tmp_path / "run")
+    run = Run(half_run.launcher, half_run.data, tmp_path / "run")
     assert [step for step, _ in run.scores()][-2:] == [6, 8]
     return run
 
@@ -356,87 +356,87 @@ def spoilt(halfway: Run, tmp_path: Path) -> Run:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_damaged_checkpoint_is_moved_aside(spoilt: Run, name: str, damage: Callable[[Path], object]) -> None:
+def test_damaged_checkpoint_is_moved(damaged: Run, name: str, damage: Callable[[Path], object]) -> None:
     """It is reported, and the previous checkpoint is used."""
-    newest = list_checkpoints(spoilt.out)[-1].path
+    newest = list_checkpoints(damaged.out)[-1].path
     damage(newest / name)
     lines: list[str] = []
-    assert [item.step for item in sound_checkpoints(spoilt.out, lines.append)][-1] == 6
+    assert [item.step for item in sound_checkpoints(damaged.out, lines.append)][-1] == 6
     (line,) = lines
     assert f"step 8 is damaged and was moved to {newest.with_name('damaged-step-00000008')}: " in line
     assert name in line
-    assert spoilt.checkpoints("damaged-*") == {"damaged-step-00000008"}
+    assert damaged.checkpoints("damaged-*") == {"damaged-step-00000008"}
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(unbroken: Run, spoilt: Run) -> None:
+def test_damaged_checkpoint_falls_back_to_the_previous(uninterrupted: Run, damaged: Run) -> None:
     """The run repeats a few steps. The damaged checkpoint is kept until its step is saved again."""
-    flip(list_checkpoints(spoilt.out)[-1].path / "optimizer.safetensors")
-    spoilt.finish()
-    assert "step 8 is damaged" in spoilt.said()
-    assert "resuming from step 6" in spoilt.said()
-    assert not spoilt.checkpoints("damaged-*")
-    assert_as_unbroken(unbroken, spoilt)
+    flip(list_checkpoints(damaged.out)[-1].path / "optimizer.safetensors")
+    damaged.finish()
+    assert "step 8 is damaged" in damaged.printed()
+    assert "resuming from step 6" in damaged.printed()
+    assert not damaged.checkpoints("damaged-*")
+    assert_same_result(uninterrupted, damaged)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged(spoilt: Run) -> None:
+def test_all_checkpoints_damaged(damaged: Run) -> None:
     """One error message; nothing is moved or deleted."""
-    for checkpoint in list_checkpoints(spoilt.out):
+    for checkpoint in list_checkpoints(damaged.out):
         flip(checkpoint.path / "model.safetensors")
-    before = {path: path.read_bytes() for path in (spoilt.out / "checkpoints").rglob("*") if path.is_file()}
-    assert spoilt.launcher.wait(spoilt.start()) == 2
-    (sentence,) = [line for line in spoilt.said().splitlines() if line.startswith("dcris: ")]
+    before = {path: path.read_bytes() for path in (damaged.out / "checkpoints").rglob("*") if path.is_file()}
+    assert damaged.launcher.wait(damaged.start()) == 2
+    (sentence,) = [line for line in damaged.printed().splitlines() if line.startswith("dcris: ")]
     assert "all checkpoints of" in sentence
     assert "step-00000008/model.safetensors" in sentence
     assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["predict"]])
-def test_a_damaged_best_checkpoint_is_not_used(
-    spoilt: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+def test_damaged_best_checkpoint_is_reported(
+    damaged: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     """Evaluation and prediction report it."""
-    best = best_checkpoint(list_checkpoints(spoilt.out)).path
+    best = best_checkpoint(list_checkpoints(damaged.out)).path
     flip(best / "model.safetensors")
-    image = next(spoilt.data.rglob("*.png"), None) or next(spoilt.data.rglob("*.jpg"))
+    image = next(damaged.data.rglob("*.png"), None) or next(damaged.data.rglob("*.jpg"))
     more = {
-        "evaluate": ["--data", str(spoilt.data), "--split", "val"],
+        "evaluate": ["--data", str(damaged.data), "--split", "val"],
         "predict": [str(image), "-e", "red", "--out", str(tmp_path / "out")],
     }
-    assert main([*words, str(spoilt.out), *more[words[0]], "--device", "cpu"]) == 2
-    complaint = capsys.readouterr().err
-    assert complaint.count("\n") == 1
-    assert f"{best / 'model.safetensors'} does not match its checksum" in complaint
+    assert main([*words, str(damaged.out), *more[words[0]], "--device", "cpu"]) == 2
+    error_text = capsys.readouterr().err
+    assert error_text.count("\n") == 1
+    assert f"{best / 'model.safetensors'} does not match its checksum" in error_text
 
 
-def test_a_state_without_checksums_is_damaged(spoilt: Run) -> None:
+def test_a_state_without_checksums_is_damaged(damaged: Run) -> None:
     """Without its checksums, a checkpoint that was cut short could not be detected."""
-    newest = list_checkpoints(spoilt.out)[-1]
+    newest = list_checkpoints(damaged.out)[-1]
     (newest.path / "state.json").write_text(json.dumps({"step": newest.step, "score": newest.score}))
     lines: list[str] = []
-    assert newest.step not in [item.step for item in sound_checkpoints(spoilt.out, lines.append)]
+    assert newest.step not in [item.step for item in sound_checkpoints(damaged.out, lines.append)]
     assert "state.json is not a valid state of a checkpoint" in lines[0]
 
 
-def test_what_a_killed_process_left_goes(spoilt: Run) -> None:
+def test_files_of_a_killed_process_are_removed(damaged: Run) -> None:
     """Temporary files of a killed run are removed; other files stay."""
-    before = [item.path for item in list_checkpoints(spoilt.out)]
-    (spoilt.out / ".config.json.partial-abc.json").write_text("{")
+    before = [item.path for item in list_checkpoints(damaged.out)]
+    (damaged.out / ".config.json.partial-abc.json").write_text("{")
     (before[-1] / ".state.json.partial-abc.json").write_text("{")
     for name in (".step-00000010.partial-abc", ".step-00000004.partial-old"):
         shutil.copytree(before[-1], before[-1].with_name(name))
         (before[-1].with_name(name) / "state.json").unlink()
-    (spoilt.out / ".gitignore").write_text("*")
+    (damaged.out / ".gitignore").write_text("*")
     lines: list[str] = []
-    assert [item.path for item in sound_checkpoints(spoilt.out, lines.append)] == before
+    assert [item.path for item in sound_checkpoints(damaged.out, lines.append)] == before
     assert not lines
-    assert not leftovers(spoilt.out)
-    assert (spoilt.out / ".gitignore").exists()
+    assert not leftovers(damaged.out)
+    assert (damaged.out / ".gitignore").exists()
 
 
 # ---- what else breaks --------------------------------------------------------------------------
 
 
-def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root: Path, tmp_path: Path) -> None:
+def test_killed_worker(launcher: Launcher, uninterrupted: Run, scenes_root: Path, tmp_path: Path) -> None:
     """As the kernel does when memory runs out: one error message, no hang, and a run that can be
     resumed."""
     run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=4000)
@@ -445,13 +445,13 @@ def test_a_worker_that_is_killed(launcher: Launcher, unbroken: Run, scenes_root:
     workers = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     assert len(workers) >= 2
     os.kill(int(workers[1]), signal.SIGKILL)
-    assert launcher.wait(process, 60) == 2, run.said()
-    said = run.said().splitlines()[-1]
+    assert launcher.wait(process, 60) == 2, run.printed()
+    printed = run.printed().splitlines()[-1]
     # torch reports the signal or not, depending on which thread notices first.
     worker = f"process {workers[1]}, a worker that reads images,"
     ways = (f"{worker} {how}; the memory" for how in ("was killed (Killed)", "ended"))
-    assert any(way in said for way in ways), said
-    assert "Traceback" not in run.said()
+    assert any(way in printed for way in ways), printed
+    assert "Traceback" not in run.printed()
     assert not leftovers(run.out)
 
 
@@ -467,39 +467,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_is_full(launcher: Launcher, unbroken: Run, scenes_root: Path, small_disk: Path) -> None:
+def test_full_disk(launcher: Launcher, uninterrupted: Run, scenes_root: Path, small_disk: Path) -> None:
     """A real full disk: the second checkpoint does not fit. With more space, the run resumes."""
     run = Run(launcher, scenes_root, small_disk / "run")
     run.output = small_disk.with_name("output.txt")
     assert launcher.wait(run.start()) == 2
-    (sentence,) = [line for line in run.said().splitlines() if line.startswith("dcris: ")]
+    (sentence,) = [line for line in run.printed().splitlines() if line.startswith("dcris: ")]
     assert "cannot write" in sentence
     assert "No space left" in sentence
-    assert "Traceback" not in run.said()
+    assert "Traceback" not in run.printed()
     assert [step for step, _ in run.scores()] == [2]
     assert not leftovers(run.out)
     # Also the log.
     (small_disk / "rest").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
     assert launcher.wait(run.start()) == 2
-    assert "No space left" in run.said().splitlines()[-1]
+    assert "No space left" in run.printed().splitlines()[-1]
     assert [step for step, _ in run.scores()] == [2]
     (small_disk / "rest").unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     run.finish()
-    assert_as_unbroken(unbroken, run)
+    assert_same_result(uninterrupted, run)
 
 
-def test_output_to_a_disk_that_is_full(launcher: Launcher, scenes_root: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_output_to_a_full_disk(launcher: Launcher, scenes_root: Path, small_disk: Path, tmp_path: Path) -> None:
     """`dcris train ... > RUN.txt 2>&1` on a full disk: nothing can be printed, but the exit code is
     right."""
     run = Run(launcher, scenes_root, tmp_path / "run")
     run.output = small_disk / "output.txt"
     (small_disk / "rest").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
     assert launcher.wait(run.start()) == 2
-    assert run.said() == ""
+    assert run.printed() == ""
 
 
-def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_a_step(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the step and what to do; the previous checkpoint is intact."""
     losses, calls = trainer.training_losses, iter(range(100))
     monkeypatch.setattr(
@@ -515,64 +515,68 @@ def test_a_step_that_needs_too_much_memory(scenes_root: Path, tmp_path: Path, mo
 
 
 @pytest.fixture
-def torn(tmp_path: Path) -> tuple[Path, Path]:
+def scenes_with_bad_image(tmp_path: Path) -> tuple[Path, Path]:
     """Scenes with about 110 training references and one unreadable image; and that image."""
     root = tmp_path / "scenes"
     write_scenes(root, train=40, val=2, test=1, seed=5)
-    photograph = load_references(root, "scenes").split("train")[0].image_path
-    cut(photograph)
-    return root, photograph
+    bad_image = load_references(root, "scenes").split("train")[0].image_path
+    cut(bad_image)
+    return root, bad_image
 
 
-def test_an_unreadable_image_stops_the_run(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unreadable_image_stops_the_run(
+    launcher: Launcher, scenes_with_bad_image: tuple[Path, Path], tmp_path: Path
+) -> None:
     """By default, with a message that names the file; --on-bad-image skip continues."""
-    run = Run(launcher, torn[0], tmp_path / "run")
+    run = Run(launcher, scenes_with_bad_image[0], tmp_path / "run")
     assert launcher.wait(run.start(workers=1)) == 2
-    assert f"cannot read the image {torn[1]}" in run.said().splitlines()[-1]
+    assert f"cannot read the image {scenes_with_bad_image[1]}" in run.printed().splitlines()[-1]
     run.finish("--on-bad-image", "skip")
 
 
 @pytest.mark.slow
-def test_an_unreadable_image_is_skipped(launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unreadable_image_is_skipped(
+    launcher: Launcher, scenes_with_bad_image: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Reported once and counted; the same samples replace it with any number of workers and after
     kills."""
     skip = {"data__on_bad_image": "skip"}
-    whole = Run(launcher, torn[0], tmp_path / "whole", **skip)
+    whole = Run(launcher, scenes_with_bad_image[0], tmp_path / "whole", **skip)
     whole.finish(workers=2)
-    assert whole.said().count(f"skipped: cannot read the image {torn[1]}") == 1
-    assert re.search(r"^[123] of \d+ references could not be read and were skipped$", whole.said(), re.MULTILINE)
-    killed = Run(launcher, torn[0], tmp_path / "killed", **skip)
+    assert whole.printed().count(f"skipped: cannot read the image {scenes_with_bad_image[1]}") == 1
+    assert re.search(r"^[123] of \d+ references could not be read and were skipped$", whole.printed(), re.MULTILINE)
+    killed = Run(launcher, scenes_with_bad_image[0], tmp_path / "killed", **skip)
     assert kill_again_and_again(killed, 1, seed=6)
-    assert_as_unbroken(whole, killed)
+    assert_same_result(whole, killed)
 
 
-def test_more_than_a_few_unreadable_images_stop_the_run(
-    launcher: Launcher, torn: tuple[Path, Path], tmp_path: Path
+def test_many_unreadable_images_stop_the_run(
+    launcher: Launcher, scenes_with_bad_image: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """More than 5%, as with a disk that is not mounted."""
-    for reference in load_references(torn[0], "scenes").split("train")[::4]:
+    for reference in load_references(scenes_with_bad_image[0], "scenes").split("train")[::4]:
         reference.image_path.write_bytes(b"")
-    run = Run(launcher, torn[0], tmp_path / "run", data__on_bad_image="skip")
+    run = Run(launcher, scenes_with_bad_image[0], tmp_path / "run", data__on_bad_image="skip")
     assert launcher.wait(run.start()) == 2
-    assert "cannot be read, more than 5%" in run.said().splitlines()[-1]
+    assert "cannot be read, more than 5%" in run.printed().splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
     """Scores of different checkpoints must be of the same images."""
     root = Path(shutil.copytree(scenes_root, tmp_path / "scenes"))
-    photograph = load_references(root, "scenes").split("val")[0].image_path
-    cut(photograph)
+    bad_image = load_references(root, "scenes").split("val")[0].image_path
+    cut(bad_image)
     run = Run(launcher, root, tmp_path / "run", data__on_bad_image="skip")
     assert launcher.wait(run.start()) == 2
-    assert f"cannot read the image {photograph}" in run.said().splitlines()[-1]
+    assert f"cannot read the image {bad_image}" in run.printed().splitlines()[-1]
     assert run.scores()[-1] == (EPOCH, None)
 
 
 # ---- the best ----------------------------------------------------------------------------------
 
 
-def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.best_by` selects the best checkpoint, and is recorded with its score."""
     scores = iter([{"miou": 1.0, "oiou": 9.0}, {"miou": 8.0, "oiou": 2.0}, {"miou": 3.0, "oiou": 3.0}])
     monkeypatch.setattr(trainer.Trainer, "compute_scores", lambda self: next(scores))
@@ -589,7 +593,7 @@ def test_the_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["miou", "oiou", "prec@0.5", "prec@0.9"])
-def test_every_score_may_decide(name: str) -> None:
+def test_best_by_any_score(name: str) -> None:
     """The values of `train.best_by` are names of validation scores."""
     assert name in summarise([])
     assert quick_config(1, ("train.best_by", name)).train.best_by == name
@@ -616,11 +620,11 @@ class Predict:
         Returns the kind, or "" if it had ended before.
         """
         kind = draw.choice(("lines", "unfinished", "any file", "clock"))
-        begun, more = self.files(), draw.randint(1, 3)
+        initial, more = self.files(), draw.randint(1, 3)
         reached: dict[str, Callable[[], object]] = {
-            "lines": lambda: len(self.lines()) >= len(begun[1]) + more,
+            "lines": lambda: len(self.lines()) >= len(initial[1]) + more,
             "unfinished": lambda: any(".partial-" in name for name in self.names()),
-            "any file": lambda: len(self.names()) >= len(begun[0]) + more,
+            "any file": lambda: len(self.names()) >= len(initial[0]) + more,
             "clock": lambda: True,
         }
         process = self.launcher.start(self.command, self.output)
@@ -649,7 +653,7 @@ class Predict:
         return {name: path.read_bytes().replace(bytes(self.photos), b"") for name, path in files.items()}
 
 
-def many_photographs(folder: Path) -> Path:
+def many_images(folder: Path) -> Path:
     """Images in subfolders, two with the same name, and one with the longest possible name."""
     for number in range(10):
         name = (
@@ -666,19 +670,19 @@ def many_photographs(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def daring_model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return daring(trained_run, tmp_path_factory.mktemp("daring") / "model")
+    return half_mask_model(trained_run, tmp_path_factory.mktemp("half_mask_model") / "model")
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_predict_is_killed(launcher: Launcher, daring_model: Path, tmp_path: Path, kills: int) -> None:
+def test_kill_predict(launcher: Launcher, daring_model: Path, tmp_path: Path, kills: int) -> None:
     """With --out beside the images: the same command again gives exactly the files of an
     uninterrupted call."""
-    unbroken = Predict(launcher, daring_model, many_photographs(tmp_path / "unbroken"))
-    unbroken.run()
-    expected = unbroken.contents()
+    uninterrupted = Predict(launcher, daring_model, many_images(tmp_path / "unbroken"))
+    uninterrupted.run()
+    expected = uninterrupted.contents()
     draw, hit = random.Random(5), []
     for number in range(5 * kills):
-        killed = Predict(launcher, daring_model, many_photographs(tmp_path / f"killed{number}"))
+        killed = Predict(launcher, daring_model, many_images(tmp_path / f"killed{number}"))
         hit += filter(None, (killed.kill(draw) for _ in range(draw.randint(1, 3))))
         killed.run()
         assert killed.contents() == expected

@@ -48,7 +48,7 @@ def half_a_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["täxt", b"bytes", lambda path: path.write_bytes(b"by a function")])
-def test_a_file_is_written_and_replaced(tmp_path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+def test_write_file(tmp_path: Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Its folder is created if missing, and its permissions are those of the umask, not of a
     temporary file."""
     path = tmp_path / "a" / "b" / "file.txt"
@@ -60,7 +60,7 @@ def test_a_file_is_written_and_replaced(tmp_path: Path, content: str | bytes | C
 
 
 @pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
-def test_a_disk_that_fills_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """The old content is unchanged."""
     path = tmp_path / "result.json"
     write_file(path, "old")
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_keeps_the_old_file(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_interrupted_writer_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     """Ctrl-C during a write, or a bug in the writing function."""
 
     def stopped(path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_writer_that_is_stopped_leaves_nothing(tmp_path: Path, error: type[Bas
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner's name in the lock file is information only; failing to write it must not hide the
     real error."""
     monkeypatch.setattr(files.socket, "gethostname", full_disk)
@@ -97,14 +97,14 @@ def test_a_full_disk_keeps_nobody_from_a_claim(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())  # the lock file is removed with its owner
 
 
-def test_a_claim_where_file_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_with_changing_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some network drives report another inode each time; locking must not retry forever."""
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     with lock_folder(tmp_path):
         assert "process" in (tmp_path / "lock").read_text()
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_paths(tmp_path: Path) -> None:
     """A file instead of a folder, a folder instead of a file, and a name that is too long: one
     message each."""
     (tmp_path / "file").write_text("")
@@ -126,7 +126,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_without_permission(tmp_path: Path) -> None:
+def test_folder_without_permission(tmp_path: Path) -> None:
     """A folder of another user."""
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o500)
@@ -134,7 +134,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         write_file(folder / "a.txt", "x")
 
 
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+def test_directory_is_replaced_whole(tmp_path: Path) -> None:
     """A checkpoint must not mix files of two steps."""
     path = tmp_path / "checkpoint"
     write_directory(path, lambda folder: [(folder / name).write_text("old") for name in ("one", "two")] and None)
@@ -145,7 +145,7 @@ def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["the content", "fsync", "the rename"])
-def test_a_disk_that_fills_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+def test_full_disk_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """The old directory is unchanged."""
     path = tmp_path / "checkpoint"
     write_directory(path, lambda folder: (folder / "old").write_text("old") and None)
@@ -173,7 +173,7 @@ def test_nan_is_not_json(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
+def test_json_round_trip(tmp_path: Path) -> None:
     """Through write_json and read_json, or another reader."""
     path, value = tmp_path / "a.json", {"phrase": "größer", "box": [1, 2.5, None]}
     write_json(path, value)
@@ -183,7 +183,7 @@ def test_json_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b'{"a": [1, 2', b"[" * 100_000, b'{"a": 1, "b": {"c": 1, "c": 1}}', b"9" * 5000]
 )
-def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+def test_invalid_json_errors(tmp_path: Path, content: bytes) -> None:
     """Truncated, binary, or made to exhaust the reader."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
@@ -195,7 +195,7 @@ def test_broken_json_is_one_sentence(tmp_path: Path, content: bytes) -> None:
         read_json(tmp_path, "the thing")
 
 
-def test_json_as_windows_writes_it(tmp_path: Path) -> None:
+def test_json_of_windows(tmp_path: Path) -> None:
     """Notepad and PowerShell write a byte order mark; `>` of PowerShell 5 writes UTF-16, which the
     message names."""
     path = tmp_path / "a.json"
@@ -211,7 +211,7 @@ def test_json_as_windows_writes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", ["[],", "{},", '{"":0},', "[[[]]],"])
-def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -> None:
+def test_dense_json_is_refused(tmp_path: Path, unit: str) -> None:
     """30 MB of empty lists take 0.7 GB in memory, and 1 GB is a plausible file size."""
     (tmp_path / "a.json").write_text(f"[{unit * 1_200_000}0]")
     with pytest.raises(DcrisError, match=r"lists and objects in .* are too many"):
@@ -222,7 +222,7 @@ def test_json_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: str) -
             pass
 
 
-def test_polygons_of_many_points_are_no_attack(tmp_path: Path) -> None:
+def test_polygons_of_many_points_are_accepted(tmp_path: Path) -> None:
     """Annotation tools write polygons as lists of points, `[[12, 345], ...]`: millions of lists of
     a few characters."""
     (tmp_path / "a.json").write_text(f'{{"points": [{"[12,345]," * 1_200_000}[0,0]]}}')
@@ -239,7 +239,7 @@ def irregular(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.timeout(10)
-def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     """A pipe without a writer would block forever, and /dev/zero would fill the memory."""
     for path in irregular(tmp_path).values():
         with pytest.raises(OSError, match="not a regular file"):
@@ -253,7 +253,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     assert read_json(tmp_path / "link.json", "the settings") == {}
 
 
-def test_a_file_over_the_bound_is_not_read(tmp_path: Path) -> None:
+def test_too_large_file_is_refused(tmp_path: Path) -> None:
     """The size is limited before the file is in memory, also if it grows while it is read."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"12345")
@@ -266,13 +266,13 @@ def test_a_file_over_the_bound_is_not_read(tmp_path: Path) -> None:
             read_bytes(status, 4)
 
 
-def test_json_of_windows_programs_is_read(tmp_path: Path) -> None:
+def test_byte_order_marks(tmp_path: Path) -> None:
     """PowerShell and Notepad write a byte order mark."""
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json", "the settings") == {"a": 1}
 
 
-def test_results_replace_regular_files_only(tmp_path: Path) -> None:
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     """Replacing a named pipe, a link or a device (/dev/null as root) would break it for its other
     users."""
     for name, path in irregular(tmp_path).items():
@@ -290,7 +290,7 @@ def test_results_replace_regular_files_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o027, 0o002])
-def test_the_umask_decides_who_may_read_results(tmp_path: Path, umask: int) -> None:
+def test_umask(tmp_path: Path, umask: int) -> None:
     """With a umask of 077, results are private."""
     before = os.umask(umask)
     try:
@@ -302,14 +302,14 @@ def test_the_umask_decides_who_may_read_results(tmp_path: Path, umask: int) -> N
         assert stat.S_IMODE((tmp_path / path).stat().st_mode) == mode & ~umask
 
 
-def test_a_result_may_have_the_longest_name(tmp_path: Path) -> None:
+def test_longest_file_name(tmp_path: Path) -> None:
     """File systems allow 255 bytes; the temporary name must not be longer."""
     for name in ("n" * 250 + ".json", "ü" * 125 + ".json", "a." + "e" * 250):
         write_file(tmp_path / name, "x")
         assert (tmp_path / name).read_text() == "x"
 
 
-def test_without_a_home_folder_a_sentence_names_the_settings(
+def test_without_a_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In containers, a user may have no entry in passwd, where Path.expanduser and huggingface_hub
@@ -328,9 +328,9 @@ def test_without_a_home_folder_a_sentence_names_the_settings(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
     monkeypatch.delenv("DCRIS_CACHE", raising=False)
     assert main(words) == 2
-    told = capsys.readouterr().err
-    assert "DCRIS_CACHE" in told
-    assert "HF_HOME" in told
+    error_text = capsys.readouterr().err
+    assert "DCRIS_CACHE" in error_text
+    assert "HF_HOME" in error_text
     monkeypatch.setattr(Path, "expanduser", lambda path: path)
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "cache"))
     assert main(words) == 2

@@ -50,7 +50,7 @@ def table(scenes_root: Path) -> ReferenceTable:
 
 
 @pytest.fixture(scope="module")
-def unwatched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untracked(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs with validation, without trackers."""
     out = tmp_path_factory.mktemp("unwatched") / "run"
     run_training(quick_config(STEPS, EVERY_STEP, VAL), table, out)
@@ -58,7 +58,7 @@ def unwatched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def watched(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tracked(table: ReferenceTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with TensorBoard."""
     out = tmp_path_factory.mktemp("watched") / "run"
     run_training(quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD), table, out)
@@ -82,7 +82,7 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in read_log(run) if name in line]
 
 
-def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the run crash after so many steps."""
     losses, calls = trainer.training_losses, iter(range(100))
     monkeypatch.setattr(trainer, "training_losses", lambda *args: losses(*args) if next(calls) < steps else 1 / 0)
@@ -91,10 +91,10 @@ def dies_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the log -----------------------------------------------------------------------------------
 
 
-def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
+def test_log_keys(untracked: Path) -> None:
     """The keys of log.jsonl and their order: scripts read them."""
-    steps = [line for line in read_log(unwatched) if "loss" in line]
-    scores = [line for line in read_log(unwatched) if "loss" not in line]
+    steps = [line for line in read_log(untracked) if "loss" in line]
+    scores = [line for line in read_log(untracked) if "loss" not in line]
     old = ["step", "epoch", "loss", "iou", "lr", "seconds"]
     assert all(list(line) == [*old, "images_per_second", "peak_memory_mb"] for line in steps)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -105,7 +105,7 @@ def test_the_log_says_what_it_always_said_and_more(unwatched: Path) -> None:
     assert all(0 < line["images_per_second"] < 10_000 for line in steps)
 
 
-def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_excludes_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four images in two seconds are two a second, however long validation takes."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
@@ -119,7 +119,7 @@ def test_speed_is_that_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [seconds for _, seconds in logged(tmp_path, "seconds")] == [2, 504, 1006]
 
 
-def test_memory_is_that_of_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA, peak memory is torch's, not the process's."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
     assert loggers.peak_memory(torch.device("cuda", 0)) == {"peak_memory_mb": 12345.7}
@@ -135,7 +135,7 @@ print(peak_memory(torch.device("cpu"))["peak_memory_mb"] - before)
 """
 
 
-def test_memory_on_a_cpu_is_the_peak_of_the_process() -> None:
+def test_peak_memory_of_the_process() -> None:
     """200 MB that were allocated and freed raise it by 200 MB.
 
     In a process of its own: the peak never falls.
@@ -147,7 +147,7 @@ def test_memory_on_a_cpu_is_the_peak_of_the_process() -> None:
 # ---- for a person ------------------------------------------------------------------------------
 
 
-def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path) -> None:
+def test_progress_lines(table: ReferenceTable, tmp_path: Path) -> None:
     """Progress lines in the output of a cluster job: loss, IoU, speed and time left."""
     lines: list[str] = []
     run_training(quick_config(4, ("train.log_every", "3"), VAL), table, tmp_path / "run", log=lines.append)
@@ -167,7 +167,7 @@ def test_lines_where_there_is_no_terminal(table: ReferenceTable, tmp_path: Path)
 
 
 @given(total=st.integers(1, 3000), data=st.data())
-def test_a_log_file_stays_short(total: int, data: st.DataObject) -> None:
+def test_number_of_progress_lines(total: int, data: st.DataObject) -> None:
     """At most twenty progress lines besides those of the epochs; the last step is among them."""
     first = data.draw(st.integers(0, total - 1))
     lines: list[str] = []
@@ -185,7 +185,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers; the IoU, which makes the CPU wait, is computed at most once a second."""
     screen, clock, lines = Terminal(), SimpleNamespace(now=100.0), []
     monkeypatch.setattr(sys, "stderr", screen)
@@ -205,7 +205,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert lines == ["validation (first sentences) after epoch 10/10 mIoU 56.8"]
 
 
-def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks other than 0 print, write and send nothing."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = quick_config(2, EVERY_STEP, BOTH)
@@ -219,21 +219,21 @@ def test_other_processes_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- TensorBoard -------------------------------------------------------------------------------
 
 
-def test_curves_are_those_of_the_log(watched: Path) -> None:
+def test_tensorboard_curves_equal_the_log(tracked: Path) -> None:
     """TensorBoard shows every number of the log at its step."""
-    found = curves(watched)
+    found = curves(tracked)
     for tag in ("loss", "iou", "lr", "images_per_second", "peak_memory_mb"):
-        assert found[f"train/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(watched, tag)]
+        assert found[f"train/{tag}"] == [(step, pytest.approx(value)) for step, value in logged(tracked, tag)]
     for tag in ("miou", "oiou", "prec@0.5", "prec@0.9"):
-        values = logged(watched, f"val_first_{tag}")
+        values = logged(tracked, f"val_first_{tag}")
         assert found[f"val/first_{tag}"] == [(step, pytest.approx(value)) for step, value in values]
     assert [step for step, _ in found["val/first_miou"]] == [2, 4]
     assert found["epoch"][-1] == (4, 2.0)
 
 
-def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceTable) -> None:
+def test_panels(tracked: Path, table: ReferenceTable) -> None:
     """The same queries at each validation: image, true mask, predicted mask."""
-    found, queries = events(watched), panel_queries(all_queries(table.split("val"), first_only=True))
+    found, queries = events(tracked), panel_queries(all_queries(table.split("val"), first_only=True))
     assert 1 < len(queries) <= PANELS
     tags = [f"panels/{number} {expression.text}" for number, (_, expression) in enumerate(queries, 1)]
     assert found.Tags()["images"] == tags
@@ -243,22 +243,22 @@ def test_predictions_are_shown_beside_the_truth(watched: Path, table: ReferenceT
         scene = cell(read_image(reference.image_path), PANEL_CELL)
         height, width = scene.shape[:2]
         for event in shown:
-            picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
-            assert picture.shape == (event.height, event.width, 3) == (height, 3 * width + 16, 3)
-            assert np.array_equal(picture[:, :width], scene)
-            changed = (picture[:, width + 8 : 2 * width + 8] != scene).any(axis=2)
+            image = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+            assert image.shape == (event.height, event.width, 3) == (height, 3 * width + 16, 3)
+            assert np.array_equal(image[:, :width], scene)
+            changed = (image[:, width + 8 : 2 * width + 8] != scene).any(axis=2)
             truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
             truth = truth.repeat(height // len(truth), 0).repeat(width // truth.shape[1], 1)
             assert changed[truth].mean() > 0.9
             assert changed[~truth].mean() < 0.2  # the contour
 
 
-def test_a_resumed_run_has_one_curve(
-    table: ReferenceTable, unwatched: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resumed_run_has_one_curve(
+    table: ReferenceTable, untracked: Path, tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash in step 4 with a checkpoint of step 2: the repeated step 3 is in the curve once."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, VAL, TENSORBOARD)
-    dies_after(3, monkeypatch)
+    crash_after(3, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run_training(config, table, out)
     monkeypatch.undo()
@@ -267,21 +267,21 @@ def test_a_resumed_run_has_one_curve(
     run_training(config, table, out, resume=True)
     assert len(list((out / "tensorboard").iterdir())) == 2
     measured = {"train/images_per_second", "train/peak_memory_mb"}
-    ours, theirs = curves(out), curves(watched)
+    ours, theirs = curves(out), curves(tracked)
     assert {tag: points for tag, points in ours.items() if tag not in measured} == {
         tag: points for tag, points in theirs.items() if tag not in measured
     }
     found = events(out)
     assert all([event.step for event in found.Images(tag)] == [2, 4] for tag in found.Tags()["images"])
-    assert_same_run(unwatched, out)
+    assert_same_run(untracked, out)
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_its_curves_again(
+def test_curves_restart_without_a_checkpoint(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As log.jsonl does."""
     out, config = tmp_path / "run", quick_config(2, EVERY_STEP, TENSORBOARD)
-    dies_after(1, monkeypatch)
+    crash_after(1, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run_training(config, table, out)
     monkeypatch.undo()
@@ -289,12 +289,12 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_its_curves_again(
     assert [step for step, _ in curves(out)["train/loss"]] == [1, 2]
 
 
-def test_watching_does_not_change_a_run(unwatched: Path, watched: Path) -> None:
+def test_trackers_do_not_change_the_run(untracked: Path, tracked: Path) -> None:
     """Bit for bit the same weights with and without trackers."""
-    assert_same_run(unwatched, watched)
+    assert_same_run(untracked, tracked)
 
 
-def test_pictures_are_of_different_photographs(table: ReferenceTable) -> None:
+def test_panel_queries(table: ReferenceTable) -> None:
     """Panels show different images, the same ones at every start."""
     reference = table.references[0]
     many = [
@@ -353,7 +353,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandB]:
     yield fake
 
 
-def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path) -> None:
+def test_wandb_run(wandb: FakeWandB, table: ReferenceTable, untracked: Path, tmp_path: Path) -> None:
     """Curves, settings and captioned panels are sent; code and output are not."""
     out = tmp_path / "run"
     run_training(quick_config(STEPS, EVERY_STEP, VAL, WANDB), table, out)
@@ -366,24 +366,24 @@ def test_a_run_at_wandb(wandb: FakeWandB, table: ReferenceTable, unwatched: Path
     assert settings["disable_code"] and settings["disable_git"] and not settings["save_code"]
     assert 0 < settings["finish_timeout"] <= 60
     losses = [(step, values["train/loss"]) for step, values in run.points if "train/loss" in values]
-    assert losses == logged(unwatched, "loss")
+    assert losses == logged(untracked, "loss")
     assert [(step, values["val/first_miou"]) for step, values in run.points if "val/first_miou" in values] == logged(
-        unwatched, "val_first_miou"
+        untracked, "val_first_miou"
     )
     assert [step for step, _ in run.points] == sorted(step for step, _ in run.points)  # W&B drops earlier steps
     (shape, caption), *_ = next(values for _, values in run.points if "panels/1" in values).values()
     assert shape[1] == 3 * shape[0] + 16
     assert "prediction with IoU " in caption
     assert run.exit_code == 0
-    assert_same_run(unwatched, out)
+    assert_same_run(untracked, out)
 
 
-def test_a_resumed_run_goes_on_at_wandb(
+def test_wandb_resumes_the_same_run(
     wandb: FakeWandB, table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same W&B run continues; step 3, which was repeated, is sent once."""
     out, config = tmp_path / "run", quick_config(STEPS, EVERY_STEP, WANDB, ("train.save_every", "2"))
-    dies_after(3, monkeypatch)
+    crash_after(3, monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     with pytest.raises(ZeroDivisionError):
         run_training(config, table, out)
@@ -400,20 +400,20 @@ def test_a_resumed_run_goes_on_at_wandb(
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"id": 5}', "{"])
-def test_a_spoilt_record_starts_no_second_run(wandb: FakeWandB, tmp_path: Path, content: str) -> None:
+def test_damaged_wandb_record_is_reported(wandb: FakeWandB, tmp_path: Path, content: str) -> None:
     """A damaged wandb.json is reported, and does not start a second W&B run."""
     (tmp_path / "wandb.json").write_text(content)
     lines: list[str] = []
     with Monitor(tmp_path, quick_config(8, WANDB), 4, 8, 2, CPU, lines.append):
         assert not wandb.calls
-    (said,) = lines
-    assert said.startswith("training continues without wandb: ")
-    assert str(tmp_path / "wandb.json") in said
+    (messages,) = lines
+    assert messages.startswith("training continues without wandb: ")
+    assert str(tmp_path / "wandb.json") in messages
     assert (tmp_path / "wandb.json").read_text() == content
 
 
 @pytest.mark.slow
-def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_wandb_offline(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real package accepts the calls, and WANDB_MODE=offline sends nothing."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -431,105 +431,105 @@ def test_wandb_itself_offline(table: ReferenceTable, tmp_path: Path, monkeypatch
 # ---- what goes wrong ---------------------------------------------------------------------------
 
 
-def fails(*_: object, **__: object) -> Any:
+def raise_network_error(*_: object, **__: object) -> Any:
     raise ConnectionError("no way to the server\nfor a long list of reasons")
 
 
-def full(*_: object) -> Any:
+def raise_disk_full(*_: object) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def goes_on(table: ReferenceTable, out: Path, unwatched: Path) -> list[str]:
+def train_with_failing_tracker(table: ReferenceTable, out: Path, untracked: Path) -> list[str]:
     """Train with failing trackers; check that the run is unchanged, and return the messages."""
     lines: list[str] = []
     run_training(quick_config(STEPS, EVERY_STEP, VAL, BOTH), table, out, log=lines.append)
-    assert_same_run(unwatched, out)
+    assert_same_run(untracked, out)
     return [line for line in lines if line.startswith("training continues without")]
 
 
-def spoil_start(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb, "init", fails)
+def break_start(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "init", raise_network_error)
 
 
-def spoil_points(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeRun, "log", fails)
+def break_points(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "log", raise_network_error)
 
 
-def spoil_end(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeRun, "finish", fails)
+def break_end(wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "finish", raise_network_error)
 
 
-@pytest.mark.parametrize("spoil", [spoil_start, spoil_points, spoil_end])
-def test_a_tracker_that_fails_is_left_out(
+@pytest.mark.parametrize("break_wandb", [break_start, break_points, break_end])
+def test_failing_tracker_is_left_out(
     wandb: FakeWandB,
     table: ReferenceTable,
-    unwatched: Path,
-    watched: Path,
+    untracked: Path,
+    tracked: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[FakeWandB, pytest.MonkeyPatch], None],
+    break_wandb: Callable[[FakeWandB, pytest.MonkeyPatch], None],
 ) -> None:
     """A network failure at the start, in between or at the end is reported once; the run continues."""
-    spoil(wandb, monkeypatch)
-    said = goes_on(table, tmp_path / "run", unwatched)
-    assert said == ["training continues without wandb: no way to the server"]
-    assert curves(tmp_path / "run")["train/loss"] == curves(watched)["train/loss"]
+    break_wandb(wandb, monkeypatch)
+    messages = train_with_failing_tracker(table, tmp_path / "run", untracked)
+    assert messages == ["training continues without wandb: no way to the server"]
+    assert curves(tmp_path / "run")["train/loss"] == curves(tracked)["train/loss"]
 
 
-def test_a_full_disk_leaves_tensorboard_out(
-    wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_full_disk_leaves_tensorboard_out(
+    wandb: FakeWandB, table: ReferenceTable, untracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One message without a traceback; the other tracker continues."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     write, calls = RecordWriter.write, iter(range(100))
-    monkeypatch.setattr(RecordWriter, "write", lambda *args: write(*args) if next(calls) < 4 else full())
-    said = goes_on(table, tmp_path / "run", unwatched)
-    assert said == ["training continues without tensorboard: [Errno 28] No space left on device"]
+    monkeypatch.setattr(RecordWriter, "write", lambda *args: write(*args) if next(calls) < 4 else raise_disk_full())
+    messages = train_with_failing_tracker(table, tmp_path / "run", untracked)
+    assert messages == ["training continues without tensorboard: [Errno 28] No space left on device"]
     assert [step for step, _ in curves(tmp_path / "run")["train/loss"]] == [1, 2]
     assert [step for step, values in wandb.runs[0].points if "train/loss" in values] == [1, 2, 3, 4]
 
 
-def test_a_place_that_cannot_be_written_leaves_tensorboard_out(
-    wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path
+def test_unwritable_folder_leaves_tensorboard_out(
+    wandb: FakeWandB, table: ReferenceTable, untracked: Path, tmp_path: Path
 ) -> None:
     """Reported at the start."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "tensorboard").write_text("a file of somebody's")
-    (said,) = goes_on(table, out, unwatched)
-    assert said.startswith(f"training continues without tensorboard: cannot write {out / 'tensorboard'}")
+    (messages,) = train_with_failing_tracker(table, out, untracked)
+    assert messages.startswith(f"training continues without tensorboard: cannot write {out / 'tensorboard'}")
 
 
-def test_pictures_that_cannot_be_made_are_left_out(
-    wandb: FakeWandB, table: ReferenceTable, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failing_panels_are_left_out(
+    wandb: FakeWandB, table: ReferenceTable, untracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reported once, not after each epoch; the curves continue."""
-    monkeypatch.setattr(loggers, "overlay", fails)
-    (said,) = goes_on(table, tmp_path / "run", unwatched)
-    assert said == "training continues without images of predictions: no way to the server"
+    monkeypatch.setattr(loggers, "overlay", raise_network_error)
+    (messages,) = train_with_failing_tracker(table, tmp_path / "run", untracked)
+    assert messages == "training continues without images of predictions: no way to the server"
     assert events(tmp_path / "run").Tags()["images"] == []
     assert [step for step, _ in curves(tmp_path / "run")["val/first_miou"]] == [2, 4]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-@pytest.mark.parametrize("there", [None, ModuleType("a folder of that name")])
-def test_a_package_that_is_missing_is_said_before_training(
+@pytest.mark.parametrize("module", [None, ModuleType("a folder of that name")])
+def test_missing_package_is_reported_before_training(
     scenes_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     name: str,
-    there: ModuleType | None,
+    module: ModuleType | None,
 ) -> None:
     """One message with the pip command, also if W&B's own folder `wandb` is imported instead of the
     package."""
-    monkeypatch.setitem(sys.modules, name, there)
+    monkeypatch.setitem(sys.modules, name, module)
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--tracker", name]
     assert main([*words, "--device", "cpu"]) == 2
-    complaint = capsys.readouterr().err
-    assert complaint.count("\n") == 1
-    assert f'the tracker {name} is not installed; run: pip install "{name}>=' in complaint
+    error_text = capsys.readouterr().err
+    assert error_text.count("\n") == 1
+    assert f'the tracker {name} is not installed; run: pip install "{name}>=' in error_text
     assert not (tmp_path / "run").exists()
     with pytest.raises(DcrisError, match="is not installed"):
         check_trackers([name])
@@ -538,7 +538,7 @@ def test_a_package_that_is_missing_is_said_before_training(
 # ---- nothing without being asked ---------------------------------------------------------------
 
 
-def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path: Path) -> None:
+def test_trackers_are_not_imported_by_default(scenes_root: Path, tmp_path: Path) -> None:
     """Without --tracker, neither package is imported."""
     program = (
         "import sys\n"
@@ -558,9 +558,7 @@ def test_nothing_is_imported_that_was_not_asked_for(scenes_root: Path, tmp_path:
     }
 
 
-def test_trackers_are_chosen_on_the_command_line_and_may_change(
-    wandb: FakeWandB, scenes_root: Path, tmp_path: Path
-) -> None:
+def test_tracker_option(wandb: FakeWandB, scenes_root: Path, tmp_path: Path) -> None:
     """--tracker can be added when a run is resumed."""
     words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.batch_size 4".split()
     words += ["--data.workers", "0", "--data.image_size", "56", "--train.log_every", "1", "--train.schedule", "step"]

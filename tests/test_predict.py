@@ -28,7 +28,7 @@ from dcris.inference.batch import BatchPredictor, Done, Failed
 from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs
 from dcris.inference.label_studio import brush_rle, label_studio_config, label_studio_task
 from runs import leftovers
-from test_distributed import daring, torchrun
+from test_distributed import half_mask_model, torchrun
 
 UNFINISHED = "dcris-journal.unfinished.json"
 
@@ -36,7 +36,7 @@ UNFINISHED = "dcris-journal.unfinished.json"
 @pytest.fixture(scope="module")
 def model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that finds something on most images."""
-    return daring(trained_run, tmp_path_factory.mktemp("daring") / "model")
+    return half_mask_model(trained_run, tmp_path_factory.mktemp("half_mask_model") / "model")
 
 
 @pytest.fixture

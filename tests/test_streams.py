@@ -21,7 +21,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_any_encoding_of_the_output_will_do(encoding: str, tmp_path: Path) -> None:
+def test_any_output_encoding(encoding: str, tmp_path: Path) -> None:
     """`dcris ... > log.txt` is written in cp1252 on Windows: a Chinese name must not cause a
     traceback."""
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
@@ -37,7 +37,7 @@ def test_any_encoding_of_the_output_will_do(encoding: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_streams_that_are_closed_are_no_reason_to_fail(closed: str, tmp_path: Path) -> None:
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
     """Services and pythonw start programs without standard streams."""
     out = tmp_path / "scenes"
     assert shell(f'dcris data scenes "{out}" --train 2 --val 1 --test 0 {closed}').returncode == 0
@@ -49,7 +49,7 @@ def test_streams_that_are_closed_are_no_reason_to_fail(closed: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "words", ["recipes --show dcris_b", "completion bash", "--help", "data check --help", "--version"]
 )
-def test_a_full_disk_behind_standard_output_is_one_sentence(words: str) -> None:
+def test_standard_output_on_a_full_disk(words: str) -> None:
     """A script that redirects the output must see from the exit code that it is incomplete."""
     done = shell(f"dcris {words} >/dev/full")
     assert done.returncode == 2
@@ -59,7 +59,7 @@ def test_a_full_disk_behind_standard_output_is_one_sentence(words: str) -> None:
 
 
 @needs_dev_full
-def test_results_are_kept_where_nothing_can_be_printed(
+def test_results_are_kept_if_printing_fails(
     trained_run: Path,
     scenes_root: Path,
     tmp_path: Path,
@@ -78,7 +78,7 @@ def test_results_are_kept_where_nothing_can_be_printed(
     assert json.loads(capsys.readouterr().out)["split"] == "test"
 
 
-def test_too_many_open_files_is_one_sentence(trained_run: Path, scenes_root: Path) -> None:
+def test_too_many_open_files(trained_run: Path, scenes_root: Path) -> None:
     """Containers and old macOS allow few open files; any library may reach the limit first."""
     done = shell(f'ulimit -n 20; dcris evaluate "{trained_run}" --data "{scenes_root}" --split test')
     assert b"Traceback" not in done.stderr, done.stderr.decode()

@@ -65,7 +65,7 @@ def stop_at(step: int) -> Callable[[str], None]:
     return log
 
 
-def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> None:
+def test_overfits_eight_samples(table: ReferenceTable, tmp_path: Path) -> None:
     """Gradients reach all trainable weights, and masks belong to their expressions."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:8])
     settings = {"train.batch_size": "8", "train.lr": "5e-4", "model.head.bias": "null", "model.head.layers": "1"}
@@ -77,7 +77,7 @@ def test_eight_samples_are_learned(table: ReferenceTable, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((3,), 2), ((2, 5), 1)])
-def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
+def test_stopped_run_resumes_exactly(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, stops: tuple[int, ...], workers: int
 ) -> None:
     """Bit for bit, with any number of workers."""
@@ -95,7 +95,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(
 
 
 @pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny"])
-def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Path, recipe: str) -> None:
+def test_bfloat16_run_resumes_exactly(table: ReferenceTable, tmp_path: Path, recipe: str) -> None:
     """In bfloat16, frozen weights are stored differently (packed on some CPUs): validation copies
     them, and a resumed run packs them again."""
     few = ReferenceTable(
@@ -111,7 +111,7 @@ def test_a_run_in_half_precision_goes_on_too(table: ReferenceTable, tmp_path: Pa
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(
+def test_killed_run_resumes_from_last_checkpoint(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill in step 6 with a half-written log line: log lines after the checkpoint are dropped."""
@@ -130,13 +130,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert_same_run(unbroken, out)
 
 
-def test_another_seed_is_another_run(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
+def test_seed_changes_the_run(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
     """Runs with different seeds have different losses."""
     run_training(quick_config(2, EVERY_STEP, ("train.seed", "1")), table, tmp_path / "run")
     assert timeless_log(tmp_path / "run")[0]["loss"] != timeless_log(unbroken)[0]["loss"]
 
 
-def test_a_finished_run_has_nothing_to_resume(table: ReferenceTable, broken: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(table: ReferenceTable, broken: Path) -> None:
     """`--resume` on a finished run changes nothing, so a job script may be restarted."""
     before, log = last_tensors(broken), (broken / "log.jsonl").read_text()
     result = run_training(quick_config(12, ("train.log_every", "2")), table, broken, resume=True)
@@ -146,13 +146,13 @@ def test_a_finished_run_has_nothing_to_resume(table: ReferenceTable, broken: Pat
     assert (broken / "log.jsonl").read_text() == log
 
 
-def test_resuming_where_nothing_is_starts(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
+def test_resume_without_a_run_starts_one(table: ReferenceTable, unbroken: Path, tmp_path: Path) -> None:
     """`--resume` without a run starts one, so a job script needs one command only."""
     run_training(quick_config(STEPS, EVERY_STEP), table, tmp_path / "new", resume=True)
     assert_same_run(unbroken, tmp_path / "new")
 
 
-def test_a_run_is_not_overwritten(table: ReferenceTable, broken: Path) -> None:
+def test_existing_run_is_not_overwritten(table: ReferenceTable, broken: Path) -> None:
     """Without --resume, or with other settings, an existing run is refused and unchanged."""
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
     with pytest.raises(DcrisError, match=r"already holds a run; add --resume"):
@@ -163,7 +163,7 @@ def test_a_run_is_not_overwritten(table: ReferenceTable, broken: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_run(
+def test_non_finite_loss_stops_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     """Before the weights are changed: the error names the step, and the last checkpoint still
@@ -171,11 +171,11 @@ def test_a_loss_that_is_no_number_stops_the_run(
     losses = trainer.training_losses
     calls = iter(range(100))
 
-    def spoilt(*args: Any) -> dict[str, torch.Tensor]:
+    def broken_losses(*args: Any) -> dict[str, torch.Tensor]:
         factor = value if next(calls) == 4 else 1.0
         return {name: factor * loss for name, loss in losses(*args).items()}
 
-    monkeypatch.setattr(trainer, "training_losses", spoilt)
+    monkeypatch.setattr(trainer, "training_losses", broken_losses)
     out = tmp_path / "run"
     with pytest.raises(DcrisError, match=rf"the loss is {value} at step 5; .*--train.lr"):
         run_training(quick_config(STEPS, ("train.save_every", "2")), table, out)
@@ -184,7 +184,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
 
 
-def test_a_disk_that_fills_leaves_the_checkpoint_before(
+def test_full_disk_keeps_the_previous_checkpoint(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One error message, and a run that can be resumed."""
@@ -207,7 +207,7 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(
     assert list_checkpoints(out)[-1].step == 6
 
 
-def test_old_checkpoints_go_and_the_best_stays(
+def test_old_checkpoints_are_deleted_except_the_best(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`keep_last` limits the number of checkpoints, and never deletes the best."""
@@ -230,7 +230,7 @@ def test_old_checkpoints_go_and_the_best_stays(
     ]
 
 
-def test_a_checkpoint_that_was_not_validated_has_no_score(
+def test_unvalidated_checkpoint_has_no_score(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at an epoch's end skips validation; the checkpoint must not get the score of the epoch
@@ -244,7 +244,7 @@ def test_a_checkpoint_that_was_not_validated_has_no_score(
     assert best_checkpoint(list_checkpoints(out)).step == 1
 
 
-def test_validation_is_a_real_score_and_leaves_training_as_it_was(table: ReferenceTable, tmp_path: Path) -> None:
+def test_validation_does_not_change_training(table: ReferenceTable, tmp_path: Path) -> None:
     """Weights are the same with and without validation."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, (*table.split("train")[:8], *table.split("val")))
     for name, split in (("with", "val"), ("without", "null")):
@@ -256,7 +256,7 @@ def test_validation_is_a_real_score_and_leaves_training_as_it_was(table: Referen
     assert all(0 <= score <= 100 for score in scores)
 
 
-def test_the_learning_rate_by_hand() -> None:
+def test_learning_rate_schedules() -> None:
     """Section 4.2: one tenth from epoch 35. Also warm-up, and half a cosine that ends at zero."""
     paper = quick_config(1, ("train.schedule", "step"), ("train.lr", "1e-4"), ("train.warmup_steps", "0")).train
     rates = [learning_rate(paper, step, per_epoch=10, total=500) for step in (0, 349, 350, 499)]
@@ -272,7 +272,7 @@ def test_the_learning_rate_by_hand() -> None:
 # ---- what a run starts from --------------------------------------------------------------------
 
 
-def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_path: Path) -> None:
+def test_data_record(table: ReferenceTable, tmp_path: Path) -> None:
     """data.json records the data set, its splits, its notes and a checksum."""
     noted, lines = replace(table, notes=("two were left out",)), []
     run_training(quick_config(1), noted, tmp_path / "run", log=lines.append)
@@ -290,7 +290,7 @@ def test_what_a_run_was_trained_on_is_written_down(table: ReferenceTable, tmp_pa
     assert lines[0] == "two were left out"
 
 
-def test_a_run_does_not_go_on_with_other_data(table: ReferenceTable, broken: Path) -> None:
+def test_resume_refuses_other_data(table: ReferenceTable, broken: Path) -> None:
     """Resuming on changed references is refused."""
     first = table.references[0]
     phrase = replace(first.expressions[0], text="the other one")
@@ -314,7 +314,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "bundle"])
-def test_a_run_may_start_from_another(table: ReferenceTable, trained_run: Path, tmp_path: Path, kind: str) -> None:
+def test_start_from_a_checkpoint(table: ReferenceTable, trained_run: Path, tmp_path: Path, kind: str) -> None:
     """`train.start`: the first step uses the adapters and head of the other run, and data.json
     records which."""
     checkpoint = list_checkpoints(trained_run)[-1].path
@@ -331,7 +331,7 @@ def test_a_run_may_start_from_another(table: ReferenceTable, trained_run: Path, 
     assert json.loads((tmp_path / "run/config.json").read_text())["train"]["start"] == str(start)
 
 
-def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
+def test_resume_ignores_train_start(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
     """A resumed run uses its own checkpoint, even if that of `train.start` is gone."""
     config = quick_config(4, EVERY_STEP, ("train.start", json.dumps(str(broken))))
     run_training(config, table, tmp_path / "unbroken")
@@ -346,7 +346,7 @@ def test_resuming_does_not_start_again(table: ReferenceTable, broken: Path, tmp_
         run_training(quick_config(4, EVERY_STEP), table, tmp_path / "new", resume=True)
 
 
-def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
+def test_start_refuses_another_model(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
     """A head of another width, or other towers: one error message, before anything is written."""
     start = ("train.start", json.dumps(str(broken)))
     with pytest.raises(DcrisError, match=r"has the shape .*checkpoint of the same model"):
@@ -362,7 +362,7 @@ def test_a_run_starts_from_its_own_model_alone(table: ReferenceTable, broken: Pa
 # ---- what a checkpoint is ----------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_what_was_trained_and_no_code(trained_run: Path) -> None:
+def test_checkpoint_content(trained_run: Path) -> None:
     """A checkpoint contains tensors and JSON only, and no frozen weights."""
     folder = list_checkpoints(trained_run)[-1].path
     assert {path.name for path in folder.iterdir()} == {
@@ -451,7 +451,7 @@ MODEL = "model.safetensors"
         (lambda at: shutil.rmtree(at.parent), r"has no checkpoint"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Path], object], words: str) -> None:
+def test_damaged_checkpoint_error(broken: Path, damage: Callable[[Path], object], words: str) -> None:
     """Truncated, of another model, or of other towers: one error message, never a traceback or a
     wrong model."""
     damage(list_checkpoints(broken)[-1].path)
@@ -464,7 +464,7 @@ def test_a_damaged_checkpoint_is_one_sentence(broken: Path, damage: Callable[[Pa
 @pytest.mark.parametrize(
     "tensors", [{}, {"x": torch.zeros(1)}, {"1.step": torch.zeros(1)}], ids=["none", "another name", "a part"]
 )
-def test_moments_that_are_not_of_this_model_are_one_sentence(
+def test_optimizer_state_of_another_model_error(
     table: ReferenceTable, broken: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
     """An optimizer state that does not fit is refused."""
@@ -474,7 +474,7 @@ def test_moments_that_are_not_of_this_model_are_one_sentence(
         run_training(quick_config(14, ("train.log_every", "2")), table, broken, resume=True)
 
 
-def test_a_place_without_checkpoints(tmp_path: Path) -> None:
+def test_missing_checkpoint_errors(tmp_path: Path) -> None:
     """The messages for a missing and an empty folder differ."""
     with pytest.raises(DcrisError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "absent")
@@ -482,7 +482,7 @@ def test_a_place_without_checkpoints(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_a_tower_that_is_not_here(tmp_path: Path) -> None:
+def test_unknown_weights_name_error(tmp_path: Path) -> None:
     """An unknown weights name is refused before anything is read or written, and the known names
     are listed."""
     with pytest.raises(DcrisError, match=r"no weights 'dinov5'.*dinov2-base.*tiny-vision"):
@@ -515,7 +515,7 @@ def wait_for_steps(process: subprocess.Popen[str], out: Path, steps: int) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_checkpoint_and_an_exit_code(
+def test_signal_saves_a_checkpoint(
     scenes_root: Path, table: ReferenceTable, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """Ctrl-C as a terminal sends it, also to the workers; and SIGTERM as a scheduler sends it."""
@@ -523,19 +523,17 @@ def test_a_signal_leaves_a_checkpoint_and_an_exit_code(
     process = start_training(scenes_root, out, steps, workers=1)
     wait_for_steps(process, out, 2)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == code, complaint
+    _, error_text = process.communicate(timeout=60)
+    assert process.returncode == code, error_text
     stopped = list_checkpoints(out)[-1].step
     assert 2 <= stopped < steps
-    assert re.fullmatch(rf"dcris: stopped at step {stopped}; `--resume` continues from .*\n", complaint)
+    assert re.fullmatch(rf"dcris: stopped at step {stopped}; `--resume` continues from .*\n", error_text)
     load_checkpoint(out)
     assert not leftovers(out)
     assert timeless_log(out)[-1]["step"] == stopped
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(
-    scenes_root: Path, table: ReferenceTable, tmp_path: Path
-) -> None:
+def test_resume_after_ctrl_c_is_exact(scenes_root: Path, table: ReferenceTable, tmp_path: Path) -> None:
     """Through the command line."""
     out, steps = tmp_path / "run", 20
     process = start_training(scenes_root, out, steps, workers=0)
@@ -544,7 +542,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_weights(
     process.communicate(timeout=60)
     assert process.returncode == 130
     again = start_training(scenes_root, out, steps, workers=1)
-    _, complaint = again.communicate(timeout=120)
-    assert again.returncode == 0, complaint
+    _, error_text = again.communicate(timeout=120)
+    assert again.returncode == 0, error_text
     run_training(quick_config(steps, EVERY_STEP), table, tmp_path / "unbroken")
     assert_same_run(tmp_path / "unbroken", out)

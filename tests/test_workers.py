@@ -55,7 +55,7 @@ def stalled(number: int) -> int:
     return number
 
 
-def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
+def test_unsendable_batch_error() -> None:
     """Docker's 64 MB of shared memory: torch would drop the batch and wait for it forever."""
     batches = load(Samples(unsendable), 2, batch_size=1, collate_fn=list)
     assert [next(batches), next(batches)] == [[0], [1]]
@@ -63,7 +63,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error() -> None:
         next(batches)
 
 
-def test_workers_that_stall_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stalled_worker_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A network disk that hangs: a message after a minute, an error after ten, and the process can
     then end."""
     monkeypatch.setattr(workers, "_TIMEOUT", 0.3)
@@ -74,7 +74,7 @@ def test_workers_that_stall_are_reported(monkeypatch: pytest.MonkeyPatch, capsys
     assert "still waiting" in capsys.readouterr().err
 
 
-def test_without_semaphores_work_is_done_in_one_process(
+def test_without_semaphores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Sandboxes without a writable /dev/shm: one message, and the work is done."""
@@ -87,25 +87,25 @@ def test_without_semaphores_work_is_done_in_one_process(
     for _ in range(2):
         assert list(load(Samples(int), 2, batch_size=2, collate_fn=list)) == [[0, 1], [2, 3]]
     write_scenes(tmp_path / "two", train=2, val=1, test=0, workers=2)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "continuing without" in said
+    messages = capsys.readouterr().err
+    assert messages.count("\n") == 1
+    assert "continuing without" in messages
     monkeypatch.undo()
     write_scenes(tmp_path / "one", train=2, val=1, test=0)
     written = [(tmp_path / name / "scenes" / "instances.json").read_bytes() for name in ("one", "two")]
     assert written[0] == written[1]
 
 
-def test_shared_memory_is_measured_before_anything_is_loaded(
+def test_shared_memory_is_checked_first(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before weights are downloaded. Validation and evaluation use fewer workers instead."""
     monkeypatch.setattr(workers, "shared_memory_left", lambda: 6e5)
     words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run")]
     assert main([*words, "--train.batch_size", "4", "--data.workers", "2"]) == 2
-    told = capsys.readouterr().err
-    assert "2 workers need 1.8 MB for 5 batches" in told
-    assert "has 0.6 MB free; use --data.workers 0," in told
+    error_text = capsys.readouterr().err
+    assert "2 workers need 1.8 MB for 5 batches" in error_text
+    assert "has 0.6 MB free; use --data.workers 0," in error_text
     assert not (tmp_path / "run").exists()
     assert workers_that_fit(4, 1e5) == 2
     monkeypatch.undo()
@@ -113,7 +113,7 @@ def test_shared_memory_is_measured_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_run_that_waits_for_a_batch_can_be_ended(
+def test_stop_while_waiting_for_a_batch(
     steps: int, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM writes a checkpoint although no step ends; the resumed run equals an uninterrupted
@@ -139,7 +139,7 @@ def test_a_run_that_waits_for_a_batch_can_be_ended(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_steps_decide_how_long_a_run_is(scenes_root: Path, tmp_path: Path) -> None:
+def test_max_steps_over_epochs(scenes_root: Path, tmp_path: Path) -> None:
     """Regression test: a recipe of one epoch with max_steps 7 trained for the 3 steps of its epoch
     only, all within the warm-up."""
     config = quick_config(7, ("train.epochs", "1"))
@@ -149,7 +149,7 @@ def test_steps_decide_how_long_a_run_is(scenes_root: Path, tmp_path: Path) -> No
     assert list_checkpoints(tmp_path / "run")[-1].step == 7
 
 
-def test_a_run_shorter_than_its_warm_up_is_refused(
+def test_run_shorter_than_its_warm_up_is_refused(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its learning rate would never reach its value."""
