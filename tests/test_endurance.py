@@ -449,7 +449,7 @@ def test_killed_worker(launcher: Launcher, uninterrupted: Run, scenes_root: Path
     printed = run.printed().splitlines()[-1]
     # torch reports the signal or not, depending on which thread notices first.
     worker = f"process {workers[1]}, a worker that reads images,"
-    ways = (f"{worker} {how}; the memory" for how in ("was killed (Killed)", "ended"))
+    ways = (f"{worker} {how}; memory" for how in ("was killed (Killed)", "ended"))
     assert any(way in printed for way in ways), printed
     assert "Traceback" not in run.printed()
     assert not leftovers(run.out)
