@@ -87,7 +87,7 @@ class Prediction:
         return encode_mask(self.mask)
 
     def to_coco(self, image_id: int = 0, category_id: int = 1) -> dict[str, Any]:
-        """Return a COCO result (image_id, category_id, segmentation, bbox, score) with the phrase."""
+        """Return image_id, category_id, segmentation, bbox and score of COCO, and the phrase."""
         return {
             "image_id": image_id,
             "category_id": category_id,
