@@ -370,7 +370,7 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("quickstart --seed x", "x"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_one_message_and_leaves_nothing(
     words: str,
     sentence: str,
     trained_run: Path,
@@ -425,7 +425,7 @@ def test_bad_data(
     if damage == "hostile pickle":
         tiny_refer.pickle_path.write_bytes(pickle.dumps([Hostile()]))
     if damage == "no pictures":
-        for path in tiny_refer.photographs.iterdir():
+        for path in tiny_refer.image_folder.iterdir():
             path.unlink()
     if damage == "broken json":
         tiny_refer.json_path.write_text(tiny_refer.json_path.read_text()[:100])
