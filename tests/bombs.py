@@ -1,7 +1,9 @@
-"""Small files that claim or unpack to much, or that take long to read: each function writes one of many in the place of a file.
+"""Small files that claim or unpack to much, or that take long to read: each function writes one of
+many in the place of a file.
 
-They follow from the random numbers alone, as the mutations of fuzz.py do. Zeros are never compressed as a whole: one compressed
-mebibyte is repeated, so that writing a bomb of gigabytes takes as little as its file.
+They follow from the random numbers alone, as the mutations of fuzz.py do. Zeros are never
+compressed as a whole: one compressed mebibyte is repeated, so that writing a bomb of gigabytes
+takes as little as its file.
 """
 
 import io
@@ -25,7 +27,7 @@ _MEBI = 1 << 20
 _LARGE = 1_500_000_000
 """Bytes: over the limit on a command's memory, and below those on whole files."""
 
-# ---- zeros -----------------------------------------------------------------------------------------------------------------
+# ---- zeros ---------------------------------------------------------------------------------------
 
 
 @cache
@@ -53,7 +55,7 @@ def _crc_of_zeros(size: int) -> int:
     return zlib.crc32(bytes(size % _MEBI), crc)
 
 
-# ---- zip -------------------------------------------------------------------------------------------------------------------
+# ---- zip -----------------------------------------------------------------------------------------
 
 
 def _write_zip(path: Path, entries: Iterable[tuple[str, int, int, int, bytes]], flags: int = 0) -> None:
@@ -70,7 +72,8 @@ def _write_zip(path: Path, entries: Iterable[tuple[str, int, int, int, bytes]], 
 
 
 def zip_bomb(random: Random, path: Path) -> str:
-    """An archive of which one member unpacks to gigabytes, says that it does, or that is there a hundred thousand times."""
+    """An archive of which one member unpacks to gigabytes, says that it does, or that is there a
+    hundred thousand times."""
     members = zip_members(path)
     names = [name for name in members if name.endswith(("data.pkl", "constants.pkl", ".npy", "/version", "byteorder"))]
     target = random.choice([*members, *names, *names])
@@ -102,7 +105,7 @@ def zip_bomb(random: Random, path: Path) -> str:
     return f"zip bomb: {target} {kind} ({size:,})"
 
 
-# ---- pickles ---------------------------------------------------------------------------------------------------------------
+# ---- pickles -------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> bytes:
@@ -111,7 +114,8 @@ def _plain(value: Any) -> bytes:
 
 
 def _laughs(levels: int, kind: bytes) -> bytes:
-    """A container of two of a container of two ..., all of them the same: a few bytes that are 2**levels values."""
+    """A container of two of a container of two ..., all of them the same: a few bytes that are
+    2**levels values."""
     code = b"]r\xe8\3\0\0" + b"0"
     for level in range(1000, 1000 + levels):
         inner = b"j" + struct.pack("<I", level)
@@ -120,7 +124,8 @@ def _laughs(levels: int, kind: bytes) -> bytes:
 
 
 def _pickled(random: Random) -> tuple[str, bytes]:
-    """Instructions that leave one value on the stack, which takes long or much to make or to use."""
+    """Instructions that leave one value on the stack, which takes long or much to make or to
+    use."""
     many, deep = random.choice([300_000, 6_000_000, 25_000_000]), random.choice([900, 10_000, 1_000_000])
     place = random.choice([2**24, 2**28, 2**31 - 1, 2**32 - 1])
     tuples = _laughs(random.choice([20, 40, 200]), b"t")
@@ -164,7 +169,8 @@ def _pickled(random: Random) -> tuple[str, bytes]:
 
 
 def refs_bomb(random: Random, path: Path) -> str:
-    """Plain pickles of references with such a value in place of the list, behind it, or in a field."""
+    """Plain pickles of references with such a value in place of the list, behind it, or in a
+    field."""
     what, code = _pickled(random)
     references = pickle.loads(path.read_bytes())
     where = random.choice(["list", "entry", "field"])
@@ -225,7 +231,8 @@ def _weights(random: Random) -> tuple[str, bytes]:
 
 
 def torch_bomb(random: Random, path: Path) -> str:
-    """A file of torch.save, of either kind, with such a value in place of its dictionary or beside its tensors."""
+    """A file of torch.save, of either kind, with such a value in place of its dictionary or beside
+    its tensors."""
     what, code = _weights(random)
     name = random.choice(["a", "model", "state_dict", "pos_embed"])
     beside = random.random() < 0.6
@@ -276,7 +283,7 @@ def torchscript_bomb(random: Random, path: Path) -> str:
     return f"{what} in {where}"
 
 
-# ---- tensors and tables ----------------------------------------------------------------------------------------------------
+# ---- tensors and tables --------------------------------------------------------------------------
 
 
 def safetensors_bomb(random: Random, path: Path) -> str:
@@ -344,7 +351,8 @@ def npz_bomb(random: Random, path: Path) -> str:
 
 
 def parquet_bomb(random: Random, path: Path) -> str:
-    """Columns that are a few bytes in the file and gigabytes outside: repeated, compressed, or without end."""
+    """Columns that are a few bytes in the file and gigabytes outside: repeated, compressed, or
+    without end."""
     import pyarrow
     import pyarrow.parquet
 
@@ -382,7 +390,7 @@ def parquet_bomb(random: Random, path: Path) -> str:
     return f"{kind} in {column}"
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 _SIDES = (
     (17_300, 17_300),
@@ -539,7 +547,8 @@ def _jp2(random: Random, data: bytes, width: int, height: int) -> bytes:
 
 
 def picture_bomb(random: Random, path: Path) -> str:
-    """A picture of the path's format that has, or claims, more pixels, scans or parts than a photograph."""
+    """A picture of the path's format that has, or claims, more pixels, scans or parts than a
+    photograph."""
     width, height = random.choice(_SIDES)
     data = path.read_bytes()
     match path.suffix:
@@ -563,7 +572,7 @@ def picture_bomb(random: Random, path: Path) -> str:
     return f"{width} x {height} pixels, {len(data):,} bytes"
 
 
-# ---- videos ----------------------------------------------------------------------------------------------------------------
+# ---- videos --------------------------------------------------------------------------------------
 
 ADDRESS = ("127.0.0.1", 47_811)
 """What a playlist asks for; a test that listens there sees whether it was."""

@@ -1,4 +1,5 @@
-"""Shared fixtures: a small data set in the REFER layout that a test may spoil, and the real one where it is present."""
+"""Shared fixtures: a small data set in the REFER layout that a test may spoil, and the real one
+where it is present."""
 
 import json
 import os
@@ -16,8 +17,9 @@ from PIL import Image
 
 from hub import Hub
 
-# Whoever runs the tests in the background of a shell runs them with Ctrl-C ignored, and so would every `dcris` that they start
-# and interrupt; a signal that Python handles is at its default again in a new program.
+# Whoever runs the tests in the background of a shell runs them with Ctrl-C ignored, and so would
+# every `dcris` that they start and interrupt; a signal that Python handles is at its default again
+# in a new program.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_TIMEOUT = 1800
@@ -32,7 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class TinyRefer:
-    """Two photographs, three references in three splits, one mask of each kind. Change it, then `write()` it."""
+    """Two photographs, three references in three splits, one mask of each kind. Change it, then
+    `write()` it."""
 
     root: Path
     dataset: str = "tiny"
@@ -117,7 +120,8 @@ def make_tiny_refer(root: Path) -> TinyRefer:
 
 @pytest.fixture(scope="session")
 def refer_root() -> Path:
-    """Real data in the REFER layout: $DCRIS_REFER_ROOT, or beside the checkout; tests that need it are skipped without."""
+    """Real data in the REFER layout: $DCRIS_REFER_ROOT, or beside the checkout; tests that need it
+    are skipped without."""
     root = Path(os.environ.get("DCRIS_REFER_ROOT", Path(__file__).parents[2] / "shared/data/refer"))
     if not root.is_dir():
         pytest.skip("the real data set is not on this machine")
@@ -126,7 +130,8 @@ def refer_root() -> Path:
 
 @pytest.fixture(scope="session")
 def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated scenes, 12 for training, 3 for validation and 4 for the test; nobody may change them."""
+    """Generated scenes, 12 for training, 3 for validation and 4 for the test; nobody may change
+    them."""
     from dcris.data.scenes import write_scenes
 
     root = tmp_path_factory.mktemp("scenes")

@@ -1,7 +1,8 @@
-"""Made-up data sets of the official ones' size and shape: as many references, expressions, photographs, annotations and bytes.
+"""Made-up data sets of the official ones' size and shape: as many references, expressions,
+photographs, annotations and bytes.
 
-The official files cannot be passed on with the project. What reading and checking them costs depends on their numbers alone,
-and those are here. Everything follows from the seed.
+The official files cannot be passed on with the project. What reading and checking them costs
+depends on their numbers alone, and those are here. Everything follows from the seed.
 """
 
 import io
@@ -27,7 +28,8 @@ PHOTOGRAPHS = {
 """As the REFER release counts them."""
 
 _OF_SPLIT = {"val": 1_500, "testA": 750, "testB": 750, "test": 2_600}
-"""Photographs whose references are all in one split; those of refcocog are about as many. The rest is for training."""
+"""Photographs whose references are all in one split; those of refcocog are about as many. The rest
+is for training."""
 
 _ANNOTATIONS_PER_PHOTOGRAPH = 9.84
 """instances.json holds every object of its photographs: 196,771 of refcoco's."""
@@ -52,7 +54,8 @@ _WORDS = (
 
 
 def write_official(root: Path, dataset: str, split_by: str, *, pictures: bool = False, seed: int = 0) -> Path:
-    """Write refs(split_by).p and instances.json of one official data set's size below `root`, and return `root`.
+    """Write refs(split_by).p and instances.json of one official data set's size below `root`, and
+    return `root`.
 
     With `pictures`, its photographs too: ordinary JPEG files of few sizes under many names.
     """
@@ -61,7 +64,8 @@ def write_official(root: Path, dataset: str, split_by: str, *, pictures: bool = 
     image_ids = np.sort(source.choice(581_929, count, replace=False) + 1)
     size_of = source.integers(len(_SIZES), size=count)
     owners = _owners(dataset, split_by, count, source)
-    # Every object that is referred to is some photograph's, and there are more that nobody refers to.
+    # Every object that is referred to is some photograph's, and there are more that nobody refers
+    # to.
     of_photograph = np.bincount(np.concatenate(list(owners.values())), minlength=count)
     of_photograph += source.poisson(_ANNOTATIONS_PER_PHOTOGRAPH - of_photograph.mean(), count)
     first = np.concatenate(([0], np.cumsum(of_photograph)[:-1]))
@@ -77,7 +81,8 @@ def write_official(root: Path, dataset: str, split_by: str, *, pictures: bool = 
 
 
 def _owners(dataset: str, split_by: str, count: int, source: np.random.Generator) -> dict[str, NDArray[np.int64]]:
-    """For each split, the photograph of each of its references: splits share none, but for google's, which are by object."""
+    """For each split, the photograph of each of its references: splits share none, but for
+    google's, which are by object."""
     sizes = PARTITIONS[dataset, split_by].splits
     if split_by == "google":
         every = np.resize(np.arange(count), sum(references for references, _ in sizes.values()))
@@ -99,7 +104,8 @@ def _write_instances(
     ann_ids: NDArray[np.int64],
     source: np.random.Generator,
 ) -> None:
-    """As text: building 200,000 annotations and writing them out would take a minute, and two gigabytes."""
+    """As text: building 200,000 annotations and writing them out would take a minute, and two
+    gigabytes."""
     outlines = [[_outline(size, source) for _ in range(500)] for size in _SIZES]
     crowds = [[_crowd(size, source, packed) for packed in (False, True) for _ in range(10)] for size in _SIZES]
     images, annotations, taken = [], [], 0
@@ -129,7 +135,8 @@ def _write_instances(
 
 
 def _outline(size: tuple[int, int], source: np.random.Generator) -> str:
-    """One to three polygons of 10 to 80 corners, as an annotator's clicks around an object give them."""
+    """One to three polygons of 10 to 80 corners, as an annotator's clicks around an object give
+    them."""
     height, width = size
     polygons = []
     for _ in range(source.choice(3, p=(0.88, 0.09, 0.03)) + 1):
@@ -201,7 +208,8 @@ def _write_references(
 def _write_pictures(
     folder: Path, image_ids: NDArray[np.int64], size_of: NDArray[np.int64], source: np.random.Generator
 ) -> None:
-    """A photograph's worth of bytes to decode for each name, but only one file of each size on the disk."""
+    """A photograph's worth of bytes to decode for each name, but only one file of each size on the
+    disk."""
     folder.mkdir(parents=True, exist_ok=True)
     originals = []
     for height, width in _SIZES:

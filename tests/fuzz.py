@@ -1,8 +1,9 @@
 """Spoiling files of every format, and running the command that reads them.
 
-A `Spoil` damages one file, as a bad download, a careless script or a stranger would; everything it does follows from the random
-numbers it is given. Those that know a format take its content apart, put something hostile at one place, and write it again, so
-that they get past the outermost check. `survives` runs one command on a spoilt file and says what was not as it has to be.
+A `Spoil` damages one file, as a bad download, a careless script or a stranger would; everything it
+does follows from the random numbers it is given. Those that know a format take its content apart,
+put something hostile at one place, and write it again, so that they get past the outermost check.
+`survives` runs one command on a spoilt file and says what was not as it has to be.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ Spoil = Callable[[Random, Path], str]
 
 
 class Hostile:
-    """Pickled, it asks whoever opens it to run a command, which leaves a file in the working directory."""
+    """Pickled, it asks whoever opens it to run a command, which leaves a file in the working
+    directory."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch HACKED",)
@@ -49,7 +51,7 @@ class Hostile:
         return self  # or copying would do it already
 
 
-# ---- any file ------------------------------------------------------------------------------------------------------------
+# ---- any file ------------------------------------------------------------------------------------
 
 
 def cut(random: Random, path: Path) -> str:
@@ -60,7 +62,8 @@ def cut(random: Random, path: Path) -> str:
 
 
 def flip(random: Random, path: Path) -> str:
-    """A few bytes become others, often near the start or the end, where headers and tables of contents are."""
+    """A few bytes become others, often near the start or the end, where headers and tables of
+    contents are."""
     data = bytearray(path.read_bytes())
     first, last = random.choice([(0, len(data)), (0, min(64, len(data))), (max(0, len(data) - 200), len(data))])
     places = [random.randrange(first, last) for _ in range(random.choice([1, 1, 3, 20]))]
@@ -71,7 +74,8 @@ def flip(random: Random, path: Path) -> str:
 
 
 def shift(random: Random, path: Path) -> str:
-    """Bytes are left out, put in or repeated, so that everything behind them is in another place."""
+    """Bytes are left out, put in or repeated, so that everything behind them is in another
+    place."""
     data = path.read_bytes()
     place, length = random.randrange(len(data)), random.choice([1, 2, 7, 300])
     put = random.choice([b"", random.randbytes(length), data[place : place + length] * 2, b"\0" * length])
@@ -109,7 +113,8 @@ _INSTEAD += ("link to pipe", "socket", "hole", "other", *_DEVICES)
 
 
 def replace(random: Random, path: Path) -> str:
-    """Put something else altogether in the place of a file or folder: another kind of file, or a stranger's content."""
+    """Put something else altogether in the place of a file or folder: another kind of file, or a
+    stranger's content."""
     kind = random.choice(_INSTEAD)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -159,7 +164,7 @@ def replace(random: Random, path: Path) -> str:
 
 ANY: tuple[Spoil, ...] = (cut, flip, shift, replace)
 
-# ---- trees of plain data ---------------------------------------------------------------------------------------------------
+# ---- trees of plain data -------------------------------------------------------------------------
 
 _DEEP = "@deep@"
 """Stands for something nested deeper than any writer could write it."""
@@ -250,7 +255,8 @@ def _places(tree: Any) -> list[Any]:
 
 
 def _descend(random: Random, tree: Any) -> tuple[Any, Any] | None:
-    """A container and a place in it: at each level as likely here as deeper, so that long lists do not get all of it."""
+    """A container and a place in it: at each level as likely here as deeper, so that long lists do
+    not get all of it."""
     while isinstance(tree, dict | list) and tree:
         place = random.choice(_places(tree))
         if not isinstance(tree[place], dict | list) or not tree[place] or random.random() < 0.3:
@@ -385,7 +391,7 @@ def pickle_tree(random: Random, path: Path) -> str:
     return f"{what} (protocol {protocol})"
 
 
-# ---- tensors -----------------------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
 def safetensors_tree(random: Random, path: Path) -> str:
@@ -441,7 +447,8 @@ def zip_members(path: Path) -> dict[str, bytes]:
 
 
 def zip_tree(random: Random, path: Path) -> str:
-    """A zip file without a member, with others, or with another content, name or compression of one."""
+    """A zip file without a member, with others, or with another content, name or compression of
+    one."""
     files = zip_members(path)
     # Published models have thousands of members; what decides how a file is read are a few of them.
     few = [name for name in files if not re.search(r"/data/\d+$|/code/", name)]
@@ -561,11 +568,12 @@ def parquet_rows(random: Random, path: Path) -> str:
     return "nothing"
 
 
-# ---- pictures -----------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def png_chunks(random: Random, path: Path) -> str:
-    """A PNG file whose parts are other, fewer or more, each with the checksum that it ought to have."""
+    """A PNG file whose parts are other, fewer or more, each with the checksum that it ought to
+    have."""
     data, at, chunks = path.read_bytes(), 8, []
     while at < len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -602,16 +610,18 @@ def png_chunks(random: Random, path: Path) -> str:
     return f"{kind} in {len(chunks)} chunks"
 
 
-# ---- running a command on it ------------------------------------------------------------------------------------------
+# ---- running a command on it ---------------------------------------------------------------------
 
 SECONDS = 30
-"""Of a processor; of waiting it may be four times as many, since the machine may have other work."""
+"""Of a processor; of waiting it may be four times as many, since the machine may have other
+work."""
 
 MEMORY = 1 << 30
 """Bytes that a command may take beyond what the process has at its start."""
 
 _GUARD = 4 << 30
-"""Bytes of address space beyond the start's at which the system refuses more, so that a case does not fill the machine."""
+"""Bytes of address space beyond the start's at which the system refuses more, so that a case does
+not fill the machine."""
 
 _OUT_OF_MEMORY = re.compile("MemoryError|not enough memory|[Uu]nable to alloc|[Cc]annot alloc|bad_alloc|malloc")
 
@@ -621,9 +631,11 @@ _QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, Resource
 
 
 def complaint(words: Sequence[object], seconds: int = SECONDS, memory: int = MEMORY) -> tuple[int, str | None]:
-    """Run a command in a process of its own: its exit code, and what is wrong with how it ended, if anything.
+    """Run a command in a process of its own: its exit code, and what is wrong with how it ended, if
+    anything.
 
-    That is a traceback, a warning, more or less than one sentence, a signal, too long a time, or too much memory.
+    That is a traceback, a warning, more or less than one sentence, a signal, too long a time, or
+    too much memory.
     """
     with tempfile.TemporaryFile() as report, tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -661,7 +673,8 @@ def _run_and_leave(words: Sequence[object], seconds: int, report: IO[bytes], err
     try:
         os.setpgid(0, 0)
         os.dup2(errors.fileno(), 2)
-        # Not dump_traceback_later: pytest has called that, and a second call waits for a thread that is not here.
+        # Not dump_traceback_later: pytest has called that, and a second call waits for a thread
+        # that is not here.
         faulthandler.register(signal.SIGXCPU, errors, chain=True)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         torch.set_num_threads(1)  # threads do not survive a fork
@@ -713,7 +726,8 @@ def files_in(folder: Path) -> set[str]:
 
 
 class Snapshot:
-    """What a folder's files were, to make them so again. Copying the folder for each case would take ten times as long."""
+    """What a folder's files were, to make them so again. Copying the folder for each case would
+    take ten times as long."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

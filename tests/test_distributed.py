@@ -262,7 +262,8 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_passes_of_two_processes_equal_those_of_one(scenes: Path, tmp_path: Path) -> None:
-    """A pass of two processes with 2 samples each equals a pass of one with 4, also its batch norm."""
+    """A pass of two processes with 2 samples each equals a pass of one with 4, also its batch
+    norm."""
     assert main(train_words(scenes, tmp_path / "one", 3, "--train.micro_batch", "4")) == 0
     done = torchrun(2, *train_words(scenes, tmp_path / "two", 3, "--train.micro_batch", "2"))
     assert done.returncode == 0, done.stderr

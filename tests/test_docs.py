@@ -1,4 +1,5 @@
-"""Documentation tests: all shell and Python blocks run page by page, and the site builds without warnings.
+"""Documentation tests: all shell and Python blocks run page by page, and the site builds without
+warnings.
 
 A block that cannot run in the tests has a comment before it, `<!-- not run here: REASON -->`. Its
 commands and settings are still parsed, so that renamed options are found there, too.
@@ -47,7 +48,8 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """Return the arguments of each call of dcris in a shell block, also behind torchrun or a path."""
+    """Return the arguments of each call of dcris in a shell block, also behind torchrun or a
+    path."""
     found = []
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -79,7 +81,8 @@ def test_every_block_says_what_it_is(page: str) -> None:
 
 
 def parse(command: list[str]) -> None:
-    """Parse a command as dcris does, with the settings of `dcris train`. Raises DcrisError where something is unknown."""
+    """Parse a command as dcris does, with the settings of `dcris train`. Raises DcrisError where
+    something is unknown."""
     args, rest = _parser().parse_known_args(command)
     if not getattr(args, "takes_settings", False):
         if rest:
@@ -140,7 +143,8 @@ def command_names(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator
 
 @pytest.mark.parametrize("page", ROOT_PAGES)
 def test_links_between_root_pages_and_docs(page: str) -> None:
-    """Relative links lead to files of the repository. mkdocs checks those between pages of docs/ only."""
+    """Relative links lead to files of the repository. mkdocs checks those between pages of docs/
+    only."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert re.match(r"https?://", target) or (REPOSITORY / target).exists(), f"{page}: {target}"
@@ -165,7 +169,8 @@ def folder(trained_run: Path, scenes_root: Path, tmp_path: Path) -> Path:
     _own_data(tmp_path)
     programs = tmp_path / "bin"
     programs.mkdir()
-    # Pages train for minutes. Three steps are enough here, as other tests check what training achieves.
+    # Pages train for minutes. Three steps are enough here, as other tests check what training
+    # achieves.
     script = (
         f'#!/bin/sh\nif [ "$1" = train ]; then set -- "$@" --train.max_steps 3 --train.warmup_steps 0 --train.log_every 1; fi\n'
         f'exec {shlex.quote(sys.executable)} -m dcris "$@"\n'

@@ -1,4 +1,5 @@
-"""Data sets of the official sizes: everything that is in the files arrives, and `dcris data check` recognises them.
+"""Data sets of the official sizes: everything that is in the files arrives, and `dcris data check`
+recognises them.
 
 How long it takes and how much memory is measured by benchmarks/data_loading.py.
 """

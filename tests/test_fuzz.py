@@ -1,14 +1,17 @@
-"""Every malformed variant of every input format ends in one sentence and exit code 2, and leaves nothing that looks whole.
+"""Every malformed variant of every input format ends in one sentence and exit code 2, and leaves
+nothing that looks whole.
 
-A format is an entry in FORMATS: which set of files it belongs to, which of them is spoilt and how, and which command reads it.
-Each case runs in a process of its own, which may take 30 s and 1 GiB more than it has at its start (fuzz.complaint).
+A format is an entry in FORMATS: which set of files it belongs to, which of them is spoilt and how,
+and which command reads it. Each case runs in a process of its own, which may take 30 s and 1 GiB
+more than it has at its start (fuzz.complaint).
 
 A few cases of each format are tried always. For more, by hand:
 
     DCRIS_FUZZ_CASES=100 DCRIS_FUZZ_SEED=1 pytest -m slow tests/test_fuzz.py [-k FORMAT]
 
-tries 100 other cases of each format. A failure names the format and the number of the case, which together with the seed decide
-what is done to the file, and where a copy of it is kept; DCRIS_FUZZ_FIRST=17 DCRIS_FUZZ_CASES=1 tries that case again.
+tries 100 other cases of each format. A failure names the format and the number of the case, which
+together with the seed decide what is done to the file, and where a copy of it is kept;
+DCRIS_FUZZ_FIRST=17 DCRIS_FUZZ_CASES=1 tries that case again.
 """
 
 import json
@@ -89,7 +92,7 @@ from layouts import hub_files, write_prepared
 from models import randomise
 from runs import run_training, timeless_log, unseal
 
-# ---- sets of files -------------------------------------------------------------------------------------------------------
+# ---- sets of files -------------------------------------------------------------------------------
 
 
 def small_config(*settings: tuple[str, str]) -> RunConfig:
@@ -186,7 +189,8 @@ def model(root: Path) -> None:
 
 
 def run(root: Path) -> None:
-    """A finished run and the data that it was made with. Its towers are random, but follow from the seed."""
+    """A finished run and the data that it was made with. Its towers are random, but follow from the
+    seed."""
     make_tiny_refer(root / "data").write()
     table = load_references(root / "data", "tiny")
     run_training(small_config(("train.log_every", "1")), table, root / "run")
@@ -236,7 +240,8 @@ def towers(root: Path) -> None:
 
 
 def detris(root: Path) -> None:
-    """A checkpoint like the published ones, whose tensors all have their shapes but take no room. One is missing at the end."""
+    """A checkpoint like the published ones, whose tensors all have their shapes but take no room.
+    One is missing at the end."""
     root.mkdir()
     shapes = detris_layout.layout(detris_layout.VARIANTS["base"])
     state = {f"module.{name}": torch.zeros(()).expand(shape) for name, shape in shapes.items()}
@@ -307,7 +312,7 @@ def predictions(root: Path) -> None:
         write_results(root / name, answers, protocol)
 
 
-# ---- formats -------------------------------------------------------------------------------------------------------------
+# ---- formats -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -474,7 +479,8 @@ FORMATS = (
 
 
 def settle(root: Path) -> None:
-    """Replace what differs each time that a set of files is made: the order of metadata, and how long things took."""
+    """Replace what differs each time that a set of files is made: the order of metadata, and how
+    long things took."""
     for path in root.rglob("*.safetensors"):
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
@@ -587,7 +593,8 @@ def survives(format: Format, make: Callable[[Callable[[Path], None]], Path], fol
 def test_spoilt_files_are_refused_in_one_sentence(
     format: Format, make: Callable[[Callable[[Path], None]], Path], tmp_path: Path
 ) -> None:
-    """A traceback tells the person at the keyboard nothing; half a result passes for a whole one."""
+    """A traceback tells the person at the keyboard nothing; half a result passes for a whole
+    one."""
     survives(format, make, tmp_path, range(-1, format.cases))
 
 
@@ -595,7 +602,8 @@ def test_spoilt_files_are_refused_in_one_sentence(
 def test_phrases_and_names_may_be_anything(
     every: int, make: Callable[[Callable[[Path], None]], Path], tmp_path: Path
 ) -> None:
-    """People paste phrases from anywhere, and photographs come from cameras, archives and other alphabets."""
+    """People paste phrases from anywhere, and photographs come from cameras, archives and other
+    alphabets."""
     found, names = make(model), [word for word in WORDS if 0 < len(os.fsencode(word.replace("\ud800", ""))) < 200]
     for number, word in enumerate(WORDS[::every]):
         out = tmp_path / f"out {number}"
@@ -659,7 +667,8 @@ def test_a_video_without_a_decoder_is_refused(make: Callable[[Callable[[Path], N
 def test_a_video_whose_pixels_cannot_be_converted_is_refused(
     make: Callable[[Callable[[Path], None]], Path], tmp_path: Path
 ) -> None:
-    """FFmpeg decodes what the fuzzer's case writes (65,535 x 1 pixels of 64 bits), and then refuses to convert it."""
+    """FFmpeg decodes what the fuzzer's case writes (65,535 x 1 pixels of 64 bits), and then refuses
+    to convert it."""
     root = tmp_path / "set"
     shutil.copytree(make(videos), root)
     format = next(format for format in FORMATS if format.name == "a.avi")

@@ -469,7 +469,8 @@ def test_failing_tracker_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
     break_wandb: Callable[[FakeWandB, pytest.MonkeyPatch], None],
 ) -> None:
-    """A network failure at the start, in between or at the end is reported once; the run continues."""
+    """A network failure at the start, in between or at the end is reported once; the run
+    continues."""
     break_wandb(wandb, monkeypatch)
     messages = train_with_failing_tracker(table, tmp_path / "run", untracked)
     assert messages == ["training continues without wandb: no way to the server"]

@@ -31,7 +31,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(packages: Path) -> None:
-    """The wheel holds exactly the package's files, among them the tiny encoders. A clone would hide a missing one."""
+    """The wheel holds exactly the package's files, among them the tiny encoders. A clone would hide
+    a missing one."""
     (wheel,) = packages.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -46,7 +47,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(packages: Path) -> None:
 
 
 def test_the_source_archive_builds_the_same_wheel(packages: Path, tmp_path: Path) -> None:
-    """A wheel built from the source archive has the same content, as distributions build from that."""
+    """A wheel built from the source archive has the same content, as distributions build from
+    that."""
     (source,) = packages.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -67,7 +69,8 @@ def test_the_source_archive_builds_the_same_wheel(packages: Path, tmp_path: Path
 
 
 def test_version_pythons_and_extras(packages: Path) -> None:
-    """Command, module and metadata agree on the version; Python 3.11 to 3.13 may install it; all extras are documented."""
+    """Command, module and metadata agree on the version; Python 3.11 to 3.13 may install it; all
+    extras are documented."""
     (wheel,) = packages.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

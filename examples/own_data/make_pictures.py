@@ -1,8 +1,10 @@
-"""Draw example data for `run.sh`: images, a COCO export as an annotation tool writes it, and expressions.
+"""Draw example data for `run.sh`: images, a COCO export as an annotation tool writes it, and
+expressions.
 
     python make_pictures.py FOLDER
 
-writes FOLDER/pictures/*.png, FOLDER/instances.json (COCO annotations) and FOLDER/phrases.json (expressions).
+writes FOLDER/pictures/*.png, FOLDER/instances.json (COCO annotations) and FOLDER/phrases.json
+(expressions).
 """
 
 import json

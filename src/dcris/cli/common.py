@@ -176,7 +176,8 @@ def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) ->
         parser.add_argument(
             "--precision",
             choices=("auto", "float32", "bfloat16"),
-            help="precision of the computation; auto: bfloat16 if the device supports it (default: the checkpoint's or recipe's)",
+            help="precision of the computation; auto: bfloat16 if the device supports it "
+            "(default: the checkpoint's or recipe's)",
         )
 
 

@@ -160,8 +160,8 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     chose_val = "data.val_split" in parse_settings(args.settings)
     if own_name(args.data, args) and not chose_val and config.data.val_split not in {None, *table.splits()}:
         print_line(
-            f"{table.dataset} has no split {config.data.val_split!r}: training runs without validation, and the last checkpoint "
-            "is used"
+            f"{table.dataset} has no split {config.data.val_split!r}: training runs without validation, and the last "
+            "checkpoint is used"
         )
         config = replace(config, {"data.val_split": None})
     check_run(config, table, group)

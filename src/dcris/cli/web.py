@@ -14,7 +14,8 @@ def add(commands: Any) -> None:
         _web,
         "serve a web page for trying a model",
         "runs/tiny --port 7860",
-        "Listens on this machine only unless --host is given. Uploads are kept in memory only, until half an hour after their last use.",
+        "Listens on this machine only unless --host is given. Uploads are kept in memory only, until half an hour "
+        "after their last use.",
     )
     web.add_argument(
         "checkpoints",

@@ -233,7 +233,8 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
         raise DcrisError(
-            f"an image array must be uint8 [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey, and is {image.dtype} {list(image.shape)}"
+            f"an image array must be uint8 [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey, and is "
+            f"{image.dtype} {list(image.shape)}"
         )
     refuse_shape(*image.shape[:2])
     if channels == 3:

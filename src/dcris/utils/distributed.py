@@ -194,8 +194,8 @@ def processes(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[P
     if on_cuda:
         if group.local_rank >= torch.cuda.device_count():
             raise DcrisError(
-                f"local rank {group.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start one process per "
-                "GPU, or use --device cpu"
+                f"local rank {group.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start one process "
+                "per GPU, or use --device cpu"
             )
         torch.cuda.set_device(group.local_rank)
     # Imported before the group exists: default arguments of its functions would hold the group
@@ -209,8 +209,8 @@ def processes(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[P
         distributed.init_process_group(backend, store=shared, rank=group.rank, world_size=group.count, timeout=timeout)
     except (RuntimeError, ValueError) as error:  # torch raises both
         raise DcrisError(
-            f"rank {group.rank} of {group.count} cannot connect to the others ({_reason(error)}); check the address and port of "
-            "torchrun"
+            f"rank {group.rank} of {group.count} cannot connect to the others ({_reason(error)}); check the address and port "
+            "of torchrun"
         ) from error
     try:
         yield group

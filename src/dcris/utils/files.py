@@ -514,8 +514,8 @@ def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = 
             for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
                 if len(line) > MAX_LINE:
                     raise DcrisError(
-                        f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; write one object a line, and large masks as "
-                        "image files"
+                        f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; write one object a line, and large masks "
+                        "as image files"
                     )
                 brackets, length = brackets + line.count(b"[") + line.count(b"{"), length + len(line)
                 try:

@@ -85,9 +85,9 @@ def require_shared_memory(workers: int, batch_bytes: float) -> None:
     if (fit := workers_that_fit(workers, batch_bytes)) < workers:
         batches = _PREFETCH * workers + 1
         raise DcrisError(
-            f"shared memory is too small: {workers} workers need {batches * batch_bytes / 1e6:,.1f} MB for {batches} batches, "
-            f"and {_SHARED_MEMORY} has {shared_memory_left() / 1e6:,.1f} MB free; use --data.workers {fit}, a smaller batch, or "
-            "give the container more (docker run --shm-size=1g)"
+            f"shared memory is too small: {workers} workers need {batches * batch_bytes / 1e6:,.1f} MB for {batches} "
+            f"batches, and {_SHARED_MEMORY} has {shared_memory_left() / 1e6:,.1f} MB free; use --data.workers {fit}, "
+            "a smaller batch, or give the container more (docker run --shm-size=1g)"
         )
 
 
