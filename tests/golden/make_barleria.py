@@ -1,15 +1,11 @@
-"""Make barleria.safetensors: what the published BarLeRIa code computes with the random weights of
-tests/barleria_layout.py.
+"""Make barleria.safetensors: what the published BarLeRIa code computes with the random weights of tests/barleria_layout.py.
 
     python tests/golden/make_barleria.py CHECKOUT
 
-CHECKOUT is a clone of github.com/NastrondAd/BarLeRIa (MIT). It is not kept here, and runs as it is
-but for this:
-- detectron2, fvcore and timm are replaced by the little of them that it needs, written here;
-    EVA-CLIP is left out;
+CHECKOUT is a clone of github.com/NastrondAd/BarLeRIa (MIT). It is not kept here, and runs as it is but for this:
+- detectron2, fvcore and timm are replaced by the little of them that it needs, written here; EVA-CLIP is left out;
 - widths that it has written into its code, 768 of the image half, are those of the variant;
-- one line of the side network normalises the mean word over the batch; it does so over the channels
-    here, as our code does.
+- one line of the side network normalises the mean word over the batch; it does so over the channels here, as our code does.
 CLIP's file is never read. What comes out is as of make_etris.py, and
 """
 

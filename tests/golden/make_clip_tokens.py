@@ -2,11 +2,10 @@
 
     python tests/golden/make_clip_tokens.py bpe_simple_vocab_16e6.txt.gz
 
-The merges file is OpenAI's. It lies in github.com/openai/CLIP (clip/bpe_simple_vocab_16e6.txt.gz)
-and in the wheel of open_clip_torch (`pip download --no-deps open_clip_torch`, then
-open_clip/bpe_simple_vocab_16e6.txt.gz), SHA-256
-924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a. It is not kept here. The text is
-cleaned as in OpenAI's simple_tokenizer.py, which transformers leaves out.
+The merges file is OpenAI's. It lies in github.com/openai/CLIP (clip/bpe_simple_vocab_16e6.txt.gz) and in the wheel of
+open_clip_torch (`pip download --no-deps open_clip_torch`, then open_clip/bpe_simple_vocab_16e6.txt.gz), SHA-256
+924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a. It is not kept here.
+The text is cleaned as in OpenAI's simple_tokenizer.py, which transformers leaves out.
 """
 
 # ruff: noqa: RUF001 - ambiguous letters are the point

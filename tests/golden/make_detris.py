@@ -1,12 +1,10 @@
-"""Make detris.safetensors: what the published DETRIS code computes with the random weights of
-tests/detris_layout.py.
+"""Make detris.safetensors: what the published DETRIS code computes with the random weights of tests/detris_layout.py.
 
     python tests/golden/make_detris.py CHECKOUT [VARIANT ...]
 
-CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It is run as it is and not kept here;
-modules that it imports and does not need for this are replaced by empty ones, and so is the reading
-of the towers' files. VARIANT limits what is made anew; the numbers of the others stay. The large
-model takes a few minutes and 6 GB.
+CHECKOUT is a clone of github.com/jiaqihuang01/DETRIS (MIT). It is run as it is and not kept here; modules that it imports and
+does not need for this are replaced by empty ones, and so is the reading of the towers' files. VARIANT limits what is made
+anew; the numbers of the others stay. The large model takes a few minutes and 6 GB.
 
 Each variant has, in its own precision and with dropout off:
     tokens          [2, L]
@@ -15,15 +13,13 @@ Each variant has, in its own precision and with dropout off:
     train_logits    as logits, training mode
     loss            []
     gradients       [n] norms, of what trains, by name in alphabetical order
-    statistics      [2, m] sum and norm of each batch norm's mean and variance after the step, by
-    name
+    statistics      [2, m] sum and norm of each batch norm's mean and variance after the step, by name
 
 and of what trains, by our names in alphabetical order, from the published constructors and steps:
-    start           [n, 3] mean, deviation and largest magnitude of each tensor as constructed, over
-    STARTS random starts start_rms       [2] root mean square of what the visual adapters add to the
-    MLP's output then: prefix tokens, patches steps.losses    [5] of five steps of Adam on one
-    batch, from the weights of tests/detris_layout.py (small alone) steps.updates   [n, SAMPLED] by
-    which these steps changed that many numbers of each tensor
+    start           [n, 3] mean, deviation and largest magnitude of each tensor as constructed, over STARTS random starts
+    start_rms       [2] root mean square of what the visual adapters add to the MLP's output then: prefix tokens, patches
+    steps.losses    [5] of five steps of Adam on one batch, from the weights of tests/detris_layout.py (small alone)
+    steps.updates   [n, SAMPLED] by which these steps changed that many numbers of each tensor
 """
 
 import sys

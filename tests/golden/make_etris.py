@@ -1,12 +1,10 @@
-"""Make etris.safetensors: what the published ETRIS code computes with the random weights of
-tests/etris_layout.py.
+"""Make etris.safetensors: what the published ETRIS code computes with the random weights of tests/etris_layout.py.
 
     python tests/golden/make_etris.py CHECKOUT [VARIANT ...]
 
-CHECKOUT is a clone of github.com/kkakkkka/ETRIS (MIT). It is run as it is and not kept here; a
-module that it imports and does not need for this is replaced by an empty one, and so is the reading
-of CLIP's file. VARIANT limits what is made anew; the numbers of the others stay. The base model
-takes a minute and 4 GB.
+CHECKOUT is a clone of github.com/kkakkkka/ETRIS (MIT). It is run as it is and not kept here; a module that it imports and
+does not need for this is replaced by an empty one, and so is the reading of CLIP's file. VARIANT limits what is made anew; the
+numbers of the others stay. The base model takes a minute and 4 GB.
 
 Each variant has, in its own precision and with dropout off:
     levels          [3, 2, 64, 4]: what enters the neck, thinned out, evaluation mode; likewise
@@ -16,8 +14,7 @@ Each variant has, in its own precision and with dropout off:
     train_logits    as logits, training mode
     loss            []
     gradients       [n] norms, of what trains, by name in alphabetical order
-    statistics      [2, m] sum and norm of each batch norm's mean and variance after the step, by
-    name
+    statistics      [2, m] sum and norm of each batch norm's mean and variance after the step, by name
 """
 
 import sys
@@ -41,8 +38,7 @@ OUT = Path(__file__).with_name("etris.safetensors")
 
 
 def build(variant: Variant) -> nn.Module:
-    """The published model with the random weights. CLIP's file is never read; the position table is
-    resized as published."""
+    """The published model with the random weights. CLIP's file is never read; the position table is resized as published."""
     stub_modules({"loguru": {"logger": None}})
     import model.clip as clip
     import model.segmenter as segmenter

@@ -1,5 +1,4 @@
-"""What the scripts beside this file put in the place of files and packages that published code asks
-for and does not need."""
+"""What the scripts beside this file put in the place of files and packages that published code asks for and does not need."""
 
 import sys
 import types
@@ -22,8 +21,7 @@ def stub_modules(modules: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def stand_in_for_clip(clip: Any, width: int, text: int) -> None:
-    """Have `clip`, a published model.clip, find a CLIP file of zeros: its sizes are read off it,
-    and nothing else is."""
+    """Have `clip`, a published model.clip, find a CLIP file of zeros: its sizes are read off it, and nothing else is."""
     state = {
         "visual.proj": torch.zeros(1),
         "visual.conv1.weight": torch.zeros(width, 3, 16, 16),
