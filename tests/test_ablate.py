@@ -224,6 +224,7 @@ def test_any_recipes_are_compared(
         assert "either a TABLE or --recipes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failed_row_does_not_stop_the_others(
     quiet_study: Callable[..., list[str]],
     tables: dict[str, Table],
@@ -279,6 +280,7 @@ def test_an_interrupted_study_continues(
     assert json.loads((run / "result.json").read_text())["seconds"] == pytest.approx(spent["seconds"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_completed(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path
 ) -> None:

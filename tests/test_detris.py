@@ -419,7 +419,7 @@ def test_the_command_refuses_what_stands_in_its_way(tmp_path: Path, capsys: Any)
     assert main(["convert", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["convert", str(path), str(tmp_path / "b" / "refcoco.pth"), "--out", str(tmp_path / "new")]) == 2
-    assert "one name" in capsys.readouterr().err
+    assert "the same name" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere.pth"), "--out", str(tmp_path / "new")]) == 2
     assert "there is no file" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

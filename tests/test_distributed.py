@@ -191,6 +191,7 @@ def test_gradients_of_the_whole_batch() -> None:
     torch.multiprocessing.spawn(compare_gradients, (store.port,), nprocs=3, daemon=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(scenes: Path, tmp_path: Path) -> None:
     """The same curve and scores, one log, one checkpoint, one output."""
     more = ["--data.val_split", "val"]

@@ -280,7 +280,7 @@ def test_second_process_in_one_directory_is_refused(launcher: Launcher, scenes_r
 
 
 @pytest.mark.parametrize(
-    "moment", ["set-up", "step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("write", "validation"))]
+    "moment", ["step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("set-up", "write", "validation"))]
 )
 def test_sigterm(launcher: Launcher, uninterrupted: Run, scenes_root: Path, tmp_path: Path, moment: str) -> None:
     """SIGTERM to the whole process group, twice: workers still serve the current step."""
@@ -467,6 +467,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk(launcher: Launcher, uninterrupted: Run, scenes_root: Path, small_disk: Path) -> None:
     """A real full disk: the second checkpoint does not fit. With more space, the run resumes."""
     run = Run(launcher, scenes_root, small_disk / "run")
@@ -524,6 +525,7 @@ def scenes_with_bad_image(tmp_path: Path) -> tuple[Path, Path]:
     return root, bad_image
 
 
+@pytest.mark.slow
 def test_unreadable_image_stops_the_run(
     launcher: Launcher, scenes_with_bad_image: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -673,7 +675,8 @@ def daring_model(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return half_mask_model(trained_run, tmp_path_factory.mktemp("half_mask_model") / "model")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 def test_kill_predict(launcher: Launcher, daring_model: Path, tmp_path: Path, kills: int) -> None:
     """With --out beside the images: the same command again gives exactly the files of an
     uninterrupted call."""

@@ -100,6 +100,7 @@ def test_padding_is_hidden_from_the_adapters(masked: bool) -> None:
 # ---- resolution ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_resolution_trains_and_predicts(scenes_root: Path, tmp_path: Path) -> None:
     """Positions, coordinates and logits follow the image size, in training and evaluation."""
     table, logits = load_references(scenes_root, "scenes"), {}

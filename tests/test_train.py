@@ -65,6 +65,7 @@ def stop_at(step: int) -> Callable[[str], None]:
     return log
 
 
+@pytest.mark.slow
 def test_overfits_eight_samples(table: ReferenceTable, tmp_path: Path) -> None:
     """Gradients reach all trainable weights, and masks belong to their expressions."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:8])

@@ -167,3 +167,12 @@ def test_run_shorter_than_its_warm_up_is_refused(
     assert main(words) == 2
     assert "39 steps, fewer than the" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_closed_connection_prints_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """After Ctrl-C, a worker may be passing a batch to a parent that no longer listens."""
+    for error in (ConnectionResetError("reset"), BrokenPipeError("pipe"), EOFError()):
+        workers._report_exception(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    workers._report_exception(ValueError, ValueError("unexpected"), None)
+    assert "unexpected" in capsys.readouterr().err

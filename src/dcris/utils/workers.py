@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import queues
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 from dcris.errors import DcrisError
@@ -174,6 +176,7 @@ def ignore_interrupts() -> None:
 
 def _start_worker(worker: int) -> None:
     queues.Queue._on_queue_feeder_error = _send_failure  # type: ignore[attr-defined]
+    sys.excepthook = _report_exception
     # Schedulers may send SIGTERM to all processes, but the current step still needs its batches. So
     # a worker only obeys a SIGTERM from its parent.
     ignore_interrupts()
@@ -191,6 +194,16 @@ def _send_failure(queue: Any, error: Exception, item: Any) -> None:
     """
     index, _ = item
     queue.put((index, Failure(f"a worker that reads images cannot pass them on ({error}); {_ADVICE}")))
+
+
+def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception of a worker's thread, except a connection that the parent closed.
+
+    An interrupted parent leaves while multiprocessing's thread passes it a batch; the thread then
+    prints a traceback.
+    """
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_for_parent(parent: int) -> None:
