@@ -412,7 +412,9 @@ def test_other_files_are_refused_in_one_sentence(
     assert not Path("malicious").exists()
 
 
-def test_the_command_refuses_what_stands_in_its_way(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_refuses_what_stands_in_its_way(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`dcris convert` does not overwrite a folder or one of its own results."""
     path = save(tmp_path / "refcoco.pth", empty("base"))
     (tmp_path / "out" / "refcoco").mkdir(parents=True)
@@ -423,6 +425,7 @@ def test_the_command_refuses_what_stands_in_its_way(tmp_path: Path, capsys: Any)
     assert main(["convert", str(tmp_path / "nowhere.pth"), "--out", str(tmp_path / "new")]) == 2
     assert "there is no file" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("dcris.checkpoints.convert_detris._MAX_REPEATED", 10**10)  # the tensors of `empty` are repeated
     assert main(["convert", str(path), "--out", str(path)]) == 2
     assert "cannot write" in capsys.readouterr().err
 
