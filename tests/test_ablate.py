@@ -259,6 +259,7 @@ def test_a_failed_row_does_not_stop_the_others(
     assert quiet_study("table9") == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_continues(
     quiet_study: Callable[..., list[str]], tables: dict[str, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +304,7 @@ def test_a_killed_run_is_completed(
     assert json.loads(file.read_text())["scores"] == expected["scores"]
 
 
+@pytest.mark.slow
 def test_lazy_initialisation_is_not_charged_to_a_run() -> None:
     """After the warm-up, an optimiser's first step imports few modules."""
     code = """

@@ -110,7 +110,7 @@ def gradients(model: ReferringSegmenter, batch: Batch) -> tuple[float, dict[str,
     return loss.item(), found, kept[0]
 
 
-@pytest.mark.parametrize("dropout", ["0.0", "0.3"])
+@pytest.mark.parametrize("dropout", [pytest.param("0.0", marks=pytest.mark.slow), "0.3"])
 def test_recomputing_only_changes_memory(dropout: str) -> None:
     """Loss, gradients and running statistics are equal bit for bit; dropout draws the same numbers,
     and batch norms count each step once."""

@@ -263,6 +263,7 @@ def wait_for_lines(run: Run, lines: int, process: subprocess.Popen[str]) -> None
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_second_process_in_one_directory_is_refused(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
     """A second run in the same directory is refused."""
     run = Run(launcher, scenes_root, tmp_path / "run", train__max_steps=400)
@@ -368,6 +369,7 @@ def test_damaged_checkpoint_is_moved(damaged: Run, name: str, damage: Callable[[
     assert damaged.checkpoints("damaged-*") == {"damaged-step-00000008"}
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_falls_back_to_the_previous(uninterrupted: Run, damaged: Run) -> None:
     """The run repeats a few steps. The damaged checkpoint is kept until its step is saved again."""
     flip(list_checkpoints(damaged.out)[-1].path / "optimizer.safetensors")
@@ -578,6 +580,7 @@ def test_validation_never_skips(launcher: Launcher, scenes_root: Path, tmp_path:
 # ---- the best ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_best_by_another_score(scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.best_by` selects the best checkpoint, and is recorded with its score."""
     scores = iter([{"miou": 1.0, "oiou": 9.0}, {"miou": 8.0, "oiou": 2.0}, {"miou": 3.0, "oiou": 3.0}])

@@ -150,7 +150,9 @@ def _repeated(rows: int, words: int, text: str) -> pyarrow.Table:
         (lambda: _repeated(2000, 0, "x" * 100_000), "far more text than a data set of that size could"),
         (lambda: _repeated(1, 3_000_000, "x"), "column sentences.list.element.sent_id has 3,000,000 values"),
         (lambda: _repeated(1_000_000, 0, "x"), "column ref_id has 1,000,000 values"),
-        (lambda: _repeated(1, 0, "x" * 150_000_000), "column split has 1 values in 150"),
+        pytest.param(
+            lambda: _repeated(1, 0, "x" * 150_000_000), "column split has 1 values in 150", marks=pytest.mark.slow
+        ),
     ],
     ids=["texts", "list", "rows", "pages"],
 )

@@ -45,6 +45,7 @@ def test_an_invalid_seed_raises(short: None, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_another_seed_in_the_same_folder_raises(short: None, tmp_path: Path) -> None:
     """Scenes of another seed in the same folder must not be used."""
     module.quickstart(tmp_path / "a", seed=1, device="cpu", log=lambda line: None)

@@ -20,7 +20,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
     return subprocess.run(["sh", "-c", program], env={**os.environ, **environment}, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_any_output_encoding(encoding: str, tmp_path: Path) -> None:
     """`dcris ... > log.txt` is written in cp1252 on Windows: a Chinese name must not cause a
     traceback."""
@@ -36,7 +36,7 @@ def test_any_output_encoding(encoding: str, tmp_path: Path) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [pytest.param("2>&-", marks=pytest.mark.slow), "<&- >&- 2>&-"])
 def test_closed_streams(closed: str, tmp_path: Path) -> None:
     """Services and pythonw start programs without standard streams."""
     out = tmp_path / "scenes"
@@ -47,7 +47,11 @@ def test_closed_streams(closed: str, tmp_path: Path) -> None:
 
 @needs_dev_full
 @pytest.mark.parametrize(
-    "words", ["recipes --show dcris_b", "completion bash", "--help", "data check --help", "--version"]
+    "words",
+    [
+        "completion bash",
+        *(pytest.param(words, marks=pytest.mark.slow) for words in ("recipes --show dcris_b", "--help", "--version")),
+    ],
 )
 def test_standard_output_on_a_full_disk(words: str) -> None:
     """A script that redirects the output must see from the exit code that it is incomplete."""
@@ -78,6 +82,7 @@ def test_results_are_kept_if_printing_fails(
     assert json.loads(capsys.readouterr().out)["split"] == "test"
 
 
+@pytest.mark.slow
 def test_too_many_open_files(trained_run: Path, scenes_root: Path) -> None:
     """Containers and old macOS allow few open files; any library may reach the limit first."""
     done = shell(f'ulimit -n 20; dcris evaluate "{trained_run}" --data "{scenes_root}" --split test')

@@ -77,7 +77,10 @@ def test_overfits_eight_samples(table: ReferenceTable, tmp_path: Path) -> None:
     assert max(line["iou"] for line in lines[-5:]) > 20
 
 
-@pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((3,), 2), ((2, 5), 1)])
+@pytest.mark.parametrize(
+    ("stops", "workers"),
+    [((1,), 0), pytest.param((3,), 2, marks=pytest.mark.slow), pytest.param((2, 5), 1, marks=pytest.mark.slow)],
+)
 def test_stopped_run_resumes_exactly(
     table: ReferenceTable, unbroken: Path, tmp_path: Path, stops: tuple[int, ...], workers: int
 ) -> None:
@@ -95,7 +98,7 @@ def test_stopped_run_resumes_exactly(
     assert not leftovers(out)
 
 
-@pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny"])
+@pytest.mark.parametrize("recipe", ["dcris_tiny", pytest.param("lora_tiny", marks=pytest.mark.slow)])
 def test_bfloat16_run_resumes_exactly(table: ReferenceTable, tmp_path: Path, recipe: str) -> None:
     """In bfloat16, frozen weights are stored differently (packed on some CPUs): validation copies
     them, and a resumed run packs them again."""

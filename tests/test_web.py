@@ -616,7 +616,7 @@ def test_time_is_limited(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("header", ["", "Connection: close\r\n"])
+@pytest.mark.parametrize("header", ["", pytest.param("Connection: close\r\n", marks=pytest.mark.slow)])
 def test_slow_readers_get_their_response(header: str) -> None:
     """A slow download may take longer than the time limit of a head; one that is never read
     ends."""
