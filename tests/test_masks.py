@@ -303,3 +303,15 @@ def test_run_lengths_are_decoded_once(monkeypatch, read):
     monkeypatch.setattr(masks_module, "_uncompress", lambda text: calls.append(text) or original(text))
     read(encode_mask(np.eye(20, 30)), (20, 30))
     assert len(calls) == 1
+
+
+@given(data=st.data(), height=st.integers(0, 12), width=st.integers(0, 12), band=st.sampled_from([1, 5, 1 << 22]))
+def test_masks_are_encoded_as_by_pycocotools(data: st.DataObject, height: int, width: int, band: int) -> None:
+    """For any number of runs, and with runs that cross the bands that are encoded at once."""
+    values = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
+    mask = np.array(values, bool).reshape(height, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks_module, "_BAND", band)
+        encoded = encode_mask(mask)
+    expected = coco.encode(np.asfortranarray(mask, np.uint8))
+    assert encoded == {"size": [height, width], "counts": expected["counts"].decode()}

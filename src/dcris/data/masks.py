@@ -24,6 +24,9 @@ _MAX_NUMBER_LENGTH = 7
 """Characters of one compressed run length, 5 bits each: 35 bits, more than any mask needs, safe in
 int64."""
 
+_BAND = 1 << 22
+"""Pixels that are encoded at once."""
+
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Decode polygons, run lengths or an image file to a mask [H, W] uint8 of 0 and 1.
@@ -68,10 +71,28 @@ def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:
     if mask.ndim != 2:
         raise ValueError(f"a mask must be [H, W], but this one has the shape {mask.shape}")
     height, width = mask.shape
-    return {
-        "size": [height, width],
-        "counts": coco.encode(np.asfortranarray(mask != 0, np.uint8))["counts"].decode("ascii"),
-    }
+    size, runs = [height, width], _column_runs(mask)
+    # Both give the same. `coco.encode` takes 6 bytes per pixel (0.6 GB for a camera's image), lists
+    # take 40 bytes per run.
+    if 7 * len(runs) > mask.size:
+        encoded = coco.encode(np.asfortranarray(mask != 0, np.uint8))
+    else:
+        encoded = coco.frPyObjects({"size": size, "counts": runs.tolist()}, height, width)
+    return {"size": size, "counts": encoded["counts"].decode("ascii")}
+
+
+def _column_runs(mask: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the lengths of the runs of background and object in turn, column by column."""
+    height, width = mask.shape
+    changes, inside = [np.zeros(1, np.int64)], np.False_
+    columns = max(1, _BAND // max(1, height))
+    for left in range(0, width if height else 0, columns):
+        band = (mask[:, left : left + columns] != 0).ravel(order="F")
+        before = np.concatenate(([inside], band[:-1]))
+        changes.append(np.flatnonzero(band != before) + left * height)
+        inside = band[-1]
+    ends = np.concatenate([*changes, [height * width]])
+    return np.diff(ends)
 
 
 def mask_box(mask: NDArray[Any]) -> tuple[int, int, int, int] | None:
