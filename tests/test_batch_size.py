@@ -21,7 +21,7 @@ from dcris.config import RunConfig, replace
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
-from dcris.models.adapters.base import adapters
+from dcris.models.adapters.attach import adapters
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training import batch_size
 from dcris.training.losses import text_to_pixel_loss

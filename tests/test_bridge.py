@@ -12,7 +12,7 @@ from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
-from dcris.models.adapters.base import adapters
+from dcris.models.adapters.attach import adapters
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from models import error, randomise

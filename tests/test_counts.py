@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dcris.config import HeadConfig, ModelConfig, VisionConfig
-from dcris.models.adapters.base import adapters as adapters_of
+from dcris.models.adapters.attach import adapters as adapters_of
 from dcris.models.adapters.dcris import (
     DcrisConfig,
     DenseCrossAdapter,

@@ -28,7 +28,7 @@ from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.inference.segmenter import Segmenter
-from dcris.models.adapters.base import adapters
+from dcris.models.adapters.attach import adapters
 from dcris.models.adapters.dcris import DcrisConfig, TextAdapterConfig
 from dcris.models.encoders.blocks import SlotContext
 from dcris.models.segmentation import ReferringSegmenter

@@ -19,7 +19,7 @@ from dcris.config import METHODS, TEXT_FAMILIES, VISION_FAMILIES, RunConfig, rep
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
-from dcris.models.adapters.base import adapters, trained_state
+from dcris.models.adapters.attach import adapters, trained_state
 from dcris.models.encoders.text import TextFeatures
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe, with_method

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcris.models.adapters.base import trained_state
+from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.blocks import EmptySlot
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss

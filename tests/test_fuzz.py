@@ -65,7 +65,7 @@ from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.results import write_results
 from dcris.models.encoders.clip_text import CLIP_TEXT, ClipTextTower
 from dcris.models.encoders.dino import DINOV2, DinoTower
-from dcris.models.encoders.registry import KeyMapping
+from dcris.models.encoders.families import KeyMapping
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from fuzz import (

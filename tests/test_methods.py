@@ -16,7 +16,7 @@ from dcris.config import RunConfig, replace
 from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.adaptformer import AdaptFormerConfig, ParallelAdapter
-from dcris.models.adapters.base import trained_state
+from dcris.models.adapters.attach import trained_state
 from dcris.models.adapters.compacter import CompacterAdapter, CompacterConfig
 from dcris.models.adapters.houlsby import HoulsbyAdapter, HoulsbyConfig
 from dcris.models.adapters.lora import LoraConfig, LowRank

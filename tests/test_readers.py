@@ -16,7 +16,7 @@ import pytest
 
 from dcris.data.coco import IMAGE_FOLDER, find_images
 from dcris.data.readers.load import load_references
-from dcris.data.readers.refer import _PLAIN, safe_unpickle
+from dcris.data.readers.refer_layout import _PLAIN, safe_unpickle
 from dcris.errors import DcrisError
 from dcris.utils.pickles import end_of_pickle
 

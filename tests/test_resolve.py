@@ -22,7 +22,7 @@ from dcris.checkpoints.resolve import locate
 from dcris.cli import main
 from dcris.config import RunConfig, parse_value, replace
 from dcris.errors import DcrisError
-from dcris.models.adapters.base import trained_state
+from dcris.models.adapters.attach import trained_state
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from hub import Hub

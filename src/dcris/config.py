@@ -39,7 +39,7 @@ METHODS: dict[str, type["MethodConfig"]] = {}
 
 VISION_FAMILIES: dict[str, Any] = {}
 TEXT_FAMILIES: dict[str, Any] = {}
-"""The architectures of towers by name, as dcris.models.encoders.registry.TowerFamily. Filled by
+"""The architectures of towers by name, as dcris.models.encoders.families.TowerFamily. Filled by
 dcris.models.encoders."""
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
 from dcris.config import TEXT_FAMILIES, VISION_FAMILIES, ModelConfig, VisionConfig
 from dcris.errors import DcrisError
-from dcris.models.encoders.registry import KeyMapping, TowerFamily
+from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions
 from dcris.utils.hub import fetch

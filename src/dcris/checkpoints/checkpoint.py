@@ -36,7 +36,7 @@ from dcris.checkpoints.backbones import copy_strictly, fingerprint, frozen_state
 from dcris.checkpoints.tensor_files import open_safetensors
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.errors import DcrisError
-from dcris.models.adapters.base import trained_state
+from dcris.models.adapters.attach import trained_state
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import (

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from dcris.data.coco import IMAGE_SERVER
 from dcris.data.download_images import WantedImage, download_images, open_source
 from dcris.data.images import image_size
-from dcris.data.readers import refer
+from dcris.data.readers import refer_layout
 from dcris.data.readers.parquet import refer_split, require_pyarrow, split_in_name, to_refer
 from dcris.data.registry import DATASETS, PARTITIONS
 from dcris.data.table import ReferenceTable
@@ -129,25 +129,25 @@ def _fetch_annotations(
     if unknown:
         raise DcrisError(f"{dataset} has no split {unknown[0]!r}; choose from {', '.join(official)}")
     present: list[str] = []
-    if refer.find(root, dataset, split_by):
-        table = refer.load(root, dataset, split_by)
+    if refer_layout.find(root, dataset, split_by):
+        table = refer_layout.load(root, dataset, split_by)
         present = list(table.splits())
         if set(splits or official) <= set(present):
             log(f"{dataset}: the annotations exist ({', '.join(present)})")
             return table
-    _refuse_overwriting(root / dataset, split_by, refer.find(root, dataset), set(present) - set(official))
+    _refuse_overwriting(root / dataset, split_by, refer_layout.find(root, dataset), set(present) - set(official))
     wanted = [name for name in official if name in {*(splits or official), *present}]
     log(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub (or its cache)")
     files, commit = _download_annotations(dataset, repo, wanted)
     records, content = to_refer(files, dataset)
     folder = root / dataset
-    refer.read_records(records, folder, content, folder, root)  # check before anything is written
+    refer_layout.read_records(records, folder, content, folder, root)  # check before anything is written
     content = {"info": {"description": f"{dataset} ({split_by}) from {repo} on the Hub", "version": commit}, **content}
     # In this order, an interruption leaves annotations without references, not references without
     # annotations.
     write_file(folder / "instances.json", json.dumps(content))
     write_file(folder / f"refs({split_by}).p", pickle.dumps(records, protocol=2))
-    return refer.load(root, dataset, split_by)
+    return refer_layout.load(root, dataset, split_by)
 
 
 def _download_annotations(dataset: str, repo: str, splits: Sequence[str]) -> tuple[dict[Path, str], str]:

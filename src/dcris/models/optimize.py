@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dcris.models.adapters.base import adapters
+from dcris.models.adapters.attach import adapters
 from dcris.models.encoders.blocks import MLP, Block
 from dcris.models.head.decoder import DecoderLayer
 from dcris.models.head.neck import ConvNormReLU

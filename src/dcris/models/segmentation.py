@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dcris.config import METHODS, TEXT_FAMILIES, VISION_FAMILIES, ModelConfig
 from dcris.errors import DcrisError
-from dcris.models.adapters.base import fold, freeze, set_mode
+from dcris.models.adapters.attach import fold, freeze, set_mode
 from dcris.models.adapters.bridge import Bridge, Fused
 from dcris.models.encoders.text import TextFeatures, TextState, TextTower
 from dcris.models.encoders.vit import VisionState, VisionTower

@@ -50,7 +50,7 @@ from dcris.errors import DcrisError, out_of_memory
 from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
-from dcris.models.adapters.base import trained_state
+from dcris.models.adapters.attach import trained_state
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.loggers import Monitor, check_trackers, panel_queries

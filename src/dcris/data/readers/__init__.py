@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcris.data.readers import cris_layout, jsonl, parquet, refer
+from dcris.data.readers import cris_layout, jsonl, parquet, refer_layout
 from dcris.data.table import OnError, ReferenceTable
 
 
@@ -34,7 +34,7 @@ class Reader:
 
 READERS: dict[str, Reader] = {
     "jsonl": Reader("*.jsonl", jsonl.find, jsonl.load, single_file=True),
-    "refer": Reader("{dataset}/refs({split_by}).p", refer.find, refer.load),
+    "refer": Reader("{dataset}/refs({split_by}).p", refer_layout.find, refer_layout.load),
     "cris": Reader("anns/{dataset}/*.json", cris_layout.find, cris_layout.load),
     "parquet": Reader("{dataset}/**/*.parquet", parquet.find, parquet.load),
 }

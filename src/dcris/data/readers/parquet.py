@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from dcris.data.coco import CATEGORIES
-from dcris.data.readers.refer import read_records
+from dcris.data.readers.refer_layout import read_records
 from dcris.data.registry import DATASETS
 from dcris.data.table import OnError, ReferenceTable, bad, field
 from dcris.errors import DcrisError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import Blocks, Count, Layers, MethodConfig, ModelConfig, Width
-from dcris.models.adapters.base import attach_everywhere
+from dcris.models.adapters.attach import attach_everywhere
 from dcris.models.adapters.bridge import Bridge, Fused
 from dcris.models.encoders.blocks import MLP, BranchSlot
 from dcris.models.encoders.text import TextState, TextTower

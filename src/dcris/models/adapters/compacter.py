@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import MethodConfig, ModelConfig, Width
-from dcris.models.adapters.base import Place, put
+from dcris.models.adapters.attach import Place, put
 from dcris.models.encoders.blocks import BranchSlot, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import Factor, Layers, MethodConfig, ModelConfig, Probability, Section, Width, check_layers
-from dcris.models.adapters.base import attach
+from dcris.models.adapters.attach import attach
 from dcris.models.encoders.blocks import BranchSlot, SlotContext
 from dcris.models.encoders.vit import as_map
 from dcris.models.layers.attention import MultiHeadAttention

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import MethodConfig, Width
-from dcris.models.adapters.base import Place, attach_everywhere
+from dcris.models.adapters.attach import Place, attach_everywhere
 from dcris.models.encoders.blocks import BranchSlot, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import Factor, MethodConfig, Probability, Width
-from dcris.models.adapters.base import attach_everywhere
+from dcris.models.adapters.attach import attach_everywhere
 from dcris.models.encoders.blocks import Block, QkvSlot, SlotContext
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dcris.config import MethodConfig
-from dcris.models.adapters.base import put
+from dcris.models.adapters.attach import put
 from dcris.models.encoders.blocks import SlotContext, TokenSlot
 
 Tokens = Annotated[int, Field(ge=0, le=1024, strict=True)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dcris.config import TextConfig
 from dcris.models.encoders.blocks import Block
-from dcris.models.encoders.registry import KeyMapping, TowerFamily
+from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextTower
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dcris.config import VisionConfig
 from dcris.models.encoders.blocks import Block
 from dcris.models.encoders.clip_text import HUB_CLIP, OPENAI_CLIP
-from dcris.models.encoders.registry import KeyMapping, TowerFamily
+from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.vit import VisionState, VisionTower
 
 
