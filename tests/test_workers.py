@@ -4,10 +4,12 @@ without workers; never a hang."""
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -176,3 +178,14 @@ def test_a_closed_connection_prints_no_traceback(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
     workers._report_exception(ValueError, ValueError("unexpected"), None)
     assert "unexpected" in capsys.readouterr().err
+
+
+def test_a_dead_worker_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch may raise its error inside a callback of the interpreter, which prints a traceback."""
+    printed: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(str(unraisable.exc_value)))
+    workers._report_dead_workers_once()
+    workers._report_dead_workers_once()
+    for message in ("DataLoader worker (pid 7) is killed by signal: Killed. ", "something else"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert printed == ["something else"]

@@ -109,6 +109,7 @@ def load(dataset: Any, workers: int, **options: Any) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     if workers:
+        _report_dead_workers_once()
         # One thread per worker. Set here and not in the worker: after a fork, cv2 would wait
         # forever for the threads of its parent.
         threads = cv2.getNumThreads()
@@ -172,6 +173,25 @@ def ignore_interrupts() -> None:
     """Ignore Ctrl-C in a worker: a terminal sends it to all processes, but the parent ends its
     workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _report_dead_workers_once() -> None:
+    """Do not print an error for a dead worker that Python cannot raise.
+
+    torch raises it in a signal handler, so also inside callbacks of the interpreter, which print a
+    traceback and continue. The wait for the next batch then raises it again.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "knows_dead_workers", False):
+        return
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and dead_worker(error)):
+            before(unraisable)
+
+    report.knows_dead_workers = True  # type: ignore[attr-defined]
+    sys.unraisablehook = report
 
 
 def _start_worker(worker: int) -> None:
