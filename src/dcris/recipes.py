@@ -104,11 +104,12 @@ _DATA_SETS = {
     ),
 }
 _B = RunConfig(recipe="dcris_b", model=ModelConfig(method=DcrisConfig()))
+_L_VISUAL = DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22))
 _L = RunConfig(
     recipe="dcris_l",
     model=ModelConfig(
         vision=VISION_TOWERS["dinov2-large"],
-        method=DcrisConfig(visual=DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22))),
+        method=DcrisConfig(visual=_L_VISUAL),
         head=HeadConfig(feature_layers=(8, 16)),
     ),
     train=TrainConfig(batch_size=64, lr=2e-4),
@@ -157,9 +158,7 @@ _DETRIS_L = RunConfig(
     recipe="detris_l",
     model=ModelConfig(
         vision=_L.model.vision,
-        method=DcrisConfig(
-            visual=DenseCrossConfig(layers=(2, 6, 10, 14, 18, 22)), text=TextAdapterConfig(kind="dense")
-        ),
+        method=DcrisConfig(visual=_L_VISUAL, text=TextAdapterConfig(kind="dense")),
         head=_L.model.head,
     ),
 )

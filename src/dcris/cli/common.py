@@ -154,13 +154,11 @@ def data_set_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def split_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --split."""
+def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the commands that evaluate on a split share: the data, --split and --protocol."""
+    data_root_argument(parser)
+    data_set_arguments(parser)
     parser.add_argument("--split", default="val", help="split to evaluate (default: %(default)s)")
-
-
-def protocol_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --protocol."""
     parser.add_argument(
         "--protocol",
         default="cris",

@@ -9,14 +9,11 @@ from dcris.cli.common import (
     CHECKPOINT,
     adder,
     data_of,
-    data_root_argument,
-    data_set_arguments,
     device_arguments,
+    evaluation_arguments,
     log,
     natural,
     own_name,
-    protocol_argument,
-    split_argument,
 )
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal
@@ -37,10 +34,7 @@ def add(commands: Any) -> None:
         metavar="SYSTEM",
         help=f"{CHECKPOINT}; or a .jsonl results file of `dcris evaluate --answers`",
     )
-    data_root_argument(compare)
-    data_set_arguments(compare)
-    split_argument(compare)
-    protocol_argument(compare)
+    evaluation_arguments(compare)
     compare.add_argument(
         "--names", nargs="+", metavar="NAME", help="names of the systems (default: parts of their paths)"
     )

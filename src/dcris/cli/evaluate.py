@@ -9,13 +9,10 @@ from dcris.cli.common import (
     CHECKPOINT,
     adder,
     data_of,
-    data_root_argument,
-    data_set_arguments,
     device_arguments,
+    evaluation_arguments,
     log,
     positive,
-    protocol_argument,
-    split_argument,
 )
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal, note
@@ -27,10 +24,7 @@ def add(commands: Any) -> None:
         "evaluate", _evaluate, "evaluate a checkpoint on a split", "runs/tiny --data data/scenes --split test"
     )
     evaluate.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    data_root_argument(evaluate)
-    data_set_arguments(evaluate)
-    split_argument(evaluate)
-    protocol_argument(evaluate)
+    evaluation_arguments(evaluate)
     evaluate.add_argument(
         "--calibrate-on",
         metavar="SPLIT",

@@ -7,12 +7,9 @@ from typing import Any
 
 from dcris.cli.common import (
     adder,
-    data_root_argument,
-    data_set_arguments,
+    evaluation_arguments,
     log,
     own_name,
-    protocol_argument,
-    split_argument,
 )
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal
@@ -35,10 +32,7 @@ def add(commands: Any) -> None:
         metavar="PREDICTIONS",
         help="masks to evaluate; each makes a row of the table",
     )
-    data_root_argument(score)
-    data_set_arguments(score)
-    split_argument(score)
-    protocol_argument(score)
+    evaluation_arguments(score)
     score.add_argument(
         "--missing-is-empty", action="store_true", help="score an expression without a mask as an empty mask"
     )

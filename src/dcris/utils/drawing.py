@@ -86,9 +86,10 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
     # Blending with one colour depends on the pixel's value only: a table of 256 values per channel.
     values = np.arange(256, dtype=np.float32)[:, None]
     table = np.rint(values * (1 - _ALPHA) + np.array(colour, np.float32) * _ALPHA).astype(np.uint8)[None]
-    for top in range(0, len(target), max(_BAND, 4 * reach)):
+    step = max(_BAND, 4 * reach)
+    for top in range(0, len(target), step):
         above = min(top, reach)  # the contour of a band depends on so many rows around it
-        bottom = top + max(_BAND, 4 * reach)
+        bottom = top + step
         band = target[top:bottom]
         np.copyto(band, cv2.LUT(band, table), where=inside[top:bottom, :, None])
         filled = inside[top - above : bottom + reach].view(np.uint8)
