@@ -678,6 +678,18 @@ def test_a_video_whose_pixels_cannot_be_converted_is_refused(
     assert (code, wrong) == (2, None)
 
 
+def test_a_video_with_large_frames_is_refused_before_one_is_decoded(
+    make: Callable[[Callable[[Path], None]], Path], tmp_path: Path
+) -> None:
+    """FFmpeg decodes a frame when it opens a file: 1 GB for 13,300 x 13,300 pixels of 48 bits."""
+    root = tmp_path / "set"
+    shutil.copytree(make(videos), root)
+    format = next(format for format in FORMATS if format.name == "a.mp4")
+    assert "13300" in spoil(format, root, 3, 27)
+    words = ["predict", make(model) / "model", root / "a.mp4", "-e", "cup", "--out", tmp_path / "out"]
+    assert complaint(words, memory=200 * 2**20) == (2, None)
+
+
 @pytest.mark.slow
 def test_a_seed_and_a_number_decide_what_is_in_a_file(tmp_path: Path) -> None:
     """Else a failure that somebody reports could not be looked at."""

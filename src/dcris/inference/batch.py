@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar, get_args
@@ -257,7 +258,10 @@ class BatchPredictor:
         at_once = max(1, _MAX_PIXELS // (pixels.shape[0] * pixels.shape[1]))
         for start in range(0, len(task.phrases), at_once):
             phrases = task.phrases[start : start + at_once]
-            yield from self.segmenter.segment(encoded, phrases, threshold=self.threshold, scores="scores" in formats)
+            found = self.segmenter.segment(encoded, phrases, threshold=self.threshold, scores="scores" in formats)
+            found.reverse()
+            while found:  # a prediction's probabilities are freed when its files are written
+                yield found.pop()
 
     def _write(
         self,
@@ -273,11 +277,16 @@ class BatchPredictor:
         self.folder.begin(name, [f"{stem}.{k}.{end}" for k in range(len(task.phrases)) for end in endings])
         written: list[Prediction] = []
         files: list[str] = []
-        for k, prediction in enumerate(predictions):
-            for ending, content in _encode_files(prediction, pixels, k, formats):
+        for prediction in predictions:
+            k = len(written)  # not enumerate, which would keep the probabilities
+            written.append(replace(prediction, probabilities=None))
+            if "scores" in formats and prediction.probabilities is not None:
+                files.append(f"{stem}.{k}.{_ENDINGS['scores']}")
+                write_file(self.out / files[-1], partial(_save_scores, prediction.probabilities))
+            del prediction  # its probabilities take 4 bytes a pixel, the files below as much
+            for ending, content in _encode_files(written[k], pixels, k, formats):
                 files.append(f"{stem}.{k}.{ending}")
                 write_file(self.out / files[-1], content)
-            written.append(replace(prediction, probabilities=None))
         results = [prediction.to_coco() for prediction in written]
         where = {} if frame is None else {"frame": frame.index, "time": frame.time}
         self.folder.add(task, name, size=list(pixels.shape[:2]), files=files, results=results, **where)
@@ -360,7 +369,7 @@ class BatchPredictor:
 def _encode_files(
     prediction: Prediction, pixels: Pixels, number: int, formats: set[Format]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the ending and the content of each file of one prediction."""
+    """Yield the ending and the content of each file of one prediction but its scores."""
     if "mask" in formats:
         yield _ENDINGS["mask"], png_bytes(prediction.mask)
     if "overlay" in formats:
@@ -369,10 +378,15 @@ def _encode_files(
         stream = io.BytesIO()
         prediction.cutout(pixels).save(stream, "PNG")
         yield _ENDINGS["cutout"], stream.getvalue()
-    if "scores" in formats and prediction.probabilities is not None:
-        stream = io.BytesIO()
-        np.save(stream, prediction.probabilities.astype(np.float16), allow_pickle=False)
-        yield _ENDINGS["scores"], stream.getvalue()
+
+
+def _save_scores(probabilities: NDArray[np.float32], path: Path) -> None:
+    """Write probabilities [H, W] as `np.save` does, in float16 and without a copy of them."""
+    with path.open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": probabilities.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in probabilities:
+            file.write(row.astype("<f2").tobytes())
 
 
 def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:

@@ -252,6 +252,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 av.open(
                     _Nameless(file),
                     container_options={"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "none"},
+                    # Of each stream: opening a file already decodes a frame.
+                    options={"max_pixels": str(_MAX_PIXELS)},
                     io_open=_open_nothing,
                 )
             )
@@ -265,8 +267,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise DcrisError(f"cannot read the video {path} (FFmpeg has no decoder for it); convert it to H.264")
         # By default damage is concealed, and a frame may be larger than its container states.
         stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
+        height, width = stream.codec_context.height, stream.codec_context.width
         try:
-            refuse_shape(stream.codec_context.height, stream.codec_context.width, _MAX_PIXELS)
+            if not height * width:  # also of a stream whose first frame was over the limit
+                raise DcrisError(f"its frames have no size, or more than {_MAX_PIXELS:,} pixels")
+            refuse_shape(height, width, _MAX_PIXELS)
         except DcrisError as error:
             raise DcrisError(f"cannot read the video {path} ({error}); export it with a smaller size") from error
         yield container, stream
