@@ -275,6 +275,8 @@ class TrainConfig(Section):
     tower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rate of the towers' own weights, where a method trains them, as a fraction of `lr`.
     """
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adamw applies `weight_decay` to the weights, adam adds it to the gradient."""
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0, lt=2**31)], ...] = (35,)
     """Epochs at which the step schedule multiplies the learning rate by `gamma`."""
@@ -285,10 +287,16 @@ class TrainConfig(Section):
     weight_decay: Weight = 0.0
     clip_norm: Positive | None = None
     """Maximum norm of the gradient; None: no clipping."""
+    ema: Probability | None = None
+    """Decay of an exponential moving average of the trained weights, such as 0.999; None: off.
+    Validation and prediction use the averages, see dcris.training.averaging."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     losses: dict[str, Positive] = {}
     """Losses that are added to equation 6: name -> weight. The names are those of
     dcris.training.losses.LOSSES."""
+    target: Literal["nearest", "area"] = "nearest"
+    """How masks are resized to the grid of the logits, for the losses and the training IoU:
+    nearest, as published, takes one pixel for each cell; area takes the mean of the cell."""
     precision: Precision = "auto"
     log_every: Count = 20
     """Steps between lines of the log."""

@@ -4,7 +4,8 @@ A run has config.json, data.json (the data it was trained on) and checkpoints/st
 
     config.json           configuration of the model and the training
     model.safetensors     adapters, head, their statistics; fingerprints of the frozen towers
-    optimizer.safetensors state of the optimiser, for --resume
+    optimizer.safetensors state of the optimiser, for --resume; with train.ema also the trained
+                          weights themselves, since model.safetensors then has their averages
     state.json            step, score, and checksums of the other files and of itself
 
 A converted or saved checkpoint has the first two files, and optionally
@@ -56,6 +57,8 @@ _TOWERS = "towers.safetensors"
 _BUNDLE = ".safetensors"
 _DAMAGED = "damaged-"
 """Prefix of the directory name of a damaged checkpoint."""
+_WEIGHTS = "weights."
+"""Prefix of the names of trained weights in the optimiser's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +98,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     step: int,
+    averages: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Write the checkpoint of `step`, still without a score, to a run, atomically.
+
+    `averages` of the trained weights, if given, are what the checkpoint offers for prediction.
 
     Raises:
         DcrisError: it cannot be written.
@@ -105,6 +111,9 @@ def save_checkpoint(
     state = _on_cpu(trained_state(model))
     slots = optimizer.state_dict()["state"].items()
     moments = _on_cpu({f"{slot}.{key}": value for slot, values in slots for key, value in values.items()})
+    if averages is not None:
+        moments |= {_WEIGHTS + name: value for name, value in state.items()}
+        state = _on_cpu(averages)
     path = run / "checkpoints" / f"step-{step:08d}"
 
     def fill(folder: Path) -> None:
@@ -563,12 +572,18 @@ def _read_towers(path: Path) -> Towers:
         ) from error
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, path: Path) -> None:
     """Load the optimiser state of a checkpoint into a new optimiser.
+
+    If the checkpoint offers averages for prediction, the model gets the trained weights themselves.
 
     Raises DcrisError if it is of another model.
     """
     tensors = _read_tensors(path / _OPTIMIZER)
+    weights = {name: tensors.pop(name) for name in [*tensors] if name.startswith(_WEIGHTS)}
+    if weights:
+        weights = {name.removeprefix(_WEIGHTS): value for name, value in weights.items()}
+        copy_strictly(trained_state(model), weights, str(path / _OPTIMIZER))
     state = optimizer.state_dict()
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -14,7 +14,7 @@ from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
 from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training.losses import training_losses
+from dcris.training.losses import resize_masks, training_losses
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
 
@@ -111,14 +111,16 @@ def largest_micro_batch(
         with autocast(device, dtype):
             logits, auxiliary = model(images, tokens)
         masks = torch.zeros(size, 1, side, side, device=device)
+        masks = resize_masks(masks, logits.shape[-2:], config.train.target)
         losses = training_losses(logits, masks, config.train.losses) | auxiliary
         torch.stack([*losses.values()]).sum().backward()
         for item in parameters:
             item.grad = None
 
-    # Adam's two moments are allocated by the first step and stay.
-    moments = [torch.zeros_like(item) for item in parameters for _ in range(2)] if on_cuda else []
-    moments_bytes = 2 * sum(item.nbytes for item in parameters)
+    # Adam's two moments are allocated by the first step and stay, as do the averages.
+    copies = 2 if config.train.ema is None else 3
+    moments = [torch.zeros_like(item) for item in parameters for _ in range(copies)] if on_cuda else []
+    moments_bytes = copies * sum(item.nbytes for item in parameters)
     try:
         with frozen_statistics(model), torch.random.fork_rng([device] if on_cuda else []):
             best = _try_on_cuda(run, sizes, device) if on_cuda else _try_on_cpu(run, sizes, moments_bytes, processes)

@@ -1,4 +1,4 @@
-"""Adam, its parameter groups, and the learning rate of each step."""
+"""Adam or AdamW, its parameter groups, and the learning rate of each step."""
 
 import math
 from typing import Any
@@ -10,8 +10,9 @@ from dcris.models.segmentation import ReferringSegmenter
 
 
 def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.optim.Optimizer:
-    """Return Adam over all trainable parameters, as in the published code (train.py)."""
-    return torch.optim.Adam(
+    """Return Adam, as in the published code (train.py), or AdamW over all trainable parameters."""
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(
         parameter_groups(model, settings),
         lr=settings.lr,
         betas=settings.betas,

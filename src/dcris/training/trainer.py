@@ -7,7 +7,7 @@ interrupted and resumed ends in the same weights as one that was not (bit for bi
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,9 @@ from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.attach import trained_state
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
+from dcris.training.averaging import WeightAverage
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
-from dcris.training.losses import LOSSES, training_losses
+from dcris.training.losses import LOSSES, resize_masks, training_losses
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.training.stopping import Interrupted, StopRequest, StopWaiting, stop_requests
@@ -185,6 +186,7 @@ class Trainer:
 
         self.done = 0  # steps taken, those before resuming included
         self.last: Checkpoint | None = None
+        self.average: WeightAverage | None = None
         self.stop = StopRequest()
 
         # Set by run():
@@ -225,6 +227,8 @@ class Trainer:
             self._train()
         self.skipped.conclude()
         self.model.eval()
+        if self.average is not None:
+            self.average.exchange()  # the model is then that of the last checkpoint
         checkpoints = self.group.from_first(partial(list_checkpoints, self.out))
         return TrainResult(checkpoints[-1], best_checkpoint(checkpoints), time.monotonic() - begin)
 
@@ -245,6 +249,8 @@ class Trainer:
                 if settings.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
                 self.optimizer.step()
+                if self.average is not None:
+                    self.average.update(step)
             self.done = step + 1
             monitor.step(self.done, losses, iou, lr, self.batch_size)
 
@@ -285,6 +291,7 @@ class Trainer:
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
                 logits, auxiliary = self.model(images, tokens)
+            masks = resize_masks(masks, logits.shape[-2:], self.settings.target)
             losses = training_losses(logits, masks, self.settings.losses) | auxiliary
             loss = torch.stack([*losses.values()]).sum() * share
             loss.backward()
@@ -360,8 +367,11 @@ class Trainer:
 
     def save(self) -> Checkpoint:
         """Write a checkpoint of the current step and delete old ones."""
+        averages = self.average.values if self.average else None
         self.last = self.group.from_first(
-            partial(save_checkpoint, self.out, self.model, self.towers, self.optimizer, self.config, self.done)
+            partial(
+                save_checkpoint, self.out, self.model, self.towers, self.optimizer, self.config, self.done, averages
+            )
         )
         if self.group.first:
             prune_checkpoints(self.out, self.settings.keep_last)
@@ -382,6 +392,11 @@ class Trainer:
 
         It comes after saving: validation takes long, and an image of its split may be unreadable.
         """
+        with self.average.applied() if self.average is not None else nullcontext():
+            self._validate()
+        self.model.train()
+
+    def _validate(self) -> None:
         assert self.last is not None
         scores = self.compute_scores()
         self._stop_if_requested()  # a signal cut validation short, so the scores are of a part only
@@ -394,7 +409,6 @@ class Trainer:
             # The score is written last: on resuming, a checkpoint without one is validated again.
             score_checkpoint(self.last, scores[self.settings.best_by], self.settings.best_by)
             prune_checkpoints(self.out, self.settings.keep_last)
-        self.model.train()
 
     def compute_scores(self) -> dict[str, float]:
         """Return scores in percent on the validation split's first expressions, as the CRIS family
@@ -522,9 +536,6 @@ class Trainer:
         if newest is not None:
             load_trained(self.model, newest.path)
             self.done = newest.step
-            if self.done:  # a run that was stopped before its first step has no optimizer state
-                load_optimizer(self.optimizer, newest.path)
-            self.log(f"resuming from step {self.done}")
         elif self.settings.start is not None and self.group.first:
             start = find_checkpoint(Path(self.settings.start))
             try:
@@ -536,22 +547,29 @@ class Trainer:
                 ) from error
             record["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(self.model))}
             self.log(f"starting from the adapters and the head of {start}")
+        if self.settings.ema is not None:
+            self.average = WeightAverage(self.model, self.settings.ema)
+        if newest is not None:
+            if self.done:  # a run that was stopped before its first step has no optimizer state
+                load_optimizer(self.optimizer, self.model, newest.path)
+            self.log(f"resuming from step {self.done}")
 
     def _copy_from_first_rank(self) -> None:
-        """Copy the step, trained weights, batch norm statistics and optimizer state of rank 0 to
-        the other ranks."""
+        """Copy the step, trained weights with their averages, batch norm statistics and optimizer
+        state of rank 0 to the other ranks."""
         if self.group.count == 1:
             return
-        weights, own = trained_state(self.model), self.optimizer.state_dict()
+        own = self.optimizer.state_dict()
+        weights = [*trained_state(self.model).values(), *(self.average.values.values() if self.average else ())]
         # Moved to the CPU first: a pickled tensor is restored on its device, which is another
         # rank's.
         state = {slot: {key: x.cpu() for key, x in values.items()} for slot, values in own["state"].items()}
         self.done, values, state = self.group.from_first(
-            lambda: (self.done, {name: value.cpu() for name, value in weights.items()}, state)
+            lambda: (self.done, [weight.cpu() for weight in weights], state)
         )
         with torch.no_grad():
-            for name, value in values.items():
-                weights[name].copy_(value)
+            for weight, value in zip(weights, values, strict=True):
+                weight.copy_(value)
         self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
@@ -561,9 +579,9 @@ def batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
 
     Args:
         logits: [B, 1, h, w].
-        masks: [B, 1, S, S] in 0..1.
+        masks: [B, 1, h, w] in 0..1.
     """
-    target = torch.nn.functional.interpolate(masks, logits.shape[-2:], mode="nearest") > 0.5
+    target = masks > 0.5
     prediction = torch.sigmoid(logits.float()) > Cris().threshold
     intersection = (prediction & target).flatten(1).sum(1)
     union = (prediction | target).flatten(1).sum(1)

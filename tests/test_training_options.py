@@ -1,0 +1,203 @@
+"""Options of training beyond the paper: weight averages, area targets, AdamW."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcris.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from dcris.config import TrainConfig
+from dcris.data.readers.load import load_references
+from dcris.data.table import ReferenceTable
+from dcris.data.tokenizer import tokenizer_of
+from dcris.errors import DcrisError
+from dcris.models.adapters.attach import trained_state
+from dcris.models.segmentation import ReferringSegmenter
+from dcris.recipes import get_recipe
+from dcris.training.averaging import WeightAverage
+from dcris.training.losses import resize_masks, text_to_pixel_loss
+from dcris.training.optimizer import make_optimizer
+from dcris.training.stopping import Interrupted
+from dcris.training.trainer import Trainer, build_model
+from models import randomise, tiny_config
+from runs import CPU, EVERY_STEP, assert_same_run, last_tensors, quick_config, run_training, timeless_log
+from test_distributed import losses, torchrun, train_words
+from test_train import stop_at, weights
+
+EMA = EVERY_STEP, ("train.ema", "0.9")
+
+
+@pytest.fixture(scope="module")
+def table(scenes_root: Path) -> ReferenceTable:
+    return load_references(scenes_root, "scenes")
+
+
+def test_options_are_off_by_default() -> None:
+    """The paper's recipes must stay the paper's."""
+    settings = get_recipe("dcris_b").train
+    assert (settings.ema, settings.target, settings.optimizer) == (None, "nearest", "adam")
+
+
+# ---- weight averages ---------------------------------------------------------------------------
+
+
+def test_average_by_definition() -> None:
+    """Weights are averaged with the decay's warm-up, batch norm statistics are copied, and the
+    exchange with the model is exact."""
+    model = ReferringSegmenter(tiny_config())
+    randomise(model, 0)
+    average = WeightAverage(model, 0.3)
+    expected = {name: value.clone().double() for name, value in trained_state(model).items()}
+    parameters = {name for name, _ in model.named_parameters()}
+    for step in range(5):
+        randomise(model, step + 1)
+        average.update(step)
+        for name, value in trained_state(model).items():
+            decay = min(0.3, (1 + step) / (10 + step)) if name in parameters else 0.0
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    assert any(name.endswith("running_var") for name in average.values)
+    for name, value in average.values.items():
+        assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name
+    current, averages = ({n: v.clone() for n, v in state.items()} for state in (trained_state(model), average.values))
+    with average.applied():
+        assert all(torch.equal(value, averages[name]) for name, value in trained_state(model).items())
+    assert all(torch.equal(value, current[name]) for name, value in trained_state(model).items())
+    assert all(torch.equal(value, averages[name]) for name, value in average.values.items())
+
+
+def test_averages_do_not_change_training(table: ReferenceTable, tmp_path: Path) -> None:
+    """The losses are those of a run without averages; the checkpoint has both kinds of weights, and
+    loading it, and the trainer's model at the end, give the averages."""
+    run_training(quick_config(4, EVERY_STEP), table, tmp_path / "plain")
+    config = quick_config(4, *EMA)
+    model, tokenizer = build_model(config), tokenizer_of(config.model.text)
+    Trainer(model, config, table, tokenizer, tmp_path / "ema", device=CPU, log=len).run()
+    assert timeless_log(tmp_path / "plain") == timeless_log(tmp_path / "ema")
+    plain, averages = last_tensors(tmp_path / "plain"), last_tensors(tmp_path / "ema")
+    stored = last_tensors(tmp_path / "ema", "optimizer.safetensors")
+    assert all(torch.equal(stored[f"weights.{name}"], value) for name, value in plain.items())
+    changed = [name for name, value in plain.items() if not torch.equal(value, averages[name])]
+    assert changed
+    assert not any("running" in name for name in changed)
+    loaded, _ = load_checkpoint(tmp_path / "ema")
+    for each in (loaded, model):
+        assert all(torch.equal(value, averages[name]) for name, value in trained_state(each).items())
+
+
+def test_a_run_with_averages_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
+    """Also after a validation, which exchanges the weights, and with old checkpoints deleted."""
+    few = ReferenceTable(table.dataset, table.split_by, table.root, (*table.split("train")[:8], *table.split("val")))
+    config = quick_config(6, *EMA, ("data.val_split", "val"), ("train.keep_last", "1"))
+    run_training(config, few, tmp_path / "whole")
+    for number, step in enumerate((1, 4)):
+        with pytest.raises(Interrupted):
+            run_training(config, few, tmp_path / "halves", resume=number > 0, log=stop_at(step))
+    run_training(config, few, tmp_path / "halves", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    with pytest.raises(DcrisError, match=r"started with train\.ema = 0\.9, not null"):
+        run_training(quick_config(6, EVERY_STEP, ("data.val_split", "val")), few, tmp_path / "halves", resume=True)
+
+
+def test_averages_are_validated(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During validation the model has the weights of the checkpoint that gets the score."""
+    seen = []
+
+    def compare(self: Trainer) -> dict[str, float]:
+        assert self.last is not None
+        stored, _ = load_checkpoint(self.last.path)
+        ours = trained_state(self.model)
+        seen.append(all(torch.equal(value, ours[name]) for name, value in trained_state(stored).items()))
+        return {"miou": 50.0 - len(seen)}
+
+    monkeypatch.setattr(Trainer, "compute_scores", compare)
+    few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4])
+    run_training(quick_config(3, *EMA, ("data.val_split", "train"), ("train.keep_last", "1")), few, tmp_path / "run")
+    assert seen == [True] * 3
+    assert find_checkpoint(tmp_path / "run").name == "step-00000001"
+    assert len(list_checkpoints(tmp_path / "run")) == 2
+
+
+def test_a_run_starts_from_averages(table: ReferenceTable, tmp_path: Path) -> None:
+    """`train.start` uses what the checkpoint offers for prediction."""
+    run_training(quick_config(3, *EMA), table, tmp_path / "first")
+    start = ("train.start", json.dumps(str(tmp_path / "first")))
+    run_training(quick_config(1, *EMA, start, ("train.lr", "1e-30")), table, tmp_path / "second")
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(value, second[name], atol=1e-20) for name, value in first.items())
+
+
+@pytest.mark.slow
+def test_averages_of_several_processes(scenes_root: Path, tmp_path: Path) -> None:
+    """Resuming on two processes is exact, and the averages are those of one process up to
+    rounding."""
+    for name, counts in (("one", (1,)), ("two", (2,)), ("split", (2, 2))):
+        for number, count in enumerate(counts, 1):
+            words = "--train.ema", "0.9", "--train.schedule", "step", "--resume"
+            done = torchrun(count, *train_words(scenes_root, tmp_path / name, 4 * number // len(counts), *words))
+            assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "split") == losses(tmp_path / "two")
+    one, two, split = (last_tensors(tmp_path / name) for name in ("one", "two", "split"))
+    assert all(torch.equal(value, split[name]) for name, value in two.items())
+    assert all(torch.allclose(value, two[name], rtol=1e-3, atol=1e-4) for name, value in one.items())
+
+
+# ---- targets -----------------------------------------------------------------------------------
+
+
+def test_targets_on_the_grid() -> None:
+    """Nearest takes the first pixel of a cell, area the mean; the losses use what they get."""
+    masks = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 0]])[None, None]
+    assert resize_masks(masks, (2, 2)).tolist() == [[[[1, 0], [1, 1]]]]
+    area = resize_masks(masks, (2, 2), "area")
+    assert area.tolist() == [[[[0.25, 0.25], [1, 0.75]]]]
+    assert resize_masks(masks, (4, 4), "area") is masks
+    logits = torch.randn(1, 1, 2, 2)
+    assert torch.equal(text_to_pixel_loss(logits, masks), text_to_pixel_loss(logits, resize_masks(masks, (2, 2))))
+    by_hand = -(area * logits.sigmoid().log() + (1 - area) * (-logits).sigmoid().log()).mean()
+    assert text_to_pixel_loss(logits, area).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_area_targets_train_and_resume(table: ReferenceTable, tmp_path: Path) -> None:
+    """The setting changes the loss, in all terms, and is fixed for a run."""
+    dice = EVERY_STEP, ("train.losses", '{"dice": 1}')
+    area = quick_config(2, *dice, ("train.target", "area"))
+    run_training(quick_config(1, *dice), table, tmp_path / "nearest")
+    with pytest.raises(Interrupted):
+        run_training(area, table, tmp_path / "area", log=stop_at(1))
+    plain, other = (timeless_log(tmp_path / name)[0] for name in ("nearest", "area"))
+    assert all(plain[name] != other[name] for name in ("loss", "loss_dice"))
+    assert plain["loss"] == pytest.approx(other["loss"], rel=0.1)
+    with pytest.raises(DcrisError, match=r'started with train\.target = "area", not "nearest"'):
+        run_training(quick_config(2, *dice), table, tmp_path / "area", resume=True)
+    run_training(area, table, tmp_path / "area", resume=True)
+
+
+# ---- optimizer ---------------------------------------------------------------------------------
+
+
+def test_adamw_decays_the_weights() -> None:
+    """AdamW takes a share of each weight; Adam adds the decay to the gradient, whose size it then
+    divides out."""
+    model = ReferringSegmenter(tiny_config())
+    weight = model.head.projector.text.weight
+    for kind in ("adam", "adamw"):
+        optimizer = make_optimizer(model, TrainConfig(optimizer=kind, lr=0.01, weight_decay=0.5))
+        before = weight.detach().clone()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        change = weight.detach() - before
+        expected = -0.01 * before.sign() if kind == "adam" else -0.01 * 0.5 * before
+        assert torch.allclose(change, expected, rtol=1e-2, atol=1e-6), kind
+
+
+def test_a_run_with_adamw_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
+    """Its state has the form of Adam's."""
+    config = quick_config(4, EVERY_STEP, ("train.optimizer", "adamw"), ("train.weight_decay", "0.1"))
+    run_training(config, table, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_training(config, table, tmp_path / "halves", log=stop_at(2))
+    run_training(config, table, tmp_path / "halves", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
