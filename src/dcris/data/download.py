@@ -141,7 +141,8 @@ def _fetch_annotations(
     files, commit = _download_annotations(dataset, repo, wanted)
     records, content = to_refer(files, dataset)
     folder = root / dataset
-    refer_layout.read_records(records, folder, content, folder, root)  # check before anything is written
+    # Check before anything is written.
+    refer_layout.read_records(records, folder, refer_layout.Instances.read(content, folder, root))
     content = {"info": {"description": f"{dataset} ({split_by}) from {repo} on the Hub", "version": commit}, **content}
     # In this order, an interruption leaves annotations without references, not references without
     # annotations.

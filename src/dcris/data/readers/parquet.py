@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from dcris.data.coco import CATEGORIES
-from dcris.data.readers.refer_layout import read_records
+from dcris.data.readers.refer_layout import Instances, read_records
 from dcris.data.registry import DATASETS
 from dcris.data.table import OnError, ReferenceTable, bad, field
 from dcris.errors import DcrisError
@@ -110,7 +110,7 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
             f"it lacks the columns {', '.join(sorted(missing))} of jxu124/refcoco and has {', '.join(sorted(columns))}",
         )
     records, content = to_refer(files, name)
-    references = read_records(records, first.parent, content, first.parent, root, on_error)
+    references = read_records(records, first.parent, Instances.read(content, first.parent, root), on_error)
     return ReferenceTable(name, split_by, root, references)
 
 

@@ -114,11 +114,25 @@ def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]
 
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
     """Read a data set in the REFER layout; see Reader.load. Only a few images are searched for."""
-    path, instances = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
+    path = root / dataset / f"refs({split_by}).p"
     records = safe_unpickle(path)
-    content = read_json(instances, f"the annotation file of {dataset}", each_object=_drop_unused(records))
-    references = read_records(records, path, content, instances, root, on_error)
-    return ReferenceTable(dataset, split_by, root, references)
+    instances = read_instances(root, dataset, _drop_unused(records))
+    return ReferenceTable(dataset, split_by, root, read_records(records, path, instances, on_error))
+
+
+def read_instances(root: Path, dataset: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> "Instances":
+    """Read `<root>/<dataset>/instances.json`.
+
+    Args:
+        root: folder of the data sets.
+        dataset: name of the data set.
+        each_object: JSON object hook, see `parse_json`.
+
+    Raises:
+        DcrisError: the file is missing, is not JSON, or lacks one of its lists.
+    """
+    path = root / dataset / "instances.json"
+    return Instances.read(read_json(path, f"the annotation file of {dataset}", each_object), path, root)
 
 
 def _drop_unused(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -138,16 +152,14 @@ def _drop_unused(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def read_records(
-    records: Any, path: Path, content: Any, instances_path: Path, root: Path, on_error: OnError | None = None
+    records: Any, path: Path, instances: "Instances", on_error: OnError | None = None
 ) -> tuple[Reference, ...]:
     """Return the references of REFER's records and COCO's annotations.
 
     Args:
         records: content of `refs(...).p`, a list of references.
         path: its file, for errors.
-        content: content of `instances.json`: images, annotations and categories.
-        instances_path: its file, for errors.
-        root: where images are searched for.
+        instances: the images, annotations and categories that they refer to.
         on_error: receives the error of each reference that cannot be used, which is then skipped.
 
     Raises:
@@ -155,7 +167,6 @@ def read_records(
     """
     if type(records) is not list or not records:
         raise bad(path, "it is not a list of references")
-    instances = _Instances.read(content, instances_path, root)
     references: dict[int, Reference] = {}
     sentences: set[int] = set()
     for number, record in enumerate(records, 1):
@@ -168,17 +179,23 @@ def read_records(
 
 
 @dataclass(frozen=True)
-class _Instances:
-    """COCO's annotations, indexed by identifier."""
+class Instances:
+    """Content of `instances.json` in COCO's format, indexed by identifier.
+
+    Only identifiers are checked when it is read; the methods check what they return, and raise
+    DcrisError.
+    """
 
     path: Path
+    """The file, for errors."""
     image_folder: ImageFolder
     images: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     categories: dict[int, dict[str, Any]]
 
     @classmethod
-    def read(cls, content: Any, path: Path, root: Path) -> "_Instances":
+    def read(cls, content: Any, path: Path, root: Path) -> "Instances":
+        """Return the instances of a parsed file. Images are searched for below `root`."""
         images, annotations, categories = (
             index_by_id(field(content, key, list, path, "the file"), key, path)
             for key in ("images", "annotations", "categories")
@@ -187,8 +204,24 @@ class _Instances:
         names = (_file_name(image, path) for image in list(images.values())[:: 1 + len(images) // 100])
         return cls(path, find_images(root, names), images, annotations, categories)
 
+    def image_path(self, image_id: int) -> Path:
+        """Return the path of an image; the file may be missing."""
+        return self.image_folder.path(_file_name(self.images[image_id], self.path))
 
-def _read_reference(record: Any, ref_id: int, instances: _Instances, path: Path, sentences: set[int]) -> Reference:
+    def image_size(self, image_id: int) -> tuple[int, int]:
+        """Return the annotated height and width of an image in pixels."""
+        image = self.images[image_id]
+        height, width = (field(image, key, int, self.path, f"image {image_id}") for key in ("height", "width"))
+        if min(height, width) < 1 or height * width > MAX_PIXELS:
+            raise bad(self.path, f"image {image_id} cannot be {height} x {width} pixels")
+        return height, width
+
+    def category_name(self, category_id: int) -> str:
+        """Return the name of a category."""
+        return field(self.categories[category_id], "name", str, self.path, f"category {category_id}")
+
+
+def _read_reference(record: Any, ref_id: int, instances: Instances, path: Path, sentences: set[int]) -> Reference:
     where = f"reference {ref_id}"
     ann_id, image_id, category_id = (
         field(record, key, int, path, where) for key in ("ann_id", "image_id", "category_id")
@@ -196,34 +229,31 @@ def _read_reference(record: Any, ref_id: int, instances: _Instances, path: Path,
     split = field(record, "split", str, path, where)
     if not split.strip():
         raise bad(path, f"{where} has a blank 'split'")
-    annotation, image = instances.annotations.get(ann_id), instances.images.get(image_id)
-    category = instances.categories.get(category_id)
+    annotation = instances.annotations.get(ann_id)
     if annotation is None:
         raise bad(path, f"{where} names annotation {ann_id}, which {instances.path.name} does not have")
-    if image is None:
+    if image_id not in instances.images:
         raise bad(path, f"{where} names image {image_id}, which {instances.path.name} does not have")
-    if category is None:
+    if category_id not in instances.categories:
         raise bad(path, f"{where} names category {category_id}, which {instances.path.name} does not have")
     owner = field(annotation, "image_id", int, instances.path, f"annotation {ann_id}")
     if owner != image_id:
         raise bad(path, f"{where} names image {image_id}, but its annotation {ann_id} belongs to image {owner}")
-    height, width = (field(image, key, int, instances.path, f"image {image_id}") for key in ("height", "width"))
-    if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise bad(instances.path, f"image {image_id} cannot be {height} x {width} pixels")
+    size = instances.image_size(image_id)
     segmentation = annotation.get("segmentation")
     if not segmentation:
         raise bad(instances.path, f"annotation {ann_id} of {where} has no 'segmentation'")
     try:
-        segmentation = validate_segmentation(segmentation, (height, width))
+        segmentation = validate_segmentation(segmentation, size)
     except DcrisError as error:
         raise bad(instances.path, f"annotation {ann_id} of {where} cannot be decoded ({error})") from error
     return Reference(
         ref_id=ref_id,
         ann_id=ann_id,
         image_id=image_id,
-        image_path=instances.image_folder.path(_file_name(image, instances.path)),
-        image_size=(height, width),
-        category=field(category, "name", str, instances.path, f"category {category_id}"),
+        image_path=instances.image_path(image_id),
+        image_size=size,
+        category=instances.category_name(category_id),
         split=split,
         segmentation=segmentation,
         expressions=tuple(read_expressions(record, path, where, sentences)),
