@@ -230,6 +230,12 @@ class DataConfig(Section):
     val_split: str | None = "val"
     """Evaluated after each epoch on the first sentence of each reference, as in CRIS; None: no
     validation."""
+    licences: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1)] | None = None
+    """Train only on photographs whose `license` in COCO's `instances.json` is one of these numbers;
+    4, 5, 7 and 8 permit weights that are shared. None: all. REFER layout only."""
+    generate_phrases: bool = False
+    """Add training references that are generated from all annotated instances; see
+    dcris.data.phrases. REFER layout only."""
     image_size: Annotated[int, Field(gt=0, le=4096, strict=True)] = 448
     """Side of the network's square input, in pixels."""
     word_length: Annotated[int, Field(ge=3, le=16_384)] = 17

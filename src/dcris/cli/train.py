@@ -148,6 +148,7 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     from dcris.config import replace
     from dcris.data.readers.load import load_references
     from dcris.data.tokenizer import tokenizer_of
+    from dcris.data.training_table import training_table
     from dcris.training.batch_size import choose_micro_batch
     from dcris.training.trainer import Trainer, build_model, check_run
     from dcris.utils.device import choose_device
@@ -157,6 +158,7 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     table = load_references(
         args.data, config.data.dataset, config.data.split_by, mask_threshold=config.data.mask_threshold
     )
+    table = training_table(table, config.data)
     chose_val = "data.val_split" in parse_settings(args.settings)
     if own_name(args.data, args) and not chose_val and config.data.val_split not in {None, *table.splits()}:
         print_line(

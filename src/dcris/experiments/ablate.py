@@ -34,6 +34,7 @@ from dcris.data.registry import word_length_settings
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
+from dcris.data.training_table import training_table
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries, result_record
 from dcris.evaluation.protocols import Cris
@@ -523,6 +524,7 @@ def _tower_weights(config: RunConfig) -> int:
 def train_and_score(run: _Run, table: ReferenceTable, splits: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Train a run, or continue it, evaluate it on the splits, and write and return its result."""
     config, tokenizer = run.config, tokenizer_of(run.config.model.text)
+    table = training_table(table, config.data)
     model = build_model(config)
     counts = model.count_weights()
     steps = total_steps(config.train, len(table.split(config.data.train_split)))

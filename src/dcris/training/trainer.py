@@ -141,7 +141,7 @@ class Trainer:
     Args:
         model: with its towers filled; moved to `device`.
         config: of the run; written to out/config.json.
-        table: the data set; `config.data.train_split` is trained on.
+        table: the data set, from `training_table`; `config.data.train_split` is trained on.
         tokenizer: of the model's text tower.
         out: the run's directory.
         device: to train on.
