@@ -27,14 +27,8 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         head, text = config.head, config.text
-        self.neck = Neck(
-            config.vision.width,
-            text.sentence_width,
-            head.width,
-            head.heads,
-            last_width=config.vision.out_width,
-            residual=head.neck_residual,
-        )
+        widths = VISION_FAMILIES[config.vision.family].tower.level_widths(config.vision, head.feature_layers)
+        self.neck = Neck(widths, text.sentence_width, head.width, head.heads, residual=head.neck_residual)
         self.decoder = Decoder(head.width, text.width, head.heads, head.layers, head.feedforward, head.dropout)
         self.projector = Projector(head.width, text.sentence_width, head.bias)
 
@@ -42,7 +36,7 @@ class Head(nn.Module):
         """Return the logits [B, 1, 4h, 4w].
 
         Args:
-            levels: three maps [B, D, h, w]: the outputs of the two feature layers and of the tower.
+            levels: three maps [B, D, h, w] from `VisionTower.levels`.
             text: the text tower's features.
             side_features: [B, C, h, w] to be added to the output of the neck (BarLeRIa).
         """
@@ -202,6 +196,4 @@ class ReferringSegmenter(nn.Module):
             assert isinstance(text, TextFeatures)
             state = self.vision.advance(state, text=text.tokens, padding=text.padding, feature_layers=layers)
             fused = Fused(state, text)
-        state = fused.state
-        levels = [state.patches(tokens) for tokens in (*state.layer_outputs, self.vision.finish(state))]
-        return self.head(levels, fused.text, fused.side_features), fused.losses
+        return self.head(self.vision.levels(fused.state), fused.text, fused.side_features), fused.losses

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dcris.errors import DcrisError
+from dcris.models.encoders.blocks import Block
 from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower
 from dcris.utils.distributed import Processes, connection_errors
@@ -164,8 +165,7 @@ def shard_towers(towers: Sequence[VisionTower | TextTower], device: torch.device
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (group.count,))
     for tower in towers:
-        for block in tower.blocks:
+        for block in [block for block in tower.blocks if isinstance(block, Block)]:
             for module in (block.attention, block.mlp):
-                assert isinstance(module, nn.Module)
                 # Set explicitly: each module is a root of its own, and roots stay whole by default.
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)

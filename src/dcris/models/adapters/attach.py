@@ -5,33 +5,27 @@ of its weights contain `_slot.`, and those of the tower's own weights do not.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal
+from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
-from dcris.models.encoders.blocks import Block, EmptySlot, Slot
-
-Place = Literal["token_slot", "qkv_slot", "attention_slot", "mlp_slot"]
-PLACES: tuple[Place, ...] = ("token_slot", "qkv_slot", "attention_slot", "mlp_slot")
+from dcris.models.encoders.blocks import Block, EmptySlot, Place, Slot, SlottedBlock
 
 
-def put(block: nn.Module, place: Place, adapter: Slot) -> None:
-    """Put an adapter into a slot of a block."""
-    assert isinstance(block, Block)
-    setattr(block.attention if place == "qkv_slot" else block, place, adapter)
-
-
-def attach(blocks: nn.ModuleList, layers: Iterable[int], place: Place, make: Callable[[], Slot]) -> None:
-    """Put a new adapter from `make()` into the slot of each of the blocks `layers` (0-based)."""
-    for layer in layers:
-        put(blocks[layer], place, make())
+def attach(blocks: Iterable[Any], place: Place, make: Callable[[int], Slot]) -> None:
+    """Put a new adapter from `make(width of the block)` into the slot of each of the blocks."""
+    for block in blocks:
+        assert isinstance(block, SlottedBlock)
+        block.put(place, make(block.width))
 
 
 def attach_everywhere(towers: Iterable[Any], place: Place, make: Callable[[int], Slot]) -> None:
-    """Put a new adapter from `make(tower's width)` into the slot of every block of the towers."""
+    """Put a new adapter from `make(width of the block)` into that slot of every block of the towers
+    that has it.
+    """
     for tower in towers:
-        attach(tower.blocks, range(len(tower.blocks)), place, partial(make, tower.config.width))
+        attach((block for block in tower.blocks if block.has(place)), place, make)
 
 
 def adapters(tower: nn.Module) -> list[Slot]:
@@ -77,8 +71,8 @@ def fold(tower: nn.Module) -> None:
     The output stays the same up to rounding. Only for methods that are `foldable`.
     """
     for block in [module for module in tower.modules() if isinstance(module, Block)]:
-        for place in PLACES:
-            slot: Slot = getattr(block.attention if place == "qkv_slot" else block, place)
-            if not isinstance(slot, EmptySlot):
+        for place in chain.from_iterable(block.places):
+            slot = block.slot(place)
+            if isinstance(slot, Slot):
                 slot.fold(block)
-                put(block, place, EmptySlot())
+                block.put(place, EmptySlot())

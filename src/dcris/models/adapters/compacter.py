@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import MethodConfig, ModelConfig, Width
-from dcris.models.adapters.attach import Place, put
-from dcris.models.encoders.blocks import BranchSlot, SlotContext
+from dcris.models.encoders.blocks import BranchSlot, Place, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
 
@@ -50,10 +49,10 @@ class CompacterConfig(MethodConfig):
         for tower in (vision, text):
             first: CompacterAdapter | None = None
             for block in tower.blocks:
-                for place in _PLACES:
-                    adapter = CompacterAdapter(tower.config.width, self, first)
+                for place in filter(block.has, _PLACES):
+                    adapter = CompacterAdapter(block.width, self, first)
                     first = first or adapter
-                    put(block, place, adapter)
+                    block.put(place, adapter)
 
 
 class HypercomplexLinear(nn.Module):

@@ -84,12 +84,12 @@ class DcrisConfig(MethodConfig):
 
     def attach(self, vision: Any, text: Any) -> None:
         """Put an adapter beside the MLP of each of the named blocks."""
-        widths = vision.config.width, text.config.width
         if self.visual is not None:
-            attach(vision.blocks, self.visual.layers, "mlp_slot", partial(DenseCrossAdapter, *widths, self.visual))
+            make = partial(DenseCrossAdapter, text_width=text.config.width, config=self.visual)
+            attach((vision.blocks[layer] for layer in self.visual.layers), "mlp_slot", make)
         if self.text is not None:
             kind = DenseTextAdapter if self.text.kind == "dense" else TextAdapter
-            attach(text.blocks, self.text.layers, "mlp_slot", partial(kind, widths[1], self.text))
+            attach((text.blocks[layer] for layer in self.text.layers), "mlp_slot", partial(kind, config=self.text))
 
     def describe(self) -> str:
         """Return the name and the paper of DCRIS or, with its text adapter, of DETRIS."""

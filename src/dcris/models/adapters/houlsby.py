@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import MethodConfig, Width
-from dcris.models.adapters.attach import Place, attach_everywhere
-from dcris.models.encoders.blocks import BranchSlot, SlotContext
+from dcris.models.adapters.attach import attach_everywhere
+from dcris.models.encoders.blocks import BranchSlot, Place, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
 

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dcris.config import MethodConfig
-from dcris.models.adapters.attach import put
 from dcris.models.encoders.blocks import SlotContext, TokenSlot
 
 Tokens = Annotated[int, Field(ge=0, le=1024, strict=True)]
@@ -45,7 +44,7 @@ class PromptsConfig(MethodConfig):
         ):
             for layer in range(len(tower.blocks) if self.deep else 1) if count else ():
                 prompts = PromptTokens(count, tower.config.width, spread, insert=layer == 0)
-                put(tower.blocks[layer], "token_slot", prompts)
+                tower.blocks[layer].put("token_slot", prompts)
 
 
 class PromptTokens(TokenSlot):

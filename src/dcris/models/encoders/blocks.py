@@ -1,4 +1,4 @@
-"""The transformer block of all towers, with slots for adapters.
+"""Blocks with slots for adapters, and the transformer block of most towers.
 
 Shape letters: B batch, P tokens (prefix and patches, or text tokens), D width.
 """
@@ -37,6 +37,12 @@ class SlotContext:
 
 
 _NO_CONTEXT = SlotContext()
+
+Place = Literal["token_slot", "qkv_slot", "attention_slot", "mlp_slot"]
+"""Names of the slots."""
+
+Places = tuple[tuple[Place, ...], tuple[Place, ...]]
+"""The slots of a block's first and second half, in the order in which they run."""
 
 
 class Slot(nn.Module):
@@ -204,12 +210,54 @@ def _make_mlp(width: int, kind: MlpKind) -> nn.Module:
     return MLP(width, nn.GELU() if kind == "gelu" else QuickGELU())
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block in two halves, with slots for adapters.
+class SlottedBlock(nn.Module):
+    """A block in two halves, each of which may have slots for adapters.
 
     The halves can be called separately: what precedes the first slot that reads the text is
     computed once per image, and that slot is usually in the middle of a block.
     """
+
+    places: Places
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        """Channels of the block's output, and of the features in its slots."""
+
+    def has(self, place: Place) -> bool:
+        """Whether the block has such a slot."""
+        return any(place in half for half in self.places)
+
+    def slot(self, place: Place) -> "Slot | EmptySlot":
+        """Return the adapter in a slot, or the EmptySlot."""
+        found: Slot | EmptySlot = getattr(self, place)
+        return found
+
+    def put(self, place: Place, adapter: "Slot | EmptySlot") -> None:
+        """Put an adapter into a slot."""
+        setattr(self, place, adapter)
+
+    def attend(self, x: Tensor, context: SlotContext) -> Tensor:
+        """Run the first half."""
+        raise NotImplementedError
+
+    def feed_forward(self, x: Tensor, context: SlotContext, mlp_out: Tensor | None = None) -> Tensor:
+        """Run the second half. `mlp_out` is the result of `precompute_mlp` for x, if known."""
+        raise NotImplementedError
+
+    def precompute_mlp(self, x: Tensor) -> Tensor:
+        """Return what the second half computes of x before its slot."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: SlotContext) -> Tensor:
+        """Both halves."""
+        return self.feed_forward(self.attend(x, context), context)
+
+
+class Block(SlottedBlock):
+    """A pre-norm transformer block: attention, then an MLP. [B, P, D] -> [B, P, D]."""
+
+    places: Places = (("token_slot", "qkv_slot", "attention_slot"), ("mlp_slot",))
 
     def __init__(
         self,
@@ -221,7 +269,7 @@ class Block(nn.Module):
         mlp: MlpKind = "gelu",
         eps: float = 1e-6,
     ) -> None:
-        super().__init__()
+        super().__init__(width)
         self.token_slot: TokenSlot | EmptySlot = EmptySlot()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads, causal)
@@ -231,6 +279,14 @@ class Block(nn.Module):
         self.mlp = _make_mlp(width, mlp)
         self.mlp_slot: BranchSlot | EmptySlot = EmptySlot()
         self.scale2 = LayerScale(width) if layer_scale else Sum()
+
+    def slot(self, place: Place) -> "Slot | EmptySlot":
+        """Return the adapter in a slot, or the EmptySlot."""
+        return self.attention.qkv_slot if place == "qkv_slot" else super().slot(place)
+
+    def put(self, place: Place, adapter: "Slot | EmptySlot") -> None:
+        """Put an adapter into a slot."""
+        setattr(self.attention if place == "qkv_slot" else self, place, adapter)
 
     def attend(self, x: Tensor, context: SlotContext) -> Tensor:
         """First half [B, P, D]: transform_residual(x) + scale(slot(attention(norm(x))))."""
@@ -255,15 +311,7 @@ class Block(nn.Module):
         mlp_out: Tensor = self.mlp(self.norm2(x))
         return mlp_out
 
-    def forward(self, x: Tensor, context: SlotContext) -> Tensor:
-        """Both halves. [B, P, D] -> [B, P, D]."""
-        return self.feed_forward(self.attend(x, context), context)
-
 
 def count_added_tokens(blocks: Iterable[nn.Module]) -> int:
     """Return how many tokens the token slots of the blocks insert into the sequence."""
-    count = 0
-    for block in blocks:
-        assert isinstance(block, Block)
-        count += block.token_slot.num_added_tokens
-    return count
+    return sum(block.token_slot.num_added_tokens for block in blocks if isinstance(block, Block))

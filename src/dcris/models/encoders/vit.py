@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import PositionRule, VisionConfig
-from dcris.models.encoders.blocks import Block, SlotContext, count_added_tokens
+from dcris.models.encoders.blocks import SlotContext, SlottedBlock, count_added_tokens
 from dcris.models.layers.activation_checkpointing import recomputed
 from dcris.models.layers.rope import Rotation
 
@@ -96,10 +96,9 @@ class VisionTower(nn.Module):
         All half blocks before it are shared by the expressions of an image.
         """
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            before = block.token_slot, block.attention.qkv_slot, block.attention_slot
-            for half, slots in enumerate((before, (block.mlp_slot,))):
-                if any(slot.reads_text for slot in slots):
+            assert isinstance(block, SlottedBlock)
+            for half, places in enumerate(block.places):
+                if any(block.slot(place).reads_text for place in places):
                     return 2 * index + half
         return 2 * len(self.blocks)
 
@@ -165,7 +164,7 @@ class VisionTower(nn.Module):
         for step in range(state.step, stop):
             index, half = divmod(step, 2)
             block = self.blocks[index]
-            assert isinstance(block, Block)
+            assert isinstance(block, SlottedBlock)
             run, arguments = (
                 (block.feed_forward, (tokens, context, mlp_out)) if half else (block.attend, (tokens, context))
             )
@@ -189,7 +188,7 @@ class VisionTower(nn.Module):
         if not half:
             return state
         block = self.blocks[index]
-        assert isinstance(block, Block)
+        assert isinstance(block, SlottedBlock)
         return replace(state, mlp_out=block.precompute_mlp(state.tokens))
 
     def finish(self, state: VisionState) -> Tensor:
@@ -197,12 +196,23 @@ class VisionTower(nn.Module):
         normed: Tensor = self.norm(state.tokens)
         return normed
 
+    @classmethod
+    def level_widths(cls, config: VisionConfig, feature_layers: tuple[int, int]) -> tuple[int, int, int]:
+        """Return the channels of each of the `levels`."""
+        return config.width, config.width, config.out_width
+
+    def levels(self, state: VisionState) -> list[Tensor]:
+        """Return the three maps [B, C, h, w] that the neck reads, of a tower that has run to its
+        end: the outputs of the two feature layers, and of the tower.
+        """
+        return [state.patches(tokens) for tokens in (*state.layer_outputs, self.finish(state))]
+
     def forward(self, images: Tensor, text: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] -> [B, P, D], the final normalised tokens."""
         return self.finish(self.advance(self.start(images), text=text))
 
 
-def _trains(block: Block) -> bool:
+def _trains(block: SlottedBlock) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
 

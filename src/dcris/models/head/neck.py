@@ -28,31 +28,27 @@ class Neck(nn.Module):
 
     def __init__(
         self,
-        visual_width: int,
+        level_widths: Sequence[int],
         sentence_width: int,
         width: int,
         heads: int,
         *,
-        last_width: int | None = None,
         residual: bool = True,
     ) -> None:
         super().__init__()
         self.residual = residual
-        widths = (visual_width, visual_width, last_width or visual_width)
         self.text_proj = nn.Linear(sentence_width, width)
-        self.level_convs = nn.ModuleList(ConvNormReLU(inputs, width, 1) for inputs in widths)
+        self.level_convs = nn.ModuleList(ConvNormReLU(inputs, width, 1) for inputs in level_widths)
         with torch.no_grad():
             # The published code has a transposed convolution here, whose initial weights PyTorch
             # scales by the outputs.
-            self.level_convs[-1].get_parameter("0.weight").mul_((widths[-1] / width) ** 0.5)
-        self.level_attentions = nn.ModuleList(MultiHeadAttention(width, heads) for _ in widths)
-        self.aggregate = ConvNormReLU(len(widths) * width, width, 1)
+            self.level_convs[-1].get_parameter("0.weight").mul_((level_widths[-1] / width) ** 0.5)
+        self.level_attentions = nn.ModuleList(MultiHeadAttention(width, heads) for _ in level_widths)
+        self.aggregate = ConvNormReLU(len(level_widths) * width, width, 1)
         self.coordinate_conv = nn.Sequential(ConvNormReLU(width + 2, width, 3), ConvNormReLU(width, width, 3))
 
     def forward(self, levels: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """Three maps [B, D, h, w] (the last may have another width) and f_s [B, E] -> f_c [B, C, h,
-        w].
-        """
+        """Three maps [B, D, h, w], each of its own width, and f_s [B, E] -> f_c [B, C, h, w]."""
         text = self.text_proj(sentence)
         gated = []
         for level, conv, attention in zip(levels, self.level_convs, self.level_attentions, strict=True):
