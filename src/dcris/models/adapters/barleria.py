@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import Blocks, Count, Layers, MethodConfig, ModelConfig, Width
+from dcris.config import Blocks, Count, Layers, MethodConfig, ModelConfig, Width, require_slots
 from dcris.models.adapters.attach import attach_everywhere
 from dcris.models.adapters.bridge import Bridge, Fused
 from dcris.models.encoders.blocks import MLP, BranchSlot
@@ -50,6 +50,7 @@ class BarleriaConfig(MethodConfig):
 
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError where the fused blocks are not the tower's, or widths do not fit."""
+        require_slots("barleria", (0,), "token_slot", model.vision)
         depth = model.vision.depth
         if list(self.fused) != sorted(set(self.fused)) or any(layer >= depth for layer in self.fused):
             raise ValueError(

@@ -16,7 +16,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import Factor, Layers, MethodConfig, ModelConfig, Probability, Section, Width, check_layers
+from dcris.config import (
+    Factor,
+    Layers,
+    MethodConfig,
+    ModelConfig,
+    Probability,
+    Section,
+    Width,
+    check_layers,
+    require_slots,
+)
 from dcris.models.adapters.attach import attach
 from dcris.models.encoders.blocks import BranchSlot, SlotContext
 from dcris.models.encoders.vit import as_map
@@ -72,6 +82,7 @@ class DcrisConfig(MethodConfig):
         """Raise ValueError where layers or widths do not fit."""
         if (visual := self.visual) is not None:
             check_layers("method.visual.layers", visual.layers, model.vision.depth)
+            require_slots("dcris", visual.layers, "mlp_slot", model.vision)
             if visual.attention_width % visual.heads:
                 raise ValueError(
                     f"method.visual.attention_width {visual.attention_width} cannot be divided among "

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dcris.config import Layers, MethodConfig, ModelConfig, Width
+from dcris.config import Layers, MethodConfig, ModelConfig, Width, require_slots
 from dcris.models.adapters.bridge import Bridge, Fused
 from dcris.models.encoders.text import TextState, TextTower
 from dcris.models.encoders.vit import VisionState, VisionTower, as_map
@@ -37,6 +37,7 @@ class EtrisConfig(MethodConfig):
         """Raise ValueError where the stages are not within the towers, or the heads do not divide
         the width.
         """
+        require_slots("etris", (0,), "token_slot", model.vision)
         for key, layers, depth in (
             ("layers", self.layers, model.vision.depth),
             ("text_layers", self.text_layers, model.text.depth),

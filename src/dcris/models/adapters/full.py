@@ -11,8 +11,8 @@ _UNUSED = ("vision.mask_token", "text.logit_scale")
 class FullConfig(MethodConfig):
     """All weights that segmentation uses are trained, and are in the checkpoint.
 
-    The towers stay in evaluation mode. That makes no difference: they have neither dropout nor
-    batch norm.
+    The towers stay in evaluation mode. That makes a difference for EfficientNet only, whose batch
+    norms keep their statistics: the other towers have neither dropout nor batch norm.
     """
 
     name: Literal["full"] = "full"

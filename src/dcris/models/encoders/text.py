@@ -54,7 +54,9 @@ class TextTower(nn.Module):
 
     config: TextConfig
     blocks: nn.ModuleList
-    norm: nn.LayerNorm
+    norm: nn.Module
+    masks_padding = False
+    """Whether the blocks' attention excludes padding. A causal one need not: padding comes last."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -79,7 +81,13 @@ class TextTower(nn.Module):
 
     def advance(self, state: TextState, stop: int | None = None) -> TextState:
         """Run blocks from `state.step` up to but not including `stop`; None runs all."""
-        context = SlotContext(num_prefix_tokens=1 + count_added_tokens(self.blocks))
+        added = count_added_tokens(self.blocks)
+        mask = None
+        if self.masks_padding:
+            words = ~state.padding
+            # Inserted tokens follow the start token; the first block inserts them.
+            mask = torch.cat((words[:, :1], words.new_ones(words.shape[0], added), words[:, 1:]), dim=1)[:, None, None]
+        context = SlotContext(num_prefix_tokens=1 + added, mask=mask)
         x = state.tokens
         stop = len(self.blocks) if stop is None else stop
         for block in self.blocks[state.step : stop]:
@@ -93,9 +101,12 @@ class TextTower(nn.Module):
             # Inserted tokens follow the start token, which therefore does not attend to them.
             x = torch.cat((x[:, :1], x[:, 1 + added :]), dim=1)
         x = self.norm(x)
+        return TextFeatures(x, self.summarise(x, state), state.padding)
+
+    def summarise(self, tokens: Tensor, state: TextState) -> Tensor:
+        """Return the sentence feature of the finished tokens: [B, L, T] -> [B, E]."""
         # shape[0], not len(): that would be a constant in an exported graph.
-        sentence = self.project(x[torch.arange(x.shape[0], device=x.device), state.ends])
-        return TextFeatures(x, sentence, state.padding)
+        return self.project(tokens[torch.arange(tokens.shape[0], device=tokens.device), state.ends])
 
     def project(self, end_tokens: Tensor) -> Tensor:
         """Return the sentence feature of the end tokens: [B, T] -> [B, E]."""

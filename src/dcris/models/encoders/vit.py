@@ -23,7 +23,7 @@ class VisionState:
     """A vision tower that has run up to some half block. `VisionTower.advance` continues it."""
 
     tokens: Tensor
-    """[B, P, D]"""
+    """[B, P, D]; in a convolutional tower a map [B, D, y, x] of any stride, as all tensors here."""
     grid: tuple[int, int]
     """Patch rows and columns h, w."""
     num_prefix_tokens: int
@@ -78,6 +78,11 @@ class VisionTower(nn.Module):
     @classmethod
     def check(cls, config: VisionConfig) -> None:
         """Raise ValueError where the configuration does not fit this architecture."""
+
+    @classmethod
+    def has(cls, config: VisionConfig, layer: int, place: str) -> bool:
+        """Whether a block has a slot of that name; a transformer's has all of them."""
+        return True
 
     @property
     def num_own_prefix_tokens(self) -> int:
