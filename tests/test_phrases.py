@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import TinyRefer
 from dcris.cli import main
 from dcris.config import DataConfig
-from dcris.data.colours import colour_shares, is_colourful
+from dcris.data.colours import colour_shares, shows_colours
 from dcris.data.flip import swap_sides
 from dcris.data.phrases import LIMIT, NOUNS, RULES, Instance, draw, statements
 from dcris.data.readers.load import load_references
@@ -105,11 +105,12 @@ def test_corners():
 
 
 def test_sizes_differ_by_a_factor():
-    def pair(side: float) -> list[Instance]:
-        return [instance(1, "cup", (0.1, 0.1, 0.3, 0.3)), instance(2, "cup", (0.5, 0.1, 0.5 + side, 0.1 + side))]
+    def pair(side: float, left: float = 0.5) -> list[Instance]:
+        return [instance(1, "cup", (0.1, 0.1, 0.3, 0.3)), instance(2, "cup", (left, 0.1, left + side, 0.1 + side))]
 
     assert "bigger cup" in said(pair(0.16), 0)
     assert "small cup" in said(pair(0.16), 1)
+    assert said(pair(0.16, 0.84), 1, "size") == set()  # it may go on outside the photograph
     assert said(pair(0.17), 0, "size") == said(pair(0.17), 1, "size") == set()
 
 
@@ -143,7 +144,8 @@ def test_plain_pixels_have_one_colour(name: str, rgb: tuple[int, int, int]):
     assert {colour for colour, (share, _) in colour_shares(pixels).items() if share} == {name}
     assert colour_shares(pixels)[name] == (1.0, 1.0)
     assert colour_shares(pixels[:100]) == {}
-    assert is_colourful(pixels[None]) == (name not in ("white", "gray", "black"))
+    assert shows_colours(pixels[None]) == (name not in ("white", "gray", "black"))
+    assert not shows_colours(pixels[None] // 5)
 
 
 def test_relations():
@@ -162,6 +164,8 @@ def test_on_under_and_with():
     walker = instance(3, "person", (0.9, 0.3, 0.98, 0.9))
     assert "person on the horse" in said([rider, horse, walker], 0)
     assert not any(" on " in text for text in said([rider, horse, walker], 2, "relation"))
+    rest = instance(6, "motorcycle", (0.3, 0.45, 0.8, 0.95))
+    assert not any(" on " in text for text in said([instance(1, "person", (0.35, 0.37, 0.5, 0.92)), rest], 0))
     roof = instance(4, "umbrella", (0.3, 0.0, 0.7, 0.3))
     stander = instance(1, "person", (0.4, 0.1, 0.6, 0.9))
     assert "person under the umbrella" in said([walker, stander, roof], 1)
@@ -434,7 +438,9 @@ def test_other_layouts_are_refused(setting: str, tmp_path: Path, capsys: pytest.
     assert error.count("\n") == 1
 
 
-def test_training_records_the_generated_references(tiny_refer: TinyRefer, tmp_path: Path):
+def test_training_records_the_generated_references(
+    tiny_refer: TinyRefer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     tiny, out = coco(tiny_refer), tmp_path / "run"
     arguments = ["train", "dcris_tiny", "--data", str(tiny.write()), "--dataset", tiny.dataset, "--out", str(out)]
     sizes = ["--train.max_steps", "1", "--train.warmup_steps", "0", "--data.image_size", "56", "--data.workers", "0"]
@@ -443,6 +449,7 @@ def test_training_records_the_generated_references(tiny_refer: TinyRefer, tmp_pa
     assert data["splits"]["train"]["references"] == 4
     table = training_table(load_references(tiny.root, tiny.dataset), DataConfig(generate_phrases=True))
     assert data["sha256"] == table.sha256()
+    assert "3 references" in capsys.readouterr().out
 
 
 def test_real_photographs(refer_root: Path):

@@ -155,10 +155,12 @@ def _train(group: Any, args: argparse.Namespace) -> None:
 
     print_line = log if group.first else lambda text: None
     config = configuration(args)
-    table = load_references(
+    references = load_references(
         args.data, config.data.dataset, config.data.split_by, mask_threshold=config.data.mask_threshold
     )
-    table = training_table(table, config.data)
+    table = training_table(references, config.data)
+    for note in table.notes[len(references.notes) :]:
+        print_line(note)
     chose_val = "data.val_split" in parse_settings(args.settings)
     if own_name(args.data, args) and not chose_val and config.data.val_split not in {None, *table.splits()}:
         print_line(
@@ -176,8 +178,8 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     )
     tokenizer = tokenizer_of(config.model.text)
     if args.batch_size == "auto":
-        references = len(table.split(config.data.train_split))
-        micro_batch = choose_micro_batch(model, config, tokenizer, references, args.out, device, group, print_line)
+        length = len(table.split(config.data.train_split))
+        micro_batch = choose_micro_batch(model, config, tokenizer, length, args.out, device, group, print_line)
         config = replace(config, {"train.micro_batch": micro_batch})
     trainer = Trainer(
         model, config, table, tokenizer, args.out, device=device, resume=args.resume, log=print_line, group=group

@@ -20,7 +20,7 @@ _COLOURS: Mapping[str, tuple[_Range, _Range, _Range]] = {
     "pink": ((320, 350), (0.25, 0.7), (0.7, 1)),
     "white": ((0, 360), (0, 0.12), (0.75, 1)),
     "gray": ((0, 360), (0, 0.12), (0.3, 0.65)),
-    "black": ((0, 360), (0, 1), (0, 0.2)),
+    "black": ((0, 360), (0, 0.35), (0, 0.2)),
 }
 """Hue in degrees (it may exceed 360), saturation and value (HSV) of the pixels that anyone would
 call by the name."""
@@ -32,13 +32,15 @@ _MOST_PIXELS = 1024
 _FEWEST_PIXELS = 300
 _LEAST_SATURATION = 0.06
 """Mean of a colour photograph. Below, it may be black and white."""
+_LEAST_VALUE = 0.25
+"""Median of a photograph that is not so dark that red things are black."""
 
 
-def is_colourful(image: NDArray[np.uint8]) -> bool:
-    """Return whether an image [H, W, 3] uint8 RGB is not black and white."""
+def shows_colours(image: NDArray[np.uint8]) -> bool:
+    """Return whether an image [H, W, 3] uint8 RGB is neither black and white nor dark."""
     pixels = image.reshape(-1, 3)
-    _, saturation, _ = _hsv(pixels[:: 1 + len(pixels) // _MOST_PIXELS])
-    return bool(saturation.mean() >= _LEAST_SATURATION)
+    _, saturation, value = _hsv(pixels[:: 1 + len(pixels) // _MOST_PIXELS])
+    return bool(saturation.mean() >= _LEAST_SATURATION and np.median(value) >= _LEAST_VALUE)
 
 
 def colour_shares(pixels: NDArray[np.uint8]) -> dict[str, tuple[float, float]]:
@@ -60,7 +62,8 @@ def _hsv(pixels: NDArray[np.uint8]) -> _Hsv:
     """Return hue in degrees, saturation and value, each [N]."""
     scaled = pixels[None].astype(np.float32) / 255
     hue, saturation, value = cv2.cvtColor(scaled, cv2.COLOR_RGB2HSV)[0].T
-    return hue, saturation, value
+    # The saturation of dark pixels is mostly noise.
+    return hue, saturation * np.minimum(1, value / 0.2), value
 
 
 def _share(

@@ -7,6 +7,7 @@ gets the same phrases with the two words exchanged.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,21 +20,20 @@ from dcris.data.flip import swap_sides
 
 # fmt: off
 NOUNS: Mapping[str, tuple[str, ...]] = {
-    "person": ("person", "human"), "bicycle": ("bicycle", "bike"), "motorcycle": ("motorcycle", "motorbike", "bike"),
+    "person": ("person", "person", "human"), "bicycle": ("bicycle", "bike"), "motorcycle": ("motorcycle", "motorbike", "bike"),
     "airplane": ("airplane", "plane"), "traffic light": ("traffic light", "stoplight"),
     "fire hydrant": ("fire hydrant", "hydrant"), "bear": ("bear",), "teddy bear": ("teddy bear", "stuffed bear", "bear"),
     "backpack": ("backpack", "bag"), "handbag": ("handbag", "purse", "bag"), "suitcase": ("suitcase", "bag"),
     "tie": ("tie", "necktie"), "sports ball": ("ball",), "baseball glove": ("baseball glove", "glove", "mitt"),
     "baseball bat": ("baseball bat", "bat"), "tennis racket": ("tennis racket", "racket"), "couch": ("couch", "sofa"),
-    "wine glass": ("wine glass", "glass"), "cup": ("cup", "glass"), "donut": ("donut", "doughnut"),
+    "donut": ("donut", "doughnut"),
     "hot dog": ("hot dog", "hotdog"), "potted plant": ("potted plant", "plant"), "dining table": ("table", "dining table"),
     "tv": ("tv", "television", "screen"), "laptop": ("laptop", "computer", "screen"), "mouse": ("computer mouse", "mouse"),
     "remote": ("remote", "remote control"), "cell phone": ("cell phone", "phone", "mobile phone"),
     "refrigerator": ("refrigerator", "fridge"), "hair drier": ("hair dryer",),
 }
-"""Words for a category, the usual one first; other categories are called by their names. A word
-that two categories of a photograph share is not used there, even where it is only roughly right for
-one of them."""
+"""Words for a category; other categories are called by their names. A repeated word is drawn more
+often. A word that two categories of a photograph share is not used there."""
 
 CATEGORY = ("{noun}", "the {noun}")
 
@@ -115,16 +115,25 @@ SIDE_OF_ANCHOR = {
     )
     for side in ("left", "right")
 }
-ON = ("{noun} on the {anchor}", "the {noun} on the {anchor}", "{noun} on {anchor}", "{noun} on top of the {anchor}")
+ON = ("{noun} on the {anchor}", "the {noun} on the {anchor}", "{noun} on {anchor}")
 UNDER = ("{noun} under the {anchor}", "the {noun} under the {anchor}", "{noun} below the {anchor}")
-WITH = ("{noun} with the {anchor}", "the {noun} with the {anchor}", "{noun} with {anchor}", "{noun} holding the {anchor}")
+WITH = ("{noun} with the {anchor}", "the {noun} with the {anchor}", "{noun} with {anchor}")
 
-SUPPORTS = frozenset(
-    ("bench", "chair", "couch", "bed", "dining table", "horse", "elephant", "motorcycle", "bicycle", "skateboard",
-     "surfboard", "snowboard", "skis", "suitcase", "oven")
+SEATS = frozenset(
+    ("bench", "chair", "couch", "bed", "horse", "elephant", "motorcycle", "bicycle", "skateboard", "surfboard", "snowboard",
+     "skis")
 )
-"""What things are on."""
-ROOFS = frozenset(("umbrella", "dining table", "traffic light", "kite"))
+"""What people are on."""
+SURFACES = frozenset(("bench", "chair", "couch", "bed", "dining table"))
+"""What small things are on."""
+EXTENDED = frozenset(("dining table", "bed", "couch"))
+"""What is not left or right of a thing, which may be on it."""
+SMALL_THINGS = frozenset(
+    ("bird", "cat", "dog", "backpack", "handbag", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana",
+     "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "laptop", "mouse", "remote",
+     "keyboard", "cell phone", "book", "vase", "scissors", "teddy bear")
+)
+ROOF = "umbrella"
 """What things are under."""
 BELONGINGS = frozenset(
     ("umbrella", "backpack", "handbag", "suitcase", "frisbee", "baseball bat", "baseball glove", "tennis racket",
@@ -133,6 +142,8 @@ BELONGINGS = frozenset(
 """What people are with."""
 # fmt: on
 
+SHOWS_OTHER_THINGS = frozenset(("bowl", "sink", "potted plant", "dining table", "tv", "laptop", "bed"))
+"""Categories without colour: most of the pixels may belong to what is in or on them."""
 PERSON = "person"
 NOT_OF_CLOTHES = frozenset(("brown", "orange"))
 """Colours of skin as much as of clothes."""
@@ -143,6 +154,8 @@ LIMIT = 12
 """Most phrases of an instance."""
 TINY = 0.003
 """Area below which an instance gets no phrase; it still makes others ambiguous."""
+_MOST_ANCHORS = 20
+"""Others, the largest first, that relations are tried with."""
 _GAP = 0.08
 """Least distance between the centres of what is left and what is not."""
 _GAP_IN_ROW = 0.05
@@ -150,7 +163,9 @@ _ROW = 0.35
 """Greatest difference of the heights at which things in a row are centred."""
 _FACTOR = 1.5
 """Least ratio of the areas of what is big and what is not."""
-_CLEAR_COLOUR = 0.5
+_EDGE = 0.005
+"""Distance from the photograph's edge at which a thing may go on outside."""
+_CLEAR_COLOUR = 0.6
 """Least share of an instance's pixels that have the colour it is called by."""
 _NO_COLOUR = 0.15
 """Greatest share of pixels of nearly that colour of another instance of the category."""
@@ -173,6 +188,11 @@ class Instance:
     apart."""
     colours: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """By name: the shares of its pixels that have the colour, and that have it nearly."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it may be described, or others by it."""
+        return not self.vague and self.area >= TINY
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +227,12 @@ class _Wording:
 Rule = Callable[[_Scene], Iterator[_Wording]]
 
 
+def describable(instances: Iterable[Instance]) -> set[str]:
+    """Return the categories of a photograph that have an instance to describe and no vague one."""
+    instances = list(instances)
+    return {one.category for one in instances if one.is_clear} - {one.category for one in instances if one.vague}
+
+
 def statements(instances: Sequence[Instance], target: Instance) -> list[Statement]:
     """Return everything that can be said of one instance of a photograph and of no other.
 
@@ -215,18 +241,12 @@ def statements(instances: Sequence[Instance], target: Instance) -> list[Statemen
         target: one of them.
     """
     others = [other for other in instances if other.category == target.category and other is not target]
-    if target.vague or target.area < TINY or any(other.vague for other in others):
+    if not target.is_clear or any(other.vague for other in others):
         return []
-    nouns = _usable_nouns({instance.category for instance in instances})
-    counts: dict[str, int] = {}
-    for instance in instances:
-        counts[instance.category] = counts.get(instance.category, 0) + 1
-    anchors = [
-        instance
-        for instance in instances
-        if counts[instance.category] == 1 and not instance.vague and instance.area >= TINY and instance is not target
-    ]
-    scene = _Scene(target, others, anchors)
+    counts = Counter(instance.category for instance in instances)
+    nouns = _usable_nouns(counts)
+    anchors = [one for one in instances if counts[one.category] == 1 and one.is_clear and one is not target]
+    scene = _Scene(target, others, sorted(anchors, key=lambda one: -one.area)[:_MOST_ANCHORS])
     found = []
     for kind, rule in RULES.items():
         for wording in rule(scene):
@@ -269,7 +289,7 @@ def _in_turn(lists: Sequence[list[tuple[str, str]]]) -> list[tuple[str, str]]:
 def _usable_nouns(categories: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the words for each category that mean no other category of the photograph."""
     nouns = {category: NOUNS.get(category, (category,)) for category in categories}
-    used = [noun for words in nouns.values() for noun in words]
+    used = [noun for words in nouns.values() for noun in set(words)]
     return {
         # A name with a side in it ("left shoe") would be changed by flip augmentation.
         category: tuple(noun for noun in words if used.count(noun) == 1 and swap_sides(noun) == noun)
@@ -375,7 +395,8 @@ def _size(scene: _Scene) -> Iterator[_Wording]:
 
     if all(exceeds(scene.target, other) for other in scene.others):
         yield _Wording(BIGGER_OF_TWO if len(scene.others) == 1 else BIGGEST)
-    if all(exceeds(other, scene.target) for other in scene.others):
+    cut = min(scene.target.box) <= _EDGE or max(scene.target.box) >= 1 - _EDGE
+    if not cut and all(exceeds(other, scene.target) for other in scene.others):
         yield _Wording(SMALLER_OF_TWO if len(scene.others) == 1 else SMALLEST)
 
 
@@ -396,6 +417,8 @@ def _ordinal(scene: _Scene) -> Iterator[_Wording]:
 
 
 def _colour(scene: _Scene) -> Iterator[_Wording]:
+    if scene.target.category in SHOWS_OTHER_THINGS:
+        return
     for name, (share, _) in scene.target.colours.items():
         alone = all(other.colours.get(name, (1.0, 1.0))[1] <= _NO_COLOUR for other in scene.others)
         if share >= _CLEAR_COLOUR and alone and name not in NOUNS.get(scene.target.category, (scene.target.category,)):
@@ -434,6 +457,8 @@ def _perhaps_beside(target: Instance, anchor: Instance) -> bool:
 
 def _side_of(side: str) -> Relation:
     def holds(target: Instance, anchor: Instance) -> bool:
+        if not EXTENDED.isdisjoint((target.category, anchor.category)):
+            return False
         level = _shared(_along(target, "top"), _along(anchor, "top"))
         lengths = [_length(_along(instance, "top")) for instance in (target, anchor)]
         near = _shared(_along(target, side), _along(anchor, side)) >= -0.3
@@ -452,11 +477,16 @@ def _perhaps_side_of(side: str) -> Relation:
 def _on(target: Instance, anchor: Instance) -> bool:
     mine, its = (_along(instance, "left") for instance in (target, anchor))
     upright, its_upright = (_along(instance, "top") for instance in (target, anchor))
+    if target.category == PERSON and anchor.category in SEATS:
+        rise = 0.25 * _length(its_upright)  # less where someone stands beside a motorcycle
+    elif target.category in SMALL_THINGS and anchor.category in SURFACES:
+        rise = 0.05
+    else:
+        return False
     return (
-        anchor.category in SUPPORTS
-        and _shared(mine, its) >= 0.8 * min(_length(mine), _length(its))
+        _shared(mine, its) >= 0.8 * min(_length(mine), _length(its))
         and its_upright[0] < upright[1] <= its_upright[1] + 0.05
-        and _centre(upright) + 0.05 <= _centre(its_upright)
+        and _centre(upright) + rise <= _centre(its_upright)
     )
 
 
@@ -464,7 +494,7 @@ def _under(target: Instance, anchor: Instance) -> bool:
     mine, its = (_along(instance, "left") for instance in (target, anchor))
     upright, its_upright = (_along(instance, "top") for instance in (target, anchor))
     return (
-        anchor.category in ROOFS
+        anchor.category == ROOF
         and _shared(mine, its) >= 0.8 * min(_length(mine), _length(its))
         and its_upright[0] < upright[0] < its_upright[1]
         and _centre(its_upright) + 0.1 <= _centre(upright)

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 
 from dcris.config import DataConfig
-from dcris.data.colours import colour_shares, is_colourful
+from dcris.data.colours import colour_shares, shows_colours
 from dcris.data.dataset import size_mismatch
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, mask_area, mask_box
-from dcris.data.phrases import TINY, Instance, draw, statements
+from dcris.data.phrases import Instance, describable, draw, statements
 from dcris.data.readers import refer_layout
 from dcris.data.readers.refer_layout import Instances
 from dcris.data.table import ReferenceTable, bad, check_text, field
@@ -189,8 +189,9 @@ def _box(
 
 
 def _with_colours(described: Sequence[Instance], references: Sequence[Reference]) -> list[Instance]:
-    """Return the instances with their colours, if any of them might be described."""
-    if all(instance.vague or instance.area < TINY for instance in described):
+    """Return the instances, with their colours where these may be needed."""
+    categories = describable(described)
+    if not categories:
         return list(described)
     try:
         image = read_image(references[0].image_path)
@@ -198,11 +199,11 @@ def _with_colours(described: Sequence[Instance], references: Sequence[Reference]
             raise DcrisError(size_mismatch(references[0], image))
     except DcrisError as error:
         raise _UnreadableError(str(error)) from error
-    if not is_colourful(image):
+    if not shows_colours(image):
         return list(described)
     found = []
     for instance, reference in zip(described, references, strict=True):
-        if instance.vague:
+        if instance.category not in categories:
             found.append(instance)
             continue
         mask = decode_mask(reference.segmentation, reference.image_size)
