@@ -206,8 +206,8 @@ class InDoublePrecision(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model(images.double(), tokens)
+    def forward(self, images: Tensor, *others: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model(images.double(), *others)
 
 
 # ---- the largest that fits ---------------------------------------------------------------------

@@ -1,13 +1,19 @@
-"""Options of training beyond the paper: weight averages, area targets, AdamW."""
+"""Options of training beyond the paper: weight averages, area targets, AdamW, shared images."""
 
 import json
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dcris.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.config import TrainConfig
+from dcris.data import dataset
+from dcris.data.dataset import TrainingBatches, TrainingSamples, steps_per_epoch, training_loader
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
@@ -20,9 +26,9 @@ from dcris.training.losses import resize_masks, text_to_pixel_loss
 from dcris.training.optimizer import make_optimizer
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model
-from models import randomise, tiny_config
+from models import randomise, tiny_config, without_dropout
 from runs import CPU, EVERY_STEP, assert_same_run, last_tensors, quick_config, run_training, timeless_log
-from test_distributed import losses, torchrun, train_words
+from test_distributed import IN_DOUBLE_PRECISION, losses, torchrun, train_words
 from test_train import stop_at, weights
 
 EMA = EVERY_STEP, ("train.ema", "0.9")
@@ -35,8 +41,9 @@ def table(scenes_root: Path) -> ReferenceTable:
 
 def test_options_are_off_by_default() -> None:
     """The paper's recipes must stay the paper's."""
-    settings = get_recipe("dcris_b").train
-    assert (settings.ema, settings.target, settings.optimizer) == (None, "nearest", "adam")
+    config = get_recipe("dcris_b")
+    assert (config.train.ema, config.train.target, config.train.optimizer) == (None, "nearest", "adam")
+    assert config.data.phrases_per_image == 1
 
 
 # ---- weight averages ---------------------------------------------------------------------------
@@ -201,3 +208,101 @@ def test_a_run_with_adamw_resumes_exactly(table: ReferenceTable, tmp_path: Path)
         run_training(config, table, tmp_path / "halves", log=stop_at(2))
     run_training(config, table, tmp_path / "halves", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+# ---- shared images -----------------------------------------------------------------------------
+
+SHARED = ("data.phrases_per_image", "3")
+
+
+def runs_of(numbers: list[int]) -> list[int]:
+    """Return the lengths of the runs of equal numbers."""
+    return [len([*run]) for _, run in groupby(numbers)]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=50), st.integers(1, 9), st.integers(2, 5), st.integers(0, 50))
+def test_an_epoch_has_each_reference_once_beside_others_of_its_image(
+    images: list[int], size: int, together: int, first: int
+) -> None:
+    """Whole batches in an order that depends on seed and epoch only, in as few groups as possible
+    of each image."""
+    length, per_epoch = len(images), steps_per_epoch(len(images), min(size, len(images)))
+    first = min(first, 2 * per_epoch)
+    whole = [*TrainingBatches(length, size, 7, 0, 2 * per_epoch, None, images, together)]
+    assert {len(batch) for batch in whole} == {min(size, length)}
+    assert [*TrainingBatches(length, size, 7, first, 2 * per_epoch, None, images, together)] == whole[first:]
+    for epoch in range(2):
+        indices = [index for batch in whole[epoch * per_epoch : (epoch + 1) * per_epoch] for index in batch]
+        assert {index // length for index in indices} == {epoch}
+        assert len(set(indices)) == len(indices)
+    order = TrainingBatches(length, size, 7, 0, 1, None, images, together)._order(0).tolist()
+    assert sorted(order) == [*range(length)]
+    groups = sum(-(-count // together) for count in Counter(images).values())
+    # Groups of the same image may meet, so there are at most so many runs.
+    assert len(runs_of([images[number] for number in order])) <= groups
+
+
+def shared_samples(table: ReferenceTable, *settings: tuple[str, str]) -> TrainingSamples:
+    config = quick_config(1, SHARED, *settings)
+    return TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
+
+
+def test_a_batch_has_each_image_once(table: ReferenceTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images by index are those of the samples; a group's image is read once. The draws of
+    augmentations are those of the image, and mirrored or not decides what is equal."""
+    reads: list[Path] = []
+    read = dataset.read_image
+    monkeypatch.setattr(dataset, "read_image", lambda path: reads.append(path) or read(path))
+    samples = shared_samples(table, ("data.augmentations", '{"flip": 0.5}'))
+    batches = TrainingBatches(len(samples), 9, 0, 0, 3, None, samples.images, 3)
+    for indices, batch in zip(batches, training_loader(samples, batches, 0, pin=False), strict=True):
+        assert len(reads) <= len(runs_of([samples.images[index % len(samples)] for index in indices])) + 1
+        assert batch.image_index is not None
+        assert len(batch.images) < len(indices) == len(batch.tokens)
+        expected = torch.stack([samples[index].image for index in indices])
+        assert torch.equal(batch.images[batch.image_index], expected)
+        reads.clear()
+    same = [number for number, image in enumerate(samples.images) if image == samples.images[0]]
+    assert len(same) > 1
+    for epoch in range(9):
+        drawn = [[name for name, _ in samples.draw_augmentations(epoch * len(samples) + number)] for number in same]
+        assert all(names == drawn[0] for names in drawn)
+
+
+@pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny", "etris_tiny", "barleria_tiny"])
+def test_sharing_changes_neither_logits_nor_gradients(recipe: str) -> None:
+    """Up to rounding, wherever a method reads the text, also if weights before that are trained."""
+    model = without_dropout(ReferringSegmenter(quick_config(1, recipe=recipe).model)).double()
+    randomise(model)
+    pixels, index = torch.randn(2, 3, 56, 56).double(), torch.tensor([0, 1, 0, 0])
+    tokens = torch.randint(1, 99, (4, 14))
+    found = []
+    for arguments in ((pixels, tokens, index), (pixels[index], tokens)):
+        logits, auxiliary = model.train()(*arguments)
+        gradients = torch.autograd.grad(
+            logits.square().mean() + sum(auxiliary.values()),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            allow_unused=True,
+        )
+        found.append([logits, *(gradient for gradient in gradients if gradient is not None)])
+    assert all(torch.allclose(one, other, rtol=1e-6, atol=1e-9) for one, other in zip(*found, strict=True))
+
+
+def test_a_run_with_shared_images_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
+    """With passes that cut groups, augmentations that depend on the expression, and workers."""
+    settings = SHARED, EVERY_STEP, ("train.micro_batch", "2"), ("data.augmentations", '{"flip": 0.5}')
+    run_training(quick_config(4, *settings), table, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_training(quick_config(4, *settings), table, tmp_path / "halves", log=stop_at(2))
+    run_training(quick_config(4, *settings, ("data.workers", "1")), table, tmp_path / "halves", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+@pytest.mark.slow
+def test_shared_images_on_several_processes(scenes_root: Path, tmp_path: Path) -> None:
+    """Each rank shares what it has; the samples are those of one process."""
+    words = "--data.phrases_per_image", "3"
+    for count in (1, 3):
+        done = torchrun(count, *train_words(scenes_root, tmp_path / str(count), 6, *words), program=IN_DOUBLE_PRECISION)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=4e-7)

@@ -259,6 +259,10 @@ class DataConfig(Section):
     augmentations: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """Augmentations of the training samples: name -> probability, applied in this order. The names
     are those of dcris.data.augmentations.AUGMENTATIONS."""
+    phrases_per_image: Count = 1
+    """References of an image that training puts next to each other, so that a batch has up to so
+    many of each image. The part of the network before the text is then computed once for them. They
+    get the same draws of augmentations."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
     """Threshold for mask images with more than two values: pixels above it belong to the object.
     Below 1 it is a fraction of the full scale. None: such images are an error."""

@@ -1,6 +1,7 @@
 """Data types that the whole package shares.
 
-Shape letters: B batch, H W pixels of an image, S side of the network's square input, L text tokens.
+Shape letters: B batch, I distinct images, H W pixels of an image, S side of the network's square
+input, L text tokens.
 """
 
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ class Batch:
     """Samples stacked for one training step."""
 
     images: Tensor
-    """[B, 3, S, S] uint8."""
+    """[B, 3, S, S] uint8; with `image_index` only the I distinct images, [I, 3, S, S]."""
     tokens: Tensor
     """[B, L] int64."""
     masks: Tensor
@@ -89,3 +90,5 @@ class Batch:
     skipped: Mapping[int, str] = field(default_factory=dict)
     """References that could not be read and were replaced by others: number in the training split
     -> reason."""
+    image_index: Tensor | None = None
+    """[B] int64: which of `images` belongs to each sample. None: sample b has image b."""

@@ -12,6 +12,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -79,11 +81,22 @@ class TrainingSamples(Dataset[Sample | Failure]):
     it, so that batches keep their size: the first readable one that a generator seeded with (seed,
     epoch, i, 1) draws. That depends only on the seed, the index and which files are broken, so a
     run that skips references is resumed as exactly as any other.
+
+    With `config.phrases_per_image` above 1, all references of an image get the same draws of
+    augmentations, so that their pixels are equal unless an augmentation depends on the expression.
     """
 
     def __init__(self, references: Sequence[Reference], config: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
         require_names(config.augmentations, AUGMENTATIONS, "data.augmentations")
         self.references, self.config, self.tokenizer, self.seed = references, config, tokenizer, seed
+        self.shares_images = config.phrases_per_image > 1
+        self.images: Sequence[int] = range(len(references))
+        """For each reference the number that stands for its image in random draws: that of the
+        image's first reference, or its own if images are not shared."""
+        if self.shares_images:
+            first: dict[Path, int] = {}
+            self.images = [first.setdefault(each.image_path, number) for number, each in enumerate(references)]
+        self._last_image: tuple[Path, NDArray[np.uint8]] | None = None
 
     def __len__(self) -> int:
         return len(self.references)
@@ -101,7 +114,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
         for name, probability in self.config.augmentations.items():
             # One stream per name: adding an augmentation changes no draw of another, nor which
             # expressions are drawn.
-            generator = np.random.default_rng([self.seed, epoch, number, zlib.crc32(name.encode())])
+            generator = np.random.default_rng([self.seed, epoch, self.images[number], zlib.crc32(name.encode())])
             if generator.random() < probability:
                 drawn.append((name, generator))
         return drawn
@@ -125,7 +138,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
     def _read(self, index: int) -> Sample | Failure:
         reference = self.references[index % len(self)]
         try:
-            image = read_image(reference.image_path)
+            image = self._read_image(reference.image_path)
             mask = decode_mask(reference.segmentation, reference.image_size)
             if image.shape[:2] != mask.shape:
                 raise DcrisError(size_mismatch(reference, image))
@@ -137,6 +150,14 @@ class TrainingSamples(Dataset[Sample | Failure]):
         square, letterbox = to_square(image, self.config, Letterbox)
         tokens = self.tokenizer([text], self.config.word_length)[0]
         return Sample(square, tokens, torch.from_numpy(letterbox.mask(mask)))
+
+    def _read_image(self, path: Path) -> NDArray[np.uint8]:
+        if not self.shares_images:
+            return read_image(path)
+        # References of an image follow each other. Augmentations may change the array they get.
+        if self._last_image is None or self._last_image[0] != path:
+            self._last_image = path, read_image(path)
+        return self._last_image[1].copy()
 
 
 class Skipped:
@@ -189,14 +210,35 @@ class TrainingBatches(Sampler[list[int]]):
     Each epoch has a new order, each reference once, and whole batches only. A split smaller than
     the batch gives one smaller batch per epoch. The batches do not depend on the number of ranks:
     each rank takes its `places` of every batch.
+
+    With `together` above 1, references of an image follow each other in the order, in groups of up
+    to so many. A batch, and a rank's places in it, may cut a group in two.
+
+    Args:
+        length: number of references.
+        batch_size: samples of a batch.
+        seed: of the run.
+        first, last: the steps.
+        places: places in each batch; None for all.
+        images: a number for the image of each reference.
+        together: most references of a group.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, first: int, last: int, places: Sequence[int] | None = None
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        first: int,
+        last: int,
+        places: Sequence[int] | None = None,
+        images: Sequence[int] = (),
+        together: int = 1,
     ) -> None:
         self.length, self.seed, self.first, self.last = length, seed, first, last
         self.batch_size = min(batch_size, length)
         self.places = range(self.batch_size) if places is None else places
+        self.images, self.together = images, together
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -207,9 +249,25 @@ class TrainingBatches(Sampler[list[int]]):
         for step in range(self.first, self.last):
             epoch, place = divmod(step, per_epoch)
             if epoch != epoch_of_order:
-                order, epoch_of_order = np.random.default_rng([self.seed, epoch]).permutation(self.length), epoch
+                order, epoch_of_order = self._order(epoch), epoch
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             yield [epoch * self.length + int(chosen[number]) for number in self.places]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self.length)
+        if self.together == 1:
+            return order
+        groups: list[list[int]] = []
+        newest: dict[int, list[int]] = {}
+        for number in order.tolist():
+            group = newest.get(self.images[number])
+            if group is None or len(group) == self.together:
+                group = newest[self.images[number]] = []
+                groups.append(group)
+            group.append(number)
+        # Shuffled once more: the largest groups were begun early in the order.
+        return np.array([number for place in generator.permutation(len(groups)) for number in groups[place]])
 
 
 def steps_per_epoch(length: int, batch_size: int) -> int:
@@ -217,18 +275,29 @@ def steps_per_epoch(length: int, batch_size: int) -> int:
     return max(1, length // batch_size)
 
 
-def collate(samples: list[Sample | Failure]) -> Batch | Failure:
-    """Stack samples to a batch. If any sample failed, return the first failure instead."""
+def collate(samples: list[Sample | Failure], share_images: bool = False) -> Batch | Failure:
+    """Stack samples to a batch. If any sample failed, return the first failure instead.
+
+    With `share_images`, equal images are stacked once.
+    """
     good: list[Sample] = []
     for sample in samples:
         if isinstance(sample, Failure):
             return sample
         good.append(sample)
+    images, image_index = [sample.image for sample in good], None
+    if share_images:
+        # By content: an augmentation that depends on the expression makes several of one image.
+        keys = [image.numpy().tobytes() for image in images]
+        distinct = dict(zip(keys, images, strict=True))
+        places = {key: place for place, key in enumerate(distinct)}
+        images, image_index = [*distinct.values()], torch.tensor([places[key] for key in keys])
     return Batch(
-        torch.stack([sample.image for sample in good]),
+        torch.stack(images),
         torch.stack([sample.tokens for sample in good]),
         torch.stack([sample.mask for sample in good])[:, None],
         {number: message for sample in good for number, message in sample.skipped.items()},
+        image_index,
     )
 
 
@@ -345,7 +414,8 @@ class ImageTasks(Dataset[ImageTask | Failure]):
 
 def training_loader(samples: TrainingSamples, batches: TrainingBatches, workers: int, pin: bool) -> Iterator[Batch]:
     """Yield the batches in order. Raises DcrisError if a sample cannot be read."""
-    return load(samples, workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin)
+    stack = partial(collate, share_images=samples.shares_images)
+    return load(samples, workers, batch_sampler=batches, collate_fn=stack, pin_memory=pin)
 
 
 def batch_bytes(config: DataConfig, samples: int) -> int:

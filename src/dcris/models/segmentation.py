@@ -174,18 +174,25 @@ class ReferringSegmenter(nn.Module):
                 logits = self.segment(state.select(images), text.select(expressions))
             yield logits
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, tokens: Tensor, image_index: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Segment pairs of images and expressions.
 
         Args:
-            images: [B, 3, H, W] normalised.
+            images: [B, 3, H, W] normalised; with `image_index` [I, 3, H, W].
             tokens: [B, L] int64.
+            image_index: [B] int64, the image of each expression; an image is encoded once for all
+                of them. None: expression b belongs to image b.
 
         Returns:
             The logits [B, 1, 4h, 4w], with h = H / patch size; and, in training, the method's
             auxiliary losses by name, to be added to the loss.
         """
-        return self._segment(self.encode_images(images), self.encode_text(tokens))
+        state = self.encode_images(images)
+        if image_index is not None:
+            state = state.select(image_index)
+        return self._segment(state, self.encode_text(tokens))
 
     def _segment(self, state: VisionState, text: TextFeatures | TextState) -> tuple[Tensor, dict[str, Tensor]]:
         layers = self.config.head.feature_layers

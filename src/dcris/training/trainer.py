@@ -283,14 +283,12 @@ class Trainer:
             begin += len(places)
             # Dropout is seeded by the step and the place in the batch: that makes resuming exact.
             torch.manual_seed((self.settings.seed * 1_000_003 + step + places.start * _SEED_STRIDE) % 2**63)
-            images, tokens, masks = (
-                x[part].to(self.device, non_blocking=True) for x in (batch.images, batch.tokens, batch.masks)
-            )
-            images = normalise(images, self.config.data)
+            images, image_index = self._images(batch, part)
+            tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
             # The batch's mean is the sum of the passes' means, each times its share of the batch.
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
-                logits, auxiliary = self.model(images, tokens)
+                logits, auxiliary = self.model(images, tokens, image_index)
             masks = resize_masks(masks, logits.shape[-2:], self.settings.target)
             losses = training_losses(logits, masks, self.settings.losses) | auxiliary
             loss = torch.stack([*losses.values()]).sum() * share
@@ -305,6 +303,16 @@ class Trainer:
 
     # ---- what the loop calls --------------------------------------------------------------------
 
+    def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the normalised images of a part of a batch, and which of them each sample has."""
+        rows: slice | torch.Tensor = part
+        image_index = None
+        if batch.image_index is not None:
+            rows, image_index = batch.image_index[part].unique(return_inverse=True)
+            image_index = image_index.to(self.device)
+        images = batch.images[rows].to(self.device, non_blocking=True)
+        return normalise(images, self.config.data), image_index
+
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's part of each batch.
 
@@ -317,7 +325,14 @@ class Trainer:
         places = [place for ranges in self.passes for place in ranges]
         last = max(self.done, self.total)
         indices = TrainingBatches(
-            len(self.samples), self.settings.batch_size, self.settings.seed, self.done, last, places
+            len(self.samples),
+            self.settings.batch_size,
+            self.settings.seed,
+            self.done,
+            last,
+            places,
+            self.samples.images,
+            self.config.data.phrases_per_image,
         )
         loader = training_loader(self.samples, indices, self.config.data.workers, pin=self.device.type == "cuda")
         while True:

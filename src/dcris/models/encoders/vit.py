@@ -37,11 +37,13 @@ class VisionState:
 
     def select(self, index: Tensor) -> "VisionState":
         """Return the state of the images `index` [B'] int64, for example one row per expression."""
+        # index_select and not tokens[index], whose gradient is summed in any order by several
+        # threads.
         return replace(
             self,
-            tokens=self.tokens[index],
-            mlp_out=None if self.mlp_out is None else self.mlp_out[index],
-            layer_outputs=tuple(output[index] for output in self.layer_outputs),
+            tokens=self.tokens.index_select(0, index),
+            mlp_out=None if self.mlp_out is None else self.mlp_out.index_select(0, index),
+            layer_outputs=tuple(output.index_select(0, index) for output in self.layer_outputs),
         )
 
     def patches(self, tokens: Tensor) -> Tensor:
