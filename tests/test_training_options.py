@@ -1,15 +1,21 @@
-"""Options of training beyond the paper: weight averages, area targets, AdamW, shared images."""
+"""Options of training beyond the paper: weight averages, area targets, AdamW, shared images, stored
+features."""
 
 import json
+import re
+import shutil
+import signal
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import TinyRefer
 from dcris.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.config import TrainConfig
 from dcris.data import dataset
@@ -19,9 +25,12 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
+from dcris.models.encoders.vit import VisionState
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
+from dcris.training import features, trainer
 from dcris.training.averaging import WeightAverage
+from dcris.training.features import FeatureLayout
 from dcris.training.losses import resize_masks, text_to_pixel_loss
 from dcris.training.optimizer import make_optimizer
 from dcris.training.stopping import Interrupted
@@ -43,7 +52,7 @@ def test_options_are_off_by_default() -> None:
     """The paper's recipes must stay the paper's."""
     config = get_recipe("dcris_b")
     assert (config.train.ema, config.train.target, config.train.optimizer) == (None, "nearest", "adam")
-    assert config.data.phrases_per_image == 1
+    assert (config.data.phrases_per_image, config.data.cache_features) == (1, None)
 
 
 # ---- weight averages ---------------------------------------------------------------------------
@@ -242,6 +251,12 @@ def test_an_epoch_has_each_reference_once_beside_others_of_its_image(
     assert len(runs_of([images[number] for number in order])) <= groups
 
 
+def small_images(model: ReferringSegmenter, count: int) -> torch.Tensor:
+    """Return noise of four patches by four."""
+    side = 4 * model.config.vision.patch
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
 def shared_samples(table: ReferenceTable, *settings: tuple[str, str]) -> TrainingSamples:
     config = quick_config(1, SHARED, *settings)
     return TrainingSamples(table.split("train"), config.data, tokenizer_of(config.model.text), 0)
@@ -269,12 +284,12 @@ def test_a_batch_has_each_image_once(table: ReferenceTable, monkeypatch: pytest.
         assert all(names == drawn[0] for names in drawn)
 
 
-@pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny", "etris_tiny", "barleria_tiny"])
+@pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny", "etris_tiny", "barleria_tiny", "dcris_photos"])
 def test_sharing_changes_neither_logits_nor_gradients(recipe: str) -> None:
     """Up to rounding, wherever a method reads the text, also if weights before that are trained."""
-    model = without_dropout(ReferringSegmenter(quick_config(1, recipe=recipe).model)).double()
+    model = without_dropout(ReferringSegmenter(get_recipe(recipe).model)).double()
     randomise(model)
-    pixels, index = torch.randn(2, 3, 56, 56).double(), torch.tensor([0, 1, 0, 0])
+    pixels, index = small_images(model, 2).double(), torch.tensor([0, 1, 0, 0])
     tokens = torch.randint(1, 99, (4, 14))
     found = []
     for arguments in ((pixels, tokens, index), (pixels[index], tokens)):
@@ -306,3 +321,174 @@ def test_shared_images_on_several_processes(scenes_root: Path, tmp_path: Path) -
         done = torchrun(count, *train_words(scenes_root, tmp_path / str(count), 6, *words), program=IN_DOUBLE_PRECISION)
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=4e-7)
+
+
+# ---- stored features ---------------------------------------------------------------------------
+
+CACHED = ("data.cache_features", "2")
+FLIP = ("data.augmentations", '{"flip": 0.5}')
+
+
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run that would store features read and encode its images, with the same draws."""
+    monkeypatch.setattr(Trainer, "_cache_features", lambda self: None)
+
+
+@pytest.mark.parametrize("recipe", ["dcris_tiny", "etris_tiny", "fixed_tiny"])
+def test_stored_features_do_not_change_the_run(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """In float32 all logged values and weights are equal bit for bit, over both variants of an
+    image; no image is read during training; and nothing is left at the end."""
+    few = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:8])
+    config = quick_config(5, CACHED, FLIP, EVERY_STEP, ("train.precision", "float32"), recipe=recipe)
+
+    def no_image(self: TrainingSamples, path: Path) -> None:
+        raise AssertionError(f"{path} is read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSamples, "_read_image", no_image)
+        run_training(config, few, tmp_path / "cached")
+    assert not (tmp_path / "cached/features").exists()
+    uncached(monkeypatch)
+    run_training(config, few, tmp_path / "plain")
+    assert_same_run(tmp_path / "cached", tmp_path / "plain")
+
+
+def test_a_run_with_stored_features_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
+    """With the files of the interrupted run, with files that are gone, and with damaged ones; also
+    with shared images and workers."""
+    config = quick_config(5, CACHED, FLIP, SHARED, EVERY_STEP)
+    run_training(config, table, tmp_path / "whole")
+    stored = tmp_path / "halves/features"
+    lines: list[str] = []
+    for step, damage in enumerate((None, None, shutil.rmtree, lambda at: (at / "0.json").write_text("{}")), 1):
+        if damage:
+            damage(stored)
+        workers = ("data.workers", str(step % 2))
+        with pytest.raises(Interrupted):
+            resumed = quick_config(5, CACHED, FLIP, SHARED, EVERY_STEP, workers)
+            stop = stop_at(step)
+            log = lambda line, stop=stop: (lines.append(line), stop(line))  # noqa: E731
+            run_training(resumed, table, tmp_path / "halves", resume=True, log=log)
+        assert (stored / "0.json").exists()
+    run_training(config, table, tmp_path / "halves", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    assert not stored.exists()
+    assert sum(line.startswith("storing the features") for line in lines) == 3
+
+
+def test_half_precision_is_close(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, features are stored as float16; the losses stay those of the run without."""
+    config = quick_config(4, CACHED, EVERY_STEP, ("train.precision", "bfloat16"), ("train.lr", "1e-5"))
+    run_training(config, table, tmp_path / "cached")
+    uncached(monkeypatch)
+    run_training(config, table, tmp_path / "plain")
+    found, expected = ([line["loss"] for line in timeless_log(tmp_path / name)] for name in ("cached", "plain"))
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("recipe", ["dcris_tiny", "fixed_tiny", "etris_tiny", "dcris_photos"])
+def test_layout_of_features(recipe: str, half: bool) -> None:
+    """All tensors of a state come back, in the precision they are stored in; values beyond
+    float16 are an error."""
+    model = ReferringSegmenter(get_recipe(recipe).model)
+    randomise(model)
+    with torch.no_grad():
+        state = model.encode_images(small_images(model, 3))
+    layout = FeatureLayout(state.select(torch.tensor([0])), half)
+    records = layout.pack(state)
+    assert records.shape == (3, layout.bytes)
+    again = layout.unpack(records)
+    assert (again.grid, again.step) == (state.grid, state.step)
+    for one, other in zip(again.tensors(), state.tensors(), strict=True):
+        assert torch.equal(one, other.half().float() if half else other)
+        assert one.stride() == other.stride()
+    if half:
+        with pytest.raises(DcrisError, match="exceed the range of float16"):
+            layout.pack(state.with_tensors([1e6 * tensor for tensor in state.tensors()]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trains"),
+    [(recipe, False) for recipe in ("dcris_tiny", "etris_tiny", "fixed_tiny")]
+    + [(recipe, True) for recipe in ("lora_tiny", "bitfit_tiny", "full_tiny", "barleria_tiny", "adaptformer_tiny")],
+)
+def test_trained_weights_before_the_text(table: ReferenceTable, tmp_path: Path, recipe: str, trains: bool) -> None:
+    """Where the part changes in training, storing its result is refused before anything is
+    written."""
+    config = quick_config(1, CACHED, recipe=recipe)
+    assert ReferringSegmenter(config.model).trains_before_text() == trains
+    if trains:
+        with pytest.raises(DcrisError, match="needs an image encoder without trained weights before the text"):
+            run_training(config, table, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_features_need_room_on_the_disk(table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are known before the first is written, and the estimate is an upper bound."""
+    lines: list[str] = []
+    sizes: list[int] = []
+    remove = trainer.remove_directory
+
+    def measure(folder: Path) -> None:
+        sizes.append(sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json"))
+        remove(folder)
+
+    monkeypatch.setattr(trainer, "remove_directory", measure)
+    config = quick_config(1, CACHED, FLIP)
+    run_training(config, table, tmp_path / "run", log=lines.append)
+    (line,) = (line for line in lines if line.startswith("storing the features of up to"))
+    estimate = float(re.search(r"([\d.]+) GB", line)[1]) * 1e9  # type: ignore[index]
+    assert 0.2 * estimate < sizes[0] < estimate + 1e7
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(DcrisError, match=r"features of the training images need 0\.\d GB in .*features, where 0\.0 GB"):
+        run_training(config, table, tmp_path / "other")
+    assert not (tmp_path / "other/features").exists()
+
+
+def test_unreadable_images_with_stored_features(tiny_refer: TinyRefer, tmp_path: Path) -> None:
+    """They stop the run, or are skipped and counted, as without stored features."""
+    tiny_refer.references[1]["split"] = tiny_refer.references[0]["split"] = "train"
+    root = tiny_refer.write()
+    table = load_references(root, tiny_refer.dataset)
+    (tiny_refer.image_folder / "2.png").write_bytes(b"")
+    settings = CACHED, ("data.val_split", "null"), ("data.dataset", tiny_refer.dataset)
+    with pytest.raises(DcrisError, match=r"cannot read .*2\.png"):
+        run_training(quick_config(2, *settings), table, tmp_path / "stop")
+    lines: list[str] = []
+    skip = ("data.on_bad_image", "skip")
+    run_training(quick_config(2, *settings, skip), table, tmp_path / "skip", log=lines.append)
+    assert sum("2.png" in line for line in lines) == 1
+    assert lines[-1].startswith("1 of 3 references could not be read")
+
+
+def test_a_stop_while_features_are_stored(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends it with a checkpoint of step 0, and the run then continues."""
+    pack = FeatureLayout.pack
+
+    def interrupted(self: FeatureLayout, state: VisionState) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return pack(self, state)
+
+    config = quick_config(2, CACHED, EVERY_STEP)
+    monkeypatch.setattr(FeatureLayout, "pack", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 0"):
+        run_training(config, table, tmp_path / "run")
+    monkeypatch.undo()
+    run_training(config, table, tmp_path / "run", resume=True)
+    run_training(config, table, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_stored_features_on_several_processes(scenes_root: Path, tmp_path: Path) -> None:
+    """Each rank stores its share of the images and reads those of the others."""
+    for count, words in ((1, ()), (3, ("--data.cache_features", "1", "--data.workers", "1"))):
+        done = torchrun(count, *train_words(scenes_root, tmp_path / str(count), 6, *words), program=IN_DOUBLE_PRECISION)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=4e-7)
+    assert not (tmp_path / "3/features").exists()

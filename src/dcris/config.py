@@ -263,6 +263,10 @@ class DataConfig(Section):
     """References of an image that training puts next to each other, so that a batch has up to so
     many of each image. The part of the network before the text is then computed once for them. They
     get the same draws of augmentations."""
+    cache_features: Count | None = None
+    """Number of augmented variants of each training image that are encoded once, up to the first
+    trained weight or the text, and kept on disk (see dcris.training.features). Epoch e uses variant
+    e modulo this number. None: images are read and encoded at every step."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
     """Threshold for mask images with more than two values: pixels above it belong to the object.
     Below 1 it is a fraction of the full scale. None: such images are an error."""

@@ -67,8 +67,8 @@ class Sample:
     and the mask."""
 
     image: Tensor
-    """[3, S, S] uint8, normalised on the device: a quarter of the bytes of float32 to move there.
-    """
+    """[3, S, S] uint8, normalised on the device: a quarter of the bytes of float32 to move there;
+    or [R] uint8, the image's features as dcris.training.features stores them."""
     tokens: Tensor
     """[L] int64."""
     mask: Tensor
@@ -82,7 +82,8 @@ class Batch:
     """Samples stacked for one training step."""
 
     images: Tensor
-    """[B, 3, S, S] uint8; with `image_index` only the I distinct images, [I, 3, S, S]."""
+    """[B, 3, S, S] uint8, or the features [B, R] uint8; with `image_index` only the I distinct
+    images, [I, 3, S, S] or [I, R]."""
     tokens: Tensor
     """[B, L] int64."""
     masks: Tensor

@@ -84,6 +84,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
 
     With `config.phrases_per_image` above 1, all references of an image get the same draws of
     augmentations, so that their pixels are equal unless an augmentation depends on the expression.
+    So do they with `config.cache_features`, and the draws repeat after so many epochs.
     """
 
     def __init__(self, references: Sequence[Reference], config: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
@@ -92,8 +93,8 @@ class TrainingSamples(Dataset[Sample | Failure]):
         self.shares_images = config.phrases_per_image > 1
         self.images: Sequence[int] = range(len(references))
         """For each reference the number that stands for its image in random draws: that of the
-        image's first reference, or its own if images are not shared."""
-        if self.shares_images:
+        image's first reference, or its own if each reference has its own draws."""
+        if self.shares_images or config.cache_features:
             first: dict[Path, int] = {}
             self.images = [first.setdefault(each.image_path, number) for number, each in enumerate(references)]
         self._last_image: tuple[Path, NDArray[np.uint8]] | None = None
@@ -110,6 +111,8 @@ class TrainingSamples(Dataset[Sample | Failure]):
     def draw_augmentations(self, index: int) -> list[tuple[str, np.random.Generator]]:
         """Return the augmentations of the sample at `index`: their names and generators."""
         epoch, number = divmod(index, len(self))
+        if self.config.cache_features:
+            epoch %= self.config.cache_features
         drawn = []
         for name, probability in self.config.augmentations.items():
             # One stream per name: adding an augmentation changes no draw of another, nor which
@@ -136,15 +139,21 @@ class TrainingSamples(Dataset[Sample | Failure]):
         )
 
     def _read(self, index: int) -> Sample | Failure:
-        reference = self.references[index % len(self)]
         try:
-            image = self._read_image(reference.image_path)
-            mask = decode_mask(reference.segmentation, reference.image_size)
-            if image.shape[:2] != mask.shape:
-                raise DcrisError(size_mismatch(reference, image))
+            image = self._read_image(self.references[index % len(self)].image_path)
+            return self.make(index, image, self.draw(index).text)
         except DcrisError as error:
             return Failure(str(error))
-        text = self.draw(index).text
+
+    def make(self, index: int, image: NDArray[np.uint8], text: str) -> Sample:
+        """Make the sample at `index` from its image [H, W, 3] uint8 and one of its expressions.
+
+        Raises DcrisError if the mask cannot be read, or is not of the image's size.
+        """
+        reference = self.references[index % len(self)]
+        mask = decode_mask(reference.segmentation, reference.image_size)
+        if image.shape[:2] != mask.shape:
+            raise DcrisError(size_mismatch(reference, image))
         for name, generator in self.draw_augmentations(index):
             image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)
         square, letterbox = to_square(image, self.config, Letterbox)

@@ -141,6 +141,13 @@ class ReferringSegmenter(nn.Module):
         state = self.vision.advance(self.vision.start(images), self.vision.first_text_step, feature_layers=layers)
         return self.vision.precompute_mlp(state)
 
+    def trains_before_text(self) -> bool:
+        """Return whether the result of `encode_images` depends on a trained weight."""
+        side, weight = self.config.vision.patch, next(self.vision.parameters())
+        with torch.enable_grad():
+            state = self.encode_images(weight.new_zeros(1, 3, side, side))
+        return any(tensor.requires_grad for tensor in state.tensors())
+
     def segment(self, state: VisionState, text: TextFeatures | TextState) -> Tensor:
         """Return the logits [B, 1, 4h, 4w] of images and expressions, pair by pair
         (`VisionState.select`).
@@ -175,12 +182,13 @@ class ReferringSegmenter(nn.Module):
             yield logits
 
     def forward(
-        self, images: Tensor, tokens: Tensor, image_index: Tensor | None = None
+        self, images: Tensor | VisionState, tokens: Tensor, image_index: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Segment pairs of images and expressions.
 
         Args:
-            images: [B, 3, H, W] normalised; with `image_index` [I, 3, H, W].
+            images: [B, 3, H, W] normalised, or encoded by `encode_images`; with `image_index` I
+                images.
             tokens: [B, L] int64.
             image_index: [B] int64, the image of each expression; an image is encoded once for all
                 of them. None: expression b belongs to image b.
@@ -189,7 +197,7 @@ class ReferringSegmenter(nn.Module):
             The logits [B, 1, 4h, 4w], with h = H / patch size; and, in training, the method's
             auxiliary losses by name, to be added to the loss.
         """
-        state = self.encode_images(images)
+        state = images if isinstance(images, VisionState) else self.encode_images(images)
         if image_index is not None:
             state = state.select(image_index)
         return self._segment(state, self.encode_text(tokens))

@@ -51,9 +51,11 @@ from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.attach import trained_state
+from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.averaging import WeightAverage
+from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
 from dcris.training.losses import LOSSES, resize_masks, training_losses
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -63,7 +65,7 @@ from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require, require_names
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.distributed import Processes
-from dcris.utils.files import lock_folder, make_directory, read_json, write_json
+from dcris.utils.files import lock_folder, make_directory, read_json, remove_directory, write_json
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -72,6 +74,11 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 _CONFIG = "config.json"
 _DATA = "data.json"
 """File in a run's directory that records its references, and the checkpoint it was started from."""
+
+_FEATURES = "features"
+"""Folder in a run's directory for `data.cache_features`."""
+_ENCODED_AT_ONCE = 8
+"""Images in a pass that computes features to be stored."""
 
 _ALONE = Processes()
 
@@ -187,6 +194,7 @@ class Trainer:
         self.done = 0  # steps taken, those before resuming included
         self.last: Checkpoint | None = None
         self.average: WeightAverage | None = None
+        self.features: CachedSamples | None = None
         self.stop = StopRequest()
 
         # Set by run():
@@ -220,6 +228,8 @@ class Trainer:
     def _run(self, stack: ExitStack) -> TrainResult:
         self._prepare(stack)
         begin = time.monotonic()
+        if self.config.data.cache_features and self.done < self.total:
+            self._cache_features()
         with Monitor(
             self.out, self.config, self.done, self.total, self.per_epoch, self.device, self.log, self.group.first
         ) as self.monitor:
@@ -230,6 +240,8 @@ class Trainer:
         if self.average is not None:
             self.average.exchange()  # the model is then that of the last checkpoint
         checkpoints = self.group.from_first(partial(list_checkpoints, self.out))
+        if self.group.first:
+            remove_directory(self.out / _FEATURES)
         return TrainResult(checkpoints[-1], best_checkpoint(checkpoints), time.monotonic() - begin)
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -303,14 +315,17 @@ class Trainer:
 
     # ---- what the loop calls --------------------------------------------------------------------
 
-    def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the normalised images of a part of a batch, and which of them each sample has."""
+    def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor | VisionState, torch.Tensor | None]:
+        """Return the normalised images of a part of a batch, or their stored features, and which of
+        them each sample has."""
         rows: slice | torch.Tensor = part
         image_index = None
         if batch.image_index is not None:
             rows, image_index = batch.image_index[part].unique(return_inverse=True)
             image_index = image_index.to(self.device)
         images = batch.images[rows].to(self.device, non_blocking=True)
+        if self.features is not None:
+            return self.features.layout.unpack(images), image_index
         return normalise(images, self.config.data), image_index
 
     def _batches(self) -> Iterator[Batch]:
@@ -462,6 +477,41 @@ class Trainer:
 
     # ---- before the first step ------------------------------------------------------------------
 
+    def _cache_features(self) -> None:
+        """Store the features of the training images, or use those from before an interruption."""
+        data, begin = self.config.data, time.monotonic()
+        blank = self._encode(torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8))
+        layout = FeatureLayout(blank, half=self.dtype != torch.float32)
+        places = sum(len(places) for places in self.passes)
+        sample_bytes = layout.bytes + batch_bytes(data, 1)
+        require_shared_memory(data.workers, places * self.group.local_count * sample_bytes)
+        key = {
+            "references": self.table.sha256(),
+            "towers": self.towers,
+            "model": self.config.model.model_dump(mode="json"),
+            "data": data.model_dump(mode="json", exclude={"workers", "on_bad_image", "val_split"}),
+            "seed": self.settings.seed,
+            "precision": str(self.dtype),
+        }
+        self.samples = self.features = CachedSamples(self.samples, self.out / _FEATURES, layout, key, self.group)
+        if not all(self.group.all_gather(self.features.complete())):
+            images, needed = self.features.estimate()
+            self.features.require_room(needed)
+            self.log(
+                f"storing the features of up to {images:,} images, {needed / 1e9:,.2f} GB, in {self.features.folder}"
+            )
+            written = self.features.write(self._encode, data.workers, _ENCODED_AT_ONCE)
+            for _ in self.stop.take_until_stop(written):
+                pass
+            self._stop_if_requested()
+            self.log(f"stored the features in {time.monotonic() - begin:.0f} s")
+        self.features.open()
+
+    @torch.no_grad()
+    def _encode(self, squares: torch.Tensor) -> VisionState:
+        with autocast(self.device, self.dtype):
+            return self.model.encode_images(normalise(squares.to(self.device), self.config.data))
+
     def _prepare(self, stack: ExitStack) -> None:
         """Find the checkpoints, compare the ranks, prepare model and optimizer, and write the run's
         configuration.
@@ -487,6 +537,8 @@ class Trainer:
         self.towers = identify_towers(self.model)
         self._require_same_on_all_ranks(record["sha256"])
         self._prepare_model()
+        if self.config.data.cache_features:
+            self._require_frozen_images()
         self._load_weights(newest, record)
         self.last = self.group.from_first(lambda: newest)
         self._copy_from_first_rank()
@@ -544,6 +596,17 @@ class Trainer:
         model.checkpoint_activations(self.settings.checkpoint_activations)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, self.settings)
+
+    def _require_frozen_images(self) -> None:
+        """Raise DcrisError if the features of an image change during training."""
+        if self.settings.shard_towers:
+            raise DcrisError("data.cache_features does not work with train.shard_towers; leave one of them off")
+        if self.model.trains_before_text():
+            method = self.config.model.method
+            raise DcrisError(
+                f"data.cache_features needs an image encoder without trained weights before the text, but the method "
+                f"{method.name if method else None} trains some there; leave it off"
+            )
 
     def _load_weights(self, newest: Checkpoint | None, record: dict[str, Any]) -> None:
         """Load the checkpoint that is resumed, or else that of `train.start`, which is noted in

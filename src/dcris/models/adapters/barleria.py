@@ -115,13 +115,6 @@ class BarleriaState(VisionState):
     side_patches: Tensor | None = None
     """[B, N, S]"""
 
-    def select(self, index: Tensor) -> "BarleriaState":
-        """Return the state of the images `index` [B'] int64."""
-        assert self.side_patches is not None
-        selected = VisionState.select(self, index)
-        assert isinstance(selected, BarleriaState)
-        return replace(selected, side_patches=self.side_patches[index])
-
 
 class BarleriaBridge(Bridge):
     """Word embeddings pass through the vision tower; f_t guides the side network."""

@@ -6,7 +6,8 @@ patches), D width.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +36,46 @@ class VisionState:
     layer_outputs: tuple[Tensor, ...] = ()
     """[B, P, D] each: outputs of the feature layers that have run."""
 
-    def select(self, index: Tensor) -> "VisionState":
+    def select(self, index: Tensor) -> Self:
         """Return the state of the images `index` [B'] int64, for example one row per expression."""
-        # index_select and not tokens[index], whose gradient is summed in any order by several
-        # threads.
-        return replace(
-            self,
-            tokens=self.tokens.index_select(0, index),
-            mlp_out=None if self.mlp_out is None else self.mlp_out.index_select(0, index),
-            layer_outputs=tuple(output.index_select(0, index) for output in self.layer_outputs),
-        )
+        # index_select and not tensor[index], whose gradient is summed in any order by several
+        # threads. But index_select forgets channels_last.
+        return self.with_tensors([tensor.index_select(0, index) for tensor in self.tensors()])
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, also those that a subclass adds; each has the image as its first
+        dimension.
+        """
+        values = (getattr(self, field.name) for field in fields(self))
+        return [item for value in values for item in _as_tuple(value) if isinstance(item, Tensor)]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
+        """Return the state with other tensors, in the order of `tensors()` and in their memory
+        layout.
+        """
+        rest = iter(tensors)
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = _in_layout_of(value, next(rest))
+            elif isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value):
+                changes[field.name] = tuple(_in_layout_of(item, next(rest)) for item in value)
+        return replace(self, **changes)
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Return the patches among a tower's tokens as a map: [B, P, C] -> [B, C, h, w]."""
         rows, columns = self.grid
         return as_map(tokens[:, -rows * columns :], self.grid)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
+    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
