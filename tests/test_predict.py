@@ -27,6 +27,7 @@ from dcris.errors import DcrisError
 from dcris.inference.batch import BatchPredictor, Done, Failed
 from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs
 from dcris.inference.label_studio import brush_rle, label_studio_config, label_studio_task
+from dcris.inference.records import Records
 from runs import leftovers
 from test_distributed import half_mask_model, torchrun
 
@@ -663,6 +664,63 @@ def test_damaged_records(damage: str, model: Path, photos: Path, tmp_path: Path,
     assert (f"{len(each)} damaged lines" in capsys.readouterr().out) == (damage == "each line")
     assert {**contents(out), RECORDS: b""} == {**expected, RECORDS: b""}
     assert sorted(recorded(out)) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("file", [RECORDS, "dcris-journal.1.jsonl"])
+def test_a_record_file_may_end_anywhere(file: str, model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """A kill may cut the last line of any rank after any byte, also within a character: only this
+    record is lost, and the next call completes the folder."""
+    (photos / "3.png").rename(photos / "é.png")
+    out = tmp_path / "out"
+    command = ("predict", model, photos, "-e", "cup", "--out", out)
+    assert dcris(*command) == 0
+    expected, lines = contents(out), (out / RECORDS).read_bytes().splitlines(keepends=True)
+    lines.sort(key=lambda line: json.loads(line)["name"])
+    last = lines[3]
+
+    def cut(length: int) -> None:
+        (out / RECORDS).write_bytes(b"".join(lines[:2]))
+        with (out / file).open("ab") as journal:
+            journal.write(lines[2] + last[:length])
+
+    for length in range(len(last)):
+        cut(length)
+        records = Records(out)
+        assert sorted(records.read()) == ["0", "1", "2"]
+        assert records.damaged == 0
+        (out / file).unlink()
+    for length in (1, last.index("é".encode()) + 1, len(last) - 1):
+        cut(length)
+        (out / "é.0.mask.png").write_bytes(b"half")
+        capsys.readouterr()
+        assert dcris(*command) == 0
+        assert capsys.readouterr().out.startswith("3 of 4 are done already")
+        assert {**contents(out), RECORDS: b""} == {**expected, RECORDS: b""}
+        assert sorted(recorded(out)) == ["0", "1", "2", "é"]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_records_of_the_previous_format(end: bytes, model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """It had the settings in a first line, and records without them. Of a killed call, its last
+    line may be cut. Nothing of it is used, and its images are predicted again."""
+    out = tmp_path / "out"
+    command = ("predict", model, photos, "-e", "cup", "--out", out)
+    assert dcris(*command) == 0
+    expected, records = contents(out), [json.loads(line) for line in (out / RECORDS).read_text().splitlines()]
+    added = {"settings", "file_name", "percent_encoded", "address", "place"}
+    previous = [{"settings": records[0]["settings"]}]
+    previous += [{key: record[key] for key in record if key not in added} for record in records]
+    *lines, last = [json.dumps(record).encode() + b"\n" for record in previous]
+    (out / RECORDS).write_bytes(b"".join(lines) + last[:-2] + end)
+    for number in range(4):
+        (out / f"{number}.0.mask.png").write_bytes(b"previous")
+    capsys.readouterr()
+    assert dcris(*command) == 0
+    damaged = len(lines) + len(end)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out / RECORDS} has {damaged} damaged lines; their images are predicted again\n")
+    assert "done already" not in printed
+    assert contents(out) == expected
 
 
 @pytest.mark.timeout(60)
