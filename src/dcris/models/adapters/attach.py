@@ -73,6 +73,6 @@ def fold(tower: nn.Module) -> None:
     for block in [module for module in tower.modules() if isinstance(module, Block)]:
         for place in chain.from_iterable(block.places):
             slot = block.slot(place)
-            if isinstance(slot, Slot):
+            if not isinstance(slot, EmptySlot):
                 slot.fold(block)
                 block.put(place, EmptySlot())
