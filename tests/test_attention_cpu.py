@@ -108,6 +108,25 @@ def test_pixels_attend_to_words_and_not_to_padding(dtype: torch.dtype, tolerance
         assert not to_words[0, :, 5:].any() and not to_words[1, :, 9:].any() and to_words[0, :, :5].all()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_few_keys_in_bfloat16_are_as_exact_as_torchs(masked: bool) -> None:
+    """Pixels that attend to words while training: output and gradients against float64."""
+    mask = torch.arange(12) < torch.tensor([7, 12])[:, None, None, None] if masked else None
+    shape = (2, 300, 12, 4, 32)
+
+    def torchs(*x: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*x, attn_mask=mask)
+
+    def ours(*x: Tensor) -> Tensor:
+        return attend(*x, mask=mask)
+
+    exact = with_gradients(torchs, inputs(shape, torch.float64))
+    found = [with_gradients(each, inputs(shape, torch.bfloat16)) for each in (torchs, ours)]
+    for expected, their, our in zip(exact, *found, strict=True):
+        assert not torch.equal(their, our)
+        assert (our.double() - expected).norm() < 1.5 * (their.double() - expected).norm()
+
+
 def test_dropout_follows_torchs_seed_and_differs_between_heads() -> None:
     """Dropout depends on torch's seed only, which makes resuming exact, and differs
     between heads.

@@ -215,8 +215,8 @@ _TINY = _add(
     "never trained on photographs.",
 )
 
-# DCRIS on towers from PyPI, for photographs without the Hub. Every second block that can have an
-# adapter has one, from the last stage of stride 16 on.
+# DCRIS on towers from PyPI, for photographs without the Hub. The blocks of stride 32 that can have
+# an adapter have one: what is before them can be computed once per photograph and stored.
 _PHOTOS = _add(
     RunConfig(
         recipe="dcris_photos",
@@ -225,7 +225,7 @@ _PHOTOS = _add(
             text=TEXT_TOWERS["all-minilm-l6-v2"],
             method=DcrisConfig(
                 visual=DenseCrossConfig(
-                    layers=(12, 14, 17, 19), width=64, attention_width=64, heads=4, dropout=0.0, init="zero"
+                    layers=(16, 17, 18, 19), width=64, attention_width=64, heads=4, dropout=0.0, init="zero"
                 ),
                 text=TextAdapterConfig(layers=(1, 3, 5), width=32, init="zero"),
             ),

@@ -28,8 +28,8 @@ def attend(
     """
     if mask is None and not causal and cpu_attention.pays(query, key, value, dropout):
         return cpu_attention.attend(query, key, value, dropout)
-    if mask is not None and not causal and dropout > 0 and query.device.type == "cpu":
-        return cpu_attention.attend_masked(query, key, value, mask, dropout)
+    if not causal and cpu_attention.stores_maps(query, key, mask, dropout):
+        return cpu_attention.attend_small(query, key, value, mask, dropout)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)
 
 
