@@ -31,5 +31,41 @@ def flip(
     return np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1]), mirrored
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"flip": flip}
+def light(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], phrase: str, generator: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:
+    """Change brightness by up to 30% and contrast by up to 25%. Hues stay, so that colours in
+    phrases remain true.
+    """
+    brightness, contrast = np.exp(generator.uniform(-1, 1, size=2) * np.log((1.3, 1.25)))
+    middle = image.mean()
+    table = np.clip((np.arange(256) - middle) * contrast + middle * brightness, 0, 255).round().astype(np.uint8)
+    return table[image], mask, phrase
+
+
+def zoom(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], phrase: str, generator: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:
+    """Cut out a window, or put the image onto a larger grey canvas: sides times 0.75 to 1.33.
+
+    A sample is not changed if the window would lose more than a quarter of its object.
+    """
+    height, width = mask.shape
+    scale = np.exp(generator.uniform(-1, 1) * np.log(4 / 3))
+    rows, columns = round(height * scale), round(width * scale)
+    # Where the window or, on a larger canvas, the image begins.
+    top, left = (round(generator.random() * abs(size)) for size in (height - rows, width - columns))
+    if scale < 1:
+        window = np.s_[top : top + rows, left : left + columns]
+        if mask[window].sum() < 0.75 * mask.sum():
+            return image, mask, phrase
+        return np.ascontiguousarray(image[window]), np.ascontiguousarray(mask[window]), phrase
+    canvas = np.full((rows, columns, 3), 127, np.uint8)
+    canvas[top : top + height, left : left + width] = image
+    wider = np.zeros((rows, columns), np.uint8)
+    wider[top : top + height, left : left + width] = mask
+    return canvas, wider, phrase
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"flip": flip, "light": light, "zoom": zoom}
 """Every augmentation by the name that `data.augmentations` uses."""
