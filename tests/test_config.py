@@ -109,7 +109,7 @@ def test_a_value_that_does_not_fit_names_its_key_in_one_line(plain: dict[str, An
         (method(visual={"attention_width": 130}), "attention_width 130"),
         (tree(model={"method": {"name": "dcris", "visual": None, "text": None}}), "set model.method to null"),
         (tree(model={"vision": {"family": "siglip"}}), "vision.family: unknown family 'siglip'; known: clip, dinov2"),
-        (tree(model={"text": {"family": "t5"}}), "text.family: unknown family 't5'; known: clip"),
+        (tree(model={"text": {"family": "t5"}}), "text.family: unknown family 't5'; known: bert, clip"),
         (tree(data={"image_size": 450}), "image_size 450.*14"),
         (tree(data={"word_length": 78}), "word_length 78.*77"),
     ],

@@ -118,7 +118,10 @@ def test_a_run_with_both_resumes_exactly(scenes_root: Path, tmp_path: Path) -> N
     [
         ('train.losses={"dcie": 1}', "train.losses: unknown name 'dcie'; use one of dice, mean_logit"),
         ('train.losses={"dice": 0}', "train.losses.dice: input should be greater than 0"),
-        ('data.augmentations={"filp": 1}', "data.augmentations: unknown name 'filp'; use one of flip, noise"),
+        (
+            'data.augmentations={"filp": 1}',
+            "data.augmentations: unknown name 'filp'; use one of flip, light, noise, zoom",
+        ),
         ('data.augmentations={"flip": 2}', "data.augmentations.flip: input should be less than or equal to 1"),
     ],
 )

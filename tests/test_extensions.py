@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.cli import main
 from dcris.config import replace
+from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.dataset import TrainingSamples, all_queries, normalise
 from dcris.data.flip import swap_sides
 from dcris.data.readers.load import load_references
@@ -171,6 +172,44 @@ def test_the_threshold_is_chosen_on_another_split(
     (tmp_path / "list.json").write_text("[]")
     assert dcris(*command, tmp_path / "list.json") == 2
     assert dcris(*command, 0.5, "--anew") == 0
+
+
+# ---- light and zoom ------------------------------------------------------------------------------
+
+
+def test_light_keeps_mask_phrase_and_hues() -> None:
+    """A phrase such as "the red cup" stays true: channels keep their order, and grey stays grey."""
+    image = np.random.default_rng(0).integers(40, 200, (20, 30, 3), dtype=np.uint8)
+    image[:, 15:] = image[:, 15:, :1]
+    mask = np.eye(20, 30, dtype=np.uint8)
+    means = set()
+    for seed in range(20):
+        lit, same, phrase = AUGMENTATIONS["light"](image, mask, "the red cup", np.random.default_rng(seed))
+        assert same is mask and phrase == "the red cup"
+        means.add(round(float(lit.mean())))
+        assert (lit[:, 15:] == lit[:, 15:, :1]).all()
+        order = np.diff(image.astype(int), axis=2) * np.diff(lit.astype(int), axis=2)
+        assert (order >= 0).all()
+    assert len(means) > 10 and min(means) < image.mean() < max(means)
+
+
+def test_zoom_moves_image_and_mask_alike() -> None:
+    """The object's pixels stay its own, their number changes only at the window's border, and most
+    of it is always seen."""
+    mask = np.zeros((60, 80), np.uint8)
+    mask[5:25, 50:78] = 1
+    image = np.where(
+        mask[..., None], np.uint8(250), np.random.default_rng(0).integers(0, 100, (60, 80, 3), dtype=np.uint8)
+    )
+    shapes = set()
+    for seed in range(60):
+        zoomed, moved, phrase = AUGMENTATIONS["zoom"](image, mask, "top right", np.random.default_rng(seed))
+        assert zoomed.shape[:2] == moved.shape and phrase == "top right"
+        assert ((zoomed == 250).all(-1) == moved.astype(bool)).all()
+        assert 0.75 * mask.sum() <= moved.sum() <= mask.sum()
+        shapes.add(moved.shape)
+    heights = sorted(height for height, _ in shapes)
+    assert 45 <= heights[0] < 50 and 75 < heights[-1] <= 80
 
 
 # ---- flip ----------------------------------------------------------------------------------------

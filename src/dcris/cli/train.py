@@ -155,12 +155,9 @@ def _train(group: Any, args: argparse.Namespace) -> None:
 
     print_line = log if group.first else lambda text: None
     config = configuration(args)
-    references = load_references(
-        args.data, config.data.dataset, config.data.split_by, mask_threshold=config.data.mask_threshold
-    )
-    table = training_table(references, config.data)
-    for note in table.notes[len(references.notes) :]:
-        print_line(note)
+    data = config.data
+    references = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
+    table = training_table(references, data)
     chose_val = "data.val_split" in parse_settings(args.settings)
     if own_name(args.data, args) and not chose_val and config.data.val_split not in {None, *table.splits()}:
         print_line(
