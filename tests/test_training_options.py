@@ -438,7 +438,7 @@ def test_features_need_room_on_the_disk(table: ReferenceTable, tmp_path: Path, m
         remove(folder)
 
     monkeypatch.setattr(trainer, "remove_directory", measure)
-    config = quick_config(1, CACHED, FLIP)
+    config = quick_config(1, CACHED, ("data.augmentations", '{"flip": 0.5, "light": 0.5, "zoom": 0.8}'))
     run_training(config, table, tmp_path / "run", log=lines.append)
     (line,) = (line for line in lines if line.startswith("storing the features of up to"))
     estimate = float(re.search(r"([\d.]+) GB", line)[1]) * 1e9  # type: ignore[index]

@@ -194,12 +194,16 @@ class CachedSamples(TrainingSamples):
     def estimate(self) -> tuple[int, int]:
         """Return at most how many images have to be encoded, and the bytes of all files.
 
-        An augmentation that draws for each expression, unlike those of the package, takes more.
+        An augmentation may leave out some expressions or objects of an image, so that two of them
+        make up to four different images.
         """
         images = 0
-        for image in set(self.images):
-            drawn = [bool(self.draw_augmentations(variant * len(self) + image)) for variant in range(self.variants)]
-            images += 1 + sum(drawn)
+        for numbers in (numbers for share in self.shares for numbers in share):
+            expressions = sum(len(self.references[number].expressions) for number in numbers)
+            images += 1
+            for variant in range(self.variants):
+                drawn = self.draw_augmentations(variant * len(self) + numbers[0])
+                images += min(expressions, 2 ** len(drawn) - 1)
         entries = sum(entries_of(self, number) for number in range(len(self)))
         masks = len(self) * self.variants * self.config.image_size**2 // _MASK_SHARE
         return images, images * self.layout.bytes + entries * self.entry.itemsize + masks
