@@ -76,6 +76,10 @@ CALLS: dict[str, Call] = {
         for value in (float("nan"), -1, 0, 1, True, "0.5", [0.5], 1j, np.zeros(3))
     },
     **{
+        f"refine {value!r}": lambda s, value=value: s.predict(IMAGE, "a", refine=value)
+        for value in ("sharper", 5, ["guided"], "", np.zeros(3))
+    },
+    **{
         f"memory {value!r}": lambda s, value=value: s.predict(IMAGE, "a", memory=value)
         for value in (-1, float("nan"), "1 GB", [1])
     },

@@ -41,6 +41,7 @@ def test_extensions_are_off_by_default() -> None:
     """The paper's recipes must stay the paper's."""
     config = get_recipe("dcris_b")
     assert config.data.augmentations == {}
+    assert config.data.refine == "none"
     assert config.train.losses == {}
     assert isinstance(config.model.method, DcrisConfig)
     assert config.model.method.visual is not None

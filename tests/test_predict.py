@@ -444,6 +444,7 @@ def test_one_image_by_several_paths(model: Path, photos: Path, monkeypatch: pyte
     [
         (("-e", "ring"), "for 0.png with the phrases 'cup' (now 'cup', 'ring')"),
         (("--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
+        (("--refine", "guided"), "made with refine none (now guided)"),
         (("--format", "mask"), "made with formats coco mask (now mask)"),
         (("--precision", "bfloat16"), "made with precision float32 (now bfloat16)"),
         ("another model", "made with another model"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import Precision, kind_of, require
+from dcris.utils.arguments import Precision, Refinement, kind_of, require
 from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
@@ -270,6 +270,9 @@ class DataConfig(Section):
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
     """Threshold for mask images with more than two values: pixels above it belong to the object.
     Below 1 it is a fraction of the full scale. None: such images are an error."""
+    refine: Refinement = "none"
+    """How predictions of the trained model refine the edges of masks by default; see
+    dcris.evaluation.refinement. Training and evaluation ignore it."""
     workers: Annotated[int, Field(ge=0, le=64)] = 2
     """Processes that load training samples."""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -422,7 +425,8 @@ def parse_value(text: str) -> Any:
         return text
 
 
-_MAY_CHANGE = {"recipe", "data.workers", "data.on_bad_image", "data.val_split", "train.epochs", "train.max_steps"}
+_MAY_CHANGE = {"recipe", "data.workers", "data.on_bad_image", "data.val_split", "data.refine"}
+_MAY_CHANGE |= {"train.epochs", "train.max_steps"}
 # A run may be resumed on a machine with less memory, or on more ranks.
 _MAY_CHANGE |= {"train.micro_batch", "train.checkpoint_activations", "train.shard_towers"}
 _MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last", "train.trackers"}

@@ -82,7 +82,7 @@ def model_card(
     if metrics:
         lines += ["| data set | split | protocol | mIoU | oIoU |", "|---|---|---|---|---|"]
         lines += [
-            f"| {row.get('dataset')} | {row.get('split')} | {row.get('protocol')} | {_number(row, 'miou')} | "
+            f"| {row.get('dataset')} | {row.get('split')} | {_protocol(row)} | {_number(row, 'miou')} | "
             f"{_number(row, 'oiou')} |"
             for row in metrics
         ]
@@ -99,6 +99,11 @@ def model_card(
 def _tower(tower: Mapping[str, str]) -> str:
     revision = f" at {tower['revision']}" if "revision" in tower else ""
     return f"{tower.get('source', tower['name'])}{revision} (fingerprint {tower['sha256'][:16]})"
+
+
+def _protocol(row: Metrics) -> str:
+    """The protocol, and the refinement if there was one."""
+    return f"{row.get('protocol')}, refined ({row['refine']})" if "refine" in row else str(row.get("protocol"))
 
 
 def _number(row: Metrics, key: str) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dcris.cli.common import (
     CHECKPOINT,
@@ -15,6 +15,7 @@ from dcris.cli.common import (
     positive,
 )
 from dcris.errors import DcrisError
+from dcris.utils.arguments import Refinement
 from dcris.utils.streams import is_terminal, note
 
 
@@ -30,6 +31,13 @@ def add(commands: Any) -> None:
         metavar="SPLIT",
         help="use the threshold with the best first metric (mIoU) on this split; the result records it "
         "(default: the protocol's threshold)",
+    )
+    evaluate.add_argument(
+        "--refine",
+        choices=get_args(Refinement),
+        default="none",
+        help="guided: move the edges of masks to edges of the image, which no protocol does; the result records it "
+        "(default: %(default)s)",
     )
     evaluate.add_argument(
         "--batch-size",
@@ -93,6 +101,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                         dtype=dtype,
                         batch_size=args.batch_size,
                         share=share,
+                        refine=args.refine,
                         keep_masks=keep_masks,
                         progress=lambda done: bar.update(done - bar.n),
                     )
@@ -108,6 +117,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     record = result_record(results, table, args.split, protocol, model=model, device=device, dtype=dtype)
     if args.calibrate_on is not None:
         record["calibrated_on"] = args.calibrate_on
+    if args.refine != "none":
+        record["refine"] = args.refine
     analysed = {**record, "analysis": analyse(results, protocol.metrics)}
     # The files are written even if standard output fails, and the scores printed even if a
     # file fails.

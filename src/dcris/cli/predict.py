@@ -4,10 +4,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dcris.cli.common import CHECKPOINT, adder, argument, device_arguments, log, natural, positive
 from dcris.errors import DcrisError
+from dcris.utils.arguments import Refinement
 
 
 def add(commands: Any) -> None:
@@ -59,6 +60,11 @@ def add(commands: Any) -> None:
         metavar="NUMBER_OR_RESULT",
         help="probability above which a pixel belongs to the mask, or a result file of `dcris evaluate` to take it from "
         "(default: 0.35)",
+    )
+    predict.add_argument(
+        "--refine",
+        choices=get_args(Refinement),
+        help="guided: move the edges of masks to edges of the image (default: the model's setting, data.refine)",
     )
     predict.add_argument(
         "--image-url",
@@ -118,6 +124,7 @@ def _predict(args: argparse.Namespace) -> None:
     options = BatchOptions(
         formats=args.format,
         threshold=_threshold(args.threshold),
+        refine=args.refine,
         every=args.every,
         overwrite=args.anew,
         image_url=LOCAL_FILES if args.image_url is None else args.image_url,

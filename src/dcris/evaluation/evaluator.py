@@ -15,15 +15,18 @@ from torch import Tensor
 from dcris.checkpoints.backbones import fingerprint
 from dcris.config import RunConfig
 from dcris.data.dataset import ImageTask, ImageTasks, Queries, normalise, task_loader
+from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import Overlap, overlap_curve, summarise
 from dcris.evaluation.protocols import Protocol
+from dcris.evaluation.refinement import refine_guided
 from dcris.models.optimize import prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.types import Expression, MaskArray, Reference
+from dcris.utils.arguments import Refinement
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name
 from dcris.utils.distributed import Processes
 from dcris.version import __version__
@@ -68,6 +71,7 @@ def predict_queries(
     batch_size: int = 8,
     share: tuple[int, int] = (0, 1),
     keep_masks: bool = True,
+    refine: Refinement = "none",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[EvalResult]:
     """Predict a mask for every query and compare it with the truth, image by image.
@@ -87,24 +91,32 @@ def predict_queries(
         batch_size: images that are read and moved to the device together.
         share: (k, n) to evaluate every n-th image from the k-th on, as rank k of n does.
         keep_masks: whether results hold their masks.
+        refine: "guided" to refine the probabilities, which no protocol does; see
+            dcris.evaluation.refinement.
         progress: called with the number of expressions done so far.
 
     Yields:
         One result for each query.
 
     Raises:
-        DcrisError: if an image or a mask cannot be read.
+        DcrisError: if an image or a mask cannot be read, or the protocol compares masks on a canvas
+            and `refine` is given.
     """
     device, done = choose_device(device), 0
     if not (isinstance(batch_size, int) and batch_size > 0):
         raise DcrisError(f"the batch size is {batch_size!r}; give a whole number of 1 or more")
+    if refine != "none" and protocol.canvas is not None:
+        raise DcrisError(
+            f"the protocol {protocol.name} compares masks on a square, where the image cannot refine them; choose "
+            "another protocol or leave out --refine"
+        )
     dtype = dtype or choose_precision(config.train.precision, device)
     model = prepare_for_prediction(model, dtype)
     tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.transform, share)
     for group in task_loader(tasks, images=batch_size, workers=config.data.workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config.data)
         for task, image in zip(group, images, strict=True):
-            yield from _predict_task(model, task, image[None], protocol, device, dtype, keep_masks)
+            yield from _predict_task(model, task, image[None], protocol, device, dtype, keep_masks, refine)
             done += len(task.queries)
             progress(done)
 
@@ -117,12 +129,17 @@ def _predict_task(
     device: torch.device,
     dtype: torch.dtype,
     keep_masks: bool,
+    refine: Refinement,
 ) -> Iterator[EvalResult]:
     """Predict and compare all expressions of one image [1, 3, S, S]."""
     truths = {ref_id: torch.from_numpy(protocol.to_canvas(mask)).to(device) for ref_id, mask in task.truths.items()}
+    guide = read_image(task.queries[0][0].image_path) if refine == "guided" else None
     logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
     for (reference, expression), one in zip(task.queries, logits, strict=True):
         (probabilities,) = protocol.probabilities(one[None], [task.transform])
+        if guide is not None:
+            refined = refine_guided(probabilities.cpu().numpy(), guide, max(one.shape[1:]))
+            probabilities = torch.from_numpy(refined).to(device)
         overlap, *curve = overlap_curve(probabilities, truths[reference.ref_id], protocol.threshold)
         mask = None
         if keep_masks:
@@ -197,7 +214,8 @@ def result_record(
 ) -> dict[str, float | int | str | None]:
     """Return the content of a result file: the protocol's metrics in percent and their provenance.
 
-    Two results compare if `data_sha256`, `protocol` and `threshold` are equal.
+    Two results compare if `data_sha256`, `protocol`, `threshold` and `refine` (only in results of
+    `dcris evaluate --refine`) are equal.
 
     Args:
         results: of all queries of the split.

@@ -43,6 +43,7 @@ from dcris.inference.records import Record, ResultFolder, Settings
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video import Frame, read_frames, write_overlay
 from dcris.types import MaskArray
+from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import COLOURS, overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
@@ -85,6 +86,8 @@ class BatchOptions:
     threshold: float | None = None
     """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by
     default."""
+    refine: Refinement | None = None
+    """How edges are refined, see `Segmenter.predict`; the model's own setting by default."""
     every: int = 1
     """Predict every N-th frame of a video, from the first."""
     overwrite: bool = False
@@ -154,6 +157,7 @@ class BatchPredictor:
         self.video_formats = self.formats - {"scores"} if options.formats is None else self.formats
         default = segmenter.protocol.threshold
         self.threshold = default if options.threshold is None else require_threshold(options.threshold)
+        self.refine = segmenter.config.data.refine if options.refine is None else options.refine
         if group.first:
             for file in chain.from_iterable(_FOLDER_FILES[key] for key in self.formats & _FOLDER_FILES.keys()):
                 require_replaceable(out / file)  # they are written last, so check now
@@ -215,6 +219,7 @@ class BatchPredictor:
             "recipe": self.segmenter.config.recipe,
             "precision": str(self.segmenter.dtype).removeprefix("torch."),
             "threshold": self.threshold,
+            "refine": self.refine,
             "version": __version__,
         }
         return {
@@ -248,7 +253,7 @@ class BatchPredictor:
             images: list[Any] = [pixels for _, pixels in group]
             phrases = [task.phrases for task, _ in group]
             scores = "scores" in self.formats
-            found = self.segmenter.predict(images, phrases, threshold=self.threshold, scores=scores)
+            found = self.segmenter.predict(images, phrases, threshold=self.threshold, scores=scores, refine=self.refine)
             for (task, pixels), predictions in zip(group, found, strict=True):
                 yield self._write(task, None, pixels, predictions, self.formats)
 
@@ -258,7 +263,9 @@ class BatchPredictor:
         at_once = max(1, _MAX_PIXELS // (pixels.shape[0] * pixels.shape[1]))
         for start in range(0, len(task.phrases), at_once):
             phrases = task.phrases[start : start + at_once]
-            found = self.segmenter.segment(encoded, phrases, threshold=self.threshold, scores="scores" in formats)
+            found = self.segmenter.segment(
+                encoded, phrases, threshold=self.threshold, scores="scores" in formats, refine=self.refine
+            )
             found.reverse()
             while found:  # a prediction's probabilities are freed when its files are written
                 yield found.pop()

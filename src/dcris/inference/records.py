@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dcris.errors import DcrisError
 from dcris.inference.inputs import RECORDS, Task, assign_names, is_utf8, quoted, source_exists
+from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
 from dcris.utils.files import (
     MAX_TEXT,
@@ -61,6 +62,8 @@ class Settings(_Strict):
     recipe: str
     precision: str
     threshold: float
+    refine: Refinement = "none"
+    """Left out of the record if "none", so that earlier records stay valid."""
     formats: tuple[str, ...]
     every: Number | None
     """Step between the predicted frames of a video; None for images."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, overload
+from typing import Any, get_args, overload
 
+import numpy as np
 import torch
 
 from dcris.checkpoints.backbones import is_downloadable
@@ -30,11 +31,12 @@ from dcris.data.tokenizer import require_phrase, tokenizer_of
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
+from dcris.evaluation.refinement import refine_guided
 from dcris.inference.prediction import Prediction, require_threshold
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.utils.arguments import PathLike, Precision, as_path, kind_of, require, require_number
+from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
 from dcris.utils.hub import push
 
@@ -60,6 +62,9 @@ class EncodedImage:
     """Name of the adapter set that encoded the image; `Segmenter.segment` uses the same one."""
     _transform: Transform
     _state: VisionState
+    _image: ImageLike
+    """As it was given, because the pixels of a photograph can take more memory than its features.
+    """
 
 
 class Segmenter:
@@ -303,6 +308,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         scores: bool = False,
+        refine: Refinement | None = None,
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[Prediction]: ...
@@ -315,6 +321,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         scores: bool = False,
+        refine: Refinement | None = None,
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[list[Prediction]]: ...
@@ -326,6 +333,7 @@ class Segmenter:
         *,
         threshold: float | None = None,
         scores: bool = False,
+        refine: Refinement | None = None,
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
@@ -339,6 +347,8 @@ class Segmenter:
                 also be a list with the phrases of each image.
             threshold: pixels with a greater probability belong to the mask; 0.35 by default.
             scores: keep the probability of each pixel in the predictions.
+            refine: "guided" moves the edges of masks to edges of the image, "none" does not; the
+                model's own setting by default (`data.refine`).
             adapters: name of the adapter set; the first by default.
             memory: bytes that activations may take; a quarter of the free memory by default.
 
@@ -348,37 +358,47 @@ class Segmenter:
 
         Raises:
             DcrisError: an image cannot be read, a phrase is empty, the threshold is not between 0
-                and 1, or the adapter set does not exist.
+                and 1, or the refinement or the adapter set does not exist.
         """
-        name, threshold = self._check(adapters, threshold)
+        name, threshold, refine = self._check(adapters, threshold, refine)
         if memory is not None:
             memory = require_number(memory, 0, "the memory")
         given = _as_list(phrases)
         if not isinstance(image, list):
-            (predictions,) = self._predict([image], [_check_phrases(given)], name, threshold, scores, memory)
+            (predictions,) = self._predict([image], [_check_phrases(given)], name, threshold, refine, scores, memory)
             return predictions
         if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in given):
             shared = _check_phrases(given)
-            return self._predict(image, [shared] * len(image), name, threshold, scores, memory)
+            return self._predict(image, [shared] * len(image), name, threshold, refine, scores, memory)
         if len(given) != len(image):
             raise DcrisError(
                 f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
             )
-        return self._predict(image, [_check_phrases(_as_list(each)) for each in given], name, threshold, scores, memory)
+        checked = [_check_phrases(_as_list(each)) for each in given]
+        return self._predict(image, checked, name, threshold, refine, scores, memory)
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
         """Compute the features of an image that do not depend on the phrase, for `segment`.
 
+        The result refers to the image as it was given, for `refine`: a file is then read again, and
+        an array must not change.
+
         Args and errors: as in `predict`.
         """
-        name, _ = self._check(adapters, None)
+        name, _, _ = self._check(adapters, None, None)
         state, (transform,) = self._encode([image], *self._sets[name])
-        return EncodedImage(transform.size, name, transform, state)
+        return EncodedImage(transform.size, name, transform, state, image)
 
     @torch.no_grad()
     def segment(
-        self, encoded: EncodedImage, phrases: Phrases, *, threshold: float | None = None, scores: bool = False
+        self,
+        encoded: EncodedImage,
+        phrases: Phrases,
+        *,
+        threshold: float | None = None,
+        scores: bool = False,
+        refine: Refinement | None = None,
     ) -> list[Prediction]:
         """Predict masks for an image encoded by `encode_image`, with the same results as `predict`.
 
@@ -388,18 +408,26 @@ class Segmenter:
         Args and errors: as in `predict`.
         """
         require(encoded, EncodedImage, "the encoded image")
-        _, threshold = self._check(encoded.adapters, threshold)
+        name, threshold, refine = self._check(encoded.adapters, threshold, refine)
         checked = _check_phrases(_as_list(phrases))
         pairs = [(0, number) for number in range(len(checked))]
-        transforms = [encoded._transform]
-        return list(self._decode(encoded._state, transforms, checked, pairs, encoded.adapters, threshold, scores, None))
+        images, transforms = [encoded._image], [encoded._transform]
+        return list(
+            self._decode(encoded._state, images, transforms, checked, pairs, name, threshold, refine, scores, None)
+        )
 
-    def _check(self, adapters: str | None, threshold: float | None) -> tuple[str, float]:
+    def _check(
+        self, adapters: str | None, threshold: float | None, refine: Refinement | None
+    ) -> tuple[str, float, Refinement]:
         sets = self._sets
         name = next(iter(sets)) if adapters is None else adapters
         if not isinstance(name, str) or name not in sets:
             raise DcrisError(f"there are no adapters {adapters!r}; the available ones are {', '.join(sets)}")
-        return name, self.protocol.threshold if threshold is None else require_threshold(threshold)
+        if refine is None:
+            refine = sets[name][1].data.refine
+        elif not isinstance(refine, str) or refine not in get_args(Refinement):
+            raise DcrisError(f"there is no refinement {refine!r}; choose one of {', '.join(get_args(Refinement))}")
+        return name, self.protocol.threshold if threshold is None else require_threshold(threshold), refine
 
     @torch.no_grad()
     def _predict(
@@ -408,6 +436,7 @@ class Segmenter:
         phrases: Sequence[Sequence[str]],
         adapters: str,
         threshold: float,
+        refine: Refinement,
         scores: bool,
         memory: float | None,
     ) -> list[list[Prediction]]:
@@ -425,7 +454,9 @@ class Segmenter:
             distinct = {phrase: n for n, phrase in enumerate(dict.fromkeys(p for each in some_phrases for p in each))}
             state, transforms = self._encode(some_images, model, config)
             pairs = [(number, distinct[phrase]) for number, each in enumerate(some_phrases) for phrase in each]
-            found = self._decode(state, transforms, list(distinct), pairs, adapters, threshold, scores, memory)
+            found = self._decode(
+                state, some_images, transforms, list(distinct), pairs, adapters, threshold, refine, scores, memory
+            )
             results += [[next(found) for _ in each] for each in some_phrases]
         return results
 
@@ -442,11 +473,13 @@ class Segmenter:
     def _decode(
         self,
         state: VisionState,
+        images: Sequence[ImageLike],
         transforms: Sequence[Transform],
         phrases: Sequence[str],
         pairs: Sequence[tuple[int, int]],
         adapters: str,
         threshold: float,
+        refine: Refinement,
         scores: bool,
         memory: float | None,
     ) -> Iterator[Prediction]:
@@ -456,12 +489,17 @@ class Segmenter:
         model, config = self._sets[adapters]
         tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
         at_once = self._pairs_per_pass(model, config, memory)
-        done = 0
+        done, guide = 0, (-1, np.empty((0, 0, 3), np.uint8))
         for logits in model.segment_pairs(state, tokens, pairs, self.dtype, at_once):
             some = pairs[done : done + len(logits)]
             maps = self.protocol.probabilities(logits, [transforms[image] for image, _ in some])
-            for (_, phrase), probabilities in zip(some, maps, strict=True):
-                yield Prediction.decide(phrases[phrase], probabilities.cpu().numpy(), threshold, keep=scores)
+            for (image, phrase), each in zip(some, maps, strict=True):
+                probabilities = each.cpu().numpy()
+                if refine == "guided":
+                    if guide[0] != image:  # only one image's pixels are in memory
+                        guide = image, as_pixels(images[image])
+                    probabilities = refine_guided(probabilities, guide[1], max(logits.shape[2:]))
+                yield Prediction.decide(phrases[phrase], probabilities, threshold, keep=scores)
             done += len(logits)
 
     def _pairs_per_pass(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:

@@ -17,6 +17,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 """Precision of the network's computation; auto is bfloat16 if the device supports it in hardware.
 """
 
+Refinement = Literal["none", "guided"]
+"""How the edges of predicted masks are refined by the image; guided: see
+dcris.evaluation.refinement."""
+
 
 def as_path(value: PathLike, what: str) -> Path:
     """Return `value` as a Path.
