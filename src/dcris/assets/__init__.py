@@ -1,1 +1,4 @@
-"""Files the package carries: the tiny towers' weights and vocabulary."""
+"""Files that the package carries; NOTICE states their sources and licences.
+
+The tiny towers' weights and vocabulary, the model "photos", and three example photographs.
+"""

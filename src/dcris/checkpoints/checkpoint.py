@@ -403,6 +403,15 @@ def prune_checkpoints(run: Path, keep_last: int) -> None:
                 remove_directory(path)
 
 
+def is_model(path: Path) -> bool:
+    """Whether `find_checkpoint` finds something at `path`."""
+    try:
+        find_checkpoint(path)
+    except (DcrisError, OSError, ValueError):
+        return False
+    return True
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint directory or bundle at `path`, or the best checkpoint if it is a run.
 

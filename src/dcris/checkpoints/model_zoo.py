@@ -1,6 +1,11 @@
-"""The published DETRIS checkpoints: names, files, checksums, and scores of their authors."""
+"""The models that have a name: those in the package, and the published DETRIS checkpoints with
+their files, checksums, and scores of their authors.
+"""
 
 from dataclasses import dataclass
+
+PACKAGED = ("photos",)
+"""Models that are part of the package: directories of dcris.assets."""
 
 REPOSITORY = "thuteam/DETRIS"
 LICENCE = "mit"

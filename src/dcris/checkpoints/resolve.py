@@ -1,9 +1,9 @@
 """Find a trained model by path or name, and fetch it if necessary.
 
-A run, a checkpoint directory and a bundle are used in place. "owner/name" is a repository on the
-Hub in dcris's format, which is downloaded to the Hub's cache. "detris-b-refcoco" etc. are published
-DETRIS checkpoints, which are downloaded and converted once into $DCRIS_CACHE (default:
-~/.cache/dcris).
+A run, a checkpoint directory and a bundle are used in place. "photos" is part of the package.
+"owner/name" is a repository on the Hub in dcris's format, which is downloaded to the Hub's cache.
+"detris-b-refcoco" etc. are published DETRIS checkpoints, which are downloaded and converted once
+into $DCRIS_CACHE (default: ~/.cache/dcris).
 """
 
 import hashlib
@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 
+from dcris.checkpoints.checkpoint import is_model
 from dcris.checkpoints.convert_detris import convert_file, data_set_of
-from dcris.checkpoints.model_zoo import PUBLISHED, REPOSITORY, Published
+from dcris.checkpoints.model_zoo import PACKAGED, PUBLISHED, REPOSITORY, Published
 from dcris.errors import DcrisError
 from dcris.utils.files import expand_home, make_directory, read_json, write_json
 from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
@@ -28,8 +30,8 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
 
     Args:
         source: path of a run, checkpoint directory or bundle; or, as a string that is not an
-            existing path, the name of a published checkpoint, or "owner/name" or
-            "owner/name@revision" on the Hub.
+            existing path, the name of a packaged model or a published checkpoint, or "owner/name"
+            or "owner/name@revision" on the Hub.
         towers: also fetch the frozen towers of a repository, if it has them.
         log: receives a line before fetching and converting.
 
@@ -37,6 +39,8 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
         DcrisError: there is no such model, or fetching or converting fails.
     """
     path = expand_home(source)
+    if source in PACKAGED and not is_model(path):  # people have folders of photographs called photos
+        return Path(str(resources.files("dcris.assets") / str(source)))
     with suppress(OSError, ValueError):  # not a possible path
         if isinstance(source, Path) or path.exists():
             return path
@@ -49,7 +53,7 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
         raise DcrisError(f"there is no published model {source!r}; the available ones are {', '.join(PUBLISHED)}")
     raise DcrisError(
         f"there is no checkpoint {source}; give the directory of a run (`dcris train --out`), a .safetensors bundle, "
-        "owner/name on the Hub, or the name of a published model such as detris-b-refcoco"
+        f"owner/name on the Hub, or the name of a model such as {', '.join(PACKAGED)} or detris-b-refcoco"
     )
 
 

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         "predict",
         _predict,
         "segment the objects that phrases refer to",
-        'runs/tiny photo.jpg -e "left slice" --out out',
+        'photos photo.jpg -e "left dog"',
         "Existing results are skipped, so the same command resumes an interrupted run, and further images can be added to the "
         "folder. Files that cannot be read are skipped and listed at the end. Use several GPUs with: torchrun "
         "--nproc-per-node N -m dcris predict ...",
@@ -48,7 +48,9 @@ def add(commands: Any) -> None:
         metavar="N",
         help="predict every N-th frame of a video (default: %(default)s)",
     )
-    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    predict.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR", help="output folder (default: %(default)s)"
+    )
     predict.add_argument(
         "--format",
         nargs="+",

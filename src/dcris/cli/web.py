@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
     web.add_argument(
         "checkpoints",
         metavar="CKPT",
-        nargs="+",
-        help=f"{CHECKPOINT}; several on the same towers can be selected on the page",
+        nargs="*",
+        help=f"{CHECKPOINT} (default: photos); several on the same towers can be selected on the page",
     )
     web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     web.add_argument(
@@ -43,7 +43,10 @@ def add(commands: Any) -> None:
     )
     access.add_argument("--no-auth", action="store_true", help="serve other machines without a password")
     web.add_argument(
-        "--examples", type=Path, metavar="DIR", help="folder of example images (default: generated scenes)"
+        "--examples",
+        type=Path,
+        metavar="DIR",
+        help="folder of example images (default: photographs or generated scenes)",
     )
     device_arguments(web)
 
@@ -54,7 +57,8 @@ def _web(args: argparse.Namespace) -> None:
     from dcris.inference.web.app import serve
 
     examples = None if args.examples is None else [task.path for task in find_tasks([args.examples], ["example"])]
-    sources = args.checkpoints[0] if len(args.checkpoints) == 1 else _named(args.checkpoints)
+    checkpoints = args.checkpoints or ["photos"]
+    sources = checkpoints[0] if len(checkpoints) == 1 else _named(checkpoints)
     serve(
         lambda: Segmenter.from_pretrained(sources, device=args.device, precision=args.precision),
         host=args.host,

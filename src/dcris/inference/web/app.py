@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dcris.data.images import read_image
+from dcris.data.photographs import example_photographs
 from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
 from dcris.inference.prediction import Prediction
@@ -102,7 +103,8 @@ def serve(
         segmenter: loads the model; called after the port was opened.
         host: address to listen on.
         port: 0 chooses a free port.
-        examples: example images; by default generated scenes, if the model was trained on those.
+        examples: example images; by default generated scenes for a model that was trained on those,
+                else photographs.
         limits: limits on requests.
         allow_hosts: further host names that clients may use.
         auth: USER:PASSWORD, or a file with one such line per user; by default the environment
@@ -433,7 +435,7 @@ def _read_examples(segmenter: Segmenter, paths: Sequence[Path] | None) -> list[E
     if paths is not None:
         return [(read_image(path), path.name, ()) for path in paths]
     if segmenter.config.data.dataset != "scenes":
-        return []
+        return [(read_image(path), path.name, phrases) for path, phrases in example_photographs()]
     found: list[Example] = []
     for number in range(4):
         scene = make_scene(np.random.default_rng(number), segmenter.config.data.image_size)

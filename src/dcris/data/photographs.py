@@ -1,0 +1,16 @@
+"""The example photographs in the package."""
+
+from importlib import resources
+from pathlib import Path
+
+_PHRASES = {
+    "astronaut.jpg": ("person", "woman in orange"),
+    "chelsea.jpg": ("cat", "the cat in the middle"),
+    "coffee.jpg": ("cup", "the spoon"),
+}
+
+
+def example_photographs() -> list[tuple[Path, tuple[str, ...]]]:
+    """Return the file of each example photograph, and phrases for it."""
+    folder = Path(str(resources.files("dcris.assets") / "photographs"))
+    return [(folder / name, phrases) for name, phrases in _PHRASES.items()]

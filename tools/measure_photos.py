@@ -1,0 +1,141 @@
+"""Measure a model on the photographs of a data set in the REFER layout:
+`python tools/measure_photos.py photos --data ROOT --splits val testA --out scores.json`.
+
+Printed and written, in percent, over the expressions of all splits together:
+
+- mIoU, oIoU and precisions of the protocol cris;
+- the mIoU when each object is given the expressions of another object of its photograph;
+- of several of a kind: how often the predicted mask overlaps the right object best, and how often
+  chance would;
+- mIoU by kind of generated phrase, and by size of the object.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcris.checkpoints.checkpoint import load_checkpoint
+from dcris.checkpoints.resolve import locate
+from dcris.config import DataConfig
+from dcris.data.dataset import all_queries
+from dcris.data.masks import decode_mask
+from dcris.data.readers import refer_layout
+from dcris.data.readers.load import load_references
+from dcris.data.table import ReferenceTable
+from dcris.data.training_table import training_table
+from dcris.errors import DcrisError
+from dcris.evaluation.evaluator import EvalResult, exchange_expressions, predict_queries
+from dcris.evaluation.metrics import summarise
+from dcris.evaluation.protocols import Cris
+from dcris.types import Expression, Reference
+from dcris.utils.files import write_json
+
+SIZES = {"under 2%": (0, 0.02), "2 to 10%": (0.02, 0.1), "above 10%": (0.1, 1)}
+"""Shares of the photograph."""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--dataset", default="cocomini")
+    parser.add_argument("--splits", nargs="+", default=["val", "testA"])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    model, config = load_checkpoint(locate(args.model))
+    table = load_references(args.data, args.dataset)
+    references = [reference for split in args.splits for reference in table.split(split)]
+
+    def predict(queries: list[tuple[Reference, Expression]]) -> list[EvalResult]:
+        return list(predict_queries(model, queries, config, Cris(), device="cpu"))
+
+    own = predict(all_queries(references))
+    generated = predict(all_queries([each for split in args.splits for each in generate(table, split)]))
+    scores: dict[str, Any] = summary(own) | {
+        "photographs": len({reference.image_id for reference in references}),
+        "exchanged": summary(predict(exchange_expressions(references)))["miou"],
+        **several_of_a_kind(own, table),
+        "generated": summary(generated),
+        "by_kind": grouped(generated, lambda result: str(result.expression.kind)),
+        "by_size": grouped(generated, size),
+    }
+    write_json(args.out, scores)
+    for name, value in scores.items():
+        print(f"{name:20} {value}")
+
+
+def summary(results: Iterable[EvalResult]) -> dict[str, Any]:
+    """Return the metrics in percent, rounded, and the number of expressions."""
+    results = list(results)
+    found = summarise(result.overlap for result in results)
+    return {name: round(value, 2) for name, value in found.items()} | {"expressions": len(results)}
+
+
+def grouped(results: Iterable[EvalResult], name: Any) -> dict[str, dict[str, Any]]:
+    """Return mIoU and number of expressions of each group."""
+    groups: dict[str, list[EvalResult]] = defaultdict(list)
+    for result in results:
+        groups[name(result)].append(result)
+    summaries = {name: summary(group) for name, group in sorted(groups.items())}
+    return {name: {key: found[key] for key in ("miou", "expressions")} for name, found in summaries.items()}
+
+
+def size(result: EvalResult) -> str:
+    """Return the group of the object's share of its photograph."""
+    share = decode_mask(result.reference.segmentation, result.reference.image_size).mean()
+    return next(name for name, (low, high) in SIZES.items() if low <= share <= high)
+
+
+def generate(table: ReferenceTable, split: str) -> list[Reference]:
+    """Return references with generated phrases on the photographs of a split."""
+    before = {reference.ref_id for reference in table.references}
+    extended = training_table(table, DataConfig(train_split=split, generate_phrases=True))
+    return [each for each in extended.references if each.ref_id not in before]
+
+
+def several_of_a_kind(results: Iterable[EvalResult], table: ReferenceTable) -> dict[str, Any]:
+    """Return how often, among objects of one category in a photograph, the prediction overlaps the
+    right one best."""
+    instances = refer_layout.read_instances(table.root, table.dataset)
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in instances.annotations.values():
+        by_image[annotation["image_id"]].append(annotation)
+    hits, chances = [], []
+    for result in results:
+        reference = result.reference
+        category = instances.annotations[reference.ann_id]["category_id"]
+        rivals = [
+            other
+            for other in by_image[reference.image_id]
+            if other["category_id"] == category and other["id"] != reference.ann_id and not other.get("iscrowd")
+        ]
+        if not rivals:
+            continue
+        predicted = result.mask()
+
+        def iou(mask: np.ndarray, predicted: np.ndarray = predicted) -> float:
+            return float((predicted & mask).sum() / max(1, (predicted | mask).sum()))
+
+        right = iou(decode_mask(reference.segmentation, reference.image_size).astype(bool))
+        others = []
+        for other in rivals:
+            try:
+                others.append(iou(decode_mask(other["segmentation"], reference.image_size).astype(bool)))
+            except DcrisError:
+                continue
+        hits.append(right > 0 and all(right > value for value in others))
+        chances.append(1 / (1 + len(others)))
+    return {
+        "several_of_a_kind": len(hits),
+        "right_one_best": round(100 * float(np.mean(hits)), 1),
+        "chance": round(100 * float(np.mean(chances)), 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
