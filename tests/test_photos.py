@@ -1,0 +1,102 @@
+"""The packaged model `photos`: found by its name, small, licensed, and able to find a cat."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import dcris.assets
+from dcris import Segmenter
+from dcris.checkpoints.checkpoint import find_checkpoint
+from dcris.checkpoints.resolve import locate
+from dcris.cli import main
+from dcris.data.photographs import example_photographs
+from dcris.errors import DcrisError
+from dcris.utils import wheels
+
+FOLDER = Path(dcris.assets.__file__).parent / "photos"
+CAT = next(path for path, _ in example_photographs() if path.stem == "chelsea")
+
+
+@pytest.fixture(scope="module")
+def photos() -> Segmenter:
+    return Segmenter.from_pretrained("photos", device="cpu")
+
+
+def test_only_photographs_with_a_licence_that_permits_it_were_used() -> None:
+    """The configuration that is shipped states the licences, and the card lists the photographs."""
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["data"]["licences"] == [4, 5, 7, 8]
+    rows = (FOLDER / "photographs.csv").read_text().splitlines()
+    assert rows[0] == "coco_id,licence,url" and 100 < len(rows) - 1 <= 137
+    assert {row.split(",")[1] for row in rows[1:]} <= {"4", "5", "7", "8"}
+
+
+def test_it_is_small() -> None:
+    """Adapters and head in float16; the towers come from PyPI."""
+    assert (FOLDER / "model.safetensors").stat().st_size <= 6_000_000
+    assert not (FOLDER / "towers.safetensors").exists()
+
+
+def test_a_folder_of_photographs_is_not_taken_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People have folders called photos. One with a checkpoint is used, as every path is."""
+    monkeypatch.chdir(tmp_path)
+    assert locate("photos") == FOLDER
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").touch()
+    assert locate("photos") == FOLDER
+    (folder / "model.safetensors").touch()
+    assert locate("photos") == Path("photos")
+
+
+def test_it_segments_a_photograph_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of the README, without --out."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "photos", str(CAT), "-e", "cat", "--device", "cpu"]) == 0
+    mask = np.asarray(Image.open(tmp_path / "out/chelsea.0.mask.png")) > 0
+    assert 0.2 < mask.mean() < 0.95
+    # The cat's face fills the middle; the corner at the top left is a carpet.
+    assert mask[100:200, 180:300].mean() > 0.8
+    (result,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert result["phrase"] == "cat" and result["score"] > 0.5
+
+
+def test_examples_have_phrases_that_it_understands(photos: Segmenter) -> None:
+    """What a visitor of the page clicks first shows something."""
+    for path, phrases in example_photographs():
+        for prediction in photos.predict(path, list(phrases)):
+            assert prediction.box is not None, (path.name, prediction.phrase)
+
+
+def test_without_the_packages_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(wheels, "find_spec", lambda name: None)
+    code = main(["predict", "photos", str(CAT), "-e", "cat", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert code == 2 and "pip install 'dcris[photos]'" in said and said.count("\n") == 1
+    with pytest.raises(DcrisError, match="not installed"):
+        Segmenter.from_pretrained("photos")
+
+
+def test_it_can_be_trained_further_on_own_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--from photos` starts from the shipped adapters and head; a few steps move them."""
+    monkeypatch.chdir(tmp_path)
+    mask = np.zeros((300, 451), np.uint8)
+    mask[40:260, 110:400] = 255
+    Image.fromarray(mask).save("mask.png")
+    lines = [{"image": str(CAT), "mask": "mask.png", "phrases": ["my pet"], "split": "train"}] * 2
+    Path("my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["train", "dcris_photos", "--data", "my.jsonl", "--from", "photos", "--out", "run", "--device", "cpu"]
+    settings = {"data.image_size": 64, "data.workers": 0, "train.max_steps": 2, "train.warmup_steps": 1}
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    assert main([*words, *flags]) == 0
+    start, end = (load_file(folder / "model.safetensors") for folder in (FOLDER, find_checkpoint(tmp_path / "run")))
+    moved = {name: (end[name].float() - start[name].float()).abs().max().item() for name in start}
+    assert 0 < max(moved.values()) < 0.05

@@ -1,0 +1,116 @@
+"""Write the packaged model `photos` from a finished run:
+
+    dcris train dcris_photos --data ROOT --dataset cocomini --out RUN --train.precision bfloat16 \\
+        --data.licences "[4, 5, 7, 8]" --data.generate_phrases true --data.cache_features 8
+    python tools/measure_photos.py RUN --data ROOT --out scores.json
+    python tools/ship_photos.py RUN --data ROOT --scores scores.json --out src/dcris/assets/photos
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dcris import Segmenter
+from dcris.config import RunConfig, replace
+from dcris.data.readers import refer_layout
+from dcris.data.readers.load import load_references
+from dcris.data.training_table import training_table
+from dcris.utils.files import remove_directory, write_file
+
+LICENCES = {4: "CC BY 2.0", 5: "CC BY-SA 2.0", 7: "no known copyright restrictions", 8: "work of the US government"}
+"""Licences of COCO's `instances.json` under which weights may be shipped."""
+
+
+def main() -> None:
+    """Write model.safetensors, config.json, README.md and photographs.csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--scores", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    segmenter = Segmenter.from_pretrained(args.run, device="cpu")
+    # The precision of training is not that of every machine.
+    segmenter.config = replace(segmenter.config, {"train.precision": "auto"})
+    rows = photographs(args.data, segmenter.config)
+    if args.out.exists():
+        remove_directory(args.out)
+    segmenter.save_pretrained(args.out, half=True, towers=False, licence="apache-2.0")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([("coco_id", "licence", "url"), *rows])
+    write_file(args.out / "photographs.csv", table.getvalue())
+    path = args.out / "README.md"
+    text = path.read_text(encoding="utf-8").replace(args.out.name, "photos")
+    before, _, after = text.partition("## Scores\n")
+    licence = after[after.index("## Licence") :]
+    write_file(path, before + card(rows, json.loads(args.scores.read_text(encoding="utf-8"))) + licence)
+
+
+def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:
+    """Return COCO's id, licence and address of each photograph that the run trained on.
+
+    Raises ValueError for a licence under which weights may not be shipped.
+    """
+    table = training_table(load_references(root, config.data.dataset, config.data.split_by), config.data)
+    instances = refer_layout.read_instances(root, config.data.dataset)
+    rows = []
+    for image_id in sorted({reference.image_id for reference in table.split(config.data.train_split)}):
+        image = instances.images[image_id]
+        if image["license"] not in LICENCES:
+            raise ValueError(f"photograph {image_id} has the licence {image['license']}; do not ship this run")
+        rows.append((image_id, int(image["license"]), str(image["flickr_url"])))
+    return rows
+
+
+def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
+    """Return the sections of the model card between the description and the licence."""
+    counts = Counter(licence for _, licence, _ in rows)
+    licences = ", ".join(f"{count} {LICENCES[licence]}" for licence, count in sorted(counts.items()))
+    groups = [(name, found) for part in ("by_kind", "by_size") for name, found in scores[part].items()]
+    return "\n".join(
+        [
+            "## Data",
+            "",
+            f"{len(rows)} photographs of COCO, listed in `photographs.csv` with their licences ({licences}), and phrases",
+            "generated from COCO's instance annotations (CC BY 4.0): category, place, size, ordinal, colour, relation. No",
+            "photograph of another licence and none of the photographs that it is scored on was used.",
+            "",
+            "## Scores",
+            "",
+            f"Protocol cris, {scores['photographs']} other photographs of COCO, {scores['expressions']} templated",
+            "expressions, in percent. `tools/measure_photos.py` measures them.",
+            "",
+            "| measure | value |",
+            "|---|---|",
+            f"| mIoU | {scores['miou']:.1f} |",
+            f"| oIoU | {scores['oiou']:.1f} |",
+            f"| Prec@0.5 | {scores['prec@0.5']:.1f} |",
+            f"| mIoU with the phrase of another object of the photograph | {scores['exchanged']:.1f} |",
+            f"| of several of a kind the right one is hit best | {scores['right_one_best']:.0f} |",
+            f"| the same by chance | {scores['chance']:.0f} |",
+            "",
+            f"mIoU on {scores['generated']['expressions']} generated phrases of the same photographs:",
+            "",
+            "| kind of phrase, or share of the photograph that the object covers | mIoU | phrases |",
+            "|---|---|---|",
+            *(f"| {name} | {found['miou']:.1f} | {found['expressions']} |" for name, found in groups),
+            "",
+            "## What it cannot do",
+            "",
+            "It knows COCO's 80 categories, in the words of its training phrases. Rare words, objects that cover less",
+            "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. It always answers, also",
+            "when the object is not there. It is a demonstration that needs no download, not a substitute for a model on",
+            "DINOv2 and CLIP.",
+            "",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
