@@ -38,7 +38,8 @@ def model_card(
     """
     published = PUBLISHED.get(origin.get("name", ""))
     licence = licence or (LICENCE if published else None)
-    bases = sorted({tower["source"].rpartition("/")[0] for tower in towers.values() if "/" in tower["source"]})
+    hubs = {tower["source"].rpartition("/")[0] for tower in towers.values() if "revision" in tower}
+    bases = sorted(hubs - {""})  # a tower from PyPI has no repository on the Hub
     header = ["---", "library_name: dcris", "pipeline_tag: image-segmentation"]
     header += ["tags:", "- referring-image-segmentation", "- adapters"]
     header += [f"license: {licence}"] if licence else []
