@@ -1,7 +1,9 @@
-"""Draw the images of docs/gallery.md: `python tools/gallery.py runs/quickstart docs/images`.
+"""Draw the images of docs/gallery.md: `python tools/gallery.py runs/quickstart docs/images`, and
+`python tools/gallery.py photos docs/images`.
 
 For each kind of expression, the first test scenes that have one are shown, without selection: the
-true mask in blue, the predicted mask in orange.
+true mask in blue, the predicted mask in orange. Of the model `photos`, the example photographs are
+shown with its masks for their phrases.
 """
 
 import sys
@@ -15,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dcris import Segmenter
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
+from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import KINDS
 from dcris.types import Expression, MaskArray, Reference
@@ -26,8 +29,12 @@ DRAWN = 450  # masks are drawn at this size and then reduced to SIDE, for thin s
 
 
 def main(run: str, out: str) -> None:
-    """Write gallery-KIND.jpg for each kind of expression."""
+    """Write gallery-KIND.jpg for each kind of expression, or photographs.jpg."""
     segmenter = Segmenter.from_pretrained(run, device="cpu", precision="float32")
+    if run == "photos":
+        shown = [photograph(segmenter, path, text) for path, phrases in example_photographs() for text in phrases]
+        (Path(out) / "photographs.jpg").write_bytes(jpeg_bytes(np.concatenate(shown, axis=1), quality=85))
+        return
     references = load_references(Path(run) / "scenes", "scenes").split("test")
     for kind in KINDS:
         strip = np.concatenate([panel(segmenter, *each) for each in first(references, kind)], axis=1)
@@ -62,6 +69,21 @@ def panel(segmenter: Segmenter, reference: Reference, expression: Expression) ->
     write, font = ImageDraw.Draw(canvas), ImageFont.load_default(LETTERS)
     write.text((GAP, GAP / 2), expression.text, "black", font)
     write.text((SIDE + 2 * GAP, SIDE + line + GAP), f"IoU {100 * iou:.0f}", "black", font)
+    return np.asarray(canvas)
+
+
+def photograph(segmenter: Segmenter, path: Path, text: str) -> NDArray[np.uint8]:
+    """Draw the predicted mask on a photograph, with the expression above and the score below."""
+    image = read_image(path)
+    (prediction,) = segmenter.predict(image, text)
+    drawn = Image.fromarray(overlay(image, prediction.mask, PREDICTION_COLOUR))
+    drawn.thumbnail((SIDE + 4 * GAP, SIDE))
+    line = LETTERS + GAP
+    canvas = Image.new("RGB", (SIDE + 6 * GAP, SIDE + 2 * line + 2 * GAP), "white")
+    canvas.paste(drawn, (GAP, line + GAP))
+    write, font = ImageDraw.Draw(canvas), ImageFont.load_default(LETTERS)
+    write.text((GAP, GAP / 2), text, "black", font)
+    write.text((GAP, drawn.height + line + GAP), f"score {prediction.score:.2f}", "black", font)
     return np.asarray(canvas)
 
 
