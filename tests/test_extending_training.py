@@ -120,7 +120,7 @@ def test_a_run_with_both_resumes_exactly(scenes_root: Path, tmp_path: Path) -> N
         ('train.losses={"dice": 0}', "train.losses.dice: input should be greater than 0"),
         (
             'data.augmentations={"filp": 1}',
-            "data.augmentations: unknown name 'filp'; use one of flip, light, noise, zoom",
+            "data.augmentations: unknown name 'filp'; use one of flip, light, zoom, noise",
         ),
         ('data.augmentations={"flip": 2}', "data.augmentations.flip: input should be less than or equal to 1"),
     ],

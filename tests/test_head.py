@@ -85,7 +85,7 @@ def conv_norm_relu(unit: nn.Sequential, x: Tensor) -> Tensor:
 
 def test_neck_is_per_pixel_attention_to_the_sentence() -> None:
     """Every pixel attends to f_s, level by level, before the levels are fused."""
-    neck = Neck(10, 9, 12, 3).double().eval()
+    neck = Neck((10, 10, 10), 9, 12, 3).double().eval()
     randomise(neck)
     levels, sentence = [noise(2, 10, 3, 5, seed=seed) for seed in range(3)], noise(2, 9, seed=3)
     text = neck.text_proj(sentence)[:, None]
@@ -104,7 +104,7 @@ def test_neck_is_per_pixel_attention_to_the_sentence() -> None:
 
 def test_coordinates_are_x_then_y() -> None:
     """Coordinates are x, then y; border cells are exactly -1 and 1."""
-    neck = Neck(10, 9, 12, 3).eval()
+    neck = Neck((10, 10, 10), 9, 12, 3).eval()
     seen: list[Tensor] = []
     neck.coordinate_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     neck([torch.zeros(2, 10, 3, 5)] * 3, torch.zeros(2, 9))

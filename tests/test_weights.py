@@ -249,6 +249,8 @@ def test_named_towers_have_the_published_sizes() -> None:
                 )
                 assert count(ClipVisionTower(shape)) == count(clip)
                 continue
+            if shape.family == "efficientnet":  # compared with the package in test_towers_from_pypi.py
+                continue
             if shape.family == "dinov3":
                 ours = count(DinoTower(shape)) - shape.depth * shape.width  # the biases of keys, which are zeros
                 assert ours == count(DINOv3ViTModel(dinov3_config(shape, image_size=224)))
@@ -265,6 +267,8 @@ def test_named_towers_have_the_published_sizes() -> None:
             )
             assert count(DinoTower(shape)) == count(theirs)
         for shape in TEXT_TOWERS.values():
+            if shape.family == "bert":
+                continue
             large = shape.name == "clip-vit-large-patch14"
             sizes: dict[str, Any] = (
                 {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}
@@ -272,7 +276,7 @@ def test_named_towers_have_the_published_sizes() -> None:
             theirs = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=768 if large else 512))
             assert count(ClipTextTower(shape)) == count(theirs) + 1  # the scale belongs to both halves
     clips = {shape.name for shape in VISION_TOWERS.values() if shape.family == "clip"}
-    assert clips == set(TEXT_TOWERS)
+    assert clips == {name for name, shape in TEXT_TOWERS.items() if shape.family == "clip"}
     assert CLIPConfig().text_config.max_position_embeddings == TextConfig().length
 
 

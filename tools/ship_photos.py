@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     segmenter = Segmenter.from_pretrained(args.run, device="cpu")
     # The precision of training is not that of every machine.
-    segmenter.config = replace(segmenter.config, {"train.precision": "auto"})
+    segmenter.config = replace(segmenter.config, {"train.precision": "auto", "data.refine": "guided"})
     rows = photographs(args.data, segmenter.config)
     if args.out.exists():
         remove_directory(args.out)
