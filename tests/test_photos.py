@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,15 @@ def test_it_segments_a_photograph_from_the_command_line(
     assert mask[100:200, 180:300].mean() > 0.8
     (result,) = json.loads((tmp_path / "out/predictions.json").read_text())
     assert result["phrase"] == "cat" and result["score"] > 0.5
+
+
+def test_loading_does_not_import_torchs_compiler() -> None:
+    """It takes two seconds, and a mask from the command line needs none of it."""
+    code = (
+        "import sys; from dcris import Segmenter; Segmenter.from_pretrained('photos', device='cpu'); "
+        "sys.exit('torch._dynamo.convert_frame' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_examples_have_phrases_that_it_understands(photos: Segmenter) -> None:

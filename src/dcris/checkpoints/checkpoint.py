@@ -40,6 +40,7 @@ from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, as_path
+from dcris.utils.device import shapes_only
 from dcris.utils.files import (
     open_regular,
     parse_json,
@@ -169,7 +170,7 @@ def save_whole(
     Raises:
         DcrisError: it cannot be written.
     """
-    with torch.device("meta"):  # names without allocating memory
+    with shapes_only():
         model = ReferringSegmenter(config.model)
     trained = trained_state(model).keys()
     state = {name: value.contiguous() for name, value in tensors.items() if name in trained}
@@ -445,7 +446,7 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
     path = find_checkpoint(as_path(path, "the checkpoint"))
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
-    with torch.device("meta"):  # names and shapes without allocating memory
+    with shapes_only():
         model = ReferringSegmenter(config.model)
     # A hostile configuration may describe a model of any size, so check the shapes of the trained
     # tensors before allocating.
@@ -488,7 +489,7 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
     path = find_checkpoint(path)
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
-    with torch.device("meta"):  # names and shapes without allocating memory
+    with shapes_only():
         model = ReferringSegmenter(config.model)
     needed, present = _tower_tensors(model), _tower_tensors(shared)
     if needed.keys() < present.keys():  # the method trains some tower weights; only the frozen ones identify the towers

@@ -21,6 +21,7 @@ from dcris.config import ModelConfig, RunConfig, replace
 from dcris.errors import DcrisError
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
+from dcris.utils.device import shapes_only
 
 # By width and depth of the vision tower. Tensors do not show the number of heads and the feature
 # layers; recipes do.
@@ -167,7 +168,7 @@ def rename_tensors(theirs: Mapping[str, Tensor], config: ModelConfig, where: str
         DcrisError: a tensor is missing, unexpected, or of another shape or type; the error names
             the first one.
     """
-    with torch.device("meta"):  # names and shapes without memory
+    with shapes_only():
         ours = ReferringSegmenter(config).state_dict()
     left, renamed = dict(theirs), {}
     for name, expected in ours.items():

@@ -198,13 +198,12 @@ def _recipes(args: argparse.Namespace) -> None:
     if args.show is not None:
         log(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
         return
-    import torch
-
     from dcris.models.segmentation import ReferringSegmenter
+    from dcris.utils.device import shapes_only
 
     rows = []
     for name, recipe in RECIPES.items():
-        with torch.device("meta"):  # shapes without memory
+        with shapes_only():
             rows.append({"name": name, **ReferringSegmenter(recipe.config.model).count_weights()})
     if args.json:
         log(json.dumps(rows, indent=2))

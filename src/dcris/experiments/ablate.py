@@ -44,7 +44,7 @@ from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model, total_steps
-from dcris.utils.device import choose_device, choose_precision
+from dcris.utils.device import choose_device, choose_precision, shapes_only
 from dcris.utils.distributed import described_processes
 from dcris.utils.files import (
     LockedError,
@@ -517,7 +517,7 @@ def _name(row: Row) -> str:
 
 def _tower_weights(config: RunConfig) -> int:
     """Return the number of weights of both towers."""
-    with torch.device("meta"):  # shapes without memory
+    with shapes_only():
         return ReferringSegmenter(replace(config, {"model.method": None}).model).count_weights()["frozen"]
 
 

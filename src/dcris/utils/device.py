@@ -3,11 +3,13 @@
 import os
 import platform
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dcris.errors import DcrisError
 from dcris.utils.arguments import Precision
@@ -61,6 +63,27 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+class _LeaveRandom(TorchFunctionMode):
+    """Leaves tensors as they are where they would be filled with normal random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Context in which modules are made without memory for their weights, on the device "meta".
+
+    torch 2.13 imports its compiler, which takes two seconds, to fill a tensor there with normal
+    random numbers, so that is left out.
+    """
+    with torch.device("meta"), _LeaveRandom():
+        yield
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
