@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -116,32 +117,34 @@ def serve(
         DcrisError: the extra `web` is not installed, the port is in use, `host` serves other
             machines and neither `auth` nor `no_auth` is given, or an example is not an image.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
-    credentials = () if no_auth else _credentials(auth)
-    try:
-        import gradio  # noqa: F401
-
-        from dcris.inference.web.guard import is_loopback
-    except ImportError as error:
-        raise DcrisError(f"the web page needs the package {error.name}: pip install 'dcris[web]'") from error
-    with _listen(host, port) as listening:
-        address, port = listening.getsockname()[:2]
-        if not (credentials or no_auth or is_loopback(address)):
-            raise DcrisError(
-                f"--host {host} serves other machines too; set a password with --auth USER:PASSWORD, or give --no-auth"
-            )
-        service = InferenceService(segmenter(), limits)
-        sessions = Sessions(service.limits)
-        app = make_app(service, sessions, examples, hosts=(host, *allow_hosts), credentials=credentials)
-        server = make_server(app, service.limits)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        for work in (partial(_delete_expired_sessions, sessions), partial(_wait_until_ready, server, ready, url)):
-            threading.Thread(target=work, daemon=True).start()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads both when it is imported
+    with TemporaryDirectory(prefix="dcris-web-") as scratch:
+        os.environ["GRADIO_TEMP_DIR"] = scratch  # gradio makes a folder there and leaves it
+        credentials = () if no_auth else _credentials(auth)
         try:
-            server.run(sockets=[listening])
-        finally:
-            server.should_exit = True
-            service.close()
+            import gradio  # noqa: F401
+
+            from dcris.inference.web.guard import is_loopback
+        except ImportError as error:
+            raise DcrisError(f"the web page needs the package {error.name}: pip install 'dcris[web]'") from error
+        with _listen(host, port) as listening:
+            address, port = listening.getsockname()[:2]
+            if not (credentials or no_auth or is_loopback(address)):
+                raise DcrisError(
+                    f"--host {host} serves other machines too; set a password with --auth USER:PASSWORD, or give --no-auth"
+                )
+            service = InferenceService(segmenter(), limits)
+            sessions = Sessions(service.limits)
+            app = make_app(service, sessions, examples, hosts=(host, *allow_hosts), credentials=credentials)
+            server = make_server(app, service.limits)
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            for work in (partial(_delete_expired_sessions, sessions), partial(_wait_until_ready, server, ready, url)):
+                threading.Thread(target=work, daemon=True).start()
+            try:
+                server.run(sockets=[listening])
+            finally:
+                server.should_exit = True
+                service.close()
 
 
 def make_server(app: "ASGIApp", limits: Limits) -> "uvicorn.Server":
