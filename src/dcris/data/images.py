@@ -37,9 +37,10 @@ GiB in all. Phone cameras of 108 megapixels are below it."""
 MAX_SIDE = 65_535
 """Limit on the longer side, as in JPEG: each row and each column of an image needs some memory."""
 
-_MAX_MEMORY = 1_000_000_000
-"""Limit on the bytes in use while decoding: Pillow uses 4 bytes per RGB pixel, the returned array
-3."""
+_MAX_MEMORY = 850_000_000
+"""Limit on the bytes in use while decoding, below 1 GiB by what a process needs besides.
+
+Pillow uses 4 bytes per RGB pixel, the returned array 3."""
 
 _MAX_FILE = 1_000_000_000
 """Limit on the bytes of a file. Some decoders read all of it into memory."""
@@ -326,8 +327,8 @@ def _refuse_costly(image: Any, name: str, file: BinaryIO | None) -> None:
     needed = (per_pixel + 3) * width * height
     if needed > _MAX_MEMORY:
         raise DcrisError(
-            f"it is {width} x {height} pixels, which need {needed / 1e9:.1f} GB of memory in this format; the limit is "
-            f"{_MAX_MEMORY / 1e9:.1f} GB; make it smaller or save it as JPEG"
+            f"it is {width} x {height} pixels, which need {needed / 1e9:.2f} GB of memory in this format; the limit is "
+            f"{_MAX_MEMORY / 1e9:.2f} GB; make it smaller or save it as JPEG"
         )
 
 
