@@ -31,7 +31,7 @@ from dcris.utils.files import open_regular
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 110_000_000
-"""Limit on the pixels of an image. A prediction with an overlay takes about 8 bytes per pixel, 1
+"""Limit on the pixels of an image. A prediction with an overlay takes 9 to 10 bytes per pixel, 1
 GiB in all. Phone cameras of 108 megapixels are below it."""
 
 MAX_SIDE = 65_535

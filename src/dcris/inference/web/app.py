@@ -105,7 +105,7 @@ def serve(
         host: address to listen on.
         port: 0 chooses a free port.
         examples: example images; by default generated scenes for a model that was trained on those,
-                else photographs.
+            else photographs.
         limits: limits on requests.
         allow_hosts: further host names that clients may use.
         auth: USER:PASSWORD, or a file with one such line per user; by default the environment
