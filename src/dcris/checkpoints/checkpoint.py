@@ -40,7 +40,7 @@ from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, as_path
-from dcris.utils.device import shapes_only
+from dcris.utils.device import allocate, shapes_only
 from dcris.utils.files import (
     open_regular,
     parse_json,
@@ -451,7 +451,7 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
     # A hostile configuration may describe a model of any size, so check the shapes of the trained
     # tensors before allocating.
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
-    model.to_empty(device="cpu")
+    allocate(model)
     tower_file = path if path.is_file() else path / _TOWERS
     if tower_file.is_file():
         towers = _tower_tensors(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dcris.errors import DcrisError
@@ -84,6 +85,15 @@ def shapes_only() -> Iterator[None]:
     """
     with torch.device("meta"), _LeaveRandom():
         yield
+
+
+def allocate(model: nn.Module) -> None:
+    """Give a model that was made in `shapes_only` memory on the CPU for its weights, not filled.
+
+    It does what `model.to_empty(device="cpu")` does, for which torch 2.13 imports sympy: a second.
+    """
+    with torch.no_grad():
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
