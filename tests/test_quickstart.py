@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dcris.data.photographs import example_photographs
 from dcris.errors import DcrisError
 from dcris.experiments import quickstart as module
 from dcris.recipes import get_recipe
@@ -31,11 +32,29 @@ def test_it_writes_its_files_and_can_be_repeated(short: None, tmp_path: Path) ->
     page = (tmp_path / "report.html").read_text()
     assert "<html" in page and "data:image" in page
     assert list((tmp_path / "predictions").rglob("*.overlay.png"))
+    photographs = [(each["photograph"], each["phrase"]) for each in stored["photographs"]]
+    assert photographs == [(path.name, phrase) for path, phrases in example_photographs() for phrase in phrases]
+    assert all(each["score"] > 0.5 for each in stored["photographs"])
+    # What a visitor sees first is the real world.
+    assert page.index("<h2>Photographs</h2>") < page.index("<h3>mIoU</h3>")
     log = (tmp_path / "log.jsonl").read_text()
     again = module.quickstart(tmp_path, device="cpu", log=lambda line: None)
     assert again["weights_sha256"] == first["weights_sha256"]
     assert again["miou"] == first["miou"]
     assert (tmp_path / "log.jsonl").read_text() == log
+
+
+@pytest.mark.slow
+def test_without_the_photographs_packages_the_rest_runs(
+    short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Installed without the extra, the quickstart is what it was, and says what is left out."""
+    monkeypatch.setattr("dcris.utils.wheels.find_spec", lambda name: None)
+    lines: list[str] = []
+    metrics = module.quickstart(tmp_path, device="cpu", log=lines.append)
+    assert metrics["photographs"] == [] and "Photographs" not in (tmp_path / "report.html").read_text()
+    (line,) = [line for line in lines if "left out" in line]
+    assert "pip install 'dcris[photos]'" in line
 
 
 def test_an_invalid_seed_raises(short: None, tmp_path: Path) -> None:

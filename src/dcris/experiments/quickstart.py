@@ -1,7 +1,9 @@
-"""The whole workflow in one command: scenes, training, evaluation, prediction, report."""
+"""The whole workflow in one command: scenes, training, evaluation, prediction, report; and the
+packaged model on the example photographs.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,22 @@ import torch
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.config import RunConfig, load_config, refuse_other_run, replace
 from dcris.data.dataset import all_queries
+from dcris.data.images import read_image
+from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
+from dcris.errors import DcrisError
 from dcris.evaluation.analysis import analyse
 from dcris.evaluation.evaluator import EvalResult, exchange_expressions, predict_queries, result_record
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.report.evaluation_report import write_evaluation_report
-from dcris.inference.batch import BatchOptions, BatchPredictor
+from dcris.evaluation.report.panels import NamedMask, Panel
+from dcris.inference.batch import BatchOptions, BatchPredictor, Done
 from dcris.inference.inputs import find_tasks
+from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
@@ -34,6 +41,8 @@ TRAIN_SCENES, TEST_SCENES = 4800, 200
 
 def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[[str], None] = print) -> dict[str, Any]:
     """Run the workflow in a folder; a second call continues where the first stopped.
+
+    The photographs are left out, and a line says so, without the packages of the extra `photos`.
 
     Args:
         out: gets scenes/ (the data set), config.json, log.jsonl and checkpoints/ (the run),
@@ -72,8 +81,21 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
     model.to(chosen)
     results, metrics = evaluate_both_ways(model, config, table, "test", device=chosen)
     log("segmenting and reporting")
-    segmenter = Segmenter(model, config, device=str(chosen))
-    _segment_a_few(segmenter, table, out / "predictions")
+    scenes: dict[Path, list[str]] = {}
+    for reference in table.split("test"):
+        scenes.setdefault(reference.image_path, []).append(reference.expressions[0].text)
+    _predict(Segmenter(model, config, device=str(chosen)), list(scenes.items())[:4], out / "predictions")
+    photographs: list[tuple[Path, Prediction]] = []
+    try:
+        photographs = _predict(
+            Segmenter.from_pretrained("photos", device=str(chosen)), example_photographs(), out / "predictions"
+        )
+    except DcrisError as error:
+        log(f"the photographs are left out: {error}")
+    metrics["photographs"] = [
+        {"photograph": path.name, "phrase": each.phrase, "score": each.score, "box": list(each.box or ())}
+        for path, each in photographs
+    ]
     metrics["seconds"] = round(time.monotonic() - begin, 1)
     write_json(out / "metrics.json", metrics)
     write_evaluation_report(
@@ -84,6 +106,12 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
         results=results,
         record=metrics,
         log=read_log(out),
+        opening={
+            "Photographs": (
+                Panel(read_image(path), each.phrase, None, (NamedMask("photos", each.mask, None),))
+                for path, each in photographs
+            )
+        },
     )
     return metrics
 
@@ -121,12 +149,14 @@ def evaluate_both_ways(
     }
 
 
-def _segment_a_few(segmenter: Segmenter, table: ReferenceTable, out: Path) -> None:
-    """Predict masks for the first test scenes, with the first expression of each object."""
-    expressions: dict[Path, list[str]] = {}
-    for reference in table.split("test"):
-        expressions.setdefault(reference.image_path, []).append(reference.expressions[0].text)
-    for image, texts in list(expressions.items())[:4]:
-        tasks, options = find_tasks([image], texts), BatchOptions(overwrite=True)
-        for _ in BatchPredictor(segmenter, tasks, out / image.stem, options).run():
-            pass
+def _predict(
+    segmenter: Segmenter, examples: Iterable[tuple[Path, Sequence[str]]], out: Path
+) -> list[tuple[Path, Prediction]]:
+    """Predict masks for images with their phrases, and write a folder for each image."""
+    found = []
+    for image, phrases in examples:
+        tasks, options = find_tasks([image], phrases), BatchOptions(overwrite=True)
+        for event in BatchPredictor(segmenter, tasks, out / image.stem, options).run():
+            if isinstance(event, Done):
+                found += [(image, prediction) for prediction in event.predictions]
+    return found

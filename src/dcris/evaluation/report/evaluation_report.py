@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def write_report(
     panels: Mapping[str, Iterable[Panel]],
     notes: Sequence[str],
     metrics: Sequence[Metric] = STANDARD_METRICS,
+    opening: Mapping[str, Iterable[Panel]] = MappingProxyType({}),
 ) -> None:
     """Write a report to `path` atomically. Parts without content are left out.
 
@@ -72,6 +74,7 @@ def write_report(
         panels: examples by heading.
         notes: sentences for the end of the page.
         metrics: of the protocol.
+        opening: examples by heading that stand before the scores.
 
     Raises:
         DcrisError: if the file cannot be written.
@@ -89,6 +92,7 @@ def write_report(
         tiles=_tiles(record, intervals, metrics),
         tables=_tables(record, analysis, metrics),
         charts=_charts(analysis, log, metrics),
+        opening=[render_panels(heading, some) for heading, some in opening.items()],
         examples=[render_panels(heading, some) for heading, some in panels.items()],
         facts=_facts(facts, record, metrics),
         notes=[*notes, NOTE_INTERVALS] if intervals else notes,
@@ -105,11 +109,12 @@ def write_evaluation_report(
     model: ReferringSegmenter | None = None,
     log: Sequence[dict[str, Any]] = (),
     metrics: Sequence[Metric] = STANDARD_METRICS,
+    opening: Mapping[str, Iterable[Panel]] = MappingProxyType({}),
 ) -> None:
     """Write the report of results on one split.
 
     Args:
-        path, title, record, log, metrics: as in `write_report`.
+        path, title, record, log, metrics, opening: as in `write_report`.
         results: of the split; the images of those that are shown are read.
         config: of the run that trained the model; None if only masks are known.
         model: whose weights are counted; None if only masks are known.
@@ -140,6 +145,7 @@ def write_evaluation_report(
         },
         notes=(_NOTE_TINY,) if tiny else (),
         metrics=metrics,
+        opening=opening,
     )
 
 
