@@ -22,7 +22,7 @@ from PIL import Image
 
 from conftest import make_tiny_refer
 from dcris.cli import _parser
-from dcris.cli.train import parse_settings
+from dcris.cli.common import parse_settings
 from dcris.config import replace
 from dcris.errors import DcrisError
 from dcris.recipes import get_recipe
@@ -81,15 +81,16 @@ def test_every_block_says_what_it_is(page: str) -> None:
 
 
 def parse(command: list[str]) -> None:
-    """Parse a command as dcris does, with the settings of `dcris train`. Raises DcrisError where
-    something is unknown."""
+    """Parse a command as dcris does, with its settings. Raises DcrisError where something is
+    unknown."""
     args, rest = _parser().parse_known_args(command)
     if not getattr(args, "takes_settings", False):
         if rest:
             raise DcrisError(f"unknown argument {rest[0]!r}")
         return
+    recipe = f"dcris_{args.recipe}" if args.name == "ablate" else args.recipe
     # A recipe that is a file of the reader's has the sections of every recipe.
-    recipe = "dcris_b" if args.recipe.endswith(".json") else args.recipe
+    recipe = "dcris_b" if recipe.endswith(".json") else recipe
     replace(get_recipe(recipe), parse_settings(rest))
 
 

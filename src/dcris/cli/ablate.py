@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import ROOT, adder, device_arguments, exit_interrupted, log, natural, positive
+from dcris.cli.common import ROOT, adder, device_arguments, exit_interrupted, log, natural, parse_settings, positive
 from dcris.errors import DcrisError
-from dcris.experiments.paper_tables import TABLES
+from dcris.experiments.paper_tables import SIZES, TABLES
 
 
 def add(commands: Any) -> None:
@@ -17,8 +17,9 @@ def add(commands: Any) -> None:
         "train and compare recipes, or the rows of a table of the paper",
         "table2 --recipe tiny --out runs/ablations",
         "Finished runs are skipped, and tables in one OUT share equal runs. Several processes can work on one OUT: start "
-        "the command again, or use torchrun.",
+        "the command again, or use torchrun. Settings of all rows are given as --SECTION.FIELD VALUE, as for `dcris train`.",
     )
+    ablate.set_defaults(takes_settings=True)
     ablate.add_argument("table", nargs="?", choices=tuple(TABLES), metavar="TABLE", help=", ".join(TABLES))
     ablate.add_argument(
         "--recipes", nargs="+", default=(), metavar="RECIPE", help="recipes to compare instead of a table"
@@ -30,7 +31,7 @@ def add(commands: Any) -> None:
     ablate.add_argument("--split-by", help="partition of the data set; needed only if ROOT has several")
     ablate.add_argument("--out", type=Path, required=True, help="folder of the tables and all their runs")
     ablate.add_argument(
-        "--recipe", choices=("tiny", "b"), default="b", help="size of the towers in TABLE (default: %(default)s)"
+        "--recipe", choices=SIZES, default="b", help="size of the towers in TABLE (default: %(default)s)"
     )
     ablate.add_argument(
         "--seeds", type=natural, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs (default: 0 1 2)"
@@ -61,7 +62,7 @@ def _ablate(args: argparse.Namespace) -> None:
     study = recipe_study(args.recipes) if args.recipes else table_study(args.table, args.recipe)
     try:
         failures = ablate(
-            study,
+            study.changed(parse_settings(args.settings)),
             args.out,
             root=args.data,
             dataset=args.dataset,

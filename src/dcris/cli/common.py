@@ -4,7 +4,7 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +43,29 @@ def argument(path: Path | str) -> str:
     for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `--section.field value` and `--section.field=value` by key.
+
+    Raises:
+        DcrisError: an argument is not a setting, or a setting has no value.
+    """
+    from dcris.config import parse_value
+
+    values: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or "." not in word.partition("=")[0]:
+            raise DcrisError(f"there is no option {word!r}; settings are given as --SECTION.FIELD VALUE")
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not rest:
+                raise DcrisError(f"the setting --{key} has no value; give one after it")
+            value = rest.pop(0)
+        values[key] = parse_value(value)
+    return values
 
 
 def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:

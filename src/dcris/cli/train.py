@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from dcris.cli.common import (
     exit_interrupted,
     log,
     own_name,
+    parse_settings,
     positive,
 )
-from dcris.errors import DcrisError
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
@@ -119,29 +118,6 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
     if own:
         settings["data.split_by"] = None
     return replace(config, settings | word_length_settings(settings, config.data.dataset))
-
-
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of `--section.field value` and `--section.field=value` by key.
-
-    Raises:
-        DcrisError: an argument is not a setting, or a setting has no value.
-    """
-    from dcris.config import parse_value
-
-    values: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or "." not in word.partition("=")[0]:
-            raise DcrisError(f"`dcris train` has no option {word!r}; settings are given as --SECTION.FIELD VALUE")
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not equals:
-            if not rest:
-                raise DcrisError(f"the setting --{key} has no value; give one after it")
-            value = rest.pop(0)
-        values[key] = parse_value(value)
-    return values
 
 
 def _train(group: Any, args: argparse.Namespace) -> None:

@@ -17,9 +17,10 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +58,7 @@ from dcris.utils.files import (
 )
 from dcris.version import __version__
 
-Size = Literal["tiny", "b"]
+Size = Literal["b", "tiny", "photos"]
 TINY_STEPS = 100
 TRAIN_SCENES, TEST_SCENES = 3000, 60
 _TINY_STEP = 0.3
@@ -100,6 +101,17 @@ class Study:
             config.model.vision.name.startswith("tiny") for config in self.configs if isinstance(config, RunConfig)
         )
 
+    def changed(self, settings: Mapping[str, Any]) -> "Study":
+        """Return the study with settings that all rows get.
+
+        Raises:
+            DcrisError: a row has no such setting, or the value does not fit.
+        """
+        configs = tuple(
+            replace(config, settings) if isinstance(config, RunConfig) else config for config in self.configs
+        )
+        return replace_fields(self, configs=configs)
+
 
 def table_study(name: str, size: Size) -> Study:
     """Return the study of one of the paper's tables.
@@ -109,18 +121,20 @@ def table_study(name: str, size: Size) -> Study:
         size: of the towers.
 
     Raises:
-        DcrisError: there is no such table.
+        DcrisError: there is no such table, or none of that size.
     """
     if name not in TABLES:
         raise DcrisError(f"unknown table {name!r}; choose one of {', '.join(TABLES)}")
-    rows = tuple(row for row in TABLES[name].rows if row.only in (None, size))
+    rows = tuple(row for row in TABLES[name].rows if size in row.sizes)
+    if not rows:
+        raise DcrisError(f"{name} is of towers with 12 transformer blocks; give --recipe b or tiny")
     default = get_recipe(f"dcris_{size}")
     configs = tuple(_attempt_configure(row, size) for row in rows)
     baseline = next(
         index for index, each in enumerate(configs) if isinstance(each, RunConfig) and each.model == default.model
     )
     table = Table(TABLES[name].title, TABLES[name].columns, rows)
-    steps = TINY_STEPS if size == "tiny" else None
+    steps = TINY_STEPS if size == "tiny" else default.train.max_steps
     return Study(name, table, configs, baseline, tuple(_cells(row, default) for row in rows), steps)
 
 
