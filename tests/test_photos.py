@@ -16,8 +16,12 @@ from dcris import Segmenter
 from dcris.checkpoints.checkpoint import find_checkpoint
 from dcris.checkpoints.resolve import locate
 from dcris.cli import main
+from dcris.data.masks import decode_mask
 from dcris.data.photographs import example_photographs
+from dcris.data.readers.load import load_references
+from dcris.data.training_table import training_table
 from dcris.errors import DcrisError
+from dcris.recipes import get_recipe
 from dcris.utils import wheels
 
 FOLDER = Path(dcris.assets.__file__).parent / "photos"
@@ -116,3 +120,38 @@ def test_it_can_be_trained_further_on_own_photographs(tmp_path: Path, monkeypatc
     weights = [name for name in start if name.endswith(("weight", "bias"))]
     moved = {name: (end[name].float() - start[name].float()).abs().max().item() for name in weights}
     assert 0 < max(moved.values()) < 0.05
+
+
+@pytest.mark.slow
+def test_composed_photographs_are_of_permitted_training_photographs(refer_root: Path, tmp_path: Path) -> None:
+    """A pasted object of a test photograph would spoil its score, one of another licence the
+    model's. What a paste covers is cut out of the masks.
+    """
+    tool = Path(__file__).parents[1] / "tools/compose_photos.py"
+    contents = []
+    for name in ("a", "b"):
+        words = [*("--data", refer_root), "--out", tmp_path / name, "--licences", 4, 5, 7, 8, "--per-photograph", 1]
+        subprocess.run([sys.executable, tool, *map(str, words)], check=True)
+        contents.append(json.loads((tmp_path / name / "cocomini/instances.json").read_text()))
+    assert contents[0] == contents[1]
+    root = tmp_path / "a"
+    table = load_references(root, "cocomini")
+    held_out = {reference.image_id for reference in table.references if reference.split != "train"}
+    licences = {image["id"]: image["license"] for image in contents[0]["images"]}
+    composed = [image for image in contents[0]["images"] if "composed_of" in image]
+    assert len(composed) > 100
+    for image in composed:
+        assert held_out.isdisjoint(image["composed_of"])
+        assert {licences[number] for number in image["composed_of"]} <= {4, 5, 7, 8}
+    config = get_recipe("dcris_photos").data.model_copy(
+        update={"dataset": "cocomini", "generate_phrases": True, "licences": (4, 5, 7, 8)}
+    )
+    described = {reference.image_id for reference in training_table(table, config).split("train")}
+    assert sum(image["id"] in described for image in composed) > 0.9 * len(composed)
+    for image in composed[:10]:
+        size = image["height"], image["width"]
+        own = [each for each in contents[0]["annotations"] if each["image_id"] == image["id"]]
+        assert sum(decode_mask(each["segmentation"], size).sum() for each in own) == sum(each["area"] for each in own)
+        # The last pasted object lies above all others.
+        last = decode_mask(own[-1]["segmentation"], size)
+        assert all(not (last & decode_mask(each["segmentation"], size)).any() for each in own[:-1])

@@ -1,9 +1,10 @@
 """Write the packaged model `photos` from a finished run:
 
-    dcris train dcris_photos --data ROOT --dataset cocomini --out RUN --train.precision bfloat16 \\
-        --data.licences "[4, 5, 7, 8]" --data.generate_phrases true --data.cache_features 8
+    python tools/compose_photos.py --data ROOT --out COMPOSED --licences 4 5 7 8
+    dcris train dcris_photos --data COMPOSED --dataset cocomini --out RUN --train.precision bfloat16 \\
+        --data.licences "[4, 5, 7, 8]" --data.generate_phrases true
     python tools/measure_photos.py RUN --data ROOT --out scores.json
-    python tools/ship_photos.py RUN --data ROOT --scores scores.json --out src/dcris/assets/photos
+    python tools/ship_photos.py RUN --data COMPOSED --scores scores.json --out src/dcris/assets/photos
 """
 
 import argparse
@@ -59,7 +60,10 @@ def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:
     table = training_table(load_references(root, config.data.dataset, config.data.split_by), config.data)
     instances = refer_layout.read_instances(root, config.data.dataset)
     rows = []
-    for image_id in sorted({reference.image_id for reference in table.split(config.data.train_split)}):
+    used = {reference.image_id for reference in table.split(config.data.train_split)}
+    # A composed photograph (compose_photos.py) stands for those that it is made of.
+    used = {each for number in used for each in instances.images[number].get("composed_of", [number])}
+    for image_id in sorted(used):
         image = instances.images[image_id]
         if image["license"] not in LICENCES:
             raise ValueError(f"photograph {image_id} has the licence {image['license']}; do not ship this run")
@@ -76,8 +80,9 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
         [
             "## Data",
             "",
-            f"{len(rows)} photographs of COCO, listed in `photographs.csv` with their licences ({licences}), and phrases",
-            "generated from COCO's instance annotations (CC BY 4.0): category, place, size, ordinal, colour, relation. No",
+            f"{len(rows)} photographs of COCO, listed in `photographs.csv` with their licences ({licences}), also with",
+            "objects of some pasted into others, and phrases generated from COCO's instance annotations (CC BY 4.0):",
+            "category, place, size, ordinal, colour, relation. No",
             "photograph of another licence and none of the photographs that it is scored on was used.",
             "",
             "## Scores",

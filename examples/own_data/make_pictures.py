@@ -1,21 +1,24 @@
-"""Draw example data for `run.sh`: images, a COCO export as an annotation tool writes it, and
+"""Make example data for `run.sh`: images, a COCO export as an annotation tool writes it, and
 expressions.
 
-    python make_pictures.py FOLDER
+    python make_pictures.py FOLDER [ROOT]
 
-writes FOLDER/pictures/*.png, FOLDER/instances.json (COCO annotations) and FOLDER/phrases.json
-(expressions).
+writes FOLDER/pictures/*, FOLDER/instances.json (COCO annotations) and FOLDER/phrases.json
+(expressions). The images are drawn. With ROOT, a folder with the data set `cocomini` in the REFER
+layout, they are photographs of its val split.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-IMAGES, SIDE, OBJECTS = 60, 112, 4
+IMAGES, SIDE, OBJECTS = 40, 320, 4
 
 Outline = NDArray[np.float64]
 """Polygon corners [corners, 2] as x and y. An object is about 2 wide and 2 high, centred at 0."""
@@ -46,10 +49,9 @@ KINDS: dict[str, tuple[tuple[int, int, int], list[Outline]]] = {
 }
 
 
-def main(folder: Path) -> None:
-    """Write all files into `folder`. The result is the same in every run."""
+def draw(folder: Path) -> None:
+    """Draw the images. The result is the same in every run."""
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     categories = [{"id": number, "name": name} for number, name in enumerate(KINDS, 1)]
     images, annotations = [], []
     phrases: dict[str, str | list[str]] = {name: [name, f"the {name}"] for name in KINDS}
@@ -84,12 +86,48 @@ def main(folder: Path) -> None:
         file_name = f"{image_id:03}.png"
         image.save(folder / "pictures" / file_name)
         images.append({"id": image_id, "file_name": file_name, "height": SIDE, "width": SIDE})
+    write(folder, images, annotations, categories, phrases)
+
+
+def copy_photographs(folder: Path, root: Path) -> None:
+    """Copy photographs with the annotations of the objects that have expressions."""
+    from dcris.data.readers.load import load_references
+
+    references = load_references(root, "cocomini").split("val")
+    stored = json.loads((root / "cocomini/instances.json").read_text())
+    images = {reference.image_id: reference.image_path for reference in references}
+    chosen = dict(sorted(images.items())[:IMAGES])
+    used = [reference for reference in references if reference.image_id in chosen]
+    phrases: dict[str, str | list[str]] = {
+        str(reference.ann_id): [expression.text for expression in reference.expressions] for reference in used
+    }
+    for path in chosen.values():
+        shutil.copy(path, folder / "pictures")
+    write(
+        folder,
+        [{**image, "file_name": chosen[image["id"]].name} for image in stored["images"] if image["id"] in chosen],
+        [annotation for annotation in stored["annotations"] if str(annotation["id"]) in phrases],
+        stored["categories"],
+        phrases,
+    )
+
+
+def write(
+    folder: Path,
+    images: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    categories: list[dict[str, Any]],
+    phrases: dict[str, str | list[str]],
+) -> None:
+    """Write the annotations and the expressions."""
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(content))
     (folder / "phrases.json").write_text(json.dumps(phrases, indent=2))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python make_pictures.py FOLDER")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python make_pictures.py FOLDER [ROOT]")
+    target = Path(sys.argv[1])
+    (target / "pictures").mkdir(parents=True, exist_ok=True)
+    draw(target) if len(sys.argv) == 2 else copy_photographs(target, Path(sys.argv[2]))

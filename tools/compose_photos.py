@@ -1,0 +1,225 @@
+"""Make more photographs to train `photos` on: objects of some are pasted into others (Ghiasi et al.
+2021, "Simple Copy-Paste").
+
+    python tools/compose_photos.py --data ROOT --out COMPOSED --licences 4 5 7 8
+
+writes COMPOSED in the same layout: the photographs of ROOT, the composed ones, and all annotations.
+What is covered is cut out of the masks, so phrases can be generated for all of them. Photographs of
+other splits than train are neither used nor changed. Needs cocomini's layout (REFER's, with
+`instances.json` of all instances).
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+
+from dcris.data.images import read_image
+from dcris.data.masks import decode_mask, encode_mask, mask_box
+from dcris.data.readers import refer_layout
+from dcris.data.readers.load import load_references
+from dcris.data.readers.refer_layout import Instances
+
+MOST_PASTED = 4
+SAME_CATEGORY = 0.5
+"""Share of the pasted objects whose category the photograph has already, for phrases to tell
+apart."""
+AREAS = 0.008, 0.2
+"""Least and greatest share of the photograph that a pasted object covers."""
+SCALES = 0.35, 1.8
+"""Least and greatest factor of an object's sides."""
+LEAST_SOURCE = 0.006
+"""Least share of its own photograph that a pasted object covers."""
+LEAST_PIXELS = 30
+"""Objects of which less is left are dropped."""
+OUTSIDE = 1 / 6
+"""Greatest part of an object's side that may be outside the photograph."""
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """An object that can be pasted: its box of pixels and mask."""
+
+    image_id: int
+    category_id: int
+    pixels: Pixels
+    mask: Pixels
+
+
+@dataclass
+class Item:
+    """An object in a composed photograph, with a mask of the photograph's size."""
+
+    category_id: int
+    crowd: int
+    mask: Pixels
+
+
+def main() -> None:
+    """Write the composed data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--dataset", default="cocomini")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--licences", type=int, nargs="+", help="numbers of `instances.json`; by default all")
+    parser.add_argument("--per-photograph", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    instances = refer_layout.read_instances(args.data, args.dataset)
+    table = load_references(args.data, args.dataset)
+    held_out = {reference.image_id for reference in table.references if reference.split != "train"}
+    objects: dict[int, list[dict[str, Any]]] = {}
+    for annotation in instances.annotations.values():
+        objects.setdefault(annotation["image_id"], []).append(annotation)
+    pool = [
+        number
+        for number, image in instances.images.items()
+        if number in objects and number not in held_out and (not args.licences or image["license"] in args.licences)
+    ]
+    cutouts = cut_out(instances, {number: objects[number] for number in pool})
+    folder = args.out / "images/mscoco/images/train2014"
+    folder.mkdir(parents=True)
+    for number in instances.images:
+        shutil.copy(instances.image_path(number), folder)
+    generator = np.random.default_rng(args.seed)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    next_id, next_ann = 1 + max(instances.images), 1 + max(instances.annotations)
+    for number in pool * args.per_photograph:
+        pixels, items, used = compose(instances, number, objects[number], cutouts, generator)
+        name = f"composed_{len(images):06}.jpg"
+        Image.fromarray(pixels).save(folder / name, quality=92)
+        height, width = pixels.shape[:2]
+        licence = instances.images[number]["license"]
+        images.append(
+            {
+                "id": next_id,
+                "file_name": name,
+                "height": height,
+                "width": width,
+                "license": licence,
+                "composed_of": [number, *used],
+            }
+        )
+        for item in items:
+            annotations.append(
+                {
+                    "id": next_ann,
+                    "image_id": next_id,
+                    "category_id": item.category_id,
+                    "iscrowd": item.crowd,
+                    "bbox": list(mask_box(item.mask) or ()),
+                    "area": int(item.mask.sum()),
+                    "segmentation": encode_mask(item.mask),
+                }
+            )
+            next_ann += 1
+        next_id += 1
+    (args.out / args.dataset).mkdir()
+    for path in (args.data / args.dataset).glob("refs(*).p"):
+        shutil.copy(path, args.out / args.dataset)
+    content = json.loads(instances.path.read_text(encoding="utf-8"))
+    content["images"] += images
+    content["annotations"] += annotations
+    (args.out / args.dataset / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    print(f"{len(images)} photographs composed of {len(pool)}, with {len(annotations)} objects")
+
+
+def cut_out(instances: Instances, objects: dict[int, list[dict[str, Any]]]) -> dict[int, list[Cutout]]:
+    """Return the objects that can be pasted, by category."""
+    found: dict[int, list[Cutout]] = {}
+    for number, annotations in objects.items():
+        pixels = read_image(instances.image_path(number))
+        for annotation in annotations:
+            mask = decode_mask(annotation["segmentation"], instances.image_size(number))
+            if annotation["iscrowd"] or mask.sum() < LEAST_SOURCE * mask.size:
+                continue
+            left, top, width, height = mask_box(mask) or (0, 0, 0, 0)
+            box = np.s_[top : top + height, left : left + width]
+            cutout = Cutout(number, annotation["category_id"], pixels[box].copy(), mask[box].copy())
+            found.setdefault(cutout.category_id, []).append(cutout)
+    return found
+
+
+def compose(
+    instances: Instances,
+    number: int,
+    annotations: list[dict[str, Any]],
+    cutouts: dict[int, list[Cutout]],
+    generator: Generator,
+) -> tuple[Pixels, list[Item], list[int]]:
+    """Paste a few objects into a photograph, which is mirrored half of the time.
+
+    Returns:
+        The pixels [H, W, 3], its objects, and the photographs that the pasted ones are from.
+    """
+    pixels = read_image(instances.image_path(number))
+    size = instances.image_size(number)
+    items = [
+        Item(each["category_id"], each["iscrowd"], decode_mask(each["segmentation"], size)) for each in annotations
+    ]
+    if generator.random() < 0.5:
+        pixels = pixels[:, ::-1]
+        items = [Item(item.category_id, item.crowd, item.mask[:, ::-1]) for item in items]
+    present = [item.category_id for item in items if item.category_id in cutouts]
+    used = []
+    for _ in range(generator.integers(1, MOST_PASTED + 1)):
+        same = bool(present) and generator.random() < SAME_CATEGORY
+        category = int(generator.choice(present if same else list(cutouts)))
+        cutout = cutouts[category][generator.integers(len(cutouts[category]))]
+        placed = place(cutout, size, generator)
+        if placed is None:
+            continue
+        patch, mask = placed
+        # Softer at the edge, or the sharp outline of what is pasted would be learned.
+        share = np.clip(1.2 * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.0), 0, 1)[..., None] * mask[..., None]
+        pixels = (pixels * (1 - share) + patch * share).astype(np.uint8)
+        for item in items:
+            item.mask = item.mask * (1 - mask)
+        items.append(Item(category, 0, mask))
+        used.append(cutout.image_id)
+    return np.ascontiguousarray(pixels), [item for item in items if item.mask.sum() >= LEAST_PIXELS], used
+
+
+def place(cutout: Cutout, size: tuple[int, int], generator: Generator) -> tuple[Pixels, Pixels] | None:
+    """Scale an object, mirror it half of the time and put it at a random place.
+
+    Returns:
+        Pixels [H, W, 3] and mask [H, W] of the photograph's size; None if the object would be too
+        small.
+    """
+    height, width = size
+    area = np.exp(generator.uniform(*np.log(AREAS))) * height * width
+    scale = float(np.clip(np.sqrt(area / cutout.mask.sum()), *SCALES))
+    scale = min(scale, 0.9 * height / cutout.mask.shape[0], 0.9 * width / cutout.mask.shape[1])
+    if cutout.mask.sum() * scale**2 < AREAS[0] / 2 * height * width:
+        return None
+    target = max(1, round(cutout.mask.shape[1] * scale)), max(1, round(cutout.mask.shape[0] * scale))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    pixels, mask = (cv2.resize(each, target, interpolation=how) for each in (cutout.pixels, cutout.mask))
+    if generator.random() < 0.5:
+        pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+    rows, columns = mask.shape
+    top, left = (
+        int(generator.integers(-int(OUTSIDE * side), whole - side + int(OUTSIDE * side) + 1))
+        for side, whole in ((rows, height), (columns, width))
+    )
+    inside = np.s_[max(0, top) : min(height, top + rows), max(0, left) : min(width, left + columns)]
+    part = np.s_[max(0, -top) : min(rows, height - top), max(0, -left) : min(columns, width - left)]
+    patch, whole_mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+    patch[inside], whole_mask[inside] = pixels[part], mask[part]
+    return patch, whole_mask
+
+
+if __name__ == "__main__":
+    main()
