@@ -379,6 +379,25 @@ def test_decoding_takes_no_more_memory_than_is_counted(tmp_path, mode, photo):
     assert int(run.stdout) * 1024 < 9 * side * side
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of Linux")
+def test_what_decoding_used_is_returned(tmp_path):
+    """Else the network's arrays are allocated beside it. In a process that freed a large block
+    before, the C library keeps Pillow's blocks for the thread that read ahead.
+    """
+    code = (
+        "import ctypes, sys; from pathlib import Path; from dcris.data.images import read_image\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "library = ctypes.CDLL(None); library.malloc.restype = ctypes.c_void_p; library.free.argtypes = [ctypes.c_void_p]\n"
+        "library.free(library.malloc(31 << 20))\n"
+        "in_use = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "before = in_use(); pixels = ThreadPoolExecutor(1).submit(read_image, Path(sys.argv[1])).result()\n"
+        "print(in_use() - before - pixels.nbytes)"
+    )
+    path = _save(tmp_path, "a.jpg", Image.new("RGB", (6_000, 6_000)))
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 72_000_000  # of the 144 MB that the decoded image took
+
+
 def test_the_size_of_a_png_needs_no_decoding(tmp_path, photo):
     """If the masks of a data set are PNG files, the header of each is read when the data set is
     loaded.

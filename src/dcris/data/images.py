@@ -8,6 +8,7 @@ The cost of a file is bounded before it is decoded, because a file of a few kilo
 size (see `_refuse_costly`).
 """
 
+import ctypes
 import io
 import logging
 import os
@@ -92,6 +93,9 @@ order."""
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 """EXIF orientations that exchange width and height."""
 
+_LARGE = 1 << 26
+"""Bytes of pixels from which memory that was used for decoding is returned to the system."""
+
 _BAND = 1 << 20
 """Pixels that are converted at a time, which avoids another copy of the whole image."""
 
@@ -151,7 +155,21 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np
             `max_pixels`, or is too costly to decode.
     """
     with _opened(source, max_pixels) as image:
-        return _pixels(image)
+        pixels = _pixels(image)
+        image.close()  # frees what Pillow decoded, as much again as the pixels
+    if pixels.size > _LARGE:
+        _return_free_memory()
+    return pixels
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system where the C library is glibc.
+
+    By itself it keeps what its heap cannot shrink by: after larger blocks were freed, Pillow's
+    blocks of 16 MB come from there, and the network's arrays would be allocated beside them.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # TypeError: on Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:
