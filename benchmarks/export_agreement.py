@@ -25,7 +25,7 @@ import torch
 
 from dcris import Segmenter
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.evaluation.metrics import Overlap, summarise
 from dcris.inference.export_onnx import export_onnx
@@ -99,7 +99,7 @@ def score(segmenter: Segmenter, export: Path, root: Path, split: str) -> dict[st
     model = onnx_segment.load(export)
     overlaps = []
     for reference in load_references(root, segmenter.config.data.dataset).split(split):
-        truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        truth = union_mask(reference.segmentations, reference.image_size).astype(bool)
         phrases = [expression.text for expression in reference.expressions]
         (masks,) = onnx_segment.segment(model, [read_image(reference.image_path)], phrases)
         overlaps += [Overlap(int((mask & truth).sum()), int((mask | truth).sum())) for mask in masks]

@@ -10,7 +10,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from dcris.data.coco import CATEGORIES
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.table import ReferenceTable
 
 HUB_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "testB", "test": "test"}
@@ -38,7 +38,7 @@ def write_prepared(table: ReferenceTable, root: Path, folder: str) -> None:
                     "sentences_num": len(sentences),
                 }
             )
-            mask = decode_mask(reference.segmentation, reference.image_size)
+            mask = union_mask(reference.segmentations, reference.image_size)
             Image.fromarray(mask * 255).save(root / "masks" / folder / f"{reference.ref_id}.png")
         (root / "anns" / folder / f"{split}.json").write_text(json.dumps(entries))
 

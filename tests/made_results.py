@@ -29,7 +29,7 @@ def made_result(
     runs = {"size": [1000, 1000], "counts": [0, area, 1_000_000 - area]}
     path = Path(f"images/{image}.jpg")
     queried = Expression(number, expression, kind)
-    reference = Reference(number, number, number, path, (1000, 1000), "thing", "val", runs, (queried,))
+    reference = Reference(number, (number,), number, path, (1000, 1000), "thing", "val", (runs,), (queried,))
     return EvalResult(reference, queried, Overlap(*share), runs)
 
 

@@ -244,8 +244,8 @@ def test_sizes_of_polygons_and_mask_files(tmp_path: Path) -> None:
     Image.new("L", (1000, 1000), 255).save(tmp_path / "mask.png")
     polygon = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
     results = [made_result(), made_result()]
-    results[0] = replace(results[0], reference=replace(results[0].reference, segmentation=polygon))
-    results[1] = replace(results[1], reference=replace(results[1].reference, segmentation=tmp_path / "mask.png"))
+    results[0] = replace(results[0], reference=replace(results[0].reference, segmentations=(polygon,)))
+    results[1] = replace(results[1], reference=replace(results[1].reference, segmentations=(tmp_path / "mask.png",)))
     assert [row["name"] for row in analyse(results)["by_size"]] == ["small", "large"]
 
 

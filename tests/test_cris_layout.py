@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import TinyRefer
 from dcris.data.check import check_dataset
 from dcris.data.coco import CATEGORIES
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -48,8 +48,8 @@ def test_the_same_references_as_in_the_refer_layout(prepared):
         assert reference.image_path.is_file()
         for attribute in ("split", "category", "expressions", "image_size"):
             assert getattr(reference, attribute) == getattr(truth, attribute)
-        mask = decode_mask(reference.segmentation, reference.image_size)
-        np.testing.assert_array_equal(mask, decode_mask(truth.segmentation, truth.image_size))
+        mask = union_mask(reference.segmentations, reference.image_size)
+        np.testing.assert_array_equal(mask, union_mask(truth.segmentations, truth.image_size))
     assert len({reference.image_id for reference in table.references}) == 2
     assert check_dataset(root, "refcocog").problem_count == 0
 
@@ -67,9 +67,9 @@ def test_real_references(refer_root, tmp_path):
         found = (reference.image_id, reference.category, reference.expressions, reference.image_size)
         assert found == (truth.image_id, truth.category, truth.expressions, truth.image_size)
     for reference in table.references[::50]:
-        mask = decode_mask(reference.segmentation, reference.image_size)
+        mask = union_mask(reference.segmentations, reference.image_size)
         truth = expected[reference.ref_id]
-        np.testing.assert_array_equal(mask, decode_mask(truth.segmentation, truth.image_size))
+        np.testing.assert_array_equal(mask, union_mask(truth.segmentations, truth.image_size))
 
 
 def test_the_categories_are_cocos(refer_root):
@@ -117,7 +117,7 @@ def test_masks_may_have_any_value_but_0(prepared):
     pixels = np.array(Image.open(path))
     Image.fromarray(pixels // 255).save(path)
     (reference,) = load_references(root, "refcocog").split("val")
-    assert decode_mask(reference.segmentation, reference.image_size).sum() == (pixels > 0).sum() > 0
+    assert union_mask(reference.segmentations, reference.image_size).sum() == (pixels > 0).sum() > 0
 
 
 def test_the_orientation_of_a_mask_is_applied(prepared):
@@ -130,7 +130,7 @@ def test_the_orientation_of_a_mask_is_applied(prepared):
     mask.save(path, exif=exif)
     (reference,) = load_references(root, "refcocog").split("val")
     turned = np.asarray(mask)[::-1, ::-1] > 0
-    assert np.array_equal(decode_mask(reference.segmentation, reference.image_size).astype(bool), turned)
+    assert np.array_equal(union_mask(reference.segmentations, reference.image_size).astype(bool), turned)
 
 
 def test_masks_that_are_missing_or_of_another_size(prepared):

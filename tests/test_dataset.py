@@ -24,7 +24,7 @@ from dcris.data.dataset import (
     to_square,
     training_loader,
 )
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import PADDING, TinyTokenizer, get_tokenizer
@@ -135,7 +135,7 @@ def test_a_sample_is_the_image_its_phrase_and_its_mask(table: ReferenceTable) ->
         assert pixels.shape == (112, 112, 3)  # the size of the square, so the letterbox is the identity
         assert sample.image.dtype == torch.uint8
         np.testing.assert_array_equal(sample.image.permute(1, 2, 0).numpy(), pixels)
-        np.testing.assert_array_equal(sample.mask.numpy(), decode_mask(reference.segmentation, (112, 112)))
+        np.testing.assert_array_equal(sample.mask.numpy(), union_mask(reference.segmentations, (112, 112)))
         assert torch.equal(sample.tokens, TOKENIZER([samples.draw(index).text], CONFIG.word_length)[0])
 
 
@@ -182,8 +182,8 @@ def test_each_image_comes_once_with_all_its_queries(table: ReferenceTable) -> No
         assert len({reference.image_path for reference, _ in task.queries}) == 1
         assert torch.equal(task.tokens, TOKENIZER([e.text for _, e in task.queries], CONFIG.word_length))
         for reference, _ in task.queries:
-            truth = decode_mask(reference.segmentation, reference.image_size)
-            np.testing.assert_array_equal(task.truths[reference.ref_id], truth.astype(bool))
+            truth = union_mask(reference.segmentations, reference.image_size)
+            np.testing.assert_array_equal(task.truths[reference.ref_id, True], truth.astype(bool))
     parallel = [task for group in task_loader(tasks, images=3, workers=2) for task in group]
     assert [task.queries for task in parallel] == [task.queries for task in groups]
 
@@ -265,7 +265,7 @@ def test_long_expressions_are_counted_as_the_tokenizer_does(name: str, texts: li
     if name == "clip":
         pytest.importorskip("instant_clip_tokenizer")
     tokenizer = get_tokenizer(name)
-    reference = Reference(1, 1, 1, Path("1.png"), (2, 2), "cup", "val", [[0, 0, 1, 0, 1, 1]], ())
+    reference = Reference(1, (1,), 1, Path("1.png"), (2, 2), "cup", "val", ([[0, 0, 1, 0, 1, 1]],), ())
     queries = [(reference, Expression(number, text)) for number, text in enumerate(texts)]
     expected = int((tokenizer(texts, length + 1)[:, length] != PADDING).sum())
     warning = cut_phrases(queries, CONFIG.model_copy(update={"word_length": length}), tokenizer, "refcocog")

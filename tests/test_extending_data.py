@@ -50,13 +50,13 @@ def read_row(row: dict[str, str], number: int, path: Path) -> Reference:
     polygon = [[left, top, right, top, right, bottom, left, bottom]]
     return Reference(
         ref_id=number,
-        ann_id=number,
+        ann_ids=(number,),
         image_id=number,
         image_path=image,
         image_size=size,
         category="object",
         split=row["split"],
-        segmentation=validate_segmentation(polygon, size),
+        segmentations=(validate_segmentation(polygon, size),),
         expressions=(Expression(number, check_text(row["phrase"], path, where, "phrase")),),
     )
 

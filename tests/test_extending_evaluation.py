@@ -10,7 +10,7 @@ import pytest
 
 from dcris.cli import main
 from dcris.data.dataset import all_queries
-from dcris.data.masks import decode_mask
+from dcris.data.masks import decode_mask, union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.transforms import Resize, Transform
 from dcris.evaluation.metrics import MIOU, Metric
@@ -92,7 +92,7 @@ def test_a_model_is_evaluated_by_its_metrics(
     lines = {line["sent_id"]: line for line in map(json.loads, answers.read_text().splitlines())}
     values = []
     for reference, expression in all_queries(load_references(scenes_root, "scenes").split("test")):
-        truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        truth = union_mask(reference.segmentations, reference.image_size).astype(bool)
         mask = decode_mask(lines[expression.sent_id]["segmentation"], reference.image_size).astype(bool)
         values.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
     assert printed["mdice"] == pytest.approx(100 * np.mean(values))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dcris.cli import main
 from dcris.data.dataset import all_queries
-from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.masks import decode_mask, encode_mask, union_mask
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.external_masks import score_masks
@@ -33,7 +33,7 @@ def queries(scenes_root: Path) -> list:
 @pytest.fixture(scope="module")
 def truths(queries: list) -> Masks:
     return {
-        expression.sent_id: decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        expression.sent_id: union_mask(reference.segmentations, reference.image_size).astype(bool)
         for reference, expression in queries
     }
 
@@ -123,8 +123,8 @@ def _square(tiny_refer):
     from dataclasses import replace
 
     reference = load_references(tiny_refer.write(), tiny_refer.dataset).references[0]
-    reference = replace(reference, segmentation=[[15, 10, 25, 10, 25, 20, 15, 20]], image_size=(40, 60))
-    assert decode_mask(reference.segmentation, reference.image_size).sum() == 100
+    reference = replace(reference, segmentations=([[15, 10, 25, 10, 25, 20, 15, 20]],), image_size=(40, 60))
+    assert union_mask(reference.segmentations, reference.image_size).sum() == 100
     return reference, reference.expressions[0]
 
 

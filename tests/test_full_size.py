@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcris.cli import main
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.registry import PARTITIONS
 from full_size import PHOTOGRAPHS, write_official
@@ -28,10 +28,10 @@ def test_official_sizes_are_counted_right(key: tuple[str, str], tmp_path: Path) 
     assert len({expression.sent_id for reference in table.references for expression in reference.expressions}) == sum(
         expressions for _, expressions in PARTITIONS[key].splits.values()
     )
-    kinds = {type(reference.segmentation) for reference in table.references}
+    kinds = {type(reference.segmentations[0]) for reference in table.references}
     assert kinds == {list, dict}  # crowds, too
     for reference in table.references[::500]:
-        assert decode_mask(reference.segmentation, reference.image_size).any()
+        assert union_mask(reference.segmentations, reference.image_size).any()
 
 
 @pytest.mark.parametrize(("split_by", "shared"), [("umd", False), ("google", True)])

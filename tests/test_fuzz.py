@@ -58,7 +58,7 @@ from dcris.cli import _parser
 from dcris.config import RunConfig, parse_value
 from dcris.config import replace as replace_settings
 from dcris.data.dataset import all_queries
-from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.masks import encode_mask, union_mask
 from dcris.data.readers.load import load_references
 from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.protocols import get_protocol
@@ -298,7 +298,7 @@ def export(root: Path) -> None:
 def predictions(root: Path) -> None:
     """Masks for the two sentences of a split, in everything that they may come in."""
     queries = all_queries(load_references(make_tiny_refer(root / "data").write(), "tiny").split("val"))
-    masks = {expression.sent_id: decode_mask(reference.segmentation, (30, 40)) for reference, expression in queries}
+    masks = {expression.sent_id: union_mask(reference.segmentations, (30, 40)) for reference, expression in queries}
     (root / "masks").mkdir()
     for sent_id, mask in masks.items():
         Image.fromarray(mask * np.uint8(255)).save(root / f"masks/{sent_id}.png")

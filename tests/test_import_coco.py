@@ -15,7 +15,7 @@ from PIL import Image
 
 from dcris.data.check import check_dataset
 from dcris.data.import_coco import ImportResult, import_coco
-from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.masks import decode_mask, encode_mask, union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -87,7 +87,7 @@ def test_category_names_are_phrases_where_they_mean_one_object(export: Export) -
     assert "left out: 2 whose phrase fits several objects of an image" in str(done)
     assert [item.category for item in table.references] == ["cup", "dog", "dog"]
     for item, mask in zip(table.references, (MASK, MASK, np.ones((H, W))), strict=True):
-        np.testing.assert_array_equal(decode_mask(item.segmentation, (H, W)), mask)
+        np.testing.assert_array_equal(union_mask(item.segmentations, (H, W)), mask)
     table, done = export.load(keep_ambiguous=True)
     assert [phrases for number, phrases in said(table) if number == 2] == [["cup"], ["cup"]]
     assert done.left_out == ""
@@ -322,7 +322,7 @@ def test_other_spellings_of_annotations_are_read(export: Export, change: dict[st
     export.content["annotations"][0].update(change)
     table, _ = export.load(strict=True)
     assert len(table.references) == 3
-    np.testing.assert_array_equal(decode_mask(table.references[0].segmentation, (H, W)), MASK)
+    np.testing.assert_array_equal(decode_mask(table.references[0].segmentations[0], (H, W)), MASK)
 
 
 @pytest.mark.parametrize("value", [1, 1.0, True, "1", "true", "1.0"])
@@ -467,7 +467,7 @@ def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
     by_id = {record["id"]: record for record in content["annotations"]}
     for text, item in zip(out.read_text().splitlines(), table.references, strict=True):
         annotation = by_id[json.loads(text)["annotation"]]
-        assert annotation["segmentation"] == item.segmentation
+        assert (annotation["segmentation"],) == item.segmentations
         same = [
             other
             for other in content["annotations"]

@@ -13,11 +13,12 @@ from PIL import Image
 
 from dcris.data import check
 from dcris.data.check import check_dataset
-from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.masks import encode_mask, union_area, union_mask
 from dcris.data.readers import jsonl
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
+from dcris.types import SoftMask
 from dcris.utils import files
 
 H, W = 8, 12
@@ -77,10 +78,51 @@ def test_the_documented_format_is_read(folder: Path) -> None:
     assert {item.image_size for item in table.references} == {(H, W)}
     assert [each.text for each in table.references[0].expressions] == ["the box", "a box in the middle"]
     assert [each.sent_id for item in table.references for each in item.expressions] == [1, 2, 3, 4, 5]
-    masks = [decode_mask(item.segmentation, item.image_size) for item in table.references]
+    masks = [union_mask(item.segmentations, item.image_size) for item in table.references]
     for mask in masks[:3]:
         np.testing.assert_array_equal(mask, RECTANGLE)
     assert masks[3].all()
+
+
+def test_several_objects_and_none(folder: Path) -> None:
+    """Who annotates "both boxes" and "the dog" that is not there gets the union, the parts and an
+    empty mask, in training and in `data check`."""
+    left = [[0.0, 0.0, 2.0, 0.0, 2.0, 8.0, 0.0, 8.0]]
+    path = write(
+        folder,
+        without("mask") | {"masks": ["mask.png", left], "expressions": ["both"]},
+        line(mask=None, expressions=["the dog"]),
+        without("mask") | {"masks": [], "expressions": ["the cat"]},
+        line(),
+        without("mask") | {"masks": [left, "mask.png"]},
+    )
+    table = load_references(path, None)
+    both, dog, cat, box, other = table.references
+    assert [len(each.segmentations) for each in table.references] == [2, 0, 0, 1, 2]
+    assert [len(each.ann_ids) for each in table.references] == [2, 0, 0, 1, 2]
+    objects = [each for item in table.references for each in item.ann_ids]
+    assert len(set(objects)) == len(objects)
+    expected = RECTANGLE.copy()
+    expected[:, :2] = 1
+    np.testing.assert_array_equal(union_mask(both.targets(both.expressions[0]), (H, W)), expected)
+    assert union_area(both.segmentations, (H, W)) == expected.sum()
+    for absent in (dog, cat):
+        assert absent.targets(absent.expressions[0]) == ()
+        np.testing.assert_array_equal(union_mask(absent.segmentations, (H, W)), np.zeros((H, W)))
+    assert box.ann_ids == (box.ref_id,)
+    assert (other.split, other.category) == ("train", "object")
+    assert check_dataset(path, None).problem_count == 0
+    soft = load_references(path, None, mask_threshold=0.5)
+    assert [type(each) for each in soft.references[0].segmentations] == [SoftMask, list]
+
+
+def test_an_empty_mask_is_still_a_problem(folder: Path) -> None:
+    """`null` says that nothing is there; an empty mask image is a mistake of a script."""
+    Image.new("L", (W, H), 0).save(folder / "empty.png")
+    record = {"image": "img/1.jpg", "masks": ["mask.png", "empty.png"], "expressions": ["both"]}
+    report = check_dataset(write(folder, line(mask=None), line(mask="empty.png"), record), None)
+    assert report.problem_count == 2
+    assert ["reference 2" in report.problems[0], "reference 3" in report.problems[1]] == [True, True]
 
 
 def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
@@ -141,7 +183,11 @@ def without(key: str) -> dict[str, Any]:
         (line(mask="/tmp/mask.png"), "'mask' that is not a plain path"),
         (line(mask="masks/1.png"), "unusable 'mask' .*no image file .*1.png"),
         (line(mask="taller.png"), r"taller.png is 9 x 12 pixels \(height x width\), but its image is 8 x 12"),
-        (line(mask=None), "has no 'mask'"),
+        (line(masks=["mask.png"]), "has both 'mask' and 'masks'"),
+        (without("mask") | {"masks": None}, "'masks' that is not a list but NoneType"),
+        (without("mask") | {"masks": ["mask.png", None]}, "unusable mask 2 in 'masks'"),
+        (without("mask") | {"masks": ["../mask.png"]}, "'mask' that is not a plain path"),
+        (without("mask") | {"masks": ["mask.png"] * 1001}, "has 1,001 'masks'; the limit is 1,000"),
         (line(mask=5), "neither polygons nor run lengths"),
         (line(mask=[]), "the segmentation is empty"),
         (line(mask=[[1, 2, 3, 4]]), "polygon 1 is not a list of x, y pairs with at least 3 corners"),
@@ -282,7 +328,7 @@ def test_any_line_is_read_or_refused(folder: Path, changes: dict[str, Any], cut:
             assert "\n" not in str(error)
         else:
             (item,) = table.references
-            assert decode_mask(item.segmentation, item.image_size).shape == (H, W)
+            assert union_mask(item.segmentations, item.image_size).shape == (H, W)
             assert item.image_path.resolve().is_relative_to(folder.resolve())
             assert all(each.text.strip() for each in item.expressions)
             assert len(table.sha256()) == 64

@@ -26,7 +26,7 @@ from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.cli import main
 from dcris.data.dataset import all_queries
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -247,7 +247,7 @@ def test_panels(tracked: Path, table: ReferenceTable) -> None:
             assert image.shape == (event.height, event.width, 3) == (height, 3 * width + 16, 3)
             assert np.array_equal(image[:, :width], scene)
             changed = (image[:, width + 8 : 2 * width + 8] != scene).any(axis=2)
-            truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+            truth = union_mask(reference.segmentations, reference.image_size).astype(bool)
             truth = truth.repeat(height // len(truth), 0).repeat(width // truth.shape[1], 1)
             assert changed[truth].mean() > 0.9
             assert changed[~truth].mean() < 0.2  # the contour

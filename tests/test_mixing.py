@@ -30,13 +30,13 @@ SPLITS = ("train", "train", "train", "val", "testA", "test")
 def reference(number: int, image: int, split: str, ann_id: int | None = None, sentences: int = 1) -> Reference:
     return Reference(
         ref_id=number,
-        ann_id=number if ann_id is None else ann_id,
+        ann_ids=(number if ann_id is None else ann_id,),
         image_id=image,
         image_path=ROOT / f"images/COCO_train2014_{image:012}.jpg",
         image_size=(4, 5),
         category="cup",
         split=split,
-        segmentation={"size": [4, 5], "counts": [number, 20 - number]},
+        segmentations=({"size": [4, 5], "counts": [number, 20 - number]},),
         expressions=tuple(Expression(100 * number + k, f"phrase {number} {k}") for k in range(sentences)),
     )
 
@@ -59,7 +59,7 @@ def tables(draw: st.DrawFn) -> list[ReferenceTable]:
 
 def content(item: Reference) -> tuple[Any, ...]:
     """The parts of a reference that renumbering does not change."""
-    return item.image_path, item.split, str(item.segmentation), tuple(each.text for each in item.expressions)
+    return item.image_path, item.split, str(item.segmentations), tuple(each.text for each in item.expressions)
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,7 +99,7 @@ def test_identifiers_are_unique(sets: list[ReferenceTable], filtered: bool) -> N
     references = mix("mixed", sets, filtered=filtered).references
     for counts in (
         Counter(item.ref_id for item in references),
-        Counter(item.ann_id for item in references),
+        Counter(item.ann_ids for item in references),
         Counter(each.sent_id for item in references for each in item.expressions),
     ):
         assert set(counts.values()) <= {1}
@@ -111,7 +111,7 @@ def test_references_of_one_annotation_stay_together() -> None:
     """`dcris data check` decodes each annotation once."""
     one = table("a", reference(1, 1, "train", ann_id=7), reference(2, 1, "train", ann_id=7), reference(3, 1, "train"))
     mixed = mix("mixed", [one, replace(one, dataset="b")])
-    assert [item.ann_id for item in mixed.references] == [1, 1, 2, 3, 3, 4]
+    assert [item.ann_ids for item in mixed.references] == [(1,), (1,), (2,), (3,), (3,), (4,)]
 
 
 def test_images_under_both_of_cocos_namings_are_the_same() -> None:

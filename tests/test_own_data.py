@@ -12,21 +12,22 @@ import pytest
 from PIL import Image
 
 from dcris.data.check import check_dataset
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 
 REPOSITORY = Path(__file__).parents[1]
 
 
-def test_the_documented_line_is_read(tmp_path: Path) -> None:
-    """The line in the documentation is valid."""
+def test_the_documented_lines_are_read(tmp_path: Path) -> None:
+    """The lines in the documentation are valid: one object, several and none."""
     text = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^\{.*\}$", text, re.MULTILINE)
-    for name in ("img/1.jpg", "masks/1.png"):
-        (tmp_path / name).parent.mkdir()
+    lines = re.findall(r"^\{.*\}$", text, re.MULTILINE)
+    for name in ("img/1.jpg", "masks/1.png", "masks/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (4, 3), 255).save(tmp_path / name)
-    (tmp_path / "my.jsonl").write_text(line)
-    assert len(load_references(tmp_path / "my.jsonl", None).references[0].expressions) == 2
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    references = load_references(tmp_path / "my.jsonl", None).references
+    assert [(len(each.expressions), len(each.segmentations)) for each in references] == [(2, 1), (1, 2), (1, 0)]
 
 
 def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
     Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages/a b.jpg")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert check_dataset(tmp_path / "my.jsonl", None, deep=True).problem_count == 0
-    masks = [decode_mask(item.segmentation, (6, 8)) for item in load_references(tmp_path / "my.jsonl", None).references]
+    masks = [union_mask(item.segmentations, (6, 8)) for item in load_references(tmp_path / "my.jsonl", None).references]
     assert sorted(int(mask.sum()) for mask in masks) == [6, 7]
     np.testing.assert_array_equal(sum(masks), objects.any(axis=2))
 

@@ -43,7 +43,7 @@ def test_the_same_references_as_in_the_refer_layout(tiny_refer: TinyRefer, tmp_p
     for truth in original.references:
         reference = found[truth.ref_id]
         assert reference.image_path == root / "images/train2014" / truth.image_path.name
-        for attribute in ("ann_id", "image_id", "image_size", "category", "split", "segmentation", "expressions"):
+        for attribute in ("ann_ids", "image_id", "image_size", "category", "split", "segmentations", "expressions"):
             assert getattr(reference, attribute) == getattr(truth, attribute)
     assert check_dataset(root, "refcoco").problem_count == 0
     with pytest.raises(DcrisError, match="split by unc, not by google"):
@@ -62,7 +62,7 @@ def test_real_references(refer_root: Path, tmp_path: Path) -> None:
     expected = {reference.ref_id: reference for reference in original.references}
     for reference in table.references:
         truth = expected[reference.ref_id]
-        for attribute in ("ann_id", "image_id", "image_size", "category", "split", "segmentation", "expressions"):
+        for attribute in ("ann_ids", "image_id", "image_size", "category", "split", "segmentations", "expressions"):
             assert getattr(reference, attribute) == getattr(truth, attribute)
 
 

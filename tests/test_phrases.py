@@ -327,10 +327,10 @@ def test_generated_references_extend_the_training_split_only(tiny_refer: TinyRef
     after = train_on(tiny, generate_phrases=True)
     assert after[: len(before)] == before
     added = after[len(before) :]
-    assert {reference.ann_id for reference in added} == {73, 81, 82}
+    assert {reference.ann_ids for reference in added} == {(73,), (81,), (82,)}
     assert {reference.split for reference in added} == {"train"}
     assert len({reference.ref_id for reference in after}) == len(after)
-    said_of = {reference.ann_id: {said.text: said.kind for said in reference.expressions} for reference in added}
+    said_of = {reference.ann_ids[0]: {said.text: said.kind for said in reference.expressions} for reference in added}
     assert any("left" in text for text in said_of[81])
     assert any("right" in text for text in said_of[82])
     assert "colour" in said_of[82].values()
@@ -397,7 +397,7 @@ def test_malformed_annotations_are_named(tiny_refer: TinyRefer, change: dict[str
 def test_unusable_masks_make_their_category_vague(tiny_refer: TinyRefer, segmentation: Any):
     tiny = coco(tiny_refer)
     tiny.instances["annotations"][-2]["segmentation"] = segmentation
-    assert {reference.ann_id for reference in train_on(tiny, generate_phrases=True)[3:]} == {73}
+    assert {reference.ann_ids for reference in train_on(tiny, generate_phrases=True)[3:]} == {(73,)}
 
 
 def test_limits(tiny_refer: TinyRefer):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.transforms import Letterbox, Resize, ResizePad
 from dcris.errors import DcrisError
@@ -195,7 +195,7 @@ def test_two_hundred_real_images(name: str, refer_root: Path) -> None:
     references = load_references(refer_root, "cocomini").references
     references = list({reference.image_id: reference for reference in references}.values())[:200]
     assert len(references) == 200
-    truths = [decode_mask(reference.segmentation, reference.image_size).astype(bool) for reference in references]
+    truths = [union_mask(reference.segmentations, reference.image_size).astype(bool) for reference in references]
     extremes = list(ADVERSARIAL.values())
     logits = [
         logits_like(truth, seed) if seed % 2 else extremes[seed // 2 % len(extremes)]

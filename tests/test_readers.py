@@ -230,10 +230,10 @@ def test_every_field_is_read(tiny_refer):
     assert (table.dataset, table.split_by, table.root) == ("tiny", "toy", root)
     assert list(table.splits().items()) == [("train", (1, 2)), ("val", (1, 2)), ("testA", (1, 1))]
     (reference,) = table.split("val")
-    assert (reference.ref_id, reference.ann_id, reference.image_id) == (11, 72, 1)
+    assert (reference.ref_id, reference.ann_ids, reference.image_id) == (11, (72,), 1)
     assert reference.image_path == root / "images/mscoco/images/train2014/1.png"
     assert (reference.image_size, reference.category, reference.split) == ((30, 40), "person", "val")
-    assert reference.segmentation == {"size": [30, 40], "counts": [100, 20, 1080]}
+    assert reference.segmentations == ({"size": [30, 40], "counts": [100, 20, 1080]},)
     assert [(e.sent_id, e.text, e.kind) for e in reference.expressions] == [
         (200, "tall thing", None),
         (201, "right", "place"),
@@ -413,7 +413,7 @@ def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root
         image = images[record["image_id"]]
         assert reference.image_path.name == image["file_name"]
         assert reference.image_size == (image["height"], image["width"])
-        assert reference.segmentation == annotations[record["ann_id"]]["segmentation"]
+        assert reference.segmentations == (annotations[record["ann_id"]]["segmentation"],)
         assert [expression.text for expression in reference.expressions] == [s["sent"] for s in record["sentences"]]
 
 

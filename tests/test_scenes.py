@@ -17,7 +17,7 @@ import pytest
 
 from dcris.data import scenes
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask, mask_box
+from dcris.data.masks import mask_box, union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import COLOURS, KINDS, SHAPES, SIZES, TEXTURES, make_scene, scene_rng, vocabulary, write_scenes
 from dcris.errors import DcrisError
@@ -441,7 +441,7 @@ def test_a_larger_set_begins_with_the_smaller(tmp_path, root):
     for split, count in (("train", 20), ("val", 99), ("test", 99)):
         small, large = (load_references(where, "scenes").split(split)[:count] for where in (root, larger))
         for a, b in zip(small, large, strict=False):
-            assert a.segmentation == b.segmentation
+            assert a.segmentations == b.segmentations
             assert [e.text for e in a.expressions] == [e.text for e in b.expressions]
             assert a.image_path.read_bytes() == b.image_path.read_bytes()
 
@@ -468,9 +468,9 @@ def test_written_scenes_are_read_unchanged(root):
                 mask = scene.owners == index
                 assert reference.category == scene.things[index].shape
                 assert reference.image_size == (64, 64)
-                assert np.array_equal(decode_mask(reference.segmentation, (64, 64)), mask)
-                assert annotations[reference.ann_id]["area"] == mask.sum()
-                assert tuple(annotations[reference.ann_id]["bbox"]) == mask_box(mask)
+                assert np.array_equal(union_mask(reference.segmentations, (64, 64)), mask)
+                assert annotations[reference.ann_ids[0]]["area"] == mask.sum()
+                assert tuple(annotations[reference.ann_ids[0]]["bbox"]) == mask_box(mask)
                 assert [(e.text, e.kind) for e in reference.expressions] == [(p.text, p.kind) for p in phrases]
                 expressions += len(phrases)
             of_image = [a for a in annotations.values() if a["image_id"] == image_id]
@@ -547,7 +547,7 @@ def test_exchanged_phrases_belong_to_another_object_of_the_same_scene(root):
     queries = exchange_expressions(references)
     for reference, expression in queries:
         assert owner[expression.sent_id].image_id == reference.image_id
-        assert owner[expression.sent_id].ann_id != reference.ann_id
+        assert owner[expression.sent_id].ann_ids != reference.ann_ids
     # Every scene has at least two references, so none is left out, and every phrase occurs once.
     assert {reference.ref_id for reference, _ in queries} == {reference.ref_id for reference in references}
     assert sorted(expression.sent_id for _, expression in queries) == sorted(owner)

@@ -238,9 +238,9 @@ def test_the_evaluator_and_the_segmenter_agree(segmenter: Segmenter, scenes_root
     scored = predict_queries(
         segmenter.model, queries, segmenter.config, segmenter.protocol, device=CPU, dtype=segmenter.dtype
     )
-    from dcris.data.masks import decode_mask
+    from dcris.data.masks import union_mask
 
-    truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+    truth = union_mask(reference.segmentations, reference.image_size).astype(bool)
     for prediction in scored:
         mine = segmenter.predict(reference.image_path, prediction.expression.text)[0]
         assert overlap(mine.mask, truth) == prediction.overlap

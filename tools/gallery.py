@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dcris import Segmenter
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import KINDS
@@ -54,7 +54,7 @@ def first(references: tuple[Reference, ...], kind: str) -> list[tuple[Reference,
 def panel(segmenter: Segmenter, reference: Reference, expression: Expression) -> NDArray[np.uint8]:
     """Draw true and predicted mask side by side, with the expression above and the IoU below."""
     image = read_image(reference.image_path)
-    truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+    truth = union_mask(reference.targets(expression), reference.image_size).astype(bool)
     (prediction,) = segmenter.predict(image, expression.text)
     iou = (truth & prediction.mask).sum() / (truth | prediction.mask).sum()
 

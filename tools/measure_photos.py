@@ -11,6 +11,7 @@ Printed and written, in percent, over the expressions of all splits together:
 """
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.checkpoints.resolve import locate
 from dcris.config import DataConfig
 from dcris.data.dataset import all_queries
-from dcris.data.masks import decode_mask
+from dcris.data.masks import decode_mask, union_area, union_mask
 from dcris.data.readers import refer_layout
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
@@ -87,7 +88,8 @@ def grouped(results: Iterable[EvalResult], name: Any) -> dict[str, dict[str, Any
 
 def size(result: EvalResult) -> str:
     """Return the group of the object's share of its photograph."""
-    share = decode_mask(result.reference.segmentation, result.reference.image_size).mean()
+    reference = result.reference
+    share = union_area(reference.segmentations, reference.image_size) / math.prod(reference.image_size)
     return next(name for name, (low, high) in SIZES.items() if low <= share <= high)
 
 
@@ -108,11 +110,11 @@ def several_of_a_kind(results: Iterable[EvalResult], table: ReferenceTable) -> d
     hits, chances = [], []
     for result in results:
         reference = result.reference
-        category = instances.annotations[reference.ann_id]["category_id"]
+        category = instances.annotations[reference.ann_ids[0]]["category_id"]
         rivals = [
             other
             for other in by_image[reference.image_id]
-            if other["category_id"] == category and other["id"] != reference.ann_id and not other.get("iscrowd")
+            if other["category_id"] == category and other["id"] not in reference.ann_ids and not other.get("iscrowd")
         ]
         if not rivals:
             continue
@@ -121,7 +123,7 @@ def several_of_a_kind(results: Iterable[EvalResult], table: ReferenceTable) -> d
         def iou(mask: np.ndarray, predicted: np.ndarray = predicted) -> float:
             return float((predicted & mask).sum() / max(1, (predicted | mask).sum()))
 
-        right = iou(decode_mask(reference.segmentation, reference.image_size).astype(bool))
+        right = iou(union_mask(reference.segmentations, reference.image_size).astype(bool))
         others = []
         for other in rivals:
             try:

@@ -99,7 +99,7 @@ def copy_photographs(folder: Path, root: Path) -> None:
     chosen = dict(sorted(images.items())[:IMAGES])
     used = [reference for reference in references if reference.image_id in chosen]
     phrases: dict[str, str | list[str]] = {
-        str(reference.ann_id): [expression.text for expression in reference.expressions] for reference in used
+        str(reference.ann_ids[0]): [expression.text for expression in reference.expressions] for reference in used
     }
     for path in chosen.values():
         shutil.copy(path, folder / "pictures")

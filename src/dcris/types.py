@@ -43,22 +43,33 @@ class Expression:
     kind: str | None = None
     """How it identifies the object (attribute, place, ordinal, ...); known for generated scenes
     only."""
+    exists: bool = True
+    """Whether the image has what the expression describes. If not, the expression has no target,
+    whatever objects its reference has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One object of an image with all its expressions: the unit of the REFER data sets."""
+    """Objects of an image with all the expressions that describe them: the unit of the REFER data
+    sets, where it is one object. In generalised data sets it may be several or none."""
 
     ref_id: int
-    ann_id: int
+    ann_ids: tuple[int, ...]
+    """Identifiers of the objects, one for each segmentation."""
     image_id: int
     image_path: Path
     image_size: tuple[int, int]
     """Height and width in pixels, as the annotations record them."""
     category: str
+    """Of its objects; several different ones are joined by commas, without objects it is empty."""
     split: str
-    segmentation: Segmentation
+    segmentations: tuple[Segmentation, ...]
+    """The objects, kept apart. Their union is the true mask of the expressions."""
     expressions: tuple[Expression, ...]
+
+    def targets(self, expression: Expression) -> tuple[Segmentation, ...]:
+        """Return the objects that one of its expressions describes; empty if there are none."""
+        return self.segmentations if expression.exists else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,15 +200,15 @@ def _check_files(
         where = f"reference {reference.ref_id}"
         if problem := problem_of.pop(reference.image_path, None):
             report.add_problem(f"{where}: {problem}")
-        if reference.ann_id not in annotations:
-            annotations.add(reference.ann_id)
+        for ann_id, segmentation in zip(reference.ann_ids, reference.segmentations, strict=True):
+            if ann_id in annotations:
+                continue
+            annotations.add(ann_id)
             try:
-                if not mask_area(reference.segmentation, reference.image_size):
-                    report.add_problem(
-                        f"{where}: the mask of annotation {reference.ann_id} is empty; remove the reference"
-                    )
+                if not mask_area(segmentation, reference.image_size):
+                    report.add_problem(f"{where}: the mask of annotation {ann_id} is empty; remove the reference")
             except DcrisError as error:
-                report.add_problem(f"{where}: annotation {reference.ann_id}: {error}")
+                report.add_problem(f"{where}: annotation {ann_id}: {error}")
 
 
 def _check_image(reference: Reference, deep: bool) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,12 @@ from torch.utils.data import Dataset, Sampler
 from dcris.config import DataConfig
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.data.registry import DATASETS
 from dcris.data.tokenizer import PADDING, Tokenizer
 from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
-from dcris.types import Batch, Expression, MaskArray, Reference, Sample
+from dcris.types import Batch, Expression, MaskArray, Reference, Sample, Segmentation
 from dcris.utils.arguments import require_names
 from dcris.utils.streams import note_once
 from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
@@ -141,17 +141,18 @@ class TrainingSamples(Dataset[Sample | Failure]):
     def _read(self, index: int) -> Sample | Failure:
         try:
             image = self._read_image(self.references[index % len(self)].image_path)
-            return self.make(index, image, self.draw(index).text)
+            return self.make(index, image, self.draw(index))
         except DcrisError as error:
             return Failure(str(error))
 
-    def make(self, index: int, image: NDArray[np.uint8], text: str) -> Sample:
+    def make(self, index: int, image: NDArray[np.uint8], expression: Expression) -> Sample:
         """Make the sample at `index` from its image [H, W, 3] uint8 and one of its expressions.
 
         Raises DcrisError if the mask cannot be read, or is not of the image's size.
         """
         reference = self.references[index % len(self)]
-        mask = decode_mask(reference.segmentation, reference.image_size)
+        text = expression.text
+        mask = union_mask(reference.targets(expression), reference.image_size)
         if image.shape[:2] != mask.shape:
             raise DcrisError(size_mismatch(reference, image))
         for name, generator in self.draw_augmentations(index):
@@ -322,8 +323,9 @@ class ImageTask:
     """[K, L] int64, one row per expression."""
     queries: tuple[tuple[Reference, Expression], ...]
     """K pairs: the reference with the true mask, and the expression."""
-    truths: dict[int, MaskArray]
-    """True masks [H, W] bool by ref_id."""
+    truths: dict[tuple[int, bool], MaskArray]
+    """True masks by ref_id and `exists` of the expression: [H, W] bool, or on other pixels if
+    ImageTasks was given another `truth`."""
 
 
 Queries = Sequence[tuple[Reference, Expression]]
@@ -393,27 +395,31 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         tokenizer: Tokenizer,
         transform: type[Transform] = Letterbox,
         share: tuple[int, int] = (0, 1),
+        truth: Callable[[Sequence[Segmentation], tuple[int, int]], NDArray[Any]] = union_mask,
     ) -> None:
-        """Take every n-th image from the k-th on, for a `share` of (k, n)."""
+        """Take every n-th image from the k-th on, for a `share` of (k, n).
+
+        `truth` makes the true mask of the targets in an image of some size (H, W).
+        """
         by_image: dict[str, list[tuple[Reference, Expression]]] = {}
         for reference, expression in queries:
             by_image.setdefault(str(reference.image_path), []).append((reference, expression))
         self.groups = [tuple(group) for group in by_image.values()][share[0] :: share[1]]
-        self.config, self.tokenizer, self.transform = config, tokenizer, transform
+        self.config, self.tokenizer, self.transform, self.truth = config, tokenizer, transform, truth
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> ImageTask | Failure:
         queries = self.groups[index]
-        references = {reference.ref_id: reference for reference, _ in queries}
+        distinct = {(reference.ref_id, expression.exists): (reference, expression) for reference, expression in queries}
         try:
             image = read_image(queries[0][0].image_path)
             truths = {}
-            for reference in references.values():
+            for key, (reference, expression) in distinct.items():
                 if image.shape[:2] != reference.image_size:
                     raise DcrisError(size_mismatch(reference, image))
-                truths[reference.ref_id] = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+                truths[key] = self.truth(reference.targets(expression), reference.image_size).astype(bool)
         except DcrisError as error:
             return Failure(str(error))
         square, transform = to_square(image, self.config, self.transform)

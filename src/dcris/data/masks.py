@@ -6,6 +6,7 @@ outside its memory or allocate without bound. So everything is validated before 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np
     runs = _decode_runs(segmentation, size)
     values = (np.arange(len(runs)) % 2).astype(np.uint8)  # runs alternate between 0 and 1, column by column
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
+
+
+def union_mask(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Decode the union of several objects to a mask [H, W] uint8 of 0 and 1; without objects all 0.
+
+    Raises DcrisError as `decode_mask` does.
+    """
+    if not segmentations:
+        _require_decodable(size)
+        return np.zeros(size, np.uint8)
+    mask = decode_mask(segmentations[0], size)
+    for segmentation in segmentations[1:]:
+        mask |= decode_mask(segmentation, size)
+    return mask
+
+
+def union_area(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> int:
+    """Return the area of the union of several objects in pixels.
+
+    Raises DcrisError as `decode_mask` does.
+    """
+    if len(segmentations) == 1:
+        return mask_area(segmentations[0], size)
+    return int(np.count_nonzero(union_mask(segmentations, size)))
 
 
 def mask_area(segmentation: Segmentation, size: tuple[int, int]) -> int:

@@ -144,7 +144,7 @@ def _renumber(references: Sequence[tuple[int, str, Reference]]) -> Iterator[Refe
         yield replace(
             item,
             ref_id=ref_id,
-            ann_id=annotations.setdefault((number, item.ann_id), len(annotations) + 1),
+            ann_ids=tuple(annotations.setdefault((number, each), len(annotations) + 1) for each in item.ann_ids),
             image_id=images[image],
             expressions=tuple(replace(expression, sent_id=next(sentences)) for expression in item.expressions),
         )

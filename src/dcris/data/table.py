@@ -23,6 +23,9 @@ _T = TypeVar("_T")
 OnError = Callable[[DcrisError], None]
 """Callback that receives the error of each skipped reference."""
 
+MAX_OBJECTS = 1000
+"""Most objects of a reference. COCO has at most 100 in an image, and decoding each takes time."""
+
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
 
 
@@ -82,10 +85,14 @@ class ReferenceTable:
             return value.decode("latin1") if isinstance(value, bytes) else dict(value)
 
         for reference in self.references if split is None else self.split(split):
-            identifiers = (reference.ref_id, reference.ann_id, reference.image_id, reference.split)
+            objects = _alone(reference.ann_ids), _alone(reference.segmentations)
+            identifiers = (reference.ref_id, objects[0], reference.image_id, reference.split)
             image = (portable_name(reference.image_path, folder), reference.image_size)
-            expressions = [(expression.sent_id, expression.text) for expression in reference.expressions]
-            content = (identifiers, image, expressions, reference.segmentation)
+            expressions = [
+                (expression.sent_id, expression.text, *(() if expression.exists else (False,)))
+                for expression in reference.expressions
+            ]
+            content = (identifiers, image, expressions, objects[1])
             digest.update(json.dumps(content, default=to_plain).encode())
         return digest.hexdigest()
 
@@ -101,6 +108,12 @@ class ReferenceTable:
             "notes": list(self.notes),
             "sha256": self.sha256(),
         }
+
+
+def _alone(objects: tuple[_T, ...]) -> _T | tuple[_T, ...]:
+    """Return the only object itself: the checksums of data sets with one object in each reference
+    are older than references with several."""
+    return objects[0] if len(objects) == 1 else objects
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -192,7 +205,8 @@ def check_text(text: str, path: Path, where: str, key: str) -> str:
 def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Iterable[Expression]:
     """Yield the expressions of a reference record.
 
-    `seen` collects the sent_ids of the whole file, so that duplicates are found.
+    In R-RefCOCO, `exist` is false for sentences that describe nothing in the image. `seen` collects
+    the sent_ids of the whole file, so that duplicates are found.
     """
     sentences = field(record, "sentences", list, path, where)
     if not sentences:
@@ -200,11 +214,13 @@ def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Ite
     for number, sentence in enumerate(sentences, 1):
         sent_id = field(sentence, "sent_id", int, path, f"sentence {number} of {where}")
         text = field(sentence, "sent", str, path, f"sentence {sent_id} of {where}")
-        kind = sentence.get("kind")
+        kind, exists = sentence.get("kind"), sentence.get("exist", True)
         if sent_id in seen:
             raise bad(path, f"sentence {sent_id} of {where} occurs twice")
         check_text(text, path, f"sentence {sent_id} of {where}", "sent")
         if not (kind is None or type(kind) is str):
             raise bad(path, f"sentence {sent_id} of {where} has a 'kind' that is not text")
+        if type(exists) not in (bool, int) or exists not in (0, 1):
+            raise bad(path, f"sentence {sent_id} of {where} has an 'exist' that is neither true nor false")
         seen.add(sent_id)
-        yield Expression(sent_id, text, kind)
+        yield Expression(sent_id, text, kind, bool(exists))

@@ -89,7 +89,7 @@ def _licence(instances: Instances, image_id: int) -> int:
 
 def _generate(table: ReferenceTable, instances: Instances, config: DataConfig) -> Iterator[Reference]:
     """Yield the generated references, in the order of the file's images and annotations."""
-    if instances.annotations.keys() <= {reference.ann_id for reference in table.references}:
+    if instances.annotations.keys() <= {ann_id for reference in table.references for ann_id in reference.ann_ids}:
         raise DcrisError(
             f"{instances.path} has only instances that have references, and phrases cannot be generated without all "
             "instances of a photograph; use the file of the REFER release, or leave data.generate_phrases out"
@@ -154,7 +154,7 @@ def _instance(
     if len(category) > _LONGEST_NAME:
         raise bad(path, f"category {category_id} has a 'name' of more than {_LONGEST_NAME} characters")
     box = _box(annotation, size, instances, where)
-    crowd = "iscrowd" in annotation and field(annotation, "iscrowd", int, path, where) != 0
+    crowd = instances.is_crowd(ann_id)
     segmentation = annotation.get("segmentation")
     try:
         area = mask_area(segmentation, size) / math.prod(size) if isinstance(segmentation, list | dict) else 0.0
@@ -162,13 +162,13 @@ def _instance(
         area = 0.0
     reference = Reference(
         ref_id=0,
-        ann_id=ann_id,
+        ann_ids=(ann_id,),
         image_id=image_id,
         image_path=instances.image_path(image_id),
         image_size=size,
         category=category,
         split=split,
-        segmentation=segmentation if isinstance(segmentation, list | dict) else [],
+        segmentations=(segmentation if isinstance(segmentation, list | dict) else [],),
         expressions=(),
     )
     return reference, Instance(ann_id, category, box, area, vague=crowd or area == 0)
@@ -206,7 +206,7 @@ def _with_colours(described: Sequence[Instance], references: Sequence[Reference]
         if instance.category not in categories:
             found.append(instance)
             continue
-        mask = decode_mask(reference.segmentation, reference.image_size)
+        mask = decode_mask(reference.segmentations[0], reference.image_size)
         left, top, width, height = mask_box(mask) or (0, 0, 0, 0)
         part = np.s_[top : top + height, left : left + width]
         # The edge has colours of what is behind it.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dcris.data.masks import mask_area
+from dcris.data.masks import union_area
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, STANDARD_METRICS, Floats, Metric, Overlaps
 
@@ -226,6 +226,9 @@ _SIZES = {"small": 32**2, "medium": 96**2, "large": sys.maxsize}
 """COCO's classes of the true mask's area in pixels. They are meant for images of about 640 pixels,
 as in COCO."""
 
+_NO_TARGET = "no target"
+"""Group of the expressions that describe nothing in the image."""
+
 _WORDS = {
     "place": """
         left right lft rt leftmost rightmost top bottom topmost bottommost upper lower uppermost highest lowest middle mid
@@ -270,14 +273,15 @@ def _groups(results: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
     """Return, for each grouping, its groups in order with the indices of their results."""
     references = {result.reference.ref_id: result.reference for result in results}
     # Decoding a mask takes longest here, so it is done once per reference, not once per expression.
-    areas = {key: mask_area(reference.segmentation, reference.image_size) for key, reference in references.items()}
+    areas = {key: union_area(reference.segmentations, reference.image_size) for key, reference in references.items()}
     kinds: dict[str, list[int]] = {}
     lengths: dict[str, list[int]] = {name: [] for name in _LENGTHS}
-    sizes: dict[str, list[int]] = {name: [] for name in _SIZES}
+    sizes: dict[str, list[int]] = {name: [] for name in (*_SIZES, _NO_TARGET)}
     for index, result in enumerate(results):
         expression = result.expression
         lengths[_bin(len(expression.text.split()), _LENGTHS)].append(index)
-        sizes[_bin(areas[result.reference.ref_id], _SIZES)].append(index)
+        has_target = result.reference.targets(expression)
+        sizes[_bin(areas[result.reference.ref_id], _SIZES) if has_target else _NO_TARGET].append(index)
         for kind in [expression.kind] if expression.kind is not None else expression_kinds(expression.text):
             kinds.setdefault(kind, []).append(index)
     in_order = dict(sorted(kinds.items(), key=lambda item: (item[0] == "other", item[0])))

@@ -132,7 +132,7 @@ def _predict_task(
     refine: Refinement,
 ) -> Iterator[EvalResult]:
     """Predict and compare all expressions of one image [1, 3, S, S]."""
-    truths = {ref_id: torch.from_numpy(protocol.to_canvas(mask)).to(device) for ref_id, mask in task.truths.items()}
+    truths = {key: torch.from_numpy(protocol.to_canvas(mask)).to(device) for key, mask in task.truths.items()}
     guide = read_image(task.queries[0][0].image_path) if refine == "guided" else None
     logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
     for (reference, expression), one in zip(task.queries, logits, strict=True):
@@ -140,7 +140,7 @@ def _predict_task(
         if guide is not None:
             refined = refine_guided(probabilities.cpu().numpy(), guide, max(one.shape[1:]))
             probabilities = torch.from_numpy(refined).to(device)
-        overlap, *curve = overlap_curve(probabilities, truths[reference.ref_id], protocol.threshold)
+        overlap, *curve = overlap_curve(probabilities, truths[reference.ref_id, expression.exists], protocol.threshold)
         mask = None
         if keep_masks:
             predicted = (probabilities > protocol.threshold).cpu().numpy()

@@ -20,7 +20,7 @@ import numpy as np
 
 from dcris.data.dataset import Queries
 from dcris.data.images import binary_mask
-from dcris.data.masks import decode_mask, encode_mask
+from dcris.data.masks import decode_mask, encode_mask, union_mask
 from dcris.data.table import bad, field
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
@@ -207,6 +207,6 @@ def score_masks(
             mask = masks.mask(expression.sent_id, reference.image_size)
         else:
             mask = np.zeros(reference.image_size, bool)
-        truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+        truth = union_mask(reference.targets(expression), reference.image_size).astype(bool)
         counted = overlap(protocol.to_canvas(mask), protocol.to_canvas(truth))
         yield EvalResult(reference, expression, counted, encode_mask(mask) if keep_masks else None)

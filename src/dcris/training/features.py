@@ -129,17 +129,19 @@ class _ImageVariants(Dataset[_Variants | Failure]):
         assert samples.config.cache_features
         reference = samples.references[number]
         image = read_image(reference.image_path)
-        plain: Sample | None = None
+        plain: dict[bool, Sample] = {}
         for variant in range(samples.config.cache_features):
             index = variant * len(samples) + number
             drawn = bool(samples.draw_augmentations(index))
             for expression in reference.expressions:
                 if drawn:
-                    yield samples.make(index, image.copy(), expression.text)
-                else:  # the same pixels for all expressions
-                    plain = plain or samples.make(index, image, expression.text)
-                    tokens = samples.tokenizer([expression.text], samples.config.word_length)[0]
-                    yield Sample(plain.image, tokens, plain.mask)
+                    yield samples.make(index, image.copy(), expression)
+                    continue
+                # The same pixels for all expressions, the same mask for all that have a target.
+                if expression.exists not in plain:
+                    plain[expression.exists] = samples.make(index, image, expression)
+                tokens = samples.tokenizer([expression.text], samples.config.word_length)[0]
+                yield Sample(plain[expression.exists].image, tokens, plain[expression.exists].mask)
 
 
 def entries_of(samples: TrainingSamples, number: int) -> int:

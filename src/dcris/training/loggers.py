@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dcris.config import RunConfig
 from dcris.data.dataset import Queries
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.utils.device import resident_memory
@@ -418,10 +418,17 @@ def make_panel(result: EvalResult) -> Panel:
     """Return the panel of a result that has its mask."""
     reference = result.reference
     image = cell(read_image(reference.image_path), PANEL_CELL)
-    truth = mask_cell(decode_mask(reference.segmentation, reference.image_size).astype(bool), PANEL_CELL)
+    objects = reference.targets(result.expression)
+    truth = mask_cell(union_mask(objects, reference.image_size).astype(bool), PANEL_CELL)
     prediction = mask_cell(result.mask(), PANEL_CELL)
     gap = np.full((len(image), _GAP, 3), 255, np.uint8)
-    cells = [image, gap, overlay(image, truth, TRUTH_COLOUR), gap, overlay(image, prediction, PREDICTION_COLOUR)]
+    cells = [
+        image,
+        gap,
+        overlay(image, truth, TRUTH_COLOUR),
+        gap,
+        overlay(image, prediction, PREDICTION_COLOUR),
+    ]
     phrase = result.expression.text
     return Panel(
         phrase,

@@ -34,7 +34,7 @@ class Reader:
 
 READERS: dict[str, Reader] = {
     "jsonl": Reader("*.jsonl", jsonl.find, jsonl.load, single_file=True),
-    "refer": Reader("{dataset}/refs({split_by}).p", refer_layout.find, refer_layout.load),
+    "refer": Reader("{dataset}/refs({split_by}).p or .json", refer_layout.find, refer_layout.load),
     "cris": Reader("anns/{dataset}/*.json", cris_layout.find, cris_layout.load),
     "parquet": Reader("{dataset}/**/*.parquet", parquet.find, parquet.load),
 }

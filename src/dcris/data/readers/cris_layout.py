@@ -90,13 +90,13 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     references = tuple(
         Reference(
             ref_id=entry.ref_id,
-            ann_id=entry.ref_id,
+            ann_ids=(entry.ref_id,),
             image_id=numbers[entry.image],
             image_path=images.path(entry.image),
             image_size=sizes[entry.image],
             category=entry.category,
             split=entry.split,
-            segmentation=masks / entry.mask,
+            segmentations=(masks / entry.mask,),
             expressions=entry.expressions,
         )
         for entry in entries

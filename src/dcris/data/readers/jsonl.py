@@ -3,9 +3,11 @@
     {"image": "img/1.jpg", "mask": "m/1.png", "expressions": ["cup", "red cup"], "split": "val"}
 
 `mask` is the path of an image of two values, 0 and another one for the object, or COCO's polygons
-[[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}. Paths are relative to the
-file and must not lead out of its folder. Optional fields: `split` (default: train), `category`
-(text) and `id` (an integer). Unknown fields are ignored.
+[[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}. Expressions that describe
+several objects have `masks`, a list of such masks, in place of `mask`; expressions that describe
+nothing in the image have "mask": null. Paths are relative to the file and must not lead out of its
+folder. Optional fields: `split` (default: train), `category` (text) and `id` (an integer). Unknown
+fields are ignored.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import Any
 
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import OnError, ReferenceTable, bad, check_text, field, plain_path, skip_errors
+from dcris.data.table import MAX_OBJECTS, OnError, ReferenceTable, bad, check_text, field, plain_path, skip_errors
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, Segmentation
 from dcris.utils.files import read_json_lines
@@ -69,6 +71,8 @@ class _LineReader:
     """Line number of each ref_id."""
     expressions: int = 0
     """Number of expressions so far."""
+    listed: int = 0
+    """Number of objects in `masks` so far."""
 
     def read(self, record: Any, number: int) -> Reference:
         """Return the reference of line `number`. Raises DcrisError if the line cannot be used."""
@@ -77,7 +81,7 @@ class _LineReader:
         if name not in self.images:
             self.images[name] = (len(self.images) + 1, self._image_size(path.parent / name, where))
         image_id, size = self.images[name]
-        segmentation = self._read_segmentation(record, size, where)
+        segmentations = self._read_segmentations(record, size, where)
         texts = field(record, "expressions", list, path, where)
         if not texts:
             raise bad(path, f"{where} has an empty 'expressions'")
@@ -95,15 +99,19 @@ class _LineReader:
             raise bad(path, f"{where} has the id {ref_id}, which line {other} has too; ids must be unique or absent")
         first = self.expressions + 1
         self.expressions += len(texts)
+        ann_ids: tuple[int, ...] = (ref_id,) if segmentations else ()
+        if "masks" in record:  # numbered downwards from -1, since the identifier of a single mask is the ref_id
+            ann_ids = tuple(-number for number in range(self.listed + 1, self.listed + 1 + len(segmentations)))
+            self.listed += len(segmentations)
         return Reference(
             ref_id=ref_id,
-            ann_id=ref_id,
+            ann_ids=ann_ids,
             image_id=image_id,
             image_path=path.parent / name,
             image_size=size,
             category=category,
             split=split,
-            segmentation=segmentation,
+            segmentations=segmentations,
             expressions=tuple(Expression(sent_id, text) for sent_id, text in enumerate(texts, first)),
         )
 
@@ -113,13 +121,29 @@ class _LineReader:
         except DcrisError as error:
             raise DcrisError(f"{self.path}: {where}: {error}") from error
 
-    def _read_segmentation(self, record: dict[str, Any], size: tuple[int, int], where: str) -> Segmentation:
-        mask = record.get("mask")
-        if mask is None:
-            raise bad(self.path, f"{where} has no 'mask'")
+    def _read_segmentations(
+        self, record: dict[str, Any], size: tuple[int, int], where: str
+    ) -> tuple[Segmentation, ...]:
+        """Return the objects of a line: those of `masks`, that of `mask`, or none if it is null."""
+        if "masks" not in record:
+            if "mask" not in record:
+                raise bad(self.path, f"{where} has no 'mask'")
+            mask = record["mask"]
+            return () if mask is None else (self._read_segmentation(mask, size, where, "'mask'"),)
+        if "mask" in record:
+            raise bad(self.path, f"{where} has both 'mask' and 'masks'")
+        masks = field(record, "masks", list, self.path, where)
+        if len(masks) > MAX_OBJECTS:
+            raise bad(self.path, f"{where} has {len(masks):,} 'masks'; the limit is {MAX_OBJECTS:,}")
+        return tuple(
+            self._read_segmentation(mask, size, where, f"mask {number} in 'masks'")
+            for number, mask in enumerate(masks, 1)
+        )
+
+    def _read_segmentation(self, mask: Any, size: tuple[int, int], where: str, what: str) -> Segmentation:
         if type(mask) is str:
             mask = self.path.parent / plain_path(mask, self.path, where, "mask")
         try:
             return validate_segmentation(mask, size)
         except DcrisError as error:
-            raise bad(self.path, f"{where} has an unusable 'mask' ({error})") from error
+            raise bad(self.path, f"{where} has an unusable {what} ({error})") from error

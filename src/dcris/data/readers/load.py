@@ -10,7 +10,7 @@ from dcris.data.mixing import load_mixture, parse_mixture
 from dcris.data.readers import READERS
 from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
-from dcris.types import SoftMask
+from dcris.types import Segmentation, SoftMask
 from dcris.utils.arguments import PathLike, as_path, require, require_number
 
 
@@ -49,13 +49,17 @@ def load_references(
     if mask_threshold is None:
         return table
     threshold = require_number(mask_threshold, 0, "the mask threshold")
-    references = (
-        replace(reference, segmentation=SoftMask(reference.segmentation, threshold))
-        if isinstance(reference.segmentation, Path)
-        else reference
-        for reference in table.references
+
+    def soft(segmentation: Segmentation) -> Segmentation:
+        return SoftMask(segmentation, threshold) if isinstance(segmentation, Path) else segmentation
+
+    return replace(
+        table,
+        references=tuple(
+            replace(reference, segmentations=tuple(map(soft, reference.segmentations)))
+            for reference in table.references
+        ),
     )
-    return replace(table, references=tuple(references))
 
 
 def is_single_file(root: Path) -> bool:

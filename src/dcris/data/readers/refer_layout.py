@@ -1,12 +1,22 @@
 """The REFER layout: `<root>/<dataset>/refs(<split_by>).p` and `<root>/<dataset>/instances.json`.
 
-The files come from mirrors of unknown origin. The first is a pickle, which could run code, so only
-plain data is admitted.
+Generalised data sets have the same layout. What they add is read in any data set:
+- gRefCOCO: the file is `grefs(unc).json`, or `.p`. `ann_id` is a list, [-1] for expressions without
+  a target; crowds in it are not part of the target. Source: gres_model/data/datasets/grefer.py and
+  grefcoco.py of ReLA.
+- Ref-ZOM: `refs(final).p`, downloaded as `Ref-ZOM(final).p`. `ann_id` may be a list, and the
+  `source` "zero" stands for no target. Source: refer/refer.py of RIS-DMMI.
+- R-RefCOCO, R-RefCOCO+, R-RefCOCOg: a sentence whose `exist` is false has no target.
+  Source: dataset/ReferDataset.py of robust-ref-seg.
+
+The files come from mirrors of unknown origin. A pickle could run code, so only plain data is
+admitted.
 """
 
 import io
 import pickle
 import pickletools
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +27,7 @@ from dcris.data.coco import ImageFolder, find_images
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.table import (
+    MAX_OBJECTS,
     OnError,
     ReferenceTable,
     bad,
@@ -27,12 +38,24 @@ from dcris.data.table import (
     skip_errors,
 )
 from dcris.errors import DcrisError
-from dcris.types import Reference
+from dcris.types import Reference, Segmentation
 from dcris.utils.files import read_bytes, read_json
 from dcris.utils.pickles import InstructionError, end_of_pickle, global_name
 
 _MAX_PICKLE = 256_000_000
 """Bytes. The largest official file has about 30 MB."""
+
+_NAMES = (re.compile(r"(?:refs|grefs|Ref-ZOM)\((.*)\)\.(?:p|json)"), re.compile(r"Ref_ZOM()\.p"))
+"""Names of the file of references; the group is its `split_by`. An empty one is Ref-ZOM's, which is
+"final"."""
+
+_INSTANCES = "instances.json"
+
+_NONE = -1
+"""The only entry in the `ann_id` of a reference of gRefCOCO without a target."""
+
+_ZERO = "zero"
+"""`source` of a reference of Ref-ZOM without a target."""
 
 _PLAIN_NAMES = (
     "PROTO FRAME STOP MARK POP POP_MARK "
@@ -108,16 +131,41 @@ def _describe_request(data: bytes, name: str) -> str:
 
 def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]:
     """Return the `split_by` of each file `<root>/<dataset>/refs(<split_by>).p`; see Reader.find."""
-    found = sorted(path.name[len("refs(") : -len(").p")] for path in (root / dataset).glob("refs(*).p"))
-    return [name for name in found if split_by in (None, name)]
+    return [name for name in _find_files(root, dataset) if split_by in (None, name)]
+
+
+def _find_files(root: Path, dataset: str) -> dict[str, Path]:
+    """Return the files of references of a data set by their `split_by`.
+
+    A pickle comes before a JSON file, as in the code of gRefCOCO.
+    """
+    folder = root / dataset
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
+        for pattern in _NAMES:
+            if match := pattern.fullmatch(path.name):
+                found.setdefault(match[1] or "final", path)
+    return dict(sorted(found.items()))
 
 
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
     """Read a data set in the REFER layout; see Reader.load. Only a few images are searched for."""
-    path = root / dataset / f"refs({split_by}).p"
-    records = safe_unpickle(path)
-    instances = read_instances(root, dataset, _drop_unused(records))
-    return ReferenceTable(dataset, split_by, root, read_records(records, path, instances, on_error))
+    path = _find_files(root, dataset)[split_by]
+    return load_files(path, root / dataset / _INSTANCES, root, dataset, split_by, on_error)
+
+
+def load_files(
+    path: Path, instances: Path, root: Path, dataset: str, split_by: str, on_error: OnError | None = None
+) -> ReferenceTable:
+    """Read a data set from a file of references and one of instances, which may be anywhere.
+
+    Images are searched for below `root`. The other arguments and errors are those of Reader.load.
+    """
+    what = f"of {dataset}"
+    records = read_json(path, f"the references {what}") if path.suffix == ".json" else safe_unpickle(path)
+    content = read_json(instances, f"the annotation file {what}", _drop_unused(records))
+    found = read_records(records, path, Instances.read(content, instances, root), on_error)
+    return ReferenceTable(dataset, split_by, root, found)
 
 
 def read_instances(root: Path, dataset: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> "Instances":
@@ -131,7 +179,7 @@ def read_instances(root: Path, dataset: str, each_object: Callable[[dict[str, An
     Raises:
         DcrisError: the file is missing, is not JSON, or lacks one of its lists.
     """
-    path = root / dataset / "instances.json"
+    path = root / dataset / _INSTANCES
     return Instances.read(read_json(path, f"the annotation file of {dataset}", each_object), path, root)
 
 
@@ -141,7 +189,7 @@ def _drop_unused(records: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     In the official files these are three quarters of the annotations.
     """
     found = (record.get("ann_id") for record in (records if type(records) is list else ()) if type(record) is dict)
-    used = {ann_id for ann_id in found if type(ann_id) is int}
+    used = {each for ann_id in found for each in (ann_id if type(ann_id) is list else [ann_id]) if type(each) is int}
 
     def drop(record: dict[str, Any]) -> dict[str, Any]:
         ann_id = record.get("id")
@@ -216,6 +264,22 @@ class Instances:
             raise bad(self.path, f"image {image_id} cannot be {height} x {width} pixels")
         return height, width
 
+    def is_crowd(self, ann_id: int) -> bool:
+        """Return whether an annotation covers a crowd of objects."""
+        annotation = self.annotations[ann_id]
+        return "iscrowd" in annotation and field(annotation, "iscrowd", int, self.path, f"annotation {ann_id}") != 0
+
+    def segmentation(self, ann_id: int, size: tuple[int, int], where: str) -> Segmentation:
+        """Return the mask of an annotation, for an image of `size` (H, W); `where` names its
+        reference."""
+        segmentation = self.annotations[ann_id].get("segmentation")
+        if not segmentation:
+            raise bad(self.path, f"annotation {ann_id} of {where} has no 'segmentation'")
+        try:
+            return validate_segmentation(segmentation, size)
+        except DcrisError as error:
+            raise bad(self.path, f"annotation {ann_id} of {where} cannot be decoded ({error})") from error
+
     def category_name(self, category_id: int) -> str:
         """Return the name of a category."""
         return field(self.categories[category_id], "name", str, self.path, f"category {category_id}")
@@ -223,41 +287,70 @@ class Instances:
 
 def _read_reference(record: Any, ref_id: int, instances: Instances, path: Path, sentences: set[int]) -> Reference:
     where = f"reference {ref_id}"
-    ann_id, image_id, category_id = (
-        field(record, key, int, path, where) for key in ("ann_id", "image_id", "category_id")
-    )
+    ann_ids = _annotation_ids(record, path, where)
+    image_id = field(record, "image_id", int, path, where)
     split = field(record, "split", str, path, where)
     if not split.strip():
         raise bad(path, f"{where} has a blank 'split'")
-    annotation = instances.annotations.get(ann_id)
-    if annotation is None:
-        raise bad(path, f"{where} names annotation {ann_id}, which {instances.path.name} does not have")
     if image_id not in instances.images:
         raise bad(path, f"{where} names image {image_id}, which {instances.path.name} does not have")
-    if category_id not in instances.categories:
-        raise bad(path, f"{where} names category {category_id}, which {instances.path.name} does not have")
-    owner = field(annotation, "image_id", int, instances.path, f"annotation {ann_id}")
-    if owner != image_id:
-        raise bad(path, f"{where} names image {image_id}, but its annotation {ann_id} belongs to image {owner}")
+    for ann_id in ann_ids:
+        if ann_id not in instances.annotations:
+            raise bad(path, f"{where} names annotation {ann_id}, which {instances.path.name} does not have")
+        owner = field(instances.annotations[ann_id], "image_id", int, instances.path, f"annotation {ann_id}")
+        if owner != image_id:
+            raise bad(path, f"{where} names image {image_id}, but its annotation {ann_id} belongs to image {owner}")
+    if ann_ids and not _is_plain(record):
+        ann_ids = [ann_id for ann_id in ann_ids if not instances.is_crowd(ann_id)]
+        if not ann_ids:
+            raise bad(path, f"{where} has only crowds in its 'ann_id', which are not part of a target")
     size = instances.image_size(image_id)
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        raise bad(instances.path, f"annotation {ann_id} of {where} has no 'segmentation'")
-    try:
-        segmentation = validate_segmentation(segmentation, size)
-    except DcrisError as error:
-        raise bad(instances.path, f"annotation {ann_id} of {where} cannot be decoded ({error})") from error
     return Reference(
         ref_id=ref_id,
-        ann_id=ann_id,
+        ann_ids=tuple(ann_ids),
         image_id=image_id,
         image_path=instances.image_path(image_id),
         image_size=size,
-        category=instances.category_name(category_id),
+        category=_category(record, ann_ids, instances, path, where),
         split=split,
-        segmentation=segmentation,
+        segmentations=tuple(instances.segmentation(ann_id, size, where) for ann_id in ann_ids),
         expressions=tuple(read_expressions(record, path, where, sentences)),
     )
+
+
+def _annotation_ids(record: dict[str, Any], path: Path, where: str) -> list[int]:
+    """Return the different annotations that a reference names; none if it has no target."""
+    if _is_plain(record):
+        return [field(record, "ann_id", int, path, where)]
+    named = record.get("ann_id")
+    if record.get("source") == _ZERO or named in ([], [_NONE]):
+        return []
+    ann_ids = field(record, "ann_id", list, path, where)
+    if len(ann_ids) > MAX_OBJECTS:
+        raise bad(path, f"{where} has an 'ann_id' of {len(ann_ids):,} annotations; the limit is {MAX_OBJECTS:,}")
+    return list(dict.fromkeys(field({"ann_id": each}, "ann_id", int, path, where) for each in ann_ids))
+
+
+def _is_plain(record: dict[str, Any]) -> bool:
+    """Return whether a reference has one object, as all have in REFER's own data sets."""
+    return type(record.get("ann_id")) is not list and record.get("source") != _ZERO
+
+
+def _category(record: dict[str, Any], ann_ids: Sequence[int], instances: "Instances", path: Path, where: str) -> str:
+    """Return the names of a reference's categories.
+
+    The `category_id` of several objects, or of none, has several forms or is missing; then the
+    names are those of the annotations.
+    """
+    if _is_plain(record):
+        ids = [field(record, "category_id", int, path, where)]
+    else:
+        file = instances.path
+        ids = [field(instances.annotations[each], "category_id", int, file, f"annotation {each}") for each in ann_ids]
+    for category_id in ids:
+        if category_id not in instances.categories:
+            raise bad(path, f"{where} names category {category_id}, which {instances.path.name} does not have")
+    return ", ".join(instances.category_name(category_id) for category_id in dict.fromkeys(ids))
 
 
 def _file_name(image: dict[str, Any], path: Path) -> str:

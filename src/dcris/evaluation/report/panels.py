@@ -13,7 +13,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from dcris.data.images import read_image
-from dcris.data.masks import decode_mask
+from dcris.data.masks import union_mask
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.report.html import render
 from dcris.types import MaskArray
@@ -96,7 +96,7 @@ def make_panel(results: Mapping[str, EvalResult]) -> Panel:
     """
     result = next(iter(results.values()))
     reference = result.reference
-    truth = decode_mask(reference.segmentation, reference.image_size).astype(bool)
+    truth = union_mask(reference.targets(result.expression), reference.image_size).astype(bool)
     predictions = tuple(NamedMask(name, each.mask(), each.overlap.iou) for name, each in results.items())
     return Panel(read_image(reference.image_path), result.expression.text, truth, predictions)
 
