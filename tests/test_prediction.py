@@ -48,6 +48,42 @@ def test_simplified_polygons_stay_close() -> None:
     assert (found & disc()).sum() / (found | disc()).sum() > 0.9
 
 
+@given(MASKS, st.integers(1, 6))
+@settings(max_examples=200, deadline=None)
+def test_instances_are_the_connected_components(mask: np.ndarray, min_area: int) -> None:
+    """Who counts the objects of "both cups" needs each pixel in exactly one instance, and its box,
+    area and score to be those of that instance."""
+    probabilities = np.where(mask, 0.5 + np.arange(mask.size).reshape(mask.shape) / 400, 0.1).astype(np.float32)
+    prediction = Prediction.decide("cups", probabilities, 0.35)
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    expected = {}
+    for label, window in enumerate(ndimage.find_objects(labels), 1):
+        pixels = labels == label
+        if pixels.sum() >= min_area:
+            rows, columns = window
+            box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+            expected[pixels.tobytes()] = (box, pixels.sum(), pytest.approx(probabilities[pixels].mean()))
+    found = prediction.instances(min_area)
+    assert [each.area for each in found] == sorted((each.area for each in found), reverse=True)
+    whole = {}
+    for each in found:
+        x, y, width, height = each.box
+        pixels = np.zeros_like(mask)
+        pixels[y : y + height, x : x + width] = each.mask
+        whole[pixels.tobytes()] = (each.box, each.area, each.score)
+    assert whole == expected
+    assert len(prediction.instances()) == count
+
+
+def test_instances_without_probabilities_have_the_score_of_the_prediction() -> None:
+    """Probabilities are kept on request only; nobody may read a made-up score."""
+    prediction = Prediction.decide("disc", np.where(disc(), np.float32(0.75), np.float32(0)), 0.35, keep=False)
+    (only,) = prediction.instances(min_area=10)
+    assert (only.score, only.box, only.area) == (prediction.score, prediction.box, disc().sum())
+    with pytest.raises(DcrisError, match="the minimum area must be"):
+        prediction.instances(min_area=-1)
+
+
 @given(MASKS)
 @settings(max_examples=100, deadline=None)
 def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Instance:
+    """One of the separate objects of a predicted mask."""
+
+    mask: MaskArray
+    """[height, width] bool, inside the box."""
+    box: tuple[int, int, int, int]
+    """Bounding box (x, y, width, height) in pixels of the image."""
+    area: int
+    """In pixels."""
+    score: float
+    """Mean probability of its pixels, in 0..1; the prediction's score if probabilities were not
+    requested."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
     """The result for one image and one phrase."""
 
@@ -81,6 +96,39 @@ class Prediction:
         if self.probabilities is None:
             raise DcrisError("this prediction has no probabilities; predict with scores=True")
         return Prediction.decide(self.phrase, self.probabilities, threshold)
+
+    def instances(self, min_area: int = 1) -> list[Instance]:
+        """Return the separate objects of the mask, largest first.
+
+        These are its connected components, where pixels that touch at a corner are connected. Two
+        objects that touch are one instance, and an object in two parts is two.
+
+        Args:
+            min_area: leave out components of fewer pixels.
+
+        Raises:
+            DcrisError: `min_area` is not a number of 0 or more.
+        """
+        require_number(min_area, 0, "the minimum area")
+        if self.box is None:
+            return []
+        left, top, width, height = self.box
+        part = np.s_[top : top + height, left : left + width]
+        inside = self.mask[part].astype(np.uint8)
+        count, labels, statistics, _ = cv2.connectedComponentsWithStats(inside, connectivity=8)
+        probabilities = None if self.probabilities is None else self.probabilities[part]
+        found = []
+        for label in range(1, count):
+            x, y, across, down, area = map(int, statistics[label])
+            if area < min_area:
+                continue
+            window = np.s_[y : y + down, x : x + across]
+            mask = labels[window] == label
+            score = self.score
+            if probabilities is not None:
+                score = float(probabilities[window].mean(dtype=np.float64, where=mask))
+            found.append(Instance(mask, (left + x, top + y, across, down), area, score))
+        return sorted(found, key=lambda each: -each.area)
 
     def to_rle(self) -> dict[str, Any]:
         """Encode the mask as COCO's compressed run lengths {"size": [H, W], "counts": str}."""
