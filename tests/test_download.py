@@ -469,7 +469,7 @@ def test_wrong_arguments_cost_no_download(
 ) -> None:
     assert sentence in _refused(capsys, _fetch(tmp_path / "data", *words))
     assert main(["data", "fetch", "refclef", "--out", str(tmp_path / "data")]) == 2
-    assert "choose from refcoco, refcoco+, refcocog" in capsys.readouterr().err
+    assert "choose from refcoco, refcoco+, refcocog, grefcoco\n" in capsys.readouterr().err
     assert hub.requests == []
     assert not (tmp_path / "data").exists()
 
@@ -552,7 +552,7 @@ def test_real_references_and_images(
     assert len(table.references) == len(expected)
     for reference in table.references:
         truth = expected[reference.ref_id]
-        for attribute in ("ann_id", "image_id", "image_size", "category", "segmentation", "expressions"):
+        for attribute in ("ann_ids", "image_id", "image_size", "category", "segmentations", "expressions"):
             assert getattr(reference, attribute) == getattr(truth, attribute)
         assert reference.split == splits[reference.ref_id]
         assert reference.image_path.read_bytes() == truth.image_path.read_bytes()

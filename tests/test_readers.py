@@ -424,6 +424,9 @@ def test_real_references_agree_with_a_plain_reading_of_the_same_files(refer_root
         ("COCO_train2014_000000000036.jpg", "images/train2017", "000000000036.jpg"),
         ("000000000036.jpg", "images/train2014", "COCO_train2014_000000000036.jpg"),
         ("scene 1.png", "images", "scene 1.png"),
+        ("COCO_train2014_000000000036.jpg", "images/mscoco/train2014", "COCO_train2014_000000000036.jpg"),
+        ("COCO_val2014_000000000042.jpg", "images/trainval2014", "COCO_val2014_000000000042.jpg"),
+        ("COCO_val2014_000000000042.jpg", "train2017", "000000000042.jpg"),
     ],
 )
 def test_images_are_found_under_either_of_cocos_namings(tmp_path, recorded, folder, stored):
@@ -433,6 +436,17 @@ def test_images_are_found_under_either_of_cocos_namings(tmp_path, recorded, fold
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / stored).touch()
     assert find_images(tmp_path, [recorded]).path(recorded) == tmp_path / folder / stored
+
+
+def test_images_of_val2014_need_not_be_merged_with_those_of_train2014(tmp_path):
+    """Ref-ZOM needs both; its authors ask for a merged folder of 19 GB."""
+    train, val = "COCO_train2014_000000000036.jpg", "COCO_val2014_000000000042.jpg"
+    for name in (train, val):
+        path = tmp_path / "images" / name.split("_")[1] / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    images = find_images(tmp_path, [val, train])
+    assert [images.path(train).exists(), images.path(val).exists()] == [True, True]
 
 
 def test_missing_images_are_expected_in_the_official_folder(tmp_path):

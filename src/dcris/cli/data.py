@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "Existing files are kept, so the same command continues after an interruption. The annotations come from the Hugging "
         "Face Hub. The images have the licences that their photographers chose.",
     )
-    fetch.add_argument("dataset", metavar="DATASET", help="refcoco, refcoco+ or refcocog (umd)")
+    fetch.add_argument("dataset", metavar="DATASET", help="refcoco, refcoco+, refcocog (umd) or grefcoco")
     fetch.add_argument("--out", type=Path, required=True, metavar="ROOT", help="folder of the data sets")
     fetch.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, val, testA, testB or test (default: all)")
     fetch.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 from dcris.data.images import image_size, read_image
 from dcris.data.masks import mask_area
 from dcris.data.readers.load import load_references
-from dcris.data.registry import PARTITIONS, official_splits
+from dcris.data.registry import PARTITIONS, agrees, official_splits
 from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -42,7 +42,7 @@ class CheckReport:
     leaked_images: int
     """Images in train and in another split."""
     official: bool | None
-    """Whether every split has its official size; None if the data set has no official size."""
+    """Whether every split has its official size, as far as that is known; None if none is known."""
     notes: list[str] = field(default_factory=list)
     """Notes of the table."""
     warnings: list[str] = field(default_factory=list)
@@ -61,8 +61,11 @@ class CheckReport:
         official = official_splits(self.dataset, self.split_by)
         lines = [f"{self.dataset} ({self.split_by})", f"{'split':<10}{'references':>12}{'expressions':>13}  official"]
         for name, counts in self.splits.items():
-            expected = official.get(name)
-            verdict = "" if expected is None else "yes" if expected == counts else "{:,} / {:,}".format(*expected)
+            verdict = ""
+            if expected := official.get(name):
+                same = agrees(counts, expected)
+                sizes = " / ".join("?" if size is None else f"{size:,}" for size in expected)
+                verdict = "unknown" if same is None else "yes" if same else sizes
             lines.append(f"{name:<10}{counts[0]:>12,}{counts[1]:>13,}  {verdict}".rstrip())
         lines.append(f"{self.images:,} images")
         lines += [f"note: {note}" for note in self.notes]
@@ -150,8 +153,12 @@ def _check_sizes(report: CheckReport) -> None:
     if not official:
         return
     missing = [name for name in official if name not in report.splits]
-    different = [name for name, counts in report.splits.items() if official.get(name) != counts]
-    report.official = not missing and not different
+    verdicts = {name: agrees(counts, official.get(name, (0, 0))) for name, counts in report.splits.items()}
+    different = [name for name, same in verdicts.items() if same is False]
+    if missing or different:
+        report.official = False
+    elif True in verdicts.values():
+        report.official = True
     if different:
         report.warnings.append(f"not the official size: {', '.join(different)}; published results do not compare")
     if missing:

@@ -14,8 +14,11 @@ IMAGE_FOLDER = "images/mscoco/images/train2014"
 
 _IMAGE_FOLDERS = (
     IMAGE_FOLDER,
+    "images/mscoco/train2014",
     "images/train2014",
     "train2014",
+    "images/trainval2014",
+    "trainval2014",
     "images/mscoco/images/train2017",
     "images/train2017",
     "train2017",
@@ -28,7 +31,8 @@ NAMINGS = ("as recorded", "2017", "2014")
 or COCO_train2014_000000000036.jpg (release of 2014)."""
 
 _ANY_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg")
-_NAME_OF_2014 = re.compile(r"COCO_train2014_(\d{12}\.jpg)")
+_NAME_OF_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
+_OF_VAL2014 = "COCO_val2014_"
 _NAME_OF_2017 = re.compile(r"\d{12}\.jpg")
 _NUMBER_AT_END = re.compile(r"\d{12}\.jpg$")
 
@@ -58,8 +62,15 @@ class ImageFolder:
     naming: str = "as recorded"
 
     def path(self, name: str) -> Path:
-        """Return the path of the image that the annotations call `name`; it may be missing."""
-        return self.folder / rename_image(name, self.naming)
+        """Return the path of the image that the annotations call `name`; it may be missing.
+
+        Ref-ZOM has images of train2014 and val2014. Where these are not merged into one folder, the
+        second is beside the first.
+        """
+        folder = self.folder
+        if folder.name == "train2014" and name.startswith(_OF_VAL2014):
+            folder = folder.with_name("val2014")
+        return folder / rename_image(name, self.naming)
 
 
 def find_images(root: Path, names: Iterable[str]) -> ImageFolder:
@@ -81,7 +92,8 @@ def find_images(root: Path, names: Iterable[str]) -> ImageFolder:
 def rename_image(name: str, naming: str) -> str:
     """Return the name of an image file under another naming (one of NAMINGS).
 
-    The images of train2014 are part of train2017, where their names have no prefix.
+    The images of train2014, and nearly all of val2014, are part of train2017, where their names
+    have no prefix.
     """
     if naming == "2017" and (match := _NAME_OF_2014.fullmatch(name)):
         return match[1]

@@ -1,8 +1,9 @@
 """`dcris data fetch`: download annotations, into the REFER layout, and the images they need.
 
-The university server with the original annotations is offline; jxu124's copies on the Hub have all
-their fields. The written files differ from the release in one way: instances.json contains the
-referred objects, not all objects of each image.
+The university server with the original annotations of RefCOCO is offline; jxu124's copies on the
+Hub have all their fields. The written files differ from the release in one way: instances.json
+contains the referred objects, not all objects of each image. The authors of gRefCOCO have their own
+files on the Hub, which are copied.
 """
 
 import json
@@ -44,7 +45,7 @@ def fetch_dataset(
     the same call continues after an interruption, and a call with other splits adds these.
 
     Args:
-        dataset: refcoco, refcoco+ or refcocog.
+        dataset: refcoco, refcoco+, refcocog or grefcoco.
         root: folder of the data sets.
         splits: as REFER names them; default: all.
         images: COCO's server, the URL of a mirror of train2014, or a folder or zip file to copy
@@ -121,9 +122,10 @@ def _fetch_annotations(
 
     That is the existing one, or a new one from the Hub, which is written to `root`.
     """
-    if dataset not in DATASETS:
-        raise DcrisError(f"there is no data set {dataset} to download; choose from {', '.join(DATASETS)}")
-    split_by, repo = DATASETS[dataset].split_by, DATASETS[dataset].repository
+    known = {name: facts.repository for name, facts in DATASETS.items() if facts.repository is not None}
+    if dataset not in known:
+        raise DcrisError(f"there is no data set {dataset} to download; choose from {', '.join(known)}")
+    split_by, repo = DATASETS[dataset].split_by, known[dataset]
     official = list(PARTITIONS[dataset, split_by].splits)
     unknown = [name for name in splits or () if name not in official]
     if unknown:
@@ -136,6 +138,9 @@ def _fetch_annotations(
             log(f"{dataset}: the annotations exist ({', '.join(present)})")
             return table
     _refuse_overwriting(root / dataset, split_by, refer_layout.find(root, dataset), set(present) - set(official))
+    if names := DATASETS[dataset].files:
+        log(f"{dataset}: the annotations from {repo} on the Hub (or its cache)")
+        return _copy_annotations(dataset, repo, names, split_by, root)
     wanted = [name for name in official if name in {*(splits or official), *present}]
     log(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub (or its cache)")
     files, commit = _download_annotations(dataset, repo, wanted)
@@ -149,6 +154,16 @@ def _fetch_annotations(
     write_file(folder / "instances.json", json.dumps(content))
     write_file(folder / f"refs({split_by}).p", pickle.dumps(records, protocol=2))
     return refer_layout.load(root, dataset, split_by)
+
+
+def _copy_annotations(dataset: str, repo: str, names: Sequence[str], split_by: str, root: Path) -> ReferenceTable:
+    """Copy a repository's files of references and instances to `root`, if they can be used."""
+    references = fetch(repo, "main", names[:1], "dataset")
+    instances = fetch(repo, references.commit, names[1:], "dataset")
+    table = refer_layout.load_files(references.path, instances.path, root, dataset, split_by)
+    for file in (instances, references):  # in this order, as below
+        write_file(root / dataset / file.name, file.path.read_bytes())
+    return table
 
 
 def _download_annotations(dataset: str, repo: str, splits: Sequence[str]) -> tuple[dict[Path, str], str]:

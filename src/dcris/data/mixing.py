@@ -46,9 +46,11 @@ def parse_mixture(name: str) -> Mixture | None:
     match = _MIXTURE.fullmatch(name)
     if match is None:
         return None
-    members: tuple[Member, ...] = tuple((dataset, facts.split_by) for dataset, facts in DATASETS.items())
+    members: tuple[Member, ...] = tuple(
+        (dataset, facts.split_by) for dataset, facts in DATASETS.items() if not facts.generalised
+    )
     if match[2] is not None:
-        usual = dict(members)
+        usual = {dataset: facts.split_by for dataset, facts in DATASETS.items()}
         found = [_MEMBER.fullmatch(part.strip()) for part in match[2].split(",")]
         members = tuple((part[1].strip(), part[2] or usual.get(part[1].strip())) for part in found if part)
         if len(members) < len(found) or len(set(members)) < len(members) or any(map(parse_mixture, dict(members))):

@@ -18,7 +18,7 @@ from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json
 
-_FOLDERS = {partition.cris_folder: key for key, partition in PARTITIONS.items()}
+_FOLDERS = {partition.cris_folder: key for key, partition in PARTITIONS.items() if partition.cris_folder}
 """Data set and `split_by` of each folder that their instructions create."""
 
 _CATEGORY_NAMES = tuple(CATEGORIES.values())
