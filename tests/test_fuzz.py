@@ -88,6 +88,7 @@ from fuzz import (
     torch_tree,
     zip_tree,
 )
+from generalised import LAYOUTS
 from layouts import hub_files, write_prepared
 from models import randomise
 from runs import run_training, timeless_log, unseal
@@ -269,8 +270,25 @@ def hub(root: Path) -> None:
     (root / "refcoco/data/validation-00000-of-00001-0123456789abcdef.parquet").rename(root / "refcoco/data/val.parquet")
 
 
+def generalised(root: Path) -> None:
+    """Data sets with several targets and none, and a result file for one of them."""
+    for layout in LAYOUTS.values():
+        layout().write(root)
+    queries = all_queries(load_references(root, "grefcoco").split("testA"))
+    entries = [
+        {"sent_id": expression.sent_id, "segmentation": None, "present": 0.2, "score": 0.75}
+        for _, expression in queries
+    ]
+    entries[-1]["segmentation"] = encode_mask(union_mask(queries[-1][0].segmentations, queries[-1][0].image_size))
+    (root / "results.json").write_text(json.dumps(entries))
+    protocol = get_protocol("grefcoco")
+    answers = list(score_masks(root / "results.json", queries, protocol, keep_masks=True))
+    for name in ("answers.jsonl", "b.jsonl"):
+        write_results(root / name, answers, protocol)
+
+
 def own(root: Path) -> None:
-    """Your own data in JSON Lines, with masks of each kind."""
+    """Your own data in JSON Lines, with masks of each kind, several and none."""
     (root / "m").mkdir(parents=True)
     mask = np.zeros((20, 30), np.uint8)
     mask[5:15, 5:25] = 1
@@ -280,6 +298,10 @@ def own(root: Path) -> None:
     lines = [
         {"image": "1.jpg", "mask": each, "expressions": ["the cup", "cup"], "id": 7 + number}
         for number, each in enumerate(masks)
+    ]
+    lines += [
+        {"image": "1.jpg", "masks": list(masks), "expressions": ["all cups"]},
+        {"image": "1.jpg", "mask": None, "expressions": ["a dog"]},
     ]
     (root / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -339,11 +361,13 @@ class Format:
 _AGAIN = "predict SET/model SET/photo.png --expression cup --out SET/out --format mask coco label-studio --device cpu"
 _CHECK = "data check SET --dataset refcoco --deep"
 _CHECK_TINY = "data check SET --dataset tiny --deep"
+_CHECK_ANY = "data check SET --deep --dataset"
 _CHECK_OWN = "data check SET/mine.jsonl --deep"
 _IMPORT = "--images SET/photos --out SET/my.jsonl"
 _JOURNAL = r"dcris-journal\.(jsonl|lock)"
 _PREDICT = "--expression cup --out OUT --format mask scores --device cpu"
 _SCORE = "--data SET/data --dataset tiny --split val --out OUT/result.json"
+_ABSENT = "--data SET --dataset grefcoco --split testA --protocol grefcoco --out OUT/result"
 _COMPARE = "--data SET/data --dataset tiny --split val --out OUT/page.html --images OUT/images"
 _TRAIN = "train SET/config.json --data SET/data --out OUT --device cpu --train.max_steps 1"
 _RESUME = "train SET/run/config.json --data SET/data --out SET/run --resume --device cpu"
@@ -415,6 +439,9 @@ FORMATS = (
     Format("prepared masks", prepared, "masks/refcoco", (), _CHECK),
     Format("parquet", hub, "refcoco/data/val.parquet", (parquet_rows, parquet_bomb), _CHECK, 8),
     Format("parquet folder", hub, "refcoco/data", (), _CHECK),
+    Format("grefcoco", generalised, "grefcoco/grefs(unc).json", (json_tree,), f"{_CHECK_ANY} grefcoco", 12),
+    Format("refzom", generalised, "ref-zom/refs(final).p", (pickle_tree, refs_bomb), f"{_CHECK_ANY} ref-zom", 6),
+    Format("rrefcoco", generalised, "rrefcoco/refs(unc).p", (pickle_tree, refs_bomb), f"{_CHECK_ANY} rrefcoco", 6),
     Format("own data", own, "mine.jsonl", (json_lines,), _CHECK_OWN, 8),
     Format("own mask", own, "m/1.png", (png_chunks, picture_bomb), _CHECK_OWN),
     *(
@@ -473,6 +500,10 @@ FORMATS = (
     *(
         Format(f"scored {file}", predictions, file, spoils, f"score SET/{file.partition('/')[0]} {_SCORE}")
         for file, spoils in _MASKS
+    ),
+    Format("scored absent", generalised, "results.json", (json_tree,), f"score SET/results.json {_ABSENT}", 8),
+    Format(
+        "compared absent", generalised, "b.jsonl", (json_lines,), f"compare SET/answers.jsonl SET/b.jsonl {_ABSENT}", 4
     ),
     Format("compared", predictions, "b.jsonl", (json_lines,), f"compare SET/answers.jsonl SET/b.jsonl {_COMPARE}", 4),
 )

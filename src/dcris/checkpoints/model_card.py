@@ -103,8 +103,10 @@ def _tower(tower: Mapping[str, str]) -> str:
 
 
 def _protocol(row: Metrics) -> str:
-    """The protocol, and the refinement if there was one."""
-    return f"{row.get('protocol')}, refined ({row['refine']})" if "refine" in row else str(row.get("protocol"))
+    """The protocol, its rule for absent targets and the refinement, if there were any."""
+    rule = f", none by {row['none_rule']}" if "none_rule" in row else ""
+    refined = f", refined ({row['refine']})" if "refine" in row else ""
+    return f"{row.get('protocol')}{rule}{refined}"
 
 
 def _number(row: Metrics, key: str) -> str:

@@ -162,8 +162,8 @@ def data_set_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --dataset, --split-by and --mask-threshold."""
     parser.add_argument(
         "--dataset",
-        help="data set: refcoco, refcoco+, refcocog, scenes, or a folder in ROOT; several as one: mixed, mixed-unfiltered or "
-        "mixed:NAME,NAME(SPLIT_BY)",
+        help="data set: refcoco, refcoco+, refcocog, grefcoco, ref-zom, rrefcoco, scenes, or a folder in ROOT; several as "
+        "one: mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY)",
     )
     parser.add_argument(
         "--split-by", help="partition of the data set: unc, umd, google, ...; needed only if ROOT has several"
@@ -186,7 +186,14 @@ def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         default="cris",
         metavar="NAME",
-        help="evaluation protocol: cris, lavt, cgformer, refer or one of your own (default: %(default)s)",
+        help="evaluation protocol: cris, lavt, cgformer, refer, grefcoco, refzom, rrefcoco or one of your own (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--none-rule",
+        metavar="RULE",
+        help="when a prediction says that the target is absent: head (the presence head), any-pixel (no pixel), pixels:N "
+        "(fewer than N) or score:T (a score below T) (default: head for grefcoco, any-pixel for refzom and rrefcoco)",
     )
 
 

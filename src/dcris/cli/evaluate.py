@@ -74,7 +74,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.utils.distributed import processes
     from dcris.utils.files import write_json
 
-    protocol = get_protocol(args.protocol)
+    protocol = get_protocol(args.protocol, args.none_rule)
     if args.calibrate_on == args.split:
         raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")
     with processes(args.device) as group:

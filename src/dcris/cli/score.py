@@ -60,7 +60,7 @@ def _score(args: argparse.Namespace) -> None:
 
     if len(args.predictions) > 1 and (args.out or args.report):
         raise DcrisError("--out and --report take the masks of one system; give one PREDICTIONS")
-    protocol = get_protocol(args.protocol)
+    protocol = get_protocol(args.protocol, args.none_rule)
     own_name(args.data, args)
     table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     queries = all_queries(table.split(args.split))
@@ -102,5 +102,5 @@ def _score(args: argparse.Namespace) -> None:
             log(json.dumps(records[0] if len(records) == 1 else records, indent=2))
         else:
             titles = (metric.title.replace("Prec@", "P@") for metric in protocol.metrics)
-            header = [f"{table.dataset} {args.split} ({protocol.name})", *titles]
+            header = [f"{table.dataset} {args.split} ({protocol.label})", *titles]
             log((latex if args.format == "latex" else markdown)(header, rows))

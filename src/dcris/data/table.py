@@ -119,7 +119,7 @@ def _alone(objects: tuple[_T, ...]) -> _T | tuple[_T, ...]:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """A lone surrogate, which JSON can contain ("\\ud83d") but which cannot be encoded as UTF-8."""
 
-_TYPE_NAMES = {int: "an integer", str: "text", list: "a list", bytes: "bytes"}
+_TYPE_NAMES = {int: "an integer", str: "text", list: "a list", bytes: "bytes", bool: "true or false"}
 
 
 def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
@@ -128,7 +128,7 @@ def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
     Args:
         record: a JSON object, of unknown origin.
         key: name of the field.
-        kind: int, str, list or bytes.
+        kind: int, str, list, bytes or bool.
         path: the file, for the error.
         where: the place in the file, for the error, such as "reference 7".
 

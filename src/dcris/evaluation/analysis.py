@@ -212,8 +212,7 @@ def _curve(results: Sequence[EvalResult], metrics: Sequence[Metric]) -> dict[str
     """Return the thresholds and each metric at each; None if any result has no curve."""
     if not results or any(len(result.curve) != len(CURVE_THRESHOLDS) for result in results):
         return None
-    pairs = np.array([[(each.intersection, each.union) for each in result.curve] for result in results], np.float64)
-    overlaps = Overlaps(pairs[..., 0], pairs[..., 1])  # [N, T]
+    overlaps = Overlaps.of(result.curve for result in results)  # [N, T]
     by_key = {metric.key: metric.score(overlaps).tolist() for metric in metrics}
     return {"thresholds": list(CURVE_THRESHOLDS), **by_key}
 

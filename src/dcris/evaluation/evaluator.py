@@ -47,6 +47,8 @@ class EvalResult:
     kept."""
     curve: tuple[Overlap, ...] = ()
     """The overlap at each of CURVE_THRESHOLDS; empty if the probabilities are unknown."""
+    present: float | None = None
+    """Probability that the target is present, in 0..1; None if the model has no presence head."""
 
     def mask(self) -> MaskArray:
         """Decode the predicted mask [H, W] at the image's size.
@@ -105,14 +107,14 @@ def predict_queries(
     device, done = choose_device(device), 0
     if not (isinstance(batch_size, int) and batch_size > 0):
         raise DcrisError(f"the batch size is {batch_size!r}; give a whole number of 1 or more")
-    if refine != "none" and protocol.canvas is not None:
+    if refine != "none" and any(protocol.for_target(target).canvas is not None for target in (True, False)):
         raise DcrisError(
             f"the protocol {protocol.name} compares masks on a square, where the image cannot refine them; choose "
             "another protocol or leave out --refine"
         )
     dtype = dtype or choose_precision(config.train.precision, device)
     model = prepare_for_prediction(model, dtype)
-    tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.transform, share)
+    tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.transform, share, protocol.truth)
     for group in task_loader(tasks, images=batch_size, workers=config.data.workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config.data)
         for task, image in zip(group, images, strict=True):
@@ -132,20 +134,35 @@ def _predict_task(
     refine: Refinement,
 ) -> Iterator[EvalResult]:
     """Predict and compare all expressions of one image [1, 3, S, S]."""
-    truths = {key: torch.from_numpy(protocol.to_canvas(mask)).to(device) for key, mask in task.truths.items()}
+    truths = {key: torch.from_numpy(mask).to(device) for key, mask in task.truths.items()}
     guide = read_image(task.queries[0][0].image_path) if refine == "guided" else None
     logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
     for (reference, expression), one in zip(task.queries, logits, strict=True):
-        (probabilities,) = protocol.probabilities(one[None], [task.transform])
+        present: float | None = None
+        measured = protocol.for_target(bool(reference.targets(expression)))
+        (probabilities,) = measured.probabilities(one[None], [task.transform])
         if guide is not None:
             refined = refine_guided(probabilities.cpu().numpy(), guide, max(one.shape[1:]))
             probabilities = torch.from_numpy(refined).to(device)
-        overlap, *curve = overlap_curve(probabilities, truths[reference.ref_id, expression.exists], protocol.threshold)
+        truth = truths[reference.ref_id, expression.exists]
+        counted = overlap_curve(probabilities, truth, protocol.threshold)
+        if protocol.none_rule is not None:
+            score = mean_inside(probabilities, protocol.threshold) if present is None else present
+            pixels = int(truth.sum())
+            query = reference, expression
+            counted = tuple(protocol.judge(each, pixels, query, present, score) for each in counted)
+        overlap, *curve = counted
         mask = None
         if keep_masks:
             predicted = (probabilities > protocol.threshold).cpu().numpy()
-            mask = encode_mask(protocol.from_canvas(predicted, reference.image_size))
-        yield EvalResult(reference, expression, overlap, mask, tuple(curve))
+            mask = encode_mask(measured.from_canvas(predicted, reference.image_size))
+        yield EvalResult(reference, expression, overlap, mask, tuple(curve), present)
+
+
+def mean_inside(probabilities: Tensor, threshold: float) -> float:
+    """Return the mean of the probabilities [H, W] above a threshold; 0 if there are none."""
+    inside = probabilities[probabilities > threshold]
+    return float(inside.double().mean()) if len(inside) else 0.0
 
 
 def segment_in_passes(
@@ -214,8 +231,8 @@ def result_record(
 ) -> dict[str, float | int | str | None]:
     """Return the content of a result file: the protocol's metrics in percent and their provenance.
 
-    Two results compare if `data_sha256`, `protocol`, `threshold` and `refine` (only in results of
-    `dcris evaluate --refine`) are equal.
+    Two results compare if `data_sha256`, `protocol`, `threshold`, `none_rule` (only of protocols
+    with absent targets) and `refine` (only in results of `dcris evaluate --refine`) are equal.
 
     Args:
         results: of all queries of the split.
@@ -236,6 +253,7 @@ def result_record(
         "data_sha256": table.sha256(split),
         "protocol": protocol.name,
         "threshold": protocol.threshold,
+        **({} if protocol.none_rule is None else {"none_rule": protocol.none_rule.name}),
         "weights_sha256": fingerprint(model.state_dict()) if model is not None else None,
         "precision": str(dtype).removeprefix("torch.") if dtype is not None else None,
         "device": device_name(device) if device is not None else None,

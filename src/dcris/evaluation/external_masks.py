@@ -6,6 +6,10 @@ Masks have the size of their image, one for each expression, identified by its `
   polygons);
 - an .npz file of arrays [H, W] named by sent_id, with two values;
 - a results file (.jsonl) of `dcris evaluate --answers`: its masks are scored again.
+
+An empty mask, or `null` as the `segmentation`, answers that there is nothing. Entries of .json and
+.jsonl files may have `present`, the probability that the target is present, and `score`, both in
+0..1, which some rules of protocols with absent targets need.
 """
 
 import io
@@ -20,7 +24,7 @@ import numpy as np
 
 from dcris.data.dataset import Queries
 from dcris.data.images import binary_mask
-from dcris.data.masks import decode_mask, encode_mask, union_mask
+from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
@@ -47,6 +51,14 @@ class PredictedMasks(ABC):
             DcrisError: if it cannot be read or has another size.
         """
 
+    def confidence(self, sent_id: int, key: str) -> float | None:
+        """Return the `present` or `score` of a mask; None if the format has none.
+
+        Raises:
+            DcrisError: if it is not a number in 0..1.
+        """
+        return None
+
 
 class _PngFolder(PredictedMasks):
     """A folder of <sent_id>.png."""
@@ -71,26 +83,38 @@ class _Records(PredictedMasks):
 
     def __init__(self, path: Path, records: Iterable[tuple[str, dict[str, Any]]]) -> None:
         self.path = path
-        self.segmentations: dict[int, tuple[str, Any]] = {}  # by sent_id, with its line or entry
+        self.records: dict[int, tuple[str, dict[str, Any]]] = {}  # by sent_id, with its line or entry
         for where, record in records:
             sent_id = field(record, "sent_id", int, path, where)
-            if sent_id in self.segmentations:
-                raise bad(path, f"{where} repeats sentence {sent_id} of {self.segmentations[sent_id][0]}")
-            self.segmentations[sent_id] = where, record.get("segmentation")
+            if sent_id in self.records:
+                raise bad(path, f"{where} repeats sentence {sent_id} of {self.records[sent_id][0]}")
+            kept: dict[str, Any] = {key: record[key] for key in ("segmentation", "present", "score") if key in record}
+            self.records[sent_id] = where, kept
 
     def __contains__(self, sent_id: object) -> bool:
-        return sent_id in self.segmentations
+        return sent_id in self.records
 
     def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
-        where, segmentation = self.segmentations[sent_id]
+        where, record = self.records[sent_id]
+        segmentation = record.get("segmentation", False)
+        # Prediction.polygons() writes empty masks as the second.
+        if segmentation is None or segmentation in ([], [[]], {"size": list(size), "counts": []}):
+            return np.zeros(size, bool)
         if type(segmentation) not in (list, dict):
             raise bad(self.path, f"{where} has no 'segmentation' in run lengths or polygons")
-        if segmentation == [] or segmentation in ([[]], {"size": list(size), "counts": []}):
-            return np.zeros(size, bool)  # Prediction.polygons() writes empty masks so
         try:
             return decode_mask(segmentation, size).astype(bool)
         except DcrisError as error:
             raise bad(self.path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
+
+    def confidence(self, sent_id: int, key: str) -> float | None:
+        where, record = self.records[sent_id]
+        value = record.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise bad(self.path, f"{where} has a '{key}' that is not a number from 0 to 1")
+        return float(value)
 
 
 class _Arrays(PredictedMasks):
@@ -203,10 +227,17 @@ def score_masks(
             f"{missing[0].sent_id}, {missing[0].text!r}; add the masks, or give --missing-is-empty"
         )
     for reference, expression in queries:
-        if expression.sent_id in masks:
-            mask = masks.mask(expression.sent_id, reference.image_size)
-        else:
-            mask = np.zeros(reference.image_size, bool)
-        truth = union_mask(reference.targets(expression), reference.image_size).astype(bool)
-        counted = overlap(protocol.to_canvas(mask), protocol.to_canvas(truth))
-        yield EvalResult(reference, expression, counted, encode_mask(mask) if keep_masks else None)
+        sent_id, targets = expression.sent_id, reference.targets(expression)
+        known = sent_id in masks
+        mask = masks.mask(sent_id, reference.image_size) if known else np.zeros(reference.image_size, bool)
+        truth = protocol.truth(targets, reference.image_size)
+        counted, present = overlap(protocol.for_target(bool(targets)).to_canvas(mask), truth), None
+        if protocol.none_rule is not None:
+            present, score = (masks.confidence(sent_id, key) if known else 0.0 for key in ("present", "score"))
+            score = present if score is None else score
+            query = reference, expression
+            try:
+                counted = protocol.judge(counted, int(np.count_nonzero(truth)), query, present, score)
+            except DcrisError as error:
+                raise DcrisError(f"{path}, sentence {sent_id}: {error}") from error
+        yield EvalResult(reference, expression, counted, encode_mask(mask) if keep_masks else None, present=present)

@@ -7,7 +7,8 @@ objects weigh more.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -29,11 +30,22 @@ class Overlap:
 
     intersection: int
     union: int
+    target: bool = True
+    """Whether the expression has a target. Always true in protocols without absent targets."""
+    none: bool = False
+    """Whether the prediction says that there is none, by the protocol's rule."""
+    group: int = 0
+    """Number of the reference, for metrics that first average over the expressions of one."""
 
     @property
     def iou(self) -> float:
-        """Intersection over union in 0..1; 0 if both masks are empty."""
+        """Intersection over union in 0..1: 0 if both masks are empty, but 1 for a right "none"."""
+        if self.none and not self.target:
+            return 1.0
         return self.intersection / self.union if self.union else 0.0
+
+
+_FIELDS = attrgetter("intersection", "union", "target", "none", "group")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +59,34 @@ class Overlaps:
     """In pixels."""
     union: Floats
     """In pixels."""
+    target: NDArray[np.bool_]
+    """Whether the expression has a target."""
+    none: NDArray[np.bool_]
+    """Whether the prediction says that there is none."""
+    group: NDArray[np.int64]
+    """Number of the reference."""
 
     @classmethod
-    def of(cls, overlaps: Iterable[Overlap]) -> "Overlaps":
-        """Collect N overlaps into arrays [N], in their order."""
-        pairs = np.array([(each.intersection, each.union) for each in overlaps], np.float64).reshape(-1, 2)
-        return cls(pairs[:, 0], pairs[:, 1])
+    def of(cls, overlaps: Iterable[Overlap | Sequence[Overlap]]) -> "Overlaps":
+        """Collect N overlaps into arrays [N], or N sequences of T into arrays [N, T]."""
+        rows = [_FIELDS(each) if isinstance(each, Overlap) else [_FIELDS(one) for one in each] for each in overlaps]
+        table = np.array(rows, np.int64) if rows else np.zeros((0, 5), np.int64)
+        intersection, union, target, none, group = np.moveaxis(table, -1, 0)
+        return cls(intersection.astype(float), union.astype(float), target.astype(bool), none.astype(bool), group)
 
     @property
     def iou(self) -> Floats:
-        """Intersection over union in 0..1; 0 where both masks are empty."""
-        return np.asarray(self.intersection / np.maximum(self.union, 1), np.float64)
+        """Intersection over union in 0..1: 0 for two empty masks, but 1 for a right "none"."""
+        iou = np.asarray(self.intersection / np.maximum(self.union, 1), np.float64)
+        return np.where(self.none & ~self.target, 1.0, iou)
+
+    def sum_of_group(self, values: NDArray[np.floating | np.bool_]) -> Floats:
+        """Return for each expression the sum of values [N] or [N, T] over its reference."""
+        first = self.group.reshape(len(self.group), -1)[:, :1].ravel()
+        names, index = np.unique(first, return_inverse=True)
+        sums = np.zeros((len(names), *values.shape[1:]))
+        np.add.at(sums, index, values)
+        return np.asarray(sums[index], np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +154,40 @@ STANDARD_METRICS = (MIOU, OIOU, *map(precision, PRECISION_THRESHOLDS))
 """mIoU, oIoU and strict precision at 0.5 to 0.9, as the CRIS family reports them."""
 INCLUSIVE_METRICS = (MIOU, OIOU, *(precision(threshold, inclusive=True) for threshold in PRECISION_THRESHOLDS))
 """The same with precision that counts equality, as LAVT reports them."""
+
+CIOU = replace(OIOU, key="ciou", title="cIoU")
+"""oIoU, as gRefCOCO's authors call it."""
+GIOU = Metric(
+    "giou",
+    "gIoU",
+    lambda overlaps: overlaps.iou,
+    description="Intersection over union, averaged over all expressions. For an absent target it is 1 if the prediction "
+    "says none, else 0.",
+)
+N_ACC = Metric(
+    "n_acc",
+    "N-acc",
+    lambda overlaps: overlaps.none & ~overlaps.target,
+    lambda overlaps: (~overlaps.target).astype(float),
+    "Share of the expressions without a target for which the prediction says none.",
+)
+T_ACC = Metric(
+    "t_acc",
+    "T-acc",
+    lambda overlaps: ~overlaps.none & overlaps.target,
+    lambda overlaps: overlaps.target.astype(float),
+    "Share of the expressions with a target for which the prediction does not say none.",
+)
+
+
+def of_targets(metric: Metric) -> Metric:
+    """Return a metric over the expressions that have a target only."""
+    value, weight = metric.value, metric.weight
+    return replace(
+        metric,
+        value=lambda overlaps: value(overlaps) * overlaps.target,
+        weight=lambda overlaps: overlaps.target * (np.ones(1) if weight is None else weight(overlaps)),
+    )
 
 
 def overlap(prediction: MaskArray, truth: MaskArray) -> Overlap:

@@ -3,7 +3,9 @@
 A line has `sent_id`, `ref_id`, `image` (file name), `phrase`, `protocol`, `iou` in 0..1,
 `intersection` and `union` in pixels as the protocol counts them, `data_sha256` (of the split),
 `segmentation` (the predicted mask as COCO's compressed run lengths) and, if known, `curve`: a pair
-of intersection and union for each of metrics.CURVE_THRESHOLDS.
+of intersection and union for each of metrics.CURVE_THRESHOLDS, and `present`, the probability that
+the target is present. Protocols with absent targets add `none_rule`, the name of their rule,
+`none`, whether the prediction says "none", and the same as a third number in each entry of `curve`.
 """
 
 import json
@@ -59,8 +61,15 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
     }
     if data is not None:
         record["data_sha256"] = data
+    if result.present is not None:
+        record["present"] = round(result.present, 6)
+    if protocol.none_rule is not None:
+        record |= {"none_rule": protocol.none_rule.name, "none": result.overlap.none}
     if result.curve:
-        record["curve"] = [[overlap.intersection, overlap.union] for overlap in result.curve]
+        none = [[] if protocol.none_rule is None else [int(overlap.none)] for overlap in result.curve]
+        record["curve"] = [
+            [overlap.intersection, overlap.union, *last] for overlap, last in zip(result.curve, none, strict=True)
+        ]
     if result.prediction is None:
         raise ValueError("the masks of these results were not kept; evaluate with keep_masks=True")
     return {**record, "segmentation": dict(result.prediction)}
@@ -129,10 +138,19 @@ def _result(
             f"{path}, {where}: measured by protocol {measured!r}, not {protocol.name!r}; give --protocol {measured} "
             "or evaluate again"
         )
+    if protocol.none_rule is not None:
+        rule = field(record, "none_rule", str, path, where)
+        if rule != protocol.none_rule.name:
+            raise DcrisError(
+                f"{path}, {where}: measured with the rule {rule!r} for absent targets, not {protocol.none_rule.name!r}; give "
+                f"--none-rule {rule} or evaluate again"
+            )
     curve = field(record, "curve", list, path, where) if "curve" in record else []
     if len(curve) not in (0, len(CURVE_THRESHOLDS)):
-        raise bad(path, f"{where} has a 'curve' that is not {len(CURVE_THRESHOLDS)} pairs")
-    overlap = _overlap([record.get("intersection"), record.get("union")], path, where)
+        raise bad(path, f"{where} has a 'curve' that is not {len(CURVE_THRESHOLDS)} entries")
+    counts = [record.get("intersection"), record.get("union")]
+    if protocol.none_rule is not None:
+        counts.append(int(field(record, "none", bool, path, where)))
     mask = record.get("segmentation")
     if type(mask) is not dict:
         raise bad(path, f"{where} has no 'segmentation' in run lengths")
@@ -140,12 +158,26 @@ def _result(
         validate_segmentation(mask, reference.image_size)
     except DcrisError as error:
         raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
-    return EvalResult(reference, expression, overlap, mask, tuple(_overlap(pair, path, where) for pair in curve))
+    present = record.get("present")
+    if present is not None and (type(present) not in (int, float) or not 0 <= present <= 1):
+        raise bad(path, f"{where} has a 'present' that is not a number from 0 to 1")
+
+    def read(counts: Any) -> Overlap:
+        return _overlap(counts, (reference, expression), protocol, path, where)
+
+    return EvalResult(reference, expression, read(counts), mask, tuple(map(read, curve)), present)
 
 
-def _overlap(pair: Any, path: Path, where: str) -> Overlap:
-    """Check a pair of intersection and union and return it as an overlap."""
-    valid = type(pair) is list and len(pair) == 2 and all(type(count) is int for count in pair)
-    if not valid or not 0 <= pair[0] <= pair[1] <= MAX_PIXELS:
+def _overlap(counts: Any, query: tuple[Reference, Expression], protocol: Protocol, path: Path, where: str) -> Overlap:
+    """Check intersection and union, and "none" if the protocol has it."""
+    length = 2 if protocol.none_rule is None else 3
+    valid = type(counts) is list and len(counts) == length and all(type(count) is int for count in counts)
+    if not valid or not 0 <= counts[0] <= counts[1] <= MAX_PIXELS:
         raise bad(path, f"{where} has an intersection and union that are not numbers of pixels")
-    return Overlap(*pair)
+    shared, covered, *none = counts
+    if not none:
+        return Overlap(shared, covered)
+    if none[0] not in (0, 1):
+        raise bad(path, f"{where} has a 'curve' whose third numbers are not 0 or 1")
+    reference, expression = query
+    return Overlap(shared, covered, bool(reference.targets(expression)), bool(none[0]), reference.ref_id)

@@ -3,29 +3,63 @@
 The choice of protocol changes scores by points, so results of different protocols do not compare.
 """
 
+from dataclasses import replace
+
 from dcris.errors import DcrisError
+from dcris.evaluation.none_rules import parse_none_rule
 from dcris.evaluation.protocols.base import Protocol
 from dcris.evaluation.protocols.cgformer import CgFormer
 from dcris.evaluation.protocols.cris import Cris
+from dcris.evaluation.protocols.grefcoco import Grefcoco
 from dcris.evaluation.protocols.lavt import Lavt
 from dcris.evaluation.protocols.refer import Refer
+from dcris.evaluation.protocols.refzom import RefZom
+from dcris.evaluation.protocols.rrefcoco import RRefcoco
 
-__all__ = ["PROTOCOLS", "CgFormer", "Cris", "Lavt", "Protocol", "Refer", "get_protocol"]
+__all__ = [
+    "PROTOCOLS",
+    "CgFormer",
+    "Cris",
+    "Grefcoco",
+    "Lavt",
+    "Protocol",
+    "RRefcoco",
+    "RefZom",
+    "Refer",
+    "get_protocol",
+]
 
 PROTOCOLS: dict[str, Protocol] = {
     "cris": Cris(),
     "lavt": Lavt(),
     "cgformer": CgFormer(),
     "refer": Refer(),
+    "grefcoco": Grefcoco(),
+    "refzom": RefZom(),
+    "rrefcoco": RRefcoco(),
 }
 
 
-def get_protocol(name: str) -> Protocol:
+def get_protocol(name: str, none_rule: str | None = None) -> Protocol:
     """Return the protocol of that name.
 
+    Args:
+        name: key in PROTOCOLS.
+        none_rule: rule for absent targets, as in `parse_none_rule`; None for the protocol's own.
+
     Raises:
-        DcrisError: if there is none; the message lists those there are.
+        DcrisError: if there is no such protocol, which the message lists, or no such rule, or the
+            protocol has no absent targets.
     """
     if not isinstance(name, str) or name not in PROTOCOLS:
         raise DcrisError(f"unknown protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    protocol = PROTOCOLS[name]
+    if none_rule is None:
+        return protocol
+    rule = parse_none_rule(none_rule)
+    if protocol.none_rule is None:
+        generalised = ", ".join(key for key, each in PROTOCOLS.items() if each.none_rule is not None)
+        raise DcrisError(
+            f"the protocol {name} has no rule for absent targets; leave out --none-rule, or use {generalised}"
+        )
+    return replace(protocol, none_rule=rule)

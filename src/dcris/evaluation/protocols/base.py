@@ -6,7 +6,7 @@ logit grid.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dcris.data.masks import union_mask
 from dcris.data.transforms import Transform
-from dcris.evaluation.metrics import STANDARD_METRICS, Metric
+from dcris.evaluation.metrics import STANDARD_METRICS, Metric, Overlap
+from dcris.evaluation.none_rules import NoneRule
 from dcris.evaluation.resampling import Floats, nearest
-from dcris.types import MaskArray
+from dcris.types import Expression, MaskArray, Reference, Segmentation
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Protocol(ABC):
 
     threshold: float
     """A pixel belongs to the predicted mask if its probability is greater."""
+    none_rule: NoneRule | None = None
+    """Decides whether a prediction says that the target is absent; None in protocols without absent
+    targets."""
 
     name: ClassVar[str]
     """Name on the command line and in result files."""
@@ -44,6 +49,9 @@ class Protocol(ABC):
     canvas: ClassVar[int | None] = None
     """Side of the square on which masks are compared; None compares them at the image's own
     size."""
+    blanks: ClassVar[bool] = True
+    """Whether "none" replaces the predicted mask by an empty one, and an empty mask says "none".
+    Otherwise the rule alone decides, and the union remains that with the predicted mask."""
 
     @staticmethod
     @abstractmethod
@@ -72,6 +80,59 @@ class Protocol(ABC):
             rows, columns = _on_device(type(self), transform, (values.shape[0], values.shape[1]), values.device)
             resampled = rows @ values @ columns
             yield torch.sigmoid(resampled) if self.interpolate_logits else resampled.clamp_(0, 1)
+
+    @property
+    def label(self) -> str:
+        """Name for tables, with the rule for "none" if there is one."""
+        return self.name if self.none_rule is None else f"{self.name}, none by {self.none_rule.name}"
+
+    def for_target(self, target: bool) -> "Protocol":
+        """Return the protocol that measures expressions with or without a target: usually this."""
+        return self
+
+    def truth(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:
+        """Return the union of the targets on the pixels that are compared, [H, W] bool.
+
+        Args:
+            segmentations: the targets; none of an expression without a target.
+            size: height and width of the image.
+
+        Raises:
+            DcrisError: a segmentation cannot be decoded.
+        """
+        return self.for_target(bool(segmentations)).to_canvas(union_mask(segmentations, size).astype(bool))
+
+    def judge(
+        self,
+        counted: Overlap,
+        truth_pixels: int,
+        query: tuple[Reference, Expression],
+        present: float | None,
+        score: float | None,
+    ) -> Overlap:
+        """Return an overlap as the metrics need it: whether there is a target, and whether the
+        prediction says "none".
+
+        Args:
+            counted: pixels of the predicted and the true mask.
+            truth_pixels: those of the true mask.
+            query: the reference and the expression.
+            present: probability that the target is present; None if it is unknown.
+            score: confidence of the prediction; None if it is unknown.
+
+        Raises:
+            DcrisError: the rule for "none" needs what is unknown.
+        """
+        if self.none_rule is None:
+            return counted
+        reference, expression = query
+        counted = replace(counted, target=bool(reference.targets(expression)), group=reference.ref_id)
+        pixels = counted.union + counted.intersection - truth_pixels
+        none = self.none_rule.says_none(pixels, present, score)
+        if not (none or (self.blanks and pixels == 0)):
+            return counted
+        union = truth_pixels if self.blanks or not counted.target else counted.union
+        return replace(counted, intersection=0, union=union, none=True)
 
     def to_canvas(self, mask: MaskArray) -> MaskArray:
         """Resize a mask [H, W] of the image to the pixels that are compared (nearest neighbour)."""
