@@ -23,7 +23,9 @@ from dcris.data.dataset import TrainingBatches, TrainingSamples, steps_per_epoch
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
+from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
+from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.vit import VisionState
 from dcris.models.segmentation import ReferringSegmenter
@@ -172,6 +174,29 @@ def test_targets_on_the_grid() -> None:
     assert torch.equal(text_to_pixel_loss(logits, masks), text_to_pixel_loss(logits, resize_masks(masks, (2, 2))))
     by_hand = -(area * logits.sigmoid().log() + (1 - area) * (-logits).sigmoid().log()).mean()
     assert text_to_pixel_loss(logits, area).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (16, 12)])
+def test_aligned_targets_of_plain_masks(size: tuple[int, int]) -> None:
+    """Cells without an edge keep their value, on every grid; half a cell is the threshold."""
+    for value, expected in ((0.0, 0.0), (1.0, 1.0), (0.5, Cris.threshold)):
+        aligned = resize_masks(torch.full((2, 1, 16, 24), value), size, "aligned")
+        assert aligned.shape[-2:] == size and aligned.min() >= 0 and aligned.max() <= 1
+        assert torch.allclose(aligned, torch.tensor(expected))
+
+
+def test_aligned_targets_lie_where_the_protocol_reads_them() -> None:
+    """A network that reaches its targets gets a much higher IoU with these than with the others."""
+    y, x = torch.meshgrid(torch.arange(112), torch.arange(112), indexing="ij")
+    places = ((20, 18, 8), (95, 20, 11), (56, 60, 15), (98, 97, 13))
+    masks = torch.stack([((x - a) ** 2 + (y - b) ** 2 < r**2).float() for a, b, r in places])[:, None]
+    scores = {}
+    for target in ("nearest", "area", "aligned"):
+        logits = resize_masks(masks, (32, 32), target).logit(eps=1e-6)
+        maps = Cris().probabilities(logits, [Letterbox((112, 112), 112)] * len(masks))
+        found = [(probability > Cris.threshold, mask[0] > 0) for probability, mask in zip(maps, masks, strict=True)]
+        scores[target] = min(((a & b).sum() / (a | b).sum()).item() for a, b in found)
+    assert scores["aligned"] > 0.9 > scores["area"] + 0.05 > scores["nearest"] + 0.1
 
 
 def test_area_targets_train_and_resume(table: ReferenceTable, tmp_path: Path) -> None:

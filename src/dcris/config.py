@@ -322,9 +322,11 @@ class TrainConfig(Section):
     losses: dict[str, Positive] = {}
     """Losses that are added to equation 6: name -> weight. The names are those of
     dcris.training.losses.LOSSES."""
-    target: Literal["nearest", "area"] = "nearest"
+    target: Literal["nearest", "area", "aligned"] = "nearest"
     """How masks are resized to the grid of the logits, for the losses and the training IoU:
-    nearest, as published, takes one pixel for each cell; area takes the mean of the cell."""
+    nearest, as published, takes one pixel for each cell; area takes the mean of the cell; aligned
+    takes the mean of a cell that lies where the protocol cris expects it, so that its threshold
+    (0.35) is at half a cell."""
     precision: Precision = "auto"
     log_every: Count = 20
     """Steps between lines of the log."""

@@ -8,8 +8,14 @@ Shape letters: B batch, S side of the input square, h w logit grid.
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dcris.evaluation.protocols import Cris
+
+Target = Literal["nearest", "area", "aligned"]
+"""How masks are resized to the grid of the logits; see `resize_masks`."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Function from logits [B, 1, h, w] and masks [B, 1, h, w] in 0..1, already on the logits' grid, to
@@ -20,16 +26,39 @@ value.
 """
 
 
-def resize_masks(masks: Tensor, size: tuple[int, ...], target: Literal["nearest", "area"] = "nearest") -> Tensor:
+def resize_masks(masks: Tensor, size: tuple[int, ...], target: Target = "nearest") -> Tensor:
     """Resize masks [B, 1, S, S] in 0..1 to [B, 1, h, w], the grid of the logits.
 
     Args:
         masks: of any size; those of the right size are returned as they are.
         size: h, w.
         target: "nearest" takes one pixel for each cell, as in the published code; "area" takes the
-            mean of the cell.
+            mean of the cell; "aligned" takes the mean of a cell that lies where the protocol cris
+            expects it, and makes a half-covered cell equal to its threshold.
     """
-    return masks if masks.shape[-2:] == size else F.interpolate(masks, size, mode=target)
+    if masks.shape[-2:] == size:
+        return masks
+    if target != "aligned":
+        return F.interpolate(masks, size, mode=target)
+    rows, columns = (_aligned_cells(pixels, cells, masks) for pixels, cells in zip(masks.shape[-2:], size, strict=True))
+    share = (rows @ masks @ columns.T).clamp(0, 1)  # rounding exceeds 1
+    # The odds of the share times those of the threshold: 0 and 1 stay, 0.5 becomes the threshold.
+    return Cris.threshold * share / (Cris.threshold * share + (1 - Cris.threshold) * (1 - share))
+
+
+def _aligned_cells(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """Return [cells, pixels]: the weight of each pixel in each cell.
+
+    The protocol interpolates probabilities with corners aligned, so the first and the last logit
+    are on the centres of the first and the last pixel. The part of a cell that is outside of the
+    mask does not count.
+    """
+    step = (pixels - 1) / max(1, cells - 1)
+    edges = torch.arange(pixels + 1, device=like.device) - 0.5
+    centres = torch.arange(cells, device=like.device)[:, None] * step
+    starts = torch.maximum(edges[:-1], centres - step / 2)
+    covered = (torch.minimum(edges[1:], centres + step / 2) - starts).clamp(min=0)
+    return (covered / covered.sum(dim=1, keepdim=True)).to(like.dtype)
 
 
 def text_to_pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
