@@ -80,8 +80,10 @@ class Letterbox(Transform):
 
     def _warp(self, source: NDArray[np.uint8], interpolation: int, border: tuple[float, ...]) -> NDArray[np.uint8]:
         self._check(source)
-        matrix = self.matrix()
         height, width = self.size
+        if height == width == self.side:  # the map is the identity, and no pixel changes
+            return source.copy()
+        matrix = self.matrix()
         if max(height, width) > _MAX_WARP_SIDE:
             height, width = min(height, _MAX_WARP_SIDE), min(width, _MAX_WARP_SIDE)
             source = np.asarray(cv2.resize(source, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
