@@ -18,10 +18,25 @@ from dcris.training.trainer import Trainer, TrainResult, build_model
 
 CPU = torch.device("cpu")
 EVERY_STEP = ("train.log_every", "1")
+PLAIN = {
+    "data.phrases_per_image": 1,
+    "train.ema": None,
+    "train.losses": {},
+    "train.optimizer": "adam",
+    "train.target": "nearest",
+}
+"""Settings without the tiny recipe's options of training. Tests switch them on one by one."""
+PLAIN_WORDS = [
+    word
+    for key, value in PLAIN.items()
+    for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+]
+"""The same for the command line."""
 
 
 def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_tiny") -> RunConfig:
-    """Return a tiny recipe with batches of four small images, read without workers."""
+    """Return a tiny recipe with batches of four small images, read without workers, and PLAIN
+    settings."""
     base = {
         "train.max_steps": steps,
         "train.epochs": 1000,
@@ -30,7 +45,7 @@ def quick_config(steps: int, *settings: tuple[str, str], recipe: str = "dcris_ti
         "data.workers": 0,
         "data.image_size": 56,
     }
-    return replace(get_recipe(recipe), base | {key: parse_value(text) for key, text in settings})
+    return replace(get_recipe(recipe), PLAIN | base | {key: parse_value(text) for key, text in settings})
 
 
 def run_training(

@@ -71,7 +71,7 @@ def saved_bytes(counted: list[int]) -> Iterator[None]:
 def test_no_activations_saved_before_the_first_adapter() -> None:
     """Blocks before the first adapter need no gradient, so autograd must not save their
     activations."""
-    config, kept = quick_config(1), []
+    config, kept = quick_config(1, ("model.method.visual.layers", "[1, 5, 11]")), []
     model, batch = model_of(config), samples(2)
     with saved_bytes(kept):
         state = model.encode_images(batch.images.float())

@@ -341,7 +341,7 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("evaluate RUN --data DATA/x.jsonl --dataset y", "leave out --dataset"),
         ("train dcris_tiny --data DATA --from ABSENT --out OUT", "no checkpoint"),
         (
-            "train dcris_tiny --data DATA --from RUN --model.head.width 96 --out OUT --device cpu",
+            "train dcris_tiny --data DATA --from RUN --model.head.width 64 --out OUT --device cpu",
             "checkpoint of the same model",
         ),
         ("train dcris_tiny --data DATA --dataset mixed --out OUT", "refcoco"),

@@ -27,7 +27,7 @@ from dcris.training.parallel import divide_batch, synchronise_batch_norm
 from dcris.utils.distributed import processes
 from launcher import torchrun_environment
 from models import randomise
-from runs import last_tensors, quick_config, timeless_log
+from runs import PLAIN_WORDS, last_tensors, quick_config, timeless_log
 
 DCRIS_ITSELF = ("-m", "dcris")
 IN_DOUBLE_PRECISION = (str(Path(__file__).with_name("double_precision.py")),)
@@ -62,6 +62,7 @@ def train_words(data: Path, out: Path, steps: int, *more: str) -> list[str]:
         "cpu",
         "--data.image_size",
         "56",
+        *PLAIN_WORDS,
     ]
     return [*words, *(word for key, value in settings.items() for word in (f"--train.{key}", str(value))), *more]
 

@@ -147,8 +147,8 @@ def test_two_models_on_one_pair_of_towers_hold_it_once() -> None:
             setattr(second.get_submodule(owner), last, nn.Parameter(shared.data, requires_grad=False))
     shared: CastWeights = {}
     one, two = (prepare_for_prediction(model, torch.bfloat16, shared) for model in (first, second))
-    assert one.vision.blocks[3].mlp.fc1.weight is two.vision.blocks[3].mlp.fc1.weight
-    assert one.vision.blocks[3].mlp_slot.up.weight is not two.vision.blocks[3].mlp_slot.up.weight
+    assert one.vision.blocks[9].mlp.fc1.weight is two.vision.blocks[9].mlp.fc1.weight
+    assert one.vision.blocks[9].mlp_slot.up.weight is not two.vision.blocks[9].mlp_slot.up.weight
 
 
 def test_frozen_towers_in_half_precision_train_the_same() -> None:
@@ -193,9 +193,9 @@ def test_gradients_go_through_packed_layers() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = same(*inputs())[0].float().square().mean()
     loss.backward()
-    # The first adapter is in the second block, behind its MLP.
+    # The first adapter is in the tenth block, behind its MLP.
     transposed = [block.mlp.fc1.transposed is not None for block in same.vision.blocks]
-    assert transposed == [index > 1 for index in range(len(transposed))]
+    assert transposed == [index > 9 for index in range(len(transposed))]
     ready = prepare_for_prediction(same, torch.bfloat16)  # validation between the steps
     again = prepare_for_prediction(ready, torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -31,7 +31,17 @@ from dcris.training.optimizer import learning_rate
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model
 from dcris.utils import files
-from runs import EVERY_STEP, assert_same_run, last_tensors, leftovers, quick_config, run_training, timeless_log, unseal
+from runs import (
+    EVERY_STEP,
+    PLAIN_WORDS,
+    assert_same_run,
+    last_tensors,
+    leftovers,
+    quick_config,
+    run_training,
+    timeless_log,
+    unseal,
+)
 
 STEPS = 8
 
@@ -354,7 +364,7 @@ def test_start_refuses_another_model(table: ReferenceTable, broken: Path, tmp_pa
     """A head of another width, or other towers: one error message, before anything is written."""
     start = ("train.start", json.dumps(str(broken)))
     with pytest.raises(DcrisError, match=r"has the shape .*checkpoint of the same model"):
-        run_training(quick_config(1, start, ("model.head.width", "96")), table, tmp_path / "new")
+        run_training(quick_config(1, start, ("model.head.width", "64")), table, tmp_path / "new")
     rewritten(list_checkpoints(broken)[-1].path / MODEL, other_towers)
     with pytest.raises(DcrisError, match=r"trained on another vision tower"):
         run_training(quick_config(1, start), table, tmp_path / "new")
@@ -500,7 +510,7 @@ def start_training(data: Path, out: Path, steps: int, workers: int) -> subproces
     settings = {"max_steps": steps, "epochs": 1000, "batch_size": 4, "warmup_steps": 1, "log_every": 1}
     words = [word for key, value in settings.items() for word in (f"--train.{key}", str(value))]
     command = [sys.executable, "-m", "dcris", "train", "dcris_tiny", "--data", str(data), "--out", str(out), "--resume"]
-    command += ["--data.image_size", "56"]
+    command += ["--data.image_size", "56", *PLAIN_WORDS]
     return subprocess.Popen(
         [*command, "--data.workers", str(workers), *words],
         stdout=subprocess.PIPE,
