@@ -317,8 +317,7 @@ def test_a_set_of_the_official_size(tmp_path: Path) -> None:
         content["images"].append(
             {"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": 480, "width": 640}
         )
-        for number in range(10):
-            x, y = (float(value) for value in source.uniform(0, 300, 2).round(2))
+        for number, (x, y) in enumerate(source.uniform(0, 300, (10, 2)).round(2).tolist()):
             content["annotations"].append(
                 {
                     "id": 10 * image_id + number,

@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -240,6 +241,8 @@ class Instances:
     images: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     categories: dict[int, dict[str, Any]]
+    valid: set[int] = dataclass_field(default_factory=set)
+    """Annotations whose mask has been validated. In gRefCOCO, several references share each."""
 
     @classmethod
     def read(cls, content: Any, path: Path, root: Path) -> "Instances":
@@ -272,13 +275,17 @@ class Instances:
     def segmentation(self, ann_id: int, size: tuple[int, int], where: str) -> Segmentation:
         """Return the mask of an annotation, for an image of `size` (H, W); `where` names its
         reference."""
-        segmentation = self.annotations[ann_id].get("segmentation")
+        segmentation: Any = self.annotations[ann_id].get("segmentation")
+        if ann_id in self.valid:
+            return segmentation
         if not segmentation:
             raise bad(self.path, f"annotation {ann_id} of {where} has no 'segmentation'")
         try:
-            return validate_segmentation(segmentation, size)
+            validate_segmentation(segmentation, size)
         except DcrisError as error:
             raise bad(self.path, f"annotation {ann_id} of {where} cannot be decoded ({error})") from error
+        self.valid.add(ann_id)
+        return segmentation
 
     def category_name(self, category_id: int) -> str:
         """Return the name of a category."""
