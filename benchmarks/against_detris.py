@@ -93,7 +93,7 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
 
     def ours() -> Any:
         with torch.no_grad():
-            return next(segment_in_passes(prepared, images, tokens, device, dtype))
+            return next(segment_in_passes(prepared, images, tokens, device, dtype)).logits
 
     return theirs if name == "theirs" else ours
 
@@ -119,7 +119,7 @@ def _training(name: str, network: Any, device: Any, dtype: Any, batch: int = BAT
             if name == "theirs":
                 _, _, loss = network(images, tokens, masks)
             else:
-                logits, _ = network(images, tokens)
+                logits = network(images, tokens)[0]
         if name == "ours":
             loss = text_to_pixel_loss(logits, masks)
         if name == "theirs":

@@ -99,7 +99,7 @@ def on_the_way(model: ReferringSegmenter, images: Tensor, tokens: Tensor) -> tup
     fused = model.bridge.fuse(model.vision, model.text, state, words, model.config.head.feature_layers)
     joined, text = fused.state, fused.text
     levels = [joined.patches(each) for each in (*joined.layer_outputs, model.vision.finish(joined))]
-    return thinned(levels, text.tokens, text.sentence), model.segment(state, words)
+    return thinned(levels, text.tokens, text.sentence), model.segment(state, words).logits
 
 
 def transposed(name: str) -> bool:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dcris.data.wording import expression_kinds
 from dcris.evaluation import analysis
-from dcris.evaluation.analysis import analyse, difference, expression_kinds, resample, scores, tally
+from dcris.evaluation.analysis import analyse, difference, resample, scores, tally
 from dcris.evaluation.compare import compare
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, INCLUSIVE_METRICS, STANDARD_METRICS, Metric, Overlap, summarise

@@ -44,7 +44,7 @@ def test_the_published_code_s_own_numbers() -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-4)
     assert 0.02 < (logits > 0).double().mean() < 0.98
 
-    logits, auxiliary = without_dropout(model.train())(images, tokens)
+    logits, _, auxiliary = without_dropout(model.train())(images, tokens)
     loss = text_to_pixel_loss(logits, masks(VARIANT.image_size))
     whole = loss + auxiliary["reconstruction"]
     whole.backward()
@@ -102,8 +102,8 @@ def test_the_auxiliary_loss_is_returned_in_training_only() -> None:
     """The reconstruction loss is returned in training, and not in evaluation."""
     model = ReferringSegmenter(get_recipe("barleria_tiny").model)
     batch = torch.randn(1, 3, 56, 56), torch.tensor([[1, 5, 9, 128, 0]])
-    assert model(*batch)[1] == {}
-    _, auxiliary = model.train()(*batch)
+    assert model(*batch).losses == {}
+    auxiliary = model.train()(*batch).losses
     assert set(auxiliary) == {"reconstruction"}
     with torch.no_grad():
-        assert model(*batch)[1] == {}
+        assert model(*batch).losses == {}

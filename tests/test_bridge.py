@@ -69,7 +69,7 @@ def test_the_steps_may_be_called_apart(method: str) -> None:
     image_of_phrase, phrases = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         state, text = model.encode_images(pictures), model.encode_text(TOKENS)
-        apart = model.segment(state.select(image_of_phrase), text.select(phrases))
+        apart = model.segment(state.select(image_of_phrase), text.select(phrases)).logits
         whole = model(pictures[image_of_phrase], TOKENS[phrases])[0]
     assert apart.shape == (4, 1, 12, 16)
     assert error(apart, whole) < 1e-9 * whole.abs().max()

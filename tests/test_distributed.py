@@ -162,7 +162,7 @@ def compare_gradients(rank: int, port: int) -> None:
         assert models[0].state_dict().keys() == models[1].state_dict().keys()
         (places,) = divide_batch(8, None, group)
         own_part = slice(places.start, places.stop)
-        logits, _ = models[1](images[own_part], tokens[own_part])
+        logits = models[1](images[own_part], tokens[own_part]).logits
         (text_to_pixel_loss(logits, masks[own_part]) * (len(places) / 8)).backward()
         group.sum_gradients([*models[1].parameters()])
         assert group.all_gather(rank) == [0, 1, 2]

@@ -301,7 +301,7 @@ def test_an_image_is_encoded_once_for_all_its_phrases(model: ReferringSegmenter)
     image_of_phrase = torch.tensor([1, 0, 1])
     state = model.encode_images(pixels)
     assert state.step == 3  # block 0 and block 1's attention precede the first adapter
-    logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens))
+    logits = model.segment(state.select(image_of_phrase), model.encode_text(tokens)).logits
     assert logits.shape == (3, 1, 16, 20)
     # Not to the last digit: products of other shapes may round otherwise, which depends on the
     # processor.
@@ -319,12 +319,14 @@ def test_the_mlp_beside_the_first_adapter_is_shared_too(model: ReferringSegmente
     model.vision.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     state = model.encode_images(images(1, 4, 5).double())
     assert rows == [1]
-    shared = model.segment(state.select(torch.zeros(3, dtype=torch.long)), model.encode_text(tokens))
+    shared = model.segment(state.select(torch.zeros(3, dtype=torch.long)), model.encode_text(tokens)).logits
     assert rows == [1]
     assert (
         error(
             shared,
-            model.segment(replace(state, mlp_out=None).select(torch.tensor([0, 0, 0])), model.encode_text(tokens)),
+            model.segment(
+                replace(state, mlp_out=None).select(torch.tensor([0, 0, 0])), model.encode_text(tokens)
+            ).logits,
         )
         < TOLERANCE
     )
@@ -338,7 +340,7 @@ def test_without_visual_adapters_the_whole_tower_is_shared() -> None:
     state = model.encode_images(images(1, 3, 3))
     assert state.step == 2 * len(model.vision.blocks)
     tokens = tokens_ending_at((2,), 4)
-    assert torch.equal(model.segment(state, model.encode_text(tokens)), model(images(1, 3, 3), tokens)[0])
+    assert torch.equal(model.segment(state, model.encode_text(tokens)).logits, model(images(1, 3, 3), tokens).logits)
 
 
 @torch.no_grad()

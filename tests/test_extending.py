@@ -175,7 +175,7 @@ def test_towers_train_save_and_load(
     state = model.encode_images(images)
     assert (state.grid, state.num_prefix_tokens) == ((7, 8), 0)
     tokens = torch.tensor([[127, 5, 6, 128, 0], [127, 7, 128, 0, 0]])
-    logits, _ = model(images, tokens)
+    logits = model(images, tokens).logits
     assert logits.shape == (2, 1, 28, 32)
     assert torch.equal(logits, trained.eval()(images, tokens)[0])
 

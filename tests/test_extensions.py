@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.cli import main
-from dcris.config import replace
+from dcris.config import TrainConfig, replace
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.dataset import TrainingSamples, all_queries, normalise
 from dcris.data.flip import swap_sides
@@ -21,7 +21,7 @@ from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.dcris import DcrisConfig, DenseCrossConfig
-from dcris.models.segmentation import ReferringSegmenter
+from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.losses import dice_loss, text_to_pixel_loss, training_losses
 from models import error, images, randomise, tiny_config, tokens_ending_at
@@ -71,9 +71,10 @@ def test_dice_loss_is_added_to_equation_6(scenes_root: Path, tmp_path: Path) -> 
     source = torch.Generator().manual_seed(1)
     logits, masks = torch.randn(2, 1, 4, 4, generator=source), torch.ones(2, 1, 8, 8)
     alone = text_to_pixel_loss(logits, masks)
-    assert training_losses(logits, masks, {}).keys() == {"text_to_pixel"}
-    assert torch.equal(training_losses(logits, masks, {})["text_to_pixel"], alone)
-    both = training_losses(logits, masks, {"dice": 0.5})
+    output = Output(logits, None, {})
+    assert training_losses(output, masks, TrainConfig()).keys() == {"text_to_pixel"}
+    assert torch.equal(training_losses(output, masks, TrainConfig())["text_to_pixel"], alone)
+    both = training_losses(output, masks, TrainConfig(losses={"dice": 0.5}))
     assert torch.allclose(sum(both.values()), alone + 0.5 * dice_loss(logits, masks))
     logged = {}
     for losses in ("{}", '{"dice": 0.5}'):

@@ -114,7 +114,7 @@ PIXELS, PHRASES = images(2, 4, 4), tokens((5, 6, 7), (8, 9))
 
 def loss_of(model: ReferringSegmenter, seed: int = 0) -> Tensor:
     masks = (torch.randn(2, 1, 56, 56, generator=torch.Generator().manual_seed(seed)) > 0).float()
-    logits, auxiliary = model(PIXELS, PHRASES)
+    logits, _, auxiliary = model(PIXELS, PHRASES)
     return sum(auxiliary.values(), start=text_to_pixel_loss(logits, masks))
 
 
@@ -250,7 +250,7 @@ def test_many_phrases_on_one_image_are_as_single_calls(method: str) -> None:
     model = tuned(method)
     phrases = tokens((5, 6, 7), (8, 9), (10,))
     state = model.encode_images(PIXELS[:1])
-    together = model.segment(state.select(torch.zeros(3, dtype=torch.long)), model.encode_text(phrases))
+    together = model.segment(state.select(torch.zeros(3, dtype=torch.long)), model.encode_text(phrases)).logits
     single = torch.cat([model(PIXELS[:1], row[None])[0] for row in phrases])
     assert error(together, single) < 1e-4 * single.abs().max().item()
 

@@ -269,6 +269,66 @@ def test_the_interpreter_distinguishes_clear_and_doubtful_cases():
     assert meant("star in the middle", doubtful) == doubtful[1:]
 
 
+def may_be_meant(text, things):
+    """Return the things that a phrase may mean, if it may also mean nothing.
+
+    "The left star" of one star, or a star "next to" another thing, need not be there.
+    """
+    fits = meant(text, things)
+    match [word for word in text.split() if word != "the"]:
+        case [("top" | "bottom"), ("left" | "right"), *_] | [*_, "at", ("top" | "bottom"), ("left" | "right")]:
+            return fits
+        case [*description, "on", edge] if edge in TOWARDS:
+            return on_edge(fits, description, edge, things)
+        case [edge, *description] if edge in TOWARDS:
+            return on_edge(fits, description, edge, things)
+        case words if {"next", "near"} & {*words}:
+            at = next(number for number, word in enumerate(words) if word in ("next", "near"))
+            (landmark,) = described(words[at + 1 + (words[at] == "next") :], things)
+            return [thing for thing in fits if gap(thing, landmark) < 0.25]
+    return fits
+
+
+def on_edge(fits, description, edge, things):
+    if len(described(description, things)) > 1:
+        return fits
+    x, y = TOWARDS[edge]
+    return [thing for thing in fits if (thing.x - 0.5) * x + (thing.y - 0.5) * y > -DOUBT]
+
+
+@pytest.mark.parametrize("kind", scenes.ABSENT_KINDS)
+def test_a_phrase_for_an_absent_thing_can_mean_nothing_in_the_scene(generated, kind):
+    """A model would otherwise learn that things are absent which are plainly there."""
+    phrases, wrong = [], []
+    for number, scene in enumerate(generated):
+        rng = np.random.default_rng([3, number])
+        for _ in range(10):
+            phrase = scenes.absent_phrase(scene.things, kind, rng)
+            if phrase is not None:
+                assert phrase.kind == f"absent {kind}"
+                phrases.append(phrase.text)
+                if may_be_meant(phrase.text, scene.things):
+                    wrong.append(f"scene {number}: {phrase.text!r}")
+    assert not wrong, "\n".join(wrong[:10])
+    assert len({*phrases}) > len(generated), "few or no phrases would make the check above worthless"
+    assert {word for text in phrases for word in text.split()} <= set(vocabulary())
+
+
+def test_a_wrong_attribute_is_one_that_occurs_elsewhere_in_the_scene(generated):
+    """Else a model tells absent things by words that fit nothing, without relating two words."""
+    hard = total = 0
+    for number, scene in enumerate(generated):
+        phrase = scenes.absent_phrase(scene.things, "attribute", np.random.default_rng([4, number]))
+        if phrase is not None:
+            words = [word for word in phrase.text.split() if word != "the"]
+            noun = words[-1] if words[-1] in SHAPES else "one"
+            hard += all(
+                described([word, "one"] if word != noun else [noun], scene.things) for word in [*words[:-1], noun]
+            )
+            total += 1
+    assert hard > 0.9 * total > 0.5 * len(generated)
+
+
 def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(generated):
     """A word that is missing from the tiny tokenizer would be an unknown word."""
     words = vocabulary()

@@ -107,10 +107,10 @@ def test_expressions_share_the_image(recipe: str) -> None:
     tokens = BertTokenizer()(PHRASES[:3], 12)
     pairs = torch.tensor([0, 1, 1])
     with torch.no_grad():
-        whole, _ = model(images[pairs], tokens)
+        whole = model(images[pairs], tokens).logits
         for copy in (model, prepare_for_prediction(model)):
             state = copy.encode_images(images)
-            shared = copy.segment(state.select(pairs), copy.encode_text(tokens))
+            shared = copy.segment(state.select(pairs), copy.encode_text(tokens)).logits
             assert error(shared, whole) < 1e-4 * whole.abs().max()
     assert whole.shape == (3, 1, 16, 16)
 
@@ -128,7 +128,7 @@ def test_adapters_train_and_towers_do_not() -> None:
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     for _ in range(2):  # an up-projection of zeros lets gradients through from the second step on
         optimizer.zero_grad()
-        logits, _ = model(torch.randn(2, 3, 64, 64), BertTokenizer()(PHRASES[:2], 12))
+        logits = model(torch.randn(2, 3, 64, 64), BertTokenizer()(PHRASES[:2], 12)).logits
         logits.square().mean().backward()
         optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}

@@ -320,7 +320,7 @@ def test_sharing_changes_neither_logits_nor_gradients(recipe: str) -> None:
     tokens = torch.randint(1, 99, (4, 14))
     found = []
     for arguments in ((pixels, tokens, index), (pixels[index], tokens)):
-        logits, auxiliary = model.train()(*arguments)
+        logits, _, auxiliary = model.train()(*arguments)
         gradients = torch.autograd.grad(
             logits.square().mean() + sum(auxiliary.values()),
             [parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -16,6 +16,7 @@ from dcris.utils.arguments import Precision, Refinement, kind_of, require
 from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
+NegativeKind = Literal["category", "attribute", "place", "relation"]
 
 # The bounds are far beyond sensible values. They keep an untrusted file from causing any amount of
 # work, and float32 from overflowing.
@@ -161,6 +162,10 @@ class HeadConfig(Section):
     bias: Factor | None = None
     """Initial value of the last bias; None keeps PyTorch's. A negative value starts the masks as
     mostly background."""
+    presence: bool = False
+    """Whether a presence head predicts the probability that the object is in the image at all
+    (dcris.models.head.presence). Its training needs expressions whose object is absent: see
+    `data.negatives`."""
 
 
 class ModelConfig(Section):
@@ -231,6 +236,19 @@ def require_slots(method: str, layers: Iterable[int], place: str, vision: Vision
         )
 
 
+class NegativesConfig(Section):
+    """Training references whose object is absent, made from those there are; see
+    dcris.data.negatives."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the made references in the training references. Too many cost accuracy on objects
+    that are there."""
+    kinds: Annotated[tuple[NegativeKind, ...], Field(min_length=1)] = ("category",)
+    """What is wrong with their expressions; each kind has an equal share of the images. category:
+    an expression of another image, whose category this image lacks. attribute, place, relation: an
+    expression that is true of no object; for generated scenes only, where everything is known."""
+
+
 class DataConfig(Section):
     """Which references are read and how they become tensors."""
 
@@ -247,6 +265,9 @@ class DataConfig(Section):
     generate_phrases: bool = False
     """Add training references that are generated from all annotated instances; see
     dcris.data.phrases. REFER layout only."""
+    negatives: NegativesConfig | None = None
+    """Add training references whose object is absent: their masks are empty. None: none are added.
+    """
     image_size: Annotated[int, Field(gt=0, le=4096, strict=True)] = 448
     """Side of the network's square input, in pixels."""
     word_length: Annotated[int, Field(ge=3, le=16_384)] = 17
@@ -322,6 +343,9 @@ class TrainConfig(Section):
     losses: dict[str, Positive] = {}
     """Losses that are added to equation 6: name -> weight. The names are those of
     dcris.training.losses.LOSSES."""
+    presence: Positive = 1.0
+    """Weight of the cross entropy of presence, beside equation 6; used with `model.head.presence`.
+    """
     target: Literal["nearest", "area", "aligned"] = "nearest"
     """How masks are resized to the grid of the logits, for the losses and the training IoU:
     nearest, as published, takes one pixel for each cell; area takes the mean of the cell; aligned

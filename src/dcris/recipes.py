@@ -14,6 +14,7 @@ from dcris.config import (
     HeadConfig,
     MethodConfig,
     ModelConfig,
+    NegativesConfig,
     RunConfig,
     TextConfig,
     TrainConfig,
@@ -150,6 +151,18 @@ _add(
     "does not say whether it trains on images of the test splits; this recipe does not.",
 )
 _add(
+    replace(
+        _B,
+        {
+            "recipe": "dcris_b_grefcoco",
+            "model.head.presence": True,
+            "data": DataConfig(dataset="grefcoco", split_by="unc", word_length=DATASETS["grefcoco"].word_length),
+        },
+    ),
+    "DCRIS-B with a presence head on gRefCOCO, whose expressions refer to no, one or several objects. Not in the paper. "
+    "Here: unmeasured.",
+)
+_add(
     with_method(_B, "detris_b", DcrisConfig(text=TextAdapterConfig(kind="dense")), **SCHEDULES["detris"]),
     "DETRIS-B, the successor, on RefCOCO: batch 32, 65 epochs. Theirs: mIoU 76.0 / 78.2 / 73.5. Here: unmeasured. It is "
     "DCRIS-B with dense text adapters and a longer schedule.",
@@ -222,6 +235,18 @@ _TINY = _add(
     ),
     "DCRIS on the towers that ship with the package and on generated scenes: minutes on two CPU cores. The towers were "
     "never trained on photographs.",
+)
+
+_add(
+    replace(
+        _TINY,
+        {
+            "recipe": "dcris_tiny_generalised",
+            "model.head.presence": True,
+            "data.negatives": NegativesConfig(share=0.3, kinds=("category", "attribute", "place", "relation")),
+        },
+    ),
+    "The tiny model with a presence head: three of ten training references are to objects that the scene does not have.",
 )
 
 # DCRIS on towers from PyPI, for photographs without the Hub. The blocks of stride 32 that can have

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from dcris.data.coco import IMAGE_FOLDER
 from dcris.data.masks import encode_mask, mask_box
+from dcris.data.table import bad
 from dcris.errors import DcrisError
 from dcris.utils.files import make_directory, write_file, write_json
 from dcris.utils.workers import CANNOT_START, ignore_interrupts, note_no_workers
@@ -79,6 +80,34 @@ class Thing:
     radius: float
     angle: float
     """Radians."""
+
+
+_ATTRIBUTES = ("colour", "texture", "size", "x", "y", "radius", "angle")
+
+
+def read_thing(shape: str, attributes: Any, path: Path, where: str) -> Thing:
+    """Return the thing of an annotation of a generated scene.
+
+    Args:
+        shape: name of its category.
+        attributes: its field `attributes`, as it was parsed.
+        path, where: the file and the annotation, for errors.
+
+    Raises:
+        DcrisError: the field is missing, as in scenes of older versions, or malformed.
+    """
+    if type(attributes) is not dict:
+        raise bad(path, f"{where} has no 'attributes', which only scenes of `dcris data scenes` have")
+    words = {"colour": COLOURS, "texture": TEXTURES, "size": SIZES}
+    values: list[Any] = [attributes.get(key) for key in _ATTRIBUTES]
+    fits = [
+        isinstance(value, str) and value in words[key] if key in words else type(value) in (int, float)
+        for key, value in zip(_ATTRIBUTES, values, strict=True)
+    ]
+    # NaN fails the comparison, too.
+    if not all(fits) or shape not in SHAPES or not all(abs(value) <= 10 for value in values[len(words) :]):
+        raise bad(path, f"{where} is not a thing of a generated scene")
+    return Thing(shape, *values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +358,110 @@ def make_phrases(things: Sequence[Thing], target: Thing, rng: np.random.Generato
     return tuple(found)
 
 
+# ---- phrases that are true of nothing ------------------------------------------------------------
+
+# By relation of _RELATIONS: whether a thing is clearly on the other side of the landmark.
+_OPPOSITES: tuple[Callable[[Thing, Thing], bool], ...] = (
+    lambda a, b: a.x - b.x > _MARGIN,
+    lambda a, b: b.x - a.x > _MARGIN,
+    lambda a, b: a.y - b.y > _MARGIN,
+    lambda a, b: b.y - a.y > _MARGIN,
+)
+_FAR = 0.55  # share of the side between things that are clearly not next to each other
+_CLEAR_GAP = 0.3  # the same between their edges
+_CLEAR_SIDE = 0.62  # a thing beyond it is clearly not on the other half
+
+
+def _absent_attribute(things: Sequence[Thing], rng: np.random.Generator) -> str | None:
+    """Return a description that fits nothing, though each of its attributes occurs in the scene if
+    possible.
+    """
+    base = _pick(rng, things)
+    described = [d for d in _descriptions(base, with_shape=rng.random() < 0.8) if _length(d) >= 2]
+    every = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "size": SIZES}
+    for elsewhere in (True, False):
+        for number in rng.permutation(len(described)).tolist():
+            found = [
+                changed
+                for name, values in every.items()
+                if getattr(described[number], name) is not None
+                for value in values
+                if any(getattr(thing, name) == value for thing in things) == elsewhere
+                and not any((changed := replace(described[number], **{name: value})).fits(thing) for thing in things)
+            ]
+            if found:
+                return _pick(rng, ("{}", "{}", "the {}")).format(_pick(rng, found).words(rng))
+    return None
+
+
+def _absent_place(things: Sequence[Thing], rng: np.random.Generator) -> str | None:
+    """Return a phrase that places things where none of their description is."""
+    base = _pick(rng, things)
+    description = _pick(rng, [d for d in _descriptions(base, with_shape=True) if _length(d) <= 2])
+    fitting = [thing for thing in things if description.fits(thing)]
+    options: list[str] = []
+    # Of several things, "left" may mean the leftmost one, wherever it is.
+    if len(fitting) == 1:
+        x, y = base.x, base.y
+        for word, wrong in (
+            ("left", x > _CLEAR_SIDE),
+            ("right", x < 1 - _CLEAR_SIDE),
+            ("top", y > _CLEAR_SIDE),
+            ("bottom", y < 1 - _CLEAR_SIDE),
+        ):
+            if wrong:
+                options.append(_pick(rng, (f"{word} {{}}", f"{{}} on {word}", f"{{}} on the {word}")))
+    for vertical, horizontal in itertools.product(("top", "bottom"), ("left", "right")):
+        if not any(_in_corner(thing, vertical, horizontal) for thing in fitting):
+            options.append(_pick(rng, (f"{vertical} {horizontal} {{}}", f"{{}} at {vertical} {horizontal}")))
+    return _pick(rng, options).format(description.words(rng)) if options else None
+
+
+def _absent_relation(things: Sequence[Thing], rng: np.random.Generator) -> str | None:
+    """Return a phrase by a relation that nothing of its description has to the other thing."""
+    base, landmark = _pick(rng, things), _pick(rng, things)
+    description = _pick(rng, [d for d in _descriptions(base, with_shape=True) if _length(d) <= 2])
+    unique = [d for d in _descriptions(landmark, with_shape=True) if not _rivals(things, landmark, d)]
+    if description.fits(landmark) or not unique:
+        return None
+    fitting = [thing for thing in things if description.fits(thing)]
+    name = unique[0].words(rng)
+    overlapped = any(_gap(thing, landmark) < 0 for thing in fitting)
+    options = [
+        f"{{}} {_pick(rng, words[:1] if overlapped else words)} {_pick(rng, ('', 'the '))}{name}"
+        for (words, _, _), opposite in zip(_RELATIONS, _OPPOSITES, strict=True)
+        if all(opposite(thing, landmark) for thing in fitting)
+    ]
+    if all(_distance(thing, landmark) > _FAR and _gap(thing, landmark) > _CLEAR_GAP for thing in fitting):
+        options.append(f"{{}} {_pick(rng, ('next to', 'near'))} {_pick(rng, ('', 'the '))}{name}")
+    return _pick(rng, options).format(description.words(rng)) if options else None
+
+
+_ABSENT_MAKERS: dict[str, Callable[[Sequence[Thing], np.random.Generator], str | None]] = {
+    "attribute": _absent_attribute,
+    "place": _absent_place,
+    "relation": _absent_relation,
+}
+ABSENT_KINDS = tuple(_ABSENT_MAKERS)
+"""What is wrong with a phrase of `absent_phrase`."""
+
+
+def absent_phrase(things: Sequence[Thing], kind: str, rng: np.random.Generator) -> Phrase | None:
+    """Return a phrase that is clearly true of none of the things, by what is wrong with it.
+
+    Args:
+        things: of the scene, one or more.
+        kind: one of ABSENT_KINDS. With a wrong attribute, each word fits some thing of the scene
+            where that is possible; with a wrong place or relation, the described thing is there.
+        rng: draws.
+
+    Returns:
+        None if none was found for the things that were drawn; another draw may find one.
+    """
+    text = _ABSENT_MAKERS[kind](things, rng)
+    return None if text is None else Phrase(text, f"absent {kind}")
+
+
 def vocabulary() -> list[str]:
     """Return all words of generated phrases, sorted."""
     words = {*SHAPES, *COLOURS, *TEXTURES, *itertools.chain(*_SYNONYMS.values()), *itertools.chain(*_ORDINALS)}
@@ -522,6 +655,7 @@ def _write_scene(folder: Path, seed: int, side: int, place: Place) -> dict[str, 
     objects = [
         {
             "shape": thing.shape,
+            "attributes": {key: getattr(thing, key) for key in _ATTRIBUTES},
             "segmentation": encode_mask(mask),
             "bbox": mask_box(mask),
             "area": int(mask.sum()),
@@ -630,6 +764,7 @@ def _annotations(records: list[dict[str, Any]], side: int) -> tuple[list[dict[st
                     "bbox": thing["bbox"],
                     "area": thing["area"],
                     "iscrowd": 0,
+                    "attributes": thing["attributes"],
                 }
             )
             if not thing["phrases"]:

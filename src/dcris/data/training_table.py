@@ -1,7 +1,8 @@
-"""What `data.licences` and `data.generate_phrases` make of the references that a run trains on.
+"""What `data.licences`, `data.generate_phrases` and `data.negatives` make of the references that a
+run trains on.
 
-Both need `instances.json` of the REFER layout, which has the licence of each photograph and all
-annotated instances, most of which no reference describes.
+The first two need `instances.json` of the REFER layout, which has the licence of each photograph
+and all annotated instances, most of which no reference describes.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from dcris.data.colours import colour_shares, shows_colours
 from dcris.data.dataset import size_mismatch
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, mask_area, mask_box
+from dcris.data.negatives import add_negatives
 from dcris.data.phrases import Instance, describable, draw, statements
 from dcris.data.readers import refer_layout
 from dcris.data.readers.refer_layout import Instances
@@ -33,23 +35,29 @@ _LONGEST_NAME = 100
 
 
 def training_table(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
-    """Return the table that a run trains on: `table` itself unless one of the two settings is used.
+    """Return the table that a run trains on: `table` itself unless one of the settings is used.
 
     Only the training split changes. Its references on photographs of other licences are left out,
     and a generated reference, with several phrases, is added for each instance that can be
-    described. Photographs that another split refers to get none. The notes state both.
+    described. Photographs that another split refers to get none. Then references to absent objects
+    are added. The notes state all that.
 
     Args:
         table: all references of the data set, from `load_references`.
-        config: licences, generate_phrases, train_split and on_bad_image are used.
+        config: licences, generate_phrases, negatives, train_split and on_bad_image are used.
 
     Raises:
         DcrisError: the layout has no `instances.json`; the file is malformed or has only instances
             that have references; no photograph is left; or a photograph cannot be read (unless
-            `on_bad_image` is "skip").
+            `on_bad_image` is "skip"); or as `add_negatives` does.
     """
-    if config.licences is None and not config.generate_phrases:
-        return table
+    if config.licences is not None or config.generate_phrases:
+        table = _from_instances(table, config)
+    return table if config.negatives is None else add_negatives(table, config.negatives, config.train_split)
+
+
+def _from_instances(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
+    """Apply the two settings that need `instances.json`."""
     setting = "data.licences" if config.licences is not None else "data.generate_phrases"
     if not refer_layout.find(table.root, table.dataset, table.split_by):
         raise DcrisError(

@@ -11,7 +11,6 @@ how much a score depends on the choice of images, not how much it varies between
 Shape letters: P images, R resamples, C columns of counts, M metrics, T thresholds.
 """
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dcris.data.masks import union_area
+from dcris.data.wording import expression_kinds
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, STANDARD_METRICS, Floats, Metric, Overlaps
 
@@ -227,45 +227,6 @@ as in COCO."""
 
 _NO_TARGET = "no target"
 """Group of the expressions that describe nothing in the image."""
-
-_WORDS = {
-    "place": """
-        left right lft rt leftmost rightmost top bottom topmost bottommost upper lower uppermost highest lowest middle mid
-        center centre central front back behind foreground background above below under underneath beneath beside near
-        nearest next closest closer close far farther further farthest furthest between inside outside corner side edge end
-        against across""",
-    "ordinal": "first second third fourth fifth sixth seventh eighth ninth tenth last",
-    "attribute": """
-        red green blue yellow orange purple violet pink brown black white grey gray silver gold golden beige tan cream maroon
-        teal turquoise navy blonde blond brunette dark darker darkest bright colored coloured colorful colourful
-        big bigger biggest large larger largest small smaller smallest little tiny huge giant tall taller tallest short shorter
-        shortest long longer longest thin thick wide narrow fat skinny chubby round square
-        wood wooden metal metallic plastic leather brick stone steel denim
-        striped stripes stripe plaid checkered checked spotted spots polka floral patterned plain
-        shirt tshirt shirts jacket coat sweater hoodie dress skirt jeans pants shorts suit tie hat cap helmet uniform jersey
-        vest scarf boots shoes sunglasses
-        old older young younger bald bearded beard empty full""",
-}
-_KIND_OF = {word: kind for kind, words in _WORDS.items() for word in words.split()}
-_COUNTED = re.compile(r"\b(?:\d*(?:1st|2nd|3rd|\dth)|(?:one|two|three|four|five|six|\d+) (?:in )?from)\b")
-
-
-def expression_kinds(text: str) -> tuple[str, ...]:
-    """Classify what an expression uses to identify its object: "place", "ordinal", "attribute".
-
-    Place words give a position; ordinals count ("third", "2nd", "two from left"); attributes are
-    colours, sizes, materials, patterns, clothing and age. Words that often name the object itself
-    ("glass", "light") are not in the lists. The text is not parsed: "back of the chair" counts as a
-    place.
-
-    Returns:
-        The kinds whose words occur, or ("other",).
-    """
-    words = re.findall(r"[^\W_]+", text.lower().replace("'", ""))
-    kinds = {_KIND_OF[word] for word in words if word in _KIND_OF}
-    if _COUNTED.search(" ".join(words)):
-        kinds.add("ordinal")
-    return tuple(kind for kind in _WORDS if kind in kinds) or ("other",)
 
 
 def _groups(results: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:

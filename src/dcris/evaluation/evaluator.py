@@ -24,7 +24,7 @@ from dcris.evaluation.metrics import Overlap, overlap_curve, summarise
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.refinement import refine_guided
 from dcris.models.optimize import prepare_for_prediction
-from dcris.models.segmentation import ReferringSegmenter
+from dcris.models.segmentation import Output, ReferringSegmenter, presence_probabilities
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.arguments import Refinement
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name
@@ -136,9 +136,9 @@ def _predict_task(
     """Predict and compare all expressions of one image [1, 3, S, S]."""
     truths = {key: torch.from_numpy(mask).to(device) for key, mask in task.truths.items()}
     guide = read_image(task.queries[0][0].image_path) if refine == "guided" else None
-    logits = chain.from_iterable(segment_in_passes(model, image, task.tokens.to(device), device, dtype))
-    for (reference, expression), one in zip(task.queries, logits, strict=True):
-        present: float | None = None
+    outputs = segment_in_passes(model, image, task.tokens.to(device), device, dtype)
+    pairs = chain.from_iterable(zip(output.logits, presence_probabilities(output), strict=True) for output in outputs)
+    for (reference, expression), (one, present) in zip(task.queries, pairs, strict=True):
         measured = protocol.for_target(bool(reference.targets(expression)))
         (probabilities,) = measured.probabilities(one[None], [task.transform])
         if guide is not None:
@@ -167,7 +167,7 @@ def mean_inside(probabilities: Tensor, threshold: float) -> float:
 
 def segment_in_passes(
     model: ReferringSegmenter, image: Tensor, tokens: Tensor, device: torch.device, dtype: torch.dtype
-) -> Iterator[Tensor]:
+) -> Iterator[Output]:
     """Encode an image and its expressions once, then fuse them in passes of bounded memory.
 
     Args:
@@ -178,7 +178,7 @@ def segment_in_passes(
         dtype: working precision.
 
     Yields:
-        Logits [b, 1, h, w] of successive expressions.
+        The output for successive expressions.
     """
     with autocast(device, dtype):
         state = model.encode_images(image)

@@ -188,8 +188,8 @@ class TrainingStep:
         """Run one step: forward, loss, backward, update."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
-            logits, _ = self.model(self.images, self.tokens)
-        loss = text_to_pixel_loss(logits, self.masks)
+            output = self.model(self.images, self.tokens)
+        loss = text_to_pixel_loss(output.logits, self.masks)
         loss.backward()
         self.optimizer.step()
 

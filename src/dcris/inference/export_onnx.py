@@ -155,7 +155,7 @@ class _ImageGraph(nn.Module):
 
     def forward(self, images: Tensor, image_index: Tensor, f_t: Tensor, f_s: Tensor, padding: Tensor) -> Tensor:
         state = self.model.encode_images(images)
-        return self.model.segment(state.select(image_index), TextFeatures(f_t, f_s, padding))
+        return self.model.segment(state.select(image_index), TextFeatures(f_t, f_s, padding)).logits
 
 
 def export_onnx(

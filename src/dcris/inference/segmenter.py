@@ -490,7 +490,8 @@ class Segmenter:
         tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
         at_once = self._pairs_per_pass(model, config, memory)
         done, guide = 0, (-1, np.empty((0, 0, 3), np.uint8))
-        for logits in model.segment_pairs(state, tokens, pairs, self.dtype, at_once):
+        for output in model.segment_pairs(state, tokens, pairs, self.dtype, at_once):
+            logits = output.logits
             some = pairs[done : done + len(logits)]
             maps = self.protocol.probabilities(logits, [transforms[image] for image, _ in some])
             for (image, phrase), each in zip(some, maps, strict=True):

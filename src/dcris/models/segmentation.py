@@ -5,6 +5,7 @@ Shape letters: B expressions, I images, H W pixels, h w patch grid, D visual wid
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,36 @@ from dcris.models.encoders.text import TextFeatures, TextState, TextTower
 from dcris.models.encoders.vit import VisionState, VisionTower
 from dcris.models.head.decoder import Decoder
 from dcris.models.head.neck import Neck
+from dcris.models.head.presence import PresenceHead
 from dcris.models.head.projector import Projector
 from dcris.utils.device import autocast
 
 
+class Output(NamedTuple):
+    """What the network computes for B pairs of an image and an expression."""
+
+    logits: Tensor
+    """[B, 1, 4h, 4w] of the mask."""
+    presence: Tensor | None
+    """[B] float32, the logit that the object is in the image; None without a presence head."""
+    losses: dict[str, Tensor]
+    """In training, the method's auxiliary losses by name, to be added to the loss."""
+
+
+def presence_probabilities(output: Output) -> list[float] | list[None]:
+    """Return for each pair the probability that its object is in the image, or None without a
+    presence head.
+    """
+    if output.presence is None:
+        return [None] * len(output.logits)
+    probabilities: list[float] = output.presence.sigmoid().tolist()
+    return probabilities
+
+
 class Head(nn.Module):
-    """The referring image segmentation head: neck, decoder, projector."""
+    """The referring image segmentation head: neck, decoder, projector; and the presence head, if
+    there is one.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -31,9 +56,13 @@ class Head(nn.Module):
         self.neck = Neck(widths, text.sentence_width, head.width, head.heads, residual=head.neck_residual)
         self.decoder = Decoder(head.width, text.width, head.heads, head.layers, head.feedforward, head.dropout)
         self.projector = Projector(head.width, text.sentence_width, head.bias)
+        # Last, so that the initial weights of the others do not depend on it.
+        self.presence = PresenceHead(head.width, text.sentence_width, head.heads) if head.presence else None
 
-    def forward(self, levels: list[Tensor], text: TextFeatures, side_features: Tensor | None = None) -> Tensor:
-        """Return the logits [B, 1, 4h, 4w].
+    def forward(
+        self, levels: list[Tensor], text: TextFeatures, side_features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits [B, 1, 4h, 4w], and those of presence [B] float32 or None.
 
         Args:
             levels: three maps [B, D, h, w] from `VisionTower.levels`.
@@ -45,7 +74,7 @@ class Head(nn.Module):
             features = features + side_features
         features = self.decoder(features, text.tokens, text.padding)
         logits: Tensor = self.projector(features, text.sentence)
-        return logits
+        return logits, None if self.presence is None else self.presence(features, text.sentence)
 
 
 class ReferringSegmenter(nn.Module):
@@ -148,15 +177,22 @@ class ReferringSegmenter(nn.Module):
             state = self.encode_images(weight.new_zeros(1, 3, side, side))
         return any(tensor.requires_grad for tensor in state.tensors())
 
-    def segment(self, state: VisionState, text: TextFeatures | TextState) -> Tensor:
-        """Return the logits [B, 1, 4h, 4w] of images and expressions, pair by pair
-        (`VisionState.select`).
-        """
-        return self._segment(state, text)[0]
+    def segment(self, state: VisionState, text: TextFeatures | TextState) -> Output:
+        """Segment encoded images and expressions, pair by pair (`VisionState.select`)."""
+        layers = self.config.head.feature_layers
+        if self.bridge is not None:
+            assert isinstance(text, TextState)
+            fused = self.bridge.fuse(self.vision, self.text, state, text, layers)
+        else:
+            assert isinstance(text, TextFeatures)
+            state = self.vision.advance(state, text=text.tokens, padding=text.padding, feature_layers=layers)
+            fused = Fused(state, text)
+        logits, presence = self.head(self.vision.levels(fused.state), fused.text, fused.side_features)
+        return Output(logits, presence, fused.losses)
 
     def segment_pairs(
         self, state: VisionState, tokens: Tensor, pairs: Sequence[tuple[int, int]], dtype: torch.dtype, at_once: int
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Output]:
         """Segment pairs of encoded images and expressions in passes of bounded memory.
 
         Each expression is encoded once.
@@ -169,7 +205,7 @@ class ReferringSegmenter(nn.Module):
             at_once: pairs in one pass.
 
         Yields:
-            Logits [b, 1, 4h, 4w] of successive pairs.
+            The output for successive pairs.
         """
         with autocast(tokens.device, dtype):
             text = self.encode_text(tokens)
@@ -178,37 +214,20 @@ class ReferringSegmenter(nn.Module):
             # The context ends before the yield: autocast entered in a generator stays active in its
             # caller, which would then interpolate in bfloat16.
             with autocast(tokens.device, dtype):
-                logits = self.segment(state.select(images), text.select(expressions))
-            yield logits
+                output = self.segment(state.select(images), text.select(expressions))
+            yield output
 
-    def forward(
-        self, images: Tensor | VisionState, tokens: Tensor, image_index: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor | VisionState, tokens: Tensor, image_index: Tensor | None = None) -> Output:
         """Segment pairs of images and expressions.
 
         Args:
             images: [B, 3, H, W] normalised, or encoded by `encode_images`; with `image_index` I
-                images.
+                images. The grid of the output has h = H / patch size rows.
             tokens: [B, L] int64.
             image_index: [B] int64, the image of each expression; an image is encoded once for all
                 of them. None: expression b belongs to image b.
-
-        Returns:
-            The logits [B, 1, 4h, 4w], with h = H / patch size; and, in training, the method's
-            auxiliary losses by name, to be added to the loss.
         """
         state = images if isinstance(images, VisionState) else self.encode_images(images)
         if image_index is not None:
             state = state.select(image_index)
-        return self._segment(state, self.encode_text(tokens))
-
-    def _segment(self, state: VisionState, text: TextFeatures | TextState) -> tuple[Tensor, dict[str, Tensor]]:
-        layers = self.config.head.feature_layers
-        if self.bridge is not None:
-            assert isinstance(text, TextState)
-            fused = self.bridge.fuse(self.vision, self.text, state, text, layers)
-        else:
-            assert isinstance(text, TextFeatures)
-            state = self.vision.advance(state, text=text.tokens, padding=text.padding, feature_layers=layers)
-            fused = Fused(state, text)
-        return self.head(self.vision.levels(fused.state), fused.text, fused.side_features), fused.losses
+        return self.segment(state, self.encode_text(tokens))

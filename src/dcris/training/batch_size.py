@@ -14,7 +14,7 @@ from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError
 from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training.losses import resize_masks, training_losses
+from dcris.training.losses import training_losses
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
 
@@ -109,10 +109,8 @@ def largest_micro_batch(
         images = normalise(torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device), config.data)
         tokens = tokenizer(["left"] * size, config.data.word_length).to(device)
         with autocast(device, dtype):
-            logits, auxiliary = model(images, tokens)
-        masks = torch.zeros(size, 1, side, side, device=device)
-        masks = resize_masks(masks, logits.shape[-2:], config.train.target)
-        losses = training_losses(logits, masks, config.train.losses) | auxiliary
+            output = model(images, tokens)
+        losses = training_losses(output, torch.zeros(size, 1, side, side, device=device), config.train)
         torch.stack([*losses.values()]).sum().backward()
         for item in parameters:
             item.grad = None

@@ -5,14 +5,16 @@ See docs/extending_training.md for adding one.
 Shape letters: B batch, S side of the input square, h w logit grid.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcris.config import TrainConfig
 from dcris.evaluation.protocols import Cris
+from dcris.models.segmentation import Output
 
 Target = Literal["nearest", "area", "aligned"]
 """How masks are resized to the grid of the logits; see `resize_masks`."""
@@ -103,16 +105,38 @@ LOSSES: dict[str, Loss] = {"dice": dice_loss}
 """Losses that `train.losses` can add to equation 6, by name."""
 
 
-def training_losses(logits: Tensor, masks: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def presence_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """The mean binary cross entropy of the presence logits: a sample's object is present if its
+    mask has a pixel.
+
+    Args:
+        logits: [B].
+        masks: [B, 1, S, S] in 0..1, as they were read: a small object can vanish on the grid of the
+            logits.
+
+    Returns:
+        A scalar in float32.
+    """
+    present = (masks.flatten(1).amax(1) > 0).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), present)
+
+
+def training_losses(output: Output, masks: Tensor, settings: TrainConfig) -> dict[str, Tensor]:
     """The terms of the training loss by name; the training loss is their sum.
 
     Args:
-        logits: [B, 1, h, w].
-        masks: [B, 1, h, w] in 0..1, from `resize_masks`.
-        weights: the weight of each additional loss; keys of LOSSES.
+        output: of the network, in training.
+        masks: [B, 1, S, S] in 0..1.
+        settings: target, losses and presence are used.
 
     Returns:
-        "text_to_pixel" (equation 6), and each additional loss times its weight.
+        "text_to_pixel" (equation 6); each additional loss times its weight; "presence" times its
+        weight, if there is a presence head; and the method's auxiliary losses.
     """
-    extra = {name: weight * LOSSES[name](logits, masks) for name, weight in weights.items()}
-    return {"text_to_pixel": text_to_pixel_loss(logits, masks)} | extra
+    logits = output.logits
+    resized = resize_masks(masks, logits.shape[-2:], settings.target)
+    terms = {"text_to_pixel": text_to_pixel_loss(logits, resized)}
+    terms |= {name: weight * LOSSES[name](logits, resized) for name, weight in settings.losses.items()}
+    if output.presence is not None:
+        terms["presence"] = settings.presence * presence_loss(output.presence, masks)
+    return terms | output.losses

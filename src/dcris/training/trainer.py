@@ -53,7 +53,7 @@ from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import cast_frozen
-from dcris.models.segmentation import ReferringSegmenter
+from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.training.averaging import WeightAverage
 from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
@@ -300,15 +300,14 @@ class Trainer:
             # The batch's mean is the sum of the passes' means, each times its share of the batch.
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
-                logits, auxiliary = self.model(images, tokens, image_index)
-            masks = resize_masks(masks, logits.shape[-2:], self.settings.target)
-            losses = training_losses(logits, masks, self.settings.losses) | auxiliary
+                output = self.model(images, tokens, image_index)
+            losses = training_losses(output, masks, self.settings)
             loss = torch.stack([*losses.values()]).sum() * share
             loss.backward()
             terms.append({"loss": loss.detach()} | {name: term.detach() * share for name, term in losses.items()})
             if compute_iou:
-                ious.append(batch_iou(logits.detach(), masks) * share)
-            del logits, auxiliary, losses, loss  # free this pass's graph before the next one
+                ious.append(batch_iou(output, masks, self.settings) * share)
+            del output, losses, loss  # free this pass's graph before the next one
         names = [name for name in terms[0] if name != "text_to_pixel"]
         *values, iou = self.group.sum(*(sum(term[name].item() for term in terms) for name in names), sum(ious))
         return dict(zip(names, values, strict=True)), iou if want_iou else None
@@ -651,16 +650,24 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
-def batch_iou(logits: torch.Tensor, masks: torch.Tensor) -> float:
+def batch_iou(output: Output, masks: torch.Tensor, settings: TrainConfig) -> float:
     """Return a rough mIoU of a batch in percent, on the grid of the logits, at the CRIS family's
     threshold.
 
+    An empty mask of an absent object counts as 1 where the model is to tell absent objects, else
+    as 0.
+
     Args:
-        logits: [B, 1, h, w].
-        masks: [B, 1, h, w] in 0..1.
+        output: of the network.
+        masks: [B, 1, S, S] in 0..1.
+        settings: target is used.
     """
-    target = masks > 0.5
+    logits = output.logits.detach()
+    target = resize_masks(masks, logits.shape[-2:], settings.target) > 0.5
     prediction = torch.sigmoid(logits.float()) > Cris().threshold
     intersection = (prediction & target).flatten(1).sum(1)
     union = (prediction | target).flatten(1).sum(1)
-    return 100 * (intersection / union.clamp(min=1)).mean().item()
+    iou = intersection / union.clamp(min=1)
+    if output.presence is not None:
+        iou = torch.where(union == 0, 1.0, iou)
+    return 100 * iou.mean().item()
