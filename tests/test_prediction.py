@@ -102,7 +102,7 @@ def test_another_threshold_is_another_decision() -> None:
     for threshold in (0.1, 0.5, 0.99):
         moved = prediction.with_threshold(threshold)
         np.testing.assert_array_equal(moved.mask, picture > threshold)
-        assert moved.score == pytest.approx(picture[picture > threshold].mean())
+        assert moved.score == prediction.score == pytest.approx(picture[picture > 0.35].mean())
         assert moved.probabilities is not None
     assert prediction.with_threshold(0.35).box == prediction.box
     for threshold in (0, 1, float("nan")):

@@ -185,13 +185,12 @@ def serving(app: Any, limits: Limits) -> Iterator[str]:
         thread.join(20)
 
 
-@pytest.fixture(scope="module")
-def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a page whose home folder is temporary, and empty at the end."""
+@contextmanager
+def served(segmenter: Segmenter, folder: Path) -> Iterator[str]:
+    """URL of a page whose home folder is `folder`, which is empty at the end."""
     pytest.importorskip("gradio")
     from dcris.inference.web.app import make_app
 
-    folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HOME", "TMPDIR", "GRADIO_TEMP_DIR"):
             patch.setenv(name, str(folder))
@@ -201,6 +200,12 @@ def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> I
             yield found
         service.close()
         assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(segmenter, tmp_path_factory.mktemp("home")) as found:
+        yield found
 
 
 def post(address: str, data: bytes, **query: Any) -> Any:

@@ -64,6 +64,20 @@ def add(commands: Any) -> None:
         "(default: 0.35)",
     )
     predict.add_argument(
+        "--min-score",
+        type=float,
+        default=0.0,
+        metavar="SCORE",
+        help="score from 0 to 1 below which the mask is empty (default: %(default)s)",
+    )
+    predict.add_argument(
+        "--min-area",
+        type=natural,
+        default=0,
+        metavar="PIXELS",
+        help="size below which the mask is empty (default: %(default)s)",
+    )
+    predict.add_argument(
         "--refine",
         choices=get_args(Refinement),
         help="guided: move the edges of masks to edges of the image (default: the model's setting, data.refine)",
@@ -126,6 +140,8 @@ def _predict(args: argparse.Namespace) -> None:
     options = BatchOptions(
         formats=args.format,
         threshold=_threshold(args.threshold),
+        min_score=args.min_score,
+        min_area=args.min_area,
         refine=args.refine,
         every=args.every,
         overwrite=args.anew,
@@ -150,8 +166,7 @@ def _predict(args: argparse.Namespace) -> None:
                     if isinstance(event, Done):
                         frame = "" if event.frame is None else f", frame {event.frame}"
                         for found in event.predictions:
-                            box = f"box {found.box}" if found.box else "nothing found"
-                            log(f"{event.task.path}{frame}: {found.phrase!r} {box}, score {found.score:.2f}")
+                            log(f"{event.task.path}{frame}: {found.phrase!r} {found.describe()}")
                     elif isinstance(event, Failed):
                         log(f"{event.task.path}: skipped; {event.reason}")
                     else:

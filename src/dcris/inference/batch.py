@@ -38,7 +38,7 @@ from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
 from dcris.inference.inputs import Task
 from dcris.inference.label_studio import label_studio_config, label_studio_task
-from dcris.inference.prediction import Prediction, require_threshold
+from dcris.inference.prediction import Prediction, require_minima, require_threshold
 from dcris.inference.records import Record, ResultFolder, Settings
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video import Frame, read_frames, write_overlay
@@ -86,6 +86,10 @@ class BatchOptions:
     threshold: float | None = None
     """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by
     default."""
+    min_score: float = 0.0
+    """With a lower score, a mask is empty, see `Segmenter.predict`."""
+    min_area: int = 0
+    """With fewer pixels, a mask is empty."""
     refine: Refinement | None = None
     """How edges are refined, see `Segmenter.predict`; the model's own setting by default."""
     every: int = 1
@@ -138,9 +142,9 @@ class BatchPredictor:
         group: the ranks that share the work and the folder.
 
     Raises:
-        DcrisError: the threshold is not between 0 and 1, the folder cannot be written, another
-            process writes to it, or (without `overwrite`) it holds results with other settings, or
-            results for these images with other phrases.
+        DcrisError: the threshold is not between 0 and 1, a minimum is out of range, the folder
+            cannot be written, another process writes to it, or (without `overwrite`) it holds
+            results with other settings, or results for these images with other phrases.
     """
 
     def __init__(
@@ -157,7 +161,14 @@ class BatchPredictor:
         self.video_formats = self.formats - {"scores"} if options.formats is None else self.formats
         default = segmenter.protocol.threshold
         self.threshold = default if options.threshold is None else require_threshold(options.threshold)
+        min_score, min_area = require_minima(options.min_score, options.min_area)
         self.refine = segmenter.config.data.refine if options.refine is None else options.refine
+        self._decision: dict[str, Any] = {
+            "threshold": self.threshold,
+            "min_score": min_score,
+            "min_area": min_area,
+            "refine": self.refine,
+        }
         if group.first:
             for file in chain.from_iterable(_FOLDER_FILES[key] for key in self.formats & _FOLDER_FILES.keys()):
                 require_replaceable(out / file)  # they are written last, so check now
@@ -218,8 +229,7 @@ class BatchPredictor:
             "model": fingerprint(self.segmenter.model.state_dict()),
             "recipe": self.segmenter.config.recipe,
             "precision": str(self.segmenter.dtype).removeprefix("torch."),
-            "threshold": self.threshold,
-            "refine": self.refine,
+            **self._decision,
             "version": __version__,
         }
         return {
@@ -253,7 +263,7 @@ class BatchPredictor:
             images: list[Any] = [pixels for _, pixels in group]
             phrases = [task.phrases for task, _ in group]
             scores = "scores" in self.formats
-            found = self.segmenter.predict(images, phrases, threshold=self.threshold, scores=scores, refine=self.refine)
+            found = self.segmenter.predict(images, phrases, scores=scores, **self._decision)
             for (task, pixels), predictions in zip(group, found, strict=True):
                 yield self._write(task, None, pixels, predictions, self.formats)
 
@@ -263,9 +273,7 @@ class BatchPredictor:
         at_once = max(1, _MAX_PIXELS // (pixels.shape[0] * pixels.shape[1]))
         for start in range(0, len(task.phrases), at_once):
             phrases = task.phrases[start : start + at_once]
-            found = self.segmenter.segment(
-                encoded, phrases, threshold=self.threshold, scores="scores" in formats, refine=self.refine
-            )
+            found = self.segmenter.segment(encoded, phrases, scores="scores" in formats, **self._decision)
             found.reverse()
             while found:  # a prediction's probabilities are freed when its files are written
                 yield found.pop()
@@ -406,7 +414,7 @@ def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
         for phrase_number, result in enumerate(record.results or ()):
             yield {
-                **result.model_dump(mode="json"),
+                **result.model_dump(mode="json", exclude_none=True),
                 "image_id": image_id,
                 "file_name": record.file_name,
                 **fields,

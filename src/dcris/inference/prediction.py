@@ -5,7 +5,7 @@ Shape letters: H W height and width of the image in pixels.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -16,6 +16,7 @@ from PIL import Image
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.masks import encode_mask, mask_box
 from dcris.errors import DcrisError
+from dcris.evaluation.confidence import mask_confidence
 from dcris.types import MaskArray
 from dcris.utils.arguments import kind_of, require, require_number
 from dcris.utils.drawing import COLOURS, Colour, overlay
@@ -47,27 +48,42 @@ class Prediction:
     mask: MaskArray
     """[H, W] bool, at the size of the image."""
     score: float
-    """Confidence in 0..1: mean probability inside the mask, 0 for an empty mask."""
+    """Confidence in 0..1, which does not depend on the threshold: `present` where the model has a
+    presence head; else the mean probability of the pixels above 0.35, 0 if there are none."""
     box: tuple[int, int, int, int] | None
     """Bounding box of the mask (x, y, width, height) in pixels; None for an empty mask."""
     probabilities: NDArray[np.float32] | None = None
     """[H, W] in 0..1; None unless requested with `scores=True`."""
+    present: float | None = None
+    """Probability in 0..1 that the image shows what the phrase names; None for a model without a
+    presence head."""
+    rejected: str | None = None
+    """Why the mask is empty whatever the probabilities are ("score below 0.5"); None if it was
+    decided by the threshold alone."""
 
     def __eq__(self, other: object) -> bool:
         # The method that dataclass generates fails: == of arrays is an array.
         if not isinstance(other, Prediction):
             return NotImplemented
-        plain = (self.phrase, self.score, self.box) == (other.phrase, other.score, other.box)
-        return plain and all(
-            np.array_equal(np.asarray(ours), np.asarray(theirs))
-            for ours, theirs in ((self.mask, other.mask), (self.probabilities, other.probabilities))
+        ours, theirs = ((each.phrase, each.score, each.box, each.present, each.rejected) for each in (self, other))
+        return ours == theirs and all(
+            np.array_equal(np.asarray(one), np.asarray(another))
+            for one, another in ((self.mask, other.mask), (self.probabilities, other.probabilities))
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def decide(
-        cls, phrase: str, probabilities: NDArray[np.float32], threshold: float, *, keep: bool = True
+        cls,
+        phrase: str,
+        probabilities: NDArray[np.float32],
+        threshold: float,
+        *,
+        keep: bool = True,
+        present: float | None = None,
+        min_score: float = 0.0,
+        min_area: int = 0,
     ) -> "Prediction":
         """Create a prediction from probabilities.
 
@@ -76,26 +92,45 @@ class Prediction:
             probabilities: [H, W] in 0..1.
             threshold: pixels with a greater probability belong to the mask.
             keep: store the probabilities in the prediction.
+            present: probability that the object is there, from a presence head.
+            min_score: with a lower score, the mask is empty.
+            min_area: with fewer pixels, the mask is empty.
 
         Raises:
-            DcrisError: the probabilities are not such an array, or the threshold is not between 0
-                and 1.
+            DcrisError: the probabilities are not such an array, the threshold is not between 0 and
+                1, or a minimum is out of range.
         """
         if not isinstance(probabilities, np.ndarray) or probabilities.ndim != 2 or probabilities.dtype.kind != "f":
             raise DcrisError(f"probabilities must be an array [H, W] of floats, not {kind_of(probabilities)}")
-        mask = probabilities > require_threshold(threshold)
-        box = mask_box(mask)
-        score = float(probabilities.mean(dtype=np.float64, where=mask)) if box else 0.0  # without a copy of the values
-        return cls(phrase, mask, score, box, probabilities if keep else None)
+        threshold, (min_score, min_area) = require_threshold(threshold), require_minima(min_score, min_area)
+        score = mask_confidence(probabilities) if present is None else present
+        mask = probabilities > threshold
+        rejected = None
+        if score < min_score:
+            rejected = f"score below {min_score:g}"
+        elif mask.any() and np.count_nonzero(mask) < min_area:
+            rejected = f"fewer than {min_area:,} pixels"
+        if rejected is not None:
+            mask = np.zeros_like(mask)
+        return cls(phrase, mask, score, mask_box(mask), probabilities if keep else None, present, rejected)
 
-    def with_threshold(self, threshold: float) -> "Prediction":
+    def with_threshold(self, threshold: float, *, min_score: float = 0.0, min_area: int = 0) -> "Prediction":
         """Return the prediction at another threshold, without a forward pass.
 
-        Raises DcrisError without `probabilities`.
+        The score stays the same. Minima have to be given again. Raises DcrisError without
+        `probabilities`.
         """
         if self.probabilities is None:
             raise DcrisError("this prediction has no probabilities; predict with scores=True")
-        return Prediction.decide(self.phrase, self.probabilities, threshold)
+        return Prediction.decide(
+            self.phrase, self.probabilities, threshold, present=self.present, min_score=min_score, min_area=min_area
+        )
+
+    def describe(self) -> str:
+        """Return in a few words where the object is, or why there is no mask, and the score."""
+        found = f"box {self.box}" if self.box else "nothing found"
+        reason = f" ({self.rejected})" if self.rejected else ""
+        return f"{found}{reason}, score {self.score:.2f}"
 
     def instances(self, min_area: int = 1) -> list[Instance]:
         """Return the separate objects of the mask, largest first.
@@ -135,7 +170,15 @@ class Prediction:
         return encode_mask(self.mask)
 
     def to_coco(self, image_id: int = 0, category_id: int = 1) -> dict[str, Any]:
-        """Return image_id, category_id, segmentation, bbox and score of COCO, and the phrase."""
+        """Return image_id, category_id, segmentation, bbox and score of COCO, and the phrase.
+
+        `present` and `rejected` are added where they are not None.
+        """
+        optional: dict[str, Any] = {}
+        if self.present is not None:
+            optional["present"] = round(self.present, 6)
+        if self.rejected is not None:
+            optional["rejected"] = self.rejected
         return {
             "image_id": image_id,
             "category_id": category_id,
@@ -143,6 +186,7 @@ class Prediction:
             "score": round(self.score, 6),
             "bbox": list(self.box or (0, 0, 0, 0)),
             "segmentation": self.to_rle(),
+            **optional,
         }
 
     def polygons(self, tolerance: float = 0.0) -> list[list[float]]:
@@ -246,6 +290,18 @@ def require_threshold(threshold: float) -> float:
     if not isinstance(given, Real) or not 0 < float(given) < 1:
         raise DcrisError(f"the threshold must be a number between 0 and 1, not {given!r}")
     return float(given)
+
+
+def require_minima(min_score: float, min_area: int) -> tuple[float, int]:
+    """Return both minima. Raises DcrisError if the score is not in 0..1 or the area not a whole
+    number of 0 or more."""
+    score: Any = min_score  # callers may pass any type
+    area: Any = min_area
+    if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= float(score) <= 1:
+        raise DcrisError(f"the minimum score must be a number from 0 to 1, not {score!r}")
+    if isinstance(area, bool) or not isinstance(area, Integral) or int(area) < 0:
+        raise DcrisError(f"the minimum area must be a whole number of pixels, 0 or more, not {area!r}")
+    return float(score), int(area)
 
 
 def _remove_redundant_points(outline: NDArray[Any]) -> NDArray[Any]:

@@ -62,8 +62,11 @@ class Settings(_Strict):
     recipe: str
     precision: str
     threshold: float
+    min_score: float = 0.0
+    min_area: Number = 0
     refine: Refinement = "none"
-    """Left out of the record if "none", so that earlier records stay valid."""
+    """This and the two above are left out of the record by default, so that earlier records stay
+    valid."""
     formats: tuple[str, ...]
     every: Number | None
     """Step between the predicted frames of a video; None for images."""
@@ -98,6 +101,8 @@ class Result(_Strict):
     score: float
     bbox: tuple[Number, Number, Number, Number]
     segmentation: RunLengths
+    present: float | None = None
+    rejected: str | None = None
 
 
 class Record(_Strict):

@@ -32,10 +32,10 @@ from dcris.data.transforms import Transform
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
-from dcris.inference.prediction import Prediction, require_threshold
+from dcris.inference.prediction import Prediction, require_minima, require_threshold
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
-from dcris.models.segmentation import ReferringSegmenter
+from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
 from dcris.utils.hub import push
@@ -65,6 +65,18 @@ class EncodedImage:
     _image: ImageLike
     """As it was given, because the pixels of a photograph can take more memory than its features.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """How masks are made of probabilities."""
+
+    threshold: float
+    min_score: float
+    min_area: int
+    refine: Refinement
+    keep: bool
+    """Whether predictions keep their probabilities."""
 
 
 class Segmenter:
@@ -307,6 +319,8 @@ class Segmenter:
         phrases: Phrases,
         *,
         threshold: float | None = None,
+        min_score: float = 0.0,
+        min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
         adapters: str | None = None,
@@ -320,6 +334,8 @@ class Segmenter:
         phrases: Phrases | Sequence[Sequence[str]],
         *,
         threshold: float | None = None,
+        min_score: float = 0.0,
+        min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
         adapters: str | None = None,
@@ -332,6 +348,8 @@ class Segmenter:
         phrases: Phrases | Sequence[Sequence[str]],
         *,
         threshold: float | None = None,
+        min_score: float = 0.0,
+        min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
         adapters: str | None = None,
@@ -346,6 +364,8 @@ class Segmenter:
             phrases: phrases for every image; a string is one phrase. For a list of images, this may
                 also be a list with the phrases of each image.
             threshold: pixels with a greater probability belong to the mask; 0.35 by default.
+            min_score: with a lower score, the mask is empty and `Prediction.rejected` says so.
+            min_area: the same for masks of fewer pixels.
             scores: keep the probability of each pixel in the predictions.
             refine: "guided" moves the edges of masks to edges of the image, "none" does not; the
                 model's own setting by default (`data.refine`).
@@ -358,24 +378,25 @@ class Segmenter:
 
         Raises:
             DcrisError: an image cannot be read, a phrase is empty, the threshold is not between 0
-                and 1, or the refinement or the adapter set does not exist.
+                and 1, a minimum is out of range, or the refinement or the adapter set does not
+                exist.
         """
-        name, threshold, refine = self._check(adapters, threshold, refine)
+        name, decision = self._check(adapters, threshold, min_score, min_area, refine, scores)
         if memory is not None:
             memory = require_number(memory, 0, "the memory")
         given = _as_list(phrases)
         if not isinstance(image, list):
-            (predictions,) = self._predict([image], [_check_phrases(given)], name, threshold, refine, scores, memory)
+            (predictions,) = self._predict([image], [_check_phrases(given)], name, decision, memory)
             return predictions
         if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in given):
             shared = _check_phrases(given)
-            return self._predict(image, [shared] * len(image), name, threshold, refine, scores, memory)
+            return self._predict(image, [shared] * len(image), name, decision, memory)
         if len(given) != len(image):
             raise DcrisError(
                 f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
             )
         checked = [_check_phrases(_as_list(each)) for each in given]
-        return self._predict(image, checked, name, threshold, refine, scores, memory)
+        return self._predict(image, checked, name, decision, memory)
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
@@ -386,7 +407,7 @@ class Segmenter:
 
         Args and errors: as in `predict`.
         """
-        name, _, _ = self._check(adapters, None, None)
+        name = self._name(adapters)
         state, (transform,) = self._encode([image], *self._sets[name])
         return EncodedImage(transform.size, name, transform, state, image)
 
@@ -397,6 +418,8 @@ class Segmenter:
         phrases: Phrases,
         *,
         threshold: float | None = None,
+        min_score: float = 0.0,
+        min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
     ) -> list[Prediction]:
@@ -408,26 +431,35 @@ class Segmenter:
         Args and errors: as in `predict`.
         """
         require(encoded, EncodedImage, "the encoded image")
-        name, threshold, refine = self._check(encoded.adapters, threshold, refine)
+        name, decision = self._check(encoded.adapters, threshold, min_score, min_area, refine, scores)
         checked = _check_phrases(_as_list(phrases))
         pairs = [(0, number) for number in range(len(checked))]
         images, transforms = [encoded._image], [encoded._transform]
-        return list(
-            self._decode(encoded._state, images, transforms, checked, pairs, name, threshold, refine, scores, None)
-        )
+        return list(self._decode(encoded._state, images, transforms, checked, pairs, name, decision, None))
+
+    def _name(self, adapters: str | None) -> str:
+        """Return the name of the adapter set: the first one for None."""
+        name = next(iter(self._sets)) if adapters is None else adapters
+        if not isinstance(name, str) or name not in self._sets:
+            raise DcrisError(f"there are no adapters {adapters!r}; the available ones are {', '.join(self._sets)}")
+        return name
 
     def _check(
-        self, adapters: str | None, threshold: float | None, refine: Refinement | None
-    ) -> tuple[str, float, Refinement]:
-        sets = self._sets
-        name = next(iter(sets)) if adapters is None else adapters
-        if not isinstance(name, str) or name not in sets:
-            raise DcrisError(f"there are no adapters {adapters!r}; the available ones are {', '.join(sets)}")
+        self,
+        adapters: str | None,
+        threshold: float | None,
+        min_score: float,
+        min_area: int,
+        refine: Refinement | None,
+        scores: bool,
+    ) -> tuple[str, _Decision]:
+        name = self._name(adapters)
         if refine is None:
-            refine = sets[name][1].data.refine
+            refine = self._sets[name][1].data.refine
         elif not isinstance(refine, str) or refine not in get_args(Refinement):
             raise DcrisError(f"there is no refinement {refine!r}; choose one of {', '.join(get_args(Refinement))}")
-        return name, self.protocol.threshold if threshold is None else require_threshold(threshold), refine
+        threshold = self.protocol.threshold if threshold is None else require_threshold(threshold)
+        return name, _Decision(threshold, *require_minima(min_score, min_area), refine, bool(scores))
 
     @torch.no_grad()
     def _predict(
@@ -435,9 +467,7 @@ class Segmenter:
         images: Sequence[ImageLike],
         phrases: Sequence[Sequence[str]],
         adapters: str,
-        threshold: float,
-        refine: Refinement,
-        scores: bool,
+        decision: _Decision,
         memory: float | None,
     ) -> list[list[Prediction]]:
         model, config = self._sets[adapters]
@@ -454,9 +484,7 @@ class Segmenter:
             distinct = {phrase: n for n, phrase in enumerate(dict.fromkeys(p for each in some_phrases for p in each))}
             state, transforms = self._encode(some_images, model, config)
             pairs = [(number, distinct[phrase]) for number, each in enumerate(some_phrases) for phrase in each]
-            found = self._decode(
-                state, some_images, transforms, list(distinct), pairs, adapters, threshold, refine, scores, memory
-            )
+            found = self._decode(state, some_images, transforms, list(distinct), pairs, adapters, decision, memory)
             results += [[next(found) for _ in each] for each in some_phrases]
         return results
 
@@ -478,9 +506,7 @@ class Segmenter:
         phrases: Sequence[str],
         pairs: Sequence[tuple[int, int]],
         adapters: str,
-        threshold: float,
-        refine: Refinement,
-        scores: bool,
+        decision: _Decision,
         memory: float | None,
     ) -> Iterator[Prediction]:
         """Yield the predictions for pairs (image number, phrase number), in order."""
@@ -494,13 +520,21 @@ class Segmenter:
             logits = output.logits
             some = pairs[done : done + len(logits)]
             maps = self.protocol.probabilities(logits, [transforms[image] for image, _ in some])
-            for (image, phrase), each in zip(some, maps, strict=True):
+            for (image, phrase), each, present in zip(some, maps, presence_probabilities(output), strict=True):
                 probabilities = each.cpu().numpy()
-                if refine == "guided":
+                if decision.refine == "guided":
                     if guide[0] != image:  # only one image's pixels are in memory
                         guide = image, as_pixels(images[image])
                     probabilities = refine_guided(probabilities, guide[1], max(logits.shape[2:]))
-                yield Prediction.decide(phrases[phrase], probabilities, threshold, keep=scores)
+                yield Prediction.decide(
+                    phrases[phrase],
+                    probabilities,
+                    decision.threshold,
+                    keep=decision.keep,
+                    present=present,
+                    min_score=decision.min_score,
+                    min_area=decision.min_area,
+                )
             done += len(logits)
 
     def _pairs_per_pass(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:

@@ -53,6 +53,14 @@ class Protocol(ABC):
     """Whether "none" replaces the predicted mask by an empty one, and an empty mask says "none".
     Otherwise the rule alone decides, and the union remains that with the predicted mask."""
 
+    @property
+    def own_threshold(self) -> float:
+        """The threshold that the protocol's authors use, whatever `threshold` is here.
+
+        Scores of predictions are computed at it, so that they do not depend on the threshold.
+        """
+        return float(getattr(type(self), "threshold", self.threshold))
+
     @staticmethod
     @abstractmethod
     def resampling(transform: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:

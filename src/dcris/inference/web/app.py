@@ -29,7 +29,7 @@ from dcris.data.images import read_image
 from dcris.data.photographs import example_photographs
 from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
-from dcris.inference.prediction import Prediction
+from dcris.inference.prediction import Prediction, require_minima
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.web.service import (
     InferenceService,
@@ -190,11 +190,12 @@ def make_app(
     async def segment_file(request: "Request") -> Response:
         query = request.query_params
         threshold = _parse_threshold(query["threshold"]) if "threshold" in query else None
+        minima = _parse_minima(query.get("min_score", "0"), query.get("min_area", "0"))
         phrases = service.parse_phrases(query.getlist("phrase"))
         data = await request.body()
         if not data:
             raise DcrisError("there is no image; send the image file as the body of the request")
-        predictions = await service.predict(data, phrases, query.get("adapters"), threshold)
+        predictions = await service.predict(data, phrases, query.get("adapters"), threshold, *minima)
         return JSONResponse(coco_results(predictions, query.get("name", "")))
 
     async def view(name: str, threshold: float, **fields: str) -> Response:
@@ -413,6 +414,16 @@ def _parse_threshold(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise DcrisError(f"the threshold must be a number between 0 and 1, not {text!r}") from error
+
+
+def _parse_minima(score: str, area: str) -> tuple[float, int]:
+    """Parse the minimum score and area of a request. Raises DcrisError for other text."""
+    try:
+        return require_minima(float(score), int(area))
+    except ValueError as error:
+        raise DcrisError(
+            f"min_score must be a number from 0 to 1 and min_area a whole number of pixels, not {score!r} and {area!r}"
+        ) from error
 
 
 def _credentials(given: str | None) -> list[str]:

@@ -13,7 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PureWindowsPath
 from typing import Any, TypeVar
 
@@ -28,6 +28,9 @@ from dcris.inference.segmenter import Segmenter
 from dcris.utils.drawing import png_bytes
 
 T = TypeVar("T")
+
+LEAST_PRESENCE = 0.5
+"""Probability of presence below which the page shows no mask."""
 
 BUSY = "too many requests are waiting; try again in a moment"
 
@@ -132,6 +135,8 @@ class InferenceService:
         phrases: list[str],
         adapters: str | None = None,
         threshold: float | None = None,
+        min_score: float = 0.0,
+        min_area: int = 0,
     ) -> list[Prediction]:
         """Predict masks with probabilities (Segmenter.predict) for pixels or an uploaded file.
 
@@ -147,7 +152,15 @@ class InferenceService:
             most = self.limits.masks // (pixels.shape[0] * pixels.shape[1])
             if len(phrases) > most:
                 raise DcrisError(f"at most {most} phrases are allowed for an image of this size")
-            return self.segmenter.predict(pixels, phrases, threshold=threshold, scores=True, adapters=adapters)
+            return self.segmenter.predict(
+                pixels,
+                phrases,
+                threshold=threshold,
+                min_score=min_score,
+                min_area=min_area,
+                scores=True,
+                adapters=adapters,
+            )
 
         return await self._submit(self._model, run)
 
@@ -195,12 +208,17 @@ class Session:
         return self.pixels.size + sum(prediction.mask.size * 5 for prediction in self.predictions)
 
     def at_threshold(self, threshold: float) -> list[Prediction]:
-        """Return the predictions at another threshold, without a forward pass."""
-        found = []
-        for prediction in self.predictions:
-            assert prediction.probabilities is not None
-            found.append(Prediction.decide(prediction.phrase, prediction.probabilities, threshold, keep=False))
-        return found
+        """Return the predictions at another threshold, without a forward pass.
+
+        The page shows no mask of an object that is probably not there.
+        """
+        return [
+            replace(
+                each.with_threshold(threshold, min_score=0.0 if each.present is None else LEAST_PRESENCE),
+                probabilities=None,
+            )
+            for each in self.predictions
+        ]
 
 
 class Sessions:
