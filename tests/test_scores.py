@@ -45,14 +45,15 @@ MAPS = arrays.arrays(
 
 
 def config_with_presence() -> RunConfig:
-    return quick_config(1, ("train.precision", '"float32"'), recipe="dcris_tiny_generalised")
+    # A positive bias of the masks, so that none is empty.
+    return quick_config(
+        1, ("train.precision", '"float32"'), ("model.head.bias", "1.5"), recipe="dcris_tiny_generalised"
+    )
 
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    """A model with a presence head; untrained, but its probabilities of PHRASES are spread around one
-    half.
-    """
+    """An untrained model whose probabilities of presence of PHRASES are around one half."""
     config = config_with_presence()
     model = build_model(config)
     head = model.head.presence

@@ -75,7 +75,7 @@ def test_images_of_any_mode(segmenter: Segmenter, photo: Path, mode: str) -> Non
 
 
 def test_fields_of_a_prediction(segmenter: Segmenter, photo: Path) -> None:
-    """Strict threshold, a score that does not depend on it, smallest box, all at the image's size."""
+    """Strict threshold, a score that does not depend on it, smallest box; of the image's size."""
     seen = set()
     first = segmenter.predict(photo, PHRASES, scores=True)[0].probabilities
     assert first is not None

@@ -11,8 +11,9 @@ A run has config.json, data.json (the data it was trained on) and checkpoints/st
 A converted or saved checkpoint has the first two files, and optionally
 
     towers.safetensors    the frozen towers
+    calibration.json      temperature of the presence head, from `dcris evaluate --calibrate-on`
 
-Without that file, the towers are loaded by their names. In both cases they must have the recorded
+Without the first, the towers are loaded by their names. In both cases they must have the recorded
 fingerprints, so the file may be deleted to save space if the named weights are available.
 
 A bundle is all of this in one .safetensors file, with the configuration in its metadata.
@@ -54,7 +55,7 @@ from dcris.utils.files import (
 from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
-_TOWERS = "towers.safetensors"
+_TOWERS, _CALIBRATION = "towers.safetensors", "calibration.json"
 _BUNDLE = ".safetensors"
 _DAMAGED = "damaged-"
 """Prefix of the directory name of a damaged checkpoint."""
@@ -459,7 +460,41 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
     else:
         load_towers(model.vision, model.text, config.model)
     load_trained(model, path)
+    _load_calibration(model, path)
     return model, config
+
+
+def store_calibration(path: Path, temperature: float, facts: Mapping[str, str]) -> None:
+    """Write the temperature of a presence head beside the weights that it was fitted for.
+
+    It is a file of its own, because the weights have a checksum and training goes on without it.
+
+    Args:
+        path: the checkpoint directory, from `find_checkpoint`.
+        temperature: divides the logits.
+        facts: what it was fitted on, for people.
+
+    Raises:
+        DcrisError: it cannot be written, or `path` is a bundle.
+    """
+    if path.is_file():
+        raise DcrisError(f"{path} is a bundle, which cannot be changed; calibrate the checkpoint that it was made of")
+    write_json(path / _CALIBRATION, {"temperature": temperature, **facts})
+
+
+def _load_calibration(model: ReferringSegmenter, path: Path) -> None:
+    """Set the temperature of the presence head, if the checkpoint directory has one."""
+    file = path / _CALIBRATION
+    if path.is_file() or not file.is_file():
+        return
+    content = read_json(file, "the calibration of the checkpoint")
+    temperature: Any = content.get("temperature") if isinstance(content, dict) else None
+    if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3 or model.head.presence is None:
+        raise DcrisError(
+            f"{file} has no temperature that fits this model; delete it, then calibrate again with "
+            "`dcris evaluate --calibrate-on`"
+        )
+    model.head.presence.temperature.fill_(temperature)
 
 
 def load_trained(model: ReferringSegmenter, path: Path) -> None:
@@ -504,6 +539,7 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
     model.load_state_dict({**present, **trained}, assign=True)
     for name, tower in (("vision", model.vision), ("text", model.text)):
         tower.source = {key: recorded[name][key] for key in ("source", "revision") if key in recorded[name]}
+    _load_calibration(model, path)
     return model, config
 
 

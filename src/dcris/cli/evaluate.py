@@ -29,8 +29,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--calibrate-on",
         metavar="SPLIT",
-        help="use the threshold with the best first metric (mIoU) on this split; the result records it "
-        "(default: the protocol's threshold)",
+        help="use the threshold with the best first metric (mIoU) on this split, and fit the temperature of a presence head "
+        "to it, which is stored with the checkpoint; the result records both (default: the protocol's threshold)",
     )
     evaluate.add_argument(
         "--refine",
@@ -62,11 +62,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from dcris.checkpoints.checkpoint import load_checkpoint
+    from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, store_calibration
     from dcris.checkpoints.resolve import locate
     from dcris.data.dataset import Queries, all_queries, cut_phrases
     from dcris.data.tokenizer import tokenizer_of
     from dcris.evaluation.analysis import analyse, best_threshold
+    from dcris.evaluation.confidence import assess, presence_temperature
     from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries, result_record
     from dcris.evaluation.protocols import get_protocol
     from dcris.evaluation.results import write_results
@@ -79,7 +80,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")
     with processes(args.device) as group:
         device = choose_device(args.device)
-        model, config = load_checkpoint(locate(args.checkpoint))
+        source = locate(args.checkpoint)
+        model, config = load_checkpoint(source)
         model.to(device)
         dtype = choose_precision(args.precision or config.train.precision, device)
         table = data_of(args, config)
@@ -107,19 +109,45 @@ def _evaluate(args: argparse.Namespace) -> None:
                     )
                 )
 
+        temperature = None
         if args.calibrate_on is not None:
             others = all_queries(table.split(args.calibrate_on))
             calibration = predict_on_all_ranks(group, others, partial(predict, others, False))
             protocol = replace(protocol, threshold=best_threshold(calibration, protocol.metrics))
+            if model.head.presence is not None:
+                temperature = presence_temperature(calibration, float(model.head.presence.temperature))
+                if temperature is not None:
+                    model.head.presence.temperature.fill_(temperature)
+                elif group.first:
+                    note(
+                        f"the split {args.calibrate_on} does not have both present and absent objects, so the probability of "
+                        "presence is not calibrated"
+                    )
         results = predict_on_all_ranks(group, queries, partial(predict, queries, keep_masks))
         if not group.first:
             return
     record = result_record(results, table, args.split, protocol, model=model, device=device, dtype=dtype)
     if args.calibrate_on is not None:
         record["calibrated_on"] = args.calibrate_on
+        if temperature is not None:
+            record["temperature"] = temperature
+            if Path(args.checkpoint).is_dir():
+                facts = {
+                    "dataset": table.dataset,
+                    "split": args.calibrate_on,
+                    "data_sha256": table.sha256(args.calibrate_on),
+                }
+                store_calibration(find_checkpoint(source), temperature, facts)
+            else:
+                note(
+                    f"{args.checkpoint} is not a directory of a checkpoint, so the temperature is used here only; save the "
+                    "model with Segmenter.save_pretrained, then calibrate that"
+                )
     if args.refine != "none":
         record["refine"] = args.refine
     analysed = {**record, "analysis": analyse(results, protocol.metrics)}
+    if model.head.presence is not None:
+        analysed["confidence"] = assess(results)
     # The files are written even if standard output fails, and the scores printed even if a
     # file fails.
     try:

@@ -49,6 +49,8 @@ class EvalResult:
     """The overlap at each of CURVE_THRESHOLDS; empty if the probabilities are unknown."""
     present: float | None = None
     """Probability that the target is present, in 0..1; None if the model has no presence head."""
+    score: float | None = None
+    """As that of dcris.inference.prediction.Prediction; None if the probabilities are unknown."""
 
     def mask(self) -> MaskArray:
         """Decode the predicted mask [H, W] at the image's size.
@@ -146,8 +148,8 @@ def _predict_task(
             probabilities = torch.from_numpy(refined).to(device)
         truth = truths[reference.ref_id, expression.exists]
         counted = overlap_curve(probabilities, truth, protocol.threshold)
+        score = mean_inside(probabilities, protocol.own_threshold) if present is None else present
         if protocol.none_rule is not None:
-            score = mean_inside(probabilities, protocol.threshold) if present is None else present
             pixels = int(truth.sum())
             query = reference, expression
             counted = tuple(protocol.judge(each, pixels, query, present, score) for each in counted)
@@ -156,7 +158,7 @@ def _predict_task(
         if keep_masks:
             predicted = (probabilities > protocol.threshold).cpu().numpy()
             mask = encode_mask(measured.from_canvas(predicted, reference.image_size))
-        yield EvalResult(reference, expression, overlap, mask, tuple(curve), present)
+        yield EvalResult(reference, expression, overlap, mask, tuple(curve), present, score)
 
 
 def mean_inside(probabilities: Tensor, threshold: float) -> float:

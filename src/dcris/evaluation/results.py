@@ -165,7 +165,7 @@ def _result(
     def read(counts: Any) -> Overlap:
         return _overlap(counts, (reference, expression), protocol, path, where)
 
-    return EvalResult(reference, expression, read(counts), mask, tuple(map(read, curve)), present)
+    return EvalResult(reference, expression, read(counts), mask, tuple(map(read, curve)), present, present)
 
 
 def _overlap(counts: Any, query: tuple[Reference, Expression], protocol: Protocol, path: Path, where: str) -> Overlap:

@@ -16,7 +16,7 @@ from PIL import Image
 from dcris.data.images import ImageLike, as_pixels
 from dcris.data.masks import encode_mask, mask_box
 from dcris.errors import DcrisError
-from dcris.evaluation.confidence import mask_confidence
+from dcris.evaluation.protocols import Cris
 from dcris.types import MaskArray
 from dcris.utils.arguments import kind_of, require, require_number
 from dcris.utils.drawing import COLOURS, Colour, overlay
@@ -103,7 +103,7 @@ class Prediction:
         if not isinstance(probabilities, np.ndarray) or probabilities.ndim != 2 or probabilities.dtype.kind != "f":
             raise DcrisError(f"probabilities must be an array [H, W] of floats, not {kind_of(probabilities)}")
         threshold, (min_score, min_area) = require_threshold(threshold), require_minima(min_score, min_area)
-        score = mask_confidence(probabilities) if present is None else present
+        score = _mean_inside(probabilities) if present is None else present
         mask = probabilities > threshold
         rejected = None
         if score < min_score:
@@ -302,6 +302,16 @@ def require_minima(min_score: float, min_area: int) -> tuple[float, int]:
     if isinstance(area, bool) or not isinstance(area, Integral) or int(area) < 0:
         raise DcrisError(f"the minimum area must be a whole number of pixels, 0 or more, not {area!r}")
     return float(score), int(area)
+
+
+def _mean_inside(probabilities: NDArray[np.float32]) -> float:
+    """Return the mean of the probabilities above the protocol's own threshold; 0 if there are none.
+
+    With a threshold that the caller chooses, the mean would rise with it.
+    """
+    inside = probabilities > Cris.threshold
+    # Without a copy of the values.
+    return float(probabilities.mean(dtype=np.float64, where=inside)) if inside.any() else 0.0
 
 
 def _remove_redundant_points(outline: NDArray[Any]) -> NDArray[Any]:

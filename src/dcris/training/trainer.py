@@ -622,6 +622,8 @@ class Trainer:
                     f"{error}; a run can only start from a checkpoint of the same model, so train with the config.json of that "
                     "checkpoint"
                 ) from error
+            if self.model.head.presence is not None:
+                self.model.head.presence.temperature.fill_(1)  # of other weights than those to come
             record["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(self.model))}
             self.log(f"starting from the adapters and the head of {start}")
         if self.settings.ema is not None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from markupsafe import Markup
 
 from dcris.config import RunConfig
+from dcris.evaluation.confidence import assess
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import STANDARD_METRICS, Metric
 from dcris.evaluation.report.charts import Line, chart, series, threshold_chart
@@ -59,6 +61,7 @@ def write_report(
     notes: Sequence[str],
     metrics: Sequence[Metric] = STANDARD_METRICS,
     opening: Mapping[str, Iterable[Panel]] = MappingProxyType({}),
+    confidence: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a report to `path` atomically. Parts without content are left out.
 
@@ -75,6 +78,7 @@ def write_report(
         notes: sentences for the end of the page.
         metrics: of the protocol.
         opening: examples by heading that stand before the scores.
+        confidence: of dcris.evaluation.confidence.assess.
 
     Raises:
         DcrisError: if the file cannot be written.
@@ -90,9 +94,9 @@ def write_report(
             **{key: record[key] for key in _MEASURED if key in record},
         },
         tiles=_tiles(record, intervals, metrics),
-        tables=_tables(record, analysis, metrics),
-        charts=_charts(analysis, log, metrics),
         opening=[render_panels(heading, some) for heading, some in opening.items()],
+        tables=[*_tables(record, analysis, metrics), *_confidence_tables(confidence or {})],
+        charts=[*_charts(analysis, log, metrics), *_confidence_charts(confidence or {})],
         examples=[render_panels(heading, some) for heading, some in panels.items()],
         facts=_facts(facts, record, metrics),
         notes=[*notes, NOTE_INTERVALS] if intervals else notes,
@@ -131,6 +135,7 @@ def write_evaluation_report(
         facts["trainable head weights"] = f"{counts['head']:,}"
         facts["frozen weights"] = f"{counts['frozen']:,}"
         facts["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    confidence = assess(results)
     tiny = config is not None and config.model.vision.name.startswith("tiny")
     write_report(
         path,
@@ -146,6 +151,7 @@ def write_evaluation_report(
         notes=(_NOTE_TINY,) if tiny else (),
         metrics=metrics,
         opening=opening,
+        confidence=confidence,
     )
 
 
@@ -205,6 +211,52 @@ def _table(heading: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any
         "hint": hint,
         "with_intervals": any(row["interval"] for row in rows),
     }
+
+
+_QUANTITIES = {
+    "score": "Score: IoU above 0.5",
+    "present": "Presence: the object is there",
+}
+"""What each part of `assess` predicts."""
+
+
+def _confidence_tables(confidence: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the table of what the scores tell, if they are known."""
+    rows = [
+        {"name": f"{name}: {title}", "value": 100 * confidence[key][measure], "interval": None, "others": ()}
+        for key, name in _QUANTITIES.items()
+        if key in confidence
+        for measure, title in (("auroc", "AUROC"), ("ece", "calibration error"))
+        if confidence[key][measure] is not None
+    ]
+    hint = (
+        "AUROC: how often a right one scores higher than a wrong one; 50% is chance. Calibration error: mean difference "
+        "of score and share of right ones, in ten bins."
+    )
+    if cut := confidence.get("min_score"):
+        hint += (
+            f" Recommended: --min-score {cut['value']:.3g}, which keeps {percent(100 * cut['kept'])} of the right ones and "
+            f"drops {percent(100 * cut['dropped'])} of the wrong ones of this split."
+        )
+    return [_table("What the score tells", ("Measure", "Percent"), rows, hint)] if rows else []
+
+
+def _confidence_charts(confidence: Mapping[str, Any]) -> list[Markup]:
+    """Draw the reliability diagrams."""
+    diagonal = Line("calibrated", np.array([(0.0, 0.0), (1.0, 1.0)]))
+    return [
+        chart(
+            f"Reliability. {name}",
+            [
+                Line("measured", np.array([(each["mean"], each["share"]) for each in confidence[key]["bins"]])),
+                diagonal,
+            ],
+            x="mean score of the bin",
+            y="share of right ones",
+        )
+        for key, name in _QUANTITIES.items()
+        if key in confidence
+    ]
 
 
 def _charts(analysis: Mapping[str, Any], log: Sequence[Mapping[str, float]], metrics: Sequence[Metric]) -> list[Markup]:
