@@ -3,7 +3,7 @@
 
 For each kind of expression, the first test scenes that have one are shown, without selection: the
 true mask in blue, the predicted mask in orange. Of the model `photos`, the example photographs are
-shown with its masks for their phrases.
+shown with its masks for their phrases, and for phrases that it fails at.
 """
 
 import sys
@@ -24,16 +24,27 @@ from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
 
 SCENES = 3
+FAILURES = {
+    "astronaut.jpg": ("flag", "space shuttle"),
+    "chelsea.jpg": ("left ear",),
+    "coffee.jpg": ("saucer", "dog"),
+}
+"""Phrases that `photos` fails at: things that COCO does not name, parts, and what is not there."""
 SIDE, GAP, LETTERS = 150, 6, 14
 DRAWN = 450  # masks are drawn at this size and then reduced to SIDE, for thin smooth contours
 
 
 def main(run: str, out: str) -> None:
-    """Write gallery-KIND.jpg for each kind of expression, or photographs.jpg."""
+    """Write gallery-KIND.jpg for each kind of expression, or the images of `photos`."""
     segmenter = Segmenter.from_pretrained(run, device="cpu", precision="float32")
     if run == "photos":
-        shown = [photograph(segmenter, path, text) for path, phrases in example_photographs() for text in phrases]
-        (Path(out) / "photographs.jpg").write_bytes(jpeg_bytes(np.concatenate(shown, axis=1), quality=85))
+        paths = {path.name: path for path, _ in example_photographs()}
+        for name, phrases in (
+            ("photographs", {path.name: texts for path, texts in example_photographs()}),
+            ("photographs-failures", FAILURES),
+        ):
+            strip = [photograph(segmenter, paths[file], text) for file, texts in phrases.items() for text in texts]
+            (Path(out) / f"{name}.jpg").write_bytes(jpeg_bytes(np.concatenate(strip, axis=1), quality=85))
         return
     references = load_references(Path(run) / "scenes", "scenes").split("test")
     for kind in KINDS:

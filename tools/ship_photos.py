@@ -1,10 +1,8 @@
 """Write the packaged model `photos` from a finished run:
 
-    python tools/compose_photos.py --data ROOT --out COMPOSED --licences 4 5 7 8
-    dcris train dcris_photos --data COMPOSED --dataset cocomini --out RUN --train.precision bfloat16 \\
-        --data.licences "[4, 5, 7, 8]" --data.generate_phrases true
-    python tools/measure_photos.py RUN --data ROOT --out scores.json
-    python tools/ship_photos.py RUN --data COMPOSED --scores scores.json --out src/dcris/assets/photos
+    python tools/ship_photos.py RUN --data COMPOSED --scores scores.json --out FOLDER
+
+docs/photographs.md has the commands before this one.
 """
 
 import argparse
