@@ -33,21 +33,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     segmenter = Segmenter.from_pretrained(args.run, device="cpu")
-    # The precision of training is not that of every machine.
-    segmenter.config = replace(segmenter.config, {"train.precision": "auto", "data.refine": "guided"})
     rows = photographs(args.data, segmenter.config)
-    if args.out.exists():
-        remove_directory(args.out)
-    segmenter.save_pretrained(args.out, half=True, towers=False, licence="apache-2.0")
+    scores = json.loads(args.scores.read_text(encoding="utf-8"))
+    # The precision of training is not that of every machine.
+    ship(segmenter, "photos", args.out, card(rows, scores), {"train.precision": "auto", "data.refine": "guided"})
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("coco_id", "licence", "url"), *rows])
     write_file(args.out / "photographs.csv", table.getvalue())
-    path = args.out / "README.md"
-    text = path.read_text(encoding="utf-8").replace(args.out.name, "photos")
+
+
+def ship(segmenter: Segmenter, name: str, out: Path, sections: str, changes: dict[str, Any]) -> None:
+    """Write model.safetensors, config.json and README.md of a packaged model.
+
+    Args:
+        segmenter: the trained model.
+        name: of the packaged model.
+        out: the directory; replaced if it exists.
+        sections: of the model card, between the description and the licence.
+        changes: to the configuration.
+    """
+    segmenter.config = replace(segmenter.config, changes)
+    if out.exists():
+        remove_directory(out)
+    segmenter.save_pretrained(out, half=True, towers=False, licence="apache-2.0")
+    path = out / "README.md"
+    text = path.read_text(encoding="utf-8").replace(out.name, name)
     before, _, after = text.partition("## Scores\n")
-    licence = after[after.index("## Licence") :]
-    write_file(path, before + card(rows, json.loads(args.scores.read_text(encoding="utf-8"))) + licence)
+    write_file(path, before + sections + after[after.index("## Licence") :])
 
 
 def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:

@@ -4,7 +4,7 @@ their files, checksums, and scores of their authors.
 
 from dataclasses import dataclass
 
-PACKAGED = ("photos",)
+PACKAGED = ("photos", "tiny")
 """Models that are part of the package: directories of dcris.assets."""
 
 REPOSITORY = "thuteam/DETRIS"
