@@ -285,7 +285,7 @@ _PHOTOS = _add(
             ema=0.999,
             losses={"dice": 1.0},
             target="area",
-            max_steps=1700,
+            max_steps=2000,
             save_every=500,
         ),
     ),
