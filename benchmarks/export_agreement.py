@@ -74,7 +74,7 @@ def compare(
         begin = time.perf_counter()
         theirs = segmenter.predict(images, phrases, threshold=threshold)
         between = time.perf_counter()
-        ours = onnx_segment.segment(model, images, phrases)
+        ours, _ = onnx_segment.segment(model, images, phrases)
         seconds["onnx"] += time.perf_counter() - between
         seconds["pytorch"] += between - begin
         for masks, predictions in zip(ours, theirs, strict=True):
@@ -101,7 +101,7 @@ def score(segmenter: Segmenter, export: Path, root: Path, split: str) -> dict[st
     for reference in load_references(root, segmenter.config.data.dataset).split(split):
         truth = union_mask(reference.segmentations, reference.image_size).astype(bool)
         phrases = [expression.text for expression in reference.expressions]
-        (masks,) = onnx_segment.segment(model, [read_image(reference.image_path)], phrases)
+        (masks,), _ = onnx_segment.segment(model, [read_image(reference.image_path)], phrases)
         overlaps += [Overlap(int((mask & truth).sum()), int((mask | truth).sum())) for mask in masks]
     return {"split": split, "expressions": len(overlaps), **summarise(overlaps)}
 

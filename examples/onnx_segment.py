@@ -45,16 +45,18 @@ def tokenize(phrases, length, kind, start, end, words=(), bucket=0, buckets=0):
 
 
 def segment(model, images, phrases):
-    """Return masks [phrases, H, W] bool for each image [H, W, 3] uint8."""
+    """Return masks [phrases, H, W] bool of each image [H, W, 3] uint8, and the probabilities of
+    presence [images, phrases], or None."""
     settings, fit, text, image = model
     squares, rows, columns = zip(*(fit.run(None, {"photograph": each}) for each in images), strict=True)
     words = text.run(None, {"tokens": tokenize(phrases, settings["word_length"], **settings["tokenizer"])})
     # One row per pair of an image and a phrase; image_index is the image of each row.
     inputs = {"images": np.stack(squares), "image_index": np.repeat(np.arange(len(images)), len(phrases))}
     inputs |= {n: np.concatenate([v] * len(images)) for n, v in zip(("f_t", "f_s", "padding"), words, strict=True)}
-    (logits,) = image.run(None, inputs)
+    logits, *present = image.run(None, inputs)  # presence: of models with a presence head
     maps = (1 / (1 + np.exp(-logits))).reshape(len(images), len(phrases), *logits.shape[2:])
-    return [up @ each @ across > settings["threshold"] for up, each, across in zip(rows, maps, columns, strict=True)]
+    masks = [up @ each @ across > settings["threshold"] for up, each, across in zip(rows, maps, columns, strict=True)]
+    return masks, present[0].reshape(len(images), -1) if present else None
 
 
 def read(file):
@@ -75,5 +77,7 @@ def read(file):
 
 if __name__ == "__main__":
     _, folder, file, *phrases = sys.argv
-    for number, mask in enumerate(segment(load(folder), [read(file)], phrases)[0]):
+    (masks,), present = segment(load(folder), [read(file)], phrases)
+    for number, mask in enumerate(masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"{Path(file).stem}.{number}.png")
+        print(phrases[number], "" if present is None else f"is present with probability {present[0, number]:.2f}")

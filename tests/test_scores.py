@@ -4,6 +4,8 @@ page.
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
+from dcris.inference.export_onnx import export_onnx
 from dcris.inference.web.app import _render_legend
 from dcris.inference.web.service import Session
 from dcris.training.trainer import build_model
 from models import randomise
 from runs import CPU, quick_config
+from test_export import REPOSITORY, example
 from test_web import post, served
 
 PHRASES = ["red circle", "the small striped ring", "leftmost", "big star on the right"]
@@ -227,3 +231,21 @@ def test_the_page_greys_what_is_probably_not_there(segmenter: Segmenter) -> None
             assert ('class="row absent"' in legend) == absent
             assert (f"not found ({before.score:.0%})" in legend) == absent
     assert {each.score < 0.5 for each in predictions} == {True, False}
+
+
+@pytest.mark.slow
+def test_an_export_carries_presence(segmenter: Segmenter, tmp_path: Path) -> None:
+    """Calibrated, for every image and phrase, and printed by the example."""
+    model = segmenter.save_pretrained(tmp_path / "model")
+    (model / "calibration.json").write_text('{"temperature": 1.7}')
+    calibrated = Segmenter.from_pretrained(model, device="cpu")
+    export_onnx(calibrated, tmp_path / "onnx")
+    images: list[Any] = [picture(), picture(1, (60, 40))]
+    _, present = example().segment(example().load(tmp_path / "onnx"), images, PHRASES)
+    expected = [[each.present for each in predictions] for predictions in calibrated.predict(images, PHRASES)]
+    np.testing.assert_allclose(present, expected, atol=1e-3)
+    Image.fromarray(images[1]).save(tmp_path / "photo.png")
+    command = [sys.executable, str(REPOSITORY / "examples/onnx_segment.py"), "onnx", "photo.png", *PHRASES]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for phrase, share in zip(PHRASES, present[1], strict=True):
+        assert f"{phrase} is present with probability {share:.2f}" in done.stdout

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,9 @@ class _TextGraph(nn.Module):
 
 
 class _ImageGraph(nn.Module):
-    """Images [I, 3, S, S], image of each phrase [B], text features -> logits [B, 1, 4h, 4w]."""
+    """Images [I, 3, S, S], image of each phrase [B], text features -> logits [B, 1, 4h, 4w], and
+    with a presence head the probabilities [B].
+    """
 
     def __init__(self, model: ReferringSegmenter, side: int) -> None:
         super().__init__()
@@ -153,9 +155,12 @@ class _ImageGraph(nn.Module):
         self.model = copy.copy(model)
         self.model._modules = {**model._modules, "vision": vision}
 
-    def forward(self, images: Tensor, image_index: Tensor, f_t: Tensor, f_s: Tensor, padding: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, image_index: Tensor, f_t: Tensor, f_s: Tensor, padding: Tensor
+    ) -> tuple[Tensor, ...]:
         state = self.model.encode_images(images)
-        return self.model.segment(state.select(image_index), TextFeatures(f_t, f_s, padding)).logits
+        output = self.model.segment(state.select(image_index), TextFeatures(f_t, f_s, padding))
+        return (output.logits,) if output.presence is None else (output.logits, output.presence.sigmoid())
 
 
 def export_onnx(
@@ -168,8 +173,9 @@ def export_onnx(
       size of the image.
     - text.onnx: `tokens` [B, L] int64 -> `f_t` [B, L, T], `f_s` [B, E] and `padding` [B, L] bool.
     - image.onnx: `images` [I, 3, S, S], `image_index` [B] int64 (the image of each phrase) and the
-      outputs of text.onnx -> `logits` [B, 1, 4h, 4w]. Layers before the first adapter that reads
-      the text run once per image.
+      outputs of text.onnx -> `logits` [B, 1, 4h, 4w], and with a presence head `present` [B], the
+      probability that the object is there. Layers before the first adapter that reads the text run
+      once per image.
     - model.json: word length, threshold and tokenizer; mean, standard deviation and image size for
       programs with their own letterbox. The metadata of the graphs have the same except the words
       of the tokenizer.
@@ -265,7 +271,12 @@ def _write_graphs(
     progress("exporting the image encoder and the head")
     inputs = {"images": images, "image_index": index, **dict(zip(FEATURES, text(tokens), strict=True))}
     shapes = {name: {0: images_dim if name == "images" else phrases} for name in inputs}
-    _write(folder / IMAGE, image, inputs, shapes, ("logits",), metadata, int8)
+    _write(folder / IMAGE, image, inputs, shapes, _outputs(segmenter.model), metadata, int8)
+
+
+def _outputs(model: ReferringSegmenter) -> tuple[str, ...]:
+    """Return the names of the outputs of image.onnx."""
+    return ("logits",) if model.head.presence is None else ("logits", "present")
 
 
 def _write(
@@ -330,18 +341,24 @@ def _compare(segmenter: Segmenter, folder: Path, int8: bool) -> dict[str, float]
     largest, total, count = 0.0, 0.0, 0
     for images, phrases in _CHECKED:
         tensors, index, tokens = _inputs(segmenter.config, images, phrases)
-        expected = torch.sigmoid(segmenter.model(tensors[index], tokens)[0]).numpy()
-        found = _run(folder, tensors.numpy(), index.numpy(), tokens.numpy())
-        if found.shape != expected.shape:
-            raise DcrisError(
-                f"the exported graphs give the shape {list(found.shape)}, but the model {list(expected.shape)}"
+        output = segmenter.model(tensors[index], tokens)
+        logits, *present = _run(folder, _outputs(segmenter.model), tensors.numpy(), index.numpy(), tokens.numpy())
+        pairs: list[tuple[NDArray[Any], NDArray[Any]]] = [
+            (output.logits.sigmoid().numpy(), 1 / (1 + np.exp(-logits.astype(np.float64))))
+        ]
+        if output.presence is not None:
+            pairs.append((output.presence.sigmoid().numpy(), present[0]))
+        for expected, found in pairs:
+            if found.shape != expected.shape:
+                raise DcrisError(
+                    f"the exported graphs give the shape {list(found.shape)}, but the model {list(expected.shape)}"
+                )
+            difference = np.abs(found - expected)
+            largest, total, count = (
+                max(largest, float(difference.max())),
+                total + float(difference.sum()),
+                count + found.size,
             )
-        difference = np.abs(1 / (1 + np.exp(-found.astype(np.float64))) - expected)
-        largest, total, count = (
-            max(largest, float(difference.max())),
-            total + float(difference.sum()),
-            count + found.size,
-        )
     result = {"largest": largest, "mean": total / count}
     if not (result["mean"] <= _INT8_TOLERANCE if int8 else largest <= _TOLERANCE):  # NaN must fail, too
         raise DcrisError(
@@ -379,12 +396,16 @@ def _compare_fit(config: RunConfig, folder: Path) -> None:
 
 
 def _run(
-    folder: Path, images: NDArray[np.float32], index: NDArray[np.int64], tokens: NDArray[np.int64]
-) -> NDArray[np.float32]:
+    folder: Path,
+    outputs: Sequence[str],
+    images: NDArray[np.float32],
+    index: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+) -> list[NDArray[np.float32]]:
     text = _session(folder / TEXT).run(list(FEATURES), {"tokens": tokens})
     inputs = {"images": images, "image_index": index, **dict(zip(FEATURES, text, strict=True))}
-    logits: NDArray[np.float32] = _session(folder / IMAGE).run(["logits"], inputs)[0]
-    return logits
+    found: list[NDArray[np.float32]] = _session(folder / IMAGE).run(list(outputs), inputs)
+    return found
 
 
 def _session(path: Path) -> Any:
