@@ -317,6 +317,20 @@ def test_the_size_is_read_from_the_first_bytes(photo, tmp_path, monkeypatch):
         assert file.tell() < 100_000
 
 
+def test_a_jpeg_of_very_many_comments_is_refused_before_pillow_reads_them(photo):
+    """Twelve megabytes of empty comments take Pillow seconds, each time that the file is opened."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    for count, fits in ((9_000, True), (3_000_000, False)):
+        spoilt = data[:2] + b"\xff\xff" + b"\xff\xfe\x00\x02" * count + data[2:]
+        if fits:
+            assert read_image(spoilt).shape == photo.shape
+        else:
+            with pytest.raises(DcrisError, match="more than 10,000 segments"):
+                read_image(spoilt)
+
+
 def test_images_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):
     """Cameras write a preview into the header and a video after the image; both contain bytes that
     look like scans.

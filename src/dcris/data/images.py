@@ -51,6 +51,10 @@ _MAX_SCANS = 100
 """Limit on the scans of a JPEG, as in libtiff. Encoders write about 10; each is a pass over the
 whole image."""
 
+_MAX_SEGMENTS = 10_000
+"""Limit on the segments of a JPEG before its pixels; Pillow reads each in Python. A colour profile
+has at most 255."""
+
 _MAX_NUMBERS = 1_000_000
 """Limit on the numbers in one TIFF tag, such as its tiles; Pillow creates a Python object for
 each."""
@@ -92,6 +96,9 @@ _STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
 order."""
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 """EXIF orientations that exchange width and height."""
+
+_START_OF_SCAN = 0xDA
+"""Marker of a JPEG's pixels."""
 
 _LARGE = 1 << 26
 """Bytes of pixels from which memory that was used for decoding is returned to the system."""
@@ -309,6 +316,8 @@ def _open(file: BinaryIO, max_pixels: int, header_only: bool) -> Image.Image:
     late = start.startswith(b"\x89PNG") and _has_late_metadata(file)
     if start[:2] in (b"II", b"MM"):
         _refuse_tags(file)
+    if start[:2] == b"\xff\xd8":
+        _refuse_segments(file)
     for name in _FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
         if factory is None or accepts is None or not _decodable(name) or accepts(start) is not True:
@@ -372,7 +381,7 @@ def _count_scans(file: BinaryIO) -> int:
         marker, at = data[found.start() + 1], found.end()
         if marker == 0xD9:  # end of the image; thumbnails are inside segments, further images after it
             break
-        scans += marker == 0xDA
+        scans += marker == _START_OF_SCAN
         at += int.from_bytes(data[at : at + 2], "big")
     return scans
 
@@ -385,6 +394,18 @@ def _strip_bytes(image: Any) -> int:
     wide, high = tags.get(256, 0), tags.get(257, 0)
     wide, high = (tags[322], tags.get(323, high)) if 322 in tags else (wide, min(high, tags.get(278, high)))
     return int(wide * high * sum(tags.get(258, (1,))) // 8)
+
+
+def _refuse_segments(file: BinaryIO) -> None:
+    """Raise DcrisError if a JPEG has very many segments, such as comments, before its pixels."""
+    file.seek(2)
+    for _ in range(_MAX_SEGMENTS):
+        header = file.read(4)
+        if len(header) < 4 or header[0] != 0xFF or header[1] == _START_OF_SCAN:
+            return
+        # 0xFF may be repeated before a marker.
+        file.seek(-3 if header[1] == 0xFF else int.from_bytes(header[2:]) - 2, io.SEEK_CUR)
+    raise DcrisError(f"it is a JPEG with more than {_MAX_SEGMENTS:,} segments before its pixels; save it again")
 
 
 def _refuse_tags(file: BinaryIO) -> None:
