@@ -26,4 +26,5 @@ dcris train dcris_photos --data "$work/things.jsonl" --from photos --out "$work/
 echo "== 4. Evaluation and prediction on the validation images."
 dcris evaluate "$work/tuned" --data "$work/things.jsonl" --out "$work/after.json" --report "$work/report.html"
 picture=$(ls "$work"/pictures/* | tail -n 1)
-dcris predict "$work/tuned" "$picture" -e "left fish" -e "the person" --out "$work/predictions"
+if [ $# -lt 2 ]; then phrases=(-e "the tree" -e mug); else phrases=(-e person -e "left person"); fi
+dcris predict "$work/tuned" "$picture" "${phrases[@]}" --out "$work/predictions"
