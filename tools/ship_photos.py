@@ -63,6 +63,12 @@ def ship(segmenter: Segmenter, name: str, out: Path, sections: str, changes: dic
     write_file(path, before + sections + after[after.index("## Licence") :])
 
 
+def measures(scores: dict[str, Any]) -> list[str]:
+    """Return the first lines of a model card's table of scores."""
+    named = (("mIoU", "miou"), ("oIoU", "oiou"), ("Prec@0.5", "prec@0.5"))
+    return ["| measure | value |", "|---|---|", *(f"| {name} | {scores[key]:.1f} |" for name, key in named)]
+
+
 def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:
     """Return COCO's id, licence and address of each photograph that the run trained on.
 
@@ -101,11 +107,7 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
             f"Protocol cris, {scores['photographs']} other photographs of COCO, {scores['expressions']} templated",
             "expressions, in percent. `tools/measure_photos.py` measures them.",
             "",
-            "| measure | value |",
-            "|---|---|",
-            f"| mIoU | {scores['miou']:.1f} |",
-            f"| oIoU | {scores['oiou']:.1f} |",
-            f"| Prec@0.5 | {scores['prec@0.5']:.1f} |",
+            *measures(scores),
             f"| mIoU with the phrase of another object of the photograph | {scores['exchanged']:.1f} |",
             f"| of several of a kind the right one is hit best | {scores['right_one_best']:.0f} |",
             f"| the same by chance | {scores['chance']:.0f} |",
@@ -119,9 +121,9 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
             "## What it cannot do",
             "",
             "It knows COCO's 80 categories, in the words of its training phrases. Rare words, objects that cover less",
-            "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. It always answers, also",
-            "when the object is not there. It is a demonstration that needs no download, not a substitute for a model on",
-            "DINOv2 and CLIP.",
+            "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. It often answers when the",
+            "object is not there. It is a demonstration that needs no download, not a substitute for a model on DINOv2",
+            "and CLIP.",
             "",
             "",
         ]

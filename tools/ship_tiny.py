@@ -20,7 +20,7 @@ from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.data.readers.load import load_references
 from dcris.experiments.quickstart import evaluate_both_ways
 from dcris.utils.files import write_file
-from ship_photos import ship
+from ship_photos import measures, ship
 
 SCENES = "dcris data scenes data/tiny --train 10000 --val 0 --test 300 --seed 7"
 
@@ -65,11 +65,7 @@ def card(scores: dict[str, Any], steps: int | None) -> str:
             f"Protocol cris, {scores['expressions']} expressions of the 300 scenes of `test`, in percent:",
             "`dcris evaluate tiny --data data/tiny --split test`.",
             "",
-            "| measure | value |",
-            "|---|---|",
-            f"| mIoU | {scores['miou']:.1f} |",
-            f"| oIoU | {scores['oiou']:.1f} |",
-            f"| Prec@0.5 | {scores['prec@0.5']:.1f} |",
+            *measures(scores),
             f"| Prec@0.7 | {scores['prec@0.7']:.1f} |",
             f"| mIoU with the phrase of another object of the scene | {scores['miou_shuffled']:.1f} |",
             *(f"| mIoU, kind {name} | {value:.1f} |" for name, value in kinds),

@@ -1,10 +1,9 @@
 """Find a trained model by path or name, and fetch it if necessary.
 
 A run, a checkpoint directory and a bundle are used in place. "photos" and "tiny" are part of the
-package.
-"owner/name" is a repository on the Hub in dcris's format, which is downloaded to the Hub's cache.
-"detris-b-refcoco" etc. are published DETRIS checkpoints, which are downloaded and converted once
-into $DCRIS_CACHE (default: ~/.cache/dcris).
+package. "owner/name" is a repository on the Hub in dcris's format, which is downloaded to the Hub's
+cache. "detris-b-refcoco" etc. are published DETRIS checkpoints, which are downloaded and converted
+once into $DCRIS_CACHE (default: ~/.cache/dcris).
 """
 
 import hashlib
