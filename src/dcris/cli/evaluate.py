@@ -73,7 +73,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.evaluation.results import write_results
     from dcris.utils.device import choose_device, choose_precision
     from dcris.utils.distributed import processes
-    from dcris.utils.files import write_json
+    from dcris.utils.files import expand_home, write_json
 
     protocol = get_protocol(args.protocol, args.none_rule)
     if args.calibrate_on == args.split:
@@ -131,7 +131,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         record["calibrated_on"] = args.calibrate_on
         if temperature is not None:
             record["temperature"] = temperature
-            if Path(args.checkpoint).is_dir():
+            # Not a packaged model beside a folder of its name, nor one in the Hub's cache.
+            if source == expand_home(args.checkpoint) and source.is_dir():
                 facts = {
                     "dataset": table.dataset,
                     "split": args.calibrate_on,
