@@ -13,7 +13,8 @@ from dcris.config import DataConfig, NegativesConfig, replace
 from dcris.data.masks import union_mask
 from dcris.data.negatives import add_negatives
 from dcris.data.readers.load import load_references
-from dcris.data.scenes import SHAPES, write_scenes
+from dcris.data.scene_phrases import SHAPES
+from dcris.data.scenes import write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.training_table import training_table
 from dcris.data.wording import names_object

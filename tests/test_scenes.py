@@ -19,7 +19,18 @@ from dcris.data import scenes
 from dcris.data.images import read_image
 from dcris.data.masks import mask_box, union_mask
 from dcris.data.readers.load import load_references
-from dcris.data.scenes import COLOURS, KINDS, SHAPES, SIZES, TEXTURES, make_scene, scene_rng, vocabulary, write_scenes
+from dcris.data.scene_phrases import (
+    ABSENT_KINDS,
+    COLOURS,
+    KINDS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Thing,
+    absent_phrase,
+    vocabulary,
+)
+from dcris.data.scenes import make_scene, scene_rng, write_scenes
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import exchange_expressions
 
@@ -252,7 +263,7 @@ def test_the_interpreter_distinguishes_clear_and_doubtful_cases():
     """An interpreter that accepts everything would make the test above worthless."""
 
     def thing(x, y, colour="red", radius=0.1):
-        return scenes.Thing("star", colour, "plain", "medium", x, y, radius, 0.0)
+        return Thing("star", colour, "plain", "medium", x, y, radius, 0.0)
 
     left, middle, right = row = [thing(0.2, 0.5), thing(0.5, 0.5), thing(0.8, 0.5, "blue", 0.13)]
     assert meant("star on the left", row) == meant("3rd star from right", row) == [left]
@@ -296,14 +307,14 @@ def on_edge(fits, description, edge, things):
     return [thing for thing in fits if (thing.x - 0.5) * x + (thing.y - 0.5) * y > -DOUBT]
 
 
-@pytest.mark.parametrize("kind", scenes.ABSENT_KINDS)
+@pytest.mark.parametrize("kind", ABSENT_KINDS)
 def test_a_phrase_for_an_absent_thing_can_mean_nothing_in_the_scene(generated, kind):
     """A model would otherwise learn that things are absent which are plainly there."""
     phrases, wrong = [], []
     for number, scene in enumerate(generated):
         rng = np.random.default_rng([3, number])
         for _ in range(10):
-            phrase = scenes.absent_phrase(scene.things, kind, rng)
+            phrase = absent_phrase(scene.things, kind, rng)
             if phrase is not None:
                 assert phrase.kind == f"absent {kind}"
                 phrases.append(phrase.text)
@@ -318,7 +329,7 @@ def test_a_wrong_attribute_is_one_that_occurs_elsewhere_in_the_scene(generated):
     """Else a model tells absent things by words that fit nothing, without relating two words."""
     hard = total = 0
     for number, scene in enumerate(generated):
-        phrase = scenes.absent_phrase(scene.things, "attribute", np.random.default_rng([4, number]))
+        phrase = absent_phrase(scene.things, "attribute", np.random.default_rng([4, number]))
         if phrase is not None:
             words = [word for word in phrase.text.split() if word != "the"]
             noun = words[-1] if words[-1] in SHAPES else "one"

@@ -19,7 +19,7 @@ from dcris.data.images import read_image
 from dcris.data.masks import union_mask
 from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
-from dcris.data.scenes import KINDS
+from dcris.data.scene_phrases import KINDS
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
 

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from dcris.config import CLIP_MEAN, CLIP_STD
+from dcris.data import scene_phrases as language
 from dcris.data import scenes
 from dcris.data.tokenizer import TinyTokenizer
 from dcris.models.encoders.clip_text import ClipTextTower
@@ -54,10 +55,10 @@ class PatchLabels:
     """The labels of a patch, and the loss of their predictions."""
 
     classes = {  # noqa: RUF012
-        "shape": len(scenes.SHAPES),
-        "colour": len(scenes.COLOURS),
-        "texture": len(scenes.TEXTURES),
-        "size": len(scenes.SIZES),
+        "shape": len(language.SHAPES),
+        "colour": len(language.COLOURS),
+        "texture": len(language.TEXTURES),
+        "size": len(language.SIZES),
         "left": RANKS,
         "right": RANKS,
         "above": RANKS,
@@ -84,10 +85,10 @@ class PatchLabels:
         middles = ((np.arange(FINE) + 0.5) * PATCH / FINE).astype(int)
         cells = tiles.reshape(-1, PATCH, PATCH)[:, middles][:, :, middles].reshape(GRID * GRID, -1)
         names = {
-            "shape": scenes.SHAPES,
-            "colour": tuple(scenes.COLOURS),
-            "texture": scenes.TEXTURES,
-            "size": scenes.SIZES,
+            "shape": language.SHAPES,
+            "colour": tuple(language.COLOURS),
+            "texture": language.TEXTURES,
+            "size": language.SIZES,
         }
         table = {key: [options.index(getattr(thing, key)) for thing in things] for key, options in names.items()}
         ranks: dict[str, list[int]] = {key: [] for key in ("left", "right", "above", "below", "larger", "smaller")}
@@ -214,7 +215,7 @@ def phrases(rng: np.random.Generator) -> Iterator[str]:
     while True:
         things = scenes.arrange(rng)
         for thing in things:
-            yield from (phrase.text for phrase in scenes.make_phrases(things, thing, rng))
+            yield from (phrase.text for phrase in language.make_phrases(things, thing, rng))
 
 
 def pretrain_text(steps: int, batch: int, seed: int) -> ClipTextTower:
@@ -222,7 +223,7 @@ def pretrain_text(steps: int, batch: int, seed: int) -> ClipTextTower:
     torch.manual_seed(seed)
     tower, tokenizer = ClipTextTower(TINY_TEXT), TinyTokenizer.embedded()
     nn.init.normal_(tower.token_embedding.weight, std=0.3)
-    words = scenes.vocabulary()
+    words = language.vocabulary()
     reader = nn.Linear(TINY_TEXT.sentence_width, 2 * len(words))
     trained = [parameter for module in (tower, reader) for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.03)

@@ -19,7 +19,7 @@ from dcris.config import NegativesConfig
 from dcris.data.phrases import NOUNS
 from dcris.data.readers import refer_layout
 from dcris.data.readers.refer_layout import Instances
-from dcris.data.scenes import Thing, absent_phrase, read_thing
+from dcris.data.scene_phrases import Thing, absent_phrase, read_thing
 from dcris.data.table import ReferenceTable, field
 from dcris.data.wording import names_object
 from dcris.errors import DcrisError
