@@ -826,6 +826,24 @@ def test_small_files_that_claim_much_memory_are_refused(tmp_path: Path, data: by
     assert kind == "archive" or "bad.pth" in str(caught.value)
 
 
+@pytest.mark.parametrize("start", [b"", b"PK\3\4", b"\x80\2"])
+def test_a_huge_file_is_not_mapped_before_it_is_recognised(tmp_path: Path, start: bytes) -> None:
+    """Any file may be given, and under a limit on the address space mapping 20 GB fails as if the
+    memory had run out.
+    """
+    path = tmp_path / "weights.pth"
+    path.write_bytes(start)
+    os.truncate(path, 20_000_000_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 30), hard))
+    try:
+        with pytest.raises(DcrisError, match="cannot be read as weights"):
+            open_tensors(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, entry: str) -> None:
     """1.5 MB that unpack to 1.5 GB; torch never compresses."""

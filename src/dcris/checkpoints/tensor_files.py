@@ -381,16 +381,17 @@ class _Numbers(NamedTuple):
 def _mapped(file: BinaryIO) -> mmap.mmap:
     """Map the file into memory.
 
-    The map is private: writing to a tensor does not change the file.
+    The map is private: writing to a tensor does not change the file. Call it once the start of the
+    file is known to be right: the address space may be limited, and any file may come here.
     """
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, _Numbers]:
     """Read a zip file of torch.save, or of torch.jit.save with tensor names from its modules."""
-    content = _mapped(file)
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
+    content = _mapped(file)
     root = next((name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")), "")
     scripted = f"{root}constants.pkl" in entries  # only TorchScript writes this file; torch.load checks the same
 
@@ -443,8 +444,8 @@ def _views(tree: Any) -> Iterator[tuple[str, _View]]:
 
 def _read_old(file: BinaryIO) -> tuple[Any, _Numbers]:
     """Read a file of torch.save before 1.6: five pickles, then length and numbers per storage."""
-    content = _mapped(file)
-    data, at, held = content[:_MAX_PICKLE], 0, []
+    file.seek(0)
+    data, at, held = file.read(_MAX_PICKLE), 0, []
     widths: dict[str, int] = {}
     for expected in (_MAGIC, _PROTOCOL, None, None, None):
         end = end_of_pickle(data, at)
@@ -457,6 +458,7 @@ def _read_old(file: BinaryIO) -> tuple[Any, _Numbers]:
     *_, system, tree, keys = held
     if not isinstance(system, dict) or system.get("little_endian") is not (sys.byteorder == "little"):
         raise pickle.UnpicklingError("it was written on a machine with another byte order")
+    content = _mapped(file)
     places = {}
     for key in keys:
         (length,) = struct.unpack_from("<q", content, at)
