@@ -30,7 +30,7 @@ from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer
 from runs import assert_same_run, leftovers
 
-COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import-coco", "train", "evaluate", "compare"]
+COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import", "train", "evaluate", "compare"]
 COMMANDS += ["predict", "recipes", "completion"]
 JOURNAL = "dcris-journal.jsonl"
 QUICK = shlex.split(
@@ -136,7 +136,7 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))
     data, coco = folder / "shapes.jsonl", folder / "scenes/instances.json"
     image_folder = folder / "images/mscoco/images/train2014"
-    assert dcris("data", "import-coco", coco, "--images", image_folder, "--out", data, "--val", "0.2") == 0
+    assert dcris("data", "import", coco, "--images", image_folder, "--out", data, "--val", "0.2") == 0
     assert f"next: dcris data check {data}" in capsys.readouterr().out
     assert dcris("data", "check", data, "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -350,16 +350,16 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
             "is not a list of different data sets",
         ),
         ("data check DATA --dataset mixed:scenes --split-by unc", "mixed:refcoco(unc)"),
-        ("data import-coco DATA/scenes/instances.json --images DATA --out OUT.json", "out.jsonl"),
-        ("data import-coco DATA/scenes/instances.json --images EMPTY --out EMPTY/x.jsonl", "no image file"),
-        ("data import-coco ABSENT --images DATA --out DATA/x.jsonl", "is missing"),
-        ("data import-coco NOIMAGE --images DATA --out DATA/x.jsonl", "not valid JSON"),
+        ("data import DATA/scenes/instances.json --images DATA --out OUT.json", "out.jsonl"),
+        ("data import DATA/scenes/instances.json --images EMPTY --out EMPTY/x.jsonl", "no image file"),
+        ("data import ABSENT --images DATA --out DATA/x.jsonl", "is missing"),
+        ("data import NOIMAGE --images DATA --out DATA/x.jsonl", "not valid JSON"),
         (
-            "data import-coco DATA/scenes/instances.json --images DATA --out DATA/x.jsonl --val 1",
+            "data import DATA/scenes/instances.json --images DATA --out DATA/x.jsonl --val 1",
             "at least 0 and below 1",
         ),
         (
-            "data import-coco DATA/scenes/instances.json --images DATA --out DATA/x.jsonl --val much",
+            "data import DATA/scenes/instances.json --images DATA --out DATA/x.jsonl --val much",
             "at least 0 and below 1",
         ),
         ("data scenes OUT --train -1", "-1"),

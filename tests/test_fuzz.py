@@ -447,7 +447,7 @@ FORMATS = (
     *(
         Format(
             *(f"imported {file}", export, file, spoils),
-            f"data import-coco SET/coco.json --phrases SET/{phrases} {_IMPORT}",
+            f"data import SET/coco.json --phrases SET/{phrases} {_IMPORT}",
         )
         for file, phrases, spoils in _IMPORTED
     ),

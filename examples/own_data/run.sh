@@ -12,7 +12,7 @@ dcris() { "$python" -m dcris "$@"; }
 echo "== 1. The data: images, a COCO export, and expressions."
 rm -rf "$work/pictures" "$work/things.jsonl"
 "$python" "$here/make_pictures.py" "$work" ${2+"$2"}
-dcris data import-coco "$work/instances.json" --images "$work/pictures" --phrases "$work/phrases.json" --val 0.25 \
+dcris data import "$work/instances.json" --images "$work/pictures" --phrases "$work/phrases.json" --val 0.25 \
   --out "$work/things.jsonl"
 dcris data check "$work/things.jsonl" --deep
 

@@ -1,7 +1,8 @@
-"""`dcris data`: download, check, generate and import data sets."""
+"""`dcris data`: download, check, generate, import and export data sets."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from dcris.utils.streams import is_terminal, note
 
 def add(commands: Any) -> None:
     """Add the parsers of the commands in this file."""
-    data = commands.add_parser("data", help="download, check, generate and import data sets", allow_abbrev=False)
+    data = commands.add_parser(
+        "data", help="download, check, generate, import and export data sets", allow_abbrev=False
+    )
     add_data = adder(data.add_subparsers(title="commands", metavar="COMMAND", required=True), "dcris data ")
     fetch = add_data(
         "fetch",
@@ -54,43 +57,56 @@ def add(commands: Any) -> None:
         "--seed", type=natural, default=0, help="random seed; the same seed gives the same files (default: %(default)s)"
     )
     scenes.add_argument("--side", type=natural, default=112, help="side of the images in pixels (default: %(default)s)")
-    coco = add_data(
-        "import-coco",
-        _data_import_coco,
-        "convert COCO annotations to your own data set in JSON Lines",
-        "instances.json --images photos --out my.jsonl",
-        "The expression of an object is its own phrase, or its category's name if no other object of the image has that "
-        "category.",
+    load = add_data(
+        "import",
+        _data_import,
+        "convert the export of an annotation tool to your own data set in JSON Lines",
+        "export.json --images photos --out my.jsonl",
+        "The phrases of an object are its own, or its category's name if no other object of the image has that category.",
     )
-    coco.add_argument(
-        "annotations", type=Path, metavar="INSTANCES.json", help="COCO file, as annotation tools export it"
+    load.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help="what the annotation tool exported")
+    load.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the images, found by their path or, below it, by their name (default: the folder of the export)",
     )
-    coco.add_argument(
-        "--images", type=Path, required=True, metavar="FOLDER", help="folder that the file names are relative to"
+    load.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write, beside or above the images")
+    load.add_argument(
+        "--format", metavar="NAME", help="format of the export (default: recognised); the page Own data lists them"
     )
-    coco.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write, beside or above the images"
+    load.add_argument(
+        "--phrases", type=Path, metavar="FILE", help="JSON or CSV file of phrases by annotation or category name"
     )
-    coco.add_argument(
-        "--phrases", type=Path, metavar="FILE", help="JSON or CSV file of phrases by annotation id or category name"
+    load.add_argument(
+        "--write-phrases",
+        type=Path,
+        metavar="FILE.csv",
+        help="in place of --out: list the objects that need a phrase, to fill in and give back with --phrases",
     )
-    coco.add_argument(
-        "--val", type=share, default=0.1, metavar="SHARE", help="share of the images for val (default: %(default)s)"
+    load.add_argument(
+        "--ambiguous",
+        choices=("ask", "drop", "keep", "merge", "place"),
+        default="ask",
+        help="phrases that fit several objects of an image: drop them; keep them; merge: one expression for all of these "
+        "objects; place: replace them by generated phrases, such as 'left cup', where these are clear; ask in a terminal, and "
+        "drop elsewhere (default: %(default)s)",
     )
-    coco.add_argument(
+    load.add_argument(
+        "--val",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the images for val if the export has no split train (default: %(default)s)",
+    )
+    load.add_argument(
         "--seed", type=natural, default=0, help="random seed for the choice of these images (default: %(default)s)"
     )
-    coco.add_argument("--split", metavar="NAME", help="put all references into this split")
-    coco.add_argument(
-        "--ambiguous",
-        choices=("skip", "keep"),
-        default="skip",
-        help="phrases that fit several objects (default: %(default)s)",
-    )
-    coco.add_argument(
+    load.add_argument("--split", metavar="NAME", help="put all references into this split")
+    load.add_argument(
         "--crowds", choices=("skip", "keep"), default="skip", help="annotations with iscrowd (default: %(default)s)"
     )
-    coco.add_argument(
+    load.add_argument(
         "--strict", action="store_true", help="stop at the first annotation that has no mask or cannot be used"
     )
 
@@ -169,21 +185,43 @@ def _data_scenes(args: argparse.Namespace) -> None:
     log(f"{args.out}: {made} scenes; next: dcris data check {argument(args.out)} --dataset scenes")
 
 
-def _data_import_coco(args: argparse.Namespace) -> None:
-    from dcris.data.import_coco import import_coco
+def _data_import(args: argparse.Namespace) -> None:
+    from dcris.data.importer import import_annotations, list_without_phrase
 
-    done = import_coco(
-        args.annotations,
-        args.images,
-        args.out,
-        phrases=args.phrases,
-        split=args.split,
-        val=args.val,
-        seed=args.seed,
-        keep_ambiguous=args.ambiguous == "keep",
-        keep_crowds=args.crowds == "keep",
-        strict=args.strict,
-    )
+    if (args.out is None) == (args.write_phrases is None):
+        raise DcrisError("give --out FILE.jsonl for the data set, or --write-phrases FILE.csv for a list of objects")
+    common = {"images": args.images, "format": args.format, "phrases": args.phrases, "strict": args.strict}
+    if args.write_phrases is not None:
+        done = list_without_phrase(args.source, args.write_phrases, **common)
+        text = (
+            f"{args.write_phrases}: {done.listed:,} objects need a phrase; fill in the last column, then repeat the command "
+            f"with --phrases {argument(args.write_phrases)} and --out"
+        )
+    else:
+        done = import_annotations(
+            args.source,
+            args.out,
+            split=args.split,
+            val=args.val,
+            seed=args.seed,
+            ambiguous=_ask if args.ambiguous == "ask" else args.ambiguous,
+            keep_crowds=args.crowds == "keep",
+            **common,
+        )
+        text = f"{args.out}: {done}; next: dcris data check {argument(args.out)}"
     for problem in done.problems:
         log(f"skipped: {problem}")
-    log(f"{args.out}: {done}; next: dcris data check {argument(args.out)}")
+    log(text)
+
+
+def _ask(count: int, example: str) -> str:
+    """Ask in a terminal what to do with ambiguous phrases; elsewhere they are dropped."""
+    from dcris.data.importer import AMBIGUOUS
+
+    if not (is_terminal() and sys.stdin.isatty()):
+        return "drop"
+    note(f"{count:,} objects have only phrases that fit other objects of their image, too, such as {example}.")
+    note("drop: leave them out; keep: use the phrases for each; merge: one expression for all; place: generate phrases")
+    while (answer := input("drop, keep, merge or place? [drop] ").strip().lower() or "drop") not in AMBIGUOUS:
+        note(f"{answer!r} is none of them")
+    return answer

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
+from dcris.data.table import shown
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
 
@@ -191,8 +192,11 @@ def _outline_length(polygon: Any, number: int, size: tuple[int, int]) -> float:
         raise DcrisError(f"polygon {number} is not a list of x, y pairs with at least 3 corners")
     longest = max(size)
     # A corner may lie outside the image by up to the longer side. NaN fails the comparison, too.
-    if not all(type(value) in (int, float) and -longest <= value <= 2 * longest for value in polygon):
-        raise DcrisError(f"polygon {number} has a corner that is not a number or lies far outside the image")
+    for value in polygon:
+        if not (type(value) in (int, float) and -longest <= value <= 2 * longest):
+            raise DcrisError(
+                f"polygon {number} has a corner that is not a number or lies far outside the image: {shown(value)}"
+            )
     corners = np.array(polygon, np.float64).reshape(-1, 2)
     return float(np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum())
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,9 @@ def _alone(objects: tuple[_T, ...]) -> _T | tuple[_T, ...]:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """A lone surrogate, which JSON can contain ("\\ud83d") but which cannot be encoded as UTF-8."""
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+
 _TYPE_NAMES = {int: "an integer", str: "text", list: "a list", bytes: "bytes", bool: "true or false"}
 
 
@@ -141,11 +145,21 @@ def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
         raise bad(path, f"{where} has no '{key}'")
     value = record[key]
     if type(value) is not kind:
-        found = "NaN" if type(value) is float and math.isnan(value) else type(value).__name__
+        found = "NaN" if type(value) is float and math.isnan(value) else f"{type(value).__name__} ({shown(value)})"
         raise bad(path, f"{where} has a '{key}' that is not {_TYPE_NAMES[kind]} but {found}")
     if isinstance(value, int) and abs(value) >= 1 << 63:  # Python refuses to print an int of thousands of digits
         raise bad(path, f"{where} has a '{key}' of more than 64 bits")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a value of unknown origin for an error message: its start and its end, escaped."""
+    return _SHORT.repr(value)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether text can be encoded as UTF-8: it has no lone surrogate."""
+    return _SURROGATE.search(text) is None
 
 
 def bad(path: Path, problem: str) -> DcrisError:
@@ -175,8 +189,8 @@ def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str
     leads_out = slashed.startswith("/") or ".." in parts or PureWindowsPath(*parts).drive
     # The operating system raises other errors for longer names than for missing files.
     unusable = len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in parts)
-    if not parts or leads_out or unusable or "\0" in name or _SURROGATE.search(name):
-        raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder")
+    if not parts or leads_out or unusable or "\0" in name or not is_utf8(name):
+        raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder: {shown(name)}")
     return "/".join(parts)
 
 
@@ -197,7 +211,7 @@ def check_text(text: str, path: Path, where: str, key: str) -> str:
     """Return `text` unchanged. Raises DcrisError if it is blank or cannot be encoded as UTF-8."""
     if not text.strip():
         raise bad(path, f"{where} has a blank '{key}'")
-    if _SURROGATE.search(text):
+    if not is_utf8(text):
         raise bad(path, f"{where} has a '{key}' that is not valid Unicode text: {text!r}")
     return text
 

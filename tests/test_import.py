@@ -1,9 +1,11 @@
-"""`dcris data import-coco`: exports of annotation tools become references; annotations that cannot
-are counted.
+"""`dcris data import`: exports of annotation tools become references; annotations that cannot are
+counted. COCO is the example; tests/test_tools.py has the other formats.
 """
 
+import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.data.check import check_dataset
-from dcris.data.import_coco import ImportResult, import_coco
+from dcris.data.importer import ImportResult, import_annotations, list_without_phrase
 from dcris.data.masks import decode_mask, encode_mask, union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
@@ -65,7 +67,8 @@ class Export:
             file = self.folder / ("phrases.csv" if isinstance(phrases, str) else "phrases.json")
             file.write_text(phrases if isinstance(phrases, str) else json.dumps(phrases), encoding="utf-8")
             settings["phrases"] = file
-        done = import_coco(self.folder / "coco.json", self.folder / "photos", out, **{"val": 0.0} | settings)
+        settings = {"images": self.folder / "photos", "val": 0.0} | settings
+        done = import_annotations(self.folder / "coco.json", out, **settings)
         return load_references(out, None), done
 
 
@@ -88,7 +91,7 @@ def test_category_names_are_phrases_where_they_mean_one_object(export: Export) -
     assert [item.category for item in table.references] == ["cup", "dog", "dog"]
     for item, mask in zip(table.references, (MASK, MASK, np.ones((H, W))), strict=True):
         np.testing.assert_array_equal(union_mask(item.segmentations, (H, W)), mask)
-    table, done = export.load(keep_ambiguous=True)
+    table, done = export.load(ambiguous="keep")
     assert [phrases for number, phrases in said(table) if number == 2] == [["cup"], ["cup"]]
     assert done.left_out == ""
 
@@ -99,7 +102,7 @@ def test_crowds_are_left_out_but_count_for_ambiguity(export: Export) -> None:
     table, done = export.load()
     assert said(table) == [(1, ["cup"]), (1, ["dog"])]
     assert (done.crowds, done.ambiguous) == (1, 3)
-    table, done = export.load(keep_crowds=True, keep_ambiguous=True)
+    table, done = export.load(keep_crowds=True, ambiguous="keep")
     assert (len(table.references), done.crowds) == (6, 0)
 
 
@@ -139,7 +142,7 @@ def test_an_annotation_s_own_phrase_comes_first(export: Export) -> None:
 def test_phrases_from_a_file(export: Export) -> None:
     """Precedence: phrases by annotation id, the annotation's own, phrases by category.
 
-    Other annotations have none.
+    Other annotations have none, unless the file has phrases of annotations only.
     """
     export.content["annotations"][1]["phrase"] = "the brown dog"
     export.content["annotations"][4]["phrase"] = "the black dog"
@@ -154,6 +157,9 @@ def test_phrases_from_a_file(export: Export) -> None:
     table, done = export.load({"dog": "a dog"})
     assert said(table) == [(1, ["the brown dog"]), (3, ["the black dog"])]
     assert done.without_phrase == 3
+    table, done = export.load({"13": "left cup"})
+    assert [phrases for _, phrases in said(table)] == [["cup"], ["the brown dog"], ["left cup"], ["the black dog"]]
+    assert done.ambiguous == 1
 
 
 def test_one_phrase_for_two_categories_fits_both(export: Export) -> None:
@@ -173,10 +179,10 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
         ["11", "", "кубок"],
     ]
     table, done = export.load("\r\n".join(mark.join(row) for row in rows))
-    assert said(table) == [(1, ['the "blue" cup', "кубок"])]
-    assert done.without_phrase == 4
+    assert said(table) == [(1, ['the "blue" cup', "кубок"]), (1, ["dog"]), (3, ["dog"])]
+    assert done.ambiguous == 2
     table, _ = export.load(f"sep={mark}\nannotation{mark}phrase\n11.0{mark}a cup\n")  # as Excel and pandas write them
-    assert said(table) == [(1, ["a cup"])]
+    assert said(table)[0] == (1, ["a cup"])
     table, _ = export.load(f"category{mark}phrase\n7{mark}dot\ncup{mark}a cup\n")
     assert said(table) == [(1, ["a cup"])]
 
@@ -193,9 +199,9 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
         ("id,text\n1,x", "header is neither"),
         ("annotation\n11", "header is neither"),
         ("", "header is neither"),
-        ("annotation,phrase\n11,x\n12,y\n99,x", "row 4, with the annotation '99', is not in the COCO file"),
-        ("annotation,phrase\ncup,x", "row 2, with the annotation 'cup', is not in the COCO file"),
-        ("category,phrase\n11,x", "row 2, with the category '11', is not in the COCO file"),
+        ("annotation,phrase\n11,x\n12,y\n99,x", "row 4, with the annotation '99', is not in the export"),
+        ("annotation,phrase\ncup,x", "row 2, with the annotation 'cup', is not in the export"),
+        ("category,phrase\n11,x", "row 2, with the category '11', is not in the export"),
         ('annotation,phrase\n11,"' + "x" * 200_000 + '"', "not CSV"),
     ],
 )
@@ -210,10 +216,10 @@ def test_an_ambiguous_key_is_refused(export: Export) -> None:
     """Category names may be numbers; the CSV header tells ids and names apart."""
     for number, record in enumerate(export.content["annotations"], 5):
         record["id"] = number
-    with pytest.raises(DcrisError, match="'7' is both the id of an annotation and the name of a category"):
+    with pytest.raises(DcrisError, match="'7' is both an annotation and a category"):
         export.load({"7": "x"})
     table, _ = export.load("annotation,phrase\n7,x\n")
-    assert said(table) == [(2, ["x"])]
+    assert (2, ["x"]) in said(table)
 
 
 def _set(place: tuple[Any, ...], value: Any) -> Any:
@@ -252,7 +258,8 @@ FIRST = ("annotations", 0)
         (_set((*FIRST, "caption"), 5), "annotation 11 has a 'caption' that is neither text"),
         (_set((*FIRST, "phrase"), " "), "annotation 11 has a blank 'phrase'"),
         (_set(("categories", 0, "name"), ""), "category 1 has a blank 'name'"),
-        (_set(("images", 0, "file_name"), "../photos/1.png"), "image 1 has a 'file_name' that is not a plain path"),
+        (_set(("images", 0, "file_name"), "../../etc/passwd"), "no image file '../../etc/passwd' in .*photos"),
+        (_set(("images", 0, "file_name"), 7), r"image 1 has a 'file_name' that is not text but int \(7\)"),
         (_set(("images", 0, "file_name"), "none.png"), "no image file .*none.png"),
         (_set(("images", 0, "height"), W), r"1.png is 8 x 12 pixels .* says 12 x 12, so its masks do not fit"),
         (_set(("annotations",), [1] * 20_000), "20,000 entries of 'annotations' are not objects"),
@@ -285,14 +292,14 @@ def test_the_first_ten_problems_are_named(export: Export) -> None:
     for _ in range(3):
         export.add(5, DOT)
     export.content["images"].append({"id": 5, "file_name": "none.png", "height": H, "width": W})
-    _, done = export.load(keep_ambiguous=True)
+    _, done = export.load(ambiguous="keep")
     assert (done.unusable, len(done.problems)) == (15, 10)
     assert "15 that cannot be used" in str(done)
     export.content["annotations"] = export.content["annotations"][-3:]
     with pytest.raises(
         DcrisError, match=r"3 that cannot be used; the first problem: there is no image file .*none\.png"
     ):
-        export.load(keep_ambiguous=True)
+        export.load(ambiguous="keep")
 
 
 POINTS = [[2, 1], [9, 1], [9, 4], [2, 4]]
@@ -356,9 +363,9 @@ def test_two_annotations_of_one_id(export: Export) -> None:
     export.content["annotations"][1]["id"] = 11
     assert len(export.load(strict=True)[0].references) == 3
     table, done = export.load({"11": "it", "13": "the left cup"})
-    assert said(table) == [(2, ["the left cup"])]
+    assert said(table) == [(2, ["the left cup"]), (3, ["dog"])]
     assert done.unusable == 2
-    assert "two different entries of 'annotations' have the id 11" in done.problems[0]
+    assert "two annotations have the id 11, and the phrase file gives it a phrase" in done.problems[0]
 
 
 def test_a_disk_that_is_full_leaves_nothing(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,16 +384,16 @@ def test_paths_are_relative_to_the_written_file(export: Export, monkeypatch: pyt
     export.load()
     assert json.loads((export.folder / "my.jsonl").read_text().splitlines()[0])["image"] == "photos/1.png"
     coco, photos = export.folder / "coco.json", export.folder / "photos"
-    import_coco(coco, photos, photos / "beside.jsonl")
+    import_annotations(coco, images=photos, out=photos / "beside.jsonl")
     assert json.loads((photos / "beside.jsonl").read_text().splitlines()[0])["image"] == "1.png"
     monkeypatch.chdir(photos)
-    import_coco(coco, Path("../photos"), Path("../relative.jsonl"), val=0)
+    import_annotations(coco, Path("../relative.jsonl"), images=Path("../photos"), val=0)
     assert (export.folder / "relative.jsonl").read_bytes() == (export.folder / "my.jsonl").read_bytes()
     (export.folder / "elsewhere").mkdir()
     with pytest.raises(DcrisError, match="not below"):
-        import_coco(coco, photos, export.folder / "elsewhere/my.jsonl")
+        import_annotations(coco, images=photos, out=export.folder / "elsewhere/my.jsonl")
     (export.folder / "elsewhere/link").symlink_to(photos)
-    import_coco(coco, export.folder / "elsewhere/link", export.folder / "elsewhere/my.jsonl")
+    import_annotations(coco, export.folder / "elsewhere/my.jsonl", images=export.folder / "elsewhere/link")
     assert len(load_references(export.folder / "elsewhere/my.jsonl", None).references) == 3
 
 
@@ -396,13 +403,13 @@ def test_existing_files_are_not_overwritten(export: Export) -> None:
     coco, photos, out = export.folder / "coco.json", export.folder / "photos", export.folder / "my.jsonl"
     before = out.read_bytes()
     with pytest.raises(DcrisError, match="exists already"):
-        import_coco(coco, photos, out)
+        import_annotations(coco, images=photos, out=out)
     with pytest.raises(DcrisError, match=r"change it to .*my\.jsonl"):
-        import_coco(coco, photos, export.folder / "my.json")
+        import_annotations(coco, images=photos, out=export.folder / "my.json")
     with pytest.raises(DcrisError, match="no folder"):
-        import_coco(coco, export.folder / "images", export.folder / "new.jsonl")
+        import_annotations(coco, export.folder / "new.jsonl", images=export.folder / "images")
     with pytest.raises(DcrisError, match="--split is blank"):
-        import_coco(coco, photos, export.folder / "new.jsonl", split=" ")
+        import_annotations(coco, images=photos, out=export.folder / "new.jsonl", split=" ")
     assert out.read_bytes() == before
     assert not (export.folder / "new.jsonl").exists()
 
@@ -421,7 +428,7 @@ def test_splits_go_by_image(
     export.content["annotations"] = []
     for image_id, category_id in objects:
         export.add(image_id, category_id)
-    table, done = export.load(val=val, seed=seed, keep_ambiguous=True)
+    table, done = export.load(val=val, seed=seed, ambiguous="keep")
     text = (export.folder / "my.jsonl").read_bytes()
     images = {split: {item.image_id for item in table.references if item.split == split} for split in ("train", "val")}
     count = len({image_id for image_id, _ in objects})
@@ -429,7 +436,7 @@ def test_splits_go_by_image(
     assert images["train"]
     assert len(images["val"]) == (min(max(1, round(val * count)), count - 1) if val else 0)
     assert len(table.references) == len(objects) == sum(done.splits.values())
-    export.load(val=val, seed=seed, keep_ambiguous=True)
+    export.load(val=val, seed=seed, ambiguous="keep")
     assert (export.folder / "my.jsonl").read_bytes() == text
 
 
@@ -442,7 +449,9 @@ def test_what_is_no_regular_file_is_named(export: Export, name: str) -> None:
     os.mkfifo(export.folder / name)
     coco, phrases = export.folder / "coco.json", export.folder / name if "phrases" in name else None
     with pytest.raises(DcrisError, match="it is a pipe"):
-        import_coco(coco, export.folder / "photos", export.folder / "my.jsonl", phrases=phrases, strict=True)
+        import_annotations(
+            coco, export.folder / "my.jsonl", images=export.folder / "photos", phrases=phrases, strict=True
+        )
 
 
 def test_a_split_by_name(export: Export) -> None:
@@ -456,11 +465,197 @@ def test_a_split_by_name(export: Export) -> None:
     assert load_references(export.folder / "both.jsonl", None).splits() == {"train": (3, 3), "test": (3, 3)}
 
 
+def _boxes(export: Export, *lefts: int) -> None:
+    """Give image 1 one cup for each left side, each 2 pixels wide, and no other annotation."""
+    export.content["annotations"] = []
+    for left in lefts:
+        export.add(1, CUP, [[left, 2, left + 2, 2, left + 2, 6, left, 6]])
+
+
+def test_one_expression_for_all_objects_of_a_phrase(export: Export) -> None:
+    """`merge`: "cup" describes all cups of the image, as in generalised data sets."""
+    _boxes(export, 0, 4, 8)
+    export.content["annotations"][1]["expressions"] = ["the cup in between"]
+    export.add(1, DOG, RUNS)
+    table, done = export.load(ambiguous="merge")
+    assert said(table) == [(1, ["cup"]), (1, ["the cup in between"]), (1, ["dog"])]
+    assert [len(item.segmentations) for item in table.references] == [2, 1, 1]
+    assert done.left_out == ""
+    export.content["annotations"][2]["segmentation"] = []
+    table, done = export.load(ambiguous="merge")
+    assert said(table) == [(1, ["the cup in between"]), (1, ["dog"])]
+    assert (done.ambiguous, done.without_mask) == (1, 1)
+
+
+def test_generated_phrases_tell_objects_apart(export: Export) -> None:
+    """`place`: only where the boxes decide it clearly, as for photographs."""
+    _boxes(export, 0, 9)
+    table, done = export.load(ambiguous="place")
+    left, right = ([each.text for each in item.expressions] for item in table.references)
+    assert all("left" in text and "cup" in text for text in left)
+    assert all("right" in text and "cup" in text for text in right)
+    assert 0 < len(left) <= 4
+    _boxes(export, 4, 4)
+    export.add(2, DOG)
+    table, done = export.load(ambiguous="place")
+    assert (said(table), done.ambiguous) == ([(2, ["dog"])], 2)
+    _boxes(export, 0, 9)
+    export.add(1, CUP, [])  # a box without a mask may be anywhere
+    export.add(2, DOG)
+    assert export.load(ambiguous="place")[1].ambiguous == 2
+
+
+def test_what_is_ambiguous_can_be_asked(export: Export) -> None:
+    """The question has a number and an example; without ambiguous phrases there is none."""
+    asked: list[tuple[int, str]] = []
+
+    def choose(count: int, example: str) -> str:
+        asked.append((count, example))
+        return "keep"
+
+    assert len(export.load(ambiguous=choose)[0].references) == 5
+    assert asked == [(2, "'cup' in '2.png'")]
+    _boxes(export, 0)
+    export.load(ambiguous=choose)
+    assert len(asked) == 1
+
+
+def test_own_phrases_of_two_objects_are_ambiguous_too(export: Export) -> None:
+    """Somebody typed the same words twice; nothing says which object they mean."""
+    for record in export.content["annotations"][2:4]:
+        record["phrase"] = "left cup"
+    assert export.load()[1].ambiguous == 2
+    export.content["annotations"][3]["phrase"] = ["Left cup ", "the right cup"]
+    table, done = export.load()
+    assert (2, ["the right cup"]) in said(table)
+    assert done.ambiguous == 1
+
+
+def test_objects_without_a_phrase_are_listed_and_taken_back(export: Export) -> None:
+    """Two calls and a spreadsheet: what has a phrase is not listed, and what is listed gets one."""
+    export.add(4, DOG)
+    del export.content["annotations"][5]["category_id"]
+    (export.folder / "coco.json").write_text(json.dumps(export.content))
+    todo = export.folder / "todo.csv"
+    arguments = (export.folder / "coco.json", todo)
+    done = list_without_phrase(*arguments, images=export.folder / "photos")
+    assert done.listed == 3
+    rows = list(csv.DictReader(todo.read_text().splitlines()))
+    assert [(row["annotation"], row["image"], row["category"]) for row in rows] == [
+        ("13", "2.png", "cup"),
+        ("14", "2.png", "cup"),
+        ("16", "4.png", ""),
+    ]
+    assert {row["box"] for row in rows} == {"2 1 7 3"}
+    assert {row["phrase"] for row in rows} == {""}
+    with pytest.raises(DcrisError, match="exists already, perhaps with phrases"):
+        list_without_phrase(*arguments)
+    phrases = [f"number {row['annotation']}" for row in rows]
+    todo.write_text(
+        "annotation;phrase\n"
+        + "".join(f"{row['annotation']};{text}\n" for row, text in zip(rows, phrases, strict=True))
+    )
+    out = export.folder / "my.jsonl"
+    done = import_annotations(export.folder / "coco.json", out, images=export.folder / "photos", phrases=todo)
+    assert done.left_out == ""
+    assert [text for _, (text,) in said(load_references(out, None))] == ["cup", "dog", *phrases[:2], "dog", phrases[2]]
+    todo.unlink()
+    export.content["annotations"][2]["id"] = "=1+1"
+    (export.folder / "coco.json").write_text(json.dumps(export.content))
+    list_without_phrase(*arguments)
+    assert "=1" not in todo.read_text()  # an entry without an id is named by its place
+
+
+@pytest.mark.parametrize(
+    "name", ["../../media/upload/1/0a1b2c3d-1.png", "images\\0a1b2c3d-1.png", "/data/1.png", "C:\\x\\1.png"]
+)
+def test_images_are_found_by_their_names(export: Export, name: str) -> None:
+    """Label Studio's COCO export names images by their place on its server."""
+    export.content["images"][0]["file_name"] = name
+    table, _ = export.load(strict=True)
+    assert said(table)[0] == (1, ["cup"])
+    shutil.move(export.folder / "photos", export.folder / "deep/er")
+    (export.folder / "my.jsonl").unlink()
+    import_annotations(export.folder / "coco.json", export.folder / "my.jsonl", strict=True)
+    assert json.loads((export.folder / "my.jsonl").read_text().splitlines()[0])["image"] == "deep/er/1.png"
+
+
+def test_images_of_one_name_are_told_apart_by_folder(export: Export) -> None:
+    """Otherwise the masks of one image would be learnt on another."""
+    for folder in ("a", "b"):
+        (export.folder / "photos" / folder).mkdir()
+        shutil.copy(export.folder / "photos/1.png", export.folder / "photos" / folder / "9.png")
+    export.content["images"][0]["file_name"] = "/somewhere/b/9.png"
+    table, _ = export.load(strict=True)
+    assert table.references[0].image_path == export.folder / "photos/b/9.png"
+    export.content["images"][0]["file_name"] = "9.png"
+    with pytest.raises(DcrisError, match=r"'9.png' may be .*a/9.png or .*b/9.png; give the folder"):
+        export.load(strict=True)
+
+
+def test_links_that_lead_out_are_the_user_s_own(export: Export, tmp_path: Path) -> None:
+    """A name in the file never reaches an image above the folder."""
+    shutil.copy(export.folder / "photos/1.png", tmp_path / "secret.png")
+    export.content["images"][0]["file_name"] = "../../secret.png"
+    with pytest.raises(DcrisError, match=r"no image file '\.\./\.\./secret\.png'"):
+        export.load(strict=True)
+
+
+def test_masks_of_cvat_are_no_crowds(export: Export) -> None:
+    """CVAT exports each brush mask as a crowd, with its attributes."""
+    runs = {"size": [H, W], "counts": [17, 3, 5, 3, 5, 3, 5, 3, 5, 3, 5, 3, 5, 3, 28]}
+    export.add(4, DOG, runs, iscrowd=1, attributes={"occluded": False, "phrase": "the brown dog"})
+    export.add(4, CUP, runs, iscrowd=1, attributes={"occluded": False})
+    table, done = export.load(strict=True)
+    assert said(table)[-2:] == [(4, ["the brown dog"]), (4, ["cup"])]
+    np.testing.assert_array_equal(decode_mask(table.references[-1].segmentations[0], (H, W)), MASK)
+    assert done.crowds == 0
+
+
+def test_a_folder_with_a_file_for_each_split(export: Export) -> None:
+    """As Roboflow exports it: identifiers are unique in a file only, and the splits are kept."""
+    for split, images in (("train", [1, 2]), ("valid", [3])):
+        (export.folder / split).mkdir()
+        content = {**export.content, "images": [each for each in export.content["images"] if each["id"] in images]}
+        content["annotations"] = [each for each in export.content["annotations"] if each["image_id"] in images]
+        (export.folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+        for number in images:
+            shutil.copy(export.folder / f"photos/{number}.png", export.folder / split / f"{number}.png")
+    (export.folder / "package.json").write_text('{"name": "x"}')
+    shutil.rmtree(export.folder / "photos")
+    out = export.folder / "my.jsonl"
+    done = import_annotations(export.folder, out, ambiguous="keep", strict=True)
+    assert done.splits == {"train": 4, "val": 1}
+    first = json.loads(out.read_text().splitlines()[0])
+    assert (first["image"], first["annotation"]) == ("train/1.png", "train/_annotations.coco.json#11")
+    assert check_dataset(out, None).problem_count == 0
+    out.unlink()
+    assert import_annotations(export.folder, out, split="test", strict=True).splits == {"test": 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: folder / "none", "the annotation file is missing: there is no file or folder .*none"),
+        (lambda folder: folder / "photos", "photos has no file of a known format; .*: coco"),
+        (lambda folder: folder / "other.json", "the format of .*other.json is unknown; .*: coco"),
+    ],
+)
+def test_unknown_formats_are_refused(export: Export, make: Any, sentence: str) -> None:
+    (export.folder / "other.json").write_text('{"a": 1}')
+    with pytest.raises(DcrisError, match=sentence):
+        import_annotations(make(export.folder), export.folder / "my.jsonl")
+    with pytest.raises(DcrisError, match="there is no format 'cocoa'; choose from coco"):
+        import_annotations(export.folder / "other.json", export.folder / "my.jsonl", format="cocoa")
+    with pytest.raises(DcrisError, match="has no 'annotations'"):
+        import_annotations(export.folder / "other.json", export.folder / "my.jsonl", format="coco")
+
+
 def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
     """COCO's own annotations: objects of several polygons, crowds, thousands of objects."""
     out = tmp_path / "coco.jsonl"
     (tmp_path / "photos").symlink_to(refer_root / "images/mscoco/images/train2014")
-    done = import_coco(refer_root / "cocomini/instances.json", tmp_path / "photos", out)
+    done = import_annotations(refer_root / "cocomini/instances.json", out, images=tmp_path / "photos")
     assert (done.crowds, sum(done.splits.values()) + done.ambiguous) == (49, 4624 - 49)
     table = load_references(out, None)
     content = json.loads((refer_root / "cocomini/instances.json").read_text())
