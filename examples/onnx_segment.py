@@ -24,7 +24,10 @@ def load(folder):
     return json.loads((Path(folder) / "model.json").read_text(encoding="utf-8")), *graphs
 
 
-def tokenize(phrases, length, kind, start, end, words=(), bucket=0, buckets=0):
+QUOTED = r"""^(["'`])((?:(?!\1).|(?<=\w)\1(?=\w))+)\1$"""
+
+
+def tokenize(phrases, length, strip, kind, start, end, words=(), bucket=0, buckets=0):
     """Return token ids [B, length] int64: start, ids of the phrase, end, zeros."""
     if kind == "clip":
         from instant_clip_tokenizer import Tokenizer
@@ -36,27 +39,35 @@ def tokenize(phrases, length, kind, start, end, words=(), bucket=0, buckets=0):
         for _ in range(2):  # long numbers ("&#999...") are cut: int() refuses more than 4300 digits
             text = html.unescape(re.sub(r"(?<=&#)0*([0-9]{1,20})[0-9]*", r"\1", text))
         text = " ".join(text.split()).lower()
+        for _ in range(2 * strip):  # without quotes around the phrase and a full stop at its end
+            text = re.sub(QUOTED, r"\2", re.sub(r"(?<!\.)\.$", "", text).strip()).strip() or text
         if kind == "clip":
             ids = encode(text)
         else:  # tiny towers: known words have ids, other words share the hash buckets
             ids = [words.get(w) or bucket + zlib.crc32(w.encode()) % buckets for w in re.findall(r"\w+|[^\w\s]", text)]
         row[: len(ids) + 2] = [start, *ids[: length - 2], end]
+        if len(ids) > length - 2:
+            print(f"{phrase!r} is longer than the model reads; its end is ignored", file=sys.stderr)
     return rows
 
 
 def segment(model, images, phrases):
     """Return masks [phrases, H, W] bool of each image [H, W, 3] uint8, and the probabilities of
-    presence [images, phrases], or None."""
+    presence [images, phrases], or None. The mask of what is probably not there is empty."""
     settings, fit, text, image = model
     squares, rows, columns = zip(*(fit.run(None, {"photograph": each}) for each in images), strict=True)
-    words = text.run(None, {"tokens": tokenize(phrases, settings["word_length"], **settings["tokenizer"])})
+    tokens = tokenize(phrases, settings["word_length"], settings["strip_phrases"], **settings["tokenizer"])
+    words = text.run(None, {"tokens": tokens})
     # One row per pair of an image and a phrase; image_index is the image of each row.
     inputs = {"images": np.stack(squares), "image_index": np.repeat(np.arange(len(images)), len(phrases))}
     inputs |= {n: np.concatenate([v] * len(images)) for n, v in zip(("f_t", "f_s", "padding"), words, strict=True)}
     logits, *present = image.run(None, inputs)  # presence: of models with a presence head
     maps = (1 / (1 + np.exp(-logits))).reshape(len(images), len(phrases), *logits.shape[2:])
     masks = [up @ each @ across > settings["threshold"] for up, each, across in zip(rows, maps, columns, strict=True)]
-    return masks, present[0].reshape(len(images), -1) if present else None
+    if not present:
+        return masks, None
+    present = present[0].reshape(len(images), -1)
+    return [each & (p[:, None, None] >= 0.5) for each, p in zip(masks, present, strict=True)], present
 
 
 def read(file):

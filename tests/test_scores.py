@@ -146,7 +146,7 @@ def test_a_model_without_the_head_has_no_presence(trained_run: Path) -> None:
 @pytest.mark.parametrize(
     ("minima", "message"),
     [
-        *(({"min_score": value}, "minimum score") for value in (-0.1, 1.1, float("nan"), "0.5", None, True)),
+        *(({"min_score": value}, "minimum score") for value in (-0.1, 1.1, float("nan"), "0.5", True)),
         *(({"min_area": value}, "minimum area") for value in (-1, 0.5, "5", None, True)),
     ],
 )
@@ -161,7 +161,7 @@ def test_the_command_says_what_it_left_out(
 ) -> None:
     """A user who finds an empty mask can tell why, and at which probability."""
     Image.fromarray(picture()).save(tmp_path / "a.png")
-    plain = segmenter.predict(picture(), PHRASES)
+    plain = segmenter.predict(picture(), PHRASES, min_score=0)
     low, high = min(plain, key=lambda each: each.score), max(plain, key=lambda each: each.score)
     between = round((low.score + high.score) / 2, 3)
     command = ["predict", str(saved), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]
@@ -187,11 +187,30 @@ def test_the_command_says_what_it_left_out(
     overlay = np.array(Image.open(tmp_path / f"out/a.{number}.overlay.png"))
     np.testing.assert_array_equal(overlay, picture())
     assert main(command) == 2
-    assert f"min_score {between:g} (now 0.0)" in capsys.readouterr().err
+    assert f"min_score {between:g} (now 0.5)" in capsys.readouterr().err
     assert main([*command, "--anew", "--min-area", "3501"]) == 0
     assert "fewer than 3,501 pixels" in capsys.readouterr().out
-    assert main([*command, "--anew"]) == 0
+    assert main([*command, "--anew", "--min-score", "0"]) == 0
     assert '"min_' not in (tmp_path / "out/dcris-journal.jsonl").read_text()
+
+
+def test_what_is_probably_not_there_gets_no_mask_by_default(saved: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+    """In Python and on the command line as on the page; --min-score 0 keeps every mask."""
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    found = segmenter.predict(picture(), PHRASES, scores=True)
+    assert {each.score < 0.5 for each in found} == {True, False}
+    assert [each.rejected for each in found] == ["score below 0.5" if each.score < 0.5 else None for each in found]
+    assert [each.box is None for each in found] == [each.score < 0.5 for each in found]
+    assert [each.with_threshold(0.01).rejected for each in found] == [each.rejected for each in found]
+    command = ["predict", str(saved), str(tmp_path / "a.png"), "--device", "cpu", "--format", "coco"]
+    for phrase in PHRASES:
+        command += ["-e", phrase]
+    for name, minimum in (("default", ()), ("all", ("--min-score", "0"))):
+        assert main([*command, "--out", str(tmp_path / name), *minimum]) == 0
+        entries = json.loads((tmp_path / name / "predictions.json").read_text())
+        assert [entry["present"] for entry in entries] == pytest.approx(present(found), abs=1e-4)
+        empty = [not decode_mask(entry["segmentation"], (50, 70)).any() for entry in entries]
+        assert empty == [name == "default" and each.score < 0.5 for each in found]
 
 
 @pytest.fixture

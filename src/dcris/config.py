@@ -273,6 +273,11 @@ class DataConfig(Section):
     word_length: Annotated[int, Field(ge=3, le=16_384)] = 17
     """Tokens per expression, start and end token included. Longer expressions are cut. See
     dcris.data.registry for the usual lengths."""
+    strip_phrases: Literal["predict", "always", "never"] = "predict"
+    """Where quotes around an expression and a full stop at its end are left out (see
+    dcris.data.tokenizer.clean_text): predict: in predictions only, since people type them, but the
+    published models were trained and are evaluated on expressions as they are; always: in training
+    and evaluation, too; never."""
     mean: Channels = CLIP_MEAN
     """Normalisation, and the colour of the letterbox. CLIP's, as in the published code; DINOv2 was
     trained with ImageNet's."""

@@ -1,4 +1,4 @@
-"""The exception for errors that a user can correct."""
+"""The exception for errors that a user can correct, and a warning."""
 
 
 class DcrisError(Exception):
@@ -8,6 +8,10 @@ class DcrisError(Exception):
     The command line prints the message without a traceback and exits with code 2. Any other
     exception that reaches it is a bug in dcris and keeps its traceback.
     """
+
+
+class LongPhraseWarning(UserWarning):
+    """A phrase is longer than a model reads, so its end does not change the prediction."""
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -29,7 +29,7 @@ from dcris.cli import (
     web,
 )
 from dcris.cli.common import Parser, on_error
-from dcris.errors import DcrisError, out_of_memory
+from dcris.errors import DcrisError, LongPhraseWarning, out_of_memory
 from dcris.utils.streams import usable_streams
 from dcris.utils.workers import dead_worker
 from dcris.version import __version__
@@ -63,6 +63,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     with warnings.catch_warnings(), _termination():
         # Pillow warns of damaged metadata, which is not used here; an unreadable image is an error.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        # The commands say it in their own lines, the web page beside the phrase.
+        warnings.simplefilter("ignore", LongPhraseWarning)
         args.run(args)
 
 

@@ -65,7 +65,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, store_calibration
     from dcris.checkpoints.resolve import locate
     from dcris.data.dataset import Queries, all_queries, cut_phrases
-    from dcris.data.tokenizer import tokenizer_of
+    from dcris.data.tokenizer import strips, tokenizer_of
     from dcris.evaluation.analysis import analyse, best_threshold
     from dcris.evaluation.confidence import assess, presence_temperature
     from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries, result_record
@@ -146,6 +146,8 @@ def _evaluate(args: argparse.Namespace) -> None:
                 )
     if args.refine != "none":
         record["refine"] = args.refine
+    if strips(config.data, predicting=False):
+        record["strip_phrases"] = config.data.strip_phrases
     analysed = {**record, "analysis": analyse(results, protocol.metrics)}
     if model.head.presence is not None:
         analysed["confidence"] = assess(results)

@@ -66,9 +66,8 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--min-score",
         type=float,
-        default=0.0,
         metavar="SCORE",
-        help="score from 0 to 1 below which the mask is empty (default: %(default)s)",
+        help="score from 0 to 1 below which the mask is empty (default: 0.5 for a model with a presence head, else 0)",
     )
     predict.add_argument(
         "--min-area",

@@ -7,7 +7,6 @@ Shape letters: B batch, S side of the network's square, L text tokens, H W pixel
 K expressions of an image.
 """
 
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
 from dcris.data.masks import union_mask
 from dcris.data.registry import DATASETS
-from dcris.data.tokenizer import PADDING, Tokenizer
+from dcris.data.tokenizer import Tokenizer, cut_texts, tokenize
 from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
 from dcris.types import Batch, Expression, MaskArray, Reference, Sample, Segmentation
@@ -158,7 +157,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
         for name, generator in self.draw_augmentations(index):
             image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)
         square, letterbox = to_square(image, self.config, Letterbox)
-        tokens = self.tokenizer([text], self.config.word_length)[0]
+        (tokens,) = tokenize([text], self.config, self.tokenizer)
         return Sample(square, tokens, torch.from_numpy(letterbox.mask(mask)))
 
     def _read_image(self, path: Path) -> NDArray[np.uint8]:
@@ -355,34 +354,12 @@ def cut_phrases(queries: Queries, config: DataConfig, tokenizer: Tokenizer, data
     """
     length = config.word_length
     counts = Counter(expression.text for _, expression in queries)
-    cut = sum(counts[text] for text in _longer_than(length, [*counts], tokenizer))
+    cut = sum(counts[text] for text in cut_texts([*counts], config, tokenizer))
     if not cut:
         return None
     usual = DATASETS[dataset].word_length if dataset in DATASETS else 0
     advice = f"; {dataset} is usually read with {usual}" if usual > length else ""
     return f"{cut:,} of {len(queries):,} expressions are longer than {length} tokens (data.word_length) and are cut{advice}"
-
-
-def _longer_than(length: int, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Return the texts of more than `length` tokens, start and end token included.
-
-    Both tokenizers split at white space first, so a text's tokens are those of its words, and
-    tokenising each distinct word once is much cheaper. Only in plain ASCII text does cleaning not
-    cross words: "&" begins HTML entities, "<|" CLIP's special tokens.
-    """
-    plain = {text for text in texts if text.isascii() and text.isprintable() and not re.search(r"&|<\|", text)}
-    words = [*{word for text in plain for word in text.split()}]
-    ends = torch.tensor([tokenizer.end_token])
-    # The end token is last, since "<|" is excluded. A word that is cut here makes its text too long
-    # anyway.
-    rows = tokenizer(words, length + 1) if words else torch.empty(0, length + 1)
-    sizes = dict(zip(words, ((rows == ends).int().argmax(dim=1) - 1).tolist(), strict=True))
-    longer = [text for text in plain if sum(sizes[word] for word in text.split()) + 2 > length]
-    others = [text for text in texts if text not in plain]
-    if others:
-        tokens = tokenizer(others, length + 1)
-        longer += [text for text, row in zip(others, tokens, strict=True) if row[length] != PADDING]
-    return longer
 
 
 class ImageTasks(Dataset[ImageTask | Failure]):
@@ -423,7 +400,7 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         except DcrisError as error:
             return Failure(str(error))
         square, transform = to_square(image, self.config, self.transform)
-        tokens = self.tokenizer([expression.text for _, expression in queries], self.config.word_length)
+        tokens = tokenize([expression.text for _, expression in queries], self.config, self.tokenizer)
         return ImageTask(square, transform, tokens, queries, truths)
 
 

@@ -9,6 +9,7 @@ thread-safe.
 import html
 import re
 import zlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dcris.config import TextConfig
+from dcris.config import DataConfig, TextConfig
 from dcris.errors import DcrisError
 from dcris.utils.arguments import kind_of
 from dcris.utils.hub import fetch
@@ -68,25 +69,44 @@ class Tokenizer(Protocol):
         Its first occurrence in a row ends the phrase.
         """
 
-    def __call__(self, texts: Sequence[str], length: int) -> Tensor:
+    def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
         """Return the tokens of each text, [B, length] int64.
 
-        Longer texts are cut before the end token.
+        Longer texts are cut before the end token. `strip` is that of `clean_text`.
 
         Raises DcrisError if `length` is below 2. Source: CLIP's tokenize(truncate=True).
         """
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, *, strip: bool = False) -> str:
     """Clean a phrase as CLIP does: repair encoding, unescape HTML twice, one space, lower case.
 
     Cleaning is not idempotent ("&amp;amp;amp;lt;"), so only the tokenizers clean.
     Source: `basic_clean` and `whitespace_clean` in simple_tokenizer.py of OpenAI's CLIP.
+
+    Args:
+        text: the phrase.
+        strip: also leave out quotes around the phrase and a full stop at its end, which CLIP
+            does not. Nothing is left out of a phrase that consists of these only.
     """
     import ftfy
 
     repaired = _unescape(_unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", repaired).strip().lower()
+    cleaned = re.sub(r"\s+", " ", repaired).strip().lower()
+    return _strip(cleaned) if strip else cleaned
+
+
+# The cleaning has straightened curly quotes. Inside, the same quote may only be an apostrophe, so
+# that '"left" or "right"' is not taken for one quotation.
+_QUOTED = re.compile(r"""(["'`])((?:(?!\1).|(?<=\w)\1(?=\w))+)\1""")
+
+
+def _strip(text: str) -> str:
+    for _ in range(2):  # the full stop may be inside the quotes, and quotes inside other quotes
+        shorter = re.sub(r"(?<!\.)\.$", "", text).strip()
+        quoted = _QUOTED.fullmatch(shorter)
+        text = (quoted[2].strip() if quoted else shorter) or text
+    return text
 
 
 def _unescape(text: str) -> str:
@@ -154,7 +174,7 @@ class ClipTokenizer:
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
 
-    def __call__(self, texts: Sequence[str], length: int) -> Tensor:
+    def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
         """Return the tokens [B, length] int64 of the cleaned texts.
 
         The ids equal those of OpenAI's tokenizer with three exceptions: "'ſ" (long s, which
@@ -162,7 +182,8 @@ class ClipTokenizer:
         that are newer than the Unicode tables of the library that splits the words.
         """
         _refuse_bare_text(texts)
-        return _rows([self._encode(clean_text(text)) for text in texts], CLIP_START, CLIP_END, length)
+        ids = [self._encode(clean_text(text, strip=strip)) for text in texts]
+        return _rows(ids, CLIP_START, CLIP_END, length)
 
     def _encode(self, text: str) -> list[int]:
         backend = _clip_backend(self.file)
@@ -246,11 +267,12 @@ class BertTokenizer:
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
 
-    def __call__(self, texts: Sequence[str], length: int) -> Tensor:
+    def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
         """Return the tokens [B, length] int64 of the cleaned texts."""
         _refuse_bare_text(texts)
         backend = _bert_backend(self.file)
-        return _rows([backend(clean_text(text)) for text in texts], BERT_START, BERT_END, length)
+        ids = [backend(clean_text(text, strip=strip)) for text in texts]
+        return _rows(ids, BERT_START, BERT_END, length)
 
 
 @lru_cache(maxsize=4)
@@ -296,10 +318,11 @@ class TinyTokenizer:
         text = resources.files("dcris").joinpath("assets", "tiny_words.txt").read_text(encoding="utf-8")
         return cls(text.split())
 
-    def __call__(self, texts: Sequence[str], length: int) -> Tensor:
+    def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
         """Return the tokens [B, length] int64 of the cleaned texts. Punctuation marks are words."""
         _refuse_bare_text(texts)
-        return _rows([self._encode(clean_text(text)) for text in texts], self._start, self.end_token, length)
+        ids = [self._encode(clean_text(text, strip=strip)) for text in texts]
+        return _rows(ids, self._start, self.end_token, length)
 
     def _encode(self, text: str) -> list[int]:
         return [self._ids.get(word) or self._bucket(word) for word in _WORD.findall(text)]
@@ -338,3 +361,62 @@ def tokenizer_of(tower: TextConfig) -> Tokenizer:
             f"{tower.vocabulary:,}; they belong to different towers"
         )
     return tokenizer
+
+
+def strips(config: DataConfig, *, predicting: bool) -> bool:
+    """Return whether a model leaves quotes and a full stop out of phrases (`clean_text`).
+
+    Args:
+        config: the model's data configuration.
+        predicting: for predictions; otherwise for training and evaluation.
+    """
+    return config.strip_phrases == "always" or (predicting and config.strip_phrases == "predict")
+
+
+def tokenize(texts: Sequence[str], config: DataConfig, tokenizer: Tokenizer, *, predicting: bool = False) -> Tensor:
+    """Return the tokens of phrases as a model reads them, [B, config.word_length] int64.
+
+    Args and errors: as in `Tokenizer` and `strips`.
+    """
+    return tokenizer(texts, config.word_length, strip=strips(config, predicting=predicting))
+
+
+def cut_texts(texts: Sequence[str], config: DataConfig, tokenizer: Tokenizer, *, predicting: bool = False) -> list[str]:
+    """Return the texts that a model does not read to their end: they have more tokens than
+    `config.word_length`, start and end token included.
+
+    All tokenizers split at white space first, so a text's tokens are those of its words, and
+    tokenising each distinct word once is much cheaper. Only in plain ASCII text does cleaning not
+    cross words: "&" begins HTML entities, "<|" CLIP's special tokens.
+    """
+    length, strip = config.word_length, strips(config, predicting=predicting)
+    plain = {text: _strip(text.strip()) if strip else text for text in texts if _PLAIN.fullmatch(text)}
+    words = [*{word for text in plain.values() for word in text.split()}]
+    # The end token is last, since "<|" is excluded. A word that is cut here makes its text too long
+    # anyway.
+    rows = tokenizer(words, length + 1) if words else torch.empty(0, length + 1)
+    sizes = dict(zip(words, ((rows == tokenizer.end_token).int().argmax(dim=1) - 1).tolist(), strict=True))
+    longer = [text for text, read in plain.items() if sum(sizes[word] for word in read.split()) + 2 > length]
+    others = [text for text in texts if text not in plain]
+    if others:
+        tokens = tokenizer(others, length + 1, strip=strip)
+        longer += [text for text, row in zip(others, tokens, strict=True) if row[length] != PADDING]
+    return longer
+
+
+_PLAIN = re.compile(r"(?:(?!&|<\|)[ -~])*")
+
+
+def unread_end(text: str, config: DataConfig, tokenizer: Tokenizer) -> str:
+    """Return the words at the end of a phrase of `cut_texts` that predictions ignore.
+
+    The words are cleaned. The first of them may be read in part.
+    """
+    words = clean_text(text, strip=strips(config, predicting=True)).split(" ")
+    # A word has a token at least, so the phrase is cut within so many words.
+    read = bisect_left(
+        range(1, min(len(words), config.word_length)),
+        True,
+        key=lambda count: bool(tokenizer([" ".join(words[:count])], config.word_length + 1)[0, -1] != PADDING),
+    )
+    return " ".join(words[read:])

@@ -234,7 +234,8 @@ def result_record(
     """Return the content of a result file: the protocol's metrics in percent and their provenance.
 
     Two results compare if `data_sha256`, `protocol`, `threshold`, `none_rule` (only of protocols
-    with absent targets) and `refine` (only in results of `dcris evaluate --refine`) are equal.
+    with absent targets), `refine` (only in results of `dcris evaluate --refine`) and
+    `strip_phrases` (only in results of models with `data.strip_phrases` "always") are equal.
 
     Args:
         results: of all queries of the split.

@@ -20,11 +20,11 @@ import io
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar, get_args
 
@@ -38,7 +38,7 @@ from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
 from dcris.inference.inputs import Task
 from dcris.inference.label_studio import label_studio_config, label_studio_task
-from dcris.inference.prediction import Prediction, require_minima, require_threshold
+from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.inference.records import Record, ResultFolder, Settings
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video import Frame, read_frames, write_overlay
@@ -77,6 +77,10 @@ _MAX_PIXELS = 100_000_000
 """Limit on the pixels of all masks in memory at one time: each mask is as large as its image."""
 
 
+_MAX_LISTED = 5
+"""Number of phrases that are named as too long."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
     """What a batch prediction writes."""
@@ -86,8 +90,8 @@ class BatchOptions:
     threshold: float | None = None
     """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by
     default."""
-    min_score: float = 0.0
-    """With a lower score, a mask is empty, see `Segmenter.predict`."""
+    min_score: float | None = None
+    """With a lower score, a mask is empty; the default is that of `Segmenter.predict`."""
     min_area: int = 0
     """With fewer pixels, a mask is empty."""
     refine: Refinement | None = None
@@ -161,7 +165,8 @@ class BatchPredictor:
         self.video_formats = self.formats - {"scores"} if options.formats is None else self.formats
         default = segmenter.protocol.threshold
         self.threshold = default if options.threshold is None else require_threshold(options.threshold)
-        min_score, min_area = require_minima(options.min_score, options.min_area)
+        presence = segmenter.model.head.presence is not None
+        min_score, min_area = require_minima(options.min_score, options.min_area, presence)
         self.refine = segmenter.config.data.refine if options.refine is None else options.refine
         self._decision: dict[str, Any] = {
             "threshold": self.threshold,
@@ -188,6 +193,8 @@ class BatchPredictor:
         """Videos that are left; the ranks share the frames of each."""
         self.already = len(self.folder.tasks) - len(images) - len(self.videos)
         """Number of images and videos that are skipped because they are finished."""
+        left = chain(images, self.videos)
+        self.notes += _long_phrases(segmenter.unread(phrase for task in left for phrase in task.phrases))
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""
 
@@ -516,6 +523,14 @@ def _read_ahead(read: Callable[[Task], T], tasks: Iterable[Task]) -> Iterator[tu
                 yield before, future.result()
         for before, future in waiting:
             yield before, future.result()
+
+
+def _long_phrases(unread: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each phrase that is longer than the model reads, if there are few."""
+    for phrase, end in islice(unread.items(), _MAX_LISTED):
+        yield long_phrase_warning(phrase, end)
+    if len(unread) > _MAX_LISTED:
+        yield f"{len(unread) - _MAX_LISTED:,} more phrases are longer than the model reads; see `unread` in the results"
 
 
 def _summary(failed: Sequence[Failed], count: int) -> str:

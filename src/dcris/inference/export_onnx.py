@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dcris.config import DataConfig, RunConfig
 from dcris.data.dataset import letterbox_colour, normalise, to_square
-from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, tokenizer_of
+from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, strips, tokenizer_of
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
@@ -225,6 +225,7 @@ def export_settings(config: RunConfig, threshold: float) -> dict[str, Any]:
     return {
         "image_size": config.data.image_size,
         "word_length": config.data.word_length,
+        "strip_phrases": strips(config.data, predicting=True),
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "threshold": threshold,

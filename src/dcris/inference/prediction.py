@@ -24,6 +24,13 @@ from dcris.utils.drawing import COLOURS, Colour, overlay
 if TYPE_CHECKING:
     import supervision
 
+LEAST_PRESENCE = 0.5
+"""Probability of presence below which a mask is empty by default: the object is probably not
+there."""
+
+_SHOWN = 120
+"""Characters of a phrase in a warning."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Instance:
@@ -60,12 +67,17 @@ class Prediction:
     rejected: str | None = None
     """Why the mask is empty whatever the probabilities are ("score below 0.5"); None if it was
     decided by the threshold alone."""
+    unread: str | None = None
+    """The end of a phrase that is longer than the model reads (`data.word_length`): it did not
+    change the result. None if all of the phrase was read."""
 
     def __eq__(self, other: object) -> bool:
         # The method that dataclass generates fails: == of arrays is an array.
         if not isinstance(other, Prediction):
             return NotImplemented
-        ours, theirs = ((each.phrase, each.score, each.box, each.present, each.rejected) for each in (self, other))
+        ours, theirs = (
+            (each.phrase, each.score, each.box, each.present, each.rejected, each.unread) for each in (self, other)
+        )
         return ours == theirs and all(
             np.array_equal(np.asarray(one), np.asarray(another))
             for one, another in ((self.mask, other.mask), (self.probabilities, other.probabilities))
@@ -82,8 +94,9 @@ class Prediction:
         *,
         keep: bool = True,
         present: float | None = None,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         min_area: int = 0,
+        unread: str | None = None,
     ) -> "Prediction":
         """Create a prediction from probabilities.
 
@@ -93,8 +106,10 @@ class Prediction:
             threshold: pixels with a greater probability belong to the mask.
             keep: store the probabilities in the prediction.
             present: probability that the object is there, from a presence head.
-            min_score: with a lower score, the mask is empty.
+            min_score: with a lower score, the mask is empty; by default, `LEAST_PRESENCE` (0.5) if
+                `present` is given, else 0.
             min_area: with fewer pixels, the mask is empty.
+            unread: end of the phrase that the model does not read.
 
         Raises:
             DcrisError: the probabilities are not such an array, the threshold is not between 0 and
@@ -102,7 +117,8 @@ class Prediction:
         """
         if not isinstance(probabilities, np.ndarray) or probabilities.ndim != 2 or probabilities.dtype.kind != "f":
             raise DcrisError(f"probabilities must be an array [H, W] of floats, not {kind_of(probabilities)}")
-        threshold, (min_score, min_area) = require_threshold(threshold), require_minima(min_score, min_area)
+        threshold = require_threshold(threshold)
+        min_score, min_area = require_minima(min_score, min_area, present is not None)
         score = _mean_inside(probabilities) if present is None else present
         mask = probabilities > threshold
         rejected = None
@@ -112,9 +128,9 @@ class Prediction:
             rejected = f"fewer than {min_area:,} pixels"
         if rejected is not None:
             mask = np.zeros_like(mask)
-        return cls(phrase, mask, score, mask_box(mask), probabilities if keep else None, present, rejected)
+        return cls(phrase, mask, score, mask_box(mask), probabilities if keep else None, present, rejected, unread)
 
-    def with_threshold(self, threshold: float, *, min_score: float = 0.0, min_area: int = 0) -> "Prediction":
+    def with_threshold(self, threshold: float, *, min_score: float | None = None, min_area: int = 0) -> "Prediction":
         """Return the prediction at another threshold, without a forward pass.
 
         The score stays the same. Minima have to be given again. Raises DcrisError without
@@ -123,7 +139,13 @@ class Prediction:
         if self.probabilities is None:
             raise DcrisError("this prediction has no probabilities; predict with scores=True")
         return Prediction.decide(
-            self.phrase, self.probabilities, threshold, present=self.present, min_score=min_score, min_area=min_area
+            self.phrase,
+            self.probabilities,
+            threshold,
+            present=self.present,
+            min_score=min_score,
+            min_area=min_area,
+            unread=self.unread,
         )
 
     def describe(self) -> str:
@@ -172,13 +194,13 @@ class Prediction:
     def to_coco(self, image_id: int = 0, category_id: int = 1) -> dict[str, Any]:
         """Return image_id, category_id, segmentation, bbox and score of COCO, and the phrase.
 
-        `present` and `rejected` are added where they are not None.
+        `present`, `rejected` and `unread` are added where they are not None.
         """
-        optional: dict[str, Any] = {}
-        if self.present is not None:
-            optional["present"] = round(self.present, 6)
-        if self.rejected is not None:
-            optional["rejected"] = self.rejected
+        optional: dict[str, Any] = {
+            "present": None if self.present is None else round(self.present, 6),
+            "rejected": self.rejected,
+            "unread": self.unread,
+        }
         return {
             "image_id": image_id,
             "category_id": category_id,
@@ -186,7 +208,7 @@ class Prediction:
             "score": round(self.score, 6),
             "bbox": list(self.box or (0, 0, 0, 0)),
             "segmentation": self.to_rle(),
-            **optional,
+            **{key: value for key, value in optional.items() if value is not None},
         }
 
     def polygons(self, tolerance: float = 0.0) -> list[list[float]]:
@@ -292,16 +314,30 @@ def require_threshold(threshold: float) -> float:
     return float(given)
 
 
-def require_minima(min_score: float, min_area: int) -> tuple[float, int]:
-    """Return both minima. Raises DcrisError if the score is not in 0..1 or the area not a whole
-    number of 0 or more."""
+def require_minima(min_score: float | None, min_area: int, presence: bool) -> tuple[float, int]:
+    """Return both minima. Without a score, it is LEAST_PRESENCE for a model with a presence head,
+    else 0.
+
+    Raises DcrisError if the score is not in 0..1 or the area not a whole number of 0 or more.
+    """
     score: Any = min_score  # callers may pass any type
+    if score is None:
+        score = LEAST_PRESENCE if presence else 0.0
     area: Any = min_area
     if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= float(score) <= 1:
         raise DcrisError(f"the minimum score must be a number from 0 to 1, not {score!r}")
     if isinstance(area, bool) or not isinstance(area, Integral) or int(area) < 0:
         raise DcrisError(f"the minimum area must be a whole number of pixels, 0 or more, not {area!r}")
     return float(score), int(area)
+
+
+def long_phrase_warning(phrase: str, unread: str) -> str:
+    """Return the warning for a phrase whose end the model does not read."""
+    return f"{_short(phrase)} is longer than the model reads; its end is ignored: {_short(unread)}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _mean_inside(probabilities: NDArray[np.float32]) -> float:

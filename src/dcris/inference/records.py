@@ -103,6 +103,7 @@ class Result(_Strict):
     segmentation: RunLengths
     present: float | None = None
     rejected: str | None = None
+    unread: str | None = None
 
 
 class Record(_Strict):

@@ -1,9 +1,11 @@
 """The public Python API: predict masks for an image and phrases."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args, overload
@@ -27,12 +29,12 @@ from dcris.checkpoints.resolve import locate
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import ImageLike, as_pixels
-from dcris.data.tokenizer import require_phrase, tokenizer_of
+from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, LongPhraseWarning
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
-from dcris.inference.prediction import Prediction, require_minima, require_threshold
+from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
@@ -319,7 +321,7 @@ class Segmenter:
         phrases: Phrases,
         *,
         threshold: float | None = None,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
@@ -334,7 +336,7 @@ class Segmenter:
         phrases: Phrases | Sequence[Sequence[str]],
         *,
         threshold: float | None = None,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
@@ -348,7 +350,7 @@ class Segmenter:
         phrases: Phrases | Sequence[Sequence[str]],
         *,
         threshold: float | None = None,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
@@ -357,6 +359,11 @@ class Segmenter:
     ) -> list[Prediction] | list[list[Prediction]]:
         """Predict the mask of the object that each phrase refers to.
 
+        Quotes around a phrase and a full stop at its end are ignored, unless the model's
+        configuration says otherwise (`data.strip_phrases`). The end of a phrase of more than
+        `data.word_length` tokens is ignored, too: `Prediction.unread` has it, and a
+        LongPhraseWarning is given.
+
         Args:
             image: one image or a list of images. An image is a path, a PIL image of any mode, or an
                 array; EXIF orientation is applied. Several images share forward passes as far as
@@ -364,7 +371,8 @@ class Segmenter:
             phrases: phrases for every image; a string is one phrase. For a list of images, this may
                 also be a list with the phrases of each image.
             threshold: pixels with a greater probability belong to the mask; 0.35 by default.
-            min_score: with a lower score, the mask is empty and `Prediction.rejected` says so.
+            min_score: with a lower score, the mask is empty and `Prediction.rejected` says so; by
+                default 0.5 for a model with a presence head, else 0.
             min_area: the same for masks of fewer pixels.
             scores: keep the probability of each pixel in the predictions.
             refine: "guided" moves the edges of masks to edges of the image, "none" does not; the
@@ -387,16 +395,19 @@ class Segmenter:
         given = _as_list(phrases)
         if not isinstance(image, list):
             (predictions,) = self._predict([image], [_check_phrases(given)], name, decision, memory)
+            _warn(predictions)
             return predictions
         if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in given):
-            shared = _check_phrases(given)
-            return self._predict(image, [shared] * len(image), name, decision, memory)
-        if len(given) != len(image):
+            checked = [_check_phrases(given)] * len(image)
+        elif len(given) == len(image):
+            checked = [_check_phrases(_as_list(each)) for each in given]
+        else:
             raise DcrisError(
                 f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
             )
-        checked = [_check_phrases(_as_list(each)) for each in given]
-        return self._predict(image, checked, name, decision, memory)
+        found = self._predict(image, checked, name, decision, memory)
+        _warn(chain.from_iterable(found))
+        return found
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
@@ -411,14 +422,13 @@ class Segmenter:
         state, (transform,) = self._encode([image], *self._sets[name])
         return EncodedImage(transform.size, name, transform, state, image)
 
-    @torch.no_grad()
     def segment(
         self,
         encoded: EncodedImage,
         phrases: Phrases,
         *,
         threshold: float | None = None,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
@@ -435,7 +445,22 @@ class Segmenter:
         checked = _check_phrases(_as_list(phrases))
         pairs = [(0, number) for number in range(len(checked))]
         images, transforms = [encoded._image], [encoded._transform]
-        return list(self._decode(encoded._state, images, transforms, checked, pairs, name, decision, None))
+        with torch.no_grad():
+            found = list(self._decode(encoded._state, images, transforms, checked, pairs, name, decision, None))
+        _warn(found)
+        return found
+
+    def unread(self, phrases: Iterable[str], *, adapters: str | None = None) -> dict[str, str]:
+        """Return the ends of phrases that the model does not read, by phrase.
+
+        Args:
+            phrases: phrases that are not too long have no entry.
+            adapters: as in `predict`.
+        """
+        config = self._sets[self._name(adapters)][1]
+        tokenizer = tokenizer_of(config.model.text)
+        cut = cut_texts([*dict.fromkeys(phrases)], config.data, tokenizer, predicting=True)
+        return {phrase: unread_end(phrase, config.data, tokenizer) for phrase in cut}
 
     def _name(self, adapters: str | None) -> str:
         """Return the name of the adapter set: the first one for None."""
@@ -448,7 +473,7 @@ class Segmenter:
         self,
         adapters: str | None,
         threshold: float | None,
-        min_score: float,
+        min_score: float | None,
         min_area: int,
         refine: Refinement | None,
         scores: bool,
@@ -459,7 +484,8 @@ class Segmenter:
         elif not isinstance(refine, str) or refine not in get_args(Refinement):
             raise DcrisError(f"there is no refinement {refine!r}; choose one of {', '.join(get_args(Refinement))}")
         threshold = self.protocol.threshold if threshold is None else require_threshold(threshold)
-        return name, _Decision(threshold, *require_minima(min_score, min_area), refine, bool(scores))
+        presence = self._sets[name][0].head.presence is not None
+        return name, _Decision(threshold, *require_minima(min_score, min_area, presence), refine, bool(scores))
 
     @torch.no_grad()
     def _predict(
@@ -513,7 +539,8 @@ class Segmenter:
         if not pairs:
             return
         model, config = self._sets[adapters]
-        tokens = tokenizer_of(config.model.text)(phrases, config.data.word_length).to(self.device)
+        tokens = tokenize(phrases, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
+        unread = self.unread(phrases, adapters=adapters)
         at_once = self._pairs_per_pass(model, config, memory)
         done, guide = 0, (-1, np.empty((0, 0, 3), np.uint8))
         for output in model.segment_pairs(state, tokens, pairs, self.dtype, at_once):
@@ -534,6 +561,7 @@ class Segmenter:
                     present=present,
                     min_score=decision.min_score,
                     min_area=decision.min_area,
+                    unread=unread.get(phrases[phrase]),
                 )
             done += len(logits)
 
@@ -559,6 +587,12 @@ def _as_list(phrases: Any) -> list[Any]:
 
 def _check_phrases(phrases: Iterable[Any]) -> list[str]:
     return [require_phrase(phrase) for phrase in phrases]
+
+
+def _warn(predictions: Iterable[Prediction]) -> None:
+    """Give one warning for each phrase that is longer than the model reads."""
+    for phrase, unread in {each.phrase: each.unread for each in predictions if each.unread is not None}.items():
+        warnings.warn(long_phrase_warning(phrase, unread), LongPhraseWarning, stacklevel=3)
 
 
 def _bytes_per_pair(model: ReferringSegmenter, config: RunConfig) -> int:

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from dcris.data.dataset import TrainingSamples
 from dcris.data.images import read_image
+from dcris.data.tokenizer import tokenize
 from dcris.errors import DcrisError
 from dcris.models.encoders.vit import VisionState
 from dcris.types import Sample
@@ -140,7 +141,7 @@ class _ImageVariants(Dataset[_Variants | Failure]):
                 # The same pixels for all expressions, the same mask for all that have a target.
                 if expression.exists not in plain:
                     plain[expression.exists] = samples.make(index, image, expression)
-                tokens = samples.tokenizer([expression.text], samples.config.word_length)[0]
+                (tokens,) = tokenize([expression.text], samples.config, samples.tokenizer)
                 yield Sample(plain[expression.exists].image, tokens, plain[expression.exists].mask)
 
 

@@ -29,7 +29,7 @@ from dcris.data.images import read_image
 from dcris.data.photographs import example_photographs
 from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
-from dcris.inference.prediction import Prediction, require_minima
+from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.web.service import (
     InferenceService,
@@ -190,7 +190,7 @@ def make_app(
     async def segment_file(request: "Request") -> Response:
         query = request.query_params
         threshold = _parse_threshold(query["threshold"]) if "threshold" in query else None
-        minima = _parse_minima(query.get("min_score", "0"), query.get("min_area", "0"))
+        minima = _parse_minima(query.get("min_score"), query.get("min_area"))
         phrases = service.parse_phrases(query.getlist("phrase"))
         data = await request.body()
         if not data:
@@ -416,10 +416,10 @@ def _parse_threshold(text: str) -> float:
         raise DcrisError(f"the threshold must be a number between 0 and 1, not {text!r}") from error
 
 
-def _parse_minima(score: str, area: str) -> tuple[float, int]:
-    """Parse the minimum score and area of a request. Raises DcrisError for other text."""
+def _parse_minima(score: str | None, area: str | None) -> tuple[float | None, int]:
+    """Parse the minimum score and area of a request, if given. Raises DcrisError for other text."""
     try:
-        return require_minima(float(score), int(area))
+        return None if score is None else float(score), 0 if area is None else int(area)
     except ValueError as error:
         raise DcrisError(
             f"min_score must be a number from 0 to 1 and min_area a whole number of pixels, not {score!r} and {area!r}"

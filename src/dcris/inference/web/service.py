@@ -29,9 +29,6 @@ from dcris.utils.drawing import png_bytes
 
 T = TypeVar("T")
 
-LEAST_PRESENCE = 0.5
-"""Probability of presence below which the page shows no mask."""
-
 BUSY = "too many requests are waiting; try again in a moment"
 
 
@@ -135,7 +132,7 @@ class InferenceService:
         phrases: list[str],
         adapters: str | None = None,
         threshold: float | None = None,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         min_area: int = 0,
     ) -> list[Prediction]:
         """Predict masks with probabilities (Segmenter.predict) for pixels or an uploaded file.
@@ -208,17 +205,8 @@ class Session:
         return self.pixels.size + sum(prediction.mask.size * 5 for prediction in self.predictions)
 
     def at_threshold(self, threshold: float) -> list[Prediction]:
-        """Return the predictions at another threshold, without a forward pass.
-
-        The page shows no mask of an object that is probably not there.
-        """
-        return [
-            replace(
-                each.with_threshold(threshold, min_score=0.0 if each.present is None else LEAST_PRESENCE),
-                probabilities=None,
-            )
-            for each in self.predictions
-        ]
+        """Return the predictions at another threshold, without a forward pass."""
+        return [replace(each.with_threshold(threshold), probabilities=None) for each in self.predictions]
 
 
 class Sessions:
