@@ -142,6 +142,53 @@ def test_results_of_a_model_keep_their_scores(
     assert {key: ours[key] for key in theirs.keys() - unknown} == {key: theirs[key] for key in theirs.keys() - unknown}
 
 
+@pytest.mark.parametrize("key", ["score", "present"])
+@pytest.mark.parametrize("protocol", ["lavt", "grefcoco"])
+def test_scores_of_other_programs_are_assessed(
+    key: str, protocol: str, queries: list, truths: Masks, scenes_root: Path, tmp_path: Path
+) -> None:
+    """Right masks with high scores, wrong ones with low scores: the report says that they tell the
+    two apart, as it does for our own models."""
+    entries = [
+        {
+            "sent_id": sent_id,
+            "segmentation": encode_mask(np.roll(mask, 0 if number % 3 else 60)),
+            key: 0.8 if number % 3 else 0.3,
+        }
+        for number, (sent_id, mask) in enumerate(truths.items())
+    ]
+    theirs, out, report = tmp_path / "theirs.json", tmp_path / "out.json", tmp_path / "report.html"
+    theirs.write_text(json.dumps(entries))
+    words = ["score", theirs, "--data", scenes_root, "--dataset", "scenes", "--split", "test", "--protocol", protocol]
+    words += ["--none-rule", "any-pixel"] if protocol == "grefcoco" else []
+    assert main([str(word) for word in [*words, "--out", out, "--report", report]]) == 0
+    confidence = json.loads(out.read_text())["confidence"]
+    right = sum(bool(number % 3) for number in range(len(entries)))
+    assert confidence["score"]["auroc"] == 1
+    assert [each["count"] for each in confidence["score"]["bins"]] == [len(entries) - right, right]
+    assert 0.3 < confidence["min_score"]["value"] <= 0.8
+    assert ("present" in confidence) == (key == "present")
+    assert "--min-score" in report.read_text()
+    results = list(
+        score_masks(theirs, queries, get_protocol(protocol, "any-pixel" if protocol == "grefcoco" else None))
+    )
+    assert [result.score for result in results] == [entry[key] for entry in entries]
+
+
+def test_classic_protocols_take_any_number_as_score(
+    truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A COCO result may have a logit or NaN as its score, which has no influence on an IoU."""
+    entries = json.loads(as_coco(truths, tmp_path).read_text())
+    for entry in entries:
+        entry["score"] = 7.5
+    (tmp_path / "results.json").write_text(json.dumps(entries))
+    out = tmp_path / "out.json"
+    found = score_line(capsys, scenes_root, tmp_path / "results.json", "--protocol", "lavt", "--out", out)
+    assert found["miou"] == 100
+    assert "confidence" not in json.loads(out.read_text())
+
+
 def test_tables_in_markdown_and_latex(
     truths: Masks, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def _score(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.analysis import analyse
+    from dcris.evaluation.confidence import assess
     from dcris.evaluation.evaluator import result_record
     from dcris.evaluation.external_masks import score_masks
     from dcris.evaluation.protocols import get_protocol
@@ -82,6 +83,8 @@ def _score(args: argparse.Namespace) -> None:
         records.append({"predictions": path.name, **record})
         rows.append([path.stem, *(f"{record[metric.key]:.2f}" for metric in protocol.metrics)])
     analysed = {**records[0], "analysis": analyse(results, protocol.metrics)}
+    if (confidence := assess(results)) is not None:
+        analysed["confidence"] = confidence
     # The files are written even if standard output fails, and the scores printed even if a
     # file fails.
     try:

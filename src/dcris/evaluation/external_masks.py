@@ -9,7 +9,7 @@ Masks have the size of their image, one for each expression, identified by its `
 
 An empty mask, or `null` as the `segmentation`, answers that there is nothing. Entries of .json and
 .jsonl files may have `present`, the probability that the target is present, and `score`, both in
-0..1, which some rules of protocols with absent targets need.
+0..1, which some rules of protocols with absent targets need. Reports show how much they tell.
 """
 
 import io
@@ -231,13 +231,21 @@ def score_masks(
         known = sent_id in masks
         mask = masks.mask(sent_id, reference.image_size) if known else np.zeros(reference.image_size, bool)
         truth = protocol.truth(targets, reference.image_size)
-        counted, present = overlap(protocol.for_target(bool(targets)).to_canvas(mask), truth), None
+        counted = overlap(protocol.for_target(bool(targets)).to_canvas(mask), truth)
+        present = score = 0.0 if not known else None
+        try:
+            if known:
+                present, score = (masks.confidence(sent_id, key) for key in ("present", "score"))
+        except DcrisError:
+            # A COCO result may have any number as its score, which only some rules need.
+            if protocol.none_rule is not None:
+                raise
+        score = present if score is None else score
         if protocol.none_rule is not None:
-            present, score = (masks.confidence(sent_id, key) if known else 0.0 for key in ("present", "score"))
-            score = present if score is None else score
             query = reference, expression
             try:
                 counted = protocol.judge(counted, int(np.count_nonzero(truth)), query, present, score)
             except DcrisError as error:
                 raise DcrisError(f"{path}, sentence {sent_id}: {error}") from error
-        yield EvalResult(reference, expression, counted, encode_mask(mask) if keep_masks else None, present=present)
+        kept = encode_mask(mask) if keep_masks else None
+        yield EvalResult(reference, expression, counted, kept, present=present, score=score)
