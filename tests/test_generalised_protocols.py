@@ -28,7 +28,7 @@ from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap, Overlaps, overla
 from dcris.evaluation.none_rules import parse_none_rule
 from dcris.evaluation.protocols import get_protocol
 from dcris.types import Expression, Reference
-from generalised import LAYOUTS, WIDTH, grefcoco, refzom
+from generalised import HEIGHT, LAYOUTS, WIDTH, grefcoco, refzom
 
 RULES = ("head", "any-pixel", "pixels:50", "score:0.5")
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -265,6 +265,23 @@ def test_cases_of_grefcoco_by_hand(sample: Sample, rule: str, none: bool, iou: f
     assert (found.none, found.iou, (found.intersection, found.union)) == (none, iou, counts)
 
 
+@pytest.mark.parametrize("protocol", SLOW)
+@pytest.mark.parametrize(
+    ("pixels", "rules"),
+    [(0, ("any-pixel", "pixels:50")), (1, ("pixels:50",)), (49, ("pixels:50",)), (50, ()), (51, ())],
+)
+def test_pixels_of_an_absent_target_by_hand(protocol: str, pixels: int, rules: Sequence[str]) -> None:
+    """By the rules named here the mask says none, which is right; otherwise its pixels count as
+    union, and the expression as wrong."""
+    metric = {"grefcoco": "n_acc", "refzom": "acc", "rrefcoco": "mrr"}[protocol]
+    for rule in ("any-pixel", "pixels:50"):
+        none = rule in rules
+        found = judged(Sample(square(0, pixels), EMPTY, False, 1, 1, 1), protocol, rule).overlap
+        assert (found.none, found.iou) == (none, float(none))
+        assert (found.intersection, found.union) == (0, 0 if none else pixels)
+        assert summarise([found], get_protocol(protocol).metrics)[metric] == 100 * none
+
+
 @pytest.mark.parametrize("protocol", ["refzom", "rrefcoco"])
 def test_where_none_empties_the_mask(protocol: str) -> None:
     """Elsewhere than in gRefCOCO, the union of a target said none is the target's own area, and an
@@ -399,24 +416,73 @@ def test_masks_of_others_are_scored_by_every_rule(
             assert (found["protocol"], found["none_rule"]) == (name, rule)
 
 
-def test_all_empty_and_perfect_submissions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An empty folder of answers is right for every absent target and wrong for all others."""
-    for make, dataset, split in ((grefcoco, "grefcoco", "testA"), (refzom, "ref-zom", "test")):
-        root = make().write(tmp_path / dataset)
-        queries = all_queries(load_references(root, dataset).split(split))
-        for perfect in (True, False):
-            folder = tmp_path / f"{dataset} {perfect}"
-            folder.mkdir()
-            for reference, expression in queries:
-                mask = union_mask(reference.targets(expression), reference.image_size) * np.uint8(255)
-                Image.fromarray(mask * np.uint8(perfect)).save(folder / f"{expression.sent_id}.png")
-            given = ("--data", root, "--dataset", dataset, "--split", split, "--none-rule", "any-pixel")
-            found = score(capsys, folder, *given, "--protocol", PROTOCOL_OF[dataset])
-            if dataset == "grefcoco":  # 2 absent targets and 1 present one
-                assert (found["n_acc"], found["t_acc"]) == (100, 100 * perfect)
-                assert found["giou"] == pytest.approx(100 if perfect else 200 / 3, abs=0.5)
-            else:  # 1 and 1
-                assert (found["acc"], found["miou"], found["oiou"]) == (100, 100 * perfect, 100 * perfect)
+@pytest.mark.parametrize(
+    ("dataset", "split", "empty"),
+    [
+        # Expressions without and with a target: 2 and 1. Empty masks are right for the two.
+        ("grefcoco", "testA", {"giou": 200 / 3, "ciou": 0, "n_acc": 100, "t_acc": 0, "prec@0.9": 0}),
+        # 1 and 1.
+        ("ref-zom", "test", {"oiou": 0, "miou": 0, "acc": 100, "prec@0.5": 0}),
+        # 2 and 3, in two references with some of each.
+        ("rrefcoco", "val", {"riou": 0, "mrr": 100, "miou": 0, "oiou": 0, "prec@0.5": 0}),
+    ],
+)
+@every_rule
+def test_all_empty_and_perfect_submissions(
+    dataset: str,
+    split: str,
+    rule: str,
+    empty: dict[str, float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Empty masks are right for every absent target and wrong for all others, by every rule; true
+    masks are right for all."""
+    root = LAYOUTS[dataset]().write(tmp_path / "data")
+    queries = all_queries(load_references(root, dataset).split(split))
+    given = ("--data", root, "--dataset", dataset, "--split", split, "--none-rule", rule)
+    for expected in (empty, dict.fromkeys(empty, 100)):
+        entries = {}
+        for reference, expression in queries:
+            mask = union_mask(reference.targets(expression), reference.image_size) > 0
+            mask &= expected is not empty
+            sure = float(mask.any())
+            found = {"segmentation": encode_mask(mask), "present": sure, "score": sure}
+            entries[expression.sent_id] = {"sent_id": expression.sent_id, **found}
+        path = write_entries(entries, tmp_path / "theirs.json")
+        found = score(capsys, path, *given, "--protocol", PROTOCOL_OF[dataset])
+        assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def test_several_targets_and_crowds_by_hand(tmp_path: Path) -> None:
+    """On the square of gRefCOCO, both people cover 11,520 + 32,256 - 2,304 pixels; the cup beside
+    the crowd, which is no part of the target, 19,200, and the crowd itself 115,200."""
+    references = {each.ref_id: each for each in load_references(grefcoco().write(tmp_path), "grefcoco").references}
+    people, cups = references[1], references[5]
+    crowd = np.zeros((HEIGHT, WIDTH), bool)
+    crowd[:, :20] = True
+    cup = union_mask(cups.segmentations, cups.image_size) > 0
+    right_person = union_mask(people.segmentations[1:], people.image_size) > 0
+    entries = [
+        {"sent_id": 10, "segmentation": encode_mask(right_person), "present": 0.9},
+        {"sent_id": 11, "segmentation": encode_mask(right_person), "present": 0.1},
+        {"sent_id": 50, "segmentation": encode_mask(cup | crowd), "present": 0.9},
+    ]
+    (tmp_path / "theirs.json").write_text(json.dumps(entries))
+    queries = [(reference, expression) for reference in (people, cups) for expression in reference.expressions]
+    assert [expression.sent_id for _, expression in queries] == [10, 11, 50]
+    protocol = get_protocol("grefcoco")
+    found = [each.overlap for each in score_masks(tmp_path / "theirs.json", queries, protocol)]
+    assert [(each.intersection, each.union, each.none) for each in found] == [
+        (32_256, 41_472, False),
+        (0, 41_472, True),
+        (19_200, 19_200 + 115_200, False),
+    ]
+    scores = summarise(found, protocol.metrics)
+    assert scores["giou"] == pytest.approx(100 * (32_256 / 41_472 + 19_200 / 134_400) / 3)
+    assert scores["ciou"] == pytest.approx(100 * (32_256 + 19_200) / (41_472 + 41_472 + 134_400))
+    assert (scores["n_acc"], scores["t_acc"]) == (0, pytest.approx(200 / 3))
+    assert (scores["prec@0.7"], scores["prec@0.8"]) == (pytest.approx(100 / 3), 0)
 
 
 def test_a_rule_that_needs_more_than_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
