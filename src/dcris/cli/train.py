@@ -121,43 +121,25 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
 
 
 def _train(group: Any, args: argparse.Namespace) -> None:
-    from dcris.config import replace
     from dcris.data.readers.load import load_references
-    from dcris.data.tokenizer import tokenizer_of
-    from dcris.data.training_table import training_table
-    from dcris.training.batch_size import choose_micro_batch
-    from dcris.training.trainer import Trainer, build_model, check_run
-    from dcris.utils.device import choose_device
+    from dcris.training.train import run_training, without_missing_validation
 
-    print_line = log if group.first else lambda text: None
     config = configuration(args)
     data = config.data
-    references = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
-    table = training_table(references, data)
-    chose_val = "data.val_split" in parse_settings(args.settings)
-    if own_name(args.data, args) and not chose_val and config.data.val_split not in {None, *table.splits()}:
-        print_line(
-            f"{table.dataset} has no split {config.data.val_split!r}: training runs without validation, and the last "
-            "checkpoint is used"
-        )
-        config = replace(config, {"data.val_split": None})
-    check_run(config, table, group)
-    device = choose_device(args.device)
-    model = build_model(config)
-    counts = model.count_weights()
-    print_line(
-        f"{config.recipe} on {table.dataset} ({table.split_by}): {counts['adapters']:,} adapter and {counts['head']:,} head "
-        f"weights train, {counts['frozen']:,} are frozen"
+    table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
+    print_line = log if group.first else lambda text: None
+    if own_name(args.data, args) and "data.val_split" not in parse_settings(args.settings):
+        config = without_missing_validation(config, table, print_line)
+    result = run_training(
+        config,
+        table,
+        args.out,
+        resume=args.resume,
+        device=args.device,
+        log=log,
+        group=group,
+        fit_batch=args.batch_size == "auto",
     )
-    tokenizer = tokenizer_of(config.model.text)
-    if args.batch_size == "auto":
-        length = len(table.split(config.data.train_split))
-        micro_batch = choose_micro_batch(model, config, tokenizer, length, args.out, device, group, print_line)
-        config = replace(config, {"train.micro_batch": micro_batch})
-    trainer = Trainer(
-        model, config, table, tokenizer, args.out, device=device, resume=args.resume, log=print_line, group=group
-    )
-    result = trainer.run()
     split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
     print_line(
         f"done in {result.seconds:.0f} s; next: dcris evaluate {argument(args.out)} --data {argument(args.data)}{split}"

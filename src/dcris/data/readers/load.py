@@ -16,7 +16,7 @@ from dcris.utils.arguments import PathLike, as_path, require, require_number
 
 def load_references(
     root: PathLike,
-    dataset: str | None,
+    dataset: str | None = None,
     split_by: str | None = None,
     on_error: OnError | None = None,
     *,

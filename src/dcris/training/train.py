@@ -1,0 +1,110 @@
+"""Training in one call, for the command line and for Python."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dcris.config import RunConfig, replace
+from dcris.data.readers.load import is_single_file
+from dcris.data.registry import word_length_settings
+from dcris.data.table import ReferenceTable
+from dcris.data.tokenizer import tokenizer_of
+from dcris.data.training_table import training_table
+from dcris.recipes import get_recipe
+from dcris.training.batch_size import choose_micro_batch
+from dcris.training.trainer import Trainer, TrainResult, build_model, check_run
+from dcris.utils.arguments import PathLike, as_path, require
+from dcris.utils.device import choose_device
+from dcris.utils.distributed import Processes, processes
+
+
+def train(
+    recipe: str | RunConfig,
+    data: ReferenceTable,
+    out: PathLike,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    log: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train a model and write checkpoints and a log to a folder, as `dcris train` does.
+
+    Args:
+        recipe: name of a recipe (`dcris recipes` lists them), or a configuration.
+        data: from `dcris.load_dataset`.
+        out: folder of the run.
+        settings: changes of the recipe by name, such as {"train.max_steps": 500}.
+        resume: continue the run in `out`.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        log: receives lines of progress.
+
+    Returns:
+        The last and the best checkpoint: `result.best.path` can be given to
+        `Segmenter.from_pretrained`.
+
+    Raises:
+        DcrisError: a setting is unknown or has a wrong value, or as `Trainer.run` does.
+        Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
+    """
+    require(data, ReferenceTable, "the data")
+    config = recipe if isinstance(recipe, RunConfig) else get_recipe(recipe)
+    own = is_single_file(data.root)
+    chosen = {"data.dataset": data.dataset, "data.split_by": None if own else data.split_by, **settings}
+    config = replace(config, chosen | word_length_settings(chosen, config.data.dataset))
+    if own and "data.val_split" not in settings:
+        config = without_missing_validation(config, data, log)
+    with processes(device) as group:
+        return run_training(config, data, out, resume=resume, device=device, log=log, group=group)
+
+
+def without_missing_validation(config: RunConfig, table: ReferenceTable, log: Callable[[str], None]) -> RunConfig:
+    """Return the configuration without validation if own data have no split for it, and say so."""
+    if config.data.val_split in {None, *table.splits()}:
+        return config
+    log(
+        f"{table.dataset} has no split {config.data.val_split!r}: training runs without validation, and the last checkpoint "
+        "is used"
+    )
+    return replace(config, {"data.val_split": None})
+
+
+def run_training(
+    config: RunConfig,
+    table: ReferenceTable,
+    out: PathLike,
+    *,
+    resume: bool,
+    device: str,
+    log: Callable[[str], None],
+    group: Processes,
+    fit_batch: bool = False,
+) -> TrainResult:
+    """Train one configuration on the processes of a group.
+
+    Args:
+        config: of the run.
+        table: all references, before `training_table`.
+        out, resume, device, log: as in `train`.
+        group: of `processes`; all of its processes call this.
+        fit_batch: whether to choose the largest micro batch that fits into the memory.
+
+    Raises: as `train`.
+    """
+    folder = as_path(out, "the folder of the run")
+    log = log if group.first else lambda text: None
+    table = training_table(table, config.data)
+    check_run(config, table, group)
+    chosen = choose_device(device)
+    model = build_model(config)
+    counts = model.count_weights()
+    log(
+        f"{config.recipe} on {table.dataset} ({table.split_by}): {counts['adapters']:,} adapter and {counts['head']:,} head "
+        f"weights train, {counts['frozen']:,} are frozen"
+    )
+    tokenizer = tokenizer_of(config.model.text)
+    if fit_batch:
+        length = len(table.split(config.data.train_split))
+        micro_batch = choose_micro_batch(model, config, tokenizer, length, folder, chosen, group, log)
+        config = replace(config, {"train.micro_batch": micro_batch})
+    return Trainer(model, config, table, tokenizer, folder, device=chosen, resume=resume, log=log, group=group).run()
