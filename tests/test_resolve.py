@@ -395,7 +395,7 @@ def test_adapter_sets_share_their_towers(several: dict[str, Path]) -> None:
     assert listed.adapters == tuple(several)
     assert named.adapters == tuple(mine)
     first = pointers(listed.model)
-    for name, (model, _) in listed._sets.items():
+    for name, (model, *_) in listed._sets.items():
         own = trained_state(model).keys()
         for tensor, place in pointers(model).items():
             if not tensor.startswith("head.") and "_slot." not in tensor:

@@ -127,15 +127,17 @@ def passes(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
     """Number of images or phrases in each step of the network, per call."""
     seen: dict[str, list[int]] = {"encode_images": [], "encode_text": [], "segment": []}
 
+    (adapters,) = segmenter._sets.values()
+
     def watch(name: str) -> None:
-        original = getattr(segmenter._ready, name)
+        original = getattr(adapters.ready, name)
 
         def call(*arguments: Any) -> Any:
             first = arguments[0]
             seen[name].append(len(first.tokens if name == "segment" else first))
             return original(*arguments)
 
-        monkeypatch.setattr(segmenter._ready, name, call)
+        monkeypatch.setattr(adapters.ready, name, call)
 
     for name in seen:
         watch(name)

@@ -9,18 +9,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Protocol
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
 
 from dcris.data.coco import NAMINGS, rename_image
 from dcris.data.images import image_size
 from dcris.errors import DcrisError
 from dcris.utils.files import expand_home, open_zip, read_bytes, write_file
-from dcris.version import __version__
+from dcris.utils.http import HTTP_ERRORS, TooLargeError, get, is_url, reason_of
 
 _MAX_BYTES = 50_000_000
 """The largest image of train2014 has less than 1 MB."""
@@ -71,7 +69,7 @@ def open_source(where: str) -> Source:
 
     Raises DcrisError if it is none of them.
     """
-    if where.startswith(("http://", "https://")):
+    if is_url(where):
         return _Server(where.rstrip("/"))
     path = expand_home(where)
     if path.is_dir():
@@ -157,39 +155,24 @@ class _Server:
         # Not urllib3.Retry: it is a further dependency, and its pauses cannot be interrupted by
         # `stop`.
         for pause in (*_PAUSES, None):
+            retry_after = None
             try:
-                return _get(url, stop)
-            except HTTPError as error:
-                error.close()
-                reason, retry_after = f"HTTP {error.code} {error.reason}", error.headers.get("Retry-After")
-                if error.code not in _RETRIED_STATUSES:
-                    raise UnavailableError(reason) from error
-            except (OSError, HTTPException, ValueError) as error:  # all errors of a connection or a malformed response
-                cause = error.reason if isinstance(error, URLError) else error
-                reason, retry_after = str(getattr(cause, "strerror", None) or cause) or type(cause).__name__, None
+                content = get(url, _MAX_BYTES, stop)
+                if stop.is_set():
+                    raise UnavailableError("the download was interrupted")
+                return content
+            except TooLargeError as error:
+                raise UnavailableError(str(error)) from error
+            except HTTP_ERRORS as error:
+                reason = reason_of(error)
+                if isinstance(error, HTTPError):
+                    error.close()
+                    retry_after = error.headers.get("Retry-After")
+                    if error.code not in _RETRIED_STATUSES:
+                        raise UnavailableError(reason) from error
             if pause is None or stop.wait(max(pause, _seconds(retry_after))):
                 break
         raise UnavailableError(reason)
-
-
-def _get(url: str, stop: threading.Event) -> bytes:
-    """Return the body of a response.
-
-    Raises UnavailableError if it is too large or `stop` is set.
-    """
-    request = Request(url, headers={"User-Agent": f"dcris/{__version__} (referring image segmentation)"})
-    with urlopen(request, timeout=30) as response:
-        content = bytearray()
-        while not stop.is_set() and (part := response.read(1 << 16)):
-            content += part
-            if len(content) > _MAX_BYTES:
-                raise UnavailableError(f"the received file has more than {_MAX_BYTES:,} bytes")
-        missing = response.length  # of the announced length; read(n) does not report a broken connection
-    if stop.is_set():
-        raise UnavailableError("the download was interrupted")
-    if missing:
-        raise ConnectionError(f"the connection broke {missing:,} bytes before the end")
-    return bytes(content)
 
 
 def _seconds(retry_after: str | None) -> float:

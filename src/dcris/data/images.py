@@ -14,12 +14,13 @@ import logging
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Union, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,10 @@ from PIL import Image, features
 from dcris.errors import DcrisError
 from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import open_regular
+from dcris.utils.http import HTTP_ERRORS, get, is_url, reason_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Pillow logs errors that it also raises; without a handler, Python prints the log.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -247,34 +252,111 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
     return (values > threshold).astype(np.uint8)
 
 
-ImageLike = PathLike | Image.Image | NDArray[np.uint8]
-"""A path, a PIL image of any mode, or uint8 pixels: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or
-[H, W, 1]."""
+ImageLike = Union[PathLike, bytes, BinaryIO, Image.Image, NDArray[np.uint8], "Tensor"]
+"""A path, an http(s) address, the bytes of an image file, an open one, a PIL image of any mode;
+uint8 pixels: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]; or a torch tensor [3, H, W]
+or [1, H, W], uint8 or floating point in 0..1."""
+
+Channels = Literal["rgb", "bgr"]
+"""Order of the channels of arrays and tensors: that of PIL, or that of OpenCV."""
 
 
-def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
+def as_pixels(image: ImageLike, channels: Channels = "rgb") -> NDArray[np.uint8]:
     """Convert an image in any accepted form to [H, W, 3] uint8 RGB.
 
-    Raises DcrisError if it cannot be read.
+    Args:
+        image: see ImageLike. An open file is read to its end.
+        channels: order of the channels of arrays and tensors.
+
+    Raises:
+        DcrisError: it cannot be read or downloaded, or is no image.
     """
-    if isinstance(image, str | os.PathLike):
-        return read_image(as_path(image, "an image"))
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if not isinstance(image, np.ndarray):
-        raise DcrisError(
-            f"an image must be a path, a PIL image or a NumPy array, not {type(image).__name__}; give several images as a list"
-        )
-    channels = image.shape[2] if image.ndim == 3 else 1
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in image.shape:
+    source = as_rereadable(image, channels)
+    if isinstance(source, Path | bytes):
+        return read_image(source)
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    count = source.shape[2] if source.ndim == 3 else 1
+    if source.dtype != np.uint8 or source.ndim not in (2, 3) or count not in (1, 3, 4) or 0 in source.shape:
         raise DcrisError(
             f"an image array must be uint8 [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey, and is "
-            f"{image.dtype} {list(image.shape)}"
+            f"{source.dtype} {list(source.shape)}"
         )
-    refuse_shape(*image.shape[:2])
-    if channels == 3:
+    refuse_shape(*source.shape[:2])
+    if count == 3:
+        return source
+    return to_rgb(Image.fromarray(np.ascontiguousarray(source if count == 4 else source.reshape(source.shape[:2]))))
+
+
+def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Path | bytes | Image.Image | NDArray[np.uint8]:
+    """Return an image in a form that `as_pixels` accepts any number of times, with channels in the
+    order of RGB.
+
+    An address is downloaded and an open file is read, at most 1 GB; a tensor becomes an array.
+
+    Args and errors: as in `as_pixels`.
+    """
+    if channels not in get_args(Channels):
+        raise DcrisError(f"channels must be one of {', '.join(get_args(Channels))}, not {channels!r}")
+    if isinstance(image, str) and is_url(image):
+        try:
+            return get(image, _MAX_FILE)
+        except HTTP_ERRORS as error:
+            raise DcrisError(
+                f"cannot download {image} ({reason_of(error)}); check the address and the network"
+            ) from error
+    if isinstance(image, str | os.PathLike):
+        return as_path(image, "an image")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, Image.Image):
         return image
-    return to_rgb(Image.fromarray(np.ascontiguousarray(image if channels == 4 else image.reshape(image.shape[:2]))))
+    if isinstance(image, np.ndarray):
+        return _as_rgb(image, channels)
+    if (torch := sys.modules.get("torch")) is not None and isinstance(image, torch.Tensor):
+        return _as_rgb(_tensor_pixels(image), channels)
+    if hasattr(image, "read"):
+        return _read_open(cast(BinaryIO, image))
+    raise DcrisError(
+        "an image must be a path, an http(s) address, the bytes of a file, an open file, a PIL image, a NumPy array or a "
+        f"torch tensor, not {type(image).__name__}; give several images as a list"
+    )
+
+
+def _as_rgb(image: NDArray[np.uint8], channels: Channels) -> NDArray[np.uint8]:
+    flips = channels == "bgr" and image.ndim == 3 and image.shape[2] in (3, 4)
+    return image[..., [2, 1, 0, 3][: image.shape[2]]] if flips else image
+
+
+def _read_open(file: BinaryIO) -> bytes:
+    try:
+        content = file.read(_MAX_FILE + 1)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise DcrisError(f"cannot read the given file ({error})") from error
+    if not isinstance(content, bytes):
+        raise DcrisError("the given file is open as text; open it with mode 'rb'")
+    if len(content) > _MAX_FILE:
+        raise DcrisError(f"the given file has more than {_MAX_FILE:,} bytes")
+    return content
+
+
+def _tensor_pixels(image: "Tensor") -> NDArray[np.uint8]:
+    """Convert a tensor [3, H, W] or [1, H, W] to an array [H, W, C] uint8."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise DcrisError(f"an image tensor must be [3, H, W] or [1, H, W], and is {list(image.shape)}")
+    values = image.detach().cpu()
+    if values.is_floating_point():
+        # NaN fails the comparison, too.
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise DcrisError(
+                f"a floating-point image tensor must have values in 0..1, and has {values.min():g} to {values.max():g}; do not "
+                "normalise it"
+            )
+        values = (values.float() * 255).round().byte()
+    if str(values.dtype) != "torch.uint8":
+        raise DcrisError(f"an image tensor must be uint8 or floating point, and is {values.dtype}")
+    array: NDArray[np.uint8] = values.permute(1, 2, 0).contiguous().numpy()
+    return array
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:

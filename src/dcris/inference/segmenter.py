@@ -8,10 +8,12 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from dcris.checkpoints.backbones import is_downloadable
 from dcris.checkpoints.checkpoint import (
@@ -28,18 +30,20 @@ from dcris.checkpoints.model_card import Metrics, model_card
 from dcris.checkpoints.resolve import locate
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
-from dcris.data.images import ImageLike, as_pixels
+from dcris.data.images import Channels, ImageLike, as_pixels, as_rereadable
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, LongPhraseWarning
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
+from dcris.inference.inputs import find_tasks
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
+from dcris.utils.http import is_url
 from dcris.utils.hub import push
 
 Source = PathLike
@@ -69,6 +73,16 @@ class EncodedImage:
     """
 
 
+class _Set(NamedTuple):
+    """A set of adapters with its head."""
+
+    ready: ReferringSegmenter
+    """The copy that predicts."""
+    config: RunConfig
+    model: ReferringSegmenter
+    """As it was loaded."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Decision:
     """How masks are made of probabilities."""
@@ -84,7 +98,8 @@ class _Decision:
 class Segmenter:
     """A trained model for prediction.
 
-    It keeps no state between calls, so several threads may share it.
+    It keeps no state between calls, so several threads may share it. It can be pickled, for other
+    processes. A segmenter is called as its method `predict`.
 
     ```python
     segmenter = Segmenter.from_pretrained("runs/quickstart")
@@ -104,18 +119,53 @@ class Segmenter:
     ) -> None:
         require(model, ReferringSegmenter, "the model")
         require(config, RunConfig, "the configuration")
-        self.device = choose_device(device)
-        self.dtype = choose_precision(config.train.precision if precision is None else precision, self.device)
-        self.model = model.to(self.device).eval()
+        self.model = model.eval()
         self.config = config
         self.origin: Origin = origin or {}
         """The published checkpoint that the model was converted from; empty if it was not
         converted."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
+        self._precision: Precision = config.train.precision if precision is None else precision
+        self._place({config.data.dataset: (model, config)}, device)
+
+    def _place(self, sets: Mapping[str, tuple[ReferringSegmenter, RunConfig]], device: str) -> None:
+        """Move models to a device and prepare them there."""
+        self.device = choose_device(device)
+        self.dtype = choose_precision(self._precision, self.device)
         self._cast_weights: CastWeights = {}
-        self._ready = prepare_for_prediction(self.model, self.dtype, self._cast_weights)
-        self._sets: Mapping[str, tuple[ReferringSegmenter, RunConfig]] = {config.data.dataset: (self._ready, config)}
+        self._sets: Mapping[str, _Set] = {name: self._prepared(*each) for name, each in sets.items()}
+
+    def _prepared(self, model: ReferringSegmenter, config: RunConfig) -> _Set:
+        model.to(self.device)
+        return _Set(prepare_for_prediction(model, self.dtype, self._cast_weights), config, model)
+
+    def to(self, device: str) -> "Segmenter":
+        """Move the model to a device (auto, cpu, cuda or cuda:N), and return this segmenter.
+
+        As a torch module, it is moved itself: no other thread may predict meanwhile. The precision
+        "auto" is chosen again.
+
+        Raises:
+            DcrisError: there is no such device.
+        """
+        choose_device(device)  # fails before anything is moved
+        self._place({name: (each.model, each.config) for name, each in self._sets.items()}, device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle contains: the models as they were loaded, not those that predict."""
+        sets = {name: (each.model, each.config) for name, each in self._sets.items()}
+        return {"sets": sets, "device": str(self.device), "precision": self._precision, "origin": self.origin}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare the models of a pickle, on the device that they were on."""
+        (name, (model, config)), *others = state["sets"].items()
+        Segmenter.__init__(
+            self, model, config, device=state["device"], precision=state["precision"], origin=state["origin"]
+        )
+        (only,) = self._sets.values()
+        self._sets = {name: only, **{other: self._prepared(*each) for other, each in others}}
 
     @classmethod
     def from_pretrained(
@@ -155,7 +205,8 @@ class Segmenter:
             raise DcrisError("no model was given")
         segmenter = cls._load(named[0][1], device, precision)
         if named[0][0] is not None:
-            segmenter._sets = {named[0][0]: (segmenter._ready, segmenter.config)}
+            (only,) = segmenter._sets.values()
+            segmenter._sets = {named[0][0]: only}
         for name, each in named[1:]:
             segmenter._add(name, each)
         return segmenter
@@ -192,8 +243,7 @@ class Segmenter:
         if name in self._sets:
             raise DcrisError(f"two of the models were trained on {name}; give a dict with a name for each")
         # Replaced, not modified: another thread may be reading it.
-        ready = prepare_for_prediction(model.to(self.device), self.dtype, self._cast_weights)
-        self._sets = {**self._sets, name: (ready, config)}
+        self._sets = {**self._sets, name: self._prepared(model, config)}
 
     def merged(self) -> "Segmenter":
         """Return a segmenter with trained weights merged into the towers, for methods like LoRA.
@@ -325,6 +375,7 @@ class Segmenter:
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
+        channels: Channels = "rgb",
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[Prediction]: ...
@@ -340,6 +391,7 @@ class Segmenter:
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
+        channels: Channels = "rgb",
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[list[Prediction]]: ...
@@ -354,6 +406,7 @@ class Segmenter:
         min_area: int = 0,
         scores: bool = False,
         refine: Refinement | None = None,
+        channels: Channels = "rgb",
         adapters: str | None = None,
         memory: float | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
@@ -365,9 +418,10 @@ class Segmenter:
         LongPhraseWarning is given.
 
         Args:
-            image: one image or a list of images. An image is a path, a PIL image of any mode, or an
-                array; EXIF orientation is applied. Several images share forward passes as far as
-                memory allows.
+            image: one image or a list of images. An image is a path, an http(s) address, the bytes
+                of an image file, an open file, a PIL image of any mode, a uint8 array [H, W, 3],
+                [H, W, 4] or [H, W], or a tensor [3, H, W] of uint8 or of floats in 0..1; EXIF
+                orientation is applied. Several images share forward passes as far as memory allows.
             phrases: phrases for every image; a string is one phrase. For a list of images, this may
                 also be a list with the phrases of each image.
             threshold: pixels with a greater probability belong to the mask; 0.35 by default.
@@ -377,6 +431,7 @@ class Segmenter:
             scores: keep the probability of each pixel in the predictions.
             refine: "guided" moves the edges of masks to edges of the image, "none" does not; the
                 model's own setting by default (`data.refine`).
+            channels: "bgr" for arrays of OpenCV.
             adapters: name of the adapter set; the first by default.
             memory: bytes that activations may take; a quarter of the free memory by default.
 
@@ -394,7 +449,7 @@ class Segmenter:
             memory = require_number(memory, 0, "the memory")
         given = _as_list(phrases)
         if not isinstance(image, list):
-            (predictions,) = self._predict([image], [_check_phrases(given)], name, decision, memory)
+            (predictions,) = self._predict([image], [_check_phrases(given)], name, decision, channels, memory)
             _warn(predictions)
             return predictions
         if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in given):
@@ -405,21 +460,74 @@ class Segmenter:
             raise DcrisError(
                 f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
             )
-        found = self._predict(image, checked, name, decision, memory)
+        found = self._predict(image, checked, name, decision, channels, memory)
         _warn(chain.from_iterable(found))
         return found
 
+    __call__ = predict
+
+    def stream(
+        self,
+        images: PathLike | Iterable[ImageLike],
+        phrases: Phrases,
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+        progress: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[ImageLike, list[Prediction]]]:
+        """Predict for many images one after the other, each when its result is asked for.
+
+        Args:
+            images: images as `predict` takes them, also from a generator; or a folder or a pattern
+                (`photos/*.jpg`), whose images are taken in order.
+            phrases: phrases for every image; a string is one phrase.
+            on_error: "skip" leaves out images that cannot be read, each with a warning.
+            progress: show a bar on standard error.
+            options: of `predict`.
+
+        Yields:
+            Each image as it was given, and its predictions.
+
+        Raises:
+            DcrisError: as in `predict`.
+        """
+        if on_error not in ("raise", "skip"):
+            raise DcrisError(f"on_error must be raise or skip, not {on_error!r}")
+        shared = _check_phrases(_as_list(phrases))
+        if isinstance(images, str | os.PathLike) and not (isinstance(images, str) and is_url(images)):
+            images = [task.path for task in find_tasks([as_path(images, "the images")], shared) if not task.video]
+        elif isinstance(images, str | bytes | np.ndarray | Image.Image) or not isinstance(images, Iterable):
+            raise DcrisError(
+                f"images must be a folder, a pattern or several images, not {kind_of(images)}; for one, use predict"
+            )
+        return self._stream(images, shared, on_error == "skip", progress, options)
+
+    def _stream(
+        self, images: Iterable[ImageLike], phrases: list[str], skip: bool, progress: bool, options: dict[str, Any]
+    ) -> Iterator[tuple[ImageLike, list[Prediction]]]:
+        for image in tqdm(images, unit="image", disable=not progress):
+            try:
+                found = self.predict(image, phrases, **options)
+            except DcrisError as error:
+                if not skip:
+                    raise
+                warnings.warn(f"an image is left out: {error}", UserWarning, stacklevel=3)
+            else:
+                yield image, found
+
     @torch.no_grad()
-    def encode_image(self, image: ImageLike, *, adapters: str | None = None) -> EncodedImage:
+    def encode_image(
+        self, image: ImageLike, *, channels: Channels = "rgb", adapters: str | None = None
+    ) -> EncodedImage:
         """Compute the features of an image that do not depend on the phrase, for `segment`.
 
-        The result refers to the image as it was given, for `refine`: a file is then read again, and
-        an array must not change.
+        The result refers to the image, for `refine`: a file is then read again, and an array must
+        not change.
 
         Args and errors: as in `predict`.
         """
-        name = self._name(adapters)
-        state, (transform,) = self._encode([image], *self._sets[name])
+        name, image = self._name(adapters), as_rereadable(image, channels)
+        state, (transform,) = self._encode([image], *self._sets[name][:2])
         return EncodedImage(transform.size, name, transform, state, image)
 
     def segment(
@@ -457,7 +565,7 @@ class Segmenter:
             phrases: phrases that are not too long have no entry.
             adapters: as in `predict`.
         """
-        config = self._sets[self._name(adapters)][1]
+        config = self._sets[self._name(adapters)].config
         tokenizer = tokenizer_of(config.model.text)
         cut = cut_texts([*dict.fromkeys(phrases)], config.data, tokenizer, predicting=True)
         return {phrase: unread_end(phrase, config.data, tokenizer) for phrase in cut}
@@ -480,11 +588,11 @@ class Segmenter:
     ) -> tuple[str, _Decision]:
         name = self._name(adapters)
         if refine is None:
-            refine = self._sets[name][1].data.refine
+            refine = self._sets[name].config.data.refine
         elif not isinstance(refine, str) or refine not in get_args(Refinement):
             raise DcrisError(f"there is no refinement {refine!r}; choose one of {', '.join(get_args(Refinement))}")
         threshold = self.protocol.threshold if threshold is None else require_threshold(threshold)
-        presence = self._sets[name][0].head.presence is not None
+        presence = self._sets[name].ready.head.presence is not None
         return name, _Decision(threshold, *require_minima(min_score, min_area, presence), refine, bool(scores))
 
     @torch.no_grad()
@@ -494,13 +602,15 @@ class Segmenter:
         phrases: Sequence[Sequence[str]],
         adapters: str,
         decision: _Decision,
+        channels: Channels,
         memory: float | None,
     ) -> list[list[Prediction]]:
-        model, config = self._sets[adapters]
+        model, config, _ = self._sets[adapters]
         results: list[list[Prediction]] = []
         at_once = self._pairs_per_pass(model, config, memory)
         for start in range(0, len(images), at_once):
-            some_images, some_phrases = images[start : start + at_once], phrases[start : start + at_once]
+            some_images = [as_rereadable(image, channels) for image in images[start : start + at_once]]
+            some_phrases = phrases[start : start + at_once]
             if not any(some_phrases):
                 # Without phrases there is nothing to predict, but unreadable images must still
                 # raise an error.
@@ -538,7 +648,7 @@ class Segmenter:
         """Yield the predictions for pairs (image number, phrase number), in order."""
         if not pairs:
             return
-        model, config = self._sets[adapters]
+        model, config, _ = self._sets[adapters]
         tokens = tokenize(phrases, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
         unread = self.unread(phrases, adapters=adapters)
         at_once = self._pairs_per_pass(model, config, memory)

@@ -1,0 +1,60 @@
+"""Download a file of bounded size."""
+
+import threading
+from http.client import HTTPException
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from dcris.errors import DcrisError
+from dcris.version import __version__
+
+_SECONDS = 30
+"""Without a byte, after which a connection is given up."""
+
+_PART = 1 << 16
+
+
+HTTP_ERRORS = OSError, HTTPException, ValueError
+"""All errors of an address, a connection or a malformed response."""
+
+
+class TooLargeError(DcrisError):
+    """The body has more bytes than wanted."""
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is an http or https address."""
+    return text.startswith(("http://", "https://"))
+
+
+def get(url: str, most: int, stop: threading.Event | None = None) -> bytes:
+    """Return the body of the response to a GET request.
+
+    Args:
+        url: http or https.
+        most: limit on the bytes of the body.
+        stop: ends the download when it is set; what has arrived is returned.
+
+    Raises:
+        TooLargeError: the body is larger.
+        HTTP_ERRORS: everything else; `reason_of` describes them.
+    """
+    request = Request(url, headers={"User-Agent": f"dcris/{__version__} (referring image segmentation)"})
+    with urlopen(request, timeout=_SECONDS) as response:
+        content = bytearray()
+        while not (stop and stop.is_set()) and (part := response.read(_PART)):
+            content += part
+            if len(content) > most:
+                raise TooLargeError(f"the received file has more than {most:,} bytes")
+        missing = response.length  # of the announced length; read(n) does not report a broken connection
+    if missing and not (stop and stop.is_set()):
+        raise ConnectionError(f"the connection broke {missing:,} bytes before the end")
+    return bytes(content)
+
+
+def reason_of(error: Exception) -> str:
+    """Describe an error of `get` in a few words."""
+    if isinstance(error, HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    cause = error.reason if isinstance(error, URLError) else error
+    return str(getattr(cause, "strerror", None) or cause) or type(cause).__name__
