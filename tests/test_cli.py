@@ -297,6 +297,12 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("predict RUN PHOTO -e ring --out OUT --format jpeg", "jpeg"),
         ("predict RUN PHOTO -e ring --out OUT --threshold 2", "threshold"),
         ("predict RUN PHOTO -e ring --out OUT --threshold much", "much"),
+        # Before the model is loaded, which can take minutes.
+        ("predict CUT PHOTO -e ring --out OUT --threshold 2", "between 0 and 1"),
+        ("predict CUT PHOTO -e ring --out OUT --device tpu", "tpu"),
+        ("predict CUT ABSENT -e ring --out OUT", "no file or folder"),
+        ("evaluate CUT --data DATA --split test --device tpu", "tpu"),
+        ("train dcris_tiny --data ABSENT --out OUT --device tpu", "tpu"),
         ("predict RUN PHOTO -e '' --out OUT", "empty"),
         ("predict RUN PHOTO -e ring -e '  ' --out OUT", "empty"),
         ("predict RUN ABSENT -e ring --out OUT", "absent"),
@@ -396,6 +402,28 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     # The folder for the results may exist, but must be empty.
     assert after - before <= {tmp_path / "out"}
     assert (tmp_path / "notes.jpg").read_text() == "these are notes"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [("--data ABSENT", "no data set"), ("--data DATA --split dev", "'dev'")]
+)
+def test_evaluate_reads_the_data_before_the_model(
+    words: str,
+    sentence: str,
+    trained_run: Path,
+    scenes_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A large model takes minutes to load, and a mistyped folder only a moment to be found."""
+
+    def load(path: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dcris.evaluation.evaluate.load_checkpoint", load)
+    given = words.replace("DATA", str(scenes_root)).replace("ABSENT", str(tmp_path / "absent"))
+    assert sentence in refused(capsys, "evaluate", str(trained_run), *shlex.split(given))
 
 
 class Hostile:

@@ -213,6 +213,34 @@ def test_a_mistyped_path_is_not_searched_on_the_hub(hub: Hub, tmp_path: Path, mo
         locate("runs/nope@main")
 
 
+@pytest.mark.parametrize(
+    "mistyped", ["exprs/photos", "expers/photso", "expers/photos.safetensor", "phtos", "../here/phtos"]
+)
+def test_a_mistyped_model_is_guessed(hub: Hub, mistyped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People exchange and forget letters. The message names the model they meant, without asking
+    the Hub."""
+    (tmp_path / "here/expers/photos").mkdir(parents=True)
+    (tmp_path / "here/phots").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in ("expers/photos", "phots"):
+        (Path(place) / "model.safetensors").touch()
+    (Path("expers") / "photos.safetensors").touch()
+    (Path("expers") / "photo.txt").touch()
+    expected = {
+        "phtos": "phots",
+        "../here/phtos": "../here/phots",
+        "expers/photos.safetensor": "expers/photos.safetensors",
+    }
+    meant = expected.get(mistyped, "expers/photos")
+    with pytest.raises(DcrisError, match=rf"there is no checkpoint {mistyped} \(did you mean {meant}\?\)"):
+        locate(mistyped)
+    assert not hub.requests
+    with pytest.raises(DcrisError, match="there is no repository exprs/photos"):
+        locate("exprs/photos@main")
+    with pytest.raises(DcrisError, match="there is no repository other/thing"):
+        locate("other/thing")
+
+
 def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     """An existing folder must not be replaced by mistake."""
     (tmp_path / "work").write_text("mine")

@@ -11,7 +11,9 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 from dcris.checkpoints.checkpoint import is_model
@@ -23,6 +25,12 @@ from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.utils.streams import note
 
 Log = Callable[[str], None]
+
+_ALIKE = 0.75
+"""Least similarity of a mistyped name (difflib's ratio): 0.75 for two exchanged letters of four."""
+
+_MOST_NAMES = 1000
+"""Names of a folder that are compared: each comparison takes time, and folders can be large."""
 
 
 def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
@@ -47,23 +55,44 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
     source = str(source)
     if source in PUBLISHED:
         return _published(source, log)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source, re.ASCII) and not _is_local(source):
+    similar = _similar(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source, re.ASCII) and not _is_local(source, similar):
         return _repository(source, towers)
     if "detris" in source and "/" not in source:
         raise DcrisError(f"there is no published model {source!r}; the available ones are {', '.join(PUBLISHED)}")
     raise DcrisError(
-        f"there is no checkpoint {source}; give the directory of a run (`dcris train --out`), a .safetensors bundle, "
-        f"owner/name on the Hub, or the name of a model such as {', '.join(PACKAGED)} or detris-b-refcoco"
+        f"there is no checkpoint {source}{f' (did you mean {similar}?)' if similar else ''}; give the directory of a run "
+        "(`dcris train --out`), a .safetensors bundle, owner/name or owner/name@main on the Hub, or the name of a model such "
+        f"as {', '.join(PACKAGED)} or detris-b-refcoco"
     )
 
 
-def _is_local(source: str) -> bool:
+def _similar(path: Path) -> Path | None:
+    """Return a model whose path differs from `path` by a typing mistake in its last two parts.
+
+    None if there is none.
+    """
+    with suppress(OSError, ValueError):  # not a possible path
+        parents = [path.parent] if path.parent.is_dir() else _alike(path.parent)
+        return next((each for parent in parents for each in _alike(parent / path.name) if is_model(each)), None)
+    return None
+
+
+def _alike(path: Path) -> list[Path]:
+    """Return the folders and bundles beside `path` with almost its name, the most similar first."""
+    if not path.parent.is_dir():
+        return []
+    names = [each.name for each in islice(path.parent.iterdir(), _MOST_NAMES)]
+    return [path.parent / name for name in get_close_matches(path.name, names, cutoff=_ALIKE)]
+
+
+def _is_local(source: str, similar: Path | None) -> bool:
     """Whether a name of the form owner/name is more likely a mistyped path.
 
     With @REVISION it is a repository.
     """
     first = source.partition("/")[0]
-    known = first in ("runs", "checkpoints", "outputs") or Path(first).exists()
+    known = similar is not None or first in ("runs", "checkpoints", "outputs") or Path(first).exists()
     return "@" not in source and (
         known or Path(source).suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".json")
     )

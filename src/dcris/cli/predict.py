@@ -175,19 +175,23 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _threshold(given: str | None) -> float | None:
-    """Parse a threshold, or read it from a result file."""
+    """Parse a threshold, or read it from a result file.
+
+    Raises DcrisError if it is not between 0 and 1.
+    """
+    from dcris.inference.prediction import require_threshold
     from dcris.utils.files import read_json
 
     if given is None:
         return None
     try:
-        return float(given)
+        return require_threshold(float(given))
     except ValueError:
         result = read_json(Path(given), "the threshold (neither a number nor a result file)")
     threshold = result.get("threshold") if isinstance(result, dict) else None
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise DcrisError(f"{given} has no threshold; give a number or a result file of `dcris evaluate`")
-    return float(threshold)
+    return require_threshold(threshold)
 
 
 def _convert(args: argparse.Namespace) -> None:

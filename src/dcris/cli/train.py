@@ -123,7 +123,9 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
 def _train(group: Any, args: argparse.Namespace) -> None:
     from dcris.data.readers.load import load_references
     from dcris.training.train import run_training, without_missing_validation
+    from dcris.utils.device import choose_device
 
+    choose_device(args.device)  # before the data, which can take long to read
     config = configuration(args)
     data = config.data
     table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)

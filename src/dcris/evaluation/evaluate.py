@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, store_calibration
+from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, read_config, store_calibration
 from dcris.checkpoints.resolve import locate
 from dcris.config import RunConfig
 from dcris.data.dataset import Queries, all_queries, cut_phrases
@@ -103,11 +103,13 @@ def evaluate(
     with processes(device) as group:
         place = choose_device(device)
         source = locate(_plain(checkpoint))
-        model, config = load_checkpoint(source)
-        model.to(place)
-        dtype = choose_precision(precision or config.train.precision, place)
+        config = read_config(find_checkpoint(source))
+        # Before the model, which can take minutes to load.
         table = data if isinstance(data, ReferenceTable) else data(config)
         queries = all_queries(table.split(split))
+        model, _ = load_checkpoint(source)
+        model.to(place)
+        dtype = choose_precision(precision or config.train.precision, place)
         if group.first and (cut := cut_phrases(queries, config.data, tokenizer_of(config.model.text), table.dataset)):
             note(cut)
 
