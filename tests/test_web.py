@@ -297,7 +297,9 @@ def test_the_page_uses_no_other_host(address: str) -> None:
     """The page refers to no other host, and forbids the browser to contact one."""
     with urllib.request.urlopen(address, timeout=60) as response:
         text = response.read().decode()
-        assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'self'")
+        assert policy.endswith("; frame-ancestors 'self'")
     for host in ("googleapis", "gstatic", "cloudflare", "huggingface.co"):
         assert host not in text
 
@@ -700,6 +702,98 @@ def test_wrong_passwords(tmp_path: Path) -> None:
         for wrong in ("Basic !!!", "Bearer bob:2"):
             assert send(address, "GET /", headers=f"Authorization: {wrong}\r\n")[0] == 401
         assert (login("bob:2"), login("bob:3"), send(address, "GET /")[0]) == (429, 429, 401)
+
+
+def test_the_health_check_needs_no_password(segmenter: Segmenter) -> None:
+    """Docker and Kubernetes have no password. The answer tells nothing, the other checks stay, and
+    wrong passwords for other paths are still counted."""
+    pytest.importorskip("gradio")
+    from dcris.inference.web.app import make_app
+
+    service = InferenceService(segmenter, Limits(attempts=2))
+    with serving(make_app(service, Sessions(service.limits), credentials=["ann:1"]), service.limits) as address:
+        wrong = f"Authorization: Basic {base64.b64encode(b'ann:2').decode()}\r\n"
+        for headers in ("", wrong, wrong, wrong):
+            assert send(address, "GET /health", headers=headers) == (200, b'{"status":"ok"}')
+        assert send(address, "HEAD /health") == (200, b"")
+        assert send(address, "POST /health", b"0" * 100_000)[0] == 404
+        assert send(address, "GET /health?x=/etc/passwd")[0] == 200
+        assert send(address, "GET /health", headers="Host: evil.example\r\n")[0] == 403
+        for path in ("/", "/health/", "//health", "/health/..", "/Health", "/%2fhealth", "/api/segment"):
+            assert send(address, f"GET {path}")[0] == 401, path
+        assert [send(address, "GET /", headers=wrong)[0] for _ in range(3)] == [401, 401, 429]
+        assert send(address, "GET /health", headers=wrong)[0] == 200
+    service.close()
+
+
+def test_the_health_check_is_answered_while_the_model_works(segmenter: Segmenter) -> None:
+    """A supervisor must not restart a server that only has much to do."""
+    pytest.importorskip("gradio")
+    from dcris.inference.web.app import make_app
+
+    service, begun, go_on = InferenceService(segmenter, Limits(waiting=1)), Event(), Event()
+
+    def busy() -> None:
+        begun.set()
+        go_on.wait(60)
+
+    for executor in (service._model, service._images):
+        executor.submit(busy)
+    begun.wait(60)
+    service.waiting = 1
+    with serving(make_app(service, Sessions(service.limits)), service.limits) as address:
+        assert send(address, "GET /health")[0] == 200
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            post(address, picture(), phrase="left")
+    go_on.set()
+    service.close()
+
+
+def test_clients_of_a_container(segmenter: Segmenter) -> None:
+    """A published port is reached as localhost, although the server's address is another one. Only
+    the sites that are allowed may show the page in a frame."""
+    pytest.importorskip("gradio")
+    from dcris.inference.web.app import make_app
+
+    service = InferenceService(segmenter)
+    app = make_app(
+        service,
+        Sessions(service.limits),
+        hosts=["0.0.0.0", "localhost", "127.0.0.1"],
+        frames=["https://huggingface.co"],
+    )
+
+    def get(host: str, path: str = "/") -> tuple[int, str]:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def keep(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+        scope |= {"server": ("172.17.0.2", 7860), "client": ("172.17.0.1", 5), "scheme": "http", "http_version": "1.1"}
+        asyncio.run(app({**scope, "headers": [(b"host", host.encode())], "root_path": ""}, receive, keep))
+        headers = dict(sent[0]["headers"])
+        return sent[0]["status"], headers[b"content-security-policy"].decode().partition("frame-ancestors ")[2]
+
+    for host in ("localhost:7860", "127.0.0.1:8000", "172.17.0.2:7860", "LOCALHOST"):
+        assert get(host) == (200, "'self' https://huggingface.co")
+        assert get(host, "/health")[0] == 200
+    for host in ("172.17.0.3:7860", "evil.example", "[::1]:7860"):
+        assert get(host)[0] == 403
+    service.close()
+
+
+@pytest.mark.parametrize(
+    "origin", ["huggingface.co", "https://a.b; script-src *", "https://a.b/c", "*", "ftp://a.b", ""]
+)
+def test_frames_of_other_sites_are_origins(trained_run: Path, capsys: pytest.CaptureFixture[str], origin: str) -> None:
+    """Other text could change what the page may load."""
+    pytest.importorskip("gradio")
+    assert main(["web", str(trained_run), "--port", "0", "--allow-frame", origin]) == 2
+    assert "is not the origin of a site" in capsys.readouterr().err
 
 
 def test_passwords_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

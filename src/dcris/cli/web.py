@@ -34,6 +34,13 @@ def add(commands: Any) -> None:
         default=[],
         help="further host name that clients may use; repeatable",
     )
+    web.add_argument(
+        "--allow-frame",
+        metavar="ORIGIN",
+        action="append",
+        default=[],
+        help="other site whose pages may show this page in a frame, such as https://huggingface.co; repeatable",
+    )
     access = web.add_mutually_exclusive_group()
     access.add_argument(
         "--auth",
@@ -65,6 +72,7 @@ def _web(args: argparse.Namespace) -> None:
         port=args.port,
         examples=examples,
         allow_hosts=args.allow_host,
+        allow_frames=args.allow_frame,
         auth=args.auth,
         no_auth=args.no_auth,
         ready=lambda address: log(f"{address} (stop with Ctrl-C)"),

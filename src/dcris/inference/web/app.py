@@ -61,6 +61,9 @@ AUTH = "DCRIS_WEB_AUTH"
 """Environment variable with the value of `--auth`. Other users of the machine can see arguments,
 but not the environment."""
 
+_HEALTH = "/health"
+"""Path for programs that supervise the server, such as Docker and Kubernetes."""
+
 _DOWNLOADS = {"masks.zip": "Masks (zip of PNGs)", "coco.json": "COCO JSON"}
 
 _templates = Environment(
@@ -94,6 +97,7 @@ def serve(
     examples: Sequence[Path] | None = None,
     limits: Limits | None = None,
     allow_hosts: Sequence[str] = (),
+    allow_frames: Sequence[str] = (),
     auth: str | None = None,
     no_auth: bool = False,
     ready: Callable[[str], None] = lambda address: None,
@@ -108,6 +112,7 @@ def serve(
             else photographs.
         limits: limits on requests.
         allow_hosts: further host names that clients may use.
+        allow_frames: origins of other sites whose pages may show the page in a frame.
         auth: USER:PASSWORD, or a file with one such line per user; by default the environment
             variable DCRIS_WEB_AUTH.
         no_auth: serve other machines without a password.
@@ -115,7 +120,8 @@ def serve(
 
     Raises:
         DcrisError: the extra `web` is not installed, the port is in use, `host` serves other
-            machines and neither `auth` nor `no_auth` is given, or an example is not an image.
+            machines and neither `auth` nor `no_auth` is given, one of `allow_frames` is not an
+            origin, or an example is not an image.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads both when it is imported
     with TemporaryDirectory(prefix="dcris-web-") as scratch:
@@ -124,18 +130,21 @@ def serve(
         try:
             import gradio  # noqa: F401
 
-            from dcris.inference.web.guard import is_loopback
+            from dcris.inference.web.guard import is_loopback, require_origin
         except ImportError as error:
             raise DcrisError(f"the web page needs the package {error.name}: pip install 'dcris[web]'") from error
+        frames = [require_origin(each) for each in allow_frames]
         with _listen(host, port) as listening:
             address, port = listening.getsockname()[:2]
             if not (credentials or no_auth or is_loopback(address)):
                 raise DcrisError(
-                    f"--host {host} serves other machines too; set a password with --auth USER:PASSWORD, or give --no-auth"
+                    f"--host {host} serves other machines too; set a password with {AUTH} or --auth USER:PASSWORD, or give "
+                    "--no-auth"
                 )
             service = InferenceService(segmenter(), limits)
             sessions = Sessions(service.limits)
-            app = make_app(service, sessions, examples, hosts=(host, *allow_hosts), credentials=credentials)
+            hosts = (host, *allow_hosts)
+            app = make_app(service, sessions, examples, hosts=hosts, credentials=credentials, frames=frames)
             server = make_server(app, service.limits)
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             for work in (partial(_delete_expired_sessions, sessions), partial(_wait_until_ready, server, ready, url)):
@@ -176,8 +185,10 @@ def make_app(
     *,
     hosts: Sequence[str] = (),
     credentials: Sequence[str] = (),
+    frames: Sequence[str] = (),
 ) -> "ASGIApp":
-    """Create the application: the page at / and the API at /api/segment, behind the guard."""
+    """Create the application: the page at /, the API at /api/segment and /health, behind the
+    guard."""
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Mount, Route
@@ -186,6 +197,10 @@ def make_app(
 
     limits, default_threshold = service.limits, service.segmenter.protocol.threshold
     example_images = _read_examples(service.segmenter, examples)
+
+    async def health(request: "Request") -> Response:
+        """Say that the model is loaded. It needs no password, so it says nothing else."""
+        return JSONResponse({"status": "ok"})
 
     async def segment_file(request: "Request") -> Response:
         query = request.query_params
@@ -284,13 +299,14 @@ def make_app(
     app = Starlette(
         routes=[
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in (with_image | without).items()),
+            Route(_HEALTH, health),
             Route("/download/{name}/{file}", download),
             Mount("/", page),
         ],
         exception_handlers={DcrisError: on_error},
     )
     sizes = dict.fromkeys(with_image, limits.upload) | dict.fromkeys(without, limits.page_request)
-    return Guard(app, sizes, limits, hosts, credentials)
+    return Guard(app, sizes, limits, hosts, credentials, frames, public=[_HEALTH])
 
 
 def make_page(limits: Limits, segmenter: Segmenter, examples: Sequence[Example]) -> "gradio.Blocks":

@@ -30,13 +30,15 @@ from dcris.inference.web.service import BUSY, BusyError, Limits
 # The page needs no other server. This header makes browsers enforce that, also for future versions
 # of Gradio.
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'",
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'{}",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:/?#@\\\s]+)(?::([0-9]{1,5}))?", re.ASCII)
+
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
 
 _PAUSE = 2.0
 """Seconds without a byte after which the server stops reading a refused body."""
@@ -84,6 +86,9 @@ class Guard:
         limits: limits on sizes and times.
         hosts: allowed host names, in addition to the address of the server.
         credentials: "user:password" of each user; if empty, no password is needed.
+        frames: origins of other sites whose pages may show this page in a frame, from
+            `require_origin`.
+        public: paths that need no password.
     """
 
     def __init__(
@@ -93,8 +98,12 @@ class Guard:
         limits: Limits,
         hosts: Collection[str] = (),
         credentials: Collection[str] = (),
+        frames: Collection[str] = (),
+        public: Collection[str] = (),
     ) -> None:
-        self._app, self._sizes, self._limits = app, bodies, limits
+        self._app, self._sizes, self._limits, self._public = app, bodies, limits, public
+        others = "".join(f" {origin}" for origin in frames)
+        self._headers = {name: value.format(others) for name, value in _HEADERS.items()}
         self._hosts = {_name(host) for host in hosts}
         self._credentials = [each.encode() for each in credentials]
         self._failures: OrderedDict[str, list[float]] = OrderedDict()
@@ -115,7 +124,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 sent = MutableHeaders(scope=message)
-                sent.update(_HEADERS)
+                sent.update(self._headers)
                 if unread:
                     sent["Connection"] = "close"
             elif unread and not message.get("more_body"):
@@ -165,7 +174,7 @@ class Guard:
                 raise Refused(403, "requests from pages without an origin are refused")
             if place != hosts[0].lower() and _name(found[1]) not in self._hosts:
                 raise Refused(403, f"requests from pages of {place!r} are refused; allow it with --allow-host")
-        if self._credentials:
+        if self._credentials and scope["path"] not in self._public:
             self._check_password(scope, headers)
 
     def _allowed(self, host: str, scope: Scope) -> bool:
@@ -396,6 +405,18 @@ def is_loopback(host: str) -> bool:
     """Whether an IP address is a loopback address."""
     address = _address(host)
     return address is not None and address.is_loopback
+
+
+def require_origin(text: str) -> str:
+    """Return an origin: scheme, host name and perhaps port.
+
+    Raises DcrisError for other text, which could add to the header that it becomes part of.
+    """
+    if not _ORIGIN.fullmatch(text):
+        raise DcrisError(
+            f"{text!r} is not the origin of a site; give its scheme and name, such as https://huggingface.co"
+        )
+    return text
 
 
 def _name(host: str) -> str:
