@@ -199,7 +199,8 @@ def test_files_of_predict(trained_run: Path, photo: Path, tmp_path: Path) -> Non
     assert [entry["phrase"] for entry in results] == phrases
     areas = []
     for number, entry in enumerate(results):
-        stem = tmp_path / "out" / f"{photo.stem}.{number}"
+        assert entry["stem"] == f"{photo.stem}.{number}-{phrases[number].replace(' ', '-')}"
+        stem = tmp_path / "out" / entry["stem"]
         mask = np.array(Image.open(f"{stem}.mask.png"))
         assert mask.shape == (45, 60)
         assert set(np.unique(mask)) <= {0, 255}
@@ -211,7 +212,6 @@ def test_files_of_predict(trained_run: Path, photo: Path, tmp_path: Path) -> Non
         assert expected is not None
         np.testing.assert_allclose(probabilities, expected, atol=1e-3)
         np.testing.assert_array_equal(expected > threshold, mask > 0)
-        assert Image.open(f"{stem}.overlay.png").size == (60, 45)
         assert (entry["image_id"], entry["file_name"]) == (42, photo.name)
         assert 0 <= entry["score"] <= 1
         if areas[-1]:
@@ -219,7 +219,10 @@ def test_files_of_predict(trained_run: Path, photo: Path, tmp_path: Path) -> Non
         else:
             assert entry["bbox"] == [0, 0, 0, 0]
     assert 0 < areas[0] < 45 * 60
-    assert len(list((tmp_path / "out").iterdir())) == 8
+    # Small images are enlarged, with a legend below.
+    annotated = Image.open(tmp_path / "out" / f"{photo.stem}.annotated.png")
+    assert annotated.size[0] == 60 * 8 and annotated.size[1] > 45 * 8
+    assert len(list((tmp_path / "out").iterdir())) == 7
     assert not leftovers(tmp_path)
 
 
@@ -227,7 +230,7 @@ def test_predict_formats(trained_run: Path, photo: Path, tmp_path: Path) -> None
     """Overlays of many images would fill a disk."""
     assert dcris("predict", trained_run, photo, "-e", "ring", "--out", tmp_path / "a", "--format", "mask", "coco") == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        f"{photo.stem}.0.mask.png",
+        f"{photo.stem}.0-ring.mask.png",
         "predictions.json",
         JOURNAL,
     }
@@ -269,8 +272,8 @@ def test_odd_images(trained_run: Path, tmp_path: Path) -> None:
     assert dcris("predict", trained_run, tmp_path / "in", "-e", "the cup", "--out", out) == 0
     assert len(sizes) == 9
     for stem, size in sizes.items():
-        assert np.array(Image.open(out / f"{stem}.0.mask.png")).shape == size
-        assert np.load(out / f"{stem}.0.scores.npy").shape == size
+        assert np.array(Image.open(out / f"{stem}.0-the-cup.mask.png")).shape == size
+        assert np.load(out / f"{stem}.0-the-cup.scores.npy").shape == size
 
 
 @pytest.mark.slow
@@ -278,7 +281,7 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
     """A panorama or a scan of 108 million pixels."""
     Image.new("RGB", (12_000, 9_000), "green").save(tmp_path / "large.jpg")
     assert dcris("predict", trained_run, tmp_path / "large.jpg", "-e", "left", "--out", tmp_path / "out") == 0
-    with Image.open(tmp_path / "out" / "large.0.mask.png") as mask:
+    with Image.open(tmp_path / "out" / "large.0-left.mask.png") as mask:
         assert mask.size == (12_000, 9_000)
 
 

@@ -173,7 +173,7 @@ def test_the_threshold_is_chosen_on_another_split(
     assert "the threshold (neither a number nor a result file) is missing" in capsys.readouterr().err
     (tmp_path / "list.json").write_text("[]")
     assert dcris(*command, tmp_path / "list.json") == 2
-    assert dcris(*command, 0.5, "--anew") == 0
+    assert dcris(*command, 0.5, "--overwrite") == 0
 
 
 # ---- light and zoom ------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ FORMATS = (
         for file, spoils in (
             ("dcris-journal.jsonl", (json_lines,)),
             ("predictions.json", (json_tree,)),
-            ("photo.0.mask.png", (png_chunks,)),
+            ("photo.0-cup.mask.png", (png_chunks,)),
             ("label_studio.json", (json_tree,)),
         )
     ),

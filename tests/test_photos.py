@@ -66,7 +66,7 @@ def test_it_segments_a_photograph_from_the_command_line(
     """The line of the README, without --out."""
     monkeypatch.chdir(tmp_path)
     assert main(["predict", "photos", str(CAT), "-e", "cat", "--device", "cpu"]) == 0
-    mask = np.asarray(Image.open(tmp_path / "out/chelsea.0.mask.png")) > 0
+    mask = np.asarray(Image.open(tmp_path / "out/chelsea.0-cat.mask.png")) > 0
     assert 0.2 < mask.mean() < 0.95
     # The cat's face fills the middle; the corner at the top left is a carpet.
     assert mask[100:200, 180:300].mean() > 0.8

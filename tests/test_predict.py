@@ -24,8 +24,10 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.images import image_endings
 from dcris.errors import DcrisError
+from dcris.inference import inputs as inputs_module
+from dcris.inference import records as records_module
 from dcris.inference.batch import BatchPredictor, Done, Failed
-from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs
+from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs, result_stem
 from dcris.inference.label_studio import brush_rle, label_studio_config, label_studio_task
 from dcris.inference.records import Records
 from runs import leftovers
@@ -164,6 +166,8 @@ def test_results_are_skipped(way: str, tmp_path: Path) -> None:
     """Results, unfinished files, and results of other calls beside the images are skipped."""
     photos = make_photos(tmp_path / "photos", 2)
     for name in ("0.0.mask.png", "0.0.overlay.png", "1.12.cutout.png", ".1.0.mask.png.partial-0123abcd.png", RECORDS):
+        (photos / name).touch()
+    for name in ("1.0-größe-猫.mask.png", "0.3-a_b.scores.npy", "1.annotated.png"):
         (photos / name).touch()
     for name in ("clip.overlay.mp4", "predictions.json", "0.0.scores.npy", ".clip.overlay.mp4.partial-0123abcd.mp4"):
         (photos / name).touch()
@@ -307,7 +311,7 @@ def test_pairs_are_predicted(model: Path, photos: Path, tmp_path: Path, capsys: 
     assert "1 of 3 could not be read, all others are done" in capsys.readouterr().err
     found = [(entry["file_name"], entry["phrase"], entry["phrase_number"]) for entry in results(out)]
     assert found == [("0.png", "the cup", 0), ("0.png", "ring", 1), ("1.png", "left", 0)]
-    assert (out / "0.1.mask.png").exists()
+    assert (out / "0.1-ring.mask.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -389,17 +393,17 @@ def test_finished_images_are_skipped(
     assert written(out) == first
     assert results(out) == content
     # A mask that is gone, and a picture that is another now.
-    (out / "0.0.mask.png").unlink()
+    (out / "0.0-cup.mask.png").unlink()
     Image.new("RGB", (9, 9)).save(photos / "1.png")
     assert dcris(*command) == 0
     again = written(out)
-    assert {name for name in first if again[name] == first[name]} == {"2.0.mask.png", "3.0.mask.png"}
+    assert {name for name in first if again[name] == first[name]} == {"2.0-cup.mask.png", "3.0-cup.mask.png"}
     assert len(results(out)) == 4
     # All of it again.
     capsys.readouterr()
-    assert dcris(*command, "--anew") == 0
+    assert dcris(*command, "--overwrite") == 0
     assert "done already" not in capsys.readouterr().out
-    assert not any(written(out)[name] == time for name, time in again.items() if name.endswith(".0.mask.png"))
+    assert not any(written(out)[name] == time for name, time in again.items() if name.endswith(".0-cup.mask.png"))
     assert len(results(out)) == 4
 
 
@@ -415,11 +419,12 @@ def test_a_call_adds_to_earlier_results(model: Path, tmp_path: Path) -> None:
     found = {entry["name"]: (entry["file_name"], entry["image_id"]) for entry in results(out)}
     assert found == {"1": ("1.png", 1), "0": ("0.png", 2), "0~2": ("0.png", 3), "2": ("2.png", 4), "1~2": ("1.jpg", 5)}
     for entry in results(out):
-        mask = Image.open(out / f"{entry['name']}.0.mask.png")
+        assert entry["stem"] == f"{entry['name']}.0-cup"
+        mask = Image.open(out / f"{entry['stem']}.mask.png")
         assert [*mask.size][::-1] == entry["segmentation"]["size"]
         np.testing.assert_array_equal(coco.decode(entry["segmentation"]) > 0, np.array(mask) > 0)
-    assert Image.open(out / "0.0.mask.png").size == (7, 5)
-    assert Image.open(out / "0~2.0.mask.png").size == (64, 48)
+    assert Image.open(out / "0.0-cup.mask.png").size == (7, 5)
+    assert Image.open(out / "0~2.0-cup.mask.png").size == (64, 48)
     assert len(json.loads((out / "label_studio.json").read_text())) == 5
 
 
@@ -442,7 +447,6 @@ def test_one_image_by_several_paths(model: Path, photos: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("-e", "ring"), "for 0.png with the phrases 'cup' (now 'cup', 'ring')"),
         (("--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
         (("--refine", "guided"), "made with refine none (now guided)"),
         (("--format", "mask"), "made with formats coco mask (now mask)"),
@@ -466,26 +470,85 @@ def test_other_settings_are_refused(
     assert dcris(*command, *([] if "--format" in more else ["--format", "mask", "coco"]), *more) == 2
     complaint = capsys.readouterr().err
     assert words in complaint
-    assert "choose another --out, or add --anew to replace" in complaint
+    assert "choose another --out, or add --overwrite to replace" in complaint
     assert contents(out) == before
 
 
-def test_anew_replaces_only_the_images_of_the_call(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """--anew deletes masks of phrases that are not requested any more, keeps other images, and
+def test_overwrite_replaces_only_the_images_of_the_call(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """--overwrite deletes masks of phrases that are not requested any more, keeps other images, and
     reports mixed settings."""
     out, command = tmp_path / "out", ("--format", "mask", "scores", "coco", "--out")
     assert dcris("predict", model, photos, "-e", "cup", "-e", "ring", *command, out) == 0
-    before = written(out) | {name: 0 for name in contents(out) if name.startswith("0.1.")}
+    before = written(out) | {name: 0 for name in contents(out) if name.startswith("0.1-")}
     capsys.readouterr()
-    assert dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--anew", "--threshold", "0.6") == 0
+    assert (
+        dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--overwrite", "--threshold", "0.6") == 0
+    )
     assert f"{out} keeps its results for 3 other images, made with threshold 0.35 (now 0.6)" in capsys.readouterr().out
     asked = [(entry["name"], entry["phrase"]) for entry in results(out)]
     assert asked == [("0", "left"), *((name, phrase) for name in "123" for phrase in ("cup", "ring"))]
-    assert not list(out.glob("0.1.*"))
-    assert {name for name, time in written(out).items() if time != before.get(name)} == {"0.0.mask.png"}
-    # No call without --anew adds to either.
+    assert not list(out.glob("0.1-*"))
+    assert {name for name, time in written(out).items() if time != before.get(name)} == {"0.0-left.mask.png"}
+    # No call without --overwrite adds to either.
     for threshold in ("0.35", "0.6"):
         assert dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--threshold", threshold) == 2
+
+
+def test_other_phrases_and_images_replace_their_results(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second call with other phrases leaves no mask of the first beside its own; images with the
+    same phrases, and those of other calls, keep theirs."""
+    out, rest = tmp_path / "out", ("--format", "mask", "annotated", "coco", "--out")
+    assert dcris("predict", model, photos, "-e", "cup", "-e", "ring", *rest, out) == 0
+    before = written(out)
+    (photos / "pairs.csv").write_text("0.png,ring\n0.png,Red cup!\n1.png,cup\n1.png,ring\n")
+    capsys.readouterr()
+    assert dcris("predict", model, "--pairs", photos / "pairs.csv", *rest, out) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out} has results for 1 of the images with other phrases, which are replaced\n")
+    assert "1 of 2 are done already" in printed
+    after = written(out)
+    changed = {"0.0-ring.mask.png", "0.1-red-cup.mask.png", "0.annotated.png"}
+    assert {name for name in after if after[name] != before.get(name)} == changed
+    assert before.keys() - after.keys() == {"0.0-cup.mask.png", "0.1-ring.mask.png"}
+    pairs = [(entry["name"], entry["phrase"]) for entry in results(out)]
+    assert pairs == [("0", "ring"), ("0", "Red cup!"), *((name, each) for name in "123" for each in ("cup", "ring"))]
+    for entry in results(out):
+        mask = np.array(Image.open(out / f"{entry['stem']}.mask.png")) > 0
+        np.testing.assert_array_equal(coco.decode(entry["segmentation"]) > 0, mask)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "stem"),
+    [
+        ("Blue square!", "a.0-blue-square"),
+        ("  the_man's  left/right ../.. hat", "a.0-the-man-s-left-right-hat"),
+        ("größer 猫", "a.0-größer-猫"),
+        ("gro\u0308ßer", "a.0-größer"),
+        ("?!", "a.0"),
+        ("\u202e\x1b[31m", "a.0-31m"),
+        ("कप", "a.0-कप"),
+        ("CON: NUL.", "a.0-con-nul"),
+        ("x" * 5000, "a.0-" + "x" * 30),
+        ("a long phrase with some words in it", "a.0-a-long-phrase-with-some-words"),
+        ("twenty-nine bytes are in here it", "a.0-twenty-nine-bytes-are-in-here"),
+    ],
+)
+def test_phrases_in_file_names(phrase: str, stem: str) -> None:
+    """A person finds the mask of a phrase by its name; no phrase gives a name that a file system or
+    a shell has trouble with."""
+    assert result_stem("a", 0, phrase) == stem
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60), st.integers(0, 99_999))
+def test_any_phrase_is_a_short_plain_name(phrase: str, number: int) -> None:
+    stem = result_stem("a", number, phrase)
+    assert stem.startswith(f"a.{number}")
+    assert not set(stem[len(f"a.{number}") :]) & set('./\\:*?"<>|\0\n ')
+    assert len(stem.encode()) <= len(f"a.{number}-") + 30
+    assert records_module._is_result_file(f"{stem}.mask.png")
+    assert inputs_module._RESULT.fullmatch(f"{stem}.mask.png")
 
 
 def test_files_of_a_killed_call_are_deleted(
@@ -497,7 +560,7 @@ def test_files_of_a_killed_call_are_deleted(
     command = ("predict", model, photos, "--recursive", "--out", out, "-e", "cup")
     with monkeypatch.context() as patch:
         patch.setattr("dcris.inference.records.Records.add", killed)
-        for place, formats in ((photos, ("mask", "overlay")), (photos / "deeper", ("scores",))):
+        for place, formats in ((photos, ("mask", "overlay", "annotated")), (photos / "deeper", ("scores",))):
             words = (
                 "predict",
                 model,
@@ -511,9 +574,10 @@ def test_files_of_a_killed_call_are_deleted(
             )
             with pytest.raises(ZeroDivisionError):
                 dcris(*words, "--format", *formats)
-    assert (out / "0.1.mask.png").exists()
-    assert (out / "0.1.overlay.png").exists()
-    assert (out / "deeper" / "0.1.scores.npy").exists()
+    assert (out / "0.1-ring.mask.png").exists()
+    assert (out / "0.1-ring.overlay.png").exists()
+    assert (out / "0.annotated.png").exists()
+    assert (out / "deeper" / "0.1-ring.scores.npy").exists()
     shutil.move(out / "deeper" / UNFINISHED, out / "dcris-journal.1.unfinished.json")
     text = (out / "dcris-journal.1.unfinished.json").read_text()
     names = {f"deeper/{name}": [f"deeper/{file}" for file in files] for name, files in json.loads(text).items()}
@@ -523,7 +587,7 @@ def test_files_of_a_killed_call_are_deleted(
     for name in (".0.0.mask.png.partial-01234567.png", "deeper/.0.0.mask.png.partial-01234567.png", *kept):
         (out / name).touch()
     assert dcris(*command, "--format", "mask") == 0
-    names = [*(f"{number}.0.mask.png" for number in range(4)), "deeper/0.0.mask.png", *kept]
+    names = [*(f"{number}.0-cup.mask.png" for number in range(4)), "deeper/0.0-cup.mask.png", *kept]
     assert {*contents(out)} == {*names, RECORDS}
 
 
@@ -531,7 +595,7 @@ def killed(*_: object) -> None:
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("more", [(), ("--anew",)])
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
 def test_own_files_with_names_of_results_are_kept(more: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     """Regression: a call deleted the user's files in --out with such names.
 
@@ -540,6 +604,8 @@ def test_own_files_with_names_of_results_are_kept(more: tuple[str, ...], model: 
     photos = make_photos(tmp_path / "photos", 2)
     own = [
         "0.1.mask.png",
+        "0.1-ring.mask.png",
+        "1.annotated.png",
         "0.0.cutout.png",
         "0.7.overlay.png",
         "1.1.scores.npy",
@@ -553,36 +619,47 @@ def test_own_files_with_names_of_results_are_kept(more: tuple[str, ...], model: 
     for _ in range(2):
         assert dcris(*command, *more) == 0
         assert {name: (photos / name).read_text() for name in own} == {name: name for name in own}
-    assert {path.name for path in photos.glob("[01].0.mask.png")} == {"0.0.mask.png", "1.0.mask.png"}
+    assert {path.name for path in photos.glob("[01].0-*.png")} == {"0.0-cup.mask.png", "1.0-cup.mask.png"}
 
 
 def test_own_files_survive_a_kill(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The note about unfinished files must not name a file that existed before the call."""
-    (photos / "0.1.overlay.png").write_text("mine")
+    (photos / "0.1-ring.overlay.png").write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr("dcris.inference.batch.write_file", killed)
         with pytest.raises(ZeroDivisionError):
             dcris("predict", model, photos, "-e", "cup", "-e", "ring", "--format", "overlay", "--out", photos)
     assert (photos / UNFINISHED).exists()
     assert dcris("predict", model, photos, "-e", "cup", "--format", "mask", "--out", photos) == 0
-    assert (photos / "0.1.overlay.png").read_text() == "mine"
+    assert (photos / "0.1-ring.overlay.png").read_text() == "mine"
     assert not (photos / UNFINISHED).exists()
 
 
-@pytest.mark.parametrize("file", ["../own.0.mask.png", "0.x/../../own.0.mask.png", "own.0.mask.png", "0.txt"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../own.0.mask.png",
+        "0.x/../../own.0.mask.png",
+        "own.0.mask.png",
+        "0.txt",
+        "own.annotated.png",
+        "0.1-x/../../own.0.mask.png",
+    ],
+)
 def test_records_of_others_delete_no_other_file(file: str, model: Path, photos: Path, tmp_path: Path) -> None:
     """A folder of results may come from another person; its records must not select files to
     delete."""
     out = tmp_path / "out"
     command = ("predict", model, photos, "-e", "cup", "--format", "mask", "coco", "--out", out)
     assert dcris(*command) == 0
-    (out / "0.x").mkdir()
+    for folder in ("0.x", "0.1-x"):
+        (out / folder).mkdir()
     (out / file).write_text("mine")
     lines = (out / RECORDS).read_text()
-    (out / RECORDS).write_text(lines.replace('"files":["0.0.mask.png"]', f'"files":["{file}"]'))
-    if file != "own.0.mask.png":  # inside the folder the note may name any result
+    (out / RECORDS).write_text(lines.replace('"files":["0.0-cup.mask.png"]', f'"files":["{file}"]'))
+    if not file.startswith("own."):  # inside the folder the note may name any result
         (out / UNFINISHED).write_text(json.dumps({"9": [file, f"/{file}", 1], "8": 2}))
-    assert dcris(*command, "--anew") == 0
+    assert dcris(*command, "--overwrite") == 0
     assert (out / file).read_text() == "mine"
 
 
@@ -594,7 +671,7 @@ def test_results_of_a_deleted_image_are_kept(model: Path, photos: Path, tmp_path
     assert dcris(*command) == 0
     before = {name: content for name, content in contents(out).items() if name != RECORDS}
     (photos / "0.png").unlink()
-    for more in ((), ("--anew",)):
+    for more in ((), ("--overwrite",)):
         assert dcris(*command, *more) == 2
         assert {name: content for name, content in contents(out).items() if name != RECORDS} == before
 
@@ -655,7 +732,7 @@ def test_damaged_records(damage: str, model: Path, photos: Path, tmp_path: Path,
     lines = {
         "cut line": [*others, first[:40]],
         "no line end": [*others, first[:-1]],
-        "file gone": [first.replace(b'"0.0.mask.png"', b'"0.9.mask.png"'), *others],
+        "file gone": [first.replace(b'"0.0-cup.mask.png"', b'"0.9-cup.mask.png"'), *others],
         "empty": [],
         "each line": [*each.values(), *others],
     }[damage]
@@ -692,7 +769,7 @@ def test_a_record_file_may_end_anywhere(file: str, model: Path, photos: Path, tm
         (out / file).unlink()
     for length in (1, last.index("é".encode()) + 1, len(last) - 1):
         cut(length)
-        (out / "é.0.mask.png").write_bytes(b"half")
+        (out / "é.0-cup.mask.png").write_bytes(b"half")
         capsys.readouterr()
         assert dcris(*command) == 0
         assert capsys.readouterr().out.startswith("3 of 4 are done already")
@@ -714,7 +791,7 @@ def test_records_of_the_previous_format(end: bytes, model: Path, photos: Path, t
     *lines, last = [json.dumps(record).encode() + b"\n" for record in previous]
     (out / RECORDS).write_bytes(b"".join(lines) + last[:-2] + end)
     for number in range(4):
-        (out / f"{number}.0.mask.png").write_bytes(b"previous")
+        (out / f"{number}.0-cup.mask.png").write_bytes(b"previous")
     capsys.readouterr()
     assert dcris(*command) == 0
     damaged = len(lines) + len(end)
@@ -736,9 +813,9 @@ def test_records_of_the_previous_format(end: bytes, model: Path, photos: Path, t
         ("dcris-journal.lock", "link to nothing"),
         ("predictions.json", "pipe"),
         ("predictions.json", "link"),
-        ("0.0.mask.png", "pipe"),
-        ("1.0.scores.npy", "link to nothing"),
-        ("1.0.overlay.png", "folder"),
+        ("0.0-cup.mask.png", "pipe"),
+        ("1.0-cup.scores.npy", "link to nothing"),
+        ("1.annotated.png", "folder"),
     ],
 )
 def test_other_files_in_the_place_of_a_result(name: str, kind: str, model: Path, photos: Path, capsys: Any) -> None:
@@ -944,9 +1021,9 @@ def test_cutouts(model: Path, photos: Path, tmp_path: Path) -> None:
     for entry in found:
         stem = entry["file_name"].removesuffix(".png")
         left, top, width, height = entry["bbox"]
-        cut = np.array(Image.open(out / f"{stem}.0.cutout.png"))
+        cut = np.array(Image.open(out / f"{stem}.0-cup.cutout.png"))
         window = (slice(top, top + height), slice(left, left + width))
-        np.testing.assert_array_equal(cut[..., 3], np.array(Image.open(out / f"{stem}.0.mask.png"))[window])
+        np.testing.assert_array_equal(cut[..., 3], np.array(Image.open(out / f"{stem}.0-cup.mask.png"))[window])
         inside = cut[..., 3] > 0
         np.testing.assert_array_equal(cut[inside][:, :3], np.array(Image.open(photos / f"{stem}.png"))[window][inside])
 
@@ -1096,7 +1173,7 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(frames) == 5
     assert seconds == pytest.approx(2.0, abs=0.45)
     for entry in found:
-        mask = np.array(Image.open(out / "clip.frames" / f"{entry['frame']:06}.{entry['phrase_number']}.mask.png"))
+        mask = np.array(Image.open(out / f"{entry['stem']}.mask.png"))
         np.testing.assert_array_equal(coco.decode(entry["segmentation"]), mask > 0)
     # The frames' own pixels were asked about and drawn on: far from every mask they are as they
     # were.
@@ -1136,7 +1213,7 @@ def test_a_video_is_predicted_as_its_frames(model: Path, tmp_path: Path) -> None
     for frame, entry in zip(read_frames(clip), results(out), strict=True):
         (prediction,) = segmenter.predict(frame.pixels, "cup", scores=True)
         np.testing.assert_array_equal(coco.decode(entry["segmentation"]), prediction.mask)
-        scores = np.load(out / "clip.frames" / f"{frame.index:06}.0.scores.npy")
+        scores = np.load(out / "clip.frames" / f"{frame.index:06}.0-cup.scores.npy")
         np.testing.assert_allclose(scores, prediction.probabilities, atol=1e-3)
     assert not (out / "clip.overlay.mp4").exists()
 
@@ -1274,5 +1351,5 @@ def test_an_image_named_dot(model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(photos / "..png", "PNG")
     for _ in range(2):
         assert dcris("predict", model, photos, "-e", "cup", "--out", tmp_path / "out", "--format", "mask") == 0
-    assert (tmp_path / "out" / "..0.mask.png").exists()
+    assert (tmp_path / "out" / "..0-cup.mask.png").exists()
     assert above.exists()

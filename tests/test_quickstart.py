@@ -31,7 +31,7 @@ def test_it_writes_its_files_and_can_be_repeated(short: None, tmp_path: Path) ->
     assert stored["dataset"] == "scenes" and stored["split"] == "test"
     page = (tmp_path / "report.html").read_text()
     assert "<html" in page and "data:image" in page
-    assert list((tmp_path / "predictions").rglob("*.overlay.png"))
+    assert list((tmp_path / "predictions").rglob("*.annotated.png"))
     photographs = [(each["photograph"], each["phrase"]) for each in stored["photographs"]]
     assert photographs == [(path.name, phrase) for path, phrases in example_photographs() for phrase in phrases]
     assert all(each["score"] > 0.5 for each in stored["photographs"])

@@ -189,17 +189,17 @@ def test_an_image_that_changed_after_encoding_is_refused(segmenter: Segmenter, t
 
 
 def test_predict_records_the_refinement(trained_run: Path, photos: list[Path], tmp_path: Path, capsys: Any) -> None:
-    """Records without refinement are those of earlier versions; --anew replaces them."""
+    """Records without refinement are those of earlier versions; --overwrite replaces them."""
     out = tmp_path / "out"
     command = ["predict", str(trained_run), str(photos[0]), "-e", "ring", "--device", "cpu", "--out", str(out)]
     assert main(command) == 0
     assert '"refine"' not in (out / "dcris-journal.jsonl").read_text()
-    plain = np.load(out / "0.0.scores.npy")
+    plain = np.load(out / "0.0-ring.scores.npy")
     assert main([*command, "--refine", "guided"]) == 2
     assert "made with refine none (now guided)" in capsys.readouterr().err
-    assert main([*command, "--refine", "guided", "--anew"]) == 0
+    assert main([*command, "--refine", "guided", "--overwrite"]) == 0
     assert '"refine":"guided"' in (out / "dcris-journal.jsonl").read_text()
-    assert not np.array_equal(np.load(out / "0.0.scores.npy"), plain)
+    assert not np.array_equal(np.load(out / "0.0-ring.scores.npy"), plain)
     assert main(command) == 2
 
 

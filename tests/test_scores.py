@@ -165,6 +165,7 @@ def test_the_command_says_what_it_left_out(
     low, high = min(plain, key=lambda each: each.score), max(plain, key=lambda each: each.score)
     between = round((low.score + high.score) / 2, 3)
     command = ["predict", str(saved), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--format", "mask", "overlay", "coco"]
     for phrase in PHRASES:
         command += ["-e", phrase]
     assert main([*command, "--min-score", str(between)]) == 0
@@ -183,14 +184,13 @@ def test_the_command_says_what_it_left_out(
         else:
             assert "rejected" not in entry
             np.testing.assert_array_equal(mask, each.mask)
-    number = PHRASES.index(low.phrase)
-    overlay = np.array(Image.open(tmp_path / f"out/a.{number}.overlay.png"))
+    overlay = np.array(Image.open(tmp_path / f"out/{entries[low.phrase]['stem']}.overlay.png"))
     np.testing.assert_array_equal(overlay, picture())
     assert main(command) == 2
     assert f"min_score {between:g} (now 0.5)" in capsys.readouterr().err
-    assert main([*command, "--anew", "--min-area", "3501"]) == 0
+    assert main([*command, "--overwrite", "--min-area", "3501"]) == 0
     assert "fewer than 3,501 pixels" in capsys.readouterr().out
-    assert main([*command, "--anew", "--min-score", "0"]) == 0
+    assert main([*command, "--overwrite", "--min-score", "0"]) == 0
     assert '"min_' not in (tmp_path / "out/dcris-journal.jsonl").read_text()
 
 
@@ -260,11 +260,16 @@ def test_an_export_carries_presence(segmenter: Segmenter, tmp_path: Path) -> Non
     calibrated = Segmenter.from_pretrained(model, device="cpu")
     export_onnx(calibrated, tmp_path / "onnx")
     images: list[Any] = [picture(), picture(1, (60, 40))]
-    _, present = example().segment(example().load(tmp_path / "onnx"), images, PHRASES)
-    expected = [[each.present for each in predictions] for predictions in calibrated.predict(images, PHRASES)]
-    np.testing.assert_allclose(present, expected, atol=1e-3)
+    masks, present = example().segment(example().load(tmp_path / "onnx"), images, PHRASES)
+    expected = calibrated.predict(images, PHRASES)
+    np.testing.assert_allclose(present, [[each.present for each in predictions] for predictions in expected], atol=1e-3)
+    found = [[bool(mask.any()) for mask in some] for some in masks]
+    assert found == [[each.box is not None for each in predictions] for predictions in expected]
+    assert {each for some in found for each in some} == {True, False}
     Image.fromarray(images[1]).save(tmp_path / "photo.png")
-    command = [sys.executable, str(REPOSITORY / "examples/onnx_segment.py"), "onnx", "photo.png", *PHRASES]
+    too_long = "small red circle " * 9
+    command = [sys.executable, str(REPOSITORY / "examples/onnx_segment.py"), "onnx", "photo.png", *PHRASES, too_long]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     for phrase, share in zip(PHRASES, present[1], strict=True):
         assert f"{phrase} is present with probability {share:.2f}" in done.stdout
+    assert done.stderr.strip() == f"{too_long!r} is longer than the model reads; its end is ignored"

@@ -58,7 +58,7 @@ def test_it_predicts_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Image.fromarray(make_scene(scene_rng(123, "test", 0)).image).save("scene.png")
     assert main(["predict", "tiny", "scene.png", "-e", "left circle", "--device", "cpu"]) == 0
-    assert (tmp_path / "out/scene.0.mask.png").exists()
+    assert (tmp_path / "out/scene.0-left-circle.mask.png").exists()
 
 
 def test_the_card_states_its_data_and_scores() -> None:

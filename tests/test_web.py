@@ -35,6 +35,7 @@ from dcris.cli import main
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
+from dcris.inference.inputs import result_stem
 from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, coco_results, masks_zip
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
@@ -165,7 +166,7 @@ def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
             for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
                 np.testing.assert_array_equal(ours.mask, theirs.mask)
                 assert (ours.score, ours.box, ours.phrase) == (theirs.score, theirs.box, theirs.phrase)
-                with archive.open(f"a.{number}.mask.png") as file:
+                with archive.open(f"{result_stem('a', number, ours.phrase)}.mask.png") as file:
                     np.testing.assert_array_equal(np.asarray(Image.open(file)) > 0, theirs.mask)
 
 
@@ -290,7 +291,7 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
     for wrong in (f"/download/{name}/other.zip", "/download/other/masks.zip"):
         assert client.get(f"{wrong}?threshold=0.2").status_code == 404
     with zipfile.ZipFile(io.BytesIO(client.get(f"/download/{name}/masks.zip?threshold=0.2").content)) as archive:
-        assert archive.namelist() == ["a.0.mask.png"]  # whoever unpacks it gets no file elsewhere
+        assert archive.namelist() == ["a.0-left.mask.png"]  # whoever unpacks it gets no file elsewhere
 
 
 def test_the_page_uses_no_other_host(address: str) -> None:

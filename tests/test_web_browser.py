@@ -21,6 +21,7 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.masks import decode_mask
+from dcris.inference.inputs import result_stem
 from dcris.models.segmentation import ReferringSegmenter
 
 CHROMIUM = next(
@@ -183,7 +184,7 @@ def test_from_upload_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
         for number, (record, answer) in enumerate(zip(records, expected, strict=True)):
             mask = decode_mask(record["segmentation"], answer.mask.shape)
             np.testing.assert_array_equal(mask, answer.mask)
-            with archive.open(f"holiday.{number}.mask.png") as file:
+            with archive.open(f"{result_stem('holiday', number, answer.phrase)}.mask.png") as file:
                 np.testing.assert_array_equal(np.asarray(Image.open(file)) > 0, answer.mask)
 
     before = source_of(page)

@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         "segment the objects that phrases refer to",
         'photos photo.jpg -e "left dog"',
         "Existing results are skipped, so the same command resumes an interrupted run, and further images can be added to the "
-        "folder. Files that cannot be read are skipped and listed at the end. Use several GPUs with: torchrun "
-        "--nproc-per-node N -m dcris predict ...",
+        "folder. Results of images whose phrases have changed are replaced. Files that cannot be read are skipped and listed "
+        "at the end. Use several GPUs with: torchrun --nproc-per-node N -m dcris predict ...",
     )
     predict.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     predict.add_argument(
@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--format",
         nargs="+",
-        choices=("mask", "overlay", "coco", "scores", "cutout", "label-studio"),
-        help="files to write (default: mask overlay coco scores; for videos without scores)",
+        choices=("mask", "annotated", "overlay", "coco", "scores", "cutout", "label-studio"),
+        help="files to write (default: mask annotated coco scores; for videos mask overlay coco)",
     )
     predict.add_argument(
         "--threshold",
@@ -87,7 +87,7 @@ def add(commands: Any) -> None:
         help="URL prefix of the image names for label-studio (default: /data/local-files/?d=)",
     )
     predict.add_argument(
-        "--anew", action="store_true", help="predict again and replace existing results for these images"
+        "--overwrite", action="store_true", help="predict again and replace existing results for these images"
     )
     device_arguments(predict)
 
@@ -143,7 +143,7 @@ def _predict(args: argparse.Namespace) -> None:
         min_area=args.min_area,
         refine=args.refine,
         every=args.every,
-        overwrite=args.anew,
+        overwrite=args.overwrite,
         image_url=LOCAL_FILES if args.image_url is None else args.image_url,
     )
     # A rank with a long video keeps the others waiting.
@@ -155,6 +155,8 @@ def _predict(args: argparse.Namespace) -> None:
             notes.append(f"{predictor.already} of {len(tasks)} are done already in {args.out}")
         if "label-studio" in predictor.formats and any(task.video for task in tasks):
             notes.append("label_studio.json has images only; use mask, overlay or coco for the videos")
+        if args.format and "annotated" in args.format and any(task.video for task in tasks):
+            notes.append("annotated pictures are of images only; use overlay for the videos")
         for line in notes if group.first else ():
             log(line)
         total = None if predictor.videos else len(predictor.images)

@@ -1,14 +1,15 @@
 """Predict masks for many images, videos and phrases, and write them to a folder.
 
-Files for image a.jpg and phrase number k (from 0):
+Files for image a.jpg and "Blue square", its phrase number k (from 0):
 
-    a.k.mask.png          mask (0 and 255)
-    a.k.overlay.png       the image with the mask drawn on it
-    a.k.cutout.png        the object on a transparent background; missing for an empty mask
-    a.k.scores.npy        probabilities, float16 [H, W]
+    a.annotated.png                  the image with all masks and a legend
+    a.k-blue-square.mask.png         mask (0 and 255)
+    a.k-blue-square.overlay.png      the image with the mask drawn on it
+    a.k-blue-square.cutout.png       the object on a transparent background; none for an empty mask
+    a.k-blue-square.scores.npy       probabilities, float16 [H, W]
 
-Video clip.mp4 has the same files per frame, as clip.frames/000030.k.mask.png, but one
-clip.overlay.mp4 instead of overlays. Files for the whole folder:
+Video clip.mp4 has the same files per frame, as clip.frames/000030.k-blue-square.mask.png, but one
+clip.overlay.mp4 with all masks in place of pictures. Files for the whole folder:
 
     predictions.json      list of COCO results with phrase and file name
     label_studio.json     tasks for Label Studio; label_studio.xml is the labelling interface
@@ -36,16 +37,17 @@ from dcris.checkpoints.backbones import fingerprint
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.inference.inputs import Task
+from dcris.inference.inputs import Task, result_stem
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.inference.records import Record, ResultFolder, Settings
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video import Frame, read_frames, write_overlay
 from dcris.types import MaskArray
+from dcris.utils.annotate import Annotation, annotate, colour_of
 from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
-from dcris.utils.drawing import COLOURS, overlay_png, png_bytes
+from dcris.utils.drawing import overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
 from dcris.version import __version__
 
@@ -53,10 +55,12 @@ T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 """An RGB image [H, W, 3]."""
 
-Format = Literal["mask", "overlay", "coco", "scores", "cutout", "label-studio"]
+Format = Literal["mask", "annotated", "overlay", "coco", "scores", "cutout", "label-studio"]
 ALL_FORMATS: tuple[Format, ...] = get_args(Format)
-FORMATS: tuple[Format, ...] = ("mask", "overlay", "coco", "scores")
-"""Default formats; for videos without scores, which take about 4 MB per frame."""
+FORMATS: tuple[Format, ...] = ("mask", "annotated", "coco", "scores")
+"""Default formats of images."""
+VIDEO_FORMATS: tuple[Format, ...] = ("mask", "overlay", "coco")
+"""Default formats of videos; without scores, which take about 4 MB per frame."""
 
 LOCAL_FILES = "/data/local-files/?d="
 """URL prefix under which Label Studio serves the folder of its setting
@@ -69,6 +73,8 @@ _ENDINGS: dict[Format, str] = {
     "scores": "scores.npy",
 }
 """Formats with one file per phrase, and how its name ends."""
+
+_ANNOTATED = "annotated.png"
 
 _FOLDER_FILES = {"coco": ("predictions.json",), "label-studio": ("label_studio.json", "label_studio.xml")}
 """Formats with files for the whole folder."""
@@ -86,7 +92,7 @@ class BatchOptions:
     """What a batch prediction writes."""
 
     formats: Sequence[Format] | None = None
-    """FORMATS by default."""
+    """FORMATS by default, VIDEO_FORMATS for videos."""
     threshold: float | None = None
     """Pixels with a greater probability belong to the mask; the protocol's threshold (0.35) by
     default."""
@@ -99,8 +105,7 @@ class BatchOptions:
     every: int = 1
     """Predict every N-th frame of a video, from the first."""
     overwrite: bool = False
-    """Predict everything again; replace results for these images that have other settings or
-    phrases."""
+    """Predict everything again; replace results for these images that have other settings."""
     image_url: str = LOCAL_FILES
     """Prefix of the image names for Label Studio."""
 
@@ -134,9 +139,9 @@ class Written:
 class BatchPredictor:
     """Predicts the tasks that are not finished in the output folder.
 
-    Images with a record in the folder are skipped if they have not changed and their files exist.
-    Results for other images stay. Several ranks share the work if each creates the same
-    BatchPredictor. No other call can write to the folder until `run` has ended.
+    Images with a record in the folder are skipped if neither they nor their phrases have changed,
+    and their files exist. Results for other images stay. Several ranks share the work if each
+    creates the same BatchPredictor. No other call can write to the folder until `run` has ended.
 
     Args:
         segmenter: the model.
@@ -148,7 +153,7 @@ class BatchPredictor:
     Raises:
         DcrisError: the threshold is not between 0 and 1, a minimum is out of range, the folder
             cannot be written, another process writes to it, or (without `overwrite`) it holds
-            results with other settings, or results for these images with other phrases.
+            results with other settings.
     """
 
     def __init__(
@@ -162,7 +167,7 @@ class BatchPredictor:
         options, group = options or BatchOptions(), group or Processes()
         self.segmenter, self.out, self.every, self.group = segmenter, out, options.every, group
         self.formats = set(FORMATS if options.formats is None else options.formats)
-        self.video_formats = self.formats - {"scores"} if options.formats is None else self.formats
+        self.video_formats = set(VIDEO_FORMATS if options.formats is None else options.formats)
         default = segmenter.protocol.threshold
         self.threshold = default if options.threshold is None else require_threshold(options.threshold)
         presence = segmenter.model.head.presence is not None
@@ -295,20 +300,26 @@ class BatchPredictor:
     ) -> Done:
         """Write the files of one image or frame, then its record."""
         stem, name = (task.name, task.name) if frame is None else _frame_names(task, frame.index)
+        stems = [result_stem(stem, k, phrase) for k, phrase in enumerate(task.phrases)]
         endings = [_ENDINGS[key] for key in formats & _ENDINGS.keys()]
-        self.folder.begin(name, [f"{stem}.{k}.{end}" for k in range(len(task.phrases)) for end in endings])
+        planned = [f"{each}.{ending}" for each in stems for ending in endings]
+        self.folder.begin(name, [*planned, f"{stem}.{_ANNOTATED}"] if "annotated" in formats else planned)
         written: list[Prediction] = []
         files: list[str] = []
         for prediction in predictions:
             k = len(written)  # not enumerate, which would keep the probabilities
             written.append(replace(prediction, probabilities=None))
             if "scores" in formats and prediction.probabilities is not None:
-                files.append(f"{stem}.{k}.{_ENDINGS['scores']}")
+                files.append(f"{stems[k]}.{_ENDINGS['scores']}")
                 write_file(self.out / files[-1], partial(_save_scores, prediction.probabilities))
             del prediction  # its probabilities take 4 bytes a pixel, the files below as much
             for ending, content in _encode_files(written[k], pixels, k, formats):
-                files.append(f"{stem}.{k}.{ending}")
+                files.append(f"{stems[k]}.{ending}")
                 write_file(self.out / files[-1], content)
+        if "annotated" in formats:
+            files.append(f"{stem}.{_ANNOTATED}")
+            shown = [Annotation(each.phrase, each.verdict, each.mask) for each in written]
+            write_file(self.out / files[-1], png_bytes(annotate(pixels, shown)))
         results = [prediction.to_coco() for prediction in written]
         where = {} if frame is None else {"frame": frame.index, "time": frame.time}
         self.folder.add(task, name, size=list(pixels.shape[:2]), files=files, results=results, **where)
@@ -336,7 +347,7 @@ class BatchPredictor:
                     yield Failed(task, frame)
                     break
                 predictions = self._predict_phrases(task, frame.pixels, self.video_formats)
-                yield self._write(task, frame, frame.pixels, predictions, self.video_formats - {"overlay"})
+                yield self._write(task, frame, frame.pixels, predictions, self.video_formats - {"overlay", "annotated"})
             self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
@@ -395,7 +406,7 @@ def _encode_files(
     if "mask" in formats:
         yield _ENDINGS["mask"], png_bytes(prediction.mask)
     if "overlay" in formats:
-        yield _ENDINGS["overlay"], overlay_png(pixels, prediction.mask, COLOURS[number % len(COLOURS)])
+        yield _ENDINGS["overlay"], overlay_png(pixels, prediction.mask, colour_of(number))
     if "cutout" in formats and prediction.box is not None:
         stream = io.BytesIO()
         prediction.cutout(pixels).save(stream, "PNG")
@@ -417,7 +428,7 @@ def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     for record in records:
         image_id = next(frame_ids) if record.video else image_ids[record.source]  # each frame is an image of its own
         fields: dict[str, Any] = {"percent_encoded": True} if record.percent_encoded else {}
-        fields["name"] = record.task if record.frame is None else f"{record.task}.frames/{record.frame:06}"
+        name = record.task if record.frame is None else f"{record.task}.frames/{record.frame:06}"
         where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
         for phrase_number, result in enumerate(record.results or ()):
             yield {
@@ -425,6 +436,8 @@ def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
                 "image_id": image_id,
                 "file_name": record.file_name,
                 **fields,
+                "name": name,
+                "stem": result_stem(name, phrase_number, result.phrase),
                 "phrase_number": phrase_number,
                 **where,
             }

@@ -4,6 +4,7 @@ import csv
 import glob
 import os
 import re
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -23,13 +24,16 @@ RECORDS = "dcris-journal.jsonl"
 """Name of the record file in a folder of results; see dcris.inference.records."""
 
 _RESULT = re.compile(
-    r".*\.\d+\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(overlay\.mp4|frames)|"
+    r".*\.\d+(-[^./]+)?\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(annotated\.png|overlay\.mp4|frames)|"
     r"predictions\.json|label_studio\.(json|xml)|dcris-journal.*",
     re.DOTALL,
 )
 _LONGEST_NAME = 200
 """Limit in bytes. File systems allow 255; file names are longer by their endings, and temporary
 names by a suffix."""
+
+_LONGEST_PHRASE = 30
+"""Limit in bytes of a phrase in a file name, with which the name fits, too."""
 
 _MAX_LISTED = 10
 """Number of file endings that the message about skipped files lists."""
@@ -191,6 +195,22 @@ def assign_names(tasks: Iterable[Task], known: Mapping[str, str] | None = None) 
     return result
 
 
+def result_stem(stem: str, number: int, phrase: str) -> str:
+    """Return the start of the names of the files for one phrase: "photo.0-blue-square".
+
+    Args:
+        stem: start of the names of the image's files.
+        number: of the phrase, from 0.
+        phrase: its letters and digits are kept, in any script.
+    """
+    letters = (
+        letter if letter.isalnum() or unicodedata.category(letter).startswith("M") else " "
+        for letter in unicodedata.normalize("NFC", phrase[:1000].lower())
+    )
+    words = _cut("-".join("".join(letters).split()), _LONGEST_PHRASE).rstrip("-")
+    return f"{stem}.{number}-{words}" if words else f"{stem}.{number}"
+
+
 def _files_of(
     place: Path, out: Path | None, recursive: bool, on_skipped: Callable[[str], None]
 ) -> Iterator[tuple[Path, PurePath]]:
@@ -307,8 +327,8 @@ def _stem(shown: PurePath) -> str:
     return "/".join(_cut(quoted(part)) for part in (*shown.parts[:-1], shown.stem))
 
 
-def _cut(name: str) -> str:
-    return name if len(name.encode()) <= _LONGEST_NAME else name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+def _cut(name: str, most: int = _LONGEST_NAME) -> str:
+    return name if len(name.encode()) <= most else name.encode()[:most].decode(errors="ignore")
 
 
 def _is_path(value: Any) -> bool:

@@ -148,6 +148,15 @@ class Prediction:
             unread=self.unread,
         )
 
+    @property
+    def verdict(self) -> str:
+        """The score in percent if there is a mask; else "nothing found", or "not found" and the
+        probability that the object is there."""
+        if self.box is not None:
+            return f"{self.score:.0%}"
+        absent = self.present is not None and self.rejected is not None and "score" in self.rejected
+        return f"not found ({self.present:.0%})" if absent else "nothing found"
+
     def describe(self) -> str:
         """Return in a few words where the object is, or why there is no mask, and the score."""
         found = f"box {self.box}" if self.box else "nothing found"

@@ -42,7 +42,8 @@ LOCK = "dcris-journal.lock"
 _NAME = re.compile(r"dcris-journal(\.\d+)?\.jsonl")
 _UNFINISHED_NAME = re.compile(r"dcris-journal(\.\d+)?\.unfinished\.json")
 _RESULT_FILE = re.compile(
-    r".*(\.frames/\d+)?\.\d+\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.overlay\.mp4", re.DOTALL
+    r".*(\.frames/\d+)?\.\d+(-[^./]+)?\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(annotated\.png|overlay\.mp4)",
+    re.DOTALL,
 )
 
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -302,10 +303,11 @@ class ResultFolder:
         overwrite: drop the records of these tasks, whatever their settings and phrases are.
         group: the ranks that share the work and the folder.
 
+    Results for these images with other phrases, and of images that have changed, are dropped.
+
     Raises:
         DcrisError: the folder cannot be written, another process writes to it, or (without
-            `overwrite`) it holds results with other settings, or results for these images with
-            other phrases.
+            `overwrite`) it holds results with other settings.
     """
 
     def __init__(
@@ -380,7 +382,7 @@ class ResultFolder:
         if damaged := self._records.damaged:
             self.notes.append(f"{self._records.path} has {damaged} damaged lines; their images are predicted again")
         if not overwrite:
-            self._refuse_other_settings(tasks, before)
+            self._refuse_other_settings(before)
         tasks = assign_names(tasks, {record.source: record.task for record in before})
         places = {record.source: record.place for record in before}
         used = set(places.values())
@@ -389,15 +391,22 @@ class ResultFolder:
             if task.source not in places:
                 places[task.source] = next(free)
         by_source = {task.source: task for task in tasks}
-        kept, dropped = [], []
+        kept, dropped, other_phrases = [], [], set[str]()
         for record in before:
             own = by_source.get(record.source)
             if own is None or self._stamps[own.source] is None:  # the results of a deleted image stay
                 kept.append(record)
+            elif own.phrases != record.phrases:
+                other_phrases.add(record.source)
+                dropped.append(record)
             elif not overwrite and self.is_current(record) and self._has_files(record):
                 kept.append(record.model_copy(update=self._description(own)))
             else:
                 dropped.append(record)
+        if other_phrases:
+            self.notes.append(
+                f"{self.path} has results for {len(other_phrases)} of the images with other phrases, which are replaced"
+            )
         self.dropped_formats = {name for record in dropped for name in record.settings.formats}
         self._note_other_settings(kept)
         self._delete_outdated(tasks, kept, dropped)
@@ -412,18 +421,13 @@ class ResultFolder:
             moved = source != record.source and not source_exists(record.source)
             yield record.model_copy(update={"source": source}) if moved else record
 
-    def _refuse_other_settings(self, tasks: Iterable[Task], records: Iterable[Record]) -> None:
+    def _refuse_other_settings(self, records: Iterable[Record]) -> None:
         """Raise DcrisError if the folder holds results that must not be mixed with this call's."""
-        phrases = {task.source: task.phrases for task in tasks}
-        advice = "choose another --out, or add --anew to replace the results for the images of this call"
         for record in records:
             if differences := self._differences(record):
-                raise DcrisError(f"{self.path} holds results made with {differences}; {advice}")
-            now = phrases.get(record.source, record.phrases)
-            if now != record.phrases:
-                before, after = (", ".join(map(repr, some)) for some in (record.phrases, now))
                 raise DcrisError(
-                    f"{self.path} holds results for {record.file_name} with the phrases {before} (now {after}); {advice}"
+                    f"{self.path} holds results made with {differences}; choose another --out, or add --overwrite to "
+                    "replace the results for the images of this call"
                 )
 
     def _differences(self, record: Record) -> str:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from dcris.data.images import refuse_shape
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
-from dcris.utils.drawing import COLOURS, overlay
+from dcris.utils.annotate import colour_of
+from dcris.utils.drawing import overlay
 from dcris.utils.files import open_regular, write_file
 
 _DEMUXERS = {
@@ -123,7 +124,7 @@ def write_overlay(
                     continue
                 pixels = _upright(source, frame.data)
                 for number, mask in enumerate(drawn):
-                    pixels = overlay(pixels, mask, COLOURS[number % len(COLOURS)])
+                    pixels = overlay(pixels, mask, colour_of(number))
                 # 4:2:0 chroma subsampling needs even sides.
                 height, width = pixels.shape[:2]
                 pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

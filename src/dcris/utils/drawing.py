@@ -28,10 +28,22 @@ COLOURS: tuple[Colour, ...] = (
     (130, 60, 255),  # violet
     (0, 215, 235),  # cyan
     (200, 0, 40),  # crimson
+    (85, 85, 0),  # olive
+    (255, 210, 170),  # peach
+    (0, 255, 0),  # lime
+    (40, 85, 128),  # slate
+    (255, 170, 255),  # pink
+    (128, 40, 85),  # maroon
+    (128, 170, 0),  # moss
+    (255, 85, 255),  # fuchsia
+    (128, 170, 255),  # sky
+    (40, 128, 85),  # pine
+    (128, 40, 170),  # purple
+    (255, 128, 128),  # salmon
 )
 """Colours for several masks on one image: `COLOURS[k % len(COLOURS)]`.
 
-Neighbours differ also with colour blindness.
+Any two are far apart in CIELAB. Neighbours among the first eight differ also with colour blindness.
 """
 
 PREDICTION_COLOUR, TRUTH_COLOUR = COLOURS[:2]
@@ -42,7 +54,9 @@ PNG_UP_TO = 200
 blur."""
 
 _ALPHA = 0.45  # of the tint; the object under it stays visible
-_CASING: Colour = (255, 255, 255)  # around the contour, which would not be visible on a background of its own colour
+_WHITE: Colour = (255, 255, 255)
+_BLACK: Colour = (0, 0, 0)
+_LEGIBLE = 3.0  # contrast that WCAG 2 asks of lines
 _BAND = 256  # rows that are painted at once, at least
 # The default of cv2 is made for photographs; images with repeated pixels become four times as
 # large.
@@ -52,8 +66,9 @@ _PNG_SETTINGS = [cv2.IMWRITE_PNG_COMPRESSION, 3]
 def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[0]) -> NDArray[np.uint8]:
     """Return a copy of an image with a mask drawn on it: a tint inside, a contour just outside.
 
-    The contour is `contour_width` pixels of `colour`, with a white line around it that is half as
-    wide, so that even an object of a few pixels is visible. All other pixels are unchanged.
+    The contour is `contour_width` pixels of `colour`, with a white or black line around it that is
+    half as wide (`contrasting`): it is visible on a background of any colour, and even if the
+    object has only a few pixels. All other pixels are unchanged.
 
     Args:
         image: [H, W, 3] uint8.
@@ -63,16 +78,27 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
     Raises:
         ValueError: shapes or types do not fit.
     """
+    _require_image_and_mask(image, mask)
+    result = image.copy()
+    draw_mask(result, mask, colour)
+    return result
+
+
+def _require_image_and_mask(image: NDArray[np.uint8], mask: MaskArray) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     if mask.shape != image.shape[:2] or mask.dtype != np.bool_:
         raise ValueError(
             f"the mask must be bool {list(image.shape[:2])} as its image, not {mask.dtype} {list(mask.shape)}"
         )
-    result = image.copy()
+
+
+def draw_mask(image: NDArray[np.uint8], mask: MaskArray, colour: Colour) -> None:
+    """Draw a mask on an image in place; see `overlay`."""
+    _require_image_and_mask(image, mask)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
-        return result
+        return
     height, width = mask.shape
     line = contour_width(height, width)
     casing = (line + 1) // 2
@@ -81,7 +107,7 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
         slice(max(0, int(rows[0]) - reach), min(height, int(rows[-1]) + reach + 1)),
         slice(max(0, int(columns[0]) - reach), min(width, int(columns[-1]) + reach + 1)),
     )
-    target, inside = result[window], mask[window]
+    target, inside = image[window], mask[window]
 
     # Blending with one colour depends on the pixel's value only: a table of 256 values per channel.
     values = np.arange(256, dtype=np.float32)[:, None]
@@ -96,9 +122,8 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
         with_line = _grow(filled, line)
         with_casing = _grow(with_line, casing)
         inner = slice(above, above + len(band))
-        _paint(band, with_casing[inner], with_line[inner], _CASING)
+        _paint(band, with_casing[inner], with_line[inner], contrasting(colour))
         _paint(band, with_line[inner], filled[inner], colour)
-    return result
 
 
 def overlay_png(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[0]) -> bytes:
@@ -109,6 +134,18 @@ def overlay_png(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLO
         band = shown[top : top + _BAND]
         band[:] = band[..., ::-1]
     return _compress(shown, ".png", _PNG_SETTINGS)
+
+
+def contrasting(colour: Colour) -> Colour:
+    """Return white if it stands out from a colour (WCAG's contrast of 3), else black."""
+    return _WHITE if 1.05 / (_luminance(colour) + 0.05) >= _LEGIBLE else _BLACK
+
+
+def _luminance(colour: Colour) -> float:
+    """Return the relative luminance of an sRGB colour in 0..1, as WCAG 2 defines it."""
+    shares = (value / 255 for value in colour)
+    linear = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return sum(weight * share for weight, share in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def contour_width(height: int, width: int) -> int:

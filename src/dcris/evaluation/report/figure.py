@@ -1,36 +1,26 @@
 """Figures for a paper, in the layout of the paper's figures 3 and 4.
 
-A row is one expression: the image, the true mask and each system's mask with its IoU. English text
-is set in the font that comes with Pillow, so a figure is the same on every machine. Other letters
-need a font of the system; a letter that it lacks is drawn as a box.
+A row is one expression: the image, the true mask and each system's mask with its IoU.
 """
 
 import io
-import string
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from dcris.evaluation.report.panels import CELL, Panel
 from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, mask_cell, overlay, png_bytes
 from dcris.utils.files import write_file
+from dcris.utils.lettering import CLOSE_QUOTE, OPEN_QUOTE, find_font, line_height, wrap
 
 Pixels = NDArray[np.uint8]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _GAP = 20
 _TEXT, _LABEL = 34, 28  # font sizes in pixels
 _DOTS_PER_INCH = 300
-_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
-_OPEN, _CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
-_PILLOW_LETTERS = {*string.printable, _ELLIPSIS, _OPEN, _CLOSE}
-_SYSTEM_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows
 
 
 def row(panel: Panel, names: bool = True) -> Pixels:
@@ -42,21 +32,21 @@ def row(panel: Panel, names: bool = True) -> Pixels:
     """
     images = _cells(panel)
     width = len(images) * (CELL + _GAP) + _GAP
-    lines = _wrap(_OPEN + panel.expression + _CLOSE, _TEXT, width - 2 * _GAP, 2)
-    top = _GAP + len(lines) * _line(_TEXT)
+    lines = wrap(OPEN_QUOTE + panel.expression + CLOSE_QUOTE, _TEXT, width - 2 * _GAP, 2)
+    top = _GAP + len(lines) * line_height(_TEXT)
     labels = [_labels(panel, column, names) for column in range(len(images))]
     below = top + _GAP // 2 + images[0].shape[0] + _GAP // 2
-    height = below + max(len(each) for each in labels) * _line(_LABEL) + _GAP
+    height = below + max(len(each) for each in labels) * line_height(_LABEL) + _GAP
     page = np.full((height, width, 3), 255, np.uint8)
     for column, image in enumerate(images):
         left = _GAP + column * (CELL + _GAP) + (CELL - image.shape[1]) // 2
         page[top + _GAP // 2 :][: image.shape[0], left : left + image.shape[1]] = image
     canvas = Image.fromarray(page)
     for number, line in enumerate(lines):
-        _write(canvas, line, _TEXT, width / 2, _GAP + number * _line(_TEXT))
+        _write(canvas, line, _TEXT, width / 2, _GAP + number * line_height(_TEXT))
     for column, some in enumerate(labels):
         for number, line in enumerate(some):
-            _write(canvas, line, _LABEL, _middle(column), below + number * _line(_LABEL))
+            _write(canvas, line, _LABEL, _middle(column), below + number * line_height(_LABEL))
     return np.asarray(canvas)
 
 
@@ -75,11 +65,11 @@ def figure(panels: Iterable[Panel]) -> Pixels:
         names = _names(panel)
     if not rows:
         raise ValueError("a figure needs at least one panel")
-    foot = Image.new("RGB", (rows[0].shape[1], _line(_LABEL) * 2 + _GAP), "white")
+    foot = Image.new("RGB", (rows[0].shape[1], line_height(_LABEL) * 2 + _GAP), "white")
     for column, name in enumerate(names):
         letter = chr(ord("a") + column % 26)
-        for number, line in enumerate(_wrap(f"({letter}) {name}", _LABEL, CELL, 2)):
-            _write(foot, line, _LABEL, _middle(column), number * _line(_LABEL))
+        for number, line in enumerate(wrap(f"({letter}) {name}", _LABEL, CELL, 2)):
+            _write(foot, line, _LABEL, _middle(column), number * line_height(_LABEL))
     return np.concatenate([*rows, np.asarray(foot)])
 
 
@@ -128,7 +118,7 @@ def _names(panel: Panel) -> list[str]:
 
 def _labels(panel: Panel, column: int, names: bool) -> list[str]:
     """Return the lines below a column: its name if wanted, and the IoU of a prediction."""
-    named = _wrap(_names(panel)[column], _LABEL, CELL, 1) if names else []
+    named = wrap(_names(panel)[column], _LABEL, CELL, 1) if names else []
     index = column - (1 if panel.truth is None else 2)
     iou = panel.predictions[index].iou if index >= 0 else None
     return named + ([f"IoU {100 * iou:.1f}"] if iou is not None else [])
@@ -138,42 +128,5 @@ def _middle(column: int) -> float:
     return _GAP + column * (CELL + _GAP) + CELL / 2
 
 
-def _line(size: int) -> int:
-    return round(1.3 * size)
-
-
-def _wrap(words: str, size: int, width: float, most: int) -> list[str]:
-    """Break text into at most `most` lines of `width` pixels, cut with an ellipsis."""
-    visible = "".join(letter if letter.isprintable() else " " for letter in words[:1000])
-    font = _font(visible, size)
-    lines: list[str] = []
-    for word in visible.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [line if font.getlength(line) <= width else _shorten(line, font, width) for line in lines]
-
-
-def _shorten(line: str, font: Font, width: float) -> str:
-    ends = range(1, len(line))
-    fits = bisect_right(ends, width, key=lambda end: font.getlength(line[:end] + _ELLIPSIS))
-    return line[:fits] + _ELLIPSIS
-
-
-def _font(words: str, size: int) -> Font:
-    return _load_font(size, own=set(words) <= _PILLOW_LETTERS)
-
-
-@cache
-def _load_font(size: int, own: bool) -> Font:
-    for name in () if own else _SYSTEM_FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
 def _write(canvas: Image.Image, line: str, size: int, middle: float, top: float) -> None:
-    ImageDraw.Draw(canvas).text((middle, top), line, "black", _font(line, size), anchor="ma")
+    ImageDraw.Draw(canvas).text((middle, top), line, "black", find_font(line, size), anchor="ma")

@@ -41,7 +41,8 @@ from dcris.inference.web.service import (
     masks_zip,
 )
 from dcris.utils import files
-from dcris.utils.drawing import COLOURS, cell, jpeg_bytes, mask_cell, overlay
+from dcris.utils.annotate import colour_of
+from dcris.utils.drawing import cell, jpeg_bytes, mask_cell, overlay
 
 if TYPE_CHECKING:
     import gradio
@@ -486,12 +487,12 @@ def _render(part: str, *values: Any) -> str:
 def _render_image(session: Session, predictions: Sequence[Prediction]) -> str:
     pixels = cell(session.pixels, _IMAGE_SIDE)
     for number, prediction in enumerate(predictions):
-        pixels = overlay(pixels, mask_cell(prediction.mask, _IMAGE_SIDE), COLOURS[number % len(COLOURS)])
+        pixels = overlay(pixels, mask_cell(prediction.mask, _IMAGE_SIDE), colour_of(number))
     return _render("image", _data_uri(pixels))
 
 
 def _render_legend(predictions: Sequence[Prediction]) -> str:
-    colours = ("rgb({}, {}, {})".format(*COLOURS[number % len(COLOURS)]) for number in range(len(predictions)))
+    colours = ("rgb({}, {}, {})".format(*colour_of(number)) for number in range(len(predictions)))
     return _render("legend", list(zip(predictions, colours, strict=True)))
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dcris.data.images import read_image
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
+from dcris.inference.inputs import result_stem
 from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.utils.drawing import png_bytes
@@ -276,5 +277,5 @@ def masks_zip(predictions: Sequence[Prediction], stem: str) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:  # stored: PNG is compressed already
         for number, prediction in enumerate(predictions):
-            archive.writestr(f"{stem}.{number}.mask.png", png_bytes(prediction.mask))
+            archive.writestr(f"{result_stem(stem, number, prediction.phrase)}.mask.png", png_bytes(prediction.mask))
     return stream.getvalue()
