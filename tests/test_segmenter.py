@@ -1,5 +1,7 @@
 """The Python API: any kind of image, any number of phrases and threads, the same results."""
 
+import io
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,3 +294,48 @@ def test_an_unknown_device(trained_run: Path) -> None:
     for device in ("cuda:99", "gpu", "meta", "cuda:x"):
         with pytest.raises(DcrisError, match=device):
             Segmenter.from_pretrained(trained_run, device=device)
+
+
+def test_a_prediction_shows_itself(segmenter: Segmenter, photo: Path, tmp_path: Path) -> None:
+    """In a notebook, on a terminal and as files, without giving the image again."""
+    (some,) = segmenter.predict(photo, "red star", scores=True)
+    assert some.probabilities is not None
+    threshold = float(np.median(some.probabilities))  # the model was hardly trained
+    (found,) = segmenter.predict(photo, "red star", threshold=threshold)
+    height, width = found.mask.shape
+    assert found.box is not None
+    left, top, across, down = found.box
+    assert found.box_xywh == found.box
+    assert found.box_xyxy == (left, top, left + across, top + down)
+    assert found.area == found.mask.sum() > 0
+    assert json.loads(json.dumps(found.to_dict()))["mask"] == found.to_rle()
+    assert repr(found) == f"<Prediction 'red star': {found.describe()}, {width} x {height} pixels>"
+    picture = found.plot()
+    assert picture.size[0] >= width and picture.size[1] > height
+    assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(found._repr_png_()))))
+    # As drawn on the same image in another form, but not as on none.
+    pixels = np.asarray(Image.open(photo))
+    assert np.array_equal(np.asarray(found.plot(pixels)), np.asarray(picture))
+    alone = Prediction("red star", found.mask, found.score, found.box)
+    assert not np.array_equal(np.asarray(alone.plot()), np.asarray(picture))
+    found.save(tmp_path / "mask.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")) > 0, found.mask)
+    with pytest.raises(DcrisError, match=r"call it mask\.png"):
+        found.save(tmp_path / "mask.jpg")
+    with pytest.raises(DcrisError, match="pixels and the mask"):
+        found.plot(np.zeros((5, 5, 3), np.uint8))
+    empty = some.with_threshold(0.9999)
+    assert (empty.box_xyxy, empty.area) == (None, 0)
+    assert empty._repr_png_().startswith(b"\x89PNG")
+    assert np.array_equal(np.asarray(some.with_threshold(threshold).plot()), np.asarray(picture))
+
+
+def test_a_prediction_is_shown_by_the_systems_viewer(
+    segmenter: Segmenter, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`show` opens the picture of `plot`."""
+    seen: list[Image.Image] = []
+    monkeypatch.setattr(Image.Image, "show", lambda image, title=None: seen.append(image))
+    (found,) = segmenter.predict(photo, "red star")
+    found.show()
+    assert np.array_equal(np.asarray(seen[0]), np.asarray(found.plot()))

@@ -257,6 +257,9 @@ ImageLike = Union[PathLike, bytes, BinaryIO, Image.Image, NDArray[np.uint8], "Te
 uint8 pixels: RGB [H, W, 3], RGBA [H, W, 4], grey [H, W] or [H, W, 1]; or a torch tensor [3, H, W]
 or [1, H, W], uint8 or floating point in 0..1."""
 
+Rereadable = Path | bytes | Image.Image | NDArray[np.uint8]
+"""An image in a form that can be read any number of times."""
+
 Channels = Literal["rgb", "bgr"]
 """Order of the channels of arrays and tensors: that of PIL, or that of OpenCV."""
 
@@ -288,7 +291,7 @@ def as_pixels(image: ImageLike, channels: Channels = "rgb") -> NDArray[np.uint8]
     return to_rgb(Image.fromarray(np.ascontiguousarray(source if count == 4 else source.reshape(source.shape[:2]))))
 
 
-def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Path | bytes | Image.Image | NDArray[np.uint8]:
+def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Rereadable:
     """Return an image in a form that `as_pixels` accepts any number of times, with channels in the
     order of RGB.
 

@@ -4,7 +4,7 @@ Shape letters: H W height and width of the image in pixels.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dcris.data.images import ImageLike, as_pixels
+from dcris.data.images import ImageLike, Rereadable, as_pixels
 from dcris.data.masks import encode_mask, mask_box
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.types import MaskArray
-from dcris.utils.arguments import kind_of, require, require_number
-from dcris.utils.drawing import COLOURS, Colour, overlay
+from dcris.utils.annotate import Annotation, annotate
+from dcris.utils.arguments import PathLike, as_path, kind_of, require, require_number
+from dcris.utils.drawing import COLOURS, Colour, overlay, png_bytes
+from dcris.utils.files import write_file
 
 if TYPE_CHECKING:
     import supervision
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 LEAST_PRESENCE = 0.5
 """Probability of presence below which a mask is empty by default: the object is probably not
 there."""
+
+_GREY = 128
+"""Background of a mask without its image."""
 
 _SHOWN = 120
 """Characters of a phrase in a warning."""
@@ -47,9 +52,12 @@ class Instance:
     requested."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)  # compared by identity: == of arrays is an array
 class Prediction:
-    """The result for one image and one phrase."""
+    """The result for one image and one phrase.
+
+    A notebook shows it as a picture.
+    """
 
     phrase: str
     mask: MaskArray
@@ -71,19 +79,12 @@ class Prediction:
     """The end of a phrase that is longer than the model reads (`data.word_length`): it did not
     change the result. None if all of the phrase was read."""
 
-    def __eq__(self, other: object) -> bool:
-        # The method that dataclass generates fails: == of arrays is an array.
-        if not isinstance(other, Prediction):
-            return NotImplemented
-        ours, theirs = (
-            (each.phrase, each.score, each.box, each.present, each.rejected, each.unread) for each in (self, other)
-        )
-        return ours == theirs and all(
-            np.array_equal(np.asarray(one), np.asarray(another))
-            for one, another in ((self.mask, other.mask), (self.probabilities, other.probabilities))
-        )
+    image: Rereadable | None = field(default=None, repr=False)
+    """The image that was given, for `plot`; None if the prediction was not made by a Segmenter."""
 
-    __hash__ = None  # type: ignore[assignment]
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"<Prediction {self.phrase!r}: {self.describe()}, {width} x {height} pixels>"
 
     @classmethod
     def decide(
@@ -97,6 +98,7 @@ class Prediction:
         min_score: float | None = None,
         min_area: int = 0,
         unread: str | None = None,
+        image: Rereadable | None = None,
     ) -> "Prediction":
         """Create a prediction from probabilities.
 
@@ -110,6 +112,7 @@ class Prediction:
                 `present` is given, else 0.
             min_area: with fewer pixels, the mask is empty.
             unread: end of the phrase that the model does not read.
+            image: that the prediction is for.
 
         Raises:
             DcrisError: the probabilities are not such an array, the threshold is not between 0 and
@@ -128,7 +131,8 @@ class Prediction:
             rejected = f"fewer than {min_area:,} pixels"
         if rejected is not None:
             mask = np.zeros_like(mask)
-        return cls(phrase, mask, score, mask_box(mask), probabilities if keep else None, present, rejected, unread)
+        kept = probabilities if keep else None
+        return cls(phrase, mask, score, mask_box(mask), kept, present, rejected, unread, image)
 
     def with_threshold(self, threshold: float, *, min_score: float | None = None, min_area: int = 0) -> "Prediction":
         """Return the prediction at another threshold, without a forward pass.
@@ -146,7 +150,26 @@ class Prediction:
             min_score=min_score,
             min_area=min_area,
             unread=self.unread,
+            image=self.image,
         )
+
+    @property
+    def box_xywh(self) -> tuple[int, int, int, int] | None:
+        """The box as (x, y, width, height), as in COCO; another name of `box`."""
+        return self.box
+
+    @property
+    def box_xyxy(self) -> tuple[int, int, int, int] | None:
+        """The box as (left, top, right, bottom), of which the last two are outside of it."""
+        if self.box is None:
+            return None
+        left, top, width, height = self.box
+        return left, top, left + width, top + height
+
+    @property
+    def area(self) -> int:
+        """Number of pixels of the mask."""
+        return int(np.count_nonzero(self.mask))
 
     @property
     def verdict(self) -> str:
@@ -219,6 +242,58 @@ class Prediction:
             "segmentation": self.to_rle(),
             **{key: value for key, value in optional.items() if value is not None},
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it except image and probabilities, ready for JSON; the mask as COCO's run
+        lengths."""
+        return {
+            "phrase": self.phrase,
+            "score": self.score,
+            "present": self.present,
+            "rejected": self.rejected,
+            "unread": self.unread,
+            "box_xywh": self.box,
+            "box_xyxy": self.box_xyxy,
+            "area": self.area,
+            "mask": self.to_rle(),
+        }
+
+    def plot(self, image: ImageLike | None = None) -> Image.Image:
+        """Draw the mask on its image, with phrase and score below it.
+
+        Args:
+            image: the image of this prediction; by default the one that was given to the Segmenter,
+                which is read again if it is a file. A prediction without one is drawn on grey.
+
+        Raises:
+            DcrisError: the image cannot be read any more, or has another size than the mask.
+        """
+        chosen = self.image if image is None else image
+        pixels = np.full((*self.mask.shape, 3), _GREY, np.uint8) if chosen is None else self._pixels_of(chosen)
+        return Image.fromarray(annotate(pixels, [Annotation(self.phrase, self.verdict, self.mask)]))
+
+    def show(self, image: ImageLike | None = None) -> None:
+        """Open the picture of `plot` in the system's image viewer.
+
+        Args and errors: as in `plot`.
+        """
+        self.plot(image).show(title=self.phrase)
+
+    def save(self, path: PathLike) -> None:
+        """Write the mask as a PNG file, 255 inside and 0 outside.
+
+        Raises DcrisError if it cannot be written or the name has another ending.
+        """
+        target = as_path(path, "the file of the mask")
+        if target.suffix.lower() != ".png":
+            raise DcrisError(
+                f"masks are written as PNG files, and {target} has another ending; call it {target.stem}.png"
+            )
+        write_file(target, png_bytes(self.mask))
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture that notebooks show."""
+        return png_bytes(np.asarray(self.plot()))
 
     def polygons(self, tolerance: float = 0.0) -> list[list[float]]:
         """Return the outlines of the mask in COCO's form: [[x, y, x, y, ...], ...] in pixels.

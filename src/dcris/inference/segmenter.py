@@ -30,7 +30,7 @@ from dcris.checkpoints.model_card import Metrics, model_card
 from dcris.checkpoints.resolve import locate
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
-from dcris.data.images import Channels, ImageLike, as_pixels, as_rereadable
+from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, LongPhraseWarning
@@ -68,7 +68,7 @@ class EncodedImage:
     """Name of the adapter set that encoded the image; `Segmenter.segment` uses the same one."""
     _transform: Transform
     _state: VisionState
-    _image: ImageLike
+    _image: Rereadable
     """As it was given, because the pixels of a photograph can take more memory than its features.
     """
 
@@ -625,7 +625,7 @@ class Segmenter:
         return results
 
     def _encode(
-        self, images: Sequence[ImageLike], model: ReferringSegmenter, config: RunConfig
+        self, images: Sequence[Rereadable], model: ReferringSegmenter, config: RunConfig
     ) -> tuple[VisionState, list[Transform]]:
         squares, transforms = zip(
             *(to_square(as_pixels(image), config.data, self.protocol.transform) for image in images), strict=True
@@ -637,7 +637,7 @@ class Segmenter:
     def _decode(
         self,
         state: VisionState,
-        images: Sequence[ImageLike],
+        images: Sequence[Rereadable],
         transforms: Sequence[Transform],
         phrases: Sequence[str],
         pairs: Sequence[tuple[int, int]],
@@ -671,6 +671,7 @@ class Segmenter:
                     present=present,
                     min_score=decision.min_score,
                     min_area=decision.min_area,
+                    image=images[image],
                     unread=unread.get(phrases[phrase]),
                 )
             done += len(logits)
