@@ -30,7 +30,17 @@ from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer
 from runs import assert_same_run, leftovers
 
-COMMANDS = ["quickstart", "data fetch", "data check", "data scenes", "data import", "train", "evaluate", "compare"]
+COMMANDS = [
+    "quickstart",
+    "data fetch",
+    "data check",
+    "data scenes",
+    "data import",
+    "data export",
+    "train",
+    "evaluate",
+    "compare",
+]
 COMMANDS += ["predict", "recipes", "completion"]
 JOURNAL = "dcris-journal.jsonl"
 QUICK = shlex.split(

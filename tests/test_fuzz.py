@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import detris_layout
+import tool_exports
 from bombs import (
     ADDRESS,
     npz_bomb,
@@ -414,6 +415,19 @@ _IMPORTED = (
     ("phrases.csv", "phrases.csv", (csv_cells,)),
     ("photos", "phrases.csv", ()),
 )
+_TOOLS = (
+    (tool_exports.label_studio, "label_studio.json", (json_tree,), "keep"),
+    (tool_exports.label_studio_min, "label_studio_min.json", (json_tree,), "merge"),
+    (tool_exports.datumaro, "datumaro.json", (json_tree,), "keep"),
+    (tool_exports.labelme, "2.json", (json_tree,), "place"),
+    (tool_exports.via_2, "via.json", (json_tree,), "keep"),
+    (tool_exports.via_1, "via.json", (json_tree,), "keep"),
+    (tool_exports.yolo, "data.yaml", (), "keep"),
+    (tool_exports.yolo, "labels/train/1.txt", (), "keep"),
+    (tool_exports.supervisely, "ds/ann/2.png.json", (json_tree,), "keep"),
+    (tool_exports.supervisely, "meta.json", (json_tree,), "keep"),
+    (tool_exports.predictions, "predictions.json", (json_tree,), "keep"),
+)
 _LISTED = (
     ("photos", (), "SET/photos --recursive -e cup"),
     ("photos/a.jpg", (picture_bomb,), "SET/photos --recursive -e cup"),
@@ -450,6 +464,10 @@ FORMATS = (
             f"data import SET/coco.json --phrases SET/{phrases} {_IMPORT}",
         )
         for file, phrases, spoils in _IMPORTED
+    ),
+    *(
+        Format(f"export {file}", make, file, spoils, f"data import SET --ambiguous {ambiguous} --out SET/my.jsonl", 6)
+        for make, file, spoils, ambiguous in _TOOLS
     ),
     # models
     *(

@@ -22,13 +22,14 @@ from pycocotools import mask as coco
 
 from dcris import Segmenter
 from dcris.cli import main
+from dcris.data.brush_rle import encode_brush
 from dcris.data.images import image_endings
 from dcris.errors import DcrisError
 from dcris.inference import inputs as inputs_module
 from dcris.inference import records as records_module
 from dcris.inference.batch import BatchPredictor, Done, Failed
 from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs, result_stem
-from dcris.inference.label_studio import brush_rle, label_studio_config, label_studio_task
+from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.records import Records
 from runs import leftovers
 from test_distributed import half_mask_model, torchrun
@@ -1055,7 +1056,7 @@ def decode_brush(code: list[int]) -> np.ndarray:
 def test_brush_run_lengths(height: int, width: int, share: float, seed: int) -> None:
     """An independent decoder gives the same mask."""
     mask = np.random.default_rng(seed).random((height, width)) < share
-    pixels = decode_brush(brush_rle(mask)).reshape(height, width, 4)
+    pixels = decode_brush(encode_brush(mask)).reshape(height, width, 4)
     np.testing.assert_array_equal(pixels, np.repeat(mask[..., None].astype(np.uint8) * 255, 4, axis=2))
 
 
@@ -1064,7 +1065,7 @@ def test_long_brush_runs(run: int) -> None:
     """Runs whose length needs the next width, or several pieces."""
     mask = np.zeros((1, run + 7), bool)
     mask[0, 3 : 3 + run] = True
-    np.testing.assert_array_equal(decode_brush(brush_rle(mask))[::4] > 0, mask[0])
+    np.testing.assert_array_equal(decode_brush(encode_brush(mask))[::4] > 0, mask[0])
 
 
 def test_label_studio(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def add(commands: Any) -> None:
         type=share,
         default=0.1,
         metavar="SHARE",
-        help="share of the images for val if the export has no split train (default: %(default)s)",
+        help="share of the images for val if the export has no splits of its own (default: %(default)s)",
     )
     load.add_argument(
         "--seed", type=natural, default=0, help="random seed for the choice of these images (default: %(default)s)"
@@ -108,6 +108,21 @@ def add(commands: Any) -> None:
     )
     load.add_argument(
         "--strict", action="store_true", help="stop at the first annotation that has no mask or cannot be used"
+    )
+    save = add_data(
+        "export",
+        _data_export,
+        "write references and their images in the format of an annotation tool",
+        "my.jsonl --format labelme --out exported",
+    )
+    save.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
+    data_set_arguments(save)
+    save.add_argument("--format", required=True, metavar="NAME", help="coco, yolo, labelme, label-studio or refer")
+    save.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create")
+    save.add_argument(
+        "--image-url",
+        metavar="PREFIX",
+        help="prefix of the images' paths for Label Studio (default: /data/local-files/?d=)",
     )
 
 
@@ -212,6 +227,18 @@ def _data_import(args: argparse.Namespace) -> None:
     for problem in done.problems:
         log(f"skipped: {problem}")
     log(text)
+
+
+def _data_export(args: argparse.Namespace) -> None:
+    from dcris.data.exporter import IMAGE_URL, export_table
+    from dcris.data.readers.load import load_references
+
+    own_name(args.root, args)
+    table = load_references(args.root, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
+    image_url = IMAGE_URL if args.image_url is None else args.image_url
+    done = export_table(table, args.format, args.out, image_url)
+    left_out = f"; left out: {done.left_out:,} that describe nothing in their image" if done.left_out else ""
+    log(f"{args.out}: {done.references:,} references on {done.images:,} images{left_out}")
 
 
 def _ask(count: int, example: str) -> str:

@@ -196,13 +196,13 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
         return (width, height) if sideways else (height, width)
 
 
-def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.uint8]:
+def read_mask_image(source: Path | bytes, threshold: float | None = None) -> NDArray[np.uint8]:
     """Read a mask image as an upright mask, [H, W] uint8 of 0 and 1; see `binary_mask`.
 
     Palette images are read by index, as segmentation tools write them. Black and fully transparent
     pixels are 0. Raises DcrisError as `read_image` and `binary_mask` do.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         image.load()
         mode = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)
         if mode not in ("1", "L", "P", "I", "F", "LA", "PA", "RGBA") and not mode.startswith("I;16"):
@@ -211,7 +211,8 @@ def read_mask_image(path: Path, threshold: float | None = None) -> NDArray[np.ui
         values = _upright(image, pixel.shape[2:], pixel.dtype, lambda band: np.asarray(band.convert(mode)))
     if values.shape[2:] in ((2,), (4,)):
         values[(values[..., -1] == 0) | ~values[..., :-1].any(axis=2)] = 0
-    return binary_mask(values, str(path), threshold)
+    name = "the image of the mask" if isinstance(source, bytes) else str(source)
+    return binary_mask(values, name, threshold)
 
 
 def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:

@@ -128,8 +128,8 @@ def import_annotations(
             are found by their path, then by their name anywhere below the folder.
         format: a key of FORMATS; None recognises it.
         phrases: a .json or .csv file; see read_phrases.
-        split: name of the split for all references; default: the splits of the export if one of
-            them is train, else images are divided into train and val.
+        split: name of the split for all references; default: the splits of the export if it has
+            several and one of them is train, else images are divided into train and val.
         val: share of the images for val. The choice depends only on `seed` and the file names.
         seed: seed of the choice.
         ambiguous: one of AMBIGUOUS, or a function that chooses one if there are such phrases.
@@ -435,8 +435,12 @@ class _Export:
 
     def _name(self, annotation: Annotation) -> str:
         """Return the path of the image relative to the written file."""
-        path = Path(os.path.abspath(self.finder.find(annotation))).relative_to(self.home or "/")  # noqa: PTH100
-        return plain_path(path.as_posix(), annotation.path, annotation.where, "image")
+        path = Path(os.path.abspath(self.finder.find(annotation)))  # noqa: PTH100
+        if self.home is None or not path.is_relative_to(self.home):
+            raise DcrisError(
+                f"the image {path} is not below {self.home}, the folder of --out; choose an --out above it"
+            )
+        return plain_path(path.relative_to(self.home).as_posix(), annotation.path, annotation.where, "image")
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Yield the objects that need a phrase, as `write_list` takes them."""

@@ -123,7 +123,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
 
-_TYPE_NAMES = {int: "an integer", str: "text", list: "a list", bytes: "bytes", bool: "true or false"}
+_TYPE_NAMES = {
+    int: "an integer",
+    str: "text",
+    list: "a list",
+    dict: "an object with named fields",
+    bytes: "bytes",
+    bool: "true or false",
+}
 
 
 def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:

@@ -295,7 +295,10 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         raise _cannot_write(path, error) from error
     try:
         fill(temporary)
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
+            if file.is_dir():
+                sync_directory(file)
+                continue
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
             file.chmod(mode)  # safetensors writes files that only their owner can read

@@ -6,12 +6,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from dcris.data.tools import coco
+from dcris.data.tools import coco, datumaro, label_studio, labelme, predictions, refer, supervisely, via, yolo
 from dcris.data.tools.annotation import Annotation, Format, Found
 from dcris.errors import DcrisError
 from dcris.utils.files import read_json
 
-FORMATS: dict[str, Format] = {"coco": coco.FORMAT}
+FORMATS: dict[str, Format] = {
+    "coco": coco.FORMAT,
+    "label-studio": label_studio.FORMAT,
+    "labelme": labelme.FORMAT,
+    "via": via.FORMAT,
+    "yolo": yolo.FORMAT,
+    "supervisely": supervisely.FORMAT,
+    "datumaro": datumaro.FORMAT,
+    "refer": refer.FORMAT,
+    "dcris": predictions.FORMAT,
+}
 """By name, as `--format` takes them. Add a format here; docs/extending_data.md describes how."""
 
 _MAX_FILES = 1_000_000

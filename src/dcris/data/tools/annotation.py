@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable, bad, check_text, field, shown
 from dcris.errors import DcrisError
+from dcris.types import Reference, Segmentation, SoftMask
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -85,6 +87,10 @@ class Format:
     write: "Callable[[Exported, Path], None] | None" = None
     """Writes references into a new folder, where their images already are; None if this format is
     only read."""
+    image_folder: str = "images"
+    """Folder of the images in what is written; `{split}` is the split of an image."""
+    holds_absent: bool = False
+    """Whether it can hold phrases that describe nothing in the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,33 @@ class Exported:
     are unique even without their endings."""
     image_url: str
     """Prefix of the paths for tools that show images by URL."""
+
+    def by_image(self) -> dict[Path, list[Reference]]:
+        """Return the references of each image, in the order of the table."""
+        found: dict[Path, list[Reference]] = {}
+        for reference in self.table.references:
+            found.setdefault(reference.image_path, []).append(reference)
+        return found
+
+    def categories(self) -> dict[str, int]:
+        """Number the categories from 1, in the order of the table."""
+        names = dict.fromkeys(reference.category or "object" for reference in self.table.references)
+        return {name: number for number, name in enumerate(names, 1)}
+
+
+def phrases_of(reference: Reference) -> list[str]:
+    """Return the phrases that describe the reference's objects; all of them if it has none."""
+    return [each.text for each in reference.expressions if each.exists or not reference.segmentations]
+
+
+def plain_segmentation(segmentation: Segmentation, size: Size) -> Any:
+    """Return a mask as COCO's polygons or compressed run lengths, ready for JSON."""
+    if isinstance(segmentation, list):
+        return segmentation
+    if isinstance(segmentation, Path | SoftMask):
+        return encode_mask(decode_mask(segmentation, size))
+    counts = segmentation["counts"]
+    return {"size": list(size), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
 
 
 def each(read: Callable[..., Annotation | None], records: Iterable[Any], *context: Any) -> Found:
@@ -254,3 +287,8 @@ def _corners(polygon: Any) -> list[Any]:
             except ValueError:
                 flat.append(value)  # refused, and shown, when the mask is decoded
     return flat
+
+
+def split_folder(split: str) -> str:
+    """Return the name of a split as that of a file or folder."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in split)[:80] or "_"

@@ -6,13 +6,18 @@ lengths, compressed or not. CVAT marks each brush mask as a crowd, and is known 
 that it writes. Source: https://cocodataset.org/#format-data and the exporters of these tools.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from dcris.data.masks import decode_mask, mask_box
 from dcris.data.table import bad, check_text, field
 from dcris.data.tools.annotation import (
     Annotation,
+    Exported,
     Format,
     Found,
     each,
@@ -20,11 +25,20 @@ from dcris.data.tools.annotation import (
     mapping,
     objects,
     own_phrases,
+    phrases_of,
+    plain_segmentation,
     polygon_mask,
     recorded_size,
+    split_folder,
     split_of,
+    texts,
     whole,
 )
+from dcris.types import Reference, Segmentation
+from dcris.utils.files import write_json
+
+_ABSENT = "absent_expressions"
+"""Field of an image with phrases that describe nothing in it."""
 
 
 def _is_coco(content: Any) -> bool:
@@ -65,7 +79,8 @@ def _read(path: Path, content: Any) -> Found:
     if type(categories) is not list:
         raise bad(path, "the file has 'categories' that is not a list")
     names = _Index("category", "categories", categories, path)
-    split = split_of(path)
+    named = mapping(content.get("info")).get("split")
+    split = named if type(named) is str and named.strip() else split_of(path)
     first: dict[int, Any] = {}
 
     def read(place: int, record: Any) -> Annotation | None:
@@ -97,10 +112,28 @@ def _read(path: Path, content: Any) -> Found:
             phrases=phrases,
             split=split,
             crowd=crowd and not phrases and "attributes" not in record,
+            group=whole(record.get("reference")),
+        )
+
+    def absent(place: int, image: Any) -> Annotation | None:
+        """Return the phrases that describe nothing in an image, which only this program writes."""
+        if not mapping(image).get(_ABSENT):
+            return None
+        where = f"entry {place} of 'images'"
+        return Annotation(
+            path=path,
+            where=where,
+            source=where,
+            image=field(image, "file_name", str, path, where),
+            size=recorded_size(image, "height", "width", path, where),
+            masks=(),
+            phrases=texts(image[_ABSENT], path, where, _ABSENT),
+            split=split,
         )
 
     yield from (name for record in categories if type(name := mapping(record).get("name")) is str)
     yield from each(read, records)
+    yield from each(absent, content["images"])
 
 
 def _is_crowd(record: dict[str, Any], path: Path, where: str) -> bool:
@@ -117,4 +150,53 @@ def _identifiers(records: Iterable[Any]) -> Iterator[int | None]:
     return (whole(mapping(record).get("id")) for record in records)
 
 
-FORMAT = Format("COCO (CVAT, Roboflow, FiftyOne, Label Studio)", _read, is_content=_is_coco)
+def _write(exported: Exported, folder: Path) -> None:
+    """Write annotations/instances_SPLIT.json for each split; each object is one annotation."""
+    categories = exported.categories()
+    numbers = {image: number for number, image in enumerate(exported.images, 1)}
+    by_split: dict[str, dict[Path, list[Reference]]] = {}
+    for image, references in exported.by_image().items():
+        for reference in references:
+            by_split.setdefault(reference.split, {}).setdefault(image, []).append(reference)
+    ids = itertools.count(1)
+    for split, images in by_split.items():
+        content: dict[str, Any] = {
+            "info": {"description": exported.table.dataset, "split": split},
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": number, "name": name} for name, number in categories.items()],
+        }
+        for image, references in images.items():
+            height, width = references[0].image_size
+            record = {"id": numbers[image], "file_name": PurePosixPath(exported.images[image]).name}
+            absent = [text for each in references if not each.segmentations for text in phrases_of(each)]
+            content["images"].append(
+                {**record, "height": height, "width": width, **({_ABSENT: absent} if absent else {})}
+            )
+            for reference in references:
+                for segmentation in reference.segmentations:
+                    annotation = _annotation(reference, segmentation)
+                    annotation |= {"id": next(ids), "image_id": numbers[image]}
+                    annotation["category_id"] = categories[reference.category or "object"]
+                    content["annotations"].append(annotation)
+        write_json(folder / "annotations" / f"instances_{split_folder(split)}.json", content)
+
+
+def _annotation(reference: Reference, segmentation: Segmentation) -> dict[str, Any]:
+    mask = decode_mask(segmentation, reference.image_size)
+    phrases = phrases_of(reference)
+    group = {"reference": reference.ref_id} if len(reference.segmentations) > 1 else {}
+    return {
+        "segmentation": plain_segmentation(segmentation, reference.image_size),
+        "area": int(np.count_nonzero(mask)),
+        "bbox": list(mask_box(mask) or (0, 0, 0, 0)),
+        "iscrowd": 0,
+        "expressions": phrases,
+        "attributes": {"phrase": phrases[0]},  # what CVAT shows
+        **group,
+    }
+
+
+FORMAT = Format(
+    "COCO (CVAT, Roboflow, FiftyOne, Label Studio)", _read, is_content=_is_coco, write=_write, holds_absent=True
+)

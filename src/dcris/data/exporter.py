@@ -1,0 +1,93 @@
+"""Write references in the formats of annotation tools, with copies of their images."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dcris.data.images import image_endings
+from dcris.data.table import ReferenceTable
+from dcris.data.tools import FORMATS
+from dcris.data.tools.annotation import Exported, split_folder
+from dcris.errors import DcrisError
+from dcris.utils.files import write_directory
+
+IMAGE_URL = "/data/local-files/?d="
+"""Where Label Studio looks for local files."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """Counts of what was written."""
+
+    references: int
+    images: int
+    left_out: int
+    """References to nothing in their image, which this format cannot hold."""
+
+
+def export_table(table: ReferenceTable, format: str, out: Path, image_url: str = IMAGE_URL) -> ExportResult:
+    """Write references, and copies of their images, into a new folder.
+
+    Args:
+        table: the references, from `load_references`.
+        format: a key of FORMATS that can be written.
+        out: the folder; must not exist, or be empty.
+        image_url: prefix of the paths of images for tools that show them by URL.
+
+    Raises:
+        DcrisError: the format cannot be written, the folder is not empty, a mask cannot be decoded,
+            or a file cannot be read or written. Nothing is left then.
+    """
+    write = FORMATS[format].write if format in FORMATS else None
+    if write is None:
+        able = ", ".join(name for name, each in FORMATS.items() if each.write)
+        raise DcrisError(f"the format {format!r} cannot be written; choose from {able}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DcrisError(f"{out} exists already and is not empty; delete it or choose another --out")
+    kept = tuple(each for each in table.references if FORMATS[format].holds_absent or each.segmentations)
+    kept = tuple(each for each in kept if each.expressions)
+    if not kept:
+        raise DcrisError(f"{table.root} has no reference with an object, so there is nothing to export as {format}")
+    splits: dict[Path, str] = {}
+    for reference in kept:
+        splits.setdefault(reference.image_path, reference.split)
+    exported = Exported(
+        ReferenceTable(table.dataset, table.split_by, table.root, kept),
+        _names(splits, FORMATS[format].image_folder),
+        image_url,
+    )
+
+    def fill(folder: Path) -> None:
+        for source, name in exported.images.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source, target)
+            except (OSError, shutil.SpecialFileError) as error:
+                raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
+        write(exported, folder)
+
+    write_directory(out, fill)
+    return ExportResult(len(kept), len(exported.images), len(table.references) - len(kept))
+
+
+def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:
+    """Return a path in the new folder for each image. The last parts are unique without their
+    endings and ignoring case, since tools name their files after them."""
+    used, names = set[str](), {}
+    common = Path(os.path.commonpath([path.parent for path in splits])) if splits else Path()
+    for path, split in splits.items():
+        stem, ending = path.stem, path.suffix if path.suffix.lower() in image_endings() else ""
+        if stem.lower() in used:
+            stem = "_".join(path.relative_to(common).with_suffix("").parts)
+        number = 1
+        base = stem
+        while stem.lower() in used:
+            number += 1
+            stem = f"{base}_{number}"
+        used.add(stem.lower())
+        parts = folder.format(split=split_folder(split))
+        names[path] = (PurePosixPath(parts) / f"{stem}{ending}").as_posix()
+    return names

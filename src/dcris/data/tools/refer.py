@@ -1,0 +1,134 @@
+"""The REFER layout: a folder with a file of references, such as refs(unc).p, and instances.json.
+
+The images are searched for below the folder above it, as when it is read as a data set.
+"""
+
+import itertools
+import pickle
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from dcris.data.masks import decode_mask, mask_box
+from dcris.data.outlines import mask_polygons
+from dcris.data.readers import refer_layout
+from dcris.data.tools.annotation import Annotation, Exported, Format, Found, Size, split_folder
+from dcris.errors import DcrisError
+from dcris.types import Expression, Reference, Segmentation
+from dcris.utils.files import write_file, write_json
+
+
+def _is_refer(path: Path) -> bool:
+    return bool(_partitions(path))
+
+
+def _partitions(path: Path) -> list[str]:
+    """Return the partitions of a folder, or the one of a file of references in it."""
+    folder = path if path.is_dir() else path.parent
+    found = refer_layout.find(folder.parent, folder.name)
+    return [name for name in found if path.is_dir() or f"({name})" in path.name]
+
+
+def _read(path: Path, content: Any) -> Found:
+    folder = path if path.is_dir() else path.parent
+    found = _partitions(path)
+    if not found:
+        raise DcrisError(f"{path} is not a file of references in the REFER layout, such as refs(unc).p")
+    if len(found) > 1:
+        raise DcrisError(
+            f"{folder} has several partitions: {', '.join(found)}; give the file of one, such as refs(unc).p"
+        )
+    errors: list[DcrisError] = []
+    root = Path(folder.parent)
+    table = refer_layout.load(root, folder.name, found[0], errors.append)
+    yield from errors
+    for reference in table.references:
+        there = tuple(one for one in reference.expressions if one.exists or not reference.segmentations)
+        absent = tuple(one for one in reference.expressions if one not in there)
+        yield _annotation(reference, reference.segmentations, there, folder)
+        if absent:
+            yield _annotation(reference, (), absent, folder)
+
+
+def _annotation(
+    reference: Reference, segmentations: tuple[Segmentation, ...], expressions: tuple[Expression, ...], folder: Path
+) -> Annotation:
+    return Annotation(
+        path=folder,  # the images are below the folder above it
+        where=f"reference {reference.ref_id}",
+        source=reference.ref_id,
+        image=reference.image_path.relative_to(folder.parent).as_posix(),
+        size=reference.image_size,
+        masks=tuple(partial(_given, segmentation) for segmentation in segmentations),
+        category=reference.category or None,
+        phrases=tuple(expression.text for expression in expressions),
+        split=reference.split,
+    )
+
+
+def _given(segmentation: Segmentation, size: Size) -> Any:
+    return segmentation
+
+
+def _write(exported: Exported, folder: Path) -> None:
+    """Write DATASET/refs(own).p and DATASET/instances.json.
+
+    Masks are polygons, since REFER's own code takes nothing else. References to several objects or
+    to none are those of gRefCOCO.
+    """
+    numbers = {image: number for number, image in enumerate(exported.images, 1)}
+    categories = exported.categories()
+    instances: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name, "supercategory": ""} for name, number in categories.items()],
+    }
+    references = list[dict[str, Any]]()
+    sent_ids = itertools.count(1)
+    for image, of_image in exported.by_image().items():
+        height, width = of_image[0].image_size
+        name = PurePosixPath(exported.images[image]).name
+        instances["images"].append({"id": numbers[image], "file_name": name, "height": height, "width": width})
+        for reference in of_image:
+            category = categories[reference.category or "object"]
+            ann_ids = list[int]()
+            for segmentation in reference.segmentations:
+                ann_ids.append(len(instances["annotations"]) + 1)
+                annotation = _instance(segmentation, reference.image_size)
+                annotation |= {"id": ann_ids[-1], "image_id": numbers[image], "category_id": category, "iscrowd": 0}
+                instances["annotations"].append(annotation)
+            sentences = [_sentence(next(sent_ids), one.text) for one in reference.expressions]
+            for sentence, expression in zip(sentences, reference.expressions, strict=True):
+                if not expression.exists:
+                    sentence["exist"] = False
+            record = {
+                "ref_id": len(references) + 1,
+                "image_id": numbers[image],
+                "split": reference.split,
+                "file_name": name,
+            }
+            record |= {"sentences": sentences, "sent_ids": [each["sent_id"] for each in sentences]}
+            alone = len(ann_ids) == 1
+            record |= {
+                "ann_id": ann_ids[0] if alone else ann_ids or [-1],
+                "category_id": category if alone else [category],
+            }
+            references.append(record)
+    home = folder / (split_folder(exported.table.dataset))
+    write_json(home / "instances.json", instances)
+    write_file(home / "refs(own).p", pickle.dumps(references, protocol=2))
+
+
+def _sentence(sent_id: int, text: str) -> dict[str, Any]:
+    return {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
+
+
+def _instance(segmentation: Segmentation, size: Size) -> dict[str, Any]:
+    mask = decode_mask(segmentation, size)
+    polygons = segmentation if isinstance(segmentation, list) else mask_polygons(mask)
+    return {"segmentation": polygons, "area": int(np.count_nonzero(mask)), "bbox": list(mask_box(mask) or (0, 0, 0, 0))}
+
+
+FORMAT = Format("REFER layout (RefCOCO, gRefCOCO)", _read, is_place=_is_refer, write=_write, holds_absent=True)

@@ -1,0 +1,224 @@
+"""`dcris data export`: what is written is what the tools read, and comes back as it was."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from annotated import HEIGHT, OBJECTS, WIDTH, write_images
+from dcris.cli import main
+from dcris.data.exporter import export_table
+from dcris.data.importer import import_annotations
+from dcris.data.masks import decode_mask, encode_mask, union_mask
+from dcris.data.outlines import join_rings, mask_polygons
+from dcris.data.readers.load import load_references
+from dcris.data.table import ReferenceTable
+from dcris.errors import DcrisError
+from runs import leftovers
+from tool_exports import labelme
+
+FORMATS = ["coco", "yolo", "labelme", "label-studio", "refer"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> ReferenceTable:
+    """Polygons, run lengths, a mask image, several objects and none; two images of one name."""
+    folder = tmp_path / "data"
+    for name in ("a", "b"):
+        write_images(folder / name)
+    (folder / "a/2.png").rename(folder / "a/ä 2.PNG")
+    ring, cup = OBJECTS[2].mask, OBJECTS[0]
+    Image.fromarray(ring * np.uint8(255)).save(folder / "ring.png")
+    polygon = [[float(value) for point in cup.polygon for value in point]]
+    odd = [[0.3, 0.7, 39.9, 2.1, 20.5, 29.3, 3.7, 11.1]]
+    lines: list[dict[str, Any]] = [
+        {"image": "a/1.png", "mask": polygon, "expressions": ["the left cup", "cup"], "category": "cup"},
+        {"image": "a/1.png", "mask": encode_mask(OBJECTS[1].mask), "expressions": ["größer & <x>"], "category": "cup"},
+        {"image": "a/1.png", "masks": [polygon, encode_mask(ring)], "expressions": ["both"], "category": "a & \"b\""},
+        {"image": "a/ä 2.PNG", "mask": "ring.png", "expressions": ["a ring"], "split": "val"},
+        {"image": "b/1.png", "mask": odd, "expressions": ["=odd", "odd, too"], "split": "testA"},
+        {"image": "b/1.png", "mask": None, "expressions": ["a dog"], "split": "testA"},
+    ]  # fmt: skip
+    (folder / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return load_references(folder / "my.jsonl", None)
+
+
+def content(table: ReferenceTable, absent: bool) -> list[Any]:
+    """What must come back, whatever the order."""
+    return sorted(
+        (
+            item.split,
+            sorted(each.text for each in item.expressions),
+            item.category if item.segmentations else "object",
+            union_mask(item.segmentations, item.image_size).tolist(),
+        )
+        for item in table.references
+        if absent or item.segmentations
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_exported_comes_back(format: str, table: ReferenceTable, tmp_path: Path) -> None:
+    """Splits, expressions, categories and every pixel; two images of one name stay apart."""
+    out = tmp_path / "out"
+    done = export_table(table, format, out)
+    holds_absent = format in ("coco", "refer")
+    assert (done.references, done.images, done.left_out) == (6 if holds_absent else 5, 3, 0 if holds_absent else 1)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    source = {"refer": out / "my", "yolo": out}.get(format, out)
+    phrases = out / "phrases.csv" if format == "yolo" else None
+    import_annotations(source, out / "back.jsonl", phrases=phrases, strict=True, ambiguous="keep")
+    back = load_references(out / "back.jsonl", None)
+    assert content(back, holds_absent) == content(table, holds_absent)
+    (out / "back.jsonl").unlink()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out)
+    assert not leftovers(tmp_path)
+
+
+def test_the_refer_layout_is_read_as_a_data_set(table: ReferenceTable, tmp_path: Path) -> None:
+    """And by REFER's own code, which takes lists of polygons only."""
+    export_table(table, "refer", tmp_path / "out")
+    back = load_references(tmp_path / "out", "my")
+    assert content(back, False) == content(table, False)
+    assert back.split("train")[2].ann_ids == (3, 4)
+    instances = json.loads((tmp_path / "out/my/instances.json").read_text())
+    assert all(type(each["segmentation"][0]) is list for each in instances["annotations"])
+    references = pickle.loads((tmp_path / "out/my/refs(own).p").read_bytes())
+    assert [each["ann_id"] for each in references if each["image_id"] == 3] == [6, [-1]]
+
+
+def test_coco_is_read_by_pycocotools(table: ReferenceTable, tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+
+    export_table(table, "coco", tmp_path / "out")
+    files = sorted(path.name for path in (tmp_path / "out/annotations").iterdir())
+    assert files == ["instances_testA.json", "instances_train.json", "instances_val.json"]
+    coco = COCO(str(tmp_path / "out/annotations/instances_train.json"))
+    truth = [item for item in table.references if item.split == "train"]
+    masks = [each for item in truth for each in item.segmentations]
+    for annotation, mask in zip(coco.loadAnns(coco.getAnnIds()), masks, strict=True):
+        np.testing.assert_array_equal(coco.annToMask(annotation), decode_mask(mask, (HEIGHT, WIDTH)))
+        assert annotation["area"] == coco.annToMask(annotation).sum()
+
+
+def test_yolo_and_coco_are_read_by_supervision(table: ReferenceTable, tmp_path: Path) -> None:
+    """It loads them as Ultralytics and COCO data sets; its masks include the border pixels."""
+    import supervision
+
+    export_table(table, "yolo", tmp_path / "yolo")
+    places = {"images_directory_path": str(tmp_path / "yolo/images/train")}
+    places |= {"annotations_directory_path": str(tmp_path / "yolo/labels/train")}
+    data = supervision.DetectionDataset.from_yolo(
+        **places, data_yaml_path=str(tmp_path / "yolo/data.yaml"), force_masks=True
+    )
+    ((_, _, found),) = list(data)
+    assert data.classes == ["cup", 'a & "b"', "object"]
+    assert found.class_id.tolist() == [0, 0, 1]
+    truth = [union_mask(item.segmentations, (HEIGHT, WIDTH)) for item in table.split("train")]
+    overlap = [np.sum(a & (b > 0)) / np.sum(a | (b > 0)) for a, b in zip(found.mask, truth, strict=True)]
+    assert min(overlap) > 0.8
+    export_table(table, "coco", tmp_path / "coco")
+    data = supervision.DetectionDataset.from_coco(
+        str(tmp_path / "coco/images"), str(tmp_path / "coco/annotations/instances_train.json"), force_masks=True
+    )
+    assert sum(len(found) for _, _, found in data) == 4
+
+
+def test_yolo_names_its_folders(table: ReferenceTable, tmp_path: Path) -> None:
+    export_table(table, "yolo", tmp_path / "out")
+    described = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
+    assert described == {
+        "path": ".",
+        "train": "images/train",
+        "val": "images/val",
+        "testA": "images/testA",
+        "names": {0: "cup", 1: 'a & "b"', 2: "object"},
+    }
+    assert (tmp_path / "out/labels/val/ä 2.txt").is_file()
+    assert (tmp_path / "out/images/val/ä 2.PNG").is_file()
+
+
+def test_label_studio_gets_tasks_and_an_interface(table: ReferenceTable, tmp_path: Path) -> None:
+    import xml.etree.ElementTree as ElementTree
+
+    export_table(table, "label-studio", tmp_path / "out", "http://host/")
+    tasks = json.loads((tmp_path / "out/tasks.json").read_text())
+    assert tasks[1]["data"] == {"image": "http://host/images/%C3%A4%202.PNG", "split": "val"}
+    first, second = tasks[0]["annotations"][0]["result"][:2]
+    assert (first["id"], first["value"]["brushlabels"]) == (second["id"], ["cup"])
+    assert second["value"]["text"] == ["the left cup", "cup"]
+    interface = ElementTree.parse(tmp_path / "out/config.xml")
+    assert [each.get("value") for each in interface.iter("Label")] == ["cup", 'a & "b"', "object"]
+    assert {"tag", "phrase", "image"} == {each.get("name") for each in interface.iter() if each.get("name")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=arrays.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
+def test_outlines_cover_exactly_the_mask(mask: Any) -> None:
+    """Parts that touch at a corner, holes, parts inside of holes; also joined to one polygon."""
+    polygons = mask_polygons(mask)
+    if not mask.any():
+        assert polygons == []
+        return
+    np.testing.assert_array_equal(decode_mask(polygons, mask.shape), mask)
+    rings = [[(int(x), int(y)) for x, y in zip(flat[::2], flat[1::2], strict=True)] for flat in polygons]
+    joined = [[float(value) for point in join_rings(rings) for value in point]]
+    np.testing.assert_array_equal(decode_mask(joined, mask.shape), mask)
+
+
+def test_what_cannot_be_exported_leaves_nothing(table: ReferenceTable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DcrisError, match="the format 'via' cannot be written; choose from coco, label-studio, labelme"):
+        export_table(table, "via", out)
+    (tmp_path / "data/b/1.png").unlink()
+    os.mkfifo(tmp_path / "data/b/1.png")
+    with pytest.raises(DcrisError, match=r"cannot copy the image .*b/1\.png"):
+        export_table(table, "coco", out)
+    assert not out.exists()
+    assert not leftovers(tmp_path)
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(DcrisError, match="exists already and is not empty"):
+        export_table(table, "coco", out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a tool's export to a data set and back; the list of phrases; the question."""
+    source, out = labelme(tmp_path / "export"), tmp_path / "my.jsonl"
+
+    def run(*words: object) -> str:
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    text = run("data", "import", source, "--out", out, "--val", 0)
+    assert "4 train references with 4 expressions on 2 images, from labelme; left out: 2 without a mask" in text
+    assert text.endswith(f"next: dcris data check {out}\n")
+    text = run("data", "export", out, "--format", "yolo", "--out", tmp_path / "yolo")
+    assert text == f"{tmp_path / 'yolo'}: 4 references on 2 images\n"
+    text = run("data", "import", tmp_path / "yolo", "--write-phrases", tmp_path / "todo.csv")
+    assert f"{tmp_path / 'todo.csv'}: 2 objects need a phrase; fill in the last column" in text
+    answers = iter(["perhaps", "KEEP"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: True)
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "asked.jsonl", "--val", 0)
+    assert "4 train references" in text
+    monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: False)
+    text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "dropped.jsonl")
+    assert "left out: 2 whose phrase fits several objects" in text
+    assert main(["data", "import", str(source)]) == 2
+    assert "give --out FILE.jsonl for the data set, or --write-phrases" in capsys.readouterr().err
+    assert main(["data", "export", str(out), "--format", "voc", "--out", str(tmp_path / "voc")]) == 2
+    assert "the format 'voc' cannot be written; choose from coco," in capsys.readouterr().err
