@@ -171,10 +171,16 @@ def test_predictions_are_refined_by_their_own_image(segmenter: Segmenter, photos
 def test_a_model_has_a_default_of_its_own(segmenter: Segmenter, photos: list[Path]) -> None:
     """`data.refine` of the configuration; the argument overrides it."""
     ours = Segmenter(segmenter.model, replace(segmenter.config, {"data.refine": "guided"}), device="cpu")
-    plain, refined = (segmenter.predict(photos[0], "ring", refine=each) for each in ("none", "guided"))
-    assert segmenter.predict(photos[0], "ring") == plain
-    assert ours.predict(photos[0], "ring") == refined
-    assert ours.predict(photos[0], "ring", refine="none") == plain
+
+    def probabilities(segmenter: Segmenter, **options: Any) -> Any:
+        (found,) = segmenter.predict(photos[0], "ring", scores=True, **options)
+        return found.probabilities
+
+    plain, refined = (probabilities(segmenter, refine=each) for each in ("none", "guided"))
+    assert not np.array_equal(plain, refined)
+    assert np.array_equal(probabilities(segmenter), plain)
+    assert np.array_equal(probabilities(ours), refined)
+    assert np.array_equal(probabilities(ours, refine="none"), plain)
 
 
 def test_an_image_that_changed_after_encoding_is_refused(segmenter: Segmenter, tmp_path: Path) -> None:
