@@ -101,6 +101,23 @@ def test_an_object_of_one_pixel_is_present() -> None:
     assert [*terms] == ["text_to_pixel", "presence", "other"]
 
 
+def test_masks_of_absent_objects_are_not_learnt() -> None:
+    """Where the network is in doubt, an empty mask as the truth would make its masks faint; and
+    without a presence head, the truth of every sample counts."""
+    logits = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    masks = torch.zeros(3, 1, 8, 8)
+    masks[0, 0, :4, :4] = 1
+    settings = TrainConfig(losses={"dice": 0.5})
+    with_head = training_losses(Output(logits, torch.zeros(3), {}), masks, settings)
+    alone = training_losses(Output(logits[:1], None, {}), masks[:1], settings)
+    for name, value in alone.items():
+        assert with_head[name].item() == pytest.approx(value.item() / 3, rel=1e-6), name
+    (gradient,) = torch.autograd.grad(with_head["text_to_pixel"] + with_head["dice"], logits)
+    assert [bool(each.any()) for each in gradient] == [True, False, False]
+    plain = training_losses(Output(logits, None, {}), masks, settings)
+    assert plain["text_to_pixel"] > with_head["text_to_pixel"]
+
+
 def test_it_learns_what_only_one_cell_shows() -> None:
     """A mean over cells would hide a small object; the attention has to find it."""
     torch.manual_seed(0)

@@ -19,6 +19,9 @@ from dcris.models.segmentation import Output
 Target = Literal["nearest", "area", "aligned"]
 """How masks are resized to the grid of the logits; see `resize_masks`."""
 
+_NOTHING = -40.0
+"""Logit whose loss against an empty mask, and its gradient, are 0 in float32."""
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Function from logits [B, 1, h, w] and masks [B, 1, h, w] in 0..1, already on the logits' grid, to
 a scalar, the mean over the batch, in float32.
@@ -83,10 +86,11 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """One minus the soft dice coefficient, mean over the batch (Milletari et al. 2016, with plain
-    sums and 1 added to each).
+    sums and 1 added to each); 0 for a sample without an object, of which dice says nothing.
 
     Dice weighs all objects alike, whatever their share of the image; cross entropy weighs all
-    pixels alike.
+    pixels alike. With an empty mask, the coefficient would be 1 over the sum of the prediction:
+    its gradient drives all predictions to 0 as long as the network cannot tell what is absent.
 
     Args:
         logits: [B, 1, h, w].
@@ -98,7 +102,8 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     target = resize_masks(masks, logits.shape[-2:]).float().flatten(1)
     prediction = logits.float().sigmoid().flatten(1)
     intersection = (prediction * target).sum(1)
-    return (1 - (2 * intersection + 1) / (prediction.sum(1) + target.sum(1) + 1)).mean()
+    coefficient = (2 * intersection + 1) / (prediction.sum(1) + target.sum(1) + 1)
+    return ((1 - coefficient) * target.any(1)).mean()
 
 
 LOSSES: dict[str, Loss] = {"dice": dice_loss}
@@ -117,8 +122,12 @@ def presence_loss(logits: Tensor, masks: Tensor) -> Tensor:
     Returns:
         A scalar in float32.
     """
-    present = (masks.flatten(1).amax(1) > 0).float()
-    return F.binary_cross_entropy_with_logits(logits.float(), present)
+    return F.binary_cross_entropy_with_logits(logits.float(), _present(masks).float())
+
+
+def _present(masks: Tensor) -> Tensor:
+    """Return [B] bool: whether the mask has a pixel."""
+    return masks.flatten(1).amax(1) > 0
 
 
 def training_losses(output: Output, masks: Tensor, settings: TrainConfig) -> dict[str, Tensor]:
@@ -131,9 +140,14 @@ def training_losses(output: Output, masks: Tensor, settings: TrainConfig) -> dic
 
     Returns:
         "text_to_pixel" (equation 6); each additional loss times its weight; "presence" times its
-        weight, if there is a presence head; and the method's auxiliary losses.
+        weight, if there is a presence head, and then the others count 0 for absent objects; and the
+        method's auxiliary losses.
     """
     logits = output.logits
+    if output.presence is not None:
+        # Absent objects teach the presence head only. With an empty mask as the truth, masks would
+        # be faint wherever the network is in doubt.
+        logits = logits.masked_fill(~_present(masks)[:, None, None, None], _NOTHING)
     resized = resize_masks(masks, logits.shape[-2:], settings.target)
     terms = {"text_to_pixel": text_to_pixel_loss(logits, resized)}
     terms |= {name: weight * LOSSES[name](logits, resized) for name, weight in settings.losses.items()}
