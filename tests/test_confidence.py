@@ -131,6 +131,16 @@ def test_what_the_scores_of_results_tell() -> None:
     assert found["present"]["auroc"] == 0.75
     assert found["present"]["ece"] == pytest.approx((0.1 + 0.4 + 0.7 + 0.1) / 4)
     assert found["min_score"] == {"value": 0.35, "kept": 1.0, "dropped": 0.5}
+    assert "by_kind" not in found["present"]
+    kinds = ["place", "plural pair", "absent place", "absent relation"]
+    with_kinds = assess(
+        [
+            replace(each, expression=replace(each.expression, kind=kind))
+            for each, kind in zip(results, kinds, strict=True)
+        ]
+    )
+    assert with_kinds is not None
+    assert with_kinds["present"]["by_kind"] == {"absent place": 0.5, "absent relation": 1.0}
     # A model without the head: right is what the IoU says.
     plain = assess([replace(result, present=None) for result in results])
     assert plain is not None

@@ -36,6 +36,8 @@ def assess(results: Sequence[EvalResult]) -> dict[str, Any] | None:
         ece: expected calibration error, from 0 to 1.
         bins: those of the reliability diagram with results, each `count`, `mean` score and `share`
             of right ones.
+        by_kind (of `present`, where absent objects have kinds): AUROC of each kind against all that
+            are there.
         And `min_score`: the recommended minimum, its `kept` share of right ones and `dropped` share
         of wrong ones; left out if all are right or all wrong. Right is to be there, for a presence
         head on a split with absent objects, else an IoU above 0.5.
@@ -51,7 +53,7 @@ def assess(results: Sequence[EvalResult]) -> dict[str, Any] | None:
     if all(result.present is not None for result in results):
         present = np.array([result.present for result in results], np.float64)
         truths = np.array([has_object(result) for result in results], np.bool_)
-        found["present"] = _assess(present, truths)
+        found["present"] = _assess(present, truths) | _by_kind(results, present, truths)
         if not truths.all():
             there = truths
     if there.any() and not there.all():
@@ -64,6 +66,15 @@ def assess(results: Sequence[EvalResult]) -> dict[str, Any] | None:
 def _assess(scores: Floats, right: Truths) -> dict[str, Any]:
     bins = reliability(scores, right)
     return {"auroc": auroc(scores, right), "ece": calibration_error(bins), "bins": bins}
+
+
+def _by_kind(results: Sequence[EvalResult], present: Floats, truths: Truths) -> dict[str, Any]:
+    kinds = np.array([result.expression.kind or "" for result in results], np.str_)
+    absent = sorted({*kinds[~truths].tolist()} - {""})
+    if not truths.any() or not absent:
+        return {}
+    chosen = {kind: truths | (kinds == kind) for kind in absent}
+    return {"by_kind": {kind: auroc(present[among], truths[among]) for kind, among in chosen.items()}}
 
 
 def has_object(result: EvalResult) -> bool:

@@ -229,6 +229,10 @@ def _confidence_tables(confidence: Mapping[str, Any]) -> list[dict[str, Any]]:
         for measure, title in (("auroc", "AUROC"), ("ece", "calibration error"))
         if confidence[key][measure] is not None
     ]
+    rows += [
+        {"name": f"{_QUANTITIES['present']}: AUROC, {kind}", "value": 100 * value, "interval": None, "others": ()}
+        for kind, value in confidence.get("present", {}).get("by_kind", {}).items()
+    ]
     hint = (
         "AUROC: how often a right one scores higher than a wrong one; 50% is chance. Calibration error: mean difference "
         "of score and share of right ones, in ten bins."
