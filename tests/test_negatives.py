@@ -23,6 +23,8 @@ from dcris.types import Reference
 from runs import EVERY_STEP, quick_config, run_training, timeless_log
 
 ALL_KINDS = ("category", "attribute", "place", "relation")
+SETTING = json.dumps({"share": 0.3, "kinds": ALL_KINDS})
+"""`data.negatives`, as the command line has it."""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,16 @@ def test_scenes_without_sound_attributes_are_refused(tmp_path: Path, attributes:
         attributes = annotation["attributes"] | attributes if attributes != {"x": 0.5} else attributes
     annotation["attributes"] = attributes
     path.write_text(json.dumps(content))
-    command = ["train", "dcris_tiny_generalised", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    command = [
+        "train",
+        "dcris_tiny",
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "run"),
+        "--data.negatives",
+        SETTING,
+    ]
     assert main([*command, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "annotation 2" in error
@@ -185,7 +196,8 @@ def test_other_data_sets_have_no_wrong_attributes(tiny_refer: TinyRefer) -> None
 
 def test_training_on_absent_objects_is_resumed_exactly(root: Path, tmp_path: Path) -> None:
     """Presence has a loss of its own in the log, and the references are the same after a stop."""
-    config = quick_config(4, EVERY_STEP, ("train.save_every", "2"), recipe="dcris_tiny_generalised")
+    settings = (EVERY_STEP, ("train.save_every", "2"), ("data.negatives", SETTING))
+    config = quick_config(4, *settings, recipe="dcris_tiny_generalised")
     table = training_table(load_references(root, "scenes"), config.data)
     run_training(config, table, tmp_path / "whole")
     run_training(replace(config, {"train.max_steps": 2}), table, tmp_path / "parts")

@@ -23,11 +23,14 @@ from dcris.data.scene_phrases import (
     ABSENT_KINDS,
     COLOURS,
     KINDS,
+    PLURAL_KINDS,
     SHAPES,
     SIZES,
     TEXTURES,
     Thing,
     absent_phrase,
+    generalised_phrases,
+    plural_phrase,
     vocabulary,
 )
 from dcris.data.scenes import make_scene, scene_rng, write_scenes
@@ -169,6 +172,33 @@ def corner(things, x, y, doubt):
     ]
 
 
+PLURALS = {**{f"{noun}s": noun for noun in NOUNS}, "crosses": "cross"}
+QUANTITIES = {"all": None, "both": 2, "two": 2, "three": 3}
+
+
+def one_of(text):
+    """Return a phrase for several things as one for one of them, and their number if it is said."""
+    words = [word for word in text.split() if word != "the"]
+    numbers = [QUANTITIES[word] for word in words if word in QUANTITIES]
+    singular = " ".join(PLURALS.get(word, word) for word in words if word not in QUANTITIES)
+    return singular, next((number for number in numbers if number), None)
+
+
+def all_meant(text, things, doubt):
+    """Return all things that a phrase for several means; `doubt` as in `meant`."""
+    if " and " in text:
+        return [thing for part in text.split(" and ") for thing in meant(part, things, doubt)]
+    singular, number = one_of(text)
+    match singular.split():
+        case [*description, "on" | "at", edge]:
+            x, y = TOWARDS[edge]
+            fit = [t for t in described(description, things) if (t.x - 0.5) * x + (t.y - 0.5) * y > -doubt]
+        case _:
+            fit = meant(singular, things, doubt)
+    assert number in (None, len(fit)), text
+    return fit
+
+
 # ---- fixtures ------------------------------------------------------------------------------------
 
 
@@ -307,18 +337,39 @@ def on_edge(fits, description, edge, things):
     return [thing for thing in fits if (thing.x - 0.5) * x + (thing.y - 0.5) * y > -DOUBT]
 
 
+@pytest.mark.parametrize("kind", PLURAL_KINDS)
+def test_a_phrase_for_several_things_means_them_all_and_nothing_else(generated, kind):
+    """Otherwise training data contradict each other, and correct predictions count as wrong."""
+    phrases, wrong = [], []
+    for number, scene in enumerate(generated):
+        rng = np.random.default_rng([5, number])
+        for _ in range(40):
+            if found := plural_phrase(scene.things, kind, rng):
+                phrase, targets = found
+                assert phrase.kind == f"plural {kind}"
+                phrases.append(phrase.text)
+                for doubt in (DOUBT, -DOUBT):
+                    means = all_meant(phrase.text, scene.things, doubt)
+                    if {*map(id, means)} != {*map(id, targets)} or len(targets) < 2:
+                        wrong.append(f"scene {number}: {phrase.text!r} at {doubt}: {means}, not {targets}")
+    assert not wrong, "\n".join(wrong[:10])
+    assert len({*phrases}) > len(generated) / 2, "few or no phrases would make the check above worthless"
+    assert {word for text in phrases for word in text.split()} <= set(vocabulary())
+
+
+@pytest.mark.parametrize("plural", [False, True])
 @pytest.mark.parametrize("kind", ABSENT_KINDS)
-def test_a_phrase_for_an_absent_thing_can_mean_nothing_in_the_scene(generated, kind):
+def test_a_phrase_for_an_absent_thing_can_mean_nothing_in_the_scene(generated, kind, plural):
     """A model would otherwise learn that things are absent which are plainly there."""
     phrases, wrong = [], []
     for number, scene in enumerate(generated):
         rng = np.random.default_rng([3, number])
         for _ in range(10):
-            phrase = absent_phrase(scene.things, kind, rng)
+            phrase = absent_phrase(scene.things, kind, rng, plural=plural)
             if phrase is not None:
                 assert phrase.kind == f"absent {kind}"
                 phrases.append(phrase.text)
-                if may_be_meant(phrase.text, scene.things):
+                if may_be_meant(one_of(phrase.text)[0] if plural else phrase.text, scene.things):
                     wrong.append(f"scene {number}: {phrase.text!r}")
     assert not wrong, "\n".join(wrong[:10])
     assert len({*phrases}) > len(generated), "few or no phrases would make the check above worthless"
@@ -346,6 +397,9 @@ def test_the_vocabulary_is_complete_and_is_the_tiny_tokenizers(generated):
     assert words == sorted(set(words))
     assert words == resources.files("dcris.assets").joinpath("tiny_words.txt").read_text("utf-8").split()
     used = {word for *_, phrase in phrases_of(generated) for word in phrase.text.split()}
+    for number, scene in enumerate(generated):
+        for _, phrases in generalised_phrases(scene.things, np.random.default_rng([6, number])):
+            used.update(word for phrase in phrases for word in phrase.text.split())
     assert used <= set(words)
     # "first" and "1st" are never used, since people say "leftmost". Another unused word would be a
     # dead branch; few scenes leave rare words out.
@@ -548,6 +602,44 @@ def test_written_scenes_are_read_unchanged(root):
             assert len(of_image) == len(scene.things), "things without phrases are annotated, too"
     assert len(instances["images"]) == next(image_ids) - 1 == 13
     assert sum(count for _, count in table.splits().values()) == expressions
+
+
+def test_generalised_scenes_have_phrases_for_several_objects_and_for_none_besides(tmp_path, root):
+    """A model is compared on the same images and phrases with and without them; the true masks and
+    what is absent must be what readers of gRefCOCO's layout understand.
+    """
+    out = write_scenes(tmp_path / "data", train=8, val=2, test=3, seed=5, side=64, generalised=True)
+    plain, extended = (load_references(path, "scenes") for path in (root, out))
+    assert {path: data for path, data in content(out).items() if path.endswith(".jpg")} == {
+        path: data for path, data in content(root).items() if path.endswith(".jpg")
+    }
+
+    def told(table, count):
+        return [
+            (item.image_id, item.category, item.segmentations, [(each.text, each.kind) for each in item.expressions])
+            for item in table.references
+            if len(item.segmentations) == count
+        ]
+
+    assert told(extended, 1) == told(plain, 1)
+    kinds = {
+        count: Counter(
+            each.kind for item in extended.references if len(item.segmentations) == count for each in item.expressions
+        )
+        for count in range(4)
+    }
+    assert set(kinds[0]) == {f"absent {kind}" for kind in ABSENT_KINDS}
+    assert set(kinds[1]) == set(KINDS)
+    assert set(kinds[2]) | set(kinds[3]) <= {f"plural {kind}" for kind in PLURAL_KINDS}
+    made = {number: make_scene(scene_rng(5, "train", number), 64) for number in range(8)}
+    several = [item for item in extended.split("train") if len(item.segmentations) > 1]
+    assert len(several) == 8, "one for each scene"
+    for item in several:
+        (phrase,) = item.expressions
+        scene = made[item.image_id - 1]
+        mask = union_mask(item.segmentations, item.image_size)
+        numbers = {scene.things.index(thing) for thing in all_meant(phrase.text, scene.things, DOUBT)}
+        assert np.array_equal(mask.astype(bool), np.isin(scene.owners, [*numbers])), phrase
 
 
 def test_a_split_may_be_empty(tmp_path):

@@ -248,5 +248,5 @@ def test_a_tower_has_a_row_for_each_id_of_its_tokenizer():
     """
     config = get_recipe("dcris_tiny").model.text
     assert tokenizer_of(config).name == "tiny"
-    with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, but model\.text\.vocabulary is 129"):
+    with pytest.raises(DcrisError, match=r"'clip' has 49,408 ids, but model\.text\.vocabulary is 144"):
         tokenizer_of(config.model_copy(update={"tokenizer": "clip"}))

@@ -5,10 +5,11 @@
 The objective is supervised by the attributes of the generated objects:
 
 - vision, per patch: shape, colour, texture and size class of the object under the patch, its centre
-  and radius, the sixteenths of the patch that it covers, and its rank among the objects of its
-  shape; predicted from blocks 4, 8 and 12.
-- text: the next word, and from the sentence feature the words that describe the target and those
-  that describe its landmark.
+  and radius, the sixteenths of the patch that it covers, its rank among the objects of its shape,
+  and which shapes and colours the object is left of, right of, above and below; predicted from
+  blocks 4, 8 and 12.
+- text: the next word, and from the sentence feature the words that describe the target, those that
+  describe its landmark, and those that describe a second target.
 
 The towers are trained separately; adapters and head learn to link words to patches. The scenes come
 from a random stream of their own (scenes.scene_rng), so none of them is in a data set of
@@ -38,6 +39,8 @@ from dcris.models.encoders.dino import DinoTower
 from dcris.recipes import TINY_TEXT, TINY_VISION
 
 SIDE, GRID, PATCH, FINE = 112, 8, 14, 4
+CELLS_WEIGHT, BESIDE_WEIGHT = 8.0, 4.0
+SHAPES_AND_COLOURS = (*language.SHAPES, *language.COLOURS)
 RANKS = 4  # ranks 0 to 2, and "3 or more"
 LENGTH = 17
 # Standard deviation of the sentence feature. The head multiplies by this feature, so its scale
@@ -46,7 +49,8 @@ SENTENCE_DEVIATION = 0.5
 SYNONYMS = {"little": "small", "tiny": "small", "large": "big", "largest": "biggest", "over": "above", "under": "below"}
 SYNONYMS |= {"1st": "first", "2nd": "second", "3rd": "third", "4th": "fourth", "center": "middle", "near": "next"}
 SYNONYMS |= {"closest": "next", "leftmost": "left", "rightmost": "right", "highest": "top", "lowest": "bottom"}
-SILENT = {"the", "on", "at", "in", "of", "to", "from", "one", "thing", "shape"}
+SYNONYMS |= {"both": "two"}
+SILENT = {"the", "on", "at", "in", "of", "to", "from", "and", "one", "thing", "shape"}
 
 Targets = dict[str, Tensor]
 
@@ -68,7 +72,8 @@ class PatchLabels:
     }
     weights = {"shape": 3.0}  # noqa: RUF012
     numbers = 3  # offset to the centre x and y, radius
-    outputs = 1 + FINE * FINE + numbers + sum(classes.values())
+    beside = 4 * (len(language.SHAPES) + len(language.COLOURS))
+    outputs = 1 + FINE * FINE + numbers + beside + sum(classes.values())
 
     @classmethod
     def of(cls, scene: scenes.Scene) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
@@ -109,19 +114,27 @@ class PatchLabels:
         }
         labels["thing"] = covered.astype(np.float32)
         labels["cells"] = (cells == owner[:, None]).astype(np.float32)
+        sides = [language.sides(thing, things) for thing in things]
+        beside = [
+            [any(name in (other.shape, other.colour) for other in side) for side in each for name in SHAPES_AND_COLOURS]
+            for each in sides
+        ]
+        labels["beside"] = np.array(beside, dtype=np.float32)[owner]
         labels["numbers"] = np.concatenate((place * 5, radius[:, None] * 10), axis=1).astype(np.float32)
         return labels
 
     @classmethod
     def loss(cls, predictions: Tensor, targets: Targets) -> Tensor:
         """Return the sum of the losses of all labels; `predictions` is [B, N, outputs]."""
-        thing, cells, numbers, *choices = predictions.split(
-            (1, FINE * FINE, cls.numbers, *cls.classes.values()), dim=-1
+        thing, cells, numbers, beside, *choices = predictions.split(
+            (1, FINE * FINE, cls.numbers, cls.beside, *cls.classes.values()), dim=-1
         )
         covered = targets["thing"]
         share = covered / covered.sum()
         total = F.binary_cross_entropy_with_logits(thing.squeeze(-1), covered)
-        total = total + 2 * F.binary_cross_entropy_with_logits(cells, targets["cells"])
+        total = total + CELLS_WEIGHT * F.binary_cross_entropy_with_logits(cells, targets["cells"])
+        each = F.binary_cross_entropy_with_logits(beside, targets["beside"], reduction="none").mean(-1)
+        total = total + BESIDE_WEIGHT * (each * share).sum()
         total = total + 2 * (F.smooth_l1_loss(numbers, targets["numbers"], reduction="none").sum(-1) * share).sum()
         for (key, _), choice in zip(cls.classes.items(), choices, strict=True):
             each = F.cross_entropy(choice.flatten(0, 1), targets[key].flatten(), reduction="none")
@@ -195,18 +208,23 @@ def pretrain_vision(steps: int, batch: int, seed: int) -> DinoTower:
 
 
 def word_roles(text: str, words: list[str]) -> Tensor:
-    """Return [2, words] of 0 and 1: the words that describe the target, and its landmark.
+    """Return [3, words] of 0 and 1: the words that describe the target, its landmark, and the
+    second of two targets.
 
-    Synonyms count as one word.
+    Synonyms count as one word, and a plural as its noun and "all".
     """
-    roles = torch.zeros(2, len(words))
+    roles = torch.zeros(3, len(words))
     spoken = [SYNONYMS.get(word, word) for word in text.split()]
     role = 0
     for word, following in zip(spoken, [*spoken[1:], ""], strict=True):
         if word in {"above", "below", "next"} or following == "of":
             role = 1  # the relation and all words after it describe the landmark
-        if word not in SILENT:
-            roles[role, words.index(word)] = 1
+        elif word == "and":
+            role = 2
+        noun = language.singular(word)
+        for each in (word,) if noun is None else (noun, "all"):
+            if each not in SILENT:
+                roles[role, words.index(each)] = 1
     return roles
 
 
@@ -216,6 +234,8 @@ def phrases(rng: np.random.Generator) -> Iterator[str]:
         things = scenes.arrange(rng)
         for thing in things:
             yield from (phrase.text for phrase in language.make_phrases(things, thing, rng))
+            found = language.plural_phrase(things, language.pick(rng, language.PLURAL_KINDS), rng)
+            yield from () if found is None else (found[0].text,)
 
 
 def pretrain_text(steps: int, batch: int, seed: int) -> ClipTextTower:
@@ -224,7 +244,7 @@ def pretrain_text(steps: int, batch: int, seed: int) -> ClipTextTower:
     tower, tokenizer = ClipTextTower(TINY_TEXT), TinyTokenizer.embedded()
     nn.init.normal_(tower.token_embedding.weight, std=0.3)
     words = language.vocabulary()
-    reader = nn.Linear(TINY_TEXT.sentence_width, 2 * len(words))
+    reader = nn.Linear(TINY_TEXT.sentence_width, 3 * len(words))
     trained = [parameter for module in (tower, reader) for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.03)
     source = phrases(scenes.scene_rng(seed, "pretraining", 2**31))
@@ -262,8 +282,8 @@ def main() -> None:
     """Pretrain both towers and write them to one safetensors file in float16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--vision-steps", type=int, default=5000)
+    parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -14,7 +14,6 @@ from dcris.config import (
     HeadConfig,
     MethodConfig,
     ModelConfig,
-    NegativesConfig,
     RunConfig,
     TextConfig,
     TrainConfig,
@@ -55,7 +54,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 TINY_VISION = VisionConfig(name="tiny-vision", width=128, depth=12, heads=4, grid=8)
 TINY_TEXT = TextConfig(
-    name="tiny-text", tokenizer="tiny", width=96, depth=12, heads=4, vocabulary=129, length=24, sentence_width=96
+    name="tiny-text", tokenizer="tiny", width=96, depth=12, heads=4, vocabulary=144, length=24, sentence_width=96
 )
 
 
@@ -243,10 +242,16 @@ _add(
         {
             "recipe": "dcris_tiny_generalised",
             "model.head.presence": True,
-            "data.negatives": NegativesConfig(share=0.3, kinds=("category", "attribute", "place", "relation")),
+            # About six references of a scene, of which half are to one object: a step then has as
+            # many of these as one of dcris_tiny, and as many images.
+            "data.phrases_per_image": 6,
+            "train.batch_size": 32,
+            "train.presence": 0.3,
+            "train.max_steps": 1800,
         },
     ),
-    "The tiny model with a presence head: three of ten training references are to objects that the scene does not have.",
+    "The tiny model with a presence head, for scenes of `dcris data scenes --generalised`, which have phrases for several "
+    "objects and for none.",
 )
 
 # DCRIS on towers from PyPI, for photographs without the Hub. The blocks of stride 32 that can have

@@ -57,6 +57,9 @@ def add(commands: Any) -> None:
         "--seed", type=natural, default=0, help="random seed; the same seed gives the same files (default: %(default)s)"
     )
     scenes.add_argument("--side", type=natural, default=112, help="side of the images in pixels (default: %(default)s)")
+    scenes.add_argument(
+        "--generalised", action="store_true", help="add phrases for several objects and for absent ones"
+    )
     load = add_data(
         "import",
         _data_import,
@@ -193,6 +196,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             **counts,
             seed=args.seed,
             side=args.side,
+            generalised=args.generalised,
             workers=cores(),
             progress=lambda done: bar.update(done - bar.n),
         )

@@ -8,6 +8,7 @@ rules see places, sizes and attributes, never pixels.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ KINDS = ("attribute", "place", "ordinal", "superlative", "relation")
 _SYNONYMS = {"small": ("small", "little", "tiny"), "medium": ("medium",), "big": ("big", "large")}
 _KIND_WEIGHTS = {"attribute": 3.0, "place": 3.0, "ordinal": 1.0, "superlative": 2.0, "relation": 2.0}
 _PHRASES_PER_OBJECT = 3
+_NOUNS = ("one", "thing", "shape")
+_PLURALS = {noun: noun + ("es" if noun == "cross" else "s") for noun in (*SHAPES, *_NOUNS)}
+_TRIES = 20  # draws for a phrase that not every thing allows
 _MARGIN = 0.08  # share of the side; below it, people disagree on which object is further left
 
 T = TypeVar("T")
@@ -90,7 +94,8 @@ def read_thing(shape: str, attributes: Any, path: Path, where: str) -> Thing:
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A phrase for one thing, and what identifies the thing (one of KINDS)."""
+    """A phrase, and what identifies its target: one of KINDS; "plural" or "absent" and a kind for
+    several things or none."""
 
     text: str
     kind: str
@@ -117,11 +122,11 @@ class Description:
             and self.size in (None, thing.size)
         )
 
-    def words(self, rng: np.random.Generator) -> str:
+    def words(self, rng: np.random.Generator, plural: bool = False) -> str:
         """Return the description in words: size, texture, colour, noun."""
         size = pick(rng, _SYNONYMS[self.size]) if self.size else None
-        noun = self.shape or pick(rng, ("one", "thing", "shape"))
-        return " ".join(word for word in (size, self.texture, self.colour, noun) if word)
+        noun = self.shape or pick(rng, _NOUNS)
+        return " ".join(word for word in (size, self.texture, self.colour, _PLURALS[noun] if plural else noun) if word)
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -141,6 +146,13 @@ def _descriptions(thing: Thing, with_shape: bool) -> Iterator[Description]:
 def _rivals(things: Sequence[Thing], target: Thing, description: Description) -> list[Thing]:
     """Return the other things that fit a description of the target."""
     return [thing for thing in things if thing is not target and description.fits(thing)]
+
+
+def _unique_name(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
+    """Return the shortest description by shape and attributes that fits only `target`."""
+    unique = (d for d in _descriptions(target, with_shape=True) if not _rivals(things, target, d))
+    shortest = next(unique, None)
+    return None if shortest is None else shortest.words(rng)
 
 
 def _attribute(things: Sequence[Thing], target: Thing, rng: np.random.Generator) -> str | None:
@@ -259,10 +271,9 @@ def _relation(things: Sequence[Thing], target: Thing, rng: np.random.Generator) 
     for landmark in things:
         if landmark is target or description.fits(landmark):
             continue
-        unique = [d for d in _descriptions(landmark, with_shape=True) if not _rivals(things, landmark, d)]
-        if not unique:
+        name = _unique_name(things, landmark, rng)
+        if name is None:
             continue
-        name = unique[0].words(rng)
         overlapped = any(_gap(other, landmark) < 0 for other in rivals)
         for words, holds, nearly in _RELATIONS:
             if holds(target, landmark) and not any(nearly(other, landmark) for other in rivals):
@@ -324,6 +335,90 @@ def make_phrases(things: Sequence[Thing], target: Thing, rng: np.random.Generato
     return tuple(found)
 
 
+# ---- phrases that are true of several things -----------------------------------------------------
+
+
+def _quantified(count: int, rng: np.random.Generator) -> str:
+    """Return the template of a phrase for `count` things."""
+    numbers = {2: ("both {}", "the two {}", "two {}"), 3: ("all three {}", "the three {}", "three {}")}
+    return pick(rng, ("all {}", "all the {}", "the {}", "{}", *numbers.get(count, ())))
+
+
+def _several(things: Sequence[Thing], rng: np.random.Generator) -> tuple[Description, list[Thing]]:
+    """Return a description of a thing by at least one attribute, and all things that it fits."""
+    with_shape = bool(rng.random() < 0.75)
+    options = [d for d in _descriptions(pick(rng, things), with_shape) if 1 <= _length(d) <= 2]
+    description = pick(rng, options)
+    return description, [thing for thing in things if description.fits(thing)]
+
+
+def _plural_attribute(things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, list[Thing]] | None:
+    description, fitting = _several(things, rng)
+    return _quantified(len(fitting), rng).format(description.words(rng, plural=True)), fitting
+
+
+def _plural_place(things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, list[Thing]] | None:
+    """Return a phrase for those on one half of the image; others of them are on the other half."""
+    description, fitting = _several(things, rng)
+    side, key, sign = pick(rng, (("left", "x", 1), ("right", "x", -1), ("top", "y", 1), ("bottom", "y", -1)))
+    from_middle = [sign * (getattr(thing, key) - 0.5) for thing in fitting]
+    chosen = [thing for thing, offset in zip(fitting, from_middle, strict=True) if offset < 0]
+    if len(chosen) == len(fitting) or any(abs(offset) < _MARGIN for offset in from_middle):
+        return None
+    name = _quantified(len(chosen), rng).format(description.words(rng, plural=True))
+    return f"{name} {pick(rng, ('on the', 'on', 'at the'))} {side}", chosen
+
+
+def _plural_relation(things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, list[Thing]] | None:
+    description, fitting = _several(things, rng)
+    landmark = pick(rng, things)
+    name = _unique_name(things, landmark, rng)
+    if name is None or landmark in fitting:
+        return None
+    words, holds, nearly = pick(rng, _RELATIONS)
+    chosen = [thing for thing in fitting if holds(thing, landmark)]
+    if any(nearly(thing, landmark) for thing in fitting if thing not in chosen):
+        return None
+    # Of overlapping things, "over" and "under" may also mean in front of and behind.
+    word = pick(rng, words[:1] if any(_gap(thing, landmark) < 0 for thing in fitting) else words)
+    several = _quantified(len(chosen), rng).format(description.words(rng, plural=True))
+    return f"{several} {word} {pick(rng, ('', 'the '))}{name}", chosen
+
+
+def _plural_pair(things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, list[Thing]] | None:
+    """Return a phrase that names two things, each by its attributes."""
+    pair = [things[number] for number in rng.permutation(len(things))[:2].tolist()]
+    names = [_unique_name(things, thing, rng) for thing in pair]
+    return None if None in names else (f"{names[0]} and {pick(rng, ('', 'the '))}{names[1]}", pair)
+
+
+_PLURAL_MAKERS: dict[str, Callable[[Sequence[Thing], np.random.Generator], tuple[str, list[Thing]] | None]] = {
+    "attribute": _plural_attribute,
+    "place": _plural_place,
+    "relation": _plural_relation,
+    "pair": _plural_pair,
+}
+PLURAL_KINDS = tuple(_PLURAL_MAKERS)
+"""What identifies the things of a phrase of `plural_phrase`."""
+
+
+def plural_phrase(
+    things: Sequence[Thing], kind: str, rng: np.random.Generator
+) -> tuple[Phrase, tuple[Thing, ...]] | None:
+    """Return a phrase for two or more of the things, and these things.
+
+    Args:
+        things: of the scene.
+        kind: one of PLURAL_KINDS.
+        rng: draws.
+
+    Returns:
+        None if none was found for the things that were drawn; another draw may find one.
+    """
+    found = _PLURAL_MAKERS[kind](things, rng)
+    return None if found is None or len(found[1]) < 2 else (Phrase(found[0], f"plural {kind}"), tuple(found[1]))
+
+
 # ---- phrases that are true of nothing ------------------------------------------------------------
 
 # By relation of _RELATIONS: whether a thing is clearly on the other side of the landmark.
@@ -338,7 +433,20 @@ _CLEAR_GAP = 0.3  # the same between their edges
 _CLEAR_SIDE = 0.62  # a thing beyond it is clearly not on the other half
 
 
-def _absent_attribute(things: Sequence[Thing], rng: np.random.Generator) -> str | None:
+def _absent_category(things: Sequence[Thing], rng: np.random.Generator, plural: bool) -> str | None:
+    """Return a description with a shape that the scene lacks."""
+    missing = [shape for shape in SHAPES if all(thing.shape != shape for thing in things)]
+    options = [d for d in _descriptions(pick(rng, things), with_shape=True) if _length(d) <= 2]
+    description = replace(pick(rng, options), shape=pick(rng, missing))
+    return _absent_name(description, rng, plural)
+
+
+def _absent_name(description: Description, rng: np.random.Generator, plural: bool) -> str:
+    template = _quantified(0, rng) if plural else pick(rng, ("{}", "{}", "the {}"))
+    return template.format(description.words(rng, plural))
+
+
+def _absent_attribute(things: Sequence[Thing], rng: np.random.Generator, plural: bool) -> str | None:
     """Return a description that fits nothing, though each of its attributes occurs in the scene if
     possible.
     """
@@ -356,11 +464,11 @@ def _absent_attribute(things: Sequence[Thing], rng: np.random.Generator) -> str 
                 and not any((changed := replace(described[number], **{name: value})).fits(thing) for thing in things)
             ]
             if found:
-                return pick(rng, ("{}", "{}", "the {}")).format(pick(rng, found).words(rng))
+                return _absent_name(pick(rng, found), rng, plural)
     return None
 
 
-def _absent_place(things: Sequence[Thing], rng: np.random.Generator) -> str | None:
+def _absent_place(things: Sequence[Thing], rng: np.random.Generator, plural: bool) -> str | None:
     """Return a phrase that places things where none of their description is."""
     base = pick(rng, things)
     description = pick(rng, [d for d in _descriptions(base, with_shape=True) if _length(d) <= 2])
@@ -380,18 +488,16 @@ def _absent_place(things: Sequence[Thing], rng: np.random.Generator) -> str | No
     for vertical, horizontal in itertools.product(("top", "bottom"), ("left", "right")):
         if not any(_in_corner(thing, vertical, horizontal) for thing in fitting):
             options.append(pick(rng, (f"{vertical} {horizontal} {{}}", f"{{}} at {vertical} {horizontal}")))
-    return pick(rng, options).format(description.words(rng)) if options else None
+    return pick(rng, options).format(description.words(rng, plural)) if options else None
 
 
-def _absent_relation(things: Sequence[Thing], rng: np.random.Generator) -> str | None:
+def _absent_relation(things: Sequence[Thing], rng: np.random.Generator, plural: bool) -> str | None:
     """Return a phrase by a relation that nothing of its description has to the other thing."""
     base, landmark = pick(rng, things), pick(rng, things)
     description = pick(rng, [d for d in _descriptions(base, with_shape=True) if _length(d) <= 2])
-    unique = [d for d in _descriptions(landmark, with_shape=True) if not _rivals(things, landmark, d)]
-    if description.fits(landmark) or not unique:
+    if description.fits(landmark) or (name := _unique_name(things, landmark, rng)) is None:
         return None
     fitting = [thing for thing in things if description.fits(thing)]
-    name = unique[0].words(rng)
     overlapped = any(_gap(thing, landmark) < 0 for thing in fitting)
     options = [
         f"{{}} {pick(rng, words[:1] if overlapped else words)} {pick(rng, ('', 'the '))}{name}"
@@ -400,10 +506,11 @@ def _absent_relation(things: Sequence[Thing], rng: np.random.Generator) -> str |
     ]
     if all(_distance(thing, landmark) > _FAR and _gap(thing, landmark) > _CLEAR_GAP for thing in fitting):
         options.append(f"{{}} {pick(rng, ('next to', 'near'))} {pick(rng, ('', 'the '))}{name}")
-    return pick(rng, options).format(description.words(rng)) if options else None
+    return pick(rng, options).format(description.words(rng, plural)) if options else None
 
 
-_ABSENT_MAKERS: dict[str, Callable[[Sequence[Thing], np.random.Generator], str | None]] = {
+_ABSENT_MAKERS: dict[str, Callable[[Sequence[Thing], np.random.Generator, bool], str | None]] = {
+    "category": _absent_category,
     "attribute": _absent_attribute,
     "place": _absent_place,
     "relation": _absent_relation,
@@ -412,27 +519,77 @@ ABSENT_KINDS = tuple(_ABSENT_MAKERS)
 """What is wrong with a phrase of `absent_phrase`."""
 
 
-def absent_phrase(things: Sequence[Thing], kind: str, rng: np.random.Generator) -> Phrase | None:
+def absent_phrase(
+    things: Sequence[Thing], kind: str, rng: np.random.Generator, *, plural: bool = False
+) -> Phrase | None:
     """Return a phrase that is clearly true of none of the things, by what is wrong with it.
 
     Args:
         things: of the scene, one or more.
-        kind: one of ABSENT_KINDS. With a wrong attribute, each word fits some thing of the scene
-            where that is possible; with a wrong place or relation, the described thing is there.
+        kind: one of ABSENT_KINDS. With a wrong category, the scene lacks the shape; with a wrong
+            attribute, each word fits some thing of the scene where that is possible; with a wrong
+            place or relation, the described thing is there.
         rng: draws.
+        plural: whether the phrase is for several things, of which there is not even one.
 
     Returns:
         None if none was found for the things that were drawn; another draw may find one.
     """
-    text = _ABSENT_MAKERS[kind](things, rng)
+    text = _ABSENT_MAKERS[kind](things, rng, plural)
     return None if text is None else Phrase(text, f"absent {kind}")
+
+
+def singular(word: str) -> str | None:
+    """Return the noun of a plural; None for any other word."""
+    return next((noun for noun, plural in _PLURALS.items() if plural == word), None)
+
+
+def sides(thing: Thing, others: Sequence[Thing]) -> list[list[Thing]]:
+    """Return the others that a thing is clearly left of, right of, above and below."""
+    return [[other for other in others if holds(thing, other)] for _, holds, _ in _RELATIONS]
+
+
+def generalised_phrases(
+    things: Sequence[Thing], rng: np.random.Generator
+) -> list[tuple[tuple[Thing, ...], tuple[Phrase, ...]]]:
+    """Return phrases for several of the things, and for none, each with its targets.
+
+    There is one phrase for several things if one was found; then two groups of phrases of all
+    ABSENT_KINDS, which have no target. One of four of them is a plural, so that plurals do not mean
+    that the target is there.
+    """
+    groups: list[tuple[tuple[Thing, ...], tuple[Phrase, ...]]] = []
+    for number in rng.permutation(len(PLURAL_KINDS)).tolist():
+        found = _first(partial(plural_phrase, things, PLURAL_KINDS[number], rng))
+        if found:
+            groups.append((found[1], (found[0],)))
+            break
+    order = [ABSENT_KINDS[number] for number in rng.permutation(len(ABSENT_KINDS)).tolist()]
+    for kinds in (order[::2], order[1::2]):
+        absent = [_first(partial(absent_phrase, things, kind, rng, plural=rng.random() < 0.25)) for kind in kinds]
+        if phrases := tuple(phrase for phrase in absent if phrase):
+            groups.append(((), phrases))
+    return groups
+
+
+def _first(draw: Callable[[], T | None]) -> T | None:
+    """Return what the first successful one of several draws gives."""
+    return next((found for found in (draw() for _ in range(_TRIES)) if found is not None), None)
 
 
 def vocabulary() -> list[str]:
     """Return all words of generated phrases, sorted."""
-    words = {*SHAPES, *COLOURS, *TEXTURES, *itertools.chain(*_SYNONYMS.values()), *itertools.chain(*_ORDINALS)}
+    words = {
+        *SHAPES,
+        *_NOUNS,
+        *_PLURALS.values(),
+        *COLOURS,
+        *TEXTURES,
+        *itertools.chain(*_SYNONYMS.values()),
+        *itertools.chain(*_ORDINALS),
+    }
     places = "left right top bottom leftmost rightmost highest lowest middle center"
     relations = "of above over below under next to near closest"
     return sorted(
-        words.union(f"the one thing shape on at in from biggest largest smallest {places} {relations}".split())
+        words.union(f"the all both two three and on at in from biggest largest smallest {places} {relations}".split())
     )

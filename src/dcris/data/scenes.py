@@ -2,8 +2,10 @@
 
 They are written in the REFER layout, so they are read like RefCOCO. In every scene the target of a
 phrase shares its shape with a distractor, so the shape alone never identifies it. A phrase is kept
-only if exactly one object fits it, with a margin that excludes doubtful cases. A scene depends only
-on its seed, split and number.
+only if exactly one object fits it, with a margin that excludes doubtful cases. Generalised scenes
+have phrases for several objects and for none besides, in the layout of gRefCOCO. A scene depends
+only on its seed, split and number; its image and its phrases for one object do not depend on
+whether it is generalised.
 """
 
 import itertools
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 
 from dcris.data.coco import IMAGE_FOLDER
 from dcris.data.masks import encode_mask, mask_box
+from dcris.data.readers.refer_layout import NO_TARGET
 from dcris.data.scene_phrases import (
     COLOURS,
     SHAPES,
@@ -31,6 +34,7 @@ from dcris.data.scene_phrases import (
     TEXTURES,
     Phrase,
     Thing,
+    generalised_phrases,
     make_phrases,
     pick,
 )
@@ -239,10 +243,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_scene(folder: Path, seed: int, side: int, place: Place) -> dict[str, Any]:
+def _write_scene(folder: Path, seed: int, side: int, generalised: bool, place: Place) -> dict[str, Any]:
     """Draw and write one scene; return its annotations. Runs in worker processes."""
     split, number, image_id = place
-    scene = make_scene(scene_rng(seed, split, number), side)
+    rng = scene_rng(seed, split, number)
+    scene = make_scene(rng, side)
     name = f"scene_{image_id:06d}.jpg"
     encoded = cv2.imencode(".jpg", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
     write_file(folder / name, encoded.tobytes())
@@ -254,11 +259,19 @@ def _write_scene(folder: Path, seed: int, side: int, place: Place) -> dict[str, 
             "segmentation": encode_mask(mask),
             "bbox": mask_box(mask),
             "area": int(mask.sum()),
-            "phrases": [(phrase.text, phrase.kind) for phrase in scene.phrases.get(index, ())],
+            "phrases": _texts(scene.phrases.get(index, ())),
         }
         for index, (thing, mask) in enumerate(zip(scene.things, masks, strict=True))
     ]
-    return {"id": image_id, "file_name": name, "split": split, "objects": objects}
+    groups = [
+        {"objects": [scene.things.index(thing) for thing in targets], "phrases": _texts(phrases)}
+        for targets, phrases in (generalised_phrases(scene.things, rng) if generalised else ())
+    ]
+    return {"id": image_id, "file_name": name, "split": split, "objects": objects, "groups": groups}
+
+
+def _texts(phrases: Sequence[Phrase]) -> list[tuple[str, str]]:
+    return [(phrase.text, phrase.kind) for phrase in phrases]
 
 
 def write_scenes(
@@ -269,6 +282,7 @@ def write_scenes(
     test: int = 300,
     seed: int = 0,
     side: int = 112,
+    generalised: bool = False,
     workers: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
@@ -282,6 +296,8 @@ def write_scenes(
         test: number of scenes in test.
         seed: the same seed and numbers give the same files.
         side: side of the images in pixels, at least 56.
+        generalised: whether to add expressions for several objects and for none. Images and other
+            expressions stay the same.
         workers: number of processes that draw.
         progress: receives the number of scenes done.
 
@@ -307,7 +323,7 @@ def write_scenes(
     folder = make_directory(out / IMAGE_FOLDER)
     places = [(split, number) for split, count in counts.items() for number in range(count)]
     jobs = [(split, number, image_id) for image_id, (split, number) in enumerate(places, start=1)]
-    draw = partial(_write_scene, folder, seed, side)
+    draw = partial(_write_scene, folder, seed, side, generalised)
     records: list[dict[str, Any]] = []
     for record in _map(draw, jobs, workers):
         records.append(record)
@@ -347,39 +363,45 @@ def _annotations(records: list[dict[str, Any]], side: int) -> tuple[list[dict[st
     references: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     sentence_ids = itertools.count()
+
+    def refer(record: dict[str, Any], ann_id: Any, category_id: Any, phrases: Sequence[tuple[str, str]]) -> None:
+        sentences = [
+            {"sent_id": next(sentence_ids), "sent": text, "raw": text, "tokens": text.split(), "kind": kind}
+            for text, kind in phrases
+        ]
+        references.append(
+            {
+                "ref_id": len(references) + 1,
+                "ann_id": ann_id,
+                "image_id": record["id"],
+                "category_id": category_id,
+                "file_name": record["file_name"],
+                "split": record["split"],
+                "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                "sentences": sentences,
+            }
+        )
+
     for record in records:
+        first = len(annotations)
         for thing in record["objects"]:
-            annotation_id = len(annotations) + 1
-            annotations.append(
-                {
-                    "id": annotation_id,
-                    "image_id": record["id"],
-                    "category_id": SHAPES.index(thing["shape"]) + 1,
-                    "segmentation": thing["segmentation"],
-                    "bbox": thing["bbox"],
-                    "area": thing["area"],
-                    "iscrowd": 0,
-                    "attributes": thing["attributes"],
-                }
-            )
-            if not thing["phrases"]:
-                continue
-            sentences = [
-                {"sent_id": next(sentence_ids), "sent": text, "raw": text, "tokens": text.split(), "kind": kind}
-                for text, kind in thing["phrases"]
-            ]
-            references.append(
-                {
-                    "ref_id": len(references) + 1,
-                    "ann_id": annotation_id,
-                    "image_id": record["id"],
-                    "category_id": SHAPES.index(thing["shape"]) + 1,
-                    "file_name": record["file_name"],
-                    "split": record["split"],
-                    "sent_ids": [sentence["sent_id"] for sentence in sentences],
-                    "sentences": sentences,
-                }
-            )
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": record["id"],
+                "category_id": SHAPES.index(thing["shape"]) + 1,
+                "segmentation": thing["segmentation"],
+                "bbox": thing["bbox"],
+                "area": thing["area"],
+                "iscrowd": 0,
+                "attributes": thing["attributes"],
+            }
+            annotations.append(annotation)
+            if thing["phrases"]:
+                refer(record, annotation["id"], annotation["category_id"], thing["phrases"])
+        for group in record["groups"]:
+            targets = [annotations[first + number] for number in group["objects"]]
+            ann_ids = [target["id"] for target in targets] or [NO_TARGET]
+            refer(record, ann_ids, [target["category_id"] for target in targets], group["phrases"])
     images = [
         {"id": record["id"], "file_name": record["file_name"], "height": side, "width": side} for record in records
     ]

@@ -52,7 +52,7 @@ _NAMES = (re.compile(r"(?:refs|grefs|Ref-ZOM)\((.*)\)\.(?:p|json)"), re.compile(
 
 _INSTANCES = "instances.json"
 
-_NONE = -1
+NO_TARGET = -1
 """The only entry in the `ann_id` of a reference of gRefCOCO without a target."""
 
 _ZERO = "zero"
@@ -330,7 +330,7 @@ def _annotation_ids(record: dict[str, Any], path: Path, where: str) -> list[int]
     if _is_plain(record):
         return [field(record, "ann_id", int, path, where)]
     named = record.get("ann_id")
-    if record.get("source") == _ZERO or named in ([], [_NONE]):
+    if record.get("source") == _ZERO or named in ([], [NO_TARGET]):
         return []
     ann_ids = field(record, "ann_id", list, path, where)
     if len(ann_ids) > MAX_OBJECTS:
