@@ -18,6 +18,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_recipe", lambda name: base.model_copy(update={"train": train}))
     monkeypatch.setattr(module, "TRAIN_SCENES", 16)
     monkeypatch.setattr(module, "TEST_SCENES", 5)
+    monkeypatch.setattr(module, "GENERALISED_SCENES", 5)
     monkeypatch.setattr(module, "cores", lambda: 1)
 
 
@@ -37,6 +38,10 @@ def test_it_writes_its_files_and_can_be_repeated(short: None, tmp_path: Path) ->
     assert all(each["score"] > 0.5 for each in stored["photographs"])
     # What a visitor sees first is the real world.
     assert page.index("<h2>Photographs</h2>") < page.index("<h3>mIoU</h3>")
+    assert stored["generalised"]["presence_auroc"] > 70
+    assert {"giou", "n_acc", "t_acc", "miou_several"} <= stored["generalised"].keys()
+    assert page.index("<h2>Several objects</h2>") < page.index("<h2>Not there</h2>") < page.index("<h3>mIoU</h3>")
+    assert "tiny, not found (" in page
     log = (tmp_path / "log.jsonl").read_text()
     again = module.quickstart(tmp_path, device="cpu", log=lambda line: None)
     assert again["weights_sha256"] == first["weights_sha256"]
