@@ -41,7 +41,7 @@ def test_it_writes_its_files_and_can_be_repeated(short: None, tmp_path: Path) ->
     assert stored["generalised"]["presence_auroc"] > 70
     assert {"giou", "n_acc", "t_acc", "miou_several"} <= stored["generalised"].keys()
     assert page.index("<h2>Several objects</h2>") < page.index("<h2>Not there</h2>") < page.index("<h3>mIoU</h3>")
-    assert "tiny, not found (" in page
+    assert "tiny, not found (" in page and "tiny: AUROC of presence" in page
     log = (tmp_path / "log.jsonl").read_text()
     again = module.quickstart(tmp_path, device="cpu", log=lambda line: None)
     assert again["weights_sha256"] == first["weights_sha256"]

@@ -111,7 +111,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
         config=config,
         model=model,
         results=results,
-        record=metrics,
+        record={**metrics, **_facts(metrics["generalised"])},
         log=read_log(out),
         opening={
             "Photographs": (
@@ -122,6 +122,18 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
         },
     )
     return metrics
+
+
+def _facts(generalised: dict[str, Any]) -> dict[str, str]:
+    """Return the scores on several and absent objects, for the report's table of facts."""
+    titles = {
+        "n_acc": "absent objects recognised (N-acc)",
+        "t_acc": "present objects recognised (T-acc)",
+        "presence_auroc": "AUROC of presence",
+        "miou_several": "mIoU of several objects",
+        "miou_single": "mIoU of one object",
+    }
+    return {f"tiny: {title}": f"{generalised[key]:.1f}%" for key, title in titles.items()}
 
 
 def evaluate_both_ways(
