@@ -22,7 +22,7 @@ from dcris.errors import DcrisError
 from dcris.models.adapters.attach import adapters, trained_state
 from dcris.models.encoders.text import TextFeatures
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import get_recipe, with_method
+from dcris.recipes import TINY_TEXT, get_recipe, with_method
 from dcris.training.trainer import Trainer, build_model
 from models import randomise
 from published import saved
@@ -148,7 +148,7 @@ PLAIN_TEXT = {
     "width": 32,
     "depth": 12,
     "heads": 4,
-    "vocabulary": 129,
+    "vocabulary": TINY_TEXT.vocabulary,
     "length": 20,
     "sentence_width": 24,
 }

@@ -102,7 +102,7 @@ def test_a_new_layout_is_checked(root: Path, capsys: pytest.CaptureFixture[str])
     assert report["splits"]["val"]["references"] == 1
     assert [problem.partition("toy.csv: ")[2].partition(";")[0] for problem in report["problems"]] == [
         "row 5 has a box that is not four numbers",
-        "row 6 has a 'image' that is not a plain path inside its folder",
+        "row 6 has a 'image' that is not a plain path inside its folder: '../0.png'",
     ]
 
 

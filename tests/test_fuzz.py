@@ -68,7 +68,7 @@ from dcris.models.encoders.clip_text import CLIP_TEXT, ClipTextTower
 from dcris.models.encoders.dino import DINOV2, DinoTower
 from dcris.models.encoders.families import KeyMapping
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import get_recipe
+from dcris.recipes import TINY_TEXT, get_recipe
 from fuzz import (
     ANY,
     WORDS,
@@ -102,7 +102,7 @@ def small_config(*settings: tuple[str, str]) -> RunConfig:
     tower = {"name": "random", "width": 32, "depth": 2, "heads": 4}
     sections: dict[str, dict[str, Any]] = {
         "vision": {**tower, "grid": 4},
-        "text": {**tower, "tokenizer": "tiny", "vocabulary": 129, "length": 14, "sentence_width": 24},
+        "text": {**tower, "tokenizer": "tiny", "vocabulary": TINY_TEXT.vocabulary, "length": 14, "sentence_width": 24},
         "method": {
             "name": "dcris",
             "visual": {"layers": [1], "width": 16, "attention_width": 8, "heads": 2},
