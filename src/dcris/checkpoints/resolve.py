@@ -20,6 +20,7 @@ from dcris.checkpoints.checkpoint import is_model
 from dcris.checkpoints.convert_detris import convert_file, data_set_of
 from dcris.checkpoints.model_zoo import PACKAGED, PUBLISHED, REPOSITORY, Published
 from dcris.errors import DcrisError
+from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import expand_home, make_directory, read_json, write_json
 from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.utils.streams import note
@@ -33,7 +34,7 @@ _MOST_NAMES = 1000
 """Names of a folder that are compared: each comparison takes time, and folders can be large."""
 
 
-def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
+def locate(source: PathLike, *, towers: bool = True, log: Log = note) -> Path:
     """Return the local directory or bundle of `source`, after fetching it if necessary.
 
     Args:
@@ -46,6 +47,8 @@ def locate(source: str | Path, *, towers: bool = True, log: Log = note) -> Path:
     Raises:
         DcrisError: there is no such model, or fetching or converting fails.
     """
+    if not isinstance(source, str):  # a str may be a name
+        source = as_path(source, "a model")
     path = expand_home(source)
     if source in PACKAGED and not is_model(path):  # people have folders of photographs called photos
         return Path(str(resources.files("dcris.assets") / str(source)))

@@ -102,7 +102,7 @@ def evaluate(
         raise DcrisError(f"the split {split} is evaluated and calibrated on; calibrate on another split")
     with processes(device) as group:
         place = choose_device(device)
-        source = locate(_plain(checkpoint))
+        source = locate(checkpoint)
         config = read_config(find_checkpoint(source))
         # Before the model, which can take minutes to load.
         table = data if isinstance(data, ReferenceTable) else data(config)
@@ -161,16 +161,11 @@ def evaluate(
     return Evaluation(results, record, config, model, chosen)
 
 
-def _plain(checkpoint: PathLike) -> str | Path:
-    """Convert paths, but keep a str, which may be a name."""
-    return checkpoint if isinstance(checkpoint, str) else as_path(checkpoint, "the checkpoint")
-
-
 def _store_temperature(
     checkpoint: PathLike, source: Path, temperature: float, table: ReferenceTable, split: str
 ) -> None:
     # Not a packaged model beside a folder of its name, nor one in the Hub's cache.
-    if source == expand_home(_plain(checkpoint)) and source.is_dir():
+    if source == expand_home(as_path(checkpoint, "the checkpoint")) and source.is_dir():
         facts = {"dataset": table.dataset, "split": split, "data_sha256": table.sha256(split)}
         store_calibration(find_checkpoint(source), temperature, facts)
     else:

@@ -213,7 +213,7 @@ class Segmenter:
 
     @classmethod
     def _load(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
-        path = find_checkpoint(locate(_path_or_name(source)))
+        path = find_checkpoint(locate(source))
         model, config = load_checkpoint(path)
         return cls(model, config, device=device, precision=precision, origin=read_origin(path))
 
@@ -238,7 +238,7 @@ class Segmenter:
     def _add(self, name: str | None, source: Source) -> None:
         if name in self._sets:
             raise DcrisError(f"the name {name!r} is already used by other adapters; choose another name")
-        model, config = load_adapters(locate(_path_or_name(source), towers=False), self.model, self._towers)
+        model, config = load_adapters(locate(source, towers=False), self.model, self._towers)
         name = name or config.data.dataset
         if name in self._sets:
             raise DcrisError(f"two of the models were trained on {name}; give a dict with a name for each")
@@ -680,11 +680,6 @@ class Segmenter:
         """Number of image-phrase pairs whose forward pass fits into the memory (bytes)."""
         budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
         return int(min(_MAX_PAIRS, max(1, budget / _bytes_per_pair(model, config))))
-
-
-def _path_or_name(source: Source) -> str | Path:
-    """Convert paths, but keep a str, which may be a name."""
-    return source if isinstance(source, str) else as_path(source, "a model")
 
 
 def _as_list(phrases: Any) -> list[Any]:
