@@ -173,7 +173,7 @@ def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
 @contextmanager
 def serving(app: Any, limits: Limits) -> Iterator[str]:
     """URL of a server in a thread of this process."""
-    from dcris.inference.web.app import make_server
+    from dcris.inference.web.server import make_server
 
     server = make_server(app, limits)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -799,19 +799,19 @@ def test_frames_of_other_sites_are_origins(trained_run: Path, capsys: pytest.Cap
 
 def test_passwords_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other users of a machine can see the arguments of programs."""
-    from dcris.inference.web.app import AUTH, _credentials
+    from dcris.inference.web.server import AUTH, read_credentials
 
     path = tmp_path / "users"
     path.write_text("\ufeffann:a:b\r\n\n bob:2 \n", encoding="utf-8")
-    assert _credentials(None) == []
-    assert _credentials("ann:a:b") == ["ann:a:b"]
-    assert _credentials(str(path)) == ["ann:a:b", "bob:2"]
+    assert read_credentials(None) == []
+    assert read_credentials("ann:a:b") == ["ann:a:b"]
+    assert read_credentials(str(path)) == ["ann:a:b", "bob:2"]
     monkeypatch.setenv(AUTH, str(path))
-    assert _credentials(None) == ["ann:a:b", "bob:2"]
+    assert read_credentials(None) == ["ann:a:b", "bob:2"]
     path.write_text("ann\n")
     for wrong in ("ann", "ann:", ":b", str(path), str(tmp_path), "x" * 5000):
         with pytest.raises(DcrisError, match="USER:PASSWORD"):
-            _credentials(wrong)
+            read_credentials(wrong)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "0"])

@@ -58,7 +58,8 @@ class Site:
 @pytest.fixture(scope="module")
 def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pytest.importorskip("gradio")
-    from dcris.inference.web.app import make_app, make_server
+    from dcris.inference.web.app import make_app
+    from dcris.inference.web.server import make_server
     from dcris.inference.web.service import InferenceService, Sessions
 
     segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")

@@ -1,4 +1,4 @@
-"""The web page (Gradio), the API beside it, and the server for both.
+"""The web page (Gradio) and the API beside it.
 
 Gradio only draws the page in the browser. Its routes for uploads, files, function calls and queues
 accept paths and URLs from clients, so they are not served; scripts of the page send images and
@@ -8,11 +8,9 @@ client reaches the file system.
 
 import base64
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -31,6 +29,7 @@ from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
 from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
+from dcris.inference.web.server import open_port, read_credentials, run_server
 from dcris.inference.web.service import (
     InferenceService,
     Limits,
@@ -40,13 +39,11 @@ from dcris.inference.web.service import (
     coco_results,
     masks_zip,
 )
-from dcris.utils import files
 from dcris.utils.annotate import colour_of
 from dcris.utils.drawing import cell, jpeg_bytes, mask_cell, overlay
 
 if TYPE_CHECKING:
     import gradio
-    import uvicorn
     from starlette.requests import Request
     from starlette.types import ASGIApp
 
@@ -57,10 +54,6 @@ _THUMBNAIL_SIDE = 132
 
 _CLEANUP_INTERVAL = 60.0
 """Seconds between two deletions of expired sessions."""
-
-AUTH = "DCRIS_WEB_AUTH"
-"""Environment variable with the value of `--auth`. Other users of the machine can see arguments,
-but not the environment."""
 
 _HEALTH = "/health"
 """Path for programs that supervise the server, such as Docker and Kubernetes."""
@@ -127,56 +120,24 @@ def serve(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads both when it is imported
     with TemporaryDirectory(prefix="dcris-web-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch  # gradio makes a folder there and leaves it
-        credentials = () if no_auth else _credentials(auth)
+        credentials = () if no_auth else read_credentials(auth)
         try:
             import gradio  # noqa: F401
 
-            from dcris.inference.web.guard import is_loopback, require_origin
+            from dcris.inference.web.guard import require_origin
         except ImportError as error:
             raise DcrisError(f"the web page needs the package {error.name}: pip install 'dcris[web]'") from error
         frames = [require_origin(each) for each in allow_frames]
-        with _listen(host, port) as listening:
-            address, port = listening.getsockname()[:2]
-            if not (credentials or no_auth or is_loopback(address)):
-                raise DcrisError(
-                    f"--host {host} serves other machines too; set a password with {AUTH} or --auth USER:PASSWORD, or give "
-                    "--no-auth"
-                )
+        with open_port(host, port, protected=bool(credentials) or no_auth) as (listening, url):
             service = InferenceService(segmenter(), limits)
             sessions = Sessions(service.limits)
             hosts = (host, *allow_hosts)
             app = make_app(service, sessions, examples, hosts=hosts, credentials=credentials, frames=frames)
-            server = make_server(app, service.limits)
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            for work in (partial(_delete_expired_sessions, sessions), partial(_wait_until_ready, server, ready, url)):
-                threading.Thread(target=work, daemon=True).start()
+            threading.Thread(target=_delete_expired_sessions, args=(sessions,), daemon=True).start()
             try:
-                server.run(sockets=[listening])
+                run_server(app, service.limits, listening, partial(ready, url))
             finally:
-                server.should_exit = True
                 service.close()
-
-
-def make_server(app: "ASGIApp", limits: Limits) -> "uvicorn.Server":
-    """Configure uvicorn for an application of `make_app`."""
-    import uvicorn
-
-    from dcris.inference.web.guard import Connection
-
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=partial(Connection, limits),
-            h11_max_incomplete_event_size=65_536,  # size of a request head; 20 phrases in any script fit
-            ws="none",
-            lifespan="off",
-            proxy_headers=False,  # any client can send them
-            server_header=False,
-            log_level="error",
-            access_log=False,
-            timeout_graceful_shutdown=2,
-        )
-    )
 
 
 def make_app(
@@ -443,25 +404,6 @@ def _parse_minima(score: str | None, area: str | None) -> tuple[float | None, in
         ) from error
 
 
-def _credentials(given: str | None) -> list[str]:
-    """Return "user:password" of each user, from one such text or a file of such lines.
-
-    Raises DcrisError for other text.
-    """
-    given = given or os.environ.get(AUTH, "")
-    if not given:
-        return []
-    try:
-        found = files.read_text(Path(given), max_bytes=100_000).split("\n")
-        where = given
-    except (OSError, ValueError):
-        found, where = [given], "--auth"
-    found = [line.strip() for line in found if line.strip()]
-    if not found or not all(all(line.partition(":")[::2]) for line in found):
-        raise DcrisError(f"{where} must be USER:PASSWORD, or a file with one such line per user")
-    return found
-
-
 def _read_examples(segmenter: Segmenter, paths: Sequence[Path] | None) -> list[Example]:
     if paths is not None:
         return [(read_image(path), path.name, ()) for path in paths]
@@ -496,31 +438,7 @@ def _render_legend(predictions: Sequence[Prediction]) -> str:
     return _render("legend", list(zip(predictions, colours, strict=True)))
 
 
-@contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Open the port. Raises DcrisError if that is not possible."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except (OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DcrisError(
-                f"cannot listen on {host}, port {port} ({reason}); choose another --port or --host"
-            ) from error
-        yield listening
-
-
 def _delete_expired_sessions(sessions: Sessions) -> None:
     while True:
         time.sleep(_CLEANUP_INTERVAL)
         sessions.delete_expired()
-
-
-def _wait_until_ready(server: Any, ready: Callable[[str], None], url: str) -> None:
-    while not server.started:
-        if server.should_exit:
-            return
-        time.sleep(0.05)
-    ready(url)
