@@ -22,7 +22,7 @@ from pycocotools import mask as coco
 from conftest import TinyRefer
 from dcris import Segmenter
 from dcris.checkpoints.checkpoint import Checkpoint, list_checkpoints
-from dcris.cli import main
+from dcris.cli import common, main
 from dcris.cli.train import configuration
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
@@ -142,6 +142,14 @@ def test_suggested_commands_are_quoted(
     assert dcris(*advised[1:]) == 0
 
 
+def test_suggested_commands_are_quoted_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmd.exe and PowerShell take double quotes only; backslashes are as they are."""
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "name", "nt")
+        quoted = [common.quote(text) for text in ("C:\\my data\\a.jsonl", "C:\\data", "held out")]
+    assert quoted == ['"C:\\my data\\a.jsonl"', "C:\\data", '"held out"']
+
+
 def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From an annotation tool's export to a model tuned on it; the file is the whole data set."""
     folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))
@@ -155,6 +163,9 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     assert dcris("train", "dcris_tiny", "--data", data, "--out", run, *QUICK) == 0
     assert json.loads((run / "config.json").read_text())["data"]["dataset"] == "shapes"
+    # The recipe does not validate, but the data have a split for it.
+    assert "validation (first sentences) after epoch" in capsys.readouterr().out
+    assert list_checkpoints(run)[-1].score is not None
     assert json.loads((run / "data.json").read_text())["splits"] == report["splits"]
     assert dcris("evaluate", run, "--data", data, "--split", "val", "--out", tmp_path / "a.json") == 0
     assert json.loads((tmp_path / "a.json").read_text())["dataset"] == "shapes"
@@ -162,14 +173,17 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     text = data.read_text().replace('"split": "val"', '"split": "held out"')
     other = folder / "other.jsonl"
     other.write_text(text)
-    config = tmp_path / "config.json"
-    config.write_text((run / "config.json").read_text().replace('"val_split": null', '"val_split": "val"'))
+    config = run / "config.json"
     capsys.readouterr()
     assert dcris("train", config, "--data", other, "--from", run, "--out", tuned) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("other has no split 'val': training runs without validation")
     assert f"starting from the adapters and the head of {list_checkpoints(run)[-1].path}" in printed
     assert f"next: dcris evaluate {tuned} --data {other} --split 'held out'" in printed
+    assert (
+        dcris("train", "dcris_tiny", "--data", data, "--out", tmp_path / "not", *QUICK, "--data.val_split", "null") == 0
+    )
+    assert "validation" not in capsys.readouterr().out
     assert dcris("evaluate", tuned, "--data", other, "--split", "held out") == 0
     assert dcris("evaluate", tuned, "--data", scenes_root, "--dataset", "scenes") == 0
     assert dcris("train", config, "--data", other, "--from", run, "--out", tuned, "--resume") == 0

@@ -283,6 +283,22 @@ def test_learning_rate_schedules() -> None:
     assert 0 < rates[-1] < 0.05
 
 
+def test_a_short_run_reaches_its_learning_rate(table: ReferenceTable, tmp_path: Path) -> None:
+    """A user who asks for fewer steps than a recipe's warm-up has gets a run that trains: the
+    warm-up is shortened, and a line says so."""
+    settings, lines = quick_config(8, ("train.warmup_steps", "40"), ("train.log_every", "1")), []
+    run_training(settings, table, tmp_path / "short", log=lines.append)
+    rates = [line["lr"] for line in read_log(tmp_path / "short") if "lr" in line]
+    assert rates[0] == pytest.approx(settings.train.lr)
+    assert any("the warm-up takes 0 steps, not 40" in line for line in lines)
+    rates = [learning_rate(settings.train, step, per_epoch=10, total=79) for step in range(79)]
+    assert rates[:7] == pytest.approx([settings.train.lr * (step + 1) / 7 for step in range(7)])
+    assert max(rates[7:]) <= rates[6]
+    # Half of a run is as it was.
+    rates = [learning_rate(settings.train, step, per_epoch=10, total=80) for step in range(80)]
+    assert rates[:40] == pytest.approx([settings.train.lr * (step + 1) / 40 for step in range(40)])
+
+
 # ---- what a run starts from --------------------------------------------------------------------
 
 

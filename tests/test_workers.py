@@ -20,7 +20,6 @@ from dcris.config import replace
 from dcris.data import dataset
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
-from dcris.training import trainer
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import total_steps
 from dcris.utils import workers
@@ -149,26 +148,6 @@ def test_max_steps_over_epochs(scenes_root: Path, tmp_path: Path) -> None:
     assert total_steps(replace(config, {"train.epochs": 2}).train, 12) == 6  # the given one counts
     run_training(config, scenes_root, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run")[-1].step == 7
-
-
-def test_run_shorter_than_its_warm_up_is_refused(
-    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its learning rate would never reach its value."""
-    monkeypatch.setattr(trainer, "build_model", lambda config: pytest.fail("a model was built"))
-    words = [
-        "train",
-        "dcris_tiny",
-        "--data",
-        str(scenes_root),
-        "--out",
-        str(tmp_path / "run"),
-        "--train.max_steps",
-        "39",
-    ]
-    assert main(words) == 2
-    assert "39 steps, fewer than the" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_closed_connection_prints_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -336,6 +336,8 @@ class TrainConfig(Section):
     """Epochs at which the step schedule multiplies the learning rate by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Steps in which the learning rate rises to `lr`; if they are more than half of the run, a
+    tenth of it instead."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Adam's decay rates. A run of few steps needs a smaller second one."""
     weight_decay: Weight = 0.0

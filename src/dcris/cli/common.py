@@ -1,8 +1,10 @@
 """Shared by the commands: arguments, output and errors."""
 
 import argparse
+import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcris.errors import DcrisError
+from dcris.utils.arguments import DEVICES
 from dcris.utils.streams import note, printable, write
 
 if TYPE_CHECKING:
@@ -38,11 +41,16 @@ def on_error(text: str) -> None:
     note(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
 
 
+def quote(text: str) -> str:
+    """Return a text quoted for the shell: cmd.exe and PowerShell on Windows, POSIX elsewhere."""
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
+
+
 def argument(path: Path | str) -> str:
-    """Return a path as an argument of a suggested command: quoted for the shell, and never mistaken
-    for an option."""
+    """Return a path as an argument of a suggested command, quoted and never mistaken for an
+    option."""
     text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return quote(f"./{text}" if text.startswith("-") else text)
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
@@ -199,7 +207,7 @@ def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
     """Add --device and, if `precision`, --precision."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
     if precision:
         parser.add_argument(
             "--precision",

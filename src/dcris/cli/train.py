@@ -1,7 +1,6 @@
 """`dcris train`."""
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from dcris.cli.common import (
     own_name,
     parse_settings,
     positive,
+    quote,
 )
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
 
 def _train(group: Any, args: argparse.Namespace) -> None:
     from dcris.data.readers.load import load_references
-    from dcris.training.train import run_training, without_missing_validation
+    from dcris.training.train import run_training, validated_on_own_data
     from dcris.utils.device import choose_device
 
     choose_device(args.device)  # before the data, which can take long to read
@@ -131,7 +131,7 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
     print_line = log if group.first else lambda text: None
     if own_name(args.data, args) and "data.val_split" not in parse_settings(args.settings):
-        config = without_missing_validation(config, table, print_line)
+        config = validated_on_own_data(config, table, print_line)
     result = run_training(
         config,
         table,
@@ -142,7 +142,7 @@ def _train(group: Any, args: argparse.Namespace) -> None:
         group=group,
         fit_batch=args.batch_size == "auto",
     )
-    split = "" if "val" in table.splits() else f" --split {shlex.quote([*table.splits()][-1])}"
+    split = "" if "val" in table.splits() else f" --split {quote([*table.splits()][-1])}"
     print_line(
         f"done in {result.seconds:.0f} s; next: dcris evaluate {argument(args.out)} --data {argument(args.data)}{split}"
     )

@@ -37,6 +37,15 @@ def parameter_groups(model: ReferringSegmenter, settings: TrainConfig) -> list[d
     return [group for group in groups if group["params"]]
 
 
+def warmup_steps(settings: TrainConfig, total: int) -> int:
+    """Return the steps of the warm-up of a run of `total` steps.
+
+    A warm-up of more than half of the run takes a tenth of it instead: a recipe's warm-up suits its
+    own length, and a short run would end before it reaches the learning rate.
+    """
+    return settings.warmup_steps if 2 * settings.warmup_steps <= total else total // 10
+
+
 def learning_rate(settings: TrainConfig, step: int, per_epoch: int, total: int) -> float:
     """Return the learning rate of a step: linear warm-up, then milestones (section 4.2) or half a
     cosine.
@@ -47,10 +56,11 @@ def learning_rate(settings: TrainConfig, step: int, per_epoch: int, total: int) 
         per_epoch: steps in an epoch.
         total: steps of the run.
     """
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
+    warmup = warmup_steps(settings, total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
     if settings.schedule == "cosine":
-        progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+        progress = (step - warmup) / max(1, total - warmup)
         return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
     passed = sum(step >= milestone * per_epoch for milestone in settings.milestones)
     return settings.lr * settings.gamma**passed

@@ -36,7 +36,7 @@ def train(
         out: folder of the run.
         settings: changes of the recipe by name, such as {"train.max_steps": 500}.
         resume: continue the run in `out`.
-        device: "auto", "cpu", "cuda" or "cuda:1".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         log: receives lines of progress.
 
     Returns:
@@ -53,19 +53,18 @@ def train(
     chosen = {"data.dataset": data.dataset, "data.split_by": None if own else data.split_by, **settings}
     config = replace(config, chosen | word_length_settings(chosen, config.data.dataset))
     if own and "data.val_split" not in settings:
-        config = without_missing_validation(config, data, log)
+        config = validated_on_own_data(config, data, log)
     with processes(device) as group:
         return run_training(config, data, out, resume=resume, device=device, log=log, group=group)
 
 
-def without_missing_validation(config: RunConfig, table: ReferenceTable, log: Callable[[str], None]) -> RunConfig:
-    """Return the configuration without validation if own data have no split for it, and say so."""
-    if config.data.val_split in {None, *table.splits()}:
-        return config
-    log(
-        f"{table.dataset} has no split {config.data.val_split!r}: training runs without validation, and the last checkpoint "
-        "is used"
-    )
+def validated_on_own_data(config: RunConfig, table: ReferenceTable, log: Callable[[str], None]) -> RunConfig:
+    """Return the configuration with validation on the split `val` of own data, or on the recipe's
+    split, if they have it. Without either, training does not validate, and a line says so."""
+    wanted = config.data.val_split or "val"
+    if wanted in table.splits():
+        return replace(config, {"data.val_split": wanted})
+    log(f"{table.dataset} has no split {wanted!r}: training runs without validation, and the last checkpoint is used")
     return replace(config, {"data.val_split": None})
 
 

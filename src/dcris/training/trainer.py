@@ -58,7 +58,7 @@ from dcris.training.averaging import WeightAverage
 from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
 from dcris.training.losses import LOSSES, resize_masks, training_losses
-from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.training.stopping import Interrupted, StopRequest, StopWaiting, stop_requests
 from dcris.types import Batch
@@ -119,8 +119,8 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
     """Check what can be checked before the model is built.
 
     Raises:
-        DcrisError: a split, tracker, loss or augmentation does not exist, shared memory is too
-            small for the workers, or the run is shorter than its warm-up.
+        DcrisError: a split, tracker, loss or augmentation does not exist, or shared memory is too
+            small for the workers.
     """
     settings = config.train
     check_trackers(settings.trackers)
@@ -131,11 +131,6 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
         table.split(config.data.val_split)
     samples = min(settings.batch_size, references) * group.local_count / group.count
     require_shared_memory(config.data.workers, batch_bytes(config.data, math.ceil(samples)))
-    if (total := total_steps(settings, references)) < settings.warmup_steps:
-        raise DcrisError(
-            f"the run has {total:,} steps, fewer than the {settings.warmup_steps:,} of its warm-up; train longer "
-            "(--train.max_steps or --train.epochs) or set a shorter --train.warmup_steps"
-        )
 
 
 class Trainer:
@@ -549,6 +544,10 @@ class Trainer:
             if newest is None or not (self.out / _DATA).exists():
                 write_json(self.out / _DATA, record)
         self.log(f"{len(self.samples):,} references, {self.per_epoch:,} steps an epoch, {self.total:,} steps in all")
+        if (warmup := warmup_steps(self.settings, self.total)) < self.settings.warmup_steps:
+            self.log(
+                f"the warm-up takes {warmup:,} steps, not {self.settings.warmup_steps:,}: that is more than half of this run"
+            )
         if not self.settings.shard_towers:  # FSDP holds sharded weights itself
             cast_frozen(self.model, self.dtype)
 

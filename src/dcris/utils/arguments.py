@@ -13,6 +13,9 @@ T = TypeVar("T")
 
 PathLike = str | os.PathLike[str]
 
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+"""Names of devices, for help and messages; see dcris.utils.device.choose_device."""
+
 Precision = Literal["auto", "float32", "bfloat16"]
 """Precision of the network's computation; auto is bfloat16 if the device supports it in hardware.
 """
