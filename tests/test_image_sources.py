@@ -3,7 +3,11 @@
 import copy
 import io
 import pickle
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from dcris import Prediction, Segmenter
 from dcris.data import images
 from dcris.data.images import as_pixels, as_rereadable
 from dcris.errors import DcrisError
+from dcris.utils import http
 from image_server import ImageServer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
@@ -110,6 +115,27 @@ def test_a_download_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             as_pixels(f"{server.url}/page.png")
     with pytest.raises(DcrisError, match="more than 1,000 bytes"):
         as_pixels(io.BytesIO(bytes(2000)))
+
+
+def test_a_server_that_sends_byte_by_byte_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, but the image would not be there before tomorrow."""
+    monkeypatch.setattr(http, "_MOST_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while True:
+                    connection.sendall(b"a")
+                    time.sleep(0.02)
+
+        threading.Thread(target=serve, daemon=True).start()
+        begin = time.monotonic()
+        with pytest.raises(DcrisError, match=r"takes more than 0\.3 s"):
+            as_pixels(f"http://127.0.0.1:{server.getsockname()[1]}/a.png")
+        assert time.monotonic() - begin < 10
 
 
 def test_what_can_be_read_once_is_kept() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dcris import Segmenter
@@ -17,6 +18,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.metrics import overlap
 from dcris.inference.prediction import Prediction
+from dcris.utils.device import choose_device, choose_precision
 from runs import CPU
 
 PHRASES = ["red circle", "the small striped ring", "leftmost", "a phrase with words nobody taught it: größer, 猫"]
@@ -294,6 +296,18 @@ def test_an_unknown_device(trained_run: Path) -> None:
     for device in ("cuda:99", "gpu", "meta", "cuda:x"):
         with pytest.raises(DcrisError, match=device):
             Segmenter.from_pretrained(trained_run, device=device)
+
+
+def test_apples_gpus_are_a_device(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one, it is used if it is named; elsewhere a sentence says that there is
+    none."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(DcrisError, match="no device mps: this machine has no Apple GPU"):
+        Segmenter.from_pretrained(trained_run, device="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps").type == "mps"
+    assert choose_precision("auto", choose_device("mps")) == torch.float32
+    assert choose_device("auto").type != "mps"  # untested, so nobody gets it without asking
 
 
 def test_a_prediction_shows_itself(segmenter: Segmenter, photo: Path, tmp_path: Path) -> None:

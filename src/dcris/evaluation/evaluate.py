@@ -88,7 +88,7 @@ def evaluate(
         batch_size: images read at a time; does not change results.
         keep_masks: whether the results hold their masks.
         precision: of the network's computation; the run's own by default.
-        device: "auto", "cpu", "cuda" or "cuda:1".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         bar: displays progress.
 
     Returns:

