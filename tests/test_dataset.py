@@ -183,7 +183,7 @@ def test_each_image_comes_once_with_all_its_queries(table: ReferenceTable) -> No
         assert torch.equal(task.tokens, TOKENIZER([e.text for _, e in task.queries], CONFIG.word_length))
         for reference, _ in task.queries:
             truth = union_mask(reference.segmentations, reference.image_size)
-            np.testing.assert_array_equal(task.truths[reference.ref_id, True], truth.astype(bool))
+            np.testing.assert_array_equal(task.truths[reference.ref_id, True].mask, truth.astype(bool))
     parallel = [task for group in task_loader(tasks, images=3, workers=2) for task in group]
     assert [task.queries for task in parallel] == [task.queries for task in groups]
 

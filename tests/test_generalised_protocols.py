@@ -328,7 +328,7 @@ def test_the_truth_of_grefcoco_is_drawn_on_the_square(tmp_path: Path) -> None:
             height, width = reference.image_size
             scaled = [value * 480 / (width, height)[place % 2] for place, value in enumerate(polygon)]
             expected |= coco.decode(coco.merge(coco.frPyObjects([scaled], 480, 480))) > 0
-        found = protocol.truth(reference.segmentations, reference.image_size)
+        found = protocol.truth(reference, reference.expressions[0]).mask
         np.testing.assert_array_equal(found, expected)
         resized = protocol.to_canvas(union_mask(reference.segmentations, reference.image_size) > 0)
         differences += int((found != resized).sum())
@@ -339,7 +339,7 @@ def test_a_very_long_image_takes_no_memory() -> None:
     """Scaled without a limit, a corner outside a strip of 1 x 1,000,000 pixels would be 10^9 pixels
     away, and pycocotools would allocate 80 GB."""
     polygon = [[0.0, -900_000.0, 900_000.0, 1.0, 0.0, 900_000.0]]
-    found = get_protocol("grefcoco").truth((polygon,), (1, 1_000_000))
+    found = get_protocol("grefcoco").rasterise((polygon,), (1, 1_000_000))
     assert found.shape == (480, 480)
 
 
@@ -401,7 +401,7 @@ def test_masks_of_others_are_scored_by_every_rule(
                 truth = union_mask(reference.targets(expression), reference.image_size) > 0
                 prediction = entry["mask"]
                 if dataset == "grefcoco":
-                    truth = get_protocol("grefcoco").truth(reference.targets(expression), reference.image_size)
+                    truth = get_protocol("grefcoco").truth(reference, expression).mask
                 elif dataset == "ref-zom" or not target:
                     truth = on_square(truth)
                 if dataset != "rrefcoco" or not target:
@@ -543,8 +543,8 @@ def test_absent_targets_of_rrefcoco_are_measured_on_the_square() -> None:
     (found,) = protocol.probabilities(logits[None, None], [Resize((60, 90), 112)])
     expected = F.interpolate(logits.double()[None, None], (480, 480), mode="bilinear", align_corners=True)[0, 0]
     np.testing.assert_array_equal(found > 0.5, expected > 0)
-    assert protocol.truth((), (60, 90)).shape == (480, 480)
-    assert protocol.for_target(True).truth(([[0, 0, 9, 0, 9, 9]],), (60, 90)).shape == (60, 90)
+    assert protocol.rasterise((), (60, 90)).shape == (480, 480)
+    assert protocol.for_target(True).rasterise(([[0, 0, 9, 0, 9, 9]],), (60, 90)).shape == (60, 90)
 
 
 @pytest.mark.parametrize("dataset", LAYOUTS)

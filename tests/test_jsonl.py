@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +19,8 @@ from dcris.data.readers import jsonl
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
+from dcris.evaluation.metrics import Overlap, overlap, overlap_curve
+from dcris.evaluation.protocols import get_protocol
 from dcris.types import SoftMask
 from dcris.utils import files
 
@@ -114,6 +117,37 @@ def test_several_objects_and_none(folder: Path) -> None:
     assert check_dataset(path, None).problem_count == 0
     soft = load_references(path, None, mask_threshold=0.5)
     assert [type(each) for each in soft.references[0].segmentations] == [SoftMask, list]
+
+
+def test_pixels_without_a_truth_count_neither_way(folder: Path) -> None:
+    """Who leaves out unclear pixels gets scores of the clear ones, whichever protocol measures; a
+    prediction there would otherwise be punished for the annotators' doubt."""
+    unclear = np.zeros((H, W), np.uint8)
+    unclear[:, 6:] = 1
+    path = write(folder, line(ignored=encode_mask(unclear)), line())
+    doubted, clear = load_references(path, None).references
+    assert clear.ignored is None
+    everything = np.ones((H, W), bool)
+    for name in ("cris", "refer"):
+        protocol = get_protocol(name)
+        truth, whole = (protocol.truth(each, each.expressions[0]) for each in (doubted, clear))
+        assert overlap(everything, truth.mask, truth.ignored) == Overlap(4 * 3, H * 6)
+        assert overlap(everything, whole.mask, whole.ignored) == Overlap(4 * 6, H * W)
+        curve = overlap_curve(torch.full((H, W), 0.6), torch.tensor(truth.mask), 0.35, torch.tensor(truth.ignored))
+        assert curve[0] == Overlap(4 * 3, H * 6)
+        assert curve[11:13] == (Overlap(4 * 3, H * 6), Overlap(0, 4 * 3))  # at 0.55 and 0.60
+    square = get_protocol("grefcoco").truth(doubted, doubted.expressions[0])
+    assert square.ignored is not None
+    assert square.ignored[:, 240:].all()
+    assert not square.ignored[:, :240].any()
+    assert load(folder, line(ignored=encode_mask(unclear))).sha256() != load(folder, line()).sha256()
+    soft = load_references(write(folder, line(ignored="mask.png")), None, mask_threshold=0.5)
+    assert type(soft.references[0].ignored) is SoftMask
+
+
+def test_an_unusable_ignored_mask_is_named(folder: Path) -> None:
+    with pytest.raises(DcrisError, match=r"line 1 has an unusable 'ignored' \(.*taller.png is 9 x 12"):
+        load(folder, line(ignored="taller.png"))
 
 
 def test_an_empty_mask_is_still_a_problem(folder: Path) -> None:

@@ -35,6 +35,17 @@ MaskArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
+class Truth:
+    """The true mask of an expression, on the pixels that are compared with a prediction."""
+
+    mask: MaskArray
+    """[H, W] bool; false where it is unknown."""
+    ignored: MaskArray | None = None
+    """[H, W] bool: pixels whose truth is unknown, so that no prediction is right or wrong there.
+    None in the data sets without such pixels, which are nearly all."""
+
+
+@dataclass(frozen=True, slots=True)
 class Expression:
     """A referring expression."""
 
@@ -46,6 +57,12 @@ class Expression:
     exists: bool = True
     """Whether the image has what the expression describes. If not, the expression has no target,
     whatever objects its reference has."""
+    name: str | None = None
+    """What the data set's own files call the expression, where its sent_id is a number of ours:
+    PhraseCut's task_id. Files of predicted masks have this name."""
+    subsets: tuple[str, ...] = ()
+    """The data set's own subsets that it belongs to, by which its authors report scores, such as
+    PhraseCut's "c100" and "i_multi"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +83,9 @@ class Reference:
     segmentations: tuple[Segmentation, ...]
     """The objects, kept apart. Their union is the true mask of the expressions."""
     expressions: tuple[Expression, ...]
+    ignored: Segmentation | None = None
+    """Pixels that are neither object nor background, as the annotators could not decide. They are
+    in no object. Evaluation leaves them out; training takes them for background, as LISA does."""
 
     def targets(self, expression: Expression) -> tuple[Segmentation, ...]:
         """Return the objects that one of its expressions describes; empty if there are none."""

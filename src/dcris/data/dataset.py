@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from torch.utils.data import Dataset, Sampler
 from dcris.config import DataConfig
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
-from dcris.data.masks import union_mask
+from dcris.data.masks import true_mask, union_mask
 from dcris.data.registry import DATASETS
 from dcris.data.tokenizer import Tokenizer, cut_texts, tokenize
 from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
-from dcris.types import Batch, Expression, MaskArray, Reference, Sample, Segmentation
+from dcris.types import Batch, Expression, Reference, Sample, Truth
 from dcris.utils.arguments import require_names
 from dcris.utils.streams import note_once
 from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
@@ -322,9 +322,9 @@ class ImageTask:
     """[K, L] int64, one row per expression."""
     queries: tuple[tuple[Reference, Expression], ...]
     """K pairs: the reference with the true mask, and the expression."""
-    truths: dict[tuple[int, bool], MaskArray]
-    """True masks by ref_id and `exists` of the expression: [H, W] bool, or on other pixels if
-    ImageTasks was given another `truth`."""
+    truths: dict[tuple[int, bool], Truth]
+    """True masks by ref_id and `exists` of the expression: of the image's size, or on other pixels
+    if ImageTasks was given another `truth`."""
 
 
 Queries = Sequence[tuple[Reference, Expression]]
@@ -372,11 +372,11 @@ class ImageTasks(Dataset[ImageTask | Failure]):
         tokenizer: Tokenizer,
         transform: type[Transform] = Letterbox,
         share: tuple[int, int] = (0, 1),
-        truth: Callable[[Sequence[Segmentation], tuple[int, int]], NDArray[Any]] = union_mask,
+        truth: Callable[[Reference, Expression], Truth] = true_mask,
     ) -> None:
         """Take every n-th image from the k-th on, for a `share` of (k, n).
 
-        `truth` makes the true mask of the targets in an image of some size (H, W).
+        `truth` makes the true mask of an expression.
         """
         by_image: dict[str, list[tuple[Reference, Expression]]] = {}
         for reference, expression in queries:
@@ -396,7 +396,7 @@ class ImageTasks(Dataset[ImageTask | Failure]):
             for key, (reference, expression) in distinct.items():
                 if image.shape[:2] != reference.image_size:
                     raise DcrisError(size_mismatch(reference, image))
-                truths[key] = self.truth(reference.targets(expression), reference.image_size).astype(bool)
+                truths[key] = self.truth(reference, expression)
         except DcrisError as error:
             return Failure(str(error))
         square, transform = to_square(image, self.config, self.transform)

@@ -6,7 +6,7 @@ outside its memory or allocate without bound. So everything is validated before 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pycocotools import mask as coco
 from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
 from dcris.data.table import shown
 from dcris.errors import DcrisError
-from dcris.types import Segmentation, SoftMask
+from dcris.types import Expression, MaskArray, Reference, Segmentation, SoftMask, Truth
 
 _MAX_OUTLINE = 10_000_000
 """Pixels of all outlines of a mask; pycocotools needs about 80 bytes for each."""
@@ -62,6 +62,29 @@ def union_mask(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> 
     for segmentation in segmentations[1:]:
         mask |= decode_mask(segmentation, size)
     return mask
+
+
+def true_mask(
+    reference: Reference,
+    expression: Expression,
+    rasterise: Callable[[Sequence[Segmentation], tuple[int, int]], NDArray[np.uint8] | MaskArray] = union_mask,
+) -> Truth:
+    """Return the true mask of one of a reference's expressions, and the pixels without a truth.
+
+    Args:
+        reference: the objects.
+        expression: one of its expressions.
+        rasterise: returns the union of objects as 0 and 1, on the pixels that are wanted.
+
+    Raises:
+        DcrisError: as `decode_mask`.
+    """
+    size = reference.image_size
+    mask = rasterise(reference.targets(expression), size).astype(bool)
+    if reference.ignored is None:
+        return Truth(mask)
+    ignored = rasterise((reference.ignored,), size).astype(bool)
+    return Truth(mask & ~ignored, ignored)
 
 
 def union_area(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> int:

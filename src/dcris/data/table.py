@@ -93,7 +93,8 @@ class ReferenceTable:
                 (expression.sent_id, expression.text, *(() if expression.exists else (False,)))
                 for expression in reference.expressions
             ]
-            content = (identifiers, image, expressions, objects[1])
+            ignored = () if reference.ignored is None else (reference.ignored,)
+            content = (identifiers, image, expressions, objects[1], *ignored)
             digest.update(json.dumps(content, default=to_plain).encode())
         return digest.hexdigest()
 

@@ -136,7 +136,14 @@ def _predict_task(
     refine: Refinement,
 ) -> Iterator[EvalResult]:
     """Predict and compare all expressions of one image [1, 3, S, S]."""
-    truths = {key: torch.from_numpy(mask).to(device) for key, mask in task.truths.items()}
+
+    def place(mask: MaskArray) -> Tensor:
+        return torch.from_numpy(mask).to(device)
+
+    truths = {
+        key: (place(truth.mask), None if truth.ignored is None else place(truth.ignored))
+        for key, truth in task.truths.items()
+    }
     guide = read_image(task.queries[0][0].image_path) if refine == "guided" else None
     outputs = segment_in_passes(model, image, task.tokens.to(device), device, dtype)
     pairs = chain.from_iterable(zip(output.logits, presence_probabilities(output), strict=True) for output in outputs)
@@ -146,8 +153,8 @@ def _predict_task(
         if guide is not None:
             refined = refine_guided(probabilities.cpu().numpy(), guide, max(one.shape[1:]))
             probabilities = torch.from_numpy(refined).to(device)
-        truth = truths[reference.ref_id, expression.exists]
-        counted = overlap_curve(probabilities, truth, protocol.threshold)
+        truth, ignored = truths[reference.ref_id, expression.exists]
+        counted = overlap_curve(probabilities, truth, protocol.threshold, ignored)
         score = mean_inside(probabilities, protocol.own_threshold) if present is None else present
         if protocol.none_rule is not None:
             pixels = int(truth.sum())

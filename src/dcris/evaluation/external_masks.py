@@ -230,8 +230,8 @@ def score_masks(
         sent_id, targets = expression.sent_id, reference.targets(expression)
         known = sent_id in masks
         mask = masks.mask(sent_id, reference.image_size) if known else np.zeros(reference.image_size, bool)
-        truth = protocol.truth(targets, reference.image_size)
-        counted = overlap(protocol.for_target(bool(targets)).to_canvas(mask), truth)
+        truth = protocol.truth(reference, expression)
+        counted = overlap(protocol.for_target(bool(targets)).to_canvas(mask), truth.mask, truth.ignored)
         present = score = 0.0 if not known else None
         try:
             if known:
@@ -244,7 +244,7 @@ def score_masks(
         if protocol.none_rule is not None:
             query = reference, expression
             try:
-                counted = protocol.judge(counted, int(np.count_nonzero(truth)), query, present, score)
+                counted = protocol.judge(counted, int(np.count_nonzero(truth.mask)), query, present, score)
             except DcrisError as error:
                 raise DcrisError(f"{path}, sentence {sent_id}: {error}") from error
         kept = encode_mask(mask) if keep_masks else None

@@ -190,19 +190,25 @@ def of_targets(metric: Metric) -> Metric:
     )
 
 
-def overlap(prediction: MaskArray, truth: MaskArray) -> Overlap:
+def overlap(prediction: MaskArray, truth: MaskArray, ignored: MaskArray | None = None) -> Overlap:
     """Count the pixels in the intersection and the union of two [H, W] bool masks.
+
+    Pixels of `ignored`, [H, W] bool, are left out.
 
     Raises:
         ValueError: if their shapes differ.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"cannot compare a mask of shape {prediction.shape} with one of shape {truth.shape}")
+    if ignored is not None:
+        prediction, truth = prediction[~ignored], truth[~ignored]
     intersection = int(np.count_nonzero(prediction & truth))
     return Overlap(intersection, int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth)) - intersection)
 
 
-def overlap_curve(probabilities: Tensor, truth: Tensor, threshold: float) -> tuple[Overlap, ...]:
+def overlap_curve(
+    probabilities: Tensor, truth: Tensor, threshold: float, ignored: Tensor | None = None
+) -> tuple[Overlap, ...]:
     """Count the overlap of the mask `probabilities > t` with `truth` for several thresholds t.
 
     The counts come from one histogram of the probabilities inside and one outside the true object,
@@ -212,10 +218,13 @@ def overlap_curve(probabilities: Tensor, truth: Tensor, threshold: float) -> tup
         probabilities: [H, W] in 0..1.
         truth: [H, W] bool.
         threshold: of the protocol.
+        ignored: [H, W] bool, pixels that are left out; None for none.
 
     Returns:
         The overlap at `threshold`, then at each of CURVE_THRESHOLDS.
     """
+    if ignored is not None:
+        probabilities, truth = probabilities[~ignored], truth[~ignored]
     mask = probabilities > threshold
     steps = len(CURVE_THRESHOLDS) + 1
     bins = (probabilities * steps).ceil_().clamp_(1, steps).to(torch.uint8)  # k for (k - 1) / 20 < p <= k / 20

@@ -6,8 +6,8 @@
 [[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}. Expressions that describe
 several objects have `masks`, a list of such masks, in place of `mask`; expressions that describe
 nothing in the image have "mask": null. Paths are relative to the file and must not lead out of its
-folder. Optional fields: `split` (default: train), `category` (text) and `id` (an integer). Unknown
-fields are ignored.
+folder. Optional fields: `ignored` (a mask of the pixels that evaluation leaves out), `split`
+(default: train), `category` (text) and `id` (an integer). Unknown fields are ignored.
 """
 
 from collections.abc import Sequence
@@ -97,6 +97,7 @@ class _LineReader:
         other = self.lines.setdefault(ref_id, number)
         if other != number:
             raise bad(path, f"{where} has the id {ref_id}, which line {other} has too; ids must be unique or absent")
+        ignored = record.get("ignored")
         first = self.expressions + 1
         self.expressions += len(texts)
         ann_ids: tuple[int, ...] = (ref_id,) if segmentations else ()
@@ -113,6 +114,7 @@ class _LineReader:
             split=split,
             segmentations=segmentations,
             expressions=tuple(Expression(sent_id, text) for sent_id, text in enumerate(texts, first)),
+            ignored=None if ignored is None else self._read_segmentation(ignored, size, where, "'ignored'"),
         )
 
     def _image_size(self, image: Path, where: str) -> tuple[int, int]:

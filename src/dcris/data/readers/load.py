@@ -56,7 +56,11 @@ def load_references(
     return replace(
         table,
         references=tuple(
-            replace(reference, segmentations=tuple(map(soft, reference.segmentations)))
+            replace(
+                reference,
+                segmentations=tuple(map(soft, reference.segmentations)),
+                ignored=None if reference.ignored is None else soft(reference.ignored),
+            )
             for reference in table.references
         ),
     )

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dcris.data.masks import union_mask
+from dcris.data.masks import true_mask, union_mask
 from dcris.data.transforms import Transform
 from dcris.evaluation.metrics import STANDARD_METRICS, Metric, Overlap
 from dcris.evaluation.none_rules import NoneRule
 from dcris.evaluation.resampling import Floats, nearest
-from dcris.types import Expression, MaskArray, Reference, Segmentation
+from dcris.types import Expression, MaskArray, Reference, Segmentation, Truth
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,19 @@ class Protocol(ABC):
         """Return the protocol that measures expressions with or without a target: usually this."""
         return self
 
-    def truth(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:
-        """Return the union of the targets on the pixels that are compared, [H, W] bool.
-
-        Args:
-            segmentations: the targets; none of an expression without a target.
-            size: height and width of the image.
+    def truth(self, reference: Reference, expression: Expression) -> Truth:
+        """Return the true mask of an expression on the pixels that are compared.
 
         Raises:
             DcrisError: a segmentation cannot be decoded.
         """
-        return self.for_target(bool(segmentations)).to_canvas(union_mask(segmentations, size).astype(bool))
+        measured = self.for_target(bool(reference.targets(expression)))
+        return true_mask(reference, expression, measured.rasterise)
+
+    def rasterise(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:
+        """Return the union of objects in an image of `size` (H, W), on the pixels that are
+        compared."""
+        return self.to_canvas(union_mask(segmentations, size).astype(bool))
 
     def judge(
         self,

@@ -41,7 +41,7 @@ class Grefcoco(Protocol):
         rows, columns = (resize_matrix(cells, _SIDE, "bilinear", align_corners=False) for cells in grid)
         return rows, columns
 
-    def truth(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:  # noqa: D102
+    def rasterise(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:  # noqa: D102
         square = np.zeros((_SIDE, _SIDE), bool)
         for segmentation in segmentations:
             if isinstance(segmentation, list):
