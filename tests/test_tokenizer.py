@@ -1,10 +1,13 @@
+import html
 import json
 import pickle
+import re
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ftfy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,6 +238,13 @@ def test_a_character_reference_with_many_digits(text):
     """
     assert clean_text(f"{text} cup") == "\ufffd cup"
     assert clean_text("&#" + "0" * 5000 + "65;b") == "ab"
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_plain_phrases_are_cleaned_without_ftfy_to_the_same_text(text: str) -> None:
+    # ftfy is not imported for most phrases, since that takes a tenth of a second.
+    repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+    assert clean_text(text) == re.sub(r"\s+", " ", repaired).strip().lower()
 
 
 def test_a_phrase_is_returned_as_written():

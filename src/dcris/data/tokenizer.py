@@ -85,9 +85,11 @@ def clean_text(text: str, *, strip: bool = False) -> str:
         strip: also leave out quotes around the phrase and a full stop at its end, which CLIP
             does not. Nothing is left out of a phrase that consists of these only.
     """
-    import ftfy
+    repaired = text
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy  # late: its import takes longer than a prediction's tokens
 
-    repaired = _unescape(_unescape(ftfy.fix_text(text)))
+        repaired = _unescape(_unescape(ftfy.fix_text(text)))
     cleaned = re.sub(r"\s+", " ", repaired).strip().lower()
     return _strip(cleaned) if strip else cleaned
 
