@@ -6,8 +6,6 @@ import importlib.util
 import io
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +18,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -36,21 +33,15 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
 from dcris.inference.inputs import result_stem
-from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, coco_results, masks_zip
+from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, masks_zip
+from servers import picture, post, resident, send, serving
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
 
 
 @pytest.fixture(scope="module")
-def segmenter(trained_run: Path) -> Segmenter:
-    return Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
-
-
-def picture(width: int = 110, height: int = 70, kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
+def segmenter() -> Segmenter:
+    return Segmenter.from_pretrained("tiny", device="cpu", precision="float32")
 
 
 def test_limits_of_a_request(segmenter: Segmenter) -> None:
@@ -170,34 +161,25 @@ def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
                     np.testing.assert_array_equal(np.asarray(Image.open(file)) > 0, theirs.mask)
 
 
-@contextmanager
-def serving(app: Any, limits: Limits) -> Iterator[str]:
-    """URL of a server in a thread of this process."""
-    from dcris.inference.web.server import make_server
+def web(service: InferenceService, **access: Any) -> Any:
+    """The page, behind the guard."""
+    pytest.importorskip("gradio")
+    from dcris.inference.web.app import make_app
+    from dcris.inference.web.server import guard
 
-    server = make_server(app, limits)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        while not server.started:
-            Event().wait(0.05)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(20)
+    return guard(make_app(service), service.limits, **access)
 
 
 @contextmanager
 def served(segmenter: Segmenter, folder: Path) -> Iterator[str]:
     """URL of a page whose home folder is `folder`, which is empty at the end."""
     pytest.importorskip("gradio")
-    from dcris.inference.web.app import make_app
-
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HOME", "TMPDIR", "GRADIO_TEMP_DIR"):
             patch.setenv(name, str(folder))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        service = InferenceService(segmenter, Limits(upload=100_000))
-        with serving(make_app(service, Sessions(service.limits), hosts=["demo.example"]), service.limits) as found:
+        service = InferenceService(segmenter, Limits(upload=100_000, fields=1_000))
+        with serving(web(service, hosts=["demo.example"]), service.limits) as found:
             yield found
         service.close()
         assert not [path for path in folder.rglob("*") if path.is_file()]
@@ -207,12 +189,6 @@ def served(segmenter: Segmenter, folder: Path) -> Iterator[str]:
 def address(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with served(segmenter, tmp_path_factory.mktemp("home")) as found:
         yield found
-
-
-def post(address: str, data: bytes, **query: Any) -> Any:
-    request = urllib.request.Request(f"{address}/api/segment?{urlencode(query, doseq=True)}", data=data)
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
 
 
 def test_the_api_agrees_with_the_segmenter(address: str, segmenter: Segmenter) -> None:
@@ -227,25 +203,6 @@ def test_the_api_agrees_with_the_segmenter(address: str, segmenter: Segmenter) -
             np.testing.assert_array_equal(decode_mask(record["segmentation"], answer.mask.shape), answer.mask)
             assert record["score"] == round(answer.score, 6)
             assert record["file_name"] == "a.png"
-
-
-def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: Path) -> None:
-    """The requests in docs/web.md work as written, except for the URL."""
-    (tmp_path / "photo.jpg").write_bytes(picture(kind="JPEG"))
-    expected = segmenter.predict(tmp_path / "photo.jpg", ["left circle", "small red star"])
-    page = (Path(__file__).parents[1] / "docs/web.md").read_text(encoding="utf-8")
-    api = page.partition("## The API")[2].replace("http://127.0.0.1:7860", address)
-    (shell, python) = (re.findall(rf"^```{language}\n(.*?)^```$", api, re.M | re.S)[0] for language in ("sh", "python"))
-
-    def printed(*words: str) -> str:
-        return subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
-
-    records = coco_results(expected, "")
-    lines = [f"{record['phrase']} {record['score']} {record['bbox']}" for record in records]
-    assert printed(sys.executable, "-c", python).splitlines() == lines
-    if shutil.which("curl"):
-        found = json.loads(printed("bash", "-c", shell))
-        assert [record["segmentation"] for record in found] == [record["segmentation"] for record in records]
 
 
 @pytest.mark.parametrize(
@@ -276,13 +233,9 @@ def test_downloads_are_checked(segmenter: Segmenter) -> None:
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
-    from dcris.inference.web.app import make_app
-
-    service = InferenceService(segmenter)
-    sessions = Sessions(service.limits)
-    client = TestClient(make_app(service, sessions, hosts=["testserver"]))
-    answers = segmenter.predict(read_image(picture()), ["left"], scores=True)
-    name = sessions.put(Session(np.zeros((4, 4, 3), np.uint8), "..\\\\up/../a.png", answers))
+    client = TestClient(web(InferenceService(segmenter), hosts=["testserver"]))
+    name = client.post("/page/image", params={"name": "..\\\\up/../a.png"}, content=picture()).json()["session"]
+    assert client.post("/page/segment", json={"session": name, "text": "left"}).status_code == 200
     for threshold in ("2", "nan", "much", ""):
         answer = client.get(f"/download/{name}/coco.json?threshold={threshold}")
         assert answer.status_code == 400
@@ -305,14 +258,14 @@ def test_the_page_uses_no_other_host(address: str) -> None:
         assert host not in text
 
 
-def test_a_port_in_use(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     """A port in use is reported before the model is loaded."""
     pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["web", str(trained_run), "--port", str(port)]) == 2
+        assert main(["web", "tiny", "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
-    assert main(["web", str(trained_run), "--port", "99999999"]) == 2
+    assert main(["web", "tiny", "--port", "99999999"]) == 2
 
 
 _DANGEROUS = (
@@ -357,20 +310,6 @@ def recorded(recorder: Recorder) -> Iterator[list[tuple[str, str]]]:
     recorder.found, recorder.active = [], True
     yield recorder.found
     recorder.active = False
-
-
-def send(address: str, head: str, body: bytes = b"", headers: str = "") -> tuple[int, bytes]:
-    """Send a request as it is; return status and content of the response."""
-    host, port = address.removeprefix("http://").split(":")
-    if not re.search("^Host:", headers, re.M):
-        headers += f"Host: {host}:{port}\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head += f" HTTP/1.1\r\n{headers}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode("latin-1") + body)
-        answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
-    return int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2]
 
 
 def _file(path: str) -> dict[str, Any]:
@@ -532,10 +471,6 @@ def test_large_bodies_take_no_memory(address: str, path: str, status: int, chunk
     with caught.value as error:
         assert error.code == status
     assert largest - before < 50_000_000
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(("count", "begun"), [(32, 3), (150, 3), (32, 90_000)])
@@ -708,16 +643,13 @@ def test_wrong_passwords(tmp_path: Path) -> None:
 def test_the_health_check_needs_no_password(segmenter: Segmenter) -> None:
     """Docker and Kubernetes have no password. The answer tells nothing, the other checks stay, and
     wrong passwords for other paths are still counted."""
-    pytest.importorskip("gradio")
-    from dcris.inference.web.app import make_app
-
     service = InferenceService(segmenter, Limits(attempts=2))
-    with serving(make_app(service, Sessions(service.limits), credentials=["ann:1"]), service.limits) as address:
+    with serving(web(service, credentials=["ann:1"]), service.limits) as address:
         wrong = f"Authorization: Basic {base64.b64encode(b'ann:2').decode()}\r\n"
         for headers in ("", wrong, wrong, wrong):
             assert send(address, "GET /health", headers=headers) == (200, b'{"status":"ok"}')
         assert send(address, "HEAD /health") == (200, b"")
-        assert send(address, "POST /health", b"0" * 100_000)[0] == 404
+        assert send(address, "POST /health", b"0" * 100_000)[0] == 405
         assert send(address, "GET /health?x=/etc/passwd")[0] == 200
         assert send(address, "GET /health", headers="Host: evil.example\r\n")[0] == 403
         for path in ("/", "/health/", "//health", "/health/..", "/Health", "/%2fhealth", "/api/segment"):
@@ -729,9 +661,6 @@ def test_the_health_check_needs_no_password(segmenter: Segmenter) -> None:
 
 def test_the_health_check_is_answered_while_the_model_works(segmenter: Segmenter) -> None:
     """A supervisor must not restart a server that only has much to do."""
-    pytest.importorskip("gradio")
-    from dcris.inference.web.app import make_app
-
     service, begun, go_on = InferenceService(segmenter, Limits(waiting=1)), Event(), Event()
 
     def busy() -> None:
@@ -742,7 +671,7 @@ def test_the_health_check_is_answered_while_the_model_works(segmenter: Segmenter
         executor.submit(busy)
     begun.wait(60)
     service.waiting = 1
-    with serving(make_app(service, Sessions(service.limits)), service.limits) as address:
+    with serving(web(service), service.limits) as address:
         assert send(address, "GET /health")[0] == 200
         with pytest.raises(urllib.error.HTTPError, match="503"):
             post(address, picture(), phrase="left")
@@ -753,16 +682,8 @@ def test_the_health_check_is_answered_while_the_model_works(segmenter: Segmenter
 def test_clients_of_a_container(segmenter: Segmenter) -> None:
     """A published port is reached as localhost, although the server's address is another one. Only
     the sites that are allowed may show the page in a frame."""
-    pytest.importorskip("gradio")
-    from dcris.inference.web.app import make_app
-
     service = InferenceService(segmenter)
-    app = make_app(
-        service,
-        Sessions(service.limits),
-        hosts=["0.0.0.0", "localhost", "127.0.0.1"],
-        frames=["https://huggingface.co"],
-    )
+    app = web(service, hosts=["0.0.0.0", "localhost", "127.0.0.1"], frames=["https://huggingface.co"])
 
     def get(host: str, path: str = "/") -> tuple[int, str]:
         sent: list[Any] = []
@@ -790,10 +711,10 @@ def test_clients_of_a_container(segmenter: Segmenter) -> None:
 @pytest.mark.parametrize(
     "origin", ["huggingface.co", "https://a.b; script-src *", "https://a.b/c", "*", "ftp://a.b", ""]
 )
-def test_frames_of_other_sites_are_origins(trained_run: Path, capsys: pytest.CaptureFixture[str], origin: str) -> None:
+def test_frames_of_other_sites_are_origins(capsys: pytest.CaptureFixture[str], origin: str) -> None:
     """Other text could change what the page may load."""
     pytest.importorskip("gradio")
-    assert main(["web", str(trained_run), "--port", "0", "--allow-frame", origin]) == 2
+    assert main(["web", "tiny", "--port", "0", "--allow-frame", origin]) == 2
     assert "is not the origin of a site" in capsys.readouterr().err
 
 
@@ -815,19 +736,19 @@ def test_passwords_from_files_and_the_environment(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "0"])
-def test_other_machines_need_a_password(trained_run: Path, capsys: pytest.CaptureFixture[str], host: str) -> None:
+def test_other_machines_need_a_password(capsys: pytest.CaptureFixture[str], host: str) -> None:
     """--host alone must not open the server to the network without a password."""
     pytest.importorskip("gradio")
-    assert main(["web", str(trained_run), "--host", host, "--port", "0"]) == 2
+    assert main(["web", "tiny", "--host", host, "--port", "0"]) == 2
     assert "--auth USER:PASSWORD, or give --no-auth" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_cleanly(trained_run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     """Exit code 130, one line, no traceback, no files left."""
     pytest.importorskip("gradio")
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "dcris", "web", str(trained_run), "--port", "0"]
+    words = [sys.executable, "-m", "dcris", "web", "tiny", "--port", "0"]
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -848,6 +769,6 @@ def test_500_requests_of_10_clients(trained_run: Path) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = module.load(str(trained_run), requests=500, clients=10)
+    found = module.load("tiny", requests=500, clients=10)
     assert found["answered"] == found["right"] == 500
     assert found["growth"] < 0.05

@@ -59,8 +59,8 @@ class Site:
 def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pytest.importorskip("gradio")
     from dcris.inference.web.app import make_app
-    from dcris.inference.web.server import make_server
-    from dcris.inference.web.service import InferenceService, Sessions
+    from dcris.inference.web.server import guard, make_server
+    from dcris.inference.web.service import InferenceService
 
     segmenter = Segmenter.from_pretrained(trained_run, device="cpu", precision="float32")
     uploads = tmp_path_factory.mktemp("uploads")
@@ -76,7 +76,7 @@ def site(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
         patch.setattr(ReferringSegmenter, "segment", counted)
         service = InferenceService(segmenter)
-        server = make_server(make_app(service, Sessions(service.limits)), service.limits)
+        server = make_server(guard(make_app(service), service.limits), service.limits)
         thread = Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         while not server.started:

@@ -17,6 +17,7 @@ from dcris.utils.streams import note, printable, write
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
+    from dcris.inference.web.server import Access
 
 _LONGEST_LINE = 1000
 """Characters of an error message that are printed."""
@@ -215,6 +216,38 @@ def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) ->
             help="precision of the computation; auto: bfloat16 if the device supports it "
             "(default: the checkpoint's or recipe's)",
         )
+
+
+def server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add --host, --port, --allow-host, --auth and --no-auth."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=natural, default=port, help="port to listen on; 0 for any free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="further host name that clients may use; repeatable",
+    )
+    access = parser.add_mutually_exclusive_group()
+    access.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="required user name and password, or a file with one such line per user "
+        "(default: the environment variable DCRIS_WEB_AUTH)",
+    )
+    access.add_argument("--no-auth", action="store_true", help="serve other machines without a password")
+
+
+def access_of(args: argparse.Namespace, frames: Sequence[str] = ()) -> "Access":
+    """Return what the arguments of `server_arguments` say."""
+    from dcris.inference.web.server import Access
+
+    return Access(args.host, args.port, args.allow_host, frames, args.auth, args.no_auth)
 
 
 def own_name(root: Path, args: argparse.Namespace) -> str | None:

@@ -1,15 +1,20 @@
-"""The command `dcris web`."""
+"""The commands `dcris web` and `dcris serve`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dcris.cli.common import CHECKPOINT, adder, device_arguments, log, natural
+from dcris.cli.common import CHECKPOINT, access_of, adder, device_arguments, log, server_arguments
+
+if TYPE_CHECKING:
+    from dcris.inference.segmenter import Segmenter
 
 
 def add(commands: Any) -> None:
-    """Add the command of this file to the parser."""
-    web = adder(commands, "dcris ")(
+    """Add the commands of this file to the parser."""
+    add = adder(commands, "dcris ")
+    web = add(
         "web",
         _web,
         "serve a web page for trying a model",
@@ -17,23 +22,8 @@ def add(commands: Any) -> None:
         "Listens on this machine only unless --host is given. Uploads are kept in memory only, until half an hour "
         "after their last use.",
     )
-    web.add_argument(
-        "checkpoints",
-        metavar="CKPT",
-        nargs="*",
-        help=f"{CHECKPOINT} (default: photos); several on the same towers can be selected on the page",
-    )
-    web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
-    web.add_argument(
-        "--port", type=natural, default=7860, help="port to listen on; 0 for any free one (default: %(default)s)"
-    )
-    web.add_argument(
-        "--allow-host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="further host name that clients may use; repeatable",
-    )
+    _model_arguments(web, "selected on the page")
+    server_arguments(web, port=7860)
     web.add_argument(
         "--allow-frame",
         metavar="ORIGIN",
@@ -41,14 +31,6 @@ def add(commands: Any) -> None:
         default=[],
         help="other site whose pages may show this page in a frame, such as https://huggingface.co; repeatable",
     )
-    access = web.add_mutually_exclusive_group()
-    access.add_argument(
-        "--auth",
-        metavar="USER:PASSWORD",
-        help="required user name and password, or a file with one such line per user "
-        "(default: the environment variable DCRIS_WEB_AUTH)",
-    )
-    access.add_argument("--no-auth", action="store_true", help="serve other machines without a password")
     web.add_argument(
         "--examples",
         type=Path,
@@ -56,27 +38,65 @@ def add(commands: Any) -> None:
         help="folder of example images (default: photographs or generated scenes)",
     )
     device_arguments(web)
+    serve = add(
+        "serve",
+        _serve,
+        "serve the HTTP API of the web page without the page",
+        "photos --port 7860",
+        "One POST with an image and phrases is answered with masks and scores. Listens on this machine only unless "
+        "--host is given. Images are kept in memory only, until they are answered.",
+    )
+    _model_arguments(serve, "selected by the parameter `adapters`")
+    server_arguments(serve, port=7860)
+    device_arguments(serve)
+
+
+def _model_arguments(parser: argparse.ArgumentParser, selected: str) -> None:
+    parser.add_argument(
+        "checkpoints",
+        metavar="CKPT",
+        nargs="*",
+        help=f"{CHECKPOINT} (default: photos); several on the same towers can be {selected}",
+    )
 
 
 def _web(args: argparse.Namespace) -> None:
     from dcris.inference.inputs import find_tasks
-    from dcris.inference.segmenter import Segmenter
-    from dcris.inference.web.app import serve
+    from dcris.inference.web.app import gradio_settings, make_app
+    from dcris.inference.web.server import serve
+    from dcris.inference.web.service import InferenceService, Limits
 
     examples = None if args.examples is None else [task.path for task in find_tasks([args.examples], ["example"])]
+    load, limits = _loader(args), Limits()
+    with gradio_settings():
+        serve(
+            lambda: make_app(InferenceService(load(), limits), examples),
+            access_of(args, args.allow_frame),
+            limits,
+            _ready,
+        )
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from dcris.inference.web.api import make_api
+    from dcris.inference.web.server import serve
+    from dcris.inference.web.service import InferenceService, Limits
+
+    load, limits = _loader(args), Limits()
+    serve(lambda: make_api(InferenceService(load(), limits)), access_of(args), limits, _ready)
+
+
+def _loader(args: argparse.Namespace) -> "Callable[[], Segmenter]":
+    """Return a function that loads the models of the command line."""
+    from dcris.inference.segmenter import Segmenter
+
     checkpoints = args.checkpoints or ["photos"]
     sources = checkpoints[0] if len(checkpoints) == 1 else _named(checkpoints)
-    serve(
-        lambda: Segmenter.from_pretrained(sources, device=args.device, precision=args.precision),
-        host=args.host,
-        port=args.port,
-        examples=examples,
-        allow_hosts=args.allow_host,
-        allow_frames=args.allow_frame,
-        auth=args.auth,
-        no_auth=args.no_auth,
-        ready=lambda address: log(f"{address} (stop with Ctrl-C)"),
-    )
+    return lambda: Segmenter.from_pretrained(sources, device=args.device, precision=args.precision)
+
+
+def _ready(address: str) -> None:
+    log(f"{address} (stop with Ctrl-C)")
 
 
 def _named(sources: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The web page (Gradio) and the API beside it.
+"""The web page (Gradio), with the API beside it.
 
 Gradio only draws the page in the browser. Its routes for uploads, files, function calls and queues
 accept paths and URLs from clients, so they are not served; scripts of the page send images and
@@ -9,9 +9,8 @@ client reaches the file system.
 import base64
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +28,8 @@ from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
 from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
-from dcris.inference.web.server import open_port, read_credentials, run_server
+from dcris.inference.web.api import make_api, parse_number
+from dcris.inference.web.server import Application
 from dcris.inference.web.service import (
     InferenceService,
     Limits,
@@ -54,9 +54,6 @@ _THUMBNAIL_SIDE = 132
 
 _CLEANUP_INTERVAL = 60.0
 """Seconds between two deletions of expired sessions."""
-
-_HEALTH = "/health"
-"""Path for programs that supervise the server, such as Docker and Kubernetes."""
 
 _DOWNLOADS = {"masks.zip": "Masks (zip of PNGs)", "coco.json": "COCO JSON"}
 
@@ -83,97 +80,39 @@ class PageRequest(BaseModel):
     """Number of an example."""
 
 
-def serve(
-    segmenter: Callable[[], Segmenter],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    examples: Sequence[Path] | None = None,
-    limits: Limits | None = None,
-    allow_hosts: Sequence[str] = (),
-    allow_frames: Sequence[str] = (),
-    auth: str | None = None,
-    no_auth: bool = False,
-    ready: Callable[[str], None] = lambda address: None,
-) -> None:
-    """Serve the page until the process is interrupted.
-
-    Args:
-        segmenter: loads the model; called after the port was opened.
-        host: address to listen on.
-        port: 0 chooses a free port.
-        examples: example images; by default generated scenes for a model that was trained on those,
-            else photographs.
-        limits: limits on requests.
-        allow_hosts: further host names that clients may use.
-        allow_frames: origins of other sites whose pages may show the page in a frame.
-        auth: USER:PASSWORD, or a file with one such line per user; by default the environment
-            variable DCRIS_WEB_AUTH.
-        no_auth: serve other machines without a password.
-        ready: called with the URL of the page when the server answers.
-
-    Raises:
-        DcrisError: the extra `web` is not installed, the port is in use, `host` serves other
-            machines and neither `auth` nor `no_auth` is given, one of `allow_frames` is not an
-            origin, or an example is not an image.
-    """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads both when it is imported
+@contextmanager
+def gradio_settings() -> Iterator[None]:
+    """Context in which the page is made and served. Raises DcrisError if Gradio is not
+    installed."""
     with TemporaryDirectory(prefix="dcris-web-") as scratch:
-        os.environ["GRADIO_TEMP_DIR"] = scratch  # gradio makes a folder there and leaves it
-        credentials = () if no_auth else read_credentials(auth)
+        # Gradio reads both when it is imported, makes a folder there and leaves it.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         try:
             import gradio  # noqa: F401
-
-            from dcris.inference.web.guard import require_origin
         except ImportError as error:
             raise DcrisError(f"the web page needs the package {error.name}: pip install 'dcris[web]'") from error
-        frames = [require_origin(each) for each in allow_frames]
-        with open_port(host, port, protected=bool(credentials) or no_auth) as (listening, url):
-            service = InferenceService(segmenter(), limits)
-            sessions = Sessions(service.limits)
-            hosts = (host, *allow_hosts)
-            app = make_app(service, sessions, examples, hosts=hosts, credentials=credentials, frames=frames)
-            threading.Thread(target=_delete_expired_sessions, args=(sessions,), daemon=True).start()
-            try:
-                run_server(app, service.limits, listening, partial(ready, url))
-            finally:
-                service.close()
+        yield
 
 
-def make_app(
-    service: InferenceService,
-    sessions: Sessions,
-    examples: Sequence[Path] | None = None,
-    *,
-    hosts: Sequence[str] = (),
-    credentials: Sequence[str] = (),
-    frames: Sequence[str] = (),
-) -> "ASGIApp":
-    """Create the application: the page at /, the API at /api/segment and /health, behind the
-    guard."""
-    from starlette.applications import Starlette
+def make_app(service: InferenceService, examples: Sequence[Path] | None = None) -> Application:
+    """Return the application that `dcris web` serves: the page, and the API of `dcris serve`.
+
+    Args:
+        service: the model.
+        examples: example images; by default generated scenes for a model that was trained on those,
+            else photographs.
+
+    Raises:
+        DcrisError: an example is not an image.
+    """
+    from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse, Response
-    from starlette.routing import Mount, Route
-
-    from dcris.inference.web.guard import Guard, Refused, error_response
+    from starlette.routing import Route
 
     limits, default_threshold = service.limits, service.segmenter.protocol.threshold
     example_images = _read_examples(service.segmenter, examples)
-
-    async def health(request: "Request") -> Response:
-        """Say that the model is loaded. It needs no password, so it says nothing else."""
-        return JSONResponse({"status": "ok"})
-
-    async def segment_file(request: "Request") -> Response:
-        query = request.query_params
-        threshold = _parse_threshold(query["threshold"]) if "threshold" in query else None
-        minima = _parse_minima(query.get("min_score"), query.get("min_area"))
-        phrases = service.parse_phrases(query.getlist("phrase"))
-        data = await request.body()
-        if not data:
-            raise DcrisError("there is no image; send the image file as the body of the request")
-        predictions = await service.predict(data, phrases, query.get("adapters"), threshold, *minima)
-        return JSONResponse(coco_results(predictions, query.get("name", "")))
+    sessions, closing = Sessions(limits), threading.Event()
+    threading.Thread(target=_delete_expired_sessions, args=(sessions, closing), daemon=True).start()
 
     async def view(name: str, threshold: float, **fields: str) -> Response:
         """The parts of the page for a session: its image with masks, legend and downloads."""
@@ -221,7 +160,7 @@ def make_app(
 
     async def download(request: "Request") -> Response:
         session, file = sessions.get(request.path_params["name"]), request.path_params["file"]
-        threshold = _parse_threshold(request.query_params.get("threshold", ""))
+        threshold = parse_number("threshold", request.query_params.get("threshold", "")) or 0.0
         headers = {"Content-Disposition": f'attachment; filename="{quote(file)}"'}
 
         def pack() -> Response:
@@ -234,10 +173,6 @@ def make_app(
             raise NotFoundError(f"there is no file {file}; there are {' and '.join(_DOWNLOADS)}")
         return await service.render(pack)
 
-    def on_error(request: "Request", error: Exception) -> Response:
-        assert isinstance(error, DcrisError)
-        return error_response(error)
-
     gradio_app, names = _gradio_app(make_page(limits, service.segmenter, example_images))
 
     async def page(scope: Any, receive: Any, send: Any) -> None:
@@ -246,29 +181,33 @@ def make_app(
         Gradio gets nothing else of the request.
         """
         if scope["method"] not in ("GET", "HEAD") or scope["path"] not in names:
-            raise Refused(404, "there is nothing at this address; the page is at / and the API at /api/segment")
+            raise HTTPException(404)
         # Without Accept-Encoding: Gradio would compress megabytes for each request, which blocks
         # all other requests.
         headers = [each for each in scope["headers"] if each[0] in (b"host", b"if-none-match")]
         await gradio_app({**scope, "query_string": b"", "headers": headers}, receive, send)
 
-    with_image = {"/api/segment": segment_file, "/page/image": upload_image}
+    def close() -> None:
+        closing.set()
+        service.close()
+
+    api = make_api(service)
+    with_image = {"/page/image": upload_image}
     without = {
         "/page/example": choose_example,
         "/page/segment": segment_session,
         "/page/threshold": change_threshold,
     }
-    app = Starlette(
-        routes=[
+    return Application(
+        [
+            *api.routes,
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in (with_image | without).items()),
-            Route(_HEALTH, health),
             Route("/download/{name}/{file}", download),
-            Mount("/", page),
         ],
-        exception_handlers={DcrisError: on_error},
+        {**api.bodies, **dict.fromkeys(with_image, limits.upload), **dict.fromkeys(without, limits.fields)},
+        fallback=page,
+        close=close,
     )
-    sizes = dict.fromkeys(with_image, limits.upload) | dict.fromkeys(without, limits.page_request)
-    return Guard(app, sizes, limits, hosts, credentials, frames, public=[_HEALTH])
 
 
 def make_page(limits: Limits, segmenter: Segmenter, examples: Sequence[Example]) -> "gradio.Blocks":
@@ -387,23 +326,6 @@ async def _parse_request(request: "Request") -> PageRequest:
         raise DcrisError("the request of the page is malformed; reload the page") from error
 
 
-def _parse_threshold(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise DcrisError(f"the threshold must be a number between 0 and 1, not {text!r}") from error
-
-
-def _parse_minima(score: str | None, area: str | None) -> tuple[float | None, int]:
-    """Parse the minimum score and area of a request, if given. Raises DcrisError for other text."""
-    try:
-        return None if score is None else float(score), 0 if area is None else int(area)
-    except ValueError as error:
-        raise DcrisError(
-            f"min_score must be a number from 0 to 1 and min_area a whole number of pixels, not {score!r} and {area!r}"
-        ) from error
-
-
 def _read_examples(segmenter: Segmenter, paths: Sequence[Path] | None) -> list[Example]:
     if paths is not None:
         return [(read_image(path), path.name, ()) for path in paths]
@@ -438,7 +360,6 @@ def _render_legend(predictions: Sequence[Prediction]) -> str:
     return _render("legend", list(zip(predictions, colours, strict=True)))
 
 
-def _delete_expired_sessions(sessions: Sessions) -> None:
-    while True:
-        time.sleep(_CLEANUP_INTERVAL)
+def _delete_expired_sessions(sessions: Sessions, closing: threading.Event) -> None:
+    while not closing.wait(_CLEANUP_INTERVAL):
         sessions.delete_expired()

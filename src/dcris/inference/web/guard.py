@@ -215,7 +215,7 @@ class Guard:
 
     async def _receive(self, body: _Body, headers: Headers, receive: Receive, limit: int) -> None:
         """Read a body into memory. Raises Refused if it is too large or takes too long."""
-        too_large = Refused(413, f"the request is larger than {limit / 1e6:.1f} MB; send a smaller file")
+        too_large = Refused(413, f"the request is larger than {limit / 1e6:.2g} MB; send a smaller file")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > limit:
             raise too_large

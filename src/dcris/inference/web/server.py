@@ -1,14 +1,17 @@
-"""Start a server: its port, its users and its time limits.
+"""What all servers of dcris share: their port, their users, their errors, start and end.
 
-This module imports uvicorn and what depends on it late, so that a missing package is one sentence.
+A server is an `Application`. `serve` opens the port, loads the model, and answers requests behind
+the guard until the process is interrupted. This module imports uvicorn and what depends on it late,
+so that a missing package is one sentence.
 """
 
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +22,143 @@ from dcris.utils import files
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp
 
 AUTH = "DCRIS_WEB_AUTH"
 """Environment variable with the value of `--auth`. Other users of the machine can see arguments,
 but not the environment."""
+
+
+HEALTH = "/health"
+"""Path for programs that supervise the server, such as Docker and Kubernetes."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where a server listens, and who may use it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 7860
+    """0 chooses a free port."""
+    hosts: Sequence[str] = ()
+    """Host names that clients may use, in addition to `host`."""
+    frames: Sequence[str] = ()
+    """Origins of other sites whose pages may show this server's pages in a frame."""
+    auth: str | None = None
+    """Users and passwords, as `read_credentials` takes them."""
+    no_auth: bool = False
+    """Serve other machines without a password."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """What a server answers."""
+
+    routes: Sequence["BaseRoute"]
+    """Routes of Starlette. They get each body whole, raise DcrisError for bad requests, and must
+    not block: use `InferenceService.predict` and `InferenceService.render`."""
+    bodies: Mapping[str, int]
+    """Maximum size in bytes of each path that accepts a body (by POST)."""
+    fallback: "ASGIApp | None" = None
+    """Answers all other paths; by default, there is nothing."""
+    public: Collection[str] = (HEALTH,)
+    """Paths that need no password."""
+    close: Callable[[], None] = lambda: None
+    """Called at the end."""
+    log: Callable[[str], None] = lambda line: None
+    """Called with the path and message of each error of a route."""
+
+
+def serve(
+    make: Callable[[], Application],
+    access: Access,
+    limits: Limits,
+    ready: Callable[[str], None] = lambda address: None,
+    extra: str = "serve",
+) -> None:
+    """Serve an application until the process is interrupted.
+
+    Args:
+        make: loads the model and returns the application; called after the port was opened.
+        access: address, host names and passwords.
+        limits: limits on requests.
+        ready: called with the URL of the server when it answers.
+        extra: extra of dcris that has the libraries of this server.
+
+    Raises:
+        DcrisError: the extra is not installed, the port is in use, the address serves other
+            machines and there is neither a password nor `no_auth`, or one of `access.frames` is not
+            an origin.
+    """
+    credentials = [] if access.no_auth else read_credentials(access.auth)
+    try:
+        import h11  # noqa: F401
+        import python_multipart  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+
+        from dcris.inference.web.guard import require_origin
+    except ImportError as error:
+        raise DcrisError(f"the server needs the package {error.name}: pip install 'dcris[{extra}]'") from error
+    frames = [require_origin(origin) for origin in access.frames]
+    protected = bool(credentials) or access.no_auth
+    with open_port(access.host, access.port, protected=protected) as (listening, url):
+        application = make()
+        hosts = (access.host, *access.hosts)
+        app = guard(application, limits, hosts=hosts, credentials=credentials, frames=frames)
+        try:
+            run_server(app, limits, listening, partial(ready, url))
+        finally:
+            application.close()
+
+
+def guard(
+    application: Application,
+    limits: Limits,
+    *,
+    hosts: Sequence[str] = (),
+    credentials: Sequence[str] = (),
+    frames: Sequence[str] = (),
+) -> "ASGIApp":
+    """Return an application behind the guard, which see for the arguments.
+
+    All its errors are {"error": MESSAGE}.
+    """
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+
+    from dcris.inference.web.guard import Guard, Refused, error_response
+
+    def on_error(request: "Request", error: Exception) -> "Response":
+        assert isinstance(error, DcrisError)
+        application.log(f"{request.url.path}: {error}")
+        return error_response(error)
+
+    def on_http_error(request: "Request", error: Exception) -> "Response":
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            allowed = " or ".join(sorted((error.headers or {})["Allow"].split(", ")))
+            sentence = f"{request.url.path} takes {allowed}, not {request.method}"
+        else:
+            sentence = f"there is nothing at this address; there is {', '.join(sorted(application.bodies))}"
+        return on_error(request, Refused(error.status_code, sentence, error.headers))
+
+    app = Starlette(routes=application.routes, exception_handlers={DcrisError: on_error, HTTPException: on_http_error})
+    app.router.redirect_slashes = False
+    if application.fallback is not None:
+        app.router.default = application.fallback
+    return Guard(app, application.bodies, limits, hosts, credentials, frames, application.public)
+
+
+async def health(request: "Request") -> "Response":
+    """Say that the model is loaded. It needs no password, so it says nothing else."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"status": "ok"})
 
 
 def read_credentials(given: str | None) -> list[str]:

@@ -5,6 +5,7 @@ their number, size and age are limited.
 """
 
 import asyncio
+import base64
 import io
 import secrets
 import threading
@@ -53,8 +54,8 @@ class Limits:
     """Bytes of the images and probabilities of all sessions together."""
     kept_seconds: float = 1800.0
     """Time after the last use of a session until it is deleted."""
-    page_request: int = 200_000
-    """Bytes of a request of the page without an image."""
+    fields: int = 200_000
+    """Bytes of a request without its image."""
     uploading: int = 200_000_000
     """Bytes of all request bodies in memory."""
     drain: int = 1_000_000_000
@@ -77,6 +78,12 @@ class BusyError(DcrisError):
     """Too many requests are waiting."""
 
     status = 503
+
+
+class TooLargeError(DcrisError):
+    """A file is too large."""
+
+    status = 413
 
 
 class NotFoundError(DcrisError):
@@ -264,10 +271,18 @@ class Sessions:
             del self._sessions[name]
 
 
-def coco_results(predictions: Sequence[Prediction], file_name: str) -> list[dict[str, Any]]:
-    """Convert the predictions for one image to COCO results, as `dcris predict` writes them."""
+def coco_results(predictions: Sequence[Prediction], file_name: str, masks: bool = False) -> list[dict[str, Any]]:
+    """Convert the predictions for one image to COCO results, as `dcris predict` writes them.
+
+    With `masks`, each has its mask as a PNG file (0 and 255), too, in base64 as `mask_png`.
+    """
     return [
-        {**prediction.to_coco(image_id=1), "file_name": file_name, "phrase_number": number}
+        {
+            **prediction.to_coco(image_id=1),
+            "file_name": file_name,
+            "phrase_number": number,
+            **({"mask_png": base64.b64encode(png_bytes(prediction.mask)).decode()} if masks else {}),
+        }
         for number, prediction in enumerate(predictions)
     ]
 

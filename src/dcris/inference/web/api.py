@@ -1,0 +1,173 @@
+"""The API: one POST request with an image and phrases, answered with JSON.
+
+The body is the image file, with the parameters in the URL, or a form (multipart/form-data) with the
+file in the part `image`. Nothing that a client sends is used as a path or an address.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from dcris.errors import DcrisError
+from dcris.inference.web.server import HEALTH, Application, health
+from dcris.inference.web.service import InferenceService, TooLargeError, coco_results
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+PATH = "/api/segment"
+
+IMAGE = "image"
+"""The part of a form that is the image file."""
+
+PARAMETERS = ("phrase", "threshold", "min_score", "min_area", "adapters", "name", "masks")
+
+_PARTS = 64
+"""Parts of a form; more than any request needs."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """The parameters of a request. Fields: see `Segmenter.predict`, `coco_results`."""
+
+    phrases: list[str]
+    threshold: float | None = None
+    min_score: float | None = None
+    min_area: int = 0
+    adapters: str | None = None
+    name: str = ""
+    masks: bool = False
+
+
+def make_api(service: InferenceService) -> Application:
+    """Return the application that `dcris serve` serves."""
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    async def segment(request: "Request") -> "Response":
+        body, kind = await request.body(), request.headers.get("content-type", "")
+        values = list(request.query_params.multi_items())
+        if kind.partition(";")[0].strip().lower() == "multipart/form-data":
+            image, name, fields = await service.render(lambda: read_form(body, kind))
+            if name and not any(key == "name" for key, _ in values + fields):
+                fields.append(("name", name))
+            values += fields
+        else:
+            image = body
+        return JSONResponse(await answer(service, image, parse_query(service, values)))
+
+    limits = service.limits
+    routes = [Route(PATH, segment, methods=["POST"]), Route(HEALTH, health)]
+    return Application(routes, {PATH: limits.upload + limits.fields}, close=service.close)
+
+
+async def answer(service: InferenceService, image: bytes, query: Query) -> list[dict[str, Any]]:
+    """Return the results for an image file, as in predictions.json.
+
+    Raises DcrisError for what is not an image, is too large, or as `InferenceService.predict` does.
+    """
+    if not image:
+        raise DcrisError(
+            f"there is no image; send the file as the body of the request, or as the part {IMAGE!r} of a form"
+        )
+    if len(image) > service.limits.upload:
+        raise TooLargeError(f"the image file is larger than {service.limits.upload / 1e6:.2g} MB; send a smaller file")
+    predictions = await service.predict(
+        image, query.phrases, query.adapters, query.threshold, query.min_score, query.min_area
+    )
+    return await service.render(lambda: coco_results(predictions, query.name, masks=query.masks))
+
+
+def parse_query(service: InferenceService, values: Iterable[tuple[str, str]]) -> Query:
+    """Check the parameters of a request.
+
+    Raises DcrisError for an unknown parameter, one that is given twice, or a value of another kind.
+    """
+    phrases: list[str] = []
+    given: dict[str, str] = {}
+    for name, value in values:
+        if name not in PARAMETERS:
+            raise DcrisError(f"there is no parameter {name[:60]!r}; the parameters are {', '.join(PARAMETERS)}")
+        if name == "phrase":
+            phrases.append(value)
+        elif given.setdefault(name, value) is not value:
+            raise DcrisError(f"the parameter {name!r} is given more than once")
+    if given.get("masks", "png") != "png":
+        raise DcrisError(f"the parameter 'masks' must be png, not {given['masks'][:60]!r}")
+    return Query(
+        phrases=service.parse_phrases(phrases),
+        threshold=parse_number("threshold", given.get("threshold")),
+        min_score=parse_number("min_score", given.get("min_score")),
+        min_area=int(parse_number("min_area", given.get("min_area"), whole=True) or 0),
+        adapters=given.get("adapters"),
+        name=given.get("name", ""),
+        masks="masks" in given,
+    )
+
+
+def parse_number(name: str, text: str | None, whole: bool = False) -> float | None:
+    """Parse the value of a parameter; None if it is not given. Raises DcrisError for other text."""
+    if text is None:
+        return None
+    try:
+        return int(text) if whole else float(text)
+    except ValueError as error:
+        kind = "a whole number of pixels" if whole else "a number between 0 and 1"
+        raise DcrisError(f"the parameter {name!r} must be {kind}, not {text[:60]!r}") from error
+
+
+def read_form(body: bytes, content_type: str) -> tuple[bytes, str, list[tuple[str, str]]]:
+    """Read a form (multipart/form-data) in memory.
+
+    Returns:
+        the image file (empty if there is none), its name without folders, and the other fields.
+
+    Raises:
+        DcrisError: it is not such a form, is cut off, or has too many parts or another file.
+    """
+    from python_multipart.exceptions import FormParserError
+    from python_multipart.multipart import Field, File, FormParser, parse_options_header
+
+    files: list[File] = []
+    fields: list[tuple[str, str]] = []
+    ended: list[bool] = []
+
+    def on_file(file: File) -> None:
+        files.append(file)
+        if len(files) > 1 or file.field_name != IMAGE.encode():
+            name = _text(file.field_name)[:60]
+            raise DcrisError(f"there is a file in the part {name!r}; send one file, in the part {IMAGE!r}")
+
+    def on_field(field: Field) -> None:
+        fields.append((_text(field.field_name), _text(field.value)))
+        if len(fields) > _PARTS:
+            raise DcrisError(f"the form has more than {_PARTS} parts; send each parameter once")
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    try:
+        # Files stay in memory: the body is in memory, and bounded, already.
+        parser = FormParser(
+            "multipart/form-data",
+            on_field,
+            on_file,
+            lambda: ended.append(True),
+            boundary=boundary,
+            config={"MAX_MEMORY_FILE_SIZE": float("inf")},
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise DcrisError(f"the body is not a form, although its Content-Type says so ({error})") from error
+    if not ended:
+        raise DcrisError("the form is cut off; send it again, with the boundary at its end")
+    if not files:
+        return b"", "", fields
+    content = files[0].file_object
+    content.seek(0)
+    return content.read(), PureWindowsPath(_text(files[0].file_name)).name, fields
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
