@@ -88,7 +88,7 @@ def image_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageServer]:
     with ImageServer() as server:
         for number in range(1, COUNT + 1):
             server.content[f"/train2014/{_name(number)}"] = _jpeg(_size(number), number)
-        monkeypatch.setattr(coco, "IMAGE_SERVER", f"{server.url}/train2014")
+        monkeypatch.setattr(coco, "IMAGE_SERVER", f"{server.url}/{{}}")
         yield server
 
 
@@ -469,7 +469,7 @@ def test_wrong_arguments_cost_no_download(
 ) -> None:
     assert sentence in _refused(capsys, _fetch(tmp_path / "data", *words))
     assert main(["data", "fetch", "refclef", "--out", str(tmp_path / "data")]) == 2
-    assert "choose from refcoco, refcoco+, refcocog, grefcoco\n" in capsys.readouterr().err
+    assert "choose from refcoco, refcoco+, refcocog, grefcoco, refsegrs, refcoco-m, gseval\n" in capsys.readouterr().err
     assert hub.requests == []
     assert not (tmp_path / "data").exists()
 

@@ -92,6 +92,7 @@ from fuzz import (
 from generalised import LAYOUTS
 from layouts import hub_files, write_prepared
 from models import randomise
+from referee import WRITERS, write_refcocom_images
 from runs import run_training, timeless_log, unseal
 
 # ---- sets of files -------------------------------------------------------------------------------
@@ -288,6 +289,13 @@ def generalised(root: Path) -> None:
         write_results(root / name, answers, protocol)
 
 
+def referee(root: Path) -> None:
+    """The sets of others, each in its own layout."""
+    for write in WRITERS.values():
+        write(root)
+    write_refcocom_images(root)
+
+
 def own(root: Path) -> None:
     """Your own data in JSON Lines, with masks of each kind, several and none."""
     (root / "m").mkdir(parents=True)
@@ -428,6 +436,18 @@ _TOOLS = (
     (tool_exports.supervisely, "meta.json", (json_tree,), "keep"),
     (tool_exports.predictions, "predictions.json", (json_tree,), "keep"),
 )
+_REFEREE = (
+    ("rrsisd", "rrsisd/instances.json", (json_tree,)),
+    ("refsegrs", "RefSegRS/output_phrase_val.txt", ()),
+    ("refsegrs", "RefSegRS/masks/9.tif", (picture_bomb,)),
+    ("reasonseg", "reason_seg/ReasonSeg/train/1.json", (json_tree,)),
+    ("reasonseg", "reason_seg/ReasonSeg/val", ()),
+    ("phrasecut", "VGPhraseCut_v0/refer_val.json", (json_tree,)),
+    ("phrasecut", "VGPhraseCut_v0/image_data_split.json", (json_tree,)),
+    ("phrasecut", "VGPhraseCut_v0/name_att_rel_count.json", (json_tree,)),
+    ("refcoco-m", "refcoco-m/data/validation-00000-of-00001.parquet", (parquet_rows, parquet_bomb)),
+    ("gseval", "GSEval/GroundingSuite-Eval.jsonl", (json_lines,)),
+)
 _LISTED = (
     ("photos", (), "SET/photos --recursive -e cup"),
     ("photos/a.jpg", (picture_bomb,), "SET/photos --recursive -e cup"),
@@ -456,6 +476,10 @@ FORMATS = (
     Format("grefcoco", generalised, "grefcoco/grefs(unc).json", (json_tree,), f"{_CHECK_ANY} grefcoco", 12),
     Format("refzom", generalised, "ref-zom/refs(final).p", (pickle_tree, refs_bomb), f"{_CHECK_ANY} ref-zom", 6),
     Format("rrefcoco", generalised, "rrefcoco/refs(unc).p", (pickle_tree, refs_bomb), f"{_CHECK_ANY} rrefcoco", 6),
+    *(
+        Format(f"{dataset} {Path(file).name}", referee, file, spoils, f"{_CHECK_ANY} {dataset}", 4)
+        for dataset, file, spoils in _REFEREE
+    ),
     Format("own data", own, "mine.jsonl", (json_lines,), _CHECK_OWN, 8),
     Format("own mask", own, "m/1.png", (png_chunks, picture_bomb), _CHECK_OWN),
     *(

@@ -29,7 +29,7 @@ def test_a_data_set_brings_its_word_length() -> None:
 
 def test_official_sizes_add_up_to_the_published_totals() -> None:
     """A wrong number in the table would report correct files as wrong."""
-    classic = {key: each for key, each in PARTITIONS.items() if not DATASETS[key[0]].generalised}
+    classic = {key: each for key, each in PARTITIONS.items() if each.cris_folder}
     expressions = {key: sum(count for _, count in each.splits.values()) for key, each in classic.items()}
     assert expressions[("refcoco", "unc")] == 142_210
     assert expressions[("refcoco+", "unc")] == 141_564
@@ -37,6 +37,14 @@ def test_official_sizes_add_up_to_the_published_totals() -> None:
     assert expressions[("refcocog", "google")] == 95_010
     references = {key: sum(count for count, _ in each.splits.values()) for key, each in classic.items()}
     assert list(references.values()) == [50_000, 49_856, 49_822, 49_822]
+    assert sum(count for count, _ in PARTITIONS["refcoco", "google"].splits.values()) == 50_000
+    totals = {
+        name: sum(count for _, count in PARTITIONS[name, "official"].splits.values())
+        for name in ("refsegrs", "phrasecut")
+    }
+    assert totals == {"refsegrs": 4_420, "phrasecut": 345_486}
+    assert sum(count for count, _ in PARTITIONS["rrsisd", "unc"].splits.values()) == 17_402
+    assert sum(count for count, _ in PARTITIONS["reasonseg", "official"].splits.values()) == 1_218
 
 
 def test_the_tables_agree() -> None:
@@ -44,7 +52,7 @@ def test_the_tables_agree() -> None:
     assert {name for name, _ in PARTITIONS} == set(DATASETS)
     for name, dataset in DATASETS.items():
         assert official_splits(name, dataset.split_by)
-    assert official_splits("refcoco", "google") == {}
+    assert official_splits("refcoco", "umd") == {}
     folders = [each.cris_folder for each in PARTITIONS.values() if each.cris_folder]
     assert len(folders) == len(set(folders)) == 4
 

@@ -161,6 +161,25 @@ _add(
     "DCRIS-B with a presence head on gRefCOCO, whose expressions refer to no, one or several objects. Not in the paper. "
     "Here: unmeasured.",
 )
+for _dataset, _title, _baseline in (
+    ("rrsisd", "RRSIS-D", "RMSIN: 480 x 480 pixels, 20 tokens, 40 epochs, four GPUs, batch 8, learning rate 3e-5"),
+    ("refsegrs", "RefSegRS", "LGCE: 480 x 480 pixels, 20 tokens, 40 epochs, batch 8 a GPU, learning rate 5e-5"),
+):
+    _add(
+        replace(
+            _B,
+            {
+                "recipe": f"dcris_b_{_dataset}",
+                "data": DataConfig(
+                    dataset=_dataset,
+                    split_by=DATASETS[_dataset].split_by,
+                    word_length=DATASETS[_dataset].word_length,
+                ),
+            },
+        ),
+        f"DCRIS-B, with its own image size and schedule, on {_title} (remote sensing). Not in the paper. The authors' baseline "
+        f"is {_baseline}; compare with --protocol lavt. Here: unmeasured.",
+    )
 _add(
     with_method(_B, "detris_b", DcrisConfig(text=TextAdapterConfig(kind="dense")), **SCHEDULES["detris"]),
     "DETRIS-B, the successor, on RefCOCO: batch 32, 65 epochs. Theirs: mIoU 76.0 / 78.2 / 73.5. Here: unmeasured. It is "

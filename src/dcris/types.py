@@ -25,10 +25,19 @@ class SoftMask:
     value."""
 
 
-Segmentation = list[list[float]] | Mapping[str, Any] | Path | SoftMask
+@dataclass(frozen=True, slots=True, eq=False)
+class PixelPolygons:
+    """Polygons through the centres of pixels, whose outline belongs to the object: as Pillow draws
+    them for PhraseCut. COCO's polygons go between pixels instead."""
+
+    polygons: tuple[NDArray[np.int32], ...]
+    """[N, 2] each: x and y of the corners."""
+
+
+Segmentation = list[list[float]] | Mapping[str, Any] | Path | SoftMask | PixelPolygons
 """A mask in a form of COCO, polygons (x, y, x, y, ...) or run lengths {"size": [H, W], "counts":
-list, str or bytes}; or the path of a mask image with two values, 0 for the background and any other
-for the object."""
+list, str or bytes}; the path of a mask image with two values, 0 for the background and any other
+for the object; or polygons of pixels."""
 
 MaskArray = NDArray[np.bool_]
 """[H, W] bool: True where the object is."""
@@ -86,6 +95,11 @@ class Reference:
     ignored: Segmentation | None = None
     """Pixels that are neither object nor background, as the annotators could not decide. They are
     in no object. Evaluation leaves them out; training takes them for background, as LISA does."""
+    stretched: bool = False
+    """Whether an image file of another size is resized to `image_size`; otherwise it is an
+    error."""
+    coco_id: int | None = None
+    """COCO's number of the image, where the data set records it and the file has another name."""
 
     def targets(self, expression: Expression) -> tuple[Segmentation, ...]:
         """Return the objects that one of its expressions describes; empty if there are none."""

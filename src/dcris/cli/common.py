@@ -171,8 +171,8 @@ def data_set_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --dataset, --split-by and --mask-threshold."""
     parser.add_argument(
         "--dataset",
-        help="data set: refcoco, refcoco+, refcocog, grefcoco, ref-zom, rrefcoco, scenes, or a folder in ROOT; several as "
-        "one: mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY)",
+        help="data set: refcoco, refcoco+, refcocog, grefcoco, ref-zom, rrefcoco, rrsisd, refsegrs, reasonseg, phrasecut, "
+        "refcoco-m, gseval, scenes, or a folder in ROOT; several as one: mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY)",
     )
     parser.add_argument(
         "--split-by", help="partition of the data set: unc, umd, google, ...; needed only if ROOT has several"

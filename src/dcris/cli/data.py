@@ -25,13 +25,15 @@ def add(commands: Any) -> None:
         "Existing files are kept, so the same command continues after an interruption. The annotations come from the Hugging "
         "Face Hub. The images have the licences that their photographers chose.",
     )
-    fetch.add_argument("dataset", metavar="DATASET", help="refcoco, refcoco+, refcocog (umd) or grefcoco")
+    fetch.add_argument(
+        "dataset", metavar="DATASET", help="refcoco, refcoco+, refcocog (umd), grefcoco, refcoco-m, refsegrs or gseval"
+    )
     fetch.add_argument("--out", type=Path, required=True, metavar="ROOT", help="folder of the data sets")
     fetch.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, val, testA, testB or test (default: all)")
     fetch.add_argument(
         "--photographs",
         metavar="PATH_OR_URL",
-        help="folder or zip file of train2014 to copy from, or URL of a mirror (default: COCO's server)",
+        help="folder or zip file of the images to copy from, or URL of a mirror (default: COCO's server)",
     )
     fetch.add_argument(
         "--connections",
@@ -132,7 +134,6 @@ def add(commands: Any) -> None:
 def _data_fetch(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from dcris.data.coco import IMAGE_SERVER
     from dcris.data.download import fetch_dataset
 
     bar: Any = None
@@ -150,7 +151,7 @@ def _data_fetch(args: argparse.Namespace) -> None:
             args.dataset,
             args.out,
             splits=args.splits,
-            images=args.photographs or IMAGE_SERVER,
+            images=args.photographs,
             connections=args.connections,
             progress=progress,
         )

@@ -145,6 +145,7 @@ def check_dataset(
     _check_sizes(report)
     _check_leaks(table, report)
     _check_files(table, report, deep, progress)
+    _check_leftovers(table, report)
     return report
 
 
@@ -194,7 +195,7 @@ def _check_files(
     first_references: dict[Path, Reference] = {}
     for reference in table.references:
         first_references.setdefault(reference.image_path, reference)
-    image_problems: list[str | None] = []
+    image_problems: list[str | tuple[int, int] | None] = []
     # Threads suffice: reading waits for the disk, and the decoders release the GIL.
     with ThreadPoolExecutor(cores()) as pool:
         for problem in pool.map(partial(_check_image, deep=deep), first_references.values()):
@@ -203,10 +204,19 @@ def _check_files(
                 progress(len(image_problems))
     problem_of = dict(zip(first_references, image_problems, strict=True))
     annotations: set[int] = set()
+    stretched: list[str] = []
     for reference in table.references:
         where = f"reference {reference.ref_id}"
-        if problem := problem_of.pop(reference.image_path, None):
+        problem = problem_of.pop(reference.image_path, None)
+        if isinstance(problem, str):
             report.add_problem(f"{where}: {problem}")
+        elif problem:
+            stretched.append("{} ({} x {})".format(reference.image_path.name, *problem))
+        if reference.ignored is not None:
+            try:
+                mask_area(reference.ignored, reference.image_size)
+            except DcrisError as error:
+                report.add_problem(f"{where}: the ignored pixels: {error}")
         for ann_id, segmentation in zip(reference.ann_ids, reference.segmentations, strict=True):
             if ann_id in annotations:
                 continue
@@ -217,9 +227,29 @@ def _check_files(
             except DcrisError as error:
                 report.add_problem(f"{where}: annotation {ann_id}: {error}")
 
+    if stretched:
+        report.warnings.append(
+            f"{len(stretched):,} images have another size (height x width) than their masks and are resized to it, as in the "
+            f"authors' code: {', '.join(stretched[:3])}{', ...' if len(stretched) > 3 else ''}"
+        )
 
-def _check_image(reference: Reference, deep: bool) -> str | None:
-    """Return the problem of a reference's image, in words, or None."""
+
+def _check_leftovers(table: ReferenceTable, report: CheckReport) -> None:
+    """Compare RRSIS-D's XML files, which nothing reads, with its images: where their numbers
+    differ, the drive's zip files were not all unpacked."""
+    folder = table.root / "images/rrsisd/ann_split"
+    if table.dataset == "rrsisd" and folder.is_dir():
+        files = sum(1 for _ in folder.glob("*.xml"))
+        if files != report.images:
+            report.warnings.append(
+                f"{folder} has {files:,} XML files for {report.images:,} images; they are not read, but the download may be "
+                "incomplete"
+            )
+
+
+def _check_image(reference: Reference, deep: bool) -> str | tuple[int, int] | None:
+    """Return the problem of a reference's image, in words; the size (H, W) of an image that is
+    stretched; or None."""
     path = reference.image_path
     try:
         found = read_image(path).shape[:2] if deep else image_size(path)
@@ -227,6 +257,8 @@ def _check_image(reference: Reference, deep: bool) -> str | None:
         return str(error)
     if found == reference.image_size:
         return None
+    if reference.stretched:
+        return found[0], found[1]
     return (
         "{} is {} x {} pixels (height x width), but the annotations say {} x {}, so the mask does not fit; download the "
         "image again".format(path, *found, *reference.image_size)

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-IMAGE_SERVER = "http://images.cocodataset.org/train2014"
-"""COCO's own server, which serves single images. HTTPS fails: the certificate is for another
-host."""
+IMAGE_SERVER = "http://images.cocodataset.org/{}"
+"""COCO's own server, which serves single images of "train2014" and its other folders. HTTPS fails:
+the certificate is for another host."""
 
 IMAGE_FOLDER = "images/mscoco/images/train2014"
 """Folder of the images below the root, in the REFER release."""
@@ -73,20 +73,22 @@ class ImageFolder:
         return folder / rename_image(name, self.naming)
 
 
-def find_images(root: Path, names: Iterable[str]) -> ImageFolder:
+def find_images(root: Path, names: Iterable[str], usual: str | None = None) -> ImageFolder:
     """Find the folder of the images below `root`, by the first of `names` that exists there.
 
     All namings are tried.
 
-    If none is found, return the folder of the REFER release, so that errors name the usual place.
+    If none is found, return the `usual` folder, by default that of the REFER release, so that
+    errors name the usual place.
     """
+    folders = _IMAGE_FOLDERS if usual is None else (usual, *_IMAGE_FOLDERS)
     for name in names:
-        for folder in _IMAGE_FOLDERS:
+        for folder in folders:
             for naming in NAMINGS:
                 images = ImageFolder(root / folder, naming)
                 if images.path(name).exists():
                     return images
-    return ImageFolder(root / IMAGE_FOLDER)
+    return ImageFolder(root / folders[0])
 
 
 def rename_image(name: str, naming: str) -> str:
@@ -112,6 +114,12 @@ def portable_name(path: Path, folder: Path) -> str:
     if number:
         return number[1]
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def image_key(path: Path, folder: Path, coco_id: int | None = None) -> str:
+    """Return what identifies an image in all data sets: COCO's number, from its file name under any
+    naming or as the data set records it, or else its path relative to `folder`, the data set's."""
+    return portable_name(path, folder) if coco_id is None else f"{coco_id:012d}"
 
 
 def image_ids(names: Iterable[str]) -> dict[str, int]:

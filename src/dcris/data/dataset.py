@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -152,8 +153,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
         reference = self.references[index % len(self)]
         text = expression.text
         mask = union_mask(reference.targets(expression), reference.image_size)
-        if image.shape[:2] != mask.shape:
-            raise DcrisError(size_mismatch(reference, image))
+        image = fit_image(image, reference)
         for name, generator in self.draw_augmentations(index):
             image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)
         square, letterbox = to_square(image, self.config, Letterbox)
@@ -204,10 +204,17 @@ class Skipped:
             self.log(f"{len(self.numbers)} of {self.references:,} references could not be read and were skipped")
 
 
-def size_mismatch(reference: Reference, image: NDArray[np.uint8]) -> str:
-    """Return the error message for an image whose size is not the annotated one."""
+def fit_image(image: NDArray[np.uint8], reference: Reference) -> NDArray[np.uint8]:
+    """Return the image of a reference [H, W, 3] uint8 at its annotated size.
+
+    Raises DcrisError if it has another size and may not be stretched.
+    """
     height, width = reference.image_size
-    return (
+    if image.shape[:2] == reference.image_size:
+        return image
+    if reference.stretched:
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    raise DcrisError(
         f"{reference.image_path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotations are for {width}x{height}; "
         "it was resized or replaced, so download the original"
     )
@@ -394,8 +401,7 @@ class ImageTasks(Dataset[ImageTask | Failure]):
             image = read_image(queries[0][0].image_path)
             truths = {}
             for key, (reference, expression) in distinct.items():
-                if image.shape[:2] != reference.image_size:
-                    raise DcrisError(size_mismatch(reference, image))
+                image = fit_image(image, reference)
                 truths[key] = self.truth(reference, expression)
         except DcrisError as error:
             return Failure(str(error))

@@ -2,26 +2,38 @@
 
 The university server with the original annotations of RefCOCO is offline; jxu124's copies on the
 Hub have all their fields. The written files differ from the release in one way: instances.json
-contains the referred objects, not all objects of each image. The authors of gRefCOCO have their own
-files on the Hub, which are copied.
+contains the referred objects, not all objects of each image. RefCOCO-M's Parquet files, which
+contain the images, are written in the REFER layout, too. The authors of gRefCOCO, RefSegRS and
+GSEval have their own files on the Hub, which are copied.
 """
 
 import json
 import pickle
+import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from dcris.data.coco import IMAGE_SERVER
+from dcris.data import coco
 from dcris.data.download_images import WantedImage, download_images, open_source
 from dcris.data.images import image_size
 from dcris.data.readers import refer_layout
-from dcris.data.readers.parquet import refer_split, require_pyarrow, split_in_name, to_refer
-from dcris.data.registry import DATASETS, PARTITIONS
-from dcris.data.table import ReferenceTable
+from dcris.data.readers.load import has_references, load_references
+from dcris.data.readers.parquet import (
+    embedded_images,
+    images_to_refer,
+    refer_split,
+    require_pyarrow,
+    split_in_name,
+    to_refer,
+)
+from dcris.data.registry import DATASETS, PARTITIONS, Dataset
+from dcris.data.table import ReferenceTable, bad
 from dcris.errors import DcrisError
 from dcris.types import Reference
-from dcris.utils.files import make_directory, write_file
+from dcris.utils.files import make_directory, open_zip, write_file
 from dcris.utils.hub import fetch, list_files
 from dcris.utils.streams import note
 
@@ -34,7 +46,7 @@ def fetch_dataset(
     root: Path,
     *,
     splits: Sequence[str] | None = None,
-    images: str = IMAGE_SERVER,
+    images: str | None = None,
     connections: int = 8,
     log: Callable[[str], None] = note,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -45,11 +57,11 @@ def fetch_dataset(
     the same call continues after an interruption, and a call with other splits adds these.
 
     Args:
-        dataset: refcoco, refcoco+, refcocog or grefcoco.
+        dataset: refcoco, refcoco+, refcocog, grefcoco, refcoco-m, refsegrs or gseval.
         root: folder of the data sets.
         splits: as REFER names them; default: all.
-        images: COCO's server, the URL of a mirror of train2014, or a folder or zip file to copy
-            from.
+        images: the URL of a mirror of the images, or a folder or zip file to copy from; default:
+            COCO's server, or the Hub where it has the images.
         connections: number of images downloaded at a time.
         log: receives progress messages, with the space needed.
         progress: receives the number of images done and to do.
@@ -61,6 +73,8 @@ def fetch_dataset(
         DcrisError: the annotations cannot be downloaded or used, the disk lacks space, or some
             images could not be obtained (after all others were).
     """
+    facts = _downloadable(dataset, root)
+    images = images or coco.IMAGE_SERVER.format(facts.server_folder)
     source = open_source(images)  # first: a mistyped path should not cost the download of the annotations
     table = _fetch_annotations(dataset, root, splits, log)
     references = [reference for name in splits or table.splits() for reference in table.split(name)]
@@ -112,6 +126,17 @@ def _format_size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
+def _downloadable(dataset: str, root: Path) -> Dataset:
+    """Return the facts of a data set that is on the Hub; raise DcrisError for others."""
+    facts = DATASETS.get(dataset)
+    if facts is not None and facts.source:
+        raise DcrisError(f"{dataset} is not on the Hub; get it from {facts.source.replace('ROOT', str(root))}")
+    if facts is None or facts.repository is None:
+        known = (name for name, each in DATASETS.items() if each.repository is not None)
+        raise DcrisError(f"there is no data set {dataset} to download; choose from {', '.join(known)}")
+    return facts
+
+
 # ---- annotations ---------------------------------------------------------------------------------
 
 
@@ -122,14 +147,19 @@ def _fetch_annotations(
 
     That is the existing one, or a new one from the Hub, which is written to `root`.
     """
-    known = {name: facts.repository for name, facts in DATASETS.items() if facts.repository is not None}
-    if dataset not in known:
-        raise DcrisError(f"there is no data set {dataset} to download; choose from {', '.join(known)}")
-    split_by, repo = DATASETS[dataset].split_by, known[dataset]
+    facts = _downloadable(dataset, root)
+    split_by, repo = facts.split_by, str(facts.repository)
     official = list(PARTITIONS[dataset, split_by].splits)
     unknown = [name for name in splits or () if name not in official]
     if unknown:
         raise DcrisError(f"{dataset} has no split {unknown[0]!r}; choose from {', '.join(official)}")
+    if copy := _COPIED.get(dataset):
+        if has_references(root, dataset, split_by):
+            log(f"{dataset}: the annotations exist")
+        else:
+            log(f"{dataset}: {facts.files[0]} from {repo} on the Hub (or its cache)")
+            copy(fetch(repo, "main", facts.files, "dataset").path, root)
+        return load_references(root, dataset, split_by)
     present: list[str] = []
     if refer_layout.find(root, dataset, split_by):
         table = refer_layout.load(root, dataset, split_by)
@@ -138,13 +168,13 @@ def _fetch_annotations(
             log(f"{dataset}: the annotations exist ({', '.join(present)})")
             return table
     _refuse_overwriting(root / dataset, split_by, refer_layout.find(root, dataset), set(present) - set(official))
-    if names := DATASETS[dataset].files:
+    if names := facts.files:
         log(f"{dataset}: the annotations from {repo} on the Hub (or its cache)")
         return _copy_annotations(dataset, repo, names, split_by, root)
     wanted = [name for name in official if name in {*(splits or official), *present}]
     log(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub (or its cache)")
     files, commit = _download_annotations(dataset, repo, wanted)
-    records, content = to_refer(files, dataset)
+    records, content = images_to_refer(files) if dataset == "refcoco-m" else to_refer(files, dataset)
     folder = root / dataset
     # Check before anything is written.
     refer_layout.read_records(records, folder, refer_layout.Instances.read(content, folder, root))
@@ -153,7 +183,62 @@ def _fetch_annotations(
     # annotations.
     write_file(folder / "instances.json", json.dumps(content))
     write_file(folder / f"refs({split_by}).p", pickle.dumps(records, protocol=2))
-    return refer_layout.load(root, dataset, split_by)
+    table = refer_layout.load(root, dataset, split_by)
+    if dataset == "refcoco-m":
+        _write_images(files, table)
+    return table
+
+
+def _write_images(files: Mapping[Path, str], table: ReferenceTable) -> None:
+    """Write the images in the Parquet files of RefCOCO-M that do not exist."""
+    missing = {each.image_path.name: each for each in table.references if not _image_exists(each)}
+    for path in files:
+        for name, content in embedded_images(path):
+            if (reference := missing.get(name)) is not None:
+                if image_size(content) != reference.image_size:
+                    raise bad(path, f"the image {name} has another size than its masks")
+                write_file(reference.image_path, content)
+
+
+def _copy_gseval(path: Path, root: Path) -> None:
+    write_file(root / "GSEval" / path.name, path.read_bytes())
+
+
+_MEMBER = re.compile(r"(?:.*/)?((?:images|masks)/[^/]+\.tif|output_phrase_(?:train|val|test)\.txt)")
+_MAX_MEMBER, _MAX_UNPACKED = 50_000_000, 20_000_000_000
+"""Bytes of a file in RefSegRS.zip and of all; the official ones are images of 512 x 512 pixels,
+3 GB together."""
+
+
+def _unpack_refsegrs(path: Path, root: Path) -> None:
+    """Unpack the images, masks and phrases of RefSegRS.zip, the phrases last, since they make the
+    data set."""
+    try:
+        with open_zip(path) as archive:
+            found = {
+                match[1]: member
+                for member in archive.infolist()
+                if "__MACOSX" not in member.filename and (match := _MEMBER.fullmatch(member.filename))
+            }
+            total = sum(member.file_size for member in found.values())
+            if not any(name.endswith(".txt") for name in found):
+                raise bad(path, "it has no output_phrase_train.txt, output_phrase_val.txt or output_phrase_test.txt")
+            if total > _MAX_UNPACKED or any(member.file_size > _MAX_MEMBER for member in found.values()):
+                raise bad(path, f"it unpacks to {total:,} bytes, far more than RefSegRS has")
+            free = shutil.disk_usage(make_directory(root)).free
+            if free < total:
+                raise DcrisError(
+                    f"RefSegRS needs {_format_size(total)}, but {root} has {_format_size(free)} free; free some space, or "
+                    "choose another --out"
+                )
+            for name in sorted(found, key=lambda name: name.endswith(".txt")):
+                write_file(root / "RefSegRS" / name, archive.read(found[name]))
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise bad(path, f"it cannot be unpacked ({error})") from error
+
+
+_COPIED: Mapping[str, Callable[[Path, Path], None]] = {"refsegrs": _unpack_refsegrs, "gseval": _copy_gseval}
+"""Data sets that are copied as they are: functions of the downloaded file and the root."""
 
 
 def _copy_annotations(dataset: str, repo: str, names: Sequence[str], split_by: str, root: Path) -> ReferenceTable:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 
 from dcris.data.images import MAX_PIXELS, image_size, read_mask_image
 from dcris.data.table import shown
 from dcris.errors import DcrisError
-from dcris.types import Expression, MaskArray, Reference, Segmentation, SoftMask, Truth
+from dcris.types import Expression, MaskArray, PixelPolygons, Reference, Segmentation, SoftMask, Truth
 
 _MAX_OUTLINE = 10_000_000
 """Pixels of all outlines of a mask; pycocotools needs about 80 bytes for each."""
@@ -45,6 +46,8 @@ def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np
     _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
         return _read_file(segmentation, size)
+    if isinstance(segmentation, PixelPolygons):
+        return _draw_pixels(segmentation, size)
     runs = _decode_runs(segmentation, size)
     values = (np.arange(len(runs)) % 2).astype(np.uint8)  # runs alternate between 0 and 1, column by column
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
@@ -105,6 +108,8 @@ def mask_area(segmentation: Segmentation, size: tuple[int, int]) -> int:
     _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
         return int(np.count_nonzero(_read_file(segmentation, size)))
+    if isinstance(segmentation, PixelPolygons):
+        return int(np.count_nonzero(_draw_pixels(segmentation, size)))
     return int(_decode_runs(segmentation, size)[1::2].sum())
 
 
@@ -161,10 +166,19 @@ def validate_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentat
     _require_decodable(size)
     if isinstance(segmentation, Path | SoftMask):
         _validate_file(segmentation, size)
+    elif isinstance(segmentation, PixelPolygons):
+        require_polygons([polygon.ravel().tolist() for polygon in segmentation.polygons], size, fewest=2)
     elif isinstance(segmentation, list):
-        _validate_polygons(segmentation, size)
+        require_polygons(segmentation, size)
     else:
         _read_runs(segmentation, size)
+    return segmentation
+
+
+def only_mask(segmentation: Any) -> Any:
+    """Return the run lengths in a list of one, as RRSIS-D stores them; else the argument."""
+    if type(segmentation) is list and len(segmentation) == 1 and type(segmentation[0]) is dict:
+        return segmentation[0]
     return segmentation
 
 
@@ -193,26 +207,35 @@ def _read_file(segmentation: Path | SoftMask, size: tuple[int, int]) -> NDArray[
     return read_mask_image(segmentation)
 
 
+def _draw_pixels(segmentation: PixelPolygons, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Draw polygons of pixels as Pillow does, outline and inside; they must have been validated."""
+    mask = Image.new("L", size[::-1], 0)
+    for polygon in segmentation.polygons:
+        ImageDraw.Draw(mask).polygon(polygon.ravel().tolist(), outline=1, fill=1)
+    return np.array(mask)
+
+
 def _decode_runs(segmentation: Any, size: tuple[int, int]) -> NDArray[np.int64]:
     """Validate polygons or run lengths and return the run lengths [runs] int64 of their union."""
     if isinstance(segmentation, list):
-        _validate_polygons(segmentation, size)
+        require_polygons(segmentation, size)
         segmentation = coco.merge(coco.frPyObjects(segmentation, *size))
     return _read_runs(segmentation, size)
 
 
-def _validate_polygons(polygons: list[Any], size: tuple[int, int]) -> None:
+def require_polygons(polygons: list[Any], size: tuple[int, int], fewest: int = 3) -> None:
+    """Raise DcrisError unless polygons can be drawn. Each needs the `fewest` corners."""
     if not polygons:
         raise DcrisError("the segmentation is empty")
-    outline = sum(_outline_length(polygon, number, size) for number, polygon in enumerate(polygons, 1))
+    outline = sum(_outline_length(polygon, number, size, fewest) for number, polygon in enumerate(polygons, 1))
     if outline > _MAX_OUTLINE:
         raise DcrisError(f"the outline of the polygons has {outline:,.0f} pixels; the limit is {_MAX_OUTLINE:,}")
 
 
-def _outline_length(polygon: Any, number: int, size: tuple[int, int]) -> float:
+def _outline_length(polygon: Any, number: int, size: tuple[int, int], fewest: int) -> float:
     """Validate one polygon and return the length of its outline in pixels."""
-    if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
-        raise DcrisError(f"polygon {number} is not a list of x, y pairs with at least 3 corners")
+    if type(polygon) is not list or len(polygon) < 2 * fewest or len(polygon) % 2:
+        raise DcrisError(f"polygon {number} is not a list of x, y pairs with at least {fewest} corners")
     longest = max(size)
     # A corner may lie outside the image by up to the longer side. NaN fails the comparison, too.
     for value in polygon:

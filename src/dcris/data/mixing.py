@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcris.data.coco import portable_name
+from dcris.data.coco import image_key
 from dcris.data.registry import DATASETS, PARTITIONS
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -46,9 +46,7 @@ def parse_mixture(name: str) -> Mixture | None:
     match = _MIXTURE.fullmatch(name)
     if match is None:
         return None
-    members: tuple[Member, ...] = tuple(
-        (dataset, facts.split_by) for dataset, facts in DATASETS.items() if not facts.generalised
-    )
+    members: tuple[Member, ...] = tuple((dataset, facts.split_by) for dataset, facts in DATASETS.items() if facts.mixed)
     if match[2] is not None:
         usual = {dataset: facts.split_by for dataset, facts in DATASETS.items()}
         found = [_MEMBER.fullmatch(part.strip()) for part in match[2].split(",")]
@@ -123,7 +121,7 @@ def _image_key(reference: Reference, table: ReferenceTable) -> str:
 
     Not its `image_id`: generated sets all begin at 1.
     """
-    return portable_name(reference.image_path, table.root)
+    return image_key(reference.image_path, table.root, reference.coco_id)
 
 
 def _renumber(references: Sequence[tuple[int, str, Reference]]) -> Iterator[Reference]:

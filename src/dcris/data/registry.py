@@ -1,14 +1,19 @@
-"""Facts about the known data sets, all in one place: RefCOCO, RefCOCO+ and RefCOCOg, and the
-generalised gRefCOCO, Ref-ZOM and R-RefCOCO, whose expressions may have several targets or none.
+"""Facts about the known data sets, all in one place: RefCOCO, RefCOCO+ and RefCOCOg; gRefCOCO,
+Ref-ZOM and R-RefCOCO, whose expressions may have several targets or none; and RRSIS-D, RefSegRS,
+ReasonSeg, PhraseCut, RefCOCO-M and GSEval.
 
-Every partition below describes images of COCO train2014 (Ref-ZOM also of val2014), so the train
-split of one may contain images of another one's val and test splits; see dcris.data.mixing. Facts
-about COCO itself (file names, categories, server) are in dcris.data.coco.
+The partitions of the first two groups and RefCOCO-M describe images of COCO train2014 (Ref-ZOM also
+of val2014), and many of PhraseCut's images are in COCO, so the train split of one may contain
+images of another one's val and test splits; see dcris.data.mixing. Facts about COCO itself (file
+names, categories, server) are in dcris.data.coco.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+OFFICIAL = "official"
+"""`split_by` of data sets whose authors divide them in one way and give it no name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +28,17 @@ class Dataset:
     """Data set repository on the Hugging Face Hub with a copy of the annotations."""
     files: tuple[str, ...] = ()
     """Its files, which are those of the release: references, then instances. Empty for Parquet."""
-    generalised: bool = False
-    """Whether expressions may have several targets or none."""
+    mixed: bool = False
+    """Whether it is part of the mixture "mixed"."""
+    source: str = ""
+    """Where its authors publish it, if `dcris data fetch` cannot download it; and the layout in
+    which it is read, as a sentence's end."""
+    image_folder: str | None = None
+    """Folder of the images below the root, if they are not COCO's."""
+    server_folder: str = "train2014"
+    """Folder of the images on COCO's server."""
+    stretched: bool = False
+    """Whether images of another size than annotated are resized, as the authors' code does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +60,52 @@ class Partition:
 
 
 DATASETS: Mapping[str, Dataset] = {
-    "refcoco": Dataset(word_length=17, split_by="unc", repository="jxu124/refcoco"),
-    "refcoco+": Dataset(word_length=17, split_by="unc", repository="jxu124/refcocoplus"),
-    "refcocog": Dataset(word_length=22, split_by="umd", repository="jxu124/refcocog"),
+    "refcoco": Dataset(word_length=17, split_by="unc", repository="jxu124/refcoco", mixed=True),
+    "refcoco+": Dataset(word_length=17, split_by="unc", repository="jxu124/refcocoplus", mixed=True),
+    "refcocog": Dataset(word_length=22, split_by="umd", repository="jxu124/refcocog", mixed=True),
     "grefcoco": Dataset(
         word_length=20,
         split_by="unc",
         repository="FudanCVL/gRefCOCO",
         files=("grefs(unc).json", "instances.json"),
-        generalised=True,
     ),
-    "ref-zom": Dataset(word_length=20, split_by="final", generalised=True),
-    "rrefcoco": Dataset(word_length=20, split_by="unc", generalised=True),
-    "rrefcoco+": Dataset(word_length=20, split_by="unc", generalised=True),
-    "rrefcocog": Dataset(word_length=20, split_by="umd", generalised=True),
+    "ref-zom": Dataset(word_length=20, split_by="final"),
+    "rrefcoco": Dataset(word_length=20, split_by="unc"),
+    "rrefcoco+": Dataset(word_length=20, split_by="unc"),
+    "rrefcocog": Dataset(word_length=20, split_by="umd"),
+    "rrsisd": Dataset(
+        word_length=20,
+        split_by="unc",
+        source="https://github.com/Lsan2401/RMSIN; put refs(unc).p and instances.json into ROOT/rrsisd and the images into "
+        "ROOT/images/rrsisd/JPEGImages",
+        image_folder="images/rrsisd/JPEGImages",
+        stretched=True,
+    ),
+    "refsegrs": Dataset(word_length=20, split_by=OFFICIAL, repository="JessicaYuan/RefSegRS", files=("RefSegRS.zip",)),
+    "reasonseg": Dataset(
+        word_length=77,
+        split_by=OFFICIAL,
+        source="https://github.com/dvlab-research/LISA#dataset; put its folders train, val and test into "
+        "ROOT/reason_seg/ReasonSeg",
+    ),
+    "phrasecut": Dataset(
+        word_length=20,
+        split_by=OFFICIAL,
+        source="https://github.com/ChenyunWu/PhraseCutDataset; put refer_SPLIT.json, image_data_split.json, "
+        "name_att_rel_count.json and the folder images into ROOT/VGPhraseCut_v0",
+    ),
+    "refcoco-m": Dataset(word_length=17, split_by="unc", repository="moondream/refcoco-m"),
+    "gseval": Dataset(
+        word_length=77,
+        split_by=OFFICIAL,
+        repository="hustvl/GSEval",
+        files=("GroundingSuite-Eval.jsonl",),
+        server_folder="unlabeled2017",
+    ),
 }
-"""By data set. Word lengths are those of CRIS, ETRIS and DETRIS, and those of ReLA, DMMI and
-RefSegformer for the generalised ones."""
+"""By data set. Word lengths are those of CRIS, ETRIS and DETRIS; those of ReLA, DMMI and
+RefSegformer for the generalised ones; those of RMSIN and LGCE (LAVT's 20) for RRSIS-D and RefSegRS;
+and all that CLIP reads where the authors' models read any length."""
 
 PARTITIONS: Mapping[tuple[str, str], Partition] = {
     ("refcoco", "unc"): Partition(
@@ -72,6 +115,11 @@ PARTITIONS: Mapping[tuple[str, str], Partition] = {
     ("refcoco+", "unc"): Partition(
         {"train": (42_278, 120_191), "val": (3_805, 10_758), "testA": (1_975, 5_726), "testB": (1_798, 4_889)},
         cris_folder="refcoco+",
+    ),
+    # By object, as G-Ref's. Expressions: not stated. Source: ref_coco of
+    # TensorFlow Datasets, made from the REFER release.
+    ("refcoco", "google"): Partition(
+        {"train": (40_000, None), "val": (5_000, None), "test": (5_000, None)}, shares_images=True
     ),
     ("refcocog", "umd"): Partition(
         {"train": (42_226, 80_512), "val": (2_573, 4_896), "test": (5_023, 9_602)},
@@ -90,6 +138,24 @@ PARTITIONS: Mapping[tuple[str, str], Partition] = {
     ("rrefcoco", "unc"): Partition({"train": (None, None), "val": (None, None)}),
     ("rrefcoco+", "unc"): Partition({"train": (None, None), "val": (None, None)}),
     ("rrefcocog", "umd"): Partition({"train": (None, None), "val": (None, None)}),
+    # 17,402 in the README of RMSIN; by split in its paper (Liu et al., CVPR 2024, section 3).
+    ("rrsisd", "unc"): Partition({"train": (12_181, None), "val": (1_740, None), "test": (3_481, None)}),
+    # Yuan et al., "RRSIS", TGRS 2024: 4,420 triplets.
+    ("refsegrs", OFFICIAL): Partition({"train": (None, 2_172), "val": (None, 431), "test": (None, 1_817)}),
+    # The README of LISA. Expressions: several in train, one counts in val and test.
+    ("reasonseg", OFFICIAL): Partition({"train": (239, None), "val": (200, 200), "test": (779, 779)}),
+    # The README of PhraseCutDataset. Files of val leave miniv out.
+    ("phrasecut", OFFICIAL): Partition(
+        {
+            "train": (310_816, 310_816),
+            "val": (20_316 - 821, 20_316 - 821),
+            "test": (14_354, 14_354),
+            "miniv": (821, 821),
+        }
+    ),
+    ("refcoco-m", "unc"): Partition({"val": (2_080, 5_598)}),
+    # Lines of the authors' file; their README says 3,800.
+    ("gseval", OFFICIAL): Partition({"test": (3_715, 3_715)}),
 }
 """By data set and `split_by`."""
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from dcris.data.coco import portable_name
 from dcris.errors import DcrisError
-from dcris.types import Expression, Reference, SoftMask
+from dcris.types import Expression, PixelPolygons, Reference, SoftMask
 
 _T = TypeVar("_T")
 
@@ -83,6 +83,8 @@ class ReferenceTable:
                 return portable_name(value, folder)
             if isinstance(value, SoftMask):
                 return [value.path, value.threshold]
+            if isinstance(value, PixelPolygons):
+                return [polygon.tolist() for polygon in value.polygons]
             return value.decode("latin1") if isinstance(value, bytes) else dict(value)
 
         for reference in self.references if split is None else self.split(split):

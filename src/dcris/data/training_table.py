@@ -16,7 +16,7 @@ import numpy as np
 
 from dcris.config import DataConfig
 from dcris.data.colours import colour_shares, shows_colours
-from dcris.data.dataset import size_mismatch
+from dcris.data.dataset import fit_image
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, mask_area, mask_box
 from dcris.data.negatives import add_negatives
@@ -202,9 +202,7 @@ def _with_colours(described: Sequence[Instance], references: Sequence[Reference]
     if not categories:
         return list(described)
     try:
-        image = read_image(references[0].image_path)
-        if image.shape[:2] != references[0].image_size:
-            raise DcrisError(size_mismatch(references[0], image))
+        image = fit_image(read_image(references[0].image_path), references[0])
     except DcrisError as error:
         raise _UnreadableError(str(error)) from error
     if not shows_colours(image):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcris.checkpoints.backbones import fingerprint
 from dcris.config import RunConfig
-from dcris.data.dataset import ImageTask, ImageTasks, Queries, normalise, task_loader
+from dcris.data.dataset import ImageTask, ImageTasks, Queries, fit_image, normalise, task_loader
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
@@ -144,7 +144,8 @@ def _predict_task(
         key: (place(truth.mask), None if truth.ignored is None else place(truth.ignored))
         for key, truth in task.truths.items()
     }
-    guide = read_image(task.queries[0][0].image_path) if refine == "guided" else None
+    reference = task.queries[0][0]
+    guide = fit_image(read_image(reference.image_path), reference) if refine == "guided" else None
     outputs = segment_in_passes(model, image, task.tokens.to(device), device, dtype)
     pairs = chain.from_iterable(zip(output.logits, presence_probabilities(output), strict=True) for output in outputs)
     for (reference, expression), (one, present) in zip(task.queries, pairs, strict=True):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcris.config import RunConfig
-from dcris.data.dataset import Queries
+from dcris.data.dataset import Queries, fit_image
 from dcris.data.images import read_image
 from dcris.data.masks import union_mask
 from dcris.errors import DcrisError
@@ -417,7 +417,7 @@ def panel_queries(queries: Queries) -> Queries:
 def make_panel(result: EvalResult) -> Panel:
     """Return the panel of a result that has its mask."""
     reference = result.reference
-    image = cell(read_image(reference.image_path), PANEL_CELL)
+    image = cell(fit_image(read_image(reference.image_path), reference), PANEL_CELL)
     objects = reference.targets(result.expression)
     truth = mask_cell(union_mask(objects, reference.image_size).astype(bool), PANEL_CELL)
     prediction = mask_cell(result.mask(), PANEL_CELL)

@@ -131,16 +131,20 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
+def read_text(path: Path, max_bytes: int = MAX_TEXT, fallback: str = "utf-8-sig") -> str:
     """Return the text of a regular file in UTF-8, with or without a byte order mark.
 
+    A file that is not UTF-8 is decoded by the codec `fallback`.
+
     Raises:
-        OSError: as for `open_regular`, or the file is not UTF-8; `strerror` is the reason.
+        OSError: as for `open_regular`, or the file is neither; `strerror` is the reason.
     """
     content = read_bytes(path, max_bytes)
     _refuse_utf16(path, content)
     try:
-        return content.decode("utf-8-sig")
+        with suppress(UnicodeDecodeError):
+            return content.decode("utf-8-sig")
+        return content.decode(fallback)
     except UnicodeDecodeError as error:
         raise OSError(
             errno.EILSEQ, f"it is not UTF-8 text (from byte {error.start + 1} on); save it as UTF-8", str(path)
@@ -474,19 +478,25 @@ def _refuse_dense(brackets: int, length: int) -> None:
         raise ValueError(f"{brackets:,} lists and objects in {length:,} characters are too many")
 
 
-def read_json(path: Path, what: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def read_json(
+    path: Path,
+    what: str,
+    each_object: Callable[[dict[str, Any]], Any] | None = None,
+    fallback: str = "utf-8-sig",
+) -> Any:
     """Read a JSON file.
 
     Args:
         path: the file.
         what: name of its content for the error message, as in "the run's configuration".
         each_object: see `parse_json`.
+        fallback: see `read_text`.
 
     Raises:
         DcrisError: the file is missing, unreadable or not JSON.
     """
     try:
-        return parse_json(read_text(path), each_object)
+        return parse_json(read_text(path, fallback=fallback), each_object)
     except FileNotFoundError as error:
         raise DcrisError(f"{what} is missing: there is no file {path}") from error
     except OSError as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcris.data.readers import cris_layout, jsonl, parquet, refer_layout
+from dcris.data.readers import cris_layout, gseval, jsonl, parquet, phrasecut, reasonseg, refer_layout, refsegrs
 from dcris.data.table import OnError, ReferenceTable
 
 
@@ -30,6 +30,8 @@ class Reader:
     skipped."""
     single_file: bool = False
     """Whether the root is itself the data set, one file that is named after its stem."""
+    dataset: str | None = None
+    """The only data set that has this layout; None if any may have it."""
 
 
 READERS: dict[str, Reader] = {
@@ -37,5 +39,9 @@ READERS: dict[str, Reader] = {
     "refer": Reader("{dataset}/refs({split_by}).p or .json", refer_layout.find, refer_layout.load),
     "cris": Reader("anns/{dataset}/*.json", cris_layout.find, cris_layout.load),
     "parquet": Reader("{dataset}/**/*.parquet", parquet.find, parquet.load),
+    "refsegrs": Reader("RefSegRS/output_phrase_SPLIT.txt", refsegrs.find, refsegrs.load, dataset="refsegrs"),
+    "reasonseg": Reader("reason_seg/ReasonSeg/SPLIT/*.json", reasonseg.find, reasonseg.load, dataset="reasonseg"),
+    "phrasecut": Reader("VGPhraseCut_v0/refer_SPLIT.json", phrasecut.find, phrasecut.load, dataset="phrasecut"),
+    "gseval": Reader("GSEval/GroundingSuite-Eval.jsonl", gseval.find, gseval.load, dataset="gseval"),
 }
 """By name. If a data set is there in several layouts, the first one is read."""

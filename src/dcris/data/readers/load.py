@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcris.data.mixing import load_mixture, parse_mixture
-from dcris.data.readers import READERS
+from dcris.data.readers import READERS, Reader
+from dcris.data.registry import DATASETS
 from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
@@ -73,7 +74,13 @@ def is_single_file(root: Path) -> bool:
 
 def has_references(root: Path, dataset: str, split_by: str) -> bool:
     """Return whether a partition of a data set exists below `root`, in any layout."""
-    return any(reader.find(root, dataset, split_by) for reader in READERS.values() if not reader.single_file)
+    return any(reader.find(root, dataset, split_by) for reader in _layouts(dataset))
+
+
+def _layouts(dataset: str) -> list[Reader]:
+    """Return the layouts that a data set may have, in the order in which they are searched."""
+    readers = (reader for reader in READERS.values() if not reader.single_file)
+    return [reader for reader in readers if reader.dataset in (None, dataset)]
 
 
 def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnError | None) -> ReferenceTable:
@@ -86,7 +93,7 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
         if split_by is not None:
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
         return load_mixture(root, dataset, mixture, load_references, has_references)
-    layouts = [reader for reader in READERS.values() if not reader.single_file]
+    layouts = _layouts(dataset)
     for reader in layouts:
         found = reader.find(root, dataset, split_by)
         if len(found) > 1:
@@ -98,9 +105,11 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
     if others := sorted({name for reader in layouts for name in reader.find(root, dataset, None)}):
         raise DcrisError(f"{dataset} in {root} is split by {', '.join(others)}, not by {split_by}; change --split-by")
     places = [reader.files.format(dataset=dataset, split_by=split_by or "...") for reader in layouts]
+    source = DATASETS[dataset].source if dataset in DATASETS else ""
+    advice = f"get it from {source}" if source else "download one with `dcris data fetch`"
     raise DcrisError(
-        f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; download one with "
-        "`dcris data fetch`, or check the root folder and the name"
+        f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; {advice}, or check the root folder "
+        "and the name"
     )
 
 

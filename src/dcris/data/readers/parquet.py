@@ -1,7 +1,9 @@
-"""Parquet files as jxu124's repositories on the Hub have them: ROOT/DATASET/**/*.parquet.
+"""Parquet files as repositories on the Hub have them: ROOT/DATASET/**/*.parquet.
 
-Each file name contains the split. Rows are REFER's records, each with COCO's annotation and image
-record as JSON text. The images are not included.
+Each file name contains the split. In jxu124's, rows are REFER's records, each with COCO's
+annotation and image record as JSON text; the images are not included. In RefCOCO-M
+(moondream/refcoco-m), a row is an image with all its objects (`samples`); the images, which are in
+the file, are read by `embedded_images`, and else looked for among COCO's.
 """
 
 import os
@@ -14,13 +16,17 @@ from typing import Any, BinaryIO
 from dcris.data.coco import CATEGORIES
 from dcris.data.readers.refer_layout import Instances, read_records
 from dcris.data.registry import DATASETS
-from dcris.data.table import OnError, ReferenceTable, bad, field
+from dcris.data.table import OnError, ReferenceTable, bad, field, plain_path
 from dcris.errors import DcrisError
 from dcris.utils.files import open_regular, parse_json
 
 _REQUIRED = ("ref_id", "ann_id", "image_id", "category_id", "sentences", "raw_anns", "raw_image_info")
 _COLUMNS = (*_REQUIRED, "split", "file_name")
 """Columns that are read."""
+_OF_IMAGES = ("image_id", "file_name", "samples")
+"""Those of RefCOCO-M."""
+_MAX_IMAGE = 50_000_000
+"""Bytes of an image in a file."""
 _MAX_DECODED, _DECODED_PER_BYTE = 100_000_000, 20
 """Limit on the decoded bytes of a column: a constant, and a number for each byte of the file."""
 _MAX_VALUES = 500_000
@@ -104,12 +110,13 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     first = next(iter(files))
     with _open_parquet(first) as file:
         columns = set(file.schema_arrow.names)
-    if missing := set(_REQUIRED) - columns:
+    by_image = set(_OF_IMAGES) <= columns
+    if (missing := set(_REQUIRED) - columns) and not by_image:
         raise bad(
             first,
             f"it lacks the columns {', '.join(sorted(missing))} of jxu124/refcoco and has {', '.join(sorted(columns))}",
         )
-    records, content = to_refer(files, name)
+    records, content = images_to_refer(files) if by_image else to_refer(files, name)
     references = read_records(records, first.parent, Instances.read(content, first.parent, root), on_error)
     return ReferenceTable(name, split_by, root, references)
 
@@ -146,6 +153,79 @@ def to_refer(files: Mapping[Path, str], dataset: str) -> tuple[list[Row], Row]:
         "annotations": list(annotations.values()),
         "categories": [{"id": identifier, "name": name} for identifier, name in CATEGORIES.items()],
     }
+
+
+def images_to_refer(files: Mapping[Path, str]) -> tuple[list[Row], Row]:
+    """Convert the Parquet files of RefCOCO-M as `to_refer` does, each sample to a reference.
+
+    Sentences have no identifiers there; they are numbered from 1. Raises DcrisError if a row cannot
+    be converted.
+    """
+    records: list[Row] = []
+    annotations: list[Row] = []
+    images: list[Row] = []
+    numbers = {name: number for number, name in CATEGORIES.items()}
+    categories = dict(CATEGORIES)
+    sentences = 0
+    for path, split in files.items():
+        for number, row in enumerate(_read_rows(path, _OF_IMAGES), 1):
+            where = f"row {number}"
+            image_id, name = field(row, "image_id", int, path, where), field(row, "file_name", str, path, where)
+            size: Any = None
+            for sample in field(row, "samples", list, path, where):
+                ref_id = field(sample, "id", int, path, f"a sample of {where}")
+                place = f"sample {ref_id} of {where}"
+                category = field(sample, "category", str, path, place)
+                if category not in numbers:
+                    numbers[category] = 1 + max(categories)
+                    categories[numbers[category]] = category
+                texts = field(sample, "sentences", list, path, place)
+                mask = field(sample, "mask", dict, path, place)
+                found = field(mask, "size", list, path, place)
+                if len(found) != 2 or size not in (None, found):
+                    raise bad(path, f"{place} has a mask whose size is not that of its image's other masks: {found}")
+                size = found
+                annotations.append(
+                    {"id": ref_id, "image_id": image_id, "category_id": numbers[category], "segmentation": mask}
+                )
+                records.append(
+                    {
+                        "ref_id": ref_id,
+                        "ann_id": ref_id,
+                        "image_id": image_id,
+                        "category_id": numbers[category],
+                        "file_name": name,
+                        "split": "val" if split == "validation" else split,
+                        "sentences": [
+                            {"sent_id": sent_id, "sent": text} for sent_id, text in enumerate(texts, sentences + 1)
+                        ],
+                        "sent_ids": list(range(sentences + 1, sentences + 1 + len(texts))),
+                    }
+                )
+                sentences += len(texts)
+            if size is not None:
+                images.append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
+    return records, {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": identifier, "name": name} for identifier, name in categories.items()],
+    }
+
+
+def embedded_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the file name and the content of each image in a Parquet file of RefCOCO-M.
+
+    Raises DcrisError if a row has no image, or one of more than 50 MB.
+    """
+    with _open_parquet(path, ("file_name", "image")) as file:
+        for batch in file.iter_batches(8, columns=["file_name", "image"]):
+            batch.validate(full=True)
+            for row in batch.to_pylist():
+                name = field(row, "file_name", str, path, "a row")
+                content = field(field(row, "image", dict, path, name), "bytes", bytes, path, name)
+                if len(content) > _MAX_IMAGE:
+                    raise bad(path, f"the image {name} has {len(content) / 1e6:,.0f} MB; the limit is 50")
+                yield plain_path(name, path, name), content
 
 
 def _parse_json(text: str, path: Path, where: str, key: str) -> Any:

@@ -8,6 +8,9 @@ Generalised data sets have the same layout. What they add is read in any data se
   `source` "zero" stands for no target. Source: refer/refer.py of RIS-DMMI.
 - R-RefCOCO, R-RefCOCO+, R-RefCOCOg: a sentence whose `exist` is false has no target.
   Source: dataset/ReferDataset.py of robust-ref-seg.
+- RRSIS-D: `segmentation` is a list of one mask in run lengths. Some images have 800 x 801 or
+  800 x 787 pixels but masks of 800 x 800; both are resized to a square, so here the image is
+  resized to the mask's size. Source: refer/refer.py and data/dataset_refer_bert.py of RMSIN.
 
 The files come from mirrors of unknown origin. A pickle could run code, so only plain data is
 admitted.
@@ -19,14 +22,15 @@ import pickletools
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dcris.data.coco import ImageFolder, find_images
 from dcris.data.images import MAX_PIXELS
-from dcris.data.masks import validate_segmentation
+from dcris.data.masks import only_mask, validate_segmentation
+from dcris.data.registry import DATASETS
 from dcris.data.table import (
     MAX_OBJECTS,
     OnError,
@@ -36,6 +40,7 @@ from dcris.data.table import (
     index_by_id,
     plain_path,
     read_expressions,
+    shown,
     skip_errors,
 )
 from dcris.errors import DcrisError
@@ -165,8 +170,35 @@ def load_files(
     what = f"of {dataset}"
     records = read_json(path, f"the references {what}") if path.suffix == ".json" else safe_unpickle(path)
     content = read_json(instances, f"the annotation file {what}", _drop_unused(records))
-    found = read_records(records, path, Instances.read(content, instances, root), on_error)
-    return ReferenceTable(dataset, split_by, root, found)
+    facts = DATASETS.get(dataset)
+    usual, stretched = (None, False) if facts is None else (facts.image_folder, facts.stretched)
+    found = read_records(records, path, Instances.read(content, instances, root, usual), on_error)
+    if stretched:
+        found = tuple(replace(reference, stretched=True) for reference in found)
+    return ReferenceTable(dataset, split_by, root, found, _notes(records))
+
+
+def _notes(records: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return a note if a sentence's `raw`, which many codes read, has other words than its `sent`.
+
+    Case and spaces do not count: tokenizers remove them.
+    """
+    pairs = ((each.get("raw"), each["sent"]) for record in records for each in _sentences(record))
+    differing = [(raw, sent) for raw, sent in pairs if type(raw) is str and raw.lower().split() != sent.lower().split()]
+    if not differing:
+        return ()
+    raw, sent = differing[0]
+    return (
+        f"{len(differing):,} sentences have a 'raw' that differs from 'sent', such as {shown(raw)} and {shown(sent)}; 'sent' "
+        "is read, as by CRIS and LISA; LAVT, ReLA, DMMI, RefSegformer and RMSIN read 'raw'",
+    )
+
+
+def _sentences(record: Any) -> list[dict[str, Any]]:
+    """Return the sentences of a record that may have been refused."""
+    found = record.get("sentences") if type(record) is dict else None
+    found = found if type(found) is list else []
+    return [each for each in found if type(each) is dict and type(each.get("sent")) is str]
 
 
 def read_instances(root: Path, dataset: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> "Instances":
@@ -245,15 +277,16 @@ class Instances:
     """Annotations whose mask has been validated. In gRefCOCO, several references share each."""
 
     @classmethod
-    def read(cls, content: Any, path: Path, root: Path) -> "Instances":
-        """Return the instances of a parsed file. Images are searched for below `root`."""
+    def read(cls, content: Any, path: Path, root: Path, usual: str | None = None) -> "Instances":
+        """Return the instances of a parsed file. Images are searched for below `root`, in its
+        `usual` folder first."""
         images, annotations, categories = (
             index_by_id(field(content, key, list, path, "the file"), key, path)
             for key in ("images", "annotations", "categories")
         )
         # A hundred names: if only some splits were downloaded, any single image may be missing.
         names = (_file_name(image, path) for image in list(images.values())[:: 1 + len(images) // 100])
-        return cls(path, find_images(root, names), images, annotations, categories)
+        return cls(path, find_images(root, names, usual), images, annotations, categories)
 
     def image_path(self, image_id: int) -> Path:
         """Return the path of an image; the file may be missing."""
@@ -280,6 +313,7 @@ class Instances:
             return segmentation
         if not segmentation:
             raise bad(self.path, f"annotation {ann_id} of {where} has no 'segmentation'")
+        segmentation = self.annotations[ann_id]["segmentation"] = only_mask(segmentation)
         try:
             validate_segmentation(segmentation, size)
         except DcrisError as error:

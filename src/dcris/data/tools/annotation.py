@@ -11,7 +11,7 @@ from typing import Any
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable, bad, check_text, field, shown
 from dcris.errors import DcrisError
-from dcris.types import Reference, Segmentation, SoftMask
+from dcris.types import PixelPolygons, Reference, Segmentation, SoftMask
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -126,7 +126,7 @@ def plain_segmentation(segmentation: Segmentation, size: Size) -> Any:
     """Return a mask as COCO's polygons or compressed run lengths, ready for JSON."""
     if isinstance(segmentation, list):
         return segmentation
-    if isinstance(segmentation, Path | SoftMask):
+    if isinstance(segmentation, Path | SoftMask | PixelPolygons):
         return encode_mask(decode_mask(segmentation, size))
     counts = segmentation["counts"]
     return {"size": list(size), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}

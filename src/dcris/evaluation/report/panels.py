@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from dcris.data.dataset import fit_image
 from dcris.data.images import read_image
 from dcris.data.masks import union_mask
 from dcris.evaluation.evaluator import EvalResult
@@ -98,7 +99,8 @@ def make_panel(results: Mapping[str, EvalResult]) -> Panel:
     reference = result.reference
     truth = union_mask(reference.targets(result.expression), reference.image_size).astype(bool)
     predictions = tuple(NamedMask(name, each.mask(), each.overlap.iou) for name, each in results.items())
-    return Panel(read_image(reference.image_path), result.expression.text, truth, predictions)
+    image = fit_image(read_image(reference.image_path), reference)
+    return Panel(image, result.expression.text, truth, predictions)
 
 
 def render_panels(heading: str, panels: Iterable[Panel]) -> Markup:

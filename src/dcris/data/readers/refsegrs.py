@@ -1,0 +1,92 @@
+"""RefSegRS: ROOT/RefSegRS/output_phrase_SPLIT.txt with lines `<id> <phrase>`.
+
+The image is images/<id>.tif, the mask masks/<id>.tif, where every value above 0 is the object. (One
+published loader takes values above 50 instead; masks of two values give the same.) The folder may
+be called refsegrs, too.
+Source: https://github.com/zhu-xlab/rrsis, and the loaders of LGCE, RMSIN and FIANet.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dcris.data.images import image_size
+from dcris.data.registry import OFFICIAL
+from dcris.data.table import OnError, ReferenceTable, bad, check_text, plain_path, shown, skip_errors
+from dcris.errors import DcrisError
+from dcris.types import Expression, Reference, SoftMask
+from dcris.utils.files import read_text
+
+_FOLDERS = ("RefSegRS", "refsegrs")
+_FILE = "output_phrase_{}.txt"
+_SPLITS = ("train", "val", "test")
+_LINE = re.compile(r"(\S+)\s+(\S.*)")
+_LONGEST = 16_000_000
+"""Bytes of a file of phrases; the largest official one has about 0.1 MB."""
+
+
+def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]:
+    """Return the only partition if a file of phrases exists; see Reader.find."""
+    return [OFFICIAL] if split_by in (None, OFFICIAL) and _home(root) is not None else []
+
+
+def _home(root: Path) -> Path | None:
+    homes = (root / name for name in _FOLDERS)
+    return next((home for home in homes if any((home / _FILE.format(split)).is_file() for split in _SPLITS)), None)
+
+
+def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
+    """Read RefSegRS; see Reader.load.
+
+    The size of an image is that of its mask, read from the header. Lines with the same id are
+    expressions of one reference, whose masks are then named by sent_id, others by id.
+    """
+    home = _home(root)
+    assert home is not None
+    phrases: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for split in _SPLITS:
+        path = home / _FILE.format(split)
+        if not path.is_file():
+            continue
+        try:
+            lines = read_text(path, _LONGEST).splitlines()
+        except OSError as error:
+            raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"line {number}"
+            with skip_errors(on_error):
+                match = _LINE.fullmatch(line.strip())
+                if match is None:
+                    raise bad(path, f"{where} is not an id and a phrase: {shown(line)}")
+                name = plain_path(match[1], path, where, "id")
+                if "/" in name:
+                    raise bad(path, f"{where} has an id that is not a file name: {shown(name)}")
+                phrases[split, name].append(check_text(match[2], path, where, "phrase"))
+    images = {name: number for number, name in enumerate(dict.fromkeys(name for _, name in phrases), 1)}
+    references: list[Reference] = []
+    sentences = 0
+    for ref_id, ((split, name), texts) in enumerate(phrases.items(), 1):
+        first, alone = sentences + 1, len(texts) == 1
+        sentences += len(texts)
+        with skip_errors(on_error):
+            mask = home / "masks" / f"{name}.tif"
+            references.append(
+                Reference(
+                    ref_id=ref_id,
+                    ann_ids=(ref_id,),
+                    image_id=images[name],
+                    image_path=home / "images" / f"{name}.tif",
+                    image_size=image_size(mask),
+                    category="object",
+                    split=split,
+                    segmentations=(SoftMask(mask, 0),),
+                    expressions=tuple(
+                        Expression(sent_id, text, name=name if alone else None)
+                        for sent_id, text in enumerate(texts, first)
+                    ),
+                )
+            )
+    return ReferenceTable(dataset, split_by, root, tuple(references))
