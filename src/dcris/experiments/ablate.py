@@ -60,7 +60,7 @@ from dcris.version import __version__
 
 Size = Literal["b", "tiny", "photos"]
 TINY_STEPS = 100
-TRAIN_SCENES, TEST_SCENES = 3000, 60
+TRAIN_SCENES, TEST_SCENES = 3000, 200
 _TINY_STEP = 0.35
 """Seconds of a step of dcris_tiny on one thread of an Intel Xeon (AMX), for the first estimate."""
 _TINY_REST = 10.0
