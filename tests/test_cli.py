@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -42,7 +43,7 @@ COMMANDS = [
     "compare",
 ]
 COMMANDS += ["predict", "recipes", "completion"]
-JOURNAL = "dcris-journal.jsonl"
+JOURNAL, STATE = "dcris-journal.jsonl", "dcris-journal.state.json"
 QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
 )
@@ -247,7 +248,7 @@ def test_files_of_predict(trained_run: Path, photo: Path, tmp_path: Path) -> Non
     # Small images are enlarged, with a legend below.
     annotated = Image.open(tmp_path / "out" / f"{photo.stem}.annotated.png")
     assert annotated.size[0] == 60 * 8 and annotated.size[1] > 45 * 8
-    assert len(list((tmp_path / "out").iterdir())) == 7
+    assert len(list((tmp_path / "out").iterdir())) == 8
     assert not leftovers(tmp_path)
 
 
@@ -258,6 +259,7 @@ def test_predict_formats(trained_run: Path, photo: Path, tmp_path: Path) -> None
         f"{photo.stem}.0-ring.mask.png",
         "predictions.json",
         JOURNAL,
+        STATE,
     }
 
 
@@ -667,3 +669,65 @@ def test_compare_reports_other_data(scenes_root: Path, trained_run: Path, tmp_pa
     instances.write_text(json.dumps(content))
     assert dcris("compare", answers, tmp_path / "b.jsonl", *split) == 0
     assert "was measured on a split with another" in capsys.readouterr().err
+
+
+# ---- how much is printed -----------------------------------------------------------------------
+
+
+def test_quiet_and_verbose(trained_run: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """-q leaves what a script needs: results on standard output, errors on standard error. -v says
+    what was used, and where an error comes from."""
+    predict = ("predict", trained_run, photo, "-e", "ring", "--device", "cpu", "--out")
+    assert dcris(*predict, tmp_path / "a", "-q") == 0
+    assert capsys.readouterr() == ("", "")
+    assert dcris("recipes", "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)
+    assert dcris("predict", trained_run, tmp_path / "none.png", "-e", "ring", "-q") == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "none.png" in printed.err
+    assert dcris(*predict, tmp_path / "b", "--verbose") == 0
+    printed = capsys.readouterr()
+    assert "'ring'" in printed.out
+    assert "dcris_tiny, on cpu (" in printed.err and "in float32, loaded in " in printed.err
+    assert dcris("predict", trained_run, tmp_path / "none.png", "-e", "ring", "-v") == 2
+    printed = capsys.readouterr()
+    assert "Traceback" in printed.err and "find_tasks" in printed.err
+    assert printed.err.splitlines()[-1].startswith("dcris: there is no file or folder")
+    assert dcris(*predict, tmp_path / "c") == 0  # the next command in this process prints as usual
+    assert "'ring'" in capsys.readouterr().out
+    assert "not allowed with argument -q" in refused(capsys, "recipes", "-q", "-v")
+
+
+def test_training_can_be_quiet(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scheduler mails what a job prints."""
+    words = ("train", "dcris_tiny", "--data", scenes_root, "--out", tmp_path / "run", *QUICK)
+    assert dcris(*words, "-q") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("total", [4, None])
+def test_progress_in_a_log_and_in_a_terminal(
+    total: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log gets plain lines, not the control characters of a bar, and both the time left."""
+    monkeypatch.setattr(common, "_SECONDS_BETWEEN_LINES", 0)
+    with common.progress(total, "image") as show:
+        show(1)
+        show(4)
+    lines = capsys.readouterr().err.splitlines()
+    if total is None:
+        assert lines == ["dcris: 1 images", "dcris: 4 images"]
+    else:
+        assert re.fullmatch(r"dcris: 1 of 4 images, \d\d:\d\d left", lines[0])
+        assert lines[1] == "dcris: 4 of 4 images, 00:00 left"
+    monkeypatch.setattr(common, "_SECONDS_BETWEEN_LINES", 1000)
+    with common.progress(total, "image") as show:
+        show(4)
+    with common.progress(total, "image", shown=False) as show:
+        show(4)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(common, "is_terminal", lambda: True)
+    with common.progress(total, "image") as show:
+        show(4)
+    assert ("4/4" if total else "4image") in capsys.readouterr().err

@@ -6,6 +6,7 @@ commands and settings are still parsed, so that renamed options are found there,
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -193,6 +194,17 @@ def _own_data(folder: Path) -> None:
             f'"expressions": ["left thing"], "split": "{split}"}}\n'
         )
     (folder / "my.jsonl").write_text("".join(lines))
+    images, annotations = [], []
+    for number in range(3):
+        images.append({"id": number, "file_name": f"own{number}.jpg", "height": 60, "width": 80})
+        for category, left in ((1, 5), (2, 45)):
+            outline = [left, 10, left + 30, 10, left + 30, 40, left, 40]
+            annotations.append({"id": len(annotations), "image_id": number, "category_id": category, "iscrowd": 0})
+            annotations[-1]["segmentation"] = [outline]
+    categories = [{"id": 1, "name": "cup"}, {"id": 2, "name": "plate"}]
+    export = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(export))
+    (folder / "phrases.txt").write_text("left cup\nplate\n")
 
 
 @pytest.mark.slow

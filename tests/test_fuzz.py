@@ -373,7 +373,7 @@ _CHECK_TINY = "data check SET --dataset tiny --deep"
 _CHECK_ANY = "data check SET --deep --dataset"
 _CHECK_OWN = "data check SET/mine.jsonl --deep"
 _IMPORT = "--images SET/photos --out SET/my.jsonl"
-_JOURNAL = r"dcris-journal\.(jsonl|lock)"
+_JOURNAL = r"dcris-journal\.(jsonl|lock|state\.json)"
 _PREDICT = "--expression cup --out OUT --format mask scores --device cpu"
 _SCORE = "--data SET/data --dataset tiny --split val --out OUT/result.json"
 _ABSENT = "--data SET --dataset grefcoco --split testA --protocol grefcoco --out OUT/result"
@@ -533,6 +533,7 @@ FORMATS = (
         Format(f"again {file}", predicted, f"out/{file}", spoils, _AGAIN, 2, leaves=_LEFT_OUT)
         for file, spoils in (
             ("dcris-journal.jsonl", (json_lines,)),
+            ("dcris-journal.state.json", (json_tree,)),
             ("predictions.json", (json_tree,)),
             ("photo.0-cup.mask.png", (png_chunks,)),
             ("label_studio.json", (json_tree,)),

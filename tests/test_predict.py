@@ -24,6 +24,8 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.brush_rle import encode_brush
 from dcris.data.images import image_endings
+from dcris.data.masks import union_mask
+from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.inference import inputs as inputs_module
 from dcris.inference import records as records_module
@@ -34,7 +36,7 @@ from dcris.inference.records import Records
 from runs import leftovers
 from test_distributed import half_mask_model, torchrun
 
-UNFINISHED = "dcris-journal.unfinished.json"
+UNFINISHED, STATE = "dcris-journal.unfinished.json", "dcris-journal.state.json"
 
 
 @pytest.fixture(scope="module")
@@ -326,16 +328,29 @@ def test_pairs_are_predicted(model: Path, photos: Path, tmp_path: Path, capsys: 
         ("PHOTOS/*.gif -e ring", "no image or video matches"),
         ("PHOTOS -e ring --every 0", "1 or more"),
         ("PHOTOS -e ring --threshold 1", "between 0 and 1"),
+        ("PHOTOS -e ring --min-score 1.1", "'1.1' is not a number from 0 to 1"),
+        ("PHOTOS -e ring --min-score nan", "'nan' is not a number from 0 to 1"),
+        ("PHOTOS -e ring --min-area -3", "whole number of 0 or more"),
+        ("PHOTOS -e ring --precision half", "invalid choice: 'half'"),
+        ("PHOTOS -e ring --device gpu", "unknown device 'gpu'; use auto, cpu, cuda, cuda:N or mps"),
+        ("PHOTOS --phrases ABSENT.txt", "cannot read the list"),
+        ("PHOTOS --phrases EMPTY", "has no phrase; write one on each line"),
+        ("PHOTOS --phrases BLANK", "line 2: the phrase '&nbsp;' is empty"),
+        ("--pairs PAIRS --phrases BLANK", "--pairs already gives images and phrases"),
         ("PHOTOS/deep -e ring", "--recursive"),
     ],
 )
 def test_bad_arguments(
-    words: str, sentence: str, model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, sentence: str, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """One error line, before anything is written."""
+    """One error line, before the model is loaded and anything is written."""
+    monkeypatch.setattr(Segmenter, "_load", lambda *_: pytest.fail("the model is loaded"))
+    (tmp_path / "empty").write_text("\n\n")
+    (tmp_path / "blank").write_text("a cup\n&nbsp;\n")
     (photos / "deep" / "er").mkdir(parents=True)
     (tmp_path / "pairs.csv").write_text(f"{photos / '0.png'},ring\n")
     places = {"PAIRS": tmp_path / "pairs.csv", "PHOTOS": photos, "ABSENT": tmp_path / "absent"}
+    places |= {"EMPTY": tmp_path / "empty", "BLANK": tmp_path / "blank"}
     for name, place in places.items():
         words = words.replace(name, str(place))
     assert dcris("predict", model, *words.split(), "--out", tmp_path / "out") == 2
@@ -440,7 +455,7 @@ def test_one_image_by_several_paths(model: Path, photos: Path, monkeypatch: pyte
     (work / "link").unlink()
     photos.rename(work / "moved")
     assert dcris("predict", model, "moved", "-e", "cup", "--out", "out") == 0
-    assert {name: content for name, content in contents(work / "out").items() if name != RECORDS} == {
+    assert {name: content for name, content in contents(work / "out").items() if name not in (RECORDS, STATE)} == {
         name: content for name, content in first.items() if name != RECORDS
     }
 
@@ -589,7 +604,7 @@ def test_files_of_a_killed_call_are_deleted(
         (out / name).touch()
     assert dcris(*command, "--format", "mask") == 0
     names = [*(f"{number}.0-cup.mask.png" for number in range(4)), "deeper/0.0-cup.mask.png", *kept]
-    assert {*contents(out)} == {*names, RECORDS}
+    assert {*contents(out)} == {*names, RECORDS, STATE}
 
 
 def killed(*_: object) -> None:
@@ -670,11 +685,11 @@ def test_results_of_a_deleted_image_are_kept(model: Path, photos: Path, tmp_path
     out = tmp_path / "out"
     command = ("predict", model, "--pairs", photos / "pairs.csv", "--out", out)
     assert dcris(*command) == 0
-    before = {name: content for name, content in contents(out).items() if name != RECORDS}
+    before = {name: content for name, content in contents(out).items() if name not in (RECORDS, STATE)}
     (photos / "0.png").unlink()
     for more in ((), ("--overwrite",)):
         assert dcris(*command, *more) == 2
-        assert {name: content for name, content in contents(out).items() if name != RECORDS} == before
+        assert {name: content for name, content in contents(out).items() if name not in (RECORDS, STATE)} == before
 
 
 def test_two_calls_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1168,6 +1183,7 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "clip.overlay.mp4",
         "predictions.json",
         RECORDS,
+        STATE,
     }
     assert len(list((out / "clip.frames").iterdir())) == 10
     frames, seconds = read_video(out / "clip.overlay.mp4")
@@ -1195,7 +1211,7 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
     clip = make_video(tmp_path / "clip.mp4", 2)
     rest = ("-e", "cup", "--format", "label-studio", "--out")
     assert dcris("predict", model, photos / "0.png", clip, *rest, tmp_path / "both") == 0
-    assert "label_studio.json has images only; use mask, overlay or coco for the videos" in capsys.readouterr().out
+    assert "label-studio: of images only; use mask, annotated, overlay or coco" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "both/label_studio.json").read_text())) == 1
     assert dcris("predict", model, photos / "0.png", *rest, tmp_path / "photo") == 0
     assert "videos" not in capsys.readouterr().out
@@ -1354,3 +1370,203 @@ def test_an_image_named_dot(model: Path, tmp_path: Path) -> None:
         assert dcris("predict", model, photos, "-e", "cup", "--out", tmp_path / "out", "--format", "mask") == 0
     assert (tmp_path / "out" / "..0-cup.mask.png").exists()
     assert above.exists()
+
+
+# ---- data sets of annotation tools --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("format", "folder"), [("coco-dataset", "coco"), ("yolo", "yolo"), ("labelme", "labelme")])
+def test_predict_correct_and_fine_tune(
+    format: str, folder: str, model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a tool gets comes back as training data with the same masks, and trains the model."""
+    out, formats = tmp_path / "out", ("--format", format, "coco", "--min-area", 300)
+    Image.new("RGB", (9, 9)).save(photos / "tiny.png")  # nothing is found on it, but it is there to be annotated
+    threshold = middling(model, photos / "0.png", "cup")
+    command = (
+        "predict",
+        model,
+        photos,
+        "-e",
+        "cup",
+        "-e",
+        "left ring",
+        "--out",
+        out,
+        *formats,
+        "--threshold",
+        threshold,
+    )
+    assert dcris(*command) == 0
+    made = out / f"predictions-{folder}"
+    objects = sum(entry["bbox"] != [0, 0, 0, 0] for entry in results(out))
+    assert f"{made}: {objects} objects on 5 images" in capsys.readouterr().out
+    assert len(list(made.rglob("*.png"))) == 5
+    data = tmp_path / "corrected.jsonl"
+    assert dcris("data", "import", made, "--out", data, "--val", 0, "--strict") == 0
+    found = {}
+    for item in load_references(data, None).references:
+        found[item.image_path.name, item.expressions[0].text] = union_mask(item.segmentations, item.image_size)
+    expected = {
+        (entry["file_name"], entry["phrase"]): coco.decode(entry["segmentation"])
+        for entry in results(out)
+        if entry["bbox"] != [0, 0, 0, 0]
+    }
+    assert found.keys() == expected.keys()
+    assert expected
+    for key, mask in expected.items():
+        np.testing.assert_array_equal(found[key], mask, err_msg=str(key))
+    words = ("--train.max_steps", 1, "--train.batch_size", 2, "--data.workers", 0, "--device", "cpu")
+    run = tmp_path / "run"
+    assert dcris("train", model / "config.json", "--data", data, "--from", model, "--out", run, *words) == 0
+    assert dcris("predict", run, photos / "0.png", "-e", "cup", "--out", tmp_path / "again") == 0
+
+
+def test_a_data_set_grows_with_the_folder_and_is_never_taken_as_input(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its copies of the images lie in the folder that is searched."""
+    command = ("predict", model, photos, "--recursive", "-e", "cup", "--format", "yolo", "--out", photos)
+    images, labels = (photos / f"predictions-yolo/{kind}/train" for kind in ("images", "labels"))
+    assert dcris(*command) == 0
+    assert len(list(images.iterdir())) == len(list(labels.iterdir())) == 4
+    capsys.readouterr()
+    assert dcris(*command) == 0
+    assert capsys.readouterr().out == f"4 of 4 are done already in {photos}\n"
+    Image.new("RGB", (30, 20)).save(photos / "new.png")
+    (photos / "3.png").unlink()
+    assert dcris(*command) == 0
+    assert "predictions-yolo: " in (printed := capsys.readouterr().out)
+    assert "left out, since they do not exist any more: 1" in printed
+    assert {path.name for path in images.iterdir()} == {"0.png", "1.png", "2.png", "new.png"}
+    assert not leftovers(photos)
+
+
+def test_corrections_are_not_overwritten(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """Somebody has worked on the data set in its folder; the next call must not replace it."""
+    out = tmp_path / "out"
+    command = ["predict", model, photos / "0.png", "-e", "cup", "--format", "labelme", "mask", "--out", out]
+    assert dcris(*command) == 0
+    (file,) = (out / "predictions-labelme").rglob("*.json")
+    file.write_text(file.read_text().replace("cup", "saucer"))
+    command[2] = photos
+    for more in ([], ["--overwrite"]):
+        assert dcris(*command, *more) == 2
+        assert "predictions-labelme was changed after it was written" in capsys.readouterr().err
+    assert "saucer" in file.read_text()
+    assert {path.name for path in out.glob("*.png")} == {"0.0-cup.mask.png"}
+    (out / "predictions-labelme").rename(tmp_path / "corrected")
+    assert dcris(*command) == 0
+    assert len(list((out / "predictions-labelme").rglob("*.json"))) == 4
+
+
+# ---- what is printed, and what is not loaded ----------------------------------------------------
+
+
+def test_nothing_is_loaded_if_all_is_done(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A large model takes minutes to load; the answer to a repeated command needs none."""
+
+    class Loaded(Exception):
+        pass
+
+    def load(*_: object) -> None:
+        raise Loaded
+
+    copied = Path(shutil.copytree(model, tmp_path / "model"))
+    out = tmp_path / "out"
+    command = ["predict", copied, photos, "-e", "cup", "--format", "mask", "coco", "yolo", "--out", out]
+    assert dcris(*command) == 0
+    expected = contents(out)
+    capsys.readouterr()
+
+    def loads(*words: object) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(Segmenter, "_load", load)
+            try:
+                assert dcris(*command, *words) == 0
+            except Loaded:
+                return True
+        assert capsys.readouterr().out.endswith(f"are done already in {out}\n")
+        return False
+
+    assert not loads()
+    command[2] = photos / "2.png"
+    assert not loads()
+    command[2] = photos
+    assert contents(out) == expected
+    for words in (
+        ["-e", "ring"],
+        ["--threshold", "0.5"],
+        ["--overwrite"],
+        ["--precision", "bfloat16"],
+        ["--refine", "guided"],
+    ):
+        assert loads(*words), words
+    for change in ("predictions.json", "0.0-cup.mask.png", "predictions-yolo", STATE):
+        (out / change).rename(out / "away")
+        assert loads(), change
+        (out / "away").rename(out / change)
+    # predictions.json is of other records, or the model is another one.
+    state = json.loads((out / STATE).read_text())
+    (out / STATE).write_text(json.dumps(state | {"records": "0" * 64}))
+    assert loads()
+    (out / STATE).write_text(json.dumps(state))
+    assert not loads()
+    os.utime(copied / "model.safetensors", (1, 1))
+    assert loads()
+    assert dcris(*command) == 0
+    assert not loads()
+    Image.new("RGB", (20, 10)).save(photos / "1.png")
+    assert loads()
+
+
+def test_json_lines(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program reads one object for each result from standard output, and nothing else: also if
+    an image cannot be read, and if results are there already."""
+    (photos / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    command = ["predict", model, photos, "-e", "cup", "-e", "left ring", "--out", out, "--json"]
+    assert dcris(*command) == 2
+    first = capsys.readouterr()
+    assert "broken.png: skipped" in first.err
+    lines = [json.loads(line) for line in first.out.splitlines()]
+    assert [(line["image"], line["phrase"]) for line in lines] == [
+        (str(photos / f"{number}.png"), phrase) for number in range(4) for phrase in ("cup", "left ring")
+    ]
+    for line, entry in zip(lines, results(out), strict=True):
+        assert {key: entry[key] for key in ("phrase", "score", "bbox", "segmentation")}.items() <= line.items()
+        files = {name.rpartition(".0-cup" if line["phrase"] == "cup" else ".1-left-ring")[2] for name in line["files"]}
+        assert files == {".mask.png", ".scores.npy", str(out / f"{entry['name']}.annotated.png")}
+        assert all(Path(name).is_file() for name in line["files"])
+    (photos / "broken.png").unlink()
+    Image.new("RGB", (20, 10)).save(photos / "4.png")
+    assert dcris(*command) == 0  # some are done
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()][:8] == lines
+    assert dcris(*command) == 0  # all are done
+    again = capsys.readouterr()
+    assert [json.loads(line) for line in again.out.splitlines()][:8] == lines
+    assert len(again.out.splitlines()) == 10
+    assert "5 of 5 are done already" in again.err
+
+
+def test_phrases_from_a_file(model: Path, photos: Path, tmp_path: Path) -> None:
+    """As editors on Windows save it. Lines are phrases, whatever they begin with."""
+    (tmp_path / "phrases.txt").write_bytes("\ufeff# 7 on the jersey\r\n\r\n  größe  \r\n".encode())
+    out = tmp_path / "out"
+    words = ("-e", "cup", "--phrases", tmp_path / "phrases.txt", "--out", out)
+    assert dcris("predict", model, photos / "0.png", *words) == 0
+    assert [entry["phrase"] for entry in results(out)] == ["cup", "# 7 on the jersey", "größe"]
+    assert dcris("predict", model, photos / "0.png", *words[2:4], "--out", tmp_path / "alone") == 0
+    assert [entry["phrase"] for entry in results(tmp_path / "alone")] == ["# 7 on the jersey", "größe"]
+
+
+def test_annotated_frames(model: Path, tmp_path: Path) -> None:
+    """A video has one picture with legend for each predicted frame."""
+    pytest.importorskip("av")
+    clip, out = make_video(tmp_path / "clip.mp4", 4), tmp_path / "out"
+    command = ("predict", model, clip, "-e", "cup", "--every", 2, "--format", "annotated", "--out", out)
+    assert dcris(*command) == 0
+    assert {path.name for path in (out / "clip.frames").iterdir()} == {"000000.annotated.png", "000002.annotated.png"}
+    assert Image.open(out / "clip.frames/000002.annotated.png").height > 48

@@ -14,7 +14,7 @@ import pytest
 
 from dcris.cli import main
 from dcris.errors import DcrisError
-from dcris.inference.video import _DEMUXERS, VIDEO_ENDINGS, read_frames
+from dcris.inference.video import _DEMUXERS, VIDEO_ENDINGS, frame_count, read_frames
 
 av = pytest.importorskip("av")
 WIDTH, HEIGHT = 128, 96
@@ -36,6 +36,14 @@ def make_video(path: Path, codec: str = "libx264", frames: int = 5, **options: A
             output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number), format="rgb24")))
         output.mux(stream.encode(None))
     return path
+
+
+def test_frames_are_counted_without_decoding(tmp_path: Path) -> None:
+    """A display of progress needs the number; a file that is none has none."""
+    assert frame_count(make_video(tmp_path / "a.mp4", frames=7)) == 7
+    assert frame_count(make_video(tmp_path / "a.mkv", frames=7)) == 7  # from its duration
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    assert frame_count(tmp_path / "b.mp4") is None
 
 
 def make_changing(path: Path, sizes: tuple[tuple[int, int], ...] = ((128, 96), (192, 144))) -> Path:

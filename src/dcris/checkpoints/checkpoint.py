@@ -464,6 +464,12 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
     return model, config
 
 
+def model_files(path: Path) -> list[Path]:
+    """Return the files that `load_checkpoint` reads at a path from `find_checkpoint`."""
+    names = (_MODEL, _CONFIG, _TOWERS, _CALIBRATION)
+    return [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
+
+
 def store_calibration(path: Path, temperature: float, facts: Mapping[str, str]) -> None:
     """Write the temperature of a presence head beside the weights that it was fitted for.
 

@@ -9,8 +9,9 @@ one sentence.
 import errno
 import os
 import signal
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -30,7 +31,7 @@ from dcris.cli import (
 )
 from dcris.cli.common import Parser, on_error
 from dcris.errors import DcrisError, LongPhraseWarning, out_of_memory
-from dcris.utils.streams import usable_streams
+from dcris.utils.streams import is_verbose, usable_streams, verbosity
 from dcris.utils.workers import dead_worker
 from dcris.version import __version__
 
@@ -39,9 +40,9 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
-    with usable_streams():
+    with usable_streams(), verbosity() as set_verbosity:
         try:
-            _run(arguments)
+            _run(arguments, set_verbosity)
         except KeyboardInterrupt:
             on_error("interrupted")
             return INTERRUPTED
@@ -50,13 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if (sentence := _sentence(error)) is None:
                 raise
+            if is_verbose():
+                traceback.print_exc()
             on_error(sentence)
             return BAD_INPUT
     return 0
 
 
-def _run(arguments: Sequence[str] | None) -> None:
+def _run(arguments: Sequence[str] | None, set_verbosity: Callable[[int], object]) -> None:
     args, rest = _parser().parse_known_args(arguments)
+    set_verbosity(args.verbosity)
     if rest and not getattr(args, "takes_settings", False):
         raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
     args.settings = rest

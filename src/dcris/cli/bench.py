@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import adder, device_arguments, log, positive
+from dcris.cli.common import adder, device_arguments, log, output, positive
 
 
 def add(commands: Any) -> None:
@@ -46,7 +46,7 @@ def _bench(args: argparse.Namespace) -> None:
     from dcris.utils.files import write_json
 
     def show(row: Row) -> None:
-        log(f"{row.what}: {row.value:.4g} {row.unit}")
+        output(f"{row.what}: {row.value:.4g} {row.unit}")
 
     config = get_recipe(args.recipe)
     if args.checkpoint_activations:
@@ -60,7 +60,7 @@ def _bench(args: argparse.Namespace) -> None:
         parts=(args.only,) if args.only else ("speed",) if args.quick else PARTS,
         progress=show,
     )
-    log(render(measured))
+    output(render(measured))
     if args.json is not None:
         write_json(args.json, measured)
         log(f"wrote {args.json}")

@@ -6,18 +6,22 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcris.errors import DcrisError
 from dcris.utils.arguments import DEVICES
-from dcris.utils.streams import note, printable, write
+from dcris.utils.streams import complain, is_quiet, is_terminal, is_verbose, note, printable, write
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
     from dcris.inference.web.server import Access
+
+_SECONDS_BETWEEN_LINES = 30
+"""Of progress outside of a terminal."""
 
 _LONGEST_LINE = 1000
 """Characters of an error message that are printed."""
@@ -31,15 +35,33 @@ ROOT = "folder of the data sets, or a .jsonl file with your own data"
 
 
 def log(text: str) -> None:
-    """Print a line to standard output. Raises DcrisError if it cannot be written."""
+    """Print a line about what is done to standard output, unless quiet.
+
+    Raises DcrisError if it cannot be written.
+    """
+    if not is_quiet():
+        output(text)
+
+
+def output(text: str) -> None:
+    """Print what the command was run for, a table or JSON, to standard output.
+
+    Raises DcrisError if it cannot be written.
+    """
     write(printable(text))
+
+
+def detail(text: str) -> None:
+    """Print a line to standard error if --verbose is given."""
+    if is_verbose():
+        note(text)
 
 
 def on_error(text: str) -> None:
     """Print an error message to standard error, as one line of bounded length."""
     line = printable(text).replace("\n", "\\n")
     half = _LONGEST_LINE // 2
-    note(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
+    complain(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
 
 
 def quote(text: str) -> str:
@@ -75,6 +97,41 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
             value = rest.pop(0)
         values[key] = parse_value(value)
     return values
+
+
+@contextmanager
+def progress(total: int | None, unit: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show progress with the time left on standard error: a bar in a terminal, elsewhere a line
+    every half minute.
+
+    Args:
+        total: number of units; None: unknown.
+        unit: its name, in the singular.
+        shown: False: show nothing, as on all ranks but the first.
+
+    Yields:
+        A function that receives the number of units that are done.
+    """
+    from tqdm import tqdm
+
+    begin = latest = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal latest
+        bar.update(done - bar.n)
+        if not bar.disable or not shown or time.monotonic() - latest < _SECONDS_BETWEEN_LINES:
+            return
+        latest = time.monotonic()
+        of = "" if total is None else f" of {total:,}"
+        left = (
+            ""
+            if total is None or not done
+            else f", {tqdm.format_interval((latest - begin) / done * (total - done))} left"
+        )
+        note(f"{done:,}{of} {unit}s{left}")
+
+    with tqdm(total=total, unit=unit, disable=not (shown and is_terminal()), dynamic_ncols=True) as bar:
+        yield advance
 
 
 def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = False) -> NoReturn:
@@ -121,6 +178,12 @@ def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
             allow_abbrev=False,
         )
         parser.set_defaults(run=run, name=f"{prefix}{name}".removeprefix("dcris "))
+        amount = parser.add_mutually_exclusive_group()
+        for letter, word, value, what in (
+            ("-q", "--quiet", -1, "print results and errors only"),
+            ("-v", "--verbose", 1, "print details, and the traceback of an error"),
+        ):
+            amount.add_argument(letter, word, dest="verbosity", action="store_const", const=value, default=0, help=what)
         return parser
 
     return add

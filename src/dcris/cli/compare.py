@@ -11,12 +11,12 @@ from dcris.cli.common import (
     data_of,
     device_arguments,
     evaluation_arguments,
-    log,
     natural,
+    output,
     own_name,
+    progress,
 )
 from dcris.errors import DcrisError
-from dcris.utils.streams import is_terminal
 
 
 def add(commands: Any) -> None:
@@ -50,8 +50,6 @@ def add(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from dcris.checkpoints.checkpoint import find_checkpoint, read_config
     from dcris.checkpoints.resolve import locate
     from dcris.data.dataset import all_queries
@@ -81,12 +79,12 @@ def _compare(args: argparse.Namespace) -> None:
     else:
         table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     queries = all_queries(table.split(args.split))
-    with tqdm(total=len(queries) * len(models), unit="expression", disable=not is_terminal()) as bar:
+    with progress(len(queries) * len(models), "expression") as show:
         done = dict.fromkeys(names, 0)
 
-        def progress(name: str, count: int) -> None:
-            bar.update(count - done[name])
+        def show_done(name: str, count: int) -> None:
             done[name] = count
+            show(sum(done.values()))
 
         systems = evaluate_systems(
             dict(zip(names, paths, strict=True)),
@@ -95,7 +93,7 @@ def _compare(args: argparse.Namespace) -> None:
             device=device,
             precision=args.precision,
             data=table.sha256(args.split),
-            progress=progress,
+            progress=show_done,
         )
     comparison = compare(systems, protocol.metrics)
     examples = select_examples(systems, args.count)
@@ -126,4 +124,4 @@ def _compare(args: argparse.Namespace) -> None:
                 ),
             )
     finally:
-        log(json.dumps(comparison, indent=2) if args.json else as_text(comparison, protocol.metrics))
+        output(json.dumps(comparison, indent=2) if args.json else as_text(comparison, protocol.metrics))

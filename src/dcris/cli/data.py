@@ -3,10 +3,12 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import ROOT, adder, argument, data_set_arguments, log, natural, own_name, share
+from dcris.cli.common import ROOT, adder, argument, data_set_arguments, log, natural, output, own_name, progress, share
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal, note
 
@@ -132,32 +134,25 @@ def add(commands: Any) -> None:
 
 
 def _data_fetch(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from dcris.data.download import fetch_dataset
 
-    bar: Any = None
+    with ExitStack() as stack:
+        show: Callable[[int], None] | None = None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit="image", disable=not is_terminal())
-        bar.update(1)
-        if bar.disable and (done % max(1, total // 20) == 0 or done == total):
-            note(f"{done:,} of {total:,} images")
+        def show_done(done: int, total: int) -> None:
+            nonlocal show
+            if show is None:  # the number is known when the annotations are there
+                show = stack.enter_context(progress(total, "image"))
+            show(done)
 
-    try:
         table = fetch_dataset(
             args.dataset,
             args.out,
             splits=args.splits,
             images=args.photographs,
             connections=args.connections,
-            progress=progress,
+            progress=show_done,
         )
-    finally:
-        if bar is not None:
-            bar.close()
     log(
         f"{args.out}: {table.dataset} ({table.split_by}) is complete; next: dcris data check {argument(args.out)} --dataset "
         f"{table.dataset}"
@@ -165,33 +160,29 @@ def _data_fetch(args: argparse.Namespace) -> None:
 
 
 def _data_check(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from dcris.data.check import check_dataset
 
     own_name(args.root, args)
-    with tqdm(unit="image", disable=not is_terminal()) as bar:
+    with progress(None, "image") as show:
         report = check_dataset(
             args.root,
             args.dataset,
             args.split_by,
             deep=args.deep,
             mask_threshold=args.mask_threshold,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=show,
         )
-    log(json.dumps(report.to_json(), indent=2) if args.json else report.table())
+    output(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
         several = "problems, the first" if report.problem_count > 1 else "problem"
         raise DcrisError(f"{report.problem_count:,} {several}: {report.problems[0]}")
 
 
 def _data_scenes(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from dcris.data.scenes import cores, write_scenes
 
     counts = {"train": args.train, "val": args.val, "test": args.test}
-    with tqdm(total=sum(counts.values()), unit="scene", disable=not is_terminal()) as bar:
+    with progress(sum(counts.values()), "scene") as show:
         write_scenes(
             args.out,
             **counts,
@@ -199,7 +190,7 @@ def _data_scenes(args: argparse.Namespace) -> None:
             side=args.side,
             generalised=args.generalised,
             workers=cores(),
-            progress=lambda done: bar.update(done - bar.n),
+            progress=show,
         )
     made = ", ".join(f"{count} {split}" for split, count in counts.items())
     log(f"{args.out}: {made} scenes; next: dcris data check {argument(args.out)} --dataset scenes")

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -14,12 +12,12 @@ from dcris.cli.common import (
     data_of,
     device_arguments,
     evaluation_arguments,
-    log,
+    output,
     positive,
+    progress,
 )
 from dcris.errors import DcrisError
 from dcris.utils.arguments import Refinement
-from dcris.utils.streams import is_terminal
 
 
 def add(commands: Any) -> None:
@@ -80,7 +78,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         keep_masks=args.report is not None or args.answers is not None,
         precision=args.precision,
         device=args.device,
-        bar=partial(_bar, first and is_terminal()),
+        bar=partial(progress, unit="expression", shown=first),
     )
     if not first:
         return
@@ -105,12 +103,4 @@ def _evaluate(args: argparse.Namespace) -> None:
                 metrics=found.protocol.metrics,
             )
     finally:
-        log(json.dumps(found.record, indent=2))
-
-
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="expression", disable=not shown) as bar:
-        yield lambda done: bar.update(done - bar.n)
+        output(json.dumps(found.record, indent=2))

@@ -2,13 +2,32 @@
 
 import argparse
 import json
-import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from dcris.cli.common import CHECKPOINT, adder, argument, device_arguments, log, natural, positive
+from dcris.cli.common import (
+    CHECKPOINT,
+    adder,
+    argument,
+    detail,
+    device_arguments,
+    log,
+    natural,
+    output,
+    positive,
+    progress,
+)
 from dcris.errors import DcrisError
 from dcris.utils.arguments import Refinement
+from dcris.utils.streams import note
+
+if TYPE_CHECKING:
+    from dcris.inference.batch import BatchOptions
+    from dcris.inference.inputs import Task
+    from dcris.inference.records import Record
+    from dcris.utils.distributed import Processes
 
 
 def add(commands: Any) -> None:
@@ -35,6 +54,9 @@ def add(commands: Any) -> None:
         "-e", "--expression", action="append", metavar="PHRASE", help="phrase to segment; repeat for several phrases"
     )
     predict.add_argument(
+        "--phrases", type=Path, metavar="FILE", help="text file with phrases for every image, one on each line"
+    )
+    predict.add_argument(
         "--pairs",
         type=Path,
         metavar="FILE",
@@ -54,7 +76,18 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--format",
         nargs="+",
-        choices=("mask", "annotated", "overlay", "coco", "scores", "cutout", "label-studio"),
+        choices=(
+            "mask",
+            "annotated",
+            "overlay",
+            "coco",
+            "scores",
+            "cutout",
+            "label-studio",
+            "coco-dataset",
+            "yolo",
+            "labelme",
+        ),
         help="files to write (default: mask annotated coco scores; for videos mask overlay coco)",
     )
     predict.add_argument(
@@ -65,7 +98,7 @@ def add(commands: Any) -> None:
     )
     predict.add_argument(
         "--min-score",
-        type=float,
+        type=_score,
         metavar="SCORE",
         help="score from 0 to 1 below which the mask is empty (default: 0.5 for a model with a presence head, else 0)",
     )
@@ -88,6 +121,11 @@ def add(commands: Any) -> None:
     )
     predict.add_argument(
         "--overwrite", action="store_true", help="predict again and replace existing results for these images"
+    )
+    predict.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object for each result, also of images that are done already, and nothing else",
     )
     device_arguments(predict)
 
@@ -113,29 +151,30 @@ def add(commands: Any) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    if args.pairs is not None and (args.images or args.expression):
-        raise DcrisError("--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e")
+    if args.pairs is not None and (args.images or args.expression or args.phrases):
+        raise DcrisError(
+            "--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e or --phrases"
+        )
     if args.pairs is None and not args.images:
         raise DcrisError("no image was given; add IMAGE_OR_FOLDER, or a list with --pairs")
-    if args.pairs is None and not args.expression:
-        raise DcrisError("no phrase was given; add one with -e, or a list with --pairs")
+    if args.pairs is None and not args.expression and args.phrases is None:
+        raise DcrisError("no phrase was given; add one with -e, several with --phrases, or a list with --pairs")
 
     from datetime import timedelta
 
-    from tqdm import tqdm
-
-    from dcris.inference.batch import LOCAL_FILES, BatchOptions, BatchPredictor, Done, Failed
-    from dcris.inference.inputs import find_tasks, read_pairs
-    from dcris.inference.segmenter import Segmenter
+    from dcris.checkpoints.checkpoint import find_checkpoint
+    from dcris.checkpoints.resolve import locate
+    from dcris.inference.batch import IMAGE_FORMATS, LOCAL_FILES, BatchOptions, finished_results
+    from dcris.inference.inputs import find_tasks, read_pairs, read_phrases
     from dcris.utils.distributed import processes
 
+    say = note if args.json else log
     notes: list[str] = []
     if args.pairs is not None:
         tasks = read_pairs(args.pairs)
     else:
-        tasks = find_tasks(
-            args.images, args.expression, out=args.out, recursive=args.recursive, on_skipped=notes.append
-        )
+        phrases = [*(args.expression or ()), *(read_phrases(args.phrases) if args.phrases is not None else ())]
+        tasks = find_tasks(args.images, phrases, out=args.out, recursive=args.recursive, on_skipped=notes.append)
     options = BatchOptions(
         formats=args.format,
         threshold=_threshold(args.threshold),
@@ -146,34 +185,101 @@ def _predict(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         image_url=LOCAL_FILES if args.image_url is None else args.image_url,
     )
+    of_images = [each for each in IMAGE_FORMATS if each in (args.format or ())]
+    if of_images and any(task.video for task in tasks):
+        notes.append(f"{' '.join(of_images)}: of images only; use mask, annotated, overlay or coco for the videos")
     # A rank with a long video keeps the others waiting.
     with processes(args.device, timeout=timedelta(days=7)) as group:
-        segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
-        predictor = BatchPredictor(segmenter, tasks, args.out, options, group)
-        notes += predictor.notes
-        if predictor.already:
-            notes.append(f"{predictor.already} of {len(tasks)} are done already in {args.out}")
-        if "label-studio" in predictor.formats and any(task.video for task in tasks):
-            notes.append("label_studio.json has images only; use mask, overlay or coco for the videos")
-        if args.format and "annotated" in args.format and any(task.video for task in tasks):
-            notes.append("annotated pictures are of images only; use overlay for the videos")
+        checkpoint = find_checkpoint(locate(args.checkpoint))
+        finished = group.from_first(
+            lambda: finished_results(checkpoint, tasks, args.out, options, args.device, args.precision)
+        )
         for line in notes if group.first else ():
-            log(line)
-        total = None if predictor.videos else len(predictor.images)
-        quiet = not (group.first and sys.stderr.isatty())
-        with tqdm(total=total, unit="frame" if predictor.videos else "image", disable=quiet) as bar:
-            for event in predictor.run():
-                with tqdm.external_write_mode():
-                    if isinstance(event, Done):
+            say(line)
+        if finished is None:
+            _predict_rest(args, checkpoint, tasks, options, group, say)
+        elif group.first:
+            say(f"{len(tasks)} of {len(tasks)} are done already in {args.out}")
+            _show_finished(args, tasks, finished)
+
+
+def _predict_rest(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    tasks: Sequence["Task"],
+    options: "BatchOptions",
+    group: "Processes",
+    say: Callable[[str], None],
+) -> None:
+    """Load the model and predict what is left of the tasks."""
+    from tqdm import tqdm
+
+    from dcris.inference.batch import BatchPredictor, Done, Failed
+    from dcris.inference.segmenter import Segmenter
+    from dcris.utils.device import device_name
+
+    begin = time.monotonic()
+    segmenter = Segmenter.from_pretrained(checkpoint, device=args.device, precision=args.precision)
+    precision = str(segmenter.dtype).removeprefix("torch.")
+    detail(
+        f"{checkpoint}: {segmenter.config.recipe}, on {segmenter.device} ({device_name(segmenter.device)}) in {precision}, "
+        f"loaded in {time.monotonic() - begin:.1f} s"
+    )
+    predictor = BatchPredictor(segmenter, tasks, args.out, options, group, checkpoint)
+    if group.first:
+        for line in predictor.notes:
+            say(line)
+        if predictor.already:
+            say(f"{predictor.already} of {len(tasks)} are done already in {args.out}")
+        _show_finished(args, predictor.folder.tasks, predictor.finished())
+    unit = "frame" if predictor.videos else "image"
+    done, latest = 0, time.monotonic()
+    with progress(predictor.remaining(), unit, group.first) as show:
+        for event in predictor.run():
+            with tqdm.external_write_mode():
+                if isinstance(event, Done):
+                    if args.json:
+                        _show_json(args.out, event.task.path, event.record)
+                    else:
                         frame = "" if event.frame is None else f", frame {event.frame}"
                         for found in event.predictions:
                             log(f"{event.task.path}{frame}: {found.phrase!r} {found.describe()}")
-                    elif isinstance(event, Failed):
-                        log(f"{event.task.path}: skipped; {event.reason}")
-                    else:
-                        log(f"{event.path}: {event.description}")
-                if isinstance(event, Done | Failed):
-                    bar.update()
+                    detail(f"{event.task.path}: {time.monotonic() - latest:.2f} s")
+                    latest = time.monotonic()
+                elif isinstance(event, Failed):
+                    say(f"{event.task.path}: skipped; {event.reason}")
+                else:
+                    say(f"{event.path}: {event.description}")
+            if isinstance(event, Done | Failed):
+                done += 1
+                show(done)
+
+
+def _show_finished(args: argparse.Namespace, tasks: Sequence["Task"], records: Sequence["Record"]) -> None:
+    """Print the results of earlier calls, with --json."""
+    given = {task.source: task.path for task in tasks}
+    for record in records if args.json else ():
+        if record.results is not None:
+            _show_json(args.out, given[record.source], record)
+
+
+def _show_json(out: Path, given: Path, record: "Record") -> None:
+    """Print each result of an image or frame as one line of JSON."""
+    from dcris.inference.batch import result_objects
+
+    for result in result_objects(out, given, record):
+        output(json.dumps(result))
+
+
+def _score(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
 
 
 def _threshold(given: str | None) -> float | None:
@@ -216,7 +322,7 @@ def _recipes(args: argparse.Namespace) -> None:
     from dcris.recipes import RECIPES, get_recipe
 
     if args.show is not None:
-        log(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
+        output(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
         return
     from dcris.models.segmentation import ReferringSegmenter
     from dcris.utils.device import shapes_only
@@ -226,10 +332,10 @@ def _recipes(args: argparse.Namespace) -> None:
         with shapes_only():
             rows.append({"name": name, **ReferringSegmenter(recipe.config.model).count_weights()})
     if args.json:
-        log(json.dumps(rows, indent=2))
+        output(json.dumps(rows, indent=2))
         return
-    log(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
+    output(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
-        log(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
-        log(f"    {recipe.summary}")
+        output(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
+        output(f"    {recipe.summary}")
     log("Train one with: dcris train RECIPE --data ROOT --out DIR. Adapters: all trained weights except the head.")

@@ -8,11 +8,11 @@ from typing import Any
 from dcris.cli.common import (
     adder,
     evaluation_arguments,
-    log,
+    output,
     own_name,
+    progress,
 )
 from dcris.errors import DcrisError
-from dcris.utils.streams import is_terminal
 
 
 def add(commands: Any) -> None:
@@ -47,8 +47,6 @@ def add(commands: Any) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.analysis import analyse
@@ -68,7 +66,7 @@ def _score(args: argparse.Namespace) -> None:
     records, rows = [], []
     for path in args.predictions:
         results = []
-        with tqdm(total=len(queries), unit="expression", disable=not is_terminal()) as bar:
+        with progress(len(queries), "expression") as show:
             for result in score_masks(
                 path,
                 queries,
@@ -78,7 +76,7 @@ def _score(args: argparse.Namespace) -> None:
                 mask_threshold=args.mask_threshold,
             ):
                 results.append(result)
-                bar.update(1)
+                show(len(results))
         record = result_record(results, table, args.split, protocol)
         records.append({"predictions": path.name, **record})
         rows.append([path.stem, *(f"{record[metric.key]:.2f}" for metric in protocol.metrics)])
@@ -102,8 +100,8 @@ def _score(args: argparse.Namespace) -> None:
             )
     finally:
         if args.format == "json":
-            log(json.dumps(records[0] if len(records) == 1 else records, indent=2))
+            output(json.dumps(records[0] if len(records) == 1 else records, indent=2))
         else:
             titles = (metric.title.replace("Prec@", "P@") for metric in protocol.metrics)
             header = [f"{table.dataset} {args.split} ({protocol.label})", *titles]
-            log((latex if args.format == "latex" else markdown)(header, rows))
+            output((latex if args.format == "latex" else markdown)(header, rows))

@@ -27,14 +27,18 @@ class ExportResult:
     """References to nothing in their image, which this format cannot hold."""
 
 
-def export_table(table: ReferenceTable, format: str, out: Path, image_url: str = IMAGE_URL) -> ExportResult:
+def export_table(
+    table: ReferenceTable, format: str, out: Path, image_url: str = IMAGE_URL, *, replace: bool = False
+) -> ExportResult:
     """Write references, and copies of their images, into a new folder.
 
     Args:
-        table: the references, from `load_references`.
+        table: the references, from `load_references`. One without objects and expressions stands
+            for an image on which nothing is annotated.
         format: a key of FORMATS that can be written.
         out: the folder; must not exist, or be empty.
         image_url: prefix of the paths of images for tools that show them by URL.
+        replace: replace an existing folder.
 
     Raises:
         DcrisError: the format cannot be written, the folder is not empty, a mask cannot be decoded,
@@ -44,10 +48,13 @@ def export_table(table: ReferenceTable, format: str, out: Path, image_url: str =
     if write is None:
         able = ", ".join(name for name, each in FORMATS.items() if each.write)
         raise DcrisError(f"the format {format!r} cannot be written; choose from {able}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DcrisError(f"{out} exists already and is not empty; delete it or choose another --out")
-    kept = tuple(each for each in table.references if FORMATS[format].holds_absent or each.segmentations)
-    kept = tuple(each for each in kept if each.expressions)
+    kept = tuple(
+        each
+        for each in table.references
+        if bool(each.segmentations) == bool(each.expressions) or (FORMATS[format].holds_absent and each.expressions)
+    )
     if not kept:
         raise DcrisError(f"{table.root} has no reference with an object, so there is nothing to export as {format}")
     splits: dict[Path, str] = {}

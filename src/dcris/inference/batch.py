@@ -9,16 +9,18 @@ Files for image a.jpg and "Blue square", its phrase number k (from 0):
     a.k-blue-square.scores.npy       probabilities, float16 [H, W]
 
 Video clip.mp4 has the same files per frame, as clip.frames/000030.k-blue-square.mask.png, but one
-clip.overlay.mp4 with all masks in place of pictures. Files for the whole folder:
+clip.overlay.mp4 with all masks in place of overlays. Files for the whole folder:
 
     predictions.json      list of COCO results with phrase and file name
     label_studio.json     tasks for Label Studio; label_studio.xml is the labelling interface
+    predictions-yolo/     a data set with images; also predictions-coco/, predictions-labelme/
 
 Several calls may write to one folder; predictions.json then has the results of all of them.
 """
 
 import io
 import json
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,18 +36,34 @@ import torch
 from numpy.typing import NDArray
 
 from dcris.checkpoints.backbones import fingerprint
+from dcris.checkpoints.checkpoint import model_files, read_config
+from dcris.config import RunConfig
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
-from dcris.inference.inputs import Task, result_stem
+from dcris.evaluation.protocols import Cris
+from dcris.inference.data_sets import TOOLS, data_set_folder, is_written, require_unchanged, write_data_set
+from dcris.inference.inputs import Task, is_utf8, quoted, result_stem
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
-from dcris.inference.records import Record, ResultFolder, Settings
+from dcris.inference.records import (
+    Record,
+    Records,
+    ResultFolder,
+    Settings,
+    Stamp,
+    State,
+    checksum,
+    finished_records,
+    sorted_records,
+    stamp_of,
+)
 from dcris.inference.segmenter import Segmenter
-from dcris.inference.video import Frame, read_frames, write_overlay
+from dcris.inference.video import Frame, frame_count, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.annotate import Annotation, annotate, colour_of
-from dcris.utils.arguments import Refinement
+from dcris.utils.arguments import Precision, Refinement
+from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
@@ -55,7 +73,9 @@ T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 """An RGB image [H, W, 3]."""
 
-Format = Literal["mask", "annotated", "overlay", "coco", "scores", "cutout", "label-studio"]
+Format = Literal[
+    "mask", "annotated", "overlay", "coco", "scores", "cutout", "label-studio", "coco-dataset", "yolo", "labelme"
+]
 ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 FORMATS: tuple[Format, ...] = ("mask", "annotated", "coco", "scores")
 """Default formats of images."""
@@ -75,6 +95,9 @@ _ENDINGS: dict[Format, str] = {
 """Formats with one file per phrase, and how its name ends."""
 
 _ANNOTATED = "annotated.png"
+
+IMAGE_FORMATS: tuple[Format, ...] = ("label-studio", "coco-dataset", "yolo", "labelme")
+"""Formats that have the results of images only, not of videos."""
 
 _FOLDER_FILES = {"coco": ("predictions.json",), "label-studio": ("label_studio.json", "label_studio.xml")}
 """Formats with files for the whole folder."""
@@ -118,6 +141,7 @@ class Done:
     frame: int | None
     predictions: list[Prediction]
     """One per phrase, without probabilities."""
+    record: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +154,78 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The overlay video of a finished video."""
+    """The overlay video of a finished video, or a data set."""
 
     path: Path
     description: str
+
+
+def settings_of(model: str, config: RunConfig, precision: torch.dtype, options: BatchOptions) -> dict[bool, Settings]:
+    """Return the settings for images (False) and videos (True).
+
+    Args:
+        model: fingerprint of the weights.
+        config: of the model.
+        precision: that the model computes in.
+        options: of the call.
+
+    Raises:
+        DcrisError: the threshold is not between 0 and 1, or a minimum is out of range.
+    """
+    min_score, min_area = require_minima(options.min_score, options.min_area, config.model.head.presence)
+    shared: dict[str, Any] = {
+        "model": model,
+        "recipe": config.recipe,
+        "precision": str(precision).removeprefix("torch."),
+        "threshold": Cris().threshold if options.threshold is None else require_threshold(options.threshold),
+        "min_score": min_score,
+        "min_area": min_area,
+        "refine": config.data.refine if options.refine is None else options.refine,
+        "version": __version__,
+    }
+    formats, video_formats = options.formats or FORMATS, options.formats or VIDEO_FORMATS
+    return {
+        False: Settings(**shared, formats=tuple(sorted({*formats})), every=None),
+        True: Settings(**shared, formats=tuple(sorted({*video_formats})), every=options.every),
+    }
+
+
+def finished_results(
+    checkpoint: Path, tasks: Sequence[Task], out: Path, options: BatchOptions, device: str, precision: Precision | None
+) -> list[Record] | None:
+    """Return the records of all tasks if a call with this model and these options finished them in
+    the output folder, else None.
+
+    The model is not loaded: the folder knows the files of the last one. Nothing is changed.
+
+    Args:
+        checkpoint: from `find_checkpoint`.
+        tasks: from `find_tasks` or `read_pairs`.
+        out: output folder.
+        options: of the call.
+        device, precision: as `Segmenter.from_pretrained` takes them.
+
+    Raises:
+        DcrisError: as `BatchPredictor`, or there is no such device.
+    """
+    state = State.read(out)
+    if options.overwrite or not state.checkpoint or state.checkpoint != _checkpoint_stamps(checkpoint):
+        return None
+    config = read_config(checkpoint)
+    dtype = choose_precision(config.train.precision if precision is None else precision, choose_device(device))
+    settings = settings_of(state.model, config, dtype, options)
+    everything = sorted_records(Records(out).read().values())
+    records = finished_records(out, tasks, settings, options.image_url)
+    if records is None or state.records != checksum(everything):
+        return None
+    formats = {key for task in tasks for key in settings[task.video].formats}
+    files = chain.from_iterable(_FOLDER_FILES[key] for key in formats & _FOLDER_FILES.keys())
+    sets_written = all(is_written(out, key, _of_images(everything, key)) for key in formats & TOOLS.keys())
+    return records if sets_written and all((out / file).is_file() for file in files) else None
+
+
+def _checkpoint_stamps(checkpoint: Path) -> dict[str, Stamp]:
+    return {quoted(str(file.absolute())): stamp_of(file) for file in model_files(checkpoint)}
 
 
 class BatchPredictor:
@@ -149,11 +241,12 @@ class BatchPredictor:
         out: output folder.
         options: what to write.
         group: the ranks that share the work and the folder.
+        checkpoint: where the model was found, for `finished_results`.
 
     Raises:
         DcrisError: the threshold is not between 0 and 1, a minimum is out of range, the folder
-            cannot be written, another process writes to it, or (without `overwrite`) it holds
-            results with other settings.
+            cannot be written, another process writes to it, a data set in it was changed, or
+            (without `overwrite`) it holds results with other settings.
     """
 
     def __init__(
@@ -163,33 +256,32 @@ class BatchPredictor:
         out: Path,
         options: BatchOptions | None = None,
         group: Processes | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
         options, group = options or BatchOptions(), group or Processes()
         self.segmenter, self.out, self.every, self.group = segmenter, out, options.every, group
         self.formats = set(FORMATS if options.formats is None else options.formats)
         self.video_formats = set(VIDEO_FORMATS if options.formats is None else options.formats)
-        default = segmenter.protocol.threshold
-        self.threshold = default if options.threshold is None else require_threshold(options.threshold)
-        presence = segmenter.model.head.presence is not None
-        min_score, min_area = require_minima(options.min_score, options.min_area, presence)
-        self.refine = segmenter.config.data.refine if options.refine is None else options.refine
-        self._decision: dict[str, Any] = {
-            "threshold": self.threshold,
-            "min_score": min_score,
-            "min_area": min_area,
-            "refine": self.refine,
+        model = fingerprint(segmenter.model.state_dict())
+        settings = settings_of(model, segmenter.config, segmenter.dtype, options)
+        self._decision = {
+            key: getattr(settings[False], key) for key in ("threshold", "min_score", "min_area", "refine")
         }
         if group.first:
+            require_unchanged(out, self.formats)
             for file in chain.from_iterable(_FOLDER_FILES[key] for key in self.formats & _FOLDER_FILES.keys()):
                 require_replaceable(out / file)  # they are written last, so check now
         self.folder = ResultFolder(
             out,
             tasks,
-            self._settings(),
+            settings,
             image_url=options.image_url,
             overwrite=options.overwrite,
             group=group,
         )
+        if checkpoint is not None and group.first:
+            known = {"checkpoint": _checkpoint_stamps(checkpoint), "model": model}
+            State.read(out).model_copy(update=known).write(out)
         self.notes = self.folder.notes
         images = [task for task in self.folder.tasks if not task.video and task.name not in self.folder.done]
         self.images = images[group.rank :: group.count]
@@ -202,6 +294,22 @@ class BatchPredictor:
         self.notes += _long_phrases(segmenter.unread(phrase for task in left for phrase in task.phrases))
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""
+
+    def finished(self) -> list[Record]:
+        """Return the records of this call's images and frames that are finished already."""
+        return [record for record in self.folder.records() if record.name in self.folder.done and record.results]
+
+    def remaining(self) -> int | None:
+        """Return the number of images and frames that this rank has to predict, or None if a video
+        does not state its length."""
+        frames = 0
+        for task in self.videos:
+            length = frame_count(task.path)
+            if length is None:
+                return None
+            done = sum(name.startswith(f"{task.name}//") for name in self.folder.done)
+            frames += max(0, math.ceil(length / self.every) - done)
+        return len(self.images) + math.ceil(frames / self.group.count)
 
     def run(self) -> Iterator[Done | Failed | Written]:
         """Predict what is left, and yield an event for each image and frame.
@@ -227,6 +335,7 @@ class BatchPredictor:
                         if isinstance(outcome, Failed):
                             failed.append(outcome)
                         yield outcome
+                    yield from self._write_data_sets()
             finally:
                 if self.group.first:
                     self._write_folder_files()
@@ -234,20 +343,6 @@ class BatchPredictor:
             self.folder.close()
         if failed and self.group.first:
             raise DcrisError(_summary(failed, len(self.folder.tasks)))
-
-    def _settings(self) -> dict[bool, Settings]:
-        """The settings for images (False) and videos (True)."""
-        shared: dict[str, Any] = {
-            "model": fingerprint(self.segmenter.model.state_dict()),
-            "recipe": self.segmenter.config.recipe,
-            "precision": str(self.segmenter.dtype).removeprefix("torch."),
-            **self._decision,
-            "version": __version__,
-        }
-        return {
-            False: Settings(**shared, formats=tuple(sorted(self.formats)), every=None),
-            True: Settings(**shared, formats=tuple(sorted(self.video_formats)), every=self.every),
-        }
 
     # ---- images
 
@@ -322,8 +417,8 @@ class BatchPredictor:
             write_file(self.out / files[-1], png_bytes(annotate(pixels, shown)))
         results = [prediction.to_coco() for prediction in written]
         where = {} if frame is None else {"frame": frame.index, "time": frame.time}
-        self.folder.add(task, name, size=list(pixels.shape[:2]), files=files, results=results, **where)
-        return Done(task, None if frame is None else frame.index, written)
+        record = self.folder.add(task, name, size=list(pixels.shape[:2]), files=files, results=results, **where)
+        return Done(task, None if frame is None else frame.index, written, record)
 
     # ---- videos
 
@@ -347,7 +442,7 @@ class BatchPredictor:
                     yield Failed(task, frame)
                     break
                 predictions = self._predict_phrases(task, frame.pixels, self.video_formats)
-                yield self._write(task, frame, frame.pixels, predictions, self.video_formats - {"overlay", "annotated"})
+                yield self._write(task, frame, frame.pixels, predictions, self.video_formats - {"overlay"})
             self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
@@ -387,16 +482,50 @@ class BatchPredictor:
     # ---- files for the whole folder
 
     def _write_folder_files(self) -> None:
-        records = [record for record in self.folder.records() if record.results is not None]
+        everything = self.folder.records()
+        records = [record for record in everything if record.results is not None]
         dropped = self.folder.dropped_formats
         coco = [record for record in records if "coco" in record.settings.formats]
         if coco or "coco" in dropped:
             _write_list(self.out / "predictions.json", _coco_results(coco))
-        images = [record for record in records if "label-studio" in record.settings.formats and not record.video]
+        images = _of_images(records, "label-studio")
         if images or "label-studio" in dropped:
             _write_list(self.out / "label_studio.json", map(_label_studio_task, images))
             phrases = [phrase for record in images for phrase in record.phrases]
             write_file(self.out / "label_studio.xml", label_studio_config(phrases))
+        State.read(self.out).model_copy(update={"records": checksum(everything)}).write(self.out)
+
+    def _write_data_sets(self) -> Iterator[Written]:
+        records = self.folder.records()
+        for key in TOOLS:
+            images = _of_images(records, key)
+            if (images or key in self.folder.dropped_formats) and not is_written(self.out, key, images):
+                yield Written(data_set_folder(self.out, key), write_data_set(self.out, key, images))
+
+
+def result_objects(out: Path, given: Path, record: Record) -> Iterator[dict[str, Any]]:
+    """Yield the results of an image or frame as `dcris predict --json` prints them.
+
+    They have the fields of predictions.json except the numbers of images, the image as it was
+    `given`, and the paths of the result's files.
+    """
+    name, image = _stem_of(record), str(given)
+    where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
+    for number, result in enumerate(record.results or ()):
+        stem = result_stem(name, number, result.phrase)
+        files = [file for file in record.files if file.startswith(f"{stem}.") or file == f"{name}.{_ANNOTATED}"]
+        yield {
+            "image": quoted(image),
+            **({} if is_utf8(image) else {"percent_encoded": True}),
+            **where,
+            **result.model_dump(mode="json", exclude_none=True, exclude={"image_id", "category_id"}),
+            "files": [quoted(str(out / file)) for file in files],
+        }
+
+
+def _of_images(records: Iterable[Record], format: str) -> list[Record]:
+    """Return the records of images that have a format."""
+    return [each for each in records if each.results is not None and not each.video and format in each.settings.formats]
 
 
 def _encode_files(
@@ -428,7 +557,7 @@ def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     for record in records:
         image_id = next(frame_ids) if record.video else image_ids[record.source]  # each frame is an image of its own
         fields: dict[str, Any] = {"percent_encoded": True} if record.percent_encoded else {}
-        name = record.task if record.frame is None else f"{record.task}.frames/{record.frame:06}"
+        name = _stem_of(record)
         where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
         for phrase_number, result in enumerate(record.results or ()):
             yield {
@@ -481,6 +610,11 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
             file.write("\n]\n")
 
     write_file(path, fill)
+
+
+def _stem_of(record: Record) -> str:
+    """Start of the names of the files of an image or frame."""
+    return record.task if record.frame is None else f"{record.task}.frames/{record.frame:06}"
 
 
 def _frame_names(task: Task, index: int) -> tuple[str, str]:

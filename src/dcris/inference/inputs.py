@@ -28,6 +28,9 @@ _RESULT = re.compile(
     r"predictions\.json|label_studio\.(json|xml)|dcris-journal.*",
     re.DOTALL,
 )
+_DATA_SET = re.compile(r"predictions-(coco|yolo|labelme)")
+"""Folders of results that have copies of the images; see dcris.inference.data_sets."""
+
 _LONGEST_NAME = 200
 """Limit in bytes. File systems allow 255; file names are longer by their endings, and temporary
 names by a suffix."""
@@ -75,10 +78,11 @@ class Task:
         return path if is_utf8(path) else _NOT_UTF8 + quoted(path)
 
 
-def source_exists(source: str) -> bool:
-    """Whether the file of a `Task.source` still exists."""
-    name = unquote_to_bytes(source.removeprefix(_NOT_UTF8)) if source.startswith(_NOT_UTF8) else os.fsencode(source)
-    return os.path.lexists(name)
+def source_path(source: str) -> Path:
+    """Return the file of a `Task.source`."""
+    return Path(
+        os.fsdecode(unquote_to_bytes(source.removeprefix(_NOT_UTF8))) if source.startswith(_NOT_UTF8) else source
+    )
 
 
 def is_utf8(name: str) -> bool:
@@ -134,6 +138,32 @@ def find_tasks(
     if not found:
         raise DcrisError("all given files are results of earlier calls; give images, videos or folders of images")
     return assign_names(found.values())
+
+
+def read_phrases(path: Path) -> list[str]:
+    """Read a list of phrases: one on each line, in UTF-8; blank lines are ignored.
+
+    Raises:
+        DcrisError: the file cannot be read, has no phrase, or a line is not one; the error names
+            the line.
+    """
+    phrases = []
+    for number, line in enumerate(_read_list(path).splitlines(), 1):
+        if line.strip():
+            try:
+                phrases.append(require_phrase(line.strip()))
+            except DcrisError as error:
+                raise DcrisError(f"{path}, line {number}: {error}") from error
+    if not phrases:
+        raise DcrisError(f"the list {path} has no phrase; write one on each line")
+    return phrases
+
+
+def _read_list(path: Path) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise DcrisError(f"cannot read the list {path}: {error.strerror or error}") from error
 
 
 def read_pairs(path: Path) -> list[Task]:
@@ -268,9 +298,9 @@ def _is_result(path: Path, out: Path | None) -> bool:
     """Whether a file is a result of `dcris predict` (by name and folder), or unfinished."""
     if is_partial(path):
         return True
-    if not _RESULT.fullmatch(path.name):
-        return False
     folders = path.absolute().parents
+    if not (_RESULT.fullmatch(path.name) or any(_DATA_SET.fullmatch(folder.name) for folder in (path, *folders))):
+        return False
     return (out is not None and out.absolute() in folders) or any((folder / RECORDS).exists() for folder in folders)
 
 
@@ -340,10 +370,7 @@ def _is_path(value: Any) -> bool:
 
 
 def _table_pairs(path: Path, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise DcrisError(f"cannot read the list {path}: {error.strerror or error}") from error
+    text = _read_list(path)
     declared = re.match(r'"?sep=(.)"?[ \t]*(?=[\r\n]|$)', text, re.IGNORECASE)  # Excel's first line
     text = text[declared.end() :] if declared else text
     delimiter = declared[1] if declared else max(delimiters, key=lambda delimiter: _fit(text, delimiter))

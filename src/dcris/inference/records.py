@@ -5,10 +5,12 @@ Files in the folder (N is a rank other than 0):
     dcris-journal.jsonl, dcris-journal.N.jsonl    one JSON record per finished image or frame
     dcris-journal.unfinished.json, ...N...        files that are being written
     dcris-journal.lock                            locked while a call writes to the folder
+    dcris-journal.state.json                      the model's files, and those of written data sets
 
 A repeated call skips what has a record. Only files that these files name are ever deleted.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +24,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dcris.errors import DcrisError
-from dcris.inference.inputs import RECORDS, Task, assign_names, is_utf8, quoted, source_exists
+from dcris.inference.inputs import RECORDS, Task, assign_names, is_utf8, quoted, source_path
 from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
 from dcris.utils.files import (
@@ -38,6 +40,7 @@ from dcris.utils.files import (
 )
 
 LOCK = "dcris-journal.lock"
+_STATE = "dcris-journal.state.json"
 
 _NAME = re.compile(r"dcris-journal(\.\d+)?\.jsonl")
 _UNFINISHED_NAME = re.compile(r"dcris-journal(\.\d+)?\.unfinished\.json")
@@ -161,6 +164,57 @@ class Record(_Strict):
         if any(result.segmentation.size != self.size for result in self.results or ()):
             raise ValueError("masks of another size")
         return self
+
+
+Stamp = tuple[int, int]
+"""Size in bytes and modification time (ns) of a file."""
+
+
+class Written(_Strict):
+    """A folder that was written as a whole: a data set for an annotation tool."""
+
+    records: str
+    """SHA-256 of the records that it was made of."""
+    files: dict[str, Stamp]
+    """All of its files, by their paths in it."""
+
+
+class State(_Strict):
+    """What a folder of results knows beside its records. It may be lost: then a call takes longer,
+    or refuses to replace a folder."""
+
+    checkpoint: dict[str, Stamp] = {}
+    """The files of the model of the last call, by path."""
+    model: str = ""
+    """Fingerprint of its weights."""
+    records: str = ""
+    """SHA-256 of the records that predictions.json and the files for Label Studio were made of."""
+    folders: dict[str, Written] = {}
+    """By name."""
+
+    @classmethod
+    def read(cls, out: Path) -> "State":
+        """Read the state of a folder; an empty one if there is none, or it is damaged."""
+        try:
+            return cls.model_validate_json(read_text(out / _STATE))
+        except (OSError, ValidationError):
+            return cls()
+
+    def write(self, out: Path) -> None:
+        """Write the state. Raises DcrisError if it cannot be written."""
+        write_file(out / _STATE, self.model_dump_json() + "\n")
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return the stamp of a file, which changes with it; zeros if there is none."""
+    size, time = _stamp(path) or (0, 0)
+    return size, time
+
+
+def stamps(folder: Path) -> dict[str, Stamp]:
+    """Return the stamps of all files below a folder, by their paths in it."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): stamp_of(path) for path in files}
 
 
 class Records:
@@ -345,7 +399,7 @@ class ResultFolder:
 
     def records(self) -> list[Record]:
         """All records, in the order of images and frames."""
-        return sorted(self._records.read().values(), key=lambda record: (record.place, record.frame or 0))
+        return sorted_records(self._records.read().values())
 
     def is_current(self, record: Record) -> bool:
         """Whether a record is of one of these tasks and its source file has not changed."""
@@ -355,8 +409,8 @@ class ResultFolder:
         """Note the files that are about to be written; see `Records.begin`."""
         self._records.begin(name, files)
 
-    def add(self, task: Task, name: str, **fields: Any) -> None:
-        """Record a finished image or frame, or the end of a video.
+    def add(self, task: Task, name: str, **fields: Any) -> Record:
+        """Record a finished image or frame, or the end of a video, and return the record.
 
         `fields` are fields of `Record`.
         """
@@ -368,10 +422,12 @@ class ResultFolder:
             "place": self._places[task.source],
             "phrases": task.phrases,
             "settings": self._settings[task.video].model_dump(),
-            **self._description(task),
+            **_description(task, self._image_url),
             **fields,
         }
-        self._records.add(Record.model_validate_json(json.dumps(record)))  # validated as `read` will validate it
+        added = Record.model_validate_json(json.dumps(record))  # validated as `read` will validate it
+        self._records.add(added)
+        return added
 
     def _prepare(self, tasks: list[Task], overwrite: bool) -> tuple[list[Task], dict[str, int]]:
         """Delete outdated results.
@@ -400,7 +456,7 @@ class ResultFolder:
                 other_phrases.add(record.source)
                 dropped.append(record)
             elif not overwrite and self.is_current(record) and self._has_files(record):
-                kept.append(record.model_copy(update=self._description(own)))
+                kept.append(record.model_copy(update=_description(own, self._image_url)))
             else:
                 dropped.append(record)
         if other_phrases:
@@ -418,7 +474,7 @@ class ResultFolder:
         new = {(PurePath(task.source).name, *(self._stamps[task.source] or ())): task.source for task in tasks}
         for record in records:
             source = new.get((PurePath(record.source).name, *record.stamp), record.source)
-            moved = source != record.source and not source_exists(record.source)
+            moved = source != record.source and not os.path.lexists(source_path(record.source))
             yield record.model_copy(update={"source": source}) if moved else record
 
     def _refuse_other_settings(self, records: Iterable[Record]) -> None:
@@ -465,13 +521,61 @@ class ResultFolder:
             if folder.is_dir():
                 remove_partial(folder)
 
-    def _description(self, task: Task) -> dict[str, Any]:
-        """The fields of a record that may change while its results stay valid."""
-        return {
-            "file_name": quoted(task.shown),
-            "percent_encoded": not is_utf8(task.shown),
-            "address": self._image_url + quote(os.fsencode(PurePath(task.shown).as_posix())),
-        }
+
+def checksum(records: Iterable[Record]) -> str:
+    """Return the SHA-256 of records, to see whether files are of these records."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(_line(record).encode())
+    return digest.hexdigest()
+
+
+def sorted_records(records: Iterable[Record]) -> list[Record]:
+    """Return records in the order of images and frames."""
+    return sorted(records, key=lambda record: (record.place, record.frame or 0))
+
+
+def finished_records(
+    path: Path, tasks: Sequence[Task], settings: Mapping[bool, Settings], image_url: str
+) -> list[Record] | None:
+    """Return the records of tasks that a folder has all results of, with these settings, or None.
+
+    Nothing is changed. The arguments are those of `ResultFolder`.
+
+    Raises:
+        DcrisError: a record file cannot be read.
+    """
+    records = Records(path)
+    found = records.read()
+    if records.damaged or records.unfinished(found):
+        return None
+    by_source: dict[str, list[Record]] = {}
+    for record in found.values():
+        by_source.setdefault(record.source, []).append(record)
+    finished = []
+    for task in tasks:
+        own, stamp, description = by_source.get(task.source, []), _stamp(task.path), _description(task, image_url)
+        frames = sum(record.frame is not None for record in own)
+        ends = [record.frames for record in own if record.results is None]
+        for record in own:
+            unchanged = stamp == list(record.stamp) and record == record.model_copy(
+                update={**description, "phrases": task.phrases, "settings": settings[task.video]}
+            )
+            if not unchanged or not all((path / file).is_file() for file in record.files):
+                return None
+        if not own or (task.video and ends != [frames]):
+            return None
+        finished += sorted(own, key=lambda record: record.frame or 0)
+    return finished
+
+
+def _description(task: Task, image_url: str) -> dict[str, Any]:
+    """The fields of a record that may change while its results stay valid."""
+    return {
+        "file_name": quoted(task.shown),
+        "percent_encoded": not is_utf8(task.shown),
+        "address": image_url + quote(os.fsencode(PurePath(task.shown).as_posix())),
+    }
 
 
 def _is_result_file(file: str) -> bool:

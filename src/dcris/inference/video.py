@@ -87,6 +87,17 @@ def read_frames(path: Path, every: int = 1, wanted: Callable[[int], bool] = lamb
             yield Frame(frame.index, frame.time, _upright(path, frame.data))
 
 
+def frame_count(path: Path) -> int | None:
+    """Return the number of frames that a video states or its duration suggests, for a display of
+    progress; None if it cannot be read or states neither."""
+    with suppress(DcrisError), _opened(path) as (_, stream):
+        if stream.frames:
+            return int(stream.frames)
+        seconds, rate = _seconds(stream), stream.average_rate or stream.guessed_rate
+        return None if not seconds or not rate else round(seconds * float(rate))
+    return None
+
+
 def write_overlay(
     source: Path, target: Path, masks: Callable[[int], Sequence[MaskArray] | None], last: int, every: int = 1
 ) -> str:

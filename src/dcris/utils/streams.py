@@ -1,10 +1,11 @@
 """Standard streams, which may be closed, use an encoding other than UTF-8, or be files on a full
-disk."""
+disk; and how much is written to them."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
@@ -32,9 +33,33 @@ def usable_streams() -> Iterator[None]:
         yield
 
 
+_verbosity: ContextVar[int] = ContextVar("verbosity", default=0)
+
+
+@contextmanager
+def verbosity() -> Iterator[Callable[[int], object]]:
+    """Context for a command, which yields a function that sets how much it prints: -1 results and
+    errors, 0 the usual, 1 details, too."""
+    token = _verbosity.set(0)
+    try:
+        yield _verbosity.set
+    finally:
+        _verbosity.reset(token)
+
+
+def is_quiet() -> bool:
+    """Return whether only results and errors are printed."""
+    return _verbosity.get() < 0
+
+
+def is_verbose() -> bool:
+    """Return whether details are printed."""
+    return _verbosity.get() > 0
+
+
 def is_terminal() -> bool:
-    """Return whether standard error, where progress bars are drawn, is a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Return whether progress bars are drawn: standard error is a terminal, and not quiet."""
+    return not is_quiet() and sys.stderr is not None and sys.stderr.isatty()
 
 
 def printable(text: str) -> str:
@@ -63,7 +88,13 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line to standard error. Does nothing if that cannot be written."""
+    """Print a line to standard error, unless quiet. Does nothing if that cannot be written."""
+    if not is_quiet():
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """Print an error to standard error. Does nothing if that cannot be written."""
     if sys.stderr is None:  # print would then write to standard output
         return
     try:

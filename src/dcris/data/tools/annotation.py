@@ -113,7 +113,8 @@ class Exported:
 
     def categories(self) -> dict[str, int]:
         """Number the categories from 1, in the order of the table."""
-        names = dict.fromkeys(reference.category or "object" for reference in self.table.references)
+        annotated = (each for each in self.table.references if each.segmentations or each.expressions)
+        names = dict.fromkeys(each.category or "object" for each in annotated)
         return {name: number for number, name in enumerate(names, 1)}
 
 

@@ -234,7 +234,7 @@ def _write(exported: Exported, folder: Path) -> None:
     tasks = []
     for image, references in exported.by_image().items():
         results = []
-        for place, reference in enumerate(references, 1):
+        for place, reference in enumerate((one for one in references if one.segmentations), 1):
             height, width = reference.image_size
             stroke = encode_brush(union_mask(reference.segmentations, reference.image_size).astype(bool))
             common = {"id": f"r{place}", "to_name": "image", "original_width": width, "original_height": height}

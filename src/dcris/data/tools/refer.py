@@ -91,7 +91,7 @@ def _write(exported: Exported, folder: Path) -> None:
         height, width = of_image[0].image_size
         name = PurePosixPath(exported.images[image]).name
         instances["images"].append({"id": numbers[image], "file_name": name, "height": height, "width": width})
-        for reference in of_image:
+        for reference in (each for each in of_image if each.expressions):
             category = categories[reference.category or "object"]
             ann_ids = list[int]()
             for segmentation in reference.segmentations:

@@ -1,0 +1,97 @@
+"""Predictions as data sets of annotation tools: to correct, and to train on.
+
+They are written by dcris.data.exporter, as `dcris data export` writes references. A phrase is the
+expression of its object and also its category, since some tools show nothing else.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
+
+from dcris.data.exporter import export_table
+from dcris.data.table import ReferenceTable
+from dcris.errors import DcrisError
+from dcris.inference.inputs import source_path
+from dcris.inference.records import Record, Result, State, Written, checksum, stamps
+from dcris.types import Expression, Reference
+from dcris.utils.files import remove_directory
+
+TOOLS = {"coco-dataset": "coco", "yolo": "yolo", "labelme": "labelme"}
+"""Formats of `dcris predict` that are data sets, and their names in dcris.data.tools.FORMATS."""
+
+
+def data_set_folder(out: Path, format: str) -> Path:
+    """Return the folder of a data set in a folder of results."""
+    return out / f"predictions-{TOOLS[format]}"
+
+
+def require_unchanged(out: Path, formats: Iterable[str]) -> None:
+    """Raise DcrisError if one of the data sets was changed since it was written: it may have
+    corrections, and writing it again would lose them."""
+    known = State.read(out).folders
+    for folder in (data_set_folder(out, each) for each in formats if each in TOOLS):
+        if folder.is_dir() and (folder.name not in known or known[folder.name].files != stamps(folder)):
+            raise DcrisError(
+                f"{folder} was changed after it was written, and would be replaced; move it elsewhere to keep the changes, or "
+                "choose another --out"
+            )
+
+
+def is_written(out: Path, format: str, records: Sequence[Record]) -> bool:
+    """Return whether the data set of these records is in a folder of results."""
+    folder = data_set_folder(out, format)
+    known = State.read(out).folders.get(folder.name)
+    return folder.is_dir() and known is not None and known.records == checksum(records)
+
+
+def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
+    """Write the results of images as a data set in a folder of results, in place of an earlier one.
+
+    Args:
+        out: the folder of results.
+        format: a key of TOOLS.
+        records: of images. Those that do not exist any more are left out.
+
+    Returns:
+        What it has, in words.
+
+    Raises:
+        DcrisError: a file cannot be read or written. An earlier data set is then unchanged.
+    """
+    folder, state = data_set_folder(out, format), State.read(out)
+    there = [record for record in records if source_path(record.source).is_file()]
+    references = tuple(_references(there))
+    others = {name: known for name, known in state.folders.items() if name != folder.name}
+    if references:
+        table = ReferenceTable("predictions", "", out, references)
+        export_table(table, TOOLS[format], folder, replace=True)
+        others[folder.name] = Written(records=checksum(records), files=stamps(folder))
+    elif folder.name in state.folders:
+        remove_directory(folder)
+    state.model_copy(update={"folders": others}).write(out)
+    gone = (
+        f"; left out, since they do not exist any more: {len(records) - len(there):,}"
+        if len(there) < len(records)
+        else ""
+    )
+    return f"{sum(bool(each.segmentations) for each in references):,} objects on {len(there):,} images{gone}"
+
+
+def _references(records: Iterable[Record]) -> Iterable[Reference]:
+    """Yield a reference for each mask, and one without objects for an image without any."""
+    numbers = count(1)
+    for record in records:
+        found: list[Result | None] = [each for each in record.results or () if each.bbox[2]]
+        for result in found or [None]:
+            number = next(numbers)
+            yield Reference(
+                ref_id=number,
+                ann_ids=() if result is None else (number,),
+                image_id=record.place,
+                image_path=source_path(record.source),
+                image_size=record.size or (0, 0),
+                category="" if result is None else result.phrase,
+                split="train",
+                segmentations=() if result is None else (result.segmentation.model_dump(mode="json"),),
+                expressions=() if result is None else (Expression(number, result.phrase),),
+            )
