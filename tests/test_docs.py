@@ -55,7 +55,7 @@ def commands(code: str) -> list[list[str]]:
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words:
-            end = next((place for place, word in enumerate(words) if word in {"&&", ";", "|", "&"}), len(words))
+            end = next((place for place, word in enumerate(words) if word in {"&&", ";", "|", "&", ">"}), len(words))
             command, words = words[:end], words[end + 1 :]
             for place, word in enumerate(command):
                 is_module = word == "dcris" and place > 0 and command[place - 1] == "-m"

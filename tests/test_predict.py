@@ -507,7 +507,9 @@ def test_overwrite_replaces_only_the_images_of_the_call(model: Path, photos: Pat
     assert {name for name, time in written(out).items() if time != before.get(name)} == {"0.0-left.mask.png"}
     # No call without --overwrite adds to either.
     for threshold in ("0.35", "0.6"):
-        assert dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--threshold", threshold) == 2
+        assert dcris("predict", model, photos, "-e", "left", *command, out, "--threshold", threshold) == 2
+    # A call that adds nothing finds its results.
+    assert dcris("predict", model, photos / "0.png", "-e", "left", *command, out, "--threshold", "0.6") == 0
 
 
 def test_other_phrases_and_images_replace_their_results(
@@ -604,7 +606,7 @@ def test_files_of_a_killed_call_are_deleted(
         (out / name).touch()
     assert dcris(*command, "--format", "mask") == 0
     names = [*(f"{number}.0-cup.mask.png" for number in range(4)), "deeper/0.0-cup.mask.png", *kept]
-    assert {*contents(out)} == {*names, RECORDS, STATE}
+    assert {*contents(out)} == {*names, RECORDS, STATE, f"deeper/{STATE}"}
 
 
 def killed(*_: object) -> None:

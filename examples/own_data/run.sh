@@ -20,8 +20,9 @@ echo "== 2. The model to start from, on the validation images."
 dcris evaluate photos --data "$work/things.jsonl" --out "$work/before.json"
 
 echo "== 3. Fine-tuning: the same recipe, starting from the adapters and head of that model."
+# Without validation, which would choose the checkpoint by the images that are scored below.
 dcris train dcris_photos --data "$work/things.jsonl" --from photos --out "$work/tuned" --resume \
-  --train.max_steps 80 --train.warmup_steps 10 --train.lr 5e-4 --data.cache_features 4
+  --train.max_steps 80 --train.warmup_steps 10 --train.lr 5e-4 --data.cache_features 4 --data.val_split null
 
 echo "== 4. Evaluation and prediction on the validation images."
 dcris evaluate "$work/tuned" --data "$work/things.jsonl" --out "$work/after.json" --report "$work/report.html"
