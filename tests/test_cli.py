@@ -186,7 +186,10 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert "validation" not in capsys.readouterr().out
     assert dcris("evaluate", tuned, "--data", other, "--split", "held out") == 0
+    capsys.readouterr()
     assert dcris("evaluate", tuned, "--data", scenes_root, "--dataset", "scenes") == 0
+    # The import has its own splits, so what the scenes validate on was trained on.
+    assert "of 3 evaluated images were trained on, such as scene_" in capsys.readouterr().err
     assert dcris("train", config, "--data", other, "--from", run, "--out", tuned, "--resume") == 0
     for words in (("train", config, "--out", tmp_path / "b", "--data.val_split", "val"), ("evaluate", run)):
         assert "no split 'val'; choose from train, held out" in refused(capsys, *words, "--data", other)

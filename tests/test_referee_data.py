@@ -11,17 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from dcris.cli import main
 from dcris.data.check import check_dataset
 from dcris.data.dataset import ImageTasks, all_queries
-from dcris.data.masks import true_mask, union_mask
+from dcris.data.masks import decode_mask, mask_area, true_mask, union_mask, validate_segmentation
 from dcris.data.mixing import mix
 from dcris.data.readers.load import load_references
-from dcris.data.readers.phrasecut import size_subset
+from dcris.data.readers.phrasecut import _compact, size_subset
+from dcris.data.readers.reasonseg import _draw
 from dcris.data.registry import DATASETS
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
@@ -212,6 +216,36 @@ def test_equal_labels_need_no_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(truth(reference), box(10, 10, 30, 25))
 
 
+_CORNER = st.tuples(st.floats(-10, W + 10, width=32), st.floats(-10, H + 10, width=32)).map(list)
+_SHAPE = st.fixed_dictionaries(
+    {
+        "label": st.sampled_from(["target", "Target 2", "ignore", "IGNORED", "flag", "Flag"]),
+        "points": st.lists(_CORNER, min_size=1, max_size=6),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(_SHAPE, max_size=5))
+def test_any_polygons_are_drawn_as_by_lisa(shapes: list[dict[str, Any]]) -> None:
+    """An independent rendering: each polygon alone; a pixel is the smallest one's that has it."""
+    layers = []
+    for number, each in enumerate(shapes):
+        if each["label"].lower() == "flag":
+            continue
+        layer = np.zeros((H, W), np.uint8)
+        corners = np.array([[int(x), int(y)] for x, y in each["points"]], np.int32)
+        cv2.polylines(layer, [corners], True, 1, 1)
+        cv2.fillPoly(layer, [corners], 1)
+        layers.append((int(layer.sum()), number, layer > 0, "ignore" in each["label"].lower()))
+    areas = [area for area, *_ in layers]
+    assume(len(set(areas)) == len(areas))  # the order of equal ones is that of an unstable sort
+    expected = np.zeros((H, W), int)
+    for _, _, inside, ignored in sorted(layers, key=lambda layer: layer[:2], reverse=True):
+        expected[inside] = 255 if ignored else 1
+    np.testing.assert_array_equal(_draw(shapes, (H, W), Path("1.json")), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -268,6 +302,14 @@ def drawn(*polygons: list[list[float]]) -> np.ndarray:
         ImageDraw.Draw(image).polygon([(int(x), int(y)) for x, y in polygon], outline=1, fill=1)
         mask |= np.array(image) > 0
     return mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(_CORNER, min_size=2, max_size=6), min_size=1, max_size=4))
+def test_any_polygons_are_drawn_as_by_phrasecut(polygons: list[list[list[float]]]) -> None:
+    (pixels,) = _compact({"Polygons": [polygons]})["Polygons"]
+    np.testing.assert_array_equal(decode_mask(validate_segmentation(pixels, (H, W)), (H, W)) > 0, drawn(*polygons))
+    assert mask_area(pixels, (H, W)) == drawn(*polygons).sum()
 
 
 def test_objects_of_phrasecut_are_united(tmp_path: Path) -> None:

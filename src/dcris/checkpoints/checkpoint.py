@@ -12,6 +12,7 @@ A converted or saved checkpoint has the first two files, and optionally
 
     towers.safetensors    the frozen towers
     calibration.json      temperature of the presence head, from `dcris evaluate --calibrate-on`
+    training_images.bin   hashes of the images it was trained on; of a run, they are in the run
 
 Without the first, the towers are loaded by their names. In both cases they must have the recorded
 fingerprints, so the file may be deleted to save space if the named weights are available.
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from dcris.checkpoints.backbones import copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.checkpoints.tensor_files import open_safetensors
+from dcris.checkpoints.training_images import FILE, Images, images_from_text, images_to_text, pack_images, read_images
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
@@ -57,6 +59,8 @@ from dcris.version import __version__
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 _TOWERS, _CALIBRATION = "towers.safetensors", "calibration.json"
 _BUNDLE = ".safetensors"
+_IMAGES = "training_images"
+"""Key of the metadata of a bundle."""
 _DAMAGED = "damaged-"
 """Prefix of the directory name of a damaged checkpoint."""
 _WEIGHTS = "weights."
@@ -201,6 +205,7 @@ def save_model(
     half: bool = False,
     origin: Origin | None = None,
     card: str | None = None,
+    images: Images = frozenset(),
 ) -> None:
     """Write a model for prediction: a checkpoint directory, or a bundle with the towers.
 
@@ -215,6 +220,7 @@ def save_model(
             of their exact values.
         origin: the published checkpoint.
         card: content of README.md.
+        images: what it was trained on, from `read_training_images`.
 
     Raises:
         DcrisError: the directory exists or cannot be written.
@@ -225,6 +231,7 @@ def save_model(
     metadata = _metadata(towers, origin=origin)
     if path.suffix == _BUNDLE:
         whole = {**state, **_on_cpu(_tower_tensors(model))}
+        metadata |= {_IMAGES: images_to_text(images)} if images else {}
         _guarded(
             path,
             lambda: write_file(path, lambda at: save_file(whole, at, {**metadata, "config": _config_text(config)})),
@@ -238,6 +245,8 @@ def save_model(
         if with_towers:
             save_file(_on_cpu(_tower_tensors(model)), folder / _TOWERS)
         (folder / _CONFIG).write_text(_config_text(config))
+        if images:
+            (folder / FILE).write_bytes(pack_images(images))
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -558,6 +567,18 @@ def read_origin(path: Path) -> Origin:
         return {str(key): str(value) for key, value in parse_json(_read_metadata(path).get("origin", "{}")).items()}
     except (ValueError, AttributeError) as error:
         raise DcrisError(f"the metadata of {path} have an invalid origin; copy the checkpoint again") from error
+
+
+def read_training_images(path: Path) -> Images:
+    """Read which images a checkpoint was trained on, a directory or a bundle; empty if that is
+    unknown.
+
+    Raises DcrisError if they are damaged.
+    """
+    if not path.is_file():
+        return read_images(path)
+    text = _read_metadata(path).get(_IMAGES)
+    return frozenset() if text is None else images_from_text(text, path)
 
 
 def _require_towers(path: Path, towers: Towers) -> Towers:

@@ -104,22 +104,25 @@ def rename_image(name: str, naming: str) -> str:
     return name
 
 
-def portable_name(path: Path, folder: Path) -> str:
+def portable_name(path: Path, folder: Path, coco_id: int | None = None) -> str:
     """Return a name for a file that is the same wherever its data set is stored.
 
-    That is COCO's image number, under any naming, or else the path relative to `folder`, the data
-    set's.
+    That is COCO's image number, under any naming or as the data set records it, or else the path
+    relative to `folder`, the data set's.
     """
-    number = _ANY_NAME.fullmatch(path.name)
-    if number:
-        return number[1]
+    number = coco_number(path.name, coco_id)
+    if number is not None:
+        return number
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
-def image_key(path: Path, folder: Path, coco_id: int | None = None) -> str:
-    """Return what identifies an image in all data sets: COCO's number, from its file name under any
-    naming or as the data set records it, or else its path relative to `folder`, the data set's."""
-    return portable_name(path, folder) if coco_id is None else f"{coco_id:012d}"
+def coco_number(name: str, coco_id: int | None = None) -> str | None:
+    """Return COCO's number of an image, 12 digits: as its data set records it, or from its file
+    name under any naming. None if it is not of COCO."""
+    if coco_id is not None:
+        return f"{coco_id:012d}"
+    match = _ANY_NAME.fullmatch(name)
+    return match[1] if match else None
 
 
 def image_ids(names: Iterable[str]) -> dict[str, int]:

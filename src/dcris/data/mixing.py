@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcris.data.coco import image_key
+from dcris.data.coco import portable_name
 from dcris.data.registry import DATASETS, PARTITIONS
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -121,7 +121,7 @@ def _image_key(reference: Reference, table: ReferenceTable) -> str:
 
     Not its `image_id`: generated sets all begin at 1.
     """
-    return image_key(reference.image_path, table.root, reference.coco_id)
+    return portable_name(reference.image_path, table.root, reference.coco_id)
 
 
 def _renumber(references: Sequence[tuple[int, str, Reference]]) -> Iterator[Reference]:

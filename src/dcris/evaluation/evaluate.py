@@ -1,14 +1,21 @@
 """Evaluation in one call, for the command line and for Python."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, read_config, store_calibration
+from dcris.checkpoints.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_config,
+    read_training_images,
+    store_calibration,
+)
 from dcris.checkpoints.resolve import locate
+from dcris.checkpoints.training_images import Images, image_hash
 from dcris.config import RunConfig
 from dcris.data.dataset import Queries, all_queries, cut_phrases
 from dcris.data.table import ReferenceTable
@@ -17,6 +24,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.confidence import assess, presence_temperature
 from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries, result_record
+from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.protocols.base import Protocol
 from dcris.models.segmentation import ReferringSegmenter
@@ -108,6 +116,7 @@ def evaluate(
         table = data if isinstance(data, ReferenceTable) else data(config)
         queries = all_queries(table.split(split))
         model, _ = load_checkpoint(source)
+        trained_on = read_training_images(find_checkpoint(source))
         model.to(place)
         dtype = choose_precision(precision or config.train.precision, place)
         if group.first and (cut := cut_phrases(queries, config.data, tokenizer_of(config.model.text), table.dataset)):
@@ -147,18 +156,43 @@ def evaluate(
                     )
         results = predict_on_all_ranks(group, queries, partial(predict, queries, keep_masks))
         first = group.first
-    record = result_record(results, table, split, chosen, model=model, device=place, dtype=dtype)
+    record: dict[str, Any] = result_record(results, table, split, chosen, model=model, device=place, dtype=dtype)
     if calibrate_on is not None:
         record["calibrated_on"] = calibrate_on
         if temperature is not None:
             record["temperature"] = temperature
             if first:
                 _store_temperature(checkpoint, source, temperature, table, calibrate_on)
+    if seen := _seen(results, trained_on, chosen):
+        record["trained_on"] = seen
+        if first:
+            note(
+                f"{seen['images']:,} of {seen['of']:,} evaluated images were trained on, such as {seen['examples'][0]}; scores "
+                "of the others alone are in the result, under trained_on"
+            )
     if refine != "none":
         record["refine"] = refine
     if strips(config.data, predicting=False):
         record["strip_phrases"] = config.data.strip_phrases
     return Evaluation(results, record, config, model, chosen)
+
+
+def _seen(results: Sequence[EvalResult], images: Images, protocol: Protocol) -> dict[str, Any] | None:
+    """Return what the evaluation says about images that the model was trained on; None if there is
+    nothing to say, or nobody knows what it was trained on."""
+    first = {result.reference.image_path: result.reference for result in results}
+    hashes = {path: image_hash(reference) for path, reference in first.items()} if images else {}
+    known = {path for path, found in hashes.items() if found in images}
+    if not known:
+        return None
+    others = [result.overlap for result in results if result.reference.image_path not in known]
+    return {
+        "images": len(known),
+        "of": len(first),
+        "expressions": len(results) - len(others),
+        "examples": [path.name for path in first if path in known][:10],
+        "scores_of_others": summarise(others, protocol.metrics) if others else None,
+    }
 
 
 def _store_temperature(

@@ -24,10 +24,12 @@ from dcris.checkpoints.checkpoint import (
     load_adapters,
     load_checkpoint,
     read_origin,
+    read_training_images,
     save_model,
 )
 from dcris.checkpoints.model_card import Metrics, model_card
 from dcris.checkpoints.resolve import locate
+from dcris.checkpoints.training_images import Images
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable
@@ -122,6 +124,7 @@ class Segmenter:
         device: str = "auto",
         precision: Precision | None = None,
         origin: Origin | None = None,
+        images: Images = frozenset(),
     ) -> None:
         require(model, ReferringSegmenter, "the model")
         require(config, RunConfig, "the configuration")
@@ -130,6 +133,8 @@ class Segmenter:
         self.origin: Origin = origin or {}
         """The published checkpoint that the model was converted from; empty if it was not
         converted."""
+        self.images = images
+        """Hashes of the images that the model was trained on; empty if they are unknown."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
         self._precision: Precision = config.train.precision if precision is None else precision
@@ -162,13 +167,25 @@ class Segmenter:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle contains: the models as they were loaded, not those that predict."""
         sets = {name: (each.model, each.config) for name, each in self._sets.items()}
-        return {"sets": sets, "device": str(self.device), "precision": self._precision, "origin": self.origin}
+        return {
+            "sets": sets,
+            "device": str(self.device),
+            "precision": self._precision,
+            "origin": self.origin,
+            "images": self.images,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Prepare the models of a pickle, on the device that they were on."""
         (name, (model, config)), *others = state["sets"].items()
         Segmenter.__init__(
-            self, model, config, device=state["device"], precision=state["precision"], origin=state["origin"]
+            self,
+            model,
+            config,
+            device=state["device"],
+            precision=state["precision"],
+            origin=state["origin"],
+            images=state["images"],
         )
         (only,) = self._sets.values()
         self._sets = {name: only, **{other: self._prepared(*each) for other, each in others}}
@@ -221,7 +238,8 @@ class Segmenter:
     def _load(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
         path = find_checkpoint(locate(source))
         model, config = load_checkpoint(path)
-        return cls(model, config, device=device, precision=precision, origin=read_origin(path))
+        origin, images = read_origin(path), read_training_images(path)
+        return cls(model, config, device=device, precision=precision, origin=origin, images=images)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -263,7 +281,8 @@ class Segmenter:
         model = self.model.merged()
         config = self.config.model_copy(update={"model": model.config})
         precision: Precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
-        return Segmenter(model, config, device=str(self.device), precision=precision, origin=self.origin)
+        device = str(self.device)
+        return Segmenter(model, config, device=device, precision=precision, origin=self.origin, images=self.images)
 
     @cached_property
     def _towers(self) -> Towers:
@@ -367,7 +386,15 @@ class Segmenter:
             require(licence, str, "the licence")
         card = model_card(self.config, self._towers, name=name, origin=self.origin, metrics=rows, licence=licence)
         save_model(
-            path, self.model, self._towers, self.config, with_towers=towers, half=half, origin=self.origin, card=card
+            path,
+            self.model,
+            self._towers,
+            self.config,
+            with_towers=towers,
+            half=half,
+            origin=self.origin,
+            card=card,
+            images=self.images,
         )
 
     @overload

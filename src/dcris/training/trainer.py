@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dcris.checkpoints import training_images
 from dcris.checkpoints.backbones import fingerprint, load_towers
 from dcris.checkpoints.checkpoint import (
     Checkpoint,
@@ -26,6 +27,7 @@ from dcris.checkpoints.checkpoint import (
     load_optimizer,
     load_trained,
     prune_checkpoints,
+    read_training_images,
     save_checkpoint,
     score_checkpoint,
     sound_checkpoints,
@@ -65,7 +67,7 @@ from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require, require_names
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.distributed import Processes
-from dcris.utils.files import lock_folder, make_directory, read_json, remove_directory, write_json
+from dcris.utils.files import lock_folder, make_directory, read_json, remove_directory, write_file, write_json
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -189,6 +191,8 @@ class Trainer:
         self.done = 0  # steps taken, those before resuming included
         self.last: Checkpoint | None = None
         self.average: WeightAverage | None = None
+        self.seen_before = frozenset[bytes]()
+        """Images that the weights of `train.start` were trained on."""
         self.features: CachedSamples | None = None
         self.stop = StopRequest()
 
@@ -543,6 +547,9 @@ class Trainer:
             write_json(make_directory(self.out) / _CONFIG, self.config.model_dump(mode="json"))
             if newest is None or not (self.out / _DATA).exists():
                 write_json(self.out / _DATA, record)
+            if newest is None or not (self.out / training_images.FILE).exists():
+                seen = training_images.hash_images(self.samples.references) | self.seen_before
+                write_file(self.out / training_images.FILE, training_images.pack_images(seen))
         self.log(f"{len(self.samples):,} references, {self.per_epoch:,} steps an epoch, {self.total:,} steps in all")
         if (warmup := warmup_steps(self.settings, self.total)) < self.settings.warmup_steps:
             self.log(
@@ -623,6 +630,7 @@ class Trainer:
                 ) from error
             if self.model.head.presence is not None:
                 self.model.head.presence.temperature.fill_(1)  # of other weights than those to come
+            self.seen_before = read_training_images(start)
             record["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(self.model))}
             self.log(f"starting from the adapters and the head of {start}")
         if self.settings.ema is not None:

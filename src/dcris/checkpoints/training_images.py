@@ -1,0 +1,98 @@
+"""Which images a model was trained on, so that an evaluation can say which of its images those are.
+
+A run has training_images.bin: a heading and a hash of 6 bytes for each image, sorted, so 100 kB for
+RefCOCO. No file name can be read from it, so it may be published with a model. An image of COCO is
+known by its number, under any naming (train2014, val2014, 2017) or as its data set records it, any
+other by its file name and its size in bytes: names such as 1.jpg occur in every data set. Two
+images have the same hash with a probability of 4e-15.
+"""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from dcris.data.coco import coco_number
+from dcris.errors import DcrisError
+from dcris.types import Reference
+from dcris.utils.files import read_bytes
+
+FILE = "training_images.bin"
+
+_HEADING = b"dcris training images 1\n"
+_LENGTH = 6
+_MAX_BYTES = 60_000_000
+"""Of a file: ten million images."""
+
+Images = frozenset[bytes]
+"""Hashes of images."""
+
+
+def image_hash(reference: Reference) -> bytes | None:
+    """Return the hash of a reference's image; None if it is not COCO's and does not exist."""
+    path = reference.image_path
+    number = coco_number(path.name, reference.coco_id)
+    if number is None:
+        try:
+            number = f"{path.name}\n{path.stat().st_size}"
+        except (OSError, ValueError):
+            return None
+    return hashlib.sha256(number.encode(errors="surrogateescape")).digest()[:_LENGTH]
+
+
+def hash_images(references: Iterable[Reference]) -> Images:
+    """Return the hashes of all images that the references have."""
+    first = {reference.image_path: reference for reference in references}
+    return frozenset(found for reference in first.values() if (found := image_hash(reference)) is not None)
+
+
+def pack_images(images: Images) -> bytes:
+    """Return the content of FILE."""
+    return _HEADING + b"".join(sorted(images))
+
+
+def read_images(checkpoint: Path) -> Images:
+    """Return the images that a checkpoint was trained on; empty if nobody knows.
+
+    Args:
+        checkpoint: its directory, as `find_checkpoint` returns it: FILE is there, or in its run.
+
+    Raises:
+        DcrisError: the file is damaged or cannot be read.
+    """
+    places = [checkpoint, checkpoint.parent.parent] if checkpoint.parent.name == "checkpoints" else [checkpoint]
+    path = next((place / FILE for place in places if (place / FILE).exists()), None)
+    if path is None:
+        return frozenset()
+    try:
+        content = read_bytes(path, _MAX_BYTES)
+    except OSError as error:
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
+    return unpack_images(content, path)
+
+
+def unpack_images(content: bytes, path: Path) -> Images:
+    """Return the images in the content of FILE, which is `path`; DcrisError if it is damaged."""
+    hashes = content.removeprefix(_HEADING)
+    if len(hashes) == len(content) or len(hashes) % _LENGTH:
+        raise DcrisError(
+            f"{path} is not a list of training images; copy it again, or delete it to evaluate without knowing them"
+        )
+    return frozenset(hashes[start : start + _LENGTH] for start in range(0, len(hashes), _LENGTH))
+
+
+def images_to_text(images: Images) -> str:
+    """Return images as text for the metadata of a bundle."""
+    return base64.b64encode(pack_images(images)).decode("ascii")
+
+
+def images_from_text(text: str, path: Path) -> Images:
+    """Return the images in the metadata of the bundle `path`.
+
+    Raises DcrisError if they are damaged.
+    """
+    try:
+        return unpack_images(base64.b64decode(text, validate=True), path)
+    except (binascii.Error, ValueError) as error:
+        raise DcrisError(f"the training images in the metadata of {path} are damaged; copy the bundle again") from error
