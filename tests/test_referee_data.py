@@ -126,6 +126,26 @@ def test_images_of_801_pixels_are_resized_to_their_mask(tmp_path: Path) -> None:
     assert check_dataset(other, "planes").problem_count == 2  # of any other data set, that is an error
 
 
+def test_exports_have_images_of_the_size_of_their_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tool that loads the export would refuse a mask of another size, or shift it."""
+
+    def export(root: Path, dataset: str, format: str) -> Path:
+        out = tmp_path / f"{dataset} exported"
+        assert main(["data", "export", str(root), "--dataset", dataset, "--format", format, "--out", str(out)]) == 0
+        return out
+
+    root = write_rrsisd(tmp_path / "data")
+    out = export(root, "rrsisd", "refer")
+    tables = load_references(out, "rrsisd"), load_references(root, "rrsisd")
+    ours, theirs = ([truth(each).tolist() for each in table.references] for table in tables)
+    assert ours == theirs
+    (out / "rrsisd").rename(out / "planes")
+    assert check_dataset(out, "planes").problem_count == 0
+    capsys.readouterr()
+    export(write_reasonseg(tmp_path / "reason"), "reasonseg", "coco")
+    assert "background now: the ignored pixels of 1" in capsys.readouterr().out
+
+
 def test_several_masks_in_the_list_are_refused(tmp_path: Path) -> None:
     references, instances = rrsisd_records()
     instances["annotations"][0]["segmentation"] *= 2

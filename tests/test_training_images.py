@@ -26,7 +26,7 @@ def image(path: Path, coco_id: int | None = None) -> Reference:
 def evaluate(run: Path, root: Path, split: str, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
     """Return the result and what `dcris evaluate` printed beside it."""
     words = ["--data", root, "--dataset", "scenes", "--split", split, "--device", "cpu", "--out", out]
-    assert main(["evaluate", str(run), *map(str, words)]) == 0
+    assert main(["evaluate", str(run), *map(str, words), "--report", str(out.with_suffix(".html"))]) == 0
     return json.loads(out.read_text()), capsys.readouterr().err
 
 
@@ -90,6 +90,8 @@ def test_evaluation_says_what_was_trained_on(
     found = leaky["trained_on"]
     assert (found["images"], found["of"], found["expressions"]) == (1, 5, leaked)
     assert f"1 of 5 evaluated images were trained on, such as {found['examples'][0]}" in said
+    assert "images trained on" in (tmp_path / "leaky.html").read_text()
+    assert "images trained on" not in (tmp_path / "clean.html").read_text()
     assert found["scores_of_others"] == {key: clean[key] for key in found["scores_of_others"]}
     train, _ = evaluate(list_checkpoints(trained_run)[-1].path, scenes_root, "train", tmp_path / "t.json", capsys)
     assert (train["trained_on"]["images"], train["trained_on"]["scores_of_others"]) == (12, None)

@@ -234,7 +234,8 @@ def _data_export(args: argparse.Namespace) -> None:
     image_url = IMAGE_URL if args.image_url is None else args.image_url
     done = export_table(table, args.format, args.out, image_url)
     left_out = f"; left out: {done.left_out:,} that describe nothing in their image" if done.left_out else ""
-    log(f"{args.out}: {done.references:,} references on {done.images:,} images{left_out}")
+    ignored = f"; background now: the ignored pixels of {done.ignored:,}" if done.ignored else ""
+    log(f"{args.out}: {done.references:,} references on {done.images:,} images{left_out}{ignored}")
 
 
 def _ask(count: int, example: str) -> str:

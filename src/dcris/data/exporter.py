@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dcris.data.images import image_endings
+from PIL import Image
+
+from dcris.data.dataset import fit_image
+from dcris.data.images import image_endings, image_size, read_image
 from dcris.data.table import ReferenceTable
 from dcris.data.tools import FORMATS
 from dcris.data.tools.annotation import Exported, split_folder
@@ -25,6 +28,8 @@ class ExportResult:
     images: int
     left_out: int
     """References to nothing in their image, which this format cannot hold."""
+    ignored: int = 0
+    """References with pixels that have no truth, which are background in all formats."""
 
 
 def export_table(
@@ -66,18 +71,25 @@ def export_table(
         image_url,
     )
 
+    # Of RRSIS-D: the tools want an image of the mask's size.
+    stretched = {reference.image_path: reference for reference in kept if reference.stretched}
+
     def fill(folder: Path) -> None:
         for source, name in exported.images.items():
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                shutil.copyfile(source, target)
+                if (reference := stretched.get(source)) and image_size(source) != reference.image_size:
+                    Image.fromarray(fit_image(read_image(source), reference)).save(target, quality=95)
+                else:
+                    shutil.copyfile(source, target)
             except (OSError, shutil.SpecialFileError) as error:
                 raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
         write(exported, folder)
 
     write_directory(out, fill)
-    return ExportResult(len(kept), len(exported.images), len(table.references) - len(kept))
+    doubtful = sum(1 for reference in kept if reference.ignored is not None)
+    return ExportResult(len(kept), len(exported.images), len(table.references) - len(kept), doubtful)
 
 
 def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:

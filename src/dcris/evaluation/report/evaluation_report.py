@@ -290,6 +290,8 @@ def _facts(facts: Mapping[str, str], record: Mapping[str, Any], metrics: Sequenc
         for key, value in record.items()
         if key not in shown and isinstance(value, int | float | str)
     }
+    if seen := record.get("trained_on"):
+        rest["images trained on"] = f"{seen['images']:,} of {seen['of']:,}"
     known = {name.casefold() for name in facts}
     return [
         *((name, str(value)) for name, value in facts.items()),
