@@ -580,6 +580,17 @@ def test_images_are_found_by_their_names(export: Export, name: str) -> None:
     assert json.loads((export.folder / "my.jsonl").read_text().splitlines()[0])["image"] == "deep/er/1.png"
 
 
+def test_uploads_are_found_by_the_names_that_label_studio_gives_them(export: Export) -> None:
+    """It replaces spaces and leaves out other signs; only uploads are searched for in this way."""
+    (export.folder / "photos/1.png").rename(export.folder / "photos/Tasse 1 (ä, neu).png")
+    export.content["images"][0]["file_name"] = "/data/upload/1/0a1b2c3d-Tasse_1_ä_neu.png"
+    table, _ = export.load(strict=True)
+    assert table.references[0].image_path == export.folder / "photos/Tasse 1 (ä, neu).png"
+    export.content["images"][0]["file_name"] = "Tasse_1_ä_neu.png"
+    with pytest.raises(DcrisError, match="no image file"):
+        export.load(strict=True)
+
+
 def test_images_of_one_name_are_told_apart_by_folder(export: Export) -> None:
     """Otherwise the masks of one image would be learnt on another."""
     for folder in ("a", "b"):

@@ -21,6 +21,10 @@ _MAX_FILES = 5_000_000
 _UPLOAD = re.compile("[0-9a-f]{8}-(.+)", re.DOTALL)
 """Name of a file that Label Studio stores: eight hexadecimal digits before the name that it had."""
 
+_NOT_STORED = re.compile(r"[^-\w.]")
+"""Characters that Label Studio leaves out of the name of an upload, after it has replaced spaces by
+underscores (Django's `get_valid_filename`)."""
+
 
 class ImageFinder:
     """Finds images by path, then by the last part of their path.
@@ -42,6 +46,7 @@ class ImageFinder:
                 f"there is no folder {self.root}; --images takes the folder that the file names are relative to"
             )
         self._by_name: dict[str, list[Path]] | None = None
+        self._by_upload: dict[str, list[Path]] = defaultdict(list)
         self._found: dict[tuple[str, Path], Path | str] = {}
         self._sizes: dict[Path, Size | str] = {}
 
@@ -61,11 +66,12 @@ class ImageFinder:
                 path = folder.joinpath(*parts)
                 if path.is_file() or (path.exists() and not path.is_dir()):  # what is no file is refused by name
                     return path
-        names = [parts[-1]] if parts else []
-        names += [match[1] for match in map(_UPLOAD.fullmatch, names) if match]
-        for last in names:
-            if found := self._index().get(last):
-                return _closest(found, parts, name)
+        last = parts[-1] if parts else ""
+        found = self._index().get(last)
+        if not found and (upload := _UPLOAD.fullmatch(last)):
+            found = self._index().get(upload[1]) or self._by_upload.get(upload[1])
+        if found:
+            return _closest(found, parts, name)
         raise DcrisError(
             f"there is no image file {shown(name)} in {self.root}, nor one of its name in a folder below; give the folder of "
             "the images with --images"
@@ -87,6 +93,7 @@ class ImageFinder:
                     if path.suffix.lower() in endings:
                         self._by_name[path.name].append(path)
                         self._by_name[path.stem].append(path)
+                        self._by_upload[_NOT_STORED.sub("", file.strip().replace(" ", "_"))].append(path)
         return self._by_name
 
 
