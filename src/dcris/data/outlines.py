@@ -35,6 +35,16 @@ def mask_polygons(mask: NDArray[Any]) -> list[list[float]]:
     return [[float(value) for point in ring for value in point] for ring in joined]
 
 
+def mask_polygon(mask: NDArray[Any]) -> list[float]:
+    """Return one polygon (x, y, x, y, ...) that covers exactly the pixels of a mask [H, W].
+
+    Its parts are joined by cuts without width; an empty mask has no corners.
+    """
+    found = mask_polygons(mask)
+    rings = [[(int(x), int(y)) for x, y in zip(flat[::2], flat[1::2], strict=True)] for flat in found]
+    return [float(value) for point in join_rings(rings) for value in point] if rings else []
+
+
 def join_rings(rings: list[Ring]) -> Ring:
     """Join closed outlines to one by cuts without width, each from its nearest corner."""
     whole, *rest = rings

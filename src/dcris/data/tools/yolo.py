@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dcris.data.masks import union_mask
-from dcris.data.outlines import join_rings, mask_polygons
+from dcris.data.outlines import mask_polygon
 from dcris.data.table import bad, check_text, shown
 from dcris.data.tools.annotation import (
     Annotation,
@@ -193,11 +193,7 @@ def _ring(reference: Reference) -> list[float]:
         height, width = size
         if all(0 <= value <= (height if place % 2 else width) for place, value in enumerate(only[0])):
             return only[0]
-    found = mask_polygons(union_mask(reference.segmentations, size))
-    if not found:
-        return []
-    rings = [[(int(x), int(y)) for x, y in zip(flat[::2], flat[1::2], strict=True)] for flat in found]
-    return [float(value) for point in join_rings(rings) for value in point]
+    return mask_polygon(union_mask(reference.segmentations, size))
 
 
 FORMAT = Format(
