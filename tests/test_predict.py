@@ -1127,7 +1127,7 @@ def test_labels_with_characters_that_xml_forbids() -> None:
     interface = ElementTree.fromstring(label_studio_config(phrases))
     labels = [label.get("value") for label in interface.iter("Label")]
     assert labels == ["red\\x1bcup", "a\\x00b\x7f", "\\ufffe", *phrases[3:]]
-    task = label_studio_task("0.png", (2, 2), [(phrase, 0.5, np.ones((2, 2), bool)) for phrase in phrases], "model")
+    task = label_studio_task("0.png", [(phrase, 0.5, np.ones((2, 2), bool)) for phrase in phrases], "model")
     assert [stroke["value"]["brushlabels"] for stroke in task["predictions"][0]["result"]] == [
         [label] for label in labels
     ]

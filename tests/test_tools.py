@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from annotated import HEIGHT, OBJECTS, WIDTH, write_images
+from annotated import OBJECTS, write_images
 from conftest import make_tiny_refer
 from dcris.data.brush_rle import decode_brush, encode_brush
 from dcris.data.check import check_dataset
@@ -244,7 +244,6 @@ def test_what_predict_writes_for_label_studio_comes_back(tmp_path: Path) -> None
     tasks = [
         label_studio_task(
             f"/data/local-files/?d={number}.png",
-            (HEIGHT, WIDTH),
             [(item.phrase, 0.9, item.mask.astype(bool)) for item in of_image(number)],
             "dcris",
         )

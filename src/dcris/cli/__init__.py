@@ -23,6 +23,7 @@ from dcris.cli import (
     data,
     evaluate,
     export,
+    label_studio,
     predict,
     quickstart,
     score,
@@ -133,6 +134,20 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"dcris {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (quickstart, train, data, evaluate, score, compare, predict, export, web, ablate, bench, completion):
+    for module in (
+        quickstart,
+        train,
+        data,
+        evaluate,
+        score,
+        compare,
+        predict,
+        export,
+        web,
+        label_studio,
+        ablate,
+        bench,
+        completion,
+    ):
         module.add(commands)
     return parser

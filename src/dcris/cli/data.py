@@ -80,7 +80,9 @@ def add(commands: Any) -> None:
     )
     load.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write, beside or above the images")
     load.add_argument(
-        "--format", metavar="NAME", help="format of the export (default: recognised); the page Own data lists them"
+        "--format",
+        metavar="NAME",
+        help="format of the export (default: recognised); the page Annotation tools lists them",
     )
     load.add_argument(
         "--phrases", type=Path, metavar="FILE", help="JSON or CSV file of phrases by annotation or category name"

@@ -588,7 +588,7 @@ def _label_studio_task(record: Record) -> dict[str, Any]:
         (result.phrase, result.score, mask) for result, mask in zip(record.results or (), _masks(record), strict=True)
     )
     model = f"dcris {record.settings.version} {record.settings.recipe}"
-    return label_studio_task(record.address, record.size or (0, 0), results, model)
+    return label_studio_task(record.address, results, model)
 
 
 def _masks(record: Record) -> list[MaskArray]:

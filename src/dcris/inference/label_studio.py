@@ -6,47 +6,40 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from dcris.data.brush_rle import encode_brush
+from dcris.data.tools.label_studio import brush_results
 from dcris.types import MaskArray
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even as character references: most control characters."""
 
 
-def label_studio_task(
-    image: str, size: tuple[int, int], results: Iterable[tuple[str, float, MaskArray]], model: str
-) -> dict[str, Any]:
+def label_studio_task(image: str, results: Iterable[tuple[str, float, MaskArray]], model: str) -> dict[str, Any]:
     """Create one task with its pre-annotations.
 
     Args:
         image: URL of the image for Label Studio.
-        size: H and W of the image, upright.
-        results: phrase, score and mask of each; empty masks are omitted, because they have no
-            stroke.
+        results: phrase, score and mask [H, W] of each; empty masks are omitted, because they have
+            no stroke.
         model: the `model_version` of the prediction.
     """
-    height, width = size
     strokes: list[Mapping[str, Any]] = []
     for number, (phrase, score, mask) in enumerate(results):
-        if not mask.any():
-            continue
-        strokes.append(
-            {
-                "id": hashlib.sha256(f"{image}\0{number}\0{phrase}".encode()).hexdigest()[:10],
-                "type": "brushlabels",
-                "from_name": "tag",
-                "to_name": "image",
-                "original_width": width,
-                "original_height": height,
-                "image_rotation": 0,
-                "score": score,
-                "value": {"format": "rle", "rle": encode_brush(mask), "brushlabels": [_label(phrase)]},
-            }
-        )
-    scores = [stroke["score"] for stroke in strokes]
+        if mask.any():
+            key = region_id(f"{image}\0{number}\0{phrase}")
+            strokes += brush_results(key, mask, _label(phrase), score=score)
+    return {"data": {"image": image}, "predictions": [label_studio_prediction(strokes, model)]}
+
+
+def label_studio_prediction(results: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
+    """Create a prediction for one task from the results of its regions; its score is their mean."""
+    scores = [result["score"] for result in results]
     mean = round(sum(scores) / len(scores), 6) if scores else 0.0
-    prediction = {"model_version": model, "score": mean, "result": strokes}
-    return {"data": {"image": image}, "predictions": [prediction]}
+    return {"model_version": model, "score": mean, "result": list(results)}
+
+
+def region_id(content: str) -> str:
+    """Return the identifier of a region with this content."""
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
 def label_studio_config(phrases: Sequence[str]) -> str:

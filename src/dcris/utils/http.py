@@ -2,9 +2,11 @@
 
 import threading
 import time
+from collections.abc import Mapping
 from http.client import HTTPException
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from dcris.errors import DcrisError
 from dcris.version import __version__
@@ -30,21 +32,40 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-def get(url: str, most: int, stop: threading.Event | None = None) -> bytes:
-    """Return the body of the response to a GET request.
+class _NoRedirects(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: the response that redirects becomes an HTTPError."""
+
+
+def get(
+    url: str,
+    most: int,
+    stop: threading.Event | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    body: bytes | None = None,
+    redirects: bool = True,
+) -> bytes:
+    """Return the body of the response to a request.
 
     Args:
         url: http or https.
-        most: limit on the bytes of the body.
+        most: limit on the bytes of the response's body.
         stop: ends the download when it is set; what has arrived is returned.
+        headers: further headers.
+        body: sent by POST; None sends GET.
+        redirects: whether the server may redirect to other addresses. Headers with a secret would
+            go there, too.
 
     Raises:
         TooLargeError: the body is larger.
         TimeoutError: nothing has arrived for 30 s, or the body takes more than ten minutes.
         HTTP_ERRORS: everything else; `reason_of` describes them.
     """
-    request = Request(url, headers={"User-Agent": f"dcris/{__version__} (referring image segmentation)"})
-    with urlopen(request, timeout=_SECONDS) as response:
+    agent = {"User-Agent": f"dcris/{__version__} (referring image segmentation)"}
+    request = Request(url, data=body, headers={**agent, **(headers or {})})
+    opener = build_opener() if redirects else build_opener(_NoRedirects)
+    with opener.open(request, timeout=_SECONDS) as response:
         content, end = bytearray(), time.monotonic() + _MOST_SECONDS
         # read1 returns what has arrived; read would wait for the whole part.
         while not (stop and stop.is_set()) and (part := response.read1(_PART)):

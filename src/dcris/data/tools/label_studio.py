@@ -6,7 +6,8 @@ their tag, without the `id`. Coordinates are percentages of the image's sides. S
 https://labelstud.io/guide/task_format and label_studio_sdk/converter/converter.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -35,6 +36,7 @@ from dcris.data.tools.annotation import (
     whole,
 )
 from dcris.errors import DcrisError
+from dcris.types import MaskArray
 from dcris.utils.files import write_file, write_json
 
 _LABELS = ("brushlabels", "polygonlabels", "labels", "rectanglelabels", "ellipselabels")
@@ -47,6 +49,16 @@ _OF_TASK = frozenset(
     ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "split")
 )
 """Fields of JSON-MIN that are no tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrushTags:
+    """Names of the tags of a labelling interface with brush masks."""
+
+    image: str = "image"
+    brush: str = "tag"
+    text: str | None = "phrase"
+    """The TextArea of each region; None if there is none."""
 
 
 def _is_label_studio(content: Any) -> bool:
@@ -229,21 +241,50 @@ def _masks(value: Mapping[str, Any], path: Path, where: str) -> tuple[Mask, ...]
     return (polygon,)
 
 
+def brush_results(
+    key: str, mask: MaskArray, label: str, phrases: Sequence[str] = (), *, tags: BrushTags | None = None, **more: Any
+) -> list[dict[str, Any]]:
+    """Return the results of one region: its brush mask with a label, and the text of the region.
+
+    Args:
+        key: identifier of the region in its task.
+        mask: [H, W] bool, at the size of the image; not empty.
+        label: one of the labels of the brush.
+        phrases: texts of the region; without any, there is no result for them.
+        tags: the tags of the labelling interface; by default those of what this program writes.
+        more: further fields of each result.
+    """
+    tags = tags or BrushTags()
+    height, width = mask.shape
+    value = {"format": "rle", "rle": encode_brush(mask)}
+    kinds = [("brushlabels", tags.brush, {"brushlabels": [label]})]
+    if phrases and tags.text:
+        kinds.append(("textarea", tags.text, {"text": list(phrases)}))
+    return [
+        {
+            "id": key,
+            "type": kind,
+            "from_name": tag,
+            "to_name": tags.image,
+            "original_width": width,
+            "original_height": height,
+            "image_rotation": 0,
+            **more,
+            "value": {**value, **own},
+        }
+        for kind, tag, own in kinds
+    ]
+
+
 def _write(exported: Exported, folder: Path) -> None:
     """Write tasks.json, one brush mask with its text for each reference, and config.xml."""
     tasks = []
     for image, references in exported.by_image().items():
         results = []
         for place, reference in enumerate((one for one in references if one.segmentations), 1):
-            height, width = reference.image_size
-            stroke = encode_brush(union_mask(reference.segmentations, reference.image_size).astype(bool))
-            common = {"id": f"r{place}", "to_name": "image", "original_width": width, "original_height": height}
-            common |= {"image_rotation": 0, "origin": "manual"}
-            value = {"format": "rle", "rle": stroke}
-            label = {**value, "brushlabels": [reference.category or "object"]}
-            said = {**value, "text": phrases_of(reference)}
-            results.append({**common, "type": "brushlabels", "from_name": "tag", "value": label})
-            results.append({**common, "type": "textarea", "from_name": "phrase", "value": said})
+            mask = union_mask(reference.segmentations, reference.image_size).astype(bool)
+            label = reference.category or "object"
+            results += brush_results(f"r{place}", mask, label, phrases_of(reference), origin="manual")
         data = {"image": exported.image_url + quote(exported.images[image]), "split": references[0].split}
         tasks.append({"data": data, "annotations": [{"result": results}]})
     write_json(folder / "tasks.json", tasks)
