@@ -27,7 +27,7 @@ from dcris.errors import DcrisError
 from runs import leftovers
 from tool_exports import labelme
 
-FORMATS = ["coco", "yolo", "labelme", "label-studio", "refer"]
+FORMATS = ["coco", "yolo", "labelme", "label-studio", "supervisely", "refer"]
 
 
 @pytest.fixture

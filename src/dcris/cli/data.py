@@ -126,7 +126,9 @@ def add(commands: Any) -> None:
     )
     save.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
     data_set_arguments(save)
-    save.add_argument("--format", required=True, metavar="NAME", help="coco, yolo, labelme, label-studio or refer")
+    save.add_argument(
+        "--format", required=True, metavar="NAME", help="coco, yolo, labelme, label-studio, supervisely or refer"
+    )
     save.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create")
     save.add_argument(
         "--image-url",

@@ -45,11 +45,12 @@ def png_mask(text: str, deflated: bool = False) -> NDArray[np.uint8]:
     return read_mask_image(data)
 
 
-def png_text(mask: NDArray[np.uint8]) -> str:
-    """Encode a mask [H, W] of 0 and 1 as a PNG in Base64."""
+def png_text(mask: NDArray[np.uint8], deflated: bool = False) -> str:
+    """Encode a mask [H, W] of 0 and 1 as a PNG in Base64; `deflated` as in `png_mask`."""
     stream = io.BytesIO()
     Image.fromarray(mask.astype(bool)).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode("ascii")
+    data = stream.getvalue()
+    return base64.b64encode(zlib.compress(data) if deflated else data).decode("ascii")
 
 
 def paste(mask: NDArray[np.uint8], corner: tuple[int, int], size: Size) -> NDArray[np.uint8]:

@@ -6,17 +6,18 @@ exterior and holes, and covers the pixels of its outline, too, as the SDK draws 
 supervisely/geometry (bitmap.py, polygon.py).
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
 import numpy as np
 
 from dcris.data.images import MAX_PIXELS
-from dcris.data.masks import encode_mask
+from dcris.data.masks import decode_mask, encode_mask, mask_box
 from dcris.data.table import bad, field, shown
 from dcris.data.tools.annotation import (
     Annotation,
+    Exported,
     Format,
     Found,
     Mask,
@@ -27,13 +28,15 @@ from dcris.data.tools.annotation import (
     number,
     objects,
     own_phrases,
+    phrases_of,
     recorded_size,
     split_of,
     whole,
 )
-from dcris.data.tools.pixels import paste, png_mask
+from dcris.data.tools.pixels import paste, png_mask, png_text
 from dcris.errors import DcrisError
-from dcris.utils.files import read_json
+from dcris.types import Segmentation
+from dcris.utils.files import read_json, write_json
 
 
 def _is_supervisely(path: Path) -> bool:
@@ -59,12 +62,12 @@ def _read_image(file: Path, root: Path) -> Found:
     records = objects(content, "objects", file)
     size = recorded_size(field(content, "size", dict, file, "the file"), "height", "width", file, "the size")
     folder = file.parent.parent.relative_to(root)
-    image, split = (folder / "img" / file.stem).as_posix(), split_of(file.parent)
+    image = (folder / "img" / file.stem).as_posix()
+    splits = _tags(content).get("split", [])
+    split = splits[0] if splits and type(splits[0]) is str and splits[0].strip() else split_of(file.parent)
 
     def read(place: int, record: Any) -> Annotation:
         where = f"object {place}"
-        tags = [mapping(tag) for tag in record.get("tags") or [] if type(tag) is dict] if type(record) is dict else []
-        named = {tag["name"]: tag.get("value") for tag in tags if type(tag.get("name")) is str}
         return Annotation(
             path=file,
             where=where,
@@ -73,11 +76,22 @@ def _read_image(file: Path, root: Path) -> Found:
             size=size,
             masks=_masks(record, file, where),
             category=category_name(field(record, "classTitle", str, file, where), file, where, "classTitle"),
-            phrases=own_phrases((named, record), file, where),
+            phrases=own_phrases((_tags(record), record), file, where),
             split=split,
+            group=instance if type(instance := record.get("instance")) is str else None,
         )
 
     return each(read, records)
+
+
+def _tags(record: Any) -> dict[str, list[Any]]:
+    """Return the values of the tags of an image or an object by their names."""
+    tags, found = mapping(record).get("tags"), dict[str, list[Any]]()
+    for tag in tags if type(tags) is list else []:
+        name, value = mapping(tag).get("name"), mapping(tag).get("value")
+        if type(name) is str and value:
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def _masks(record: dict[str, Any], path: Path, where: str) -> tuple[Mask, ...] | None:
@@ -119,4 +133,42 @@ def _point(value: Any, path: Path, where: str, key: str) -> tuple[int, int]:
     return x, y
 
 
-FORMAT = Format("Supervisely", _read, is_place=_is_supervisely)
+def _write(exported: Exported, folder: Path) -> None:
+    """Write meta.json, and SPLIT/ann with a JSON file for each image.
+
+    Each object is a bitmap; those of a reference are one instance. The phrases are tags.
+    """
+    titles = exported.categories()
+    for image, references in exported.by_image().items():
+        path = PurePosixPath(exported.images[image])
+        height, width = references[0].image_size
+        found = []
+        for place, reference in enumerate(references, 1):
+            shapes = [shape for one in reference.segmentations if (shape := _bitmap(one, (height, width)))]
+            tags = [{"name": "phrase", "value": text} for text in phrases_of(reference)]
+            group = {"instance": str(place)} if len(shapes) > 1 else {}
+            title = reference.category or "object"
+            found += [{"classTitle": title, "description": "", "tags": tags, **group, **shape} for shape in shapes]
+        size, split = {"height": height, "width": width}, [{"name": "split", "value": references[0].split}]
+        content = {"description": "", "tags": split, "size": size, "objects": found}
+        write_json(folder / path.parent.parent / "ann" / f"{path.name}.json", content)
+    classes = [{"title": title, "shape": "any", "color": _colour(place)} for title, place in titles.items()]
+    tags = [{"name": name, "value_type": "any_string", "color": _colour(0)} for name in ("phrase", "split")]
+    write_json(folder / "meta.json", {"classes": classes, "tags": tags})
+
+
+def _bitmap(segmentation: Segmentation, size: Size) -> dict[str, Any] | None:
+    mask = decode_mask(segmentation, size)
+    box = mask_box(mask)
+    if box is None:
+        return None
+    left, top, width, height = box
+    data = png_text(mask[top : top + height, left : left + width], deflated=True)
+    return {"geometryType": "bitmap", "bitmap": {"data": data, "origin": [left, top]}}
+
+
+def _colour(place: int) -> str:
+    return f"#{place * 0x9E3779 % 0x1000000:06X}"
+
+
+FORMAT = Format("Supervisely", _read, is_place=_is_supervisely, write=_write, image_folder="{split}/img")
