@@ -1,11 +1,11 @@
 """How exact the formats of annotation tools are: export, import again, and the tools' own readers.
 
     python benchmarks/annotation_tools.py trip my.jsonl WORK
-    python benchmarks/annotation_tools.py readers WORK
+    python benchmarks/annotation_tools.py readers WORK [NAME ...]
 
 `trip` prints the IoU of each reference with itself after both ways, and leaves the exports and the
-masks in WORK for `readers`. `readers` needs label_studio_sdk, datumaro, supervision or labelme, and
-skips what is not installed; it does not import dcris, so it may run in another environment.
+masks in WORK for `readers`. `readers` does not import dcris, so it may run in the environment of a
+tool; what is not installed there is skipped, unless it is named.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMATS = ("coco", "yolo", "labelme", "label-studio", "refer")
+FORMATS = ("coco", "yolo", "labelme", "label-studio", "supervisely", "refer")
 
 
 def iou(one: Any, other: Any) -> float:
@@ -29,7 +29,7 @@ def iou(one: Any, other: Any) -> float:
     return float(np.count_nonzero(one & other) / union) if union else 1.0
 
 
-def trip(source: Path, work: Path) -> None:
+def trip(source: Path, work: Path, formats: Sequence[str]) -> None:
     """Export in each format, import again, and print how much of each mask came back."""
     from dcris.data.exporter import export_table
     from dcris.data.importer import import_annotations
@@ -45,7 +45,7 @@ def trip(source: Path, work: Path) -> None:
     (work / "phrases.json").write_text(json.dumps(list(found)))
     if len(found) < len(table.references):
         sys.exit("the first expressions of the references must differ, since masks are compared by them")
-    for form in FORMATS:
+    for form in formats:
         start = time.perf_counter()
         export_table(table, form, work / form)
         exported = time.perf_counter() - start
@@ -63,8 +63,9 @@ def trip(source: Path, work: Path) -> None:
         )
 
 
-def labelme(work: Path) -> Iterator[tuple[str, Any]]:
-    """labelme's own reader and rasteriser. Its packages for the window are replaced by nothing."""
+def without_window() -> None:
+    """Replace labelme's packages for its window by nothing, so that its files can be read without
+    them."""
     for name in (
         "onnxruntime",
         "PyQt5",
@@ -81,6 +82,11 @@ def labelme(work: Path) -> Iterator[tuple[str, Any]]:
         sys.modules[name] = module
         if parent:
             setattr(sys.modules[parent], child, module)
+
+
+def labelme(work: Path) -> Iterator[tuple[str, Any]]:
+    """labelme's own reader and rasteriser."""
+    without_window()
     from labelme._label_file import read_label_file
     from labelme.utils.shape import shape_to_mask
 
@@ -152,30 +158,91 @@ def _coco(files: list[Path], phrase: Callable[[Any], str]) -> Iterator[tuple[str
             yield phrase(annotation), data.annToMask(annotation)
 
 
-def readers(work: Path) -> None:
+def roboflow(work: Path) -> Iterator[tuple[str, Any]]:
+    """COCO by supervision, the library of Roboflow."""
+    import supervision
+
+    for file in sorted((work / "coco/annotations").glob("*.json")):
+        content = json.loads(file.read_text())
+        names = {image["file_name"]: image["id"] for image in content["images"]}
+        data = supervision.DetectionDataset.from_coco(str(work / "coco/images"), str(file), force_masks=True)
+        for path, _, found in data:
+            ours = [each for each in content["annotations"] if each["image_id"] == names[Path(path).name]]
+            yield from zip((each["expressions"][0] for each in ours), found.mask, strict=True)
+
+
+def datumaro(work: Path) -> Iterator[tuple[str, Any]]:
+    """COCO by Datumaro, with CVAT's attributes."""
+    from datumaro.components.annotation import Polygon
+    from datumaro.components.dataset import Dataset
+    from pycocotools import mask as coder
+
+    for item in Dataset.import_from(str(work / "coco"), "coco_instances"):
+        for annotation in item.annotations:
+            if isinstance(annotation, Polygon):
+                mask = coder.decode(coder.merge(coder.frPyObjects([annotation.points], *item.media.size)))
+            else:
+                mask = annotation.image
+            yield annotation.attributes["phrase"], mask
+
+
+def fiftyone(work: Path) -> Iterator[tuple[str, Any]]:
+    """COCO by FiftyOne's reader of single objects: its data sets need MongoDB."""
+    from fiftyone.utils.coco import load_coco_detection_annotations
+
+    for file in sorted((work / "coco/annotations").glob("*.json")):
+        _, classes, _, images, annotations = load_coco_detection_annotations(str(file))
+        for number, objects in annotations.items():
+            width, height = images[number]["width"], images[number]["height"]
+            for each in objects:
+                found = each.to_detection((width, height), classes_map=classes, load_segmentations=True)
+                left, top = round(found.bounding_box[0] * width), round(found.bounding_box[1] * height)
+                mask = np.zeros((height, width), bool)
+                mask[top : top + found.mask.shape[0], left : left + found.mask.shape[1]] = found.mask
+                yield found["expressions"][0], mask
+
+
+def supervisely(work: Path) -> Iterator[tuple[str, Any]]:
+    """A project by Supervisely's SDK."""
+    import supervisely as sly
+
+    project = sly.Project(str(work / "supervisely"), sly.OpenMode.READ)
+    for data in project.datasets:
+        for name in data:
+            found, masks = data.get_ann(name, project.meta), dict[str, Any]()
+            for label in found.labels:
+                phrase = next(tag.value for tag in label.tags if tag.name == "phrase")
+                masks.setdefault(phrase, np.zeros(found.img_size, np.uint8))
+                label.geometry.draw(masks[phrase], 1)
+            yield from masks.items()
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    "pycocotools": coco,
+    "refer": refer,
+    "label_studio": label_studio,
+    "supervision": supervision,
+    "labelme": labelme,
+    "supervisely": supervisely,
+    "datumaro": datumaro,
+    "fiftyone": fiftyone,
+    "roboflow": roboflow,
+}
+
+
+def readers(work: Path, names: Sequence[str]) -> None:
     """Print how much of each mask the tools' own readers see."""
     masks, phrases = np.load(work / "masks.npz"), json.loads((work / "phrases.json").read_text())
     places = {phrase: str(place) for place, phrase in enumerate(phrases)}
-    for name, read in {
-        "pycocotools, COCO": coco,
-        "pycocotools, REFER": refer,
-        "label_studio_sdk": label_studio,
-        "supervision, YOLO": supervision,
-        "labelme": labelme,
-    }.items():
+    for name in names or READERS:
         try:
-            scores = [iou(mask, masks[places[phrase]]) for phrase, mask in read(work)]
+            scores = [iou(mask, masks[places[phrase]]) for phrase, mask in READERS[name](work)]
         except ImportError as error:
-            print(f"{name:<20}is not installed ({error})")
+            if names:
+                raise
+            print(f"{name:<14}is not installed ({error})")
             continue
-        print(f"{name:<20}{len(scores):>6} references, IoU least {min(scores):.4f}, mean {np.mean(scores):.4f}")
-    try:
-        from datumaro.components.dataset import Dataset
-    except ImportError as error:
-        print(f"datumaro            is not installed ({error})")
-        return
-    data = Dataset.import_from(str(work / "coco"), "coco")
-    print(f"datumaro, COCO: {sum(len(item.annotations) for item in data)} annotations on {len(data)} images")
+        print(f"{name:<14}{len(scores):>6} references, IoU least {min(scores):.6f}, mean {np.mean(scores):.6f}")
 
 
 if __name__ == "__main__":
@@ -184,9 +251,12 @@ if __name__ == "__main__":
     one = commands.add_parser("trip")
     one.add_argument("source", type=Path)
     one.add_argument("work", type=Path)
-    commands.add_parser("readers").add_argument("work", type=Path)
+    one.add_argument("--format", action="append", choices=FORMATS, help="default: all")
+    two = commands.add_parser("readers")
+    two.add_argument("work", type=Path)
+    two.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(READERS)} (default: what is installed)")
     args = parser.parse_args()
     if args.command == "trip":
-        trip(args.source, args.work)
+        trip(args.source, args.work, args.format or FORMATS)
     else:
-        readers(args.work)
+        readers(args.work, args.names)

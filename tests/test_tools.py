@@ -31,13 +31,18 @@ from tool_exports import (
     Maker,
     cvat_coco,
     datumaro,
+    fiftyone,
     label_studio,
     label_studio_coco,
     label_studio_min,
     labelme,
+    labelme_itself,
     of_image,
     predictions,
+    roboflow,
+    roboflow_yolo,
     supervisely,
+    supervisely_itself,
     via_1,
     via_2,
     yolo,
@@ -53,6 +58,8 @@ MADE: list[tuple[str, str, Maker, list[str]]] = [
     ("VIA 2", "via", via_2, POLYGONS),
     ("VIA 1", "via", via_1, POLYGONS),
     ("Supervisely", "supervisely", supervisely, EVERY),
+    ("labelme, by itself", "labelme", labelme_itself, EVERY),
+    ("Supervisely, by its SDK", "supervisely", supervisely_itself, EVERY),
     ("predictions", "dcris", predictions, EVERY),
 ]
 
@@ -85,6 +92,20 @@ def test_an_export_becomes_what_was_annotated(
         assert reference.category == ("object" if format == "dcris" else truth.category)
         np.testing.assert_array_equal(mask_of(reference), truth.mask)
     assert FORMATS[format].title in str(done)
+
+
+@pytest.mark.parametrize(("make", "has_phrases"), [(fiftyone, True), (roboflow, False), (roboflow_yolo, False)])
+def test_fiftyone_and_roboflow_draw_polygons_through_pixels(make: Maker, has_phrases: bool, tmp_path: Path) -> None:
+    """Their libraries make polygons of masks, whose corners are the centres of border pixels, so
+    that up to a pixel is missing on each side."""
+    references, done = load(make(tmp_path), tmp_path, ambiguous="keep", keep_crowds=True)
+    assert (done.unusable, len(references)) == (0, len(OBJECTS))
+    for reference, truth in zip(references, OBJECTS, strict=True):
+        assert reference.image_path.name == truth.image
+        assert reference.expressions[0].text == (truth.phrase if has_phrases else truth.category)
+        assert reference.category == truth.category
+        found = mask_of(reference)
+        assert np.sum(found & truth.mask) / np.sum(found | truth.mask) > 0.6
 
 
 def test_yolo_has_classes_and_splits(tmp_path: Path) -> None:

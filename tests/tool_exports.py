@@ -56,6 +56,34 @@ def cvat_coco(folder: Path) -> Path:
     return _copied(folder, "datumaro_coco.json")
 
 
+def fiftyone(folder: Path) -> Path:
+    """COCO, with an attribute of FiftyOne as a field of the annotation."""
+    return _copied(folder, "fiftyone_coco.json")
+
+
+def roboflow(folder: Path) -> Path:
+    """COCO by Roboflow's library, which draws outlines through the centres of pixels."""
+    return _copied(folder, "roboflow_coco.json")
+
+
+def roboflow_yolo(folder: Path) -> Path:
+    shutil.copytree(EXPORTS / "roboflow_yolo", folder, dirs_exist_ok=True)
+    write_images(folder / "train/images")
+    return folder
+
+
+def labelme_itself(folder: Path) -> Path:
+    shutil.copytree(EXPORTS / "labelme", folder, dirs_exist_ok=True)
+    write_images(folder)
+    return folder
+
+
+def supervisely_itself(folder: Path) -> Path:
+    shutil.copytree(EXPORTS / "supervisely", folder, dirs_exist_ok=True)
+    write_images(folder / "ds/img")
+    return folder
+
+
 def png(mask: Any) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(mask * np.uint8(255)).save(stream, "PNG")
