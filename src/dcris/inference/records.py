@@ -41,6 +41,8 @@ from dcris.utils.files import (
 
 LOCK = "dcris-journal.lock"
 _STATE = "dcris-journal.state.json"
+_MOST_STATE = 32_000_000
+"""Limit on its bytes: a data set of 300,000 images."""
 
 _NAME = re.compile(r"dcris-journal(\.\d+)?\.jsonl")
 _UNFINISHED_NAME = re.compile(r"dcris-journal(\.\d+)?\.unfinished\.json")
@@ -196,7 +198,7 @@ class State(_Strict):
     def read(cls, out: Path) -> "State":
         """Read the state of a folder; an empty one if there is none, or it is damaged."""
         try:
-            return cls.model_validate_json(read_text(out / _STATE))
+            return cls.model_validate_json(read_text(out / _STATE, _MOST_STATE))
         except (OSError, ValidationError):
             return cls()
 
