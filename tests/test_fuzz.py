@@ -92,7 +92,7 @@ from fuzz import (
 from generalised import LAYOUTS
 from layouts import hub_files, write_prepared
 from models import randomise
-from referee import WRITERS, write_refcocom_images
+from referee import WRITERS, refcocom_rows, write_refcocom, write_refcocom_images
 from runs import run_training, timeless_log, unseal
 
 # ---- sets of files -------------------------------------------------------------------------------
@@ -291,8 +291,11 @@ def generalised(root: Path) -> None:
 
 def referee(root: Path) -> None:
     """The sets of others, each in its own layout."""
-    for write in WRITERS.values():
-        write(root)
+    for dataset, write in WRITERS.items():
+        if dataset != "refcoco-m":
+            write(root)
+    # Without the images, which no check reads: a million copies of them cannot be written.
+    write_refcocom(root, [{key: row[key] for key in row if key != "image"} for row in refcocom_rows()])
     write_refcocom_images(root)
 
 
