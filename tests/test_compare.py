@@ -1,8 +1,15 @@
 """Comparison of systems: tables, figures and the command."""
 
+import base64
 import io
 import json
+import re
+import shutil
+import subprocess
+import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +21,14 @@ from conftest import TinyRefer
 from dcris.cli import main
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
-from dcris.evaluation.compare import as_text, compare, name_systems, select_examples
+from dcris.evaluation.compare import as_latex, as_text, chosen_examples, compare, name_systems, select_examples
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import STANDARD_METRICS, Overlap
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.report.comparison_report import write_comparison_report
-from dcris.evaluation.report.figure import figure, pdf_bytes, row
+from dcris.evaluation.report.figure import figure, figure_page, pdf_bytes, row, write_figures
 from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, NamedMask, Panel
+from dcris.evaluation.report.vector_pdf import vector_pdf
 from dcris.evaluation.results import write_results
 from made_results import drawn_result, made_result, rectangle
 from pages import Page
@@ -74,8 +82,8 @@ def test_two_runs_and_their_results_files(
     assert f"Measured on {printed['expressions']} expressions" in read.text()
     assert len(read.images()) == 4 * 4
     names = sorted(path.name for path in images.iterdir())
-    assert len(names) == 4 + 2
-    assert names[-2:] == ["figure.pdf", "figure.png"]
+    assert len(names) == 4 + 3
+    assert names[-3:] == ["figure.pdf", "figure.png", "figure.tex"]
     rows = [Image.open(images / name) for name in names[:4]]
     assert {image.width for image in (*rows, Image.open(images / "figure.png"))} == {4 * CELL + 5 * 20}
 
@@ -139,6 +147,10 @@ def test_real_images_and_expressions(
         ("RUN A.jsonl --protocol fast", "fast"),
         ("RUN A.jsonl --count some", "some"),
         ("RUN A.jsonl --count -1", "-1"),
+        ("RUN A.jsonl --sent-ids 99999999", "no expression that was compared has the sentence id 99999999"),
+        ("RUN A.jsonl --phrases nothing", "'nothing'"),
+        ("RUN A.jsonl --rows 99", "there is no row 99"),
+        ("RUN A.jsonl --rows 1 --phrases cup", "--rows"),
         ("RUN A.jsonl --out A.jsonl/page.html", "cannot write"),
         ("RUN A.jsonl --images A.jsonl", "cannot write"),
         ("A.jsonl C.jsonl", "--dataset"),
@@ -213,6 +225,10 @@ def test_scores_by_hand() -> None:
     assert gap["intervals"]["miou"] == [-25, 0]
     assert [(group["name"], group["miou"]) for group in gap["by_length"]] == [("1-2 words", 0), ("6-10 words", -25)]
     json.dumps(found, allow_nan=False)
+    lines = as_latex(found).splitlines()
+    assert r"ours & \textbf{62.5} & " in lines[4]
+    assert lines[6] == r"\midrule"
+    assert lines[7].startswith("theirs - ours & -12.5 [-25.0, +0.0] & ")
     table = as_text(found).splitlines()
     assert len(table) == 1 + len(STANDARD_METRICS)
     assert len({len(line) for line in table}) == 1
@@ -247,6 +263,28 @@ def test_examples_differ_both_ways_and_some_are_random() -> None:
     assert select_examples({"ours": ours, "theirs": theirs}, 9) == shown
     three = select_examples({"ours": ours, "theirs": theirs, "best": rescored(ours, [100] * 80)}, 2)
     assert list(three) == ["ours furthest behind the others", "Drawn at random"]
+
+
+def test_rows_are_chosen_by_sentence_by_text_or_by_number() -> None:
+    """For a figure after a first look: in the order given, and everything else is left out."""
+    ours = [made_result((50, 100), image=number, expression=f"cup {number % 4}") for number in range(12)]
+    systems = {"ours": ours, "theirs": rescored(ours, range(12))}
+
+    def shown(**choice: object) -> list[EvalResult]:
+        ((heading, rows),) = chosen_examples(systems, **choice).items()
+        assert heading == "Chosen"
+        assert all(row["ours"].expression == row["theirs"].expression for row in rows)
+        return [row["ours"] for row in rows]
+
+    assert shown(sent_ids=[ours[7].expression.sent_id, ours[2].expression.sent_id]) == [ours[7], ours[2]]
+    assert shown(phrases=[" CUP  3", "cup 0"]) == [ours[3], ours[7], ours[11], ours[0], ours[4], ours[8]]
+    assert shown(phrases=["cup 3"], count=2) == [ours[3], ours[7]]
+    drawn = [row["ours"] for rows in select_examples(systems, 6).values() for row in rows]
+    assert shown(rows=[5, 1], count=6) == [drawn[4], drawn[0]]
+    assert chosen_examples(systems, count=6) == select_examples(systems, 6)
+    for choice, problem in (({"sent_ids": [10**6]}, "1000000"), ({"phrases": ["cat"]}, "cat"), ({"rows": [9]}, "9")):
+        with pytest.raises(DcrisError, match=problem):
+            chosen_examples(systems, **choice)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 1000])
@@ -336,6 +374,85 @@ def test_a_figure_is_its_rows_and_a_foot() -> None:
     with pytest.raises(ValueError, match="at least one"):
         figure([])
     assert pdf_bytes(shown).startswith(b"%PDF")
+
+
+# ---- PDF -----------------------------------------------------------------------------------------
+
+
+def streams(pdf: bytes) -> list[bytes]:
+    """Return the streams of a PDF that are compressed as text is."""
+    found = []
+    for part in re.findall(rb"stream\r?\n(.*?)\r?\n?endstream", pdf, re.DOTALL):
+        with suppress(Exception):
+            text = part.strip().endswith(b"~>")
+            packed = base64.a85decode(part.strip().removesuffix(b"~>")) if text else part
+            found.append(zlib.decompress(packed))
+    return found
+
+
+def test_text_and_outlines_of_a_pdf_are_vectors() -> None:
+    """Printed larger, a figure stays sharp, and a reader finds its words. The photograph is there
+    once for its four columns."""
+    pytest.importorskip("reportlab")
+    photograph = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    shown = replace(panel("a", "b"), image=photograph)
+    page = figure_page([shown])
+    found = vector_pdf(page, 300)
+    assert found == vector_pdf(page, 300)
+    assert found.count(b"/Subtype /Image") == 1
+    assert b"/FontFile2" in found  # embedded, as publishers ask
+    content = max(streams(found), key=lambda part: part.count(b" l "))
+    assert content.count(b" Do") == 4
+    assert content.count(b"f*") == 3  # a tint for each mask
+    assert content.count(b" Tj") == len(page.lines)
+    opacity, kept, at_images = "", [], []
+    for operator in re.findall(rb"/gRLs\d+ gs|\bq\b|\bQ\b|/\S+ Do", content):
+        if operator == b"q":
+            kept.append(opacity)
+        elif operator == b"Q":
+            opacity = kept.pop()
+        elif operator.endswith(b"gs"):
+            opacity = operator.decode()
+        else:
+            at_images.append(opacity)
+    assert at_images == [""] * 4  # the tint does not make the next image pale
+
+
+@pytest.mark.parametrize(
+    "phrase", ["", "\ud800 a\x00b", "\N{CJK UNIFIED IDEOGRAPH-5DE6}\N{HEBREW LETTER ALEF}", "$x_1$ (a) \\"]
+)
+def test_any_phrase_gives_a_pdf(phrase: str) -> None:
+    pytest.importorskip("reportlab")
+    empty = replace(panel("a", "b", expression=phrase), truth=np.zeros((300, 400), bool))
+    assert vector_pdf(figure_page([empty]), 300).rstrip().endswith(b"%%EOF")
+
+
+def test_without_reportlab_the_pdf_has_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "reportlab.pdfgen.canvas", None)
+    write_figures(tmp_path, [("1", panel("a", "b"))])
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    assert "dcris[figures]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_float_and_the_table_compile(tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("there is no pdflatex; install Debian's texlive-latex-base")
+    write_figures(tmp_path, [("1", panel(EVIL, "b_%", expression=r"50% of {a} \b & c_d #1"))], r"ref_coco & val")
+    (tmp_path / "document.tex").write_text(
+        r"\documentclass{article}\usepackage{graphicx}\begin{document}\input{figure.tex}\end{document}"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="latin-1",
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "document.pdf").stat().st_size > 10_000
 
 
 def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path: Path) -> None:

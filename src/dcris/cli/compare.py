@@ -14,6 +14,7 @@ from dcris.cli.common import (
     natural,
     output,
     own_name,
+    positive,
     progress,
 )
 from dcris.errors import DcrisError
@@ -41,11 +42,23 @@ def add(commands: Any) -> None:
     compare.add_argument(
         "--count", type=natural, default=8, metavar="N", help="number of expressions to show (default: %(default)s)"
     )
+    chosen = compare.add_mutually_exclusive_group()
+    chosen.add_argument("--sent-ids", type=int, nargs="+", metavar="ID", help="expressions to show, by sentence id")
+    chosen.add_argument("--phrases", nargs="+", metavar="PHRASE", help="expressions to show, by their text")
+    chosen.add_argument(
+        "--rows",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="of the expressions that would be shown, only these, by the numbers in the names of their files",
+    )
     compare.add_argument("--out", type=Path, help="HTML report to write, with tables, curves and examples")
     compare.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="folder for paper figures: each row, figure.png and figure.pdf"
+        "--images", type=Path, metavar="FOLDER", help="folder for paper figures: each row, figure.png, .pdf and .tex"
     )
-    compare.add_argument("--json", action="store_true", help="print JSON, with the scores by group of expressions")
+    form = compare.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, with the scores by group of expressions")
+    form.add_argument("--latex", action="store_true", help="print a LaTeX table, which needs the package booktabs")
     device_arguments(compare)
 
 
@@ -55,12 +68,13 @@ def _compare(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.compare import (
+        as_latex,
         as_text,
+        chosen_examples,
         compare,
         evaluate_systems,
         is_results_file,
         name_systems,
-        select_examples,
     )
     from dcris.evaluation.protocols import get_protocol
     from dcris.evaluation.report.comparison_report import write_comparison_report
@@ -96,7 +110,13 @@ def _compare(args: argparse.Namespace) -> None:
             progress=show_done,
         )
     comparison = compare(systems, protocol.metrics)
-    examples = select_examples(systems, args.count)
+    examples = chosen_examples(
+        systems,
+        sent_ids=args.sent_ids or (),
+        phrases=args.phrases or (),
+        rows=args.rows or (),
+        count=args.count,
+    )
     # The files are written even if standard output fails, and the scores printed even if a
     # file fails.
     try:
@@ -122,6 +142,10 @@ def _compare(args: argparse.Namespace) -> None:
                     (f"{number:02}-sentence-{results[names[0]].expression.sent_id}", make_panel(results))
                     for number, results in rows
                 ),
+                f"{table.dataset} {args.split}",
             )
     finally:
-        output(json.dumps(comparison, indent=2) if args.json else as_text(comparison, protocol.metrics))
+        if args.json:
+            output(json.dumps(comparison, indent=2))
+        else:
+            output((as_latex if args.latex else as_text)(comparison, protocol.metrics))

@@ -26,6 +26,7 @@ from dcris.evaluation.results import read_results
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
 from dcris.utils.streams import note
+from dcris.utils.text_tables import latex, ranks
 
 Systems = Mapping[str, Sequence[EvalResult]]
 """Each system's results by its name, of the same expressions in the same order (see `align`)."""
@@ -206,6 +207,74 @@ def select_examples(systems: Systems, count: int) -> dict[str, list[dict[str, Ev
         )
         if selected
     }
+
+
+def chosen_examples(
+    systems: Systems,
+    *,
+    sent_ids: Sequence[int] = (),
+    phrases: Sequence[str] = (),
+    rows: Sequence[int] = (),
+    count: int = 8,
+) -> dict[str, list[dict[str, EvalResult]]]:
+    """Return the expressions to show, as `select_examples` does, or those that were chosen.
+
+    Args:
+        systems: two or more.
+        sent_ids: of the expressions, in the order of the rows.
+        phrases: texts of expressions; a text that several have gives a row for each, `count` at
+            most.
+        rows: numbers, from 1, of the rows of `select_examples`.
+        count: number of expressions that `select_examples` chooses.
+
+    Raises:
+        DcrisError: there is no such expression or row.
+    """
+    if rows:
+        drawn = [row for some in select_examples(systems, count).values() for row in some]
+        if wrong := next((number for number in rows if not 1 <= number <= len(drawn)), None):
+            raise DcrisError(f"there is no row {wrong}; choose from 1 to {len(drawn)}, or show more with --count")
+        return {"Chosen": [drawn[number - 1] for number in rows]}
+    if not sent_ids and not phrases:
+        return select_examples(systems, count)
+    baseline = next(iter(systems.values()))
+    by_id = {result.expression.sent_id: index for index, result in enumerate(baseline)}
+    by_text: dict[str, list[int]] = {}
+    for index, result in enumerate(baseline):
+        by_text.setdefault(_plain(result.expression.text), []).append(index)
+    indices = []
+    for sent_id in sent_ids:
+        if sent_id not in by_id:
+            raise DcrisError(f"no expression that was compared has the sentence id {sent_id}")
+        indices.append(by_id[sent_id])
+    for phrase in phrases:
+        if _plain(phrase) not in by_text:
+            raise DcrisError(f"no expression that was compared is {phrase!r}")
+        indices += by_text[_plain(phrase)][:count]
+    return {"Chosen": [{name: results[index] for name, results in systems.items()} for index in indices]}
+
+
+def _plain(phrase: str) -> str:
+    """Return a phrase without what people type differently: case and spaces."""
+    return " ".join(phrase.casefold().split())
+
+
+def as_latex(comparison: Mapping[str, Any], metrics: Sequence[Metric] = STANDARD_METRICS) -> str:
+    """Format the scores of a comparison as a LaTeX tabular: the best is bold, the second
+    underlined. Differences follow, with their intervals."""
+    systems, differences = comparison["systems"], comparison["differences"]
+    scores = [[f"{each[metric.key]:.1f}" for metric in metrics] for each in systems]
+    marks = {
+        (row, column + 1): kind
+        for column in range(len(metrics))
+        for row, kind in ranks([cells[column] for cells in scores]).items()
+    }
+    rows = [[each["name"], *cells] for each, cells in zip(systems, scores, strict=True)]
+    rows += [
+        [f"{each['name']} - {each['minus']}", *(_score(each, metric.key, "+") for metric in metrics)]
+        for each in differences
+    ]
+    return latex(["", *(metric.title for metric in metrics)], rows, marks, parts={len(systems): ""})
 
 
 def as_text(comparison: Mapping[str, Any], metrics: Sequence[Metric] = STANDARD_METRICS) -> str:

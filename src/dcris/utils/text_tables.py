@@ -1,19 +1,34 @@
-"""Markdown and LaTeX tables."""
+"""Tables as Markdown, LaTeX and CSV."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Mark = Literal["best", "second"]
+Marks = Mapping[tuple[int, int], Mark]
+"""Cells to emphasise, by row and column: the best is bold, the second underlined."""
 
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\n": " ",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
+_MARKED_LATEX: Mapping[Mark, str] = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}
+_MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], marks: Marks | None = None) -> str:
     """Return a Markdown table, padded to be readable as plain text; first column left-aligned,
     others right-aligned."""
     cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    for (row, column), kind in (marks or {}).items():
+        cells[row + 1][column] = _MARKED_MARKDOWN[kind] % cells[row + 1][column]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -27,20 +42,80 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), f"|{rule}|", *(line(row) for row in cells[1:])])
 
 
-def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a LaTeX tabular with the rules of the package booktabs."""
+def latex(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marks: Marks | None = None,
+    spans: Sequence[tuple[str, int]] = (),
+    parts: Mapping[int, str] | None = None,
+) -> str:
+    r"""Return a LaTeX tabular with the rules of the package booktabs.
 
-    def line(row: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"
+    Args:
+        header: one cell for each column.
+        rows: the other rows.
+        marks: cells to emphasise.
+        spans: a first line above the header: texts and the numbers of columns that each spans, over
+            the whole width.
+        parts: headings of parts of the table, each by the number of its first row; an empty one is
+            a rule alone.
+    """
+    width = len(header)
+    lines = [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
+    if spans:
+        cells, rules, column = [], [], 1
+        for text, count in spans:
+            cells.append(rf"\multicolumn{{{count}}}{{c}}{{{latex_text(text)}}}" if text else " & " * (count - 1))
+            if text:
+                rules.append(rf"\cmidrule(lr){{{column}-{column + count - 1}}}")
+            column += count
+        lines += [rf"{' & '.join(cells)} \\", "".join(rules)]
+    lines += [_line([latex_text(cell) for cell in header]), r"\midrule"]
+    for number, row in enumerate(rows):
+        if parts and number in parts:
+            lines += [r"\midrule"] if number else []
+            if parts[number]:
+                lines += [rf"\multicolumn{{{width}}}{{l}}{{\textit{{{latex_text(parts[number])}}}}} \\", r"\midrule"]
+        cells = [latex_text(cell) for cell in row]
+        for column, cell in enumerate(cells):
+            if kind := (marks or {}).get((number, column)):
+                cells[column] = _MARKED_LATEX[kind] % cell
+        lines.append(_line(cells))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            line(header),
-            r"\midrule",
-            *(line(row) for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
+
+def ranks(cells: Sequence[str], blank: str = "-") -> dict[int, Mark]:
+    """Return the rows with the best, that is the greatest, and the second number of a column; none
+    if all are equal.
+
+    Numbers are compared as they are shown, so that two that read alike have the same mark.
+    """
+    values = {row: float(cell) for row, cell in enumerate(cells) if cell != blank}
+    order = sorted({*values.values()}, reverse=True)
+    marks: tuple[Mark, ...] = ("best", "second")
+    return (
+        {
+            row: mark
+            for mark, shown in zip(marks, order, strict=False)
+            for row, value in values.items()
+            if value == shown
+        }
+        if len(order) > 1
+        else {}
     )
+
+
+def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as CSV (RFC 4180, but lines end in a line feed), without a last line feed."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return file.getvalue().removesuffix("\n")
+
+
+def latex_text(text: str) -> str:
+    """Return text with LaTeX's special characters escaped."""
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"

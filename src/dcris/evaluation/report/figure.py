@@ -1,10 +1,13 @@
 """Figures for a paper, in the layout of the paper's figures 3 and 4.
 
-A row is one expression: the image, the true mask and each system's mask with its IoU.
+A row is one expression: the image, the true mask and each system's mask with its IoU. A figure is
+laid out once, and drawn as pixels or as a PDF in which text and outlines are vectors.
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dcris.evaluation.report.panels import CELL, Panel
-from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, mask_cell, overlay, png_bytes
+from dcris.evaluation.report.vector_pdf import Line, Page, Picture, vector_pdf
+from dcris.types import MaskArray
+from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, Colour, cell, mask_cell, overlay, png_bytes
 from dcris.utils.files import write_file
 from dcris.utils.lettering import CLOSE_QUOTE, OPEN_QUOTE, find_font, line_height, wrap
+from dcris.utils.streams import note
+from dcris.utils.text_tables import latex_text
 
 Pixels = NDArray[np.uint8]
 
@@ -30,24 +37,29 @@ def row(panel: Panel, names: bool = True) -> Pixels:
         panel: the expression with its masks.
         names: write each column's name below it.
     """
-    images = _cells(panel)
-    width = len(images) * (CELL + _GAP) + _GAP
-    lines = wrap(OPEN_QUOTE + panel.expression + CLOSE_QUOTE, _TEXT, width - 2 * _GAP, 2)
-    top = _GAP + len(lines) * line_height(_TEXT)
-    labels = [_labels(panel, column, names) for column in range(len(images))]
-    below = top + _GAP // 2 + images[0].shape[0] + _GAP // 2
-    height = below + max(len(each) for each in labels) * line_height(_LABEL) + _GAP
-    page = np.full((height, width, 3), 255, np.uint8)
-    for column, image in enumerate(images):
-        left = _GAP + column * (CELL + _GAP) + (CELL - image.shape[1]) // 2
-        page[top + _GAP // 2 :][: image.shape[0], left : left + image.shape[1]] = image
-    canvas = Image.fromarray(page)
-    for number, line in enumerate(lines):
-        _write(canvas, line, _TEXT, width / 2, _GAP + number * line_height(_TEXT))
-    for column, some in enumerate(labels):
-        for number, line in enumerate(some):
-            _write(canvas, line, _LABEL, _middle(column), below + number * line_height(_LABEL))
-    return np.asarray(canvas)
+    return draw(row_page(panel, names))
+
+
+def row_page(panel: Panel, names: bool = True) -> Page:
+    """Lay out one panel; arguments as in `row`."""
+    pictures = _cells(panel)
+    height, width = pictures[0].pixels.shape[0], len(pictures) * (CELL + _GAP) + _GAP
+    words = wrap(OPEN_QUOTE + panel.expression + CLOSE_QUOTE, _TEXT, width - 2 * _GAP, 2)
+    top = _GAP + len(words) * line_height(_TEXT)
+    labels = [_labels(panel, column, names) for column in range(len(pictures))]
+    below = top + _GAP // 2 + height + _GAP // 2
+    lines = [Line(each, _TEXT, width / 2, _GAP + number * line_height(_TEXT)) for number, each in enumerate(words)]
+    lines += [
+        Line(each, _LABEL, _middle(column), below + number * line_height(_LABEL))
+        for column, some in enumerate(labels)
+        for number, each in enumerate(some)
+    ]
+    return Page(
+        width,
+        below + max(len(each) for each in labels) * line_height(_LABEL) + _GAP,
+        tuple(replace(each, top=top + _GAP // 2) for each in pictures),
+        tuple(lines),
+    )
 
 
 def figure(panels: Iterable[Panel]) -> Pixels:
@@ -59,56 +71,121 @@ def figure(panels: Iterable[Panel]) -> Pixels:
     Raises:
         ValueError: if there is no panel.
     """
-    rows, names = [], []
+    return draw(figure_page(panels))
+
+
+def figure_page(panels: Iterable[Panel]) -> Page:
+    """Lay out panels as `figure` draws them. Raises ValueError if there is none."""
+    pages, names = [], []
     for panel in panels:
-        rows.append(row(panel, names=False))
+        pages.append(row_page(panel, names=False))
         names = _names(panel)
-    if not rows:
+    if not pages:
         raise ValueError("a figure needs at least one panel")
-    foot = Image.new("RGB", (rows[0].shape[1], line_height(_LABEL) * 2 + _GAP), "white")
-    for column, name in enumerate(names):
-        letter = chr(ord("a") + column % 26)
-        for number, line in enumerate(wrap(f"({letter}) {name}", _LABEL, CELL, 2)):
-            _write(foot, line, _LABEL, _middle(column), number * line_height(_LABEL))
-    return np.concatenate([*rows, np.asarray(foot)])
+    lines = [
+        Line(each, _LABEL, _middle(column), number * line_height(_LABEL))
+        for column, name in enumerate(names)
+        for number, each in enumerate(wrap(f"({_letter(column)}) {name}", _LABEL, CELL, 2))
+    ]
+    pages.append(Page(pages[0].width, line_height(_LABEL) * 2 + _GAP, (), tuple(lines)))
+    tops = [0, *accumulate(page.height for page in pages)]
+    return Page(
+        pages[0].width,
+        tops[-1],
+        tuple(
+            replace(each, top=each.top + top) for page, top in zip(pages, tops, strict=False) for each in page.pictures
+        ),
+        tuple(replace(each, top=each.top + top) for page, top in zip(pages, tops, strict=False) for each in page.lines),
+    )
 
 
-def write_figures(folder: Path, panels: Iterable[tuple[str, Panel]]) -> None:
-    """Write each panel as NAME.png, and all of them as figure.png and figure.pdf.
+def draw(page: Page) -> Pixels:
+    """Draw a page on white, as [H, W, 3] uint8."""
+    pixels = np.full((page.height, page.width, 3), 255, np.uint8)
+    for each in page.pictures:
+        shown = each.pixels if each.mask is None else overlay(each.pixels, each.mask, each.colour)
+        pixels[each.top :, each.left :][: shown.shape[0], : shown.shape[1]] = shown
+    canvas = Image.fromarray(pixels)
+    for line in page.lines:
+        font = find_font(line.words, line.size)
+        ImageDraw.Draw(canvas).text((line.middle, line.top), line.words, "black", font, anchor="ma")
+    return np.asarray(canvas)
+
+
+def write_figures(folder: Path, panels: Iterable[tuple[str, Panel]], measured: str = "") -> None:
+    """Write each panel as NAME.png, and all of them as figure.png, figure.pdf and figure.tex.
+
+    Text and outlines of figure.pdf are vectors. Without the package reportlab it has pixels only,
+    and a note is printed. figure.tex is a float with figure.pdf and a caption.
 
     Args:
         folder: for the files.
         panels: names and panels, taken one at a time.
+        measured: what the panels are from, for the caption, such as "refcoco val".
 
     Raises:
         DcrisError: if a file cannot be written.
         ValueError: if there is no panel.
     """
+    names: list[str] = []
+    expressions = []
 
     def written() -> Iterator[Panel]:
         for name, panel in panels:
             write_file(folder / f"{name}.png", png_bytes(row(panel)))
+            names[:] = _names(panel)
+            expressions.append(panel.expression)
             yield panel
 
-    whole = figure(written())
-    write_file(folder / "figure.png", png_bytes(whole))
-    write_file(folder / "figure.pdf", pdf_bytes(whole))
+    page = figure_page(written())
+    pixels = draw(page)
+    write_file(folder / "figure.png", png_bytes(pixels))
+    try:
+        content = vector_pdf(page, _DOTS_PER_INCH)
+    except ImportError:
+        note("figure.pdf has pixels only; for text and outlines as vectors: pip install 'dcris[figures]'")
+        content = pdf_bytes(pixels)
+    write_file(folder / "figure.pdf", content)
+    write_file(folder / "figure.tex", _float(names, expressions, measured))
+
+
+def _float(names: Sequence[str], expressions: Sequence[str], measured: str) -> str:
+    """Return a LaTeX float with figure.pdf."""
+    columns = ", ".join(f"({_letter(column)}) {latex_text(name)}" for column, name in enumerate(names))
+    quoted = "; ".join(f"``{latex_text(each)}''" for each in expressions)
+    where = f" on {latex_text(measured)}" if measured else ""
+    return "\n".join(
+        [
+            "% needs the package graphicx",
+            r"\begin{figure*}",
+            r"  \centering",
+            r"  \includegraphics[width=\linewidth]{figure.pdf}",
+            rf"  \caption{{Predictions{where}: {columns}. IoU in percent. Expressions: {quoted}.}}",
+            r"  \label{fig:comparison}",
+            r"\end{figure*}",
+            "",
+        ]
+    )
 
 
 def pdf_bytes(image: Pixels) -> bytes:
-    """Encode an image [H, W, 3] uint8 as a page of PDF, at 300 dots per inch."""
+    """Encode an image [H, W, 3] uint8 as a page of PDF with pixels only, at 300 dots per inch."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PDF", resolution=_DOTS_PER_INCH, quality=95)
     return file.getvalue()
 
 
-def _cells(panel: Panel) -> list[Pixels]:
-    """Draw the columns of a panel: the image, the true mask, the predicted masks."""
+def _cells(panel: Panel) -> list[Picture]:
+    """Return the columns of a panel: the image, the true mask, the predicted masks."""
     small = cell(panel.image, CELL)
-    images = [small]
+    masks: list[tuple[MaskArray | None, Colour]] = [(None, TRUTH_COLOUR)]
     if panel.truth is not None:
-        images.append(overlay(small, mask_cell(panel.truth, CELL), TRUTH_COLOUR))
-    return images + [overlay(small, mask_cell(each.mask, CELL), PREDICTION_COLOUR) for each in panel.predictions]
+        masks.append((mask_cell(panel.truth, CELL), TRUTH_COLOUR))
+    masks += [(mask_cell(each.mask, CELL), PREDICTION_COLOUR) for each in panel.predictions]
+    inset = _GAP + (CELL - small.shape[1]) // 2
+    return [
+        Picture(inset + column * (CELL + _GAP), 0, small, mask, colour) for column, (mask, colour) in enumerate(masks)
+    ]
 
 
 def _names(panel: Panel) -> list[str]:
@@ -128,5 +205,5 @@ def _middle(column: int) -> float:
     return _GAP + column * (CELL + _GAP) + CELL / 2
 
 
-def _write(canvas: Image.Image, line: str, size: int, middle: float, top: float) -> None:
-    ImageDraw.Draw(canvas).text((middle, top), line, "black", find_font(line, size), anchor="ma")
+def _letter(column: int) -> str:
+    return chr(ord("a") + column % 26)
