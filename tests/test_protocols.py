@@ -96,6 +96,7 @@ def slow_rrefcoco(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[n
 SLOW: dict[str, Callable[[torch.Tensor, np.ndarray, int], tuple[np.ndarray, np.ndarray]]]
 SLOW = {"cris": slow_cris, "lavt": slow_lavt, "cgformer": slow_cgformer, "refer": slow_refer}
 SLOW |= {"grefcoco": slow_grefcoco, "refzom": slow_lavt, "rrefcoco": slow_rrefcoco}
+SLOW |= {"lisa": slow_refer, "phrasecut": slow_cris, "gseval": slow_cris}
 every_protocol = pytest.mark.parametrize("name", PROTOCOLS)
 
 
@@ -172,8 +173,8 @@ def check(name: str, truths: Sequence[np.ndarray], logits: torch.Tensor, side: i
         ours.append(counted)
         slow.append((expected, target))
     assert ties <= 1e-4 * sum(mask.size for mask, _ in slow)
-    # The metrics of protocols with absent targets are tested in test_generalised_protocols.
-    metrics = protocol.metrics if protocol.none_rule is None else INCLUSIVE_METRICS
+    # Other metrics are tested in test_generalised_protocols and test_referee_protocols.
+    metrics = protocol.metrics if protocol.metrics == STANDARD_METRICS else INCLUSIVE_METRICS
     scores = summarise(ours, metrics)
     assert scores == pytest.approx(slow_scores(slow, metrics == INCLUSIVE_METRICS), abs=1e-4)  # in percent
     return scores

@@ -253,19 +253,25 @@ def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the commands that evaluate on a split share: the data, --split and --protocol."""
     data_root_argument(parser)
     data_set_arguments(parser)
-    parser.add_argument("--split", default="val", help="split to evaluate (default: %(default)s)")
+    parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
     parser.add_argument(
         "--protocol",
         default="cris",
         metavar="NAME",
-        help="evaluation protocol: cris, lavt, cgformer, refer, grefcoco, refzom, rrefcoco or one of your own (default: "
-        "%(default)s)",
+        help="evaluation protocol: cris, lavt, cgformer, refer, grefcoco, refzom, rrefcoco, lisa, phrasecut, gseval or one of "
+        "your own (default: cris)",
     )
     parser.add_argument(
         "--none-rule",
         metavar="RULE",
         help="when a prediction says that the target is absent: head (the presence head), any-pixel (no pixel), pixels:N "
         "(fewer than N) or score:T (a score below T) (default: head for grefcoco, any-pixel for refzom and rrefcoco)",
+    )
+
+    parser.add_argument(
+        "--boundary",
+        action="store_true",
+        help="also compute Boundary IoU (Cheng et al. 2021): the overlap of the pixels near the contours",
     )
 
 

@@ -83,7 +83,7 @@ def _compare(args: argparse.Namespace) -> None:
     from dcris.utils.device import choose_device
 
     names = name_systems(args.systems, args.names or ())
-    protocol, device = get_protocol(args.protocol, args.none_rule), choose_device(args.device)
+    protocol, device = get_protocol(args.protocol, args.none_rule, args.boundary), choose_device(args.device)
     paths = [Path(each) if is_results_file(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
     models = [path for path in paths if not is_results_file(path)]
     if models:

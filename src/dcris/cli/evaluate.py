@@ -72,6 +72,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.split,
         protocol=args.protocol,
         none_rule=args.none_rule,
+        boundary=args.boundary,
         calibrate_on=args.calibrate_on,
         refine=args.refine,
         batch_size=args.batch_size,

@@ -43,6 +43,11 @@ def add(commands: Any) -> None:
         help="format of the printed table (default: %(default)s)",
     )
     score.add_argument("--out", type=Path, help="result file to write (JSON)")
+    score.add_argument(
+        "--by-category",
+        action="store_true",
+        help="add scores by category of the objects to --out, as `evaluate --all` does",
+    )
     score.add_argument("--report", type=Path, help="HTML report to write, with good and bad predictions")
 
 
@@ -59,7 +64,7 @@ def _score(args: argparse.Namespace) -> None:
 
     if len(args.predictions) > 1 and (args.out or args.report):
         raise DcrisError("--out and --report take the masks of one system; give one PREDICTIONS")
-    protocol = get_protocol(args.protocol, args.none_rule)
+    protocol = get_protocol(args.protocol, args.none_rule, args.boundary)
     own_name(args.data, args)
     table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     queries = all_queries(table.split(args.split))
@@ -80,7 +85,8 @@ def _score(args: argparse.Namespace) -> None:
         record = result_record(results, table, args.split, protocol)
         records.append({"predictions": path.name, **record})
         rows.append([path.stem, *(f"{record[metric.key]:.2f}" for metric in protocol.metrics)])
-    analysed = {**records[0], "analysis": analyse(results, protocol.metrics)}
+    analysis = analyse(results, protocol.metrics, by_category=args.by_category, size_subset=protocol.size_subset)
+    analysed = {**records[0], "analysis": analysis}
     if (confidence := assess(results)) is not None:
         analysed["confidence"] = confidence
     # The files are written even if standard output fails, and the scores printed even if a
@@ -102,6 +108,11 @@ def _score(args: argparse.Namespace) -> None:
         if args.format == "json":
             output(json.dumps(records[0] if len(records) == 1 else records, indent=2))
         else:
-            titles = (metric.title.replace("Prec@", "P@") for metric in protocol.metrics)
+            titles = [metric.title.replace("Prec@", "P@") for metric in protocol.metrics]
             header = [f"{table.dataset} {args.split} ({protocol.label})", *titles]
-            output((latex if args.format == "latex" else markdown)(header, rows))
+            form = latex if args.format == "latex" else markdown
+            output(form(header, rows))
+            if len(rows) == 1 and "by_subset" in analysis:
+                keys = [metric.key for metric in protocol.metrics]
+                subsets = [[each["name"], *(f"{each[key]:.2f}" for key in keys)] for each in analysis["by_subset"]]
+                output("\n" + form([f"subsets of {table.dataset} {args.split}", *header[1:]], subsets))

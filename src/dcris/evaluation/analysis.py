@@ -21,6 +21,7 @@ from dcris.data.masks import union_area
 from dcris.data.wording import expression_kinds
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, STANDARD_METRICS, Floats, Metric, Overlaps
+from dcris.evaluation.protocols.base import SizeSubset
 
 RESAMPLES = 1000
 SEED = 0
@@ -29,12 +30,20 @@ SEED = 0
 _DRAWN_AT_ONCE = 4_000_000  # images, which take 32 MB of weights
 
 
-def analyse(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_METRICS) -> dict[str, Any]:
+def analyse(
+    results: Sequence[EvalResult],
+    metrics: Sequence[Metric] = STANDARD_METRICS,
+    *,
+    by_category: bool = False,
+    size_subset: SizeSubset | None = None,
+) -> dict[str, Any]:
     """Return intervals, scores by group of expressions and the threshold curve, as plain JSON data.
 
     Args:
         results: of all queries of a split.
         metrics: of the protocol; groups and curve have the first two.
+        by_category: whether to add groups by the category of the objects.
+        size_subset: of the protocol.
 
     Returns:
         A dict of
@@ -44,12 +53,15 @@ def analyse(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_
         by_length, by_size, by_kind: lists of groups, each with `name`, `expressions`, the first two
             metrics and their `intervals`, drawn from the images that have such an expression.
             Groups without expressions are left out.
+        by_subset: the same with all metrics by the data set's own subsets, if it has any.
+        by_category: as by_length, by the category of the objects, if wanted; an expression with
+            objects of several categories is in each of them.
         curve: `thresholds` and the first two metrics at each; left out if any result has no curve.
 
     Raises:
         DcrisError: if a true mask cannot be decoded.
     """
-    described = _describe([results], metrics)
+    described = _describe([results], metrics, by_category, size_subset)
     curve = _curve(results, metrics[:2])
     return described | ({"curve": curve} if curve else {})
 
@@ -183,21 +195,38 @@ def _intervals(counts: Floats, metrics: Sequence[Metric], wanted: Sequence[Metri
     return {metric.key: bounds[metric.key] for metric in wanted}
 
 
-def _describe(systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) -> dict[str, Any]:
+def _describe(
+    systems: Sequence[Sequence[EvalResult]],
+    metrics: Sequence[Metric],
+    by_category: bool = False,
+    size_subset: SizeSubset | None = None,
+) -> dict[str, Any]:
     """Return intervals and groups of one system, or of the difference of two in the same order."""
     counts = _counts(systems, metrics)
     described: dict[str, Any] = {"photographs": len(counts), "intervals": _intervals(counts, metrics, metrics)}
-    for grouping, groups in _groups(systems[0]).items():
+    # Decoding a mask takes longest here, so it is done once per reference, not once per expression.
+    references = {result.reference.ref_id: result.reference for result in systems[0]}
+    areas = {key: union_area(reference.segmentations, reference.image_size) for key, reference in references.items()}
+    groupings = _groups(systems[0], areas)
+    if subsets := _subsets(systems[0], areas, size_subset):
+        groupings["by_subset"] = subsets
+    if by_category:
+        groupings["by_category"] = _categories(systems[0])
+    for grouping, groups in groupings.items():
+        shown = metrics if grouping == "by_subset" else metrics[:2]
         described[grouping] = [
-            _group(name, [[results[index] for index in indices] for results in systems], metrics)
+            _group(name, [[results[index] for index in indices] for results in systems], metrics, shown)
             for name, indices in groups.items()
         ]
     return described
 
 
-def _group(name: str, systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) -> dict[str, Any]:
-    """Return the entry of one group: its size and the first two metrics with intervals."""
-    counts, shown = _counts(systems, metrics), metrics[:2]
+def _group(
+    name: str, systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric], shown: Sequence[Metric]
+) -> dict[str, Any]:
+    """Return the entry of one group: its size and the `shown` metrics, the first ones of `metrics`,
+    with intervals."""
+    counts = _counts(systems, metrics)
     found = _scores_of(counts.sum(axis=0), metrics).tolist()
     values = {metric.key: value for metric, value in zip(shown, found[: len(shown)], strict=True)}
     return {
@@ -229,11 +258,11 @@ _NO_TARGET = "no target"
 """Group of the expressions that describe nothing in the image."""
 
 
-def _groups(results: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
-    """Return, for each grouping, its groups in order with the indices of their results."""
-    references = {result.reference.ref_id: result.reference for result in results}
-    # Decoding a mask takes longest here, so it is done once per reference, not once per expression.
-    areas = {key: union_area(reference.segmentations, reference.image_size) for key, reference in references.items()}
+def _groups(results: Sequence[EvalResult], areas: Mapping[int, int]) -> dict[str, dict[str, list[int]]]:
+    """Return, for each grouping, its groups in order with the indices of their results.
+
+    `areas` are the pixels of each reference's objects.
+    """
     kinds: dict[str, list[int]] = {}
     lengths: dict[str, list[int]] = {name: [] for name in _LENGTHS}
     sizes: dict[str, list[int]] = {name: [] for name in (*_SIZES, _NO_TARGET)}
@@ -250,6 +279,30 @@ def _groups(results: Sequence[EvalResult]) -> dict[str, dict[str, list[int]]]:
         grouping: {name: indices for name, indices in groups.items() if indices}
         for grouping, groups in groupings.items()
     }
+
+
+def _subsets(
+    results: Sequence[EvalResult], areas: Mapping[int, int], size_subset: SizeSubset | None
+) -> dict[str, list[int]]:
+    """Return the data set's own subsets in alphabetical order with the indices of their results."""
+    found: dict[str, list[int]] = {}
+    for index, result in enumerate(results):
+        names = result.expression.subsets
+        reference = result.reference
+        by_size = size_subset(areas[reference.ref_id], reference.image_size) if names and size_subset else None
+        for name in (*names, *([by_size] if by_size else [])):
+            found.setdefault(name, []).append(index)
+    return dict(sorted(found.items()))
+
+
+def _categories(results: Sequence[EvalResult]) -> dict[str, list[int]]:
+    """Return the categories in alphabetical order with the indices of their results."""
+    found: dict[str, list[int]] = {}
+    for index, result in enumerate(results):
+        if result.reference.targets(result.expression):
+            for name in result.reference.category.split(", "):
+                found.setdefault(name, []).append(index)
+    return dict(sorted(found.items()))
 
 
 def _bin(value: int, limits: Mapping[str, int]) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dcris.checkpoints.checkpoint import (
     find_checkpoint,
@@ -30,7 +31,7 @@ from dcris.evaluation.protocols.base import Protocol
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path
 from dcris.utils.device import choose_device, choose_precision
-from dcris.utils.distributed import processes
+from dcris.utils.distributed import Processes, processes
 from dcris.utils.files import expand_home
 from dcris.utils.streams import note
 
@@ -39,8 +40,101 @@ Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
-def _no_bar(total: int) -> Iterator[Callable[[int], None]]:
+def no_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Display nothing."""
     yield lambda done: None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runner:
+    """A loaded checkpoint that predicts the masks of queries, on all processes of a group."""
+
+    model: ReferringSegmenter
+    """On `device`."""
+    config: RunConfig
+    device: torch.device
+    dtype: torch.dtype
+    """Working precision."""
+    group: Processes
+    trained_on: Images | None
+    """Images that the model was trained on; None if that is unknown."""
+    batch_size: int
+    """Images read at a time; does not change results."""
+    bar: Bar
+
+    @classmethod
+    def load(
+        cls,
+        source: Path,
+        group: Processes,
+        *,
+        device: str = "auto",
+        precision: Precision | None = None,
+        batch_size: int = 8,
+        bar: Bar = no_bar,
+    ) -> "Runner":
+        """Load a checkpoint from a path of `dcris.checkpoints.resolve.locate`.
+
+        Raises:
+            DcrisError: the checkpoint or the device cannot be used.
+        """
+        place = choose_device(device)
+        model, config = load_checkpoint(source)
+        dtype = choose_precision(precision or config.train.precision, place)
+        trained_on = read_training_images(find_checkpoint(source))
+        return cls(model.to(place), config, place, dtype, group, trained_on, batch_size, bar)
+
+    def predict(
+        self, queries: Queries, protocol: Protocol, *, refine: Refinement = "none", keep_masks: bool = False
+    ) -> list[EvalResult]:
+        """Return the results of all queries, the same on all processes; see `predict_queries`."""
+
+        def predict_share(share: tuple[int, int]) -> list[EvalResult]:
+            with self.bar(len(queries) // share[1]) as progress:
+                return list(
+                    predict_queries(
+                        self.model,
+                        queries,
+                        self.config,
+                        protocol,
+                        device=self.device,
+                        dtype=self.dtype,
+                        batch_size=self.batch_size,
+                        share=share,
+                        refine=refine,
+                        keep_masks=keep_masks,
+                        progress=progress,
+                    )
+                )
+
+        return predict_on_all_ranks(self.group, queries, predict_share)
+
+    def record(
+        self, results: Sequence[EvalResult], table: ReferenceTable, split: str, protocol: Protocol, **more: Any
+    ) -> dict[str, Any]:
+        """Return the content of a result file without its analysis, and with `more`."""
+        record = result_record(results, table, split, protocol, model=self.model, device=self.device, dtype=self.dtype)
+        record |= more
+        if strips(self.config.data, predicting=False):
+            record["strip_phrases"] = self.config.data.strip_phrases
+        return record
+
+    def seen(self, results: Sequence[EvalResult], protocol: Protocol) -> dict[str, Any] | None:
+        """Return which images of the results were trained on, see `_seen`, and print a note, once
+        for all processes, if there are any."""
+        seen = _seen(results, self.trained_on, protocol)
+        if seen and self.group.first:
+            note(
+                f"{seen['images']:,} of {seen['of']:,} evaluated images were trained on, such as {seen['examples'][0]}; scores "
+                "of the others alone are in the result, under trained_on"
+            )
+        return seen
+
+    def warn_of_cuts(self, queries: Queries, dataset: str) -> None:
+        """Print a note, once for all processes, if expressions are longer than the model reads."""
+        cut = cut_phrases(queries, self.config.data, tokenizer_of(self.config.model.text), dataset)
+        if cut and self.group.first:
+            note(cut)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +149,14 @@ class Evaluation:
     model: ReferringSegmenter
     protocol: Protocol
 
-    def full_record(self) -> dict[str, Any]:
+    def full_record(self, by_category: bool = False) -> dict[str, Any]:
         """Return the content of a result file: the record with `analysis`
-        (dcris.evaluation.analysis.analyse) and, for a model with a presence head, `confidence`
-        (dcris.evaluation.confidence.assess)."""
-        record = {**self.record, "analysis": analyse(self.results, self.protocol.metrics)}
+        (dcris.evaluation.analysis.analyse), with scores by category if wanted, and, for a model
+        with a presence head, `confidence` (dcris.evaluation.confidence.assess)."""
+        analysis = analyse(
+            self.results, self.protocol.metrics, by_category=by_category, size_subset=self.protocol.size_subset
+        )
+        record = {**self.record, "analysis": analysis}
         if self.model.head.presence is not None:
             record["confidence"] = assess(self.results)
         return record
@@ -72,13 +169,14 @@ def evaluate(
     *,
     protocol: str = "cris",
     none_rule: str | None = None,
+    boundary: bool = False,
     calibrate_on: str | None = None,
     refine: Refinement = "none",
     batch_size: int = 8,
     keep_masks: bool = True,
     precision: Precision | None = None,
     device: str = "auto",
-    bar: Bar = _no_bar,
+    bar: Bar = no_bar,
 ) -> Evaluation:
     """Evaluate a checkpoint on a split, as `dcris evaluate` does.
 
@@ -87,9 +185,11 @@ def evaluate(
         data: from `dcris.load_dataset`; or a function that loads them for the checkpoint's
             configuration.
         split: its expressions are evaluated.
-        protocol: "cris", "lavt", "refer", "cgformer", "grefcoco", "refzom" or "rrefcoco".
+        protocol: "cris", "lavt", "refer", "cgformer", "grefcoco", "refzom", "rrefcoco", "lisa",
+            "phrasecut" or "gseval".
         none_rule: for protocols with absent targets: "head", "any-pixel", "pixels:50" or
             "score:0.5"; the protocol's own by default.
+        boundary: whether to add Boundary IoU to the metrics.
         calibrate_on: another split. The threshold with the best first metric on it is used, and the
             temperature of a presence head is fitted to it and stored with the checkpoint.
         refine: "guided" refines the edges of masks, which no protocol does.
@@ -105,45 +205,23 @@ def evaluate(
     Raises:
         DcrisError: the checkpoint, the split or a file cannot be used, or an argument is wrong.
     """
-    chosen = get_protocol(protocol, none_rule)
+    chosen = get_protocol(protocol, none_rule, boundary)
     if calibrate_on == split:
         raise DcrisError(f"the split {split} is evaluated and calibrated on; calibrate on another split")
     with processes(device) as group:
-        place = choose_device(device)
+        choose_device(device)  # before the data, which can take long to read
         source = locate(checkpoint)
         config = read_config(find_checkpoint(source))
         # Before the model, which can take minutes to load.
         table = data if isinstance(data, ReferenceTable) else data(config)
         queries = all_queries(table.split(split))
-        model, _ = load_checkpoint(source)
-        trained_on = read_training_images(find_checkpoint(source))
-        model.to(place)
-        dtype = choose_precision(precision or config.train.precision, place)
-        if group.first and (cut := cut_phrases(queries, config.data, tokenizer_of(config.model.text), table.dataset)):
-            note(cut)
-
-        def predict(queries: Queries, keep_masks: bool, share: tuple[int, int]) -> list[EvalResult]:
-            with bar(len(queries) // share[1]) as progress:
-                return list(
-                    predict_queries(
-                        model,
-                        queries,
-                        config,
-                        chosen,
-                        device=place,
-                        dtype=dtype,
-                        batch_size=batch_size,
-                        share=share,
-                        refine=refine,
-                        keep_masks=keep_masks,
-                        progress=progress,
-                    )
-                )
-
+        runner = Runner.load(source, group, device=device, precision=precision, batch_size=batch_size, bar=bar)
+        model = runner.model
+        runner.warn_of_cuts(queries, table.dataset)
         temperature = None
         if calibrate_on is not None:
             others = all_queries(table.split(calibrate_on))
-            calibration = predict_on_all_ranks(group, others, partial(predict, others, False))
+            calibration = runner.predict(others, chosen, refine=refine)
             chosen = replace(chosen, threshold=best_threshold(calibration, chosen.metrics))
             if model.head.presence is not None:
                 temperature = presence_temperature(calibration, float(model.head.presence.temperature))
@@ -154,26 +232,20 @@ def evaluate(
                         f"the split {calibrate_on} does not have both present and absent objects, so the probability of "
                         "presence is not calibrated"
                     )
-        results = predict_on_all_ranks(group, queries, partial(predict, queries, keep_masks))
+        results = runner.predict(queries, chosen, refine=refine, keep_masks=keep_masks)
         first = group.first
-    record: dict[str, Any] = result_record(results, table, split, chosen, model=model, device=place, dtype=dtype)
+    more: dict[str, Any] = {}
     if calibrate_on is not None:
-        record["calibrated_on"] = calibrate_on
+        more["calibrated_on"] = calibrate_on
         if temperature is not None:
-            record["temperature"] = temperature
+            more["temperature"] = temperature
             if first:
                 _store_temperature(checkpoint, source, temperature, table, calibrate_on)
-    if seen := _seen(results, trained_on, chosen):
-        record["trained_on"] = seen
-        if first:
-            note(
-                f"{seen['images']:,} of {seen['of']:,} evaluated images were trained on, such as {seen['examples'][0]}; scores "
-                "of the others alone are in the result, under trained_on"
-            )
+    if seen := runner.seen(results, chosen):
+        more["trained_on"] = seen
     if refine != "none":
-        record["refine"] = refine
-    if strips(config.data, predicting=False):
-        record["strip_phrases"] = config.data.strip_phrases
+        more["refine"] = refine
+    record = runner.record(results, table, split, chosen, **more)
     return Evaluation(results, record, config, model, chosen)
 
 

@@ -20,7 +20,7 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
-from dcris.evaluation.metrics import Overlap, overlap_curve, summarise
+from dcris.evaluation.metrics import Overlap, overlap_curve, summarise, with_boundary
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.refinement import refine_guided
 from dcris.models.optimize import prepare_for_prediction
@@ -156,15 +156,15 @@ def _predict_task(
             probabilities = torch.from_numpy(refined).to(device)
         truth, ignored = truths[reference.ref_id, expression.exists]
         counted = overlap_curve(probabilities, truth, protocol.threshold, ignored)
+        predicted = (probabilities > protocol.threshold).cpu().numpy() if keep_masks or protocol.boundary else None
+        if predicted is not None and protocol.boundary:
+            known = task.truths[reference.ref_id, expression.exists]
+            counted = (with_boundary(counted[0], predicted, known.mask, known.ignored), *counted[1:])
         score = mean_inside(probabilities, protocol.own_threshold) if present is None else present
-        if protocol.none_rule is not None:
-            pixels = int(truth.sum())
-            query = reference, expression
-            counted = tuple(protocol.judge(each, pixels, query, present, score) for each in counted)
-        overlap, *curve = counted
+        pixels, query = int(truth.sum()), (reference, expression)
+        overlap, *curve = (protocol.judge(each, pixels, query, present, score) for each in counted)
         mask = None
-        if keep_masks:
-            predicted = (probabilities > protocol.threshold).cpu().numpy()
+        if predicted is not None and keep_masks:
             mask = encode_mask(measured.from_canvas(predicted, reference.image_size))
         yield EvalResult(reference, expression, overlap, mask, tuple(curve), present, score)
 
@@ -239,7 +239,7 @@ def result_record(
     model: ReferringSegmenter | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> dict[str, float | int | str | None]:
+) -> dict[str, Any]:
     """Return the content of a result file: the protocol's metrics in percent and their provenance.
 
     Two results compare if `data_sha256`, `protocol`, `threshold`, `none_rule` (only of protocols

@@ -5,7 +5,11 @@ Masks have the size of their image, one for each expression, identified by its `
 - a COCO result file (.json): a list of entries with `sent_id` and `segmentation` (run lengths or
   polygons);
 - an .npz file of arrays [H, W] named by sent_id, with two values;
-- a results file (.jsonl) of `dcris evaluate --answers`: its masks are scored again.
+- a file of JSON Lines (.jsonl) with such entries, as `dcris evaluate --answers` writes it: its
+  masks are scored again.
+
+Where the data set's own files call an expression otherwise (PhraseCut's task_id), PNG files and
+arrays may have that name. Entries may have GSEval's keys, `idx` and `predicted_segmentation`.
 
 An empty mask, or `null` as the `segmentation`, answers that there is nothing. Entries of .json and
 .jsonl files may have `present`, the probability that the target is present, and `score`, both in
@@ -28,30 +32,40 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import bad, field
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.metrics import overlap
+from dcris.evaluation.metrics import overlap, with_boundary
 from dcris.evaluation.protocols import Protocol
-from dcris.types import MaskArray, SoftMask
+from dcris.types import Expression, MaskArray, SoftMask
 from dcris.utils.files import open_zip, read_json, read_json_lines
 
 _LONGEST_HEADER = 16_384
 """Bytes read of an .npy file's header; numpy accepts headers of up to 10,000 characters."""
 
 
+Key = int | str
+"""A sent_id, or the name of an expression."""
+
+
 class PredictedMasks(ABC):
-    """Predicted masks by sent_id."""
+    """Predicted masks by the expression's key."""
 
     @abstractmethod
-    def __contains__(self, sent_id: object) -> bool: ...
+    def __contains__(self, key: object) -> bool: ...
+
+    def find(self, expression: Expression) -> Key | None:
+        """Return the key of an expression's mask, its name or its sent_id; None if there is no
+        mask."""
+        keys = (expression.name, expression.sent_id)
+        return next((key for key in keys if key is not None and key in self), None)
 
     @abstractmethod
-    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
+    def mask(self, key: Key, size: tuple[int, int]) -> MaskArray:
         """Return the mask [H, W] of an image of `size` (H, W).
 
         Raises:
             DcrisError: if it cannot be read or has another size.
         """
 
-    def confidence(self, sent_id: int, key: str) -> float | None:
+    def confidence(self, key: Key, kind: str) -> float | None:
         """Return the `present` or `score` of a mask; None if the format has none.
 
         Raises:
@@ -68,13 +82,13 @@ class _PngFolder(PredictedMasks):
         if not any(folder.glob("*.png")):
             raise DcrisError(f"the folder {folder} has no masks; name each by its sent_id, such as 42.png")
 
-    def __contains__(self, sent_id: object) -> bool:
+    def __contains__(self, key: object) -> bool:
         # A broken link or a file that is no image counts, so that reading it raises an
-        # error naming it.
-        return os.path.lexists(self.folder / f"{sent_id}.png")
+        # error naming it. A name comes from a file of the data set and must not lead elsewhere.
+        return Path(f"{key}.png").name == f"{key}.png" and os.path.lexists(self.folder / f"{key}.png")
 
-    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
-        path = self.folder / f"{sent_id}.png"
+    def mask(self, key: Key, size: tuple[int, int]) -> MaskArray:
+        path = self.folder / f"{key}.png"
         return decode_mask(path if self.threshold is None else SoftMask(path, self.threshold), size).astype(bool)
 
 
@@ -83,19 +97,22 @@ class _Records(PredictedMasks):
 
     def __init__(self, path: Path, records: Iterable[tuple[str, dict[str, Any]]]) -> None:
         self.path = path
-        self.records: dict[int, tuple[str, dict[str, Any]]] = {}  # by sent_id, with its line or entry
+        self.records: dict[Key, tuple[str, dict[str, Any]]] = {}  # by sent_id, with its line or entry
         for where, record in records:
-            sent_id = field(record, "sent_id", int, path, where)
+            theirs = type(record) is dict and "sent_id" not in record and "idx" in record
+            sent_id = field(record, "idx" if theirs else "sent_id", int, path, where)
             if sent_id in self.records:
                 raise bad(path, f"{where} repeats sentence {sent_id} of {self.records[sent_id][0]}")
             kept: dict[str, Any] = {key: record[key] for key in ("segmentation", "present", "score") if key in record}
+            if "segmentation" not in record and "predicted_segmentation" in record:
+                kept["segmentation"] = record["predicted_segmentation"]
             self.records[sent_id] = where, kept
 
-    def __contains__(self, sent_id: object) -> bool:
-        return sent_id in self.records
+    def __contains__(self, key: object) -> bool:
+        return key in self.records
 
-    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
-        where, record = self.records[sent_id]
+    def mask(self, key: Key, size: tuple[int, int]) -> MaskArray:
+        where, record = self.records[key]
         segmentation = record.get("segmentation", False)
         # Prediction.polygons() writes empty masks as the second.
         if segmentation is None or segmentation in ([], [[]], {"size": list(size), "counts": []}):
@@ -107,13 +124,13 @@ class _Records(PredictedMasks):
         except DcrisError as error:
             raise bad(self.path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
 
-    def confidence(self, sent_id: int, key: str) -> float | None:
-        where, record = self.records[sent_id]
-        value = record.get(key)
+    def confidence(self, key: Key, kind: str) -> float | None:
+        where, record = self.records[key]
+        value = record.get(kind)
         if value is None:
             return None
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise bad(self.path, f"{where} has a '{key}' that is not a number from 0 to 1")
+            raise bad(self.path, f"{where} has a '{kind}' that is not a number from 0 to 1")
         return float(value)
 
 
@@ -130,11 +147,11 @@ class _Arrays(PredictedMasks):
             self.archive = open_zip(path)
         self.names = set(self.archive.namelist())
 
-    def __contains__(self, sent_id: object) -> bool:
-        return f"{sent_id}.npy" in self.names
+    def __contains__(self, key: object) -> bool:
+        return f"{key}.npy" in self.names
 
-    def mask(self, sent_id: int, size: tuple[int, int]) -> MaskArray:
-        name = f"{sent_id}.npy"
+    def mask(self, key: Key, size: tuple[int, int]) -> MaskArray:
+        name = f"{key}.npy"
         with self._read_errors():
             with self.archive.open(name) as file:
                 start = io.BytesIO(file.read(_LONGEST_HEADER))  # a header may claim to be 4 GB long
@@ -145,12 +162,12 @@ class _Arrays(PredictedMasks):
             shape, _, dtype = read(start)
             if shape != size or dtype.kind not in ("bui" if self.threshold is None else "buif"):
                 raise DcrisError(
-                    f"the array {sent_id} of {self.path} is {dtype} {list(shape)}, but must be bool or integer "
+                    f"the array {key} of {self.path} is {dtype} {list(shape)}, but must be bool or integer "
                     f"{list(size)}; give masks of the image's size, or --mask-threshold for probabilities"
                 )
             with self.archive.open(name) as file:
                 values = np.lib.format.read_array(file, allow_pickle=False)
-            return binary_mask(values, f"{sent_id} of {self.path}", self.threshold).astype(bool)
+            return binary_mask(values, f"{key} of {self.path}", self.threshold).astype(bool)
 
     @contextmanager
     def _read_errors(self) -> Iterator[None]:
@@ -220,32 +237,34 @@ def score_masks(
             its image.
     """
     masks = open_predicted_masks(path, mask_threshold)
-    missing = [expression for _, expression in queries if expression.sent_id not in masks]
+    missing = [expression for _, expression in queries if masks.find(expression) is None]
     if len(missing) == len(queries) or (missing and not missing_is_empty):
         raise DcrisError(
             f"{path} has no mask for {len(missing):,} of {len(queries):,} expressions, the first of them sentence "
             f"{missing[0].sent_id}, {missing[0].text!r}; add the masks, or give --missing-is-empty"
         )
     for reference, expression in queries:
-        sent_id, targets = expression.sent_id, reference.targets(expression)
-        known = sent_id in masks
-        mask = masks.mask(sent_id, reference.image_size) if known else np.zeros(reference.image_size, bool)
+        targets, key = reference.targets(expression), masks.find(expression)
+        size = reference.image_size
+        mask = np.zeros(size, bool) if key is None else masks.mask(key, size)
         truth = protocol.truth(reference, expression)
-        counted = overlap(protocol.for_target(bool(targets)).to_canvas(mask), truth.mask, truth.ignored)
-        present = score = 0.0 if not known else None
+        compared = protocol.for_target(bool(targets)).to_canvas(mask)
+        counted = overlap(compared, truth.mask, truth.ignored)
+        if protocol.boundary:
+            counted = with_boundary(counted, compared, truth.mask, truth.ignored)
+        present = score = 0.0 if key is None else None
         try:
-            if known:
-                present, score = (masks.confidence(sent_id, key) for key in ("present", "score"))
+            if key is not None:
+                present, score = (masks.confidence(key, kind) for kind in ("present", "score"))
         except DcrisError:
             # A COCO result may have any number as its score, which only some rules need.
             if protocol.none_rule is not None:
                 raise
         score = present if score is None else score
-        if protocol.none_rule is not None:
-            query = reference, expression
-            try:
-                counted = protocol.judge(counted, int(np.count_nonzero(truth.mask)), query, present, score)
-            except DcrisError as error:
-                raise DcrisError(f"{path}, sentence {sent_id}: {error}") from error
+        pixels, query = int(np.count_nonzero(truth.mask)), (reference, expression)
+        try:
+            counted = protocol.judge(counted, pixels, query, present, score)
+        except DcrisError as error:
+            raise DcrisError(f"{path}, sentence {expression.sent_id}: {error}") from error
         kept = encode_mask(mask) if keep_masks else None
         yield EvalResult(reference, expression, counted, kept, present=present, score=score)

@@ -6,10 +6,12 @@ called cIoU, is the sum of all intersections over the sum of all unions (LAVT an
 objects weigh more.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ from dcris.types import MaskArray
 Floats = NDArray[np.float64]
 
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+_BOUNDARY = 0.02
+"""Width of a boundary relative to the diagonal of the image."""
 CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 """Probability thresholds of the threshold curve: 0.05, 0.10, ... 0.95."""
 
@@ -36,6 +40,10 @@ class Overlap:
     """Whether the prediction says that there is none, by the protocol's rule."""
     group: int = 0
     """Number of the reference, for metrics that first average over the expressions of one."""
+    boundary_intersection: int = 0
+    """Pixels in the boundaries of both masks; counted only for `BIOU`."""
+    boundary_union: int = 0
+    """Pixels in the boundary of either mask."""
 
     @property
     def iou(self) -> float:
@@ -45,7 +53,7 @@ class Overlap:
         return self.intersection / self.union if self.union else 0.0
 
 
-_FIELDS = attrgetter("intersection", "union", "target", "none", "group")
+_FIELDS = attrgetter("intersection", "union", "target", "none", "group", "boundary_intersection", "boundary_union")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +73,25 @@ class Overlaps:
     """Whether the prediction says that there is none."""
     group: NDArray[np.int64]
     """Number of the reference."""
+    boundary_intersection: Floats
+    """In pixels."""
+    boundary_union: Floats
+    """In pixels."""
 
     @classmethod
     def of(cls, overlaps: Iterable[Overlap | Sequence[Overlap]]) -> "Overlaps":
         """Collect N overlaps into arrays [N], or N sequences of T into arrays [N, T]."""
         rows = [_FIELDS(each) if isinstance(each, Overlap) else [_FIELDS(one) for one in each] for each in overlaps]
-        table = np.array(rows, np.int64) if rows else np.zeros((0, 5), np.int64)
-        intersection, union, target, none, group = np.moveaxis(table, -1, 0)
-        return cls(intersection.astype(float), union.astype(float), target.astype(bool), none.astype(bool), group)
+        table = np.array(rows, np.int64) if rows else np.zeros((0, 7), np.int64)
+        intersection, union, target, none, group, *boundary = np.moveaxis(table, -1, 0)
+        return cls(
+            intersection.astype(float),
+            union.astype(float),
+            target.astype(bool),
+            none.astype(bool),
+            group,
+            *(pixels.astype(float) for pixels in boundary),
+        )
 
     @property
     def iou(self) -> Floats:
@@ -188,6 +207,58 @@ def of_targets(metric: Metric) -> Metric:
         value=lambda overlaps: value(overlaps) * overlaps.target,
         weight=lambda overlaps: overlaps.target * (np.ones(1) if weight is None else weight(overlaps)),
     )
+
+
+BIOU = of_targets(
+    Metric(
+        "biou",
+        "bIoU",
+        lambda overlaps: overlaps.boundary_intersection / np.maximum(overlaps.boundary_union, 1),
+        description="Boundary IoU: intersection over union of the pixels of both masks that are near their contours, averaged "
+        "over the expressions that have a target.",
+    )
+)
+"""Mean Boundary IoU; see `boundary`."""
+
+
+def boundary(mask: MaskArray) -> MaskArray:
+    """Return the pixels of a mask [H, W] bool that are near its contour, [H, W] bool.
+
+    Near is a distance (the greater of the two axes') of at most 2% of the image's diagonal,
+    rounded, but at least one pixel; outside the image there is background.
+
+    Source: B. Cheng et al., Boundary IoU, CVPR 2021; mask_to_boundary in
+    boundary_iou/utils/boundary_utils.py of boundary-iou-api, in which the IoU of a detection is the
+    lesser of mask IoU and Boundary IoU; here it is Boundary IoU itself (equation 2 of the paper).
+    """
+    height, width = mask.shape
+    distance = max(1, round(_BOUNDARY * math.sqrt(height * height + width * width)))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    found = np.zeros_like(mask)
+    if not len(rows):
+        return found
+    # Beyond its bounding box a mask has nothing that could be near.
+    window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    part = mask[window].astype(np.uint8)
+    square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
+    inner = cv2.erode(part, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    found[window] = part != inner
+    return found
+
+
+def with_boundary(
+    counted: Overlap, prediction: MaskArray, truth: MaskArray, ignored: MaskArray | None = None
+) -> Overlap:
+    """Return an overlap with the pixels of the boundaries of two masks [H, W] bool.
+
+    The boundaries are those of the whole masks; then pixels of `ignored` are left out.
+    """
+    ours, theirs = boundary(prediction), boundary(truth)
+    if ignored is not None:
+        ours, theirs = ours[~ignored], theirs[~ignored]
+    shared = int(np.count_nonzero(ours & theirs))
+    both = int(np.count_nonzero(ours | theirs))
+    return replace(counted, boundary_intersection=shared, boundary_union=both)
 
 
 def overlap(prediction: MaskArray, truth: MaskArray, ignored: MaskArray | None = None) -> Overlap:

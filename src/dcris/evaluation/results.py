@@ -6,10 +6,12 @@ A line has `sent_id`, `ref_id`, `image` (file name), `phrase`, `protocol`, `iou`
 of intersection and union for each of metrics.CURVE_THRESHOLDS, and `present`, the probability that
 the target is present. Protocols with absent targets add `none_rule`, the name of their rule,
 `none`, whether the prediction says "none", and the same as a third number in each entry of `curve`.
+With Boundary IoU, `boundary` is the pair of intersection and union of the boundaries.
 """
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
         record["present"] = round(result.present, 6)
     if protocol.none_rule is not None:
         record |= {"none_rule": protocol.none_rule.name, "none": result.overlap.none}
+    if protocol.boundary:
+        record["boundary"] = [result.overlap.boundary_intersection, result.overlap.boundary_union]
     if result.curve:
         none = [[] if protocol.none_rule is None else [int(overlap.none)] for overlap in result.curve]
         record["curve"] = [
@@ -165,19 +169,35 @@ def _result(
     def read(counts: Any) -> Overlap:
         return _overlap(counts, (reference, expression), protocol, path, where)
 
-    return EvalResult(reference, expression, read(counts), mask, tuple(map(read, curve)), present, present)
+    found = read(counts)
+    if protocol.boundary:
+        if "boundary" not in record:
+            raise DcrisError(f"{path}, {where}: measured without Boundary IoU; leave out --boundary or evaluate again")
+        shared, both = _pixels(record["boundary"], path, where)
+        found = replace(found, boundary_intersection=shared, boundary_union=both)
+    return EvalResult(reference, expression, found, mask, tuple(map(read, curve)), present, present)
 
 
 def _overlap(counts: Any, query: tuple[Reference, Expression], protocol: Protocol, path: Path, where: str) -> Overlap:
     """Check intersection and union, and "none" if the protocol has it."""
-    length = 2 if protocol.none_rule is None else 3
-    valid = type(counts) is list and len(counts) == length and all(type(count) is int for count in counts)
-    if not valid or not 0 <= counts[0] <= counts[1] <= MAX_PIXELS:
-        raise bad(path, f"{where} has an intersection and union that are not numbers of pixels")
-    shared, covered, *none = counts
-    if not none:
-        return Overlap(shared, covered)
-    if none[0] not in (0, 1):
+    if protocol.none_rule is None:
+        return protocol.judge(Overlap(*_pixels(counts, path, where)), 0, query, None, None)
+    if type(counts) is not list or len(counts) != 3:
+        raise _no_counts(path, where)
+    shared, covered = _pixels(counts[:2], path, where)
+    if type(counts[2]) is not int or counts[2] not in (0, 1):
         raise bad(path, f"{where} has a 'curve' whose third numbers are not 0 or 1")
     reference, expression = query
-    return Overlap(shared, covered, bool(reference.targets(expression)), bool(none[0]), reference.ref_id)
+    return Overlap(shared, covered, bool(reference.targets(expression)), bool(counts[2]), reference.ref_id)
+
+
+def _pixels(counts: Any, path: Path, where: str) -> tuple[int, int]:
+    """Check a pair of intersection and union."""
+    valid = type(counts) is list and len(counts) == 2 and all(type(count) is int for count in counts)
+    if not valid or not 0 <= counts[0] <= counts[1] <= MAX_PIXELS:
+        raise _no_counts(path, where)
+    return counts[0], counts[1]
+
+
+def _no_counts(path: Path, where: str) -> DcrisError:
+    return bad(path, f"{where} has an intersection and union that are not numbers of pixels")

@@ -11,7 +11,10 @@ from dcris.evaluation.protocols.base import Protocol
 from dcris.evaluation.protocols.cgformer import CgFormer
 from dcris.evaluation.protocols.cris import Cris
 from dcris.evaluation.protocols.grefcoco import Grefcoco
+from dcris.evaluation.protocols.gseval import GsEval
 from dcris.evaluation.protocols.lavt import Lavt
+from dcris.evaluation.protocols.lisa import Lisa
+from dcris.evaluation.protocols.phrasecut import PhraseCut
 from dcris.evaluation.protocols.refer import Refer
 from dcris.evaluation.protocols.refzom import RefZom
 from dcris.evaluation.protocols.rrefcoco import RRefcoco
@@ -21,7 +24,10 @@ __all__ = [
     "CgFormer",
     "Cris",
     "Grefcoco",
+    "GsEval",
     "Lavt",
+    "Lisa",
+    "PhraseCut",
     "Protocol",
     "RRefcoco",
     "RefZom",
@@ -37,15 +43,19 @@ PROTOCOLS: dict[str, Protocol] = {
     "grefcoco": Grefcoco(),
     "refzom": RefZom(),
     "rrefcoco": RRefcoco(),
+    "lisa": Lisa(),
+    "phrasecut": PhraseCut(),
+    "gseval": GsEval(),
 }
 
 
-def get_protocol(name: str, none_rule: str | None = None) -> Protocol:
+def get_protocol(name: str, none_rule: str | None = None, boundary: bool = False) -> Protocol:
     """Return the protocol of that name.
 
     Args:
         name: key in PROTOCOLS.
         none_rule: rule for absent targets, as in `parse_none_rule`; None for the protocol's own.
+        boundary: whether to add Boundary IoU to its metrics.
 
     Raises:
         DcrisError: if there is no such protocol, which the message lists, or no such rule, or the
@@ -53,7 +63,7 @@ def get_protocol(name: str, none_rule: str | None = None) -> Protocol:
     """
     if not isinstance(name, str) or name not in PROTOCOLS:
         raise DcrisError(f"unknown protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
-    protocol = PROTOCOLS[name]
+    protocol = replace(PROTOCOLS[name], boundary=True) if boundary else PROTOCOLS[name]
     if none_rule is None:
         return protocol
     rule = parse_none_rule(none_rule)

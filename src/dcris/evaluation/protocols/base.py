@@ -5,7 +5,7 @@ logit grid.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from dcris.data.masks import true_mask, union_mask
 from dcris.data.transforms import Transform
-from dcris.evaluation.metrics import STANDARD_METRICS, Metric, Overlap
+from dcris.evaluation.metrics import BIOU, STANDARD_METRICS, Metric, Overlap
 from dcris.evaluation.none_rules import NoneRule
 from dcris.evaluation.resampling import Floats, nearest
 from dcris.types import Expression, MaskArray, Reference, Segmentation, Truth
+
+SizeSubset = Callable[[int, tuple[int, int]], str | None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Protocol(ABC):
     none_rule: NoneRule | None = None
     """Decides whether a prediction says that the target is absent; None in protocols without absent
     targets."""
+    boundary: bool = False
+    """Whether the metrics have Boundary IoU as the last one, which takes longer."""
 
     name: ClassVar[str]
     """Name on the command line and in result files."""
@@ -52,6 +56,11 @@ class Protocol(ABC):
     blanks: ClassVar[bool] = True
     """Whether "none" replaces the predicted mask by an empty one, and an empty mask says "none".
     Otherwise the rule alone decides, and the union remains that with the predicted mask."""
+
+    def __post_init__(self) -> None:
+        if self.boundary:
+            # Hides the metrics of the class, which are those of every other instance.
+            object.__setattr__(self, "metrics", (*type(self).metrics, BIOU))
 
     @property
     def own_threshold(self) -> float:
@@ -93,6 +102,11 @@ class Protocol(ABC):
     def label(self) -> str:
         """Name for tables, with the rule for "none" if there is one."""
         return self.name if self.none_rule is None else f"{self.name}, none by {self.none_rule.name}"
+
+    def size_subset(self, pixels: int, size: tuple[int, int]) -> str | None:
+        """Return the data set's own subset of a target of so many pixels in an image of `size` (H,
+        W); None if it has none by size."""
+        return None
 
     def for_target(self, target: bool) -> "Protocol":
         """Return the protocol that measures expressions with or without a target: usually this."""
@@ -142,7 +156,7 @@ class Protocol(ABC):
         if not (none or (self.blanks and pixels == 0)):
             return counted
         union = truth_pixels if self.blanks or not counted.target else counted.union
-        return replace(counted, intersection=0, union=union, none=True)
+        return replace(counted, intersection=0, union=union, none=True, boundary_intersection=0)
 
     def to_canvas(self, mask: MaskArray) -> MaskArray:
         """Resize a mask [H, W] of the image to the pixels that are compared (nearest neighbour)."""

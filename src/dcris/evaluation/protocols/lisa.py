@@ -1,0 +1,56 @@
+"""The protocol of LISA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dcris.data.masks import decode_mask
+from dcris.evaluation.metrics import CIOU, MIOU, Overlap
+from dcris.evaluation.protocols.refer import Refer
+from dcris.types import Expression, MaskArray, Reference, Segmentation
+
+_GIOU = replace(
+    MIOU,
+    key="giou",
+    title="gIoU",
+    value=lambda overlaps: np.where(
+        overlaps.none & ~overlaps.target, 1.0, overlaps.intersection / (overlaps.union + 1e-5)
+    ),
+    description="Intersection over union, averaged over the expressions; 1 where neither mask has a pixel.",
+)
+
+
+@dataclass(frozen=True)
+class Lisa(Refer):
+    """Protocol of LISA, GSVA and others for RefCOCO and ReasonSeg: masks as those of models on SAM,
+    gIoU and cIoU without the pixels of ignored regions.
+
+    Two empty masks have IoU 1. Of an object in several polygons, LISA sums the polygons' masks and
+    compares with 1, so that pixels of two polygons count as background; other protocols unite them.
+    Source: validate in train_ds.py, ValDataset in utils/dataset.py and intersectionAndUnionGPU in
+    utils/utils.py of LISA.
+    """
+
+    name = "lisa"
+    metrics = (_GIOU, CIOU)
+
+    def rasterise(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:  # noqa: D102
+        mask = np.zeros(size, bool)
+        for segmentation in segmentations:
+            parts = [[polygon] for polygon in segmentation] if isinstance(segmentation, list) else [segmentation]
+            covered = np.zeros(size, np.uint8)
+            for part in parts:
+                covered += decode_mask(part, size)
+            mask |= covered == 1
+        return mask
+
+    def judge(  # noqa: D102
+        self,
+        counted: Overlap,
+        truth_pixels: int,
+        query: tuple[Reference, Expression],
+        present: float | None,
+        score: float | None,
+    ) -> Overlap:
+        return counted if counted.union else replace(counted, target=False, none=True)
