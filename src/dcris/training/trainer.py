@@ -62,6 +62,7 @@ from dcris.training.loggers import Monitor, check_trackers, panel_queries
 from dcris.training.losses import LOSSES, resize_masks, training_losses
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
+from dcris.training.provenance import RunRecord
 from dcris.training.stopping import Interrupted, StopRequest, StopWaiting, stop_requests
 from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require, require_names
@@ -195,6 +196,7 @@ class Trainer:
         """Images that the weights of `train.start` were trained on."""
         self.features: CachedSamples | None = None
         self.stop = StopRequest()
+        self.record: RunRecord | None = None  # on rank 0
 
         # Set by run():
         self.towers: Towers
@@ -241,6 +243,8 @@ class Trainer:
         checkpoints = self.group.from_first(partial(list_checkpoints, self.out))
         if self.group.first:
             remove_directory(self.out / _FEATURES)
+        if self.record is not None:
+            self.record.write()
         return TrainResult(checkpoints[-1], best_checkpoint(checkpoints), time.monotonic() - begin)
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -403,6 +407,8 @@ class Trainer:
         )
         if self.group.first:
             prune_checkpoints(self.out, self.settings.keep_last)
+        if self.record is not None:
+            self.record.write()
         return self.last
 
     def _stop_if_requested(self) -> None:
@@ -544,12 +550,14 @@ class Trainer:
         if self.group.first:
             if not resuming:
                 stack.enter_context(lock_folder(self.out))
+            self.record = RunRecord(self.out, self.device, self.group.count, record["sha256"], resuming)
             write_json(make_directory(self.out) / _CONFIG, self.config.model_dump(mode="json"))
             if newest is None or not (self.out / _DATA).exists():
                 write_json(self.out / _DATA, record)
             if newest is None or not (self.out / training_images.FILE).exists():
                 seen = training_images.hash_images(self.samples.references) | self.seen_before
                 write_file(self.out / training_images.FILE, training_images.pack_images(seen))
+            self.record.write()
         self.log(f"{len(self.samples):,} references, {self.per_epoch:,} steps an epoch, {self.total:,} steps in all")
         if (warmup := warmup_steps(self.settings, self.total)) < self.settings.warmup_steps:
             self.log(
