@@ -34,6 +34,8 @@ from referee import (
     write_gseval,
     write_phrasecut,
     write_reasonseg,
+    write_refsegrs,
+    write_rrsisd,
 )
 
 LIMITS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -478,6 +480,34 @@ def test_gseval_by_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [(group["name"], group["giou"]) for group in groups] == [
         (f"class {kind}", pytest.approx(slow_gseval([pairs[idx]])["giou"])) for kind, idx in ((0, 1), (3, 7))
     ]
+
+
+def test_every_set_has_the_protocol_of_its_authors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dcris evaluate --all` on a folder with all of them."""
+    root = tmp_path / "data"
+    for write in (write_rrsisd, write_refsegrs, write_reasonseg, write_phrasecut, write_gseval):
+        write(root)
+    out = tmp_path / "row.json"
+    assert main(["evaluate", "tiny", "--data", str(root), "--all", "--out", str(out), "--device", "cpu"]) == 0
+    row = json.loads(out.read_text())
+    found = {(each["dataset"], each["split"]): each["protocol"] for each in row["results"]}
+    assert found == {
+        ("rrsisd", "val"): "lavt",
+        ("rrsisd", "test"): "lavt",
+        ("refsegrs", "val"): "lavt",
+        ("refsegrs", "test"): "lavt",
+        ("reasonseg", "val"): "lisa",
+        ("reasonseg", "test"): "lisa",
+        ("phrasecut", "val"): "phrasecut",
+        ("phrasecut", "miniv"): "phrasecut",
+        ("gseval", "test"): "gseval",
+    }
+    assert all("by_category" in each["analysis"] for each in row["results"])
+    assert row["averages"] == {}  # they have no metric in common
+    capsys.readouterr()
+    assert main(["table", str(out), "--format", "csv"]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "reasonseg test gIoU,phrasecut val mIoU" in header
 
 
 # ---- real annotations ----------------------------------------------------------------------------

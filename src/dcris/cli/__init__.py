@@ -27,6 +27,7 @@ from dcris.cli import (
     predict,
     quickstart,
     score,
+    table,
     train,
     web,
 )
@@ -141,6 +142,7 @@ def _parser() -> Parser:
         evaluate,
         score,
         compare,
+        table,
         predict,
         export,
         web,

@@ -12,7 +12,9 @@ from dcris.cli.common import (
     data_of,
     device_arguments,
     evaluation_arguments,
+    log,
     output,
+    own_name,
     positive,
     progress,
 )
@@ -23,10 +25,27 @@ from dcris.utils.arguments import Refinement
 def add(commands: Any) -> None:
     """Add the command's parser."""
     evaluate = adder(commands, "dcris ")(
-        "evaluate", _evaluate, "evaluate a checkpoint on a split", "runs/tiny --data data/scenes --split test"
+        "evaluate",
+        _evaluate,
+        "evaluate a checkpoint on a split, or on all",
+        "runs/tiny --data data/scenes --split test",
+        "`dcris table` makes tables of the results of --all.",
     )
     evaluate.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     evaluation_arguments(evaluate)
+    evaluate.set_defaults(split=None, protocol=None)  # to tell whether --all was given with one
+    evaluate.add_argument(
+        "--all",
+        action="store_true",
+        help="evaluate every split but train of every data set in ROOT, each by its usual protocol, with scores by category, "
+        "averages, and the cost of a prediction; --dataset and --split-by choose among the data sets",
+    )
+    evaluate.add_argument(
+        "--name", dest="system", metavar="NAME", help="name in tables, with --all (default: the last part of CKPT)"
+    )
+    evaluate.add_argument(
+        "--by-category", action="store_true", help="add scores by category of the objects to --out, as --all does"
+    )
     evaluate.add_argument(
         "--calibrate-on",
         metavar="SPLIT",
@@ -63,6 +82,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.utils.distributed import described_processes
     from dcris.utils.files import write_json
 
+    if args.all:
+        _evaluate_all(args)
+        return
+    if args.system is not None:
+        raise DcrisError("--name is for --all, whose results are a row of a table; leave it out")
+    args.split, args.protocol = args.split or "val", args.protocol or "cris"
     if args.calibrate_on == args.split:
         raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")
     first = described_processes().first
@@ -83,7 +108,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     if not first:
         return
-    analysed = found.full_record()
+    analysed = found.full_record(args.by_category)
     # The files are written even if standard output fails, and the scores printed even if a
     # file fails.
     try:
@@ -105,3 +130,35 @@ def _evaluate(args: argparse.Namespace) -> None:
             )
     finally:
         output(json.dumps(found.record, indent=2))
+
+
+def _evaluate_all(args: argparse.Namespace) -> None:
+    from dcris.experiments.evaluate_all import evaluate_all
+    from dcris.experiments.results_table import read_row, scores_table
+    from dcris.utils.distributed import described_processes
+
+    for option in ("split", "calibrate_on", "report", "answers"):
+        if getattr(args, option) is not None:
+            raise DcrisError(f"--all does not go with --{option.replace('_', '-')}; leave out one of them")
+    if args.refine != "none":
+        raise DcrisError("--all does not go with --refine, which is part of no protocol; leave out one of them")
+    first = described_processes().first
+    row = evaluate_all(
+        args.checkpoint,
+        args.data,
+        dataset=own_name(args.data, args) or args.dataset,
+        split_by=args.split_by,
+        mask_threshold=args.mask_threshold,
+        protocol=args.protocol,
+        none_rule=args.none_rule,
+        boundary=args.boundary,
+        name=args.system,
+        out=args.out,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        device=args.device,
+        bar=partial(progress, unit="expression", shown=first),
+        log=log,
+    )
+    if first:
+        output(scores_table([read_row(row, args.out or Path("the result"))], cost=True).render("markdown"))

@@ -39,6 +39,9 @@ class Dataset:
     """Folder of the images on COCO's server."""
     stretched: bool = False
     """Whether images of another size than annotated are resized, as the authors' code does."""
+    protocol: str = "cris"
+    """Evaluation protocol of `dcris evaluate --all`: that of the data set's authors, or of the
+    paper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,12 @@ DATASETS: Mapping[str, Dataset] = {
         split_by="unc",
         repository="FudanCVL/gRefCOCO",
         files=("grefs(unc).json", "instances.json"),
+        protocol="grefcoco",
     ),
-    "ref-zom": Dataset(word_length=20, split_by="final"),
-    "rrefcoco": Dataset(word_length=20, split_by="unc"),
-    "rrefcoco+": Dataset(word_length=20, split_by="unc"),
-    "rrefcocog": Dataset(word_length=20, split_by="umd"),
+    "ref-zom": Dataset(word_length=20, split_by="final", protocol="refzom"),
+    "rrefcoco": Dataset(word_length=20, split_by="unc", protocol="rrefcoco"),
+    "rrefcoco+": Dataset(word_length=20, split_by="unc", protocol="rrefcoco"),
+    "rrefcocog": Dataset(word_length=20, split_by="umd", protocol="rrefcoco"),
     "rrsisd": Dataset(
         word_length=20,
         split_by="unc",
@@ -80,19 +84,28 @@ DATASETS: Mapping[str, Dataset] = {
         "ROOT/images/rrsisd/JPEGImages",
         image_folder="images/rrsisd/JPEGImages",
         stretched=True,
+        protocol="lavt",
     ),
-    "refsegrs": Dataset(word_length=20, split_by=OFFICIAL, repository="JessicaYuan/RefSegRS", files=("RefSegRS.zip",)),
+    "refsegrs": Dataset(
+        word_length=20,
+        split_by=OFFICIAL,
+        repository="JessicaYuan/RefSegRS",
+        files=("RefSegRS.zip",),
+        protocol="lavt",
+    ),
     "reasonseg": Dataset(
         word_length=77,
         split_by=OFFICIAL,
         source="https://github.com/dvlab-research/LISA#dataset; put its folders train, val and test into "
         "ROOT/reason_seg/ReasonSeg",
+        protocol="lisa",
     ),
     "phrasecut": Dataset(
         word_length=20,
         split_by=OFFICIAL,
         source="https://github.com/ChenyunWu/PhraseCutDataset; put refer_SPLIT.json, image_data_split.json, "
         "name_att_rel_count.json and the folder images into ROOT/VGPhraseCut_v0",
+        protocol="phrasecut",
     ),
     "refcoco-m": Dataset(word_length=17, split_by="unc", repository="moondream/refcoco-m"),
     "gseval": Dataset(
@@ -101,6 +114,7 @@ DATASETS: Mapping[str, Dataset] = {
         repository="hustvl/GSEval",
         files=("GroundingSuite-Eval.jsonl",),
         server_folder="unlabeled2017",
+        protocol="gseval",
     ),
 }
 """By data set. Word lengths are those of CRIS, ETRIS and DETRIS; those of ReLA, DMMI and

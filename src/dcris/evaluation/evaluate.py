@@ -56,8 +56,8 @@ class Runner:
     dtype: torch.dtype
     """Working precision."""
     group: Processes
-    trained_on: Images | None
-    """Images that the model was trained on; None if that is unknown."""
+    trained_on: Images
+    """Those that the model was trained on; empty if that is unknown."""
     batch_size: int
     """Images read at a time; does not change results."""
     bar: Bar

@@ -216,7 +216,7 @@ def peak_of_training(config: str, batch_size: int, device_name: str, precision: 
 def peak_of_prediction(config: str, batch_size: int, device_name: str, precision: Precision) -> float:
     """Measure the peak memory in GiB of predicting `batch_size` masks of one image."""
     segmenter = _segmenter(RunConfig.model_validate_json(config), device_name, precision)
-    segmenter.predict(_random_image(), list(EXPRESSIONS[:batch_size]))
+    segmenter.predict(random_image(), list(EXPRESSIONS[:batch_size]))
     return peak_memory(segmenter.device)
 
 
@@ -239,7 +239,8 @@ def _segmenter(config: RunConfig, device: str, precision: Precision | None) -> S
     return Segmenter(ReferringSegmenter(config.model), config, device=device, precision=precision)
 
 
-def _random_image() -> Any:
+def random_image() -> Any:
+    """Return noise [480, 640, 3] uint8, the same on every call."""
     return np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
 
 
@@ -329,7 +330,7 @@ def _speed(
             ratio=ratio_of_loading,
         )
 
-    segmenter, image = _segmenter(config, str(device), precision), _random_image()
+    segmenter, image = _segmenter(config, str(device), precision), random_image()
     one = partial(segmenter.predict, image, EXPRESSIONS[0])
     one()
     work = count_operations(one)
@@ -386,7 +387,7 @@ def _start_seconds(command: Sequence[str], rounds: int) -> float:
 
 def _many_expressions(segmenter: Segmenter, what: str, rounds: int) -> Row:
     """Compare one call with 8 expressions to 8 calls."""
-    image = _random_image()
+    image = random_image()
 
     def separately() -> None:
         for expression in EXPRESSIONS:

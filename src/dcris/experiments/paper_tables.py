@@ -1,7 +1,8 @@
-"""The paper's tables 2 to 5 and figure 2 as data: rows, their changes, and the published values.
+"""The paper's tables 1 to 5 and figure 2 as data: rows, their changes, and the published values.
 
-Scores are the paper's "IoU" on val, testA and testB of RefCOCO, which is most likely the mIoU. The
-text of the paper has no values of table 4 and figure 2 except those of rows in other tables.
+Scores are the paper's "IoU". In tables 2 to 5 it is on val, testA and testB of RefCOCO and most
+likely the mIoU; in table 1 the rows differ in it (docs/paper_and_code.md). The text of the paper
+has no values of table 4 and figure 2 except those of rows in other tables.
 """
 
 from collections.abc import Mapping
@@ -142,3 +143,68 @@ TABLES = {
         ),
     ),
 }
+
+
+# ---- table 1 -------------------------------------------------------------------------------------
+
+
+TABLE_1_SPLITS = (
+    *(("refcoco", "unc", split) for split in SPLITS),
+    *(("refcoco+", "unc", split) for split in SPLITS),
+    ("refcocog", "umd", "val"),
+    ("refcocog", "umd", "test"),
+    ("refcocog", "google", "val"),
+)
+"""Data set, partition and split of each column of table 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One row of table 1."""
+
+    name: str
+    venue: str
+    group: str
+    """Heading of its part of the table."""
+    metric: str
+    """Which score the row most likely shows, "miou" or "oiou"; docs/paper_and_code.md has the
+    reasons."""
+    scores: tuple[float | None, ...]
+    """In percent, by TABLE_1_SPLITS; None where the row has none or the text of the paper lacks the
+    cell."""
+    average: float | None = None
+    """As printed. In most rows it is the mean of the three data sets' means."""
+
+
+_FULL, _EFFICIENT, _MIXED = "Traditional full fine-tuning", "Parameter-efficient training", "Mixed training data"
+
+# The text of the paper lacks the first cell of CMPC+, CGAN, CGFormer, LISA-7B, MagNet, UNINEXT-L
+# and the mixed DCRIS-L. Those of CGFormer and LISA-7B are from their own papers.
+TABLE_1 = (
+    System("RRN", "CVPR 18", _FULL, "oiou", (55.3, 57.3, 54.0, 39.8, 42.2, 36.1, None, None, 36.5), 43.8),
+    System("MAttNet", "CVPR 18", _FULL, "oiou", (56.5, 62.4, 51.7, 46.7, 52.4, 40.1, 47.6, 48.6, None), 50.5),
+    System("CMSA", "CVPR 19", _FULL, "oiou", (58.3, 60.6, 55.1, 43.8, 47.6, 37.9, None, None, 40.0), 47.0),
+    System("CAC", "BMVC 19", _FULL, "oiou", (58.9, 61.8, 53.8, None, None, None, 46.4, 47.0, 44.3)),
+    System("BRINet", "CVPR 20", _FULL, "oiou", (61.4, 63.4, 59.6, 48.6, 52.9, 42.1, None, None, 48.0), 52.5),
+    System("CMPC+", "TPAMI 21", _FULL, "oiou", (None, 64.5, 59.6, 49.6, 53.4, 43.2, None, None, None)),
+    System("CGAN", "ACMMM 20", _FULL, "oiou", (None, 68.0, 62.1, 51.0, 55.5, 44.1, 51.0, 51.7, None), 55.5),
+    System("LTS", "CVPR 21", _FULL, "oiou", (65.4, 67.8, 63.1, 54.2, 58.3, 48.0, None, None, None)),
+    System("VLT", "ICCV 21", _FULL, "oiou", (65.7, 68.3, 62.7, 55.5, 59.2, 49.4, None, None, 49.8), 56.7),
+    System("ResTR", "CVPR 22", _FULL, "oiou", (67.2, 69.3, 64.5, 55.8, 60.4, 48.3, 54.5, None, 54.5), 58.8),
+    System("CRIS", "CVPR 22", _FULL, "miou", (70.5, 73.2, 66.1, 62.3, 68.1, 53.7, 59.9, 60.4, None), 63.8),
+    System("LAVT", "CVPR 22", _FULL, "oiou", (72.7, 75.8, 68.8, 62.1, 68.4, 55.1, None, None, 60.5), 64.9),
+    System("SEEM", "NeurIPS 23", _FULL, "oiou", (None, None, None, None, None, None, 65.6, None, None)),
+    System("VPD", "ICCV 23", _FULL, "oiou", (73.5, None, None, 63.9, None, None, 63.1, None, None), 66.8),
+    System("ReLA", "CVPR 23", _FULL, "oiou", (73.8, 76.5, 70.18, 66.0, 71.0, 57.7, 65.0, 66.0, 62.7), 67.5),
+    System("CGFormer", "CVPR 23", _FULL, "oiou", (74.75, 77.3, 70.6, 64.5, 71.0, 57.1, 64.7, 65.1, 62.5), 67.7),
+    System("LISA-7B", "CVPR 24", _FULL, "oiou", (74.1, 76.5, 71.1, 62.4, 67.4, 56.5, 66.4, 68.5, None), 67.9),
+    System("MagNet", "CVPR 24", _FULL, "oiou", (None, 78.2, 71.1, 66.2, 71.3, 58.1, 65.4, 66.2, 63.1), 68.3),
+    System("ETRIS", "ICCV 23", _EFFICIENT, "miou", (70.5, 73.5, 66.6, 60.1, 66.9, 50.2, 59.8, 59.9, 57.9), 62.8),
+    System("BarLeRIa", "ICLR 24", _EFFICIENT, "miou", (72.4, 75.9, 68.3, 65.0, 70.8, 56.9, 63.4, 63.8, 61.6), 66.5),
+    System("DCRIS-B", "", _EFFICIENT, "miou", (76.4, 77.9, 73.7, 69.8, 74.4, 62.6, 68.4, 68.5, 65.9), 70.8),
+    System("DCRIS-L", "", _EFFICIENT, "miou", (77.9, 79.0, 75.0, 71.9, 75.9, 65.7, 70.1, 70.9, 68.5), 72.8),
+    System("PolyFormer-L", "CVPR 23", _MIXED, "oiou", (76.0, 78.3, 73.3, 69.3, 74.6, 61.9, 69.2, 70.2, None), 71.6),
+    System("UNINEXT-L", "CVPR 23", _MIXED, "oiou", (None, 82.6, 77.8, 70.0, 74.9, 62.6, 73.4, 73.7, None), 74.4),
+    System("DCRIS-L, mixed", "", _MIXED, "oiou", (None, 82.9, 77.9, 73.3, 78.3, 65.8, 74.1, 75.5, None), 76.1),
+)
+"""The systems of table 1, in its order."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcris.data.mixing import load_mixture, parse_mixture
 from dcris.data.readers import READERS, Reader
-from dcris.data.registry import DATASETS
+from dcris.data.registry import DATASETS, PARTITIONS
 from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
@@ -81,6 +81,26 @@ def _layouts(dataset: str) -> list[Reader]:
     """Return the layouts that a data set may have, in the order in which they are searched."""
     readers = (reader for reader in READERS.values() if not reader.single_file)
     return [reader for reader in readers if reader.dataset in (None, dataset)]
+
+
+def list_data_sets(root: Path) -> list[tuple[str, str]]:
+    """Return the name and the partition of each data set below `root`, in any layout, or of the one
+    that `root` is.
+
+    Known ones come first, then folders by name.
+    """
+    for reader in READERS.values():
+        if reader.single_file and (found := reader.find(root, root.stem, None)):
+            return [(root.stem, found[0])]
+    folders = [folder.name for place in (root, root / "anns") if place.is_dir() for folder in sorted(place.iterdir())]
+    # Folders in which known data sets are, under other names than theirs.
+    theirs = {partition.cris_folder for partition in PARTITIONS.values()}
+    theirs |= {name.replace("+", "plus") for name in DATASETS}
+    names = dict.fromkeys([*DATASETS, *(name for name in folders if name not in theirs)])
+    found_all = (
+        (name, split_by) for name in names for reader in _layouts(name) for split_by in reader.find(root, name, None)
+    )
+    return list(dict.fromkeys(found_all))
 
 
 def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnError | None) -> ReferenceTable:

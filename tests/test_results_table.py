@@ -1,0 +1,357 @@
+"""Tables of results: columns of scores that compare, averages, marks, costs, categories, and the
+paper's table 1; and the command that evaluates every data set and split below a folder."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcris.cli import main
+from dcris.data.readers.load import list_data_sets, load_references
+from dcris.evaluation.protocols import PROTOCOLS
+from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
+from dcris.utils.text_tables import latex, markdown
+
+EVIL = r"a_b & 50% \x ~^{}#$<i>|"
+
+
+def dcris(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def record(split: str, miou: float, protocol: str = "cris", dataset: str = "refcoco", **more: Any) -> dict[str, Any]:
+    """A result with this value as its first metric, and 0 or what is given as the others."""
+    first, *others = PROTOCOLS[protocol].metrics
+    return {
+        first.key: miou,
+        **{metric.key: 0.0 for metric in others},
+        "dataset": dataset,
+        "split_by": "unc",
+        "split": split,
+        "protocol": protocol,
+        "threshold": PROTOCOLS[protocol].threshold,
+        "data_sha256": f"{dataset} {split}",
+        **more,
+    }
+
+
+def row(folder: Path, name: str, *records: Mapping[str, Any], cost: Mapping[str, float] | None = None) -> Path:
+    path = folder / f"{name.replace(' ', '-')}.json"
+    path.write_text(json.dumps({"name": name, "results": records, "cost": cost or {}}))
+    return path
+
+
+def table(capsys: pytest.CaptureFixture[str], *words: object) -> list[list[str]]:
+    """Return the cells of the table that the command prints as CSV."""
+    assert dcris("table", *words, "--format", "csv") == 0
+    return [*csv.reader(io.StringIO(capsys.readouterr().out))]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[Path]:
+    """Two systems on RefCOCO and RefCOCO+."""
+    ours = [record("val", 70.04), record("testA", 80.0), record("val", 60.0, dataset="refcoco+")]
+    theirs = [record("val", 69.96), record("testA", 81.0), record("val", 50.0, dataset="refcoco+")]
+    return [row(tmp_path, "ours", *ours, cost={"trained": 2.5e6, "seconds": 0.25}), row(tmp_path, "theirs", *theirs)]
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def test_the_average_is_that_of_the_data_sets_means(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """(70.04 + 80) / 2 = 75.02 and 60 give 67.51; the mean of the splits would be 70.01."""
+    header, ours, theirs = table(capsys, *two, "--digits", 2)
+    assert header == ["Method", "refcoco val", "refcoco testA", "refcoco+ val", "Avg"]
+    assert ours == ["ours", "70.04", "80.00", "60.00", "67.51"]
+    assert theirs[-1] == f"{((69.96 + 81) / 2 + 50) / 2:.2f}"
+
+
+def test_the_best_is_bold_and_the_second_underlined(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores that read alike (70.0) have no winner. A third system that lacks a split has neither a
+    score nor an average there."""
+    third = row(two[0].parent, "third", record("testA", 79.0), record("val", 70.0, dataset="refcoco+"))
+    assert dcris("table", *two, third) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["ours", "70.0", "<u>80.0</u>", "<u>60.0</u>", "**67.5**"]
+    assert lines[3] == ["theirs", "70.0", "**81.0**", "50.0", "<u>62.7</u>"]
+    assert lines[4] == ["third", "-", "79.0", "**70.0**", "-"]
+    assert dcris("table", *two, third, "--format", "latex") == 0
+    text = capsys.readouterr().out
+    assert r"ours & 70.0 & \underline{80.0} & \underline{60.0} & \textbf{67.5} \\" in text
+    assert r" & \multicolumn{2}{c}{refcoco} & \multicolumn{1}{c}{refcoco+} &  \\" in text
+    assert r"\cmidrule(lr){2-3}\cmidrule(lr){4-4}" in text
+
+
+def test_scores_that_do_not_compare_have_columns_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another protocol, threshold or rule for absent targets changes scores by points."""
+    files = [
+        row(tmp_path, "a", record("val", 70.0), record("val", 50.0, "lavt")),
+        row(tmp_path, "b", record("val", 71.0, threshold=0.4)),
+        row(tmp_path, "c", record("val", 40.0, "grefcoco", none_rule="head")),
+        row(tmp_path, "d", record("val", 41.0, "grefcoco", none_rule="pixels:50")),
+    ]
+    header, *rows = table(capsys, *files)
+    assert len(header) == 6  # no average over two measurements of one split
+    assert header[1:6] == [
+        "refcoco val (cris, threshold 0.35) mIoU",
+        "refcoco val (lavt) mIoU",
+        "refcoco val (cris, threshold 0.4) mIoU",
+        "refcoco val (grefcoco, none by head) gIoU",
+        "refcoco val (grefcoco, none by pixels:50) gIoU",
+    ]
+    assert [[bool(cell) for cell in cells[1:6]] for cells in rows] == [
+        [True, True, False, False, False],
+        [False, False, True, False, False],
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
+
+
+def test_several_metrics_have_columns_and_averages(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    header, *_ = table(capsys, *two, "--metrics", "miou", "oiou")
+    assert header[1:3] == ["refcoco val mIoU", "refcoco val oIoU"]
+    assert header[-2:] == ["Avg mIoU", "Avg oIoU"]
+
+
+def test_costs_are_unknown_where_they_were_not_measured(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    header, ours, theirs = table(capsys, *two, "--cost")
+    assert header[-5:] == ["Adapters (M)", "Trainable (M)", "FLOPs (G)", "Memory (GiB)", "s / image"]
+    assert ours[-5:] == ["", "2.50", "", "", "0.250"]
+    assert theirs[-5:] == [""] * 5
+
+
+def test_a_folder_of_single_results_is_one_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `dcris score --out` writes them, one for each split."""
+    folder = tmp_path / "lavt"
+    folder.mkdir()
+    for split, value in (("val", 72.5), ("testA", 75.5)):
+        (folder / f"{split}.json").write_text(json.dumps(record(split, value, "lavt")))
+    header, cells = table(capsys, folder)
+    assert dict(zip(header, cells, strict=True)) == {
+        "Method": "lavt",
+        "refcoco val": "72.5",
+        "refcoco testA": "75.5",
+        "Avg": "74.0",
+    }
+
+
+def test_a_file_to_write(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dcris("table", *two, "--names", "A", EVIL, "--format", "latex", "--out", tmp_path / "new/table.tex") == 0
+    assert capsys.readouterr().out == ""
+    text = (tmp_path / "new/table.tex").read_text()
+    assert (
+        r"a\_b \& 50\% \textbackslash{}x \textasciitilde{}\textasciicircum{}\{\}\#\$\textless{}i\textgreater{}" in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([], "not a result file"),
+        ({}, "no 'dataset'"),
+        ({**record("val", 1.0), "miou": "high"}, "no number as 'miou'"),
+        ({**record("val", 1.0), "protocol": "mine"}, "no protocol 'mine'"),
+        ({**record("val", 1.0), "refine": []}, "neither text nor a number"),
+        ({"name": "a", "results": {}, "cost": {}}, "not a list"),
+        ({"name": "a", "results": [record("val", 1.0)] * 2, "cost": {}}, "two results of refcoco (unc) val"),
+        ({"name": "a", "results": [], "cost": {"flops": None}}, "no number as 'flops'"),
+        ({"name": "a", "results": [], "cost": {}}, "no result"),
+    ],
+)
+def test_what_is_no_result_is_one_sentence(
+    content: Any, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(content))
+    assert dcris("table", path) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+def test_systems_must_be_measured_on_the_same_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [row(tmp_path, "a", record("val", 1.0)), row(tmp_path, "b", record("val", 2.0, data_sha256="other"))]
+    assert dcris("table", *files) == 2
+    assert "a and b were measured on different references of refcoco (unc) val" in capsys.readouterr().err
+    assert dcris("table", files[0], files[0]) == 2
+    assert "called the same" in capsys.readouterr().err
+    assert dcris("table", tmp_path / "none.json") == 2
+
+
+# ---- table 1 -------------------------------------------------------------------------------------
+
+
+def test_the_averages_of_table_1_are_those_of_the_data_sets() -> None:
+    """The paper's average is the mean of the data sets' means, so a typing error in a score would
+    show. The averages of ReLA and CGFormer are exchanged in it; PolyFormer's is over the splits."""
+    exchanged = {"ReLA": 67.7, "CGFormer": 67.5}
+    checked = 0
+    for system in TABLE_1:
+        if system.average is None or system.scores[0] is None:  # or the text lacks the first cell
+            continue
+        parts = [system.scores[:3], system.scores[3:6], system.scores[6:]]
+        if system.name == "PolyFormer-L":
+            parts = [system.scores]
+        means = [sum(known) / len(known) for part in parts for known in [[each for each in part if each is not None]]]
+        expected = exchanged.get(system.name, system.average)
+        assert sum(means) / len(means) == pytest.approx(expected, abs=0.085), system.name
+        checked += 1
+    assert checked == 17
+
+
+def test_table_1_with_a_system_below_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each kind of IoU, ranked among the rows of the same kind."""
+    ours = [
+        {**record(split, 90.0, dataset=dataset), "split_by": split_by, "oiou": 10.0}
+        for dataset, split_by, split in TABLE_1_SPLITS[:8]
+    ]
+    path = row(tmp_path, "ours", *ours)
+    header, *rows = table(capsys, path, "--paper")
+    assert header[:4] == ["Method", "IoU", "Protocol", "RefCOCO val"]
+    assert len(rows) == len(TABLE_1) + 2
+    assert rows[-2][:4] == ["ours", "mIoU", "cris", "90.0"]
+    assert rows[-1][:4] == ["ours", "oIoU", "cris", "10.0"]
+    assert rows[-1][-2:] == ["", ""]  # no google split, so no average
+    assert dcris("table", path, "--paper", "--format", "latex") == 0
+    text = capsys.readouterr().out
+    lines = {line.split(" & ")[0]: line for line in text.splitlines()}
+    assert lines["DCRIS-L"].split(" & ")[3] == r"\underline{77.9}"  # after ours in mIoU
+    assert lines["PolyFormer-L (CVPR 23)"].split(" & ")[3] == r"\textbf{76.0}"  # of those in oIoU
+    assert text.count(r"\textit{") == 4
+    assert lines["DCRIS-B"].endswith(r"\underline{65.9} & \underline{70.8} \\")  # ours has no average
+
+
+# ---- every split ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained_run: Path, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of `dcris evaluate --all` on the generated scenes."""
+    path = tmp_path_factory.mktemp("all") / "row.json"
+    words = ("--all", "--out", path, "--device", "cpu", "--name", "quick")
+    assert dcris("evaluate", trained_run, "--data", scenes_root, *words) == 0
+    return path
+
+
+def test_every_split_is_evaluated_as_by_itself(
+    evaluated: Path, trained_run: Path, scenes_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(evaluated.read_text())
+    assert [each["split"] for each in found["results"]] == ["val", "test"]
+    for each in found["results"]:
+        words = ("--data", scenes_root, "--split", each["split"], "--device", "cpu")
+        assert dcris("evaluate", trained_run, *words) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert {key: value for key, value in each.items() if key != "analysis"} == alone
+    assert found["averages"]["oiou"] == pytest.approx(sum(each["oiou"] for each in found["results"]) / 2)
+    assert found["provenance"]["command"]
+    assert found["cost"]["flops"] > 1e6
+    assert 0.05 < found["cost"]["peak_memory"] < 100
+    header, cells = table(capsys, evaluated, "--cost")
+    assert header[:4] == ["Method", "scenes val", "scenes test", "Avg"]
+    assert cells[0] == "quick"
+    assert "" not in cells
+
+
+def test_scores_by_category_are_those_of_their_expressions(
+    evaluated: Path, scenes_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mean over both splits, weighted by expressions."""
+    rows = table(capsys, evaluated, "--by-category", "--digits", 6)
+    assert rows[0] == ["Category", "Expressions", "quick"]
+    references = [each for each in load_references(scenes_root, "scenes").references if each.split != "train"]
+    counts = dict.fromkeys(sorted({reference.category for reference in references}), 0)
+    for reference in references:
+        counts[reference.category] += len(reference.expressions)
+    assert [(name, int(count)) for name, count, _ in rows[1:]] == [*counts.items()]
+    results = json.loads(evaluated.read_text())["results"]
+    whole = sum(each["miou"] * each["expressions"] for each in results)
+    assert sum(int(count) * float(score) for _, count, score in rows[1:]) == pytest.approx(whole, abs=1e-3)
+
+
+def test_an_error_keeps_the_splits_before_it(
+    trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluating all sets of the field takes hours; an unreadable image must not cost them."""
+    root = tmp_path / "data"
+    shutil.copytree(scenes_root, root)
+    image = load_references(root, "scenes").split("test")[0].image_path
+    image.write_bytes(image.read_bytes()[:100])
+    words = ("--all", "--device", "cpu", "--out", tmp_path / "row.json")
+    assert dcris("evaluate", trained_run, "--data", root, *words) == 2
+    assert image.name in capsys.readouterr().err
+    assert [each["split"] for each in json.loads((tmp_path / "row.json").read_text())["results"]] == ["val"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--split", "val"), "--split"),
+        (("--report", "page.html"), "--report"),
+        (("--refine", "guided"), "--refine"),
+        (("--dataset", "refcoco"), "no split to evaluate of refcoco"),
+    ],
+)
+def test_what_does_not_go_with_all_splits(
+    words: tuple[str, ...], problem: str, scenes_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dcris("evaluate", "tiny", "--data", scenes_root, "--all", "--device", "cpu", *words) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_data_sets_are_found_once(refer_root: Path, scenes_root: Path) -> None:
+    assert list_data_sets(scenes_root) == [("scenes", "generated")]
+    found = list_data_sets(refer_root)
+    assert found[:3] == [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
+    assert ("cocomini", "templated") in found
+    assert len(found) == 4
+
+
+# ---- LaTeX ---------------------------------------------------------------------------------------
+
+_DOCUMENT = r"""\documentclass{article}
+\IfFileExists{booktabs.sty}{\usepackage{booktabs}}{%%
+  \let\toprule\hline \let\midrule\hline \let\bottomrule\hline \def\cmidrule(##1)##2{\cline{##2}}}
+\begin{document}
+%s
+\end{document}
+"""
+
+
+@pytest.mark.slow
+def test_the_tables_compile(refer_root: Path, tmp_path: Path) -> None:
+    """All tables of a checkpoint on the real sets, with a name of LaTeX's special characters."""
+    if shutil.which("pdflatex") is None:
+        pytest.skip("there is no pdflatex; install Debian's texlive-latex-base")
+    results = tmp_path / "row.json"
+    assert dcris("evaluate", "tiny", "--data", refer_root, "--all", "--out", results, "--name", EVIL) == 0
+    tables = []
+    for number, options in enumerate(
+        [("--cost",), ("--paper", "--cost"), ("--by-category",), ("--metrics", "miou", "oiou")]
+    ):
+        path = tmp_path / f"{number}.tex"
+        assert dcris("table", results, *options, "--format", "latex", "--out", path) == 0
+        tables.append(path.read_text())
+    tables.append(latex(["a", "b"], [[EVIL, "1"]], {(0, 1): "best"}, parts={0: EVIL}))
+    (tmp_path / "document.tex").write_text(_DOCUMENT % "\n\\clearpage\n".join(r"\tiny " + each for each in tables))
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="latin-1",
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "document.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_pipes_in_a_name_do_not_end_a_cell() -> None:
+    assert markdown(["a"], [["x|y"]], {(0, 0): "best"}).splitlines()[-1] == r"| **x\|y** |"
