@@ -117,12 +117,14 @@ def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStud
 
 @pytest.fixture(scope="module")
 def backend(label_studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of `dcris label-studio`, as a user starts it."""
+    """URL of `dcris label-studio`, as a user starts it, with a personal access token."""
     log, port = tmp_path_factory.mktemp("backend") / "log", free_port()
     words = [sys.executable, "-m", "dcris", "label-studio", "tiny", "--url", label_studio.url, "--port", port]
     words += ["--device", "cpu", "--precision", "float32"]
+    personal = label_studio.call("POST", "/api/token/")["token"]
+    assert personal.count(".") == 2
     url = f"http://127.0.0.1:{port}"
-    with running(words, f"{url}/health", log, LABEL_STUDIO_API_KEY=TOKEN):
+    with running(words, f"{url}/health", log, LABEL_STUDIO_API_KEY=personal):
         yield url
 
 

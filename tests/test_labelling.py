@@ -193,7 +193,7 @@ def test_a_personal_access_token_is_exchanged_once() -> None:
     with label_studio({UPLOAD: b"12345"}, token="Bearer short") as (url, seen):
         images = TaskImages(None, url, "a.b.c")
         assert images.read(UPLOAD, 10) == images.read(UPLOAD, 10) == b"12345"
-        assert seen == ["/api/token/refresh {'refresh': 'a.b.c'}", *[f"{UPLOAD} Bearer short"] * 2]
+        assert seen == ["/api/token/refresh/ {'refresh': 'a.b.c'}", *[f"{UPLOAD} Bearer short"] * 2]
 
 
 # ---- the server ----------------------------------------------------------------------------------

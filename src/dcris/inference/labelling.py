@@ -223,7 +223,7 @@ class TaskImages:
             return {"Authorization": f"Token {self._token}"}
         if self._access is None or time.monotonic() - self._access[1] > _ACCESS_SECONDS:
             answer = get(
-                f"{self._url}/api/token/refresh",
+                f"{self._url}/api/token/refresh/",
                 100_000,
                 headers={"Content-Type": "application/json"},
                 body=json.dumps({"refresh": self._token}).encode(),
