@@ -173,17 +173,22 @@ def roboflow(work: Path) -> Iterator[tuple[str, Any]]:
 
 def datumaro(work: Path) -> Iterator[tuple[str, Any]]:
     """COCO by Datumaro, with CVAT's attributes."""
-    from datumaro.components.annotation import Polygon
+    from datumaro.components.annotation import Mask, Polygon
     from datumaro.components.dataset import Dataset
     from pycocotools import mask as coder
 
     for item in Dataset.import_from(str(work / "coco"), "coco_instances"):
+        masks = dict[str, Any]()  # each polygon of an object is an annotation, and so is its box
         for annotation in item.annotations:
             if isinstance(annotation, Polygon):
                 mask = coder.decode(coder.merge(coder.frPyObjects([annotation.points], *item.media.size)))
-            else:
+            elif isinstance(annotation, Mask):
                 mask = annotation.image
-            yield annotation.attributes["phrase"], mask
+            else:
+                continue
+            phrase = annotation.attributes["phrase"]
+            masks[phrase] = mask | masks.get(phrase, np.zeros_like(mask))
+        yield from masks.items()
 
 
 def fiftyone(work: Path) -> Iterator[tuple[str, Any]]:
@@ -195,7 +200,7 @@ def fiftyone(work: Path) -> Iterator[tuple[str, Any]]:
         for number, objects in annotations.items():
             width, height = images[number]["width"], images[number]["height"]
             for each in objects:
-                found = each.to_detection((width, height), classes_map=classes, load_segmentations=True)
+                found = each.to_detection((width, height), classes_map=classes, load_segmentation=True)
                 left, top = round(found.bounding_box[0] * width), round(found.bounding_box[1] * height)
                 mask = np.zeros((height, width), bool)
                 mask[top : top + found.mask.shape[0], left : left + found.mask.shape[1]] = found.mask

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {
-    "label-studio": ("label-studio==1.23.2",),  # with label-studio-sdk 2.1.2
-    "cvat": ("cvat-sdk==2.80.0", "cvat-cli==2.80.0"),
-    "labelme": ("labelme==6.3.1", "--no-deps"),  # without its window
-    "datumaro": ("datumaro==1.13.12",),
-    "supervisely": ("supervisely==6.74.51",),
-    "fiftyone": ("fiftyone==1.22.1",),
+    "label-studio": [("label-studio==1.23.2",)],  # with label-studio-sdk 2.1.2
+    "cvat": [("cvat-sdk==2.80.0", "cvat-cli==2.80.0")],
+    # Without its window, which needs Qt.
+    "labelme": [("labelme==6.3.1", "--no-deps"), ("numpy", "pillow", "loguru", "natsort", "scikit-image")],
+    "datumaro": [("datumaro==1.13.12",)],
+    "supervisely": [("supervisely==6.74.51",)],
+    "fiftyone": [("fiftyone==1.22.1", "pycocotools==2.0.11")],
 }
-"""What pip installs, by the name of the environment."""
+"""What pip installs, call by call, by the name of the environment."""
 
 
 def environment(name: str) -> Path:
@@ -28,10 +29,11 @@ def environment(name: str) -> Path:
     if not root:
         pytest.skip("DCRIS_TOOLS names no folder for the environments of annotation tools")
     made = Path(root, name)
-    if not (made / "bin/python").exists():
+    if not (made / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", made], check=True)
-        install = [made / "bin/python", "-m", "pip", "install", "--quiet", *PACKAGES[name]]
-        subprocess.run(install, check=True, timeout=1500)
+        for words in PACKAGES[name]:
+            subprocess.run([made / "bin/python", "-m", "pip", "install", "--quiet", *words], check=True, timeout=1500)
+        (made / "installed").touch()
     return made / "bin"
 
 
