@@ -707,6 +707,10 @@ def test_training_can_be_quiet(scenes_root: Path, tmp_path: Path, capsys: pytest
     words = ("train", "dcris_tiny", "--data", scenes_root, "--out", tmp_path / "run", *QUICK)
     assert dcris(*words, "-q") == 0
     assert capsys.readouterr() == ("", "")
+    assert dcris(*words, "--resume", "-v") == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("dcris: training on cpu (") and "in float32\n" in printed.err
+    assert "steps in all" in printed.out
 
 
 @pytest.mark.parametrize("total", [4, None])

@@ -9,6 +9,7 @@ from dcris.cli.common import (
     argument,
     data_root_argument,
     data_set_arguments,
+    detail,
     device_arguments,
     exit_interrupted,
     log,
@@ -123,10 +124,13 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
 def _train(group: Any, args: argparse.Namespace) -> None:
     from dcris.data.readers.load import load_references
     from dcris.training.train import run_training, validated_on_own_data
-    from dcris.utils.device import choose_device
+    from dcris.utils.device import choose_device, choose_precision, device_name
 
-    choose_device(args.device)  # before the data, which can take long to read
+    device = choose_device(args.device)  # before the data, which can take long to read
     config = configuration(args)
+    precision = str(choose_precision(config.train.precision, device)).removeprefix("torch.")
+    if group.first:
+        detail(f"training on {device} ({device_name(device)}) in {precision}")
     data = config.data
     table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
     print_line = log if group.first else lambda text: None

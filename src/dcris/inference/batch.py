@@ -279,9 +279,8 @@ class BatchPredictor:
             overwrite=options.overwrite,
             group=group,
         )
-        if checkpoint is not None and group.first:
-            known = {"checkpoint": _checkpoint_stamps(checkpoint), "model": model}
-            State.read(out).model_copy(update=known).write(out)
+        self._known = {"checkpoint": _checkpoint_stamps(checkpoint) if checkpoint else {}, "model": model}
+        """What the folder will know about the model."""
         self.notes = self.folder.notes
         images = [task for task in self.folder.tasks if not task.video and task.name not in self.folder.done]
         self.images = images[group.rank :: group.count]
@@ -493,7 +492,9 @@ class BatchPredictor:
             _write_list(self.out / "label_studio.json", map(_label_studio_task, images))
             phrases = [phrase for record in images for phrase in record.phrases]
             write_file(self.out / "label_studio.xml", label_studio_config(phrases))
-        State.read(self.out).model_copy(update={"records": checksum(everything)}).write(self.out)
+        if everything:
+            known = self._known | {"records": checksum(everything)}
+            State.read(self.out).model_copy(update=known).write(self.out)
 
     def _write_data_sets(self) -> Iterator[Written]:
         records = self.folder.records()
