@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dcris import Segmenter
@@ -79,6 +81,16 @@ def test_an_interface_whose_labels_are_phrases() -> None:
 def test_what_is_wrong_in_an_interface(xml: str, sentence: str) -> None:
     with pytest.raises(DcrisError, match=sentence):
         LabellingInterface.parse(xml)
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.integers(0, len(INTERFACE)), length=st.integers(0, 40), text=st.text(max_size=12))
+def test_a_damaged_interface_is_one_sentence(place: int, length: int, text: str) -> None:
+    """It comes from the request."""
+    try:
+        LabellingInterface.parse(INTERFACE[:place] + text + INTERFACE[place + length :])
+    except DcrisError as error:
+        assert "\n" not in str(error)
 
 
 def test_an_interaction_asks_for_the_newest_phrase() -> None:
