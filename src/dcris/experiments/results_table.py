@@ -433,7 +433,7 @@ def _titled(text: str, columns: Sequence[Column], key: str) -> str:
 _COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "adapters": ("Adapters (M)", lambda value: f"{value / 1e6:.2f}"),
     "trained": ("Trainable (M)", lambda value: f"{value / 1e6:.2f}"),
-    "flops": ("FLOPs (G)", lambda value: f"{value / 1e9:,.0f}"),
+    "flops": ("FLOPs (G)", lambda value: f"{value / 1e9:,.1f}"),
     "peak_memory": ("Memory (GiB)", lambda value: f"{value:.2f}"),
     "seconds": ("s / image", lambda value: f"{value:.3f}"),
 }
