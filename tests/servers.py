@@ -48,6 +48,38 @@ def post(address: str, data: bytes, **query: Any) -> Any:
         return json.load(response)
 
 
+def upload(address: str, data: bytes, name: str = "a.png") -> Any:
+    """Upload a file as the page does; return the answer, with a status of 400 and more as error."""
+    body = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode() + data
+    kind = "Content-Type: multipart/form-data; boundary=x\r\n"
+    status, content = send(address, "POST /gradio_api/upload", body + b"\r\n--x--\r\n", kind)
+    return json.loads(content) if status == 200 else (status, json.loads(content))
+
+
+def file(path: str) -> dict[str, Any]:
+    """A file as Gradio's clients name it."""
+    return {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def event(address: str, name: str, *data: Any, session: str = "s") -> dict[str, Any]:
+    """Send an event of the page by the name of its function; return its output."""
+    with urllib.request.urlopen(f"{address}/config", timeout=60) as response:
+        (number,) = [each["id"] for each in json.load(response)["dependencies"] if each["api_name"] == name]
+    body = json.dumps({"fn_index": number, "data": data, "session_hash": session, "event_data": None}).encode()
+    status, content = send(address, "POST /gradio_api/queue/join", body)
+    assert status == 200, content
+    found = [json.loads(line[6:]) for line in listen(address, session)]
+    assert [each["msg"] for each in found] == ["process_starts", "process_completed", "close_stream"]
+    assert found[1]["event_id"] == json.loads(content)["event_id"]
+    return found[1]["output"]
+
+
+def listen(address: str, session: str) -> list[str]:
+    """The lines of a client's stream of results."""
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=60) as response:
+        return [line for line in response.read().decode().split("\n\n") if line]
+
+
 def send(address: str, head: str, body: bytes = b"", headers: str = "") -> tuple[int, bytes]:
     """Send a request as it is; return status and content of the response."""
     host, port = address.removeprefix("http://").split(":")

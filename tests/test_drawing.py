@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dcris.utils.drawing import COLOURS, cell, contour_width, jpeg_bytes, mask_cell, overlay, png_bytes
+from dcris.utils.drawing import COLOURS, cell, contour_width, jpeg_bytes, mask_cell, mask_layer, overlay, png_bytes
 
 GREEN = (0, 200, 0)
 BLACK = (0, 0, 0)
@@ -38,6 +38,18 @@ def test_overlay_tints_the_inside_and_leaves_what_is_far_alone():
     assert np.array_equal(shown[~near], image[~near])
     expected = np.rint(image[mask] * 0.55 + np.array(GREEN) * 0.45)
     assert np.abs(shown[mask] - expected).max() <= 1
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.sampled_from(COLOURS))
+@settings(max_examples=50, deadline=None)
+def test_a_layer_over_the_image_is_the_overlay(height, width, seed, colour):
+    """A browser that lays it over the image shows what `overlay` draws, up to rounding."""
+    image, mask = noise(height, width, seed), np.random.default_rng(seed).random((height, width)) > 0.5
+    layer = decode(png_bytes(mask_layer(mask, colour)))
+    assert layer.shape == (height, width, 4)
+    alpha = layer[..., 3:] / 255
+    composed = layer[..., :3] * alpha + image * (1 - alpha)
+    assert np.abs(composed - overlay(image, mask, colour)).max() <= 2.5
 
 
 def test_contour_lies_just_outside():
@@ -187,7 +199,7 @@ def test_jpeg_keeps_colours():
 
 
 def test_encoders_refuse_what_is_no_picture():
-    for wrong in (np.zeros((3, 3)), np.zeros((3, 3, 4), np.uint8), np.zeros((3, 3, 3), bool), np.zeros(3, np.uint8)):
+    for wrong in (np.zeros((3, 3)), np.zeros((3, 3, 2), np.uint8), np.zeros((3, 3, 3), bool), np.zeros(3, np.uint8)):
         with pytest.raises(ValueError, match="as an image"):
             png_bytes(wrong)
     with pytest.raises(ValueError, match="without pixels"):

@@ -23,11 +23,12 @@ from dcris.data.scenes import write_scenes
 from dcris.data.tokenizer import PADDING, clean_text, cut_texts, get_tokenizer, tokenize, unread_end
 from dcris.errors import LongPhraseWarning
 from dcris.inference.export_onnx import _tokenizer_settings
-from dcris.inference.web.app import _render_legend
+from dcris.inference.web.app import _render, _rows
 from dcris.training.trainer import build_model
 from runs import quick_config
+from servers import post
 from test_export import example
-from test_web import post, served
+from test_web import served
 
 LENGTH = 9
 LONG = "the small red circle on the left side of the big blue star"
@@ -223,7 +224,7 @@ def test_the_page_and_the_api_say_it(segmenter: Segmenter, tmp_path: Path) -> No
     assert [each.get("unread") for each in found] == [END, None]
     with pytest.warns(LongPhraseWarning):
         predictions = segmenter.predict(picture(), [LONG, "red circle"], scores=True)
-    legend = _render_legend([each.with_threshold(0.5) for each in predictions])
+    legend = _render("legend", _rows([each.with_threshold(0.5) for each in predictions]))
     assert legend.count(f"its end is ignored: {END}") == 1
 
 

@@ -32,13 +32,14 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries
 from dcris.evaluation.protocols import Cris
 from dcris.inference.export_onnx import export_onnx
-from dcris.inference.web.app import _render_legend
+from dcris.inference.web.app import _render, _rows
 from dcris.inference.web.service import Session
 from dcris.training.trainer import build_model
 from models import randomise
 from runs import CPU, quick_config
+from servers import post
 from test_export import REPOSITORY, example
-from test_web import post, served
+from test_web import served
 
 PHRASES = ["red circle", "the small striped ring", "leftmost", "big star on the right"]
 MAPS = arrays.arrays(
@@ -247,7 +248,7 @@ def test_the_page_greys_what_is_probably_not_there(segmenter: Segmenter) -> None
             absent = before.score < 0.5
             assert (each.rejected is not None) == absent
             assert not (absent and each.mask.any())
-            legend = _render_legend([each])
+            legend = _render("legend", _rows([each]))
             assert ('class="row absent"' in legend) == absent
             assert (f"not found ({before.score:.0%})" in legend) == absent
     assert {each.score < 0.5 for each in predictions} == {True, False}

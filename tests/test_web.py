@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,8 +34,8 @@ from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
 from dcris.inference.inputs import result_stem
-from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, masks_zip
-from servers import picture, post, resident, send, serving
+from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, coco_results, masks_zip
+from servers import event, file, listen, picture, post, resident, send, serving, upload
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
 
@@ -143,6 +144,10 @@ def test_sessions_expire(segmenter: Segmenter) -> None:
     sessions.delete(third)
     sessions.delete(None)
     assert len(sessions) == 0
+    few = Sessions(Limits(kept=2))  # a session of a tiny image takes memory, too
+    names = [few.put(Session(None, "a.png", data=b"a")) for _ in range(4)]
+    assert len(few) == 2
+    assert few.get(names[3]).data == b"a"
 
 
 def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
@@ -228,23 +233,156 @@ def test_errors_of_the_api(address: str, data: bytes, query: Any, status: int, m
         assert message in json.load(error)["error"]
 
 
-def test_downloads_are_checked(segmenter: Segmenter) -> None:
+def test_downloads_are_checked(address: str) -> None:
     """A modified link gives an error message, not an internal error."""
-    pytest.importorskip("gradio")
-    from starlette.testclient import TestClient
+    (name,) = upload(address, picture(), "..\\\\up/../a.png")
+    assert event(address, "segment_1", file(name), "left", 0.2, None)["data"][0] == ""
 
-    client = TestClient(web(InferenceService(segmenter), hosts=["testserver"]))
-    name = client.post("/page/image", params={"name": "..\\\\up/../a.png"}, content=picture()).json()["session"]
-    assert client.post("/page/segment", json={"session": name, "text": "left"}).status_code == 200
+    def get(path: str) -> tuple[int, bytes]:
+        return send(address, f"GET /download/{path}")
+
     for threshold in ("2", "nan", "much", ""):
-        answer = client.get(f"/download/{name}/coco.json?threshold={threshold}")
-        assert answer.status_code == 400
-        assert "between 0 and 1" in answer.json()["error"]
-    assert client.get(f"/download/{name}/coco.json?threshold=0.2").status_code == 200
-    for wrong in (f"/download/{name}/other.zip", "/download/other/masks.zip"):
-        assert client.get(f"{wrong}?threshold=0.2").status_code == 404
-    with zipfile.ZipFile(io.BytesIO(client.get(f"/download/{name}/masks.zip?threshold=0.2").content)) as archive:
+        status, content = get(f"{name}/coco.json?threshold={threshold}")
+        assert status == 400
+        assert "between 0 and 1" in json.loads(content)["error"]
+    assert get(f"{name}/coco.json?threshold=0.2")[0] == 200
+    for wrong in (f"{name}/other.zip", "other/masks.zip"):
+        assert get(f"{wrong}?threshold=0.2")[0] == 404
+    with zipfile.ZipFile(io.BytesIO(get(f"{name}/masks.zip?threshold=0.2")[1])) as archive:
         assert archive.namelist() == ["a.0-left.mask.png"]  # whoever unpacks it gets no file elsewhere
+
+
+def test_gradio_client(address: str, tmp_path: Path) -> None:
+    """Gradio's client gets what POST /api/segment returns, also for several jobs at once."""
+    library = pytest.importorskip("gradio_client")
+    path = tmp_path / "my photo.png"
+    path.write_bytes(picture())
+    client = library.Client(address, verbose=False, analytics_enabled=False)
+    image = library.handle_file(str(path))
+    found = client.predict(image, PHRASES, threshold=0.1, masks=True, api_name="/segment")
+    assert found == post(address, picture(), phrase=PHRASES, threshold=0.1, masks="png", name=path.name)
+    jobs = [client.submit(image, [phrase], api_name="/segment") for phrase in PHRASES * 3]
+    assert [job.result(60)[0]["phrase"] for job in jobs] == PHRASES * 3
+    for arguments, message in (
+        ((image, []), "there is no phrase"),
+        ((image, ["left"] * 21), "at most 20"),
+        ((image, ["left"], 1.5), "between 0 and 1"),
+        ((image, "left"), "the argument 2 does not fit"),
+        ((library.handle_file(f"{address}/favicon.ico"), ["left"]), "paths and addresses are not opened"),
+    ):
+        with pytest.raises(Exception, match=message):
+            client.predict(*arguments, api_name="/segment")
+    client.close()
+
+
+def test_the_documented_client(address: str, segmenter: Segmenter, tmp_path: Path) -> None:
+    """The block of docs/web.md works as written, except for the URL."""
+    pytest.importorskip("gradio_client")
+    (tmp_path / "photo.jpg").write_bytes(picture(kind="JPEG"))
+    section = (Path(__file__).parents[1] / "docs/web.md").read_text(encoding="utf-8").partition("## The API")[2]
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    block = block.replace("http://127.0.0.1:7860", address)
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=120, check=True
+    )
+    found = segmenter.predict(tmp_path / "photo.jpg", ["left circle", "small red star"], threshold=0.35)
+    lines = [f"{each['phrase']} {each['score']} {each['bbox']}" for each in coco_results(found, "")]
+    assert done.stdout.splitlines()[-2:] == lines
+
+
+def test_gradio_client_with_a_password(segmenter: Segmenter, tmp_path: Path) -> None:
+    """The password of the server is given as documented."""
+    library = pytest.importorskip("gradio_client")
+    service = InferenceService(segmenter)
+    (tmp_path / "a.png").write_bytes(picture())
+    with serving(web(service, credentials=["ann:1"]), service.limits) as address:
+        client = library.Client(address, httpx_kwargs={"auth": ("ann", "1")}, verbose=False, analytics_enabled=False)
+        image = library.handle_file(str(tmp_path / "a.png"))
+        assert client.predict(image, ["left"], api_name="/segment")[0]["phrase"] == "left"
+        client.close()
+    service.close()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:9/x", "../x", "x" * 22, "", "a" * 150])
+@pytest.mark.parametrize("name", ["segment", "open_image", "segment_1", "change_threshold"])
+def test_events_take_uploads_only(address: str, recorded: list[Any], name: str, path: str) -> None:
+    """W1 to W4 for events: a client's path or address is text that names no upload."""
+    others: dict[str, list[Any]] = {"segment": [["left"], 0.5, None, 0, None, False], "segment_1": ["left", 0.5, None]}
+    output = event(address, name, file(path), *others.get(name, [0.5] if name == "change_threshold" else []))
+    text = json.dumps(output)
+    assert "paths and addresses are not opened" in text or "no longer stored" in text.lower()
+    assert "root:" not in text
+    assert recorded == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "malformed"),
+        (b"[" * 900, "malformed"),
+        (b'{"fn_index": 0, "data": []}', "malformed"),
+        (b'{"fn_index": 0, "data": [], "session_hash": "s"}', "so many arguments"),
+        (b'{"fn_index": 99, "data": [], "session_hash": "s"}', "no such event"),
+        (b'{"fn_index": 8, "data": [], "session_hash": "s"}', "no such event"),
+        (b'{"fn_index": -1, "data": [], "session_hash": "s"}', "no such event"),
+        (json.dumps({"fn_index": 0, "data": [0] * 101, "session_hash": "s"}).encode(), "malformed"),
+        (json.dumps({"fn_index": 0, "data": [0], "session_hash": "s" * 101}).encode(), "malformed"),
+    ],
+)
+def test_events_are_checked(address: str, body: bytes, message: str) -> None:
+    status, content = send(address, "POST /gradio_api/queue/join", body)
+    assert status == 400
+    assert message in json.loads(content)["error"]
+
+
+def test_arguments_of_events_are_checked(address: str) -> None:
+    """Values of other types are one sentence, for whoever sends events by hand."""
+    for data in ([1, 2, 3, 4], [None, None, None, None], [[], {}, "x", 5], [{"path": 5}, "left", 0.5, None]):
+        assert "does not fit" in event(address, "segment_1", *data)["error"]
+    (path,) = upload(address, picture())
+    assert "between 0 and 1" in event(address, "segment_1", file(path), "a", 7, None)["data"][0]
+
+
+def test_a_page_that_opens_late_keeps_its_image(address: str) -> None:
+    """Gradio sends an event without an image when the page opens; its answer may come after the
+    user's image."""
+    assert event(address, "open_image", None)["data"][1] == {"__type__": "update"}
+
+
+def test_events_that_nobody_listens_to(segmenter: Segmenter) -> None:
+    """Events run when their client listens; those of clients that never do are few, and never
+    run."""
+    service = InferenceService(segmenter, Limits(connections=5))
+    with serving(web(service), service.limits) as address:
+        for number in range(30):
+            body = json.dumps({"fn_index": 0, "data": [0] * 7, "session_hash": str(number)}).encode()
+            assert send(address, "POST /gradio_api/queue/join", body)[0] == 200
+        assert service.waiting == 0
+        assert [json.loads(line[6:])["msg"] for line in listen(address, "3")] == ["close_stream"]
+        assert len(listen(address, "29")) == 3
+    service.close()
+
+
+def test_uploads_are_shown_as_images(address: str) -> None:
+    """What an upload is shown as is made from its pixels: a file of another kind, which a browser
+    would run, is not sent back."""
+    for data, name in ((picture(), "a.html"), (picture(kind="JPEG"), "b.svg")):
+        (path,) = upload(address, data, name)
+        status, content = send(address, f"GET /gradio_api/file={path}")
+        assert (status, content[:3]) == (200, b"\xff\xd8\xff")
+    (path,) = upload(address, b"<script>alert(1)</script>" * 9, "a.png")
+    status, content = send(address, f"GET /gradio_api/file={path}")
+    assert status == 400
+    assert "not an image" in json.loads(content)["error"]
+    assert event(address, "open_image", file(path))["data"][1] is None
+    assert upload(address, b"")[0] == 400
+    assert upload(address, bytes(100_001))[0] == 413
+
+
+def test_the_favicon(address: str) -> None:
+    status, content = send(address, "GET /favicon.ico")
+    assert status == 200
+    assert content.startswith(b"<svg")
 
 
 def test_the_page_uses_no_other_host(address: str) -> None:
@@ -312,27 +450,18 @@ def recorded(recorder: Recorder) -> Iterator[list[tuple[str, str]]]:
     recorder.active = False
 
 
-def _file(path: str) -> dict[str, Any]:
-    return {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
-
-
 @pytest.mark.parametrize("path", ["/nonexistent", "/etc/passwd", "/dev/zero", "http://127.0.0.1:9/x"])
 @pytest.mark.parametrize(
     ("route", "status"),
     [
-        *(
-            (f"/gradio_api/{name}", 404)
-            for name in ("run/predict", "api/predict", "queue/join", "call/move", "call/v2/move")
-        ),
+        *((f"/gradio_api/{name}", 404) for name in ("run/predict", "api/predict", "call/move", "call/v2/move")),
         *((f"/gradio_api/{name}", 404) for name in ("component_server", "process_recording", "stream/x", "cancel")),
+        ("/gradio_api/queue/join", 400),
+        ("/gradio_api/upload", 400),
         ("//gradio_api/run/predict", 404),
         ("/%67radio_api%2frun/predict", 404),
         ("/run/predict", 404),
         ("/", 404),
-        ("/page/segment", 400),
-        ("/page/threshold", 400),
-        ("/page/example", 400),
-        ("/page/image?name=/etc/passwd", 400),
         ("/api/segment?phrase=left&name=/etc/passwd", 400),
     ],
 )
@@ -340,9 +469,9 @@ def test_no_path_of_a_client_is_opened(address: str, recorded: list[Any], route:
     """W1 to W4: Gradio's routes delete folders, serve files, read devices and fetch URLs given by
     clients."""
     for question in (
-        {"data": [_file(path), None], "fn_index": 0, "session_hash": "x"},
-        {"data": ["a", "left", 0.5, _file(path)], "fn_index": 1, "session_hash": "x"},
-        {"session": _file(path), "text": path, "adapters": _file(path)},
+        {"data": [file(path), None], "fn_index": 0, "session_hash": "x"},
+        {"data": ["a", "left", 0.5, file(path)], "fn_index": 1, "session_hash": "x"},
+        {"session": file(path), "text": path, "adapters": file(path)},
     ):
         found, content = send(address, f"POST {route}", json.dumps(question).encode())
         assert (found, recorded) == (status, [])
@@ -357,7 +486,6 @@ def test_no_path_of_a_client_is_opened(address: str, recorded: list[Any], route:
         "//gradio_api/file=/etc/passwd",
         "/gradio_api/file//etc/passwd",
         "/gradio_api/proxy=http://127.0.0.1:9/x",
-        "/gradio_api/queue/data?session_hash=x",
         "/gradio_api/heartbeat/x",
         "/gradio_api/upload_progress?upload_id=x",
         "/assets/../../../../../etc/passwd",
@@ -366,7 +494,6 @@ def test_no_path_of_a_client_is_opened(address: str, recorded: list[Any], route:
         "/static/..%5c..%5croutes.py",
         "/static/img",
         "/theme.css/../config",
-        "/config",
         "/monitoring/summary",
         "/download/..%2f..%2fetc/passwd?threshold=0.5",
     ],
@@ -394,8 +521,7 @@ def test_uploads_are_not_written_to_disk(address: str, recorded: list[Any]) -> N
     )
     headers = "Content-Type: multipart/form-data; boundary=x\r\n"
     for route, status in (
-        ("/gradio_api/upload", 404),
-        ("/page/image?name=a.png", 400),
+        ("/gradio_api/upload", 200),
         ("/api/segment?phrase=a", 400),
     ):
         assert send(address, f"POST {route}", form, headers)[0] == status
@@ -447,7 +573,8 @@ def test_a_request_must_name_a_host(address: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize(
-    ("path", "status"), [("/api/segment?phrase=left", 413), ("/page/threshold", 413), ("/gradio_api/upload", 404)]
+    ("path", "status"),
+    [("/api/segment?phrase=left", 413), ("/gradio_api/queue/join", 413), ("/gradio_api/upload", 413)],
 )
 @pytest.mark.parametrize("chunked", [False, True])
 def test_large_bodies_take_no_memory(address: str, path: str, status: int, chunked: bool) -> None:
@@ -494,7 +621,7 @@ def test_a_disconnected_client_is_not_an_error(address: str, capfd: pytest.Captu
     host, port = address.removeprefix("http://").split(":")
     for text in (
         "POST /api/segment?phrase=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc",
-        "POST /page/threshold HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        "POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
         "POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\nxyz\r\n",
         "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         "GET /",

@@ -2,8 +2,7 @@
 
     python tools/screenshot_web.py http://127.0.0.1:7860 docs/images/web.png
 
-Start `dcris web runs/quickstart` first. The script segments the second example in the system's
-Chromium.
+Start `dcris web` first. The script segments an example in the system's Chromium.
 """
 
 import shutil
@@ -12,21 +11,20 @@ import sys
 from playwright.sync_api import sync_playwright
 
 
-def main(address: str, target: str, threshold: str = "0.35") -> None:
+def main(address: str, target: str, example: str = "2", width: str = "1200") -> None:
     with sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        # The screenshot is 840 pixels wide, as a column of the documentation.
-        page = browser.new_page(viewport={"width": 1200, "height": 960}, device_scale_factor=0.7, color_scheme="light")
+        # By default, the screenshot is 840 pixels wide, as a column of the documentation.
+        page = browser.new_page(
+            viewport={"width": int(width), "height": 900}, device_scale_factor=0.7, color_scheme="light"
+        )
         page.goto(address)
-        page.click("#examples button >> nth=1")
-        page.wait_for_selector("#picture img")
-        number = page.locator("#threshold input[type=number]")
-        number.fill(threshold)
-        number.press("Enter")
+        page.click(f"#examples button >> nth={example}")
+        page.wait_for_function("() => document.querySelector('#phrases textarea').value")
         page.click("button#segment, #segment button")
-        page.wait_for_selector("#downloads a")
+        page.wait_for_selector("#result .legend")
         page.wait_for_timeout(2000)  # until the progress bar has faded
-        page.screenshot(path=target)
+        page.screenshot(path=target, full_page=True)
         browser.close()
 
 

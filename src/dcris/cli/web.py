@@ -68,9 +68,10 @@ def _web(args: argparse.Namespace) -> None:
 
     examples = None if args.examples is None else [task.path for task in find_tasks([args.examples], ["example"])]
     load, limits = _loader(args), Limits()
+    title = ", ".join(_named(args.checkpoints or ["photos"]))
     with gradio_settings():
         serve(
-            lambda: make_app(InferenceService(load(), limits), examples),
+            lambda: make_app(InferenceService(load(), limits), examples, title),
             access_of(args, args.allow_frame),
             limits,
             _ready,

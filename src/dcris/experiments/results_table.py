@@ -5,6 +5,7 @@ of such files. Scores are in one column only if they compare: same data set, spl
 threshold and rules.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -12,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from dcris.data.table import bad, check_text, field
+from dcris.data.table import bad, field
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import BIOU, Metric
 from dcris.evaluation.protocols import PROTOCOLS
@@ -22,9 +23,6 @@ from dcris.utils.text_tables import Mark, comma_separated, latex, markdown, rank
 
 Format = Literal["markdown", "latex", "csv"]
 FORMATS: tuple[Format, ...] = ("markdown", "latex", "csv")
-_LARGEST = 1e18
-"""Of the numbers in a result file, among which are counts of operations."""
-
 BLANK = "-"
 """A cell without a value."""
 
@@ -209,8 +207,7 @@ def read_row(content: Any, path: Path) -> SystemResults:
         records[measure] = record
     values = field(content, "cost", dict, path, "the file")
     cost = {key: _number(values, key, path, "its 'cost'") for key in values}
-    name = check_text(field(content, "name", str, path, "the file"), path, "the file", "name")
-    return SystemResults(name, records, cost)
+    return SystemResults(field(content, "name", str, path, "the file"), records, cost)
 
 
 def _twice(measure: Measure, path: Path) -> DcrisError:
@@ -223,8 +220,7 @@ def _twice(measure: Measure, path: Path) -> DcrisError:
 def _measure(record: Any, path: Path, where: str) -> Measure:
     """Check a result, and return what it measures."""
     dataset, split_by, split, protocol, _ = (
-        check_text(field(record, key, str, path, where), path, where, key)
-        for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
+        field(record, key, str, path, where) for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
     )
     if protocol not in PROTOCOLS:
         raise DcrisError(f"{path}, {where}: there is no protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
@@ -235,15 +231,15 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
     rules = []
     for key, named in _RULES.items():
         if key in record:
-            if key != "threshold":
-                check_text(field(record, key, str, path, where), path, where, key)
+            if type(record[key]) not in (str, float, int):
+                raise bad(path, f"{where} has a '{key}' that is neither text nor a number")
             rules.append((key, named(record[key])))
     return Measure(dataset, split_by, split, protocol, tuple(rules))
 
 
 def _number(record: Any, key: str, path: Path, where: str) -> float:
     value = record.get(key)
-    if type(value) not in (int, float) or not abs(value) <= _LARGEST:  # NaN is not
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise bad(path, f"{where} has no number as '{key}'")
     return float(value)
 
@@ -341,7 +337,7 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
                 )
             place = Path(system.name)
             for group in groups:
-                name = check_text(field(group, "name", str, place, "a category"), place, "a category", "name")
+                name = field(group, "name", str, place, "a category")
                 size = field(group, "expressions", int, place, f"the category {name}")
                 sums[name] = sums.get(name, 0.0) + size * _number(group, key, place, f"the category {name}")
                 counts[name] = counts.get(name, 0) + size

@@ -84,6 +84,18 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
     return result
 
 
+def mask_layer(mask: MaskArray, colour: Colour = COLOURS[0]) -> NDArray[np.uint8]:
+    """Return what `draw_mask` draws as an image [H, W, 4] with an alpha channel, for programs that
+    lay it over the image themselves."""
+    on_black = np.zeros((*mask.shape, 3), np.uint8)
+    on_white = np.full((*mask.shape, 3), 255, np.uint8)
+    for background in (on_black, on_white):
+        draw_mask(background, mask, colour)
+    alpha = 255 - (on_white - on_black).min(axis=2, keepdims=True)
+    solid = np.minimum(on_black * (255.0 / np.maximum(alpha, 1)), 255)
+    return np.dstack((np.rint(solid).astype(np.uint8), alpha))
+
+
 def _require_image_and_mask(image: NDArray[np.uint8], mask: MaskArray) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
@@ -192,8 +204,8 @@ def mask_cell(mask: MaskArray, size: int) -> MaskArray:
 
 
 def png_bytes(array: NDArray[np.uint8] | MaskArray) -> bytes:
-    """Encode a mask [H, W] bool (as 0 and 255), grey values [H, W] uint8 or an image [H, W, 3]
-    uint8 RGB as PNG.
+    """Encode a mask [H, W] bool (as 0 and 255), grey values [H, W] uint8, or an image [H, W, 3] RGB
+    or [H, W, 4] RGBA of uint8 as PNG.
 
     Raises:
         ValueError: another type or shape, or an empty array.
@@ -265,7 +277,10 @@ def _repeat(array: NDArray[T], times: int) -> NDArray[T]:
 
 def _encode(array: NDArray[np.uint8] | MaskArray, suffix: str, settings: list[int]) -> bytes:
     kind = (array.dtype.type, array.ndim)
-    if kind not in ((np.bool_, 2), (np.uint8, 2), (np.uint8, 3)) or (array.ndim == 3 and array.shape[2] != 3):
+    channels = (3, 4) if suffix == ".png" else (3,)
+    if kind not in ((np.bool_, 2), (np.uint8, 2), (np.uint8, 3)) or (
+        array.ndim == 3 and array.shape[2] not in channels
+    ):
         raise ValueError(
             f"cannot encode {array.dtype} {list(array.shape)} as an image; pass bool [H, W] or uint8 [H, W, 3]"
         )
@@ -273,7 +288,7 @@ def _encode(array: NDArray[np.uint8] | MaskArray, suffix: str, settings: list[in
         raise ValueError("cannot encode an image without pixels")
     pixels = array.astype(np.uint8)
     if array.ndim == 3:
-        cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR, dst=pixels)
+        cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if array.shape[2] == 3 else cv2.COLOR_RGBA2BGRA, dst=pixels)
     elif array.dtype == np.bool_:
         pixels *= np.uint8(255)
     return _compress(pixels, suffix, settings)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dcris.errors import DcrisError
 from dcris.inference.web.server import HEALTH, Application, health
-from dcris.inference.web.service import InferenceService, TooLargeError, coco_results
+from dcris.inference.web.service import InferenceService, coco_results
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -56,24 +59,20 @@ def make_api(service: InferenceService) -> Application:
             values += fields
         else:
             image = body
-        return JSONResponse(await answer(service, image, parse_query(service, values)))
+        query = parse_query(service, values)
+        service.require_file(image)
+        return JSONResponse(await answer(service, image, query))
 
     limits = service.limits
     routes = [Route(PATH, segment, methods=["POST"]), Route(HEALTH, health)]
     return Application(routes, {PATH: limits.upload + limits.fields}, close=service.close)
 
 
-async def answer(service: InferenceService, image: bytes, query: Query) -> list[dict[str, Any]]:
-    """Return the results for an image file, as in predictions.json.
+async def answer(service: InferenceService, image: bytes | NDArray[np.uint8], query: Query) -> list[dict[str, Any]]:
+    """Return the results for an image (a file, or pixels), as in predictions.json.
 
-    Raises DcrisError for what is not an image, is too large, or as `InferenceService.predict` does.
+    Raises DcrisError as `InferenceService.predict` does.
     """
-    if not image:
-        raise DcrisError(
-            f"there is no image; send the file as the body of the request, or as the part {IMAGE!r} of a form"
-        )
-    if len(image) > service.limits.upload:
-        raise TooLargeError(f"the image file is larger than {service.limits.upload / 1e6:.2g} MB; send a smaller file")
     predictions = await service.predict(
         image, query.phrases, query.adapters, query.threshold, query.min_score, query.min_area
     )
@@ -118,8 +117,13 @@ def parse_number(name: str, text: str | None, whole: bool = False) -> float | No
         raise DcrisError(f"the parameter {name!r} must be {kind}, not {text[:60]!r}") from error
 
 
-def read_form(body: bytes, content_type: str) -> tuple[bytes, str, list[tuple[str, str]]]:
+def read_form(body: bytes, content_type: str, part: str = IMAGE) -> tuple[bytes, str, list[tuple[str, str]]]:
     """Read a form (multipart/form-data) in memory.
+
+    Args:
+        body: the body of the request.
+        content_type: its type, with the boundary.
+        part: name of the part that may be a file.
 
     Returns:
         the image file (empty if there is none), its name without folders, and the other fields.
@@ -136,11 +140,13 @@ def read_form(body: bytes, content_type: str) -> tuple[bytes, str, list[tuple[st
 
     def on_file(file: File) -> None:
         files.append(file)
-        if len(files) > 1 or file.field_name != IMAGE.encode():
+        if len(files) > 1 or file.field_name != part.encode():
             name = _text(file.field_name)[:60]
-            raise DcrisError(f"there is a file in the part {name!r}; send one file, in the part {IMAGE!r}")
+            raise DcrisError(f"there is a file in the part {name!r}; send one file, in the part {part!r}")
 
     def on_field(field: Field) -> None:
+        if field.field_name == part.encode():
+            raise DcrisError(f"the part {part!r} is text and not a file; with curl, send -F {part}=@photo.jpg")
         fields.append((_text(field.field_name), _text(field.value)))
         if len(fields) > _PARTS:
             raise DcrisError(f"the form has more than {_PARTS} parts; send each parameter once")

@@ -1,12 +1,13 @@
 """The web page (Gradio), with the API beside it.
 
-Gradio only draws the page in the browser. Its routes for uploads, files, function calls and queues
-accept paths and URLs from clients, so they are not served; scripts of the page send images and
-requests to the routes of this module. Images and predictions stay in memory, and no path from a
-client reaches the file system.
+Gradio describes the page and draws it in the browser. Its server's routes for uploads, files and
+events accept paths and URLs from clients, so they are not served: `events.py` answers the same
+requests in memory. Images and predictions stay in memory, and no path from a client reaches the
+file system.
 """
 
 import base64
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import validate_call
 
 from dcris.data.images import read_image
 from dcris.data.photographs import example_photographs
@@ -28,7 +29,8 @@ from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
 from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
-from dcris.inference.web.api import make_api, parse_number
+from dcris.inference.web.api import Query, answer, make_api, parse_number
+from dcris.inference.web.events import File, event_routes
 from dcris.inference.web.server import Application
 from dcris.inference.web.service import (
     InferenceService,
@@ -40,7 +42,7 @@ from dcris.inference.web.service import (
     masks_zip,
 )
 from dcris.utils.annotate import colour_of
-from dcris.utils.drawing import cell, jpeg_bytes, mask_cell, overlay
+from dcris.utils.drawing import cell, jpeg_bytes, mask_cell, mask_layer, png_bytes
 
 if TYPE_CHECKING:
     import gradio
@@ -66,18 +68,8 @@ Example = tuple[NDArray[np.uint8], str, tuple[str, ...]]
 """Pixels, file name, and phrases to try."""
 
 
-class PageRequest(BaseModel):
-    """A request of the page about the image of its session."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    session: str | None = None
-    text: str = ""
-    """Phrases, one per line."""
-    threshold: float = 0.5
-    adapters: str | None = None
-    number: int = 0
-    """Number of an example."""
+_UNCHANGED = {"__type__": "update"}
+"""What leaves a component of Gradio as it is."""
 
 
 @contextmanager
@@ -94,13 +86,14 @@ def gradio_settings() -> Iterator[None]:
         yield
 
 
-def make_app(service: InferenceService, examples: Sequence[Path] | None = None) -> Application:
+def make_app(service: InferenceService, examples: Sequence[Path] | None = None, title: str = "") -> Application:
     """Return the application that `dcris web` serves: the page, and the API of `dcris serve`.
 
     Args:
         service: the model.
         examples: example images; by default generated scenes for a model that was trained on those,
             else photographs.
+        title: name of the model; by default that of its recipe.
 
     Raises:
         DcrisError: an example is not an image.
@@ -109,54 +102,14 @@ def make_app(service: InferenceService, examples: Sequence[Path] | None = None) 
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    limits, default_threshold = service.limits, service.segmenter.protocol.threshold
-    example_images = _read_examples(service.segmenter, examples)
+    limits = service.limits
     sessions, closing = Sessions(limits), threading.Event()
     threading.Thread(target=_delete_expired_sessions, args=(sessions, closing), daemon=True).start()
-
-    async def view(name: str, threshold: float, **fields: str) -> Response:
-        """The parts of the page for a session: its image with masks, legend and downloads."""
-
-        def render() -> dict[str, str]:
-            session = sessions.get(name)
-            predictions = session.at_threshold(threshold)
-            return {
-                "session": name,
-                "image": _render_image(session, predictions),
-                "legend": _render_legend(predictions),
-                "downloads": _render("downloads", _DOWNLOADS, name, f"{threshold:g}") if predictions else "",
-            }
-
-        return JSONResponse({**await service.render(render), **fields})
-
-    async def upload_image(request: "Request") -> Response:
-        data, query = await request.body(), request.query_params
-        pixels = await service.render(lambda: service.read_image(data))
-        sessions.delete(query.get("old"))
-        return await view(sessions.put(Session(pixels, query.get("name", ""))), default_threshold)
-
-    async def choose_example(request: "Request") -> Response:
-        body = await _parse_request(request)
-        if not 0 <= body.number < len(example_images):
-            raise DcrisError(f"there is no example {body.number}")
-        pixels, file_name, phrases = example_images[body.number]
-        sessions.delete(body.session)
-        fields = {"text": "\n".join(phrases)} if phrases else {}
-        return await view(sessions.put(Session(pixels, file_name)), default_threshold, **fields)
-
-    async def segment_session(request: "Request") -> Response:
-        body = await _parse_request(request)
-        if body.session is None:
-            raise DcrisError("there is no image yet; drop one, or choose an example")
-        session = sessions.get(body.session)
-        phrases = service.parse_phrases(body.text.splitlines())
-        session.predictions = await service.predict(session.pixels, phrases, body.adapters)
-        sessions.put(session, body.session)  # its size has grown
-        return await view(body.session, body.threshold)
-
-    async def change_threshold(request: "Request") -> Response:
-        body = await _parse_request(request)
-        return await view(body.session or "", body.threshold)
+    page = Page(service, sessions, _read_examples(service.segmenter, examples), title)
+    blocks = page.blocks()
+    # Gradio calls none of the functions: the routes here do, with the arguments as they arrive.
+    functions = {number: (each.fn, len(each.inputs)) for number, each in blocks.fns.items() if each.fn is not None}
+    events = event_routes(service, sessions, functions, lambda session: jpeg_bytes(page.shown(session)))
 
     async def download(request: "Request") -> Response:
         session, file = sessions.get(request.path_params["name"]), request.path_params["file"]
@@ -173,10 +126,14 @@ def make_app(service: InferenceService, examples: Sequence[Path] | None = None) 
             raise NotFoundError(f"there is no file {file}; there are {' and '.join(_DOWNLOADS)}")
         return await service.render(pack)
 
-    gradio_app, names = _gradio_app(make_page(limits, service.segmenter, example_images))
+    async def favicon(request: "Request") -> Response:
+        return Response(_file("favicon.svg"), media_type="image/svg+xml")
 
-    async def page(scope: Any, receive: Any, send: Any) -> None:
-        """Serve Gradio's page and its files by their exact names.
+    gradio_app, names = _gradio_app(blocks, limits)
+    script = f"<script>{_file('page.js')}dcris.limit = {limits.upload};</script>".encode()
+
+    async def gradio_files(scope: Any, receive: Any, send: Any) -> None:
+        """Serve Gradio's page, its settings and its files by their exact names.
 
         Gradio gets nothing else of the request.
         """
@@ -185,109 +142,233 @@ def make_app(service: InferenceService, examples: Sequence[Path] | None = None) 
         # Without Accept-Encoding: Gradio would compress megabytes for each request, which blocks
         # all other requests.
         headers = [each for each in scope["headers"] if each[0] in (b"host", b"if-none-match")]
-        await gradio_app({**scope, "query_string": b"", "headers": headers}, receive, send)
+        asked = {**scope, "query_string": b"", "headers": headers}
+        if scope["path"] != "/":
+            await gradio_app(asked, receive, send)
+            return
+        # The scripts of Gradio's option `head` run too late: they have to come before its own.
+        parts: list[bytes] = []
+
+        async def keep(message: Any) -> None:
+            parts.append(message.get("body", b""))
+
+        await gradio_app({**asked, "method": "GET"}, receive, keep)
+        html = b"".join(parts).replace(b"</head>", script + b"</head>", 1)
+        await Response(html, media_type="text/html")(scope, receive, send)
 
     def close() -> None:
         closing.set()
         service.close()
 
     api = make_api(service)
-    with_image = {"/page/image": upload_image}
-    without = {
-        "/page/example": choose_example,
-        "/page/segment": segment_session,
-        "/page/threshold": change_threshold,
-    }
     return Application(
         [
             *api.routes,
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in (with_image | without).items()),
+            *events.routes,
             Route("/download/{name}/{file}", download),
+            Route("/favicon.ico", favicon),
         ],
-        {**api.bodies, **dict.fromkeys(with_image, limits.upload), **dict.fromkeys(without, limits.fields)},
-        fallback=page,
+        {**api.bodies, **events.bodies},
+        fallback=gradio_files,
         close=close,
     )
 
 
-def make_page(limits: Limits, segmenter: Segmenter, examples: Sequence[Example]) -> "gradio.Blocks":
-    """Build the page.
+class Page:
+    """The page in the browser: what it shows, and what its events do.
 
-    Every event runs a script that posts to a route of this module; Gradio calls no function.
+    The arguments of the events are those of the browser, and checked by pydantic.
     """
-    import gradio
 
-    with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as page:
-        gradio.Markdown("## dcris: segment by phrase")
-        with gradio.Row(equal_height=False):
-            with gradio.Column(scale=2, min_width=300):
-                upload = gradio.HTML(
-                    html_template=_file("drop.html"),
-                    js_on_load=_file("drop.js"),
-                    size=f"{limits.upload // 10**6}",
-                    elem_id="photo",
-                )
-                text = gradio.Textbox(
-                    label=f"Phrases, one per line (up to {limits.phrases})",
-                    placeholder="left slice\nthe red cup",
-                    lines=4,
-                    max_lines=limits.phrases,
-                    elem_id="phrases",
-                )
-                names = segmenter.adapters
-                adapters = gradio.Dropdown(
-                    list(names), value=names[0], label="Adapters", visible=len(names) > 1, elem_id="adapters"
-                )
-                button = gradio.Button("Segment", variant="primary", elem_id="segment")
-                if examples:
-                    choice = gradio.Dataset(
-                        components=[gradio.HTML(visible=False)],
-                        samples=[
-                            [_render("thumbnail", _data_uri(cell(pixels, _THUMBNAIL_SIDE)))] for pixels, *_ in examples
-                        ],
-                        label="Examples",
-                        type="index",
-                        layout="gallery",
-                        elem_id="examples",
+    def __init__(
+        self, service: InferenceService, sessions: Sessions, examples: Sequence[Example], title: str = ""
+    ) -> None:
+        self._service, self._sessions, self._examples = service, sessions, examples
+        self._title = title or service.segmenter.config.recipe
+
+    def blocks(self) -> "gradio.Blocks":
+        """Build the page with Gradio's components."""
+        import gradio
+
+        limits, segmenter = self._service.limits, self._service.segmenter
+        with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as blocks:
+            gradio.api(self.api, api_name="segment")  # first: later events of this name get a number
+            gradio.Markdown("## dcris: segment by phrase")
+            gradio.HTML(_render("about", self._title, segmenter.config.model.head.presence), elem_classes="about")
+            with gradio.Row(equal_height=False):
+                with gradio.Column(scale=2, min_width=300):
+                    image = gradio.Image(
+                        label=f"Image (up to {limits.upload / 1e6:g} MB)",
+                        sources=["upload", "clipboard", "webcam"],
+                        type="filepath",
+                        height=240,
+                        buttons=["fullscreen"],
+                        elem_id="photo",
                     )
-            with gradio.Column(scale=5, min_width=420):
-                # Handlebars escapes the value.
-                note = gradio.HTML(
-                    "",
-                    html_template='{{#if value}}<div class="note" role="alert">{{value}}</div>{{/if}}',
-                    elem_id="note",
+                    text = gradio.Textbox(
+                        label=f"Phrases, one per line (up to {limits.phrases})",
+                        info="Shift+Enter segments",
+                        placeholder="left slice\nthe red cup",
+                        lines=3,
+                        max_lines=limits.phrases,
+                        elem_id="phrases",
+                    )
+                    names = segmenter.adapters
+                    adapters = gradio.Dropdown(
+                        list(names), value=names[0], label="Adapters", visible=len(names) > 1, elem_id="adapters"
+                    )
+                    button = gradio.Button("Segment", variant="primary", elem_id="segment")
+                with gradio.Column(scale=5, min_width=320):
+                    # Handlebars escapes the value.
+                    note = gradio.HTML(
+                        "",
+                        html_template='{{#if value}}<div class="note" role="alert">{{value}}</div>{{/if}}',
+                        elem_id="note",
+                    )
+                    result = gradio.HTML(_render("empty"), js_on_load=_file("result.js"), elem_id="result")
+                    slider = gradio.Slider(
+                        0.05,
+                        0.95,
+                        value=segmenter.protocol.threshold,
+                        step=0.01,
+                        label="Threshold: probability above which a pixel belongs to the mask",
+                        elem_id="threshold",
+                    )
+            done = [note, result]
+            # What is shown answers another question: it goes before the server answers, or does
+            # not. Gradio runs the events of a trigger one after the other, in this order.
+            clear: dict[str, Any] = {"js": f"() => ['', {json.dumps(_render('empty'))}]", "outputs": done}
+
+            def on(trigger: Any, function: Any, inputs: list[Any], outputs: list[Any]) -> None:
+                trigger(None, **clear, api_visibility="private")
+                trigger(function, inputs, outputs, api_visibility="private", show_progress_on=[result])
+
+            on(image.input, self.open_image, [image], [note, image, result])
+            for trigger in (button.click, text.submit):
+                on(trigger, self.segment, [image, text, slider, adapters], done)
+            moved = slider.change(
+                self.change_threshold,
+                [image, slider],
+                done,
+                api_visibility="private",
+                trigger_mode="always_last",
+                show_progress="hidden",
+            )
+            moved.failure(None, **clear, api_visibility="private")
+            if self._examples:
+                choice = gradio.Dataset(
+                    components=[gradio.HTML(visible=False)],
+                    samples=[[self._thumbnail(*example)] for example in self._examples],
+                    label="Examples",
+                    type="index",
+                    layout="gallery",
+                    elem_id="examples",
                 )
-                image = gradio.HTML(_render("image", ""), elem_classes="shown", elem_id="picture")
-                slider = gradio.Slider(
-                    0.05,
-                    0.95,
-                    value=segmenter.protocol.threshold,
-                    step=0.01,
-                    label="Threshold: probability above which a pixel belongs to the mask",
-                    elem_id="threshold",
-                )
-                legend = gradio.HTML("", elem_id="legend")
-                downloads = gradio.HTML("", elem_id="downloads")
-        views: dict[str, Any] = {"fn": None, "outputs": [note, image, legend, downloads, text]}
-        upload.upload(js="() => dcris.upload()", **views)
-        button.click(
-            js="(text, threshold, adapters) => dcris.post('page/segment', {text, threshold, adapters})",
-            inputs=[text, slider, adapters],
-            **views,
-        )
-        slider.change(
-            js="(threshold) => dcris.session ? dcris.post('page/threshold', {threshold}) : Array(5).fill(dcris.same)",
-            inputs=[slider],
-            trigger_mode="always_last",
-            **views,
-        )
-        if examples:
-            choice.click(js="(number) => dcris.post('page/example', {number})", inputs=[choice], **views)
-    return page
+                on(choice.click, self.choose, [choice], [note, image, text, result])
+        return blocks
+
+    @validate_call
+    async def open_image(self, image: File | None) -> tuple[Any, ...]:
+        """Answer to an image that was added or removed: earlier results are gone."""
+        if image is None:
+            # Gradio sends this when the page opens, too; an image may have come since.
+            return "", _UNCHANGED, _render("empty")
+        try:
+            session = self._sessions.get(image.path)
+            await self._service.render(lambda: self._pixels(session))
+        except DcrisError as error:
+            return _sentence(error), None, _render("empty")
+        return "", _UNCHANGED, _render("empty")
+
+    @validate_call
+    async def choose(self, number: int) -> tuple[Any, ...]:
+        """Answer to the choice of an example."""
+        pixels, file_name, phrases = self._examples[number % len(self._examples)]
+        name = self._sessions.put(Session(pixels, file_name))
+        image = {
+            "path": name,
+            "url": f"gradio_api/file={name}",
+            "orig_name": file_name,
+            "meta": {"_type": "gradio.FileData"},
+        }
+        return "", image, "\n".join(phrases) if phrases else _UNCHANGED, _render("empty")
+
+    @validate_call
+    async def segment(self, image: File | None, text: str, threshold: float, adapters: str | None) -> tuple[str, str]:
+        """Answer to the button."""
+        try:
+            if image is None:
+                raise DcrisError("there is no image yet; add one, or choose an example")
+            session = self._sessions.get(image.path)
+            phrases = self._service.parse_phrases(text.splitlines())
+            pixels = await self._service.render(lambda: self._pixels(session))
+            session.predictions = await self._service.predict(pixels, phrases, adapters)
+            session.answer += 1
+            self._sessions.put(session, image.path)  # its size has grown
+            return "", await self._result(image.path, threshold)
+        except DcrisError as error:
+            return _sentence(error), _render("empty")
+
+    @validate_call
+    async def change_threshold(self, image: File | None, threshold: float) -> tuple[Any, ...]:
+        """Answer to the slider."""
+        try:
+            if image is None or not self._sessions.get(image.path).predictions:
+                return _UNCHANGED, _UNCHANGED
+            return "", await self._result(image.path, threshold)
+        except DcrisError as error:
+            return _sentence(error), _render("empty")
+
+    @validate_call
+    async def api(
+        self,
+        image: File,
+        phrases: list[str],
+        threshold: float | None = None,
+        min_score: float | None = None,
+        min_area: int = 0,
+        adapters: str | None = None,
+        masks: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Segment an image by phrases, as POST /api/segment does."""
+        session = self._sessions.get(image.path)
+        pixels = await self._service.render(lambda: self._pixels(session))
+        found = self._service.parse_phrases(phrases)
+        query = Query(found, threshold, min_score, min_area, adapters, session.name, masks)
+        return await answer(self._service, pixels, query)
+
+    def shown(self, session: Session) -> NDArray[np.uint8]:
+        """Return the image of a session in the size of the page."""
+        return cell(self._pixels(session), _IMAGE_SIDE)
+
+    def _pixels(self, session: Session) -> NDArray[np.uint8]:
+        """Decode the image of a session on first use. Raises DcrisError if that is not possible."""
+        if session.pixels is None:
+            session.pixels, session.data = self._service.read_image(session.data), b""
+        return session.pixels
+
+    async def _result(self, name: str, threshold: float) -> str:
+        """Render the predictions for a session."""
+        session = self._sessions.get(name)
+
+        def render() -> str:
+            rows, photo = _rows(session.at_threshold(threshold)), _data_uri(self.shown(session))
+            large_first = sorted(rows, key=lambda row: -row[1].area)  # small ones on top, or they would be covered
+            return _render(
+                "result", f"{name}.{session.answer}", photo, rows, large_first, _DOWNLOADS, name, f"{threshold:g}"
+            )
+
+        return await self._service.render(render)
+
+    @staticmethod
+    def _thumbnail(pixels: NDArray[np.uint8], file_name: str, phrases: tuple[str, ...]) -> str:
+        alt = f"example {file_name}" + (f": {', '.join(phrases)}" if phrases else "")
+        return _render("thumbnail", _data_uri(cell(pixels, _THUMBNAIL_SIDE)), alt)
 
 
-def _gradio_app(page: "gradio.Blocks") -> tuple["ASGIApp", frozenset[str]]:
-    """Return Gradio's application and its served paths: the page, its scripts and styles."""
+def _gradio_app(page: "gradio.Blocks", limits: Limits) -> tuple["ASGIApp", frozenset[str]]:
+    """Return Gradio's application and its served paths: the page, its scripts and styles, and the
+    description of its API."""
     import gradio
     from fastapi import FastAPI
     from gradio.routes import BUILD_PATH_LIB, STATIC_PATH_LIB
@@ -301,15 +382,15 @@ def _gradio_app(page: "gradio.Blocks") -> tuple["ASGIApp", frozenset[str]]:
         path="/",
         theme=theme,
         css=_file("page.css"),
-        head=f"<script>{_file('page.js')}</script>",
         ssr_mode=False,
         enable_monitoring=False,
         run_history=False,
         pwa=False,
         mcp_server=False,
         footer_links=[],
+        max_file_size=limits.upload,
     )
-    names = {"/", "/theme.css", "/favicon.ico"}
+    names = {"/", "/theme.css", "/config", "/gradio_api/info"}
     for prefix, folder in (("/assets", Path(BUILD_PATH_LIB)), ("/static", Path(STATIC_PATH_LIB))):
         names |= {f"{prefix}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
     return app, frozenset(names)
@@ -317,13 +398,6 @@ def _gradio_app(page: "gradio.Blocks") -> tuple["ASGIApp", frozenset[str]]:
 
 def _file(name: str) -> str:
     return resources.files("dcris.inference.web").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-async def _parse_request(request: "Request") -> PageRequest:
-    try:
-        return PageRequest.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise DcrisError("the request of the page is malformed; reload the page") from error
 
 
 def _read_examples(segmenter: Segmenter, paths: Sequence[Path] | None) -> list[Example]:
@@ -348,16 +422,23 @@ def _render(part: str, *values: Any) -> str:
     return str(getattr(_templates.get_template("results.html").module, part)(*values))
 
 
-def _render_image(session: Session, predictions: Sequence[Prediction]) -> str:
-    pixels = cell(session.pixels, _IMAGE_SIDE)
+def _rows(predictions: Sequence[Prediction]) -> list[tuple[int, Prediction, str, str]]:
+    """Return what the legend and the layers show: number, prediction, its colour, and its mask as
+    an image, which is empty if the mask is."""
+    rows = []
     for number, prediction in enumerate(predictions):
-        pixels = overlay(pixels, mask_cell(prediction.mask, _IMAGE_SIDE), colour_of(number))
-    return _render("image", _data_uri(pixels))
+        colour, layer = colour_of(number), ""
+        if prediction.box is not None:
+            drawn = png_bytes(mask_layer(mask_cell(prediction.mask, _IMAGE_SIDE), colour))
+            layer = f"data:image/png;base64,{base64.b64encode(drawn).decode()}"
+        rows.append((number, prediction, "rgb({}, {}, {})".format(*colour), layer))
+    return rows
 
 
-def _render_legend(predictions: Sequence[Prediction]) -> str:
-    colours = ("rgb({}, {}, {})".format(*colour_of(number)) for number in range(len(predictions)))
-    return _render("legend", list(zip(predictions, colours, strict=True)))
+def _sentence(error: DcrisError) -> str:
+    """Return the message of an error as a sentence of the page."""
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _delete_expired_sessions(sessions: Sessions, closing: threading.Event) -> None:

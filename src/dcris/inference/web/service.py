@@ -7,6 +7,7 @@ their number, size and age are limited.
 import asyncio
 import base64
 import io
+import re
 import secrets
 import threading
 import time
@@ -52,6 +53,8 @@ class Limits:
     """Requests that wait or run at one time."""
     kept_bytes: int = 1_000_000_000
     """Bytes of the images and probabilities of all sessions together."""
+    kept: int = 10_000
+    """Sessions."""
     kept_seconds: float = 1800.0
     """Time after the last use of a session until it is deleted."""
     fields: int = 200_000
@@ -115,6 +118,15 @@ class InferenceService:
         Raises DcrisError if it is not an image or has too many pixels.
         """
         return read_image(data, self.limits.pixels)
+
+    def require_file(self, data: bytes) -> None:
+        """Raise DcrisError if an image file is empty or too large."""
+        if not data:
+            raise DcrisError(
+                "there is no image; send the file as the body of the request, or as the part 'image' of a form"
+            )
+        if len(data) > self.limits.upload:
+            raise TooLargeError(f"the image file is larger than {self.limits.upload / 1e6:.2g} MB; send a smaller file")
 
     def parse_phrases(self, lines: Sequence[str]) -> list[str]:
         """Return the phrases among lines of text.
@@ -195,12 +207,17 @@ class InferenceService:
 class Session:
     """The image of one page and the predictions for it."""
 
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | None
+    """None until the file is decoded."""
     name: str
     """File name as the client sent it. It is never used as a path."""
     predictions: list[Prediction] = field(default_factory=list)
+    answer: int = 0
+    """Number of the predictions: how often the model was asked."""
     used: float = 0.0
     """Time of the last use."""
+    data: bytes = b""
+    """The image file, until it is decoded."""
 
     @property
     def stem(self) -> str:
@@ -210,7 +227,8 @@ class Session:
     @property
     def size(self) -> int:
         """Approximate memory in bytes."""
-        return self.pixels.size + sum(prediction.mask.size * 5 for prediction in self.predictions)
+        pixels = 0 if self.pixels is None else self.pixels.size
+        return len(self.data) + pixels + sum(prediction.mask.size * 5 for prediction in self.predictions)
 
     def at_threshold(self, threshold: float) -> list[Prediction]:
         """Return the predictions at another threshold, without a forward pass."""
@@ -240,8 +258,9 @@ class Sessions:
             self._sessions.move_to_end(name)
             self._delete_expired()
             limit = self._limits.kept_bytes
-            while len(self._sessions) > 1 and sum(each.size for each in self._sessions.values()) > limit:
-                self._sessions.popitem(last=False)
+            held = sum(each.size for each in self._sessions.values())
+            while len(self._sessions) > 1 and (held > limit or len(self._sessions) > self._limits.kept):
+                held -= self._sessions.popitem(last=False)[1].size
         return name
 
     def get(self, name: str | None) -> Session:
@@ -269,6 +288,11 @@ class Sessions:
         oldest = self._clock() - self._limits.kept_seconds
         for name in [name for name, session in self._sessions.items() if session.used < oldest]:
             del self._sessions[name]
+
+
+def is_session_name(text: str) -> bool:
+    """Whether a text can be the name of a session."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{22}", text) is not None
 
 
 def coco_results(predictions: Sequence[Prediction], file_name: str, masks: bool = False) -> list[dict[str, Any]]:

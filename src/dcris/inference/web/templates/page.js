@@ -1,26 +1,33 @@
+// Behind a proxy with TLS or another path, only the browser knows the address of the page.
+gradio_config.root = new URL(".", location.href).href.replace(/\/$/, "");
+// Before Gradio sends a file: files that are too large are refused here, in words, and not after minutes.
+// Also: an image that is pasted anywhere on the page is taken, not only by the button.
 window.dcris = {
-  session: null,  // name of the session that holds the image on the server
-  file: null,  // the image file that was dropped or chosen
-  same: {__type__: "update"},  // leaves a Gradio component unchanged
-  async post(route, request) {
-    const body = request instanceof File ? request : JSON.stringify({session: this.session, ...request});
-    let view;
-    document.body.classList.add("dcris-waiting");
-    try {
-      view = await (await fetch(route, {method: "POST", body})).json();
-    } catch {
-      view = {error: "the server does not answer; try again in a moment"};
-    }
-    document.body.classList.remove("dcris-waiting");
-    if (view.error) {
-      const note = view.error[0].toUpperCase() + view.error.slice(1);
-      return [note, this.same, this.same, this.same, this.same];
-    }
-    this.session = view.session;
-    return ["", view.image, view.legend, view.downloads, view.text ?? this.same];
-  },
-  upload() {
-    const query = new URLSearchParams({name: this.file.name, old: this.session ?? ""});
-    return this.post("page/image?" + query, this.file);
+  limit: Infinity,  // bytes
+  answer: undefined,  // which answer is shown, and the numbers of its masks that are hidden
+  hidden: new Set(),
+  refuse() {
+    const note = Object.assign(document.createElement("div"), {className: "note own", role: "alert"});
+    note.textContent = `The image file is larger than ${this.limit / 1e6} MB; send a smaller file.`;
+    document.querySelector("#note").append(note);
   },
 };
+const filesOf = (event) => [...(event.target?.files ?? event.dataTransfer?.files ?? event.clipboardData?.files ?? [])];
+for (const name of ["change", "drop", "paste", "click"])
+  document.addEventListener(name, (event) => {
+    document.querySelector("#note .own")?.remove();
+    const file = filesOf(event)[0];
+    if (!file) return;
+    if (file.size > dcris.limit) {
+      event.preventDefault();
+      event.stopImmediatePropagation();
+      if (event.target.files) event.target.value = "";
+      dcris.refuse();
+    } else if (name === "paste") {
+      const input = document.querySelector("#photo input[type=file]");
+      if (!input) return;
+      event.preventDefault();
+      input.files = event.clipboardData.files;
+      input.dispatchEvent(new Event("change", {bubbles: true}));
+    }
+  }, true);
