@@ -109,7 +109,7 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert dcris("predict", run, images, "-e", "red circle", "-e", "the ring", "--out", out) == 0
     assert len(capsys.readouterr().out.splitlines()) == 14
     assert len(json.loads((out / "predictions.json").read_text())) == 14
-    # A mask and scores of each, a picture of each image; predictions.json, the records and the state.
+    # A mask and scores of each, a picture of each image; predictions.json, records and state.
     assert len(list(out.iterdir())) == 2 * 14 + 7 + 3
     # A run can be repeated from its config.json.
     again = tmp_path / "again"
