@@ -346,6 +346,23 @@ def predictions(root: Path) -> None:
         write_results(root / name, answers, protocol)
 
 
+def rows(root: Path) -> None:
+    """Result files of two systems on two splits."""
+    root.mkdir()
+    for name in ("ours", "theirs"):
+        results = [
+            {
+                **dict.fromkeys(("miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"), 50.0),
+                **{"dataset": "refcoco", "split_by": "unc", "split": split, "protocol": "cris", "threshold": 0.35},
+                "data_sha256": split,
+                "analysis": {"by_category": [{"name": "cup", "expressions": 3, "miou": 50.0, "oiou": 40.0}]},
+            }
+            for split in ("val", "testA")
+        ]
+        cost = {"trained": 1e6, "adapters": 1e5, "flops": 1e9, "seconds": 0.1, "peak_memory": 0.5}
+        (root / f"{name}.json").write_text(json.dumps({"name": name, "results": results, "cost": cost}))
+
+
 # ---- formats -------------------------------------------------------------------------------------
 
 
@@ -383,7 +400,7 @@ _ABSENT = "--data SET --dataset grefcoco --split testA --protocol grefcoco --out
 _COMPARE = "--data SET/data --dataset tiny --split val --out OUT/page.html --images OUT/images"
 _TRAIN = "train SET/config.json --data SET/data --out OUT --device cpu --train.max_steps 1"
 _RESUME = "train SET/run/config.json --data SET/data --out SET/run --resume --device cpu"
-_BEGUN = r"(config|data)\.json|log\.jsonl|lock"
+_BEGUN = r"(config|data|provenance)\.json|training_images\.bin|log\.jsonl|lock"
 """Of a run that ended before its first checkpoint, as one with weights that are no numbers does."""
 _STEP = "checkpoints/step-00000002"
 _DETRIS = "base_refcoco.pth"
@@ -392,6 +409,7 @@ _OF_RUN = (
     ("log.jsonl", (json_lines,)),
     ("config.json", (json_tree,)),
     ("data.json", (json_tree,)),
+    ("provenance.json", (json_tree,)),
     (f"{_STEP}/state.json", (json_tree,)),
     (f"{_STEP}/config.json", (json_tree,)),
     (f"{_STEP}/model.safetensors", (safetensors_tree, safetensors_bomb)),
@@ -552,6 +570,16 @@ FORMATS = (
         "compared absent", generalised, "b.jsonl", (json_lines,), f"compare SET/answers.jsonl SET/b.jsonl {_ABSENT}", 4
     ),
     Format("compared", predictions, "b.jsonl", (json_lines,), f"compare SET/answers.jsonl SET/b.jsonl {_COMPARE}", 4),
+    *(
+        Format(
+            f"table {words}",
+            rows,
+            "ours.json",
+            (json_tree,),
+            f"table SET/ours.json SET/theirs.json {words} --out OUT/t",
+        )
+        for words in ("--cost --format latex", "--paper", "--by-category")
+    ),
 )
 
 
@@ -563,6 +591,8 @@ def settle(root: Path) -> None:
         length = int.from_bytes(data[:8], "little")
         text = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    for path in root.rglob("provenance.json"):
+        path.write_text(json.dumps({"data_sha256": "1", "hours": 0.5, "sessions": [{"started": "now", "hours": 0.5}]}))
     for path in root.rglob("log.jsonl"):
         path.write_text("".join(json.dumps(line) + "\n" for line in timeless_log(path.parent)))
 

@@ -463,7 +463,9 @@ def test_phrasecut_with_its_own_names_and_subsets(tmp_path: Path, capsys: pytest
     for name, some in {"i_multi": [first], "i_many": [second], "p_rel": [second], "s_mid": [first, second]}.items():
         expected = slow_phrasecut(some)
         assert {key: groups[name][key] for key in expected} == pytest.approx(expected), name
-    assert main(["score", str(masks), "--data", str(root), *map(str, where[:6])]) == 0
+    page = tmp_path / "page.html"
+    assert main(["score", str(masks), "--data", str(root), *map(str, where[:6]), "--report", str(page)]) == 0
+    assert "By subset of the data set" in page.read_text()
     assert f"| i_many | {100 * counts_of(second)[2]:.2f} |" in " ".join(capsys.readouterr().out.split())
 
 

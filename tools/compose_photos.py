@@ -29,9 +29,6 @@ from dcris.data.readers.load import load_references
 from dcris.data.readers.refer_layout import Instances
 
 MOST_PASTED = 4
-SAME_CATEGORY = 0.5
-"""Share of the pasted objects whose category the photograph has already, for phrases to tell
-apart."""
 AREAS = 0.008, 0.2
 """Least and greatest share of the photograph that a pasted object covers."""
 SCALES = 0.35, 1.8
@@ -73,6 +70,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--licences", type=int, nargs="+", help="numbers of `instances.json`; by default all")
     parser.add_argument("--per-photograph", type=int, default=5)
+    parser.add_argument(
+        "--same-category",
+        type=float,
+        default=0.5,
+        help="share of the pasted objects whose category the photograph has already, for phrases to tell apart",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     instances = refer_layout.read_instances(args.data, args.dataset)
@@ -96,7 +99,7 @@ def main() -> None:
     annotations: list[dict[str, Any]] = []
     next_id, next_ann = 1 + max(instances.images), 1 + max(instances.annotations)
     for number in pool * args.per_photograph:
-        pixels, items, used = compose(instances, number, objects[number], cutouts, generator)
+        pixels, items, used = compose(instances, number, objects[number], cutouts, args.same_category, generator)
         name = f"composed_{len(images):06}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=92)
         height, width = pixels.shape[:2]
@@ -156,6 +159,7 @@ def compose(
     number: int,
     annotations: list[dict[str, Any]],
     cutouts: dict[int, list[Cutout]],
+    same_category: float,
     generator: Generator,
 ) -> tuple[Pixels, list[Item], list[int]]:
     """Paste a few objects into a photograph, which is mirrored half of the time.
@@ -174,7 +178,7 @@ def compose(
     present = [item.category_id for item in items if item.category_id in cutouts]
     used = []
     for _ in range(generator.integers(1, MOST_PASTED + 1)):
-        same = bool(present) and generator.random() < SAME_CATEGORY
+        same = bool(present) and generator.random() < same_category
         category = int(generator.choice(present if same else list(cutouts)))
         cutout = cutouts[category][generator.integers(len(cutouts[category]))]
         placed = place(cutout, size, generator)

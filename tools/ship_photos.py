@@ -35,8 +35,10 @@ def main() -> None:
     segmenter = Segmenter.from_pretrained(args.run, device="cpu")
     rows = photographs(args.data, segmenter.config)
     scores = json.loads(args.scores.read_text(encoding="utf-8"))
-    # The precision of training is not that of every machine.
-    ship(segmenter, "photos", args.out, card(rows, scores), {"train.precision": "auto", "data.refine": "guided"})
+    # Neither the precision of training nor the path of the run that it continued is that of other
+    # machines.
+    changes = {"train.precision": "auto", "train.start": None, "data.refine": "guided"}
+    ship(segmenter, "photos", args.out, card(rows, scores), changes)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("coco_id", "licence", "url"), *rows])

@@ -5,7 +5,6 @@ of such files. Scores are in one column only if they compare: same data set, spl
 threshold and rules.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from dcris.data.table import bad, field
+from dcris.data.table import bad, check_text, field
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import BIOU, Metric
 from dcris.evaluation.protocols import PROTOCOLS
@@ -23,6 +22,9 @@ from dcris.utils.text_tables import Mark, comma_separated, latex, markdown, rank
 
 Format = Literal["markdown", "latex", "csv"]
 FORMATS: tuple[Format, ...] = ("markdown", "latex", "csv")
+_LARGEST = 1e18
+"""Of the numbers in a result file, among which are counts of operations."""
+
 BLANK = "-"
 """A cell without a value."""
 
@@ -207,7 +209,8 @@ def read_row(content: Any, path: Path) -> SystemResults:
         records[measure] = record
     values = field(content, "cost", dict, path, "the file")
     cost = {key: _number(values, key, path, "its 'cost'") for key in values}
-    return SystemResults(field(content, "name", str, path, "the file"), records, cost)
+    name = check_text(field(content, "name", str, path, "the file"), path, "the file", "name")
+    return SystemResults(name, records, cost)
 
 
 def _twice(measure: Measure, path: Path) -> DcrisError:
@@ -220,7 +223,8 @@ def _twice(measure: Measure, path: Path) -> DcrisError:
 def _measure(record: Any, path: Path, where: str) -> Measure:
     """Check a result, and return what it measures."""
     dataset, split_by, split, protocol, _ = (
-        field(record, key, str, path, where) for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
+        check_text(field(record, key, str, path, where), path, where, key)
+        for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
     )
     if protocol not in PROTOCOLS:
         raise DcrisError(f"{path}, {where}: there is no protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
@@ -231,15 +235,15 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
     rules = []
     for key, named in _RULES.items():
         if key in record:
-            if type(record[key]) not in (str, float, int):
-                raise bad(path, f"{where} has a '{key}' that is neither text nor a number")
+            if key != "threshold":
+                check_text(field(record, key, str, path, where), path, where, key)
             rules.append((key, named(record[key])))
     return Measure(dataset, split_by, split, protocol, tuple(rules))
 
 
 def _number(record: Any, key: str, path: Path, where: str) -> float:
     value = record.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:  # NaN is not
         raise bad(path, f"{where} has no number as '{key}'")
     return float(value)
 
@@ -337,7 +341,7 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
                 )
             place = Path(system.name)
             for group in groups:
-                name = field(group, "name", str, place, "a category")
+                name = check_text(field(group, "name", str, place, "a category"), place, "a category", "name")
                 size = field(group, "expressions", int, place, f"the category {name}")
                 sums[name] = sums.get(name, 0.0) + size * _number(group, key, place, f"the category {name}")
                 counts[name] = counts.get(name, 0) + size

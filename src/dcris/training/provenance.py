@@ -50,7 +50,11 @@ class RunRecord:
         content = read_json(self.path, "the record of the run")
         sessions = content.get("sessions") if type(content) is dict else None
         if type(sessions) is not list or not all(
-            type(session) is dict and type(session.get("hours")) in (int, float) for session in sessions
+            type(each) is dict and _is_hours(each.get("hours")) for each in sessions
         ):
             raise DcrisError(f"{self.path} is not a record of a run's sessions; delete it to start a new one")
         return sessions
+
+
+def _is_hours(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e9

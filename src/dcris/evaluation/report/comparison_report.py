@@ -81,7 +81,7 @@ def _parts(described: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) ->
                 "count": groups[0]["expressions"],
                 "cells": [_cell(each, group, first) for each, group in zip(described, groups, strict=True)],
             }
-            for groups in zip(*(each[grouping] for each in described), strict=True)
+            for groups in zip(*(each.get(grouping, ()) for each in described), strict=True)
         ]
         if rows:
             yield {"heading": f"{heading}: {first.title}", "hint": hint, "rows": rows}

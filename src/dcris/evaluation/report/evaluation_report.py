@@ -37,6 +37,8 @@ GROUPINGS = {
     "by_kind": ("By kind of expression", "Kind", _KIND_HINT),
     "by_length": ("By length of the expression", "Words", ""),
     "by_size": ("By size of the object", "Size", _SIZE_HINT),
+    "by_subset": ("By subset of the data set", "Subset", "As the data set's authors divide it."),
+    "by_category": ("By category of the object", "Category", ""),
 }
 """Heading, column title and hint of each grouping of `analyse`."""
 
