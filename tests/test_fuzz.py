@@ -724,7 +724,7 @@ def test_phrases_and_names_may_be_anything(
         shutil.copy(found / "photo.png", folder / f"{name}.png")
         words = ["predict", found / "model", folder, "-e", "cup", "--out", out, "--device", "cpu"]
         assert complaint(words) == (0, None), name
-        assert len(files_in(out)) == 5
+        assert len(files_in(out)) == 6
 
 
 def _nan_in_json(path: Path) -> None:

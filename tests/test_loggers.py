@@ -556,6 +556,7 @@ def test_trackers_are_not_imported_by_default(scenes_root: Path, tmp_path: Path)
         "config.json",
         "data.json",
         "log.jsonl",
+        "provenance.json",
         "training_images.bin",
     }
 
