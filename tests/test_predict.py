@@ -1439,9 +1439,26 @@ def test_a_data_set_grows_with_the_folder_and_is_never_taken_as_input(
     (photos / "3.png").unlink()
     assert dcris(*command) == 0
     assert "predictions-yolo: " in (printed := capsys.readouterr().out)
-    assert "left out, since they do not exist any more: 1" in printed
+    assert f"left out: gone or changed: {photos / '3.png'}\n" in printed
     assert {path.name for path in images.iterdir()} == {"0.png", "1.png", "2.png", "new.png"}
     assert not leftovers(photos)
+
+
+def test_a_replaced_image_is_not_exported_with_its_old_masks(model: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its masks are of another picture: whoever trains on them would train on wrong labels."""
+    photos, out = make_photos(tmp_path / "photos", 2), tmp_path / "out"
+    words = ("-e", "cup", "--format", "coco-dataset", "--out", out)
+    assert dcris("predict", model, photos / "0.png", *words) == 0
+    Image.new("RGB", (31, 17)).save(photos / "0.png")
+    capsys.readouterr()
+    assert dcris("predict", model, photos / "1.png", *words) == 0
+    assert f"on 1 images; left out: gone or changed: {photos / '0.png'}\n" in capsys.readouterr().out
+    (file,) = (out / "predictions-coco").rglob("*.json")
+    assert [image["file_name"] for image in json.loads(file.read_text())["images"]] == ["1.png"]
+    assert dcris("predict", model, photos, *words) == 0  # what is predicted again comes back
+    (file,) = (out / "predictions-coco").rglob("*.json")
+    sizes = {image["file_name"]: (image["width"], image["height"]) for image in json.loads(file.read_text())["images"]}
+    assert sizes == {"0.png": (31, 17), "1.png": (64, 48)}
 
 
 def test_corrections_are_not_overwritten(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:

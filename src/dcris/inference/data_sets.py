@@ -12,12 +12,15 @@ from dcris.data.exporter import export_table
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.inference.inputs import source_path
-from dcris.inference.records import Record, Result, State, Written, checksum, stamps
+from dcris.inference.records import Record, Result, State, Written, checksum, stamp_of, stamps
 from dcris.types import Expression, Reference
 from dcris.utils.files import remove_directory
 
 TOOLS = {"coco-dataset": "coco", "yolo": "yolo", "labelme": "labelme"}
 """Formats of `dcris predict` that are data sets, and their names in dcris.data.tools.FORMATS."""
+
+_MAX_LISTED = 5
+"""Number of images that are named as left out."""
 
 
 def data_set_folder(out: Path, format: str) -> Path:
@@ -50,7 +53,8 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
     Args:
         out: the folder of results.
         format: a key of TOOLS.
-        records: of images. Those that do not exist any more are left out.
+        records: of images. Those that are gone or were changed since are left out: a mask would not
+            fit the image.
 
     Returns:
         What it has, in words.
@@ -59,7 +63,13 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
         DcrisError: a file cannot be read or written. An earlier data set is then unchanged.
     """
     folder, state = data_set_folder(out, format), State.read(out)
-    there = [record for record in records if source_path(record.source).is_file()]
+    there, left_out = list[Record](), list[str]()
+    for record in records:
+        path = source_path(record.source)
+        if path.is_file() and stamp_of(path) == record.stamp:
+            there.append(record)
+        else:
+            left_out.append(str(path))
     references = tuple(_references(there))
     others = {name: known for name, known in state.folders.items() if name != folder.name}
     if references:
@@ -69,12 +79,16 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
     elif folder.name in state.folders:
         remove_directory(folder)
     state.model_copy(update={"folders": others}).write(out)
-    gone = (
-        f"; left out, since they do not exist any more: {len(records) - len(there):,}"
-        if len(there) < len(records)
-        else ""
+    return (
+        f"{sum(bool(each.segmentations) for each in references):,} objects on {len(there):,} images{_listed(left_out)}"
     )
-    return f"{sum(bool(each.segmentations) for each in references):,} objects on {len(there):,} images{gone}"
+
+
+def _listed(left_out: Sequence[str]) -> str:
+    if not left_out:
+        return ""
+    more = f" and {len(left_out) - _MAX_LISTED:,} more" if len(left_out) > _MAX_LISTED else ""
+    return f"; left out: gone or changed: {', '.join(left_out[:_MAX_LISTED])}{more}"
 
 
 def _references(records: Iterable[Record]) -> Iterable[Reference]:
