@@ -112,7 +112,18 @@ def test_local_files_are_read_below_the_folder_only(tmp_path: Path) -> None:
     (folder / "link").symlink_to(tmp_path / "secret")
     images = TaskImages(folder)
     assert images.read("/data/local-files/?d=in/%C3%A4%201.png", 10) == b"12345"
-    assert images.read("http://anywhere:8080/data/local-files/?d=in/%C3%A4%201.png", 10) == b"12345"
+    (folder / "circle").symlink_to(folder / "circle")
+    with pytest.raises(DcrisError, match="cannot read the image 'circle"):
+        images.read("/data/local-files/?d=circle", 10)
+    mine = TaskImages(folder, "http://mine:8080")
+    assert mine.read("http://mine:8080/data/local-files/?d=in/%C3%A4%201.png", 10) == b"12345"
+    with pytest.raises(DcrisError, match="is not one that Label Studio itself holds"):
+        mine.read("http://evil.example/data/local-files/?d=in/%C3%A4%201.png", 10)
+    with pytest.raises(DcrisError, match=r"server that was not given.*give its address with --url"):
+        images.read("http://mine:8080/data/local-files/?d=in/%C3%A4%201.png", 10)
+    for query in ("", "?d=in&d=in", "?e=in"):
+        with pytest.raises(DcrisError, match="is not one that Label Studio itself holds"):
+            mine.read(f"/data/local-files/{query}", 10)
     for name in ("../secret", str(tmp_path / "secret"), "link", "in/../../secret", "../nothing"):
         with pytest.raises(DcrisError, match="outside the folder"):
             images.read(f"/data/local-files/?d={name}", 10)
@@ -133,6 +144,32 @@ def test_local_files_are_read_below_the_folder_only(tmp_path: Path) -> None:
         TaskImages(tmp_path / "nowhere")
     with pytest.raises(DcrisError, match="is not the address of a server"):
         TaskImages(None, "localhost:8080")
+    with pytest.raises(DcrisError, match="is not the address of a server"):
+        TaskImages(None, "http://[")
+
+
+@pytest.mark.parametrize(
+    ("url", "token"),
+    [
+        ("http://ann:secret@localhost:8080", None),
+        ("ann:secret@localhost:8080", None),
+        ("http://localhost:8080/?token=secret", None),
+        ("http://localhost:8080/#secret", None),
+        ("http://localhost:8080", "secret\r\nX-Other: 1"),
+        ("http://localhost:8080", "secret\u00e9"),
+    ],
+)
+def test_messages_quote_no_secret(url: str, token: str | None) -> None:
+    """They are printed, and answered to whoever asks for a prediction."""
+    with pytest.raises(DcrisError) as caught:
+        TaskImages(None, url, token)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_token_from_a_file_with_a_line_end() -> None:
+    """As `LABEL_STUDIO_API_KEY="$(cat token.txt)"` of a Windows file leaves it."""
+    with label_studio({UPLOAD: b"12345"}) as (url, _):
+        assert TaskImages(None, url, "0123456789abcdef\r\n").read(UPLOAD, 10) == b"12345"
 
 
 @contextmanager

@@ -142,17 +142,27 @@ class TaskImages:
         folder: what Label Studio's LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT is: local files are read
             below it.
         url: of the Label Studio server, from which uploads and local files are fetched.
-        token: of a user there: a personal access token or a legacy one.
+        token: of a user there: a personal access token or a legacy one. White space around it is
+            dropped.
 
     Raises:
-        DcrisError: the folder does not exist, or the URL is none.
+        DcrisError: the folder does not exist, the URL is none or has more than scheme, host and
+            path, or the token cannot be one. The messages quote no secret.
     """
 
     def __init__(self, folder: Path | None = None, url: str | None = None, token: str | None = None) -> None:
         if folder is not None and not folder.is_dir():
             raise DcrisError(f"there is no folder {folder} with images")
-        if url is not None and not (is_url(url) and urlsplit(url).hostname):
+        if url is not None and any(mark in url for mark in "@?#"):  # messages quote addresses: no password in them
+            raise DcrisError(
+                f"the address of Label Studio must have no user, password, '?' or '#'; give a token with {TOKEN} instead"
+            )
+        if url is not None and not _is_server(url):
             raise DcrisError(f"{url!r} is not the address of a server, such as http://localhost:8080")
+        token = (token or "").strip()
+        # http.client would quote a header that it refuses, and so the token.
+        if not (token.isascii() and token.isprintable()):
+            raise DcrisError(f"{TOKEN} has a character that no token has; copy the token again")
         self._folder = None if folder is None else folder.resolve()
         self._url, self._token = (url or "").rstrip("/"), token
         self._access: tuple[str, float] | None = None
@@ -173,23 +183,29 @@ class TaskImages:
             path, names = unquote(parts.path), parse_qs(parts.query).get("d", [])
         except ValueError:
             parts, path, names = urlsplit(""), "", []
-        if path == _LOCAL and len(names) == 1 and self._folder is not None:
-            return self._read_local(names[0], most)
         base = urlsplit(self._url)
         path = path.removeprefix(base.path)
-        here = not parts.netloc or (parts.scheme, parts.netloc) == (base.scheme, base.netloc)
-        if not here or not path.startswith("/data/") or ".." in path.split("/"):
+        local = path == _LOCAL
+        held = path.startswith("/data/") and ".." not in path.split("/") and (not local or len(names) == 1)
+        server = parts.scheme, parts.netloc
+        elsewhere = any(server) and server != (base.scheme, base.netloc)
+        if held and elsewhere and not self._url and is_url(address):
+            raise DcrisError(
+                f"the image {shown(address)} is on a server that was not given; if it is your Label Studio, give its address "
+                "with --url"
+            )
+        if elsewhere or not held:
             raise DcrisError(
                 f"the image {shown(address)} is not one that Label Studio itself holds; upload it, or use Label Studio's local "
                 "files"
             )
+        if local and self._folder is not None:
+            return self._read_local(names[0], most)
         if not self._url:
             raise DcrisError(
                 f"the image {shown(address)} is in Label Studio; give its address with --url, and a token with {TOKEN}"
             )
-        return self._fetch(
-            self._url + quote(path) + (f"?d={quote(names[0])}" if path == _LOCAL and names else ""), most
-        )
+        return self._fetch(self._url + quote(path) + (f"?d={quote(names[0])}" if local else ""), most)
 
     def _read_local(self, name: str, most: int) -> bytes:
         assert self._folder is not None
@@ -202,6 +218,8 @@ class TaskImages:
             raise DcrisError(f"cannot read the image {shown(name)}: {error.strerror or error}") from error
         except ValueError as error:  # a zero byte
             raise DcrisError(f"cannot read the image {shown(name)}: {error}") from error
+        except RuntimeError as error:  # of Path.resolve, before Python 3.13
+            raise DcrisError(f"cannot read the image {shown(name)}: its links lead in a circle") from error
 
     def _fetch(self, url: str, most: int) -> bytes:
         try:
@@ -235,3 +253,12 @@ class TaskImages:
                 raise ValueError("there is no access token in the answer")
             self._access = access, time.monotonic()
         return {"Authorization": f"Bearer {self._access[0]}"}
+
+
+def _is_server(url: str) -> bool:
+    """Return whether a text is an http or https address with a host and a possible port."""
+    try:
+        parts = urlsplit(url)
+        return is_url(url) and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
