@@ -1479,6 +1479,37 @@ def test_corrections_are_not_overwritten(model: Path, photos: Path, tmp_path: Pa
     assert len(list((out / "predictions-labelme").rglob("*.json"))) == 4
 
 
+def test_a_call_killed_after_the_export_does_not_count_as_a_correction(
+    model: Path, photos: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Else the folder is refused for ever, though nobody has touched it; but what is corrected
+    after the kill is not lost."""
+    out = tmp_path / "out"
+    command = ["predict", model, photos / "0.png", "-e", "cup", "--format", "labelme", "--out", out]
+    assert dcris(*command) == 0
+    command[2] = photos
+
+    code = """if True:
+        import os, sys
+        from dcris.cli import main
+        from dcris.inference import data_sets
+        export = data_sets.export_table
+        data_sets.export_table = lambda *words, **options: (export(*words, **options), os._exit(9))
+        main(sys.argv[1:])
+    """
+    killed = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=False, timeout=300)
+    assert killed.returncode == 9
+    shutil.copytree(out, tmp_path / "corrected", copy_function=shutil.copy2)
+    assert dcris(*command) == 0
+    assert len(list((out / "predictions-labelme").rglob("*.json"))) == 4
+    assert dcris(*command) == 0
+    (file,) = (tmp_path / "corrected/predictions-labelme").rglob("3.json")
+    file.write_text(file.read_text().replace("cup", "saucer"))
+    command[-1] = tmp_path / "corrected"
+    assert dcris(*command) == 2
+    assert "predictions-labelme was changed after it was written" in capsys.readouterr().err
+
+
 # ---- what is printed, and what is not loaded ----------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +33,13 @@ class ExportResult:
 
 
 def export_table(
-    table: ReferenceTable, format: str, out: Path, image_url: str = IMAGE_URL, *, replace: bool = False
+    table: ReferenceTable,
+    format: str,
+    out: Path,
+    image_url: str = IMAGE_URL,
+    *,
+    replace: bool = False,
+    on_written: Callable[[Path], None] = lambda folder: None,
 ) -> ExportResult:
     """Write references, and copies of their images, into a new folder.
 
@@ -44,6 +50,8 @@ def export_table(
         out: the folder; must not exist, or be empty.
         image_url: prefix of the paths of images for tools that show them by URL.
         replace: replace an existing folder.
+        on_written: called with the folder when all of its files are written, before it is moved to
+            `out`.
 
     Raises:
         DcrisError: the format cannot be written, the folder is not empty, a mask cannot be decoded,
@@ -86,6 +94,7 @@ def export_table(
             except (OSError, shutil.SpecialFileError) as error:
                 raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
         write(exported, folder)
+        on_written(folder)
 
     write_directory(out, fill)
     doubtful = sum(1 for reference in kept if reference.ignored is not None)

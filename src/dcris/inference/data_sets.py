@@ -31,9 +31,10 @@ def data_set_folder(out: Path, format: str) -> Path:
 def require_unchanged(out: Path, formats: Iterable[str]) -> None:
     """Raise DcrisError if one of the data sets was changed since it was written: it may have
     corrections, and writing it again would lose them."""
-    known = State.read(out).folders
+    state = State.read(out)
     for folder in (data_set_folder(out, each) for each in formats if each in TOOLS):
-        if folder.is_dir() and (folder.name not in known or known[folder.name].files != stamps(folder)):
+        known = [each[folder.name].files for each in (state.folders, state.coming) if folder.name in each]
+        if folder.is_dir() and stamps(folder) not in known:
             raise DcrisError(
                 f"{folder} was changed after it was written, and would be replaced; move it elsewhere to keep the changes, or "
                 "choose another --out"
@@ -71,14 +72,20 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
         else:
             left_out.append(str(path))
     references = tuple(_references(there))
-    others = {name: known for name, known in state.folders.items() if name != folder.name}
+    written, coming = ({k: v for k, v in each.items() if k != folder.name} for each in (state.folders, state.coming))
+
+    def note(new: Path) -> None:
+        # A process that is killed between the move and the writing of the state below leaves a
+        # folder that nobody has changed, and that may be replaced.
+        written[folder.name] = Written(records=checksum(records), files=stamps(new))
+        state.model_copy(update={"coming": {**coming, folder.name: written[folder.name]}}).write(out)
+
     if references:
         table = ReferenceTable("predictions", "", out, references)
-        export_table(table, TOOLS[format], folder, replace=True)
-        others[folder.name] = Written(records=checksum(records), files=stamps(folder))
+        export_table(table, TOOLS[format], folder, replace=True, on_written=note)
     elif folder.name in state.folders:
         remove_directory(folder)
-    state.model_copy(update={"folders": others}).write(out)
+    state.model_copy(update={"folders": written, "coming": coming}).write(out)
     return (
         f"{sum(bool(each.segmentations) for each in references):,} objects on {len(there):,} images{_listed(left_out)}"
     )

@@ -193,6 +193,8 @@ class State(_Strict):
     """SHA-256 of the records that predictions.json and the files for Label Studio were made of."""
     folders: dict[str, Written] = {}
     """By name."""
+    coming: dict[str, Written] = {}
+    """By name, what takes a folder's place now, or already did if the process was killed then."""
 
     @classmethod
     def read(cls, out: Path) -> "State":
