@@ -98,6 +98,37 @@ def test_requests_are_answered_in_order_and_limited(segmenter: Segmenter) -> Non
     assert service.waiting == 0
 
 
+def test_masks_that_wait_for_encoding_are_bounded() -> None:
+    """The model is faster than the encoding of its masks, which would pile up; probabilities, which
+    no answer has, take four times their memory."""
+    alive = most = 0
+
+    def predict(pixels: Any, phrases: list[str], *, scores: bool = False, **_: Any) -> list[Any]:
+        nonlocal alive, most
+        assert not scores
+        alive += 1
+        most = max(most, alive)
+        return phrases
+
+    def encode(found: list[Any]) -> Any:
+        nonlocal alive
+        time.sleep(0.05)
+        alive -= 1
+        return found[0]
+
+    service = InferenceService(SimpleNamespace(predict=predict), Limits(waiting=8))  # type: ignore[arg-type]
+    pixels = np.zeros((4, 4, 3), np.uint8)
+
+    async def crowd() -> list[Any]:
+        asked = (service.answer(pixels, [str(number)], encode) for number in range(10))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(crowd())
+    assert answers[:8] == [str(number) for number in range(8)]
+    assert all(isinstance(answer, BusyError) for answer in answers[8:])
+    assert (most, service.waiting) == (2, 0)
+
+
 def test_requests_of_disconnected_clients_are_dropped() -> None:
     """Requests of clients that have disconnected must not use the model."""
     asked: list[str] = []

@@ -71,12 +71,17 @@ def make_api(service: InferenceService) -> Application:
 async def answer(service: InferenceService, image: bytes | NDArray[np.uint8], query: Query) -> list[dict[str, Any]]:
     """Return the results for an image (a file, or pixels), as in predictions.json.
 
-    Raises DcrisError as `InferenceService.predict` does.
+    Raises DcrisError as `InferenceService.answer` does.
     """
-    predictions = await service.predict(
-        image, query.phrases, query.adapters, query.threshold, query.min_score, query.min_area
+    return await service.answer(
+        image,
+        query.phrases,
+        lambda found: coco_results(found, query.name, masks=query.masks),
+        adapters=query.adapters,
+        threshold=query.threshold,
+        min_score=query.min_score,
+        min_area=query.min_area,
     )
-    return await service.render(lambda: coco_results(predictions, query.name, masks=query.masks))
 
 
 def parse_query(service: InferenceService, values: Iterable[tuple[str, str]]) -> Query:

@@ -7,8 +7,8 @@ image where the operator allows it (`TaskImages`). Sources: label_studio/ml/api_
 ml/models.py of Label Studio 1.23.2, label_studio_ml/api.py of label-studio-ml-backend.
 """
 
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -19,9 +19,10 @@ from dcris.data.tools.label_studio import brush_results
 from dcris.errors import DcrisError
 from dcris.inference.label_studio import label_studio_prediction, region_id
 from dcris.inference.labelling import LabellingInterface, TaskImages
+from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.web.server import HEALTH, Application
-from dcris.inference.web.service import InferenceService
+from dcris.inference.web.service import BusyError, InferenceService
 from dcris.version import __version__
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ _HEALTH = ("/", HEALTH)
 
 _MAX_TASKS = 10_000
 """Most tasks of a request."""
+
+_SECONDS = 80.0
+"""Time after which no further task of a request is begun: Label Studio waits for an answer for
+100 s (ML_TIMEOUT_PREDICT)."""
 
 
 class _Value(BaseModel):
@@ -117,17 +122,25 @@ def make_backend(
         asked = _parse(PredictRequest, await request.body())
         interface = LabellingInterface.parse(asked.label_config)
         context = asked.params.context if asked.params else None
-        results: list[dict[str, Any]] = []
-        problems: list[DcrisError] = []
-        for task in asked.tasks:
+        # No prediction, and not an empty one: Label Studio would keep that, and not ask again.
+        results: list[dict[str, Any] | list[Any]] = [[] for _ in asked.tasks]
+        problems: list[tuple[_Task, DcrisError]] = []
+        end = time.monotonic() + _SECONDS
+        for number, task in enumerate(asked.tasks):
+            if number and time.monotonic() > end:
+                log(f"{len(asked.tasks) - number} of {len(asked.tasks)} tasks are left; retrieve predictions again")
+                break
             try:
-                results.append(await _answer(service, images, interface, task, context, version))
+                results[number] = await _answer(service, images, interface, task, context, version)
+            except BusyError:
+                raise
             except DcrisError as error:
-                log(f"task {task.id}: {error}")
-                problems.append(error)
-                results.append(label_studio_prediction([], version))
-        if problems and len(problems) == len(asked.tasks):
-            raise problems[0]
+                problems.append((task, error))
+        failed = len(problems) == len(asked.tasks)
+        for task, problem in problems[failed:]:
+            log(f"task {task.id}: {problem}")
+        if failed and problems:  # the first one is logged with the answer
+            raise problems[0][1]
         return JSONResponse({"results": results, "model_version": version})
 
     async def webhook(request: "Request") -> Response:
@@ -169,7 +182,10 @@ async def _answer(
     context: _Context | None,
     version: str,
 ) -> dict[str, Any]:
-    """Return the prediction for a task: a region for each phrase with a mask."""
+    """Return the prediction for a task: a region for each phrase with a mask.
+
+    Raises DcrisError, and BusyError if too many requests are waiting.
+    """
     if context and context.result:
         said = ((each.from_name, _lines(each.value.text)) for each in context.result)
         phrases = interface.asked(said)
@@ -177,15 +193,16 @@ async def _answer(
         phrases = interface.phrases_of(task.data)
     if not phrases:
         return label_studio_prediction([], version)
-    phrases = service.parse_phrases(phrases)
+    most = service.limits.phrases
+    groups = [service.parse_phrases(phrases[start : start + most]) for start in range(0, len(phrases), most)]
     address = task.data.get(interface.field)
     data = await service.render(lambda: images.read(address, service.limits.upload))
-    regions = []
-    for found in await service.predict(data, phrases):
-        if found.mask.any():
-            regions += await service.render(
-                partial(
-                    brush_results,
+
+    def encode(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+        regions = []
+        for found in predictions:
+            if found.mask.any():
+                regions += brush_results(
                     region_id(f"{address}\0{found.phrase}"),
                     found.mask,
                     interface.label_of(found.phrase),
@@ -193,7 +210,9 @@ async def _answer(
                     tags=interface.tags,
                     score=found.score,
                 )
-            )
+        return regions
+
+    regions = [region for group in groups for region in await service.answer(data, group, encode)]
     return label_studio_prediction(regions, version)
 
 

@@ -13,8 +13,9 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PureWindowsPath
 from typing import Any, TypeVar
@@ -109,6 +110,8 @@ class InferenceService:
         self.limits = limits or Limits()
         self.waiting = 0
         """Number of requests that wait or run."""
+        self._results = asyncio.Semaphore(2)
+        """One answer is computed while another is encoded; masks of more would fill memory."""
         self._model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._images = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
 
@@ -151,9 +154,6 @@ class InferenceService:
         image: NDArray[np.uint8] | bytes,
         phrases: list[str],
         adapters: str | None = None,
-        threshold: float | None = None,
-        min_score: float | None = None,
-        min_area: int = 0,
     ) -> list[Prediction]:
         """Predict masks with probabilities (Segmenter.predict) for pixels or an uploaded file.
 
@@ -161,25 +161,42 @@ class InferenceService:
             DcrisError: as Segmenter.predict does.
             BusyError: too many requests are waiting.
         """
+        return await self._submit(self._model, lambda: self._predict(image, phrases, adapters=adapters, scores=True))
 
-        def run() -> list[Prediction]:
-            # Decode the file only now: while the request waits, the file takes less memory than its
-            # pixels.
-            pixels = self.read_image(image) if isinstance(image, bytes) else image
-            most = self.limits.masks // (pixels.shape[0] * pixels.shape[1])
-            if len(phrases) > most:
-                raise DcrisError(f"at most {most} phrases are allowed for an image of this size")
-            return self.segmenter.predict(
-                pixels,
-                phrases,
-                threshold=threshold,
-                min_score=min_score,
-                min_area=min_area,
-                scores=True,
-                adapters=adapters,
-            )
+    async def answer(
+        self,
+        image: NDArray[np.uint8] | bytes,
+        phrases: list[str],
+        encode: Callable[[list[Prediction]], T],
+        **options: Any,
+    ) -> T:
+        """Predict masks without probabilities, and encode them.
 
-        return await self._submit(self._model, run)
+        At most two requests at a time have masks in memory.
+
+        Args:
+            image: pixels, or an uploaded file.
+            phrases: of the masks.
+            encode: makes the answer of the predictions; it runs as `render` runs work.
+            options: of Segmenter.predict.
+
+        Raises:
+            DcrisError: as Segmenter.predict does.
+            BusyError: too many requests are waiting.
+        """
+        with self._place():
+            async with self._results:
+                found = await _run(self._model, lambda: self._predict(image, phrases, **options))
+                return await _run(self._images, lambda: encode(found))
+
+    def _predict(self, image: NDArray[np.uint8] | bytes, phrases: list[str], **options: Any) -> list[Prediction]:
+        # Decode the file only now: while the request waits, the file takes less memory than its
+        # pixels.
+        pixels = self.read_image(image) if isinstance(image, bytes) else image
+        most = self.limits.masks // (pixels.shape[0] * pixels.shape[1])
+        if len(phrases) > most:
+            raise DcrisError(f"at most {most} phrases are allowed for an image of this size")
+        return self.segmenter.predict(pixels, phrases, **options)
 
     async def render(self, work: Callable[[], T]) -> T:
         """Run work that does not need the model.
@@ -189,11 +206,17 @@ class InferenceService:
         return await self._submit(self._images, work)
 
     async def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        with self._place():
+            return await _run(executor, work)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Context of a request that waits or runs. Raises BusyError if there are too many."""
         if self.waiting >= self.limits.waiting:
             raise BusyError(BUSY)
         self.waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(executor, work)
+            yield
         finally:
             self.waiting -= 1
 
@@ -201,6 +224,10 @@ class InferenceService:
         """Cancel all waiting requests and accept no more."""
         for executor in (self._model, self._images):
             executor.shutdown(wait=False, cancel_futures=True)
+
+
+async def _run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
 @dataclass
