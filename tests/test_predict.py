@@ -1479,6 +1479,25 @@ def test_corrections_are_not_overwritten(model: Path, photos: Path, tmp_path: Pa
     assert len(list((out / "predictions-labelme").rglob("*.json"))) == 4
 
 
+@pytest.mark.parametrize("format", ["coco-dataset", "yolo", "labelme"])
+def test_a_data_set_with_a_name_that_is_not_utf8(format: str, model: Path, tmp_path: Path) -> None:
+    """One such file must not end the call, nor the calls after it: the tools read UTF-8 only."""
+    photos, out = make_photos(tmp_path / "photos", 2), tmp_path / "out"
+    try:
+        (photos / "1.png").rename(photos / os.fsdecode(b"n\xff.png"))
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    command = ("predict", model, photos, "-e", "cup", "--format", format, "--out", out)
+    assert dcris(*command) == 0
+    Image.new("RGB", (30, 20)).save(photos / "2.png")
+    assert dcris(*command) == 0
+    assert {path.name for path in out.rglob("*.png")} == {"0.png", "n%FF.png", "2.png"}
+    (made,) = out.glob("predictions-*")
+    data = tmp_path / "data.jsonl"
+    assert dcris("data", "import", made, "--out", data, "--val", 0, "--strict") == 0
+    assert len(data.read_text().splitlines()) == 3
+
+
 def test_a_call_killed_after_the_export_does_not_count_as_a_correction(
     model: Path, photos: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dcris.data.dataset import fit_image
 from dcris.data.images import image_endings, image_size, read_image
-from dcris.data.table import ReferenceTable
+from dcris.data.table import ReferenceTable, quoted
 from dcris.data.tools import FORMATS
 from dcris.data.tools.annotation import Exported, split_folder
 from dcris.errors import DcrisError
@@ -103,13 +103,13 @@ def export_table(
 
 def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:
     """Return a path in the new folder for each image. The last parts are unique without their
-    endings and ignoring case, since tools name their files after them."""
+    endings and ignoring case, since tools name their files after them, and UTF-8."""
     used, names = set[str](), {}
     common = Path(os.path.commonpath([path.parent for path in splits])) if splits else Path()
     for path, split in splits.items():
-        stem, ending = path.stem, path.suffix if path.suffix.lower() in image_endings() else ""
+        stem, ending = quoted(path.stem), path.suffix if path.suffix.lower() in image_endings() else ""
         if stem.lower() in used:
-            stem = "_".join(path.relative_to(common).with_suffix("").parts)
+            stem = quoted("_".join(path.relative_to(common).with_suffix("").parts))
         number = 1
         base = stem
         while stem.lower() in used:

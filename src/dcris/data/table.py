@@ -7,6 +7,7 @@ Readers check everything that a file contains, once, so that later code need not
 import hashlib
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from dcris.data.coco import portable_name
 from dcris.errors import DcrisError
@@ -170,6 +172,12 @@ def shown(value: Any) -> str:
 def is_utf8(text: str) -> bool:
     """Return whether text can be encoded as UTF-8: it has no lone surrogate."""
     return _SURROGATE.search(text) is None
+
+
+def quoted(name: str) -> str:
+    """Return a file name as UTF-8 text, percent-encoded if its bytes are not UTF-8. On Unix they
+    may be any."""
+    return name if is_utf8(name) else quote(os.fsencode(name))
 
 
 def bad(path: Path, problem: str) -> DcrisError:

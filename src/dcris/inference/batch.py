@@ -40,10 +40,11 @@ from dcris.checkpoints.checkpoint import model_files, read_config
 from dcris.config import RunConfig
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
+from dcris.data.table import is_utf8, quoted
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.inference.data_sets import TOOLS, data_set_folder, is_written, require_unchanged, write_data_set
-from dcris.inference.inputs import Task, is_utf8, quoted, result_stem
+from dcris.inference.inputs import Task, result_stem
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.inference.records import (

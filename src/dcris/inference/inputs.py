@@ -12,9 +12,10 @@ from io import StringIO
 from itertools import chain, count, islice
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from dcris.data.images import image_endings, why_not_read
+from dcris.data.table import is_utf8, quoted
 from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
 from dcris.inference.video import VIDEO_ENDINGS
@@ -83,20 +84,6 @@ def source_path(source: str) -> Path:
     return Path(
         os.fsdecode(unquote_to_bytes(source.removeprefix(_NOT_UTF8))) if source.startswith(_NOT_UTF8) else source
     )
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a file name is valid UTF-8. On Unix it may be any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def quoted(name: str) -> str:
-    """Return a file name as UTF-8 text, percent-encoded if its bytes are not UTF-8."""
-    return name if is_utf8(name) else quote(os.fsencode(name))
 
 
 def find_tasks(

@@ -23,8 +23,9 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dcris.data.table import is_utf8, quoted
 from dcris.errors import DcrisError
-from dcris.inference.inputs import RECORDS, Task, assign_names, is_utf8, quoted, source_path
+from dcris.inference.inputs import RECORDS, Task, assign_names, source_path
 from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
 from dcris.utils.files import (
@@ -218,7 +219,7 @@ def stamp_of(path: Path) -> Stamp:
 def stamps(folder: Path) -> dict[str, Stamp]:
     """Return the stamps of all files below a folder, by their paths in it."""
     files = (path for path in folder.rglob("*") if not path.is_dir())
-    return {path.relative_to(folder).as_posix(): stamp_of(path) for path in files}
+    return {quoted(path.relative_to(folder).as_posix()): stamp_of(path) for path in files}
 
 
 class Records:
