@@ -162,6 +162,29 @@ def test_other_words_in_raw_are_counted(tmp_path: Path) -> None:
     assert note.startswith("1 sentences have a 'raw' that differs from 'sent', such as 'A plane, 2' and 'a plane 2'")
 
 
+@pytest.mark.parametrize(
+    ("dataset", "others"),
+    [
+        ("refsegrs", ("RefSegRS/output_phrase_train.txt",)),
+        ("reasonseg", ("reason_seg/ReasonSeg/train/1.jpg", "reason_seg/ReasonSeg/train/1.json")),
+        ("phrasecut", ("VGPhraseCut_v0/refer_train.json",)),
+    ],
+)
+def test_a_split_is_the_same_without_the_others(dataset: str, others: tuple[str, ...], tmp_path: Path) -> None:
+    """Masks are named by sent_id, and results compare by data_sha256, on any machine."""
+    root = WRITERS[dataset](tmp_path)
+    if dataset == "refsegrs":  # an id that is no number
+        write_refsegrs(root, {**REFSEGRS, "val": "009 van"})
+        (root / "RefSegRS/masks/9.tif").rename(root / "RefSegRS/masks/009.tif")
+    whole = load_references(root, dataset)
+    for other in others:
+        (root / other).unlink()
+    part = load_references(root, dataset)
+    assert part.splits().keys() == whole.splits().keys() - {"train"}
+    for split in part.splits():
+        assert part.sha256(split) == whole.sha256(split)
+
+
 # ---- RefSegRS ------------------------------------------------------------------------------------
 
 
@@ -170,6 +193,7 @@ def test_refsegrs_is_named_by_id(tmp_path: Path) -> None:
     named = {each.name: (each.text, item) for item in table.references for each in item.expressions}
     texts = {name: text for name, (text, _) in named.items()}
     assert texts == {"7": "road in the middle", "8": "vehicle on the road", "9": "van", "10": "a building"}
+    assert [each.sent_id for item in table.references for each in item.expressions] == [7, 8, 9, 10]
     expected = box(8, 3, 30, 20) | box(0, 30, 10, 33)
     np.testing.assert_array_equal(truth(named["8"][1]), expected)
     np.testing.assert_array_equal(truth(named["10"][1]), box(10, 3, 30, 20))
@@ -403,6 +427,10 @@ def _structure(key: str, value: Any) -> Callable[[dict[str, list[dict[str, Any]]
         (_task("Polygons", [[[[1e300, 2]] * 3], []]), "'Polygons' that are not lists of polygons"),
         (_task("Polygons", [[[[999, 2]] * 3], []]), "unusable object 1 in its 'Polygons' .*lies far outside"),
         (_task("Polygons", 5), "'Polygons' that is not a list"),
+        (_task("Polygons", "ab"), "'Polygons' that is not a list"),
+        (_task("Polygons", {"a": 1, "b": 2}), "'Polygons' that is not a list"),
+        (_task("Polygons", ["a", []]), "'Polygons' that are not lists of polygons"),
+        (_task("Polygons", [["a"], []]), "'Polygons' that are not lists of polygons"),
         (_structure("name", None), "'name' that is not text"),
         (_structure("attributes", [1]), "'attributes' that are not texts"),
         (_structure("type", 1), "'type' that is not text"),

@@ -18,6 +18,7 @@ from pycocotools import mask as coco
 
 from dcris.cli import main
 from dcris.data.masks import encode_mask
+from dcris.data.readers.load import load_references
 from dcris.evaluation.analysis import analyse
 from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.metrics import boundary, summarise
@@ -436,6 +437,39 @@ def test_reasonseg_and_the_masks_of_its_photographs(tmp_path: Path, capsys: pyte
             capsys, root, masks, "--dataset", "reasonseg", "--split", "test", "--protocol", "lisa", "--boundary"
         )
         assert found["giou"] == giou
+
+
+def test_refsegrs_masks_are_of_their_own_expressions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An id is a number, as a sent_id is: masks by one must not pair with the expressions of the
+    other."""
+    home, masks = tmp_path / "data/RefSegRS", tmp_path / "masks"
+    for folder in (home / "images", home / "masks", masks):
+        folder.mkdir(parents=True)
+    for number in range(6):
+        truth = Image.fromarray(box(4 * number, 0, 4 * number + 4, H) * np.uint8(255))
+        truth.save(home / f"masks/{number}.tif")
+        truth.convert("RGB").save(home / f"images/{number}.tif")
+    lines = home / "output_phrase_test.txt"
+    lines.write_text("".join(f"{number} thing {number}\n" for number in range(6)))
+    where = ("--dataset", "refsegrs", "--split", "test", "--protocol", "lavt")
+
+    def save(by: str) -> None:
+        for reference in load_references(home.parent, "refsegrs").references:
+            for each in reference.expressions:
+                name = each.sent_id if by == "sent_id" else each.name
+                Image.open(reference.segmentations[0].path).save(masks / f"{name}.png")
+
+    for by in ("sent_id", "name"):
+        save(by)
+        assert scored_files(capsys, home.parent, masks, *where)["miou"] == 100
+    # Two phrases with one id: sent_ids are not the ids.
+    (home / "output_phrase_train.txt").write_text("0 a\n0 b\n1 c\n2 d\n")
+    for path in masks.iterdir():
+        path.unlink()
+    save("sent_id")
+    words = ("score", masks, "--data", home.parent, "--dataset", "refsegrs", "--split", "train", "--protocol", "lavt")
+    assert main([*map(str, words)]) == 2
+    assert "the masks 1 and 3 differ" in capsys.readouterr().err
 
 
 def test_phrasecut_with_its_own_names_and_subsets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

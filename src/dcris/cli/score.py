@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
         "evaluate predicted masks",
         "masks --data ROOT --dataset refcoco --split testA --protocol lavt",
         "PREDICTIONS is a folder of <sent_id>.png, a COCO result .json with sent_id, an .npz of arrays named by sent_id, or "
-        "a results file of `dcris evaluate --answers`.",
+        "a results file of `dcris evaluate --answers`. PNG files and arrays may also be named by PhraseCut's task_id, "
+        "RefSegRS's id, or the file name of a ReasonSeg image without its ending.",
     )
     score.add_argument(
         "predictions",

@@ -26,6 +26,10 @@ _T = TypeVar("_T")
 OnError = Callable[[DcrisError], None]
 """Callback that receives the error of each skipped reference."""
 
+SPLIT_STEP = 10_000_000
+"""Files without numbers are numbered from a multiple of this, by the place of their split, so that
+a split's numbers do not depend on which others are there."""
+
 MAX_OBJECTS = 1000
 """Most objects of a reference. COCO has at most 100 in an image, and decoding each takes time."""
 

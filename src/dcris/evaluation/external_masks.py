@@ -8,8 +8,9 @@ Masks have the size of their image, one for each expression, identified by its `
 - a file of JSON Lines (.jsonl) with such entries, as `dcris evaluate --answers` writes it: its
   masks are scored again.
 
-Where the data set's own files call an expression otherwise (PhraseCut's task_id), PNG files and
-arrays may have that name. Entries may have GSEval's keys, `idx` and `predicted_segmentation`.
+Where the data set's own files call an expression otherwise (PhraseCut's task_id, RefSegRS's id,
+ReasonSeg's file name), PNG files and arrays may have that name. Entries may have GSEval's keys,
+`idx` and `predicted_segmentation`.
 
 An empty mask, or `null` as the `segmentation`, answers that there is nothing. Entries of .json and
 .jsonl files may have `present`, the probability that the target is present, and `score`, both in
@@ -51,11 +52,37 @@ class PredictedMasks(ABC):
     @abstractmethod
     def __contains__(self, key: object) -> bool: ...
 
-    def find(self, expression: Expression) -> Key | None:
-        """Return the key of an expression's mask, its name or its sent_id; None if there is no
-        mask."""
-        keys = (expression.name, expression.sent_id)
-        return next((key for key in keys if key is not None and key in self), None)
+    def keys(self, expression: Expression) -> list[Key]:
+        """Return the keys that an expression's mask has here, of its name and its sent_id."""
+        own = (
+            (expression.sent_id,)
+            if expression.name == str(expression.sent_id)
+            else (expression.name, expression.sent_id)
+        )
+        return [key for key in own if key is not None and key in self]
+
+    def find(self, expression: Expression, size: tuple[int, int]) -> tuple[Key, MaskArray] | None:
+        """Return the key of an expression's mask and the mask [H, W]; None if there is none.
+
+        Raises:
+            DcrisError: it cannot be read or has another size, or both the expression's name and its
+                sent_id have a mask and these differ, so that one is of another expression.
+        """
+        keys = self.keys(expression)
+        if not keys:
+            return None
+        try:
+            masks = [self.mask(key, size) for key in keys]
+        except DcrisError:
+            if len(keys) == 1:
+                raise
+            masks = []  # one may have the size of its own image
+        if len(masks) != len(keys) or not np.array_equal(masks[0], masks[-1]):
+            raise DcrisError(
+                f"the masks {keys[0]} and {keys[1]} differ, and expression {expression.sent_id} has both as its names; name "
+                "all masks by sent_id, or all by the names in the data set's files"
+            )
+        return keys[0], masks[0]
 
     @abstractmethod
     def mask(self, key: Key, size: tuple[int, int]) -> MaskArray:
@@ -237,16 +264,15 @@ def score_masks(
             its image.
     """
     masks = open_predicted_masks(path, mask_threshold)
-    missing = [expression for _, expression in queries if masks.find(expression) is None]
+    missing = [expression for _, expression in queries if not masks.keys(expression)]
     if len(missing) == len(queries) or (missing and not missing_is_empty):
         raise DcrisError(
             f"{path} has no mask for {len(missing):,} of {len(queries):,} expressions, the first of them sentence "
             f"{missing[0].sent_id}, {missing[0].text!r}; add the masks, or give --missing-is-empty"
         )
     for reference, expression in queries:
-        targets, key = reference.targets(expression), masks.find(expression)
-        size = reference.image_size
-        mask = np.zeros(size, bool) if key is None else masks.mask(key, size)
+        targets, size = reference.targets(expression), reference.image_size
+        key, mask = masks.find(expression, size) or (None, np.zeros(size, bool))
         truth = protocol.truth(reference, expression)
         compared = protocol.for_target(bool(targets)).to_canvas(mask)
         counted = overlap(compared, truth.mask, truth.ignored)

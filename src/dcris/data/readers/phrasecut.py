@@ -27,7 +27,7 @@ from dcris.data.coco import CATEGORIES
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import MAX_OBJECTS, OnError, ReferenceTable, bad, check_text, field, skip_errors
+from dcris.data.table import MAX_OBJECTS, SPLIT_STEP, OnError, ReferenceTable, bad, check_text, field, skip_errors
 from dcris.errors import DcrisError
 from dcris.types import Expression, PixelPolygons, Reference
 from dcris.utils.files import read_json
@@ -56,15 +56,17 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     """Read PhraseCut; see Reader.load. The images need not exist."""
     home = _home(root)
     assert home is not None
-    reader = _TaskReader(home, _read_images(home), *_read_ranks(home))
+    known = _read_images(home), *_read_ranks(home)
+    seen = set[str]()
     references: list[Reference] = []
-    for split in _SPLITS:
+    for place, split in enumerate(_SPLITS):
         path = home / f"refer_{split}.json"
         if not path.is_file():
             continue
         tasks = read_json(path, "the tasks of PhraseCut", _compact)
         if type(tasks) is not list:
             raise bad(path, "it is not a list of tasks")
+        reader = _TaskReader(home, *known, seen, place * SPLIT_STEP + 1)
         for number, task in enumerate(tasks, 1):
             with skip_errors(on_error):
                 references.append(reader.read(task, split, path, number))
@@ -86,10 +88,17 @@ def _compact(record: dict[str, Any]) -> dict[str, Any]:
     if "Polygons" in record:
         with suppress(TypeError, ValueError, OverflowError):
             record["Polygons"] = [
-                PixelPolygons(tuple(_corners(polygon) for polygon in instance if len(polygon) > 1))
-                for instance in record["Polygons"]
+                PixelPolygons(tuple(_corners(polygon) for polygon in _list(instance) if len(_list(polygon)) > 1))
+                for instance in _list(record["Polygons"])
             ]
     return record
+
+
+def _list(value: Any) -> list[Any]:
+    """Return a list as it is: texts and dicts, too, have a length and elements."""
+    if type(value) is not list:
+        raise TypeError("not a list")
+    return value
 
 
 def _corners(polygon: list[Any]) -> NDArray[np.int32]:
@@ -138,14 +147,20 @@ def _read_ranks(home: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 
 class _TaskReader:
-    """Reads tasks and numbers them."""
+    """Reads the tasks of a split and numbers them and their objects, from `first`."""
 
     def __init__(
-        self, home: Path, images: Mapping[int, _Image], categories: Mapping[str, int], attributes: Mapping[str, int]
+        self,
+        home: Path,
+        images: Mapping[int, _Image],
+        categories: Mapping[str, int],
+        attributes: Mapping[str, int],
+        seen: set[str],
+        first: int,
     ) -> None:
         self.home, self.images, self.categories, self.attributes = home, images, categories, attributes
         self.coco_names = frozenset(CATEGORIES.values())
-        self.numbers, self.objects, self.seen = itertools.count(1), itertools.count(1), set[str]()
+        self.numbers, self.objects, self.seen = itertools.count(first), itertools.count(first), seen
 
     def read(self, task: Any, split: str, path: Path, number: int) -> Reference:
         name = field(task, "task_id", str, path, f"entry {number}")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dcris.data.images import image_size
 from dcris.data.masks import encode_mask, require_polygons
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import MAX_OBJECTS, OnError, ReferenceTable, bad, check_text, field, skip_errors
+from dcris.data.table import MAX_OBJECTS, SPLIT_STEP, OnError, ReferenceTable, bad, check_text, field, skip_errors
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json
@@ -51,8 +51,8 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     home = _home(root)
     assert home is not None
     references: list[Reference] = []
-    sentences = number = 0
-    for split in _SPLITS:
+    for place, split in enumerate(_SPLITS):
+        sentences = number = place * SPLIT_STEP
         files = (home / split).glob("*.*") if (home / split).is_dir() else ()
         for stem in sorted({path.stem for path in files if path.suffix in (".jpg", ".json")}):
             number += 1

@@ -6,6 +6,7 @@ be called refsegrs, too.
 Source: https://github.com/zhu-xlab/rrsis, and the loaders of LGCE, RMSIN and FIANet.
 """
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from dcris.data.images import image_size
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import OnError, ReferenceTable, bad, check_text, plain_path, shown, skip_errors
+from dcris.data.table import SPLIT_STEP, OnError, ReferenceTable, bad, check_text, plain_path, shown, skip_errors
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, SoftMask
 from dcris.utils.files import read_text
@@ -22,6 +23,7 @@ _FOLDERS = ("RefSegRS", "refsegrs")
 _FILE = "output_phrase_{}.txt"
 _SPLITS = ("train", "val", "test")
 _LINE = re.compile(r"(\S+)\s+(\S.*)")
+_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 _LONGEST = 16_000_000
 """Bytes of a file of phrases; the largest official one has about 0.1 MB."""
 
@@ -39,8 +41,10 @@ def _home(root: Path) -> Path | None:
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
     """Read RefSegRS; see Reader.load.
 
-    The size of an image is that of its mask, read from the header. Lines with the same id are
-    expressions of one reference, whose masks are then named by sent_id, others by id.
+    The size of an image is that of its mask, read from the header. Where all ids are different
+    whole numbers, as in the official files, they are the numbers of references, images and
+    expressions. Lines with the same id are expressions of one reference, whose masks are then
+    named by sent_id, others by id.
     """
     home = _home(root)
     assert home is not None
@@ -65,28 +69,36 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
                 if "/" in name:
                     raise bad(path, f"{where} has an id that is not a file name: {shown(name)}")
                 phrases[split, name].append(check_text(match[2], path, where, "phrase"))
-    images = {name: number for number, name in enumerate(dict.fromkeys(name for _, name in phrases), 1)}
+    official = _are_numbers([name for (_, name), texts in phrases.items() for _ in texts])
+    numbers, sent_ids = _counters(), _counters()
     references: list[Reference] = []
-    sentences = 0
-    for ref_id, ((split, name), texts) in enumerate(phrases.items(), 1):
-        first, alone = sentences + 1, len(texts) == 1
-        sentences += len(texts)
+    for (split, name), texts in phrases.items():
+        number = int(name) if official else next(numbers[split])
+        numbered = [(number if official else next(sent_ids[split]), text) for text in texts]
         with skip_errors(on_error):
             mask = home / "masks" / f"{name}.tif"
             references.append(
                 Reference(
-                    ref_id=ref_id,
-                    ann_ids=(ref_id,),
-                    image_id=images[name],
+                    ref_id=number,
+                    ann_ids=(number,),
+                    image_id=number,
                     image_path=home / "images" / f"{name}.tif",
                     image_size=image_size(mask),
                     category="object",
                     split=split,
                     segmentations=(SoftMask(mask, 0),),
                     expressions=tuple(
-                        Expression(sent_id, text, name=name if alone else None)
-                        for sent_id, text in enumerate(texts, first)
+                        Expression(sent_id, text, name=name if len(texts) == 1 else None) for sent_id, text in numbered
                     ),
                 )
             )
     return ReferenceTable(dataset, split_by, root, tuple(references))
+
+
+def _counters() -> dict[str, "itertools.count[int]"]:
+    return {split: itertools.count(place * SPLIT_STEP + 1) for place, split in enumerate(_SPLITS)}
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Return whether names are whole numbers, each written in one way and only once."""
+    return len({*names}) == len(names) and all(_NUMBER.fullmatch(name) for name in names)
