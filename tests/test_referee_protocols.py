@@ -4,6 +4,7 @@ follow the authors' code, on small drawn masks and on real annotations."""
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +72,6 @@ def slow_boundary_iou(pairs: Sequence[Pair]) -> float:
     """In percent. Pixels without a truth are left out of both boundaries."""
     ious = []
     for prediction, truth, ignored in pairs:
-        if not truth.any() and not prediction.any() and ignored is not None:
-            continue
         compared = np.ones(truth.shape, bool) if ignored is None else ~ignored
         ours, theirs = slow_boundary(prediction) & compared, slow_boundary(truth) & compared
         either = (ours | theirs).sum()
@@ -246,10 +245,20 @@ def test_lisa_with_ignored_regions(drawn: list[tuple[np.ndarray, np.ndarray, np.
     found = summarise((result.overlap for result in results), protocol.metrics)
     expected = slow_lisa(pairs)
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-7)
-    # Where nothing of either mask is compared there is no boundary to be right or wrong about.
-    there = [pair for pair, result in zip(pairs, results, strict=True) if result.overlap.union]
-    if there:
-        assert found["biou"] == pytest.approx(slow_boundary_iou(there), abs=1e-9)
+    assert found["biou"] == pytest.approx(slow_boundary_iou(pairs), abs=1e-9)
+
+
+@pytest.mark.parametrize("pixels", [0, 1])
+def test_boundary_iou_of_lisa_is_over_the_same_expressions_for_all_systems(pixels: int) -> None:
+    """An expression without a target has no boundary, whether or not a pixel is predicted there."""
+    some, prediction = np.zeros((5, 5), bool), np.zeros((5, 5), bool)
+    some[1:4] = True
+    prediction[0, :pixels] = True
+    present, absent = references_of([some, some])
+    protocol = get_protocol("lisa", boundary=True)
+    results = scored([present, replace(absent, segmentations=(), ann_ids=())], [some, prediction], protocol)
+    found = summarise((result.overlap for result in results), protocol.metrics)
+    assert (found["biou"], found["giou"]) == (100, pytest.approx(50 if pixels else 100, abs=1e-4))
 
 
 @given(st.lists(st.tuples(small_masks, small_masks), min_size=1, max_size=6))
@@ -280,7 +289,8 @@ def test_two_empty_masks() -> None:
     nothing = np.zeros((5, 5), bool)
     for name, iou in (("lisa", 1.0), ("phrasecut", 0.0), ("gseval", 0.0), ("cris", 0.0)):
         protocol = get_protocol(name)
-        (result,) = scored(references_of([nothing]), [nothing], protocol)
+        reference = replace(*references_of([nothing]), segmentations=(), ann_ids=())
+        (result,) = scored([reference], [nothing], protocol)
         assert result.overlap.iou == iou
         assert summarise([result.overlap], protocol.metrics)[protocol.metrics[0].key] == 100 * iou
 

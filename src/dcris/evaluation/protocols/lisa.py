@@ -14,9 +14,7 @@ _GIOU = replace(
     MIOU,
     key="giou",
     title="gIoU",
-    value=lambda overlaps: np.where(
-        overlaps.none & ~overlaps.target, 1.0, overlaps.intersection / (overlaps.union + 1e-5)
-    ),
+    value=lambda overlaps: np.where(overlaps.union == 0, 1.0, overlaps.intersection / (overlaps.union + 1e-5)),
     description="Intersection over union, averaged over the expressions; 1 where neither mask has a pixel.",
 )
 
@@ -53,4 +51,5 @@ class Lisa(Refer):
         present: float | None,
         score: float | None,
     ) -> Overlap:
-        return counted if counted.union else replace(counted, target=False, none=True)
+        reference, expression = query
+        return replace(counted, target=bool(reference.targets(expression)), none=counted.union == 0)
