@@ -14,7 +14,9 @@ import pytest
 
 from dcris.cli import main
 from dcris.data.readers.load import list_data_sets, load_references
+from dcris.errors import DcrisError
 from dcris.evaluation.protocols import PROTOCOLS
+from dcris.experiments.evaluate_all import evaluate_all
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.text_tables import latex, markdown
 
@@ -188,19 +190,59 @@ def test_systems_must_be_measured_on_the_same_references(tmp_path: Path, capsys:
     assert dcris("table", tmp_path / "none.json") == 2
 
 
+def test_systems_are_ranked_in_each_category(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Systems are columns there: the best of a column would be the easiest category."""
+    for name, cat, dog in (("a", 50.0, 90.0), ("b", 60.0, 80.0)):
+        groups = [{"name": text, "expressions": 2, "miou": miou} for text, miou in (("cat", cat), ("dog", dog))]
+        row(tmp_path, name, record("val", 70.0, analysis={"by_category": groups}))
+    files = (tmp_path / "a.json", tmp_path / "b.json")
+    assert dcris("table", *files, "--by-category") == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == [["cat", "2", "<u>50.0</u>", "**60.0**"], ["dog", "2", "**90.0**", "<u>80.0</u>"]]
+    assert dcris("table", *files, "--by-category", "--format", "latex") == 0
+    toprule, header = capsys.readouterr().out.splitlines()[1:3]
+    assert (toprule, header) == (r"\toprule", r"Category & Expressions & a & b \\")  # no empty row between them
+
+
+def test_a_folder_has_the_costs_of_any_of_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    (folder / "0.json").write_text(json.dumps(record("testA", 75.5)))
+    row(folder, "all", record("val", 70.0), cost={"seconds": 0.25})
+    assert table(capsys, folder, "--cost")[1][-1] == "0.250"
+
+
+def test_what_a_table_cannot_show_is_said(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typing error in --metrics, or a result that is silently left out, would go unseen."""
+    assert dcris("table", *two, "--metrics", "miou", "prec@0.55") == 2
+    assert "no result has the metric prec@0.55;" in capsys.readouterr().err
+    nothing = row(tmp_path, "nothing")
+    assert dcris("table", *two, nothing) == 2
+    assert "nothing.json" in capsys.readouterr().err
+    assert dcris("table", *two, "--digits", 11) == 2
+    assert "11 is more than 10" in capsys.readouterr().err
+    lisa = row(tmp_path, "lisa", record("val", 70.0, "lisa"))
+    assert dcris("table", lisa, "--paper") == 2
+    assert "lisa has no result for table 1" in capsys.readouterr().err
+    mixed = row(tmp_path, "mixed", record("val", 70.0), record("testA", 70.0, "lisa"))
+    assert dcris("table", mixed, "--paper") == 0
+    assert "these results of mixed: refcoco testA (lisa)\n" in capsys.readouterr().err
+
+
 # ---- table 1 -------------------------------------------------------------------------------------
 
 
 def test_the_averages_of_table_1_are_those_of_the_data_sets() -> None:
     """The paper's average is the mean of the data sets' means, so a typing error in a score would
-    show. The averages of ReLA and CGFormer are exchanged in it; PolyFormer's is over the splits."""
+    show. The averages of ReLA and CGFormer are exchanged in it; PolyFormer's and LISA's are over
+    the splits."""
     exchanged = {"ReLA": 67.7, "CGFormer": 67.5}
     checked = 0
     for system in TABLE_1:
         if system.average is None or system.scores[0] is None:  # or the text lacks the first cell
             continue
         parts = [system.scores[:3], system.scores[3:6], system.scores[6:]]
-        if system.name == "PolyFormer-L":
+        if system.name in ("PolyFormer-L", "LISA-7B"):
             parts = [system.scores]
         means = [sum(known) / len(known) for part in parts for known in [[each for each in part if each is not None]]]
         expected = exchanged.get(system.name, system.average)
@@ -300,6 +342,7 @@ def test_an_error_keeps_the_splits_before_it(
         (("--report", "page.html"), "--report"),
         (("--refine", "guided"), "--refine"),
         (("--dataset", "refcoco"), "no split to evaluate of refcoco"),
+        (("--name", " "), "' ' cannot be a name in tables; give another --name"),
     ],
 )
 def test_what_does_not_go_with_all_splits(
@@ -315,6 +358,31 @@ def test_data_sets_are_found_once(refer_root: Path, scenes_root: Path) -> None:
     assert found[:3] == [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
     assert ("cocomini", "templated") in found
     assert len(found) == 4
+
+
+def test_other_files_beside_the_data_sets(scenes_root: Path, tmp_path: Path) -> None:
+    """A table of numbers that somebody keeps there is no data set, and must not stop an evaluation
+    of hours; the Hub's folders may have capitals."""
+    shutil.copytree(scenes_root, tmp_path / "data")
+    for name in ("notes/numbers.parquet", "RefCOCO/val-0.parquet"):
+        (tmp_path / "data" / name).parent.mkdir()
+        (tmp_path / "data" / name).touch()
+    assert list_data_sets(tmp_path / "data") == [("refcoco", "unc"), ("scenes", "generated")]
+    assert list_data_sets(tmp_path / "data", "scenes") == [("scenes", "generated")]
+    (tmp_path / "data/RefCOCO/numbers.parquet").touch()
+    assert list_data_sets(tmp_path / "data", "scenes") == [("scenes", "generated")]
+    with pytest.raises(DcrisError, match="does not contain a split"):
+        list_data_sets(tmp_path / "data")
+
+
+def test_a_system_is_called_like_its_checkpoint(
+    trained_run: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs v1.5 and v1.6 were both called v1, and one in the current folder nothing."""
+    shutil.copytree(trained_run, tmp_path / "v1.5")
+    monkeypatch.chdir(tmp_path / "v1.5")
+    monkeypatch.setattr("dcris.experiments.evaluate_all.measure_cost", lambda runner: {})
+    assert evaluate_all(".", scenes_root, device="cpu", log=lambda line: None)["name"] == "v1.5"
 
 
 # ---- LaTeX ---------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
         "make a table of results, for a paper",
         "results/*.json --format latex --out table.tex",
         "A RESULT is a system: a file of `dcris evaluate --all`, or of `dcris evaluate` or `dcris score` with --out; or a "
-        "folder of such files. The best score of a column is bold, the second underlined. Scores that do not compare are in "
-        "different columns. LaTeX needs the package booktabs.",
+        "folder of such files. The best score of a column (with --by-category, of a row) is bold, the second underlined. "
+        "Scores that do not compare are in different columns. LaTeX needs the package booktabs.",
     )
     table.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="result file, or folder of result files")
     table.add_argument("--names", nargs="+", metavar="NAME", help="names of the systems (default: those in the files)")
@@ -48,9 +48,16 @@ def add(commands: Any) -> None:
         help="format of the table (default: %(default)s)",
     )
     table.add_argument(
-        "--digits", type=natural, default=1, metavar="N", help="decimals of scores (default: %(default)s)"
+        "--digits", type=_digits, default=1, metavar="N", help="decimals of scores, 0 to 10 (default: %(default)s)"
     )
     table.add_argument("--out", type=Path, help="file to write, instead of printing the table")
+
+
+def _digits(text: str) -> int:
+    number = natural(text)
+    if number > 10:
+        raise argparse.ArgumentTypeError(f"{text} is more than 10")
+    return number
 
 
 def _table(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from dcris.checkpoints.resolve import locate
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import list_data_sets, load_references
 from dcris.data.registry import DATASETS
+from dcris.data.table import is_utf8
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import analyse
 from dcris.evaluation.evaluate import Bar, Runner, no_bar
@@ -71,7 +72,8 @@ def evaluate_all(
         none_rule: for protocols with absent targets. By default the protocol's own, but pixels:50
             in place of the presence head of a model that has none.
         boundary: whether to add Boundary IoU to the metrics.
-        name: of the system, in tables; the last part of the checkpoint's path by default.
+        name: of the system, in tables; the last part of the checkpoint's path by default, without
+            ".safetensors".
         out: file that is written after each split, so that an interruption loses one split only.
         batch_size, precision, device, bar: as in `dcris.evaluation.evaluate.evaluate`.
         log: receives a line for each split.
@@ -90,13 +92,16 @@ def evaluate_all(
             used. All data sets are read first, so that such an error comes early.
     """
     begin = time.monotonic()
+    system = Path(checkpoint).resolve().name.removesuffix(".safetensors") if name is None else name
+    if not system.strip() or not is_utf8(system):
+        raise DcrisError(f"{system!r} cannot be a name in tables; give another --name")
     with processes(device) as group:
         source = locate(checkpoint)
         config = read_config(find_checkpoint(source))
         threshold = config.data.mask_threshold if mask_threshold is None else mask_threshold
         tables = [
             load_references(root, *place, mask_threshold=threshold)
-            for place in list_data_sets(root)
+            for place in list_data_sets(root, dataset)
             if dataset in (None, place[0]) and split_by in (None, place[1])
         ]
         splits = [(table, split) for table in tables for split in table.splits() if split != TRAIN]
@@ -114,7 +119,7 @@ def evaluate_all(
             for table in tables
         }
         row: dict[str, Any] = {
-            "name": name or Path(checkpoint).stem,
+            "name": system,
             "checkpoint": str(checkpoint),
             "results": [],
             "averages": {},

@@ -18,6 +18,7 @@ from dcris.evaluation.metrics import BIOU, Metric
 from dcris.evaluation.protocols import PROTOCOLS
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.files import read_json
+from dcris.utils.streams import note
 from dcris.utils.text_tables import Mark, comma_separated, latex, markdown, ranks
 
 Format = Literal["markdown", "latex", "csv"]
@@ -99,9 +100,12 @@ class ResultTable:
     costs: tuple[str, ...]
     """Headings of the columns of costs."""
     lines: tuple[Line, ...]
+    by_row: bool = False
+    """Scores are ranked along rows: each column is a system."""
 
     def render(self, form: Format, digits: int = 1) -> str:
-        """Return the table as text: the best score of a column is bold, the second underlined.
+        """Return the table as text: the best score of a column, or of a row where columns are
+        systems, is bold, the second underlined.
 
         Args:
             form: markdown, latex or csv; the last has neither.
@@ -109,25 +113,34 @@ class ResultTable:
         """
         shown = [[BLANK if value is None else f"{value:.{digits}f}" for value in line.values] for line in self.lines]
         rows = [[*line.cells, *cells, *line.costs] for line, cells in zip(self.lines, shown, strict=True)]
-        groups = [text for text, count in self.spans for _ in range(count)]
+        groups = [text for text, count in self.spans for _ in range(count)] or [""] * len(self.labels)
         labels = [f"{group} {label}".strip() for group, label in zip(groups, self.labels, strict=True)]
         header = [*self.first, *labels, *self.costs]
         if form == "csv":
             return comma_separated(header, [["" if cell == BLANK else cell for cell in row] for row in rows])
-        marks = {
-            (row, column + len(self.first)): kind
-            for column in range(len(self.labels))
-            for row, kind in _ranks([cells[column] for cells in shown], [line.rank for line in self.lines])
-        }
+        marks = {(row, column + len(self.first)): kind for row, column, kind in self._marks(shown)}
         if form == "markdown":
             return markdown(header, rows, marks)
         return latex(
             [*self.first, *self.labels, *self.costs],
             rows,
             marks,
-            [("", len(self.first)), *self.spans, *([("", len(self.costs))] if self.costs else [])],
+            [("", len(self.first)), *self.spans, *([("", len(self.costs))] if self.costs else [])]
+            if self.spans
+            else (),
             self._parts(),
         )
+
+    def _marks(self, shown: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, Mark]]:
+        """Yield the row, the column of scores and the mark of each score that has one."""
+        if self.by_row:
+            for row, cells in enumerate(shown):
+                for column, kind in ranks(cells, BLANK).items():
+                    yield row, column, kind
+            return
+        for column in range(len(self.labels)):
+            for row, kind in _ranks([cells[column] for cells in shown], [line.rank for line in self.lines]):
+                yield row, column, kind
 
     def _parts(self) -> dict[int, str]:
         parts = [line.part for line in self.lines]
@@ -188,7 +201,8 @@ def _read_system(path: Path) -> SystemResults:
             if measure in records:
                 raise _twice(measure, path)
             records[measure] = record
-    return SystemResults(path.name if path.is_dir() else parts[0].name, records, parts[0].cost)
+    cost = next((part.cost for part in parts if part.cost), {})
+    return SystemResults(path.name if path.is_dir() else parts[0].name, records, cost)
 
 
 def read_row(content: Any, path: Path) -> SystemResults:
@@ -210,6 +224,8 @@ def read_row(content: Any, path: Path) -> SystemResults:
     values = field(content, "cost", dict, path, "the file")
     cost = {key: _number(values, key, path, "its 'cost'") for key in values}
     name = check_text(field(content, "name", str, path, "the file"), path, "the file", "name")
+    if not records:
+        raise bad(path, "it has no results; evaluate again")
     return SystemResults(name, records, cost)
 
 
@@ -284,9 +300,23 @@ def paper_table(systems: Sequence[SystemResults], cost: bool = False) -> ResultT
 
     The rows of the paper differ in what their "IoU" is, so each row names it, and rows are ranked
     among those with the same one. A system has a row for each. Averages of published rows are as
-    printed.
+    printed. Results that are not of the table's splits, or have not both mIoU and oIoU, are named
+    on standard error.
+
+    Raises:
+        DcrisError: a system has no other results.
     """
     titles = {"miou": "mIoU", "oiou": "oIoU"}
+    for system in systems:
+        left_out = [measure for measure in system.records if not _in_table_1(measure)]
+        if len(left_out) == len(system.records):
+            raise DcrisError(
+                f"{system.name} has no result for table 1, which shows mIoU or oIoU of RefCOCO, RefCOCO+ and RefCOCOg; leave "
+                "it out, or evaluate it there with --protocol cris"
+            )
+        if left_out:
+            named = ", ".join(f"{each.dataset} {each.split} ({each.protocol})" for each in left_out)
+            note(f"table 1 has no place for these results of {system.name}: {named}")
     lines = [
         Line(
             (f"{system.name} ({system.venue})" if system.venue else system.name, titles[system.metric], BLANK),
@@ -350,7 +380,7 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
         Line((name, f"{counts[name]:,}"), tuple(column.get(name) for column in columns)) for name in sorted(counts)
     )
     labels = tuple(system.name for system in systems)
-    return ResultTable(("Category", "Expressions"), (("", len(labels)),), labels, (), lines)
+    return ResultTable(("Category", "Expressions"), (), labels, (), lines, by_row=True)
 
 
 def _in_table_1(measure: Measure) -> bool:
@@ -372,9 +402,10 @@ def _columns(systems: Sequence[SystemResults], metrics: Sequence[str]) -> list[C
         partitions = {each.split_by for each in measures if each.dataset == measure.dataset}
         group = measure.dataset + (f" ({measure.split_by})" if len(partitions) > 1 else "")
         columns += [Column(measure, metric, group, _label(measure, measures)) for metric in wanted]
-    if not columns:
+    unknown = [key for key in metrics if all(column.metric.key != key for column in columns)]
+    if unknown:
         raise DcrisError(
-            f"no result has the metric {' or '.join(metrics)}; see `dcris evaluate` for those of a protocol"
+            f"no result has the metric {' or '.join(unknown)}; see `dcris evaluate` for those of a protocol"
         )
     if len({column.metric.title for column in columns}) > 1:
         columns = [replace(column, label=f"{column.label} {column.metric.title}") for column in columns]

@@ -83,24 +83,33 @@ def _layouts(dataset: str) -> list[Reader]:
     return [reader for reader in readers if reader.dataset in (None, dataset)]
 
 
-def list_data_sets(root: Path) -> list[tuple[str, str]]:
+def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, str]]:
     """Return the name and the partition of each data set below `root`, in any layout, or of the one
     that `root` is.
 
-    Known ones come first, then folders by name.
+    Known ones come first, then folders by name. Nothing but `dataset` is looked for if it is given.
+
+    Raises:
+        DcrisError: the files of `dataset` or of a known data set have no split in their names. Any
+            other such folder is no data set.
     """
     for reader in READERS.values():
         if reader.single_file and (found := reader.find(root, root.stem, None)):
             return [(root.stem, found[0])]
     folders = [folder.name for place in (root, root / "anns") if place.is_dir() for folder in sorted(place.iterdir())]
     # Folders in which known data sets are, under other names than theirs.
-    theirs = {partition.cris_folder for partition in PARTITIONS.values()}
-    theirs |= {name.replace("+", "plus") for name in DATASETS}
-    names = dict.fromkeys([*DATASETS, *(name for name in folders if name not in theirs)])
-    found_all = (
-        (name, split_by) for name in names for reader in _layouts(name) for split_by in reader.find(root, name, None)
-    )
-    return list(dict.fromkeys(found_all))
+    theirs = {(partition.cris_folder or "").lower() for partition in PARTITIONS.values()}
+    theirs |= {name.replace("+", "plus") for name in DATASETS} | {*DATASETS}
+    names = dict.fromkeys([*DATASETS, *(name for name in folders if name.lower() not in theirs)])
+    found_all = dict[tuple[str, str], None]()
+    for name in names if dataset is None else [dataset]:
+        for reader in _layouts(name):
+            try:
+                found_all |= {(name, split_by): None for split_by in reader.find(root, name, None)}
+            except DcrisError:
+                if name in DATASETS or dataset is not None:
+                    raise
+    return list(found_all)
 
 
 def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnError | None) -> ReferenceTable:
