@@ -73,6 +73,15 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.M
     assert commit(package) == head
     (package / "a.py").write_text("2")
     assert commit(package) == f"{head}+changes"
+    # A run that a hook of another repository starts has that one's variables.
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
+    assert commit(package) == f"{head}+changes"
+    monkeypatch.delenv("GIT_DIR")
+    (package / "a.py").write_text("1")
+    index = (tmp_path / ".git/index").read_bytes()
+    assert commit(package) == head
+    assert (tmp_path / ".git/index").read_bytes() == index  # which another git may be writing
+    (package / "a.py").write_text("2")
 
     class Release:
         source: str | None = None

@@ -18,9 +18,9 @@ from dcris.errors import DcrisError
 from dcris.evaluation.protocols import PROTOCOLS
 from dcris.experiments.evaluate_all import evaluate_all
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
-from dcris.utils.text_tables import latex, markdown
+from dcris.utils.text_tables import comma_separated, latex, markdown
 
-EVIL = r"a_b & 50% \x ~^{}#$<i>|"
+EVIL = r"[*a_b & 50% \x ~^{}#$<i>|"
 
 
 def dcris(*words: object) -> int:
@@ -150,7 +150,8 @@ def test_a_file_to_write(two: list[Path], tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == ""
     text = (tmp_path / "new/table.tex").read_text()
     assert (
-        r"a\_b \& 50\% \textbackslash{}x \textasciitilde{}\textasciicircum{}\{\}\#\$\textless{}i\textgreater{}" in text
+        r"{[}{*}a\_b \& 50\% \textbackslash{}x \textasciitilde{}\textasciicircum{}\{\}\#\$\textless{}i\textgreater{}"
+        in text
     )
 
 
@@ -423,5 +424,24 @@ def test_the_tables_compile(refer_root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "document.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_pipes_in_a_name_do_not_end_a_cell() -> None:
+def test_signs_in_a_name_do_not_end_a_cell() -> None:
+    """A backslash before the escape of a pipe would undo it, and a name is not HTML."""
     assert markdown(["a"], [["x|y"]], {(0, 0): "best"}).splitlines()[-1] == r"| **x\|y** |"
+    assert markdown(["a"], [["x\\|<b>\r\fy"]]).splitlines()[2:] == [r"| x\\\|\<b>  y |"]
+
+
+def test_a_name_that_begins_like_an_argument_of_a_latex_command() -> None:
+    r"""\\ and \midrule take [1] for a length and fail; a form feed is \par, which a tabular's row
+    must not have."""
+    text = latex(["*a", "b"], [["[1] a", "1"], ["*x\f\ry", "2"]])
+    assert [line.split(" & ")[0] for line in text.splitlines() if " & " in line] == ["{*}a", "{[}1] a", "{*}x  y"]
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet() -> None:
+    text = comma_separated(["=a", "b"], [["-1.5", "+2"], ["@x", "-x"], ['=HYPERLINK("a")', "1=2"]])
+    assert [*csv.reader(io.StringIO(text))] == [
+        ["'=a", "b"],
+        ["-1.5", "+2"],
+        ["'@x", "'-x"],
+        ['\'=HYPERLINK("a")', "1=2"],
+    ]

@@ -1,6 +1,7 @@
 """Where a result comes from: the command, the code, the libraries and the device."""
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -75,10 +76,19 @@ def commit(package: Path = _PACKAGE) -> str | None:
 
 
 def _git(repository: Path, *words: str) -> str:
-    """Return the output of a git command, "" if it fails or there is no git."""
+    """Return the output of a git command, "" if it fails or there is no git.
+
+    It neither obeys variables such as GIT_DIR, which git sets for its hooks, nor writes the index.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(repository), *words], capture_output=True, encoding="utf-8", timeout=10, check=True
+            ["git", "--no-optional-locks", "-C", str(repository), *words],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=10,
+            check=True,
+            env=environment,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return ""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -16,9 +17,13 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    "\n": " ",
+    "[": "{[}",  # after a line break or a rule, it would begin an optional argument
+    "*": "{*}",  # or be part of the command
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_FORMULA = re.compile(r"[=@]|[+-](?![0-9.]+$)")
+"""What is a formula in a spreadsheet, unlike -1.5."""
 _MARKED_LATEX: Mapping[Mark, str] = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}
 _MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 
@@ -26,7 +31,7 @@ _MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], marks: Marks | None = None) -> str:
     """Return a Markdown table, padded to be readable as plain text; first column left-aligned,
     others right-aligned."""
-    cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    cells = [[re.sub(r"[\\|<]", r"\\\g<0>", _one_line(cell)) for cell in row] for row in (header, *rows)]
     for (row, column), kind in (marks or {}).items():
         cells[row + 1][column] = _MARKED_MARKDOWN[kind] % cells[row + 1][column]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
@@ -106,15 +111,24 @@ def ranks(cells: Sequence[str], blank: str = "-") -> dict[int, Mark]:
 
 
 def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table as CSV (RFC 4180, but lines end in a line feed), without a last line feed."""
+    """Return a table as CSV (RFC 4180, but lines end in a line feed), without a last line feed.
+
+    A text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    cells = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in (header, *rows)]
+    csv.writer(file, lineterminator="\n").writerows(cells)
     return file.getvalue().removesuffix("\n")
 
 
 def latex_text(text: str) -> str:
-    """Return text with LaTeX's special characters escaped."""
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    """Return text with LaTeX's special characters escaped, on one line."""
+    return "".join(_LATEX.get(sign, sign) for sign in _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    """Return text with spaces in place of control characters, some of which end a line."""
+    return _CONTROL.sub(" ", text)
 
 
 def _line(cells: Sequence[str]) -> str:
