@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,16 @@ def test_what_cannot_be_exported_leaves_nothing(table: ReferenceTable, tmp_path:
     with pytest.raises(DcrisError, match="exists already and is not empty"):
         export_table(table, "coco", out)
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_a_stretched_image_without_an_ending(table: ReferenceTable, tmp_path: Path) -> None:
+    """Such an image of RRSIS-D is saved in the size of its mask, and its name says no format."""
+    image = tmp_path / "data/b/1"
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(image, "PNG")
+    item = replace(table.references[0], image_path=image, stretched=True)
+    with pytest.raises(DcrisError, match=r"cannot copy the image .*unknown file extension"):
+        export_table(replace(table, references=(item,)), "coco", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -395,6 +395,19 @@ def test_bitmaps_take_bounded_memory(tmp_path: Path) -> None:
     assert any("the image in the text of the mask has more than 64,000,000 bytes" in each for each in done.problems)
 
 
+def test_an_empty_instance_of_supervisely_joins_nothing(tmp_path: Path) -> None:
+    """Else all objects of an image are one, with the phrases of all."""
+    source = supervisely(tmp_path)
+    expected, _ = load(source, tmp_path)
+    for path in tmp_path.glob("ds/ann/*.json"):
+        content = json.loads(path.read_text())
+        for item in content["objects"]:
+            item["instance"] = ""
+        path.write_text(json.dumps(content))
+    found, _ = load(source, tmp_path)
+    assert found == expected
+
+
 def test_a_polygon_of_supervisely_has_holes(tmp_path: Path) -> None:
     source = supervisely(tmp_path)
     path = tmp_path / "ds/ann/2.png.json"

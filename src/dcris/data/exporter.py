@@ -91,7 +91,7 @@ def export_table(
                     Image.fromarray(fit_image(read_image(source), reference)).save(target, quality=95)
                 else:
                     shutil.copyfile(source, target)
-            except (OSError, shutil.SpecialFileError) as error:
+            except (OSError, ValueError, shutil.SpecialFileError) as error:  # ValueError: no format of that ending
                 raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
         write(exported, folder)
         on_written(folder)

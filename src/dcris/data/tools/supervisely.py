@@ -78,7 +78,7 @@ def _read_image(file: Path, root: Path) -> Found:
             category=category_name(field(record, "classTitle", str, file, where), file, where, "classTitle"),
             phrases=own_phrases((_tags(record), record), file, where),
             split=split,
-            group=instance if type(instance := record.get("instance")) is str else None,
+            group=instance if type(instance := record.get("instance")) is str and instance.strip() else None,
         )
 
     return each(read, records)
