@@ -438,7 +438,10 @@ def test_label_studio_connects_and_sends_events(backend: tuple[str, list[str]]) 
     assert len(log) == before
 
 
-def test_the_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABEL_STUDIO_URL", "")  # as Compose leaves a variable that is not set
     assert main(["label-studio", "tiny", "--images", str(tmp_path / "no")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main(["label-studio", "tiny", "--host", "0.0.0.0", "--port", "0"]) == 2

@@ -881,7 +881,7 @@ def test_passwords_from_files_and_the_environment(tmp_path: Path, monkeypatch: p
     from dcris.inference.web.server import AUTH, read_credentials
 
     path = tmp_path / "users"
-    path.write_text("\ufeffann:a:b\r\n\n bob:2 \n", encoding="utf-8")
+    path.write_text("\ufeffann:a:b\r\n\n # carl:3\n bob:2 \n", encoding="utf-8")
     assert read_credentials(None) == []
     assert read_credentials("ann:a:b") == ["ann:a:b"]
     assert read_credentials(str(path)) == ["ann:a:b", "bob:2"]
@@ -891,6 +891,11 @@ def test_passwords_from_files_and_the_environment(tmp_path: Path, monkeypatch: p
     for wrong in ("ann", "ann:", ":b", str(path), str(tmp_path), "x" * 5000):
         with pytest.raises(DcrisError, match="USER:PASSWORD"):
             read_credentials(wrong)
+    for mistyped in (r"C:\users.txt", str(tmp_path / "x:y/users.txt"), r"data\x:users.txt"):
+        with pytest.raises(DcrisError, match="looks like the path") as caught:
+            read_credentials(mistyped)
+        assert "users.txt" not in str(caught.value)
+    assert read_credentials("ann:/\\") == ["ann:/\\"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "0"])

@@ -319,6 +319,11 @@ def access_of(args: argparse.Namespace, frames: Sequence[str] = ()) -> "Access":
     return Access(args.host, args.port, args.allow_host, frames, args.auth, args.no_auth)
 
 
+def serving_at(address: str) -> None:
+    """Print that a server answers at an address."""
+    log(f"{address} (stop with Ctrl-C)")
+
+
 def own_name(root: Path, args: argparse.Namespace) -> str | None:
     """Return the name of a data set that is a single file, and None for a folder of data sets.
 

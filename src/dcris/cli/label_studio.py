@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import CHECKPOINT, access_of, adder, device_arguments, log, on_error, server_arguments
+from dcris.cli.common import CHECKPOINT, access_of, adder, device_arguments, on_error, server_arguments, serving_at
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--url",
-        default=os.environ.get("LABEL_STUDIO_URL"),
+        default=os.environ.get("LABEL_STUDIO_URL") or None,
         help="address of Label Studio, for images that were uploaded there (default: environment variable LABEL_STUDIO_URL)",
     )
     server_arguments(parser, port=9090)
@@ -50,4 +50,4 @@ def _label_studio(args: argparse.Namespace) -> None:
         segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
         return make_backend(InferenceService(segmenter, limits), images, on_error)
 
-    serve(make, access_of(args), limits, lambda address: log(f"{address} (stop with Ctrl-C)"))
+    serve(make, access_of(args), limits, serving_at)

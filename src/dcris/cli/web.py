@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcris.cli.common import CHECKPOINT, access_of, adder, device_arguments, log, server_arguments
+from dcris.cli.common import CHECKPOINT, access_of, adder, device_arguments, server_arguments, serving_at
 
 if TYPE_CHECKING:
     from dcris.inference.segmenter import Segmenter
@@ -74,7 +74,7 @@ def _web(args: argparse.Namespace) -> None:
             lambda: make_app(InferenceService(load(), limits), examples, title),
             access_of(args, args.allow_frame),
             limits,
-            _ready,
+            serving_at,
         )
 
 
@@ -84,7 +84,7 @@ def _serve(args: argparse.Namespace) -> None:
     from dcris.inference.web.service import InferenceService, Limits
 
     load, limits = _loader(args), Limits()
-    serve(lambda: make_api(InferenceService(load(), limits)), access_of(args), limits, _ready)
+    serve(lambda: make_api(InferenceService(load(), limits)), access_of(args), limits, serving_at)
 
 
 def _loader(args: argparse.Namespace) -> "Callable[[], Segmenter]":
@@ -94,10 +94,6 @@ def _loader(args: argparse.Namespace) -> "Callable[[], Segmenter]":
     checkpoints = args.checkpoints or ["photos"]
     sources = checkpoints[0] if len(checkpoints) == 1 else _named(checkpoints)
     return lambda: Segmenter.from_pretrained(sources, device=args.device, precision=args.precision)
-
-
-def _ready(address: str) -> None:
-    log(f"{address} (stop with Ctrl-C)")
 
 
 def _named(sources: list[str]) -> dict[str, str]:

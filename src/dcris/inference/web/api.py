@@ -4,6 +4,7 @@ The body is the image file, with the parameters in the URL, or a form (multipart
 file in the part `image`. Nothing that a client sends is used as a path or an address.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
@@ -26,6 +27,12 @@ IMAGE = "image"
 """The part of a form that is the image file."""
 
 PARAMETERS = ("phrase", "threshold", "min_score", "min_area", "adapters", "name", "masks")
+
+_DIGITS = 18
+"""Digits of a whole number; far more than an image has pixels."""
+
+# It prints what clients send to standard error, for forms that are refused with a message anyway.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 _PARTS = 64
 """Parts of a form; more than any request needs."""
@@ -96,8 +103,10 @@ def parse_query(service: InferenceService, values: Iterable[tuple[str, str]]) ->
             raise DcrisError(f"there is no parameter {name[:60]!r}; the parameters are {', '.join(PARAMETERS)}")
         if name == "phrase":
             phrases.append(value)
-        elif given.setdefault(name, value) is not value:
+        elif name in given:
             raise DcrisError(f"the parameter {name!r} is given more than once")
+        else:
+            given[name] = value
     if given.get("masks", "png") != "png":
         raise DcrisError(f"the parameter 'masks' must be png, not {given['masks'][:60]!r}")
     return Query(
@@ -115,6 +124,8 @@ def parse_number(name: str, text: str | None, whole: bool = False) -> float | No
     """Parse the value of a parameter; None if it is not given. Raises DcrisError for other text."""
     if text is None:
         return None
+    if whole and len(text) > _DIGITS and text.strip().lstrip("+-").isdigit():
+        raise DcrisError(f"the parameter {name!r} is too large: {text[:60]!r}... has too many digits")
     try:
         return int(text) if whole else float(text)
     except ValueError as error:

@@ -6,6 +6,7 @@ so that a missing package is one sentence.
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -31,6 +32,9 @@ AUTH = "DCRIS_WEB_AUTH"
 """Environment variable with the value of `--auth`. Other users of the machine can see arguments,
 but not the environment."""
 
+
+_PATH = re.compile(r"\s*([A-Za-z]:\\|[^:]*[/\\][^:]*:)")
+"""Starts what is rather a path than a user and a password: a drive, or a user with slashes."""
 
 HEALTH = "/health"
 """Path for programs that supervise the server, such as Docker and Kubernetes."""
@@ -163,17 +167,23 @@ async def health(request: "Request") -> "Response":
 
 def read_credentials(given: str | None) -> list[str]:
     """Return "user:password" of each user, from one such text, a file of such lines or, for None,
-    the environment.
+    the environment. Lines of the file that begin with # are comments.
 
-    Raises DcrisError for other text.
+    Raises DcrisError for other text, and for what looks like the path of a file that cannot be
+    read: a mistyped path with a colon would become a password.
     """
     given = given or os.environ.get(AUTH, "")
     if not given:
         return []
     try:
-        found = files.read_text(Path(given), max_bytes=100_000).split("\n")
-        where = given
-    except (OSError, ValueError):
+        lines = files.read_text(Path(given), max_bytes=100_000).split("\n")
+        found, where = [line for line in lines if not line.lstrip().startswith("#")], given
+    except (OSError, ValueError) as error:
+        if _PATH.match(given):
+            raise DcrisError(
+                f"--auth or {AUTH} looks like the path of a file, which cannot be read; it must be USER:PASSWORD, or a "
+                "file with one such line per user"
+            ) from error
         found, where = [given], "--auth"
     found = [line.strip() for line in found if line.strip()]
     if not found or not all(all(line.partition(":")[::2]) for line in found):
