@@ -225,7 +225,7 @@ def finished_results(
     return records if sets_written and all((out / file).is_file() for file in files) else None
 
 
-def _checkpoint_stamps(checkpoint: Path) -> dict[str, Stamp]:
+def _checkpoint_stamps(checkpoint: Path) -> dict[str, Stamp | None]:
     return {quoted(str(file.absolute())): stamp_of(file) for file in model_files(checkpoint)}
 
 

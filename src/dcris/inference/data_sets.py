@@ -12,7 +12,7 @@ from dcris.data.exporter import export_table
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.inference.inputs import source_path
-from dcris.inference.records import Record, Result, State, Written, checksum, stamp_of, stamps
+from dcris.inference.records import Record, Result, State, WrittenFolder, checksum, stamp_of, stamps
 from dcris.types import Expression, Reference
 from dcris.utils.files import remove_directory
 
@@ -67,7 +67,7 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
     there, left_out = list[Record](), list[str]()
     for record in records:
         path = source_path(record.source)
-        if path.is_file() and stamp_of(path) == record.stamp:
+        if stamp_of(path) == record.stamp:
             there.append(record)
         else:
             left_out.append(str(path))
@@ -77,7 +77,7 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
     def note(new: Path) -> None:
         # A process that is killed between the move and the writing of the state below leaves a
         # folder that nobody has changed, and that may be replaced.
-        written[folder.name] = Written(records=checksum(records), files=stamps(new))
+        written[folder.name] = WrittenFolder(records=checksum(records), files=stamps(new))
         state.model_copy(update={"coming": {**coming, folder.name: written[folder.name]}}).write(out)
 
     if references:

@@ -52,6 +52,9 @@ _RESULT_FILE = re.compile(
     re.DOTALL,
 )
 
+Stamp = tuple[int, int]
+"""Size in bytes and modification time (ns) of a file."""
+
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
@@ -123,8 +126,8 @@ class Record(_Strict):
     """Start of its files' names, relative to the folder."""
     source: str
     """`Task.source`."""
-    stamp: tuple[int, int]
-    """Size in bytes and modification time (ns) of the source when it was read."""
+    stamp: Stamp
+    """Of the source when it was read."""
     file_name: str
     """Name of the image in predictions.json."""
     percent_encoded: bool
@@ -169,16 +172,12 @@ class Record(_Strict):
         return self
 
 
-Stamp = tuple[int, int]
-"""Size in bytes and modification time (ns) of a file."""
-
-
-class Written(_Strict):
+class WrittenFolder(_Strict):
     """A folder that was written as a whole: a data set for an annotation tool."""
 
     records: str
     """SHA-256 of the records that it was made of."""
-    files: dict[str, Stamp]
+    files: dict[str, Stamp | None]
     """All of its files, by their paths in it."""
 
 
@@ -186,15 +185,15 @@ class State(_Strict):
     """What a folder of results knows beside its records. It may be lost: then a call takes longer,
     or refuses to replace a folder."""
 
-    checkpoint: dict[str, Stamp] = {}
+    checkpoint: dict[str, Stamp | None] = {}
     """The files of the model of the last call, by path."""
     model: str = ""
     """Fingerprint of its weights."""
     records: str = ""
     """SHA-256 of the records that predictions.json and the files for Label Studio were made of."""
-    folders: dict[str, Written] = {}
+    folders: dict[str, WrittenFolder] = {}
     """By name."""
-    coming: dict[str, Written] = {}
+    coming: dict[str, WrittenFolder] = {}
     """By name, what takes a folder's place now, or already did if the process was killed then."""
 
     @classmethod
@@ -210,13 +209,16 @@ class State(_Strict):
         write_file(out / _STATE, self.model_dump_json() + "\n")
 
 
-def stamp_of(path: Path) -> Stamp:
-    """Return the stamp of a file, which changes with it; zeros if there is none."""
-    size, time = _stamp(path) or (0, 0)
-    return size, time
+def stamp_of(path: Path) -> Stamp | None:
+    """Return the stamp of a file, which changes with it; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
-def stamps(folder: Path) -> dict[str, Stamp]:
+def stamps(folder: Path) -> dict[str, Stamp | None]:
     """Return the stamps of all files below a folder, by their paths in it."""
     files = (path for path in folder.rglob("*") if not path.is_dir())
     return {quoted(path.relative_to(folder).as_posix()): stamp_of(path) for path in files}
@@ -381,7 +383,7 @@ class ResultFolder:
     ) -> None:
         self.path, self._settings, self._image_url = make_directory(path), settings, image_url
         self._records = Records(path, group.rank)
-        self._stamps = {task.source: _stamp(task.path) for task in tasks}
+        self._stamps = {task.source: stamp_of(task.path) for task in tasks}
         self.notes: list[str] = []
         """Lines about the folder, which the first rank prints before the work begins."""
         self.dropped_formats: set[str] = set()
@@ -408,7 +410,7 @@ class ResultFolder:
 
     def is_current(self, record: Record) -> bool:
         """Whether a record is of one of these tasks and its source file has not changed."""
-        return self._stamps.get(record.source) == list(record.stamp)
+        return self._stamps.get(record.source) == record.stamp
 
     def begin(self, name: str, files: Iterable[str]) -> None:
         """Note the files that are about to be written; see `Records.begin`."""
@@ -559,11 +561,11 @@ def finished_records(
         by_source.setdefault(record.source, []).append(record)
     finished = []
     for task in tasks:
-        own, stamp, description = by_source.get(task.source, []), _stamp(task.path), _description(task, image_url)
+        own, stamp, description = by_source.get(task.source, []), stamp_of(task.path), _description(task, image_url)
         frames = sum(record.frame is not None for record in own)
         ends = [record.frames for record in own if record.results is None]
         for record in own:
-            unchanged = stamp == list(record.stamp) and record == record.model_copy(
+            unchanged = stamp == record.stamp and record == record.model_copy(
                 update={**description, "phrases": task.phrases, "settings": settings[task.video]}
             )
             if not unchanged or not all((path / file).is_file() for file in record.files):
@@ -590,12 +592,3 @@ def _is_result_file(file: str) -> bool:
 
 def _line(record: Record) -> str:
     return record.model_dump_json(exclude_defaults=True) + "\n"
-
-
-def _stamp(path: Path) -> list[int] | None:
-    """Size and modification time, which change with the file; None if the file is missing."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
