@@ -180,7 +180,7 @@ def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
         parser.set_defaults(run=run, name=f"{prefix}{name}".removeprefix("dcris "))
         amount = parser.add_mutually_exclusive_group()
         for letter, word, value, what in (
-            ("-q", "--quiet", -1, "print results and errors only"),
+            ("-q", "--quiet", -1, "print errors only, and the table or JSON that was asked for"),
             ("-v", "--verbose", 1, "print details, and the traceback of an error"),
         ):
             amount.add_argument(letter, word, dest="verbosity", action="store_const", const=value, default=0, help=what)

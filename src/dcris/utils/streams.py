@@ -38,8 +38,8 @@ _verbosity: ContextVar[int] = ContextVar("verbosity", default=0)
 
 @contextmanager
 def verbosity() -> Iterator[Callable[[int], object]]:
-    """Context for a command, which yields a function that sets how much it prints: -1 results and
-    errors, 0 the usual, 1 details, too."""
+    """Context for a command, which yields a function that sets how much it prints: -1 errors and
+    the table or JSON that was asked for, 0 the usual, 1 details, too."""
     token = _verbosity.set(0)
     try:
         yield _verbosity.set
@@ -48,7 +48,7 @@ def verbosity() -> Iterator[Callable[[int], object]]:
 
 
 def is_quiet() -> bool:
-    """Return whether only results and errors are printed."""
+    """Return whether only errors are printed, and the table or JSON that was asked for."""
     return _verbosity.get() < 0
 
 
