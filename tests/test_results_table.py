@@ -150,7 +150,7 @@ def test_a_file_to_write(two: list[Path], tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == ""
     text = (tmp_path / "new/table.tex").read_text()
     assert (
-        r"{[}{*}a\_b \& 50\% \textbackslash{}x \textasciitilde{}\textasciicircum{}\{\}\#\$\textless{}i\textgreater{}"
+        r"{[}*a\_b \& 50\% \textbackslash{}x \textasciitilde{}\textasciicircum{}\{\}\#\$\textless{}i\textgreater{}"
         in text
     )
 

@@ -17,8 +17,6 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    "[": "{[}",  # after a line break or a rule, it would begin an optional argument
-    "*": "{*}",  # or be part of the command
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -132,4 +130,6 @@ def _one_line(text: str) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    # After a line break or a rule, "[" would begin an optional argument, and "*" belong to the
+    # command.
+    return re.sub(r"^\s*[\[*]", r"{\g<0>}", " & ".join(cells)) + r" \\"
