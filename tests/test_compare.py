@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,6 +28,7 @@ from dcris.evaluation.report.figure import figure, figure_page, pdf_bytes, row, 
 from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, NamedMask, Panel
 from dcris.evaluation.report.vector_pdf import vector_pdf
 from dcris.evaluation.results import write_results
+from latex import compile_latex, needs_pdflatex
 from made_results import drawn_result, made_result, rectangle
 from pages import Page
 from runs import leftovers, quick_config, run_training
@@ -437,22 +436,11 @@ def test_without_reportlab_the_pdf_has_pixels(
 
 
 @pytest.mark.slow
+@needs_pdflatex
 def test_the_float_and_the_table_compile(tmp_path: Path) -> None:
-    if shutil.which("pdflatex") is None:
-        pytest.skip("there is no pdflatex; install Debian's texlive-latex-base")
     write_figures(tmp_path, [("1", panel(EVIL, "b_%", expression=r"50% of {a} \b & c_d #1"))], r"ref_coco & val")
-    (tmp_path / "document.tex").write_text(
-        r"\documentclass{article}\usepackage{graphicx}\begin{document}\input{figure.tex}\end{document}"
-    )
-    done = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"],
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="latin-1",
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert (tmp_path / "document.pdf").stat().st_size > 10_000
+    document = r"\documentclass{article}\usepackage{graphicx}\begin{document}\input{figure.tex}\end{document}"
+    assert compile_latex(tmp_path, document).stat().st_size > 10_000
 
 
 def test_a_figure_of_generated_scenes_and_others(tiny_refer: TinyRefer, tmp_path: Path) -> None:

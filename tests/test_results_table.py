@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dcris.evaluation.protocols import PROTOCOLS
 from dcris.experiments.evaluate_all import evaluate_all
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.text_tables import comma_separated, latex, markdown
+from latex import compile_latex, needs_pdflatex
 
 EVIL = r"[*a_b & 50% \x ~^{}#$<i>|"
 
@@ -398,10 +398,9 @@ _DOCUMENT = r"""\documentclass{article}
 
 
 @pytest.mark.slow
+@needs_pdflatex
 def test_the_tables_compile(refer_root: Path, tmp_path: Path) -> None:
     """All tables of a checkpoint on the real sets, with a name of LaTeX's special characters."""
-    if shutil.which("pdflatex") is None:
-        pytest.skip("there is no pdflatex; install Debian's texlive-latex-base")
     results = tmp_path / "row.json"
     assert dcris("evaluate", "tiny", "--data", refer_root, "--all", "--out", results, "--name", EVIL) == 0
     tables = []
@@ -412,16 +411,8 @@ def test_the_tables_compile(refer_root: Path, tmp_path: Path) -> None:
         assert dcris("table", results, *options, "--format", "latex", "--out", path) == 0
         tables.append(path.read_text())
     tables.append(latex(["a", "b"], [[EVIL, "1"]], {(0, 1): "best"}, parts={0: EVIL}))
-    (tmp_path / "document.tex").write_text(_DOCUMENT % "\n\\clearpage\n".join(r"\tiny " + each for each in tables))
-    done = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"],
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="latin-1",
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert (tmp_path / "document.pdf").read_bytes().startswith(b"%PDF")
+    document = _DOCUMENT % "\n\\clearpage\n".join(r"\tiny " + each for each in tables)
+    assert compile_latex(tmp_path, document).read_bytes().startswith(b"%PDF")
 
 
 def test_signs_in_a_name_do_not_end_a_cell() -> None:

@@ -70,8 +70,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
     if (out / "config.json").exists():
         refuse_other_run(load_config(out / "config.json"), config, out)
     # Written before the scenes, so that a run that stops while they are generated cannot be
-    # continued
-    # with another seed.
+    # continued with another seed.
     write_json(make_directory(out) / "config.json", config.model_dump(mode="json"))
     if not (data / DATASET / f"refs({SPLIT_BY}).p").exists():
         log(f"generating {TRAIN_SCENES + TEST_SCENES} scenes")
