@@ -215,6 +215,19 @@ def read_mask_image(source: Path | bytes, threshold: float | None = None) -> NDA
     return binary_mask(values, name, threshold)
 
 
+def read_label_image(source: Path | bytes) -> NDArray[np.uint8]:
+    """Read an image of labels, one value for each object of a frame, as [H, W] uint8.
+
+    Palette images are read by index, grey ones by value. Raises DcrisError as `read_image` does,
+    and if the image is in colour or has more than 8 bits.
+    """
+    with _opened(source) as image:
+        if image.mode not in ("1", "L", "P"):
+            raise DcrisError("it is in colour or has more than 8 bits; labels are an indexed or a grey image")
+        image.load()
+        return _upright(image, (), np.uint8, lambda band: np.asarray(band, np.uint8))
+
+
 def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:
     """Convert the values of a mask image to [H, W] uint8 of 0 and 1.
 

@@ -1,6 +1,6 @@
 """Facts about the known data sets, all in one place: RefCOCO, RefCOCO+ and RefCOCOg; gRefCOCO,
 Ref-ZOM and R-RefCOCO, whose expressions may have several targets or none; and RRSIS-D, RefSegRS,
-ReasonSeg, PhraseCut, RefCOCO-M and GSEval.
+ReasonSeg, PhraseCut, RefCOCO-M and GSEval. VIDEO_SETS has the data sets of videos.
 
 The partitions of the first two groups and RefCOCO-M describe images of COCO train2014 (Ref-ZOM also
 of val2014), and many of PhraseCut's images are in COCO, so the train split of one may contain
@@ -172,6 +172,42 @@ PARTITIONS: Mapping[tuple[str, str], Partition] = {
     ("gseval", OFFICIAL): Partition({"test": (3_715, 3_715)}),
 }
 """By data set and `split_by`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoDataset:
+    """Facts about a data set of videos."""
+
+    splits: Mapping[str, tuple[int | None, int | None]]
+    """Number of videos and of expressions of each split; None if no source states it."""
+    source: str
+    """Where its authors publish it, and the layout in which it is read, as a sentence's end."""
+
+
+VIDEO_SETS: Mapping[str, VideoDataset] = {
+    # Videos: refer_youtube_vos_dataset.py of MTTR. Expressions: Seo et al., URVOS, ECCV 2020
+    # (full-video).
+    "ref_youtube_vos": VideoDataset(
+        {"train": (3_471, 12_913), "valid": (202, None), "test": (305, None)},
+        "https://youtube-vos.org/dataset/rvos (its server is offline at times; the authors' link to valid is in "
+        "https://github.com/skynbe/Refer-Youtube-VOS/issues/7); put its folders train, valid, test and meta_expressions into "
+        "ROOT/ref-youtube-vos",
+    ),
+    # convert_davis_to_ytvos.py of ReferFormer.
+    "ref_davis17": VideoDataset(
+        {"train": (60, None), "valid": (30, None)},
+        "https://davischallenge.org/davis2017/code.html (DAVIS-2017-Unsupervised-trainval-480p.zip) and "
+        "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/video-segmentation/"
+        "video-object-segmentation-with-language-referring-expressions (davis_text_annotations.zip); put the folders DAVIS and "
+        "davis_text_annotations into ROOT/ref-davis",
+    ),
+    # The README of MeViS.
+    "mevis": VideoDataset(
+        {"train": (1_662, 23_051), "valid_u": (50, 793), "valid": (140, 2_236)},
+        "https://github.com/henghuiding/MeViS#mevis-dataset-download; put its folders train, valid_u and valid into ROOT/mevis",
+    ),
+}
+"""By data set; splits are named as in the authors' files."""
 
 
 def official_splits(dataset: str, split_by: str) -> Mapping[str, tuple[int | None, int | None]]:

@@ -1,0 +1,55 @@
+"""Read a split of a data set of videos in its layout; see dcris.data.video_readers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dcris.data.registry import VIDEO_SETS
+from dcris.data.table import OnError
+from dcris.data.video_readers import VIDEO_READERS
+from dcris.data.videos import VideoSet
+from dcris.errors import DcrisError
+
+
+def video_splits(root: Path, dataset: str) -> Sequence[str]:
+    """Return the splits of a data set of videos that are below `root`.
+
+    Raises:
+        DcrisError: there is no such data set, or nothing of it below `root`.
+    """
+    reader = VIDEO_READERS.get(dataset)
+    if reader is None:
+        raise DcrisError(f"there is no data set of videos {dataset!r}; choose from {', '.join(VIDEO_READERS)}")
+    try:
+        found = reader.find(root)
+    except OSError as error:
+        raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+    if not found:
+        source = VIDEO_SETS[dataset].source.replace("ROOT", str(root))
+        raise DcrisError(f"there is no data set {dataset} in {root}: found no {reader.files}; get it from {source}")
+    return found
+
+
+def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None = None) -> VideoSet:
+    """Read one split.
+
+    Args:
+        root: folder of the data sets.
+        dataset: ref_youtube_vos, ref_davis17 or mevis.
+        split: as the authors' files name it: train, valid, test or valid_u.
+        on_error: receives the error of each video or expression that cannot be used, which is then
+            skipped.
+
+    Raises:
+        DcrisError: anything is missing, malformed or contradictory. The message names the file, the
+            video and the expression.
+    """
+    found = video_splits(root, dataset)
+    if split not in found:
+        raise DcrisError(f"{dataset} in {root} has no split {split!r}; choose from {', '.join(found)}")
+    try:
+        videos = VIDEO_READERS[dataset].load(root, split, on_error)
+    except OSError as error:
+        raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+    if not videos.expressions and on_error is None:
+        raise DcrisError(f"{dataset} ({split}) in {root} has no expressions")
+    return videos

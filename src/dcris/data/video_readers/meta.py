@@ -1,0 +1,83 @@
+"""The file meta_expressions.json of Ref-YouTube-VOS, which MeViS and the code for Ref-DAVIS17 have
+taken over.
+
+{"videos": {VIDEO: {"frames": ["00000", ...], "expressions": {"0": {"exp": TEXT, ...}, ...}}, ...}}
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dcris.data.table import OnError, bad, check_text, field, plain_path, shown, skip_errors
+from dcris.utils.files import read_json
+
+META = "meta_expressions.json"
+
+Expressions = dict[str, dict[str, Any]]
+"""The records of a video's expressions, by identifier."""
+
+
+def home_of(root: Path, folders: Iterable[str], file: str) -> Path | None:
+    """Return the first folder below `root` that has a file or folder matching the pattern."""
+    return next((root / name for name in folders if any((root / name).glob(file))), None)
+
+
+def read_videos(path: Path) -> dict[str, Any]:
+    """Return the records of the videos by name. Raises DcrisError if it is no such file."""
+    videos = field(read_json(path, "the file of expressions"), "videos", dict, path, "the file")
+    if not videos:
+        raise bad(path, "it has no videos")
+    return videos
+
+
+def each_video(
+    path: Path, videos: dict[str, Any], on_error: OnError | None
+) -> Iterator[tuple[str, tuple[str, ...], Expressions]]:
+    """Yield name, frames and expressions of each video that can be used; see Reader.load.
+
+    Names become parts of paths, so each must be one.
+    """
+    for name, record in videos.items():
+        with skip_errors(on_error):
+            yield name, *_read(path, name, record)
+
+
+def _read(path: Path, name: str, record: Any) -> tuple[tuple[str, ...], Expressions]:
+    where = f"video {shown(name)}"
+    _require_name(name, path, where, "name")
+    frames, expressions = field(record, "frames", list, path, where), field(record, "expressions", dict, path, where)
+    if not frames:
+        raise bad(path, f"{where} has no frames")
+    for frame in frames:
+        if type(frame) is not str:
+            raise bad(path, f"{where} has a frame whose name is not text: {shown(frame)}")
+        _require_name(frame, path, where, "frame")
+    if len(set(frames)) < len(frames):
+        raise bad(path, f"{where} has a frame twice")
+    for key, each in expressions.items():
+        _require_name(key, path, where, "expression")
+        check_text(
+            field(each, "exp", str, path, f"expression {key} of {where}"), path, f"expression {key} of {where}", "exp"
+        )
+    return tuple(frames), expressions
+
+
+def _require_name(name: str, path: Path, where: str, key: str) -> None:
+    if plain_path(name, path, where, key) != name or "/" in name:
+        raise bad(path, f"{where} has a '{key}' that is not a plain name: {shown(name)}")
+
+
+def identifier(value: Any, path: Path, where: str, key: str) -> str:
+    """Return the identifier of an object, which files write as a number or as its digits."""
+    text = str(value) if type(value) is int and 0 <= value < 1 << 63 else value
+    if type(text) is not str or not (text.isascii() and text.isdecimal()) or len(text) > 18:
+        raise bad(path, f"{where} has a '{key}' that is not a number: {shown(value)}")
+    return text
+
+
+def label(value: Any, path: Path, where: str) -> str:
+    """Return an `obj_id` as the value of a label image. Raises DcrisError unless it is 1 to 254."""
+    text = identifier(value, path, where, "obj_id")
+    if not 1 <= int(text) <= 254:
+        raise bad(path, f"{where} has an 'obj_id' that is not one of 1 to 254: {text}")
+    return str(int(text))

@@ -1,0 +1,72 @@
+"""Ref-YouTube-VOS: meta_expressions/SPLIT/meta_expressions.json, SPLIT/JPEGImages/VIDEO/FRAME.jpg
+and, in train, train/Annotations/VIDEO/FRAME.png.
+
+The file of valid lists the 305 videos of test, too: they are left out, as everywhere. Its `obj_id`
+is in train only. The authors published a truth of valid in March 2026 (issue 7 of
+skynbe/Refer-Youtube-VOS), without a description of its files: it is read if its expressions have
+`obj_id` and its labels are in valid/Annotations, as in train.
+Source: inference_ytvos.py and datasets/ytvos.py of ReferFormer; refer_youtube_vos_dataset.py of
+MTTR.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dcris.data.registry import VIDEO_SETS
+from dcris.data.table import OnError, bad, shown, skip_errors
+from dcris.data.video_readers.meta import META, each_video, home_of, label, read_videos
+from dcris.data.videos import LabelImages, VideoExpression, VideoSet
+from dcris.errors import DcrisError
+
+_DATASET = "ref_youtube_vos"
+_FOLDERS = ("ref-youtube-vos", "ref_youtube_vos", "refer_youtube_vos")
+_SPLITS = ("train", "valid", "test")
+
+
+def find(root: Path) -> Sequence[str]:
+    """Return the splits that have a file of expressions."""
+    home = home_of(root, _FOLDERS, f"meta_expressions/*/{META}")
+    return [] if home is None else [split for split in _SPLITS if _meta(home, split).is_file()]
+
+
+def _meta(home: Path, split: str) -> Path:
+    return home / "meta_expressions" / split / META
+
+
+def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
+    """Read a split; see VideoReader.load."""
+    home = home_of(root, _FOLDERS, f"meta_expressions/*/{META}")
+    assert home is not None
+    path = _meta(home, split)
+    videos = read_videos(path)
+    notes = _leave_out_test(videos, path, _meta(home, "test")) if split == "valid" else ()
+    expressions: list[VideoExpression] = []
+    for name, frames, records in each_video(path, videos, on_error):
+        for key, record in records.items():
+            where = f"expression {key} of video {shown(name)}"
+            with skip_errors(on_error):
+                objects = (label(record["obj_id"], path, where),) if "obj_id" in record else ()
+                if split == "train" and not objects:
+                    raise bad(path, f"{where} has no 'obj_id'")
+                expressions.append(VideoExpression(name, key, record["exp"], frames, objects))
+    labels = home / split / "Annotations"
+    published = split == "train" or (labels.is_dir() and all(each.objects for each in expressions))
+    truths = LabelImages(labels) if published else None
+    return VideoSet(_DATASET, split, home / split / "JPEGImages", tuple(expressions), truths, notes)
+
+
+def _leave_out_test(videos: dict[str, Any], path: Path, test: Path) -> tuple[str, ...]:
+    """Remove the videos of test, and return what is to be said of it."""
+    official, _ = VIDEO_SETS[_DATASET].splits["valid"]
+    before = len(videos)
+    if test.is_file():
+        for name in read_videos(test):
+            videos.pop(name, None)
+    elif official is not None and before > official:
+        raise DcrisError(
+            f"{path} lists {before:,} videos, of which {official} are valid's and the others test's; put the file of test's "
+            f"expressions at {test}, so that they can be left out"
+        )
+    left_out = before - len(videos)
+    return (f"{left_out:,} videos of test, which the file of valid lists too, are left out",) if left_out else ()
