@@ -306,6 +306,22 @@ class DataConfig(Section):
     sample (see dcris.data.dataset.TrainingSamples). Evaluation always aborts."""
 
 
+class MaskingConfig(Section):
+    """Masking with distillation (MaskRIS, Lee et al. 2024); see dcris.data.masking.
+
+    The defaults are those of the published code, whose 14 x 14 patches are of 32 pixels.
+    """
+
+    image: Probability = 0.75
+    """Share of the image's patches that are hidden."""
+    words: Probability = 0.15
+    """Probability that a token of the expression is masked."""
+    grid: Annotated[int, Field(gt=0, le=1024, strict=True)] = 14
+    """Patches along a side of the network's square."""
+    weight: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the loss of the masked sample; that of the sample itself has the rest."""
+
+
 class TrainConfig(Section):
     """Optimisation and bookkeeping (sections 3.5 and 4.2)."""
 
@@ -353,6 +369,9 @@ class TrainConfig(Section):
     presence: Positive = 1.0
     """Weight of the cross entropy of presence, beside equation 6; used with `model.head.presence`.
     """
+    masking: MaskingConfig | None = None
+    """Train on each sample a second time, with parts of its image and its words masked, to predict
+    what the network predicts for the sample itself. None: off."""
     target: Literal["nearest", "area", "aligned"] = "nearest"
     """How masks are resized to the grid of the logits, for the losses and the training IoU:
     nearest, as published, takes one pixel for each cell; area takes the mean of the cell; aligned
@@ -390,6 +409,10 @@ class RunConfig(Section):
         if self.data.word_length > self.model.text.length:
             raise ValueError(
                 f"data.word_length {self.data.word_length} is more than the text tower's {self.model.text.length}"
+            )
+        if self.data.cache_features and self.train.masking:
+            raise ValueError(
+                "train.masking changes the images at every step, which data.cache_features encodes once; leave one of them off"
             )
         return self
 

@@ -1,7 +1,7 @@
 """Data types that the whole package shares.
 
 Shape letters: B batch, I distinct images, H W pixels of an image, S side of the network's square
-input, L text tokens.
+input, L text tokens, G patches along a side of it.
 """
 
 from collections.abc import Mapping
@@ -107,6 +107,16 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Masked:
+    """What `train.masking` changes in a sample, or in the samples of a batch."""
+
+    tokens: Tensor
+    """[L] int64, or [B, L]: the expression with masked tokens."""
+    hidden: Tensor
+    """[G, G] bool, or [I, G, G]: the patches of the image that are hidden."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One training sample: a letterboxed image, the tokens of one of its reference's expressions,
     and the mask."""
@@ -120,6 +130,8 @@ class Sample:
     """[S, S] float32 in 0..1: the object's mask on the network's square."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """See Batch."""
+    masked: Masked | None = None
+    """With `train.masking`, the masked copy of the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +150,5 @@ class Batch:
     -> reason."""
     image_index: Tensor | None = None
     """[B] int64: which of `images` belongs to each sample. None: sample b has image b."""
+    masked: Masked | None = None
+    """With `train.masking`, the masked copies of the samples and of the images."""

@@ -22,15 +22,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from dcris.config import DataConfig
+from dcris.config import DataConfig, MaskingConfig
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
+from dcris.data.masking import hidden_patches, mask_tokens
 from dcris.data.masks import true_mask, union_mask
 from dcris.data.registry import DATASETS
 from dcris.data.tokenizer import Tokenizer, cut_texts, tokenize
 from dcris.data.transforms import Letterbox, Transform
 from dcris.errors import DcrisError
-from dcris.types import Batch, Expression, Reference, Sample, Truth
+from dcris.types import Batch, Expression, Masked, Reference, Sample, Truth
 from dcris.utils.arguments import require_names
 from dcris.utils.streams import note_once
 from dcris.utils.workers import Failure, load, or_raise, workers_that_fit
@@ -87,9 +88,17 @@ class TrainingSamples(Dataset[Sample | Failure]):
     So do they with `config.cache_features`, and the draws repeat after so many epochs.
     """
 
-    def __init__(self, references: Sequence[Reference], config: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self,
+        references: Sequence[Reference],
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        masking: MaskingConfig | None = None,
+    ) -> None:
         require_names(config.augmentations, AUGMENTATIONS, "data.augmentations")
         self.references, self.config, self.tokenizer, self.seed = references, config, tokenizer, seed
+        self.masking = masking
         self.shares_images = config.phrases_per_image > 1
         self.images: Sequence[int] = range(len(references))
         """For each reference the number that stands for its image in random draws: that of the
@@ -158,7 +167,18 @@ class TrainingSamples(Dataset[Sample | Failure]):
             image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)
         square, letterbox = to_square(image, self.config, Letterbox)
         (tokens,) = tokenize([text], self.config, self.tokenizer)
-        return Sample(square, tokens, torch.from_numpy(letterbox.mask(mask)))
+        masked = None if self.masking is None else self._mask(index, tokens, self.masking)
+        return Sample(square, tokens, torch.from_numpy(letterbox.mask(mask)), masked=masked)
+
+    def _mask(self, index: int, tokens: Tensor, masking: MaskingConfig) -> Masked:
+        """Draw the masked copy of the sample at `index`: its patches by its image, its words by its
+        reference."""
+        epoch, number = divmod(index, len(self))
+        by_image, by_reference = (
+            np.random.default_rng([self.seed, epoch, each, zlib.crc32(name)])
+            for each, name in ((self.images[number], b"masked patches"), (number, b"masked words"))
+        )
+        return Masked(mask_tokens(tokens, masking, self.tokenizer, by_reference), hidden_patches(masking, by_image))
 
     def _read_image(self, path: Path) -> NDArray[np.uint8]:
         if not self.shares_images:
@@ -301,20 +321,28 @@ def collate(samples: list[Sample | Failure], share_images: bool = False) -> Batc
         if isinstance(sample, Failure):
             return sample
         good.append(sample)
-    images, image_index = [sample.image for sample in good], None
+    firsts, image_index = good, None
     if share_images:
         # By content: an augmentation that depends on the expression makes several of one image.
-        keys = [image.numpy().tobytes() for image in images]
-        distinct = dict(zip(keys, images, strict=True))
+        keys = [b"".join(part.numpy().tobytes() for part in _image_parts(sample)) for sample in good]
+        distinct = dict(zip(keys, good, strict=True))
         places = {key: place for place, key in enumerate(distinct)}
-        images, image_index = [*distinct.values()], torch.tensor([places[key] for key in keys])
+        firsts, image_index = [*distinct.values()], torch.tensor([places[key] for key in keys])
+    masked = [sample.masked.tokens for sample in good if sample.masked is not None]
+    hidden = [sample.masked.hidden for sample in firsts if sample.masked is not None]
     return Batch(
-        torch.stack(images),
+        torch.stack([sample.image for sample in firsts]),
         torch.stack([sample.tokens for sample in good]),
         torch.stack([sample.mask for sample in good])[:, None],
         {number: message for sample in good for number, message in sample.skipped.items()},
         image_index,
+        Masked(torch.stack(masked), torch.stack(hidden)) if masked else None,
     )
+
+
+def _image_parts(sample: Sample) -> tuple[Tensor, ...]:
+    """Return what samples have in common that share an image."""
+    return (sample.image,) if sample.masked is None else (sample.image, sample.masked.hidden)
 
 
 @dataclass(frozen=True, slots=True)

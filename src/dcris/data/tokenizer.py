@@ -41,6 +41,7 @@ MINILM_TOKENIZER = minilm_file(
 BERT_VOCABULARY_SIZE = 30522
 BERT_START = 101
 BERT_END = 102
+BERT_MASK = 103
 CLIP_VOCABULARY_SIZE = 49408
 CLIP_START = 49406
 CLIP_END = 49407
@@ -63,6 +64,12 @@ class Tokenizer(Protocol):
         """Id of the token whose feature stands for the sentence.
 
         Its first occurrence in a row ends the phrase.
+        """
+
+    @property
+    def mask_token(self) -> int:
+        """Id that stands for a masked word: BERT's [MASK], or else the start token, which has no
+        meaning inside a phrase.
         """
 
     def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
@@ -168,6 +175,7 @@ class ClipTokenizer:
     name = "clip"
     vocabulary_size = CLIP_VOCABULARY_SIZE
     end_token = CLIP_END
+    mask_token = CLIP_START
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
@@ -261,6 +269,7 @@ class BertTokenizer:
     name = "bert"
     vocabulary_size = BERT_VOCABULARY_SIZE
     end_token = BERT_END
+    mask_token = BERT_MASK
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
@@ -306,8 +315,8 @@ class TinyTokenizer:
             twice = next(word for number, word in enumerate(self.words, start=1) if self._ids[word] != number)
             raise DcrisError(f"the word list of the tiny tokenizer contains {twice!r} twice")
         self._first_bucket = len(self.words) + 1
-        self._start = self._first_bucket + TINY_BUCKETS
-        self.end_token = self._start + 1
+        self.mask_token = self._first_bucket + TINY_BUCKETS  # the start token
+        self.end_token = self.mask_token + 1
         self.vocabulary_size = self.end_token + 1
 
     @classmethod
@@ -320,7 +329,7 @@ class TinyTokenizer:
         """Return the tokens [B, length] int64 of the cleaned texts. Punctuation marks are words."""
         _refuse_bare_text(texts)
         ids = [self._encode(clean_text(text, strip=strip)) for text in texts]
-        return _rows(ids, self._start, self.end_token, length)
+        return _rows(ids, self.mask_token, self.end_token, length)
 
     def _encode(self, text: str) -> list[int]:
         return [self._ids.get(word) or self._bucket(word) for word in _WORD.findall(text)]

@@ -143,14 +143,48 @@ def training_losses(output: Output, masks: Tensor, settings: TrainConfig) -> dic
         weight, if there is a presence head, and then the others count 0 for absent objects; and the
         method's auxiliary losses.
     """
-    logits = output.logits
-    if output.presence is not None:
-        # Absent objects teach the presence head only. With an empty mask as the truth, masks would
-        # be faint wherever the network is in doubt.
-        logits = logits.masked_fill(~_present(masks)[:, None, None, None], _NOTHING)
+    logits = _taught_logits(output, masks)
     resized = resize_masks(masks, logits.shape[-2:], settings.target)
-    terms = {"text_to_pixel": text_to_pixel_loss(logits, resized)}
-    terms |= {name: weight * LOSSES[name](logits, resized) for name, weight in settings.losses.items()}
+    terms = _mask_losses(logits, resized, settings)
     if output.presence is not None:
         terms["presence"] = settings.presence * presence_loss(output.presence, masks)
     return terms | output.losses
+
+
+def masked_losses(output: Output, clean: Output, masks: Tensor, settings: TrainConfig) -> dict[str, Tensor]:
+    """The terms of the loss of a masked batch (`train.masking`): the same losses, with the
+    probabilities that the network predicts for the batch itself in place of the masks.
+
+    Args:
+        output: of the network for the masked batch, in training.
+        clean: of the network for the batch itself; no gradient goes through it.
+        masks: [B, 1, S, S] in 0..1.
+        settings: losses is used.
+
+    Returns:
+        "masked", and the method's auxiliary losses. The presence head learns nothing from masked
+        images: the object may be hidden.
+    """
+    taught, teacher = _taught_logits(output, masks), _taught_logits(clean, masks)
+    terms = _mask_losses(taught, teacher.detach().float().sigmoid(), settings)
+    return {"masked": torch.stack([*terms.values()]).sum()} | output.losses
+
+
+def _taught_logits(output: Output, masks: Tensor) -> Tensor:
+    """Return the logits that the losses of masks are of.
+
+    Absent objects teach the presence head only. With an empty mask as the truth, masks would be
+    faint wherever the network is in doubt.
+    """
+    if output.presence is None:
+        return output.logits
+    return output.logits.masked_fill(~_present(masks)[:, None, None, None], _NOTHING)
+
+
+def _mask_losses(logits: Tensor, masks: Tensor, settings: TrainConfig) -> dict[str, Tensor]:
+    """Return equation 6 as "text_to_pixel", and the losses added to it times their weights.
+
+    Both tensors are on the grid of the logits.
+    """
+    terms = {"text_to_pixel": text_to_pixel_loss(logits, masks)}
+    return terms | {name: weight * LOSSES[name](logits, masks) for name, weight in settings.losses.items()}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from dcris.data.dataset import (
     steps_per_epoch,
     training_loader,
 )
+from dcris.data.masking import hide
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError, out_of_memory
@@ -54,12 +56,13 @@ from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.vit import VisionState
+from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.training.averaging import WeightAverage
 from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
-from dcris.training.losses import LOSSES, resize_masks, training_losses
+from dcris.training.losses import LOSSES, masked_losses, resize_masks, training_losses
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.training.provenance import RunRecord
@@ -181,7 +184,7 @@ class Trainer:
         self.settings = config.train
         self.dtype = choose_precision(self.settings.precision, self.device)
         references, val_split = table.split(config.data.train_split), config.data.val_split
-        self.samples = TrainingSamples(references, config.data, tokenizer, self.settings.seed)
+        self.samples = TrainingSamples(references, config.data, tokenizer, self.settings.seed, self.settings.masking)
         self.queries: Queries = all_queries(table.split(val_split), first_only=True) if val_split else []
         self.skipped = Skipped(len(self.samples), log)
         self.batch_size = min(self.settings.batch_size, len(self.samples))
@@ -298,37 +301,71 @@ class Trainer:
             begin += len(places)
             # Dropout is seeded by the step and the place in the batch: that makes resuming exact.
             torch.manual_seed((self.settings.seed * 1_000_003 + step + places.start * _SEED_STRIDE) % 2**63)
-            images, image_index = self._images(batch, part)
+            rows, image_index = self._rows(batch, part)
+            images = self._images(batch.images[rows])
             tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
             # The batch's mean is the sum of the passes' means, each times its share of the batch.
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
                 output = self.model(images, tokens, image_index)
             losses = training_losses(output, masks, self.settings)
-            loss = torch.stack([*losses.values()]).sum() * share
-            loss.backward()
-            terms.append({"loss": loss.detach()} | {name: term.detach() * share for name, term in losses.items()})
+            weight = 0.0 if self.settings.masking is None else self.settings.masking.weight
+            terms.append(self._backward(losses, share * (1 - weight)))
+            if batch.masked is not None:
+                hidden, masked_tokens = batch.masked.hidden[rows], batch.masked.tokens[part]
+                masked = self._forward_masked(images, hidden, masked_tokens, image_index)
+                terms.append(self._backward(masked_losses(masked, output, masks, self.settings), share * weight))
+                del masked
             if compute_iou:
                 ious.append(batch_iou(output, masks, self.settings) * share)
-            del output, losses, loss  # free this pass's graph before the next one
-        names = [name for name in terms[0] if name != "text_to_pixel"]
-        *values, iou = self.group.sum(*(sum(term[name].item() for term in terms) for name in names), sum(ious))
+            del output, losses  # free this pass's memory before the next one
+        names = [name for name in dict.fromkeys(chain(*terms)) if name != "text_to_pixel"]
+        *values, iou = self.group.sum(
+            *(sum(term[name].item() for term in terms if name in term) for name in names), sum(ious)
+        )
         return dict(zip(names, values, strict=True)), iou if want_iou else None
 
     # ---- what the loop calls --------------------------------------------------------------------
 
-    def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor | VisionState, torch.Tensor | None]:
-        """Return the normalised images of a part of a batch, or their stored features, and which of
-        them each sample has."""
-        rows: slice | torch.Tensor = part
-        image_index = None
-        if batch.image_index is not None:
-            rows, image_index = batch.image_index[part].unique(return_inverse=True)
-            image_index = image_index.to(self.device)
-        images = batch.images[rows].to(self.device, non_blocking=True)
+    @staticmethod
+    def _backward(losses: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+        """Add the gradients of a pass's terms, times its share, and return the terms times it, and
+        their sum as "loss"."""
+        loss = torch.stack([*losses.values()]).sum() * share
+        loss.backward()
+        return {"loss": loss.detach()} | {name: term.detach() * share for name, term in losses.items()}
+
+    def _rows(self, batch: Batch, part: slice) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
+        """Return which of a batch's images its part has, and which of these each sample has, on the
+        device."""
+        if batch.image_index is None:
+            return part, None
+        rows, image_index = batch.image_index[part].unique(return_inverse=True)
+        return rows, image_index.to(self.device)
+
+    def _images(self, images: torch.Tensor) -> torch.Tensor | VisionState:
+        """Return images on the device and normalised, or the features that are stored for them."""
+        images = images.to(self.device, non_blocking=True)
         if self.features is not None:
-            return self.features.layout.unpack(images), image_index
-        return normalise(images, self.config.data), image_index
+            return self.features.layout.unpack(images)
+        return normalise(images, self.config.data)
+
+    def _forward_masked(
+        self,
+        images: torch.Tensor | VisionState,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        image_index: torch.Tensor | None,
+    ) -> Output:
+        """Return the output for the masked copies of samples (`train.masking`).
+
+        Batch norms keep their running statistics: prediction sees whole images.
+        """
+        assert isinstance(images, torch.Tensor)  # stored features cannot be masked
+        hidden, tokens = (x.to(self.device, non_blocking=True) for x in (hidden, tokens))
+        with frozen_statistics(self.model), autocast(self.device, self.dtype):
+            output: Output = self.model(hide(images, hidden), tokens, image_index)
+        return output
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's part of each batch.
