@@ -1,4 +1,5 @@
-"""The paper's tables 1 to 5 and figure 2 as data: rows, their changes, and the published values.
+"""The paper's tables 1 to 5 and figure 2 as data: rows, their changes, and the published values;
+and a table of options that are not in the paper.
 
 Scores are the paper's "IoU". In tables 2 to 5 it is on val, testA and testB of RefCOCO and most
 likely the mIoU; in table 1 the rows differ in it (docs/paper_and_code.md). The text of the paper
@@ -53,6 +54,11 @@ _FIXED = (74.9, 77.1, 72.0)
 def _on(*layers: int) -> dict[str, Any]:
     """Return the changes for adapters on these blocks of both towers."""
     return {"model.method.visual.layers": layers, "model.method.text.layers": layers}
+
+
+def _options(**train: Any) -> dict[str, Any]:
+    """Return the changes for no options of training but these."""
+    return {f"train.{name}": value for name, value in ({"ema": None, "masking": None} | train).items()}
 
 
 _OF_TRANSFORMERS: tuple[str, ...] = ("b", "tiny")
@@ -140,6 +146,15 @@ TABLES = {
             # All of table 2 except full tuning, which has fifty times as many
             # weights, and the default, which is above.
             *_METHODS[1:-1],
+        ),
+    ),
+    "options": Table(
+        "Options of training that are not in the paper",
+        ("Option",),
+        (
+            Row(("none",), changes=_options(), name="DCRIS"),
+            Row(("averages of weights (EMA)",), changes=_options(ema=0.99), name="EMA"),
+            Row(("masking with distillation",), changes=_options(masking={}), name="masking"),
         ),
     ),
 }
