@@ -230,12 +230,13 @@ def data_root_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help=ROOT)
 
 
-def data_set_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --dataset, --split-by and --mask-threshold."""
+def data_set_arguments(parser: argparse.ArgumentParser, videos: bool = False) -> None:
+    """Add --dataset, --split-by and --mask-threshold; `videos`: sets of videos are possible."""
     parser.add_argument(
         "--dataset",
         help="data set: refcoco, refcoco+, refcocog, grefcoco, ref-zom, rrefcoco, rrsisd, refsegrs, reasonseg, phrasecut, "
-        "refcoco-m, gseval, scenes, or a folder in ROOT; several as one: mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY)",
+        "refcoco-m, gseval, scenes, or a folder in ROOT; several as one: mixed, mixed-unfiltered or mixed:NAME,NAME(SPLIT_BY)"
+        + ("; of videos: ref_youtube_vos, ref_davis17 or mevis" if videos else ""),
     )
     parser.add_argument(
         "--split-by", help="partition of the data set: unc, umd, google, ...; needed only if ROOT has several"

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcris.cli.common import ROOT, adder, argument, data_set_arguments, log, natural, output, own_name, progress, share
 from dcris.errors import DcrisError
 from dcris.utils.streams import is_terminal, note
+
+if TYPE_CHECKING:
+    from dcris.data.check_report import Report
 
 
 def add(commands: Any) -> None:
@@ -46,7 +49,7 @@ def add(commands: Any) -> None:
     )
     check = add_data("check", _data_check, "check a data set", "ROOT --dataset refcoco --split-by unc")
     check.add_argument("root", type=Path, metavar="ROOT", help=ROOT)
-    data_set_arguments(check)
+    data_set_arguments(check, videos=True)
     check.add_argument("--deep", action="store_true", help="decode every image instead of reading only its header")
     check.add_argument("--json", action="store_true", help="print JSON")
     scenes = add_data(
@@ -165,17 +168,26 @@ def _data_fetch(args: argparse.Namespace) -> None:
 
 def _data_check(args: argparse.Namespace) -> None:
     from dcris.data.check import check_dataset
+    from dcris.data.check_videos import check_videos
+    from dcris.data.registry import VIDEO_SETS
 
     own_name(args.root, args)
-    with progress(None, "image") as show:
-        report = check_dataset(
-            args.root,
-            args.dataset,
-            args.split_by,
-            deep=args.deep,
-            mask_threshold=args.mask_threshold,
-            progress=show,
-        )
+    report: Report
+    if args.dataset in VIDEO_SETS:
+        if args.split_by is not None or args.mask_threshold is not None:
+            raise DcrisError(f"{args.dataset} takes neither --split-by nor --mask-threshold; leave them out")
+        with progress(None, "video") as show:
+            report = check_videos(args.root, args.dataset, deep=args.deep, progress=show)
+    else:
+        with progress(None, "image") as show:
+            report = check_dataset(
+                args.root,
+                args.dataset,
+                args.split_by,
+                deep=args.deep,
+                mask_threshold=args.mask_threshold,
+                progress=show,
+            )
     output(json.dumps(report.to_json(), indent=2) if args.json else report.table())
     if report.problem_count:
         several = "problems, the first" if report.problem_count > 1 else "problem"

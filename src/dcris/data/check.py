@@ -3,97 +3,51 @@
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dcris.data.check_report import MAX_ERRORS, Report
 from dcris.data.images import image_size, read_image
 from dcris.data.masks import mask_area
 from dcris.data.readers.load import load_references
-from dcris.data.registry import PARTITIONS, agrees, official_splits
+from dcris.data.registry import PARTITIONS, official_splits
 from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference
 
-_MAX_SHOWN = 10
 
-_MAX_BAD_REFERENCES = 100_000
-"""Reading stops after this many bad references: 30 MB of another kind of file may have 15 million
-lines."""
+@dataclass(kw_only=True)
+class CheckReport(Report):
+    """Result of a check of a data set of images."""
 
-
-@dataclass
-class CheckReport:
-    """Result of a check.
-
-    Problems stop a run sooner or later; warnings matter when scores are compared.
-    """
-
-    dataset: str
     split_by: str
-    splits: dict[str, tuple[int, int]]
-    """References and expressions of each split."""
     images: int
     """Number of distinct images."""
-    shared_images: int
+    shared_images: int = 0
     """Images in more than one split."""
-    leaked_images: int
+    leaked_images: int = 0
     """Images in train and in another split."""
-    official: bool | None
-    """Whether every split has its official size, as far as that is known; None if none is known."""
-    notes: list[str] = field(default_factory=list)
-    """Notes of the table."""
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    """The first ten problems, in words."""
-    problem_count: int = 0
 
-    def add_problem(self, problem: str) -> None:
-        """Count a problem and keep its text if it is among the first ten."""
-        self.problem_count += 1
-        if len(self.problems) < _MAX_SHOWN:
-            self.problems.append(problem)
+    @property
+    def title(self) -> str:
+        """Name of the data set and of its partition."""
+        return f"{self.dataset} ({self.split_by})"
 
-    def table(self) -> str:
-        """Return the report as text for a terminal."""
-        official = official_splits(self.dataset, self.split_by)
-        lines = [f"{self.dataset} ({self.split_by})", f"{'split':<10}{'references':>12}{'expressions':>13}  official"]
-        for name, counts in self.splits.items():
-            verdict = ""
-            if expected := official.get(name):
-                same = agrees(counts, expected)
-                sizes = " / ".join("?" if size is None else f"{size:,}" for size in expected)
-                verdict = "unknown" if same is None else "yes" if same else sizes
-            lines.append(f"{name:<10}{counts[0]:>12,}{counts[1]:>13,}  {verdict}".rstrip())
-        lines.append(f"{self.images:,} images")
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        lines += [f"problem: {problem}" for problem in self.problems]
-        if self.problem_count > len(self.problems):
-            lines.append(f"problem: ... and {self.problem_count - len(self.problems):,} more")
-        count = self.problem_count
-        lines.append("no problems" if not count else f"{count:,} problem{'s' if count > 1 else ''}")
-        return "\n".join(lines)
+    @property
+    def total(self) -> str:
+        """Number of images, in words."""
+        return f"{self.images:,} images"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain data for a JSON file."""
+    def details(self) -> dict[str, Any]:
+        """Return the partition and the numbers of images."""
         return {
-            "dataset": self.dataset,
             "split_by": self.split_by,
-            "splits": {
-                name: {"references": references, "expressions": expressions}
-                for name, (references, expressions) in self.splits.items()
-            },
             "images": self.images,
             "shared_images": self.shared_images,
             "leaked_images": self.leaked_images,
-            "official": self.official,
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-            "problems": list(self.problems),
-            "problem_count": self.problem_count,
         }
 
 
@@ -126,7 +80,7 @@ def check_dataset(
 
     def on_error(error: DcrisError) -> None:
         errors.append(str(error))
-        if len(errors) == _MAX_BAD_REFERENCES:
+        if len(errors) == MAX_ERRORS:
             raise DcrisError(f"reading stopped after {len(errors):,} bad references; the first: {errors[0]}")
 
     table = load_references(root, dataset, split_by, on_error, mask_threshold=mask_threshold)
@@ -134,36 +88,17 @@ def check_dataset(
         dataset=table.dataset,
         split_by=table.split_by,
         splits=table.splits(),
+        official_splits=official_splits(table.dataset, table.split_by),
         images=len({reference.image_path for reference in table.references}),
-        shared_images=0,
-        leaked_images=0,
-        official=None,
         notes=list(table.notes),
     )
     for error in errors:
         report.add_problem(error)
-    _check_sizes(report)
+    report.compare_sizes()
     _check_leaks(table, report)
     _check_files(table, report, deep, progress)
     _check_leftovers(table, report)
     return report
-
-
-def _check_sizes(report: CheckReport) -> None:
-    official = official_splits(report.dataset, report.split_by)
-    if not official:
-        return
-    missing = [name for name in official if name not in report.splits]
-    verdicts = {name: agrees(counts, official.get(name, (0, 0))) for name, counts in report.splits.items()}
-    different = [name for name, same in verdicts.items() if same is False]
-    if missing or different:
-        report.official = False
-    elif True in verdicts.values():
-        report.official = True
-    if different:
-        report.warnings.append(f"not the official size: {', '.join(different)}; published results do not compare")
-    if missing:
-        report.warnings.append(f"official splits that are missing: {', '.join(missing)}")
 
 
 def _check_leaks(table: ReferenceTable, report: CheckReport) -> None:

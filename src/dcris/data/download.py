@@ -29,7 +29,7 @@ from dcris.data.readers.parquet import (
     split_in_name,
     to_refer,
 )
-from dcris.data.registry import DATASETS, PARTITIONS, Dataset
+from dcris.data.registry import DATASETS, PARTITIONS, VIDEO_SETS, Dataset
 from dcris.data.table import ReferenceTable, bad
 from dcris.errors import DcrisError
 from dcris.types import Reference
@@ -129,8 +129,9 @@ def _format_size(count: int) -> str:
 def _downloadable(dataset: str, root: Path) -> Dataset:
     """Return the facts of a data set that is on the Hub; raise DcrisError for others."""
     facts = DATASETS.get(dataset)
-    if facts is not None and facts.source:
-        raise DcrisError(f"{dataset} is not on the Hub; get it from {facts.source.replace('ROOT', str(root))}")
+    published = facts or VIDEO_SETS.get(dataset)
+    if published is not None and published.source:
+        raise DcrisError(f"{dataset} is not on the Hub; get it from {published.source.replace('ROOT', str(root))}")
     if facts is None or facts.repository is None:
         known = (name for name, each in DATASETS.items() if each.repository is not None)
         raise DcrisError(f"there is no data set {dataset} to download; choose from {', '.join(known)}")

@@ -92,6 +92,10 @@ class RunLengths:
             union = mask if union is None else union | mask
         return union
 
+    def longest(self, expression: VideoExpression) -> int:
+        """Return the greatest number of frames for which an expression has masks."""
+        return max(map(len, self._lists(expression)))
+
     def _lists(self, expression: VideoExpression) -> list[list[Any]]:
         lists: list[list[Any]] = []
         for target in expression.objects:

@@ -50,20 +50,25 @@ def _converted(root: Path, split: str) -> Path | None:
 
 def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
     """Read a split in either form; see VideoReader.load."""
+    misspelt: set[str] = set()
     if (home := _original(root, split)) is not None:
         frames, labels = home / "DAVIS/JPEGImages/480p", home / "DAVIS/Annotations_unsupervised/480p"
-        expressions = list(_from_texts(home, split, frames, on_error))
+        expressions = list(_from_texts(home, split, frames, misspelt, on_error))
     else:
         home = _converted(root, split)
         assert home is not None
         frames, labels = home / split / "JPEGImages", home / split / "Annotations"
         expressions = list(_from_meta(home / "meta_expressions" / split / META, on_error))
-    return VideoSet(_DATASET, split, frames, tuple(expressions), LabelImages(labels))
+    names = ", ".join(f"{name} ({MISSPELT[name]})" for name in sorted(misspelt))
+    notes = (f"names of videos that the texts misspell are corrected: {names}",) if misspelt else ()
+    return VideoSet(_DATASET, split, frames, tuple(expressions), LabelImages(labels), notes)
 
 
-def _from_texts(home: Path, split: str, frames: Path, on_error: OnError | None) -> Iterator[VideoExpression]:
+def _from_texts(
+    home: Path, split: str, frames: Path, misspelt: set[str], on_error: OnError | None
+) -> Iterator[VideoExpression]:
     names = home / f"DAVIS/ImageSets/2017/{_SPLITS[split]}.txt"
-    texts = [_read_texts(home / "davis_text_annotations" / name, on_error) for name in _TEXTS]
+    texts = [_read_texts(home / "davis_text_annotations" / name, misspelt, on_error) for name in _TEXTS]
     for number, line in enumerate(_lines(names), 1):
         if not (video := line.strip()):
             continue
@@ -103,8 +108,8 @@ def _lines(path: Path) -> list[str]:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}; get it again") from error
 
 
-def _read_texts(path: Path, on_error: OnError | None) -> dict[str, dict[str, str]]:
-    """Return the texts of a file by video and object."""
+def _read_texts(path: Path, misspelt: set[str], on_error: OnError | None) -> dict[str, dict[str, str]]:
+    """Return the texts of a file by video and object; add the misspelt names to `misspelt`."""
     texts: dict[str, dict[str, str]] = {}
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -115,6 +120,7 @@ def _read_texts(path: Path, on_error: OnError | None) -> dict[str, dict[str, str
                 video, target, text = line.split(maxsplit=2)
             except ValueError:
                 raise bad(path, f'{where} is not of the form VIDEO OBJECT "TEXT": {shown(line)}') from None
+            misspelt |= {video} & MISSPELT.keys()
             of_video = texts.setdefault(MISSPELT.get(video, video), {})
             target = label(target, path, where)
             if target in of_video:
