@@ -216,7 +216,7 @@ def test_a_resumed_run_is_the_same_run(method: str, scenes_root: Path, tmp_path:
 
     def config(steps: int) -> RunConfig:
         quick, recipe = quick_config(steps), get_recipe(f"{method}_tiny")
-        train = quick.train.model_copy(update={"tower_lr": recipe.train.tower_lr})
+        train = quick.train.model_copy(update={"lr_factors": recipe.train.lr_factors})
         return recipe.model_copy(update={"train": train, "data": quick.data})
 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -294,15 +294,15 @@ def test_it_compiles(method: str, backend: str) -> None:
 
 
 def test_a_rate_of_its_own_for_the_towers_weights() -> None:
-    """`tower_lr` applies to the towers' own weights only."""
+    """Full tuning has a factor for the towers' own weights only."""
     model, config = built("full_tiny"), get_recipe("full_tiny").train
     head, own = parameter_groups(model, config)
     assert (head["lr_factor"], own["lr_factor"]) == (1.0, 0.1)
     assert {id(p) for p in head["params"]} == {id(p) for p in model.head.parameters()}
     assert len(own["params"]) + len(head["params"]) == sum(p.requires_grad for p in model.parameters())
-    (whole,) = parameter_groups(model, config.model_copy(update={"tower_lr": 1.0}))
+    (whole,) = parameter_groups(model, config.model_copy(update={"lr_factors": {}}))
     assert len(whole["params"]) == len(own["params"]) + len(head["params"])
-    assert len(parameter_groups(built("dcris_tiny"), config)) == 1
+    assert len(parameter_groups(built("dcris_tiny"), get_recipe("dcris_tiny").train)) == 1
 
 
 # Each method's arithmetic, against a plain reading of its source or another library.

@@ -1,5 +1,5 @@
-"""Options of training beyond the paper: weight averages, area targets, AdamW, shared images, stored
-features."""
+"""Options of training beyond the paper: weight averages, area targets, AdamW, shared images,
+learning rates of parts, stored features."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from conftest import TinyRefer
 from dcris.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
-from dcris.config import TrainConfig
+from dcris.config import TrainConfig, parse_config
 from dcris.data import dataset
 from dcris.data.dataset import TrainingBatches, TrainingSamples, steps_per_epoch, training_loader
 from dcris.data.readers.load import load_references
@@ -35,7 +35,7 @@ from dcris.training import features, trainer
 from dcris.training.averaging import WeightAverage
 from dcris.training.features import FeatureLayout
 from dcris.training.losses import resize_masks, text_to_pixel_loss
-from dcris.training.optimizer import make_optimizer
+from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model
 from dcris.types import Reference
@@ -56,6 +56,7 @@ def test_options_are_off_by_default() -> None:
     """The paper's recipes must stay the paper's."""
     config = get_recipe("dcris_b")
     assert (config.train.ema, config.train.target, config.train.optimizer) == (None, "nearest", "adam")
+    assert (config.train.masking, config.train.lr_factors) == (None, {})
     assert (config.data.phrases_per_image, config.data.cache_features) == (1, None)
 
 
@@ -348,6 +349,102 @@ def test_shared_images_on_several_processes(scenes_root: Path, tmp_path: Path) -
         done = torchrun(count, *train_words(scenes_root, tmp_path / str(count), 6, *words), program=IN_DOUBLE_PRECISION)
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=4e-7)
+
+
+# ---- learning rates of parts -------------------------------------------------------------------
+
+FACTORS = ("train.lr_factors", '{"head": 3, "adapters": 0.5}')
+
+
+def moves(table: ReferenceTable, run: Path, *settings: tuple[str, str]) -> dict[str, float]:
+    """Return how far the first step of Adam moved the weights of each part at most: it moves each
+    weight by its learning rate, whatever the gradient."""
+    config = quick_config(1, ("train.lr", "1e-4"), *settings, recipe="full_tiny")
+    before = trained_state(build_model(config))
+    run_training(config, table, run)
+    after, found = last_tensors(run), dict.fromkeys(("head", "towers"), 0.0)
+    for name, value in before.items():
+        if value.is_floating_point() and "running" not in name:
+            part = "head" if name.startswith("head.") else "towers"
+            found[part] = max(found[part], (after[name] - value).abs().max().item())
+    return found
+
+
+def test_each_part_learns_at_its_own_rate(table: ReferenceTable, tmp_path: Path) -> None:
+    """The recipe of full tuning has a factor of 0.1 for the towers."""
+    for number, (factors, head, towers) in enumerate(
+        (
+            (None, 1, 0.1),
+            ("{}", 1, 1),
+            ('{"towers": 0.01, "head": 3}', 3, 0.01),
+            ('{"head": 0.5}', 0.5, 1),
+        )
+    ):
+        found = moves(table, tmp_path / str(number), *([("train.lr_factors", factors)] if factors else []))
+        assert found == pytest.approx({"head": 1e-4 * head, "towers": 1e-4 * towers}, rel=0.02)
+
+
+def test_the_schedule_applies_to_all_parts() -> None:
+    """Every weight is in one group; warm-up and cosine multiply the factors."""
+    config = quick_config(10, FACTORS, ("train.warmup_steps", "4"))
+    model = build_model(config)
+    optimizer = make_optimizer(model, config.train)
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    counts = model.count_weights()
+    assert sizes == [counts["adapters"], counts["head"]]
+    for step in range(10):
+        lr = learning_rate(config.train, step, 100, 10)
+        set_learning_rate(optimizer, lr)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * 0.5, lr * 3])
+
+
+def test_a_run_with_rates_of_parts_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
+    """The moments of the optimizer go to their own weights again."""
+    config = quick_config(4, FACTORS, *EMA)
+    run_training(config, table, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_training(config, table, tmp_path / "halves", log=stop_at(2))
+    run_training(config, table, tmp_path / "halves", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    with pytest.raises(DcrisError, match=r"started with train\.lr_factors"):
+        run_training(quick_config(4, *EMA), table, tmp_path / "halves", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ('{"neck": 2}', "train.lr_factors.neck: input should be 'adapters', 'head' or 'towers'"),
+        ('{"head": 0}', "train.lr_factors.head: input should be greater than 0"),
+        ('{"head": -1}', "train.lr_factors.head: input should be greater than 0"),
+        ('{"head": true}', None),
+        ("0.1", "train.lr_factors: input should be a valid dictionary"),
+    ],
+)
+def test_wrong_factors_are_refused(factors: str, message: str | None) -> None:
+    """One sentence names the part."""
+    if message is None:
+        assert quick_config(1, ("train.lr_factors", factors)).train.lr_factors == {"head": 1.0}
+        return
+    with pytest.raises(DcrisError, match=re.escape(message)):
+        quick_config(1, ("train.lr_factors", factors))
+
+
+def test_a_factor_without_weights_is_refused(table: ReferenceTable, tmp_path: Path) -> None:
+    """A factor that changes nothing is a mistake, and nothing is written."""
+    with pytest.raises(DcrisError, match=r"factor for the towers, but nothing is trained there .* adapters and head"):
+        run_training(quick_config(1, ("train.lr_factors", '{"towers": 1}')), table, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_older_files_have_a_rate_for_the_towers() -> None:
+    """`tower_lr` of a run's config.json means what it meant."""
+    for value, factors in ((1.0, {}), (0.1, {"towers": 0.1})):
+        tree = get_recipe("full_tiny").model_dump(mode="json")
+        del tree["train"]["lr_factors"]
+        tree["train"]["tower_lr"] = value
+        assert parse_config(tree, "config.json").train.lr_factors == factors
+    with pytest.raises(DcrisError, match=r"unknown setting train\.tower_lr"):
+        quick_config(1, ("train.tower_lr", "0.1"))
 
 
 # ---- stored features ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dcris.utils.arguments import Precision, Refinement, kind_of, require
 from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
+Part = Literal["adapters", "head", "towers"]
 NegativeKind = Literal["category", "attribute", "place", "relation"]
 
 # The bounds are far beyond sensible values. They keep an untrusted file from causing any amount of
@@ -342,9 +343,9 @@ class TrainConfig(Section):
     """Shard the frozen towers' weights over the ranks (FSDP2), for towers that do not fit on one
     device."""
     lr: Positive = 1e-4
-    tower_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate of the towers' own weights, where a method trains them, as a fraction of `lr`.
-    """
+    lr_factors: dict[Part, Positive] = {}
+    """Learning rates of the network's parts, as multiples of `lr`: the method's adapters, the head,
+    and the towers' own weights, where a method trains them. Parts that are not given have `lr`."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """adamw applies `weight_decay` to the weights, adam adds it to the gradient."""
     schedule: Literal["step", "cosine"] = "step"
@@ -392,6 +393,15 @@ class TrainConfig(Section):
     max_steps: Count | None = None
     """Length of the run in steps, over as many epochs as needed, instead of `epochs`. Milestones
     still count epochs, so a run that ends before the first keeps its learning rate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_tower_lr(cls, value: Any) -> Any:
+        # Files of older runs, and of the models that are part of the package, have `tower_lr`.
+        if not isinstance(value, Mapping) or "tower_lr" not in value:
+            return value
+        others = {key: each for key, each in value.items() if key != "tower_lr"}
+        return others if value["tower_lr"] == 1 else others | {"lr_factors": {"towers": value["tower_lr"]}}
 
 
 class RunConfig(Section):
@@ -522,7 +532,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _first_error(error: ValidationError) -> str:
     first: Mapping[str, Any] = error.errors(include_url=False, include_context=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")  # pydantic's mark of a dictionary's key
     if first["type"] == "extra_forbidden":
         return f"unknown setting {key}"
     message = str(first["msg"]).removeprefix("Value error, ")

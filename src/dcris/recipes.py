@@ -412,7 +412,7 @@ _ON_PHOTOS: dict[str, tuple[MethodConfig | None, str]] = {
         "Prompt tokens in every block of the text tower from PyPI. The vision tower has no tokens.",
     ),
 }
-_TRAIN: dict[str, dict[str, Any]] = {"full": {"tower_lr": 0.1}}
+_TRAIN: dict[str, dict[str, Any]] = {"full": {"lr_factors": {"towers": 0.1}}}
 for _base, _size, _table in ((_B, "b", _ON_DCRIS_B), (_TINY, "tiny", _ON_TINY), (_PHOTOS, "photos", _ON_PHOTOS)):
     for _name, (_method, _summary) in _table.items():
         _add(with_method(_base, f"{_name}_{_size}", _method, **_TRAIN.get(_name, {})), _summary)

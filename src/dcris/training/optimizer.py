@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 
-from dcris.config import TrainConfig
+from dcris.config import Part, TrainConfig
+from dcris.errors import DcrisError
 from dcris.models.segmentation import ReferringSegmenter
 
 
 def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.optim.Optimizer:
-    """Return Adam, as in the published code (train.py), or AdamW over all trainable parameters."""
+    """Return Adam, as in the published code (train.py), or AdamW over all trainable parameters.
+
+    Raises DcrisError as `parameter_groups` does.
+    """
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(
         parameter_groups(model, settings),
@@ -24,17 +28,35 @@ def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.op
 def parameter_groups(model: ReferringSegmenter, settings: TrainConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups, each with its `lr_factor`.
 
-    The towers' own weights, where a method trains them, are a group of their own if `tower_lr` is
-    not 1.
+    First those of the parts without a factor in `settings.lr_factors`, then one group for each.
+
+    Raises:
+        DcrisError: a part that has a factor has nothing to train.
     """
-    towers: list[torch.nn.Parameter] = []
-    other: list[torch.nn.Parameter] = []
+    parts: dict[Part, list[torch.nn.Parameter]] = {"adapters": [], "head": [], "towers": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_tower = settings.tower_lr != 1 and not name.startswith(("head.", "bridge.")) and "_slot." not in name
-            (towers if in_tower else other).append(parameter)
-    groups = [{"params": other, "lr_factor": 1.0}, {"params": towers, "lr_factor": settings.tower_lr}]
+            parts[_part(name)].append(parameter)
+    for part in settings.lr_factors:
+        if not parts[part]:
+            trained = " and ".join(name for name, parameters in parts.items() if parameters)
+            raise DcrisError(
+                f"train.lr_factors has a factor for the {part}, but nothing is trained there in this run, only: {trained}; "
+                "leave it out"
+            )
+    factors = {name: factor for name, factor in settings.lr_factors.items() if factor != 1}
+    # In the order of the model: the numbers of the optimiser's slots depend on it.
+    plain = [p for name, p in model.named_parameters() if p.requires_grad and _part(name) not in factors]
+    groups = [{"params": plain, "lr_factor": 1.0}]
+    groups += [{"params": parts[part], "lr_factor": factors[part]} for part in parts if part in factors]
     return [group for group in groups if group["params"]]
+
+
+def _part(name: str) -> Part:
+    """Return the part of the network that a parameter of this name belongs to."""
+    if name.startswith("head."):
+        return "head"
+    return "adapters" if name.startswith("bridge.") or "_slot." in name else "towers"
 
 
 def warmup_steps(settings: TrainConfig, total: int) -> int:
