@@ -2,17 +2,19 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from dcris.checkpoints.backbones import is_downloadable
@@ -40,6 +42,7 @@ from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
 from dcris.inference.inputs import find_tasks
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
+from dcris.inference.smoothing import Maps, require_window, smoothed
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
@@ -52,6 +55,13 @@ Source = PathLike
 """A trained model by path or name; see Segmenter.from_pretrained."""
 
 Phrases = str | Sequence[str]
+
+FRAMES_AT_ONCE = 8
+"""Default number of frames of a video that are encoded at once."""
+
+_MAX_MASK_PIXELS = 400_000_000
+"""Limit on the pixels of a frame's masks, all phrases together: 200 phrases in full HD. Each takes
+a byte, with its probability five."""
 
 _MAX_PAIRS = 32
 """Limit on the pairs of an image and a phrase per forward pass. More are not faster."""
@@ -590,6 +600,96 @@ class Segmenter:
         _warn(found)
         return found
 
+    def predict_frames(
+        self,
+        frames: Iterable[ImageLike],
+        phrases: Phrases,
+        *,
+        batch: int = FRAMES_AT_ONCE,
+        smooth: int = 1,
+        threshold: float | None = None,
+        min_score: float | None = None,
+        min_area: int = 0,
+        scores: bool = False,
+        refine: Refinement | None = None,
+        channels: Channels = "rgb",
+        adapters: str | None = None,
+        memory: float | None = None,
+    ) -> Iterator[list[Prediction]]:
+        """Predict for the frames of a video one after the other.
+
+        Each phrase is encoded once for all frames, and each frame once for all phrases.
+
+        Args:
+            frames: images as `predict` takes them, also from a generator; they have one size.
+            phrases: phrases for every frame; a string is one phrase.
+            batch: number of frames that are encoded at once, as far as memory allows.
+            smooth: odd number of frames over which the probabilities of a frame are averaged, with
+                as many before it as after it; at the ends of the video over those that there are.
+                1 leaves them as they are.
+            threshold, min_score, min_area, scores, refine, channels, adapters, memory: as in
+                `predict`.
+
+        Yields:
+            One prediction per phrase, in order, for each frame.
+
+        Raises:
+            DcrisError: as in `predict`; also if a frame has another size than the first, or `batch`
+                or `smooth` is not such a number.
+        """
+        name, decision = self._check(adapters, threshold, min_score, min_area, refine, scores)
+        checked, window = _check_phrases(_as_list(phrases)), require_window(smooth)
+        if not checked:
+            raise DcrisError("no phrase was given for the frames; give one or several")
+        if type(batch) is not int or batch < 1:
+            raise DcrisError(f"the number of frames that are encoded at once must be 1 or more, not {batch!r}")
+        rereadable = (as_rereadable(frame, channels) for frame in frames)
+        return self._predict_frames(rereadable, checked, batch, window, name, decision, memory)
+
+    @torch.no_grad()
+    def _predict_frames(
+        self,
+        frames: Iterator[Rereadable],
+        phrases: list[str],
+        batch: int,
+        window: int,
+        adapters: str,
+        decision: _Decision,
+        memory: float | None,
+    ) -> Iterator[list[Prediction]]:
+        unread = self.unread(phrases, adapters=adapters)
+        pairs = [(0, phrase) for phrase in phrases]
+        found = self._frame_maps(frames, phrases, batch, adapters, memory)
+        for (image, transform), maps in smoothed(found, window):
+            guides = self._guides([image])
+            yield [*self._decide(pairs, maps, [image], [transform], decision, unread, guides)]
+
+    def _frame_maps(
+        self, frames: Iterator[Rereadable], phrases: list[str], batch: int, adapters: str, memory: float | None
+    ) -> Iterator[tuple[tuple[Rereadable, Transform], Maps]]:
+        """Yield each frame with its maps for all phrases."""
+        model, config, _ = self._sets[adapters]
+        at_once = self._pairs_per_pass(model, config, memory)
+        with autocast(self.device, self.dtype):
+            text = model.encode_text(self._tokens(phrases, config))
+        size: tuple[int, int] | None = None
+        while some := [*islice(frames, min(batch, at_once))]:
+            encoded = self._encode(some, model, config)
+            pairs = [(frame, phrase) for frame in range(len(some)) for phrase in range(len(phrases))]
+            outputs = [*model.segment_pairs(encoded.state, text, pairs, self.dtype, at_once)]
+            logits = torch.cat([output.logits for output in outputs]).split(len(phrases))
+            present = chain.from_iterable(map(presence_probabilities, outputs))
+            for frame, transform, of_frame in zip(some, encoded.transforms, logits, strict=True):
+                if size is None:
+                    size = transform.size
+                    _require_masks(size, len(phrases))
+                if transform.size != size:
+                    raise DcrisError(
+                        f"a frame has {transform.size[1]} x {transform.size[0]} pixels, but the first frame of its video "
+                        f"{size[1]} x {size[0]}; all frames must have one size"
+                    )
+                yield (frame, transform), Maps(of_frame, [*islice(present, len(phrases))])
+
     def unread(self, phrases: Iterable[str], *, adapters: str | None = None) -> dict[str, str]:
         """Return the ends of phrases that the model does not read, by phrase.
 
@@ -677,37 +777,65 @@ class Segmenter:
         if not pairs:
             return
         model, config, _ = self._sets[adapters]
-        tokens = tokenize(phrases, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
+        tokens = self._tokens(phrases, config)
         unread = self.unread(phrases, adapters=adapters)
         at_once = self._pairs_per_pass(model, config, memory)
-        done, guide = 0, (-1, np.empty((0, 0, 3), np.uint8))
+        done, pixels_of = 0, self._guides(encoded.images)
         for output in model.segment_pairs(encoded.state, tokens, pairs, self.dtype, at_once):
-            logits = output.logits
-            some = pairs[done : done + len(logits)]
-            maps = self.protocol.probabilities(logits, [encoded.transforms[image] for image, _ in some])
-            for (image, phrase), each, present in zip(some, maps, presence_probabilities(output), strict=True):
-                probabilities = each.cpu().numpy()
-                if decision.refine == "guided":
-                    if guide[0] != image:  # only one image's pixels are in memory
-                        guide = image, as_pixels(encoded.images[image])
-                    probabilities = refine_guided(probabilities, guide[1], max(logits.shape[2:]))
-                yield Prediction.decide(
-                    phrases[phrase],
-                    probabilities,
-                    decision.threshold,
-                    keep=decision.keep,
-                    present=present,
-                    min_score=decision.min_score,
-                    min_area=decision.min_area,
-                    image=encoded.images[image],
-                    unread=unread.get(phrases[phrase]),
-                )
-            done += len(logits)
+            some = pairs[done : done + len(output.logits)]
+            named = [(image, phrases[phrase]) for image, phrase in some]
+            maps = Maps(output.logits, presence_probabilities(output))
+            yield from self._decide(named, maps, encoded.images, encoded.transforms, decision, unread, pixels_of)
+            done += len(some)
+
+    def _tokens(self, phrases: Sequence[str], config: RunConfig) -> Tensor:
+        return tokenize(phrases, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
+
+    @staticmethod
+    def _guides(images: Sequence[Rereadable]) -> Callable[[int], NDArray[np.uint8]]:
+        """Return a function that reads the pixels of an image by its number, and keeps one's."""
+        return lru_cache(maxsize=1)(lambda image: as_pixels(images[image]))
+
+    def _decide(
+        self,
+        pairs: Sequence[tuple[int, str]],
+        maps: Maps,
+        images: Sequence[Rereadable],
+        transforms: Sequence[Transform],
+        decision: _Decision,
+        unread: Mapping[str, str],
+        pixels_of: Callable[[int], NDArray[np.uint8]],
+    ) -> Iterator[Prediction]:
+        """Yield the predictions for pairs (image number, phrase), in order, from their maps."""
+        found = self.protocol.probabilities(maps.logits, [transforms[image] for image, _ in pairs])
+        for (image, phrase), each, present in zip(pairs, found, maps.present, strict=True):
+            probabilities = each.cpu().numpy()
+            if decision.refine == "guided":
+                probabilities = refine_guided(probabilities, pixels_of(image), max(maps.logits.shape[2:]))
+            yield Prediction.decide(
+                phrase,
+                probabilities,
+                decision.threshold,
+                keep=decision.keep,
+                present=present,
+                min_score=decision.min_score,
+                min_area=decision.min_area,
+                image=images[image],
+                unread=unread.get(phrase),
+            )
 
     def _pairs_per_pass(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:
         """Number of image-phrase pairs whose forward pass fits into the memory (bytes)."""
         budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
         return int(min(_MAX_PAIRS, max(1, budget / _bytes_per_pair(model, config))))
+
+
+def _require_masks(size: tuple[int, int], phrases: int) -> None:
+    if size[0] * size[1] * phrases > _MAX_MASK_PIXELS:
+        raise DcrisError(
+            f"a frame of {size[1]} x {size[0]} pixels with {phrases:,} phrases has masks of more than {_MAX_MASK_PIXELS:,} "
+            "pixels; use smaller frames or fewer phrases"
+        )
 
 
 def _as_list(phrases: Any) -> list[Any]:

@@ -191,7 +191,12 @@ class ReferringSegmenter(nn.Module):
         return Output(logits, presence, fused.losses)
 
     def segment_pairs(
-        self, state: VisionState, tokens: Tensor, pairs: Sequence[tuple[int, int]], dtype: torch.dtype, at_once: int
+        self,
+        state: VisionState,
+        text: Tensor | TextFeatures | TextState,
+        pairs: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        at_once: int,
     ) -> Iterator[Output]:
         """Segment pairs of encoded images and expressions in passes of bounded memory.
 
@@ -199,7 +204,8 @@ class ReferringSegmenter(nn.Module):
 
         Args:
             state: of I images, from `encode_images`.
-            tokens: [K, L] of K expressions, on the model's device.
+            text: tokens [K, L] of K expressions, on the model's device, or what `encode_text` made
+                of them.
             pairs: (image, expression), both counted from 0.
             dtype: working precision.
             at_once: pairs in one pass.
@@ -207,13 +213,15 @@ class ReferringSegmenter(nn.Module):
         Yields:
             The output for successive pairs.
         """
-        with autocast(tokens.device, dtype):
-            text = self.encode_text(tokens)
+        device = state.tokens.device
+        if isinstance(text, Tensor):
+            with autocast(device, dtype):
+                text = self.encode_text(text)
         for start in range(0, len(pairs), at_once):
-            images, expressions = torch.tensor(pairs[start : start + at_once], device=tokens.device).unbind(1)
+            images, expressions = torch.tensor(pairs[start : start + at_once], device=device).unbind(1)
             # The context ends before the yield: autocast entered in a generator stays active in its
             # caller, which would then interpolate in bfloat16.
-            with autocast(tokens.device, dtype):
+            with autocast(device, dtype):
                 output = self.segment(state.select(images), text.select(expressions))
             yield output
 
