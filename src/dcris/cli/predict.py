@@ -19,6 +19,7 @@ from dcris.cli.common import (
     positive,
     progress,
 )
+from dcris.cli.predict_videos import predict_videos
 from dcris.errors import DcrisError
 from dcris.utils.arguments import Refinement
 from dcris.utils.streams import note
@@ -127,6 +128,22 @@ def add(commands: Any) -> None:
         action="store_true",
         help="print one JSON object for each result, also of images that are done already, and nothing else",
     )
+    videos = predict.add_argument_group(
+        "data sets of videos",
+        "masks of a whole split, in the layout that its server takes, in place of images and phrases",
+    )
+    videos.add_argument("--data", type=Path, metavar="ROOT", help="folder of the data sets")
+    videos.add_argument("--dataset", metavar="NAME", help="data set: ref_youtube_vos, ref_davis17 or mevis")
+    videos.add_argument("--split", metavar="NAME", help="split: train, valid, test or valid_u")
+    videos.add_argument(
+        "--batch-size", type=positive, metavar="N", help="number of frames that are encoded at once (default: 8)"
+    )
+    videos.add_argument(
+        "--smooth",
+        type=positive,
+        metavar="N",
+        help="odd number of frames over which the probabilities of a mask are averaged (default: 1, not at all)",
+    )
     device_arguments(predict)
 
     convert = add(
@@ -151,6 +168,12 @@ def add(commands: Any) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    if args.data is not None:
+        predict_videos(args, _threshold(args.threshold))
+        return
+    for_data = {name: getattr(args, name) for name in ("dataset", "split", "batch_size", "smooth")}
+    if given := [f"--{name.replace('_', '-')}" for name, value in for_data.items() if value is not None]:
+        raise DcrisError(f"{', '.join(given)} is for a data set of videos; add --data ROOT")
     if args.pairs is not None and (args.images or args.expression or args.phrases):
         raise DcrisError(
             "--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e or --phrases"

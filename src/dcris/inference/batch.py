@@ -291,7 +291,7 @@ class BatchPredictor:
         self.already = len(self.folder.tasks) - len(images) - len(self.videos)
         """Number of images and videos that are skipped because they are finished."""
         left = chain(images, self.videos)
-        self.notes += _long_phrases(segmenter.unread(phrase for task in left for phrase in task.phrases))
+        self.notes += long_phrases(segmenter.unread(phrase for task in left for phrase in task.phrases))
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""
 
@@ -674,7 +674,7 @@ def _read_ahead(read: Callable[[Task], T], tasks: Iterable[Task]) -> Iterator[tu
             yield before, future.result()
 
 
-def _long_phrases(unread: Mapping[str, str]) -> Iterator[str]:
+def long_phrases(unread: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each phrase that is longer than the model reads, if there are few."""
     for phrase, end in islice(unread.items(), _MAX_LISTED):
         yield long_phrase_warning(phrase, end)
