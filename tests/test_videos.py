@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dcris.data import videos as videos_module
+from dcris.data.readers.load import list_data_sets, load_references
 from dcris.data.registry import VIDEO_SETS
 from dcris.data.video_readers import VIDEO_READERS
 from dcris.data.video_readers.load import load_videos, video_splits
@@ -259,6 +260,16 @@ def test_a_long_video_is_refused_before_memory_is_taken(tmp_path: Path, monkeypa
     valid = load_videos(write_mevis(tmp_path), "mevis", "valid_u")
     with pytest.raises(DcrisError, match="the 3 frames of video '1234abcd' have 36 x 24 pixels"):
         valid.truth(valid.expressions[0])
+
+
+def test_readers_of_images_say_that_these_are_videos(tmp_path: Path) -> None:
+    """`dcris evaluate --all` must not search a hundred thousand frames for files of other layouts,
+    and a table of images does not exist."""
+    for write in WRITERS.values():
+        write(tmp_path)
+    assert list_data_sets(tmp_path) == []
+    with pytest.raises(DcrisError, match="mevis is a data set of videos"):
+        load_references(tmp_path, "mevis")
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

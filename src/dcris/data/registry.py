@@ -182,6 +182,8 @@ class VideoDataset:
     """Number of videos and of expressions of each split; None if no source states it."""
     source: str
     """Where its authors publish it, and the layout in which it is read, as a sentence's end."""
+    folders: tuple[str, ...]
+    """Names of its folder below the root, in the order in which they are looked for."""
 
 
 VIDEO_SETS: Mapping[str, VideoDataset] = {
@@ -192,6 +194,7 @@ VIDEO_SETS: Mapping[str, VideoDataset] = {
         "https://youtube-vos.org/dataset/rvos (its server is offline at times; the authors' link to valid is in "
         "https://github.com/skynbe/Refer-Youtube-VOS/issues/7); put its folders train, valid, test and meta_expressions into "
         "ROOT/ref-youtube-vos",
+        ("ref-youtube-vos", "ref_youtube_vos", "refer_youtube_vos"),
     ),
     # convert_davis_to_ytvos.py of ReferFormer.
     "ref_davis17": VideoDataset(
@@ -200,11 +203,13 @@ VIDEO_SETS: Mapping[str, VideoDataset] = {
         "https://www.mpi-inf.mpg.de/departments/computer-vision-and-machine-learning/research/video-segmentation/"
         "video-object-segmentation-with-language-referring-expressions (davis_text_annotations.zip); put the folders DAVIS and "
         "davis_text_annotations into ROOT/ref-davis",
+        ("ref-davis", "ref_davis17", "ref-davis17"),
     ),
     # The README of MeViS.
     "mevis": VideoDataset(
         {"train": (1_662, 23_051), "valid_u": (50, 793), "valid": (140, 2_236)},
         "https://github.com/henghuiding/MeViS#mevis-dataset-download; put its folders train, valid_u and valid into ROOT/mevis",
+        ("mevis", "MeViS"),
     ),
 }
 """By data set; splits are named as in the authors' files."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcris.data.mixing import load_mixture, parse_mixture
 from dcris.data.readers import READERS, Reader
-from dcris.data.registry import DATASETS, PARTITIONS
+from dcris.data.registry import DATASETS, PARTITIONS, VIDEO_SETS
 from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
@@ -100,6 +100,7 @@ def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, st
     # Folders in which known data sets are, under other names than theirs.
     theirs = {(partition.cris_folder or "").lower() for partition in PARTITIONS.values()}
     theirs |= {name.replace("+", "plus") for name in DATASETS} | {*DATASETS}
+    theirs |= {folder.lower() for each in VIDEO_SETS.values() for folder in each.folders}
     names = dict.fromkeys([*DATASETS, *(name for name in folders if name.lower() not in theirs)])
     found_all = dict[tuple[str, str], None]()
     for name in names if dataset is None else [dataset]:
@@ -122,6 +123,10 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
         if split_by is not None:
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
         return load_mixture(root, dataset, mixture, load_references, has_references)
+    if dataset in VIDEO_SETS:
+        raise DcrisError(
+            f"{dataset} is a data set of videos, which this does not read; see `dcris data check`, `dcris predict --data`"
+        )
     layouts = _layouts(dataset)
     for reader in layouts:
         found = reader.find(root, dataset, split_by)

@@ -4,10 +4,11 @@ taken over.
 {"videos": {VIDEO: {"frames": ["00000", ...], "expressions": {"0": {"exp": TEXT, ...}, ...}}, ...}}
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dcris.data.registry import VIDEO_SETS
 from dcris.data.table import OnError, bad, check_text, field, plain_path, shown, skip_errors
 from dcris.utils.files import read_json
 
@@ -17,9 +18,10 @@ Expressions = dict[str, dict[str, Any]]
 """The records of a video's expressions, by identifier."""
 
 
-def home_of(root: Path, folders: Iterable[str], file: str) -> Path | None:
-    """Return the first folder below `root` that has a file or folder matching the pattern."""
-    return next((root / name for name in folders if any((root / name).glob(file))), None)
+def home_of(root: Path, dataset: str, file: str) -> Path | None:
+    """Return the first folder of a data set below `root` that has what matches a pattern."""
+    homes = (root / name for name in VIDEO_SETS[dataset].folders)
+    return next((home for home in homes if any(home.glob(file))), None)
 
 
 def read_videos(path: Path) -> dict[str, Any]:

@@ -22,20 +22,19 @@ from dcris.types import MaskArray
 from dcris.utils.files import read_json
 
 _DATASET = "mevis"
-_FOLDERS = ("mevis", "MeViS")
 _SPLITS = ("train", "valid_u", "valid")
 _WITH_TRUTH = ("train", "valid_u")
 
 
 def find(root: Path) -> Sequence[str]:
     """Return the splits that have a file of expressions."""
-    home = home_of(root, _FOLDERS, f"*/{META}")
+    home = home_of(root, _DATASET, f"*/{META}")
     return [] if home is None else [split for split in _SPLITS if (home / split / META).is_file()]
 
 
 def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
     """Read a split; see VideoReader.load. The masks are read with the first truth."""
-    home = home_of(root, _FOLDERS, f"*/{META}")
+    home = home_of(root, _DATASET, f"*/{META}")
     assert home is not None
     path = home / split / META
     expressions: list[VideoExpression] = []

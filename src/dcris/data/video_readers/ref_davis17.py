@@ -21,7 +21,6 @@ from dcris.errors import DcrisError
 from dcris.utils.files import read_text
 
 _DATASET = "ref_davis17"
-_FOLDERS = ("ref-davis", "ref_davis17", "ref-davis17")
 _SPLITS = {"train": "train", "valid": "val"}
 """Names of the lists of videos in ImageSets, by split."""
 _TEXTS = (
@@ -40,12 +39,12 @@ def find(root: Path) -> Sequence[str]:
 
 
 def _original(root: Path, split: str) -> Path | None:
-    home = home_of(root, _FOLDERS, f"DAVIS/ImageSets/2017/{_SPLITS[split]}.txt")
+    home = home_of(root, _DATASET, f"DAVIS/ImageSets/2017/{_SPLITS[split]}.txt")
     return home if home is not None and (home / "davis_text_annotations").is_dir() else None
 
 
 def _converted(root: Path, split: str) -> Path | None:
-    return home_of(root, _FOLDERS, f"meta_expressions/{split}/{META}")
+    return home_of(root, _DATASET, f"meta_expressions/{split}/{META}")
 
 
 def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:

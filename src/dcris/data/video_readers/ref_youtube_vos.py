@@ -20,13 +20,12 @@ from dcris.data.videos import LabelImages, VideoExpression, VideoSet
 from dcris.errors import DcrisError
 
 _DATASET = "ref_youtube_vos"
-_FOLDERS = ("ref-youtube-vos", "ref_youtube_vos", "refer_youtube_vos")
 _SPLITS = ("train", "valid", "test")
 
 
 def find(root: Path) -> Sequence[str]:
     """Return the splits that have a file of expressions."""
-    home = home_of(root, _FOLDERS, f"meta_expressions/*/{META}")
+    home = home_of(root, _DATASET, f"meta_expressions/*/{META}")
     return [] if home is None else [split for split in _SPLITS if _meta(home, split).is_file()]
 
 
@@ -36,7 +35,7 @@ def _meta(home: Path, split: str) -> Path:
 
 def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
     """Read a split; see VideoReader.load."""
-    home = home_of(root, _FOLDERS, f"meta_expressions/*/{META}")
+    home = home_of(root, _DATASET, f"meta_expressions/*/{META}")
     assert home is not None
     path = _meta(home, split)
     videos = read_videos(path)
