@@ -294,6 +294,9 @@ class DataConfig(Section):
     """Number of augmented variants of each training image that are encoded once, up to the first
     trained weight or the text, and kept on disk (see dcris.training.features). Epoch e uses variant
     e modulo this number. None: images are read and encoded at every step."""
+    frame_step: Count = 1
+    """Step between the frames of a data set of videos that training reads, from the first of each
+    video; 1 reads all."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
     """Threshold for mask images with more than two values: pixels above it belong to the object.
     Below 1 it is a fraction of the full scale. None: such images are an error."""

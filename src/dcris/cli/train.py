@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
         help="name of a recipe (`dcris recipes` lists them), or config.json of an earlier run",
     )
     data_root_argument(parser)
-    data_set_arguments(parser)
+    data_set_arguments(parser, videos=True)
     parser.add_argument("--out", type=Path, required=True, help="directory of the run")
     parser.add_argument(
         "--from",
@@ -96,7 +96,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
     """
     from dcris.checkpoints.resolve import locate
     from dcris.config import load_config, replace
-    from dcris.data.registry import word_length_settings
+    from dcris.data.registry import VIDEO_SETS, word_length_settings
     from dcris.recipes import SCHEDULES, get_recipe
 
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
@@ -116,13 +116,15 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
             settings[key] = value
     if args.schedule is not None:
         settings |= {f"train.{key}": value for key, value in SCHEDULES[args.schedule].items()}
-    if own:
+    if own or settings.get("data.dataset", config.data.dataset) in VIDEO_SETS:
         settings["data.split_by"] = None
     return replace(config, settings | word_length_settings(settings, config.data.dataset))
 
 
 def _train(group: Any, args: argparse.Namespace) -> None:
+    from dcris.data.frames import load_frames
     from dcris.data.readers.load import load_references
+    from dcris.data.registry import VIDEO_SETS
     from dcris.training.train import run_training, validated_on_own_data
     from dcris.utils.device import choose_device, choose_precision, device_name
 
@@ -132,9 +134,14 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     if group.first:
         detail(f"training on {device} ({device_name(device)}) in {precision}")
     data = config.data
-    table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
+    videos = data.dataset in VIDEO_SETS
+    if videos:
+        splits = [split for split in (data.train_split, data.val_split) if split is not None]
+        table = load_frames(args.data, data.dataset, data.frame_step, splits)
+    else:
+        table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
     print_line = log if group.first else lambda text: None
-    if own_name(args.data, args) and "data.val_split" not in parse_settings(args.settings):
+    if (videos or own_name(args.data, args)) and "data.val_split" not in parse_settings(args.settings):
         config = validated_on_own_data(config, table, print_line)
     result = run_training(
         config,
@@ -146,10 +153,12 @@ def _train(group: Any, args: argparse.Namespace) -> None:
         group=group,
         fit_batch=args.batch_size == "auto",
     )
-    split = "" if "val" in table.splits() else f" --split {quote([*table.splits()][-1])}"
-    print_line(
-        f"done in {result.seconds:.0f} s; next: dcris evaluate {argument(args.out)} --data {argument(args.data)}{split}"
-    )
+    if videos:
+        following = f"predict {argument(args.out)} --data {argument(args.data)} --dataset {data.dataset} --split valid"
+    else:
+        split = "" if "val" in table.splits() else f" --split {quote([*table.splits()][-1])}"
+        following = f"evaluate {argument(args.out)} --data {argument(args.data)}{split}"
+    print_line(f"done in {result.seconds:.0f} s; next: dcris {following}")
 
 
 def _batch_size(text: str) -> int | str:
