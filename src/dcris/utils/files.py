@@ -14,6 +14,7 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +39,10 @@ MAX_TEXT = 1_000_000_000
 
 MAX_LINE = 16 << 20
 """Most bytes of a line of JSON Lines. A mask that takes more should be an image file."""
+
+_MAX_ZIP_LIST = 32 << 20
+"""Most bytes of the list of files in a zip file: 300,000 files of the usual names, or 0.3 GB of
+memory."""
 
 _MAX_BRACKETS = 1_000_000
 """Most opening brackets in JSON of any length; see `_refuse_dense`."""
@@ -161,6 +166,17 @@ def _refuse_utf16(path: Path, start: bytes) -> None:
         )
 
 
+class _ZipFile(BufferedReader):
+    """A zip file whose list of files is bounded, which zipfile reads at once."""
+
+    most = _MAX_ZIP_LIST
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most:
+            raise ValueError(f"it lists too many files; the limit is {_MAX_ZIP_LIST >> 20} MB of names")
+        return super().read(size)
+
+
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file for reading whose members are stored or deflated.
 
@@ -171,9 +187,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         OSError: as for `open_regular`, or the file is not such a zip file; `strerror` is the
             reason.
     """
-    file = open_regular(path)
+    file = _ZipFile(open_regular(path).detach())
     try:
         archive = zipfile.ZipFile(file)
+        file.most = sys.maxsize  # members are bounded by callers
         if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in archive.infolist()):
             raise ValueError("it uses a compression other than deflate")
     except Exception as error:  # for a damaged archive, zipfile raises nearly any exception
