@@ -225,9 +225,9 @@ def level(text: str) -> float:
     return number
 
 
-def data_root_argument(parser: argparse.ArgumentParser) -> None:
+def data_root_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --data ROOT."""
-    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help=ROOT)
+    parser.add_argument("--data", type=Path, required=required, metavar="ROOT", help=ROOT)
 
 
 def data_set_arguments(parser: argparse.ArgumentParser, videos: bool = False) -> None:
@@ -250,17 +250,19 @@ def data_set_arguments(parser: argparse.ArgumentParser, videos: bool = False) ->
     )
 
 
-def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the commands that evaluate on a split share: the data, --split and --protocol."""
-    data_root_argument(parser)
-    data_set_arguments(parser)
+def evaluation_arguments(parser: argparse.ArgumentParser, videos: bool = False, data_required: bool = True) -> None:
+    """Add what the commands that evaluate on a split share: the data, --split and --protocol;
+    `videos`: sets of videos are possible."""
+    data_root_argument(parser, data_required)
+    data_set_arguments(parser, videos)
     parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
     parser.add_argument(
         "--protocol",
         default="cris",
         metavar="NAME",
         help="evaluation protocol: cris, lavt, cgformer, refer, grefcoco, refzom, rrefcoco, lisa, phrasecut, gseval or one of "
-        "your own (default: cris)",
+        "your own (default: cris)"
+        + ("; of ref_davis17: davis-unsupervised (default), davis-by-label or davis-semi-supervised" if videos else ""),
     )
     parser.add_argument(
         "--none-rule",

@@ -33,9 +33,10 @@ def add(commands: Any) -> None:
         "systems",
         nargs="+",
         metavar="SYSTEM",
-        help=f"{CHECKPOINT}; or a .jsonl results file of `dcris evaluate --answers`",
+        help=f"{CHECKPOINT}; or a .jsonl results file of `dcris evaluate --answers`; or, of videos, .json "
+        "result files of `dcris score --out`, which need none of the following options",
     )
-    evaluation_arguments(compare)
+    evaluation_arguments(compare, data_required=False)
     compare.add_argument(
         "--names", nargs="+", metavar="NAME", help="names of the systems (default: parts of their paths)"
     )
@@ -63,6 +64,30 @@ def add(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    from dcris.evaluation.video_results import is_video_result
+
+    if all(is_video_result(Path(each)) for each in args.systems):
+        _compare_videos(args)
+    else:
+        _compare_images(args)
+
+
+def _compare_videos(args: argparse.Namespace) -> None:
+    from dcris.evaluation.compare import as_latex, as_text, name_systems
+    from dcris.evaluation.video_results import compare_videos
+
+    for option in ("out", "images", "sent_ids", "phrases", "rows"):
+        if getattr(args, option) is not None:
+            raise DcrisError(f"--{option.replace('_', '-')} shows images; leave it out for result files of videos")
+    names = name_systems(args.systems, args.names or ())
+    comparison, protocol = compare_videos(dict(zip(names, map(Path, args.systems), strict=True)))
+    if args.json:
+        output(json.dumps(comparison, indent=2))
+    else:
+        output((as_latex if args.latex else as_text)(comparison, protocol.metrics))
+
+
+def _compare_images(args: argparse.Namespace) -> None:
     from dcris.checkpoints.checkpoint import find_checkpoint, read_config
     from dcris.checkpoints.resolve import locate
     from dcris.data.dataset import all_queries
@@ -82,6 +107,8 @@ def _compare(args: argparse.Namespace) -> None:
     from dcris.evaluation.report.panels import make_panel
     from dcris.utils.device import choose_device
 
+    if args.data is None:
+        raise DcrisError("the data set is missing; give --data ROOT")
     names = name_systems(args.systems, args.names or ())
     protocol, device = get_protocol(args.protocol, args.none_rule, args.boundary), choose_device(args.device)
     paths = [Path(each) if is_results_file(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]

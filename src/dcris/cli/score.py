@@ -24,7 +24,8 @@ def add(commands: Any) -> None:
         "masks --data ROOT --dataset refcoco --split testA --protocol lavt",
         "PREDICTIONS is a folder of <sent_id>.png, a COCO result .json with sent_id, an .npz of arrays named by sent_id, or "
         "a results file of `dcris evaluate --answers`. PNG files and arrays may also be named by PhraseCut's task_id, "
-        "RefSegRS's id, or the file name of a ReasonSeg image without its ending.",
+        "RefSegRS's id, or the file name of a ReasonSeg image without its ending. For videos, it is a folder or a zip file in "
+        "the layout that the authors of the data set take.",
     )
     score.add_argument(
         "predictions",
@@ -33,7 +34,8 @@ def add(commands: Any) -> None:
         metavar="PREDICTIONS",
         help="masks to evaluate; each makes a row of the table",
     )
-    evaluation_arguments(score)
+    evaluation_arguments(score, videos=True)
+    score.set_defaults(protocol=None)  # the usual one
     score.add_argument(
         "--missing-is-empty", action="store_true", help="score an expression without a mask as an empty mask"
     )
@@ -53,6 +55,17 @@ def add(commands: Any) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from dcris.data.registry import VIDEO_SETS
+
+    if len(args.predictions) > 1 and (args.out or args.report):
+        raise DcrisError("--out and --report take the masks of one system; give one PREDICTIONS")
+    if args.dataset in VIDEO_SETS:
+        _score_videos(args)
+    else:
+        _score_images(args)
+
+
+def _score_images(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.analysis import analyse
@@ -63,9 +76,7 @@ def _score(args: argparse.Namespace) -> None:
     from dcris.utils.files import write_json
     from dcris.utils.text_tables import latex, markdown
 
-    if len(args.predictions) > 1 and (args.out or args.report):
-        raise DcrisError("--out and --report take the masks of one system; give one PREDICTIONS")
-    protocol = get_protocol(args.protocol, args.none_rule, args.boundary)
+    protocol = get_protocol(args.protocol or "cris", args.none_rule, args.boundary)
     own_name(args.data, args)
     table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     queries = all_queries(table.split(args.split))
@@ -117,3 +128,42 @@ def _score(args: argparse.Namespace) -> None:
                 keys = [metric.key for metric in protocol.metrics]
                 subsets = [[each["name"], *(f"{each[key]:.2f}" for key in keys)] for each in analysis["by_subset"]]
                 output("\n" + form([f"subsets of {table.dataset} {args.split}", *header[1:]], subsets))
+
+
+def _score_videos(args: argparse.Namespace) -> None:
+    from dcris.data.video_readers.load import load_videos
+    from dcris.evaluation.video_protocols import get_video_protocol, mask_folders, score_videos
+    from dcris.evaluation.video_results import video_record
+    from dcris.utils.files import write_json
+    from dcris.utils.text_tables import latex, markdown
+
+    for option in ("split_by", "none_rule", "boundary", "by_category", "report"):
+        if getattr(args, option):
+            raise DcrisError(f"--{option.replace('_', '-')} is for images; leave it out for {args.dataset}")
+    protocol = get_video_protocol(args.dataset, args.protocol)
+    videos = load_videos(args.data, args.dataset, args.split)
+    scores = (*protocol.metrics, *protocol.decays)
+    records, rows = [], []
+    for path in args.predictions:
+        with progress(len(mask_folders(videos)), "clip") as show:
+            results = score_videos(
+                path,
+                videos,
+                protocol,
+                missing_is_empty=args.missing_is_empty,
+                mask_threshold=args.mask_threshold,
+                progress=show,
+            )
+        record = video_record(results, videos, protocol)
+        records.append({"predictions": path.name, **record})
+        rows.append([path.stem, *(f"{record[score.key]:.2f}" for score in scores)])
+    try:
+        if args.out is not None:
+            write_json(args.out, records[0])
+    finally:
+        if args.format == "json":
+            short = [{key: value for key, value in record.items() if key != "rows"} for record in records]
+            output(json.dumps(short[0] if len(short) == 1 else short, indent=2))
+        else:
+            header = [f"{args.dataset} {args.split} ({protocol.name})", *(score.title for score in scores)]
+            output((latex if args.format == "latex" else markdown)(header, rows))

@@ -19,7 +19,7 @@ from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import align, analyse, difference
 from dcris.evaluation.evaluator import EvalResult, predict_queries
-from dcris.evaluation.metrics import STANDARD_METRICS, Metric, summarise
+from dcris.evaluation.metrics import STANDARD_METRICS, Metric, Score, summarise
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.report.panels import first_on_distinct_images
 from dcris.evaluation.results import read_results
@@ -259,7 +259,7 @@ def _plain(phrase: str) -> str:
     return " ".join(phrase.casefold().split())
 
 
-def as_latex(comparison: Mapping[str, Any], metrics: Sequence[Metric] = STANDARD_METRICS) -> str:
+def as_latex(comparison: Mapping[str, Any], metrics: Sequence[Score] = STANDARD_METRICS) -> str:
     """Format the scores of a comparison as a LaTeX tabular: the best is bold, the second
     underlined. Differences follow, with their intervals."""
     systems, differences = comparison["systems"], comparison["differences"]
@@ -277,7 +277,7 @@ def as_latex(comparison: Mapping[str, Any], metrics: Sequence[Metric] = STANDARD
     return latex(["", *(metric.title for metric in metrics)], rows, marks, parts={len(systems): ""})
 
 
-def as_text(comparison: Mapping[str, Any], metrics: Sequence[Metric] = STANDARD_METRICS) -> str:
+def as_text(comparison: Mapping[str, Any], metrics: Sequence[Score] = STANDARD_METRICS) -> str:
     """Format the scores of a comparison as a table for the terminal."""
     columns = [["", *(metric.title for metric in metrics)]]
     for each in [*comparison["systems"], *comparison["differences"]]:

@@ -109,17 +109,23 @@ class Overlaps:
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """A score in percent: the mean of a value over expressions, or a ratio of two sums over them.
-
-    Both are computed from sums over expressions, so that the bootstrap of `analysis` can resample
-    images. Greater has to be better.
-    """
+class Score:
+    """What a result file and a table call a score in percent."""
 
     key: str
     """Name in result files, such as "miou"."""
     title: str
     """Name in tables and reports, such as "mIoU"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric(Score):
+    """A score that is the mean of a value over expressions, or a ratio of two sums over them.
+
+    Both are computed from sums over expressions, so that the bootstrap of `analysis` can resample
+    images. Greater has to be better.
+    """
+
     value: Callable[[Overlaps], NDArray[np.floating | np.bool_]]
     """Maps overlaps element by element to values in 0..1, or to the numerators of a ratio of
     sums."""

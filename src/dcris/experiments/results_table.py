@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from dcris.data.table import bad, check_text, field
 from dcris.errors import DcrisError
-from dcris.evaluation.metrics import BIOU, Metric
+from dcris.evaluation.metrics import BIOU, Score
 from dcris.evaluation.protocols import PROTOCOLS
+from dcris.evaluation.video_protocols import VIDEO_PROTOCOLS
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.files import read_json
 from dcris.utils.streams import note
@@ -65,7 +66,7 @@ class Column:
     """One column of scores."""
 
     measure: Measure
-    metric: Metric
+    metric: Score
     group: str
     """Heading over the columns of one data set."""
     label: str
@@ -242,11 +243,13 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
         check_text(field(record, key, str, path, where), path, where, key)
         for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
     )
-    if protocol not in PROTOCOLS:
-        raise DcrisError(f"{path}, {where}: there is no protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
-    for metric in PROTOCOLS[protocol].metrics:
-        _number(record, metric.key, path, where)
-    for key in ("threshold", *([BIOU.key] if BIOU.key in record else [])):
+    if protocol not in PROTOCOLS and protocol not in VIDEO_PROTOCOLS:
+        known = ", ".join([*PROTOCOLS, *VIDEO_PROTOCOLS])
+        raise DcrisError(f"{path}, {where}: there is no protocol {protocol!r}; choose from {known}")
+    keys = [metric.key for metric in _metrics(protocol)]
+    if protocol in PROTOCOLS:
+        keys += ["threshold", *([BIOU.key] if BIOU.key in record else [])]
+    for key in keys:
         _number(record, key, path, where)
     rules = []
     for key, named in _RULES.items():
@@ -255,6 +258,11 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
                 check_text(field(record, key, str, path, where), path, where, key)
             rules.append((key, named(record[key])))
     return Measure(dataset, split_by, split, protocol, tuple(rules))
+
+
+def _metrics(protocol: str) -> Sequence[Score]:
+    """Return the scores of a protocol of images or videos."""
+    return PROTOCOLS[protocol].metrics if protocol in PROTOCOLS else VIDEO_PROTOCOLS[protocol].metrics
 
 
 def _number(record: Any, key: str, path: Path, where: str) -> float:
@@ -331,7 +339,7 @@ def paper_table(systems: Sequence[SystemResults], cost: bool = False) -> ResultT
         # One row for each protocol with its rules.
         variants = {(measure.protocol, measure.rules): None for measure in system.records if _in_table_1(measure)}
         for protocol, rules in variants:
-            for metric in (each for each in PROTOCOLS[protocol].metrics if each.key in titles):
+            for metric in (each for each in _metrics(protocol) if each.key in titles):
                 values = [_score(system, Measure(*place, protocol, rules), metric) for place in TABLE_1_SPLITS]
                 cells = (system.name, titles[metric.key], protocol)
                 groups = [place[0] for place in TABLE_1_SPLITS]
@@ -360,7 +368,7 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
         sums: dict[str, float] = {}
         counts = {}
         for measure, record in system.records.items():
-            known = [metric.key for metric in PROTOCOLS[measure.protocol].metrics[:2]]
+            known = [metric.key for metric in _metrics(measure.protocol)[:2]]
             key = next((key for key in known if key in ("miou", "giou")), None)
             if key is None:
                 continue
@@ -384,7 +392,7 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
 
 
 def _in_table_1(measure: Measure) -> bool:
-    metrics = {metric.key for metric in PROTOCOLS[measure.protocol].metrics}
+    metrics = {metric.key for metric in _metrics(measure.protocol)}
     return (measure.dataset, measure.split_by, measure.split) in TABLE_1_SPLITS and {"miou", "oiou"} <= metrics
 
 
@@ -395,7 +403,7 @@ def _columns(systems: Sequence[SystemResults], metrics: Sequence[str]) -> list[C
     measures.sort(key=lambda measure: (order[measure.dataset], measure.split_by))
     columns = []
     for measure in measures:
-        known = PROTOCOLS[measure.protocol].metrics
+        known = _metrics(measure.protocol)
         if any(BIOU.key in system.records.get(measure, {}) for system in systems):
             known = (*known, BIOU)
         wanted = [metric for metric in known if metric.key in metrics] if metrics else known[:1]
@@ -426,7 +434,7 @@ def _label(measure: Measure, measures: Sequence[Measure]) -> str:
     return f"{measure.split} ({', '.join(names)})" if names else measure.split
 
 
-def _score(system: SystemResults, measure: Measure, metric: Metric) -> float | None:
+def _score(system: SystemResults, measure: Measure, metric: Score) -> float | None:
     record = system.records.get(measure)
     return None if record is None or metric.key not in record else float(record[metric.key])
 

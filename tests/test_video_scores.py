@@ -1,0 +1,507 @@
+"""`dcris score` on masks of videos: papers compare its scores, and its files come from anybody."""
+
+import json
+import shutil
+import struct
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bombs import deflated_zeros
+from dcris.cli import main
+from dcris.data.submissions import SUBMISSIONS
+from dcris.data.video_readers.load import load_videos
+from dcris.data.videos import LabelImages, VideoSet
+from dcris.evaluation import video_masks
+from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, H, W, labels, write_davis, write_labels, write_mevis
+from video_reference import made_masks, slow_clip, slow_f, slow_j, slow_match
+
+SPLITS = {"ref_youtube_vos": "train", "ref_davis17": "valid", "mevis": "valid_u"}
+"""Splits with a truth that have few videos."""
+UNSUPERVISED, SEMI_SUPERVISED = "ref-davis/DAVIS/Annotations_unsupervised/480p", "ref-davis/DAVIS/Annotations/480p"
+DAVIS_PROTOCOLS = "davis-unsupervised", "davis-by-label", "davis-semi-supervised"
+
+
+@pytest.fixture(params=SPLITS)
+def dataset(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def score(root: Path, masks: Path, dataset: str, *words: object, split: str | None = None) -> int:
+    given = ("--data", root, "--dataset", dataset, "--split", split or SPLITS[dataset])
+    return main([str(word) for word in ("score", masks, *given, *words)])
+
+
+def record(root: Path, masks: Path, dataset: str, *words: object) -> dict[str, Any]:
+    """Return the result file of a submission that can be scored."""
+    out = masks.parent / "result.json"
+    assert score(root, masks, dataset, *words, "--out", out) == 0
+    return dict(json.loads(out.read_text()))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *given: Any, split: str | None = None) -> str:
+    """Return the one sentence of a submission that cannot be scored."""
+    capsys.readouterr()
+    assert score(*given, split=split) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@contextmanager
+def at_most(size: float) -> Iterator[None]:
+    """Fail if more bytes are in use at any moment."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < size
+    finally:
+        tracemalloc.stop()
+
+
+def true_labels(videos: VideoSet, name: str, number: int) -> np.ndarray:
+    assert isinstance(videos.truths, LabelImages)
+    return videos.truths.labels(videos.videos[name][0], number, (H, W))
+
+
+def submit(
+    folder: Path, videos: VideoSet, change: Callable[[np.ndarray, str, int], np.ndarray] = lambda made, *_: made
+) -> Path:
+    """Write the truth of a split as its submission; `change` gets a mask or labels, the file's
+    folder and the frame's number, and returns what is written."""
+    for each in videos.expressions:
+        truth = videos.truth(each)
+        assert truth is not None
+        for number, frame in enumerate(each.frames):
+            path = folder / SUBMISSIONS[videos.dataset].file(each, frame)
+            if videos.dataset == "ref_davis17":
+                made = true_labels(videos, each.video, number)
+                made = change(np.where(made == 255, 0, made).astype(np.uint8), path.parent.as_posix(), number)
+                write_labels(path, made)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(change(truth[number], path.parent.as_posix(), number) * np.uint8(255)).save(path)
+    return folder
+
+
+def zipped(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+@pytest.fixture
+def made(dataset: str, tmp_path: Path) -> tuple[Path, VideoSet, Path]:
+    """A root, a split of it, and its truth as a submission."""
+    root = WRITERS[dataset](tmp_path / "root")
+    videos = load_videos(root, dataset, SPLITS[dataset])
+    return root, videos, submit(tmp_path / "masks", videos)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def test_the_truth_scores_100_in_every_form(made: tuple[Path, VideoSet, Path], dataset: str, tmp_path: Path) -> None:
+    """As `dcris predict` and other programs write it, and as people pack it."""
+    root, videos, masks = made
+    outer = tmp_path / "outer/submission_v2"
+    shutil.copytree(masks, outer)
+    mac = zipped(tmp_path / "outer", tmp_path / "mac.zip")
+    with zipfile.ZipFile(mac, "a") as archive:
+        archive.writestr("__MACOSX/submission_v2/._x", b"junk")
+        archive.writestr(".DS_Store", b"junk")
+    forms = [masks, zipped(masks, tmp_path / "masks.zip"), tmp_path / "outer", mac]
+    if dataset == "ref_youtube_vos":
+        forms.append(masks / "Annotations")  # as ReferFormer writes it
+    for form in forms:
+        found = record(root, form, dataset)
+        assert (found["jf"], found["j"], found["f"]) == (100, 100, 100), form
+        assert found["videos"] == len(videos.videos)
+        assert found["expressions"] == len(videos.expressions)
+
+
+@pytest.mark.parametrize("dataset", ["ref_youtube_vos", "mevis"])
+def test_scores_of_expressions_equal_the_slow_reference(
+    made: tuple[Path, VideoSet, Path], dataset: str, tmp_path: Path
+) -> None:
+    root, videos, _ = made
+    random, written = np.random.default_rng(1), dict[str, list[np.ndarray]]()
+
+    def change(mask: np.ndarray, folder: str, number: int) -> np.ndarray:
+        written.setdefault(folder, []).append(made_masks(random, (H, W), 1)[0] ^ (mask & (number > 0)))
+        return written[folder][-1]
+
+    found = record(root, submit(tmp_path / "noise", videos, change), dataset)
+    slow = []
+    for each, folder in zip(videos.expressions, written, strict=True):
+        truth = videos.truth(each)
+        assert truth is not None
+        slow.append(slow_clip(np.stack(written[folder]), truth))
+    j, f = 100 * np.mean(slow, axis=0)
+    assert (found["j"], found["f"], found["jf"]) == pytest.approx((j, f, (j + f) / 2), abs=1e-9)
+    rows = [(row["video"], row["expression"], row["phrase"]) for row in found["rows"]]
+    assert rows == [(each.video, each.expression_id, each.text) for each in videos.expressions]
+    assert [(row["j"], row["f"]) for row in found["rows"]] == [pytest.approx(pair) for pair in slow]
+    low, high = found["analysis"]["intervals"]["jf"]
+    assert low <= found["jf"] <= high
+
+
+@pytest.mark.parametrize("protocol", DAVIS_PROTOCOLS)
+def test_scores_of_objects_equal_the_slow_reference(protocol: str, tmp_path: Path) -> None:
+    root = write_davis(tmp_path / "root")
+    shutil.copytree(root / UNSUPERVISED, root / SEMI_SUPERVISED)
+    videos = load_videos(root, "ref_davis17", "train")
+    random, written = np.random.default_rng(2), dict[str, list[np.ndarray]]()
+
+    def change(made: np.ndarray, folder: str, number: int) -> np.ndarray:
+        if len(written.setdefault(folder, [])) == number:  # a folder is of all objects of its video
+            noise = made_masks(random, (H, W), 2)
+            changed = np.where(noise[0], 0, made)
+            changed[noise[1]] = random.integers(1, made.max() + 1)
+            written[folder].append(changed.astype(np.uint8))
+        return written[folder][number]
+
+    masks = submit(tmp_path / "noise", videos, change)
+    assert score(root, masks, "ref_davis17", "--protocol", protocol, "--out", tmp_path / "a.json", split="train") == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    older = protocol == "davis-semi-supervised"
+    counted = range(1, len(DAVIS_FRAMES) - 1) if older else range(len(DAVIS_FRAMES))
+    sums = []
+    for folder, frames in written.items():
+        truths = [true_labels(videos, Path(folder).name, number) for number in counted]
+        known = [(truth != 255) | older for truth in truths]
+        objects = range(1, int(np.where(truths[0] == 255, 0, truths[0]).max()) + 1)
+        pairs = np.array(
+            [
+                [
+                    [
+                        (slow_j((frames[n] == p) & k, t == o), slow_f((frames[n] == p) & k, t == o))
+                        for n, t, k in zip(counted, truths, known, strict=True)
+                    ]
+                    for o in objects
+                ]
+                for p in range(1, max(objects[-1], *(int(frames[n].max()) for n in counted)) + 1)
+            ]
+        )
+        gains = pairs.mean(axis=(2, 3))
+        sums.append(slow_match(gains) if protocol == "davis-unsupervised" else np.trace(gains))
+    assert len(found["rows"]) == 4 * 3
+    assert found["jf"] == pytest.approx(100 * sum(sums) / len(found["rows"]), abs=1e-9)
+    assert found["jf"] == pytest.approx((found["j"] + found["f"]) / 2)
+    by_annotator = [each["jf"] for each in found["analysis"]["by_annotator"]]
+    assert np.mean(by_annotator) == pytest.approx(found["jf"])
+
+
+def test_empty_masks_score_0_where_there_is_an_object_and_1_where_there_is_none(tmp_path: Path) -> None:
+    videos = load_videos(write_mevis(tmp_path), "mevis", "valid_u")
+    found = record(tmp_path, submit(tmp_path / "masks", videos, lambda mask, *_: mask & False), "mevis")
+    assert [row["j"] for row in found["rows"]] == [row["f"] for row in found["rows"]] == [0, 0, 1]
+    assert found["jf"] == pytest.approx(100 / 3)  # the mean over expressions, not over videos
+
+
+def test_swapped_objects_are_forgiven_by_matching_only(tmp_path: Path) -> None:
+    """The default, which published figures use, cannot tell "left dog" from "right dog"."""
+    root = write_davis(tmp_path / "root")
+    videos = load_videos(root, "ref_davis17", "valid")
+    masks = submit(tmp_path / "masks", videos, lambda made, *_: np.array([0, 2, 1], np.uint8)[made])
+    matched = record(root, masks, "ref_davis17")
+    assert (matched["protocol"], matched["jf"], matched["relabelled"]) == ("davis-unsupervised", 100, 8)
+    assert [(row["object"], row["label"]) for row in matched["rows"]][:2] == [(1, 2), (2, 1)]
+    own = record(root, masks, "ref_davis17", "--protocol", "davis-by-label")
+    assert own["relabelled"] == 0
+    assert own["j"] < 20
+
+
+def test_davis_counts_what_its_program_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_davis(tmp_path / "root")
+    videos = load_videos(root, "ref_davis17", "valid")
+
+    def beside(made: np.ndarray, folder: str, number: int) -> np.ndarray:
+        made[-2:] = 1  # where the truth is unknown
+        return made if 0 < number < 3 else made * np.uint8(0)
+
+    masks = submit(tmp_path / "masks", videos, beside)
+    # Without matching, neither the first nor the last frame counts, so they may be missing.
+    for frame in (DAVIS_FRAMES[0], DAVIS_FRAMES[-1]):
+        for path in masks.glob(f"*/*/{frame}.png"):
+            path.unlink()
+    semi = root, masks, "ref_davis17", "--protocol", "davis-semi-supervised"
+    assert "DAVIS/Annotations/480p" in refused(capsys, *semi)
+    shutil.copytree(root / UNSUPERVISED, root / SEMI_SUPERVISED)
+    found = record(*semi)
+    assert found["j"] < 100  # unknown pixels are background
+    for path in (root / SEMI_SUPERVISED).glob("*/*.png"):
+        known = np.array(Image.open(path))
+        known[-2:] = 1
+        write_labels(path, known)
+    found = record(*semi)
+    assert (found["jf"], found["j_recall"], found["j_decay"]) == (100, 100, 0)
+    every = record(root, masks, "ref_davis17", "--missing-is-empty")
+    assert (every["j"], every["f"], every["j_recall"]) == (50, 50, 50)
+    # Quarters of four frames share the frame at which they meet.
+    assert every["j_decay"] == pytest.approx(100 * (np.mean([0, 1]) - np.mean([1, 0])))
+
+
+def test_an_object_without_expression_counts(tmp_path: Path) -> None:
+    """The unsupervised annotations have objects that no expression describes; published figures
+    count them."""
+    root = write_davis(tmp_path / "root")
+    for number, frame in enumerate(DAVIS_FRAMES):
+        path = root / f"ref-davis/DAVIS/Annotations_unsupervised/480p/motorbike/{frame}.png"
+        write_labels(path, labels((1, 2, 3), number))
+    videos = load_videos(root, "ref_davis17", "valid")
+    masks = submit(tmp_path / "masks", videos, lambda made, *_: np.where(made == 3, 0, made).astype(np.uint8))
+    found = record(root, masks, "ref_davis17")
+    assert found["jf"] == pytest.approx(200 / 3)
+    assert [(row["object"], row["expression"]) for row in found["rows"]][:3] == [(1, "0"), (2, "4"), (3, None)]
+
+
+# ---- what is missing or wrong --------------------------------------------------------------------
+
+
+def test_a_missing_video_of_mevis_scores_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = load_videos(write_mevis(tmp_path), "mevis", "valid_u")
+    masks = submit(tmp_path / "masks", videos)
+    shutil.rmtree(masks / "ffff0000")  # whose truth is empty: not an empty mask, which would score 1
+    assert record(tmp_path, masks, "mevis")["jf"] == pytest.approx(200 / 3)
+    assert "lacks 1 of 2 videos, the first of them ffff0000" in capsys.readouterr().err
+    assert record(tmp_path, masks, "mevis", "--missing-is-empty")["jf"] == pytest.approx(200 / 3)
+
+
+def test_other_missing_masks_are_named(
+    made: tuple[Path, VideoSet, Path], dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _, masks = made
+    path = sorted(masks.rglob("*.png"))[-1]
+    path.unlink()
+    total = len([*masks.rglob("*.png")]) + 1
+    name = path.relative_to(masks).as_posix()
+    said = refused(capsys, root, masks, dataset)
+    assert f"lacks 1 of {total} masks" in said
+    assert name in said
+    assert "--missing-is-empty" in said
+    assert record(root, masks, dataset, "--missing-is-empty")["jf"] <= 100
+    shutil.rmtree(sorted(masks.rglob("*.png"))[0].parent)  # an expression of which another is there
+    assert "in 2 of " in refused(capsys, root, masks, dataset)
+
+
+def test_nothing_of_the_split_is_an_error(
+    made: tuple[Path, VideoSet, Path], dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = made[0]
+    (tmp_path / "other/bear/0").mkdir(parents=True)
+    for place in (tmp_path / "other", tmp_path / "nowhere", root):
+        said = refused(capsys, root, place, dataset, "--missing-is-empty")
+        assert str(place) in said
+        assert "FRAME.png" in said
+
+
+def test_masks_that_cannot_be_used_are_named(
+    made: tuple[Path, VideoSet, Path], dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _, masks = made
+    path = sorted(masks.rglob("*.png"))[0]
+    good = path.read_bytes()
+
+    def said(content: bytes | Image.Image) -> str:
+        path.unlink()
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            content.save(path)
+        text = refused(capsys, root, masks, dataset)
+        assert path.relative_to(masks).as_posix() in text
+        return text
+
+    assert f"is {W} x {H} pixels" in said(Image.new("L", (H, W)))
+    assert "cannot be used as a mask" in said(good[:-30])
+    assert "cannot be used as a mask" in said(b"no image")
+    many = Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W))
+    text = said(many)
+    if dataset == "ref_davis17":
+        assert "label 255, but objects are numbered from 1 to 20" in text
+        assert "colour" in said(many.convert("RGB"))
+    else:
+        assert "more values than 0 and one other" in text
+        found = record(root, masks, dataset, "--mask-threshold", 127)
+        assert found["jf"] < 100
+
+
+def test_labels_of_more_objects_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A proposal more is possible with matching, up to the 20 of the authors' program."""
+    root = write_davis(tmp_path / "root")
+    videos = load_videos(root, "ref_davis17", "valid")
+    corner = (slice(0, 3), slice(-3, None))
+
+    def added(label: int) -> Path:
+        def change(made: np.ndarray, *_: object) -> np.ndarray:
+            made[corner] = label
+            return made
+
+        return submit(tmp_path / f"masks{label}", videos, change)
+
+    assert record(root, added(20), "ref_davis17")["jf"] == 100
+    assert "label 21" in refused(capsys, root, added(21), "ref_davis17")
+    own = refused(capsys, root, added(3), "ref_davis17", "--protocol", "davis-by-label")
+    assert "label 3, but objects are numbered from 1 to 2" in own
+
+
+def test_options_and_truths_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = submit(tmp_path / "masks", load_videos(write_mevis(tmp_path), "mevis", "valid_u"))
+    assert "truth of mevis valid is not public" in refused(capsys, tmp_path, masks, "mevis", split="valid")
+    assert "choose from valid_u, valid" in refused(capsys, tmp_path, masks, "mevis", split="val")
+    assert "choose from mevis" in refused(capsys, tmp_path, masks, "mevis", "--protocol", "cris")
+    for words in (["--none-rule", "head"], ["--boundary"], ["--by-category"], ["--report", "x.html"]):
+        assert f"{words[0]} is for images" in refused(capsys, tmp_path, masks, "mevis", *words)
+
+
+# ---- zip files of strangers ----------------------------------------------------------------------
+
+
+def _raw_zip(path: Path, members: Mapping[str, tuple[int, bytes]]) -> Path:
+    """Write a zip file of deflated members: the sizes that they claim, and their packed content."""
+    with path.open("wb") as file:
+        lines = []
+        for name, (size, packed) in members.items():
+            place, text = file.tell(), name.encode()
+            fixed = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 33, 0, len(packed), size, len(text), 0)
+            file.write(b"PK\3\4" + fixed + text + packed)
+            lines.append(b"PK\1\2" + struct.pack("<H", 20) + fixed + struct.pack("<HHHII", 0, 0, 0, 0, place) + text)
+        start = file.tell()
+        file.write(b"".join(lines))
+        size = file.tell() - start
+        file.write(b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, len(lines), len(lines), size, start, 0))
+    return path
+
+
+def test_zip_files_of_strangers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_mevis(tmp_path / "root")
+    name = f"1234abcd/0/{MEVIS_FRAMES[0]}.png"
+    folders = "1234abcd/0", "1234abcd/1", "ffff0000/0"
+    full = [f"{folder}/{frame}.png" for folder in folders for frame in MEVIS_FRAMES]
+
+    def said(names: list[str]) -> str:
+        path = tmp_path / "names.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for each in names:
+                archive.writestr(zipfile.ZipInfo(each), b"x")
+        return refused(capsys, root, path, "mevis")
+
+    for bad in (f"../{name}", f"/{name}", f"1234abcd/../{name}", f"a//{name}", "a\\b.png", "/".join("abcdefghijk")):
+        assert "is not a plain path" in said([*full, bad])
+    with pytest.warns(UserWarning, match="Duplicate"):
+        assert "two files of one name" in said([name, name])
+
+    bombs = {each: (0, zlib.compress(b"", wbits=-15)) for each in full}
+    claimed = _png_of(60_000, 60_000)
+    for content, problem in (
+        ((5_000_000_000 % 2**32, deflated_zeros(2_000_000_000)), "larger than the limit"),
+        ((len(claimed), zlib.compress(claimed)[2:-4]), "cannot be used as a mask"),
+        ((10, b"\xff\xff\xff"), "cannot be used as a mask"),
+    ):
+        path = _raw_zip(tmp_path / "bomb.zip", bombs | {name: content})
+        with at_most(250e6):
+            text = refused(capsys, root, path, "mevis")
+        assert problem in text
+        assert name in text
+
+
+def _png_of(width: int, height: int) -> bytes:
+    """Return a PNG that claims a size and has no pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_zip_files_of_too_many_files_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_mevis(tmp_path / "root")
+    path = tmp_path / "many.zip"
+    line = b"PK\1\2" + bytes(24) + struct.pack("<HHHHHII", 200, 0, 0, 0, 0, 0, 0) + b"a" * 200
+    with path.open("wb") as file:
+        for _ in range(140):
+            file.write(line * 1000)
+        size = file.tell()
+        file.write(b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, size, 0, 0))
+    assert size > 32 << 20
+    with at_most(10e6):
+        assert "lists too many files" in refused(capsys, root, path, "mevis")
+    monkeypatch.setattr(video_masks, "_MAX_FOLDERS", 50)
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(60):
+            archive.writestr(f"{number}/a.png", b"")
+    assert "more than 50 folders" in refused(capsys, root, path, "mevis")
+    for content in (b"", b"PK", b"x" * 1000):
+        path.write_bytes(content)
+        assert "not a readable zip file" in refused(capsys, root, path, "mevis")
+
+
+# ---- evaluate, tables and comparisons ------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """Result files of the truth, and of masks that miss the last frame."""
+    videos = load_videos(write_mevis(tmp_path), "mevis", "valid_u")
+    last = len(MEVIS_FRAMES) - 1
+    worse = submit(tmp_path / "masks/worse", videos, lambda mask, _, number: mask & (number < last))
+    better = submit(tmp_path / "masks/better", videos)
+    paths = tmp_path / "better.json", tmp_path / "worse.json"
+    for masks, path in zip((better, worse), paths, strict=True):
+        assert score(tmp_path, masks, "mevis", "--out", path) == 0
+    return paths
+
+
+def test_results_compare_with_paired_intervals(
+    two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    better, worse = two
+    assert main(["compare", str(worse), str(better), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (difference,) = found["differences"]
+    # Two of three expressions lose the last of three frames; all are of one of two videos.
+    assert difference["jf"] == pytest.approx(100 * 2 / 9)
+    assert difference["intervals"]["jf"] == pytest.approx([0, 100 / 3])
+    assert main(["compare", str(worse), str(better), "--names", "old", "new"]) == 0
+    assert "+22.2 [+0.0, +33.3]" in capsys.readouterr().out
+    other = json.loads(worse.read_text())
+    for key, value, problem in (
+        ("protocol", "ref-youtube-vos", "by another protocol"),
+        ("data_sha256", "0", "on other expressions"),
+        ("rows", other["rows"][:-1], "one row for each expression"),
+        ("rows", [{**other["rows"][0], "j": "1"}], "no number from -1 to 1 as 'j'"),
+        ("rows", [], "no rows"),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps({**other, key: value}))
+        assert main(["compare", str(better), str(tmp_path / "c.json")]) == 2
+        assert problem in capsys.readouterr().err
+    assert main(["compare", str(better), str(worse), "--images", "x"]) == 2
+    assert "--images shows images" in capsys.readouterr().err
+
+
+def test_results_are_columns_of_tables(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["table", *map(str, two), "--metrics", "jf", "j", "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "Method,mevis valid_u J&F,mevis valid_u J",
+        "better,100.0,100.0",
+        "worse,77.8,77.8",
+    ]
+    assert main(["table", *map(str, two), "--metrics", "jf", "j", "--format", "latex"]) == 0
+    assert r"valid\_u J\&F" in capsys.readouterr().out
