@@ -453,6 +453,21 @@ def test_zip_files_of_too_many_files_are_refused(
 # ---- evaluate, tables and comparisons ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dataset", ["mevis", "ref_davis17"])
+def test_evaluate_predicts_and_scores(dataset: str, tmp_path: Path) -> None:
+    """It gives the scores that `predict` and `score` give, and names the weights."""
+    root, given = WRITERS[dataset](tmp_path / "root"), ("--dataset", dataset, "--split", SPLITS[dataset])
+    paths = tmp_path / "evaluated.json", tmp_path / "scored.json"
+    words = ("tiny", "--data", str(root), *given, "--device", "cpu")
+    assert main(["evaluate", *words, "--out", str(paths[0])]) == 0
+    assert main(["predict", *words, "--out", str(tmp_path / "out")]) == 0
+    assert score(root, tmp_path / "out/masks", dataset, "--out", paths[1]) == 0
+    evaluated, scored = (json.loads(path.read_text()) for path in paths)
+    assert len(evaluated["weights_sha256"]) == 64
+    del scored["predictions"]
+    assert {key: evaluated[key] for key in scored} == scored
+
+
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
     """Result files of the truth, and of masks that miss the last frame."""

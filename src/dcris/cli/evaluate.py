@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "`dcris table` makes tables of the results of --all.",
     )
     evaluate.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    evaluation_arguments(evaluate)
+    evaluation_arguments(evaluate, videos=True)
     evaluate.set_defaults(split=None, protocol=None)  # to tell whether --all was given with one
     evaluate.add_argument(
         "--all",
@@ -77,6 +77,8 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from dcris.cli.evaluate_videos import evaluate_videos
+    from dcris.data.registry import VIDEO_SETS
     from dcris.evaluation.evaluate import evaluate
     from dcris.evaluation.results import write_results
     from dcris.utils.distributed import described_processes
@@ -87,6 +89,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     if args.system is not None:
         raise DcrisError("--name is for --all, whose results are a row of a table; leave it out")
+    if args.dataset in VIDEO_SETS:
+        evaluate_videos(args)
+        return
     args.split, args.protocol = args.split or "val", args.protocol or "cris"
     if args.calibrate_on == args.split:
         raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")

@@ -1,0 +1,74 @@
+"""`dcris evaluate --dataset` of a data set of videos: predict a split and score it."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from dcris.cli.common import output, progress
+from dcris.errors import DcrisError
+from dcris.utils.streams import note
+
+_OTHERS = ("split_by", "none_rule", "boundary", "by_category", "report", "answers", "calibrate_on", "mask_threshold")
+"""Arguments that are for images."""
+
+
+def evaluate_videos(args: argparse.Namespace) -> None:
+    """Predict the masks of a split in a temporary folder, score them, and print the result.
+
+    Raises:
+        DcrisError: an argument is for images, the truth is not public, or as VideoSetPredictor and
+            score_videos.
+    """
+    from datetime import timedelta
+
+    from dcris.checkpoints.backbones import fingerprint
+    from dcris.checkpoints.checkpoint import find_checkpoint
+    from dcris.checkpoints.resolve import locate
+    from dcris.data.video_readers.load import load_videos
+    from dcris.evaluation.video_protocols import get_video_protocol, mask_folders, require_truth, score_videos
+    from dcris.evaluation.video_results import video_record
+    from dcris.inference.segmenter import Segmenter
+    from dcris.inference.video_sets import FrameDone, VideoOptions, VideoSetPredictor
+    from dcris.utils.device import device_name
+    from dcris.utils.distributed import processes
+    from dcris.utils.files import write_json
+
+    for option in _OTHERS:
+        if getattr(args, option):
+            raise DcrisError(f"--{option.replace('_', '-')} is for images; leave it out for {args.dataset}")
+    protocol = get_video_protocol(args.dataset, args.protocol)
+    videos = load_videos(args.data, args.dataset, args.split or "val")
+    require_truth(videos)
+    with processes(args.device, timeout=timedelta(days=7)) as group, tempfile.TemporaryDirectory() as own:
+        folder = Path(group.from_first(lambda: own))
+        segmenter = Segmenter.from_pretrained(
+            find_checkpoint(locate(args.checkpoint)), device=args.device, precision=args.precision
+        )
+        options = VideoOptions(batch=args.batch_size, refine=args.refine)
+        predictor = VideoSetPredictor(segmenter, videos, folder, options, group)
+        with progress(predictor.remaining(), "frame", group.first) as show:
+            done = 0
+            for event in predictor.run():
+                done += isinstance(event, FrameDone)
+                show(done)
+        if not group.first:
+            return
+        for sentence in predictor.notes:
+            note(sentence)
+        with progress(len(mask_folders(videos)), "clip") as show:
+            results = score_videos(predictor.masks, videos, protocol, progress=show)
+        settings = predictor.settings
+    record = {
+        **video_record(results, videos, protocol),
+        "mask_threshold": settings.threshold,  # not `threshold`, by which results of images are told apart
+        "weights_sha256": fingerprint(segmenter.model.state_dict()),
+        "precision": str(segmenter.dtype).removeprefix("torch."),
+        "device": device_name(segmenter.device),
+        **({"refine": args.refine} if args.refine != "none" else {}),
+    }
+    try:
+        if args.out is not None:
+            write_json(args.out, record)
+    finally:
+        output(json.dumps({key: value for key, value in record.items() if key not in ("rows", "analysis")}, indent=2))
