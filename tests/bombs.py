@@ -58,7 +58,7 @@ def _crc_of_zeros(size: int) -> int:
 # ---- zip -----------------------------------------------------------------------------------------
 
 
-def _write_zip(path: Path, entries: Iterable[tuple[str, int, int, int, bytes]], flags: int = 0) -> None:
+def write_zip(path: Path, entries: Iterable[tuple[str, int, int, int, bytes]], flags: int = 0) -> None:
     """A zip file of (name, method, checksum, size, packed content), whatever these say."""
     body, directory, count = bytearray(), bytearray(), 0
     for name, method, crc, size, packed in entries:
@@ -101,7 +101,7 @@ def zip_bomb(random: Random, path: Path) -> str:
         entries += [(f"{target}{number}", 0, 0, 0, b"") for number in range(100_000)]
     elif kind == "overlaps":
         entries *= 1000
-    _write_zip(path, entries, flags=kind == "encrypted")
+    write_zip(path, entries, flags=kind == "encrypted")
     return f"zip bomb: {target} {kind} ({size:,})"
 
 
@@ -249,7 +249,7 @@ def torch_bomb(random: Random, path: Path) -> str:
         members = zip_members(path)
         pickled = next(name for name in members if name.endswith("data.pkl"))
         members[pickled] = members[pickled][:-1] + _plain(name) + code + b"s." if beside else b"\x80\2" + code + b"."
-        _write_zip(path, ((each, 0, zlib.crc32(data), len(data), data) for each, data in members.items()))
+        write_zip(path, ((each, 0, zlib.crc32(data), len(data), data) for each, data in members.items()))
     return f"{what}{' beside weights' if beside else ''}"
 
 
@@ -279,7 +279,7 @@ def torchscript_bomb(random: Random, path: Path) -> str:
     for name in members:
         if name.endswith("data.pkl"):
             members[name] = b"\x80\2" + tree[where] + b"."
-    _write_zip(path, ((each, 0, zlib.crc32(data), len(data), data) for each, data in members.items()))
+    write_zip(path, ((each, 0, zlib.crc32(data), len(data), data) for each, data in members.items()))
     return f"{what} in {where}"
 
 
@@ -346,7 +346,7 @@ def npz_bomb(random: Random, path: Path) -> str:
             new = b"\x93NUMPY\2\0" + struct.pack("<I", len(text)) + text.encode() + bytes(1200)
             size, packed, crc = len(new), zlib.compress(new, 1, wbits=-15), zlib.crc32(new)
         entries.append((name, 8, crc, size, packed))
-    _write_zip(path, entries)
+    write_zip(path, entries)
     return f"{kind} of {target}"
 
 

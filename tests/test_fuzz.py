@@ -61,14 +61,18 @@ from dcris.config import replace as replace_settings
 from dcris.data.dataset import all_queries
 from dcris.data.masks import encode_mask, union_mask
 from dcris.data.readers.load import load_references
+from dcris.data.video_readers.load import load_videos
 from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.results import write_results
+from dcris.evaluation.video_protocols import get_video_protocol, score_videos
+from dcris.evaluation.video_results import video_record
 from dcris.models.encoders.clip_text import CLIP_TEXT, ClipTextTower
 from dcris.models.encoders.dino import DINOV2, DinoTower
 from dcris.models.encoders.families import KeyMapping
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import TINY_TEXT, get_recipe
+from dcris.utils.files import write_json
 from fuzz import (
     ANY,
     WORDS,
@@ -94,6 +98,8 @@ from layouts import hub_files, write_prepared
 from models import randomise
 from referee import WRITERS, refcocom_rows, write_refcocom, write_refcocom_images
 from runs import run_training, timeless_log, unseal
+from video_layouts import write_davis, write_mevis
+from video_submissions import submit, zipped
 
 # ---- sets of files -------------------------------------------------------------------------------
 
@@ -346,6 +352,19 @@ def predictions(root: Path) -> None:
         write_results(root / name, answers, protocol)
 
 
+def video_masks(root: Path) -> None:
+    """Masks of MeViS and Ref-DAVIS17 in the forms of their servers, and result files."""
+    write_davis(write_mevis(root))
+    for dataset, split in (("mevis", "valid_u"), ("ref_davis17", "valid")):
+        submit(root / dataset, load_videos(root, dataset, split))
+    zipped(root / "mevis", root / "masks.zip")
+    videos = load_videos(root, "mevis", "valid_u")
+    protocol = get_video_protocol("mevis")
+    record = video_record(score_videos(root / "masks.zip", videos, protocol), videos, protocol)
+    for name in ("a.json", "b.json"):
+        write_json(root / name, record)
+
+
 def rows(root: Path) -> None:
     """Result files of two systems on two splits."""
     root.mkdir()
@@ -457,6 +476,16 @@ _TOOLS = (
     (tool_exports.supervisely, "meta.json", (json_tree,), "keep"),
     (tool_exports.predictions, "predictions.json", (json_tree,), "keep"),
 )
+_SCORE_MEVIS = "--data SET --dataset mevis --split valid_u --out OUT/result.json"
+_SCORE_DAVIS = "--data SET --dataset ref_davis17 --split valid --out OUT/result.json"
+_VIDEO_MASKS = (
+    ("masks.zip", (zip_tree, zip_bomb), f"score SET/masks.zip {_SCORE_MEVIS}"),
+    ("mevis/1234abcd/0/00001.png", (png_chunks, picture_bomb), f"score SET/mevis {_SCORE_MEVIS}"),
+    ("ref_davis17/anno_2/motorbike/00001.png", (png_chunks, picture_bomb), f"score SET/ref_davis17 {_SCORE_DAVIS}"),
+    ("mevis/valid_u/mask_dict.json", (json_tree,), f"score SET/masks.zip {_SCORE_MEVIS}"),
+    ("mevis/valid_u/meta_expressions.json", (json_tree,), f"score SET/masks.zip {_SCORE_MEVIS}"),
+    ("b.json", (json_tree,), "compare SET/a.json SET/b.json"),
+)
 _REFEREE = (
     ("rrsisd", "rrsisd/instances.json", (json_tree,)),
     ("refsegrs", "RefSegRS/output_phrase_val.txt", ()),
@@ -565,6 +594,7 @@ FORMATS = (
         Format(f"scored {file}", predictions, file, spoils, f"score SET/{file.partition('/')[0]} {_SCORE}")
         for file, spoils in _MASKS
     ),
+    *(Format(f"videos {file}", video_masks, file, spoils, words) for file, spoils, words in _VIDEO_MASKS),
     Format("scored absent", generalised, "results.json", (json_tree,), f"score SET/results.json {_ABSENT}", 8),
     Format(
         "compared absent", generalised, "b.jsonl", (json_lines,), f"compare SET/answers.jsonl SET/b.jsonl {_ABSENT}", 4

@@ -6,7 +6,7 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bombs import deflated_zeros
+from bombs import deflated_zeros, write_zip
 from dcris.cli import main
-from dcris.data.submissions import SUBMISSIONS
 from dcris.data.video_readers.load import load_videos
-from dcris.data.videos import LabelImages, VideoSet
+from dcris.data.videos import VideoSet
 from dcris.evaluation import video_masks
 from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, H, W, labels, write_davis, write_labels, write_mevis
 from video_reference import made_masks, slow_clip, slow_f, slow_j, slow_match
+from video_submissions import submit, true_labels, zipped
 
 SPLITS = {"ref_youtube_vos": "train", "ref_davis17": "valid", "mevis": "valid_u"}
 """Splits with a truth that have few videos."""
@@ -66,38 +66,6 @@ def at_most(size: float) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < size
     finally:
         tracemalloc.stop()
-
-
-def true_labels(videos: VideoSet, name: str, number: int) -> np.ndarray:
-    assert isinstance(videos.truths, LabelImages)
-    return videos.truths.labels(videos.videos[name][0], number, (H, W))
-
-
-def submit(
-    folder: Path, videos: VideoSet, change: Callable[[np.ndarray, str, int], np.ndarray] = lambda made, *_: made
-) -> Path:
-    """Write the truth of a split as its submission; `change` gets a mask or labels, the file's
-    folder and the frame's number, and returns what is written."""
-    for each in videos.expressions:
-        truth = videos.truth(each)
-        assert truth is not None
-        for number, frame in enumerate(each.frames):
-            path = folder / SUBMISSIONS[videos.dataset].file(each, frame)
-            if videos.dataset == "ref_davis17":
-                made = true_labels(videos, each.video, number)
-                made = change(np.where(made == 255, 0, made).astype(np.uint8), path.parent.as_posix(), number)
-                write_labels(path, made)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(change(truth[number], path.parent.as_posix(), number) * np.uint8(255)).save(path)
-    return folder
-
-
-def zipped(folder: Path, path: Path) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(folder.rglob("*")):
-            archive.write(file, file.relative_to(folder))
-    return path
 
 
 @pytest.fixture
@@ -329,6 +297,7 @@ def test_masks_that_cannot_be_used_are_named(
     many = Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W))
     text = said(many)
     if dataset == "ref_davis17":
+        assert "leave out --mask-threshold" in refused(capsys, root, masks, dataset, "--mask-threshold", 127)
         assert "label 255, but objects are numbered from 1 to 20" in text
         assert "colour" in said(many.convert("RGB"))
     else:
@@ -368,22 +337,6 @@ def test_options_and_truths_that_do_not_fit(tmp_path: Path, capsys: pytest.Captu
 # ---- zip files of strangers ----------------------------------------------------------------------
 
 
-def _raw_zip(path: Path, members: Mapping[str, tuple[int, bytes]]) -> Path:
-    """Write a zip file of deflated members: the sizes that they claim, and their packed content."""
-    with path.open("wb") as file:
-        lines = []
-        for name, (size, packed) in members.items():
-            place, text = file.tell(), name.encode()
-            fixed = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 33, 0, len(packed), size, len(text), 0)
-            file.write(b"PK\3\4" + fixed + text + packed)
-            lines.append(b"PK\1\2" + struct.pack("<H", 20) + fixed + struct.pack("<HHHII", 0, 0, 0, 0, place) + text)
-        start = file.tell()
-        file.write(b"".join(lines))
-        size = file.tell() - start
-        file.write(b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, len(lines), len(lines), size, start, 0))
-    return path
-
-
 def test_zip_files_of_strangers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_mevis(tmp_path / "root")
     name = f"1234abcd/0/{MEVIS_FRAMES[0]}.png"
@@ -402,14 +355,15 @@ def test_zip_files_of_strangers_are_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.warns(UserWarning, match="Duplicate"):
         assert "two files of one name" in said([name, name])
 
-    bombs = {each: (0, zlib.compress(b"", wbits=-15)) for each in full}
+    others = [(each, 0, 0, 0, b"") for each in full if each != name]
     claimed = _png_of(60_000, 60_000)
     for content, problem in (
-        ((5_000_000_000 % 2**32, deflated_zeros(2_000_000_000)), "larger than the limit"),
-        ((len(claimed), zlib.compress(claimed)[2:-4]), "cannot be used as a mask"),
-        ((10, b"\xff\xff\xff"), "cannot be used as a mask"),
+        ((8, 0, 2_000_000_000, deflated_zeros(2_000_000_000)), "larger than the limit"),
+        ((0, zlib.crc32(claimed), len(claimed), claimed), "cannot be used as a mask"),
+        ((8, 0, 10, b"\xff\xff\xff"), "cannot be used as a mask"),
     ):
-        path = _raw_zip(tmp_path / "bomb.zip", bombs | {name: content})
+        path = tmp_path / "bomb.zip"
+        write_zip(path, [(name, *content), *others])
         with at_most(250e6):
             text = refused(capsys, root, path, "mevis")
         assert problem in text
@@ -505,6 +459,9 @@ def test_results_compare_with_paired_intervals(
         (tmp_path / "c.json").write_text(json.dumps({**other, key: value}))
         assert main(["compare", str(better), str(tmp_path / "c.json")]) == 2
         assert problem in capsys.readouterr().err
+    (tmp_path / "c.json").write_text(json.dumps({"protocol": "cris", "miou": 50.0}))
+    assert main(["compare", str(better), str(tmp_path / "c.json")]) == 2
+    assert "is no result of videos" in capsys.readouterr().err
     assert main(["compare", str(better), str(worse), "--images", "x"]) == 2
     assert "--images shows images" in capsys.readouterr().err
 

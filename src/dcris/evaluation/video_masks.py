@@ -6,7 +6,6 @@ so the memory that its list of files, a file and a mask take is bounded before t
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from dcris.data.images import image_size, read_label_image, read_mask_image
@@ -130,9 +129,13 @@ class SubmittedMasks(ABC):
 
 class _Folder(SubmittedMasks):
     def _list(self, folder: str) -> frozenset[str]:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return frozenset(each.name for each in (self.path / folder).iterdir())
-        return frozenset()
+        place = self.path / folder
+        try:
+            return frozenset(each.name for each in place.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+        except OSError as error:
+            raise DcrisError(f"cannot read the folder {place} ({error.strerror or error}); copy it again") from error
 
     def _read(self, name: str) -> bytes:
         return read_bytes(self.path / name, _MAX_FILE)

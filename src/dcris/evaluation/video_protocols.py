@@ -196,6 +196,8 @@ class ByObject(VideoProtocol):
     def compare(  # noqa: D102
         self, folder: str, expressions: Sequence[VideoExpression], videos: VideoSet, frames: Frames
     ) -> Iterator[VideoResult]:
+        if frames.threshold is not None:
+            raise DcrisError("masks of Ref-DAVIS17 are labels, which have no threshold; leave out --mask-threshold")
         first, truths = expressions[0], self.labels(videos)
         size = truths.size(first)
         in_first = truths.labels(first, 0, size)

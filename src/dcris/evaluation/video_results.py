@@ -116,7 +116,10 @@ def read_video_record(path: Path) -> dict[str, Any]:
     record = read_json(path, "the result file")
     protocol = field(record, "protocol", str, path, "the file")
     if protocol not in VIDEO_PROTOCOLS or "rows" not in record:
-        raise bad(path, "it has no rows of videos; only results of videos are compared as .json")
+        raise DcrisError(
+            f"{path} is no result of videos, which alone are compared as .json; for images, give models or .jsonl files of "
+            "`dcris evaluate --answers`"
+        )
     field(record, "data_sha256", str, path, "the file")
     rows = field(record, "rows", list, path, "the file")
     if not rows:
