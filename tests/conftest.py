@@ -149,6 +149,14 @@ def trained_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep away from what the user's own commands remember, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DCRIS_CACHE", str(tmp_path_factory.mktemp("dcris")))
+        yield
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that huggingface_hub takes for the real one, with an empty cache."""

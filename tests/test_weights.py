@@ -37,7 +37,7 @@ from transformers import Dinov2WithRegistersModel as HubVision
 
 from dcris.checkpoints import backbones as weights
 from dcris.checkpoints.backbones import fill_tower, tower_state
-from dcris.checkpoints.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint
+from dcris.checkpoints.checkpoint import identify_towers, load_checkpoint, load_trained, save_checkpoint, save_model
 from dcris.checkpoints.convert_detris import read_state
 from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
 from dcris.config import DataConfig, RunConfig, TextConfig, VisionConfig, refuse_other_run
@@ -580,6 +580,51 @@ def test_a_checkpoint_uses_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path
         DcrisError, match=f"another vision tower than {VISION} .* revision {towers['vision']['revision']}"
     ):
         load_trained(moved, saved_at)
+
+
+def test_towers_are_read_again_when_their_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their fingerprint is remembered by file: a checkpoint must still refuse other towers."""
+    monkeypatch.setattr("dcris.utils.cache._SETTLED", -(10**12))
+    monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "dino.safetensors"
+    path.write_bytes(written(hub_dinov2(TINY_VISION), tmp_path / "v"))
+    vision = TINY_VISION.model_copy(update={"name": str(path)})
+    text = TINY_TEXT.model_copy(update={"name": "random"})
+    config = RunConfig(recipe="tiny", model=tiny_config(vision=vision, text=text), data=DataConfig(word_length=12))
+    torch.manual_seed(0)
+    model = ReferringSegmenter(config.model)
+    weights.load_towers(model.vision, model.text, config.model)
+    save_model(tmp_path / "model", model, identify_towers(model), config, with_towers=True)
+    for _ in range(2):
+        load_checkpoint(tmp_path / "model")
+    towers = tmp_path / "model" / "towers.safetensors"
+    content = bytearray(towers.read_bytes())
+    content[-1] ^= 1
+    with towers.open("r+b") as file:
+        file.write(content)
+    with pytest.raises(DcrisError, match=r"another (vision|text) tower"):
+        load_checkpoint(tmp_path / "model")
+
+
+def test_a_file_of_ones_own_can_be_overwritten_while_it_is_used(hub: Hub, tmp_path: Path) -> None:
+    """It is copied. A file of the Hub, which nobody overwrites, is mapped and never written."""
+    content = written(hub_dinov2(TINY_VISION), tmp_path / "v")
+    path = tmp_path / "dino.safetensors"
+    path.write_bytes(content)
+    tower = vision_tower()
+    fill_tower(tower, str(path))
+    before = {name: value.clone() for name, value in tower_state(tower).items()}
+    with path.open("r+b") as file:
+        file.write(bytes(len(content)))
+    assert all(torch.equal(value, before[name]) for name, value in tower_state(tower).items())
+    hub.push(VISION_REPO, {"model.safetensors": content})
+    cached = fill_tower(tower, VISION)
+    assert cached is not None
+    assert all(torch.equal(value, before[name]) for name, value in tower_state(tower).items())
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(1)
+    assert cached.read_bytes() == content
 
 
 # What other people's checkpoints hold beside the weights, and where they keep them

@@ -30,23 +30,37 @@ from dcris.utils.hub import fetch
 from dcris.utils.wheels import WheelFile
 
 RANDOM = "random"
+TowerFiles = dict[str, Path | None]
+"""The file from which the weights of "vision" and "text" were read; None if there is none."""
+
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}
 _EMBEDDED_FILE = "tiny_towers.safetensors"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> None:
+def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> TowerFiles:
     """Load the weights of both towers by their configurations; adapters stay unchanged.
+
+    Returns:
+        The files that were read, for `identify_towers`.
 
     Raises:
         DcrisError: weights cannot be loaded, or do not match the shapes of the tower.
     """
-    fill_tower(vision, config.vision.name, config.vision.revision)
-    fill_tower(text, config.text.name, config.text.revision)
+    return {
+        "vision": fill_tower(vision, config.vision.name, config.vision.revision),
+        "text": fill_tower(text, config.text.name, config.text.revision),
+    }
 
 
-def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> None:
+def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> Path | None:
     """Load the weights of one tower by their name, and record their origin in `tower.source`.
+
+    Weights of the Hub and of packages stay in their files where possible: the tower's tensors are
+    memory-mapped, since nobody changes those files. Files of the user's own are copied.
+
+    Returns:
+        The file; None for weights that are part of the package, or random.
 
     Raises:
         DcrisError: the weights do not exist, cannot be downloaded or read, or a tensor is missing,
@@ -56,25 +70,28 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     published = family.sources()
     source = published.get(name)
     if name == RANDOM:
-        return
+        return None
     if name in _EMBEDDED:
         prefix = _EMBEDDED[name]
         stored = load_bytes((resources.files("dcris.assets") / _EMBEDDED_FILE).read_bytes())
         tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         copy_strictly(tower_state(tower), tensors, name)
-    elif isinstance(source, WheelFile):
-        fill_from_file(tower, source.find(), family.key_mappings)
+        return None
+    if isinstance(source, WheelFile):
+        path = source.find()
         tower.source = {"source": f"{source.distribution} on PyPI", "revision": source.version}
     elif source is not None:
         file = fetch(source, revision, _HUB_FILES)
-        fill_from_file(tower, file.path, family.key_mappings)
+        path = file.path
         tower.source = {"source": f"{file.repo}/{file.name}", "revision": file.commit}
     elif Path(name).is_file():
-        fill_from_file(tower, Path(name), family.key_mappings)
-        tower.source = {"source": Path(name).name}
+        path = Path(name)
+        tower.source = {"source": path.name}
     else:
         known = ", ".join((*published, *_EMBEDDED))
         raise DcrisError(f"there are no weights {name!r}; give a file or one of {known}")
+    fill_from_file(tower, path, family.key_mappings, mapped=source is not None)
+    return path
 
 
 def family_of(tower: VisionTower | TextTower) -> TowerFamily[Any]:
@@ -84,11 +101,19 @@ def family_of(tower: VisionTower | TextTower) -> TowerFamily[Any]:
     return family
 
 
-def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequence[KeyMapping]) -> None:
+def fill_from_file(
+    tower: VisionTower | TextTower, path: Path, mappings: Sequence[KeyMapping], *, mapped: bool = False
+) -> None:
     """Copy the weights of a published file into a tower, tensor by tensor, to limit the memory.
 
     Half precision becomes float32. A position table with the configured `published_grid` is
     interpolated to the grid of the tower.
+
+    Args:
+        tower: to be filled.
+        path: the file.
+        mappings: the kinds of file that are known.
+        mapped: let tensors that are used as they are stored stay in the file, memory-mapped.
 
     Raises:
         DcrisError: the file is damaged, or a tensor is missing, unexpected or of another shape; the
@@ -105,7 +130,7 @@ def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequenc
     if grid is not None:
         shapes["positions"] = (1 + grid**2, *shapes["positions"][1:])
     plan = {name: mapping.parts(name) for name in target}
-    zeros = tuple(mapping.zeros)
+    zeros, in_file = tuple(mapping.zeros), {}
     for name, parts in plan.items():
         for part in filter(lambda part: not part.endswith(zeros), parts):
             _check_part(stored, part, _shape_of_part(shapes[name], len(parts), name in mapping.transposed), path)
@@ -124,7 +149,12 @@ def fill_from_file(tower: VisionTower | TextTower, path: Path, mappings: Sequenc
                 config = tower.config
                 assert isinstance(config, VisionConfig)
                 (whole,) = interpolate_positions(whole[None], (config.grid, config.grid), config.position_rule)
-            target[name].copy_(whole.T if name in mapping.transposed else whole)
+            whole = whole.T if name in mapping.transposed else whole
+            if mapped and whole.dtype == target[name].dtype and whole.is_contiguous():
+                in_file[name] = whole
+            else:
+                target[name].copy_(whole)
+    tower.load_state_dict(in_file, strict=False, assign=True)
 
 
 def _shape_of_part(shape: tuple[int, ...], parts: int, transposed: bool) -> tuple[int, ...]:

@@ -35,14 +35,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcris.checkpoints.backbones import copy_strictly, fingerprint, frozen_state, load_towers
+from dcris.checkpoints.backbones import TowerFiles, copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.checkpoints.tensor_files import open_safetensors
 from dcris.checkpoints.training_images import FILE, Images, images_from_text, images_to_text, pack_images, read_images
 from dcris.config import RunConfig, load_config, parse_config
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
+from dcris.models.encoders.text import TextTower
+from dcris.models.encoders.vit import VisionTower
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, as_path
+from dcris.utils.cache import remembered
 from dcris.utils.device import allocate, shapes_only
 from dcris.utils.files import (
     open_regular,
@@ -86,15 +89,25 @@ Origin = Mapping[str, str]
 "sha256"; empty if none."""
 
 
-def identify_towers(model: ReferringSegmenter) -> Towers:
+def identify_towers(model: ReferringSegmenter, files: TowerFiles | None = None) -> Towers:
     """Fingerprint the frozen towers of a model.
 
-    This reads every weight: a second or two for large towers.
+    This reads every weight, a second or two for large towers, unless `files` are given from which
+    the towers were loaded just now, and it is known what unchanged files give.
     """
     return {
-        name: {"name": part.config.name, **part.source, "sha256": fingerprint(frozen_state(part))}
+        name: {"name": part.config.name, **part.source, "sha256": _fingerprint_of(part, (files or {}).get(name))}
         for name, part in (("vision", model.vision), ("text", model.text))
     }
+
+
+def _fingerprint_of(tower: VisionTower | TextTower, file: Path | None) -> str:
+    frozen = frozen_state(tower)
+    if file is None:
+        return fingerprint(frozen)
+    # The tower's shape and the version decide how the file is read.
+    what = repr((__version__, tower.config.model_dump_json(), sorted(frozen)))
+    return remembered(file, what, lambda: fingerprint(frozen))
 
 
 def save_checkpoint(
@@ -453,7 +466,15 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
         DcrisError: a file is missing, cut short or of another model, or the frozen towers are not
             those that the adapters were trained on.
     """
-    path = find_checkpoint(as_path(path, "the checkpoint"))
+    model, config, _ = load_identified(find_checkpoint(as_path(path, "the checkpoint")))
+    return model, config
+
+
+def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
+    """Load the model of a checkpoint from `find_checkpoint`, with the record of its towers.
+
+    Raises as load_checkpoint does.
+    """
     check_files(path, (_MODEL, _CONFIG))
     config = read_config(path)
     with shapes_only():
@@ -466,11 +487,12 @@ def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
     if tower_file.is_file():
         towers = _tower_tensors(model)
         copy_strictly(towers, _read_tensors(tower_file, only=towers if path.is_file() else None), str(tower_file))
+        files: TowerFiles = dict.fromkeys(("vision", "text"), tower_file)
     else:
-        load_towers(model.vision, model.text, config.model)
-    load_trained(model, path)
+        files = load_towers(model.vision, model.text, config.model)
+    found = load_trained(model, path, files)
     _load_calibration(model, path)
-    return model, config
+    return model, config, found
 
 
 def model_files(path: Path) -> list[Path]:
@@ -512,16 +534,26 @@ def _load_calibration(model: ReferringSegmenter, path: Path) -> None:
     model.head.presence.temperature.fill_(temperature)
 
 
-def load_trained(model: ReferringSegmenter, path: Path) -> None:
+def load_trained(model: ReferringSegmenter, path: Path, files: TowerFiles | None = None) -> Towers:
     """Copy the trained weights of a checkpoint into a model with loaded towers.
+
+    Args:
+        model: with the towers.
+        path: the checkpoint.
+        files: as for `identify_towers`.
+
+    Returns:
+        The towers, as `identify_towers`.
 
     Raises as load_checkpoint does.
     """
-    towers = _require_towers(path, identify_towers(model))
+    found = identify_towers(model, files)
+    towers = _require_towers(path, found)
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     for name, tower in (("vision", model.vision), ("text", model.text)):
         # The fingerprints are equal, so the recorded source is also that of these weights.
         tower.source = tower.source or {key: towers[name][key] for key in ("source", "revision") if key in towers[name]}
+    return {name: {**each, **getattr(model, name).source} for name, each in found.items()}
 
 
 def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tuple[ReferringSegmenter, RunConfig]:

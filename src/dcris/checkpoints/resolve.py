@@ -7,7 +7,6 @@ once into $DCRIS_CACHE (default: ~/.cache/dcris).
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +20,8 @@ from dcris.checkpoints.convert_detris import convert_file, data_set_of
 from dcris.checkpoints.model_zoo import PACKAGED, PUBLISHED, REPOSITORY, Published
 from dcris.errors import DcrisError
 from dcris.utils.arguments import PathLike, as_path
-from dcris.utils.files import expand_home, make_directory, read_json, write_json
+from dcris.utils.cache import cache_folder
+from dcris.utils.files import expand_home, read_json, write_json
 from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.utils.streams import note
 
@@ -99,19 +99,6 @@ def _is_local(source: str, similar: Path | None) -> bool:
     return "@" not in source and (
         known or Path(source).suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".json")
     )
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted checkpoints.
-
-    Raises DcrisError if it is unknown or cannot be written.
-    """
-    advice = "set DCRIS_CACHE to a folder for converted checkpoints and HF_HOME to one for downloads"
-    folder = expand_home(os.environ.get("DCRIS_CACHE") or "~/.cache/dcris", advice)
-    try:
-        return make_directory(folder)
-    except DcrisError as error:
-        raise DcrisError(f"{error}; {advice}") from error
 
 
 def _repository(source: str, towers: bool) -> Path:

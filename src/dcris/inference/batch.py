@@ -35,7 +35,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dcris.checkpoints.backbones import fingerprint
 from dcris.checkpoints.checkpoint import model_files, read_config
 from dcris.config import RunConfig
 from dcris.data.images import read_image
@@ -263,7 +262,7 @@ class BatchPredictor:
         self.segmenter, self.out, self.every, self.group = segmenter, out, options.every, group
         self.formats = set(FORMATS if options.formats is None else options.formats)
         self.video_formats = set(VIDEO_FORMATS if options.formats is None else options.formats)
-        model = fingerprint(segmenter.model.state_dict())
+        model = segmenter.fingerprint
         settings = settings_of(model, segmenter.config, segmenter.dtype, options)
         self._decision = {
             key: getattr(settings[False], key) for key in ("threshold", "min_score", "min_area", "refine")

@@ -1,5 +1,6 @@
 """The public Python API: predict masks for an image and phrases."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dcris.checkpoints.backbones import is_downloadable
+from dcris.checkpoints.backbones import fingerprint, is_downloadable
 from dcris.checkpoints.checkpoint import (
     Origin,
     Towers,
     find_checkpoint,
     identify_towers,
     load_adapters,
-    load_checkpoint,
+    load_identified,
     read_origin,
     read_training_images,
     save_model,
@@ -43,6 +44,7 @@ from dcris.evaluation.refinement import refine_guided
 from dcris.inference.inputs import find_tasks
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.inference.smoothing import Maps, require_window, smoothed
+from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
@@ -135,6 +137,7 @@ class Segmenter:
         precision: Precision | None = None,
         origin: Origin | None = None,
         images: Images = frozenset(),
+        towers: Towers | None = None,
     ) -> None:
         require(model, ReferringSegmenter, "the model")
         require(config, RunConfig, "the configuration")
@@ -147,6 +150,8 @@ class Segmenter:
         """Hashes of the images that the model was trained on; empty if they are unknown."""
         self.tokenizer = tokenizer_of(config.model.text)
         self.protocol = Cris()
+        if towers is not None:
+            self._towers = towers
         self._precision: Precision = config.train.precision if precision is None else precision
         self._place({config.data.dataset: (model, config)}, device)
 
@@ -247,9 +252,9 @@ class Segmenter:
     @classmethod
     def _load(cls, source: Source, device: str, precision: Precision | None) -> "Segmenter":
         path = find_checkpoint(locate(source))
-        model, config = load_checkpoint(path)
+        model, config, towers = load_identified(path)
         origin, images = read_origin(path), read_training_images(path)
-        return cls(model, config, device=device, precision=precision, origin=origin, images=images)
+        return cls(model, config, device=device, precision=precision, origin=origin, images=images, towers=towers)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -297,6 +302,12 @@ class Segmenter:
     @cached_property
     def _towers(self) -> Towers:
         return identify_towers(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum that identifies all weights of the first adapter set and its towers."""
+        towers = "".join(tower["sha256"] for tower in self._towers.values())
+        return hashlib.sha256(f"{towers}{fingerprint(trained_state(self.model))}".encode()).hexdigest()
 
     def save_pretrained(
         self,

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from dcris.checkpoints.backbones import fingerprint
 from dcris.data.submissions import SUBMISSIONS, Labels, palette
 from dcris.data.videos import VideoExpression, VideoSet
 from dcris.errors import DcrisError
@@ -194,7 +193,7 @@ class VideoSetPredictor:
 
     def _settings(self) -> VideoSettings:
         segmenter, videos = self.segmenter, self.videos
-        model = fingerprint(segmenter.model.state_dict())
+        model = segmenter.fingerprint
         options = self.options
         decision = BatchOptions(
             threshold=options.threshold, min_score=options.min_score, min_area=options.min_area, refine=options.refine

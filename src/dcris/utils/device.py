@@ -70,12 +70,18 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-class _LeaveRandom(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with normal random numbers."""
+_FILLS = frozenset(
+    [getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_")]
+    + [getattr(torch.nn.init, name) for name in ("normal_", "uniform_", "constant_", "kaiming_uniform_")]
+)
+
+
+class _LeaveUnfilled(TorchFunctionMode):
+    """Leaves tensors as they are where they would be filled with numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.normal_, torch.nn.init.normal_):
+        if func in _FILLS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -84,10 +90,10 @@ class _LeaveRandom(TorchFunctionMode):
 def shapes_only() -> Iterator[None]:
     """Context in which modules are made without memory for their weights, on the device "meta".
 
-    torch 2.13 imports its compiler, which takes two seconds, to fill a tensor there with normal
-    random numbers, so that is left out.
+    Nothing is filled there: it takes time, and for normal random numbers torch 2.13 imports its
+    compiler, which takes two seconds.
     """
-    with torch.device("meta"), _LeaveRandom():
+    with torch.device("meta"), _LeaveUnfilled():
         yield
 
 

