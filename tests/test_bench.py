@@ -3,9 +3,11 @@
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dcris.cli import main
 from dcris.experiments.bench import (
@@ -38,6 +40,20 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys: pytest.Cap
     assert rows["training step, batch 3"]["value"] > 0
     assert rows["8 expressions in one call, relative to 8 calls"]["ratio"] > 0
     assert measured["machine"]["torch"] == torch.__version__ and measured["recipe"] == "dcris_tiny"
+
+
+def test_a_folder_alone_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever segments many images sees what the command gains over a loop of their own."""
+    for number in range(3):
+        Image.new("RGB", (40 + number, 30), (number, 9, 9)).save(tmp_path / f"{number}.png")
+    out = tmp_path / "bench.json"
+    words = ["bench", "--recipe", "dcris_tiny", "--quick", "--device", "cpu", "--folder", str(tmp_path)]
+    assert main([*words, "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["what"] == "3 images of a folder, relative to one after the other"
+    assert row["value"] > 0 < row["ratio"]
+    assert main([*words[:-1], str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
 
 
 @pytest.mark.slow

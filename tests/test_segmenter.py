@@ -194,6 +194,22 @@ def test_an_image_is_encoded_once_for_interactive_use(
         assert ours.score == pytest.approx(theirs.score, abs=1e-3)
 
 
+def test_phrases_are_encoded_once_for_many_images(
+    segmenter: Segmenter, photo: Path, passes: dict[str, list[int]]
+) -> None:
+    """A folder is asked for the same phrases; the results are those of `predict`."""
+    phrases = segmenter.encode_phrases(PHRASES)
+    pictures = [np.array(Image.open(photo)), np.array(Image.open(photo))[:, ::-1].copy()]
+    found = [segmenter.segment(segmenter.encode_image(each), phrases, scores=True) for each in pictures]
+    assert passes["encode_text"] == [len(PHRASES)]
+    for each, ours in zip(pictures, found, strict=True):
+        assert_same(ours, segmenter.predict(each, PHRASES, scores=True), tolerance=1e-5)
+    assert segmenter.segment(segmenter.encode_image(photo), segmenter.encode_phrases([])) == []
+    segmenter.add_adapters("other", segmenter.save_pretrained(photo.parent / "other"))
+    with pytest.raises(DcrisError, match="use the same for both"):
+        segmenter.segment(segmenter.encode_image(photo, adapters="other"), phrases)
+
+
 def test_grey_and_transparent_arrays(segmenter: Segmenter, photo: Path) -> None:
     """Unusual modes of cameras and cut-outs equal the plain image."""
     colour = np.array(Image.open(photo))

@@ -8,6 +8,7 @@ from dcris.version import __version__
 
 __all__ = [
     "EncodedImage",
+    "EncodedPhrases",
     "Prediction",
     "Segmenter",
     "__version__",
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from dcris.data.readers.load import load_references as load_dataset
     from dcris.evaluation.evaluate import evaluate
     from dcris.inference.prediction import Prediction, to_detections
-    from dcris.inference.segmenter import EncodedImage, Segmenter
+    from dcris.inference.segmenter import EncodedImage, EncodedPhrases, Segmenter
     from dcris.training.train import train
 
 _PLACES = {
     "EncodedImage": ("inference.segmenter", "EncodedImage"),
+    "EncodedPhrases": ("inference.segmenter", "EncodedPhrases"),
     "Prediction": ("inference.prediction", "Prediction"),
     "Segmenter": ("inference.segmenter", "Segmenter"),
     "evaluate": ("evaluation.evaluate", "evaluate"),

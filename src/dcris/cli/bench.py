@@ -1,6 +1,7 @@
 """`dcris bench`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ def add(commands: Any) -> None:
         action="store_true",
         help="train with less memory: recompute activations in the backward pass",
     )
-    bench.add_argument("--only", choices=("speed", "memory"), help="part to measure (default: both)")
+    part = bench.add_mutually_exclusive_group()
+    part.add_argument("--only", choices=("speed", "memory"), help="part to measure (default: both)")
+    part.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="measure only predictions of the images in DIR, against a loop that predicts and saves one after the other",
+    )
     bench.add_argument("--quick", action="store_true", help="fewer rounds, and no memory")
     bench.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write")
     device_arguments(bench)
@@ -41,7 +49,7 @@ def add(commands: Any) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from dcris.config import replace
-    from dcris.experiments.bench import PARTS, Row, bench, render
+    from dcris.experiments.bench import PARTS, Part, Row, bench, render
     from dcris.recipes import get_recipe
     from dcris.utils.files import write_json
 
@@ -51,13 +59,19 @@ def _bench(args: argparse.Namespace) -> None:
     config = get_recipe(args.recipe)
     if args.checkpoint_activations:
         config = replace(config, {"train.checkpoint_activations": True})
+    parts: Sequence[Part] = ("speed",) if args.quick else PARTS
+    if args.folder is not None:
+        parts = ("folder",)
+    elif args.only:
+        parts = (args.only,)
     measured = bench(
         config,
         device=args.device,
         precision=args.precision,
         quick=args.quick,
         batch_sizes=args.batch_size,
-        parts=(args.only,) if args.only else ("speed",) if args.quick else PARTS,
+        parts=parts,
+        folder=args.folder,
         progress=show,
     )
     output(render(measured))

@@ -192,9 +192,9 @@ def segment_in_passes(
         The output for successive expressions.
     """
     with autocast(device, dtype):
-        state = model.encode_images(image)
+        state, text = model.encode_images(image), model.encode_text(tokens)
     pairs = [(0, expression) for expression in range(len(tokens))]
-    yield from model.segment_pairs(state, tokens, pairs, dtype, EXPRESSIONS_PER_PASS)
+    yield from model.segment_pairs(state, text, pairs, dtype, EXPRESSIONS_PER_PASS)
 
 
 def predict_on_all_ranks(

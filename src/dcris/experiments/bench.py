@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -31,6 +32,8 @@ from dcris.data.readers.load import load_references
 from dcris.data.scenes import cores, write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
+from dcris.inference.batch import BatchPredictor
+from dcris.inference.inputs import find_tasks
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.dcris import DcrisConfig
 from dcris.models.optimize import cast_frozen
@@ -38,6 +41,8 @@ from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.arguments import Precision
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory
+from dcris.utils.drawing import png_bytes
+from dcris.utils.files import make_directory, write_file
 from dcris.utils.text_tables import markdown
 from dcris.version import __version__
 
@@ -51,7 +56,7 @@ EXPRESSIONS = (
     "white car near the tree",
     "top of the bread",
 )
-Part = Literal["speed", "memory"]
+Part = Literal["speed", "memory", "folder"]
 PARTS: tuple[Part, ...] = ("speed", "memory")
 LATE_LAYERS = (4, 8, 11)
 """Three late blocks with adapters (table 5): expressions share more of the vision tower."""
@@ -252,6 +257,7 @@ def bench(
     quick: bool = False,
     batch_sizes: Sequence[int] = (2,),
     parts: Sequence[Part] = PARTS,
+    folder: Path | None = None,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Measure a recipe on this machine with random tower weights.
@@ -263,13 +269,15 @@ def bench(
         quick: fewer rounds.
         batch_sizes: of the training step.
         parts: what is measured.
+        folder: the images of the part "folder".
         progress: called with each row when it is measured.
 
     Returns:
         "machine", "recipe", "precision", "batch_sizes" and "rows", as JSON data.
 
     Raises:
-        DcrisError: the device does not exist, or a process for memory fails.
+        DcrisError: the device does not exist, a process for memory fails, or the folder has no
+            images.
     """
     config = random_towers(config)
     chosen = choose_device(device)
@@ -287,6 +295,8 @@ def bench(
     if "memory" in parts:
         for row in _memory(config, device, kind, batch_sizes):
             add(row)
+    if "folder" in parts and folder is not None:
+        add(_folder(config, folder, device, kind, quick))
     return {
         "machine": machine(chosen),
         "recipe": config.recipe,
@@ -344,6 +354,41 @@ def _speed(
         late = replace(config, {"model.method.visual.layers": LATE_LAYERS})
         segmenter = _segmenter(late, str(device), precision)
         yield _many_expressions(segmenter, f"the same with adapters on layers {list(LATE_LAYERS)}", rounds)
+
+
+def _folder(config: RunConfig, folder: Path, device: str, precision: Precision, quick: bool) -> Row:
+    """Compare `dcris predict FOLDER` with a loop that predicts and saves one image after the other.
+
+    Both write the same files: mask, picture and probabilities of one phrase.
+    """
+    segmenter, phrase = _segmenter(config, device, precision), EXPRESSIONS[0]
+    tasks = find_tasks([folder], [phrase])[: 10 if quick else None]
+
+    with TemporaryDirectory() as out:
+        numbers = count()
+
+        def one_after_the_other() -> None:
+            target = make_directory(Path(out) / str(next(numbers)))
+            for number, task in enumerate(tasks):
+                (prediction,) = segmenter.predict(task.path, phrase, scores=True)
+                prediction.save(target / f"{number}.png")
+                write_file(target / f"{number}-annotated.png", png_bytes(np.asarray(prediction.plot())))
+                write_file(target / f"{number}.json", json.dumps(prediction.to_coco()))
+                assert prediction.probabilities is not None
+                np.save(target / f"{number}.npy", prediction.probabilities.astype(np.float16))
+
+        def together() -> None:
+            for _ in BatchPredictor(segmenter, tasks, Path(out) / str(next(numbers))).run():
+                pass
+
+        seconds = take_turns({"together": together, "apart": one_after_the_other}, 1 if quick else 3, segmenter.device)
+    speed = len(tasks) / median(seconds["together"])
+    return Row(
+        f"{len(tasks)} images of a folder, relative to one after the other",
+        speed,
+        "images/s",
+        ratio=ratio(seconds["apart"], seconds["together"]),
+    )
 
 
 def _memory(config: RunConfig, device: str, precision: Precision, batch_sizes: Sequence[int]) -> Iterator[Row]:

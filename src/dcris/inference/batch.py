@@ -58,7 +58,7 @@ from dcris.inference.records import (
     sorted_records,
     stamp_of,
 )
-from dcris.inference.segmenter import Segmenter
+from dcris.inference.segmenter import EncodedPhrases, Segmenter
 from dcris.inference.video import Frame, frame_count, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.annotate import Annotation, annotate, colour_of
@@ -67,6 +67,7 @@ from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
+from dcris.utils.overlap import Job, overlapped
 from dcris.version import __version__
 
 T = TypeVar("T")
@@ -105,6 +106,10 @@ _FOLDER_FILES = {"coco": ("predictions.json",), "label-studio": ("label_studio.j
 _MAX_PIXELS = 100_000_000
 """Limit on the pixels of all masks in memory at one time: each mask is as large as its image."""
 
+
+_MAX_OVERLAPPED = 12_000_000
+"""Pixels of an image above which nothing is predicted while its files are written: the scores of
+three masks would take a gigabyte of memory."""
 
 _MAX_LISTED = 5
 """Number of phrases that are named as too long."""
@@ -291,6 +296,8 @@ class BatchPredictor:
         """Number of images and videos that are skipped because they are finished."""
         left = chain(images, self.videos)
         self.notes += long_phrases(segmenter.unread(phrase for task in left for phrase in task.phrases))
+        self._phrases: EncodedPhrases | None = None
+        """Of the last image."""
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""
 
@@ -324,7 +331,7 @@ class BatchPredictor:
         failed: list[Failed] = []
         try:
             try:
-                for event in chain(self._predict_images(), self._predict_videos()):
+                for event in overlapped(chain(self._image_jobs(), self._video_jobs())):
                     if isinstance(event, Failed):
                         failed.append(event)
                     yield event
@@ -345,44 +352,61 @@ class BatchPredictor:
 
     # ---- images
 
-    def _predict_images(self) -> Iterator[Done | Failed]:
+    def _image_jobs(self) -> Iterator["_Job"]:
         group: list[tuple[Task, Pixels]] = []
         total = 0
         for task, pixels in _read_ahead(_read_task, self.images):
             if isinstance(pixels, str):
-                yield Failed(task, pixels)
+                yield _failed(task, pixels)
                 continue
             size = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
             if group and (len(group) >= _images_per_pass(self.segmenter.device) or total + size > _MAX_PIXELS):
-                yield from self._predict_group(group)
+                yield from self._group_jobs(group)
                 group, total = [], 0
             group.append((task, pixels))
             total += size
-        yield from self._predict_group(group)
+        yield from self._group_jobs(group)
 
-    def _predict_group(self, group: list[tuple[Task, Pixels]]) -> Iterator[Done]:
+    def _group_jobs(self, group: list[tuple[Task, Pixels]]) -> Iterator["_Job"]:
         """Predict several images in one pass, or the phrases of one image in as few as possible."""
         if len(group) == 1:
             ((task, pixels),) = group
-            yield self._write(task, None, pixels, self._predict_phrases(task, pixels, self.formats), self.formats)
+            yield self._job(task, None, pixels, self._predict_phrases(task, pixels, self.formats), self.formats)
         elif group:
             images: list[Any] = [pixels for _, pixels in group]
             phrases = [task.phrases for task, _ in group]
             scores = "scores" in self.formats
             found = self.segmenter.predict(images, phrases, scores=scores, **self._decision)
             for (task, pixels), predictions in zip(group, found, strict=True):
-                yield self._write(task, None, pixels, predictions, self.formats)
+                yield self._job(task, None, pixels, predictions, self.formats)
 
     def _predict_phrases(self, task: Task, pixels: Pixels, formats: set[Format]) -> Iterator[Prediction]:
         """Predict the phrases of one image, several per pass if their masks fit into memory."""
         encoded = self.segmenter.encode_image(pixels)
         at_once = max(1, _MAX_PIXELS // (pixels.shape[0] * pixels.shape[1]))
         for start in range(0, len(task.phrases), at_once):
-            phrases = task.phrases[start : start + at_once]
-            found = self.segmenter.segment(encoded, phrases, scores="scores" in formats, **self._decision)
+            phrases = tuple(task.phrases[start : start + at_once])
+            if self._phrases is None or self._phrases.phrases != phrases:  # mostly the same for all images of a folder
+                self._phrases = self.segmenter.encode_phrases(phrases)
+            found = self.segmenter.segment(encoded, self._phrases, scores="scores" in formats, **self._decision)
             found.reverse()
             while found:  # a prediction's probabilities are freed when its files are written
                 yield found.pop()
+
+    def _job(
+        self,
+        task: Task,
+        frame: Frame | None,
+        pixels: Pixels,
+        predictions: Iterable[Prediction],
+        formats: set[Format],
+    ) -> "_Job":
+        """Writing the files of one image or frame, while the next one is predicted."""
+
+        def write(made: Iterator[Prediction]) -> Done:
+            return self._write(task, frame, pixels, made, formats)
+
+        return Job(predictions, write, alone=pixels.shape[0] * pixels.shape[1] > _MAX_OVERLAPPED)
 
     def _write(
         self,
@@ -426,7 +450,7 @@ class BatchPredictor:
         frames = self.folder.done.get(_end_name(task))
         return frames is not None and frames == sum(name.startswith(f"{task.name}//") for name in self.folder.done) - 1
 
-    def _predict_videos(self) -> Iterator[Done | Failed]:
+    def _video_jobs(self) -> Iterator["_Job"]:
         for task in self.videos:
             selected = 0
 
@@ -438,10 +462,10 @@ class BatchPredictor:
 
             for frame in _until_error(read_frames(task.path, self.every, is_mine)):
                 if isinstance(frame, str):
-                    yield Failed(task, frame)
+                    yield _failed(task, frame)
                     break
                 predictions = self._predict_phrases(task, frame.pixels, self.video_formats)
-                yield self._write(task, frame, frame.pixels, predictions, self.video_formats - {"overlay"})
+                yield self._job(task, frame, frame.pixels, predictions, self.video_formats - {"overlay"})
             self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
@@ -502,6 +526,13 @@ class BatchPredictor:
             images = _of_images(records, key)
             if (images or key in self.folder.dropped_formats) and not is_written(self.out, key, images):
                 yield Written(data_set_folder(self.out, key), write_data_set(self.out, key, images))
+
+
+_Job = Job[Prediction, Done | Failed]
+
+
+def _failed(task: Task, reason: str) -> _Job:
+    return Job((), lambda nothing: Failed(task, reason))
 
 
 def result_objects(out: Path, given: Path, record: Record) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from dcris.checkpoints.backbones import fingerprint, is_downloadable
@@ -45,6 +44,7 @@ from dcris.inference.inputs import find_tasks
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.inference.smoothing import Maps, require_window, smoothed
 from dcris.models.adapters.attach import trained_state
+from dcris.models.encoders.text import TextFeatures, TextState
 from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
@@ -83,6 +83,18 @@ class EncodedImage:
     _encoded: "_Encoded"
     """With the image as it was given, because the pixels of a photograph can take more memory than
     its features."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPhrases:
+    """The features of phrases; see `Segmenter.encode_phrases`."""
+
+    phrases: tuple[str, ...]
+    adapters: str
+    """Name of the adapter set that encoded them."""
+    _text: TextFeatures | TextState
+    _unread: Mapping[str, str]
+    """Ends of phrases that the model does not read."""
 
 
 class _Encoded(NamedTuple):
@@ -584,10 +596,24 @@ class Segmenter:
         encoded = self._encode([image], *self._sets[name][:2])
         return EncodedImage(encoded.transforms[0].size, name, encoded)
 
+    @torch.no_grad()
+    def encode_phrases(self, phrases: Phrases, *, adapters: str | None = None) -> EncodedPhrases:
+        """Compute the features of phrases, for `segment` with several images.
+
+        Args and errors: as in `predict`.
+        """
+        name = self._name(adapters)
+        model, config, _ = self._sets[name]
+        checked = _check_phrases(_as_list(phrases))
+        tokens = tokenize(checked, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
+        with autocast(self.device, self.dtype):
+            text = model.encode_text(tokens)
+        return EncodedPhrases(tuple(checked), name, text, self.unread(checked, adapters=name))
+
     def segment(
         self,
         encoded: EncodedImage,
-        phrases: Phrases,
+        phrases: Phrases | EncodedPhrases,
         *,
         threshold: float | None = None,
         min_score: float | None = None,
@@ -604,10 +630,15 @@ class Segmenter:
         """
         require(encoded, EncodedImage, "the encoded image")
         name, decision = self._check(encoded.adapters, threshold, min_score, min_area, refine, scores)
-        checked = _check_phrases(_as_list(phrases))
-        pairs = [(0, number) for number in range(len(checked))]
+        if not isinstance(phrases, EncodedPhrases):
+            phrases = self.encode_phrases(phrases, adapters=name)
+        elif phrases.adapters != name:
+            raise DcrisError(
+                f"the phrases were encoded by the adapters {phrases.adapters}, the image by {name}; use the same for both"
+            )
+        pairs = [(0, number) for number in range(len(phrases.phrases))]
         with torch.no_grad():
-            found = list(self._decode(encoded._encoded, checked, pairs, name, decision, None))
+            found = list(self._decode(encoded._encoded, phrases, pairs, decision, None))
         _warn(found)
         return found
 
@@ -649,57 +680,53 @@ class Segmenter:
                 or `smooth` is not such a number.
         """
         name, decision = self._check(adapters, threshold, min_score, min_area, refine, scores)
-        checked, window = _check_phrases(_as_list(phrases)), require_window(smooth)
-        if not checked:
+        window, encoded = require_window(smooth), self.encode_phrases(phrases, adapters=name)
+        if not encoded.phrases:
             raise DcrisError("no phrase was given for the frames; give one or several")
         if type(batch) is not int or batch < 1:
             raise DcrisError(f"the number of frames that are encoded at once must be 1 or more, not {batch!r}")
         rereadable = (as_rereadable(frame, channels) for frame in frames)
-        return self._predict_frames(rereadable, checked, batch, window, name, decision, memory)
+        return self._predict_frames(rereadable, encoded, batch, window, decision, memory)
 
     @torch.no_grad()
     def _predict_frames(
         self,
         frames: Iterator[Rereadable],
-        phrases: list[str],
+        phrases: EncodedPhrases,
         batch: int,
         window: int,
-        adapters: str,
         decision: _Decision,
         memory: float | None,
     ) -> Iterator[list[Prediction]]:
-        unread = self.unread(phrases, adapters=adapters)
-        pairs = [(0, phrase) for phrase in phrases]
-        found = self._frame_maps(frames, phrases, batch, adapters, memory)
+        pairs = [(0, phrase) for phrase in phrases.phrases]
+        found = self._frame_maps(frames, phrases, batch, memory)
         for (image, transform), maps in smoothed(found, window):
             guides = self._guides([image])
-            yield [*self._decide(pairs, maps, [image], [transform], decision, unread, guides)]
+            yield [*self._decide(pairs, maps, [image], [transform], decision, phrases._unread, guides)]
 
     def _frame_maps(
-        self, frames: Iterator[Rereadable], phrases: list[str], batch: int, adapters: str, memory: float | None
+        self, frames: Iterator[Rereadable], phrases: EncodedPhrases, batch: int, memory: float | None
     ) -> Iterator[tuple[tuple[Rereadable, Transform], Maps]]:
         """Yield each frame with its maps for all phrases."""
-        model, config, _ = self._sets[adapters]
-        at_once = self._pairs_per_pass(model, config, memory)
-        with autocast(self.device, self.dtype):
-            text = model.encode_text(self._tokens(phrases, config))
+        model, config, _ = self._sets[phrases.adapters]
+        at_once, count = self._pairs_per_pass(model, config, memory), len(phrases.phrases)
         size: tuple[int, int] | None = None
         while some := [*islice(frames, min(batch, at_once))]:
             encoded = self._encode(some, model, config)
-            pairs = [(frame, phrase) for frame in range(len(some)) for phrase in range(len(phrases))]
-            outputs = [*model.segment_pairs(encoded.state, text, pairs, self.dtype, at_once)]
-            logits = torch.cat([output.logits for output in outputs]).split(len(phrases))
+            pairs = [(frame, phrase) for frame in range(len(some)) for phrase in range(count)]
+            outputs = [*model.segment_pairs(encoded.state, phrases._text, pairs, self.dtype, at_once)]
+            logits = torch.cat([output.logits for output in outputs]).split(count)
             present = chain.from_iterable(map(presence_probabilities, outputs))
             for frame, transform, of_frame in zip(some, encoded.transforms, logits, strict=True):
                 if size is None:
                     size = transform.size
-                    _require_masks(size, len(phrases))
+                    _require_masks(size, count)
                 if transform.size != size:
                     raise DcrisError(
                         f"a frame has {transform.size[1]} x {transform.size[0]} pixels, but the first frame of its video "
                         f"{size[1]} x {size[0]}; all frames must have one size"
                     )
-                yield (frame, transform), Maps(of_frame, [*islice(present, len(phrases))])
+                yield (frame, transform), Maps(of_frame, [*islice(present, count)])
 
     def unread(self, phrases: Iterable[str], *, adapters: str | None = None) -> dict[str, str]:
         """Return the ends of phrases that the model does not read, by phrase.
@@ -763,7 +790,9 @@ class Segmenter:
             distinct = {phrase: n for n, phrase in enumerate(dict.fromkeys(p for each in some_phrases for p in each))}
             encoded = self._encode(some_images, model, config)
             pairs = [(number, distinct[phrase]) for number, each in enumerate(some_phrases) for phrase in each]
-            found = self._decode(encoded, list(distinct), pairs, adapters, decision, memory)
+            found = self._decode(
+                encoded, self.encode_phrases(list(distinct), adapters=adapters), pairs, decision, memory
+            )
             results += [[next(found) for _ in each] for each in some_phrases]
         return results
 
@@ -778,29 +807,25 @@ class Segmenter:
     def _decode(
         self,
         encoded: _Encoded,
-        phrases: Sequence[str],
+        phrases: EncodedPhrases,
         pairs: Sequence[tuple[int, int]],
-        adapters: str,
         decision: _Decision,
         memory: float | None,
     ) -> Iterator[Prediction]:
         """Yield the predictions for pairs (image number, phrase number), in order."""
         if not pairs:
             return
-        model, config, _ = self._sets[adapters]
-        tokens = self._tokens(phrases, config)
-        unread = self.unread(phrases, adapters=adapters)
+        model, config, _ = self._sets[phrases.adapters]
         at_once = self._pairs_per_pass(model, config, memory)
         done, pixels_of = 0, self._guides(encoded.images)
-        for output in model.segment_pairs(encoded.state, tokens, pairs, self.dtype, at_once):
+        for output in model.segment_pairs(encoded.state, phrases._text, pairs, self.dtype, at_once):
             some = pairs[done : done + len(output.logits)]
-            named = [(image, phrases[phrase]) for image, phrase in some]
+            named = [(image, phrases.phrases[phrase]) for image, phrase in some]
             maps = Maps(output.logits, presence_probabilities(output))
-            yield from self._decide(named, maps, encoded.images, encoded.transforms, decision, unread, pixels_of)
+            yield from self._decide(
+                named, maps, encoded.images, encoded.transforms, decision, phrases._unread, pixels_of
+            )
             done += len(some)
-
-    def _tokens(self, phrases: Sequence[str], config: RunConfig) -> Tensor:
-        return tokenize(phrases, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
 
     @staticmethod
     def _guides(images: Sequence[Rereadable]) -> Callable[[int], NDArray[np.uint8]]:

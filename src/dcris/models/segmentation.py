@@ -193,19 +193,16 @@ class ReferringSegmenter(nn.Module):
     def segment_pairs(
         self,
         state: VisionState,
-        text: Tensor | TextFeatures | TextState,
+        text: TextFeatures | TextState,
         pairs: Sequence[tuple[int, int]],
         dtype: torch.dtype,
         at_once: int,
     ) -> Iterator[Output]:
         """Segment pairs of encoded images and expressions in passes of bounded memory.
 
-        Each expression is encoded once.
-
         Args:
             state: of I images, from `encode_images`.
-            text: tokens [K, L] of K expressions, on the model's device, or what `encode_text` made
-                of them.
+            text: of K expressions, from `encode_text`.
             pairs: (image, expression), both counted from 0.
             dtype: working precision.
             at_once: pairs in one pass.
@@ -213,10 +210,7 @@ class ReferringSegmenter(nn.Module):
         Yields:
             The output for successive pairs.
         """
-        device = state.tokens.device
-        if isinstance(text, Tensor):
-            with autocast(device, dtype):
-                text = self.encode_text(text)
+        device = text.tokens.device
         for start in range(0, len(pairs), at_once):
             images, expressions = torch.tensor(pairs[start : start + at_once], device=device).unbind(1)
             # The context ends before the yield: autocast entered in a generator stays active in its
