@@ -20,7 +20,19 @@ from dcris.cli import main
 from dcris.data.video_readers.load import load_videos
 from dcris.data.videos import VideoSet
 from dcris.evaluation import video_masks
-from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, H, W, labels, write_davis, write_labels, write_mevis
+from video_layouts import (
+    DAVIS_FRAMES,
+    MEVIS_FRAMES,
+    WRITERS,
+    YOUTUBE_FRAMES,
+    H,
+    W,
+    labels,
+    rectangle,
+    write_davis,
+    write_labels,
+    write_mevis,
+)
 from video_reference import made_masks, slow_clip, slow_f, slow_j, slow_match
 from video_submissions import submit, true_labels, zipped
 
@@ -175,6 +187,34 @@ def test_empty_masks_score_0_where_there_is_an_object_and_1_where_there_is_none(
     found = record(tmp_path, submit(tmp_path / "masks", videos, lambda mask, *_: mask & False), "mevis")
     assert [row["j"] for row in found["rows"]] == [row["f"] for row in found["rows"]] == [0, 0, 1]
     assert found["jf"] == pytest.approx(100 / 3)  # the mean over expressions, not over videos
+
+
+def test_the_published_truth_of_youtube_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has masks by expression, and no `obj_id`; expressions of one object may differ."""
+    root, given = WRITERS["ref_youtube_vos"](tmp_path / "root"), ("--dataset", "ref_youtube_vos")
+    truth = root / "ref-youtube-vos/valid/Annotations/0062f687f1"
+    for key in "01":
+        for number, frame in enumerate(YOUTUBE_FRAMES):
+            path = truth / key / f"{frame}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rectangle(1 + int(key), number) * np.uint8(255)).save(path)
+    videos = load_videos(root, "ref_youtube_vos", "valid")
+    masks = submit(tmp_path / "masks", videos)
+    out = tmp_path / "result.json"
+    assert score(root, masks, "ref_youtube_vos", "--out", out, split="valid") == 0
+    assert json.loads(out.read_text())["jf"] == 100
+    shutil.rmtree(masks / "Annotations/0062f687f1/0")
+    shutil.copytree(masks / "Annotations/0062f687f1/1", masks / "Annotations/0062f687f1/0")
+    assert score(root, masks, "ref_youtube_vos", "--out", out, split="valid") == 0
+    assert json.loads(out.read_text())["jf"] < 60  # the masks of one expression are not the other's
+    assert main(["data", "check", str(root), *given]) == 0
+    Image.new("L", (W, H), 7).save(truth / f"0/{YOUTUBE_FRAMES[1]}.png")
+    (truth / f"1/{YOUTUBE_FRAMES[2]}.png").unlink()
+    capsys.readouterr()
+    assert main(["data", "check", str(root), *given]) == 2
+    printed = "".join(capsys.readouterr())
+    assert f"{truth}/1/{YOUTUBE_FRAMES[2]}.png" in printed
+    assert f"1/{YOUTUBE_FRAMES[2]}.png" in refused(capsys, root, masks, "ref_youtube_vos", split="valid")
 
 
 def test_swapped_objects_are_forgiven_by_matching_only(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dcris.data.scenes import cores
 from dcris.data.table import shown
 from dcris.data.video_readers.load import load_videos, video_splits
 from dcris.data.video_readers.mevis import RunLengths
-from dcris.data.videos import UNKNOWN, LabelImages, VideoExpression, VideoSet, shape_of
+from dcris.data.videos import UNKNOWN, LabelImages, Truths, VideoExpression, VideoSet, shape_of
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
 
@@ -142,7 +142,7 @@ def _check_video(videos: VideoSet, name: str, deep: bool, masks: bool) -> _Found
             shape_of(expressions[0], size)
         if masks and isinstance(videos.truths, LabelImages):
             _check_labels(videos.truths, expressions, size, found)
-        elif masks and isinstance(videos.truths, RunLengths):
+        elif masks and videos.truths is not None:
             for each in expressions:
                 _check_masks(videos.truths, each, size, found)
     except DcrisError as error:
@@ -205,8 +205,9 @@ def _check_labels(
     found.unnamed = sum(str(value) not in named for value in np.flatnonzero(present[1:UNKNOWN]) + 1)
 
 
-def _check_masks(truths: RunLengths, expression: VideoExpression, size: tuple[int, int] | None, found: _Found) -> None:
-    """Check that the masks of MeViS can be decoded, fit the frames and are not all empty."""
+def _check_masks(truths: Truths, expression: VideoExpression, size: tuple[int, int] | None, found: _Found) -> None:
+    """Check that the masks of an expression can be decoded, fit the frames, and are not all empty
+    or too many."""
     frames, where = len(expression.frames), f"expression {expression.expression_id} of video {shown(expression.video)}"
     try:
         size = size or truths.size(expression)
@@ -219,7 +220,7 @@ def _check_masks(truths: RunLengths, expression: VideoExpression, size: tuple[in
         return
     if not filled:
         found.problems.append(f"{where} describes nothing, as all its masks are empty; remove it")
-    if (longest := truths.longest(expression)) > frames:
+    if isinstance(truths, RunLengths) and (longest := truths.longest(expression)) > frames:
         found.problems.append(f"{where} has masks for {longest:,} frames, but the video has {frames:,}")
 
 

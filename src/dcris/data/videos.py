@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.images import image_size, read_label_image
+from dcris.data.masks import decode_mask
 from dcris.data.table import shown
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
@@ -39,8 +40,8 @@ class VideoExpression:
     frames: tuple[str, ...]
     """Names of the frames without their ending, in the order of the data set."""
     objects: tuple[str, ...] = ()
-    """What it describes: the value in the label images, or in MeViS identifiers of masks; empty
-    where the truth is not public."""
+    """What it describes: the value in the label images, in MeViS identifiers of masks, or its own
+    identifier where each expression has masks; empty where the truth is not public."""
     annotator: int | None = None
     """In Ref-DAVIS17, which of the four texts of an object it is: 0 and 1 by the first annotator,
     who saw the first frame and then the whole video; 2 and 3 by the second. Scores are means over
@@ -157,6 +158,27 @@ class LabelImages:
         """Return the mask [H, W] of the expression's object. Raises DcrisError as `labels`."""
         (target,) = expression.objects
         return np.equal(self.labels(expression, number, size), int(target))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpressionImages:
+    """Truths with an image of two values for each expression and frame, in
+    VIDEO/EXPRESSION/FRAME.png."""
+
+    folder: Path
+
+    def path(self, expression: VideoExpression, number: int) -> Path:
+        """Return the path of the mask of a frame by its number, from 0."""
+        return self.folder / expression.video / expression.expression_id / f"{expression.frames[number]}.png"
+
+    def size(self, expression: VideoExpression) -> tuple[int, int]:
+        """Return height and width of the first frame's mask."""
+        return image_size(self.path(expression, 0))
+
+    def mask(self, expression: VideoExpression, number: int, size: tuple[int, int]) -> MaskArray:
+        """Return the mask [H, W] of a frame. Raises DcrisError if it is missing, has more values or
+        is not of `size`."""
+        return decode_mask(self.path(expression, number), size).astype(np.bool_)
 
 
 def shape_of(expression: VideoExpression, size: tuple[int, int]) -> tuple[int, int, int]:

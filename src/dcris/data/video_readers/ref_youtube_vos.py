@@ -3,8 +3,9 @@ and, in train, train/Annotations/VIDEO/FRAME.png.
 
 The file of valid lists the 305 videos of test, too: they are left out, as everywhere. Its `obj_id`
 is in train only. The authors published a truth of valid in March 2026 (issue 7 of
-skynbe/Refer-Youtube-VOS), without a description of its files: it is read if its expressions have
-`obj_id` and its labels are in valid/Annotations, as in train.
+skynbe/Refer-Youtube-VOS), without a description of its files. It is read from valid/Annotations in
+two forms: labels as in train, if the expressions have `obj_id`; or a mask of two values for each
+expression, VIDEO/EXPRESSION/FRAME.png, as a program of its users has it.
 Source: inference_ytvos.py and datasets/ytvos.py of ReferFormer; refer_youtube_vos_dataset.py of
 MTTR.
 """
@@ -16,7 +17,7 @@ from typing import Any
 from dcris.data.registry import VIDEO_SETS
 from dcris.data.table import OnError, bad, shown, skip_errors
 from dcris.data.video_readers.meta import META, each_video, home_of, label, read_videos
-from dcris.data.videos import LabelImages, VideoExpression, VideoSet
+from dcris.data.videos import ExpressionImages, LabelImages, Truths, VideoExpression, VideoSet
 from dcris.errors import DcrisError
 
 _DATASET = "ref_youtube_vos"
@@ -40,18 +41,24 @@ def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
     path = _meta(home, split)
     videos = read_videos(path)
     notes = _leave_out_test(videos, path, _meta(home, "test")) if split == "valid" else ()
+    folder = home / split / "Annotations"
     expressions: list[VideoExpression] = []
+    has_masks = False
     for name, frames, records in each_video(path, videos, on_error):
         for key, record in records.items():
             where = f"expression {key} of video {shown(name)}"
             with skip_errors(on_error):
                 objects = (label(record["obj_id"], path, where),) if "obj_id" in record else ()
+                if split == "valid" and (folder / name / key).is_dir():
+                    has_masks, objects = True, (key,)  # no two expressions share a mask
                 if split == "train" and not objects:
                     raise bad(path, f"{where} has no 'obj_id'")
                 expressions.append(VideoExpression(name, key, record["exp"], frames, objects))
-    labels = home / split / "Annotations"
-    published = split == "train" or (labels.is_dir() and all(each.objects for each in expressions))
-    truths = LabelImages(labels) if published else None
+    truths: Truths | None = None
+    if has_masks:
+        truths = ExpressionImages(folder)
+    elif split == "train" or (folder.is_dir() and all(each.objects for each in expressions)):
+        truths = LabelImages(folder)
     return VideoSet(_DATASET, split, home / split / "JPEGImages", tuple(expressions), truths, notes)
 
 
