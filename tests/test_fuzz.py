@@ -98,7 +98,7 @@ from layouts import hub_files, write_prepared
 from models import randomise
 from referee import WRITERS, refcocom_rows, write_refcocom, write_refcocom_images
 from runs import run_training, timeless_log, unseal
-from video_layouts import write_davis, write_mevis
+from video_layouts import mevis_records, write_davis, write_mevis, write_youtube
 from video_submissions import submit, zipped
 
 # ---- sets of files -------------------------------------------------------------------------------
@@ -305,6 +305,15 @@ def referee(root: Path) -> None:
     write_refcocom_images(root)
 
 
+def video_sets(root: Path) -> None:
+    """The sets of videos, without MeViS's expression that describes nothing."""
+    records = mevis_records()
+    del records["valid_u"]["ffff0000"]
+    write_mevis(root, records)
+    write_youtube(root)
+    write_davis(root)
+
+
 def own(root: Path) -> None:
     """Your own data in JSON Lines, with masks of each kind, several and none."""
     (root / "m").mkdir(parents=True)
@@ -498,6 +507,16 @@ _REFEREE = (
     ("refcoco-m", "refcoco-m/data/validation-00000-of-00001.parquet", (parquet_rows, parquet_bomb)),
     ("gseval", "GSEval/GroundingSuite-Eval.jsonl", (json_lines,)),
 )
+_VIDEO_SETS = (
+    ("ref_youtube_vos", "ref-youtube-vos/meta_expressions/train/meta_expressions.json", (json_tree,)),
+    ("ref_youtube_vos", "ref-youtube-vos/meta_expressions/test/meta_expressions.json", (json_tree,)),
+    ("ref_youtube_vos", "ref-youtube-vos/train/Annotations/0043f083b5/00005.png", (png_chunks, picture_bomb)),
+    ("ref_youtube_vos", "ref-youtube-vos/train/JPEGImages/0043f083b5/00005.jpg", (picture_bomb,)),
+    ("ref_davis17", "ref-davis/davis_text_annotations/Davis17_annot2.txt", ()),
+    ("ref_davis17", "ref-davis/DAVIS/ImageSets/2017/val.txt", ()),
+    ("mevis", "mevis/valid_u/meta_expressions.json", (json_tree,)),
+    ("mevis", "mevis/valid_u/mask_dict.json", (json_tree,)),
+)
 _LISTED = (
     ("photos", (), "SET/photos --recursive -e cup"),
     ("photos/a.jpg", (picture_bomb,), "SET/photos --recursive -e cup"),
@@ -529,6 +548,10 @@ FORMATS = (
     *(
         Format(f"{dataset} {Path(file).name}", referee, file, spoils, f"{_CHECK_ANY} {dataset}", 4)
         for dataset, file, spoils in _REFEREE
+    ),
+    *(
+        Format(f"{dataset} {file}", video_sets, file, spoils, f"{_CHECK_ANY} {dataset}", 4)
+        for dataset, file, spoils in _VIDEO_SETS
     ),
     Format("own data", own, "mine.jsonl", (json_lines,), _CHECK_OWN, 8),
     Format("own mask", own, "m/1.png", (png_chunks, picture_bomb), _CHECK_OWN),
