@@ -23,6 +23,7 @@ from dcris.data.video_readers.load import load_videos
 from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video_sets import FrameDone, VideoDone, VideoFailed, VideoOptions, VideoSetPredictor
+from test_distributed import torchrun
 from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, YOUTUBE_FRAMES, H, W, write_davis, write_youtube
 
 THRESHOLD = 0.05
@@ -178,6 +179,29 @@ def test_a_killed_call_is_repeated(calls: int, tmp_path: Path) -> None:
     assert _run(*words, out) == 0
     assert _files(out) == _files(tmp_path / "whole")
     assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in _files(out))
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_videos(tmp_path: Path) -> None:
+    """Each predicts its own videos, and one writes the zip file when all are done; a video that one
+    of them cannot read leaves none."""
+    root = write_youtube(tmp_path)
+    data = ("--data", root, "--dataset", "ref_youtube_vos", "--split", "train", "--out")
+    words = ("predict", "tiny", "--device", "cpu", "--threshold", THRESHOLD, *data)
+    alone, together, failed = (tmp_path / name for name in ("alone", "together", "failed"))
+    assert _run(*data, alone) == 0
+    done = torchrun(2, *words, together)
+    assert done.returncode == 0, done.stderr
+    names = _files(alone)
+    assert len(names) == 14
+    assert names == _files(together)
+    assert all((alone / name).read_bytes() == (together / name).read_bytes() for name in names)
+    (root / "ref-youtube-vos/train/JPEGImages/0043f083b5/00005.jpg").unlink()
+    done = torchrun(2, *words, failed)
+    assert done.returncode != 0
+    assert "1 of 2 videos could not be predicted, all others are done" in done.stderr
+    assert not (failed / "submission.zip").exists()
+    assert len(list((failed / "masks").rglob("003234408d/*/*.png"))) == 9
 
 
 def test_masks_of_other_settings_are_not_mixed(tiny: Segmenter, tmp_path: Path) -> None:
