@@ -125,8 +125,8 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
         return load_mixture(root, dataset, mixture, load_references, has_references)
     if dataset in VIDEO_SETS:
         raise DcrisError(
-            f"{dataset} is a data set of videos, not of images; `dcris data check`, `dcris train` and `dcris predict --data` "
-            "read it"
+            f"{dataset} is a data set of videos, not of images; `dcris data check`, `dcris train`, `dcris predict --data`, "
+            "`dcris evaluate` and `dcris score` read it"
         )
     layouts = _layouts(dataset)
     for reader in layouts:
