@@ -56,7 +56,7 @@ def main() -> None:
                 write(root / "masks" / SUBMISSIONS["ref_davis17"].file(each, frame), predicted)
                 mask = np.uint8(255) * (predicted == int(each.objects[0]))
                 write(root / "masks" / SUBMISSIONS["mevis"].file(each, frame), mask)
-        for name in ("mevis", "davis-semi-supervised", "davis-unsupervised"):
+        for name in ("mevis", "davis-by-label", "davis-unsupervised"):
             protocol = VIDEO_PROTOCOLS[name]
             videos = VideoSet(protocol.dataset, "made", root, expressions, LabelImages(root / "truth"))
             begin = time.perf_counter(), time.process_time()
