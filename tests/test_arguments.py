@@ -102,7 +102,7 @@ CALLS: dict[str, Call] = {
     },
     **{
         f"precision {value!r}": lambda s, value=value: Segmenter(s.model, s.config, device="cpu", precision=value)
-        for value in ("nonsense", "float16", torch.float32, 16, [])
+        for value in ("nonsense", "half", torch.float32, 16, [])
     },
     "no model": lambda s: Segmenter(None, s.config),
     "no configuration": lambda s: Segmenter(s.model, None),

@@ -76,7 +76,7 @@ def test_an_unknown_key_is_named(plain: dict[str, Any], key: str) -> None:
         (tree(train={"lr": float("inf")}), "train.lr"),
         (tree(train={"weight_decay": None}), "train.weight_decay"),
         (tree(train={"schedule": "linear"}), "train.schedule"),
-        (tree(train={"precision": "float16"}), "train.precision"),
+        (tree(train={"precision": "half"}), "train.precision"),
         (tree(train={"gamma": 1.5}), "train.gamma"),
         (tree(data={"mean": [0.5, 0.5]}), "data.mean"),
         (tree(data={"mean": [0.5, float("nan"), 0.5]}), "data.mean"),

@@ -5,7 +5,8 @@ A run has config.json, data.json (the data it was trained on) and checkpoints/st
     config.json           configuration of the model and the training
     model.safetensors     adapters, head, their statistics; fingerprints of the frozen towers
     optimizer.safetensors state of the optimiser, for --resume; with train.ema also the trained
-                          weights themselves, since model.safetensors then has their averages
+                          weights themselves, since model.safetensors then has their averages; in
+                          float16 also the loss scale
     state.json            step, score, and checksums of the other files and of itself
 
 A converted or saved checkpoint has the first two files, and optionally
@@ -28,6 +29,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +70,8 @@ _DAMAGED = "damaged-"
 """Prefix of the directory name of a damaged checkpoint."""
 _WEIGHTS = "weights."
 """Prefix of the names of trained weights in the optimiser's file."""
+_LOSS_SCALE = "loss_scale."
+"""Prefix of the names of the loss scale's state in the optimiser's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +122,12 @@ def save_checkpoint(
     config: RunConfig,
     step: int,
     averages: Mapping[str, Tensor] | None = None,
+    loss_scale: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Checkpoint:
     """Write the checkpoint of `step`, still without a score, to a run, atomically.
 
     `averages` of the trained weights, if given, are what the checkpoint offers for prediction.
+    `loss_scale` is the state of dcris.training.loss_scale.
 
     Raises:
         DcrisError: it cannot be written.
@@ -130,6 +136,7 @@ def save_checkpoint(
     state = _on_cpu(trained_state(model))
     slots = optimizer.state_dict()["state"].items()
     moments = _on_cpu({f"{slot}.{key}": value for slot, values in slots for key, value in values.items()})
+    moments |= {_LOSS_SCALE + name: value for name, value in loss_scale.items()}
     if averages is not None:
         moments |= {_WEIGHTS + name: value for name, value in state.items()}
         state = _on_cpu(averages)
@@ -677,17 +684,20 @@ def _read_towers(path: Path) -> Towers:
         ) from error
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, path: Path) -> dict[str, Tensor]:
     """Load the optimiser state of a checkpoint into a new optimiser.
 
-    If the checkpoint offers averages for prediction, the model gets the trained weights themselves.
+    Returns the state of the loss scale, which only float16 has. If the checkpoint offers averages
+    for prediction, the model gets the trained weights themselves.
 
     Raises DcrisError if it is of another model.
     """
     tensors = _read_tensors(path / _OPTIMIZER)
-    weights = {name: tensors.pop(name) for name in [*tensors] if name.startswith(_WEIGHTS)}
+    weights, loss_scale = (
+        {name.removeprefix(prefix): tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
+        for prefix in (_WEIGHTS, _LOSS_SCALE)
+    )
     if weights:
-        weights = {name.removeprefix(_WEIGHTS): value for name, value in weights.items()}
         copy_strictly(trained_state(model), weights, str(path / _OPTIMIZER))
     state = optimizer.state_dict()
     slots: dict[int, dict[str, Tensor]] = {}
@@ -704,6 +714,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, 
             f"{path / _OPTIMIZER} is of another model; delete {path} to continue from the checkpoint before it"
         )
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+    return loss_scale
 
 
 def _read_tensors(path: Path, only: Container[str] | None = None, but: Container[str] = ()) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import DEVICES
+from dcris.utils.arguments import DEVICES, Precision
 from dcris.utils.streams import complain, is_quiet, is_terminal, is_verbose, note, printable, write
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) ->
     if precision:
         parser.add_argument(
             "--precision",
-            choices=("auto", "float32", "bfloat16"),
+            choices=get_args(Precision),
             help="precision of the computation; auto: bfloat16 if the device supports it "
             "(default: the checkpoint's or recipe's)",
         )

@@ -126,11 +126,11 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     from dcris.data.readers.load import load_references
     from dcris.data.registry import VIDEO_SETS
     from dcris.training.train import run_training, validated_on_own_data
-    from dcris.utils.device import choose_device, choose_precision, device_name
+    from dcris.utils.device import choose_device, choose_precision, device_name, precision_of
 
     device = choose_device(args.device)  # before the data, which can take long to read
     config = configuration(args)
-    precision = str(choose_precision(config.train.precision, device)).removeprefix("torch.")
+    precision = precision_of(choose_precision(config.train.precision, device))
     if group.first:
         detail(f"training on {device} ({device_name(device)}) in {precision}")
     data = config.data

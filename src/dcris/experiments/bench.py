@@ -265,7 +265,7 @@ def bench(
     Args:
         config: the recipe.
         device: auto, cpu, cuda, cuda:N or mps.
-        precision: auto, float32 or bfloat16; the recipe's own by default.
+        precision: auto, float32, bfloat16 or float16; the recipe's own by default.
         quick: fewer rounds.
         batch_sizes: of the training step.
         parts: what is measured.

@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
-
 from dcris.checkpoints.checkpoint import find_checkpoint, read_config
 from dcris.checkpoints.resolve import locate
 from dcris.data.dataset import all_queries
@@ -31,6 +29,7 @@ from dcris.experiments.bench import (
 )
 from dcris.inference.segmenter import Segmenter
 from dcris.utils.arguments import PathLike, Precision
+from dcris.utils.device import precision_of
 from dcris.utils.distributed import processes
 from dcris.utils.files import write_json
 from dcris.utils.provenance import describe
@@ -185,7 +184,7 @@ def measure_cost(runner: Runner, rounds: int = 3) -> dict[str, float]:
         peak_memory: GiB, in a process of its own: of tensors on a GPU, else of the process.
     """
     counts = runner.model.count_weights()
-    precision: Precision = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
+    precision = precision_of(runner.dtype)
     segmenter = Segmenter(runner.model, runner.config, device=str(runner.device), precision=precision)
     predict = partial(segmenter.predict, random_image(), EXPRESSIONS[0])
     predict()

@@ -49,7 +49,7 @@ from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
-from dcris.utils.device import autocast, choose_device, choose_precision, free_memory
+from dcris.utils.device import autocast, choose_device, choose_precision, free_memory, precision_of
 from dcris.utils.http import is_url
 from dcris.utils.hub import push
 
@@ -234,7 +234,7 @@ class Segmenter:
                 several adapter sets on the towers of the first. A list names each set by its data
                 set, a dict by its key. `predict` uses the first set by default.
             device: auto, cpu, cuda, cuda:N or mps.
-            precision: auto, float32 or bfloat16; the run's own by default.
+            precision: auto, float32, bfloat16 or float16; the run's own by default.
 
         Raises:
             DcrisError: the model does not exist, cannot be fetched or loaded, its towers are not
@@ -307,7 +307,7 @@ class Segmenter:
         """
         model = self.model.merged()
         config = self.config.model_copy(update={"model": model.config})
-        precision: Precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        precision = precision_of(self.dtype)
         device = str(self.device)
         return Segmenter(model, config, device=device, precision=precision, origin=self.origin, images=self.images)
 

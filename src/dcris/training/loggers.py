@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,7 +134,15 @@ class Monitor:
         GPU."""
         return self.enabled and (self._is_logged(done) or self.progress.due(done))
 
-    def step(self, done: int, losses: Mapping[str, float], iou: float | None, lr: float, images: int) -> None:
+    def step(
+        self,
+        done: int,
+        losses: Mapping[str, float],
+        iou: float | None,
+        lr: float,
+        images: int,
+        further: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Report a finished step.
 
         Args:
@@ -142,6 +151,7 @@ class Monitor:
             iou: mIoU of the batch in percent, if it was wanted.
             lr: the learning rate.
             images: number of images in the batch, over all ranks.
+            further: values that are logged as they are.
 
         Raises:
             DcrisError: the log cannot be written.
@@ -151,9 +161,11 @@ class Monitor:
         self.speed = self.speed.after(images)
         if self._is_logged(done):
             line: dict[str, float | None] = {
-                name if name == "loss" else f"loss_{name}": value for name, value in losses.items()
+                name if name == "loss" else f"loss_{name}": value
+                for name, value in losses.items()
+                if math.isfinite(value)  # JSON has no others; a step of float16 may have some, and is skipped
             }
-            line |= {"iou": iou, "lr": lr, "seconds": round(time.monotonic() - self.begin, 2)}
+            line |= {**further, "iou": iou, "lr": lr, "seconds": round(time.monotonic() - self.begin, 2)}
             line["images_per_second"] = round(self.speed.since(self.logged_speed), 2)
             self._write(done, line | peak_memory(self.device))
             self.logged_speed = self.speed

@@ -62,6 +62,7 @@ from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.training.averaging import WeightAverage
 from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
+from dcris.training.loss_scale import LossScale
 from dcris.training.losses import LOSSES, masked_losses, resize_masks, training_losses
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
@@ -183,6 +184,7 @@ class Trainer:
 
         self.settings = config.train
         self.dtype = choose_precision(self.settings.precision, self.device)
+        self.loss_scale = LossScale(self.dtype, self.device)
         references, val_split = table.split(config.data.train_split), config.data.val_split
         self.samples = TrainingSamples(references, config.data, tokenizer, self.settings.seed, self.settings.masking)
         self.queries: Queries = all_queries(table.split(val_split), first_only=True) if val_split else []
@@ -215,7 +217,7 @@ class Trainer:
                 references; another process trains in `out`; all its checkpoints are damaged;
                 `config.train.start` is from another model; the ranks have different settings; data
                 cannot be read or results not written; a worker dies; memory does not suffice; the
-                loss is not finite.
+                loss is not finite; float16 overflows at every step.
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         """
         # Signals are handled until the monitor is closed, so that a second Ctrl-C can break off a
@@ -240,6 +242,8 @@ class Trainer:
             self._validate_unscored()
             self._train()
         self.skipped.conclude()
+        if self.loss_scale.skipped:
+            self.log(f"{self.loss_scale.skipped:,} of {self.total:,} steps were skipped because float16 overflowed")
         self.model.eval()
         if self.average is not None:
             self.average.exchange()  # the model is then that of the last checkpoint
@@ -262,15 +266,14 @@ class Trainer:
 
             with self._memory_errors(step):
                 losses, iou = self.forward_backward(step, batch, monitor.wants_iou(step + 1))
-                self._require_finite(losses, step)
+                if not self.loss_scale.on:  # which skips such steps
+                    self._require_finite(losses, step)
                 self.group.sum_gradients(self.parameters)
-                if settings.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
-                self.optimizer.step()
-                if self.average is not None:
+                stepped = self.loss_scale.step(self.optimizer, self.parameters, losses["loss"], settings.clip_norm)
+                if stepped and self.average is not None:
                     self.average.update(step)
             self.done = step + 1
-            monitor.step(self.done, losses, iou, lr, self.batch_size)
+            monitor.step(self.done, losses, iou, lr, self.batch_size, self.loss_scale.report())
 
             ends_epoch = self.done % self.per_epoch == 0 or self.done == self.total
             if ends_epoch or (settings.save_every and self.done % settings.save_every == 0):
@@ -327,12 +330,11 @@ class Trainer:
 
     # ---- what the loop calls --------------------------------------------------------------------
 
-    @staticmethod
-    def _backward(losses: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    def _backward(self, losses: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
         """Add the gradients of a pass's terms, times its share, and return the terms times it, and
         their sum as "loss"."""
         loss = torch.stack([*losses.values()]).sum() * share
-        loss.backward()
+        self.loss_scale.scale(loss).backward()
         return {"loss": loss.detach()} | {name: term.detach() * share for name, term in losses.items()}
 
     def _rows(self, batch: Batch, part: slice) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
@@ -439,7 +441,15 @@ class Trainer:
         averages = self.average.values if self.average else None
         self.last = self.group.from_first(
             partial(
-                save_checkpoint, self.out, self.model, self.towers, self.optimizer, self.config, self.done, averages
+                save_checkpoint,
+                self.out,
+                self.model,
+                self.towers,
+                self.optimizer,
+                self.config,
+                self.done,
+                averages,
+                self.loss_scale.state(),
             )
         )
         if self.group.first:
@@ -682,12 +692,12 @@ class Trainer:
             self.average = WeightAverage(self.model, self.settings.ema)
         if newest is not None:
             if self.done:  # a run that was stopped before its first step has no optimizer state
-                load_optimizer(self.optimizer, self.model, newest.path)
+                self.loss_scale.load(load_optimizer(self.optimizer, self.model, newest.path))
             self.log(f"resuming from step {self.done}")
 
     def _copy_from_first_rank(self) -> None:
-        """Copy the step, trained weights with their averages, batch norm statistics and optimizer
-        state of rank 0 to the other ranks."""
+        """Copy the step, trained weights with their averages, batch norm statistics, and the states
+        of optimizer and loss scale of rank 0 to the other ranks."""
         if self.group.count == 1:
             return
         own = self.optimizer.state_dict()
@@ -695,9 +705,10 @@ class Trainer:
         # Moved to the CPU first: a pickled tensor is restored on its device, which is another
         # rank's.
         state = {slot: {key: x.cpu() for key, x in values.items()} for slot, values in own["state"].items()}
-        self.done, values, state = self.group.from_first(
-            lambda: (self.done, [weight.cpu() for weight in weights], state)
+        self.done, values, state, loss_scale = self.group.from_first(
+            lambda: (self.done, [weight.cpu() for weight in weights], state, self.loss_scale.state())
         )
+        self.loss_scale.load(loss_scale)
         with torch.no_grad():
             for weight, value in zip(weights, values, strict=True):
                 weight.copy_(value)

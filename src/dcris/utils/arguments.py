@@ -16,8 +16,9 @@ PathLike = str | os.PathLike[str]
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 """Names of devices, for help and messages; see dcris.utils.device.choose_device."""
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 """Precision of the network's computation; auto is bfloat16 if the device supports it in hardware.
+float16 is for GPUs without bfloat16; training then scales the loss (dcris.training.loss_scale).
 """
 
 Refinement = Literal["none", "guided"]

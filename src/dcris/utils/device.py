@@ -59,7 +59,7 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     if not isinstance(precision, str) or precision not in get_args(Precision):
         raise DcrisError(f"unknown precision {precision!r}; use {', '.join(get_args(Precision))}")
     if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
@@ -68,6 +68,12 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    """Return the name of a dtype that `choose_precision` gives."""
+    names: dict[torch.dtype, Precision] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return names.get(dtype, "float32")
 
 
 _FILLS = frozenset(
