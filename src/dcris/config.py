@@ -33,6 +33,9 @@ Channels = tuple[Factor, Factor, Factor]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Revision = Annotated[str, Field(min_length=1)]
 
+_LARGEST_IMAGE = 4096
+"""Largest side of the network's input, in pixels."""
+
 CLIP_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
 
@@ -269,7 +272,7 @@ class DataConfig(Section):
     negatives: NegativesConfig | None = None
     """Add training references whose object is absent: their masks are empty. None: none are added.
     """
-    image_size: Annotated[int, Field(gt=0, le=4096, strict=True)] = 448
+    image_size: Annotated[int, Field(gt=0, le=_LARGEST_IMAGE, strict=True)] = 448
     """Side of the network's square input, in pixels."""
     word_length: Annotated[int, Field(ge=3, le=16_384)] = 17
     """Tokens per expression, start and end token included. Longer expressions are cut. See
@@ -297,6 +300,13 @@ class DataConfig(Section):
     frame_step: Count = 1
     """Step between the frames of a data set of videos that training reads, from the first of each
     video; 1 reads all."""
+    scales: Annotated[tuple[Annotated[float, Field(ge=0.1, le=10)], ...], Field(min_length=1)] | None = None
+    """Sizes of the input in training, as multiples of `image_size`, rounded to multiples of the
+    patch. Each batch is resized to one of them (see dcris.training.sizes); validation and
+    prediction use `image_size`. None: `image_size` only."""
+    weights: Annotated[tuple[Positive, ...], Field(min_length=2)] | None = None
+    """Relative numbers of training samples of the data sets of a mixture, in the order of its name.
+    An epoch keeps its length. None: each reference once an epoch."""
     mask_threshold: Annotated[float, Field(ge=0)] | None = None
     """Threshold for mask images with more than two values: pixels above it belong to the object.
     Below 1 it is a fraction of the full scale. None: such images are an error."""
@@ -423,11 +433,25 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.word_length {self.data.word_length} is more than the text tower's {self.model.text.length}"
             )
-        if self.data.cache_features and self.train.masking:
+        for key, chosen in (("train.masking", self.train.masking), ("data.scales", self.data.scales)):
+            if chosen and self.data.cache_features:
+                raise ValueError(
+                    f"{key} changes the images at every step, which data.cache_features encodes once; leave one of them off"
+                )
+        if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(
-                "train.masking changes the images at every step, which data.cache_features encodes once; leave one of them off"
+                f"data.scales {list(self.data.scales or ())} gives the sizes {list(self.sizes)}, in whole patches of "
+                f"{self.model.vision.patch} pixels; give scales of different sizes"
             )
+        if max(self.sizes, default=0) > _LARGEST_IMAGE:
+            raise ValueError(f"data.scales gives a size of {max(self.sizes)} pixels; the largest is {_LARGEST_IMAGE}")
         return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides of the input in training by `data.scales`, in pixels; empty without it."""
+        patch, size = self.model.vision.patch, self.data.image_size
+        return tuple(patch * max(1, round(scale * size / patch)) for scale in self.data.scales or ())
 
 
 def parse_config(value: Any, where: str) -> RunConfig:

@@ -100,6 +100,8 @@ class Reference:
     error."""
     coco_id: int | None = None
     """COCO's number of the image, where the data set records it and the file has another name."""
+    source: int = 0
+    """Which data set of a mixture it is from, counted from 0."""
 
     def targets(self, expression: Expression) -> tuple[Segmentation, ...]:
         """Return the objects that one of its expressions describes; empty if there are none."""

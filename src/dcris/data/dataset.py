@@ -27,6 +27,7 @@ from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
 from dcris.data.masking import hidden_patches, mask_tokens
 from dcris.data.masks import true_mask, union_mask
+from dcris.data.mixing import samples_of_sets
 from dcris.data.registry import DATASETS
 from dcris.data.tokenizer import Tokenizer, cut_texts, tokenize
 from dcris.data.transforms import Letterbox, Transform
@@ -247,6 +248,10 @@ class TrainingBatches(Sampler[list[int]]):
     the batch gives one smaller batch per epoch. The batches do not depend on the number of ranks:
     each rank takes its `places` of every batch.
 
+    With `weights`, the samples of an epoch are from each data set of a mixture in proportion to its
+    weight. Each data set goes through passes of its own, in which it has each reference once: an
+    epoch has a part of a pass, or several.
+
     With `together` above 1, references of an image follow each other in the order, in groups of up
     to so many. A batch, and a rank's places in it, may cut a group in two.
 
@@ -258,6 +263,8 @@ class TrainingBatches(Sampler[list[int]]):
         places: places in each batch; None for all.
         images: a number for the image of each reference.
         together: most references of a group.
+        sources: for each reference the number of its data set; needed with weights.
+        weights: of the data sets.
     """
 
     def __init__(
@@ -270,40 +277,62 @@ class TrainingBatches(Sampler[list[int]]):
         places: Sequence[int] | None = None,
         images: Sequence[int] = (),
         together: int = 1,
+        sources: Sequence[int] = (),
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.length, self.seed, self.first, self.last = length, seed, first, last
         self.batch_size = min(batch_size, length)
         self.places = range(self.batch_size) if places is None else places
         self.images, self.together = images, together
+        self.per_epoch = steps_per_epoch(length, self.batch_size)
+        self.sets: list[tuple[NDArray[np.int64], int]] = []
+        """With weights, the references of each data set and its samples in an epoch."""
+        if weights is not None:
+            counts = samples_of_sets(weights, self.per_epoch * self.batch_size)
+            self.sets = [(np.flatnonzero(np.array(sources) == number), count) for number, count in enumerate(counts)]
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = steps_per_epoch(self.length, self.batch_size)
         order, epoch_of_order = np.empty(0, np.int64), -1
         for step in range(self.first, self.last):
-            epoch, place = divmod(step, per_epoch)
+            epoch, place = divmod(step, self.per_epoch)
             if epoch != epoch_of_order:
                 order, epoch_of_order = self._order(epoch), epoch
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            yield [epoch * self.length + int(chosen[number]) for number in self.places]
+            yield [int(chosen[number]) for number in self.places]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the indices of an epoch in their order."""
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(self.length)
+        order = self._weighted(epoch, generator) if self.sets else self._all(epoch, generator)
         if self.together == 1:
             return order
         groups: list[list[int]] = []
-        newest: dict[int, list[int]] = {}
-        for number in order.tolist():
-            group = newest.get(self.images[number])
+        newest: dict[tuple[int, int], list[int]] = {}
+        for index in order.tolist():
+            # References of an image in another pass have other augmentations.
+            image = index // self.length, self.images[index % self.length]
+            group = newest.get(image)
             if group is None or len(group) == self.together:
-                group = newest[self.images[number]] = []
+                group = newest[image] = []
                 groups.append(group)
-            group.append(number)
+            group.append(index)
         # Shuffled once more: the largest groups were begun early in the order.
-        return np.array([number for place in generator.permutation(len(groups)) for number in groups[place]])
+        return np.array([index for place in generator.permutation(len(groups)) for index in groups[place]])
+
+    def _all(self, epoch: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        return epoch * self.length + generator.permutation(self.length)
+
+    def _weighted(self, epoch: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        parts = []
+        for number, (references, count) in enumerate(self.sets):
+            passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(references))
+            for each in np.unique(passes):
+                shuffled = np.random.default_rng([self.seed, int(each), number, 1]).permutation(references)
+                parts.append(int(each) * self.length + shuffled[places[passes == each]])
+        return generator.permutation(np.concatenate(parts))
 
 
 def steps_per_epoch(length: int, batch_size: int) -> int:

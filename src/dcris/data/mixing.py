@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dcris.config import DataConfig
 from dcris.data.coco import portable_name
 from dcris.data.registry import DATASETS, PARTITIONS
 from dcris.data.table import ReferenceTable
@@ -112,6 +113,54 @@ def mix(
     return ReferenceTable(name, ", ".join(map(_title, tables)), tables[0].root, tuple(_renumber(kept)), tuple(notes))
 
 
+def samples_of_sets(weights: Sequence[float], samples: int) -> list[int]:
+    """Return how many of the samples of an epoch are from each data set: in proportion to the
+    weights, with the rest of the rounding where it is largest."""
+    exact = [samples * weight / sum(weights) for weight in weights]
+    counts = [int(each) for each in exact]
+    by_rest = sorted(range(len(exact)), key=lambda number: (counts[number] - exact[number], number))
+    for number in by_rest[: samples - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def require_weights(config: DataConfig, table: ReferenceTable, samples: int) -> None:
+    """Check `data.weights` of a run.
+
+    Args:
+        config: of the run.
+        table: the data set.
+        samples: of an epoch.
+
+    Raises:
+        DcrisError: the data set is not a mixture of so many data sets, or one of them has no
+            training reference or would have no sample in an epoch.
+    """
+    weights, mixture = config.weights, parse_mixture(table.dataset)
+    if weights is None:
+        return
+    if mixture is None:
+        raise DcrisError(
+            f"data.weights is for mixtures of data sets (--dataset mixed), not for {table.dataset}; leave it out"
+        )
+    names = [name if split_by is None else f"{name}({split_by})" for name, split_by in mixture.members]
+    if len(weights) != len(names):
+        raise DcrisError(
+            f"data.weights has {len(weights)} weights, but {table.dataset} has {len(names)} data sets; give one for each of "
+            f"{', '.join(names)}, in this order"
+        )
+    present = {reference.source for reference in table.split(config.train_split)}
+    counts = samples_of_sets(weights, samples)
+    for number, name in enumerate(names):
+        if number not in present:
+            raise DcrisError(f"{name} has no training reference in {table.dataset}; leave it out of the mixture")
+        if not counts[number]:
+            raise DcrisError(
+                f"data.weights gives {name} none of the {samples:,} samples of an epoch; give it a larger weight or leave it "
+                "out of the mixture"
+            )
+
+
 def _title(table: ReferenceTable) -> str:
     return f"{table.dataset} {table.split_by}"
 
@@ -146,5 +195,6 @@ def _renumber(references: Sequence[tuple[int, str, Reference]]) -> Iterator[Refe
             ref_id=ref_id,
             ann_ids=tuple(annotations.setdefault((number, each), len(annotations) + 1) for each in item.ann_ids),
             image_id=images[image],
+            source=number,
             expressions=tuple(replace(expression, sent_id=next(sentences)) for expression in item.expressions),
         )

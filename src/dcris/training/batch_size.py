@@ -15,6 +15,7 @@ from dcris.errors import DcrisError
 from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import training_losses
+from dcris.training.sizes import training_sizes
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
 
@@ -98,7 +99,7 @@ def largest_micro_batch(
     """
     sizes = [*(2**power for power in range(share.bit_length()) if 2**power < share), share]
     dtype = choose_precision(config.train.precision, device)
-    side = config.data.image_size
+    side = max(training_sizes(config))
     was_training, parameters = model.training, [item for item in model.parameters() if item.requires_grad]
     model.to(device).train()
     model.checkpoint_activations(config.train.checkpoint_activations)

@@ -48,6 +48,7 @@ from dcris.data.dataset import (
     training_loader,
 )
 from dcris.data.masking import hide
+from dcris.data.mixing import require_weights
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
 from dcris.errors import DcrisError, out_of_memory
@@ -67,6 +68,7 @@ from dcris.training.losses import LOSSES, masked_losses, resize_masks, training_
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.training.provenance import RunRecord
+from dcris.training.sizes import draw_size, resize, training_sizes
 from dcris.training.stopping import Interrupted, StopRequest, StopWaiting, stop_requests
 from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require, require_names
@@ -126,17 +128,19 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
     """Check what can be checked before the model is built.
 
     Raises:
-        DcrisError: a split, tracker, loss or augmentation does not exist, or shared memory is too
-            small for the workers.
+        DcrisError: a split, tracker, loss or augmentation does not exist, weights do not fit the
+            mixture, or shared memory is too small for the workers.
     """
     settings = config.train
     check_trackers(settings.trackers)
     require_names(settings.losses, LOSSES, "train.losses")
     require_names(config.data.augmentations, AUGMENTATIONS, "data.augmentations")
     references = len(table.split(config.data.train_split))
+    batch = min(settings.batch_size, references)
+    require_weights(config.data, table, batch * steps_per_epoch(references, batch))
     if config.data.val_split:
         table.split(config.data.val_split)
-    samples = min(settings.batch_size, references) * group.local_count / group.count
+    samples = batch * group.local_count / group.count
     require_shared_memory(config.data.workers, batch_bytes(config.data, math.ceil(samples)))
 
 
@@ -298,6 +302,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # Only rank 0 wants the IoU, by its clock, but summing it takes all ranks.
         compute_iou = want_iou or self.group.count > 1
+        size = draw_size(training_sizes(self.config), self.settings.seed, step)
         terms, ious, begin = [], [], 0
         for places in self.passes:
             part = slice(begin, begin + len(places))
@@ -305,7 +310,7 @@ class Trainer:
             # Dropout is seeded by the step and the place in the batch: that makes resuming exact.
             torch.manual_seed((self.settings.seed * 1_000_003 + step + places.start * _SEED_STRIDE) % 2**63)
             rows, image_index = self._rows(batch, part)
-            images = self._images(batch.images[rows])
+            images = self._images(batch.images[rows], size)
             tokens, masks = (x[part].to(self.device, non_blocking=True) for x in (batch.tokens, batch.masks))
             # The batch's mean is the sum of the passes' means, each times its share of the batch.
             share = len(places) / self.batch_size
@@ -345,12 +350,13 @@ class Trainer:
         rows, image_index = batch.image_index[part].unique(return_inverse=True)
         return rows, image_index.to(self.device)
 
-    def _images(self, images: torch.Tensor) -> torch.Tensor | VisionState:
-        """Return images on the device and normalised, or the features that are stored for them."""
+    def _images(self, images: torch.Tensor, size: int) -> torch.Tensor | VisionState:
+        """Return images on the device, normalised and of that size, or the features that are stored
+        for them."""
         images = images.to(self.device, non_blocking=True)
         if self.features is not None:
             return self.features.layout.unpack(images)
-        return normalise(images, self.config.data)
+        return resize(normalise(images, self.config.data), size)
 
     def _forward_masked(
         self,
@@ -389,6 +395,8 @@ class Trainer:
             places,
             self.samples.images,
             self.config.data.phrases_per_image,
+            [reference.source for reference in self.samples.references],
+            self.config.data.weights,
         )
         loader = training_loader(self.samples, indices, self.config.data.workers, pin=self.device.type == "cuda")
         while True:
