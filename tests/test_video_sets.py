@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+import dcris.inference.video_sets as module
 from dcris.cli import main
 from dcris.data.submissions import Labels, palette
 from dcris.data.video_readers.load import load_videos
@@ -179,6 +180,25 @@ def test_a_killed_call_is_repeated(calls: int, tmp_path: Path) -> None:
     assert _run(*words, out) == 0
     assert _files(out) == _files(tmp_path / "whole")
     assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in _files(out))
+
+
+def test_a_full_disk_stops_at_once(tiny: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no broken video: the next hundred would fail, too. What is written stays."""
+    before, written = module.write_file, list[Path]()
+
+    def write(path: Path, content: Any) -> None:
+        if len(written) == 3:
+            raise DcrisError(f"cannot write {path}: no space left on device")
+        written.append(path)
+        before(path, content)
+
+    monkeypatch.setattr(module, "write_file", write)
+    root, out = WRITERS["mevis"](tmp_path), tmp_path / "out"
+    with pytest.raises(DcrisError, match="no space left on device"):
+        _events(tiny, root, out)
+    assert _files(out) == {path.relative_to(out).as_posix() for path in written}
+    monkeypatch.setattr(module, "write_file", before)
+    assert _predicted(_events(tiny, root, out)) == ["1234abcd", "ffff0000"]
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from dcris.utils.files import (
     require_replaceable,
     write_file,
 )
+from dcris.utils.overlap import Job, overlapped
 
 _SETTINGS = "dcris-videos.json"
 _MOST_SETTINGS = 1_000_000
@@ -261,13 +263,19 @@ class VideoSetPredictor:
             refine=settings.refine,
             scores=self.form.joint,
         )
-        for frame, predictions in zip(frames, _readable(found), strict=True):
-            for file, content in self._encoded(expressions, predictions, frame):
-                write_file(self.masks / file, content)
-            yield FrameDone()
+        pairs = zip(frames, _readable(found), strict=True)
+        yield from overlapped(Job(made, partial(self._write, expressions, frame)) for frame, made in pairs)
+
+    def _write(
+        self, expressions: Sequence[VideoExpression], frame: str, predictions: Iterable[Prediction]
+    ) -> FrameDone:
+        """Write the files of a frame, while the next one is predicted."""
+        for file, content in self._encoded(expressions, predictions, frame):
+            write_file(self.masks / file, content)
+        return FrameDone()
 
     def _encoded(
-        self, expressions: Sequence[VideoExpression], predictions: Sequence[Prediction], frame: str
+        self, expressions: Sequence[VideoExpression], predictions: Iterable[Prediction], frame: str
     ) -> Iterator[tuple[str, bytes]]:
         """Yield the path and the content of each file of a frame."""
         if not self.form.joint:
