@@ -217,7 +217,7 @@ def test_the_published_truth_of_youtube_valid(tmp_path: Path, capsys: pytest.Cap
     assert f"1/{YOUTUBE_FRAMES[2]}.png" in refused(capsys, root, masks, "ref_youtube_vos", split="valid")
 
 
-def test_swapped_objects_are_forgiven_by_matching_only(tmp_path: Path) -> None:
+def test_swapped_objects_are_forgiven_by_matching_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default, which published figures use, cannot tell "left dog" from "right dog"."""
     root = write_davis(tmp_path / "root")
     videos = load_videos(root, "ref_davis17", "valid")
@@ -225,8 +225,10 @@ def test_swapped_objects_are_forgiven_by_matching_only(tmp_path: Path) -> None:
     matched = record(root, masks, "ref_davis17")
     assert (matched["protocol"], matched["jf"], matched["relabelled"]) == ("davis-unsupervised", 100, 8)
     assert [(row["object"], row["label"]) for row in matched["rows"]][:2] == [(1, 2), (2, 1)]
+    assert "8 of 8 objects were matched with a prediction of another label" in capsys.readouterr().err
     own = record(root, masks, "ref_davis17", "--protocol", "davis-by-label")
     assert own["relabelled"] == 0
+    assert capsys.readouterr().err == ""
     assert own["j"] < 20
 
 

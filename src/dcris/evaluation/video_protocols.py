@@ -332,6 +332,11 @@ def score_videos(
         for done, (folder, expressions) in enumerate(folders.items(), 1):
             found += zero[folder] or protocol.compare(folder, expressions, videos, frames)
             progress(done)
+    if relabelled := sum(each.label != each.target for each in found):
+        note(
+            f"{relabelled:,} of {len(found):,} objects were matched with a prediction of another label; --protocol "
+            "davis-by-label compares labels"
+        )
     return found
 
 
