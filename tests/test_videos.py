@@ -5,11 +5,15 @@ Counts and masks of miniature sets are those computed by hand; malformed files g
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.data import videos as videos_module
@@ -198,6 +202,34 @@ def test_malformed_expressions_give_one_sentence(
     errors: list[DcrisError] = []
     kept = load_videos(root, dataset, split, errors.append)
     assert len(errors) == 1 and len(kept.expressions) >= 1
+
+
+_ANY_TEXT = st.text(st.characters(max_codepoint=255, exclude_characters="\n\r\x1a"), min_size=1, max_size=20)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@given(texts=st.lists(_ANY_TEXT.filter(_words), min_size=4, max_size=48), random=st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_texts_of_davis_are_read(texts: list[str], random: Random, tmp_path: Path) -> None:
+    """Objects beyond 9, lines in any order and letters of Latin-1 must not exchange texts: 0x85
+    looks like the end of a line, and "10" is sorted before "2" by some codes."""
+    objects = len(texts) // 4
+    files = ("annot1", "annot1_full_video", "annot2", "annot2_full_video")
+    root = tmp_path / str(len([*tmp_path.iterdir()]))
+    write_davis(root)
+    for annotator, name in enumerate(files):
+        lines = [f'motor-bike {target + 1} "{texts[4 * target + annotator]}"' for target in range(objects)]
+        random.shuffle(lines)
+        content = "\r\n".join(lines).encode("utf-8" if annotator < 2 else "latin-1")
+        with suppress(UnicodeDecodeError):  # Latin-1 that is UTF-8 by chance
+            assume(content.decode() == "\r\n".join(lines))
+        (root / f"ref-davis/davis_text_annotations/Davis17_{name}.txt").write_bytes(content)
+    found = load_videos(root, "ref_davis17", "valid").expressions
+    assert [each.text for each in found] == [_words(f'"{text}"')[1:-1] for text in texts[: 4 * objects]]
+    assert [int(each.objects[0]) for each in found] == [1 + number // 4 for number in range(4 * objects)]
 
 
 @pytest.mark.parametrize(

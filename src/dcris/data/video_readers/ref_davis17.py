@@ -100,9 +100,12 @@ def _listed(texts: dict[str, str]) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file in UTF-8 or Latin-1."""
+    """Return the lines of a text file in UTF-8 or Latin-1.
+
+    Not by splitlines, which takes more for the end of a line: 0x85 is a letter in other codes.
+    """
     try:
-        return read_text(path, fallback="latin-1").splitlines()
+        return read_text(path, fallback="latin-1").split("\n")
     except OSError as error:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}; get it again") from error
 
