@@ -111,7 +111,8 @@ def test_smoothing_waits_for_no_more_frames_than_it_needs() -> None:
 def test_wrong_numbers_and_sizes_are_named(tiny: Segmenter, scene: tuple[np.ndarray, list[str]]) -> None:
     """An even window has no centre; masks of frames of several sizes fit no evaluation."""
     pixels, phrases = scene
-    for width in (0, 2, -1, True, 3.0):
+    assert require_window(99) == 99
+    for width in (0, 2, -1, True, 3.0, 101, 10**30 + 1):
         with pytest.raises(DcrisError, match="an odd number of frames"):
             require_window(width)  # type: ignore[arg-type]
     with pytest.raises(DcrisError, match="encoded at once must be 1 or more"):

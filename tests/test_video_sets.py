@@ -232,7 +232,11 @@ def test_masks_of_other_settings_are_not_mixed(tiny: Segmenter, tmp_path: Path) 
         _events(tiny, root, out, smooth=3)
     with pytest.raises(DcrisError, match=r"dataset mevis \(now ref_youtube_vos\)"):
         _events(tiny, write_youtube(tmp_path), out, "ref_youtube_vos", "valid")
+    (out / "masks/mine.png").write_bytes(b"kept")
     assert _predicted(_events(tiny, root, out, smooth=3, overwrite=True)) == ["1234abcd", "ffff0000"]
+    assert (out / "masks/mine.png").read_bytes() == b"kept"
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert len(archive.namelist()) == 9
     (out / "dcris-videos.json").write_text("{}")
     with pytest.raises(DcrisError, match=r"unknown settings, as dcris-videos\.json is missing or damaged"):
         _events(tiny, root, out, smooth=3)

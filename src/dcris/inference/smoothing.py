@@ -7,9 +7,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dcris.data.table import shown
 from dcris.errors import DcrisError
 
 T = TypeVar("T")
+
+MAX_WINDOW = 99
+"""Limit on the frames whose maps are in memory: 200 phrases take 10 MB in each."""
 
 _LIMIT = 1e-6
 """Probabilities keep this distance from 0 and 1 when they become logits again."""
@@ -26,9 +30,12 @@ class Maps(NamedTuple):
 
 
 def require_window(frames: int) -> int:
-    """Return a width in frames. Raises DcrisError unless it is an odd number of at least 1."""
-    if type(frames) is not int or frames < 1 or frames % 2 == 0:
-        raise DcrisError(f"masks are smoothed over an odd number of frames (1, 3, 5, ...), not {frames!r}")
+    """Return a width in frames. Raises DcrisError unless it is an odd number from 1 to
+    MAX_WINDOW."""
+    if type(frames) is not int or not 1 <= frames <= MAX_WINDOW or frames % 2 == 0:
+        raise DcrisError(
+            f"masks are smoothed over an odd number of frames (1, 3, 5, ... {MAX_WINDOW}), not {shown(frames)}"
+        )
     return frames
 
 

@@ -11,7 +11,6 @@ A video whose files are all there is not predicted again, so the same call conti
 import hashlib
 import io
 import json
-import shutil
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -221,8 +220,10 @@ class VideoSetPredictor:
                     f"{self.out} holds masks made with {differences}; choose another --out, or add --overwrite to replace them"
                 )
             if self.options.overwrite:
-                shutil.rmtree(self.masks, ignore_errors=True)
                 self.archive.unlink(missing_ok=True)
+                # Before the settings change. Files of other names are not ours.
+                for file in self._files(self.videos.expressions):
+                    (self.masks / file).unlink(missing_ok=True)
         write_file(path, self.settings.model_dump_json() + "\n")
         for folder in (self.out, *(path for path in self.masks.rglob("*") if path.is_dir())):
             remove_partial(folder)
@@ -243,7 +244,7 @@ class VideoSetPredictor:
         return all((self.masks / file).is_file() for file in self._files(expressions))
 
     def _files(self, expressions: Sequence[VideoExpression]) -> list[str]:
-        """Return the paths of the masks of a video, each once."""
+        """Return the paths of the masks of expressions, each once."""
         return [*dict.fromkeys(self.form.file(each, frame) for each in expressions for frame in each.frames)]
 
     # ---- prediction
