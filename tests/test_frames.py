@@ -76,6 +76,24 @@ def test_smoothing_mends_a_frame_that_flickers(tiny: Segmenter, scene: tuple[np.
     np.testing.assert_array_equal(mended[0], plain[0])  # its neighbours are alike
 
 
+def test_smoothing_on_the_grid_is_smoothing_of_pixels(tiny: Segmenter, scene: tuple[np.ndarray, list[str]]) -> None:
+    """Maps are averaged before they are resampled, to save memory: masks must be the same but for
+    pixels where resampling overshoots and is clipped."""
+    pixels, phrases = scene
+    frames = [np.roll(pixels, 4 * shift, axis=1)[:, :90] for shift in range(4)]
+
+    def probabilities(smooth: int) -> np.ndarray:
+        found = tiny.predict_frames(frames, phrases, smooth=smooth, scores=True)
+        return np.stack([[each.probabilities for each in predictions] for predictions in found])
+
+    plain, smooth = probabilities(1), probabilities(3)
+    for number in range(4):
+        expected = plain[max(0, number - 1) : number + 2].mean(axis=0)
+        assert np.abs(smooth[number] - expected).mean() < 2e-3
+        assert ((smooth[number] > 0.35) != (expected > 0.35)).mean() < 2e-3
+        assert (expected > 0.35).mean() > 0.01
+
+
 def _maps(values: list[float]) -> Iterator[tuple[int, Maps]]:
     for number, value in enumerate(values):
         yield number, Maps(torch.full((1, 1, 1, 2), value).logit(), [value])

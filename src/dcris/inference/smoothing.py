@@ -44,7 +44,7 @@ def smoothed(frames: Iterator[tuple[T, Maps]], width: int) -> Iterator[tuple[T, 
 
     At the ends of a video, the mean is over the frames that there are. With a width of 1, frames
     stay as they are. The maps are averaged on the network's grid: interpolation to the frame's
-    pixels is linear, so that the order makes no difference, but for its clipping to 0..1.
+    pixels is linear, so that the order makes a difference only where it is clipped to 0..1.
 
     Args:
         frames: of one video, in order.
