@@ -288,7 +288,7 @@ def test_labels_that_differ_in_size_or_kind_give_one_sentence(tmp_path: Path) ->
 
 def test_a_long_video_is_refused_before_memory_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of a few bytes can list a million frames."""
-    monkeypatch.setattr(videos_module, "MAX_PIXELS", 3 * H * W - 1)
+    monkeypatch.setattr(videos_module, "MAX_VIDEO_PIXELS", 3 * H * W - 1)
     valid = load_videos(write_mevis(tmp_path), "mevis", "valid_u")
     with pytest.raises(DcrisError, match="the 3 frames of video '1234abcd' have 36 x 24 pixels"):
         valid.truth(valid.expressions[0])

@@ -23,7 +23,7 @@ from dcris.types import MaskArray
 UNKNOWN = 255
 """Label of pixels that have no truth in DAVIS."""
 
-MAX_PIXELS = 2_000_000_000
+MAX_VIDEO_PIXELS = 2_000_000_000
 """Limit on the pixels of all frames of a video, each of which is a byte of its masks: a thousand
 frames of 1920 x 1080 pixels."""
 
@@ -96,7 +96,7 @@ class VideoSet:
 
         Raises:
             DcrisError: a mask is missing or cannot be read, the masks have different sizes, or they
-                have more than MAX_PIXELS pixels.
+                have more than MAX_VIDEO_PIXELS pixels.
         """
         if self.truths is None:
             return None
@@ -189,12 +189,12 @@ def shape_of(expression: VideoExpression, size: tuple[int, int]) -> tuple[int, i
         size: height and width of its frames in pixels.
 
     Raises:
-        DcrisError: they have more than MAX_PIXELS pixels.
+        DcrisError: they have more than MAX_VIDEO_PIXELS pixels.
     """
     shape = (len(expression.frames), *size)
-    if math.prod(shape) > MAX_PIXELS:
+    if math.prod(shape) > MAX_VIDEO_PIXELS:
         raise DcrisError(
             f"the {shape[0]:,} frames of video {shown(expression.video)} have {size[1]} x {size[0]} pixels each; the limit is "
-            f"{MAX_PIXELS:,} pixels for all"
+            f"{MAX_VIDEO_PIXELS:,} pixels for all"
         )
     return shape
