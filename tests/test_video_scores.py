@@ -232,6 +232,22 @@ def test_swapped_objects_are_forgiven_by_matching_only(tmp_path: Path, capsys: p
     assert own["j"] < 20
 
 
+def test_matching_is_by_j_and_f_together(tmp_path: Path) -> None:
+    """An outline has the better F, its inner part the better J; the outline has more of both."""
+    root = write_davis(tmp_path / "root")
+    truth, outline = np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
+    truth[2:22, 2:18], truth[2:5, 30:33] = 1, 2
+    outline[2:22, 2:18], outline[3:21, 3:17], outline[5:19, 5:15] = 1, 0, 2
+    for frame in DAVIS_FRAMES:
+        write_labels(root / UNSUPERVISED / f"motorbike/{frame}.png", truth)
+    videos = load_videos(root, "ref_davis17", "valid")
+    found = record(root, submit(tmp_path / "masks", videos, lambda *_: outline), "ref_davis17")
+    assert found["relabelled"] == 0
+    inner = outline == 2
+    assert found["rows"][0]["j"] < slow_j(inner, truth == 1)
+    assert found["rows"][0]["f"] > slow_f(inner, truth == 1)
+
+
 def test_davis_counts_what_its_program_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_davis(tmp_path / "root")
     videos = load_videos(root, "ref_davis17", "valid")
