@@ -248,6 +248,22 @@ def test_matching_is_by_j_and_f_together(tmp_path: Path) -> None:
     assert found["rows"][0]["f"] > slow_f(inner, truth == 1)
 
 
+def test_an_object_is_matched_with_predicted_ones_only(tmp_path: Path) -> None:
+    """An empty mask would suit an object that has left the frame, but nothing predicted it."""
+    root = write_davis(tmp_path / "root")
+    for number, frame in enumerate(DAVIS_FRAMES):
+        write_labels(root / UNSUPERVISED / f"motorbike/{frame}.png", labels((1, 2) if number == 0 else (1,), number))
+    videos = load_videos(root, "ref_davis17", "valid")
+
+    def change(made: np.ndarray, folder: str, number: int) -> np.ndarray:
+        made[made == 2] = 0
+        made[-4:, -4:] = 2
+        return made
+
+    found = record(root, submit(tmp_path / "masks", videos, change), "ref_davis17")
+    assert [(row["object"], row["label"], row["j"]) for row in found["rows"]] == [(1, 1, 1), (2, 2, 0)] * 4
+
+
 def test_davis_counts_what_its_program_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_davis(tmp_path / "root")
     videos = load_videos(root, "ref_davis17", "valid")
@@ -319,6 +335,9 @@ def test_other_missing_masks_are_named(
     assert record(root, masks, dataset, "--missing-is-empty")["jf"] <= 100
     shutil.rmtree(sorted(masks.rglob("*.png"))[0].parent)  # an expression of which another is there
     assert "in 2 of " in refused(capsys, root, masks, dataset)
+    for path in masks.rglob("*.png"):
+        path.unlink()
+    assert f"lacks {total} of {total} masks" in refused(capsys, root, masks, dataset, "--missing-is-empty")
 
 
 def test_nothing_of_the_split_is_an_error(
