@@ -704,6 +704,7 @@ def test_two_calls_at_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     first = start(*command)
     wait_for_lines(first, out, 2)
     first.send_signal(signal.SIGSTOP)
+    os.waitpid(first.pid, os.WUNTRACED)  # its thread that writes may be in the middle of a rename
     before = contents(out)
     assert dcris(*command) == 2
     complaint = capsys.readouterr().err
