@@ -392,6 +392,8 @@ class TrainConfig(Section):
     takes the mean of a cell that lies where the protocol cris expects it, so that its threshold
     (0.35) is at half a cell."""
     precision: Precision = "auto"
+    compile: bool = False
+    """Compile the network's training pass with torch.compile; see dcris.training.compilation."""
     log_every: Count = 20
     """Steps between lines of the log."""
     save_every: Count | None = None
@@ -521,7 +523,7 @@ def parse_value(text: str) -> Any:
 _MAY_CHANGE = {"recipe", "data.workers", "data.on_bad_image", "data.val_split", "data.refine"}
 _MAY_CHANGE |= {"train.epochs", "train.max_steps"}
 # A run may be resumed on a machine with less memory, or on more ranks.
-_MAY_CHANGE |= {"train.micro_batch", "train.checkpoint_activations", "train.shard_towers"}
+_MAY_CHANGE |= {"train.micro_batch", "train.checkpoint_activations", "train.shard_towers", "train.compile"}
 _MAY_CHANGE |= {"train.log_every", "train.save_every", "train.keep_last", "train.trackers"}
 # Naming the commit allows resuming after the branch has moved. The towers' hashes are compared in
 # any case.

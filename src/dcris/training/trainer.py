@@ -61,6 +61,7 @@ from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.training.averaging import WeightAverage
+from dcris.training.compilation import compiled
 from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
 from dcris.training.loss_scale import LossScale
@@ -211,6 +212,8 @@ class Trainer:
         self.towers: Towers
         self.parameters: list[torch.nn.Parameter]
         self.optimizer: torch.optim.Optimizer
+        self.forward: Callable[..., Output]
+        """The model, or what is compiled from it."""
         self.monitor: Monitor
 
     def run(self) -> TrainResult:
@@ -315,7 +318,7 @@ class Trainer:
             # The batch's mean is the sum of the passes' means, each times its share of the batch.
             share = len(places) / self.batch_size
             with autocast(self.device, self.dtype):
-                output = self.model(images, tokens, image_index)
+                output = self.forward(images, tokens, image_index)
             losses = training_losses(output, masks, self.settings)
             weight = 0.0 if self.settings.masking is None else self.settings.masking.weight
             terms.append(self._backward(losses, share * (1 - weight)))
@@ -372,8 +375,7 @@ class Trainer:
         assert isinstance(images, torch.Tensor)  # stored features cannot be masked
         hidden, tokens = (x.to(self.device, non_blocking=True) for x in (hidden, tokens))
         with frozen_statistics(self.model), autocast(self.device, self.dtype):
-            output: Output = self.model(hide(images, hidden), tokens, image_index)
-        return output
+            return self.forward(hide(images, hidden), tokens, image_index)
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's part of each batch.
@@ -654,7 +656,7 @@ class Trainer:
 
     def _prepare_model(self) -> None:
         """Move the model to the device, shard it and synchronise its batch norms as configured, and
-        make the optimizer."""
+        make the optimizer and the compiled network."""
         model = self.model
         if self.settings.shard_towers:
             shard_towers((model.vision, model.text), self.device, self.group)
@@ -664,6 +666,7 @@ class Trainer:
         model.checkpoint_activations(self.settings.checkpoint_activations)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, self.settings)
+        self.forward = compiled(model, self.settings, self.device, self.group)
 
     def _require_frozen_images(self) -> None:
         """Raise DcrisError if the features of an image change during training."""

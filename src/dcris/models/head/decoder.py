@@ -11,12 +11,15 @@ from dcris.models.layers.activation_checkpointing import recomputed
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.layers.dropout import Dropout
 
+_LOG_WAVELENGTHS = torch.log(torch.tensor(10000.0)).item()
+"""Rounded to float32, as in the published code."""
+
 
 def sine_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:
     """Return positions [length, width]: sines in even, cosines in odd channels, wavelengths from 2
     pi to 10,000 * 2 pi.
     """
-    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-torch.log(torch.tensor(10000.0)).item() / width))
+    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-_LOG_WAVELENGTHS / width))
     angles = torch.arange(length, device=device)[:, None] * rates
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
