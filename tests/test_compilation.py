@@ -116,10 +116,10 @@ def test_a_run_resumes_from_and_to_a_compiled_one(table: ReferenceTable, tmp_pat
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs g++ and Python.h")
 @pytest.mark.timeout(1800)
 def test_compiled_code_trains(table: ReferenceTable, tmp_path: Path) -> None:
-    """With the code of torch's compiler."""
+    """With the code of torch's compiler; at a rate at which rounding does not grow."""
     torch.compiler.reset()
-    run_training(small_config(4), table, tmp_path / "plain")
-    run_training(small_config(4, COMPILE), table, tmp_path / "compiled")
+    for name, settings in (("plain", ()), ("compiled", (COMPILE,))):
+        run_training(small_config(50, ("train.lr", "1e-4"), *settings), table, tmp_path / name)
     assert_close(tmp_path / "compiled", tmp_path / "plain")
 
 

@@ -145,7 +145,7 @@ def test_a_loss_that_stays_infinite_ends_the_run(
     monkeypatch.setattr(
         trainer, "training_losses", lambda *words: {name: term * math.nan for name, term in losses_of(*words).items()}
     )
-    with pytest.raises(DcrisError, match=r"float16 overflowed in 25 steps in a row, .* --train\.precision bfloat16"):
+    with pytest.raises(DcrisError, match=r"float16 overflowed in 25 steps in a row, .* --precision bfloat16"):
         run_training(quick_config(40, FLOAT16, EVERY_STEP), table, tmp_path / "run")
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert len(lines) == 24

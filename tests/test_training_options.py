@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,12 +22,14 @@ from dcris.checkpoints.checkpoint import find_checkpoint, list_checkpoints, load
 from dcris.config import TrainConfig, parse_config
 from dcris.data import dataset
 from dcris.data.dataset import TrainingBatches, TrainingSamples, steps_per_epoch, training_loader
+from dcris.data.mixing import mix
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
+from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.vit import VisionState
 from dcris.models.segmentation import ReferringSegmenter
@@ -58,6 +61,36 @@ def test_options_are_off_by_default() -> None:
     assert (config.train.ema, config.train.target, config.train.optimizer) == (None, "nearest", "adam")
     assert (config.train.masking, config.train.lr_factors) == (None, {})
     assert (config.data.phrases_per_image, config.data.cache_features) == (1, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [("train.ema", "0.9")],
+        [("train.optimizer", "adamw"), ("train.weight_decay", "0.01")],
+        [("train.lr_factors", '{"head": 2, "adapters": 0.5}')],
+        [("train.precision", "float16"), ("train.clip_norm", "1")],
+        [("train.masking", "{}")],
+        [("data.scales", "[0.75, 1.0, 1.25]")],
+        [("data.dataset", "mixed-unfiltered:scenes,few"), ("data.weights", "[1, 2]")],
+    ],
+    ids=lambda settings: settings[-1][0],
+)
+def test_fifty_steps_with_each_option(table: ReferenceTable, tmp_path: Path, settings: list[tuple[str, str]]) -> None:
+    """The loss falls, and the model predicts."""
+    config = quick_config(50, EVERY_STEP, ("train.lr", "1e-3"), *settings)
+    if config.data.weights:
+        few = replace(table, dataset="few", references=table.split("train")[:20])
+        table = mix(config.data.dataset, [table, few], filtered=False)
+    run_training(config, table, tmp_path)
+    found = [line["loss"] for line in timeless_log(tmp_path)]
+    assert len(found) == 50
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+    (answer,) = Segmenter.from_pretrained(tmp_path, device="cpu").predict(
+        np.zeros((40, 50, 3), np.uint8), "left circle", scores=True
+    )
+    assert answer.probabilities is not None and np.isfinite(answer.probabilities).all()
 
 
 # ---- weight averages ---------------------------------------------------------------------------

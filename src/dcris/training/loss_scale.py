@@ -78,7 +78,7 @@ class LossScale:
         if self._in_a_row == _MOST_IN_A_ROW:
             raise DcrisError(
                 f"float16 overflowed in {_MOST_IN_A_ROW} steps in a row, with ever smaller loss scales; the last checkpoint is "
-                "intact: start another run --from it, with --train.precision bfloat16 or float32 or with a lower --train.lr"
+                "intact: start another run --from it, with --precision bfloat16 or float32 or with a lower --train.lr"
             )
         return False
 

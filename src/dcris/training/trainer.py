@@ -428,8 +428,8 @@ class Trainer:
         the step before."""
         if not math.isfinite(losses["loss"]):
             raise DcrisError(
-                f"the loss is {losses['loss']} at step {step + 1}; the last checkpoint is intact: resume from it with a lower "
-                "--train.lr or with --train.precision float32"
+                f"the loss is {losses['loss']} at step {step + 1}; the last checkpoint is intact: start another run --from it "
+                "with a lower --train.lr or with --precision float32"
             )
 
     @contextmanager
