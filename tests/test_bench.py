@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from dcris.cli import main
+from dcris.experiments import bench
 from dcris.experiments.bench import (
     count_operations,
     in_own_process,
+    machine,
     matrix_products,
     peak_of_training,
     ratio,
@@ -123,6 +125,21 @@ def test_a_multiply_add_is_two_operations() -> None:
     """The stated and the counted operations of a product agree."""
     task, operations = matrix_products(CPU, torch.float32, 64)
     assert operations == 2 * 64**3 == count_operations(task)
+
+
+def test_a_gpu_is_described_with_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of a GPU depend on its driver. Without nvidia-smi, or where it fails, the rest
+    stays."""
+    monkeypatch.setattr(bench, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine(torch.device("cuda"))["driver"] == "unknown"
+    program = tmp_path / "nvidia-smi"
+    for text, expected in (("exit 9", "unknown"), ("true", "unknown"), ("echo 570.86.15; echo 570.86.15", "570.86.15")):
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        assert machine(torch.device("cuda"))["driver"] == expected
+    assert machine(torch.device("cuda"))["device"] == "NVIDIA H200"
+    assert "driver" not in machine(CPU)
 
 
 @needs_bfloat16

@@ -152,14 +152,26 @@ def peak_memory(device: torch.device) -> float:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """Describe the machine and the versions that were measured."""
+    gpu = {"driver": _driver(), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
     return {
         "device": device_name(device),
+        **gpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "dcris": __version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver; "unknown" without nvidia-smi (some containers)."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.split() or ["unknown"])[0]  # one line for each GPU, all with the same version
 
 
 def random_towers(config: RunConfig) -> RunConfig:
@@ -173,7 +185,7 @@ def random_towers(config: RunConfig) -> RunConfig:
 
 
 class TrainingStep:
-    """Optimiser steps of the training loop on one random batch."""
+    """Optimiser steps of the training loop on one random batch, the same on every device."""
 
     def __init__(self, config: RunConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -184,19 +196,20 @@ class TrainingStep:
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.train.lr, fused=True)
         side = config.data.image_size
-        self.images = torch.randn(batch_size, 3, side, side, device=device)
+        self.images = torch.randn(batch_size, 3, side, side).to(device)
         tokens = tokenizer_of(config.model.text)(["left slice"] * batch_size, config.data.word_length)
         self.tokens = tokens.to(device)
-        self.masks = (torch.rand(batch_size, 1, side, side, device=device) > 0.5).float()
+        self.masks = (torch.rand(batch_size, 1, side, side) > 0.5).float().to(device)
 
-    def __call__(self) -> None:
-        """Run one step: forward, loss, backward, update."""
+    def __call__(self) -> torch.Tensor:
+        """Run one step: forward, loss, backward, update. Return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
             output = self.model(self.images, self.tokens)
         loss = text_to_pixel_loss(output.logits, self.masks)
         loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
 
 def peak_of_training(config: str, batch_size: int, device_name: str, precision: Precision) -> float:
@@ -296,7 +309,7 @@ def bench(
         for row in _memory(config, device, kind, batch_sizes):
             add(row)
     if "folder" in parts and folder is not None:
-        add(_folder(config, folder, device, kind, quick))
+        add(folder_row(config, folder, device, kind, quick))
     return {
         "machine": machine(chosen),
         "recipe": config.recipe,
@@ -315,16 +328,35 @@ def _speed(
     quick: bool,
 ) -> Iterator[Row]:
     """Measure start-up, training, data loading and prediction."""
-    rounds = 2 if quick else 5
     for what, command in _STARTS.items():
-        yield Row(f"start-up: {what}", _start_seconds(command, rounds), "s")
+        yield Row(f"start-up: {what}", _start_seconds(command, _rounds(quick)), "s")
+    yield from training_rows(config, device, dtype, batch_sizes, quick)
+    yield from prediction_rows(config, device, precision, quick)
+
+
+def _rounds(quick: bool) -> int:
+    return 2 if quick else 5
+
+
+def training_rows(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, batch_sizes: Sequence[int], quick: bool
+) -> Iterator[Row]:
+    """Measure training steps, and the data loading that they need.
+
+    Args:
+        config: the recipe, with `random_towers`.
+        device: to train on.
+        dtype: working precision.
+        batch_sizes: of the steps.
+        quick: fewer rounds.
+    """
     product, operations = matrix_products(device, dtype)
     loaded = _loading(config, quick)
     for number, batch_size in enumerate(batch_sizes):
         step = TrainingStep(config, batch_size, device, dtype)
         step()
         work = count_operations(step)
-        seconds = take_turns({"step": step, "product": product}, rounds, device)
+        seconds = take_turns({"step": step, "product": product}, _rounds(quick), device)
         del step  # frees its gradients and the optimiser's memory
         ceiling = operations / median(seconds["product"])
         per_step = median(seconds["step"])
@@ -340,7 +372,15 @@ def _speed(
             ratio=ratio_of_loading,
         )
 
+
+def prediction_rows(config: RunConfig, device: torch.device, precision: Precision, quick: bool) -> Iterator[Row]:
+    """Measure predictions of one image with one and with 8 expressions.
+
+    Args: as in `training_rows`.
+    """
+    rounds = _rounds(quick)
     segmenter, image = _segmenter(config, str(device), precision), random_image()
+    product, operations = matrix_products(device, segmenter.dtype)
     one = partial(segmenter.predict, image, EXPRESSIONS[0])
     one()
     work = count_operations(one)
@@ -356,10 +396,12 @@ def _speed(
         yield _many_expressions(segmenter, f"the same with adapters on layers {list(LATE_LAYERS)}", rounds)
 
 
-def _folder(config: RunConfig, folder: Path, device: str, precision: Precision, quick: bool) -> Row:
+def folder_row(config: RunConfig, folder: Path, device: str, precision: Precision, quick: bool) -> Row:
     """Compare `dcris predict FOLDER` with a loop that predicts and saves one image after the other.
 
     Both write the same files: mask, picture and probabilities of one phrase.
+
+    Args: as in `training_rows`.
     """
     segmenter, phrase = _segmenter(config, device, precision), EXPRESSIONS[0]
     tasks = find_tasks([folder], [phrase])[: 10 if quick else None]
@@ -402,6 +444,12 @@ def _memory(config: RunConfig, device: str, precision: Precision, batch_sizes: S
 
 def render(measured: Mapping[str, Any]) -> str:
     """Format the result of `bench` as a Markdown table and a line about the machine."""
+    about = ", ".join(f"{key} {value}" for key, value in measured["machine"].items())
+    return f"{table(measured['rows'])}\n{measured['recipe']}, {measured['precision']}; {about}"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format rows, each with the fields of `Row`, as a Markdown table."""
     cells = [
         [
             row["what"],
@@ -409,11 +457,9 @@ def render(measured: Mapping[str, Any]) -> str:
             "" if row["ratio"] is None else f"{row['ratio']:.2f}",
             "" if row["share"] is None else f"{row['share']:.0%}",
         ]
-        for row in measured["rows"]
+        for row in rows
     ]
-    about = ", ".join(f"{key} {value}" for key, value in measured["machine"].items())
-    title = f"{measured['recipe']}, {measured['precision']}; {about}"
-    return f"{markdown(('what', 'value', 'ratio', 'share of matrix products'), cells)}\n{title}"
+    return markdown(("what", "value", "ratio", "share of matrix products"), cells)
 
 
 _STARTS = {"dcris --help": ("-m", "dcris", "--help"), "import dcris": ("-c", "import dcris")}
