@@ -371,14 +371,14 @@ class BatchPredictor:
         """Predict several images in one pass, or the phrases of one image in as few as possible."""
         if len(group) == 1:
             ((task, pixels),) = group
-            yield self._job(task, None, pixels, self._predict_phrases(task, pixels, self.formats), self.formats)
+            yield self._job(task, None, pixels, self.formats, self._predict_phrases(task, pixels, self.formats))
         elif group:
             images: list[Any] = [pixels for _, pixels in group]
             phrases = [task.phrases for task, _ in group]
             scores = "scores" in self.formats
             found = self.segmenter.predict(images, phrases, scores=scores, **self._decision)
             for (task, pixels), predictions in zip(group, found, strict=True):
-                yield self._job(task, None, pixels, predictions, self.formats)
+                yield self._job(task, None, pixels, self.formats, predictions)
 
     def _predict_phrases(self, task: Task, pixels: Pixels, formats: set[Format]) -> Iterator[Prediction]:
         """Predict the phrases of one image, several per pass if their masks fit into memory."""
@@ -394,18 +394,10 @@ class BatchPredictor:
                 yield found.pop()
 
     def _job(
-        self,
-        task: Task,
-        frame: Frame | None,
-        pixels: Pixels,
-        predictions: Iterable[Prediction],
-        formats: set[Format],
+        self, task: Task, frame: Frame | None, pixels: Pixels, formats: set[Format], predictions: Iterable[Prediction]
     ) -> "_Job":
-        """Writing the files of one image or frame, while the next one is predicted."""
-
-        def write(made: Iterator[Prediction]) -> Done:
-            return self._write(task, frame, pixels, made, formats)
-
+        """Return what writes the files of one image or frame, while the next one is predicted."""
+        write = partial(self._write, task, frame, pixels, formats)
         return Job(predictions, write, alone=pixels.shape[0] * pixels.shape[1] > _MAX_OVERLAPPED)
 
     def _write(
@@ -413,8 +405,8 @@ class BatchPredictor:
         task: Task,
         frame: Frame | None,
         pixels: Pixels,
-        predictions: Iterable[Prediction],
         formats: set[Format],
+        predictions: Iterable[Prediction],
     ) -> Done:
         """Write the files of one image or frame, then its record."""
         stem, name = (task.name, task.name) if frame is None else _frame_names(task, frame.index)
@@ -465,7 +457,7 @@ class BatchPredictor:
                     yield _failed(task, frame)
                     break
                 predictions = self._predict_phrases(task, frame.pixels, self.video_formats)
-                yield self._job(task, frame, frame.pixels, predictions, self.video_formats - {"overlay"})
+                yield self._job(task, frame, frame.pixels, self.video_formats - {"overlay"}, predictions)
             self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
