@@ -592,20 +592,6 @@ def test_help_is_quick() -> None:
     assert done.stdout.endswith("set()\n")
 
 
-def test_predicting_leaves_out_the_compiler(photo: Path, tmp_path: Path) -> None:
-    """Importing what only torch.compile needs takes a fifth of the time until the first mask."""
-    code = "import sys; from dcris.cli import main\n"
-    code += f"done = main(['predict', 'tiny', {str(photo)!r}, '-e', 'ring', '--out', {str(tmp_path)!r}])\n"
-    code += "assert 'torch._meta_registrations' not in sys.modules\n"
-    code += "import torch._meta_registrations, torch\n"  # from here on torch is whole
-    code += (
-        "print(done, torch.export.export(torch.nn.Linear(3, 4), (torch.ones(2, 3),)).module()(torch.ones(2, 3)).shape)"
-    )
-    done = in_a_process("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("0 torch.Size([2, 4])\n")
-
-
 def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Through `python -m dcris`: 0 with nothing on standard error, 2 with one line."""
     command = ("-m", "dcris", "predict", str(trained_run), str(photo), "--out", str(tmp_path / "out"))

@@ -185,9 +185,6 @@ def _predict(args: argparse.Namespace) -> None:
 
     from datetime import timedelta
 
-    from dcris.utils.quick_torch import import_torch
-
-    import_torch()
     from dcris.checkpoints.checkpoint import find_checkpoint
     from dcris.checkpoints.resolve import locate
     from dcris.inference.batch import IMAGE_FORMATS, LOCAL_FILES, BatchOptions, finished_results
