@@ -238,7 +238,7 @@ def test_a_segmenter_is_moved_itself(trained_run: Path) -> None:
     assert same(segmenter.predict(PIXELS, "star"), expected)
 
 
-@pytest.mark.parametrize("precision", ["half", 16, "float16"])
+@pytest.mark.parametrize("precision", ["half", 16, "float64"])
 def test_a_wrong_precision_is_named(trained_run: Path, precision: Any) -> None:
     """Not an attribute error of torch."""
     with pytest.raises(DcrisError, match="precision"):

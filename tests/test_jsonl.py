@@ -271,7 +271,7 @@ def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen million invalid lines would take minutes and gigabytes."""
-    monkeypatch.setattr(check, "_MAX_BAD_REFERENCES", 20)
+    monkeypatch.setattr(check, "MAX_ERRORS", 20)
     path = write(folder, *["1"] * 30)
     with pytest.raises(DcrisError, match=r"stopped after 20 bad references; the first: .*line 1 is not an object"):
         check_dataset(path, None)

@@ -207,13 +207,13 @@ class Trainer:
         self.features: CachedSamples | None = None
         self.stop = StopRequest()
         self.record: RunRecord | None = None  # on rank 0
+        self.forward: Callable[..., Output] = model
+        """The model, or what run() compiles from it."""
 
         # Set by run():
         self.towers: Towers
         self.parameters: list[torch.nn.Parameter]
         self.optimizer: torch.optim.Optimizer
-        self.forward: Callable[..., Output]
-        """The model, or what is compiled from it."""
         self.monitor: Monitor
 
     def run(self) -> TrainResult:
