@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dcris.utils import cache
-from dcris.utils.cache import remembered
+from dcris.utils.cache import file_state, remembered
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def counting(path: Path, times: list[str]) -> Callable[[], str]:
 
 def test_an_unchanged_file_is_read_once(weights: Path) -> None:
     times: list[str] = []
-    assert [remembered(weights, "a", counting(weights, times)) for _ in range(3)] == ["one"] * 3
+    assert [remembered(file_state(weights), "a", counting(weights, times)) for _ in range(3)] == ["one"] * 3
     assert len(times) == 1
-    remembered(weights, "b", counting(weights, times))
+    remembered(file_state(weights), "b", counting(weights, times))
     assert len(times) == 2, "a result for another purpose was taken"
 
 
@@ -46,11 +46,24 @@ def test_other_content_is_noticed_whatever_its_time(weights: Path) -> None:
     """An attacker can give a file any size and time of modification; the weights must not be
     trusted for it."""
     before = weights.stat()
-    assert remembered(weights, "", counting(weights, [])) == "one"
+    assert remembered(file_state(weights), "", counting(weights, [])) == "one"
     weights.write_text("two")
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert weights.stat().st_mtime_ns == before.st_mtime_ns
-    assert remembered(weights, "", counting(weights, [])) == "two"
+    assert remembered(file_state(weights), "", counting(weights, [])) == "two"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_file_that_is_replaced_while_it_is_read(known: bool, weights: Path) -> None:
+    """Another process may put other weights in its place between reading and asking."""
+    if known:
+        remembered(file_state(weights), "", lambda: "one")
+    before = file_state(weights)
+    weights.with_name("new").write_text("two")
+    weights.with_name("new").replace(weights)
+    assert remembered(before, "", lambda: "what was read") == "what was read"
+    assert remembered(file_state(weights), "", counting(weights, [])) == "two"
+    assert remembered(before, "", lambda: "again") == "again", "what was read of two files was remembered"
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(
@@ -58,7 +71,7 @@ def test_a_file_that_has_just_changed_is_not_remembered(
 ) -> None:
     """A second change may follow within one tick of the file system's clock."""
     monkeypatch.setattr(cache, "_SETTLED", 10**12)
-    assert remembered(weights, "", counting(weights, [])) == "one"
+    assert remembered(file_state(weights), "", counting(weights, [])) == "one"
     assert not (folder / "checksums.json").exists()
 
 
@@ -66,7 +79,7 @@ def test_a_file_that_has_just_changed_is_not_remembered(
 def test_a_damaged_cache_is_replaced(content: str, weights: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "checksums.json").write_text(content)
-    assert remembered(weights, "", counting(weights, [])) == "one"
+    assert remembered(file_state(weights), "", counting(weights, [])) == "one"
     assert [*json.loads((folder / "checksums.json").read_text()).values()] == ["one"]
 
 
@@ -74,14 +87,14 @@ def test_nothing_is_needed_to_work(weights: Path, tmp_path: Path, monkeypatch: p
     """Containers have homes that do not exist or cannot be written."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "file" / "cache"))
-    assert remembered(weights, "", counting(weights, [])) == "one"
+    assert remembered(file_state(weights), "", counting(weights, [])) == "one"
 
 
 def test_the_cache_does_not_grow_for_ever(weights: Path, folder: Path) -> None:
     for number in range(150):
-        remembered(weights, str(number), lambda: "x")
+        remembered(file_state(weights), str(number), lambda: "x")
     assert len(json.loads((folder / "checksums.json").read_text())) == 100
     times: list[str] = []
-    remembered(weights, "149", counting(weights, times))
-    remembered(weights, "0", counting(weights, times))
+    remembered(file_state(weights), "149", counting(weights, times))
+    remembered(file_state(weights), "0", counting(weights, times))
     assert len(times) == 1, "the newest was dropped, or the oldest was not"

@@ -624,7 +624,7 @@ def test_a_file_of_ones_own_can_be_overwritten_while_it_is_used(hub: Hub, tmp_pa
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.add_(1)
-    assert cached.read_bytes() == content
+    assert cached.path.read_bytes() == content
 
 
 # What other people's checkpoints hold beside the weights, and where they keep them

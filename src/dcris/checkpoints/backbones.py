@@ -26,12 +26,14 @@ from dcris.errors import DcrisError
 from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions
+from dcris.utils.cache import FileState, file_state
 from dcris.utils.hub import fetch
 from dcris.utils.wheels import WheelFile
 
 RANDOM = "random"
-TowerFiles = dict[str, Path | None]
-"""The file from which the weights of "vision" and "text" were read; None if there is none."""
+TowerFiles = dict[str, FileState | None]
+"""The file from which the weights of "vision" and "text" were read, as it was before; None if there
+is none."""
 
 _EMBEDDED = {"tiny-vision": "vision.", "tiny-text": "text."}
 _EMBEDDED_FILE = "tiny_towers.safetensors"
@@ -53,14 +55,14 @@ def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> To
     }
 
 
-def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> Path | None:
+def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> FileState | None:
     """Load the weights of one tower by their name, and record their origin in `tower.source`.
 
     Weights of the Hub and of packages stay in their files where possible: the tower's tensors are
     memory-mapped, since nobody changes those files. Files of the user's own are copied.
 
     Returns:
-        The file; None for weights that are part of the package, or random.
+        The file as it was before; None for weights that are part of the package, or random.
 
     Raises:
         DcrisError: the weights do not exist, cannot be downloaded or read, or a tensor is missing,
@@ -90,8 +92,9 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     else:
         known = ", ".join((*published, *_EMBEDDED))
         raise DcrisError(f"there are no weights {name!r}; give a file or one of {known}")
+    state = file_state(path)
     fill_from_file(tower, path, family.key_mappings, mapped=source is not None)
-    return path
+    return state
 
 
 def family_of(tower: VisionTower | TextTower) -> TowerFamily[Any]:

@@ -47,7 +47,7 @@ from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.arguments import PathLike, as_path
-from dcris.utils.cache import remembered
+from dcris.utils.cache import FileState, file_state, remembered
 from dcris.utils.device import allocate, shapes_only
 from dcris.utils.files import (
     open_regular,
@@ -105,7 +105,7 @@ def identify_towers(model: ReferringSegmenter, files: TowerFiles | None = None) 
     }
 
 
-def _fingerprint_of(tower: VisionTower | TextTower, file: Path | None) -> str:
+def _fingerprint_of(tower: VisionTower | TextTower, file: FileState | None) -> str:
     frozen = frozen_state(tower)
     if file is None:
         return fingerprint(frozen)
@@ -492,9 +492,9 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
     allocate(model)
     tower_file = path if path.is_file() else path / _TOWERS
     if tower_file.is_file():
+        files: TowerFiles = dict.fromkeys(("vision", "text"), file_state(tower_file))
         towers = _tower_tensors(model)
         copy_strictly(towers, _read_tensors(tower_file, only=towers if path.is_file() else None), str(tower_file))
-        files: TowerFiles = dict.fromkeys(("vision", "text"), tower_file)
     else:
         files = load_towers(model.vision, model.text, config.model)
     found = load_trained(model, path, files)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcris.errors import DcrisError
@@ -35,32 +36,43 @@ def cache_folder() -> Path:
         raise DcrisError(f"{error}; {advice}") from error
 
 
-def remembered(path: Path, what: str, compute: Callable[[], str]) -> str:
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file and what changes with its content."""
+
+    path: Path
+    numbers: tuple[int, ...]
+    """Device, inode, size in bytes, mtime and ctime in ns."""
+
+
+def file_state(path: Path) -> FileState:
+    """Return the state of a file. Call it before the file is read."""
+    found = path.stat()
+    numbers = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return FileState(path.absolute(), numbers)
+
+
+def remembered(state: FileState, what: str, compute: Callable[[], str]) -> str:
     """Return `compute()`, or what it returned for this file the last time.
 
+    A file that another process replaced meanwhile is neither trusted nor remembered.
+
     Args:
-        path: the file that the result depends on.
+        state: of the file that the result depends on, from before it was read.
         what: all else that it depends on.
         compute: returns the result, such as a checksum.
     """
-    status = path.stat()
-    facts = (
-        str(path.absolute()),
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        what,
-    )
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()
+    key = hashlib.sha256(repr((state, what)).encode()).hexdigest()
     entries = _read()
-    if key not in entries:
-        entries[key] = compute()
-        if time.time_ns() - status.st_ctime_ns > _SETTLED:
-            with suppress(DcrisError):
-                write_json(cache_folder() / _FILE, dict(list(entries.items())[-_MOST:]))
-    return entries[key]
+    if key in entries and file_state(state.path) == state:
+        return entries[key]
+    result = compute()
+    *_, changed = state.numbers
+    if time.time_ns() - changed > _SETTLED and file_state(state.path) == state:
+        entries[key] = result
+        with suppress(DcrisError):
+            write_json(cache_folder() / _FILE, dict(list(entries.items())[-_MOST:]))
+    return result
 
 
 def _read() -> dict[str, str]:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dcris.errors import DcrisError
-from dcris.utils.cache import remembered
+from dcris.utils.cache import file_state, remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class WheelFile:
             raise DcrisError(
                 f"the package {self.distribution} is not installed; install it: pip install 'dcris[photos]'"
             )
-        found = remembered(path, "sha256", lambda: _sha256(path))
+        found = remembered(file_state(path), "sha256", lambda: _sha256(path))
         if found != self.sha256:
             raise DcrisError(
                 f"{path} is not the file that {self.distribution} {self.version} contains (its SHA-256 is {found}); "
