@@ -61,7 +61,7 @@ def _bench(args: argparse.Namespace) -> None:
         config = replace(config, {"train.checkpoint_activations": True})
     parts: Sequence[Part] = ("speed",) if args.quick else PARTS
     if args.folder is not None:
-        parts = ("folder",)
+        parts = ()
     elif args.only:
         parts = (args.only,)
     measured = bench(

@@ -56,7 +56,7 @@ EXPRESSIONS = (
     "white car near the tree",
     "top of the bread",
 )
-Part = Literal["speed", "memory", "folder"]
+Part = Literal["speed", "memory"]
 PARTS: tuple[Part, ...] = ("speed", "memory")
 LATE_LAYERS = (4, 8, 11)
 """Three late blocks with adapters (table 5): expressions share more of the vision tower."""
@@ -282,7 +282,7 @@ def bench(
         quick: fewer rounds.
         batch_sizes: of the training step.
         parts: what is measured.
-        folder: the images of the part "folder".
+        folder: with images whose prediction is measured, too; None: none.
         progress: called with each row when it is measured.
 
     Returns:
@@ -308,7 +308,7 @@ def bench(
     if "memory" in parts:
         for row in _memory(config, device, kind, batch_sizes):
             add(row)
-    if "folder" in parts and folder is not None:
+    if folder is not None:
         add(folder_row(config, folder, device, kind, quick))
     return {
         "machine": machine(chosen),
