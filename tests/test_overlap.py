@@ -3,6 +3,9 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+from typing import Any
 
 import pytest
 
@@ -113,6 +116,33 @@ def test_a_failure_of_the_thread_stops_the_caller(after: int) -> None:
     with pytest.raises(OSError, match="disk full"):
         [*overlapped(jobs)]
     assert len(made) < 25
+
+
+@pytest.mark.parametrize("place", ["submit", "put"])
+def test_ctrl_c_at_any_moment_ends_the_thread(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come between any two instructions, and a second one while the first is handled;
+    a thread that waits for more would keep the process alive."""
+    waiting, real = threading.Event(), ThreadPoolExecutor.submit
+
+    def submit(pool: Any, use: Any, items: Any) -> Any:
+        real(pool, use, items)
+        raise KeyboardInterrupt
+
+    def put(queue: Any, item: Any, timeout: float) -> None:
+        raise KeyboardInterrupt
+
+    if place == "submit":
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    else:
+        monkeypatch.setattr(Queue, "put", put)
+
+    def run() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            [*overlapped([Job([1, 2], total)])]
+        waiting.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert waiting.wait(20), "the pool waits for the thread, and the thread for items"
 
 
 def test_a_caller_that_stops_listening_ends_the_thread() -> None:

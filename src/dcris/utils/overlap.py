@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 _END = object()
 _POLL = 0.1
-"""Seconds until a full queue is looked at again: the thread may have failed."""
+"""Seconds until each side looks whether the other has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,18 @@ def overlapped(jobs: Iterable[Job[Item, Result]]) -> Iterator[Result]:
                     before = None
                 yield job.use(iter(job.items))
                 continue
-            line: Queue[Any] = Queue(1)
-            future = pool.submit(job.use, _taken(line))
-            pair = [each for each in (before, future) if each is not None]
+            line = _Line()
             try:
+                future = pool.submit(job.use, line.taken())
+                pair = [each for each in (before, future) if each is not None]
                 for item in job.items:
-                    _put(line, item, pair)
+                    line.put(item, pair)
                     del item
-                _put(line, _END, pair)
+                line.put(_END, pair)
             except BaseException as error:
-                _end(line, _Failure(error), future)
+                # Not an item, which has to wait for room: Ctrl-C may come again, and without an end
+                # the thread would outlive the command.
+                line.failure = error
                 raise
             if before is not None:
                 yield before.result()
@@ -64,33 +66,34 @@ def overlapped(jobs: Iterable[Job[Item, Result]]) -> Iterator[Result]:
             yield before.result()
 
 
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+class _Line:
+    """Items on their way from the caller to the thread, of which one waits."""
 
+    def __init__(self) -> None:
+        self.queue: Queue[Any] = Queue(1)
+        self.failure: BaseException | None = None
+        """Why there will be no more items, if they are not at their end."""
 
-def _taken(line: "Queue[Any]") -> Iterator[Any]:
-    while (item := line.get()) is not _END:
-        if isinstance(item, _Failure):
-            raise item.error
-        yield item
-        del item
+    def put(self, item: Any, futures: list[Future[Any]]) -> None:
+        """Hand over an item, or raise what a job has failed with meanwhile."""
+        while True:
+            for future in futures:
+                if future.done():
+                    future.result()
+            with suppress(Full):
+                self.queue.put(item, timeout=_POLL)
+                return
 
-
-def _end(line: "Queue[Any]", failure: _Failure, future: Future[Any]) -> None:
-    """Let a job fail, unless it has."""
-    while not future.done():
-        with suppress(Full):
-            line.put(failure, timeout=_POLL)
-            return
-
-
-def _put(line: "Queue[Any]", item: Any, futures: list[Future[Any]]) -> None:
-    """Hand over an item, or raise what a job has failed with meanwhile."""
-    while True:
-        for future in futures:
-            if future.done():
-                future.result()
-        with suppress(Full):
-            line.put(item, timeout=_POLL)
-            return
+    def taken(self) -> Iterator[Any]:
+        """Yield the items. Raises the failure of the caller after those before it."""
+        while True:
+            try:
+                item = self.queue.get(timeout=_POLL)
+            except Empty:
+                if self.failure is not None:
+                    raise self.failure from None
+                continue
+            if item is _END:
+                return
+            yield item
+            del item
