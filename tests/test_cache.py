@@ -75,6 +75,66 @@ def test_a_file_that_has_just_changed_is_not_remembered(
     assert not (folder / "checksums.json").exists()
 
 
+def test_a_file_that_is_removed_while_it_is_read(weights: Path) -> None:
+    """It has been read, so the command goes on."""
+    remembered(file_state(weights), "", lambda: "known")
+    state = file_state(weights)
+
+    def compute() -> str:
+        weights.unlink(missing_ok=True)
+        return "what was read"
+
+    assert remembered(state, "other", compute) == "what was read"
+    assert remembered(state, "", compute) == "what was read"
+
+
+def test_other_users_cannot_vouch_for_weights(weights: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several users may share the folder: one could give weights the checksum of others."""
+    path = folder / "checksums.json"
+    before = os.umask(0)  # of users who share files in a group
+    try:
+        remembered(file_state(weights), "", lambda: "one")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    times: list[str] = []
+    forged = dict.fromkeys(json.loads(path.read_text()), "forged")
+    path.write_text(json.dumps(forged))
+    assert remembered(file_state(weights), "", counting(weights, times)) == "forged", "the entry is not this one"
+    for mode in (0o620, 0o602):
+        path.write_text(json.dumps(forged))
+        path.chmod(mode)
+        assert remembered(file_state(weights), "", counting(weights, times)) == "one"
+    path.write_text(json.dumps(forged))
+    if (user := os.geteuid()) == 0:
+        os.chown(path, 1, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert remembered(file_state(weights), "", counting(weights, times)) == "one"
+
+
+def test_the_cache_may_be_a_link_to_anything(weights: Path, folder: Path, tmp_path: Path) -> None:
+    """Neither memory nor time beyond a bound, and nobody's file is overwritten."""
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    folder.mkdir()
+    for target in (large, Path("/dev/zero"), folder):
+        (folder / "checksums.json").symlink_to(target)
+        assert remembered(file_state(weights), "", counting(weights, [])) == "one"
+        (folder / "checksums.json").unlink()
+    assert large.stat().st_size == 1 << 40
+
+
+def test_nothing_is_remembered_where_changes_have_no_time(
+    weights: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, ctime is when the file was created, and other content has the same."""
+    monkeypatch.setattr(cache, "_NOTICED", False)
+    assert remembered(file_state(weights), "", counting(weights, [])) == "one"
+    assert not (folder / "checksums.json").exists()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "\0"])
 def test_a_damaged_cache_is_replaced(content: str, weights: Path, folder: Path) -> None:
     folder.mkdir()

@@ -109,8 +109,8 @@ def _fingerprint_of(tower: VisionTower | TextTower, file: FileState | None) -> s
     frozen = frozen_state(tower)
     if file is None:
         return fingerprint(frozen)
-    # The tower's shape and the version decide how the file is read.
-    what = repr((__version__, tower.config.model_dump_json(), sorted(frozen)))
+    # The tower's shape and the versions decide how the file is read; torch interpolates positions.
+    what = repr((__version__, torch.__version__, tower.config.model_dump_json(), sorted(frozen)))
     return remembered(file, what, lambda: fingerprint(frozen))
 
 

@@ -2,11 +2,14 @@
 
 Checksums of large weights take longer than all else that a command does before it predicts, so they
 are remembered for as long as the file does not change: by path, size, inode and the two times of
-its last change. The second time, ctime, cannot be set back, so other content is noticed.
+its last change. The second time, ctime, cannot be set back, so other content is noticed. The file
+with the checksums belongs to one user: what others could have written is not believed.
 """
 
 import hashlib
+import json
 import os
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcris.errors import DcrisError
-from dcris.utils.files import expand_home, make_directory, read_json, write_json
+from dcris.utils.files import expand_home, make_directory, open_regular, parse_json, write_file
 
 _FILE = "checksums.json"
 _MOST = 100
 """Entries that are kept; the oldest is dropped first."""
+_LARGEST = 1_000_000
+"""Most bytes of the file. The entries that are kept take about 14,000."""
+_NOTICED = os.name != "nt"
+"""Whether ctime is the time of the last change. On Windows it is that of the creation, so nothing
+is remembered there."""
 _SETTLED = 2 * 10**9
 """Nanoseconds after a change until a file system surely shows the next one by another time."""
 
@@ -64,21 +72,37 @@ def remembered(state: FileState, what: str, compute: Callable[[], str]) -> str:
     """
     key = hashlib.sha256(repr((state, what)).encode()).hexdigest()
     entries = _read()
-    if key in entries and file_state(state.path) == state:
+    if key in entries and _is_unchanged(state):
         return entries[key]
     result = compute()
     *_, changed = state.numbers
-    if time.time_ns() - changed > _SETTLED and file_state(state.path) == state:
+    if _NOTICED and time.time_ns() - changed > _SETTLED and _is_unchanged(state):
         entries[key] = result
         with suppress(DcrisError):
-            write_json(cache_folder() / _FILE, dict(list(entries.items())[-_MOST:]))
+            content = json.dumps(dict(list(entries.items())[-_MOST:]), indent=2)
+            write_file(cache_folder() / _FILE, content + "\n", private=True)
     return result
 
 
+def _is_unchanged(state: FileState) -> bool:
+    with suppress(OSError):  # it was removed meanwhile
+        return file_state(state.path) == state
+    return False
+
+
 def _read() -> dict[str, str]:
-    """Return the entries; none where there is no file, or a damaged one."""
-    with suppress(DcrisError):
-        found = read_json(cache_folder() / _FILE, "the known checksums")
-        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-            return found
+    """Return the entries; none where there is no file, or a damaged one, or one of other users."""
+    with suppress(DcrisError, OSError, ValueError), open_regular(cache_folder() / _FILE, _LARGEST) as file:
+        if _is_private(os.fstat(file.fileno())):
+            found = parse_json(file.read(_LARGEST).decode())
+            if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+                return found
     return {}
+
+
+def _is_private(found: os.stat_result) -> bool:
+    """Return whether nobody but this user and the administrator can have written a file.
+
+    DCRIS_CACHE may be a folder that several users share."""
+    owners = (0, os.geteuid()) if hasattr(os, "geteuid") else (found.st_uid,)
+    return found.st_uid in owners and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
