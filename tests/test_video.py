@@ -14,7 +14,7 @@ import pytest
 
 from dcris.cli import main
 from dcris.errors import DcrisError
-from dcris.inference.video import _DEMUXERS, VIDEO_ENDINGS, frame_count, read_frames
+from dcris.inference.video import _DEMUXERS, VIDEO_ENDINGS, frame_count, read_frames, write_overlay
 
 av = pytest.importorskip("av")
 WIDTH, HEIGHT = 128, 96
@@ -44,6 +44,25 @@ def test_frames_are_counted_without_decoding(tmp_path: Path) -> None:
     assert frame_count(make_video(tmp_path / "a.mkv", frames=7)) == 7  # from its duration
     (tmp_path / "b.mp4").write_bytes(b"no video")
     assert frame_count(tmp_path / "b.mp4") is None
+
+
+@pytest.mark.parametrize("tag", [b"inf", b"nan", b"1e400", b"-1:00:00", b"9e307:9e307", b"0:" * 9, b"\xff"])
+def test_a_stated_duration_may_be_anything(tag: bytes, tmp_path: Path) -> None:
+    """Whoever made the file wrote it; the frames can still be read."""
+    path = make_video(tmp_path / "a.mkv", frames=7)
+    content = path.read_bytes()
+    assert content.count(b"00:00:00.700000000") == 1
+    path.write_bytes(content.replace(b"00:00:00.700000000", tag.ljust(18, b"\0")))
+    assert frame_count(path) is None
+    assert len([*read_frames(path)]) == 7
+
+
+@pytest.mark.parametrize("every", [7, 10**9, 10**20])
+def test_any_step_between_the_frames_of_an_overlay(every: int, tmp_path: Path) -> None:
+    """`--every` may be greater than the video is long; encoders store rates in 32 bits."""
+    path = make_video(tmp_path / "a.mp4")
+    write_overlay(path, tmp_path / "o.mp4", lambda index: [np.ones((HEIGHT, WIDTH), bool)], 0, every)
+    assert len([*read_frames(tmp_path / "o.mp4")]) == 1
 
 
 def make_changing(path: Path, sizes: tuple[tuple[int, int], ...] = ((128, 96), (192, 144))) -> Path:

@@ -447,6 +447,23 @@ def test_zip_files_of_strangers_are_refused(tmp_path: Path, capsys: pytest.Captu
         assert name in text
 
 
+def test_claimed_sizes_and_numbers_take_no_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A data set from a stranger can claim masks of any size, and label images of 255 objects."""
+    masks = {key: [None, None, {"size": [100_000, 100_000], "counts": "0"}] for key in "789"}
+    root = write_mevis(tmp_path / "mevis", masks=masks)
+    made = submit(tmp_path / "masks", load_videos(write_mevis(tmp_path / "good"), "mevis", "valid_u"))
+    with at_most(50e6):
+        assert "the limits are 110,000,000 pixels" in refused(capsys, root, made, "mevis")
+    root = write_davis(tmp_path / "davis")
+    made = submit(tmp_path / "labels", load_videos(root, "ref_davis17", "valid"))
+    large = np.full((2_000, 2_000), 254, np.uint8)
+    for folder in (root / UNSUPERVISED / "motorbike", *(made.glob("anno_*/motorbike"))):
+        for frame in DAVIS_FRAMES:
+            write_labels(folder / f"{frame}.png", large)
+    with at_most(250e6):
+        assert "254 objects in frames of 2000 x 2000 pixels" in refused(capsys, root, made, "ref_davis17")
+
+
 def _png_of(width: int, height: int) -> bytes:
     """Return a PNG that claims a size and has no pixels."""
 
@@ -541,6 +558,17 @@ def test_results_compare_with_paired_intervals(
     assert "is no result of videos" in capsys.readouterr().err
     assert main(["compare", str(better), str(worse), "--images", "x"]) == 2
     assert "--images shows images" in capsys.readouterr().err
+
+
+def test_a_long_name_in_a_result_takes_its_own_memory(two: tuple[Path, Path]) -> None:
+    """Result files come from others; each row was once given the length of the longest name."""
+    record = json.loads(two[0].read_text())
+    first = record["rows"][0]
+    record["rows"] += [{**first, "video": "x" * 100_000}, *({**first, "video": str(n)} for n in range(2_000))]
+    for path in two:
+        path.write_text(json.dumps(record))
+    with at_most(100e6):
+        assert main(["compare", *map(str, two)]) == 0
 
 
 def test_results_are_columns_of_tables(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

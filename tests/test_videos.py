@@ -254,7 +254,7 @@ def test_malformed_texts_of_davis_give_one_sentence(file: str, text: str, messag
     [
         (lambda masks: masks.pop("7"), "has no '7'"),
         (lambda masks: masks.update({"7": masks["7"][:2]}), "are 2, but the video has 3 frames"),
-        (lambda masks: masks["7"][0].update(size=[10**9, 10**9]), "the limit is 2,000,000,000 pixels"),
+        (lambda masks: masks["7"][0].update(size=[10**9, 10**9]), "the limits are 110,000,000 pixels"),
         (lambda masks: masks["7"][0].update(size=[-1, 5]), "not a height and a width"),
         (lambda masks: masks["7"][1].update(size=[H, W + 1]), "not for an image of 24 x 36"),
         (lambda masks: masks["7"][1].update(counts="zz"), "cannot be decoded"),
@@ -284,6 +284,25 @@ def test_labels_that_differ_in_size_or_kind_give_one_sentence(tmp_path: Path) ->
     (folder / "00005.png").unlink()
     with pytest.raises(DcrisError, match="there is no image file"):
         train.truth(train.videos["0043f083b5"][0])
+
+
+def test_a_video_that_a_list_names_twice(tmp_path: Path) -> None:
+    """Its objects would count twice in every mean."""
+    path = write_davis(tmp_path) / "ref-davis/DAVIS/ImageSets/2017/val.txt"
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(DcrisError, match="line 2 names the video 'motorbike' again"):
+        load_videos(tmp_path, "ref_davis17", "valid")
+
+
+def test_more_masks_than_can_be_listed_are_refused(tmp_path: Path) -> None:
+    """A file of a megabyte can list 30,000 frames and 30,000 expressions: a name for each mask
+    would take 100 GB."""
+    record = {
+        "frames": [str(number) for number in range(3_000)],
+        "expressions": {str(number): {"exp": "x"} for number in range(3_000)},
+    }
+    with pytest.raises(DcrisError, match="9,000,000 masks, one for each expression and frame; the limit is 5,000,000"):
+        load_videos(write_mevis(tmp_path, {"valid": {"v": record}}), "mevis", "valid")
 
 
 def test_a_long_video_is_refused_before_memory_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from dcris.data.registry import OFFICIAL
 from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.data.video_readers.load import load_videos, video_splits
+from dcris.data.video_readers.mevis import RunLengths
 from dcris.data.videos import LabelImages, Truths, VideoExpression, VideoSet
 from dcris.errors import DcrisError
 from dcris.types import Expression, MaskArray, Reference
@@ -66,6 +67,8 @@ def _references(videos: VideoSet, step: int, numbers: Iterator[int], sentences: 
     """Yield the references of a split; they and their expressions get the next numbers."""
     assert videos.truths is not None
     images: dict[Path, int] = {}
+    if isinstance(videos.truths, RunLengths):
+        _ = videos.truths.masks  # read once, not in each thread
     with ThreadPoolExecutor(cores()) as pool:
         targets = pool.map(partial(_targets, videos.truths, step=step), videos.videos.values())
         for some, of_video in zip(videos.videos.values(), targets, strict=True):

@@ -7,6 +7,7 @@ frames count, and in what a missing mask is worth.
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,9 @@ _DECAYS = Score("j_decay", "J-Decay"), Score("f_decay", "F-Decay")
 
 _MOST_PROPOSALS = 20
 """Objects that DAVIS's unsupervised evaluation accepts in a video."""
+
+_MOST_CONTOURS = 500_000_000
+"""Most pixels of the contours of a frame, each of which is a byte: 60 objects in 4K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,11 @@ class ByObject(VideoProtocol):
             problem = f"{len(first.frames)} frames" if objects else "no object in its first frame"
             raise DcrisError(f"the video {first.video} has {problem}, so that the protocol {self.name} cannot score it")
         most = max(objects, _MOST_PROPOSALS) if self.matched else objects
+        if (most + objects) * math.prod(size) > _MOST_CONTOURS:
+            raise DcrisError(
+                f"the video {first.video} has {objects} objects in frames of {size[1]} x {size[0]} pixels, whose contours do "
+                "not fit into memory; leave it out, or make its frames and masks smaller"
+            )
         there, used = frames.masks.names(folder), np.zeros(len(first.frames), int)
 
         def scores(number: int) -> Floats:

@@ -77,9 +77,10 @@ def _means(rows: Sequence[Row], keys: Sequence[str]) -> dict[str, float]:
 
 def _tally(rows: Sequence[Row], keys: Sequence[str]) -> Floats:
     """Return for each video the number of its rows and the sums of their scores, [V, 1 + K]."""
-    names, owners = np.unique(np.array([row["video"] for row in rows], np.str_), return_inverse=True)
-    sums = np.zeros((len(names), 1 + len(keys)))
-    np.add.at(sums, owners, [[1, *(row[key] for key in keys)] for row in rows])
+    # Not np.unique, whose array of text gives each name the length of the longest.
+    places = {name: place for place, name in enumerate(sorted({row["video"] for row in rows}))}
+    sums = np.zeros((len(places), 1 + len(keys)))
+    np.add.at(sums, [places[row["video"]] for row in rows], [[1, *(row[key] for key in keys)] for row in rows])
     return sums
 
 

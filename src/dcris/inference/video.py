@@ -5,6 +5,7 @@ never gets a file name: it would take a name such as "http:host/a.mp4" as a URL,
 that a playlist lists.
 """
 
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -59,6 +60,15 @@ it."""
 _MISSING_SECONDS = 0.5
 """The last frame may end this much before the duration in the file; otherwise the file is
 truncated."""
+
+_DURATION = re.compile("([0-9]{1,6}):([0-9]{2}):([0-9]{2}(?:[.][0-9]{1,9})?)")
+"""Matroska's tag of this name, as FFmpeg and mkvmerge write it. Whoever made the file may have
+written anything there."""
+
+_SLOWEST = Fraction(1, 1000)
+_MOST_TICKS = 1_000_000
+"""Least frame rate of an overlay and greatest denominator of one, which encoders store in 32 bits.
+Each frame has its own time, so the rate need not be exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +150,8 @@ def write_overlay(
                 height, width = pixels.shape[:2]
                 pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 if stream is None:
-                    stream = output.add_stream(encoder, rate=frame.rate / every, options=_ENCODERS[encoder])
+                    rate = max(frame.rate / every, _SLOWEST).limit_denominator(_MOST_TICKS)
+                    stream = output.add_stream(encoder, rate=rate, options=_ENCODERS[encoder])
                     stream.height, stream.width, stream.pix_fmt = *pixels.shape[:2], "yuv420p"
                     stream.codec_context.time_base = frame.base
                 image = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
@@ -235,11 +246,11 @@ def _seconds(stream: Any) -> float | None:
     """Return the duration that the file states; Matroska has it in a tag."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
-    tag = str(stream.metadata.get("DURATION", "")).split(":")
-    try:
-        return sum(float(part) * 60**power for power, part in enumerate(reversed(tag)))
-    except ValueError:
+    found = _DURATION.fullmatch(str(stream.metadata.get("DURATION", "")))
+    if found is None:
         return None
+    hours, minutes, seconds = map(float, found.groups())
+    return 3600 * hours + 60 * minutes + seconds
 
 
 class _Nameless:
@@ -266,6 +277,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                     container_options={"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "none"},
                     # Of each stream: opening a file already decodes a frame.
                     options={"max_pixels": str(_MAX_PIXELS)},
+                    metadata_errors="replace",  # old cameras and converters write titles in Latin-1
                     io_open=_open_nothing,
                 )
             )

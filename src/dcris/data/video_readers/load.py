@@ -9,6 +9,9 @@ from dcris.data.video_readers import VIDEO_READERS
 from dcris.data.videos import VideoSet
 from dcris.errors import DcrisError
 
+MAX_MASKS = 5_000_000
+"""Most masks of a split, one for each expression and frame. MeViS's train has about 1.8 million."""
+
 
 def video_splits(root: Path, dataset: str) -> Sequence[str]:
     """Return the splits of a data set of videos that are below `root`.
@@ -40,8 +43,8 @@ def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None =
             skipped.
 
     Raises:
-        DcrisError: anything is missing, malformed or contradictory. The message names the file, the
-            video and the expression.
+        DcrisError: anything is missing, malformed or contradictory, or there are more than
+            MAX_MASKS masks. The message names the file, the video and the expression.
     """
     found = video_splits(root, dataset)
     if split not in found:
@@ -50,6 +53,14 @@ def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None =
         videos = VIDEO_READERS[dataset].load(root, split, on_error)
     except OSError as error:
         raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+    # What follows has a name for each mask: a small file with as many frames as expressions would
+    # fill the memory.
+    masks = sum(len(each.frames) for each in videos.expressions)
+    if masks > MAX_MASKS:
+        raise DcrisError(
+            f"{dataset} ({split}) in {root} has {masks:,} masks, one for each expression and frame; the limit is "
+            f"{MAX_MASKS:,}; leave some videos out"
+        )
     if not videos.expressions and on_error is None:
         raise DcrisError(f"{dataset} ({split}) in {root} has no expressions")
     return videos

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dcris.data.images import refuse_shape
 from dcris.data.masks import decode_mask
 from dcris.data.table import MAX_OBJECTS, OnError, bad, field, shown, skip_errors
 from dcris.data.video_readers.meta import META, each_video, home_of, identifier, read_videos
@@ -109,6 +110,10 @@ class RunLengths:
         size = field(runs, "size", list, self.path, where)
         if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
             raise bad(self.path, f"{where} has a 'size' that is not a height and a width: {shown(size)}")
+        try:
+            refuse_shape(*size)
+        except DcrisError as error:
+            raise bad(self.path, f"{where} is too large: {error}") from error
         return size[0], size[1]
 
     @staticmethod

@@ -68,10 +68,14 @@ def _from_texts(
 ) -> Iterator[VideoExpression]:
     names = home / f"DAVIS/ImageSets/2017/{_SPLITS[split]}.txt"
     texts = [_read_texts(home / "davis_text_annotations" / name, misspelt, on_error) for name in _TEXTS]
+    seen: set[str] = set()
     for number, line in enumerate(_lines(names), 1):
         if not (video := line.strip()):
             continue
         with skip_errors(on_error):
+            if video in seen:
+                raise bad(names, f"line {number} names the video {shown(video)} again")
+            seen.add(video)
             if plain_path(video, names, f"line {number}", "name") != video or "/" in video:
                 raise bad(names, f"line {number} is not the name of a video: {shown(video)}")
             yield from _of_video(home, video, [each.get(video, {}) for each in texts], frames / video)
