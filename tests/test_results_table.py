@@ -2,14 +2,17 @@
 paper's table 1; and the command that evaluates every data set and split below a folder."""
 
 import csv
+import html
 import io
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from dcris.cli import main
 from dcris.data.readers.load import list_data_sets, load_references
@@ -421,6 +424,41 @@ def test_signs_in_a_name_do_not_end_a_cell() -> None:
     assert markdown(["a"], [["x\\|<b>\r\fy"]]).splitlines()[2:] == [r"| x\\\|\<b>  y |"]
 
 
+@pytest.mark.parametrize("name", ["v1_2", "RefCOCO (umd)", "[1] R&D", "a_b_c.json", "!", "x > y", "10% [+1.0, +2.0]"])
+def test_usual_names_in_markdown_are_as_they_were(name: str) -> None:
+    assert markdown(["a"], [[name]]).splitlines()[-1].strip("| ") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "![x](http://tracker/a.png)",
+        "[x](http://a)",
+        "**best**",
+        "<u>b</u>",
+        "`code`",
+        "_a_ b",
+        "__init__",
+        "~~1~~",
+        "&lt;b&amp;",
+        "a\\*",
+    ],
+)
+def test_a_name_is_no_markdown(name: str) -> None:
+    """Result files come from others; a table on GitHub must not load their images, follow their
+    links, or show marks that no score has earned."""
+    github = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    (cell,) = re.findall(r"<td[^>]*>(.*)</td>", github.render(markdown(["a"], [[name]])))
+    assert html.unescape(cell) == name and "<" not in cell
+
+
+def test_a_name_does_not_reverse_the_cells_after_it() -> None:
+    """U+202E shows what follows from right to left: 12.3 as 3.21."""
+    for sign in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069":
+        for form in (markdown, latex, comma_separated):
+            assert sign not in form(["a", "b"], [[f"x{sign}y", "12.3"]])
+
+
 def test_a_name_that_begins_like_an_argument_of_a_latex_command() -> None:
     r"""\\ and \midrule take [1] for a length and fail; a form feed is \par, which a tabular's row
     must not have."""
@@ -436,3 +474,6 @@ def test_a_name_is_no_formula_in_a_spreadsheet() -> None:
         ["'@x", "'-x"],
         ['\'=HYPERLINK("a")', "1=2"],
     ]
+    for name in ("\t=1", "\r@x", " +x", "\uff1d1", "\n-x"):
+        (row,) = csv.reader(io.StringIO(comma_separated([name], [])))
+        assert row == [f"'{' ' if name[0].isspace() else ''}{name.strip()}"]

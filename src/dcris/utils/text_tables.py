@@ -19,9 +19,12 @@ _LATEX = {
     "|": r"\textbar{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_FORMULA = re.compile(r"[=@]|[+-](?![0-9.]+$)")
-"""What is a formula in a spreadsheet, unlike -1.5."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters and others that break lines or reverse the text of the cells after them."""
+_MARKDOWN = re.compile(r"[\\|<`*~]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|&(?=#?\w+;)")
+"""What Markdown does not show as it is: a name could be a link, or an image of another server."""
+_FORMULA = re.compile(r"\s*([=@\uff1d\uff20]|[+-](?![0-9.]+$)|[\uff0b\uff0d])")
+"""What is a formula in a spreadsheet, also after spaces and in full width, unlike -1.5."""
 _MARKED_LATEX: Mapping[Mark, str] = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}
 _MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 
@@ -29,7 +32,7 @@ _MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], marks: Marks | None = None) -> str:
     """Return a Markdown table, padded to be readable as plain text; first column left-aligned,
     others right-aligned."""
-    cells = [[re.sub(r"[\\|<]", r"\\\g<0>", _one_line(cell)) for cell in row] for row in (header, *rows)]
+    cells = [[_MARKDOWN.sub(r"\\\g<0>", _one_line(cell)) for cell in row] for row in (header, *rows)]
     for (row, column), kind in (marks or {}).items():
         cells[row + 1][column] = _MARKED_MARKDOWN[kind] % cells[row + 1][column]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
@@ -114,7 +117,8 @@ def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     A text that a spreadsheet would take for a formula begins with an apostrophe.
     """
     file = io.StringIO()
-    cells = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in (header, *rows)]
+    plain = [[_one_line(cell) for cell in row] for row in (header, *rows)]
+    cells = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in plain]
     csv.writer(file, lineterminator="\n").writerows(cells)
     return file.getvalue().removesuffix("\n")
 
