@@ -13,10 +13,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.data import images
-from dcris.data.images import image_endings, image_size, read_image, read_mask_image, to_rgb
+from dcris.data.images import _count_scans, image_endings, image_size, read_image, read_mask_image, to_rgb
 from dcris.errors import DcrisError
 from dcris.utils.files import open_regular
 
@@ -303,7 +305,7 @@ def _progressive(photo: np.ndarray, scans: int) -> bytes:
 def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(photo):
     """Each scan is a pass over the whole image: 2 MB of scans take minutes."""
     assert read_image(_progressive(photo, 20)).shape == photo.shape
-    with pytest.raises(DcrisError, match=r"a JPEG with 5,010 scans"):
+    with pytest.raises(DcrisError, match=r"a JPEG with more than 100 scans"):
         read_image(_progressive(photo, 5_000))
 
 
@@ -329,6 +331,47 @@ def test_a_jpeg_of_very_many_comments_is_refused_before_pillow_reads_them(photo)
         else:
             with pytest.raises(DcrisError, match="more than 10,000 segments"):
                 read_image(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (b"\0" + b"\xff\xfe\x00\x02" * 20_000, "segments"),
+        ((b"\xff\xf0\xff\xff" + b"\xff\xfe\x00\x02" * 10_000) * 2, "segments"),  # not a segment for Pillow
+        (b"\xff\xc8" * 20_000, "segments"),
+        (b"\0" * 2_000_000, "bytes between its segments"),
+        (b"\xff" * 2_000_000, "bytes between its segments"),
+        (b"\xff\xd0" * 1_000_000, "bytes between its segments"),
+    ],
+)
+def test_nothing_is_hidden_between_the_segments_of_a_jpeg(hidden: bytes, message: str, photo):
+    """A gigabyte of it would take Pillow 20 GB of memory, or minutes."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    first = 4 + int.from_bytes(data[4:6], "big")
+    for spoilt in (data[:first] + hidden + data[first:], data[:first] + hidden):
+        for read in (read_image, image_size):
+            with pytest.raises(DcrisError, match=message):
+                read(spoilt)
+
+
+_BETWEEN = b"\0", b"a" * 16_383, b"a" * 16_382, b"\xff\xff\xfe\x00\x03\xda", b"\xff\xff\x00", b"\xff\x00", b"\xff\xd3"
+
+
+@given(parts=st.lists(st.sampled_from(_BETWEEN)))
+@settings(deadline=None)
+def test_a_jpeg_with_bytes_between_its_segments_is_the_same_image(parts):
+    """Cameras leave such bytes. Markers may begin at any place in what is read at a time."""
+    pixels = np.full((16, 16, 3), 90, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    first = 4 + int.from_bytes(data[4:6], "big")
+    spoilt = data[:first] + b"".join(parts) + data[first:]
+    with io.BytesIO(data) as plain, io.BytesIO(spoilt) as file:
+        assert _count_scans(file) == _count_scans(plain) == 10
+    assert image_size(spoilt) == (16, 16)
 
 
 def test_images_inside_or_behind_a_jpeg_are_not_counted_as_its_scans(photo):

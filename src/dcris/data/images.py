@@ -60,6 +60,9 @@ _MAX_SEGMENTS = 10_000
 """Limit on the segments of a JPEG before its pixels; Pillow reads each in Python. A colour profile
 has at most 255."""
 
+_MAX_BETWEEN = 1_000_000
+"""Limit on the bytes of a JPEG before its pixels that are in no segment."""
+
 _MAX_NUMBERS = 1_000_000
 """Limit on the numbers in one TIFF tag, such as its tiles; Pillow creates a Python object for
 each."""
@@ -102,8 +105,11 @@ order."""
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 """EXIF orientations that exchange width and height."""
 
-_START_OF_SCAN = 0xDA
-"""Marker of a JPEG's pixels."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+"""Markers of a JPEG's pixels and of its end."""
+
+_CHUNK = 1 << 14
+"""Bytes of a JPEG in which a marker is searched for at a time."""
 
 _LARGE = 1 << 26
 """Bytes of pixels from which memory that was used for decoding is returned to the system."""
@@ -451,7 +457,7 @@ def _refuse_costly(image: Any, name: str, file: BinaryIO | None) -> None:
     if name == "JPEG":
         scans = 1 if file is None else _count_scans(file)
         if scans > _MAX_SCANS:
-            raise DcrisError(f"it is a JPEG with {scans:,} scans; the limit is {_MAX_SCANS}; save it again")
+            raise DcrisError(f"it is a JPEG with more than {_MAX_SCANS} scans; save it again")
         if scans > 1 or "progressive" in image.info:  # all coefficients are in memory, 16 bits each
             sampling = [across * down for _, across, down, _ in getattr(image, "layer", [])] or [1] * 4
             per_pixel += 2 * sum(sampling) / max(sampling)
@@ -470,18 +476,42 @@ def _refuse_costly(image: Any, name: str, file: BinaryIO | None) -> None:
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 """Start of a JPEG segment. Within compressed data, 0xFF is followed by 0 or a restart marker."""
 
+_WITHOUT_LENGTH = frozenset({0xC8, 0xD8, _END_OF_IMAGE, *range(0xF0, 0xFE)})
+"""Markers that Pillow does not take for the start of a segment. Of these, decoders accept the end
+of the image only."""
+
+
+def _segments(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each segment of a JPEG, and how many bytes before it belong to none.
+
+    By Pillow's rules, so that nothing can be hidden from them. After the last segment, the marker
+    is 0. Compressed pixels are between segments, and only read if the caller goes on.
+    """
+    at = file.seek(2)
+    start = at
+    while data := file.read(_CHUNK):
+        found = _MARKER.search(data)
+        if found is None:
+            at += len(data) - (len(data) > 1 and data.endswith(b"\xff"))  # the next byte may make it a marker
+            file.seek(at)
+            continue
+        at += found.end()
+        yield data[found.end() - 1], at - start - 2
+        if data[found.end() - 1] not in _WITHOUT_LENGTH:
+            file.seek(at)
+            at += max(2, int.from_bytes(file.read(2), "big"))
+        start = file.seek(at)
+    yield 0, at - start
+
 
 def _count_scans(file: BinaryIO) -> int:
-    """Count the scans of a JPEG file's first image by its markers, up to a million."""
-    file.seek(0)
-    data = file.read()
-    scans, at = 0, 2
-    while (found := _MARKER.search(data, at)) is not None and scans < 1_000_000:
-        marker, at = data[found.start() + 1], found.end()
-        if marker == 0xD9:  # end of the image; thumbnails are inside segments, further images after it
-            break
+    """Count the scans of a JPEG file's first image, up to one more than are accepted."""
+    scans = 0
+    for marker, _ in _segments(file):
         scans += marker == _START_OF_SCAN
-        at += int.from_bytes(data[at : at + 2], "big")
+        # Thumbnails are inside segments, further images after the end of the first.
+        if marker == _END_OF_IMAGE or scans > _MAX_SCANS:
+            break
     return scans
 
 
@@ -496,15 +526,17 @@ def _strip_bytes(image: Any) -> int:
 
 
 def _refuse_segments(file: BinaryIO) -> None:
-    """Raise DcrisError if a JPEG has very many segments, such as comments, before its pixels."""
-    file.seek(2)
-    for _ in range(_MAX_SEGMENTS):
-        header = file.read(4)
-        if len(header) < 4 or header[0] != 0xFF or header[1] == _START_OF_SCAN:
+    """Raise DcrisError if a JPEG has very many segments, such as comments, before its pixels, or
+    very many bytes between them, which Pillow reads one by one."""
+    between = 0
+    for number, (marker, before) in enumerate(_segments(file), 1):
+        between += before
+        if number > _MAX_SEGMENTS:
+            raise DcrisError(f"it is a JPEG with more than {_MAX_SEGMENTS:,} segments before its pixels; save it again")
+        if between > _MAX_BETWEEN:
+            raise DcrisError(f"it is a JPEG with more than {_MAX_BETWEEN:,} bytes between its segments; save it again")
+        if marker == _START_OF_SCAN:
             return
-        # 0xFF may be repeated before a marker.
-        file.seek(-3 if header[1] == 0xFF else int.from_bytes(header[2:]) - 2, io.SEEK_CUR)
-    raise DcrisError(f"it is a JPEG with more than {_MAX_SEGMENTS:,} segments before its pixels; save it again")
 
 
 def _refuse_tags(file: BinaryIO) -> None:
