@@ -24,7 +24,7 @@ from dcris.config import RunConfig, parse_value, replace
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import get_recipe
+from dcris.recipes import RECIPES, Recipe, get_recipe
 from hub import Hub
 from models import randomise
 from published import saved
@@ -298,7 +298,8 @@ def test_a_refused_upload_gives_one_sentence(hub: Hub, monkeypatch: pytest.Monke
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder of converted models; models of the size of the tiny towers are accepted as
     DETRIS-B."""
-    monkeypatch.setattr(dcris.checkpoints.convert_detris, "_RECIPES", {(128, 12): (tiny_run(),)})
+    monkeypatch.setitem(RECIPES, "own", Recipe(tiny_run(), "Of the size of the tiny towers."))
+    monkeypatch.setattr(dcris.checkpoints.convert_detris, "_RECIPES", {(128, 12): ("own",)})
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path / "converted"))
     return tmp_path / "converted"
 

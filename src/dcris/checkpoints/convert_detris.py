@@ -20,14 +20,13 @@ from dcris.checkpoints.tensor_files import open_tensors
 from dcris.config import ModelConfig, RunConfig, replace
 from dcris.errors import DcrisError
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.recipes import get_recipe
 from dcris.utils.device import shapes_only
 
 # By width and depth of the vision tower. Tensors do not show the number of heads and the feature
 # layers; recipes do.
 _RECIPES = {
-    (768, 12): (get_recipe("detris_b"),),
-    (1024, 24): (get_recipe("detris_l"), get_recipe("detris_l_mixed")),
+    (768, 12): ("detris_b",),
+    (1024, 24): ("detris_l", "detris_l_mixed"),
 }
 
 # Pattern of the file name, data set, partition, word length. The first match counts.
@@ -224,7 +223,9 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     if (width, depth) not in _RECIPES:
         known = " or ".join(f"{blocks} blocks of width {wide}" for wide, blocks in _RECIPES)
         raise DcrisError(f"{where} has a vision tower with {depth} blocks of width {width}; a DETRIS model has {known}")
-    recipes = _RECIPES[width, depth]
+    from dcris.recipes import get_recipe  # all recipes are built then, which prediction need not wait for
+
+    recipes = [get_recipe(name) for name in _RECIPES[width, depth]]
     assert recipes[0].model.method is not None
     method = recipes[0].model.method.model_dump()
     if layers := _numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\.adapter\."):
