@@ -219,8 +219,10 @@ def finished_results(
     config = read_config(checkpoint)
     dtype = choose_precision(config.train.precision if precision is None else precision, choose_device(device))
     settings = settings_of(state.model, config, dtype, options)
-    everything = sorted_records(Records(out).read().values())
-    records = finished_records(out, tasks, settings, options.image_url)
+    journal = Records(out)
+    known = journal.read()
+    records = finished_records(journal, known, tasks, settings, options.image_url)
+    everything = sorted_records(known.values())
     if records is None or state.records != checksum(everything):
         return None
     formats = {key for task in tasks for key in settings[task.video].formats}

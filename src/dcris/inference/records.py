@@ -543,17 +543,21 @@ def sorted_records(records: Iterable[Record]) -> list[Record]:
 
 
 def finished_records(
-    path: Path, tasks: Sequence[Task], settings: Mapping[bool, Settings], image_url: str
+    records: Records,
+    found: Mapping[str, Record],
+    tasks: Sequence[Task],
+    settings: Mapping[bool, Settings],
+    image_url: str,
 ) -> list[Record] | None:
     """Return the records of tasks that a folder has all results of, with these settings, or None.
 
-    Nothing is changed. The arguments are those of `ResultFolder`.
+    Nothing is changed.
 
-    Raises:
-        DcrisError: a record file cannot be read.
+    Args:
+        records: of the folder.
+        found: what `records.read()` has just returned.
+        tasks, settings, image_url: as for `ResultFolder`.
     """
-    records = Records(path)
-    found = records.read()
     if records.damaged or records.unfinished(found):
         return None
     by_source: dict[str, list[Record]] = {}
@@ -568,7 +572,7 @@ def finished_records(
             unchanged = stamp == record.stamp and record == record.model_copy(
                 update={**description, "phrases": task.phrases, "settings": settings[task.video]}
             )
-            if not unchanged or not all((path / file).is_file() for file in record.files):
+            if not unchanged or not all((records.out / file).is_file() for file in record.files):
                 return None
         if not own or (task.video and ends != [frames]):
             return None

@@ -135,11 +135,12 @@ def make_backend(
                 raise
             except DcrisError as error:
                 problems.append((task, error))
-        failed = len(problems) == len(asked.tasks)
-        for task, problem in problems[failed:]:
+        # If no task has a prediction, the first problem is the answer, and is logged with it.
+        answer = problems.pop(0)[1] if problems and len(problems) == len(asked.tasks) else None
+        for task, problem in problems:
             log(f"task {task.id}: {problem}")
-        if failed and problems:  # the first one is logged with the answer
-            raise problems[0][1]
+        if answer is not None:
+            raise answer
         return JSONResponse({"results": results, "model_version": version})
 
     async def webhook(request: "Request") -> Response:
