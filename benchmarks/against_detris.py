@@ -31,7 +31,8 @@ TARGETS = {
     "cpu": {
         "predict float32": (1.15, 1.3),
         "predict bfloat16": (1.3, 1.6),
-        "predict by default": (3, 4),
+        "predict by default": (2.8, 4),
+        "predict int8": (4, 5),
         "train float32": (1.35, 1.7),
         "train bfloat16": (1.35, 1.7),
         "memory float32": (0.6, 0.5),
@@ -79,12 +80,15 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
     import torch
 
     from dcris.evaluation.evaluator import segment_in_passes
+    from dcris.evaluation.example import run_example
     from dcris.models.optimize import prepare_for_prediction
+    from dcris.recipes import get_recipe
     from dcris.utils.device import autocast
 
     images, tokens, _ = _inputs(1, device)
 
-    prepared = prepare_for_prediction(network, dtype) if name == "ours" else None
+    example = partial(run_example, config=get_recipe("detris_b"))
+    prepared = prepare_for_prediction(network, dtype, example=example) if name == "ours" else None
 
     def theirs() -> Any:
         network.eval()
@@ -165,16 +169,17 @@ def _time(args: argparse.Namespace, device: Any, what: str, precision: str) -> d
     import torch
 
     from dcris.experiments.bench import matrix_products, ratio, take_turns
-    from dcris.utils.device import choose_precision
+    from dcris.utils.device import choose_precision, working_dtype
 
     by_default = precision == "default"
     theirs = ours = choose_precision("auto", device) if by_default else getattr(torch, precision)
     cudnn = True
-    if by_default:  # the published code disables cuDNN and uses float16 on a GPU, float32 on a CPU
+    if by_default or precision == "int8":
+        # The published code disables cuDNN and uses float16 on a GPU, float32 on a CPU.
         theirs, cudnn = (torch.float16, False) if device.type == "cuda" else (torch.float32, True)
     networks = {name: network.to(device) for name, network in _networks(args.reference).items()}
     make = partial(_training, batch=args.batch) if what == "train" else _prediction
-    product, operations = matrix_products(device, ours)
+    product, operations = matrix_products(device, working_dtype(ours, device))
     tasks = {
         "theirs": _under(cudnn, make("theirs", networks["theirs"], device, theirs)),
         "ours": make("ours", networks["ours"], device, ours),
@@ -209,8 +214,9 @@ def main() -> None:
     parser.add_argument(
         "--precisions",
         nargs="+",
-        choices=("float32", "bfloat16"),
-        help="precisions to measure (default: float32, and bfloat16 if the device supports it)",
+        choices=("float32", "bfloat16", "int8"),
+        help="precisions to measure; int8 is prediction, against float32 (default: float32, and on processors "
+        "that support them bfloat16 and int8)",
     )
     parser.add_argument(
         "--cpu-time", action="store_true", help="measure CPU time instead of wall-clock time, for a busy machine"
@@ -233,12 +239,14 @@ def _measure(args: argparse.Namespace) -> None:
     import torch
 
     from dcris.experiments.bench import machine
-    from dcris.utils.device import choose_device, choose_precision
+    from dcris.utils.device import choose_device, choose_precision, multiplies_int8
     from dcris.utils.text_tables import markdown
 
     device = choose_device(args.device)
     default = choose_precision("auto", device)
-    precisions = args.precisions or ["float32"] + ["bfloat16"] * (default == torch.bfloat16)
+    quick = device.type == "cpu" and multiplies_int8()
+    precisions = args.precisions or ["float32"] + ["bfloat16"] * (default == torch.bfloat16) + ["int8"] * quick
+    trained = [precision for precision in precisions if precision != "int8"]
     wanted = args.only or ["predict", "train", "memory"]
     rows: list[dict[str, Any]] = []
 
@@ -249,9 +257,10 @@ def _measure(args: argparse.Namespace) -> None:
     for what in ("predict", "train"):
         # On a CPU the published code trains in float32, which has a row already.
         defaults = device.type == "cuda" or (default != torch.float32 and what == "predict")
-        for precision in [*precisions, *["default"] * defaults] if what in wanted else []:
+        some = precisions if what == "predict" else trained
+        for precision in [*some, *["default"] * defaults] if what in wanted else []:
             note(_in_a_process(args, "time", what, precision))
-    for precision in precisions if "memory" in wanted else []:
+    for precision in trained if "memory" in wanted else []:
         theirs, ours = (_in_a_process(args, name, "train", precision) for name in ("theirs", "ours"))
         note({"row": f"memory {precision}", "theirs": theirs, "ours": ours, "unit": "GiB", "ratio": ours / theirs})
     targets = TARGETS[device.type]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import Precision, Refinement, kind_of, require
+from dcris.utils.arguments import Refinement, TrainingPrecision, kind_of, require
 from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
@@ -391,7 +391,7 @@ class TrainConfig(Section):
     nearest, as published, takes one pixel for each cell; area takes the mean of the cell; aligned
     takes the mean of a cell that lies where the protocol cris expects it, so that its threshold
     (0.35) is at half a cell."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     compile: bool = False
     """Compile the network's training pass with torch.compile; see dcris.training.compilation."""
     log_every: Count = 20

@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
         help="what is equal between rows: steps, or the time of the baseline (DCRIS, or the first recipe) "
         "(default: %(default)s)",
     )
-    device_arguments(ablate, precision=False)
+    device_arguments(ablate, precision=None)
 
 
 def _ablate(args: argparse.Namespace) -> None:

@@ -278,14 +278,15 @@ def evaluation_arguments(parser: argparse.ArgumentParser, videos: bool = False, 
     )
 
 
-def device_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
-    """Add --device and, if `precision`, --precision."""
+def device_arguments(parser: argparse.ArgumentParser, precision: Any = Precision) -> None:
+    """Add --device and, unless `precision` is None, --precision with these choices."""
     parser.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
-    if precision:
+    if precision is not None:
+        of_cpus = "; int8: for CPUs, see docs/performance.md" if "int8" in get_args(precision) else ""
         parser.add_argument(
             "--precision",
-            choices=get_args(Precision),
-            help="precision of the computation; auto: bfloat16 if the device supports it "
+            choices=get_args(precision),
+            help=f"precision of the computation; auto: bfloat16 if the device supports it{of_cpus} "
             "(default: the checkpoint's or recipe's)",
         )
 

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=natural, default=0, help="seed of the scenes and the training (default: %(default)s)"
     )
-    device_arguments(parser, precision=False)
+    device_arguments(parser, precision=None)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from dcris.cli.common import (
     positive,
     quote,
 )
+from dcris.utils.arguments import TrainingPrecision
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
@@ -71,7 +72,7 @@ def add(commands: Any) -> None:
         choices=("tensorboard", "wandb"),
         help="also log curves and predictions there, besides OUT/log.jsonl; can be repeated",
     )
-    device_arguments(parser)
+    device_arguments(parser, TrainingPrecision)
 
 
 def run(args: argparse.Namespace) -> None:

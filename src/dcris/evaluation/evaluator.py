@@ -5,6 +5,7 @@ Shape letters: B expressions, S side of the network's square input, H W pixels o
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
+from dcris.evaluation.example import run_example
 from dcris.evaluation.metrics import Overlap, overlap_curve, summarise, with_boundary
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.refinement import refine_guided
@@ -115,7 +117,7 @@ def predict_queries(
             "another protocol or leave out --refine"
         )
     dtype = dtype or choose_precision(config.train.precision, device)
-    model = prepare_for_prediction(model, dtype)
+    model = prepare_for_prediction(model, dtype, example=partial(run_example, config=config))
     tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.transform, share, protocol.truth)
     for group in task_loader(tasks, images=batch_size, workers=config.data.workers):
         images = normalise(torch.stack([task.image for task in group]).to(device), config.data)

@@ -40,7 +40,7 @@ from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.arguments import Precision
-from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory
+from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory, working_dtype
 from dcris.utils.drawing import png_bytes
 from dcris.utils.files import make_directory, write_file
 from dcris.utils.text_tables import markdown
@@ -133,11 +133,18 @@ def count_operations(task: Callable[[], object]) -> float:
     def packed(x: object, weight: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
+    def quantised(x: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
+        return 2 * math.prod(out_shape) * x[-1]
+
     # Operators of packed linear layers and convolutions in bfloat16 on a CPU
     # (dcris.models.optimize),
     # which torch does not count.
     products = (torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise)
-    known = dict.fromkeys(products, packed) if torch.backends.mkldnn.is_available() else {}
+    known: dict[Any, Callable[..., int]] = (
+        dict.fromkeys(products, packed) if torch.backends.mkldnn.is_available() else {}
+    )
+    if known:
+        known[torch.ops.onednn.qlinear_pointwise] = quantised
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         task()
     return float(counter.get_total_flops())
@@ -278,7 +285,8 @@ def bench(
     Args:
         config: the recipe.
         device: auto, cpu, cuda, cuda:N or mps.
-        precision: auto, float32, bfloat16 or float16; the recipe's own by default.
+        precision: auto, float32, bfloat16, float16 or int8; the recipe's own by default. In int8
+            there are no rows of training.
         quick: fewer rounds.
         batch_sizes: of the training step.
         parts: what is measured.
@@ -302,11 +310,12 @@ def bench(
         rows.append(row)
         progress(row)
 
+    trained_sizes = batch_sizes if dtype != torch.int8 else ()  # nothing is trained in int8
     if "speed" in parts:
-        for row in _speed(config, chosen, kind, dtype, batch_sizes, quick):
+        for row in _speed(config, chosen, kind, dtype, trained_sizes, quick):
             add(row)
     if "memory" in parts:
-        for row in _memory(config, device, kind, batch_sizes):
+        for row in _memory(config, device, kind, trained_sizes):
             add(row)
     if folder is not None:
         add(folder_row(config, folder, device, kind, quick))
@@ -314,7 +323,7 @@ def bench(
         "machine": machine(chosen),
         "recipe": config.recipe,
         "precision": str(dtype).removeprefix("torch."),
-        "batch_sizes": list(batch_sizes),
+        "batch_sizes": list(trained_sizes),
         "rows": [asdict(row) for row in rows],
     }
 
@@ -330,7 +339,8 @@ def _speed(
     """Measure start-up, training, data loading and prediction."""
     for what, command in _STARTS.items():
         yield Row(f"start-up: {what}", _start_seconds(command, _rounds(quick)), "s")
-    yield from training_rows(config, device, dtype, batch_sizes, quick)
+    if batch_sizes:
+        yield from training_rows(config, device, dtype, batch_sizes, quick)
     yield from prediction_rows(config, device, precision, quick)
 
 
@@ -380,7 +390,7 @@ def prediction_rows(config: RunConfig, device: torch.device, precision: Precisio
     """
     rounds = _rounds(quick)
     segmenter, image = _segmenter(config, str(device), precision), random_image()
-    product, operations = matrix_products(device, segmenter.dtype)
+    product, operations = matrix_products(device, working_dtype(segmenter.dtype, device))
     one = partial(segmenter.predict, image, EXPRESSIONS[0])
     one()
     work = count_operations(one)

@@ -78,7 +78,7 @@ def create(
         phrases: separated by semicolons or lines.
         label: name of the label in the CVAT task.
         device: auto, cpu, cuda or cuda:N.
-        precision: auto, float32, bfloat16 or float16.
+        precision: as in `Segmenter.from_pretrained`.
 
     Raises:
         DcrisError: there is no phrase, or as `Segmenter.from_pretrained` does.

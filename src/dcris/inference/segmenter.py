@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,7 @@ from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rer
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, LongPhraseWarning
+from dcris.evaluation.example import run_example
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
 from dcris.inference.inputs import find_tasks
@@ -176,7 +177,8 @@ class Segmenter:
 
     def _prepared(self, model: ReferringSegmenter, config: RunConfig) -> _Set:
         model.to(self.device)
-        return _Set(prepare_for_prediction(model, self.dtype, self._cast_weights), config, model)
+        example = partial(run_example, config=config)
+        return _Set(prepare_for_prediction(model, self.dtype, self._cast_weights, example), config, model)
 
     def to(self, device: str) -> "Segmenter":
         """Move the model to a device (auto, cpu, cuda, cuda:N or mps), and return this segmenter.
@@ -187,7 +189,7 @@ class Segmenter:
         Raises:
             DcrisError: there is no such device.
         """
-        choose_device(device)  # fails before anything is moved
+        choose_precision(self._precision, choose_device(device))  # fails before anything is moved
         self._place({name: (each.model, each.config) for name, each in self._sets.items()}, device)
         return self
 
@@ -234,7 +236,7 @@ class Segmenter:
                 several adapter sets on the towers of the first. A list names each set by its data
                 set, a dict by its key. `predict` uses the first set by default.
             device: auto, cpu, cuda, cuda:N or mps.
-            precision: auto, float32, bfloat16 or float16; the run's own by default.
+            precision: auto, float32, bfloat16, float16 or, on CPUs, int8; by default the run's own.
 
         Raises:
             DcrisError: the model does not exist, cannot be fetched or loaded, its towers are not

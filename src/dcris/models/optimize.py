@@ -5,8 +5,8 @@ in float32; storing weights in the working precision is what autocast does at ev
 memory layout affects only the speed.
 """
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +18,10 @@ from dcris.models.encoders.blocks import MLP, Block
 from dcris.models.head.decoder import DecoderLayer
 from dcris.models.head.neck import ConvNormReLU
 from dcris.models.head.projector import FinerConv, FinerConvNormReLU
+from dcris.models.int8 import Int8Linear, quantise
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
+from dcris.utils.device import working_dtype
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,7 +39,10 @@ _GRID = 32, 32
 
 
 def prepare_for_prediction(
-    model: ReferringSegmenter, dtype: torch.dtype = torch.float32, cast_weights: CastWeights | None = None
+    model: ReferringSegmenter,
+    dtype: torch.dtype = torch.float32,
+    cast_weights: CastWeights | None = None,
+    example: Callable[[ReferringSegmenter], object] = lambda model: None,
 ) -> ReferringSegmenter:
     """Return a copy for prediction: batch norms folded, weights of products stored in `dtype`.
 
@@ -51,6 +56,7 @@ def prepare_for_prediction(
         dtype: the precision of matrix products (under autocast).
         cast_weights: pass the same dictionary for several models on the same towers, to store these
             once.
+        example: for int8, runs a model on an example (dcris.models.int8).
     """
     if _sharded((*model.parameters(), *model.buffers())):
         return model  # FSDP's sharded towers (dcris.training.parallel) cannot be copied
@@ -67,6 +73,10 @@ def prepare_for_prediction(
     # Positions depend on the image size only. The cache wraps the model's method: with the copy's
     # own, the copy would refer to itself and stay in memory.
     copy.vision.positions_on = lru_cache(_CACHED_SIZES)(model.vision.positions_on)  # type: ignore[method-assign]
+    if dtype == torch.int8:
+        quantise(_large_layers(copy), partial(example, copy))
+        dtype = working_dtype(dtype, next(model.parameters()).device)
+        _finish_int8(copy, dtype)
     if dtype != torch.float32:
         cast_weights = {} if cast_weights is None else cast_weights
         if _packs(model, dtype):
@@ -160,12 +170,37 @@ def _pack(module: nn.Module, cast_weights: CastWeights, *, for_training: bool) -
             if type(layer) is nn.Linear and not (for_training and _trains(layer)):
                 _cast(layer, torch.bfloat16, cast_weights, torch.ops.mkldnn._reorder_linear_weight)
                 setattr(part, name, _Packed(layer.weight, layer.bias))
-        if not for_training and isinstance(part, MLP) and isinstance(part.activation, nn.GELU):
-            first: nn.Module = part.fc1
-            if isinstance(first, _Packed):
-                first.activation, part.activation = "gelu", nn.Identity()
+        if not for_training and isinstance(part, MLP):
+            _fuse_gelu(part)
     if isinstance(module, ConvNormReLU) and isinstance(module[0], nn.Conv2d) and not for_training:
         module[0], module[2] = _PackedConvReLU(module[0]), nn.Identity()
+
+
+def _fuse_gelu(mlp: MLP) -> None:
+    """Fuse GELU into the product before it, if that can have it."""
+    first: nn.Module = mlp.fc1
+    if isinstance(first, _Packed | Int8Linear) and isinstance(mlp.activation, nn.GELU):
+        first.activation, mlp.activation = "gelu", nn.Identity()
+
+
+def _large_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the linear layers of the large products, each by its parent and its name there."""
+    for part in {part: None for module in model.modules() for part in _parts(module)}:
+        for name, layer in part.named_children():
+            if type(layer) is nn.Linear:
+                yield part, name
+
+
+def _finish_int8(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let int8 layers answer in the working precision, and fuse GELU into them."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.output_dtype = dtype
+    for module in model.modules():
+        if isinstance(module, MLP):
+            _fuse_gelu(module)
+            if isinstance(module.fc1, Int8Linear) and isinstance(module.fc2, Int8Linear):
+                module.fc1.output_dtype = torch.float32  # which the next layer quantises faster
 
 
 def _parts(module: nn.Module) -> tuple[nn.Module, ...]:

@@ -16,10 +16,13 @@ PathLike = str | os.PathLike[str]
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 """Names of devices, for help and messages; see dcris.utils.device.choose_device."""
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-"""Precision of the network's computation; auto is bfloat16 if the device supports it in hardware.
-float16 is for GPUs without bfloat16; training then scales the loss (dcris.training.loss_scale).
-"""
+TrainingPrecision = Literal["auto", "float32", "bfloat16", "float16"]
+"""Precision of training; auto is bfloat16 if the device supports it in hardware. float16 is for
+GPUs without bfloat16; training then scales the loss (dcris.training.loss_scale)."""
+
+Precision = Literal[TrainingPrecision, "int8"]
+"""Precision of prediction and evaluation. int8 is for CPUs: large linear layers multiply in 8 bits
+(dcris.models.int8), everything else works as with auto."""
 
 Refinement = Literal["none", "guided"]
 """How the edges of predicted masks are refined by the image; guided: see

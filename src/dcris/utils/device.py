@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -51,13 +52,15 @@ def device_name(device: torch.device) -> str:
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """Return a dtype; "auto" is bfloat16 if the device multiplies it in hardware, otherwise
-    float32.
+    float32. torch.int8 stands for int8 products in a network that else works in `working_dtype`.
 
     Raises:
-        DcrisError: the name is unknown.
+        DcrisError: the name is unknown, or the device cannot multiply int8.
     """
     if not isinstance(precision, str) or precision not in get_args(Precision):
         raise DcrisError(f"unknown precision {precision!r}; use {', '.join(get_args(Precision))}")
+    if precision == "int8":
+        return _choose_int8(device)
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":
@@ -70,9 +73,39 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def _choose_int8(device: torch.device) -> torch.dtype:
+    if device.type != "cpu":
+        raise DcrisError(f"int8 is for CPUs, not for {device}; use --device cpu or another precision")
+    # The second is deprecated in torch 2.13.
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch, "quantize_per_tensor")):
+        raise DcrisError(f"PyTorch {torch.__version__} multiplies no int8 on this machine; use another precision")
+    if not multiplies_int8():
+        warnings.warn(
+            "this CPU has no instructions for int8 products (VNNI or AMX): int8 is slower here than float32",
+            UserWarning,
+            stacklevel=3,
+        )
+    return torch.int8
+
+
+def multiplies_int8() -> bool:
+    """Return whether the CPU has instructions for sums of int8 products (VNNI, AMX or i8mm)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"))
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of a network's features: for int8, that of "auto"."""
+    return choose_precision("auto", device) if dtype == torch.int8 else dtype
+
+
 def precision_of(dtype: torch.dtype) -> Precision:
     """Return the name of a dtype that `choose_precision` gives."""
-    names: dict[torch.dtype, Precision] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    names: dict[torch.dtype, Precision] = {
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+        torch.int8: "int8",
+    }
     return names.get(dtype, "float32")
 
 
@@ -114,6 +147,7 @@ def allocate(model: nn.Module) -> None:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Return a context that computes in `dtype`; weights stay in float32."""
+    dtype = working_dtype(dtype, device)
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
