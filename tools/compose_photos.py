@@ -27,6 +27,7 @@ from dcris.data.masks import decode_mask, encode_mask, mask_box
 from dcris.data.readers import refer_layout
 from dcris.data.readers.load import load_references
 from dcris.data.readers.refer_layout import Instances
+from dcris.data.table import ReferenceTable
 
 MOST_PASTED = 4
 AREAS = 0.008, 0.2
@@ -41,6 +42,8 @@ OUTSIDE = 1 / 6
 """Greatest part of an object's side that may be outside the photograph."""
 
 Pixels = NDArray[np.uint8]
+Record = dict[str, Any]
+"""An image or annotation of `instances.json`."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,54 @@ class Item:
     crowd: int
     mask: Pixels
 
+    def record(self, image_id: int, number: int) -> Record:
+        """Return the annotation of this number."""
+        return {
+            "id": number,
+            "image_id": image_id,
+            "category_id": self.category_id,
+            "iscrowd": self.crowd,
+            "bbox": list(mask_box(self.mask) or ()),
+            "area": int(self.mask.sum()),
+            "segmentation": encode_mask(self.mask),
+        }
+
 
 def main() -> None:
     """Write the composed data set."""
+    args = _arguments()
+    instances = refer_layout.read_instances(args.data, args.dataset)
+    objects = objects_by_image(instances)
+    pool = permitted(load_references(args.data, args.dataset), instances, objects, args.licences)
+    cutouts = cut_out(instances, {number: objects[number] for number in pool})
+    folder = args.out / "images/mscoco/images/train2014"
+    folder.mkdir(parents=True)
+    for number in instances.images:
+        shutil.copy(instances.image_path(number), folder)
+    generator = np.random.default_rng(args.seed)
+    images: list[Record] = []
+    annotations: list[Record] = []
+    next_id, next_ann = 1 + max(instances.images), 1 + max(instances.annotations)
+    for number in pool * args.per_photograph:
+        pixels, items, used = compose(instances, number, objects[number], cutouts, args.same_category, generator)
+        image = {
+            "id": next_id + len(images),
+            "file_name": f"composed_{len(images):06}.jpg",
+            "height": pixels.shape[0],
+            "width": pixels.shape[1],
+            "license": instances.images[number]["license"],
+            "composed_of": [number, *used],
+        }
+        Image.fromarray(pixels).save(folder / image["file_name"], quality=92)
+        images.append(image)
+        annotations += (
+            item.record(image["id"], place) for place, item in enumerate(items, next_ann + len(annotations))
+        )
+    write_annotations(args.data / args.dataset, args.out / args.dataset, instances, images, annotations)
+    print(f"{len(images)} photographs composed of {len(pool)}, with {len(annotations)} objects")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dataset", default="cocomini")
@@ -77,68 +125,44 @@ def main() -> None:
         help="share of the pasted objects whose category the photograph has already, for phrases to tell apart",
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    instances = refer_layout.read_instances(args.data, args.dataset)
-    table = load_references(args.data, args.dataset)
-    held_out = {reference.image_id for reference in table.references if reference.split != "train"}
-    objects: dict[int, list[dict[str, Any]]] = {}
+    return parser.parse_args()
+
+
+def objects_by_image(instances: Instances) -> dict[int, list[Record]]:
+    """Return the annotations of each image that has some."""
+    objects: dict[int, list[Record]] = {}
     for annotation in instances.annotations.values():
         objects.setdefault(annotation["image_id"], []).append(annotation)
-    pool = [
+    return objects
+
+
+def permitted(
+    table: ReferenceTable, instances: Instances, objects: dict[int, list[Record]], licences: list[int] | None
+) -> list[int]:
+    """Return the photographs with objects that are in no other split than train, and of these
+    licences, or of any."""
+    held_out = {reference.image_id for reference in table.references if reference.split != "train"}
+    return [
         number
         for number, image in instances.images.items()
-        if number in objects and number not in held_out and (not args.licences or image["license"] in args.licences)
+        if number in objects and number not in held_out and (not licences or image["license"] in licences)
     ]
-    cutouts = cut_out(instances, {number: objects[number] for number in pool})
-    folder = args.out / "images/mscoco/images/train2014"
-    folder.mkdir(parents=True)
-    for number in instances.images:
-        shutil.copy(instances.image_path(number), folder)
-    generator = np.random.default_rng(args.seed)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    next_id, next_ann = 1 + max(instances.images), 1 + max(instances.annotations)
-    for number in pool * args.per_photograph:
-        pixels, items, used = compose(instances, number, objects[number], cutouts, args.same_category, generator)
-        name = f"composed_{len(images):06}.jpg"
-        Image.fromarray(pixels).save(folder / name, quality=92)
-        height, width = pixels.shape[:2]
-        licence = instances.images[number]["license"]
-        images.append(
-            {
-                "id": next_id,
-                "file_name": name,
-                "height": height,
-                "width": width,
-                "license": licence,
-                "composed_of": [number, *used],
-            }
-        )
-        for item in items:
-            annotations.append(
-                {
-                    "id": next_ann,
-                    "image_id": next_id,
-                    "category_id": item.category_id,
-                    "iscrowd": item.crowd,
-                    "bbox": list(mask_box(item.mask) or ()),
-                    "area": int(item.mask.sum()),
-                    "segmentation": encode_mask(item.mask),
-                }
-            )
-            next_ann += 1
-        next_id += 1
-    (args.out / args.dataset).mkdir()
-    for path in (args.data / args.dataset).glob("refs(*).p"):
-        shutil.copy(path, args.out / args.dataset)
+
+
+def write_annotations(
+    source: Path, target: Path, instances: Instances, images: list[Record], annotations: list[Record]
+) -> None:
+    """Write the annotations of a data set with further ones, and its references as they are."""
+    target.mkdir()
+    for path in source.glob("refs(*).p"):
+        shutil.copy(path, target)
     content = json.loads(instances.path.read_text(encoding="utf-8"))
     content["images"] += images
     content["annotations"] += annotations
-    (args.out / args.dataset / "instances.json").write_text(json.dumps(content), encoding="utf-8")
-    print(f"{len(images)} photographs composed of {len(pool)}, with {len(annotations)} objects")
+    (target / "instances.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def cut_out(instances: Instances, objects: dict[int, list[dict[str, Any]]]) -> dict[int, list[Cutout]]:
+def cut_out(instances: Instances, objects: dict[int, list[Record]]) -> dict[int, list[Cutout]]:
     """Return the objects that can be pasted, by category."""
     found: dict[int, list[Cutout]] = {}
     for number, annotations in objects.items():
@@ -157,7 +181,7 @@ def cut_out(instances: Instances, objects: dict[int, list[dict[str, Any]]]) -> d
 def compose(
     instances: Instances,
     number: int,
-    annotations: list[dict[str, Any]],
+    annotations: list[Record],
     cutouts: dict[int, list[Cutout]],
     same_category: float,
     generator: Generator,
