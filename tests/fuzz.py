@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 import numpy as np
@@ -436,8 +437,31 @@ def torch_tree(random: Random, path: Path) -> str:
     content = torch.load(path, weights_only=False)
     tree, what = _several(random, dict(content), strange)
     with warnings.catch_warnings(action="ignore"):
-        torch.save(tree, path, _use_new_zipfile_serialization=random.random() < 0.7)
+        (torch.save if random.random() < 0.7 else save_old)(tree, path)
     return what
+
+
+def save_old(content: Any, path: Path) -> None:
+    """Write a file in the format of torch.save before version 1.6.
+
+    Storages are named in their order and not by their addresses, so that the same content gives the
+    same file."""
+    names: dict[str, str] = {}
+
+    class Pickler(pickle._Pickler):
+        def save_pers(self, pid: Any) -> None:
+            if pid[0] == "storage":
+                pid = (*pid[:2], names.setdefault(pid[2], f"{len(names):015}"), *pid[3:])
+            super().save_pers(pid)
+
+    def dump(value: Any, file: Any, protocol: int) -> None:
+        if type(value) is list:  # the addresses, in whose order torch then writes the storages
+            value.sort(key=[*names].index)
+            value = [names[address] for address in value]
+        pickle.dump(value, file, protocol)
+
+    module = SimpleNamespace(__name__="pickle", Pickler=Pickler, dump=dump)
+    torch.save(content, path, pickle_module=module, _use_new_zipfile_serialization=False)
 
 
 def zip_members(path: Path) -> dict[str, bytes]:

@@ -90,6 +90,7 @@ from fuzz import (
     png_chunks,
     replace,
     safetensors_tree,
+    save_old,
     torch_tree,
     zip_tree,
 )
@@ -149,7 +150,7 @@ def videos(root: Path) -> None:
     root.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 24, 32, 3), np.uint8)
     for name, codec in _VIDEOS.items():
-        with av.open(str(root / name), "w") as container:
+        with av.open(str(root / name), "w", options={"fflags": "+bitexact"}) as container:  # no random identifiers
             stream = container.add_stream(codec, rate=10, width=32, height=24)
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             for frame in pixels:
@@ -237,11 +238,12 @@ def towers(root: Path) -> None:
     make_tiny_refer(root / "data").write()
     config = small_config(("train.max_steps", "1"))
     (root / "config.json").write_text(config.model_dump_json())
+    torch.manual_seed(0)  # the towers' weights are in the files
     vision, text = DinoTower(config.model.vision), ClipTextTower(config.model.text)
     hub, meta = (published(vision, layout) for layout in DINOV2.key_mappings)
     save_file(hub, root / "hub.safetensors")
     torch.save(meta, root / "meta.pth")
-    torch.save(meta, root / "old.pth", _use_new_zipfile_serialization=False)
+    save_old(meta, root / "old.pth")
     hub, openai = (published(text, layout) for layout in CLIP_TEXT.key_mappings)
     torch.save(hub, root / "hub.bin")
     with warnings.catch_warnings(action="ignore"):
@@ -860,6 +862,9 @@ def test_a_seed_and_a_number_decide_what_is_in_a_file(tmp_path: Path) -> None:
             maker(root)
             settle(root)
         for format in (format for format in FORMATS if format.make is maker):
+            spoilt = roots[0] / format.file
+            if spoilt.is_file() and str(roots[0]).encode() in spoilt.read_bytes():
+                continue  # a file with its own path, such as a journal of predictions, differs between the folders
             for number in range(4):
                 contents = []
                 for root in roots:
@@ -870,7 +875,8 @@ def test_a_seed_and_a_number_decide_what_is_in_a_file(tmp_path: Path) -> None:
                     contents.append((done, file.read_bytes() if whole_file else files_in(root)))
                     whole.restore()
                 assert contents[0] == contents[1], f"{format.name} {number}"
-        shutil.rmtree(roots[0])
+        for root in roots:  # another maker may have the same name
+            shutil.rmtree(root)
 
 
 @pytest.mark.slow
