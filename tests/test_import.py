@@ -261,7 +261,7 @@ FIRST = ("annotations", 0)
         (_set(("images", 0, "file_name"), "../../etc/passwd"), "no image file '../../etc/passwd' in .*photos"),
         (_set(("images", 0, "file_name"), 7), r"image 1 has a 'file_name' that is not text but int \(7\)"),
         (_set(("images", 0, "file_name"), "none.png"), "no image file .*none.png"),
-        (_set(("images", 0, "height"), W), r"1.png is 8 x 12 pixels .* says 12 x 12, so its masks do not fit"),
+        (_set(("images", 0, "height"), W), r"1.png is 8 x 12 pixels .* has 12 x 12, so its masks do not fit"),
         (_set(("annotations",), [1] * 20_000), "20,000 entries of 'annotations' are not objects"),
         (_set(("annotations",), []), "no annotation in .* has both a mask and a phrase"),
     ],

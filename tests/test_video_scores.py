@@ -555,7 +555,7 @@ def test_results_compare_with_paired_intervals(
         assert problem in capsys.readouterr().err
     (tmp_path / "c.json").write_text(json.dumps({"protocol": "cris", "miou": 50.0}))
     assert main(["compare", str(better), str(tmp_path / "c.json")]) == 2
-    assert "is no result of videos" in capsys.readouterr().err
+    assert "is not a result of videos" in capsys.readouterr().err
     assert main(["compare", str(better), str(worse), "--images", "x"]) == 2
     assert "--images shows images" in capsys.readouterr().err
 

@@ -122,7 +122,7 @@ def _arguments() -> argparse.Namespace:
         "--same-category",
         type=float,
         default=0.5,
-        help="share of the pasted objects whose category the photograph has already, for phrases to tell apart",
+        help="share of the pasted objects whose category the photograph has already, for phrases that distinguish them",
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

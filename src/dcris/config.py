@@ -146,7 +146,7 @@ class MethodConfig(Section):
         return False
 
     def describe(self) -> str:
-        """Return what a model card says about the method."""
+        """Return the description of the method for model cards."""
         return f"{self.name}, with the head of DCRIS (see the documentation's page on methods)"
 
 

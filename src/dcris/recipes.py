@@ -1,7 +1,7 @@
 """The paper's runs as full configurations. For an ablation, change one with dcris.config.replace.
 
 Each recipe states what it reproduces, the hardware that the authors used, and the published scores.
-"Here: unmeasured" means that nobody has measured it with this code. Three scores are val, testA and
+"Here: unmeasured" means that it was not measured with this code. Three scores are val, testA and
 testB; the methods of table 2 were run on RefCOCO, as DCRIS-B was. The command of each is `dcris
 train RECIPE --data ROOT --out DIR`.
 """

@@ -59,7 +59,7 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     """Load the weights of one tower by their name, and record their origin in `tower.source`.
 
     Weights of the Hub and of packages stay in their files where possible: the tower's tensors are
-    memory-mapped, since nobody changes those files. Files of the user's own are copied.
+    memory-mapped, since those files do not change. Files of the user's own are copied.
 
     Returns:
         The file as it was before; None for weights that are part of the package, or random.

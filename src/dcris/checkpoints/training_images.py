@@ -53,7 +53,7 @@ def pack_images(images: Images) -> bytes:
 
 
 def read_images(checkpoint: Path) -> Images:
-    """Return the images that a checkpoint was trained on; empty if nobody knows.
+    """Return the images that a checkpoint was trained on; empty if that is unknown.
 
     Args:
         checkpoint: its directory, as `find_checkpoint` returns it: FILE is there, or in its run.

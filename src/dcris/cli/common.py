@@ -267,7 +267,7 @@ def evaluation_arguments(parser: argparse.ArgumentParser, videos: bool = False, 
     parser.add_argument(
         "--none-rule",
         metavar="RULE",
-        help="when a prediction says that the target is absent: head (the presence head), any-pixel (no pixel), pixels:N "
+        help="when a prediction counts as an absent target: head (the presence head), any-pixel (no pixel), pixels:N "
         "(fewer than N) or score:T (a score below T) (default: head for grefcoco, any-pixel for refzom and rrefcoco)",
     )
 

@@ -61,7 +61,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
         settings = predictor.settings
     record = {
         **video_record(results, videos, protocol),
-        "mask_threshold": settings.threshold,  # not `threshold`, by which results of images are told apart
+        "mask_threshold": settings.threshold,  # not `threshold`, which only results of images have
         "weights_sha256": fingerprint(segmenter.model.state_dict()),
         "precision": str(segmenter.dtype).removeprefix("torch."),
         "device": device_name(segmenter.device),

@@ -23,7 +23,7 @@ def predict_videos(args: argparse.Namespace, threshold: float | None) -> None:
 
     Args:
         args: of the command.
-        threshold: what its --threshold says.
+        threshold: the value of --threshold.
 
     Raises:
         DcrisError: an argument is missing or not for data sets, or as VideoSetPredictor.

@@ -62,7 +62,7 @@ def decode_brush(rle: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Decode Label Studio's `rle` to a mask [H, W] uint8 of 0 and 1: the pixels that are not fully
     transparent.
 
-    Raises DcrisError if it is no list of bytes, is cut short, or is not for an image of `size`.
+    Raises DcrisError if it is not a list of bytes, is cut short, or is not for an image of `size`.
     """
     try:
         bits = _BitReader(bytes(rle) if type(rle) is list else b"")

@@ -64,7 +64,7 @@ class ImageFinder:
         if parts and ".." not in parts and not PureWindowsPath(name).drive and not name.startswith(("/", "\\")):
             for folder in (self.root,) if self.images else (beside, self.root):
                 path = folder.joinpath(*parts)
-                if path.is_file() or (path.exists() and not path.is_dir()):  # what is no file is refused by name
+                if path.is_file() or (path.exists() and not path.is_dir()):  # other kinds of files are refused by name
                     return path
         last = parts[-1] if parts else ""
         found = self._index().get(last)

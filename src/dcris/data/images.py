@@ -292,7 +292,7 @@ def as_pixels(image: ImageLike, channels: Channels = "rgb") -> NDArray[np.uint8]
         channels: order of the channels of arrays and tensors.
 
     Raises:
-        DcrisError: it cannot be read or downloaded, or is no image.
+        DcrisError: it cannot be read or downloaded, or is not an image.
     """
     source = as_rereadable(image, channels)
     if isinstance(source, Path | bytes):
@@ -485,7 +485,7 @@ def _segments(file: BinaryIO) -> Iterator[tuple[int, int]]:
     """Yield the marker of each segment of a JPEG, and how many bytes before it belong to none.
 
     By Pillow's rules, so that nothing can be hidden from them. After the last segment, the marker
-    is 0. Compressed pixels are between segments, and only read if the caller goes on.
+    is 0. Compressed pixels are between segments, and only read if the caller continues.
     """
     at = file.seek(2)
     start = at

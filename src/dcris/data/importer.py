@@ -302,7 +302,7 @@ class _Export:
         return self.known.by_category.get(annotation.category, ())
 
     def _generated(self, image: object) -> dict[int, Texts]:
-        """Return phrases that tell the objects of an image apart, by their place in `objects`."""
+        """Return phrases that distinguish the objects of an image, by their place in `objects`."""
         places = self.of_image[image]
         if len(places) > _MOST_INSTANCES:
             return {}
@@ -345,7 +345,7 @@ class _Export:
             height, width = annotation.size
             raise DcrisError(
                 f"{image} is {found[0]} x {found[1]} pixels (height x width, after its EXIF orientation), but "
-                f"{annotation.path} says {height} x {width}, so its masks do not fit; use the images that were annotated"
+                f"{annotation.path} has {height} x {width}, so its masks do not fit; use the images that were annotated"
             )
         return found
 

@@ -73,7 +73,7 @@ def read_phrases(path: Path, annotations: Collection[str], categories: Collectio
         if is_annotation and is_category:
             raise bad(
                 path,
-                f"{where} is both an annotation and a category; use CSV, whose header tells them apart",
+                f"{where} is both an annotation and a category; use CSV, whose header distinguishes them",
             )
         if is_annotation:
             by_annotation.setdefault(key, {}).update(dict.fromkeys(phrases))

@@ -56,7 +56,7 @@ _NAMELESS = frozenset((
 
 
 def names_object(text: str, category: str) -> bool:
-    """Return whether an expression says what kind of object it means.
+    """Return whether an expression names the kind of its object.
 
     "left dog" does, "the left one" and "second from right in red" do not: they can fit an object of
     any category.

@@ -250,8 +250,8 @@ def evaluate(
 
 
 def _seen(results: Sequence[EvalResult], images: Images, protocol: Protocol) -> dict[str, Any] | None:
-    """Return what the evaluation says about images that the model was trained on; None if there is
-    nothing to say, or nobody knows what it was trained on."""
+    """Return the record of evaluated images that the model was trained on; None if there are none,
+    or its training images are unknown."""
     first = {result.reference.image_path: result.reference for result in results}
     hashes = {path: image_hash(reference) for path, reference in first.items()} if images else {}
     known = {path for path, found in hashes.items() if found in images}

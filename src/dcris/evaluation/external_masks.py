@@ -14,7 +14,7 @@ ReasonSeg's file name), PNG files and arrays may have that name. Entries may hav
 
 An empty mask, or `null` as the `segmentation`, answers that there is nothing. Entries of .json and
 .jsonl files may have `present`, the probability that the target is present, and `score`, both in
-0..1, which some rules of protocols with absent targets need. Reports show how much they tell.
+0..1, which some rules of protocols with absent targets need. Reports show how reliable they are.
 """
 
 import io
@@ -110,7 +110,7 @@ class _PngFolder(PredictedMasks):
             raise DcrisError(f"the folder {folder} has no masks; name each by its sent_id, such as 42.png")
 
     def __contains__(self, key: object) -> bool:
-        # A broken link or a file that is no image counts, so that reading it raises an
+        # A broken link or a file that is not an image counts, so that reading it raises an
         # error naming it. A name comes from a file of the data set and must not lead elsewhere.
         return Path(f"{key}.png").name == f"{key}.png" and os.path.lexists(self.folder / f"{key}.png")
 

@@ -84,8 +84,8 @@ def contour_pixels(mask: MaskArray) -> MaskArray:
     """Return the pixels [H, W] bool on the contour of a mask [H, W] bool.
 
     They differ from the pixel right of, below or right below them, so that they are on both sides
-    of the edge, half a pixel towards the origin. The border of the frame is no edge: a mask that
-    covers the frame has no contour. (_seg2bmap of the authors.)
+    of the edge, half a pixel towards the origin. The border of the frame is not an edge: a mask
+    that covers the frame has no contour. (_seg2bmap of the authors.)
     """
     found = np.zeros_like(mask)
     found[:, :-1] |= mask[:, :-1] != mask[:, 1:]
@@ -171,7 +171,7 @@ def decay(values: Floats) -> float:
     [T] in 0..1.
 
     Quarters share the frames at which they meet. The authors store frame numbers in 8 bits, so that
-    their decay of more than 256 frames is another one.
+    they compute another decay for more than 256 frames.
     """
     bounds = np.floor(np.linspace(1, len(values), 5) + 0.5 + 1e-10).astype(int) - 1
     return float(values[: bounds[1] + 1].mean() - values[bounds[3] :].mean())

@@ -192,7 +192,7 @@ class ByObject(VideoProtocol):
         older = newer.parents[1] / "Annotations" / newer.name
         if newer.parent.name != "Annotations_unsupervised" or not older.is_dir():
             raise DcrisError(
-                f"the protocol {self.name} needs the labels in DAVIS/Annotations/480p, and {older} is no such folder; unpack "
+                f"the protocol {self.name} needs the labels in DAVIS/Annotations/480p, and there is no folder {older}; unpack "
                 "DAVIS-2017-trainval-480p.zip there, or choose another --protocol"
             )
         return LabelImages(older)

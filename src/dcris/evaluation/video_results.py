@@ -112,13 +112,13 @@ def read_video_record(path: Path) -> dict[str, Any]:
     """Read a result file of videos.
 
     Raises:
-        DcrisError: it cannot be read, or is no such file.
+        DcrisError: it cannot be read, or is not such a file.
     """
     record = read_json(path, "the result file")
     protocol = field(record, "protocol", str, path, "the file")
     if protocol not in VIDEO_PROTOCOLS or "rows" not in record:
         raise DcrisError(
-            f"{path} is no result of videos, which alone are compared as .json; for images, give models or .jsonl files of "
+            f"{path} is not a result of videos; only these are compared as .json; for images, give models or .jsonl files of "
             "`dcris evaluate --answers`"
         )
     field(record, "data_sha256", str, path, "the file")

@@ -46,7 +46,7 @@ TRAIN_SCENES, TEST_SCENES, GENERALISED_SCENES = 4800, 200, 40
 def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[[str], None] = print) -> dict[str, Any]:
     """Run the workflow in a folder; a second call continues where the first stopped.
 
-    The photographs are left out, and a line says so, without the packages of the extra `photos`.
+    Without the packages of the extra `photos`, the photographs are left out, and a line is printed.
 
     Args:
         out: gets scenes/ (the data set), config.json, log.jsonl and checkpoints/ (the run),

@@ -78,7 +78,7 @@ class Line:
     """One row."""
 
     cells: tuple[str, ...]
-    """The first cells: its name, and what else tells it apart."""
+    """The first cells: its name, and what distinguishes rows of one name."""
     values: tuple[float | None, ...]
     """In percent, one for each column of scores."""
     costs: tuple[str, ...] = ()
@@ -167,7 +167,7 @@ def read_systems(paths: Sequence[Path], names: Sequence[str] = ()) -> list[Syste
         names: of the systems; by default that in the file, or else the name of the file or folder.
 
     Raises:
-        DcrisError: a file is missing or is no result file, a system has two results of the same
+        DcrisError: a file is missing or is not a result file, a system has two results of the same
             measure, systems were measured on different references of one split, or names are equal.
     """
     if names and len(names) != len(paths):
@@ -210,7 +210,7 @@ def read_row(content: Any, path: Path) -> SystemResults:
     """Check the content of a result file, of `dcris evaluate --all` or of a single split.
 
     Raises:
-        DcrisError: it is no result file, which is named `path`.
+        DcrisError: it is not a result file; the message names `path`.
     """
     if type(content) is not dict:
         raise bad(path, "it is not a result file")
@@ -421,7 +421,7 @@ def _columns(systems: Sequence[SystemResults], metrics: Sequence[str]) -> list[C
 
 
 def _label(measure: Measure, measures: Sequence[Measure]) -> str:
-    """Return the split's name, with what tells it from other measures of the same split."""
+    """Return the split's name, with what distinguishes it from other measures of the same split."""
     alike = [
         other
         for other in measures

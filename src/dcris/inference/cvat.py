@@ -5,7 +5,8 @@
 
 CVAT's client loads this module, gets the images of a task, and uploads one mask for each phrase.
 The phrase is the text attribute `phrase`, which `dcris data import` reads in CVAT's COCO export.
-Needs `cvat-sdk`, which is no dependency. Source: cvat_sdk/auto_annotation/interface.py (2.80).
+Needs `cvat-sdk`, which is not a dependency of dcris. Source: cvat_sdk/auto_annotation/interface.py
+(2.80).
 """
 
 from collections.abc import Sequence

@@ -76,7 +76,7 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
 
     def note(new: Path) -> None:
         # A process that is killed between the move and the writing of the state below leaves a
-        # folder that nobody has changed, and that may be replaced.
+        # folder that was not changed, and that may be replaced.
         written[folder.name] = WrittenFolder(records=checksum(records), files=stamps(new))
         state.model_copy(update={"coming": {**coming, folder.name: written[folder.name]}}).write(out)
 

@@ -62,8 +62,8 @@ _MISSING_SECONDS = 0.5
 truncated."""
 
 _DURATION = re.compile("([0-9]{1,6}):([0-9]{2}):([0-9]{2}(?:[.][0-9]{1,9})?)")
-"""Matroska's tag of this name, as FFmpeg and mkvmerge write it. Whoever made the file may have
-written anything there."""
+"""Matroska's tag of this name, as FFmpeg and mkvmerge write it. A hostile file may have any text
+there."""
 
 _SLOWEST = Fraction(1, 1000)
 _MOST_TICKS = 1_000_000

@@ -301,7 +301,7 @@ class VideoSetPredictor:
             for expressions in self.videos.videos.values():
                 for file in self._files(expressions):
                     member = zipfile.ZipInfo(file, _DATE)
-                    member.external_attr = 0o644 << 16  # without it, nobody may read the unpacked file
+                    member.external_attr = 0o644 << 16  # without it, unpacked files cannot be read
                     archive.writestr(member, (self.masks / file).read_bytes())
 
 

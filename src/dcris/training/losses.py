@@ -86,7 +86,7 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """One minus the soft dice coefficient, mean over the batch (Milletari et al. 2016, with plain
-    sums and 1 added to each); 0 for a sample without an object, of which dice says nothing.
+    sums and 1 added to each); 0 for a sample without an object, for which dice is not defined.
 
     Dice weighs all objects alike, whatever their share of the image; cross entropy weighs all
     pixels alike. With an empty mask, the coefficient would be 1 over the sum of the prediction:

@@ -37,7 +37,7 @@ class StopWaiting(BaseException):
 
 
 class StopRequest:
-    """A signal that asks to stop the run, and has not been acted on yet."""
+    """A signal to stop the run, which is still pending."""
 
     signal: int | None = None
     """The number of the signal; None without a request."""

@@ -60,7 +60,7 @@ def train(
 
 def validated_on_own_data(config: RunConfig, table: ReferenceTable, log: Callable[[str], None]) -> RunConfig:
     """Return the configuration with validation on the split `val` of own data, or on the recipe's
-    split, if they have it. Without either, training does not validate, and a line says so."""
+    split, if they have it. Without either, training does not validate, and prints a line."""
     wanted = config.data.val_split or "val"
     if wanted in table.splits():
         return replace(config, {"data.val_split": wanted})

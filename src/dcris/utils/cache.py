@@ -3,7 +3,7 @@
 Checksums of large weights take longer than all else that a command does before it predicts, so they
 are remembered for as long as the file does not change: by path, size, inode and the two times of
 its last change. The second time, ctime, cannot be set back, so other content is noticed. The file
-with the checksums belongs to one user: what others could have written is not believed.
+with the checksums belongs to one user: what others could have written is not used.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def _read() -> dict[str, str]:
 
 
 def _is_private(found: os.stat_result) -> bool:
-    """Return whether nobody but this user and the administrator can have written a file.
+    """Return whether only this user or the administrator can have written a file.
 
     DCRIS_CACHE may be a folder that several users share."""
     owners = (0, os.geteuid()) if hasattr(os, "geteuid") else (found.st_uid,)

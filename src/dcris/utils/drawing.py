@@ -227,8 +227,8 @@ def jpeg_bytes(image: NDArray[np.uint8], quality: int = 88) -> bytes:
 
 
 def _grow(region: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
-    """Grow a region of ones by `pixels` on all sides: an octagon, of a diamond and a square of half
-    the pixels each."""
+    """Grow a region of ones by an octagon of radius `pixels`: a diamond and a square of half the
+    radius, one after the other."""
     square = pixels // 2
     for step in _doubling(pixels - square):
         region = np.asarray(cv2.dilate(region, _spread_cross(step)), np.uint8)

@@ -91,7 +91,7 @@ def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, st
 
     Raises:
         DcrisError: the files of `dataset` or of a known data set have no split in their names. Any
-            other such folder is no data set.
+            other such folder is not a data set.
     """
     for reader in READERS.values():
         if reader.single_file and (found := reader.find(root, root.stem, None)):

@@ -84,7 +84,7 @@ def _format_of(content: Any) -> str | None:
 
 
 def _read_all(folder: Path, documents: Iterator[tuple[str, Path, Any]], several: bool) -> Found:
-    """Yield the annotations of all files; if they are several, their names tell apart what has the
+    """Yield the annotations of all files; if they are several, their names distinguish what has the
     same identifier."""
     first: tuple[str, Path] | None = None
     for name, path, content in documents:

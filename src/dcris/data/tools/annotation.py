@@ -136,7 +136,7 @@ def plain_segmentation(segmentation: Segmentation, size: Size) -> Any:
 def each(read: Callable[..., Annotation | None], records: Iterable[Any], *context: Any) -> Found:
     """Yield `read(number, record, *context)` for each record, from 1, or the error that it raises.
 
-    Nothing is yielded for a record that is no annotation (None).
+    Nothing is yielded for a record that is not an annotation (None).
     """
     for number, record in enumerate(records, 1):
         try:
@@ -151,8 +151,8 @@ def each(read: Callable[..., Annotation | None], records: Iterable[Any], *contex
 def objects(content: Any, key: str, path: Path, where: str = "the file") -> list[Any]:
     """Return the list `content[key]`, whose entries should be JSON objects.
 
-    Raises DcrisError if it is no list, or if so many entries are something else that the file is of
-    another kind.
+    Raises DcrisError if it is not a list, or if so many entries are something else that the file is
+    of another kind.
     """
     records = field(content, key, list, path, where)
     others = sum(type(record) is not dict for record in records)

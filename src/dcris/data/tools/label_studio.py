@@ -48,7 +48,7 @@ _OUTLINES = ("rle", "points", "x")
 _OF_TASK = frozenset(
     ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "split")
 )
-"""Fields of JSON-MIN that are no tags."""
+"""Fields of JSON-MIN that are not tags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _read(path: Path, content: Any) -> Found:
     if type(content) is not list:
         raise bad(path, "it is not a list of tasks")
     tasks = [mapping(task) for task in content]
-    # In a project's export, predictions that nobody corrected are no annotations.
+    # In a project's export, predictions that were not corrected are not annotations.
     annotated = any(task.get("annotations") or task.get("completions") for task in tasks)
     for place, task in enumerate(tasks, 1):
         where = f"task {task['id']}" if whole(task.get("id")) is not None else f"task {place} in the file"

@@ -26,7 +26,7 @@ def png_mask(text: str, deflated: bool = False) -> NDArray[np.uint8]:
         deflated: whether the PNG may be compressed once more, by zlib, as Supervisely does.
 
     Raises:
-        DcrisError: it is no such image, or above the limits on images.
+        DcrisError: it is not such an image, or above the limits on images.
     """
     try:
         data = base64.b64decode(text, validate=True)

@@ -22,7 +22,7 @@ def _read(path: Path, content: Any) -> Found:
         where = f"result {place}"
         name = field(record, "file_name", str, path, where)
         if "frame" in record:
-            raise bad(path, f"{where} is of a video, {name!r:.80}, whose frames are no image files")
+            raise bad(path, f"{where} is of a video, {name!r:.80}, whose frames are not image files")
         if record.get("percent_encoded") is True:
             name = os.fsdecode(unquote_to_bytes(name))
         mask = polygon_mask(record.get("segmentation"))

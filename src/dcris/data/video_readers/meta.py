@@ -25,7 +25,7 @@ def home_of(root: Path, dataset: str, file: str) -> Path | None:
 
 
 def read_videos(path: Path) -> dict[str, Any]:
-    """Return the records of the videos by name. Raises DcrisError if it is no such file."""
+    """Return the records of the videos by name. Raises DcrisError if it is not such a file."""
     videos = field(read_json(path, "the file of expressions"), "videos", dict, path, "the file")
     if not videos:
         raise bad(path, "it has no videos")

@@ -63,7 +63,7 @@ def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
 
 
 def _leave_out_test(videos: dict[str, Any], path: Path, test: Path) -> tuple[str, ...]:
-    """Remove the videos of test, and return what is to be said of it."""
+    """Remove the videos of test, and return a note about them."""
     official, _ = VIDEO_SETS[_DATASET].splits["valid"]
     before = len(videos)
     if test.is_file():

@@ -108,7 +108,7 @@ def make_backend(
     async def setup(request: "Request") -> Response:
         """Answer with the version of the model.
 
-        An interface without the tags is no error here: a project may get its interface later.
+        An interface without the tags is not an error here: a project may get its interface later.
         """
         asked = _parse(SetupRequest, await request.body())
         try:

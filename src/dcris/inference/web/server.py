@@ -159,7 +159,7 @@ def guard(
 
 
 async def health(request: "Request") -> "Response":
-    """Say that the model is loaded. It needs no password, so it says nothing else."""
+    """Report that the model is loaded, and nothing else, as it needs no password."""
     from starlette.responses import JSONResponse
 
     return JSONResponse({"status": "ok"})

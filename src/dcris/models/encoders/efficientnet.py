@@ -69,7 +69,7 @@ class ConvNorm(nn.Sequential):
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, activated: bool = True
     ) -> None:
         norm = nn.BatchNorm2d(outputs, eps=1e-3)
-        norm.num_batches_tracked = None  # the tower's statistics never change, and a count is no weight
+        norm.num_batches_tracked = None  # the tower's statistics never change, and a count is not a weight
         layers = (SameConv(inputs, outputs, kernel, stride, groups), norm)
         super().__init__(*layers, *([nn.ReLU6(inplace=True)] if activated else []))
 
