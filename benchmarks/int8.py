@@ -53,7 +53,7 @@ def forms(segmenter: Segmenter) -> dict[str, int]:
     (prepared,) = segmenter._sets.values()
     names = {True: "int8", False: "int8, smoothed"}
     found = Counter(
-        names[module.divisors is None] for module in prepared.ready.vision.modules() if isinstance(module, Int8Linear)
+        names[module.factors is None] for module in prepared.ready.vision.modules() if isinstance(module, Int8Linear)
     )
     return {**found, "working precision": 4 * len(prepared.ready.vision.blocks) - found.total()}
 

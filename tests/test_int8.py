@@ -18,9 +18,10 @@ from dcris.config import replace
 from dcris.data.photographs import example_photographs
 from dcris.data.scenes import make_scene, scene_rng
 from dcris.errors import DcrisError
+from dcris.inference import segmenter as segmenters
 from dcris.inference.segmenter import Segmenter
 from dcris.models import int8
-from dcris.models.int8 import Int8Linear, quantise
+from dcris.models.int8 import Int8Linear, choose_forms
 from dcris.recipes import get_recipe
 from dcris.utils import device as devices
 from dcris.utils.device import choose_precision
@@ -99,7 +100,7 @@ def test_numbers_at_the_edge() -> None:
 def chosen(layer: nn.Linear, x: Tensor) -> nn.Module:
     """Return the form of a layer for the example x."""
     model = nn.Sequential(layer)
-    quantise([(model, "0")], partial(model, x))
+    choose_forms(model, ["0"], partial(model, x))
     return model[0]
 
 
@@ -108,13 +109,13 @@ def test_a_form_is_chosen_by_its_error() -> None:
     represent stays as it is."""
     layer, x = linear(768, 512), torch.randn(1, 300, 768)
     plain = chosen(layer, x)
-    assert isinstance(plain, Int8Linear) and plain.divisors is None
+    assert isinstance(plain, Int8Linear) and plain.factors is None
     large = torch.ones(768)
     large[[7, 200]] = 50
     with torch.no_grad():
         layer.weight /= large  # as training balances them
     smooth = chosen(layer, x * large)
-    assert isinstance(smooth, Int8Linear) and smooth.divisors is not None
+    assert isinstance(smooth, Int8Linear) and smooth.factors is not None
     assert (smooth(x * large) - layer(x * large)).norm() < int8.LIMIT * layer(x * large).norm()
     x[:, ::50] *= 1e4  # a few tokens, in whose scale the others vanish
     assert chosen(layer, x) is layer
@@ -126,7 +127,7 @@ def test_small_products_stay() -> None:
         layer = linear(64, outputs)
         assert chosen(layer, torch.randn(1, tokens, 64)) is layer
     unreached = nn.Sequential(linear(64, 512))
-    quantise([(unreached, "0")], lambda: None)
+    choose_forms(unreached, ["0"], lambda: None)
     assert type(unreached[0]) is nn.Linear
 
 
@@ -175,7 +176,7 @@ def test_masks_are_those_of_float32(large: bool, monkeypatch: pytest.MonkeyPatch
     forms = [module for module in prepared.ready.vision.modules() if isinstance(module, Int8Linear)]
     assert len(forms) > 40
     if large:
-        assert any(form.divisors is not None for form in forms)
+        assert any(form.factors is not None for form in forms)
     overlaps = []
     for number in range(6):
         scene = make_scene(scene_rng(7, "test", number))
@@ -195,6 +196,34 @@ def test_it_moves_and_is_copied(tmp_path: Path) -> None:
     assert same.dtype == torch.int8 and np.array_equal(one, other)
     with pytest.raises(DcrisError, match="int8 is for CPUs, not for mps"):
         choose_precision("int8", torch.device("mps"))
+
+
+def test_forms_are_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start does not try the layers again, unless weights differ or the file is damaged;
+    the masks are the same."""
+    monkeypatch.setenv("DCRIS_CACHE", str(tmp_path))
+    tried: list[object] = []
+    run = segmenters.run_example
+    monkeypatch.setattr(segmenters, "run_example", lambda model, config: (tried.append(0), run(model, config)))
+
+    def start() -> np.ndarray:
+        segmenter = Segmenter.from_pretrained("tiny", device="cpu", precision="int8")
+        (prediction,) = segmenter.predict(example_photographs()[0][0], "square", scores=True)
+        assert prediction.probabilities is not None
+        return prediction.probabilities
+
+    first = start()
+    assert np.array_equal(start(), first) and len(tried) == 1
+    (file,) = (tmp_path / "int8").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert np.array_equal(start(), first) and len(tried) == 2
+    segmenter = Segmenter.from_pretrained("tiny", device="cpu", precision="float32")
+    with torch.no_grad():
+        segmenter.model.head.neck.text_proj.weight.mul_(2)
+    Segmenter(segmenter.model, segmenter.config, device="cpu", precision="int8")
+    assert len(tried) == 3
+    monkeypatch.setenv("DCRIS_CACHE", "/proc/none")
+    assert np.array_equal(start(), first)
 
 
 def test_commands_take_it(scenes_root: Path, trained_run: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from dcris.checkpoints.checkpoint import (
     read_training_images,
     save_model,
 )
+from dcris.checkpoints.int8_forms import with_known_forms
 from dcris.checkpoints.model_card import Metrics, model_card
 from dcris.checkpoints.resolve import locate
 from dcris.checkpoints.training_images import Images
@@ -178,7 +179,10 @@ class Segmenter:
     def _prepared(self, model: ReferringSegmenter, config: RunConfig) -> _Set:
         model.to(self.device)
         example = partial(run_example, config=config)
-        return _Set(prepare_for_prediction(model, self.dtype, self._cast_weights, example), config, model)
+        prepare = partial(prepare_for_prediction, model, self.dtype, self._cast_weights, example)
+        if self.dtype == torch.int8:
+            return _Set(with_known_forms(model, self._towers, config.data, prepare), config, model)
+        return _Set(prepare(None), config, model)
 
     def to(self, device: str) -> "Segmenter":
         """Move the model to a device (auto, cpu, cuda, cuda:N or mps), and return this segmenter.

@@ -15,7 +15,6 @@ Shape letters: B images or pairs, P tokens or pixels, K inputs, N outputs.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -35,22 +34,39 @@ _LEAST_TOKENS, _LEAST_OUTPUTS = 128, 512
 """In smaller products, quantising the input takes longer than int8 saves."""
 
 
-def quantise(layers: Iterable[tuple[nn.Module, str]], run: Callable[[], object]) -> None:
-    """Replace linear layers by the forms that are chosen for them while `run` runs an example.
+Forms = dict[str, Tensor]
+"""The forms of a network's int8 layers by their names: SmoothQuant's factors [K], or none [0]."""
+
+
+def choose_forms(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> None:
+    """Replace linear layers of a model by the forms that are chosen for them on an example.
 
     Args:
-        layers: each by its parent and its name there; with weights in float32.
-        run: passes an example through the layers. A layer that it does not reach stays.
+        model: with weights in float32.
+        names: of the layers.
+        run: passes an example through the model. A layer that it does not reach stays.
     """
-    places = [(parent, name, _Trial(parent.get_submodule(name))) for parent, name in layers]
-    for parent, name, trial in places:
-        setattr(parent, name, trial)
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch 2.13 says once that it deprecates quantized tensors.
-        warnings.simplefilter("ignore")
+    trials = {name: _Trial(model.get_submodule(name)) for name in names}
+    for name, trial in trials.items():
+        model.set_submodule(name, trial)
+    with torch.no_grad():
         run()
-    for parent, name, trial in places:
-        setattr(parent, name, trial.chosen)
+    for name, trial in trials.items():
+        model.set_submodule(name, trial.chosen)
+
+
+def apply_forms(model: nn.Module, forms: Forms) -> None:
+    """Replace linear layers of a model as `forms_of` found them in another copy of it."""
+    for name, factors in forms.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, Int8Linear(layer.weight, layer.bias, factors if len(factors) else None))
+
+
+def forms_of(model: nn.Module) -> Forms:
+    """Return the forms of a model's int8 layers."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    return {name: torch.empty(0) if each.factors is None else each.factors for name, each in found.items()}
 
 
 class _Trial(nn.Module):
@@ -108,9 +124,9 @@ class Int8Linear(nn.Module):
         whole = (weight / scale[:, None]).round_().to(torch.int8)
         self.activation = "none"
         self.output_dtype = torch.float32
-        self.divisors: Tensor | None
+        self.factors: Tensor | None
         self.scale: Tensor
-        self.register_buffer("divisors", None if factors is None else 1 / factors)
+        self.register_buffer("factors", factors)
         self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(whole, None))
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int64))
@@ -118,8 +134,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, P, K] -> [B, P, N] in `output_dtype`."""
-        if self.divisors is not None:
-            x = x * self.divisors
+        if self.factors is not None:
+            x = x / self.factors
         outputs = [self._multiply(image) for image in x.float()]
         return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
 

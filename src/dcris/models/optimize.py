@@ -5,7 +5,7 @@ in float32; storing weights in the working precision is what autocast does at ev
 memory layout affects only the speed.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from dcris.models.encoders.blocks import MLP, Block
 from dcris.models.head.decoder import DecoderLayer
 from dcris.models.head.neck import ConvNormReLU
 from dcris.models.head.projector import FinerConv, FinerConvNormReLU
-from dcris.models.int8 import Int8Linear, quantise
+from dcris.models.int8 import Forms, Int8Linear, apply_forms, choose_forms
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.device import working_dtype
@@ -42,7 +42,8 @@ def prepare_for_prediction(
     model: ReferringSegmenter,
     dtype: torch.dtype = torch.float32,
     cast_weights: CastWeights | None = None,
-    example: Callable[[ReferringSegmenter], object] = lambda model: None,
+    example: Callable[[ReferringSegmenter], object] | None = None,
+    forms: Forms | None = None,
 ) -> ReferringSegmenter:
     """Return a copy for prediction: batch norms folded, weights of products stored in `dtype`.
 
@@ -56,7 +57,9 @@ def prepare_for_prediction(
         dtype: the precision of matrix products (under autocast).
         cast_weights: pass the same dictionary for several models on the same towers, to store these
             once.
-        example: for int8, runs a model on an example (dcris.models.int8).
+        example: for int8, runs a model on an example, on which the forms of its layers are chosen
+            (dcris.models.int8).
+        forms: for int8, those that were chosen for this model before.
     """
     if _sharded((*model.parameters(), *model.buffers())):
         return model  # FSDP's sharded towers (dcris.training.parallel) cannot be copied
@@ -74,7 +77,11 @@ def prepare_for_prediction(
     # own, the copy would refer to itself and stay in memory.
     copy.vision.positions_on = lru_cache(_CACHED_SIZES)(model.vision.positions_on)  # type: ignore[method-assign]
     if dtype == torch.int8:
-        quantise(_large_layers(copy), partial(example, copy))
+        if forms is None:
+            assert example is not None
+            choose_forms(copy, _large_layers(copy), partial(example, copy))
+        else:
+            apply_forms(copy, forms)
         dtype = working_dtype(dtype, next(model.parameters()).device)
         _finish_int8(copy, dtype)
     if dtype != torch.float32:
@@ -183,12 +190,16 @@ def _fuse_gelu(mlp: MLP) -> None:
         first.activation, mlp.activation = "gelu", nn.Identity()
 
 
-def _large_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the linear layers of the large products, each by its parent and its name there."""
-    for part in {part: None for module in model.modules() for part in _parts(module)}:
-        for name, layer in part.named_children():
-            if type(layer) is nn.Linear:
-                yield part, name
+def _large_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of large products."""
+    parts = {part for module in model.modules() for part in _parts(module)}
+    return [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if module in parts
+        for child, layer in module.named_children()
+        if type(layer) is nn.Linear
+    ]
 
 
 def _finish_int8(model: nn.Module, dtype: torch.dtype) -> None:

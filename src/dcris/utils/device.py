@@ -76,9 +76,16 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
 def _choose_int8(device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         raise DcrisError(f"int8 is for CPUs, not for {device}; use --device cpu or another precision")
-    # The second is deprecated in torch 2.13.
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch, "quantize_per_tensor")):
-        raise DcrisError(f"PyTorch {torch.__version__} multiplies no int8 on this machine; use another precision")
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 deprecates quantized tensors, and says so once.
+            warnings.simplefilter("ignore")
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+        torch.ops.onednn.qlinear_prepack(torch.zeros(1, 1, dtype=torch.int8), None)
+    except (AttributeError, RuntimeError) as error:
+        raise DcrisError(
+            f"PyTorch {torch.__version__} multiplies no int8 on this machine; use another precision"
+        ) from error
     if not multiplies_int8():
         warnings.warn(
             "this CPU has no instructions for int8 products (VNNI or AMX): int8 is slower here than float32",
