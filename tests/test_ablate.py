@@ -118,6 +118,15 @@ def test_every_row_can_be_run(name: str, size: Size) -> None:
     assert all(isinstance(config, RunConfig) for config in table_study(name, size).configs)
 
 
+def test_a_setting_is_not_taken_for_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """`--recipes` leaves TABLE out; the value of a setting must not become it, negative or not."""
+    words = ["ablate", "--recipes", "fixed_tiny", "dcris_tiny", "--out", str(tmp_path / "out")]
+    assert main([*words, "--train.lr", "-1"]) == 2
+    assert "train.lr" in capsys.readouterr().err
+    assert main([*words[:4], "--train.lr", *words[4:]]) == 2
+    assert "--train.lr has no value" in capsys.readouterr().err
+
+
 def test_settings_change_all_rows() -> None:
     """The photographs need generated phrases in every row, or the rows do not compare."""
     study = table_study("table3", "photos").changed({"data.generate_phrases": True, "data.image_size": 320})
