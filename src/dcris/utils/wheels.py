@@ -26,7 +26,7 @@ class WheelFile:
         """Return the installed file.
 
         No code of the package runs, and the file is only used if it is the published one: the
-        packages are uploads of people unknown.
+        packages are uploads of unknown people.
 
         Raises:
             DcrisError: the package is not installed, or its file has another checksum.
