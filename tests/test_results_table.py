@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from conftest import make_tiny_refer
 from dcris.cli import main
 from dcris.data.readers.load import list_data_sets, load_references
 from dcris.errors import DcrisError
+from dcris.evaluation.evaluate import Runner
 from dcris.evaluation.protocols import PROTOCOLS
 from dcris.experiments.evaluate_all import evaluate_all
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
@@ -172,6 +175,10 @@ def test_a_file_to_write(two: list[Path], tmp_path: Path, capsys: pytest.Capture
         ({"name": "a", "results": [record("val", 1.0)] * 2, "cost": {}}, "two results of refcoco (unc) val"),
         ({"name": "a", "results": [], "cost": {"flops": None}}, "no number as 'flops'"),
         ({"name": "a", "results": [], "cost": {}}, "no result"),
+        # A table of these would take gigabytes, or minutes.
+        ({"name": "a" * 10_000, "results": [], "cost": {}}, "a 'name' of 10,000 characters; the limit is 1,000"),
+        ({**record("val", 1.0), "split": "a" * 1_001}, "a 'split' of 1,001 characters"),
+        ({"name": "a", "results": [record(str(n), 1.0) for n in range(1_001)], "cost": {}}, "1,001 results; the limit"),
     ],
 )
 def test_what_is_no_result_is_one_sentence(
@@ -337,6 +344,20 @@ def test_an_error_keeps_the_splits_before_it(
     assert dcris("evaluate", trained_run, "--data", root, *words) == 2
     assert image.name in capsys.readouterr().err
     assert [each["split"] for each in json.loads((tmp_path / "row.json").read_text())["results"]] == ["val"]
+
+
+def test_a_name_that_no_table_can_have_is_named_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's name may be any bytes; an error after the last split would cost a night."""
+    make_tiny_refer(tmp_path).write()
+    try:
+        (tmp_path / "tiny").rename(tmp_path / os.fsdecode(b"t\xff"))
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    monkeypatch.setattr(Runner, "load", lambda *args, **more: pytest.fail("the model was loaded"))
+    assert dcris("evaluate", "tiny", "--data", tmp_path, "--all") == 2
+    assert r"'t\udcff' cannot be a name in tables; rename that data set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

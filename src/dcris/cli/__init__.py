@@ -115,6 +115,8 @@ def _sentence(error: Exception) -> str | None:
         # Errors that no reader handles: names that are too long, missing permissions, circular
         # links, failing disks.
         return f"cannot use {error.filename}: {error.strerror}; check that path"
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}:
         return f"cannot read or write: {error.strerror}; check the disks of this machine"
     return None

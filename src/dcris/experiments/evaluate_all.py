@@ -92,8 +92,7 @@ def evaluate_all(
     """
     begin = time.monotonic()
     system = Path(checkpoint).resolve().name.removesuffix(".safetensors") if name is None else name
-    if not system.strip() or not is_utf8(system):
-        raise DcrisError(f"{system!r} cannot be a name in tables; give another --name")
+    _require_name(system, "give another --name")
     with processes(device) as group:
         source = locate(checkpoint)
         config = read_config(find_checkpoint(source))
@@ -110,6 +109,9 @@ def evaluate_all(
                 f"{root} has no split to evaluate{f' of {wanted}' if wanted else ''}; give a folder of data sets with val or "
                 "test splits"
             )
+        for table, split in splits:
+            for text in (table.dataset, table.split_by, split):
+                _require_name(text, f"rename that data set or split in {root}")
         runner = Runner.load(source, group, device=device, precision=precision, batch_size=batch_size, bar=bar)
         protocols = {
             table.dataset: _protocol(
@@ -142,6 +144,11 @@ def evaluate_all(
                 if out is not None:
                     write_json(out, row)
     return row
+
+
+def _require_name(text: str, advice: str) -> None:
+    if not text.strip() or not is_utf8(text):
+        raise DcrisError(f"{text!r} cannot be a name in tables; {advice}")
 
 
 def _protocol(dataset: str, name: str | None, none_rule: str | None, boundary: bool, has_head: bool) -> Protocol:

@@ -26,6 +26,10 @@ Format = Literal["markdown", "latex", "csv"]
 FORMATS: tuple[Format, ...] = ("markdown", "latex", "csv")
 _LARGEST = 1e18
 """Of the numbers in a result file, among which are counts of operations."""
+_LONGEST = 1000
+"""Most characters of a name in a result file. Markdown pads a column to its longest cell."""
+_MOST_RESULTS = 1000
+"""Most results in a file. The columns of a table are compared with each other."""
 
 BLANK = "-"
 """A cell without a value."""
@@ -217,14 +221,17 @@ def read_row(content: Any, path: Path) -> SystemResults:
     if "results" not in content:
         return SystemResults(path.stem, {_measure(content, path, "the file"): content}, {})
     records = dict[Measure, Mapping[str, Any]]()
-    for number, record in enumerate(field(content, "results", list, path, "the file"), 1):
+    results = field(content, "results", list, path, "the file")
+    if len(results) > _MOST_RESULTS:
+        raise bad(path, f"it has {len(results):,} results; the limit is {_MOST_RESULTS:,}")
+    for number, record in enumerate(results, 1):
         measure = _measure(record, path, f"result {number}")
         if measure in records:
             raise _twice(measure, path)
         records[measure] = record
     values = field(content, "cost", dict, path, "the file")
     cost = {key: _number(values, key, path, "its 'cost'") for key in values}
-    name = check_text(field(content, "name", str, path, "the file"), path, "the file", "name")
+    name = _text(content, "name", path, "the file")
     if not records:
         raise bad(path, "it has no results; evaluate again")
     return SystemResults(name, records, cost)
@@ -240,8 +247,7 @@ def _twice(measure: Measure, path: Path) -> DcrisError:
 def _measure(record: Any, path: Path, where: str) -> Measure:
     """Check a result, and return what it measures."""
     dataset, split_by, split, protocol, _ = (
-        check_text(field(record, key, str, path, where), path, where, key)
-        for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
+        _text(record, key, path, where) for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
     )
     if protocol not in PROTOCOLS and protocol not in VIDEO_PROTOCOLS:
         known = ", ".join([*PROTOCOLS, *VIDEO_PROTOCOLS])
@@ -255,7 +261,7 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
     for key, named in _RULES.items():
         if key in record:
             if key != "threshold":
-                check_text(field(record, key, str, path, where), path, where, key)
+                _text(record, key, path, where)
             rules.append((key, named(record[key])))
     return Measure(dataset, split_by, split, protocol, tuple(rules))
 
@@ -263,6 +269,13 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
 def _metrics(protocol: str) -> Sequence[Score]:
     """Return the scores of a protocol of images or videos."""
     return PROTOCOLS[protocol].metrics if protocol in PROTOCOLS else VIDEO_PROTOCOLS[protocol].metrics
+
+
+def _text(record: Any, key: str, path: Path, where: str) -> str:
+    text = check_text(field(record, key, str, path, where), path, where, key)
+    if len(text) > _LONGEST:
+        raise bad(path, f"{where} has a '{key}' of {len(text):,} characters; the limit is {_LONGEST:,}")
+    return text
 
 
 def _number(record: Any, key: str, path: Path, where: str) -> float:
@@ -379,7 +392,7 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
                 )
             place = Path(system.name)
             for group in groups:
-                name = check_text(field(group, "name", str, place, "a category"), place, "a category", "name")
+                name = _text(group, "name", place, "a category")
                 size = field(group, "expressions", int, place, f"the category {name}")
                 sums[name] = sums.get(name, 0.0) + size * _number(group, key, place, f"the category {name}")
                 counts[name] = counts.get(name, 0) + size
