@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import tempfile
 import tracemalloc
 import zipfile
 import zlib
@@ -499,6 +500,17 @@ def test_zip_files_of_too_many_files_are_refused(
 
 
 # ---- evaluate, tables and comparisons ------------------------------------------------------------
+
+
+def test_no_place_for_temporary_files_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container whose file system is read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    words = ("--data", str(write_mevis(tmp_path)), "--dataset", "mevis", "--split", "valid_u", "--device", "cpu")
+    assert main(["evaluate", "tiny", *words]) == 2
+    assert "set TMPDIR to a folder that can be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dataset", ["mevis", "ref_davis17"])

@@ -25,7 +25,18 @@ from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video_sets import FrameDone, VideoDone, VideoFailed, VideoOptions, VideoSetPredictor
 from test_distributed import torchrun
-from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, YOUTUBE_FRAMES, H, W, write_davis, write_youtube
+from video_layouts import (
+    DAVIS_FRAMES,
+    MEVIS_FRAMES,
+    WRITERS,
+    YOUTUBE_FRAMES,
+    H,
+    W,
+    mevis_records,
+    write_davis,
+    write_mevis,
+    write_youtube,
+)
 
 THRESHOLD = 0.05
 """Below what `tiny` says of noise, so that masks are not empty."""
@@ -275,6 +286,17 @@ def test_a_video_without_frames_is_one_sentence(
     Image.new("RGB", (W + 1, H)).save(missing)
     (failed,) = [each for each in _until_error(tiny, root, tmp_path / "b") if isinstance(each, VideoFailed)]
     assert "all frames must have one size" in failed.reason
+
+
+def test_more_masks_of_a_frame_than_memory_holds(tiny: Segmenter, tmp_path: Path) -> None:
+    """A file of a megabyte can list 30,000 expressions of one video; the other videos are done."""
+    records = mevis_records()
+    video = records["valid_u"]["1234abcd"]
+    video["expressions"] = {str(number): {"exp": "x", "anno_id": [7]} for number in range(30_000)}
+    events = _until_error(tiny, write_mevis(tmp_path, records), tmp_path / "out")
+    (failed,) = [each for each in events if isinstance(each, VideoFailed)]
+    assert "'1234abcd' has 30,000 expressions and frames of 36 x 24 pixels, whose masks do not fit" in failed.reason
+    assert [each.video for each in events if isinstance(each, VideoDone)] == ["ffff0000"]
 
 
 def _until_error(tiny: Segmenter, root: Path, out: Path) -> list[Any]:

@@ -109,9 +109,10 @@ def _targets(truths: Truths, expressions: Sequence[VideoExpression], step: int) 
 
 def _masks(
     truths: Truths, expressions: Sequence[VideoExpression], number: int, size: tuple[int, int]
-) -> list[MaskArray | None]:
-    """Return the masks [H, W] of a frame. A label image is decoded once for all."""
+) -> Iterator[MaskArray | None]:
+    """Yield the masks [H, W] of a frame. A label image is decoded once for all."""
     if isinstance(truths, LabelImages):
         labels = truths.labels(expressions[0], number, size)
-        return [np.equal(labels, int(each.objects[0])) for each in expressions]
-    return [truths.mask(each, number, size) for each in expressions]
+        yield from (np.equal(labels, int(each.objects[0])) for each in expressions)
+    else:
+        yield from (truths.mask(each, number, size) for each in expressions)
