@@ -179,7 +179,7 @@ def _sha256(path: Path) -> str:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise DcrisError(f"the checkpoint has no file {path}") from error
+        raise DcrisError(f"the checkpoint has no file {path}; copy it again or use another one") from error
     except OSError as error:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -463,7 +463,9 @@ def find_checkpoint(path: Path) -> Path:
         return best_checkpoint(checkpoints).path
     if not path.exists():
         raise DcrisError(f"there is no checkpoint {path}; give the directory of a run (`dcris train --out`)")
-    raise DcrisError(f"{path} has no checkpoint: it contains neither {_MODEL} nor checkpoints/step-*")
+    raise DcrisError(
+        f"{path} has no checkpoint: it contains neither {_MODEL} nor checkpoints/step-*; give the directory of a run or a model"
+    )
 
 
 def load_checkpoint(path: PathLike) -> tuple[ReferringSegmenter, RunConfig]:
@@ -730,7 +732,7 @@ def _open(path: Path) -> Iterator[Any]:
         with open_safetensors(path) as file:
             yield file
     except FileNotFoundError as error:
-        raise DcrisError(f"the checkpoint has no file {path}") from error
+        raise DcrisError(f"the checkpoint has no file {path}; copy it again or use another one") from error
     except (SafetensorError, OSError) as error:
         raise DcrisError(
             f"{path} cannot be read ({error}); it may be cut short, so copy it again or use another checkpoint"

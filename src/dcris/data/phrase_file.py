@@ -122,7 +122,7 @@ def _read_csv(path: Path) -> tuple[str, Iterable[tuple[str, Texts, str]]]:
     try:
         text = read_text(path, _MAX_BYTES)
     except FileNotFoundError as error:
-        raise DcrisError(f"the phrase file is missing: there is no file {path}") from error
+        raise DcrisError(f"the phrase file is missing: there is no file {path}; check the name") from error
     except OSError as error:
         raise DcrisError(f"cannot read the phrase file {path}: {error.strerror or error}") from error
     lines = io.StringIO(text, newline="")

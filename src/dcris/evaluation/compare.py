@@ -245,11 +245,11 @@ def chosen_examples(
     indices = []
     for sent_id in sent_ids:
         if sent_id not in by_id:
-            raise DcrisError(f"no expression that was compared has the sentence id {sent_id}")
+            raise DcrisError(f"no expression that was compared has the sentence id {sent_id}; give others")
         indices.append(by_id[sent_id])
     for phrase in phrases:
         if _plain(phrase) not in by_text:
-            raise DcrisError(f"no expression that was compared is {phrase!r}")
+            raise DcrisError(f"no expression that was compared is {phrase!r}; give one of the split")
         indices += by_text[_plain(phrase)][:count]
     return {"Chosen": [{name: results[index] for name, results in systems.items()} for index in indices]}
 

@@ -116,7 +116,7 @@ def find_tasks(
     """
     checked = tuple(require_phrase(phrase) for phrase in phrases)
     if not checked:
-        raise DcrisError("no phrase was given")
+        raise DcrisError("no phrase was given; give one or several")
     found: dict[str, Task] = {}
     for place in places:
         if not _is_result(place, out):  # the shell expands `photos/*` to results, too
@@ -184,7 +184,7 @@ def read_pairs(path: Path) -> list[Task]:
         task = tasks.get(source) or Task(path.parent / image, image, _stem(PurePath(PurePath(image).name)), ())
         tasks[source] = replace(task, phrases=(*task.phrases, phrase))
     if not tasks:
-        raise DcrisError(f"the list {path} has no pairs of an image and a phrase")
+        raise DcrisError(f"the list {path} has no pairs of an image and a phrase; write one a line")
     return assign_names(tasks.values())
 
 
@@ -250,7 +250,7 @@ def _files_of(
             raise DcrisError(f"no image or video matches {place}{others and f'; it matches {others}'}")
         yield from ((path, PurePath(path.name)) for path in files)
     else:
-        raise DcrisError(f"there is no file or folder {place}")
+        raise DcrisError(f"there is no file or folder {place}; check the name")
     if others:
         on_skipped(f"skipped in {place}: {others}")
 
@@ -372,7 +372,7 @@ def _table_pairs(path: Path, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
                 column = next((key for key in _PHRASE_KEYS[:2] if key in header), None)
                 if column is None:
                     raise DcrisError(
-                        f"{path}, line {rows.line_num}: the header has a column image, but no column phrase"
+                        f"{path}, line {rows.line_num}: the header has a column image, but no column phrase; add it"
                     )
                 image, phrase, width = header.index("image"), header.index(column), len(header)
             elif len(row) != width:

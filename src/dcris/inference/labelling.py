@@ -152,7 +152,7 @@ class TaskImages:
 
     def __init__(self, folder: Path | None = None, url: str | None = None, token: str | None = None) -> None:
         if folder is not None and not folder.is_dir():
-            raise DcrisError(f"there is no folder {folder} with images")
+            raise DcrisError(f"there is no folder {folder} with images; check the name")
         if url is not None and any(mark in url for mark in "@?#"):  # messages quote addresses: no password in them
             raise DcrisError(
                 f"the address of Label Studio must have no user, password, '?' or '#'; give a token with {TOKEN} instead"

@@ -239,7 +239,7 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
                 f"the video {path} is cut short: it ends after {end:.1f} of {length:.1f} s; download or export it again"
             )
         if index == 0:
-            raise DcrisError(f"the video {path} has no frames")
+            raise DcrisError(f"the video {path} has no frames; replace or remove it")
 
 
 def _seconds(stream: Any) -> float | None:

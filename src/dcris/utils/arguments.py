@@ -62,7 +62,7 @@ def require_number(value: Any, low: float, what: str) -> float:
 
 
 def require_names(names: Iterable[str], registry: Mapping[str, Any], setting: str) -> None:
-    """Raise DcrisError for a name that is no key of `registry`; `setting` is the key with the
+    """Raise DcrisError for a name that is not a key of `registry`; `setting` is the key with the
     names."""
     for name in names:
         if name not in registry:

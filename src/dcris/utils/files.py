@@ -516,7 +516,7 @@ def read_json(
     try:
         return parse_json(read_text(path, fallback=fallback), each_object)
     except FileNotFoundError as error:
-        raise DcrisError(f"{what} is missing: there is no file {path}") from error
+        raise DcrisError(f"{what} is missing: there is no file {path}; check the folder and the name") from error
     except OSError as error:
         raise DcrisError(f"cannot read {what}, {path}: {error.strerror or error}") from error
     except ValueError as error:

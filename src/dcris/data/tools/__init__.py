@@ -42,7 +42,7 @@ def recognise(source: Path, name: str | None = None) -> tuple[str, Found]:
     if name is not None and name not in FORMATS:
         raise DcrisError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
     if not source.exists():
-        raise DcrisError(f"the annotation file is missing: there is no file or folder {source}")
+        raise DcrisError(f"the annotation file is missing: there is no file or folder {source}; check the name")
     for each, form in FORMATS.items():
         if name in (None, each) and form.is_place(source):
             return each, form.read(source, None)

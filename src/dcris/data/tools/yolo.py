@@ -90,7 +90,7 @@ def _class_names(path: Path) -> Mapping[int, str]:
     try:
         text = read_text(path, _MAX_YAML)
     except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path} with the names of the classes") from error
+        raise DcrisError(f"there is no file {path} with the names of the classes; export it with the labels") from error
     except OSError as error:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
     if path.suffix == ".txt":

@@ -62,5 +62,5 @@ def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None =
             f"{MAX_MASKS:,}; leave some videos out"
         )
     if not videos.expressions and on_error is None:
-        raise DcrisError(f"{dataset} ({split}) in {root} has no expressions")
+        raise DcrisError(f"{dataset} ({split}) in {root} has no expressions; download it again")
     return videos
