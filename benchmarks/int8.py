@@ -1,11 +1,12 @@
 """Compare the masks of int8 and bfloat16 with those of float32, on a CPU.
 
     python benchmarks/int8.py masks --images FOLDER [--count 20]
-    python benchmarks/int8.py scores MODEL --data ROOT [--splits test]
+    python benchmarks/int8.py scores MODEL --data ROOT [--splits test] [--small-layers]
 
 `masks` is for DCRIS-B in the published layout, with random weights in which four channels of the
 vision tower are 20 to 50 times as large as the others, as DINOv2's are. A mask is what lies above
-the median probability in float32. `scores` evaluates a trained model.
+the median probability in float32. `scores` evaluates a trained model, with `--small-layers` also
+those layers in int8 that are too small to gain by it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from dcris import Segmenter
 from dcris.data.readers.load import load_references
 from dcris.evaluation.evaluate import evaluate
 from dcris.experiments.bench import random_towers
+from dcris.models import int8
 from dcris.models.int8 import Int8Linear
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
@@ -110,7 +112,10 @@ def main() -> None:
     part.add_argument("model")
     part.add_argument("--data", type=Path, required=True)
     part.add_argument("--splits", nargs="+", default=["test"])
+    part.add_argument("--small-layers", action="store_true")
     args = parser.parse_args()
+    if args.part == "scores" and args.small_layers:
+        int8._LEAST_TOKENS = int8._LEAST_OUTPUTS = 1
     found = masks(args.images, args.count) if args.part == "masks" else scores(args.model, args.data, args.splits)
     print(json.dumps(found))
 

@@ -17,7 +17,7 @@ from dcris.cli import main
 from dcris.config import replace
 from dcris.data.photographs import example_photographs
 from dcris.data.scenes import make_scene, scene_rng
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, DcrisWarning
 from dcris.inference import segmenter as segmenters
 from dcris.inference.segmenter import Segmenter
 from dcris.models import int8
@@ -238,6 +238,14 @@ def test_commands_take_it(scenes_root: Path, trained_run: Path, tmp_path: Path) 
     assert "int8" in json.dumps(json.loads(result.read_text()))
 
 
+def test_it_says_that_nothing_is_gained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A model without a layer that is large enough works as before; a line says so."""
+    photograph = str(example_photographs()[0][0])
+    assert main(["predict", "tiny", photograph, "-e", "square", "--out", str(tmp_path), "--precision", "int8"]) == 0
+    errors = capsys.readouterr().err
+    assert "no layer of this model gains by int8" in errors and "Warning" not in errors
+
+
 def test_training_does_not_take_it() -> None:
     """Nothing is trained in int8: there are no gradients."""
     with pytest.raises(DcrisError, match=r"train\.precision: input should be"):
@@ -251,7 +259,7 @@ def test_it_says_where_it_cannot_or_should_not(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(devices, "multiplies_int8", lambda: True)
         assert choose_precision("int8", CPU) == torch.int8
     monkeypatch.setattr(devices, "multiplies_int8", lambda: False)
-    with pytest.warns(UserWarning, match="slower here than float32"):
+    with pytest.warns(DcrisWarning, match="slower here than float32"):
         choose_precision("int8", CPU)
     monkeypatch.delattr(torch, "quantize_per_tensor")
     with pytest.raises(DcrisError, match="multiplies no int8"):

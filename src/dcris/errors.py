@@ -1,4 +1,4 @@
-"""The exception for errors that a user can correct, and a warning."""
+"""The exception for errors that a user can correct, and warnings."""
 
 
 class DcrisError(Exception):
@@ -10,7 +10,11 @@ class DcrisError(Exception):
     """
 
 
-class LongPhraseWarning(UserWarning):
+class DcrisWarning(UserWarning):
+    """Something that a user should know, in one sentence. The command line prints it as a line."""
+
+
+class LongPhraseWarning(DcrisWarning):
     """A phrase is longer than a model reads, so its end does not change the prediction."""
 
 

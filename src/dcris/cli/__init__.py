@@ -14,7 +14,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from dcris.cli import (
     ablate,
@@ -33,7 +34,7 @@ from dcris.cli import (
     web,
 )
 from dcris.cli.common import Parser, on_error
-from dcris.errors import DcrisError, LongPhraseWarning, out_of_memory
+from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning, out_of_memory
 from dcris.utils.streams import is_verbose, usable_streams, verbosity
 from dcris.utils.workers import dead_worker
 from dcris.version import __version__
@@ -72,7 +73,16 @@ def _run(arguments: Sequence[str] | None, set_verbosity: Callable[[int], object]
         warnings.filterwarnings("ignore", module=r"PIL\.")
         # The commands say it in their own lines, the web page beside the phrase.
         warnings.simplefilter("ignore", LongPhraseWarning)
+        warnings.showwarning = partial(_show, warnings.showwarning)
         args.run(args)
+
+
+def _show(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Print a warning of dcris as a line, without the place in its source."""
+    if issubclass(category, DcrisWarning):
+        on_error(str(message))
+    else:
+        otherwise(message, category, *where)
 
 
 def _joined(words: Sequence[str]) -> list[str]:

@@ -38,7 +38,7 @@ from dcris.data.dataset import normalise, to_square
 from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
-from dcris.errors import DcrisError, LongPhraseWarning
+from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning
 from dcris.evaluation.example import run_example
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
@@ -583,7 +583,7 @@ class Segmenter:
             except DcrisError as error:
                 if not skip:
                     raise
-                warnings.warn(f"an image is left out: {error}", UserWarning, stacklevel=3)
+                warnings.warn(f"an image is left out: {error}", DcrisWarning, stacklevel=3)
             else:
                 yield image, found
 

@@ -5,6 +5,7 @@ in float32; storing weights in the working precision is what autocast does at ev
 memory layout affects only the speed.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from dcris.errors import DcrisWarning
 from dcris.models.adapters.attach import adapters
 from dcris.models.encoders.blocks import MLP, Block
 from dcris.models.head.decoder import DecoderLayer
 from dcris.models.head.neck import ConvNormReLU
 from dcris.models.head.projector import FinerConv, FinerConvNormReLU
-from dcris.models.int8 import Forms, Int8Linear, apply_forms, choose_forms
+from dcris.models.int8 import Forms, Int8Linear, apply_forms, choose_forms, forms_of
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.utils.device import working_dtype
+from dcris.utils.device import precision_of, working_dtype
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -83,6 +85,9 @@ def prepare_for_prediction(
         else:
             apply_forms(copy, forms)
         dtype = working_dtype(dtype, next(model.parameters()).device)
+        if not forms_of(copy):
+            text = f"no layer of this model gains by int8; it works in {precision_of(dtype)}"
+            warnings.warn(text, DcrisWarning, stacklevel=2)
         _finish_int8(copy, dtype)
     if dtype != torch.float32:
         cast_weights = {} if cast_weights is None else cast_weights

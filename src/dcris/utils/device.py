@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, DcrisWarning
 from dcris.utils.arguments import DEVICES, Precision
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -89,7 +89,7 @@ def _choose_int8(device: torch.device) -> torch.dtype:
     if not multiplies_int8():
         warnings.warn(
             "this CPU has no instructions for int8 products (VNNI or AMX): int8 is slower here than float32",
-            UserWarning,
+            DcrisWarning,
             stacklevel=3,
         )
     return torch.int8
