@@ -96,7 +96,7 @@ def test_other_users_cannot_vouch_for_weights(weights: Path, folder: Path, monke
         remembered(file_state(weights), "", lambda: "one")
     finally:
         os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o644
     times: list[str] = []
     forged = dict.fromkeys(json.loads(path.read_text()), "forged")
     path.write_text(json.dumps(forged))

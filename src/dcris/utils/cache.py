@@ -80,7 +80,7 @@ def remembered(state: FileState, what: str, compute: Callable[[], str]) -> str:
         entries[key] = result
         with suppress(DcrisError):
             content = json.dumps(dict(list(entries.items())[-_MOST:]), indent=2)
-            write_file(cache_folder() / _FILE, content + "\n", private=True)
+            write_file(cache_folder() / _FILE, content + "\n", mode=0o644)
     return result
 
 
@@ -93,14 +93,14 @@ def _is_unchanged(state: FileState) -> bool:
 def _read() -> dict[str, str]:
     """Return the entries; none where there is no file, or a damaged one, or one of other users."""
     with suppress(DcrisError, OSError, ValueError), open_regular(cache_folder() / _FILE, _LARGEST) as file:
-        if _is_private(os.fstat(file.fileno())):
+        if _is_own(os.fstat(file.fileno())):
             found = parse_json(file.read(_LARGEST).decode())
             if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
                 return found
     return {}
 
 
-def _is_private(found: os.stat_result) -> bool:
+def _is_own(found: os.stat_result) -> bool:
     """Return whether only this user or the administrator can have written a file.
 
     DCRIS_CACHE may be a folder that several users share."""

@@ -259,13 +259,13 @@ def open_append(path: Path) -> TextIO:
         raise _cannot_write(path, error) from error
 
 
-def write_file(path: Path, content: bytes | str | Callable[[Path], None], *, private: bool = False) -> None:
-    """Write a file atomically. Its permissions are those of a new file (the process's umask).
+def write_file(path: Path, content: bytes | str | Callable[[Path], None], *, mode: int = 0o666) -> None:
+    """Write a file atomically.
 
     Args:
         path: the file; its folder is created if missing.
         content: bytes, text, or a function that writes to the path it receives.
-        private: give access to the owner only.
+        mode: its permissions, without those of the process's umask, as for all new files.
 
     Raises:
         DcrisError: the disk is full, the path is not writable, or it is not a regular file (but a
@@ -276,7 +276,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None], *, pri
     temporary = _temporary(path)
     try:
         # Not tempfile, which gives access to the owner only, whatever the umask.
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
     except OSError as error:
