@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from dcris.data.images import image_size
 from dcris.data.submissions import SUBMISSIONS, Labels, palette
-from dcris.data.table import shown
 from dcris.data.videos import VideoExpression, VideoSet
 from dcris.errors import DcrisError
 from dcris.inference.batch import BatchOptions, long_phrases, settings_of
@@ -51,11 +49,9 @@ _SETTINGS = "dcris-videos.json"
 _MOST_SETTINGS = 1_000_000
 _MASKS, _ZIP = "masks", "submission.zip"
 
-_MOST_BYTES = 2_000_000_000
-"""Most bytes of the masks of a frame, of which all are in memory at a time: 240 expressions in 4K.
-Where objects share a file, probabilities take four times as much beside them."""
-_LEAST_PIXELS = 100_000
-"""Pixels that a smaller frame counts as, since an expression takes memory by itself."""
+_MOST_OVERLAPPED = 300_000_000
+"""Bytes of the masks of a frame, with their probabilities, above which nothing is predicted while
+its files are written: three frames would be in memory."""
 
 _DATE = (1980, 1, 1, 0, 0, 0)
 """Of the members of a zip file, so that the same masks give the same file."""
@@ -260,7 +256,6 @@ class VideoSetPredictor:
     def _predict(self, expressions: Sequence[VideoExpression]) -> Iterator[FrameDone]:
         """Predict and write the masks of a video, frame by frame."""
         options, settings = self.options, self.settings
-        self._require_memory(expressions)
         frames = expressions[0].frames
         found = self.segmenter.predict_frames(
             (self.videos.frame_path(expressions[0].video, frame) for frame in frames),
@@ -274,21 +269,10 @@ class VideoSetPredictor:
             scores=self.form.joint,
         )
         pairs = zip(frames, _readable(found), strict=True)
-        yield from overlapped(Job(made, partial(self._write, expressions, frame)) for frame, made in pairs)
-
-    def _require_memory(self, expressions: Sequence[VideoExpression]) -> None:
-        """Raise _Unreadable if the masks of a frame take more than _MOST_BYTES."""
-        first = expressions[0]
-        try:
-            height, width = image_size(self.videos.frame_path(first.video, first.frames[0]))
-        except DcrisError as error:
-            raise _Unreadable(str(error)) from error
-        needed = len(expressions) * max(_LEAST_PIXELS, height * width) * (5 if self.form.joint else 1)
-        if needed > _MOST_BYTES:
-            raise _Unreadable(
-                f"the video {shown(first.video)} has {len(expressions):,} expressions and frames of {width} x {height} pixels, "
-                "whose masks do not fit into memory; leave some of the expressions out"
-            )
+        yield from overlapped(
+            Job(made, partial(self._write, expressions, frame), alone=_bytes_of(made) > _MOST_OVERLAPPED)
+            for frame, made in pairs
+        )
 
     def _write(
         self, expressions: Sequence[VideoExpression], frame: str, predictions: Iterable[Prediction]
@@ -342,6 +326,12 @@ def _readable(found: Iterator[list[Prediction]]) -> Iterator[list[Prediction]]:
         except DcrisError as error:
             raise _Unreadable(str(error)) from error
         yield predictions
+
+
+def _bytes_of(predictions: Iterable[Prediction]) -> int:
+    return sum(
+        each.mask.nbytes + (0 if each.probabilities is None else each.probabilities.nbytes) for each in predictions
+    )
 
 
 def _indexed_png(labels: NDArray[np.uint8]) -> bytes:

@@ -14,6 +14,10 @@ from dcris.utils.files import read_json
 
 META = "meta_expressions.json"
 
+_MOST_EXPRESSIONS = 2_000
+"""Most expressions of a video, all of which are predicted for a frame at a time. MeViS has 14 on
+average; DAVIS's labels allow for four texts of each of 254 objects."""
+
 Expressions = dict[str, dict[str, Any]]
 """The records of a video's expressions, by identifier."""
 
@@ -56,6 +60,8 @@ def _read(path: Path, name: str, record: Any) -> tuple[tuple[str, ...], Expressi
         _require_name(frame, path, where, "frame")
     if len(set(frames)) < len(frames):
         raise bad(path, f"{where} has a frame twice")
+    if len(expressions) > _MOST_EXPRESSIONS:
+        raise bad(path, f"{where} has {len(expressions):,} expressions; the limit is {_MOST_EXPRESSIONS:,}")
     for key, each in expressions.items():
         _require_name(key, path, where, "expression")
         check_text(
