@@ -108,8 +108,9 @@ _SIDEWAYS = frozenset({5, 6, 7, 8})
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 """Markers of a JPEG's pixels and of its end."""
 
-_CHUNK = 1 << 14
-"""Bytes of a JPEG in which a marker is searched for at a time."""
+_FEW, _CHUNK = 16, 1 << 14
+"""Bytes of a JPEG in which a marker is searched for at a time: first few, as segments follow each
+other in most files."""
 
 _LARGE = 1 << 26
 """Bytes of pixels from which memory that was used for decoding is returned to the system."""
@@ -488,10 +489,11 @@ def _segments(file: BinaryIO) -> Iterator[tuple[int, int]]:
     is 0. Compressed pixels are between segments, and only read if the caller continues.
     """
     at = file.seek(2)
-    start = at
-    while data := file.read(_CHUNK):
+    start, size = at, _FEW
+    while data := file.read(size):
         found = _MARKER.search(data)
         if found is None:
+            size = _CHUNK
             at += len(data) - (len(data) > 1 and data.endswith(b"\xff"))  # the next byte may make it a marker
             file.seek(at)
             continue
@@ -500,7 +502,7 @@ def _segments(file: BinaryIO) -> Iterator[tuple[int, int]]:
         if data[found.end() - 1] not in _WITHOUT_LENGTH:
             file.seek(at)
             at += max(2, int.from_bytes(file.read(2), "big"))
-        start = file.seek(at)
+        start, size = file.seek(at), _FEW
     yield 0, at - start
 
 
