@@ -14,7 +14,7 @@ from dcris.checkpoints.checkpoint import Towers
 from dcris.config import DataConfig
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
-from dcris.models.int8 import LIMIT, Forms, forms_of
+from dcris.models.int8 import Forms, forms_of, rules
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.cache import cache_folder
 from dcris.utils.files import make_directory, read_bytes, write_file
@@ -38,7 +38,7 @@ def with_known_forms(
         prepare: returns the copy for prediction.
     """
     parts = [fingerprint(trained_state(model)), *(towers[name]["sha256"] for name in sorted(towers))]
-    parts += [data.model_dump_json(), torch.__version__, __version__, str(LIMIT)]
+    parts += [data.model_dump_json(), torch.__version__, __version__, rules()]
     name = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     try:
         path = make_directory(cache_folder() / "int8") / f"{name}.safetensors"

@@ -71,6 +71,7 @@ def _run(arguments: Sequence[str] | None, set_verbosity: Callable[[int], object]
     with warnings.catch_warnings(), _termination():
         # Pillow warns of damaged metadata, which is not used here; an unreadable image is an error.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("always", DcrisWarning)
         # The commands say it in their own lines, the web page beside the phrase.
         warnings.simplefilter("ignore", LongPhraseWarning)
         warnings.showwarning = partial(_show, warnings.showwarning)

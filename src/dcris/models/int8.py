@@ -23,6 +23,9 @@ from torch.nn import functional as F
 
 from dcris.utils.device import multiplies_int8
 
+Forms = dict[str, Tensor]
+"""The forms of a network's int8 layers by their names: SmoothQuant's factors [K], or none [0]."""
+
 LIMIT = 0.02
 """Largest error of an int8 layer on the example: the mean over its tokens of the error's norm
 relative to the product's."""
@@ -34,8 +37,9 @@ _LEAST_TOKENS, _LEAST_OUTPUTS = 128, 512
 """In smaller products, quantising the input takes longer than int8 saves."""
 
 
-Forms = dict[str, Tensor]
-"""The forms of a network's int8 layers by their names: SmoothQuant's factors [K], or none [0]."""
+def rules() -> str:
+    """Return the numbers that decide about forms."""
+    return f"{LIMIT} {_MEASURED_TOKENS} {_LEAST_TOKENS} {_LEAST_OUTPUTS}"
 
 
 def choose_forms(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> None:
