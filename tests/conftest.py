@@ -1,6 +1,7 @@
 """Shared fixtures: a small data set in the REFER layout that a test may spoil, and the real one
 where it is present."""
 
+import gc
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from hub import Hub
+from launcher import Launcher
 
 # Whoever runs the tests in the background of a shell runs them with Ctrl-C ignored, and so would
 # every `dcris` that they start and interrupt; a signal that Python handles is at its default again
@@ -24,6 +26,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_TIMEOUT = 1800
 """Seconds a slow test may take; for the others see pyproject.toml."""
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # until all is imported, of which nothing is garbage; or it takes a quarter of the time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -155,6 +166,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DCRIS_CACHE", str(tmp_path_factory.mktemp("dcris")))
         yield
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts `dcris` without the seconds that importing torch takes each time."""
+    with Launcher() as launcher:
+        yield launcher
 
 
 @pytest.fixture

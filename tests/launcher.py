@@ -2,18 +2,25 @@
 imported it.
 
 That process is this file, run as a program. A request is a line of JSON: {"start": [words],
-"output": file, "env": {}} is answered with the new process's id, {"poll": id} with its exit code or
-null. Each start has a session of its own, and can be killed like any other process.
+"output": file, "errors": file, "first": code, "env": {}} is answered with the new process's id,
+{"poll": id} with its exit code or null. Each start has a session of its own, and can be killed like
+any other process.
 """
 
+import atexit
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def torchrun_environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -48,13 +55,33 @@ class Launcher:
         self.server.stdin.close()
         self.server.wait(30)
 
-    def start(self, words: list[object], output: Path, **env: object) -> int:
-        """Start `dcris words...` in a session of its own; its output is appended to `output`.
+    def start(
+        self, words: Iterable[object], output: Path, *, errors: Path | None = None, first: str = "", **env: object
+    ) -> int:
+        """Start `dcris words...` in a session of its own.
 
-        Returns its id.
+        Args:
+            words: the command line.
+            output: what the process prints is appended to this file.
+            errors: the same for what it prints as errors; None for `output`.
+            first: Python code that is run before the command.
+            env: environment variables.
+
+        Returns:
+            The id of the process.
         """
         values = {name: str(value) for name, value in env.items()}
-        return self._ask({"start": [str(word) for word in words], "output": str(output), "env": values})
+        files = {"output": str(output), "errors": str(errors or output)}
+        return self._ask({"start": [str(word) for word in words], **files, "first": first, "env": values})
+
+    def run_code(self, code: str, output: Path) -> str:
+        """Run Python code in a process of its own; return what it printed into the file `output`.
+
+        The test fails if the code raises.
+        """
+        process = self.start((), output, first=f"{code}\nraise SystemExit(0)")
+        assert self.wait(process) == 0, output.read_text()
+        return output.read_text()
 
     def poll(self, process: int) -> int | None:
         """Return the exit code once, negative for a signal; None while the process runs."""
@@ -77,23 +104,23 @@ class Launcher:
 
 
 def _serve() -> None:
+    import torch._dynamo  # noqa: F401  (training does, which takes a second)
+    from PIL import Image
+
     from dcris.cli import main
     from dcris.data.readers import load as references  # noqa: F401
+    from dcris.inference import batch  # noqa: F401
     from dcris.training import trainer  # noqa: F401
     from dcris.utils import distributed  # noqa: F401
 
+    Image.init()
+    gc.freeze()  # or a collection in a new process would copy all memory
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
             child = os.fork()
             if child == 0:
-                os.setsid()
-                output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.environ.update(request["env"])
-                sys.exit(main(request["start"]))
+                _become(request, main)
             answer = child
         elif request["poll"] == 0:
             answer = None
@@ -101,6 +128,30 @@ def _serve() -> None:
             done, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if done else None
         print(json.dumps(answer), flush=True)
+
+
+def _become(request: dict[str, Any], main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a request in this process and exit as a program does, except that the memory is left to
+    the system to free, which is faster."""
+    os.setsid()
+    for number, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["env"])
+    code: Any = 1
+    try:
+        exec(request["first"], {})
+        code = main(request["start"])
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

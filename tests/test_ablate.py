@@ -23,6 +23,7 @@ from dcris.experiments.paper_tables import DATA_SET, SIZES, SPLITS, TABLES, Row,
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES, Recipe, get_recipe
 from dcris.utils.files import write_json
+from launcher import Launcher
 
 FIXED = Row(("Fixed",), "fixed", name="fixed backbone", parameters="0.00M", scores=(74.9, 77.1, 72.0))
 DEFAULT = Row(("DCRIS",), parameters="2.69M", scores=(76.4, 77.9, 73.7))
@@ -148,6 +149,7 @@ def test_rows_of_table_3_leave_out_adapters() -> None:
 # ---- running -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_is_run_written_and_skipped(
     quiet_study: Callable[..., list[str]],
     tables: dict[str, Table],
@@ -354,22 +356,20 @@ def test_lazy_initialisation_is_not_charged_to_a_run() -> None:
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 20
 
 
-def test_a_lock_is_held_once(tmp_path: Path) -> None:
+def test_a_lock_is_held_once(launcher: Launcher, tmp_path: Path) -> None:
     """Two processes must not write one run, and a lock is free after its holder."""
     path = tmp_path / "run" / ".lock"
-    code = (
-        "import sys; from pathlib import Path; from dcris.experiments.ablate import _try_lock\n"
-        "with _try_lock(Path(sys.argv[1])) as held: print(held)"
-    )
-
-    def held_by_another_process() -> str:
-        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    code = f"""if True:
+        from pathlib import Path
+        from dcris.experiments.ablate import _try_lock
+        with _try_lock(Path({str(path)!r})) as held:
+            print(held)
+    """
 
     with module._try_lock(path) as held:
         assert held
-        assert held_by_another_process() == "False"
-    assert held_by_another_process() == "True"
+        assert launcher.run_code(code, tmp_path / "one.txt") == "False\n"
+    assert launcher.run_code(code, tmp_path / "other.txt") == "True\n"
     with module._try_lock(path) as again:
         assert again
 

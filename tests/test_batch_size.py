@@ -3,8 +3,6 @@ micro batch."""
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +29,7 @@ from dcris.types import Batch
 from dcris.utils import device
 from dcris.utils.device import free_memory
 from dcris.utils.distributed import Processes
+from launcher import Launcher
 from models import randomise
 from runs import CPU, quick_config
 
@@ -71,7 +70,7 @@ def saved_bytes(counted: list[int]) -> Iterator[None]:
 def test_no_activations_saved_before_the_first_adapter() -> None:
     """Blocks before the first adapter need no gradient, so autograd must not save their
     activations."""
-    config, kept = quick_config(1, ("model.method.visual.layers", "[1, 5, 11]")), []
+    config, kept = quick_config(1, ("model.method.visual.layers", "[1, 5, 11]"), recipe="dcris_tiny"), []
     model, batch = model_of(config), samples(2)
     with saved_bytes(kept):
         state = model.encode_images(batch.images.float())
@@ -85,7 +84,7 @@ def test_no_activations_saved_before_the_first_adapter() -> None:
 
 def test_frozen_layer_saves_no_input() -> None:
     """A product with frozen weights saves no input; one with trained weights does."""
-    mlp, kept = model_of(quick_config(1)).vision.blocks[0].mlp, []
+    mlp, kept = model_of(quick_config(1, recipe="dcris_tiny")).vision.blocks[0].mlp, []
     x = torch.randn(2, 21, 128, requires_grad=True)
     with saved_bytes(kept):
         mlp(x * 1)
@@ -115,7 +114,8 @@ def test_recomputing_only_changes_memory(dropout: str) -> None:
     """Loss, gradients and running statistics are equal bit for bit; dropout draws the same numbers,
     and batch norms count each step once."""
     side = ("data.image_size", "112")
-    config = quick_config(1, side, ("model.head.dropout", dropout), ("model.method.visual.dropout", dropout))
+    settings = side, ("model.head.dropout", dropout), ("model.method.visual.dropout", dropout)
+    config = quick_config(1, *settings, recipe="dcris_tiny")
     plain, batch = model_of(config), samples(2, 112)
     frugal = copy.deepcopy(plain)
     frugal.checkpoint_activations()
@@ -254,14 +254,13 @@ print(memory_growth(lambda: (gc.collect(), torch.ones(50_000_000).sum())))
 """
 
 
-def test_measured_memory() -> None:
+def test_measured_memory(launcher: Launcher, tmp_path: Path) -> None:
     """200 MB that are allocated for a moment are measured, even after more was allocated before.
 
     Also if unused memory with circular references, as a model has, is freed in between. In a
     process of its own, since other tests may have left 200 MB of free memory.
     """
-    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
-    assert 1.9e8 < float(done.stdout) < 4e8
+    assert 1.9e8 < float(launcher.run_code(GROWTH, tmp_path / "output.txt")) < 4e8
     assert 1e8 < free_memory(CPU) < 1e14
 
 

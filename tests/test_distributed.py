@@ -25,7 +25,7 @@ from dcris.training.loggers import read_log
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.parallel import divide_batch, synchronise_batch_norm
 from dcris.utils.distributed import processes
-from launcher import torchrun_environment
+from launcher import Launcher, torchrun_environment
 from models import randomise
 from runs import PLAIN_WORDS, last_tensors, quick_config, timeless_log
 
@@ -146,7 +146,7 @@ def compare_gradients(rank: int, port: int) -> None:
     os.environ |= torchrun_environment(rank, 3, port)
     torch.set_num_threads(1)
     sys.modules.pop("torch.distributed.nn.functional", None)  # if the tests imported it
-    models = [ReferringSegmenter(quick_config(1).model).double() for _ in range(2)]
+    models = [ReferringSegmenter(quick_config(1, recipe="dcris_tiny").model).double() for _ in range(2)]
     for model in models:
         randomise(model)
         model.train()
@@ -185,11 +185,18 @@ def compare_gradients(rank: int, port: int) -> None:
     assert not any("gloo" in name for name in threads), threads
 
 
-def test_gradients_of_the_whole_batch() -> None:
+def test_gradients_of_the_whole_batch(launcher: Launcher, tmp_path: Path) -> None:
     """Uneven shares (3, 3 and 2 samples): gradients of the mean, and batch norm, over the whole
     batch."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(compare_gradients, (store.port,), nprocs=3, daemon=True)
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_distributed as module; "
+    outputs = [tmp_path / f"{rank}.txt" for rank in range(3)]
+    processes = [
+        launcher.start((), output, first=f"{code}module.compare_gradients({rank}, {store.port}); sys.exit()")
+        for rank, output in enumerate(outputs)
+    ]
+    codes = [launcher.wait(process) for process in processes]
+    assert codes == [0] * 3, "".join(output.read_text() for output in outputs)
 
 
 @pytest.mark.slow

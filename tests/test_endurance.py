@@ -53,12 +53,6 @@ SETTINGS = {
 VALIDATED = ("data.val_split", "val")
 
 
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    with Launcher() as launcher:
-        yield launcher
-
-
 class Run:
     """One run's directory, and how the run is started, killed and restarted."""
 
@@ -185,7 +179,7 @@ def kill_again_and_again(run: Run, kills: int, seed: int) -> list[str]:
 def test_few_kills(launcher: Launcher, uninterrupted: Run, scenes_root: Path, tmp_path: Path) -> None:
     """The short form of the test below."""
     run = Run(launcher, scenes_root, tmp_path / "run")
-    assert kill_again_and_again(run, 2, seed=3)
+    assert kill_again_and_again(run, 1, seed=3)
     assert_same_result(uninterrupted, run)
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from dcris.errors import DcrisError
 from dcris.training import loggers, trainer
 from dcris.training.loggers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_queries, read_log
 from dcris.utils.drawing import cell
+from launcher import Launcher
 from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
 
 VAL = ("data.val_split", "val")
@@ -135,13 +135,12 @@ print(peak_memory(torch.device("cpu"))["peak_memory_mb"] - before)
 """
 
 
-def test_peak_memory_of_the_process() -> None:
+def test_peak_memory_of_the_process(launcher: Launcher, tmp_path: Path) -> None:
     """200 MB that were allocated and freed raise it by 200 MB.
 
     In a process of its own: the peak never falls.
     """
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert 120 < float(done.stdout) < 260
+    assert 120 < float(launcher.run_code(PEAK, tmp_path / "output.txt")) < 260
 
 
 # ---- for a person ------------------------------------------------------------------------------
@@ -539,18 +538,18 @@ def test_missing_package_is_reported_before_training(
 # ---- nothing without being asked ---------------------------------------------------------------
 
 
-def test_trackers_are_not_imported_by_default(scenes_root: Path, tmp_path: Path) -> None:
+def test_trackers_are_not_imported_by_default(launcher: Launcher, scenes_root: Path, tmp_path: Path) -> None:
     """Without --tracker, neither package is imported."""
-    program = (
-        "import sys\n"
-        "from dcris.cli import main\n"
-        "code = main(sys.argv[1:])\n"
-        "sys.exit(code or ' '.join({'tensorboard', 'wandb', 'torch.utils.tensorboard'} & set(sys.modules)) or None)\n"
-    )
+    program = """if True:
+        import sys
+        from dcris.cli import main
+        assert main({words}) == 0
+        print({{'tensorboard', 'wandb', 'torch.utils.tensorboard'}} & set(sys.modules))
+    """
     words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.max_steps 2".split()
     words += ["--train.batch_size", "4", "--data.workers", "0", "--data.image_size", "56", "--train.warmup_steps", "1"]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = launcher.run_code(program.format(words=words), tmp_path / "output.txt")
+    assert printed.splitlines()[-1] == "set()"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "checkpoints",
         "config.json",

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -33,6 +34,7 @@ from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
 from dcris.inference.web.api import read_form
 from dcris.inference.web.service import InferenceService, Limits, coco_results
+from launcher import Launcher
 from servers import picture, post, resident, send, serving
 
 PHRASES = ["red circle", "the small striped ring", "leftmost"]
@@ -343,9 +345,10 @@ def test_a_flood_is_refused_and_then_over(address: str) -> None:
     """Of many requests at once some are answered, the others are told to come again, and none is
     lost."""
     answers: list[int] = []
+    large = picture(700, 700)
 
     def one() -> None:
-        answers.append(send(address, "POST /api/segment?phrase=left", picture(700, 700))[0])
+        answers.append(send(address, "POST /api/segment?phrase=left", large)[0])
 
     crowd = [threading.Thread(target=one) for _ in range(30)]
     for each in crowd:
@@ -405,27 +408,28 @@ def test_broken_forms_are_one_sentence(body: bytes, cut: int) -> None:
             read_form(broken, kind)
 
 
-def test_serve_needs_no_gradio(tmp_path: Path) -> None:
+def test_serve_needs_no_gradio(launcher: Launcher, tmp_path: Path) -> None:
     """`dcris serve` is for machines without Gradio and its hundred packages."""
     pytest.importorskip("uvicorn")
-    block = "import sys; sys.modules['gradio'] = sys.modules['fastapi'] = None; from dcris.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", block, "serve", "tiny", "--port", "0", "--device", "cpu"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), process.communicate()
-        assert post(line.split()[0], picture(), phrase="red circle")[0]["phrase"] == "red circle"
-        process.terminate()
-        process.communicate(timeout=60)
-    assert not list(tmp_path.iterdir())
+    block = "import sys, tempfile; sys.modules['gradio'] = sys.modules['fastapi'] = tempfile.tempdir = None"
+    output, home = tmp_path / "output.txt", tmp_path / "home"
+    home.mkdir()
+    words = ("serve", "tiny", "--port", 0, "--device", "cpu")
+    server = launcher.start(words, output, first=block, TMPDIR=home)
+    while not output.exists() or "\n" not in output.read_text():
+        assert launcher.poll(server) is None, output.read_text()
+        time.sleep(0.02)
+    line = output.read_text()
+    assert line.startswith("http://127.0.0.1:")
+    assert post(line.split()[0], picture(), phrase="red circle")[0]["phrase"] == "red circle"
+    os.kill(server, signal.SIGTERM)
+    launcher.wait(server, 60)
+    assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette", "h11", "python_multipart"])
-def test_a_missing_library_is_named(missing: str) -> None:
+def test_a_missing_library_is_named(launcher: Launcher, missing: str, tmp_path: Path) -> None:
     """Without the extra, the command says what to install, before it loads the model."""
-    block = f"import sys; sys.modules['{missing}'] = None; from dcris.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", block, "serve", "no-such-model", "--port", "0"]
-    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert f"needs the package {missing}: pip install 'dcris[serve]'" in done.stderr
+    block, output = f"import sys; sys.modules['{missing}'] = None", tmp_path / "output.txt"
+    assert launcher.wait(launcher.start(("serve", "no-such-model", "--port", 0), output, first=block)) == 2
+    assert f"needs the package {missing}: pip install 'dcris[serve]'" in output.read_text()

@@ -1,10 +1,7 @@
 """`dcris predict --data`: masks of data sets of videos, in the layouts that servers take."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import zipfile
 from io import BytesIO
@@ -25,6 +22,7 @@ from dcris.data.video_readers.load import load_videos
 from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video_sets import FrameDone, VideoDone, VideoFailed, VideoOptions, VideoSetPredictor
+from launcher import Launcher
 from test_distributed import torchrun
 from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, YOUTUBE_FRAMES, H, W, write_davis, write_youtube
 
@@ -150,33 +148,29 @@ def test_finished_videos_are_not_predicted_again(tiny: Segmenter, tmp_path: Path
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 import dcris.inference.video_sets as module
-from dcris.cli import main
 before, calls = module.write_file, []
 def write(path, content):
     calls.append(path)
-    if len(calls) == int(sys.argv[1]):
+    if len(calls) == {calls}:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / f".{path.name}.partial-0000{path.suffix}").write_bytes(b"half")
+        (path.parent / f".{{path.name}}.partial-0000{{path.suffix}}").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     before(path, content)
 module.write_file = write
-main(sys.argv[2:])
 """
 
 
 @pytest.mark.parametrize("calls", [3, 14])
-def test_a_killed_call_is_repeated(calls: int, tmp_path: Path) -> None:
+def test_a_killed_call_is_repeated(launcher: Launcher, calls: int, tmp_path: Path) -> None:
     """After kill -9 between two files or in the zip file, the result equals that of one call."""
     root, out = write_youtube(tmp_path), tmp_path / "out"
     words = ["--data", root, "--dataset", "ref_youtube_vos", "--split", "train", "--out"]
     assert _run(*words, tmp_path / "whole") == 0
     command = ["predict", "tiny", "--device", "cpu", "--threshold", THRESHOLD, *words, out]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(calls), *map(str, command)], check=False, timeout=300, env=os.environ
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = launcher.start(command, tmp_path / "output.txt", first=KILLED.format(calls=calls))
+    assert launcher.wait(killed) == -signal.SIGKILL
     assert not (out / "submission.zip").exists()
     assert _run(*words, out) == 0
     assert _files(out) == _files(tmp_path / "whole")
