@@ -83,18 +83,20 @@ def test_a_method_trains_its_slots_and_the_weights_it_names(page: dict[str, Modu
     assert all(not torch.equal(last_tensors(gain_run)[name], fresh[name]) for name in names)
 
 
-def test_a_method_can_use_a_tower_that_others_use(gain_run: Path, trained_run: Path) -> None:
+def test_a_method_can_use_a_tower_that_others_use(gain_run: Path, scenes_root: Path, tmp_path: Path) -> None:
     """It has its own copy of the weights that it trained and shares the others; another model
     cannot share the former.
     """
-    base, _ = load_checkpoint(trained_run)
+    other_run = tmp_path / "run"
+    run_training(quick_config(1, recipe="dcris_tiny"), scenes_root, other_run)
+    base, _ = load_checkpoint(other_run)
     own, _ = load_checkpoint(gain_run)
     shared, _ = load_adapters(gain_run, base, identify_towers(base))
     assert shared.vision.blocks[5].mlp.fc1.weight.data_ptr() == base.vision.blocks[5].mlp.fc1.weight.data_ptr()
     for name, value in own.state_dict().items():
         assert torch.equal(value, shared.state_dict()[name]), name
     with pytest.raises(DcrisError):
-        load_adapters(trained_run, own, identify_towers(own))
+        load_adapters(other_run, own, identify_towers(own))
 
 
 @torch.no_grad()

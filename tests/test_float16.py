@@ -25,6 +25,8 @@ from test_distributed import torchrun, train_words
 from test_train import stop_at
 
 FLOAT16 = ("train.precision", "float16")
+SMALL = ("data.image_size", "28")
+"""CPUs compute in float16 slowly."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def start_with_scale(monkeypatch: pytest.MonkeyPatch, scale: float, interval: in
 
 def test_losses_are_those_of_float32(table: ReferenceTable, tmp_path: Path) -> None:
     """Up to the rounding of float16, which grows over the steps, and with other options."""
-    settings = EVERY_STEP, ("train.lr", "1e-4"), ("train.masking", "{}"), ("train.micro_batch", "2")
+    settings = EVERY_STEP, SMALL, ("train.lr", "1e-4"), ("train.masking", "{}"), ("train.micro_batch", "2")
     for precision in ("float32", "float16"):
         run_training(quick_config(4, *settings, ("train.precision", precision)), table, tmp_path / precision)
     whole, half = (read_log(tmp_path / name) for name in ("float32", "float16"))
@@ -107,7 +109,7 @@ def test_skipped_steps_are_counted_and_training_goes_on(
     update = WeightAverage.update
     monkeypatch.setattr(WeightAverage, "update", lambda self, step: updates.append(step) or update(self, step))
     lines: list[str] = []
-    run_training(quick_config(20, FLOAT16, EVERY_STEP, ("train.ema", "0.9")), table, tmp_path, log=lines.append)
+    run_training(quick_config(20, FLOAT16, SMALL, EVERY_STEP, ("train.ema", "0.9")), table, tmp_path, log=lines.append)
     log = read_log(tmp_path)
     counts = [line["skipped_steps"] for line in log]
     skipped = counts[-1]
@@ -124,7 +126,14 @@ def test_a_run_in_float16_resumes_exactly(
 ) -> None:
     """While steps are skipped, before the optimizer has taken any, and while the scale grows; with
     clipping, averages and shared images."""
-    settings = FLOAT16, EVERY_STEP, ("train.clip_norm", "0.5"), ("train.ema", "0.9"), ("data.phrases_per_image", "3")
+    settings = (
+        FLOAT16,
+        SMALL,
+        EVERY_STEP,
+        ("train.clip_norm", "0.5"),
+        ("train.ema", "0.9"),
+        ("data.phrases_per_image", "3"),
+    )
     start_with_scale(monkeypatch, 2.0**22, interval=3)
     run_training(quick_config(16, *settings), table, tmp_path / "whole")
     scales = [line["loss_scale"] for line in read_log(tmp_path / "whole")]
@@ -146,12 +155,12 @@ def test_a_loss_that_stays_infinite_ends_the_run(
         trainer, "training_losses", lambda *words: {name: term * math.nan for name, term in losses_of(*words).items()}
     )
     with pytest.raises(DcrisError, match=r"float16 overflowed in 25 steps in a row, .* --precision bfloat16"):
-        run_training(quick_config(40, FLOAT16, EVERY_STEP), table, tmp_path / "run")
+        run_training(quick_config(40, FLOAT16, SMALL, EVERY_STEP), table, tmp_path / "run")
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert len(lines) == 24
     assert "NaN" not in lines[-1] and '"skipped_steps": 24' in lines[-1]
     with pytest.raises(DcrisError, match="the loss is nan at step 1"):
-        run_training(quick_config(40, EVERY_STEP), table, tmp_path / "whole")
+        run_training(quick_config(40, SMALL, EVERY_STEP), table, tmp_path / "whole")
 
 
 def test_predictions_in_float16(table: ReferenceTable, scenes_root: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from referee import (
     write_refsegrs,
     write_rrsisd,
 )
+from test_distributed import half_mask_model
 
 LIMITS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -386,8 +387,8 @@ def test_a_model_and_its_masks_have_the_same_scores(
 ) -> None:
     """`dcris evaluate` counts on the device, `dcris score` from files."""
     where = ["--data", str(scenes_root), "--dataset", "scenes", "--split", "test", "--protocol", "lisa", "--boundary"]
-    answers = str(tmp_path / "answers.jsonl")
-    assert main(["evaluate", str(trained_run), *where, "--device", "cpu", "--answers", answers]) == 0
+    model, answers = half_mask_model(trained_run, tmp_path / "model"), str(tmp_path / "answers.jsonl")
+    assert main(["evaluate", str(model), *where, "--device", "cpu", "--answers", answers]) == 0
     ours = json.loads(capsys.readouterr().out)
     assert main(["score", answers, *where, "--format", "json"]) == 0
     theirs = json.loads(capsys.readouterr().out)
@@ -528,6 +529,7 @@ def test_gseval_by_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+@pytest.mark.slow
 def test_every_set_has_the_protocol_of_its_authors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`dcris evaluate --all` on a folder with all of them."""
     root = tmp_path / "data"
