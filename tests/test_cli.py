@@ -27,6 +27,7 @@ from dcris.cli import common, main
 from dcris.cli.train import configuration
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
+from dcris.recipes import RECIPES
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer
 from runs import assert_same_run, leftovers
@@ -119,6 +120,7 @@ def test_from_scenes_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 def test_real_photographs(refer_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real images and masks: any size, grey, polygons and crowds."""
     assert dcris("data", "check", refer_root, "--dataset", "cocomini") == 0
@@ -370,7 +372,7 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("train dcris_tiny --data DATA --out RUN", "already holds a run"),
         ("train dcris_tiny --data DATA --out OUT --device cuda:99", "cuda:99"),
         ("train ABSENT.json --data DATA --out OUT", "absent.json"),
-        ("train dcris_b --data DATA --dataset scenes --out OUT --model.vision.name dinov5", "dinov2-base"),
+        ("train dcris_tiny --data DATA --dataset scenes --out OUT --model.vision.name dinov5", "dinov2-base"),
         ("data check ABSENT --dataset scenes", "absent"),
         ("data check DATA --dataset scenes --split-by unc", "unc"),
         ("data check DATA", "--dataset"),
@@ -569,10 +571,16 @@ def test_help_examples_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
                 configuration(args)
 
 
-def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    """With exact numbers."""
+@pytest.mark.parametrize(
+    "names", [("dcris_b", "dcris_tiny", "fixed_tiny"), pytest.param(tuple(RECIPES), marks=pytest.mark.slow, id="all")]
+)
+def test_recipes(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With exact numbers, for each of which a network is built."""
+    for name in RECIPES.keys() - set(names):
+        monkeypatch.delitem(RECIPES, name)
     assert dcris("recipes", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert tuple(rows) == names
     assert rows["dcris_tiny"]["adapters"] > 0 == rows["fixed_tiny"]["adapters"]
     assert dcris("recipes") == 0
     assert f"{rows['dcris_b']['adapters']:,}" in capsys.readouterr().out
@@ -683,7 +691,7 @@ def test_quiet_and_verbose(trained_run: Path, photo: Path, tmp_path: Path, capsy
     predict = ("predict", trained_run, photo, "-e", "ring", "--device", "cpu", "--out")
     assert dcris(*predict, tmp_path / "a", "-q") == 0
     assert capsys.readouterr() == ("", "")
-    assert dcris("recipes", "--json", "--quiet") == 0
+    assert dcris("recipes", "--show", "dcris_tiny", "--quiet") == 0
     assert json.loads(capsys.readouterr().out)
     assert dcris("predict", trained_run, tmp_path / "none.png", "-e", "ring", "-q") == 2
     printed = capsys.readouterr()

@@ -81,14 +81,15 @@ def assert_close(one: Path, other: Path) -> None:
         assert last_tensors(one, file).keys() == last_tensors(other, file).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize(
     "settings",
     [
         (("train.ema", "0.9"), ("train.clip_norm", "1")),
-        pytest.param((("data.phrases_per_image", "3"), ("train.masking", "{}")), marks=pytest.mark.slow),
-        pytest.param((("data.scales", "[1, 2]"), ("train.micro_batch", "3")), marks=pytest.mark.slow),
-        pytest.param((("data.cache_features", "1"), ("model.method", "null")), marks=pytest.mark.slow),
+        (("data.phrases_per_image", "3"), ("train.masking", "{}")),
+        (("data.scales", "[1, 2]"), ("train.micro_batch", "3")),
+        (("data.cache_features", "1"), ("model.method", "null")),
     ],
 )
 def test_losses_are_those_of_the_network(

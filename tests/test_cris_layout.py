@@ -54,6 +54,7 @@ def test_the_same_references_as_in_the_refer_layout(prepared):
     assert check_dataset(root, "refcocog").problem_count == 0
 
 
+@pytest.mark.slow
 def test_real_references(refer_root, tmp_path):
     """COCO's own names, categories and masks."""
     original = load_references(refer_root, "cocomini")

@@ -7,6 +7,7 @@ The golden numbers are those of the published code on random weights in its layo
 import json
 import pickle
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from detris_layout import (
     sums,
     weights,
 )
+from marks import slow_except
 from models import without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "detris.safetensors"
@@ -120,7 +122,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
-@pytest.mark.parametrize("name", STARTED)
+@pytest.mark.parametrize("name", slow_except(STARTED, "small"))
 def test_the_published_start(name: str) -> None:
     """Initial weights are distributed as in the published code; a Kaiming start adds 20 times as
     much to the towers.
@@ -149,6 +151,7 @@ def test_the_published_start(name: str) -> None:
     assert torch.stack(added).mean(0).tolist() == pytest.approx(expected["start_rms"].tolist(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_five_published_steps() -> None:
     """Losses and weight updates of five training steps equal the published code's."""
     config, expected = config_of("small"), golden("small")
@@ -185,8 +188,10 @@ def save(path: Path, state: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["base", "large", "mixed"])
-@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    slow_except(product(("base", "large", "mixed"), ("", "module.")), ("base", ""), ("mixed", "module.")),
+)
 def test_variants_are_recognised_from_their_tensors(name: str, wrapper: str, tmp_path: Path) -> None:
     """The model is recognised from the tensors' names and shapes."""
     state = {wrapper + key: value for key, value in empty(name).items()}
@@ -225,12 +230,12 @@ def test_other_layers_and_widths_are_recognised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stem", "dataset", "split_by", "length"),
     [
-        ("base_refcoco", "refcoco", "unc", 17),
         ("base_refcoco+", "refcoco+", "unc", 17),
-        ("base_refcocog_u", "refcocog", "umd", 22),
-        ("base_refcocog_g", "refcocog", "google", 17),
         ("lagre_RefCOCOg_umd", "refcocog", "umd", 22),
         ("mix_refcocog_u", "mixed-unfiltered", None, 17),
+        pytest.param("base_refcoco", "refcoco", "unc", 17, marks=pytest.mark.slow),
+        pytest.param("base_refcocog_u", "refcocog", "umd", 22, marks=pytest.mark.slow),
+        pytest.param("base_refcocog_g", "refcocog", "google", 17, marks=pytest.mark.slow),
     ],
 )
 def test_the_file_s_name_says_the_data_set(

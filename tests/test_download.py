@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from email.utils import formatdate
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def _size(number: int) -> tuple[int, int]:
     return 20 + number, 40
 
 
+@cache
 def _jpeg(size: tuple[int, int], seed: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)).save(file, "JPEG")
@@ -527,6 +529,7 @@ def test_a_hub_that_cannot_be_reached(
 # ---- real references -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_references_and_images(
     refer_root: Path, hub: Hub, image_server: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

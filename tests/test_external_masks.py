@@ -6,6 +6,7 @@ import os
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.external_masks import score_masks
 from dcris.evaluation.protocols import get_protocol
 from dcris.utils.text_tables import latex, markdown
+from marks import slow_except
 
 Masks = Mapping[int, np.ndarray]
 CRIS = get_protocol("cris")
@@ -142,8 +144,10 @@ def test_results_of_a_model_keep_their_scores(
     assert {key: ours[key] for key in theirs.keys() - unknown} == {key: theirs[key] for key in theirs.keys() - unknown}
 
 
-@pytest.mark.parametrize("key", ["score", "present"])
-@pytest.mark.parametrize("protocol", ["lavt", "grefcoco"])
+@pytest.mark.parametrize(
+    ("key", "protocol"),
+    slow_except(product(["score", "present"], ["lavt", "grefcoco"]), ("score", "lavt"), ("present", "grefcoco")),
+)
 def test_scores_of_other_programs_are_assessed(
     key: str, protocol: str, queries: list, truths: Masks, scenes_root: Path, tmp_path: Path
 ) -> None:

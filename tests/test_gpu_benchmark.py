@@ -33,6 +33,7 @@ def run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_it_runs_from_start_to_end(gpu: ModuleType, tmp_path: Path) -> None:
     """All parts and their lines run, so that the program works where a GPU is at hand at last."""
     out, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
@@ -101,6 +102,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_stop_the_others(tmp_path: Path) -> None:
     """What was measured before an error, a crash or the time limit is kept, and the reasons are
     named."""

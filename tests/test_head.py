@@ -329,6 +329,7 @@ def test_the_head_reads_the_feature_layers_and_the_normed_output() -> None:
     assert error(model(pixels, tokens)[0], model.head.projector(features, text.sentence)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_projector_is_exported_for_any_number_of_phrases() -> None:
     """An exported graph accepts any number of expressions."""
     projector = Projector(8, 6, None).eval()

@@ -27,6 +27,7 @@ from dcris.training.losses import text_to_pixel_loss
 from dcris.training.optimizer import parameter_groups
 from dcris.training.trainer import build_model
 from dcris.utils.device import choose_precision
+from marks import slow_except
 from models import error, images, randomise
 from runs import CPU, last_tensors, quick_config, run_training
 
@@ -50,6 +51,8 @@ COUNTS = {
 """Trained weights beside the head of the recipe NAME_b, and what table 2 prints."""
 
 every_method = pytest.mark.parametrize("method", METHODS)
+# One that can be folded, one with a bridge, and the paper's.
+some_methods = pytest.mark.parametrize("method", slow_except(METHODS, "dcris", "lora", "etris"))
 
 
 def test_the_list_of_methods_is_whole() -> None:
@@ -188,7 +191,7 @@ def test_exactly_its_weights_train(method: str) -> None:
         assert not any(module.training for module in tower.modules())
 
 
-@every_method
+@some_methods
 @torch.no_grad()
 def test_saved_and_loaded_it_answers_the_same(method: str, tmp_path: Path) -> None:
     """A checkpoint holds everything that was trained, and is refused on other towers."""
@@ -208,9 +211,7 @@ def test_saved_and_loaded_it_answers_the_same(method: str, tmp_path: Path) -> No
         load_checkpoint(tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    "method", [name if name in ("houlsby", "etris") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
-)
+@pytest.mark.parametrize("method", slow_except(METHODS, "etris"))
 def test_a_resumed_run_is_the_same_run(method: str, scenes_root: Path, tmp_path: Path) -> None:
     """An interrupted and resumed run ends with the same weights. A Segmenter can load the run."""
 
@@ -231,7 +232,7 @@ def test_a_resumed_run_is_the_same_run(method: str, scenes_root: Path, tmp_path:
     assert answer.mask.shape == (40, 50)
 
 
-@every_method
+@some_methods
 def test_bfloat16(method: str) -> None:
     """Training works in bfloat16, the default precision of a GPU."""
     model = built(f"{method}_tiny").train()
@@ -255,7 +256,7 @@ def test_many_phrases_on_one_image_are_as_single_calls(method: str) -> None:
     assert error(together, single) < 1e-4 * single.abs().max().item()
 
 
-@every_method
+@some_methods
 @torch.no_grad()
 def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path) -> None:
     """Folding keeps the results; methods that cannot be folded raise an error and are unchanged."""

@@ -201,10 +201,11 @@ def photographs(draw_: st.DrawFn) -> list[Instance]:
     return found
 
 
-def test_every_phrase_is_understood():
+@pytest.mark.parametrize("examples", [150, pytest.param(600, marks=pytest.mark.slow)])
+def test_every_phrase_is_understood(examples: int):
     kinds: set[str] = set()
 
-    @settings(max_examples=600, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(photographs())
     def check(instances: list[Instance]) -> None:
         for target in instances:
@@ -452,6 +453,7 @@ def test_training_records_the_generated_references(
     assert "3 references" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_real_photographs(refer_root: Path):
     table = load_references(refer_root, "cocomini")
     extended = training_table(table, DataConfig(generate_phrases=True, licences=(4, 5, 7, 8)))

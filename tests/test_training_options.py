@@ -42,6 +42,7 @@ from dcris.training.optimizer import learning_rate, make_optimizer, set_learning
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model
 from dcris.types import Reference
+from marks import slow_except
 from models import randomise, tiny_config, without_dropout
 from runs import CPU, EVERY_STEP, assert_same_run, last_tensors, quick_config, run_training, timeless_log
 from test_distributed import IN_DOUBLE_PRECISION, losses, torchrun, train_words
@@ -79,7 +80,7 @@ def test_options_are_off_by_default() -> None:
 )
 def test_fifty_steps_with_each_option(table: ReferenceTable, tmp_path: Path, settings: list[tuple[str, str]]) -> None:
     """The loss falls, and the model predicts."""
-    config = quick_config(50, EVERY_STEP, ("train.lr", "1e-3"), *settings)
+    config = quick_config(50, EVERY_STEP, ("train.lr", "1e-3"), *settings, recipe="dcris_tiny")
     if config.data.weights:
         few = replace(table, dataset="few", references=table.split("train")[:20])
         table = mix(config.data.dataset, [table, few], filtered=False)
@@ -345,7 +346,12 @@ def test_a_batch_has_each_image_once(table: ReferenceTable, monkeypatch: pytest.
         assert all(names == drawn[0] for names in drawn)
 
 
-@pytest.mark.parametrize("recipe", ["dcris_tiny", "lora_tiny", "etris_tiny", "barleria_tiny", "dcris_photos"])
+@pytest.mark.parametrize(
+    "recipe",
+    slow_except(
+        ["dcris_tiny", "lora_tiny", "etris_tiny", "barleria_tiny", "dcris_photos"], "dcris_tiny", "barleria_tiny"
+    ),
+)
 def test_sharing_changes_neither_logits_nor_gradients(recipe: str) -> None:
     """Up to rounding, wherever a method reads the text, also if weights before that are trained."""
     model = without_dropout(ReferringSegmenter(get_recipe(recipe).model)).double()
@@ -403,18 +409,21 @@ def moves(table: ReferenceTable, run: Path, *settings: tuple[str, str]) -> dict[
     return found
 
 
-def test_each_part_learns_at_its_own_rate(table: ReferenceTable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factors", "head", "towers"),
+    [
+        (None, 1, 0.1),
+        ('{"towers": 0.01, "head": 3}', 3, 0.01),
+        pytest.param("{}", 1, 1, marks=pytest.mark.slow),
+        pytest.param('{"head": 0.5}', 0.5, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_each_part_learns_at_its_own_rate(
+    table: ReferenceTable, tmp_path: Path, factors: str | None, head: float, towers: float
+) -> None:
     """The recipe of full tuning has a factor of 0.1 for the towers."""
-    for number, (factors, head, towers) in enumerate(
-        (
-            (None, 1, 0.1),
-            ("{}", 1, 1),
-            ('{"towers": 0.01, "head": 3}', 3, 0.01),
-            ('{"head": 0.5}', 0.5, 1),
-        )
-    ):
-        found = moves(table, tmp_path / str(number), *([("train.lr_factors", factors)] if factors else []))
-        assert found == pytest.approx({"head": 1e-4 * head, "towers": 1e-4 * towers}, rel=0.02)
+    found = moves(table, tmp_path, *([("train.lr_factors", factors)] if factors else []))
+    assert found == pytest.approx({"head": 1e-4 * head, "towers": 1e-4 * towers}, rel=0.02)
 
 
 def test_the_schedule_applies_to_all_parts() -> None:
@@ -491,7 +500,7 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_cache_features", lambda self: None)
 
 
-@pytest.mark.parametrize("recipe", ["dcris_tiny", "etris_tiny", "fixed_tiny"])
+@pytest.mark.parametrize("recipe", slow_except(["dcris_tiny", "etris_tiny", "fixed_tiny"], "dcris_tiny", "etris_tiny"))
 def test_stored_features_do_not_change_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
@@ -554,7 +563,10 @@ def test_half_precision_is_close(table: ReferenceTable, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("recipe", ["dcris_tiny", "fixed_tiny", "etris_tiny", "dcris_photos"])
+@pytest.mark.parametrize(
+    "recipe",
+    slow_except(["dcris_tiny", "fixed_tiny", "etris_tiny", "dcris_photos"], "dcris_tiny", "fixed_tiny", "etris_tiny"),
+)
 def test_layout_of_features(recipe: str, half: bool) -> None:
     """All tensors of a state come back, in the precision they are stored in; values beyond
     float16 are an error."""

@@ -529,6 +529,7 @@ def test_a_full_disk(served: Hub, monkeypatch: pytest.MonkeyPatch, number: int, 
     assert fetch(VISION_REPO, "main", FILES).path.is_file()
 
 
+@pytest.mark.slow
 def test_settings_of_the_hub_are_respected(hub: Hub, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected."""
     hub.push(VISION_REPO, {"model.safetensors": written(hub_dinov2(TINY_VISION), tmp_path)})

@@ -68,6 +68,8 @@ def test_stalled_worker_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """A network disk that hangs: a message after a minute, an error after ten, and the process can
     then end."""
     monkeypatch.setattr(workers, "_TIMEOUT", 0.3)
+    # How long torch waits for a worker that has to end, before it kills it.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     batches = load(Samples(stalled), 1, batch_size=1, collate_fn=list)
     assert [next(batches), next(batches)] == [[0], [1]]
     with pytest.raises(DcrisError, match="no images have been read"):
