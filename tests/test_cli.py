@@ -332,6 +332,9 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("predict RUN PHOTO -e ring --out OUT --format jpeg", "jpeg"),
         ("predict RUN PHOTO -e ring --out OUT --threshold 2", "threshold"),
         ("predict RUN PHOTO -e ring --out OUT --threshold much", "much"),
+        ("predict RUN PHOTO -e ring --out OUT --every 0", "'0' is not a whole number of 1 or more"),
+        (f"predict RUN PHOTO -e ring --out OUT --every {10**20}", "10000000000000000000... is too large"),
+        (f"predict RUN PHOTO -e ring --out OUT --min-area {'9' * 5000}", "99999999999999999999... is too large"),
         # Before the model is loaded, which can take minutes.
         ("predict CUT PHOTO -e ring --out OUT --threshold 2", "between 0 and 1"),
         ("predict CUT PHOTO -e ring --out OUT --device tpu", "tpu"),

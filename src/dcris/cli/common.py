@@ -191,16 +191,22 @@ def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
 
 def natural(text: str) -> int:
     """Parse a whole number of 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
+    return _whole(text, 0)
 
 
 def positive(text: str) -> int:
     """Parse a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    return _whole(text, 1)
+
+
+def _whole(text: str, least: int) -> int:
+    # Python refuses to read thousands of digits; JSON keeps numbers up to this limit exactly.
+    number = int(text) if text.isdecimal() and len(text) < 100 else -1
+    if not text.isdecimal() or 0 <= number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+    if not 0 <= number < 1 << 53:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is too large; the limit is {(1 << 53) - 1:,}")
+    return number
 
 
 def share(text: str) -> float:
