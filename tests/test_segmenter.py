@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dcris import Segmenter
+from dcris.cli import main
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import predict_queries
@@ -369,3 +370,24 @@ def test_a_prediction_is_shown_by_the_systems_viewer(
     (found,) = segmenter.predict(photo, "red star")
     found.show()
     assert np.array_equal(np.asarray(seen[0]), np.asarray(found.plot()))
+
+
+def test_a_model_that_computes_no_numbers_is_one_sentence(
+    photo: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of a run that diverged, or of a stranger: its masks would be empty and its scores 0,
+    or none of JSON."""
+    segmenter = Segmenter.from_pretrained("tiny", device="cpu")
+    with torch.no_grad():
+        for parameter in segmenter.model.head.parameters():
+            parameter.fill_(float("nan"))
+    model = tmp_path / "nan.safetensors"
+    segmenter.save_pretrained(model)
+    out = tmp_path / "out"
+    for words in (
+        ("predict", model, photo, "-e", "a circle", "--out", out),
+        ("evaluate", model, "--data", scenes_root, "--split", "test", "--out", out / "e.json"),
+    ):
+        assert main([str(word) for word in (*words, "--device", "cpu")]) == 2
+        assert "the model computes values that are not finite" in capsys.readouterr().err
+    assert not [*out.rglob("*.png"), *out.rglob("e.json")]

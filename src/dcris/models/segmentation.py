@@ -37,7 +37,16 @@ class Output(NamedTuple):
 def presence_probabilities(output: Output) -> list[float] | list[None]:
     """Return for each pair the probability that its object is in the image, or None without a
     presence head.
+
+    Raises:
+        DcrisError: a value is not finite, so that no mask or score follows from it.
     """
+    broken = not bool(output.logits.isfinite().all())
+    if broken or (output.presence is not None and bool(output.presence.isnan().any())):
+        raise DcrisError(
+            "the model computes values that are not finite: its weights are damaged, or too large for the precision; use "
+            "another checkpoint, or --precision float32"
+        )
     if output.presence is None:
         return [None] * len(output.logits)
     probabilities: list[float] = output.presence.sigmoid().tolist()
