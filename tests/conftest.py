@@ -161,6 +161,15 @@ def trained_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Leave it to the system when files reach the disk: the power stays on, and a short training
+    would spend a fifth of its time on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep away from what the user's own commands remember, also in processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:

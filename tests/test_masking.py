@@ -194,6 +194,7 @@ def test_the_weight_divides_the_loss(table: ReferenceTable, tmp_path: Path) -> N
 # ---- with other options --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_with_masking_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
     """With averages, shared images, passes, clipping, recomputed activations and workers."""
     settings = (MASKING, EVERY_STEP, SHARED, ("train.ema", "0.9"), ("train.micro_batch", "2"), ("train.clip_norm", "1"))

@@ -88,6 +88,7 @@ def test_without_weights_nothing_changes() -> None:
         assert [index for indices in batches[3 * epoch : 3 * epoch + 3] for index in indices] == order.tolist()
 
 
+@pytest.mark.slow
 def test_a_weighted_run_resumes_exactly(mixture: ReferenceTable, tmp_path: Path) -> None:
     """Over several passes of the small set, with shared images and flips, which differ by pass."""
     settings = MIXTURE, EVERY_STEP, ("data.phrases_per_image", "3"), ("data.augmentations", '{"flip": 0.5}')

@@ -194,6 +194,7 @@ def test_other_data_sets_have_no_wrong_attributes(tiny_refer: TinyRefer) -> None
         add_negatives(load_references(path, "own"), NegativesConfig(kinds=("place",)), "train")
 
 
+@pytest.mark.slow
 def test_training_on_absent_objects_is_resumed_exactly(root: Path, tmp_path: Path) -> None:
     """Presence has a loss of its own in the log, and the references are the same after a stop."""
     settings = (EVERY_STEP, ("train.save_every", "2"), ("data.negatives", SETTING))

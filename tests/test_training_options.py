@@ -140,6 +140,7 @@ def test_averages_do_not_change_training(table: ReferenceTable, tmp_path: Path) 
         assert all(torch.equal(value, averages[name]) for name, value in trained_state(each).items())
 
 
+@pytest.mark.slow
 def test_a_run_with_averages_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
     """Also after a validation, which exchanges the weights, and with old checkpoints deleted."""
     few = ReferenceTable(table.dataset, table.split_by, table.root, (*table.split("train")[:8], *table.split("val")))
@@ -271,6 +272,7 @@ def test_adamw_decays_the_weights() -> None:
         assert torch.allclose(change, expected, rtol=1e-2, atol=1e-6), kind
 
 
+@pytest.mark.slow
 def test_a_run_with_adamw_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
     """Its state has the form of Adam's."""
     config = quick_config(4, EVERY_STEP, ("train.optimizer", "adamw"), ("train.weight_decay", "0.1"))
@@ -370,6 +372,7 @@ def test_sharing_changes_neither_logits_nor_gradients(recipe: str) -> None:
     assert all(torch.allclose(one, other, rtol=1e-6, atol=1e-9) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_with_shared_images_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
     """With passes that cut groups, augmentations that depend on the expression, and workers."""
     settings = SHARED, EVERY_STEP, ("train.micro_batch", "2"), ("data.augmentations", '{"flip": 0.5}')
@@ -440,6 +443,7 @@ def test_the_schedule_applies_to_all_parts() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr * 0.5, lr * 3])
 
 
+@pytest.mark.slow
 def test_a_run_with_rates_of_parts_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
     """The moments of the optimizer go to their own weights again."""
     config = quick_config(4, FACTORS, *EMA)
