@@ -149,7 +149,7 @@ def test_a_model_without_the_head_has_no_presence(trained_run: Path) -> None:
     ("minima", "message"),
     [
         *(({"min_score": value}, "minimum score") for value in (-0.1, 1.1, float("nan"), "0.5", True)),
-        *(({"min_area": value}, "minimum area") for value in (-1, 0.5, "5", None, True)),
+        *(({"min_area": value}, "minimum area") for value in (-1, 0.5, "5", None, True, 1 << 53)),
     ],
 )
 def test_minima_out_of_range_are_errors(segmenter: Segmenter, minima: dict[str, Any], message: str) -> None:

@@ -402,7 +402,7 @@ def require_minima(min_score: float | None, min_area: int, presence: bool) -> tu
     """Return both minima. Without a score, it is LEAST_PRESENCE for a model with a presence head,
     else 0.
 
-    Raises DcrisError if the score is not in 0..1 or the area not a whole number of 0 or more.
+    Raises DcrisError if the score is not in 0..1 or the area not a whole number from 0 to 2^53 - 1.
     """
     score: Any = min_score  # callers may pass any type
     if score is None:
@@ -410,8 +410,8 @@ def require_minima(min_score: float | None, min_area: int, presence: bool) -> tu
     area: Any = min_area
     if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= float(score) <= 1:
         raise DcrisError(f"the minimum score must be a number from 0 to 1, not {score!r}")
-    if isinstance(area, bool) or not isinstance(area, Integral) or int(area) < 0:
-        raise DcrisError(f"the minimum area must be a whole number of pixels, 0 or more, not {area!r}")
+    if isinstance(area, bool) or not isinstance(area, Integral) or not 0 <= int(area) < 1 << 53:
+        raise DcrisError(f"the minimum area must be a whole number of pixels, from 0 to 2^53 - 1, not {area!r}")
     return float(score), int(area)
 
 
