@@ -23,7 +23,7 @@ from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.inference.export_onnx import export_onnx
-from runs import leftovers
+from runs import leftovers, quick_config, run_training
 
 onnx = pytest.importorskip("onnx")
 REPOSITORY = Path(__file__).parents[1]
@@ -36,6 +36,14 @@ def example() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def trained_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the tiny recipe: the layers of the tests' small network do not gain by int8."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    run_training(quick_config(12, recipe="dcris_tiny"), scenes_root, out)
+    return out
 
 
 @pytest.fixture(scope="module")

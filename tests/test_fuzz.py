@@ -5,7 +5,7 @@ A format is an entry in FORMATS: which set of files it belongs to, which of them
 and which command reads it. Each case runs in a process of its own, which may take 30 s and 1 GiB
 more than it has at its start (fuzz.complaint).
 
-One case of each format is tried always. For more, by hand:
+One case of every second format is tried always, 50 of each by the slow test. For more, by hand:
 
     DCRIS_FUZZ_CASES=100 DCRIS_FUZZ_SEED=1 pytest -m slow tests/test_fuzz.py [-k FORMAT]
 
@@ -409,8 +409,6 @@ class Format:
     """What knows the format; what spoils any file comes on top."""
     words: str
     """The command. SET is the folder of the files, OUT a place for results."""
-    cases: int = 1
-    """Variants that are always tried."""
     valid: bool = True
     """Whether the unspoilt file is accepted."""
     leaves: str = ""
@@ -673,7 +671,6 @@ _PARSER = cache(_parser)
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would slow thousands of cases down, or change with the machine."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr("dcris.cli._parser", _PARSER)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "here").mkdir()
@@ -759,13 +756,13 @@ def survives(
         pytest.fail(f"{len(found)} of {len(numbers)} cases:\n" + "\n".join(found), pytrace=False)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("format", FORMATS[::2], ids=lambda format: format.name)
 def test_spoilt_files_are_refused_in_one_sentence(
     format: Format, make: Callable[[Callable[[Path], None]], Path], tmp_path: Path
 ) -> None:
     """A traceback tells the person at the keyboard nothing; half a result passes for a whole
     one."""
-    survives(format, make, tmp_path, range(format.cases))
+    survives(format, make, tmp_path, [0])
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
@@ -892,5 +889,5 @@ def test_a_seed_and_a_number_decide_what_is_in_a_file(tmp_path: Path) -> None:
 def test_many_more(format: Format, make: Callable[[Callable[[Path], None]], Path], tmp_path: Path) -> None:
     """What one case does not find, and whether the file as it was is read."""
     more = int(os.environ.get("DCRIS_FUZZ_CASES", "50"))
-    first = int(os.environ.get("DCRIS_FUZZ_FIRST", str(format.cases)))
+    first = int(os.environ.get("DCRIS_FUZZ_FIRST", "0"))
     survives(format, make, tmp_path, [-1, *range(first, first + more)])

@@ -150,7 +150,7 @@ def added(name: str) -> bool:
     return "_slot." in name or name.startswith("bridge.")
 
 
-@every_method
+@some_methods
 @torch.no_grad()
 def test_it_starts_as_the_plain_towers_where_it_should(method: str) -> None:
     """Adapters that start as the identity leave the towers' initial output unchanged."""

@@ -468,11 +468,15 @@ def test_one_image_by_several_paths(model: Path, photos: Path, monkeypatch: pyte
     ("change", "words"),
     [
         (("--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
-        (("--refine", "guided"), "made with refine none (now guided)"),
         (("--format", "mask"), "made with formats coco mask (now mask)"),
-        (("--precision", "bfloat16"), "made with precision float32 (now bfloat16)"),
         ("another model", "made with another model"),
-        (("another photograph", "--threshold", "0.6"), "made with threshold 0.35 (now 0.6)"),
+        pytest.param(("--refine", "guided"), "made with refine none (now guided)", marks=pytest.mark.slow),
+        pytest.param(("--precision", "bfloat16"), "made with precision float32 (now bfloat16)", marks=pytest.mark.slow),
+        pytest.param(
+            ("another photograph", "--threshold", "0.6"),
+            "made with threshold 0.35 (now 0.6)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_settings_are_refused(
