@@ -350,10 +350,14 @@ def _recipes(args: argparse.Namespace) -> None:
     from dcris.models.segmentation import ReferringSegmenter
     from dcris.utils.device import shapes_only
 
+    counts: dict[str, dict[str, int]] = {}
     rows = []
     for name, recipe in RECIPES.items():
-        with shapes_only():
-            rows.append({"name": name, **ReferringSegmenter(recipe.config.model).count_weights()})
+        network = recipe.config.model.model_dump_json()  # recipes for several data sets have the same
+        if network not in counts:
+            with shapes_only():
+                counts[network] = ReferringSegmenter(recipe.config.model).count_weights()
+        rows.append({"name": name, **counts[network]})
     if args.json:
         output(json.dumps(rows, indent=2))
         return
