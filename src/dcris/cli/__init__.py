@@ -9,7 +9,6 @@ one sentence.
 import errno
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, set_verbosity: Callable[[int], object]) -> None:
-    args, rest = _parser().parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    args, rest = _parser().parse_known_args(arguments)
     set_verbosity(args.verbosity)
     if rest and not getattr(args, "takes_settings", False):
         raise DcrisError(f"`dcris {args.name}` does not take {rest[0]!r}; see `dcris {args.name} --help`")
@@ -84,22 +83,6 @@ def _show(otherwise: Callable[..., None], message: Warning | str, category: type
         on_error(str(message))
     else:
         otherwise(message, category, *where)
-
-
-def _joined(words: Sequence[str]) -> list[str]:
-    """Write settings `--section.field value` as one word with "=", since argparse does not know
-    them and would take the value for a positional argument that is left out.
-    """
-    joined: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*joined, word, *rest]
-        is_setting = word.startswith("--") and "." in word and "=" not in word
-        has_value = is_setting and rest and not rest[0].startswith("--")
-        joined.append(f"{word}={rest.pop(0)}" if has_value else word)
-    return joined
 
 
 def _sentence(error: Exception) -> str | None:

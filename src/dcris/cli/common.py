@@ -152,6 +152,12 @@ def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = F
 class Parser(argparse.ArgumentParser):
     """argparse with errors as DcrisError, and help written like all other output."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Leave settings over, which argparse does not know. Without "=" it would take their values
+        for positional arguments that are left out.
+        """
+        return super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise DcrisError, instead of printing the usage and exiting."""
         raise DcrisError(f"{message}; see `{self.prog} --help`")
@@ -159,6 +165,20 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:
             write(message.removesuffix("\n"))
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Write settings `--section.field value` as one word with "="."""
+    joined: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*joined, word, *rest]
+        is_setting = word.startswith("--") and "." in word and "=" not in word
+        has_value = is_setting and rest and not rest[0].startswith("--")
+        joined.append(f"{word}={rest.pop(0)}" if has_value else word)
+    return joined
 
 
 def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
