@@ -16,8 +16,8 @@ from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
 from dcris.models.int8 import Forms, forms_of, rules
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.utils.cache import cache_folder
-from dcris.utils.files import make_directory, read_bytes, write_file
+from dcris.utils.cache import cache_folder, read_own
+from dcris.utils.files import make_directory, write_file
 from dcris.version import __version__
 
 _MOST_BYTES = 1 << 24
@@ -48,11 +48,11 @@ def with_known_forms(
     ready = prepare(forms)
     if forms is None:
         with suppress(DcrisError):
-            write_file(path, save(forms_of(ready)))
+            write_file(path, save(forms_of(ready)), mode=0o644)
     return ready
 
 
 def _read(path: Path) -> Forms | None:
     with suppress(DcrisError, OSError, SafetensorError):
-        return load(read_bytes(path, _MOST_BYTES))
+        return load(read_own(path, _MOST_BYTES))
     return None

@@ -92,12 +92,22 @@ def _is_unchanged(state: FileState) -> bool:
 
 def _read() -> dict[str, str]:
     """Return the entries; none where there is no file, or a damaged one, or one of other users."""
-    with suppress(DcrisError, OSError, ValueError), open_regular(cache_folder() / _FILE, _LARGEST) as file:
-        if _is_own(os.fstat(file.fileno())):
-            found = parse_json(file.read(_LARGEST).decode())
-            if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-                return found
+    with suppress(DcrisError, OSError, ValueError):
+        found = parse_json(read_own(cache_folder() / _FILE, _LARGEST).decode())
+        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+            return found
     return {}
+
+
+def read_own(path: Path, most: int) -> bytes:
+    """Return the first `most` bytes of a file in the cache folder.
+
+    Raises OSError if it cannot be read, is larger, or other users can have written it.
+    """
+    with open_regular(path, most) as file:
+        if not _is_own(os.fstat(file.fileno())):
+            raise PermissionError(f"other users can have written {path}")
+        return file.read(most)
 
 
 def _is_own(found: os.stat_result) -> bool:
