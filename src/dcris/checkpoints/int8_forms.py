@@ -44,11 +44,12 @@ def with_known_forms(
         path = make_directory(cache_folder() / "int8") / f"{name}.safetensors"
     except DcrisError:  # nothing can be kept there
         return prepare(None)
-    forms = _read(path)
-    ready = prepare(forms)
-    if forms is None:
-        with suppress(DcrisError):
-            write_file(path, save(forms_of(ready)), mode=0o644)
+    if (forms := _read(path)) is not None:
+        with suppress(ValueError):  # a damaged file
+            return prepare(forms)
+    ready = prepare(None)
+    with suppress(DcrisError):
+        write_file(path, save(forms_of(ready)), mode=0o644)
     return ready
 
 

@@ -60,9 +60,18 @@ def choose_forms(model: nn.Module, names: Iterable[str], run: Callable[[], objec
 
 
 def apply_forms(model: nn.Module, forms: Forms) -> None:
-    """Replace linear layers of a model as `forms_of` found them in another copy of it."""
+    """Replace linear layers of a model as `forms_of` found them in another copy of it.
+
+    Raises ValueError before it changes anything, if they are those of another model.
+    """
+    layers = dict(model.named_modules())
     for name, factors in forms.items():
-        layer = model.get_submodule(name)
+        layer = layers.get(name)
+        fits = type(layer) is nn.Linear and factors.shape in ((0,), (layer.in_features,))
+        if not (fits and (factors > 0).all() and factors.isfinite().all()):
+            raise ValueError(f"{name} has another form")
+    for name, factors in forms.items():
+        layer = layers[name]
         assert isinstance(layer, nn.Linear)
         model.set_submodule(name, Int8Linear(layer.weight, layer.bias, factors if len(factors) else None))
 
