@@ -73,7 +73,7 @@ from dcris.recipes import get_recipe
 from dcris.training.batch_size import largest_micro_batch
 from dcris.training.compilation import compiled
 from dcris.training.train import train
-from dcris.utils.device import autocast, choose_device, choose_precision
+from dcris.utils.device import autocast, choose_device, choose_precision, precision_of
 from dcris.utils.distributed import Processes
 from dcris.utils.files import write_file, write_json
 from dcris.utils.text_tables import markdown
@@ -238,7 +238,7 @@ def _compare(run: Run, outputs: Callable[[torch.device, torch.dtype], dict[str, 
             allowed = FLOAT32_TOLERANCE
             if dtype == torch.bfloat16:
                 allowed = _allowed_rounding(_difference(rounded[name], expected))
-            precision = str(dtype).removeprefix("torch.")
+            precision = precision_of(dtype)
             yield Check(f"{name}, {precision}, against the CPU", _difference(found[name], expected), allowed)
 
 
@@ -693,7 +693,7 @@ def main() -> None:
     try:
         about = {
             "machine": machine(run.device),
-            "precision": str(run.dtype).removeprefix("torch."),
+            "precision": precision_of(run.dtype),
             "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         }
 

@@ -30,7 +30,7 @@ from dcris.models.layers.dropout import Dropout
 from dcris.models.optimize import cast_frozen, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
-from dcris.utils.device import autocast, choose_device, choose_precision
+from dcris.utils.device import autocast, choose_device, choose_precision, precision_of
 from dcris.utils.text_tables import markdown
 
 Task = Callable[[], object]
@@ -356,7 +356,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    about = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
+    about = machine(device) | {"precision": precision_of(dtype)}
     print(markdown(("optimisation", "of", "plain", "optimised", "ratio", "test"), cells))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:

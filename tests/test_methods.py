@@ -26,7 +26,7 @@ from dcris.recipes import RECIPES, get_recipe
 from dcris.training.losses import text_to_pixel_loss
 from dcris.training.optimizer import parameter_groups
 from dcris.training.trainer import build_model
-from dcris.utils.device import choose_precision
+from dcris.utils.device import choose_precision, precision_of
 from marks import slow_except
 from models import error, images, randomise
 from runs import CPU, last_tensors, quick_config, run_training
@@ -262,7 +262,7 @@ def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path)
     """Folding keeps the results; methods that cannot be folded raise an error and are unchanged."""
     config = get_recipe(f"{method}_tiny")
     other = torch.bfloat16 if choose_precision("auto", CPU) == torch.float32 else torch.float32
-    precision = str(other).removeprefix("torch.")
+    precision = precision_of(other)
     segmenter = Segmenter(copy.deepcopy(tuned(method)), config, device="cpu", precision=precision)
     expected = segmenter.model(PIXELS, PHRASES)[0]
     if method not in MERGING:

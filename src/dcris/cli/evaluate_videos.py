@@ -30,7 +30,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
     from dcris.evaluation.video_results import video_record
     from dcris.inference.segmenter import Segmenter
     from dcris.inference.video_sets import FrameDone, VideoOptions, VideoSetPredictor
-    from dcris.utils.device import device_name
+    from dcris.utils.device import device_name, precision_of
     from dcris.utils.distributed import processes
     from dcris.utils.files import write_json
 
@@ -63,7 +63,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
         **video_record(results, videos, protocol),
         "mask_threshold": settings.threshold,  # not `threshold`, which only results of images have
         "weights_sha256": fingerprint(segmenter.model.state_dict()),
-        "precision": str(segmenter.dtype).removeprefix("torch."),
+        "precision": precision_of(segmenter.dtype),
         "device": device_name(segmenter.device),
         **({"refine": args.refine} if args.refine != "none" else {}),
     }

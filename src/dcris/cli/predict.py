@@ -239,11 +239,11 @@ def _predict_rest(
 
     from dcris.inference.batch import BatchPredictor, Done, Failed
     from dcris.inference.segmenter import Segmenter
-    from dcris.utils.device import device_name
+    from dcris.utils.device import device_name, precision_of
 
     begin = time.monotonic()
     segmenter = Segmenter.from_pretrained(checkpoint, device=args.device, precision=args.precision)
-    precision = str(segmenter.dtype).removeprefix("torch.")
+    precision = precision_of(segmenter.dtype)
     detail(
         f"{checkpoint}: {segmenter.config.recipe}, on {segmenter.device} ({device_name(segmenter.device)}) in {precision}, "
         f"loaded in {time.monotonic() - begin:.1f} s"

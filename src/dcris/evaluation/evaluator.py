@@ -29,7 +29,7 @@ from dcris.models.optimize import prepare_for_prediction
 from dcris.models.segmentation import Output, ReferringSegmenter, presence_probabilities
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.arguments import Refinement
-from dcris.utils.device import autocast, choose_device, choose_precision, device_name
+from dcris.utils.device import autocast, choose_device, choose_precision, device_name, precision_of
 from dcris.utils.distributed import Processes
 from dcris.version import __version__
 
@@ -269,7 +269,7 @@ def result_record(
         "threshold": protocol.threshold,
         **({} if protocol.none_rule is None else {"none_rule": protocol.none_rule.name}),
         "weights_sha256": fingerprint(model.state_dict()) if model is not None else None,
-        "precision": str(dtype).removeprefix("torch.") if dtype is not None else None,
+        "precision": precision_of(dtype) if dtype is not None else None,
         "device": device_name(device) if device is not None else None,
         "threads": torch.get_num_threads() if device is not None else None,
         "version": __version__,

@@ -40,7 +40,15 @@ from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import text_to_pixel_loss
 from dcris.utils.arguments import Precision
-from dcris.utils.device import autocast, choose_device, choose_precision, device_name, resident_memory, working_dtype
+from dcris.utils.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    device_name,
+    precision_of,
+    resident_memory,
+    working_dtype,
+)
 from dcris.utils.drawing import png_bytes
 from dcris.utils.files import make_directory, write_file
 from dcris.utils.text_tables import markdown
@@ -322,7 +330,7 @@ def bench(
     return {
         "machine": machine(chosen),
         "recipe": config.recipe,
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": precision_of(dtype),
         "batch_sizes": list(trained_sizes),
         "rows": [asdict(row) for row in rows],
     }
