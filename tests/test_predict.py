@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -1384,6 +1386,44 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
             assert ours.score == pytest.approx(theirs.score, abs=1e-4)
             assert (ours.mask != theirs.mask).mean() < 0.01
 
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_lanes_give_what_one_after_the_other_gives(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """A CPU predicts several images at a time: results are in order and belong to the right image,
+    also after an unreadable one and for an image with more phrases than a lane takes."""
+    (photos / "1.png").write_text("no picture")
+    segmenter = Segmenter.from_pretrained(model, device="cpu")
+    many = tuple(f"cup {number}" for number in range(20))
+    tasks = [
+        *find_tasks([photos], ["cup", "ring"]),
+        Task(make_photos(tmp_path / "more", 1) / "0.png", "0.png", "other", many),
+        Task(make_photos(tmp_path / "last", 1) / "0.png", "0.png", "last", ("left",)),
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = {}
+        for lanes in (1, 8):
+            monkeypatch.setattr("dcris.inference.batch._MAX_LANES", lanes)
+            job, events = BatchPredictor(segmenter, tasks, tmp_path / str(lanes)), []
+            with pytest.raises(DcrisError, match="1 of 6"):
+                events.extend(job.run())
+            found[lanes] = events
+        assert torch.get_num_threads() == threads
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == threads  # later threads compute with all of them
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(found[1], found[8], strict=True):
+        assert type(one) is type(other)
+        assert one.task == other.task
+        if isinstance(one, Done):
+            assert [each.phrase for each in one.predictions] == [each.phrase for each in other.predictions]
+            for ours, theirs in zip(other.predictions, one.predictions, strict=True):
+                assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+                assert (ours.mask != theirs.mask).mean() < 0.01
 
 def test_an_image_named_dot(model: Path, tmp_path: Path) -> None:
     """Its results are in the output folder; unfinished files of other calls in the parent folder

@@ -22,14 +22,12 @@ import io
 import json
 import math
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -63,14 +61,13 @@ from dcris.inference.video import Frame, frame_count, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.annotate import Annotation, annotate, colour_of
 from dcris.utils.arguments import Precision, Refinement
-from dcris.utils.device import choose_device, choose_precision
+from dcris.utils.device import choose_device, choose_precision, lanes, precision_of
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
-from dcris.utils.overlap import Job, overlapped
+from dcris.utils.overlap import Job, ahead, overlapped
 from dcris.version import __version__
 
-T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 """An RGB image [H, W, 3]."""
 
@@ -110,6 +107,13 @@ _MAX_PIXELS = 100_000_000
 _MAX_OVERLAPPED = 12_000_000
 """Pixels of an image above which nothing is predicted while its files are written: the scores of
 three masks would take a gigabyte of memory."""
+
+_MAX_LANES = 8
+"""Limit on the images or frames that a CPU predicts at a time, each in a thread of its own: less of
+the cores' time is lost than if all cores share the work on one image."""
+
+_MAX_LANE_PHRASES = 32
+"""Phrases of all images that are predicted at a time: as many as one pass has at most."""
 
 _MAX_LISTED = 5
 """Number of phrases that are named as too long."""
@@ -181,7 +185,7 @@ def settings_of(model: str, config: RunConfig, precision: torch.dtype, options: 
     shared: dict[str, Any] = {
         "model": model,
         "recipe": config.recipe,
-        "precision": str(precision).removeprefix("torch."),
+        "precision": precision_of(precision),
         "threshold": Cris().threshold if options.threshold is None else require_threshold(options.threshold),
         "min_score": min_score,
         "min_area": min_area,
@@ -300,6 +304,9 @@ class BatchPredictor:
         self.notes += long_phrases(segmenter.unread(phrase for task in left for phrase in task.phrases))
         self._phrases: EncodedPhrases | None = None
         """Of the last image."""
+        one_by_one = _images_per_pass(segmenter.device) == 1 and (len(self.images) > 1 or self.videos)
+        self._lanes = min(torch.get_num_threads(), _MAX_LANES) if one_by_one else 1
+        """Number of images or frames that are predicted at a time."""
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""
 
@@ -357,17 +364,40 @@ class BatchPredictor:
     def _image_jobs(self) -> Iterator["_Job"]:
         group: list[tuple[Task, Pixels]] = []
         total = 0
-        for task, pixels in _read_ahead(_read_task, self.images):
-            if isinstance(pixels, str):
-                yield _failed(task, pixels)
-                continue
-            size = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
-            if group and (len(group) >= _images_per_pass(self.segmenter.device) or total + size > _MAX_PIXELS):
-                yield from self._group_jobs(group)
-                group, total = [], 0
-            group.append((task, pixels))
-            total += size
-        yield from self._group_jobs(group)
+        with lanes(self._lanes) as pool:
+            for task, (pixels, found) in ahead(pool, self._lanes, self._read_and_predict, self.images):
+                if isinstance(pixels, str):
+                    yield _failed(task, pixels)
+                    continue
+                if found is not None:
+                    yield self._job(task, None, pixels, self.formats, _emptied(found))
+                    continue
+                size = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
+                if group and total + size > _MAX_PIXELS:
+                    yield from self._group_jobs(group)
+                    group, total = [], 0
+                group.append((task, pixels))
+                total += size
+                if len(group) >= _images_per_pass(self.segmenter.device):
+                    yield from self._group_jobs(group)
+                    group, total = [], 0
+            yield from self._group_jobs(group)
+
+    def _read_and_predict(self, task: Task) -> tuple[Pixels | str, list[Prediction] | None]:
+        """Return the pixels of an image, or why it cannot be read; and its predictions, if they are
+        made in a lane."""
+        try:
+            pixels = read_image(task.path)
+        except DcrisError as error:
+            return str(error), None
+        return pixels, self._predict_in_lane(task, pixels, self.formats)
+
+    def _predict_in_lane(self, task: Task, pixels: Pixels, formats: set[Format]) -> list[Prediction] | None:
+        """Predict the phrases of an image or frame, unless there are no lanes, or all of them would
+        take too much memory."""
+        few = len(task.phrases) * self._lanes <= _MAX_LANE_PHRASES
+        small = pixels.shape[0] * pixels.shape[1] * len(task.phrases) <= _MAX_OVERLAPPED
+        return [*self._predict_phrases(task, pixels, formats)] if self._lanes > 1 and few and small else None
 
     def _group_jobs(self, group: list[tuple[Task, Pixels]]) -> Iterator["_Job"]:
         """Predict several images in one pass, or the phrases of one image in as few as possible."""
@@ -388,12 +418,11 @@ class BatchPredictor:
         at_once = max(1, _MAX_PIXELS // (pixels.shape[0] * pixels.shape[1]))
         for start in range(0, len(task.phrases), at_once):
             phrases = tuple(task.phrases[start : start + at_once])
-            if self._phrases is None or self._phrases.phrases != phrases:  # mostly the same for all images of a folder
-                self._phrases = self.segmenter.encode_phrases(phrases)
-            found = self.segmenter.segment(encoded, self._phrases, scores="scores" in formats, **self._decision)
-            found.reverse()
-            while found:  # a prediction's probabilities are freed when its files are written
-                yield found.pop()
+            known = self._phrases  # another lane may replace it
+            if known is None or known.phrases != phrases:  # mostly the same for all images of a folder
+                known = self._phrases = self.segmenter.encode_phrases(phrases)
+            found = self.segmenter.segment(encoded, known, scores="scores" in formats, **self._decision)
+            yield from _emptied(found)
 
     def _job(
         self, task: Task, frame: Frame | None, pixels: Pixels, formats: set[Format], predictions: Iterable[Prediction]
@@ -454,12 +483,21 @@ class BatchPredictor:
                 mine = (index // self.every) % self.group.count == self.group.rank
                 return mine and _frame_names(task, index)[1] not in self.folder.done
 
-            for frame in _until_error(read_frames(task.path, self.every, is_mine)):
-                if isinstance(frame, str):
-                    yield _failed(task, frame)
-                    break
-                predictions = self._predict_phrases(task, frame.pixels, self.video_formats)
-                yield self._job(task, frame, frame.pixels, self.video_formats - {"overlay"}, predictions)
+            def predict(frame: Frame | str, task: Task = task) -> list[Prediction] | None:
+                return None if isinstance(frame, str) else self._predict_in_lane(task, frame.pixels, self.video_formats)
+
+            frames = _until_error(read_frames(task.path, self.every, is_mine))
+            with lanes(self._lanes) as pool:
+                for frame, found in ahead(pool, self._lanes, predict, frames):
+                    if isinstance(frame, str):
+                        yield _failed(task, frame)
+                        break
+                    predictions = (
+                        self._predict_phrases(task, frame.pixels, self.video_formats)
+                        if found is None
+                        else _emptied(found)
+                    )
+                    yield self._job(task, frame, frame.pixels, self.video_formats - {"overlay"}, predictions)
             self._frames_read[task.name] = selected
 
     def _finish_videos(self, failed: set[str]) -> Iterator[Written | Failed]:
@@ -661,12 +699,11 @@ def _images_per_pass(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 16
 
 
-def _read_task(task: Task) -> Pixels | str:
-    """The pixels of an image, or the reason why it cannot be read."""
-    try:
-        return read_image(task.path)
-    except DcrisError as error:
-        return str(error)
+def _emptied(predictions: list[Prediction]) -> Iterator[Prediction]:
+    """Yield the predictions, whose probabilities are freed when their files are written."""
+    predictions.reverse()
+    while predictions:
+        yield predictions.pop()
 
 
 def _until_error(frames: Iterator[Frame]) -> Iterator[Frame | str]:
@@ -683,19 +720,6 @@ def _until_error(frames: Iterator[Frame]) -> Iterator[Frame | str]:
             yield str(error)
             return
         yield frame
-
-
-def _read_ahead(read: Callable[[Task], T], tasks: Iterable[Task]) -> Iterator[tuple[Task, T]]:
-    """Yield each task with `read(task)`, which a thread computes while the caller is working."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[Task, Future[T]]] = deque()
-        for task in tasks:
-            waiting.append((task, pool.submit(read, task)))
-            if len(waiting) > 1:
-                before, future = waiting.popleft()
-                yield before, future.result()
-        for before, future in waiting:
-            yield before, future.result()
 
 
 def long_phrases(unread: Mapping[str, str]) -> Iterator[str]:
