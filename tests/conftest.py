@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ from launcher import Launcher
 # every `dcris` that they start and interrupt; a signal that Python handles is at its default again
 # in a new program.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# One thread for each process: small tensors are slowed down by more, and a run that another process
+# continues is the same bit for bit only with as many threads. torch reads it when it is imported.
+assert "torch" not in sys.modules
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SLOW_TIMEOUT = 1800
 """Seconds a slow test may take; for the others see pyproject.toml."""

@@ -1406,7 +1406,7 @@ def test_lanes_give_what_one_after_the_other_gives(
     try:
         found = {}
         for lanes in (1, 8):
-            monkeypatch.setattr("dcris.inference.batch._MAX_LANES", lanes)
+            monkeypatch.setattr("dcris.utils.lanes._MAX_LANES", lanes)
             job, events = BatchPredictor(segmenter, tasks, tmp_path / str(lanes)), []
             with pytest.raises(DcrisError, match="1 of 6"):
                 events.extend(job.run())
@@ -1424,6 +1424,7 @@ def test_lanes_give_what_one_after_the_other_gives(
             for ours, theirs in zip(other.predictions, one.predictions, strict=True):
                 assert ours.score == pytest.approx(theirs.score, abs=1e-4)
                 assert (ours.mask != theirs.mask).mean() < 0.01
+
 
 def test_an_image_named_dot(model: Path, tmp_path: Path) -> None:
     """Its results are in the output folder; unfinished files of other calls in the parent folder

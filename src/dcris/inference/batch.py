@@ -61,11 +61,12 @@ from dcris.inference.video import Frame, frame_count, read_frames, write_overlay
 from dcris.types import MaskArray
 from dcris.utils.annotate import Annotation, annotate, colour_of
 from dcris.utils.arguments import Precision, Refinement
-from dcris.utils.device import choose_device, choose_precision, lanes, precision_of
+from dcris.utils.device import choose_device, choose_precision, precision_of
 from dcris.utils.distributed import Processes
 from dcris.utils.drawing import overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
-from dcris.utils.overlap import Job, ahead, overlapped
+from dcris.utils.lanes import ahead, lane_count, lanes
+from dcris.utils.overlap import Job, overlapped
 from dcris.version import __version__
 
 Pixels = NDArray[np.uint8]
@@ -107,10 +108,6 @@ _MAX_PIXELS = 100_000_000
 _MAX_OVERLAPPED = 12_000_000
 """Pixels of an image above which nothing is predicted while its files are written: the scores of
 three masks would take a gigabyte of memory."""
-
-_MAX_LANES = 8
-"""Limit on the images or frames that a CPU predicts at a time, each in a thread of its own: less of
-the cores' time is lost than if all cores share the work on one image."""
 
 _MAX_LANE_PHRASES = 32
 """Phrases of all images that are predicted at a time: as many as one pass has at most."""
@@ -305,7 +302,7 @@ class BatchPredictor:
         self._phrases: EncodedPhrases | None = None
         """Of the last image."""
         one_by_one = _images_per_pass(segmenter.device) == 1 and (len(self.images) > 1 or self.videos)
-        self._lanes = min(torch.get_num_threads(), _MAX_LANES) if one_by_one else 1
+        self._lanes = lane_count(segmenter.device) if one_by_one else 1
         """Number of images or frames that are predicted at a time."""
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""

@@ -5,7 +5,6 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -159,19 +158,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-@contextmanager
-def lanes(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Context with a pool of threads that divide torch's CPU threads among them; calls that have not
-    begun at its end are cancelled."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(max(1, threads // count),))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # a thread's setting is also that of threads that start later
 
 
 def free_memory(device: torch.device) -> float:

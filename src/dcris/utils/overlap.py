@@ -1,9 +1,7 @@
-"""Let a thread use up what the caller makes, while the caller makes more; and let threads compute
-ahead of the caller."""
+"""Let a thread use up what the caller makes, while the caller makes more."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
@@ -66,26 +64,6 @@ def overlapped(jobs: Iterable[Job[Item, Result]]) -> Iterator[Result]:
             before = future
         if before is not None:
             yield before.result()
-
-
-def ahead(
-    pool: Executor, count: int, compute: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with `compute(item)`, in order. Threads compute `count` of them and one more
-    while the caller uses one.
-
-    Raises:
-        Exception: what `compute` raises, at its item.
-    """
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(compute, item)))
-        if len(waiting) > count:
-            before, future = waiting.popleft()
-            yield before, future.result()
-    while waiting:
-        before, future = waiting.popleft()
-        yield before, future.result()
 
 
 class _Line:
