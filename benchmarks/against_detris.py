@@ -80,7 +80,7 @@ def _prediction(name: str, network: Any, device: Any, dtype: Any) -> Callable[[]
     import torch
 
     from dcris.evaluation.evaluator import segment_in_passes
-    from dcris.evaluation.example import run_example
+    from dcris.evaluation.preparation import run_example
     from dcris.models.optimize import prepare_for_prediction
     from dcris.recipes import get_recipe
     from dcris.utils.device import autocast

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from dcris.cli import main
 from dcris.config import replace
+from dcris.data.dataset import all_queries
 from dcris.data.photographs import example_photographs
-from dcris.data.scenes import make_scene, scene_rng
+from dcris.data.readers.load import load_references
+from dcris.data.scenes import make_scene, scene_rng, write_scenes
 from dcris.errors import DcrisError, DcrisWarning
-from dcris.inference import segmenter as segmenters
+from dcris.evaluation import preparation
+from dcris.evaluation.evaluator import predict_queries
+from dcris.evaluation.protocols import Cris
 from dcris.inference.segmenter import Segmenter
 from dcris.models import int8
 from dcris.models.int8 import Int8Linear, choose_forms
@@ -206,8 +210,8 @@ def test_forms_are_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     the masks are the same."""
     monkeypatch.setenv("DCRIS_CACHE", str(tmp_path))
     tried: list[object] = []
-    run = segmenters.run_example
-    monkeypatch.setattr(segmenters, "run_example", lambda model, config: (tried.append(0), run(model, config)))
+    run = preparation.run_example
+    monkeypatch.setattr(preparation, "run_example", lambda model, config: (tried.append(0), run(model, config)))
 
     def start() -> np.ndarray:
         segmenter = Segmenter.from_pretrained("tiny", device="cpu", precision="int8")
@@ -217,6 +221,12 @@ def test_forms_are_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     first = start()
     assert np.array_equal(start(), first) and len(tried) == 1
+    segmenter = Segmenter.from_pretrained("tiny", device="cpu")
+    queries = all_queries(
+        load_references(write_scenes(tmp_path / "scenes", train=0, val=0, test=1), "scenes").references
+    )
+    assert [*predict_queries(segmenter.model, queries, segmenter.config, Cris(), device="cpu", dtype=torch.int8)]
+    assert len(tried) == 1  # nor does an evaluation
     (file,) = (tmp_path / "int8").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
     assert np.array_equal(start(), first) and len(tried) == 2

@@ -5,7 +5,6 @@ Shape letters: B expressions, S side of the network's square input, H W pixels o
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,11 +20,10 @@ from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
-from dcris.evaluation.example import run_example
 from dcris.evaluation.metrics import Overlap, overlap_curve, summarise, with_boundary
+from dcris.evaluation.preparation import prepared
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.refinement import refine_guided
-from dcris.models.optimize import prepare_for_prediction
 from dcris.models.segmentation import Output, ReferringSegmenter, presence_probabilities
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.arguments import Refinement
@@ -119,7 +117,7 @@ def predict_queries(
             "another protocol or leave out --refine"
         )
     dtype = dtype or choose_precision(config.train.precision, device)
-    model = prepare_for_prediction(model, dtype, example=partial(run_example, config=config))
+    model = prepared(model, config, dtype)
     tasks = ImageTasks(queries, config.data, tokenizer_of(config.model.text), protocol.transform, share, protocol.truth)
 
     def placed() -> Iterator[tuple[ImageTask, Tensor]]:

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,6 @@ from dcris.checkpoints.checkpoint import (
     read_training_images,
     save_model,
 )
-from dcris.checkpoints.int8_forms import with_known_forms
 from dcris.checkpoints.model_card import Metrics, model_card
 from dcris.checkpoints.resolve import locate
 from dcris.checkpoints.training_images import Images
@@ -39,7 +38,7 @@ from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rer
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning
-from dcris.evaluation.example import run_example
+from dcris.evaluation.preparation import prepared
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
 from dcris.inference.inputs import find_tasks
@@ -48,7 +47,7 @@ from dcris.inference.smoothing import Maps, require_window, smoothed
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.text import TextFeatures, TextState
 from dcris.models.encoders.vit import VisionState
-from dcris.models.optimize import CastWeights, prepare_for_prediction
+from dcris.models.optimize import CastWeights
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
 from dcris.utils.device import autocast, choose_device, choose_precision, free_memory, precision_of
@@ -178,11 +177,8 @@ class Segmenter:
 
     def _prepared(self, model: ReferringSegmenter, config: RunConfig) -> _Set:
         model.to(self.device)
-        example = partial(run_example, config=config)
-        prepare = partial(prepare_for_prediction, model, self.dtype, self._cast_weights, example)
-        if self.dtype == torch.int8:
-            return _Set(with_known_forms(model, self._towers, config.data, prepare), config, model)
-        return _Set(prepare(None), config, model)
+        towers = self._towers if self.dtype == torch.int8 else None
+        return _Set(prepared(model, config, self.dtype, self._cast_weights, towers), config, model)
 
     def to(self, device: str) -> "Segmenter":
         """Move the model to a device (auto, cpu, cuda, cuda:N or mps), and return this segmenter.
