@@ -923,8 +923,10 @@ def test_names_that_are_not_utf8(model: Path, photos: Path, tmp_path: Path) -> N
 
 
 def start(*words: object) -> subprocess.Popen[str]:
+    """Start `dcris` with two threads: it predicts two images at a time."""
     return subprocess.Popen(
         [sys.executable, "-m", "dcris", *(str(word) for word in words)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
