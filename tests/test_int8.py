@@ -278,8 +278,10 @@ def test_it_says_where_it_cannot_or_should_not(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(devices, "multiplies_int8", lambda: True)
         assert choose_precision("int8", CPU) == torch.int8
     monkeypatch.setattr(devices, "multiplies_int8", lambda: False)
-    with pytest.warns(DcrisWarning, match="slower here than float32"):
-        choose_precision("int8", CPU)
+    devices._warn_of_slow_int8.cache_clear()
+    with pytest.warns(DcrisWarning, match="slower here than float32") as warned:
+        assert [choose_precision("int8", CPU) for _ in range(2)] == [torch.int8] * 2
+    assert len(warned) == 1
     monkeypatch.delattr(torch, "quantize_per_tensor")
     with pytest.raises(DcrisError, match="multiplies no int8"):
         choose_precision("int8", CPU)

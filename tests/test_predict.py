@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,10 @@ from dcris.data.images import image_endings
 from dcris.data.masks import union_mask
 from dcris.data.readers.load import load_references
 from dcris.errors import DcrisError
+from dcris.inference import batch
 from dcris.inference import inputs as inputs_module
 from dcris.inference import records as records_module
-from dcris.inference.batch import BatchPredictor, Done, Failed
+from dcris.inference.batch import BatchPredictor, Done, Failed, Written
 from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs, result_stem
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.records import Records
@@ -1389,12 +1391,20 @@ def test_passes_of_several_images(model: Path, photos: Path, tmp_path: Path, mon
             assert (ours.mask != theirs.mask).mean() < 0.01
 
 
-@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("threads", "pixels"), [(2, 48_000_000), (3, 48_000_000), (2, 100)])
 def test_lanes_give_what_one_after_the_other_gives(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, pixels: int
 ) -> None:
-    """A CPU predicts several images at a time: results are in order and belong to the right image,
-    also after an unreadable one and for an image with more phrases than a lane takes."""
+    """A CPU predicts several images and frames at a time: results are in order and belong to the
+    right image, also after an unreadable one, for an image with more phrases than a lane takes, and
+    for images that are too large for lanes, of which no lane reads one."""
+    pytest.importorskip("av")
+    monkeypatch.setattr("dcris.inference.batch._MAX_LANE_PIXELS", pixels)
+    monkeypatch.setattr("dcris.inference.batch.pairs_in_memory", lambda *_: 16)
+    read, readers = batch.read_image, set()
+    monkeypatch.setattr(
+        "dcris.inference.batch.read_image", lambda path: (readers.add(threading.current_thread()), read(path))[1]
+    )
     (photos / "1.png").write_text("no picture")
     segmenter = Segmenter.from_pretrained(model, device="cpu")
     many = tuple(f"cup {number}" for number in range(20))
@@ -1402,6 +1412,7 @@ def test_lanes_give_what_one_after_the_other_gives(
         *find_tasks([photos], ["cup", "ring"]),
         Task(make_photos(tmp_path / "more", 1) / "0.png", "0.png", "other", many),
         Task(make_photos(tmp_path / "last", 1) / "0.png", "0.png", "last", ("left",)),
+        *find_tasks([make_video(tmp_path / "clip.mp4", 7)], ["cup"]),
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -1410,9 +1421,13 @@ def test_lanes_give_what_one_after_the_other_gives(
         for lanes in (1, 8):
             monkeypatch.setattr("dcris.utils.lanes._MAX_LANES", lanes)
             job, events = BatchPredictor(segmenter, tasks, tmp_path / str(lanes)), []
-            with pytest.raises(DcrisError, match="1 of 6"):
+            with pytest.raises(DcrisError, match="1 of 7"):
                 events.extend(job.run())
             found[lanes] = events
+            if lanes == 8:
+                assert threading.main_thread() in readers
+                assert (len(readers) == 1) == (pixels == 100)
+            readers.clear()
         assert torch.get_num_threads() == threads
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == threads  # later threads compute with all of them
@@ -1420,8 +1435,10 @@ def test_lanes_give_what_one_after_the_other_gives(
         torch.set_num_threads(before)
     for one, other in zip(found[1], found[8], strict=True):
         assert type(one) is type(other)
-        assert one.task == other.task
+        if not isinstance(one, Written):
+            assert one.task == other.task
         if isinstance(one, Done):
+            assert one.frame == other.frame
             assert [each.phrase for each in one.predictions] == [each.phrase for each in other.predictions]
             for ours, theirs in zip(other.predictions, one.predictions, strict=True):
                 assert ours.score == pytest.approx(theirs.score, abs=1e-4)

@@ -21,15 +21,16 @@ from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import Overlap, overlap_curve, summarise, with_boundary
-from dcris.evaluation.preparation import prepared
+from dcris.evaluation.preparation import pairs_in_memory, prepared
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.refinement import refine_guided
+from dcris.models.optimize import sharded
 from dcris.models.segmentation import Output, ReferringSegmenter, presence_probabilities
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.arguments import Refinement
 from dcris.utils.device import autocast, choose_device, choose_precision, device_name, precision_of
 from dcris.utils.distributed import Processes
-from dcris.utils.lanes import in_lanes, lane_count
+from dcris.utils.lanes import Budget, in_lanes, lane_count
 from dcris.version import __version__
 
 EXPRESSIONS_PER_PASS = 32
@@ -83,8 +84,8 @@ def predict_queries(
 
     Each image goes through the network alone, with all its expressions. All products then have the
     same shapes, and so the same rounding, for any batch size and number of ranks. A CPU predicts
-    several images at a time, each in one thread as long as it has no more than eight of them:
-    results are identical on equal devices.
+    up to eight images at a time, each in one thread if it has no more than eight: results are then
+    identical on equal devices.
 
     Args:
         model: on `device`, in evaluation mode.
@@ -125,11 +126,15 @@ def predict_queries(
             images = normalise(torch.stack([task.image for task in group]).to(device), config.data)
             yield from zip(group, images.split(1), strict=True)
 
+    # Ranks among which a model is sharded compute each layer together, so in one order.
+    lanes = 1 if sharded(model) else lane_count(device)
+    memory = Budget(max(EXPRESSIONS_PER_PASS, pairs_in_memory(config, device) if lanes > 1 else 0))
+
     def predict(pair: tuple[ImageTask, Tensor]) -> list[EvalResult]:
-        with torch.no_grad():  # a lane is another thread
+        with torch.no_grad(), memory.part(min(len(pair[0].queries), EXPRESSIONS_PER_PASS)):  # in a thread of its own
             return [*_predict_task(model, *pair, protocol, device, dtype, keep_masks, refine)]
 
-    for results in in_lanes(lane_count(device), predict, placed()):
+    for results in in_lanes(lanes, predict, placed()):
         yield from results
         done += len(results)
         progress(done)

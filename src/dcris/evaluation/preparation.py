@@ -14,7 +14,10 @@ from dcris.data.tokenizer import tokenize, tokenizer_of
 from dcris.data.transforms import Letterbox
 from dcris.models.optimize import CastWeights, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.utils.device import autocast
+from dcris.utils.device import autocast, free_memory
+
+_SHARE_OF_MEMORY = 0.25
+"""Share of the free memory that forward passes may take by default."""
 
 
 def prepared(
@@ -32,12 +35,29 @@ def prepared(
         config: of the run that trained it.
         dtype: the precision of matrix products.
         cast_weights: as `prepare_for_prediction` takes them.
-        towers: from `identify_towers`, if they are at hand.
+        towers: from `identify_towers`, if known.
     """
     prepare = partial(prepare_for_prediction, model, dtype, cast_weights, partial(run_example, config=config))
     if dtype != torch.int8:
         return prepare(None)
     return with_known_forms(model, towers or identify_towers(model), config.data, prepare)
+
+
+def pairs_in_memory(config: RunConfig, device: torch.device, memory: float | None = None) -> int:
+    """Return the number of image-phrase pairs, at least 1, whose forward pass fits into the memory.
+
+    A pair is estimated from above, in float32: its largest activation is either in the projector,
+    with 4 x 4 cells per patch, or in the hidden layer of a block.
+
+    Args:
+        config: of the model.
+        device: where it runs.
+        memory: in bytes; a quarter of what is free by default.
+    """
+    cells = (config.data.image_size // config.model.vision.patch) ** 2
+    projector, block = 16 * cells * 4 * config.model.head.width, cells * 12 * config.model.vision.width
+    budget = _SHARE_OF_MEMORY * free_memory(device) if memory is None else memory
+    return max(1, int(budget / (4 * max(projector, block))))
 
 
 def run_example(model: ReferringSegmenter, config: RunConfig) -> None:

@@ -22,7 +22,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
@@ -35,10 +36,11 @@ from numpy.typing import NDArray
 
 from dcris.checkpoints.checkpoint import model_files, read_config
 from dcris.config import RunConfig
-from dcris.data.images import read_image
+from dcris.data.images import image_size, read_image
 from dcris.data.masks import decode_mask
 from dcris.data.table import is_utf8, quoted
 from dcris.errors import DcrisError
+from dcris.evaluation.preparation import pairs_in_memory
 from dcris.evaluation.protocols import Cris
 from dcris.inference.data_sets import TOOLS, data_set_folder, is_written, require_unchanged, write_data_set
 from dcris.inference.inputs import Task, result_stem
@@ -109,8 +111,8 @@ _MAX_OVERLAPPED = 12_000_000
 """Pixels of an image above which nothing is predicted while its files are written: the scores of
 three masks would take a gigabyte of memory."""
 
-_MAX_LANE_PHRASES = 32
-"""Phrases of all images that are predicted at a time: as many as one pass has at most."""
+_MAX_LANE_PIXELS = 48_000_000
+"""Limit on the pixels of the masks of images that are predicted at a time."""
 
 _MAX_LISTED = 5
 """Number of phrases that are named as too long."""
@@ -304,6 +306,8 @@ class BatchPredictor:
         one_by_one = _images_per_pass(segmenter.device) == 1 and (len(self.images) > 1 or self.videos)
         self._lanes = lane_count(segmenter.device) if one_by_one else 1
         """Number of images or frames that are predicted at a time."""
+        self._lane_pairs = pairs_in_memory(segmenter.config, segmenter.device)
+        """Limit on the phrases of all lanes."""
         self._frames_read: dict[str, int] = {}
         """Number of selected frames of each video that this call has read."""
 
@@ -337,10 +341,12 @@ class BatchPredictor:
         failed: list[Failed] = []
         try:
             try:
-                for event in overlapped(chain(self._image_jobs(), self._video_jobs())):
-                    if isinstance(event, Failed):
-                        failed.append(event)
-                    yield event
+                # Closed at once after Ctrl-C, not when the traceback is freed: lanes compute ahead.
+                with closing(self._jobs()) as jobs:
+                    for event in overlapped(jobs):
+                        if isinstance(event, Failed):
+                            failed.append(event)
+                        yield event
                 failed[:] = chain.from_iterable(self.group.all_gather(failed))
                 if self.group.first:
                     for outcome in self._finish_videos({event.task.name for event in failed}):
@@ -356,18 +362,23 @@ class BatchPredictor:
         if failed and self.group.first:
             raise DcrisError(_summary(failed, len(self.folder.tasks)))
 
+    def _jobs(self) -> Generator["_Job", None, None]:
+        yield from self._image_jobs()
+        yield from self._video_jobs()
+
     # ---- images
 
     def _image_jobs(self) -> Iterator["_Job"]:
         group: list[tuple[Task, Pixels]] = []
         total = 0
         with lanes(self._lanes) as pool:
-            for task, (pixels, found) in ahead(pool, self._lanes, self._read_and_predict, self.images):
+            for task, (read, found) in ahead(pool, self._lanes, self._read_and_predict, self.images):
+                pixels = _read_task(task) if read is None else read
                 if isinstance(pixels, str):
                     yield _failed(task, pixels)
                     continue
                 if found is not None:
-                    yield self._job(task, None, pixels, self.formats, _emptied(found))
+                    yield self._job(task, None, pixels, self.formats, _drained(found))
                     continue
                 size = pixels.shape[0] * pixels.shape[1] * len(task.phrases)
                 if group and total + size > _MAX_PIXELS:
@@ -380,21 +391,28 @@ class BatchPredictor:
                     group, total = [], 0
             yield from self._group_jobs(group)
 
-    def _read_and_predict(self, task: Task) -> tuple[Pixels | str, list[Prediction] | None]:
+    def _read_and_predict(self, task: Task) -> tuple[Pixels | str | None, list[Prediction] | None]:
         """Return the pixels of an image, or why it cannot be read; and its predictions, if they are
-        made in a lane."""
-        try:
-            pixels = read_image(task.path)
-        except DcrisError as error:
-            return str(error), None
-        return pixels, self._predict_in_lane(task, pixels, self.formats)
+        made in a lane.
 
-    def _predict_in_lane(self, task: Task, pixels: Pixels, formats: set[Format]) -> list[Prediction] | None:
-        """Predict the phrases of an image or frame, unless there are no lanes, or all of them would
-        take too much memory."""
-        few = len(task.phrases) * self._lanes <= _MAX_LANE_PHRASES
-        small = pixels.shape[0] * pixels.shape[1] * len(task.phrases) <= _MAX_OVERLAPPED
-        return [*self._predict_phrases(task, pixels, formats)] if self._lanes > 1 and few and small else None
+        With several lanes, an image that would fill their memory is not even read: its pixels are
+        None.
+        """
+        if self._lanes > 1:
+            try:
+                if not self._fits_in_lane(task, image_size(task.path)):
+                    return None, None
+            except DcrisError as error:
+                return str(error), None
+        pixels = _read_task(task)
+        if isinstance(pixels, str):
+            return pixels, None
+        return pixels, [*self._predict_phrases(task, pixels, self.formats)] if self._lanes > 1 else None
+
+    def _fits_in_lane(self, task: Task, size: tuple[int, ...]) -> bool:
+        """Return whether images of this size [H, W] can be predicted in all lanes at a time."""
+        phrases = len(task.phrases) * self._lanes
+        return phrases <= self._lane_pairs and size[0] * size[1] * phrases <= _MAX_LANE_PIXELS
 
     def _group_jobs(self, group: list[tuple[Task, Pixels]]) -> Iterator["_Job"]:
         """Predict several images in one pass, or the phrases of one image in as few as possible."""
@@ -419,12 +437,12 @@ class BatchPredictor:
             if known is None or known.phrases != phrases:  # mostly the same for all images of a folder
                 known = self._phrases = self.segmenter.encode_phrases(phrases)
             found = self.segmenter.segment(encoded, known, scores="scores" in formats, **self._decision)
-            yield from _emptied(found)
+            yield from _drained(found)
 
     def _job(
         self, task: Task, frame: Frame | None, pixels: Pixels, formats: set[Format], predictions: Iterable[Prediction]
     ) -> "_Job":
-        """Return what writes the files of one image or frame, while the next one is predicted."""
+        """Return what writes the files of one image or frame, while the next ones are predicted."""
         write = partial(self._write, task, frame, pixels, formats)
         return Job(predictions, write, alone=pixels.shape[0] * pixels.shape[1] > _MAX_OVERLAPPED)
 
@@ -481,7 +499,9 @@ class BatchPredictor:
                 return mine and _frame_names(task, index)[1] not in self.folder.done
 
             def predict(frame: Frame | str, task: Task = task) -> list[Prediction] | None:
-                return None if isinstance(frame, str) else self._predict_in_lane(task, frame.pixels, self.video_formats)
+                if isinstance(frame, str) or self._lanes == 1 or not self._fits_in_lane(task, frame.pixels.shape):
+                    return None
+                return [*self._predict_phrases(task, frame.pixels, self.video_formats)]
 
             frames = _until_error(read_frames(task.path, self.every, is_mine))
             with lanes(self._lanes) as pool:
@@ -492,7 +512,7 @@ class BatchPredictor:
                     predictions = (
                         self._predict_phrases(task, frame.pixels, self.video_formats)
                         if found is None
-                        else _emptied(found)
+                        else _drained(found)
                     )
                     yield self._job(task, frame, frame.pixels, self.video_formats - {"overlay"}, predictions)
             self._frames_read[task.name] = selected
@@ -696,7 +716,15 @@ def _images_per_pass(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 16
 
 
-def _emptied(predictions: list[Prediction]) -> Iterator[Prediction]:
+def _read_task(task: Task) -> Pixels | str:
+    """Return the pixels of an image, or the reason why it cannot be read."""
+    try:
+        return read_image(task.path)
+    except DcrisError as error:
+        return str(error)
+
+
+def _drained(predictions: list[Prediction]) -> Iterator[Prediction]:
     """Yield the predictions, whose probabilities are freed when their files are written."""
     predictions.reverse()
     while predictions:

@@ -38,7 +38,7 @@ from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rer
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning
-from dcris.evaluation.preparation import prepared
+from dcris.evaluation.preparation import pairs_in_memory, prepared
 from dcris.evaluation.protocols import Cris
 from dcris.evaluation.refinement import refine_guided
 from dcris.inference.inputs import find_tasks
@@ -50,7 +50,7 @@ from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
-from dcris.utils.device import autocast, choose_device, choose_precision, free_memory, precision_of
+from dcris.utils.device import autocast, choose_device, choose_precision, precision_of
 from dcris.utils.http import is_url
 from dcris.utils.hub import push
 
@@ -68,9 +68,6 @@ a byte, with its probability five."""
 
 _MAX_PAIRS = 32
 """Limit on the pairs of an image and a phrase per forward pass. More are not faster."""
-
-_SHARE_OF_MEMORY = 0.25
-"""Share of the free memory that a forward pass may take by default."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: tensors have no single answer to ==
@@ -711,7 +708,7 @@ class Segmenter:
     ) -> Iterator[tuple[tuple[Rereadable, Transform], Maps]]:
         """Yield each frame with its maps for all phrases."""
         model, config, _ = self._sets[phrases.adapters]
-        at_once, count = self._pairs_per_pass(model, config, memory), len(phrases.phrases)
+        at_once, count = self._pairs_per_pass(config, memory), len(phrases.phrases)
         size: tuple[int, int] | None = None
         while some := [*islice(frames, min(batch, at_once))]:
             encoded = self._encode(some, model, config)
@@ -779,7 +776,7 @@ class Segmenter:
     ) -> list[list[Prediction]]:
         model, config, _ = self._sets[adapters]
         results: list[list[Prediction]] = []
-        at_once = self._pairs_per_pass(model, config, memory)
+        at_once = self._pairs_per_pass(config, memory)
         for start in range(0, len(images), at_once):
             some_images = [as_rereadable(image, channels) for image in images[start : start + at_once]]
             some_phrases = phrases[start : start + at_once]
@@ -818,7 +815,7 @@ class Segmenter:
         if not pairs:
             return
         model, config, _ = self._sets[phrases.adapters]
-        at_once = self._pairs_per_pass(model, config, memory)
+        at_once = self._pairs_per_pass(config, memory)
         done, pixels_of = 0, self._guides(encoded.images)
         for output in model.segment_pairs(encoded.state, phrases._text, pairs, self.dtype, at_once):
             some = pairs[done : done + len(output.logits)]
@@ -862,10 +859,9 @@ class Segmenter:
                 unread=unread.get(phrase),
             )
 
-    def _pairs_per_pass(self, model: ReferringSegmenter, config: RunConfig, memory: float | None) -> int:
+    def _pairs_per_pass(self, config: RunConfig, memory: float | None) -> int:
         """Number of image-phrase pairs whose forward pass fits into the memory (bytes)."""
-        budget = _SHARE_OF_MEMORY * free_memory(self.device) if memory is None else memory
-        return int(min(_MAX_PAIRS, max(1, budget / _bytes_per_pair(model, config))))
+        return min(_MAX_PAIRS, pairs_in_memory(config, self.device, memory))
 
 
 def _require_masks(size: tuple[int, int], phrases: int) -> None:
@@ -893,15 +889,3 @@ def _warn(predictions: Iterable[Prediction]) -> None:
     """Give one warning for each phrase that is longer than the model reads."""
     for phrase, unread in {each.phrase: each.unread for each in predictions if each.unread is not None}.items():
         warnings.warn(long_phrase_warning(phrase, unread), LongPhraseWarning, stacklevel=3)
-
-
-def _bytes_per_pair(model: ReferringSegmenter, config: RunConfig) -> int:
-    """Upper estimate of the activation memory of one image with one phrase, in float32.
-
-    The largest activation is either in the projector, with 4 x 4 cells per patch, or in the hidden
-    layer of a block.
-    """
-    cells = (config.data.image_size // config.model.vision.patch) ** 2
-    projector = 16 * cells * 4 * config.model.head.width
-    block = cells * 12 * config.model.vision.width
-    return 4 * max(projector, block)

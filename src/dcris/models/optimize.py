@@ -6,7 +6,7 @@ memory layout affects only the speed.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ def prepare_for_prediction(
             (dcris.models.int8).
         forms: for int8, those that were chosen for this model before.
     """
-    if _sharded((*model.parameters(), *model.buffers())):
+    if sharded(model):
         return model  # FSDP's sharded towers (dcris.training.parallel) cannot be copied
     copy = _copy(model, {})
     copy.eval()
@@ -123,12 +123,13 @@ def _fold(norm: nn.modules.batchnorm._BatchNorm, conv: nn.Conv1d | nn.Conv2d) ->
     )
 
 
-def _sharded(tensors: Iterable[Tensor]) -> bool:
+def sharded(model: nn.Module) -> bool:
+    """Return whether weights are divided among ranks: then a forward pass is one of all ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False  # skips the import below, which takes a second
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+    return any(isinstance(tensor, DTensor) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def cast_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -87,12 +88,15 @@ def _choose_int8(device: torch.device) -> torch.dtype:
             f"PyTorch {torch.__version__} multiplies no int8 on this machine; use another precision"
         ) from error
     if not multiplies_int8():
-        warnings.warn(
-            "this CPU has no instructions for int8 products (VNNI or AMX): int8 is slower here than float32",
-            DcrisWarning,
-            stacklevel=1,  # one place, so that it is said once
-        )
+        _warn_of_slow_int8()
     return torch.int8
+
+
+@cache
+def _warn_of_slow_int8() -> None:
+    """Warn once: a command chooses its precision several times."""
+    text = "this CPU has no instructions for int8 products (VNNI or AMX): int8 is slower here than float32"
+    warnings.warn(text, DcrisWarning, stacklevel=4)
 
 
 def multiplies_int8() -> bool:

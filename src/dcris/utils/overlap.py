@@ -20,7 +20,7 @@ class Job(Generic[Item, Result]):
     """Items, and what becomes of them."""
 
     items: Iterable[Item]
-    """Made by the caller's thread, one by one."""
+    """Taken by the caller's thread, one by one."""
     use: Callable[[Iterator[Item]], Result]
     """Uses all items, in the other thread."""
     alone: bool = False
@@ -30,7 +30,8 @@ class Job(Generic[Item, Result]):
 def overlapped(jobs: Iterable[Job[Item, Result]]) -> Iterator[Result]:
     """Run jobs and yield their results in order, each while the next job is under way.
 
-    At most three items exist at a time: one that is made, one that waits and one that is used.
+    At most three items exist at a time, unless a job made some before: one that is made, one that
+    waits and one that is used.
 
     Raises:
         Exception: what making or using an item raises. If making fails, the iterator of `use`
