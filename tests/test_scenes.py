@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from importlib import resources
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -36,6 +37,7 @@ from dcris.data.scene_phrases import (
 from dcris.data.scenes import make_scene, scene_rng, write_scenes
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import exchange_expressions
+from dcris.utils import files
 
 SIDE = 112
 DOUBT = 0.05  # share of the side: the order of two things that are nearer than this is doubtful
@@ -724,3 +726,14 @@ def test_a_reference_alone_in_its_image_has_no_phrase_to_exchange(root):
     asked = exchange_expressions([alone, *others])
     assert alone.ref_id not in {reference.ref_id for reference, _ in asked}
     assert len(asked) == sum(len(reference.expressions) for reference in others)
+
+
+def test_images_are_on_the_disk_before_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power failure, references without images would pass for a complete data set."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "_sync", synced.append)
+    root = write_scenes(tmp_path, train=3, val=0, test=2, side=56)
+    *before, last = synced
+    assert {*root.rglob("*.jpg")} <= {*before}
+    assert last.parent == root / "scenes"
+    assert "refs(generated).p" in last.name

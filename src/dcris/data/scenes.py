@@ -39,7 +39,7 @@ from dcris.data.scene_phrases import (
     pick,
 )
 from dcris.errors import DcrisError
-from dcris.utils.files import make_directory, write_file, write_json
+from dcris.utils.files import make_directory, sync_files, write_file, write_json
 from dcris.utils.workers import CANNOT_START, ignore_interrupts, note_no_workers
 
 DATASET, SPLIT_BY = "scenes", "generated"
@@ -250,7 +250,7 @@ def _write_scene(folder: Path, seed: int, side: int, generalised: bool, place: P
     scene = make_scene(rng, side)
     name = f"scene_{image_id:06d}.jpg"
     encoded = cv2.imencode(".jpg", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    write_file(folder / name, encoded.tobytes())
+    write_file(folder / name, encoded.tobytes(), sync=False)  # else it takes longer than drawing
     masks = [scene.owners == index for index in range(len(scene.things))]
     objects = [
         {
@@ -328,6 +328,7 @@ def write_scenes(
     for record in _map(draw, jobs, workers):
         records.append(record)
         progress(len(records))
+    sync_files(folder / record["file_name"] for record in records)
     references, instances = _annotations(records, side)
     write_json(out / DATASET / "instances.json", instances)
     # A pickle records which equal strings are one object, which depends on the processes. A round

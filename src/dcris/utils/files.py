@@ -17,7 +17,7 @@ import stat
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
@@ -259,13 +259,17 @@ def open_append(path: Path) -> TextIO:
         raise _cannot_write(path, error) from error
 
 
-def write_file(path: Path, content: bytes | str | Callable[[Path], None], *, mode: int = 0o666) -> None:
+def write_file(
+    path: Path, content: bytes | str | Callable[[Path], None], *, mode: int = 0o666, sync: bool = True
+) -> None:
     """Write a file atomically.
 
     Args:
         path: the file; its folder is created if missing.
         content: bytes, text, or a function that writes to the path it receives.
         mode: its permissions, without those of the process's umask, as for all new files.
+        sync: wait until it is on the disk, which takes milliseconds. Without, call `sync_files` for
+            all files before anything relies on them: after a power failure they can be empty.
 
     Raises:
         DcrisError: the disk is full, the path is not writable, or it is not a regular file (but a
@@ -286,14 +290,32 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None], *, mod
             content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            _sync(temporary)
         temporary.chmod(mode)  # some writers (safetensors) replace the file by their own
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until files are on the disk. The first may bring most of them there.
+
+    Raises:
+        DcrisError: one cannot be opened, or the disk is full.
+    """
+    for path in paths:
+        try:
+            _sync(path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
