@@ -1,5 +1,6 @@
 """Prepare a model for prediction; the forms of int8 layers are chosen on a photograph."""
 
+import sys
 from functools import partial
 
 import torch
@@ -52,12 +53,12 @@ def pairs_in_memory(config: RunConfig, device: torch.device, memory: float | Non
     Args:
         config: of the model.
         device: where it runs.
-        memory: in bytes; a quarter of what is free by default.
+        memory: in bytes, or infinite; a quarter of what is free by default.
     """
     cells = (config.data.image_size // config.model.vision.patch) ** 2
     projector, block = 16 * cells * 4 * config.model.head.width, cells * 12 * config.model.vision.width
     budget = _SHARE_OF_MEMORY * free_memory(device) if memory is None else memory
-    return max(1, int(budget / (4 * max(projector, block))))
+    return max(1, int(min(budget / (4 * max(projector, block)), sys.maxsize)))
 
 
 def run_example(model: ReferringSegmenter, config: RunConfig) -> None:
