@@ -1,6 +1,8 @@
 """Training in float16 with a loss scale (`train.precision float16`)."""
 
+import copy
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -19,6 +21,7 @@ from dcris.training import trainer
 from dcris.training.averaging import WeightAverage
 from dcris.training.loggers import read_log
 from dcris.training.loss_scale import LossScale
+from dcris.training.muon import Muon
 from dcris.training.stopping import Interrupted
 from runs import CPU, EVERY_STEP, PLAIN_WORDS, assert_same_run, last_tensors, quick_config, run_training
 from test_distributed import torchrun, train_words
@@ -56,8 +59,24 @@ def test_losses_are_those_of_float32(table: ReferenceTable, tmp_path: Path) -> N
     assert not any(name.startswith("loss_scale") for name in optimizer)
 
 
+def adam(weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(weights, lr=0.1, fused=True)
+
+
+def muon(weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return Muon, for which the first of the weights is a matrix."""
+    weights = [*weights]
+    return Muon([{"params": weights}], {weights[0]: (1, *weights[0].shape)}, 0.1, (0.9, 0.999), 0.0)
+
+
+OPTIMIZERS = pytest.mark.parametrize("optimize", [adam, muon])
+
+
+@OPTIMIZERS
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
-def test_scaling_changes_no_step(clip_norm: float | None) -> None:
+def test_scaling_changes_no_step(
+    clip_norm: float | None, optimize: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+) -> None:
     """Gradients are divided by the scale before they are clipped. A scale is a power of two, so the
     steps are the same bit for bit."""
     found = []
@@ -65,7 +84,7 @@ def test_scaling_changes_no_step(clip_norm: float | None) -> None:
         scale = LossScale(dtype, CPU)
         torch.manual_seed(0)
         layer = nn.Linear(5, 3)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+        optimizer = optimize(layer.parameters())
         for _ in range(3):
             optimizer.zero_grad()
             loss = layer(torch.rand(4, 5)).square().mean()
@@ -75,13 +94,16 @@ def test_scaling_changes_no_step(clip_norm: float | None) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@OPTIMIZERS
 @pytest.mark.parametrize(("gradient", "loss"), [(math.inf, 1.0), (math.nan, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_a_step_that_overflows_changes_nothing(gradient: float, loss: float) -> None:
+def test_a_step_that_overflows_changes_nothing(
+    gradient: float, loss: float, optimize: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+) -> None:
     """Neither weights nor moments; the scale is halved. A loss that is not finite may have finite
     gradients."""
     scale = LossScale(torch.float16, CPU)
-    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
-    optimizer = torch.optim.Adam(weights, lr=0.1, fused=True)
+    weights = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))]
+    optimizer = optimize(weights)
 
     scale.scale(torch.ones(()))
 
@@ -92,10 +114,11 @@ def test_a_step_that_overflows_changes_nothing(gradient: float, loss: float) -> 
         return scale.step(optimizer, weights, loss, 1.0)
 
     assert step(1.0, 1.0)
-    before = [each.clone() for each in weights], optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    before = copy.deepcopy((weights, optimizer.state_dict()["state"]))
     assert not step(gradient, loss)
     assert all(torch.equal(one, other) for one, other in zip(weights, before[0], strict=True))
-    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], before[1])
+    for slot, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], value) for name, value in before[1][slot].items())
     assert scale.report() == {"loss_scale": 32768, "skipped_steps": 1}
     assert step(1.0, 1.0)
 

@@ -491,7 +491,9 @@ def test_damaged_checkpoint_error(broken: Path, damage: Callable[[Path], object]
 
 
 @pytest.mark.parametrize(
-    "tensors", [{}, {"x": torch.zeros(1)}, {"1.step": torch.zeros(1)}], ids=["none", "another name", "a part"]
+    "tensors",
+    [{}, {"x": torch.zeros(1)}, {"1.step": torch.zeros(1)}, {"0.momentum": torch.zeros(1)}],
+    ids=["none", "another name", "a part", "of another optimizer"],
 )
 def test_optimizer_state_of_another_model_error(
     table: ReferenceTable, broken: Path, tensors: dict[str, torch.Tensor]

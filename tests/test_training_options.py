@@ -272,10 +272,10 @@ def test_adamw_decays_the_weights() -> None:
         assert torch.allclose(change, expected, rtol=1e-2, atol=1e-6), kind
 
 
-@pytest.mark.slow
-def test_a_run_with_adamw_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
-    """Its state has the form of Adam's."""
-    config = quick_config(4, EVERY_STEP, ("train.optimizer", "adamw"), ("train.weight_decay", "0.1"))
+@pytest.mark.parametrize("optimizer", slow_except(("adamw", "muon"), "muon"))
+def test_a_run_resumes_exactly_with(optimizer: str, table: ReferenceTable, tmp_path: Path) -> None:
+    """Its state is in the checkpoint."""
+    config = quick_config(4, EVERY_STEP, ("train.optimizer", optimizer), ("train.weight_decay", "0.1"))
     run_training(config, table, tmp_path / "whole")
     with pytest.raises(Interrupted):
         run_training(config, table, tmp_path / "halves", log=stop_at(2))

@@ -359,8 +359,9 @@ class TrainConfig(Section):
     lr_factors: dict[Part, Positive] = {}
     """Learning rates of the network's parts, as multiples of `lr`: the method's adapters, the head,
     and the towers' own weights, where a method trains them. Parts that are not given have `lr`."""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """adamw applies `weight_decay` to the weights, adam adds it to the gradient."""
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"
+    """adamw applies `weight_decay` to the weights, adam adds it to the gradient. muon is adamw with
+    other steps for weight matrices, see dcris.training.muon."""
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0, lt=2**31)], ...] = (35,)
     """Epochs at which the step schedule multiplies the learning rate by `gamma`."""
@@ -369,7 +370,8 @@ class TrainConfig(Section):
     """Steps in which the learning rate rises to `lr`; if they are more than half of the run, a
     tenth of it instead."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """Adam's decay rates. A run of few steps needs a smaller second one."""
+    """Adam's decay rates; the first is Muon's, too. A run of few steps needs a smaller second one.
+    """
     weight_decay: Weight = 0.0
     clip_norm: Positive | None = None
     """Maximum norm of the gradient; None: no clipping."""

@@ -706,12 +706,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, 
     for name, value in tensors.items():
         slot, _, key = name.partition(".")
         slots.setdefault(int(slot) if re.fullmatch("[0-9]{1,9}", slot) else -1, {})[key] = value
-    wanted = {slot for group in state["param_groups"] for slot in group["params"]}
-    if (
-        not slots
-        or set(slots) - wanted
-        or any(set(values) != {"step", "exp_avg", "exp_avg_sq"} for values in slots.values())
-    ):
+    wanted = {
+        slot: group.get("state", {"step", "exp_avg", "exp_avg_sq"})  # Adam's, or see dcris.training.muon
+        for group in state["param_groups"]
+        for slot in group["params"]
+    }
+    if not slots or any(set(values) != wanted.get(slot) for slot, values in slots.items()):
         raise DcrisError(
             f"{path / _OPTIMIZER} is of another model; delete {path} to continue from the checkpoint before it"
         )

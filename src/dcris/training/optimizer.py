@@ -1,4 +1,4 @@
-"""Adam or AdamW, its parameter groups, and the learning rate of each step."""
+"""The optimiser, its parameter groups, and the learning rate of each step."""
 
 import math
 from typing import Any
@@ -8,21 +8,20 @@ import torch
 from dcris.config import Part, TrainConfig
 from dcris.errors import DcrisError
 from dcris.models.segmentation import ReferringSegmenter
+from dcris.training.muon import Muon, weight_matrices
 
 
 def make_optimizer(model: ReferringSegmenter, settings: TrainConfig) -> torch.optim.Optimizer:
-    """Return Adam, as in the published code (train.py), or AdamW over all trainable parameters.
+    """Return Adam, as in the published code (train.py), AdamW or Muon for all that is trained.
 
     Raises DcrisError as `parameter_groups` does.
     """
+    groups = parameter_groups(model, settings)
+    lr, betas, weight_decay = settings.lr, settings.betas, settings.weight_decay
+    if settings.optimizer == "muon":
+        return Muon(groups, weight_matrices(model), lr, betas, weight_decay)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(
-        parameter_groups(model, settings),
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    return kind(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def parameter_groups(model: ReferringSegmenter, settings: TrainConfig) -> list[dict[str, Any]]:
