@@ -62,9 +62,9 @@ def _handler(server: ImageServer) -> type[BaseHTTPRequestHandler]:
                 if value:
                     self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if status == 0 else content)
             with server.lock:
-                server.open -= 1
+                server.open -= 1  # before the last bytes, upon which the client sends its next request
+            self.wfile.write(content[: len(content) // 2] if status == 0 else content)
 
         def log_message(self, *_: object) -> None:
             """Print nothing."""
