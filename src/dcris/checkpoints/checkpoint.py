@@ -707,7 +707,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, 
         slot, _, key = name.partition(".")
         slots.setdefault(int(slot) if re.fullmatch("[0-9]{1,9}", slot) else -1, {})[key] = value
     wanted = {
-        slot: group.get("state", {"step", "exp_avg", "exp_avg_sq"})  # Adam's, or see dcris.training.muon
+        slot: group.get("kept", {"step", "exp_avg", "exp_avg_sq"})  # Adam's, or see dcris.training.muon
         for group in state["param_groups"]
         for slot in group["params"]
     }

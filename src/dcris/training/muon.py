@@ -18,7 +18,7 @@ from dcris.models.layers.attention import MultiHeadAttention
 Stack = tuple[int, int, int]
 """What a weight is: so many matrices of so many rows and columns."""
 
-_STATE = "momentum"
+_MOMENTUM = "momentum"
 
 # Five steps of this polynomial bring singular values to between 0.7 and 1.2 (Jordan et al. 2024).
 _POLYNOMIAL, _STEPS = (3.4445, -4.7750, 2.0315), 5
@@ -52,8 +52,8 @@ class Muon(torch.optim.AdamW):
             for chosen in True, False:
                 parameters = [p for p in group["params"] if (p in matrices) == chosen]
                 if parameters:
-                    # `state`: what a checkpoint has of each parameter.
-                    parts.append({**group, "params": parameters, **({"state": {_STATE}} if chosen else {})})
+                    # `kept`: names of what is kept, and in a checkpoint, of each weight.
+                    parts.append({**group, "params": parameters, **({"kept": {_MOMENTUM}} if chosen else {})})
         super().__init__(parts, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         # A GradScaler leaves it to fused AdamW to skip a step that overflowed; here it must not
         # call `step` at all.
@@ -67,13 +67,13 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change all weights that have gradients."""
         groups = self.param_groups
-        self.param_groups = [group for group in groups if "state" not in group]
+        self.param_groups = [group for group in groups if "kept" not in group]
         try:
             super().step()
         finally:
             self.param_groups = groups
         for group in groups:
-            if "state" in group:
+            if "kept" in group:
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -84,8 +84,8 @@ class Muon(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             if not state:
-                state[_STATE] = torch.zeros_like(parameter)
-            momentum, decay = state[_STATE], group["betas"][0]
+                state[_MOMENTUM] = torch.zeros_like(parameter)
+            momentum, decay = state[_MOMENTUM], group["betas"][0]
             momentum.lerp_(parameter.grad, 1 - decay)
             direction = parameter.grad.lerp(momentum, decay)
             stack = direction.reshape(self.matrices[parameter])
