@@ -27,9 +27,12 @@ PLAIN = {
     "train.ema": None,
     "train.losses": {},
     "train.optimizer": "adam",
+    "train.lr": 2e-3,
+    "train.betas": [0.9, 0.98],
     "train.target": "nearest",
 }
-"""Settings without the tiny recipe's options of training. Tests switch them on one by one."""
+"""Settings without the tiny recipe's options of training, and with a learning rate for Adam. Tests
+switch them on one by one."""
 PLAIN_WORDS = [
     word
     for key, value in PLAIN.items()
