@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 EMAIL, PASSWORD = "annotator@example.org", "correct horse battery"
-PHRASE = "leftmost"
+PHRASE = "leftmost star"
 CHANGED = (slice(40, 60), slice(30, 50))
 """What the annotator adds to the mask."""
 

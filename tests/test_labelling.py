@@ -305,16 +305,16 @@ def test_a_phrase_becomes_the_brush_mask_of_the_segmenter(
 ) -> None:
     """With the phrase as the text of its region, as the export of Label Studio is imported."""
     url, _ = backend
-    context = results_of(["a thing", "leftmost"])
+    context = results_of(["a thing", "leftmost star"])
     (prediction,) = post(f"{url}/predict", request([task(1)], context))["results"]
     assert prediction == post(f"{url}/predict", request([task(1)], context))["results"][0], "identifiers are stable"
-    (expected,) = segmenter.predict(folder / "1.png", "leftmost")
+    (expected,) = segmenter.predict(folder / "1.png", "leftmost star")
     brush, text = prediction["result"]
     assert brush["id"] == text["id"]
     assert (brush["type"], brush["from_name"], brush["to_name"]) == ("brushlabels", "tag", "image")
     assert (text["type"], text["from_name"], text["to_name"]) == ("textarea", "phrase", "image")
     assert brush["value"]["brushlabels"] == ["object"]
-    assert text["value"]["text"] == ["leftmost"]
+    assert text["value"]["text"] == ["leftmost star"]
     assert (brush["original_height"], brush["original_width"]) == expected.mask.shape
     np.testing.assert_array_equal(decode_brush(brush["value"]["rle"], expected.mask.shape), expected.mask)
     assert prediction["score"] == pytest.approx(expected.score, abs=1e-6)
@@ -325,7 +325,7 @@ def test_a_phrase_becomes_the_brush_mask_of_the_segmenter(
     Image.open(folder / "1.png").save(tmp_path / "1.png")
     import_annotations(tmp_path / "export.json", tmp_path / "my.jsonl", strict=True)
     (reference,) = load_references(tmp_path / "my.jsonl", None).references
-    assert [each.text for each in reference.expressions] == ["leftmost"]
+    assert [each.text for each in reference.expressions] == ["leftmost star"]
     np.testing.assert_array_equal(union_mask(reference.segmentations, expected.mask.shape), expected.mask)
 
 
@@ -335,7 +335,7 @@ def test_tasks_without_an_interaction_have_phrases_of_their_own(
     """For "Retrieve predictions". A task whose image is missing does not spoil the others, and has
     no prediction: Label Studio keeps an empty one, and would not ask again."""
     url, log = backend
-    tasks = [task(1, phrases=["leftmost", "red circle"]), task(2), task(3, phrase="leftmost")]
+    tasks = [task(1, phrases=["leftmost star", "red circle"]), task(2), task(3, phrase="leftmost star")]
     answer = post(f"{url}/predict", request(tasks))
     phrases = [
         [each["value"]["text"][0] for each in found["result"] if each["type"] == "textarea"]
@@ -343,7 +343,7 @@ def test_tasks_without_an_interaction_have_phrases_of_their_own(
     ]
     assert answer["results"][2] == []
     expected = [
-        each.phrase for each in segmenter.predict(folder / "1.png", ["leftmost", "red circle"]) if each.mask.any()
+        each.phrase for each in segmenter.predict(folder / "1.png", ["leftmost star", "red circle"]) if each.mask.any()
     ]
     assert expected, "the model draws no mask, so this test compares nothing"
     assert phrases == [expected, []]
@@ -355,7 +355,7 @@ def test_tasks_for_which_there_is_no_time(backend: tuple[str, list[str]], monkey
     """Label Studio gives up after 100 s. What is done by then is kept: a repetition goes on."""
     url, log = backend
     monkeypatch.setattr("dcris.inference.web.label_studio._SECONDS", 0.0)
-    results = post(f"{url}/predict", request([task(1, phrase="leftmost"), task(2), task(2)]))["results"]
+    results = post(f"{url}/predict", request([task(1, phrase="leftmost star"), task(2), task(2)]))["results"]
     assert isinstance(results[0], dict)
     assert results[1:] == [[], []]
     assert log[-1] == "2 of 3 tasks are left; retrieve predictions again"
@@ -372,7 +372,7 @@ def test_a_busy_model_is_no_prediction(backend: tuple[str, list[str]], monkeypat
 
     monkeypatch.setattr(InferenceService, "answer", answer)
     with pytest.raises(urllib.error.HTTPError) as caught:
-        post(f"{url}/predict", request([task(1, phrase="leftmost"), task(2), task(1, phrase="leftmost")]))
+        post(f"{url}/predict", request([task(1, phrase="leftmost star"), task(2), task(1, phrase="leftmost star")]))
     with caught.value as error:
         assert error.code == 503
     assert len(tries) == 1

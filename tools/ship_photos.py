@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def ship(segmenter: Segmenter, name: str, out: Path, sections: str, changes: dict[str, Any]) -> None:
-    """Write model.safetensors, config.json and README.md of a packaged model.
+    """Write model.safetensors, config.json, README.md and training_images.bin of a packaged model.
 
     Args:
         segmenter: the trained model.

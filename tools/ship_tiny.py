@@ -1,8 +1,8 @@
 """Write the packaged model `tiny` from a finished run.
 
-    dcris data scenes SCENES --train 10000 --val 200 --test 300 --seed 7 --generalised
+    dcris data scenes SCENES --train 15000 --val 200 --test 300 --seed 7 --generalised
     dcris train dcris_tiny_generalised --data SCENES --out RUN \\
-        --train.max_steps 3600 --train.ema 0.999
+        --train.max_steps 6000 --train.ema 0.999
     dcris evaluate RUN --data SCENES --split test --protocol grefcoco --calibrate-on val
     python tools/ship_tiny.py RUN --data SCENES --out src/dcris/assets/tiny
 
@@ -24,7 +24,7 @@ from dcris.experiments.quickstart import evaluate_both_ways, evaluate_generalise
 from dcris.utils.files import write_file
 from ship_photos import measures, ship
 
-SCENES = "dcris data scenes data/tiny --train 10000 --val 200 --test 300 --seed 7 --generalised"
+SCENES = "dcris data scenes data/tiny --train 15000 --val 200 --test 300 --seed 7 --generalised"
 
 GENERALISED = {
     "giou": "gIoU",
@@ -72,7 +72,7 @@ def card(scores: dict[str, Any], generalised: dict[str, Any], steps: int | None)
             SCENES,
             "```",
             "",
-            f"It was trained for {steps} steps on the 10,000 scenes of `train`. `tools/ship_tiny.py` has the commands.",
+            f"It was trained for {steps} steps on the 15,000 scenes of `train`. `tools/ship_tiny.py` has the commands.",
             "",
             "## Scores",
             "",
