@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     segmenter = Segmenter.from_pretrained(args.run, device="cpu")
-    ship(segmenter, "tiny", args.out, "", {})
+    ship(segmenter, "tiny", args.out, "", {"data.refine": "guided"})
     model, config = load_checkpoint(args.out)  # as it is shipped: in half precision
     table, device = load_references(args.data, "scenes"), torch.device("cpu")
     _, generalised = evaluate_generalised(model, config, table.split("test"), device=device)
