@@ -208,7 +208,9 @@ def test_calibration_is_stored_with_the_checkpoint(
     assert record["confidence"]["present"]["auroc"] == pytest.approx(plain["confidence"]["present"]["auroc"])
     page = (tmp_path / "r.html").read_text()
     assert "Reliability" in page
-    assert f"--min-score {record['confidence']['min_score']['value']:.3g}" in page
+    cut = record["confidence"]["min_score"]
+    assert f"--min-score {cut['value']:.3g}, which keeps {cut['kept']:.1%} of the right ones" in page
+    assert "&lt;" not in page, "no markup is shown as text"
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert all(0 <= line["present"] <= 1 for line in lines)
 

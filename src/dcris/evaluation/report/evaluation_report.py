@@ -241,8 +241,8 @@ def _confidence_tables(confidence: Mapping[str, Any]) -> list[dict[str, Any]]:
     )
     if cut := confidence.get("min_score"):
         hint += (
-            f" Recommended: --min-score {cut['value']:.3g}, which keeps {percent(100 * cut['kept'])} of the right ones and "
-            f"drops {percent(100 * cut['dropped'])} of the wrong ones of this split."
+            f" Recommended: --min-score {cut['value']:.3g}, which keeps {cut['kept']:.1%} of the right ones and "
+            f"drops {cut['dropped']:.1%} of the wrong ones of this split."
         )
     return [_table("What the score tells", ("Measure", "Percent"), rows, hint)] if rows else []
 
