@@ -27,7 +27,8 @@ from test_distributed import torchrun
 from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, YOUTUBE_FRAMES, H, W, write_davis, write_youtube
 
 THRESHOLD = 0.05
-"""Below what `tiny` says of noise, so that masks are not empty."""
+"""Below what `tiny` says of noise; with a `min_score` of 0, masks are then not empty."""
+OPTIONS = ("--device", "cpu", "--threshold", THRESHOLD, "--min-score", 0)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def tiny() -> Segmenter:
 
 
 def _run(*words: object) -> int:
-    return main([str(word) for word in ("predict", "tiny", *words, "--device", "cpu", "--threshold", THRESHOLD)])
+    return main([str(word) for word in ("predict", "tiny", *words, *OPTIONS)])
 
 
 def _files(folder: Path) -> set[str]:
@@ -70,7 +71,9 @@ def test_a_submission_has_a_binary_mask_for_each_expression_and_frame(
     for each in videos.expressions:
         for frame in frames:
             mask = masks[f"{start}/{each.expression_id}/{frame}.png"]
-            (expected,) = tiny.predict(videos.frame_path(each.video, frame), each.text, threshold=THRESHOLD)
+            (expected,) = tiny.predict(
+                videos.frame_path(each.video, frame), each.text, threshold=THRESHOLD, min_score=0.0
+            )
             assert (mask.mode, mask.size) == ("L", (W, H))
             np.testing.assert_array_equal(np.asarray(mask), expected.mask * np.uint8(255))
     assert any(np.asarray(mask).any() for mask in masks.values())
@@ -89,7 +92,9 @@ def test_davis_gets_labels_of_all_objects_for_each_annotator(tiny: Segmenter, tm
             image = _png(out / f"masks/anno_{annotator}/motorbike/{frame}.png")
             assert (image.mode, image.size, image.getpalette()) == ("P", (W, H), palette())
             texts = [each.text for each in videos.expressions if each.annotator == annotator]
-            found = tiny.predict(videos.frame_path("motorbike", frame), texts, threshold=THRESHOLD, scores=True)
+            found = tiny.predict(
+                videos.frame_path("motorbike", frame), texts, threshold=THRESHOLD, min_score=0.0, scores=True
+            )
             scores = np.stack([each.probabilities for each in found if each.probabilities is not None])
             kept = np.where(scores > THRESHOLD, scores, 0)
             labels = np.where(kept.any(axis=0), kept.argmax(axis=0) + 1, 0)
@@ -124,7 +129,7 @@ def test_colours_are_those_of_davis() -> None:
 
 def _events(tiny: Segmenter, root: Path, out: Path, dataset: str = "mevis", split: str = "valid_u", **options: Any):
     videos = load_videos(root, dataset, split)
-    return [*VideoSetPredictor(tiny, videos, out, VideoOptions(threshold=THRESHOLD, **options)).run()]
+    return [*VideoSetPredictor(tiny, videos, out, VideoOptions(threshold=THRESHOLD, min_score=0.0, **options)).run()]
 
 
 def _predicted(events: list[Any]) -> list[str]:
@@ -168,7 +173,7 @@ def test_a_killed_call_is_repeated(launcher: Launcher, calls: int, tmp_path: Pat
     root, out = write_youtube(tmp_path), tmp_path / "out"
     words = ["--data", root, "--dataset", "ref_youtube_vos", "--split", "train", "--out"]
     assert _run(*words, tmp_path / "whole") == 0
-    command = ["predict", "tiny", "--device", "cpu", "--threshold", THRESHOLD, *words, out]
+    command = ["predict", "tiny", *words, out, *OPTIONS]
     killed = launcher.start(command, tmp_path / "output.txt", first=KILLED.format(calls=calls))
     assert launcher.wait(killed) == -signal.SIGKILL
     assert not (out / "submission.zip").exists()
@@ -222,7 +227,7 @@ def test_several_processes_share_the_videos(tmp_path: Path) -> None:
     of them cannot read leaves none."""
     root = write_youtube(tmp_path)
     data = ("--data", root, "--dataset", "ref_youtube_vos", "--split", "train", "--out")
-    words = ("predict", "tiny", "--device", "cpu", "--threshold", THRESHOLD, *data)
+    words = ("predict", "tiny", *OPTIONS, *data)
     alone, together, failed = (tmp_path / name for name in ("alone", "together", "failed"))
     assert _run(*data, alone) == 0
     done = torchrun(2, *words, together)
