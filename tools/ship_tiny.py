@@ -2,7 +2,7 @@
 
     dcris data scenes SCENES --train 15000 --val 200 --test 300 --seed 7 --generalised
     dcris train dcris_tiny_generalised --data SCENES --out RUN \\
-        --train.max_steps 6000 --train.ema 0.999
+        --train.max_steps 6000 --train.lr 5e-3 --train.ema 0.999
     dcris evaluate RUN --data SCENES --split test --protocol grefcoco --calibrate-on val
     python tools/ship_tiny.py RUN --data SCENES --out src/dcris/assets/tiny
 
