@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
             for chosen in True, False:
                 parameters = [p for p in group["params"] if (p in matrices) == chosen]
                 if parameters:
-                    # `kept`: names of what is kept, and in a checkpoint, of each weight.
+                    # `kept`: names of the state that a checkpoint has of each weight.
                     parts.append({**group, "params": parameters, **({"kept": {_MOMENTUM}} if chosen else {})})
         super().__init__(parts, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         # A GradScaler leaves it to fused AdamW to skip a step that overflowed; here it must not
