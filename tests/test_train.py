@@ -492,8 +492,14 @@ def test_damaged_checkpoint_error(broken: Path, damage: Callable[[Path], object]
 
 @pytest.mark.parametrize(
     "tensors",
-    [{}, {"x": torch.zeros(1)}, {"1.step": torch.zeros(1)}, {"0.momentum": torch.zeros(1)}],
-    ids=["none", "another name", "a part", "of another optimizer"],
+    [
+        {},
+        {"x": torch.zeros(1)},
+        {"1.step": torch.zeros(())},
+        {"0.momentum": torch.zeros(1)},
+        {"0.step": torch.zeros(()), "0.exp_avg": torch.zeros(1), "0.exp_avg_sq": torch.zeros(1)},
+    ],
+    ids=["none", "another name", "a part", "of another optimizer", "other shapes"],
 )
 def test_optimizer_state_of_another_model_error(
     table: ReferenceTable, broken: Path, tensors: dict[str, torch.Tensor]

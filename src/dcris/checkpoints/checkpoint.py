@@ -707,11 +707,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, 
         slot, _, key = name.partition(".")
         slots.setdefault(int(slot) if re.fullmatch("[0-9]{1,9}", slot) else -1, {})[key] = value
     wanted = {
-        slot: group.get("kept", {"step", "exp_avg", "exp_avg_sq"})  # Adam's, or see dcris.training.muon
-        for group in state["param_groups"]
-        for slot in group["params"]
+        slot: {
+            key: torch.Size() if key == "step" else parameter.shape
+            for key in group.get("kept", ("step", "exp_avg", "exp_avg_sq"))  # Adam's, or see dcris.training.muon
+        }
+        for group, numbered in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        for parameter, slot in zip(group["params"], numbered["params"], strict=True)
     }
-    if not slots or any(set(values) != wanted.get(slot) for slot, values in slots.items()):
+    shapes = {slot: {key: value.shape for key, value in values.items()} for slot, values in slots.items()}
+    if not slots or any(found != wanted.get(slot) for slot, found in shapes.items()):
         raise DcrisError(
             f"{path / _OPTIMIZER} is of another model; delete {path} to continue from the checkpoint before it"
         )
