@@ -196,6 +196,12 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for words in (("train", config, "--out", tmp_path / "b", "--data.val_split", "val"), ("evaluate", run)):
         assert "no split 'val'; choose from train, held out" in refused(capsys, *words, "--data", other)
     assert not (tmp_path / "b").exists()
+    # A resumed run does not read the start again, so that may be moved, and need not be named.
+    moved = Path(shutil.move(run, tmp_path / "moved"))
+    for start in (("--from", run), ("--from", moved), ()):
+        words = ("train", moved / "config.json", "--data", other, "--out", tuned, "--resume", *start)
+        assert dcris(*words) == 0
+    assert json.loads((tuned / "config.json").read_text())["train"]["start"] == str(run)
 
 
 def test_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`dcris train`."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from dcris.cli.common import (
     positive,
     quote,
 )
+from dcris.errors import DcrisError
 from dcris.utils.arguments import TrainingPrecision
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def add(commands: Any) -> None:
         "--from",
         dest="start",
         metavar="CKPT",
-        help="checkpoint of the same model to start from (default: new adapters and head)",
+        help="checkpoint of the same model to start from (default: new adapters and head; a resumed run keeps its own)",
     )
     parser.add_argument(
         "--schedule",
@@ -95,7 +97,6 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
     Raises:
         DcrisError: a setting is unknown or has a wrong value.
     """
-    from dcris.checkpoints.resolve import locate
     from dcris.config import load_config, replace
     from dcris.data.registry import VIDEO_SETS, word_length_settings
     from dcris.recipes import SCHEDULES, get_recipe
@@ -108,7 +109,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
         ("data.split_by", args.split_by),
         ("train.batch_size", None if args.batch_size == "auto" else args.batch_size),
         ("train.precision", args.precision),
-        ("train.start", None if args.start is None else str(locate(args.start))),
+        ("train.start", _start(args)),
         ("train.trackers", args.tracker),
         ("data.on_bad_image", args.on_bad_image),
         ("data.mask_threshold", args.mask_threshold),
@@ -120,6 +121,22 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
     if own or settings.get("data.dataset", config.data.dataset) in VIDEO_SETS:
         settings["data.split_by"] = None
     return replace(config, settings | word_length_settings(settings, config.data.dataset))
+
+
+def _start(args: argparse.Namespace) -> str | None:
+    """Return the checkpoint of `--from`.
+
+    A run that is resumed keeps its own, which is not read again, so it may be elsewhere or gone.
+    """
+    from dcris.checkpoints.resolve import locate
+    from dcris.config import load_config
+
+    path = args.out / "config.json"
+    if args.resume and path.is_file():
+        with suppress(DcrisError):  # a damaged one is written again
+            if before := load_config(path).train.start:
+                return before
+    return None if args.start is None else str(locate(args.start))
 
 
 def _train(group: Any, args: argparse.Namespace) -> None:
