@@ -141,3 +141,9 @@ def test_wrong_numbers_and_sizes_are_named(tiny: Segmenter, scene: tuple[np.ndar
     with pytest.raises(DcrisError, match="all frames must have one size"):
         list(tiny.predict_frames([pixels, pixels[:-2]], phrases))
     assert list(tiny.predict_frames([], phrases)) == []
+    for frames in (pixels, "a.mp4", 5):  # rows of one image, characters of a path
+        with pytest.raises(DcrisError, match="frames must be several images"):
+            tiny.predict_frames(frames, phrases)  # type: ignore[arg-type]
+    for option in ({"memory": "x"}, {"memory": float("nan")}, {"channels": "grb"}):
+        with pytest.raises(DcrisError):
+            tiny.predict_frames([pixels], phrases, **option)  # type: ignore[arg-type]

@@ -214,6 +214,10 @@ def test_a_stream_can_leave_out_what_it_cannot_read(segmenter: Segmenter, tmp_pa
             segmenter.stream(wrong, "star")  # type: ignore[arg-type]
     with pytest.raises(DcrisError, match="on_error must be raise or skip"):
         segmenter.stream(some, "star", on_error="ignore")  # type: ignore[arg-type]
+    # A wrong option is no unreadable image: all would be left out.
+    for option in ({"threshold": 2}, {"adapters": "none"}, {"memory": "x"}, {"channels": "grb"}):
+        with pytest.raises(DcrisError):
+            segmenter.stream(some, "star", on_error="skip", **option)
 
 
 def test_other_processes_get_a_segmenter_by_pickle(segmenter: Segmenter, trained_run: Path) -> None:

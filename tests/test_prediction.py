@@ -1,6 +1,7 @@
 """Conversions of a prediction to other formats lose nothing of the mask."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -126,6 +127,8 @@ def test_cutouts_and_overlays() -> None:
     assert (shown[disc()] != pixels[disc()]).any()
     with pytest.raises(DcrisError, match="50 x 40 pixels and the mask 60 x 40"):
         prediction.overlay(pixels[:, :50])
+    with pytest.raises(DcrisError, match="from 0 to 255"):
+        prediction.overlay(pixels, (0, 0, math.inf))  # type: ignore[arg-type]
     with pytest.raises(DcrisError, match="nothing to cut out"):
         make_prediction(np.zeros((40, 60), bool)).cutout(pixels)
 

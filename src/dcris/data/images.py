@@ -312,6 +312,12 @@ def as_pixels(image: ImageLike, channels: Channels = "rgb") -> NDArray[np.uint8]
     return to_rgb(Image.fromarray(np.ascontiguousarray(source if count == 4 else source.reshape(source.shape[:2]))))
 
 
+def require_channels(channels: Channels) -> None:
+    """Raise DcrisError if there is no such order of channels."""
+    if channels not in get_args(Channels):
+        raise DcrisError(f"channels must be one of {', '.join(get_args(Channels))}, not {channels!r}")
+
+
 def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Rereadable:
     """Return an image in a form that `as_pixels` accepts any number of times, with channels in the
     order of RGB.
@@ -320,8 +326,7 @@ def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Rereadable:
 
     Args and errors: as in `as_pixels`.
     """
-    if channels not in get_args(Channels):
-        raise DcrisError(f"channels must be one of {', '.join(get_args(Channels))}, not {channels!r}")
+    require_channels(channels)
     if isinstance(image, str) and is_url(image):
         try:
             return get(image, _MAX_FILE)

@@ -343,7 +343,7 @@ class Prediction:
         pixels = self._pixels_of(image)
         try:
             valid = len(colour) == 3 and all(0 <= int(value) <= 255 for value in colour)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid:
             raise DcrisError(

@@ -34,7 +34,7 @@ from dcris.checkpoints.resolve import locate
 from dcris.checkpoints.training_images import Images
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
-from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable
+from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable, require_channels
 from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning
@@ -510,8 +510,6 @@ class Segmenter:
                 exist.
         """
         name, decision = self._check(adapters, threshold, min_score, min_area, refine, scores)
-        if memory is not None:
-            memory = require_number(memory, 0, "the memory")
         given = _as_list(phrases)
         if not isinstance(image, list):
             (predictions,) = self._predict([image], [_check_phrases(given)], name, decision, channels, memory)
@@ -565,6 +563,7 @@ class Segmenter:
             raise DcrisError(
                 f"images must be a folder, a pattern or several images, not {kind_of(images)}; for one, use predict"
             )
+        self.predict([], shared, **options)  # a wrong option is not an unreadable image
         return self._stream(images, shared, on_error == "skip", progress, options)
 
     def _stream(
@@ -684,8 +683,12 @@ class Segmenter:
             raise DcrisError("no phrase was given for the frames; give one or several")
         if type(batch) is not int or batch < 1:
             raise DcrisError(f"the number of frames that are encoded at once must be 1 or more, not {batch!r}")
+        if isinstance(frames, str | bytes | os.PathLike | np.ndarray | Image.Image) or not isinstance(frames, Iterable):
+            raise DcrisError(f"frames must be several images, not {kind_of(frames)}; for one image, use predict")
+        require_channels(channels)
+        at_once = self._pairs_per_pass(self._sets[name].config, memory)
         rereadable = (as_rereadable(frame, channels) for frame in frames)
-        return self._predict_frames(rereadable, encoded, batch, window, decision, memory)
+        return self._predict_frames(rereadable, encoded, batch, at_once, window, decision)
 
     @torch.no_grad()
     def _predict_frames(
@@ -693,22 +696,22 @@ class Segmenter:
         frames: Iterator[Rereadable],
         phrases: EncodedPhrases,
         batch: int,
+        at_once: int,
         window: int,
         decision: _Decision,
-        memory: float | None,
     ) -> Iterator[list[Prediction]]:
         pairs = [(0, phrase) for phrase in phrases.phrases]
-        found = self._frame_maps(frames, phrases, batch, memory)
+        found = self._frame_maps(frames, phrases, batch, at_once)
         for (image, transform), maps in smoothed(found, window):
             guides = self._guides([image])
             yield [*self._decide(pairs, maps, [image], [transform], decision, phrases._unread, guides)]
 
     def _frame_maps(
-        self, frames: Iterator[Rereadable], phrases: EncodedPhrases, batch: int, memory: float | None
+        self, frames: Iterator[Rereadable], phrases: EncodedPhrases, batch: int, at_once: int
     ) -> Iterator[tuple[tuple[Rereadable, Transform], Maps]]:
         """Yield each frame with its maps for all phrases."""
         model, config, _ = self._sets[phrases.adapters]
-        at_once, count = self._pairs_per_pass(config, memory), len(phrases.phrases)
+        count = len(phrases.phrases)
         size: tuple[int, int] | None = None
         while some := [*islice(frames, min(batch, at_once))]:
             encoded = self._encode(some, model, config)
@@ -776,6 +779,7 @@ class Segmenter:
     ) -> list[list[Prediction]]:
         model, config, _ = self._sets[adapters]
         results: list[list[Prediction]] = []
+        require_channels(channels)
         at_once = self._pairs_per_pass(config, memory)
         for start in range(0, len(images), at_once):
             some_images = [as_rereadable(image, channels) for image in images[start : start + at_once]]
@@ -861,6 +865,8 @@ class Segmenter:
 
     def _pairs_per_pass(self, config: RunConfig, memory: float | None) -> int:
         """Number of image-phrase pairs whose forward pass fits into the memory (bytes)."""
+        if memory is not None:
+            memory = require_number(memory, 0, "the memory")
         return min(_MAX_PAIRS, pairs_in_memory(config, self.device, memory))
 
 
