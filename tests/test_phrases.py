@@ -330,6 +330,9 @@ def test_generated_references_extend_the_training_split_only(tiny_refer: TinyRef
     added = after[len(before) :]
     assert {reference.ann_ids for reference in added} == {(73,), (81,), (82,)}
     assert {reference.split for reference in added} == {"train"}
+    # An invented split would get phrases on all photographs that no reference is on.
+    with pytest.raises(DcrisError, match="no split 'trian'"):
+        train_on(tiny, generate_phrases=True, train_split="trian")
     assert len({reference.ref_id for reference in after}) == len(after)
     said_of = {reference.ann_ids[0]: {said.text: said.kind for said in reference.expressions} for reference in added}
     assert any("left" in text for text in said_of[81])

@@ -58,6 +58,7 @@ def training_table(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
 
 def _from_instances(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
     """Apply the two settings that need `instances.json`."""
+    before = table.split(config.train_split)
     setting = "data.licences" if config.licences is not None else "data.generate_phrases"
     if not refer_layout.find(table.root, table.dataset, table.split_by):
         raise DcrisError(
@@ -74,7 +75,7 @@ def _from_instances(table: ReferenceTable, config: DataConfig) -> ReferenceTable
         ]
         kept = sum(item.split == config.train_split for item in references)
         notes.append(
-            f"of {len(table.split(config.train_split)):,} training references, {kept:,} are on photographs of the "
+            f"of {len(before):,} training references, {kept:,} are on photographs of the "
             f"licences {', '.join(map(str, config.licences))}"
         )
     if config.generate_phrases:
