@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from dcris.evaluation.protocols import Cris
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.vit import VisionState
-from dcris.models.segmentation import ReferringSegmenter
+from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training import features, trainer
 from dcris.training.averaging import WeightAverage
@@ -235,6 +236,16 @@ def test_aligned_targets_lie_where_the_protocol_reads_them() -> None:
         found = [(probability > Cris.threshold, mask[0] > 0) for probability, mask in zip(maps, masks, strict=True)]
         scores[target] = min(((a & b).sum() / (a | b).sum()).item() for a, b in found)
     assert scores["aligned"] > 0.9 > scores["area"] + 0.05 > scores["nearest"] + 0.1
+
+
+@pytest.mark.parametrize("target", ["nearest", "aligned"])
+def test_the_training_iou_of_a_perfect_network_is_100(target: Any) -> None:
+    """The log's IoU compares the target with the logits at the target's own threshold."""
+    y, x = torch.meshgrid(torch.arange(112), torch.arange(112), indexing="ij")
+    masks = ((x - 50) ** 2 + (y - 61) ** 2 < 8**2).float()[None, None]
+    logits = resize_masks(masks, (32, 32), target).logit(eps=1e-6)
+    found = trainer.batch_iou(Output(logits, None, {}), masks, TrainConfig(target=target))
+    assert found == pytest.approx(100)
 
 
 def test_area_targets_train_and_resume(table: ReferenceTable, tmp_path: Path) -> None:
@@ -627,6 +638,12 @@ def test_features_need_room_on_the_disk(table: ReferenceTable, tmp_path: Path, m
     with pytest.raises(DcrisError, match=r"features of the training images need 0\.\d GB in .*features, where 0\.0 GB"):
         run_training(config, table, tmp_path / "other")
     assert not (tmp_path / "other/features").exists()
+    # What an interrupted run left there is overwritten, so its room counts.
+    left = tmp_path / "other/features/0.features"
+    left.parent.mkdir()
+    with left.open("wb") as file:
+        file.truncate(10**10)
+    run_training(config, table, tmp_path / "other", resume=True)
 
 
 def test_unreadable_images_with_stored_features(tiny_refer: TinyRefer, tmp_path: Path) -> None:

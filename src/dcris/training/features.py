@@ -212,8 +212,12 @@ class CachedSamples(TrainingSamples):
         return images, images * self.layout.bytes + entries * self.entry.itemsize + masks
 
     def require_room(self, needed: int) -> None:
-        """Raise DcrisError if the disk has too little room for `needed` bytes."""
+        """Raise DcrisError if the disk has too little room for `needed` bytes.
+
+        Features that an interrupted run left there will be overwritten, so their room counts.
+        """
         free = shutil.disk_usage(make_directory(self.folder.parent)).free
+        free += sum(path.stat().st_size for path in self.folder.glob("*.features"))
         if free < needed + _SPARE:
             raise DcrisError(
                 f"the features of the training images need {needed / 1e9:,.1f} GB in {self.folder}, where {free / 1e9:,.1f} "

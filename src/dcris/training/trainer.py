@@ -739,8 +739,10 @@ def batch_iou(output: Output, masks: torch.Tensor, settings: TrainConfig) -> flo
         settings: target is used.
     """
     logits = output.logits.detach()
-    target = resize_masks(masks, logits.shape[-2:], settings.target) > 0.5
-    prediction = torch.sigmoid(logits.float()) > Cris().threshold
+    # Aligned targets have the protocol's threshold where half of a cell is covered.
+    half = Cris.threshold if settings.target == "aligned" else 0.5
+    target = resize_masks(masks, logits.shape[-2:], settings.target) > half
+    prediction = torch.sigmoid(logits.float()) > Cris.threshold
     intersection = (prediction & target).flatten(1).sum(1)
     union = (prediction | target).flatten(1).sum(1)
     iou = intersection / union.clamp(min=1)
