@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dcris.assets
 from dcris import Segmenter
-from dcris.checkpoints.checkpoint import find_checkpoint
+from dcris.checkpoints.checkpoint import find_checkpoint, read_training_images
 from dcris.checkpoints.resolve import locate
+from dcris.checkpoints.training_images import pack_images
 from dcris.cli import main
 from dcris.data.masks import decode_mask
 from dcris.data.photographs import example_photographs
@@ -123,6 +126,32 @@ def test_it_can_be_trained_further_on_own_photographs(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
+def test_the_average_of_models_is_a_model(tmp_path: Path) -> None:
+    """The mean of the weights, with the configuration of the last, that knows what all were trained
+    on; models of other architectures are refused."""
+    one, two = (tmp_path / name for name in "ab")
+    for folder, factor in ((one, 1.5), (two, 0.5)):
+        shutil.copytree(FOLDER, folder)
+        weights = load_file(FOLDER / "model.safetensors")
+        weights = {
+            name: value.float() * factor if value.is_floating_point() else value for name, value in weights.items()
+        }
+        with safe_open(FOLDER / "model.safetensors", "pt") as file:
+            save_file(weights, folder / "model.safetensors", file.metadata())
+        (folder / "training_images.bin").write_bytes(pack_images(frozenset({folder.name.encode() * 6})))
+    tool = [sys.executable, Path(__file__).parents[1] / "tools/average_models.py"]
+    subprocess.run([*tool, one, two, "--out", tmp_path / "mean"], check=True)
+    mean, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "mean", FOLDER))
+    assert mean.keys() == start.keys()
+    assert all(torch.equal(mean[name], start[name].to(mean[name].dtype)) for name in start)
+    assert read_training_images(tmp_path / "mean") == {b"aaaaaa", b"bbbbbb"}
+    refused = subprocess.run(
+        [*tool, one, "tiny", "--out", tmp_path / "no"], check=False, capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "one architecture" in refused.stderr and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
 def test_composed_photographs_are_of_permitted_training_photographs(refer_root: Path, tmp_path: Path) -> None:
     """A pasted object of a test photograph would spoil its score, one of another licence the
     model's. What a paste covers is cut out of the masks.
@@ -131,6 +160,7 @@ def test_composed_photographs_are_of_permitted_training_photographs(refer_root: 
     contents = []
     for name in ("a", "b"):
         words = [*("--data", refer_root), "--out", tmp_path / name, "--licences", 4, 5, 7, 8, "--per-photograph", 1]
+        words += ["--scenes", 3]
         subprocess.run([sys.executable, tool, *map(str, words)], check=True)
         contents.append(json.loads((tmp_path / name / "cocomini/instances.json").read_text()))
     assert contents[0] == contents[1]
@@ -138,7 +168,8 @@ def test_composed_photographs_are_of_permitted_training_photographs(refer_root: 
     table = load_references(root, "cocomini")
     held_out = {reference.image_id for reference in table.references if reference.split != "train"}
     licences = {image["id"]: image["license"] for image in contents[0]["images"]}
-    composed = [image for image in contents[0]["images"] if "composed_of" in image]
+    scenes = [image for image in contents[0]["images"] if image.get("composed_of") == []]
+    composed = [image for image in contents[0]["images"] if image.get("composed_of")]
     assert len(composed) > 100
     for image in composed:
         assert held_out.isdisjoint(image["composed_of"])
@@ -148,6 +179,7 @@ def test_composed_photographs_are_of_permitted_training_photographs(refer_root: 
     )
     described = {reference.image_id for reference in training_table(table, config).split("train")}
     assert sum(image["id"] in described for image in composed) > 0.9 * len(composed)
+    assert len(scenes) == 3 and {image["id"] for image in scenes} <= described
     for image in composed[:10]:
         size = image["height"], image["width"]
         own = [each for each in contents[0]["annotations"] if each["image_id"] == image["id"]]

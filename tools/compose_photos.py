@@ -5,8 +5,9 @@
 
 writes COMPOSED in the same layout: the photographs of ROOT, the composed ones, and all annotations.
 What is covered is cut out of the masks, so phrases can be generated for all of them. Photographs of
-other splits than train are neither used nor changed. Needs cocomini's layout (REFER's, with
-`instances.json` of all instances).
+other splits than train are neither used nor changed. `--scenes` adds generated scenes (`dcris data
+scenes`), in which places, sizes, ordinals and colours can be learnt from more images than there are
+photographs. Needs cocomini's layout (REFER's, with `instances.json` of all instances).
 """
 
 import argparse
@@ -27,7 +28,10 @@ from dcris.data.masks import decode_mask, encode_mask, mask_box
 from dcris.data.readers import refer_layout
 from dcris.data.readers.load import load_references
 from dcris.data.readers.refer_layout import Instances
+from dcris.data.scenes import DATASET as SCENES
+from dcris.data.scenes import write_scenes
 from dcris.data.table import ReferenceTable
+from dcris.utils.files import read_json, remove_directory
 
 MOST_PASTED = 4
 AREAS = 0.008, 0.2
@@ -40,6 +44,9 @@ LEAST_PIXELS = 30
 """Objects of which less is left are dropped."""
 OUTSIDE = 1 / 6
 """Greatest part of an object's side that may be outside the photograph."""
+SCENE_SIDE = 224
+SCENE_CATEGORIES = 1000
+"""Added to the numbers of the scenes' categories; COCO's end at 90."""
 
 Pixels = NDArray[np.uint8]
 Record = dict[str, Any]
@@ -79,10 +86,15 @@ class Item:
 
 def main() -> None:
     """Write the composed data set."""
-    args = _arguments()
+    parser = _parser()
+    args = parser.parse_args()
     instances = refer_layout.read_instances(args.data, args.dataset)
     objects = objects_by_image(instances)
     pool = permitted(load_references(args.data, args.dataset), instances, objects, args.licences)
+    if not pool:
+        parser.error("no training photograph has one of these licences")
+    if args.out.exists():
+        parser.error(f"{args.out} exists already")
     cutouts = cut_out(instances, {number: objects[number] for number in pool})
     folder = args.out / "images/mscoco/images/train2014"
     folder.mkdir(parents=True)
@@ -107,11 +119,18 @@ def main() -> None:
         annotations += (
             item.record(image["id"], place) for place, item in enumerate(items, next_ann + len(annotations))
         )
-    write_annotations(args.data / args.dataset, args.out / args.dataset, instances, images, annotations)
-    print(f"{len(images)} photographs composed of {len(pool)}, with {len(annotations)} objects")
+    categories: list[Record] = []
+    if args.scenes:
+        ids = next_id + len(images), next_ann + len(annotations)
+        licence = instances.images[pool[0]]["license"]  # one that is trained on
+        more_images, more_annotations, categories = scenes(args.out, args.scenes, args.seed, licence, ids)
+        images, annotations = images + more_images, annotations + more_annotations
+    target = args.out / args.dataset
+    write_annotations(args.data / args.dataset, target, instances, images, annotations, categories)
+    print(f"{len(images)} images, composed of {len(pool)} photographs or generated, with {len(annotations)} objects")
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dataset", default="cocomini")
@@ -124,8 +143,9 @@ def _arguments() -> argparse.Namespace:
         default=0.5,
         help="share of the pasted objects whose category the photograph has already, for phrases that distinguish them",
     )
+    parser.add_argument("--scenes", type=int, default=0, help="number of generated scenes to add")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def objects_by_image(instances: Instances) -> dict[int, list[Record]]:
@@ -149,8 +169,43 @@ def permitted(
     ]
 
 
+def scenes(
+    out: Path, count: int, seed: int, licence: int, ids: tuple[int, int]
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """Write generated scenes beside the photographs, and return their images, annotations and
+    categories.
+
+    Args:
+        out: the data set's root.
+        count: how many.
+        seed: of the scenes.
+        licence: number that the images get.
+        ids: the first numbers of images and annotations that are free.
+    """
+    write_scenes(out, train=count, val=0, test=0, seed=seed, side=SCENE_SIDE)
+    found = read_json(out / SCENES / "instances.json", "the annotations of the scenes")
+    remove_directory(out / SCENES)
+    images = [image | {"id": image["id"] + ids[0], "license": licence, "composed_of": []} for image in found["images"]]
+    annotations = [
+        each
+        | {
+            "id": each["id"] + ids[1],
+            "image_id": each["image_id"] + ids[0],
+            "category_id": each["category_id"] + SCENE_CATEGORIES,
+        }
+        for each in found["annotations"]
+    ]
+    categories = [category | {"id": category["id"] + SCENE_CATEGORIES} for category in found["categories"]]
+    return images, annotations, categories
+
+
 def write_annotations(
-    source: Path, target: Path, instances: Instances, images: list[Record], annotations: list[Record]
+    source: Path,
+    target: Path,
+    instances: Instances,
+    images: list[Record],
+    annotations: list[Record],
+    categories: list[Record],
 ) -> None:
     """Write the annotations of a data set with further ones, and its references as they are."""
     target.mkdir()
@@ -159,6 +214,7 @@ def write_annotations(
     content = json.loads(instances.path.read_text(encoding="utf-8"))
     content["images"] += images
     content["annotations"] += annotations
+    content["categories"] += categories
     (target / "instances.json").write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -80,7 +80,8 @@ def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:
     instances = refer_layout.read_instances(root, config.data.dataset)
     rows = []
     used = {reference.image_id for reference in table.split(config.data.train_split)}
-    # A composed photograph (compose_photos.py) stands for those that it is made of.
+    # A composed photograph (compose_photos.py) stands for those that it is made of, a generated
+    # scene for none.
     used = {each for number in used for each in instances.images[number].get("composed_of", [number])}
     for image_id in sorted(used):
         image = instances.images[image_id]
@@ -100,8 +101,8 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
             "## Data",
             "",
             f"{len(rows)} photographs of COCO, listed in `photographs.csv` with their licences ({licences}), also with",
-            "objects of some pasted into others, and phrases generated from COCO's instance annotations (CC BY 4.0):",
-            "category, place, size, ordinal, colour, relation. No",
+            "objects of some pasted into others; generated scenes of shapes; and phrases generated from COCO's instance",
+            "annotations (CC BY 4.0) and the scenes': category, place, size, ordinal, colour, relation. No",
             "photograph of another licence and none of the photographs that it is scored on was used.",
             "",
             "## Scores",
