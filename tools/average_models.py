@@ -8,6 +8,7 @@ the configuration of the last one. A model is a run, a checkpoint or a packaged 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from dcris.checkpoints.backbones import is_downloadable
 from dcris.checkpoints.checkpoint import find_checkpoint, load_identified, read_training_images, save_model
 from dcris.checkpoints.resolve import locate
+from dcris.cli import exit_code
 from dcris.models.adapters.attach import trained_state
 
 
@@ -40,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -13,6 +13,7 @@ photographs. Needs cocomini's layout (REFER's, with `instances.json` of all inst
 import argparse
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
+from dcris.cli import exit_code
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask, encode_mask, mask_box
 from dcris.data.readers import refer_layout
@@ -306,4 +308,4 @@ def place(cutout: Cutout, size: tuple[int, int], generator: Generator) -> tuple[
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

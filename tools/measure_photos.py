@@ -15,6 +15,7 @@ them out of the training of `photos`: its settings are chosen on these, never on
 
 import argparse
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.checkpoints.resolve import locate
+from dcris.cli import exit_code
 from dcris.config import DataConfig
 from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, union_area, union_mask
@@ -159,4 +161,4 @@ def several_of_a_kind(results: Iterable[EvalResult], instances: Instances) -> di
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

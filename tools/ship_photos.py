@@ -9,11 +9,13 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dcris import Segmenter
+from dcris.cli import exit_code
 from dcris.config import RunConfig, replace
 from dcris.data.readers import refer_layout
 from dcris.data.readers.load import load_references
@@ -134,4 +136,4 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

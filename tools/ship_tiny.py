@@ -11,6 +11,7 @@ The model card gets the scores of what was written, on the scenes of `test`.
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from dcris import Segmenter
 from dcris.checkpoints.checkpoint import load_checkpoint
+from dcris.cli import exit_code
 from dcris.data.readers.load import load_references
 from dcris.experiments.quickstart import evaluate_both_ways, evaluate_generalised
 from dcris.utils.files import write_file
@@ -105,4 +107,4 @@ def card(scores: dict[str, Any], generalised: dict[str, Any], steps: int | None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -44,20 +44,28 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 2 for bad arguments or input, 130 after Ctrl-C."""
     with usable_streams(), verbosity() as set_verbosity:
-        try:
-            _run(arguments, set_verbosity)
-        except KeyboardInterrupt:
-            on_error("interrupted")
-            return INTERRUPTED
-        except BrokenPipeError:  # `dcris recipes | head`
-            return 0
-        except Exception as error:
-            if (sentence := _sentence(error)) is None:
-                raise
-            if is_verbose():
-                traceback.print_exc()
-            on_error(sentence)
-            return BAD_INPUT
+        return exit_code(lambda: _run(arguments, set_verbosity))
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a function and return the exit code that its end means; see `main`.
+
+    For bad input, or a limit of this machine, one sentence is printed instead of a traceback.
+    """
+    try:
+        command()
+    except KeyboardInterrupt:
+        on_error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # `dcris recipes | head`
+        return 0
+    except Exception as error:
+        if (sentence := _sentence(error)) is None:
+            raise
+        if is_verbose():
+            traceback.print_exc()
+        on_error(sentence)
+        return BAD_INPUT
     return 0
 
 
