@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     segmenter = Segmenter.from_pretrained(args.run, device="cpu")
-    rows = photographs(args.data, segmenter.config)
+    rows, with_scenes = photographs(args.data, segmenter.config)
     scores = json.loads(args.scores.read_text(encoding="utf-8"))
     # Neither the precision of training nor the path of the run that it continued is that of other
     # machines.
     changes = {"train.precision": "auto", "train.start": None, "data.refine": "guided"}
-    ship(segmenter, "photos", args.out, card(rows, scores), changes)
+    ship(segmenter, "photos", args.out, card(rows, scores, with_scenes), changes)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("coco_id", "licence", "url"), *rows])
@@ -73,8 +73,9 @@ def measures(scores: dict[str, Any]) -> list[str]:
     return ["| measure | value |", "|---|---|", *(f"| {name} | {scores[key]:.1f} |" for name, key in named)]
 
 
-def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:
-    """Return COCO's id, licence and address of each photograph that the run trained on.
+def photographs(root: Path, config: RunConfig) -> tuple[list[tuple[int, int, str]], bool]:
+    """Return COCO's id, licence and address of each photograph that the run trained on, and whether
+    it trained on generated scenes, too.
 
     Raises ValueError for a licence under which weights may not be shipped.
     """
@@ -84,16 +85,16 @@ def photographs(root: Path, config: RunConfig) -> list[tuple[int, int, str]]:
     used = {reference.image_id for reference in table.split(config.data.train_split)}
     # A composed photograph (compose_photos.py) stands for those that it is made of, a generated
     # scene for none.
-    used = {each for number in used for each in instances.images[number].get("composed_of", [number])}
-    for image_id in sorted(used):
+    sources = [instances.images[number].get("composed_of", [number]) for number in used]
+    for image_id in sorted({each for source in sources for each in source}):
         image = instances.images[image_id]
         if image["license"] not in LICENCES:
             raise ValueError(f"photograph {image_id} has the licence {image['license']}; do not ship this run")
         rows.append((image_id, int(image["license"]), str(image["flickr_url"])))
-    return rows
+    return rows, [] in sources
 
 
-def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
+def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: bool) -> str:
     """Return the sections of the model card between the description and the licence."""
     counts = Counter(licence for _, licence, _ in rows)
     licences = ", ".join(f"{count} {LICENCES[licence]}" for licence, count in sorted(counts.items()))
@@ -103,8 +104,8 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any]) -> str:
             "## Data",
             "",
             f"{len(rows)} photographs of COCO, listed in `photographs.csv` with their licences ({licences}), also with",
-            "objects of some pasted into others; generated scenes of shapes; and phrases generated from COCO's instance",
-            "annotations (CC BY 4.0) and the scenes': category, place, size, ordinal, colour, relation. No",
+            f"objects of some pasted into others, {'generated scenes, ' if with_scenes else ''}and phrases generated from",
+            "COCO's instance annotations (CC BY 4.0): category, place, size, ordinal, colour, relation. No",
             "photograph of another licence and none of the photographs that it is scored on was used.",
             "",
             "## Scores",
