@@ -65,6 +65,8 @@ def main() -> None:
         return [each for each in references if not licences or instances.images[each.image_id]["license"] in licences]
 
     references = wanted(reference for split in args.splits for reference in table.split(split))
+    if not references:
+        parser.error("no photograph of these splits has one of these licences")
 
     def predict(queries: list[tuple[Reference, Expression]]) -> list[EvalResult]:
         return list(predict_queries(model, queries, config, Cris(), device="cpu"))
