@@ -20,6 +20,7 @@ from dcris.config import RunConfig, replace
 from dcris.data.readers import refer_layout
 from dcris.data.readers.load import load_references
 from dcris.data.training_table import training_table
+from dcris.errors import DcrisError
 from dcris.utils.files import remove_directory, write_file
 
 LICENCES = {4: "CC BY 2.0", 5: "CC BY-SA 2.0", 7: "no known copyright restrictions", 8: "work of the US government"}
@@ -77,7 +78,7 @@ def photographs(root: Path, config: RunConfig) -> tuple[list[tuple[int, int, str
     """Return COCO's id, licence and address of each photograph that the run trained on, and whether
     it trained on generated scenes, too.
 
-    Raises ValueError for a licence under which weights may not be shipped.
+    Raises DcrisError for a licence under which weights may not be shipped.
     """
     table = training_table(load_references(root, config.data.dataset, config.data.split_by), config.data)
     instances = refer_layout.read_instances(root, config.data.dataset)
@@ -89,7 +90,7 @@ def photographs(root: Path, config: RunConfig) -> tuple[list[tuple[int, int, str
     for image_id in sorted({each for source in sources for each in source}):
         image = instances.images[image_id]
         if image["license"] not in LICENCES:
-            raise ValueError(f"photograph {image_id} has the licence {image['license']}; do not ship this run")
+            raise DcrisError(f"photograph {image_id} has the licence {image['license']}; do not ship this run")
         rows.append((image_id, int(image["license"]), str(image["flickr_url"])))
     return rows, [] in sources
 
