@@ -2,6 +2,7 @@
 without workers; never a hang."""
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -50,6 +51,10 @@ def unsendable(number: int) -> object:
     return Unsendable() if number == 2 else number
 
 
+def unreadable(number: int) -> object:
+    return workers.Failure("not an image") if number == 2 else number
+
+
 def stalled(number: int) -> int:
     if number == 2:
         time.sleep(1000)
@@ -75,6 +80,23 @@ def test_stalled_worker_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with pytest.raises(DcrisError, match="no images have been read"):
         next(batches)
     assert "still waiting" in capsys.readouterr().err
+
+
+def test_an_error_in_a_cycle_ends_its_workers_at_once() -> None:
+    """A notebook keeps its last error: Python frees the workers' queues with it, and the next cell
+    would wait five seconds for each worker."""
+
+    def keep_error() -> None:
+        try:
+            list(load(Samples(unreadable), 2, batch_size=None))
+        except DcrisError as error:
+            kept: list[Any] = [error]
+            kept.append(kept)
+
+    keep_error()
+    started = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - started < 5
 
 
 def test_without_semaphores(

@@ -37,6 +37,14 @@ _ADVICE = (
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
 
+_running: set[Any] = set()
+"""Iterators of torch whose workers run.
+
+Held here, because an error's traceback may hold one in a cycle. Python then finalises its queues
+before it closes `_batches`: the workers would never read that they should end, and torch waits five
+seconds for each.
+"""
+
 CANNOT_START = (OSError, ImportError, NotImplementedError)
 """Exceptions of multiprocessing if the system has no semaphores (no writable /dev/shm) or allows no
 more processes."""
@@ -134,6 +142,7 @@ def load(dataset: Any, workers: int, **options: Any) -> Iterator[Any]:
 
 def _batches(iterator: Any) -> Iterator[Any]:
     waited = 0
+    _running.add(iterator)
     try:
         while True:
             try:
@@ -159,6 +168,7 @@ def _batches(iterator: Any) -> Iterator[Any]:
         iterator._shutdown_workers()
         for worker in iterator._workers:
             worker.kill()  # Python would wait at exit for one that hangs, for example in a read from a network disk
+        _running.discard(iterator)
 
 
 def or_raise(items: Iterator[T | Failure]) -> Iterator[T]:
