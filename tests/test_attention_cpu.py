@@ -161,7 +161,9 @@ def test_the_quick_dropout_is_dropout(dtype: torch.dtype) -> None:
     assert kept.double().mean().item() == pytest.approx(0.75, abs=0.01)
     assert kept[0, 0].double().mean().item() == pytest.approx(0.75, abs=0.15)
     torch.testing.assert_close(y[kept].detach(), torch.full_like(y[kept], 4 / 3).detach(), rtol=1e-2, atol=0)
-    assert torch.equal(layer.eval()(x), x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(x, plus=x), x + y)
+    assert torch.equal(layer.eval()(x), x) and torch.equal(layer(x, plus=x), 2 * x)
     assert not Dropout(1.0)(x).any() and torch.equal(Dropout(0.0)(x), x)
 
 

@@ -69,10 +69,11 @@ class DecoderLayer(nn.Module):
         """
         normed = self.norm1(x)
         placed = normed + positions
-        x = x + self.dropout(self.self_norm(self.self_attention(placed, placed, normed)))
-        normed = self.norm2(x)
-        x = x + self.dropout(self.cross_norm(self.cross_attention(normed + positions, keys, values, padding)))
-        return x + self.dropout(self.feedforward(self.norm3(x)))
+        x = self.dropout(self.self_norm(self.self_attention(placed, placed, normed)), plus=x)
+        placed = self.norm2(x) + positions
+        x = self.dropout(self.cross_norm(self.cross_attention(placed, keys, values, padding)), plus=x)
+        summed: Tensor = self.dropout(self.feedforward(self.norm3(x)), plus=x)
+        return summed
 
 
 class Decoder(nn.Module):

@@ -43,18 +43,24 @@ class Draw:
             yield kept
 
 
-def drop(x: Tensor, probability: float) -> Tensor:
-    """Apply dropout to a tensor of any shape; large tensors on a CPU use numpy's generator."""
+def drop(x: Tensor, probability: float, plus: Tensor | None = None) -> Tensor:
+    """Apply dropout to a tensor of any shape, and add `plus`; large tensors on a CPU use numpy's
+    generator.
+    """
     if not 0 < probability < 1 or x.device.type != "cpu" or x.numel() < _WORTH_IT or torch.compiler.is_compiling():
-        return F.dropout(x, probability)
+        dropped = F.dropout(x, probability)
+        return dropped if plus is None else plus + dropped
     draw = Draw(probability)
     (kept,) = draw.kept(1, x.shape)
-    return x * kept * draw.stretch
+    dropped = x * kept
+    return dropped.mul_(draw.stretch) if plus is None else torch.add(plus, dropped, alpha=draw.stretch)
 
 
 class Dropout(nn.Dropout):
     """torch.nn.Dropout, implemented by `drop`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to a tensor of any shape."""
-        return drop(x, self.p) if self.training else x
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """Apply it to a tensor of any shape, and add `plus`, the residual."""
+        if self.training:
+            return drop(x, self.p, plus)
+        return x if plus is None else plus + x
