@@ -21,18 +21,26 @@ from PIL import Image, ImageOps
 def load(folder):
     """Load model.json and the three graphs."""
     graphs = (onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx") for name in ("fit", "text", "image"))
-    return json.loads((Path(folder) / "model.json").read_text(encoding="utf-8")), *graphs
+    settings = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
+    if file := settings["tokenizer"].get("file"):
+        settings["tokenizer"]["file"] = str(Path(folder) / file)
+    return settings, *graphs
 
 
 QUOTED = r"""^(["'`])((?:(?!\1).|(?<=\w)\1(?=\w))+)\1$"""
 
 
-def tokenize(phrases, length, strip, kind, start, end, words=(), bucket=0, buckets=0):
+def tokenize(phrases, length, strip, kind, start, end, words=(), bucket=0, buckets=0, file=""):
     """Return token ids [B, length] int64: start, ids of the phrase, end, zeros."""
     if kind == "clip":
         from instant_clip_tokenizer import Tokenizer
 
         encode = Tokenizer().encode
+    elif kind == "bert":
+        from tokenizers import Tokenizer
+
+        pieces = Tokenizer.from_file(file)
+        pieces.encode_special_tokens = True  # in a phrase, "[CLS]" is plain text
     rows = np.zeros((len(phrases), length), np.int64)
     for row, phrase in zip(rows, phrases, strict=True):
         text = ftfy.fix_text(phrase)  # this and the next three lines clean the phrase as CLIP's tokenizer does
@@ -43,6 +51,8 @@ def tokenize(phrases, length, strip, kind, start, end, words=(), bucket=0, bucke
             text = re.sub(QUOTED, r"\2", re.sub(r"(?<!\.)\.$", "", text).strip()).strip() or text
         if kind == "clip":
             ids = encode(text)
+        elif kind == "bert":
+            ids = pieces.encode(text, add_special_tokens=False).ids
         else:  # tiny towers: known words have ids, other words share the hash buckets
             ids = [words.get(w) or bucket + zlib.crc32(w.encode()) % buckets for w in re.findall(r"\w+|[^\w\s]", text)]
         row[: len(ids) + 2] = [start, *ids[: length - 2], end]
@@ -62,7 +72,7 @@ def segment(model, images, phrases):
     inputs = {"images": np.stack(squares), "image_index": np.repeat(np.arange(len(images)), len(phrases))}
     inputs |= {n: np.concatenate([v] * len(images)) for n, v in zip(("f_t", "f_s", "padding"), words, strict=True)}
     logits, *present = image.run(None, inputs)  # presence: of models with a presence head
-    maps = (1 / (1 + np.exp(-logits))).reshape(len(images), len(phrases), *logits.shape[2:])
+    maps = (1 / (1 + np.exp(-np.maximum(logits, -80)))).reshape(len(images), len(phrases), *logits.shape[2:])
     masks = [up @ each @ across > settings["threshold"] for up, each, across in zip(rows, maps, columns, strict=True)]
     if not present:
         return masks, None

@@ -17,6 +17,7 @@ from dcris import Segmenter
 from dcris.cli import main
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import read_image
+from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import get_tokenizer
 from dcris.data.transforms import Letterbox
@@ -175,14 +176,17 @@ def test_the_example_reads_images_as_dcris_does(tmp_path: Path, mode: str, endin
         np.testing.assert_array_equal(example().read(tmp_path / f"a.{ending}"), read_image(tmp_path / f"a.{ending}"))
 
 
-@pytest.mark.parametrize("name", ["tiny", "clip"])
-def test_the_example_has_the_same_tokens(name: str) -> None:
+@pytest.mark.parametrize("name", ["tiny", "clip", "bert"])
+def test_the_example_has_the_same_tokens(name: str, tmp_path: Path) -> None:
     """The example must give the same token ids."""
     if name == "clip":
         pytest.importorskip("instant_clip_tokenizer")
     tokenizer = get_tokenizer(name)
     told = json.loads(json.dumps(dcris.inference.export_onnx._tokenizer_settings(tokenizer)))
-    phrases = [*PHRASES, "The  small\tRED ring &amp; the cup", "a b c d e f g h i j k l m n"]
+    if "file" in told:
+        told["file"] = str(tmp_path / told["file"])
+        tokenizer.save(Path(told["file"]))
+    phrases = [*PHRASES, "The  small\tRED ring &amp; the cup", "[CLS] cup", "a b c d e f g h i j k l m n"]
     np.testing.assert_array_equal(example().tokenize(phrases, 9, False, **told), tokenizer(phrases, 9).numpy())
 
 
@@ -256,6 +260,29 @@ def test_the_letterbox_graph(exported: Path, segmenter: Segmenter) -> None:
         expected = Cris.resampling(geometry, (rows.shape[1], columns.shape[0]))
         np.testing.assert_allclose(rows, expected[0], atol=2e-6)
         np.testing.assert_allclose(columns.T, expected[1], atol=2e-6)
+
+
+@pytest.mark.slow
+def test_photos_can_be_exported(tmp_path: Path) -> None:
+    """The example segments with the export of a model that has BERT's tokenizer, as `--refine none`
+    does."""
+    photos = Segmenter.from_pretrained("photos", device="cpu", precision="float32")
+    export_onnx(photos, tmp_path / "photos")
+    coffee = read_image(next(path for path, _ in example_photographs() if path.stem == "coffee"))
+    (masks,), present = example().segment(example().load(tmp_path / "photos"), [coffee], ["cup", "spoon"])
+    expected = photos.predict(coffee, ["cup", "spoon"], refine="none")
+    assert present is None
+    for mask, each in zip(masks, expected, strict=True):
+        assert (mask & each.mask).sum() > 0.99 * (mask | each.mask).sum()
+
+
+def test_the_current_folder_is_refused_as_output(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be replaced, and the shell would stay in the folder that it was."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(trained_run), "--out", "."]) == 2
+    assert "current folder" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_a_file_name_is_refused_as_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -281,6 +281,10 @@ class BertTokenizer:
         ids = [backend(clean_text(text, strip=strip)) for text in texts]
         return _rows(ids, BERT_START, BERT_END, length)
 
+    def save(self, file: Path) -> None:
+        """Write the vocabulary as a `tokenizer.json`."""
+        _bert_backend(self.file).tokenizer.save(str(file))
+
 
 @lru_cache(maxsize=4)
 def _bert_backend(file: Path | None) -> _HubVocabulary:

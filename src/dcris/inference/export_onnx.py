@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dcris.config import DataConfig, RunConfig
 from dcris.data.dataset import letterbox_colour, normalise, to_square
-from dcris.data.tokenizer import TINY_BUCKETS, TinyTokenizer, Tokenizer, strips, tokenizer_of
+from dcris.data.tokenizer import TINY_BUCKETS, BertTokenizer, TinyTokenizer, Tokenizer, strips, tokenizer_of
 from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
@@ -39,7 +39,7 @@ from dcris.version import __version__
 OPSET = 20
 """The first opset with the exact GELU as one operator. ONNX Runtime supports it since 1.17."""
 
-FIT, TEXT, IMAGE, SETTINGS = "fit.onnx", "text.onnx", "image.onnx", "model.json"
+FIT, TEXT, IMAGE, SETTINGS, WORDS = "fit.onnx", "text.onnx", "image.onnx", "model.json", "tokenizer.json"
 FEATURES = ("f_t", "f_s", "padding")
 
 _CHECKED = ((1, 1), (2, 3))
@@ -214,6 +214,8 @@ def export_onnx(
         progress("comparing with PyTorch")
         found.update(_compare(segmenter, folder, int8))
         _compare_fit(segmenter.config, folder)
+        if isinstance(tokenizer := tokenizer_of(segmenter.config.model.text), BertTokenizer):
+            tokenizer.save(folder / WORDS)
         write_json(folder / SETTINGS, settings)
 
     write_directory(out, fill)
@@ -229,6 +231,7 @@ def export_settings(config: RunConfig, threshold: float) -> dict[str, Any]:
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "threshold": threshold,
+        "refine": config.data.refine,
         "recipe": config.recipe,
         "dataset": config.data.dataset,
         "version": __version__,
@@ -241,6 +244,8 @@ def _tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, TinyTokenizer):
         words = {word: number for number, word in enumerate(tokenizer.words, start=1)}
         settings |= {"words": words, "bucket": len(words) + 1, "buckets": TINY_BUCKETS}
+    if isinstance(tokenizer, BertTokenizer):
+        settings["file"] = WORDS
     return settings
 
 
