@@ -36,7 +36,7 @@ from dcris.inference import batch
 from dcris.inference import inputs as inputs_module
 from dcris.inference import records as records_module
 from dcris.inference.batch import BatchPredictor, Done, Failed, Written
-from dcris.inference.inputs import RECORDS, Task, find_tasks, read_pairs, result_stem
+from dcris.inference.inputs import RECORDS, Task, assign_names, find_tasks, read_pairs, result_stem
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.records import Records
 from launcher import Launcher
@@ -297,6 +297,8 @@ def test_lists_of_pairs(name: str, tmp_path: Path) -> None:
         ("a.tsv", "0.png cup\n", "1 column, not 2"),
         ("a.jsonl", '{"image": "0.png", "phrase": "cup"}\n[1]\n', "line 2: not an object"),
         ("a.jsonl", '{"image": "0.png"', "line 1 is not JSON"),
+        ("a.jsonl", '{"image": "0.png", "phrases": []}', "line 1: `phrases` is empty"),
+        ("a.jsonl", '{"image": "0.png", "phrase": "a", "phrases": ["b"]}', "both `phrase` and `phrases`"),
         ("a.jsonl", '{"image": 1, "phrase": "cup"}', "text, not 1 and 'cup'"),
         ("a.jsonl", '{"image": "0.png", "phrases": [null]}', "None"),
         ("a.jsonl", '{"image": "a\\u0000", "phrase": "cup"}', "must be text"),
@@ -466,6 +468,46 @@ def test_one_image_by_several_paths(model: Path, photos: Path, monkeypatch: pyte
     assert {name: content for name, content in contents(work / "out").items() if name not in (RECORDS, STATE)} == {
         name: content for name, content in first.items() if name not in (RECORDS, STATE)
     }
+
+
+def test_moved_images_that_look_alike_keep_their_own_masks(model: Path, tmp_path: Path) -> None:
+    """Uncompressed images of one size and time are told apart by their folders only: after the
+    folder above was renamed, each has its own mask; where folders do not tell, they are predicted
+    again."""
+    for number, folder in enumerate("xy"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        image = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / f"photos/{folder}/1.bmp")
+        os.utime(tmp_path / f"photos/{folder}/1.bmp", (1e9, 1e9))
+
+    def predicted(place: Path) -> dict[str, Any]:
+        command = ("--recursive", "-e", "cup", "--min-score", "0", "--format", "coco", "--out", tmp_path / "out")
+        assert dcris("predict", model, place, *command) == 0
+        entries = [entry for entry in results(tmp_path / "out") if entry["file_name"].startswith(("x", "y", "z"))]
+        assert len(entries) == len({entry["file_name"] for entry in entries})
+        return {entry["file_name"]: entry["segmentation"] for entry in entries}
+
+    first = predicted(tmp_path / "photos")
+    assert first["x/1.bmp"] != first["y/1.bmp"]
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert predicted(tmp_path / "moved") == first
+    (tmp_path / "moved/x").rename(tmp_path / "moved/z1")
+    (tmp_path / "moved/y").rename(tmp_path / "moved/z2")
+    again = predicted(tmp_path / "moved")
+    assert (again["z1/1.bmp"], again["z2/1.bmp"]) == (first["x/1.bmp"], first["y/1.bmp"])
+
+
+def test_frames_of_a_video_and_extracted_frames_beside_it(tmp_path: Path) -> None:
+    """ffmpeg's frames in clip.frames/ must not take the names of the frames of clip.mp4."""
+    (tmp_path / "clip.frames").mkdir()
+    (tmp_path / "clip.mp4").touch()
+    Image.new("RGB", (4, 4)).save(tmp_path / "clip.frames/000000.png")
+    for places in ([tmp_path, tmp_path / "clip.mp4"], [tmp_path / "clip.mp4", tmp_path]):
+        tasks = find_tasks(places, ["cup"], recursive=True)
+        video, image = sorted(tasks, key=lambda task: task.video, reverse=True)
+        assert not image.name.startswith(f"{video.name}.frames/")
+        known = {task.source: task.name for task in tasks}
+        assert assign_names(tasks[::-1], known) == tasks[::-1]
 
 
 @pytest.mark.parametrize(

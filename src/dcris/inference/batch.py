@@ -43,7 +43,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.preparation import pairs_in_memory
 from dcris.evaluation.protocols import Cris
 from dcris.inference.data_sets import TOOLS, data_set_folder, is_written, require_unchanged, write_data_set
-from dcris.inference.inputs import Task, result_stem
+from dcris.inference.inputs import Task, frames_folder, result_stem
 from dcris.inference.label_studio import label_studio_config, label_studio_task
 from dcris.inference.prediction import Prediction, long_phrase_warning, require_minima, require_threshold
 from dcris.inference.records import (
@@ -695,7 +695,7 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 def _stem_of(record: Record) -> str:
     """Start of the names of the files of an image or frame."""
-    return record.task if record.frame is None else f"{record.task}.frames/{record.frame:06}"
+    return record.task if record.frame is None else f"{frames_folder(record.task)}/{record.frame:06}"
 
 
 def _frame_names(task: Task, index: int) -> tuple[str, str]:
@@ -703,7 +703,7 @@ def _frame_names(task: Task, index: int) -> tuple[str, str]:
 
     No path has two slashes, so no task has that name.
     """
-    return f"{task.name}.frames/{index:06}", f"{task.name}//{index}"
+    return f"{frames_folder(task.name)}/{index:06}", f"{task.name}//{index}"
 
 
 def _end_name(task: Task) -> str:

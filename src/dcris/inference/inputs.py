@@ -70,7 +70,7 @@ class Task:
     @property
     def video(self) -> bool:
         """Whether the file ending is that of a video."""
-        return self.path.suffix.lower() in VIDEO_ENDINGS
+        return _is_video(self.path)
 
     @property
     def source(self) -> str:
@@ -191,6 +191,9 @@ def read_pairs(path: Path) -> list[Task]:
 def assign_names(tasks: Iterable[Task], known: Mapping[str, str] | None = None) -> list[Task]:
     """Give each task a unique name, ignoring case: its known name, else "a", "a~2", ...
 
+    No image is in a folder of a video's frames ("clip.frames"); that of extracted frames is
+    "clip.frames~2" then.
+
     Names do not depend on which tasks are known if those have the names they got here, so a
     repeated call uses the same names.
 
@@ -199,17 +202,46 @@ def assign_names(tasks: Iterable[Task], known: Mapping[str, str] | None = None) 
         known: names of earlier calls by `Task.source`.
     """
     own = dict(known or {})
-    taken = {name.casefold() for name in own.values()}
+    taken, folders, of_frames = set[str](), set[str](), set[str]()
+
+    def is_free(name: str, video: bool) -> bool:
+        name = name.casefold()
+        return not (name in taken or of_frames & _parents(name) or (video and frames_folder(name) in folders))
+
+    def take(name: str, video: bool) -> None:
+        name = name.casefold()
+        taken.add(name)
+        folders.update(_parents(name))
+        of_frames.update({frames_folder(name)} if video else ())
+
+    for source, earlier in own.items():
+        take(earlier, _is_video(source_path(source)))
     result = []
     for task in tasks:
         name = own.pop(task.source, None)
         if name is None:
-            bare = re.sub(r"~\d+$", "", task.name)
-            candidates = chain([task.name], (f"{bare}~{number}" for number in count(2)))
-            name = next(name for name in candidates if name.casefold() not in taken)
-        taken.add(name.casefold())
+            inside = [folder for folder in _parents(task.name) if folder.casefold() in of_frames]
+            place = inside[0] if inside else re.sub(r"~\d+$", "", task.name)  # what gets the number
+            rest = task.name[len(place) :] if inside else ""
+            candidates = chain([task.name], (f"{place}~{number}{rest}" for number in count(2)))
+            name = next(name for name in candidates if is_free(name, task.video))
+        take(name, task.video)
         result.append(replace(task, name=name))
     return result
+
+
+def frames_folder(name: str) -> str:
+    """Return the folder of the files of a video's frames; `name` is that of its task."""
+    return f"{name}.frames"
+
+
+def _parents(name: str) -> set[str]:
+    """Return the folders of the files of a task with this name."""
+    return {folder.as_posix() for folder in PurePath(name).parents}
+
+
+def _is_video(path: PurePath) -> bool:
+    return path.suffix.lower() in VIDEO_ENDINGS
 
 
 def result_stem(stem: str, number: int, phrase: str) -> str:
@@ -408,8 +440,14 @@ def _fit(text: str, delimiter: str) -> tuple[bool, int, int]:
 
 def _json_pairs(path: Path) -> Iterator[tuple[int, Any, Any]]:
     for number, row in read_json_lines(path):
-        key = next((key for key in _PHRASE_KEYS if isinstance(row, dict) and key in row), None)
-        if key is None or "image" not in row:
+        keys = [key for key in _PHRASE_KEYS if isinstance(row, dict) and key in row]
+        if not keys or "image" not in row:
             raise DcrisError(f"{path}, line {number}: not an object with `image` and `phrase` or `phrases`")
-        phrases = row[key] if isinstance(row[key], list) else [row[key]]
+        if len(keys) > 1:
+            raise DcrisError(
+                f"{path}, line {number}: both `{keys[0]}` and `{keys[1]}` are given; write all in one list"
+            )
+        phrases = row[keys[0]] if isinstance(row[keys[0]], list) else [row[keys[0]]]
+        if not phrases:
+            raise DcrisError(f"{path}, line {number}: `{keys[0]}` is empty; give a phrase, or delete the line")
         yield from ((number, row["image"], phrase) for phrase in phrases)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain, count
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dcris.data.table import is_utf8, quoted
 from dcris.errors import DcrisError
-from dcris.inference.inputs import RECORDS, Task, assign_names, source_path
+from dcris.inference.inputs import RECORDS, Task, assign_names, frames_folder, source_path
 from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
 from dcris.utils.files import (
@@ -222,6 +223,14 @@ def stamps(folder: Path) -> dict[str, Stamp | None]:
     """Return the stamps of all files below a folder, by their paths in it."""
     files = (path for path in folder.rglob("*") if not path.is_dir())
     return {quoted(path.relative_to(folder).as_posix()): stamp_of(path) for path in files}
+
+
+def _alike(sources: Iterable[str], names: Mapping[str, str], stamps: Mapping[str, Any]) -> dict[Any, list[str]]:
+    """Group sources by name and stamp."""
+    groups = defaultdict[Any, list[str]](list)
+    for source in sources:
+        groups[names[source], stamps[source]].append(source)
+    return groups
 
 
 class Records:
@@ -477,12 +486,25 @@ class ResultFolder:
         return tasks, places
 
     def _follow_moved(self, tasks: Iterable[Task], records: Iterable[Record]) -> Iterator[Record]:
-        """Update the source of images that were moved (same name, size and modification time)."""
-        new = {(PurePath(task.source).name, *(self._stamps[task.source] or ())): task.source for task in tasks}
+        """Update the source of images that were moved (same name, size and modification time).
+
+        If several images agree in that, their names in the results, which have the folders, decide;
+        otherwise they are predicted again, as none may get another's masks.
+        """
+        records = list(records)
+        now = {record.source: record.source for record in records}
+        new = {task.source: task.name for task in tasks if task.source not in now}
+        gone = {record.source: record.task for record in records if record.source not in self._stamps}
+        stamps = {**self._stamps, **{record.source: record.stamp for record in records}}
+        for names in (new | gone, {source: PurePath(source).name for source in (*new, *gone)}):
+            arrived, left = (_alike(some, names, stamps) for some in (new, gone))
+            for key in arrived.keys() & left.keys():
+                before = [source for source in left[key] if not os.path.lexists(source_path(source))]
+                if len(before) == len(arrived[key]) == 1:
+                    now[before[0]] = arrived[key][0]
+                    del gone[before[0]], new[arrived[key][0]]
         for record in records:
-            source = new.get((PurePath(record.source).name, *record.stamp), record.source)
-            moved = source != record.source and not os.path.lexists(source_path(record.source))
-            yield record.model_copy(update={"source": source}) if moved else record
+            yield record.model_copy(update={"source": now[record.source]})
 
     def _refuse_other_settings(self, records: Iterable[Record]) -> None:
         """Raise DcrisError if the folder holds results that must not be mixed with this call's."""
@@ -523,7 +545,7 @@ class ResultFolder:
         # By text: an image may be named "..png", and the parent of `path / "."` is the parent of
         # `path`.
         folders = {self.path, *(self.path / task.name.rpartition("/")[0] for task in tasks)}
-        folders |= {self.path / f"{task.name}.frames" for task in tasks}
+        folders |= {self.path / frames_folder(task.name) for task in tasks}
         for folder in folders:
             if folder.is_dir():
                 remove_partial(folder)
