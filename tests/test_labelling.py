@@ -397,8 +397,17 @@ def test_more_labels_than_phrases_of_a_request(
 @pytest.mark.parametrize(
     ("path", "body", "sentence"),
     [
-        ("predict", b"no json", "not one of Label Studio: the whole: Invalid JSON"),
-        ("predict", b"[" * 100_000, "not one of Label Studio"),
+        ("predict", b"no json", "the request is not JSON: Expecting value"),
+        ("predict", b"\xff", "the request is not JSON"),
+        ("predict", b"[" * 100_000, "nested too deeply"),
+        # Larger ones would take gigabytes and minutes.
+        (
+            "predict",
+            request([task(1)], {"result": [{}] * 20_000}),
+            "params.context.result: List should have at most 10000",
+        ),
+        ("predict", request([task(1)], None, "<a/>" * 20_000), "is not XML"),
+        ("predict", request([task(1)], None, f"<a>{'<b/>' * 20_000}</a>"), "more than 10,000 tags"),
         ("predict", {"tasks": []}, "label_config"),
         ("predict", request([{"id": 1}]), "tasks.0.data"),
         ("predict", request([task(1)], results_of(["x" * 400])), "400 characters"),

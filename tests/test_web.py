@@ -181,6 +181,11 @@ def test_sessions_expire(segmenter: Segmenter) -> None:
     names = [few.put(Session(None, "a.png", data=b"a")) for _ in range(4)]
     assert len(few) == 2
     assert few.get(names[3]).data == b"a"
+    # Decoded, images are up to a thousand times as large as their files.
+    names = [sessions.put(Session(None, "a.png", data=b"a")) for _ in range(4)]
+    for name in names[:3]:
+        assert sessions.pixels(sessions.get(name), lambda data: pixels) is pixels
+    assert len(sessions) == 2 and sessions.get(names[2]).data == b""
 
 
 def test_another_threshold_is_another_prediction(segmenter: Segmenter) -> None:
@@ -443,10 +448,19 @@ def test_the_page_uses_no_other_host(address: str) -> None:
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     """A port in use is reported before the model is loaded."""
     pytest.importorskip("gradio")
+    from dcris.inference.web.server import open_port
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["web", "tiny", "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+    # By another server, too, that still loads its model.
+    with (
+        open_port("127.0.0.1", 0, protected=False) as (loading, _),
+        pytest.raises(DcrisError, match="cannot listen"),
+        open_port("127.0.0.1", loading.getsockname()[1], protected=False),
+    ):
+        pass
     assert main(["web", "tiny", "--port", "99999999"]) == 2
 
 

@@ -29,6 +29,9 @@ the machine can see arguments, but not the environment."""
 _LOCAL = "/data/local-files/"
 """Path of the addresses of files in Label Studio's document root, which `?d=` names."""
 
+_MAX_TAGS = 10_000
+"""Most tags of a labelling interface."""
+
 _ACCESS_SECONDS = 200.0
 """Time for which an access token is used. Label Studio issues them for 5 minutes."""
 
@@ -112,9 +115,13 @@ class _Tags:
     def __init__(self) -> None:
         self.tags: list[tuple[str, dict[str, str], list[dict[str, str]]]] = []
         self._open: list[list[dict[str, str]]] = []
+        self._count = 0
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         """Add a tag."""
+        self._count += 1
+        if self._count > _MAX_TAGS:
+            raise ValueError(f"it has more than {_MAX_TAGS:,} tags")
         labels: list[dict[str, str]] = []
         if tag == "Label" and self._open:
             self._open[-1].append(attributes)

@@ -343,9 +343,7 @@ class Page:
 
     def _pixels(self, session: Session) -> NDArray[np.uint8]:
         """Decode the image of a session on first use. Raises DcrisError if that is not possible."""
-        if session.pixels is None:
-            session.pixels, session.data = self._service.read_image(session.data), b""
-        return session.pixels
+        return self._sessions.pixels(session, self._service.read_image)
 
     async def _result(self, name: str, threshold: float) -> str:
         """Render the predictions for a session."""

@@ -9,7 +9,7 @@ ml/models.py of Label Studio 1.23.2, label_studio_ml/api.py of label-studio-ml-b
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -22,6 +22,7 @@ from dcris.inference.prediction import Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.web.server import HEALTH, Application
 from dcris.inference.web.service import BusyError, InferenceService
+from dcris.utils.files import parse_json
 from dcris.version import __version__
 
 if TYPE_CHECKING:
@@ -33,13 +34,16 @@ _HEALTH = ("/", HEALTH)
 _MAX_TASKS = 10_000
 """Most tasks of a request."""
 
+_MAX_RESULTS = 10_000
+"""Most regions of an interaction, and most texts of one."""
+
 _SECONDS = 80.0
 """Time after which no further task of a request is begun: Label Studio waits for an answer for
 100 s (ML_TIMEOUT_PREDICT)."""
 
 
 class _Value(BaseModel):
-    text: list[str] | str = []
+    text: Annotated[list[str], Field(max_length=_MAX_RESULTS)] | str = []
 
 
 class _Result(BaseModel):
@@ -48,7 +52,7 @@ class _Result(BaseModel):
 
 
 class _Context(BaseModel):
-    result: list[_Result] = []
+    result: list[_Result] = Field([], max_length=_MAX_RESULTS)
 
 
 class _Parameters(BaseModel):
@@ -99,6 +103,10 @@ def make_backend(
 
     version = model_version(service.segmenter)
 
+    async def read(kind: type[_Request], request: "Request") -> _Request:
+        body = await request.body()
+        return await service.render(lambda: _parse(kind, body))  # a large one takes a second
+
     async def health(request: "Request") -> Response:
         return JSONResponse({"status": "UP", "model_class": "dcris"})
 
@@ -110,16 +118,18 @@ def make_backend(
 
         An interface without the tags is not an error here: a project may get its interface later.
         """
-        asked = _parse(SetupRequest, await request.body())
+        asked = await read(SetupRequest, request)
         try:
-            LabellingInterface.parse(asked.schema_)
+            await service.render(lambda: LabellingInterface.parse(asked.schema_))
+        except BusyError:
+            raise
         except DcrisError as error:
             log(f"project {shown(asked.project)}: {error}")
         return JSONResponse({"model_version": version})
 
     async def predict(request: "Request") -> Response:
-        asked = _parse(PredictRequest, await request.body())
-        interface = LabellingInterface.parse(asked.label_config)
+        asked = await read(PredictRequest, request)
+        interface = await service.render(lambda: LabellingInterface.parse(asked.label_config))
         context = asked.params.context if asked.params else None
         # No prediction, and not an empty one: Label Studio would keep that, and not ask again.
         results: list[dict[str, Any] | list[Any]] = [[] for _ in asked.tasks]
@@ -145,7 +155,7 @@ def make_backend(
 
     async def webhook(request: "Request") -> Response:
         """Ignore the events of the project, to which Label Studio subscribes every backend."""
-        if _parse(WebhookRequest, await request.body()).action == "START_TRAINING":
+        if (await read(WebhookRequest, request)).action == "START_TRAINING":
             return await train(request)
         return JSONResponse({"status": "ignored"})
 
@@ -223,8 +233,10 @@ def _lines(text: list[str] | str) -> list[str]:
 def _parse(kind: type[_Request], body: bytes) -> _Request:
     """Read a request. Raises DcrisError if it is not of this kind."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(parse_json(body.decode()))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise DcrisError(f"the request is not one of Label Studio: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise DcrisError(f"the request is not JSON: {error}") from error

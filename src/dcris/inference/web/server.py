@@ -211,6 +211,9 @@ def open_port(host: str, port: int, *, protected: bool) -> Iterator[tuple[socket
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
+            # At once, and not after the model is loaded: until then, another process could bind it,
+            # too.
+            listening.listen()
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DcrisError(

@@ -283,12 +283,21 @@ class Sessions:
             session.used = self._clock()
             self._sessions[name] = session
             self._sessions.move_to_end(name)
-            self._delete_expired()
-            limit = self._limits.kept_bytes
-            held = sum(each.size for each in self._sessions.values())
-            while len(self._sessions) > 1 and (held > limit or len(self._sessions) > self._limits.kept):
-                held -= self._sessions.popitem(last=False)[1].size
+            self._make_room()
         return name
+
+    def pixels(self, session: Session, read: Callable[[bytes], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return the image of a session, which `read` decodes on first use.
+
+        Other sessions are deleted if that takes too much memory.
+        """
+        data = session.data  # before the pixels: another thread sets them and then clears this
+        if (pixels := session.pixels) is None:
+            pixels = read(data)
+            with self._lock:
+                session.pixels, session.data = pixels, b""
+                self._make_room()
+        return pixels
 
     def get(self, name: str | None) -> Session:
         """Return a session. Raises NotFoundError if it was deleted."""
@@ -310,6 +319,13 @@ class Sessions:
         """Delete the sessions that were not used for `Limits.kept_seconds`."""
         with self._lock:
             self._delete_expired()
+
+    def _make_room(self) -> None:
+        """Delete the least recently used sessions, as far as the limits demand."""
+        self._delete_expired()
+        held = sum(each.size for each in self._sessions.values())
+        while len(self._sessions) > 1 and (held > self._limits.kept_bytes or len(self._sessions) > self._limits.kept):
+            held -= self._sessions.popitem(last=False)[1].size
 
     def _delete_expired(self) -> None:
         oldest = self._clock() - self._limits.kept_seconds
