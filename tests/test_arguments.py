@@ -73,7 +73,7 @@ CALLS: dict[str, Call] = {
     "encode a list": lambda s: s.encode_image([IMAGE]),
     **{
         f"threshold {value!r}": lambda s, value=value: s.predict(IMAGE, "a", threshold=value)
-        for value in (float("nan"), -1, 0, 1, True, "0.5", [0.5], 1j, np.zeros(3))
+        for value in (float("nan"), -1, 0, 1, 10**400, True, "0.5", [0.5], 1j, np.zeros(3))
     },
     **{
         f"refine {value!r}": lambda s, value=value: s.predict(IMAGE, "a", refine=value)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dcris.data.images import read_image
 from dcris.data.scenes import write_scenes
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, LongPhraseWarning
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.smoothing import Maps, require_window, smoothed
 
@@ -45,6 +45,15 @@ def test_frames_are_predicted_as_single_images_are(tiny: Segmenter, scene: tuple
             for single, framed in zip(one, other, strict=True):
                 assert single.probabilities is not None and framed.probabilities is not None
                 np.testing.assert_allclose(single.probabilities, framed.probabilities, atol=2e-5)
+
+
+def test_a_phrase_longer_than_the_model_reads_is_warned_of_once(
+    tiny: Segmenter, scene: tuple[np.ndarray, list[str]]
+) -> None:
+    """Else nobody sees that the end of a phrase was ignored for a whole video."""
+    with pytest.warns(LongPhraseWarning) as warned:
+        found = list(tiny.predict_frames([scene[0]] * 2, ["red " * 50, "star"]))
+    assert len(warned) == 1 and all(frame[0].unread and not frame[1].unread for frame in found)
 
 
 def test_towers_run_once_for_what_they_encode(

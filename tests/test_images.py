@@ -123,7 +123,7 @@ def test_transparency_is_laid_on_white(tmp_path, photo):
     assert read_image(_save(tmp_path, "g.png", grey))[..., 0].tolist() == [[90, 255]]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "CMYK", "YCbCr", "HSV", "LA", "RGBA"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "CMYK", "YCbCr", "HSV", "LA", "La", "RGBA", "RGBa"])
 def test_pillow_images_of_every_mode_become_rgb(mode):
     """Callers may pass images of any mode."""
     image = to_rgb(Image.new(mode, (5, 4)))

@@ -47,6 +47,9 @@ def test_simplified_polygons_stay_close() -> None:
     assert 6 <= len(simple) < len(exact) / 3
     found = coco.decode(coco.merge(coco.frPyObjects([simple], 40, 60))).astype(bool)
     assert (found & disc()).sum() / (found | disc()).sum() > 0.9
+    for wrong in (float("inf"), float("nan"), -1):
+        with pytest.raises(DcrisError, match="the tolerance must be"):
+            prediction.polygons(tolerance=wrong)
 
 
 @given(MASKS, st.integers(1, 6))

@@ -629,7 +629,8 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _on_white(band: Image.Image) -> NDArray[np.uint8]:
-    transparent = band.convert("RGBA")
+    # Pillow cannot convert La, which is LA multiplied by its transparency, to RGBA at once.
+    transparent = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
     opaque = Image.new("RGB", band.size, "white")
     opaque.paste(transparent, mask=transparent.getchannel("A"))
     return np.asarray(opaque)

@@ -3,6 +3,7 @@
 Shape letters: H W height and width of the image in pixels.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -19,7 +20,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.types import MaskArray
 from dcris.utils.annotate import Annotation, annotate
-from dcris.utils.arguments import PathLike, as_path, kind_of, require, require_number
+from dcris.utils.arguments import PathLike, as_float, as_path, kind_of, require, require_number
 from dcris.utils.drawing import COLOURS, Colour, overlay, png_bytes
 from dcris.utils.files import write_file
 
@@ -304,7 +305,8 @@ class Prediction:
         Args:
             tolerance: maximum deviation in pixels of a simplified outline; 0 keeps every corner.
         """
-        require_number(tolerance, 0, "the tolerance")
+        if math.isinf(require_number(tolerance, 0, "the tolerance")):
+            raise DcrisError("the tolerance must be finite")
         # cv2 follows pixel centres, not borders. In the mask at twice the size, the centre of each
         # contour pixel lies on one side of an original pixel, which tells the border it belongs to.
         if self.box is None:
@@ -393,7 +395,7 @@ def to_detections(predictions: Iterable[Prediction]) -> "supervision.Detections"
 def require_threshold(threshold: float) -> float:
     """Return the threshold. Raises DcrisError if it is not between 0 and 1."""
     given: Any = threshold  # callers may pass any type
-    if not isinstance(given, Real) or not 0 < float(given) < 1:
+    if not isinstance(given, Real) or not 0 < as_float(given) < 1:
         raise DcrisError(f"the threshold must be a number between 0 and 1, not {given!r}")
     return float(given)
 

@@ -513,7 +513,7 @@ class Segmenter:
         given = _as_list(phrases)
         if not isinstance(image, list):
             (predictions,) = self._predict([image], [_check_phrases(given)], name, decision, channels, memory)
-            _warn(predictions)
+            _warn(_unread_of(predictions))
             return predictions
         if not any(isinstance(each, Iterable) and not isinstance(each, str | bytes) for each in given):
             checked = [_check_phrases(given)] * len(image)
@@ -524,7 +524,7 @@ class Segmenter:
                 f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
             )
         found = self._predict(image, checked, name, decision, channels, memory)
-        _warn(chain.from_iterable(found))
+        _warn(_unread_of(chain.from_iterable(found)))
         return found
 
     __call__ = predict
@@ -637,7 +637,7 @@ class Segmenter:
         pairs = [(0, number) for number in range(len(phrases.phrases))]
         with torch.no_grad():
             found = list(self._decode(encoded._encoded, phrases, pairs, decision, None))
-        _warn(found)
+        _warn(_unread_of(found))
         return found
 
     def predict_frames(
@@ -662,7 +662,8 @@ class Segmenter:
 
         Args:
             frames: images as `predict` takes them, also from a generator; they have one size.
-            phrases: phrases for every frame; a string is one phrase.
+            phrases: phrases for every frame; a string is one phrase. For one that is longer than
+                the model reads, a LongPhraseWarning is given.
             batch: number of frames that are encoded at once, as far as memory allows.
             smooth: odd number of frames over which the probabilities of a frame are averaged, with
                 as many before it as after it; at the ends of the video over those that there are.
@@ -687,6 +688,7 @@ class Segmenter:
             raise DcrisError(f"frames must be several images, not {kind_of(frames)}; for one image, use predict")
         require_channels(channels)
         at_once = self._pairs_per_pass(self._sets[name].config, memory)
+        _warn(encoded._unread)
         rereadable = (as_rereadable(frame, channels) for frame in frames)
         return self._predict_frames(rereadable, encoded, batch, at_once, window, decision)
 
@@ -891,7 +893,12 @@ def _check_phrases(phrases: Iterable[Any]) -> list[str]:
     return [require_phrase(phrase) for phrase in phrases]
 
 
-def _warn(predictions: Iterable[Prediction]) -> None:
+def _unread_of(predictions: Iterable[Prediction]) -> dict[str, str]:
+    """Return what is not read of each phrase that is longer than the model reads."""
+    return {each.phrase: each.unread for each in predictions if each.unread is not None}
+
+
+def _warn(unread_of: Mapping[str, str]) -> None:
     """Give one warning for each phrase that is longer than the model reads."""
-    for phrase, unread in {each.phrase: each.unread for each in predictions if each.unread is not None}.items():
+    for phrase, unread in unread_of.items():
         warnings.warn(long_phrase_warning(phrase, unread), LongPhraseWarning, stacklevel=3)

@@ -1,6 +1,7 @@
 """Checks of the arguments of public functions, so that a wrong one raises a DcrisError that names
 it."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -55,10 +56,18 @@ def require_number(value: Any, low: float, what: str) -> float:
     """
     if not isinstance(value, Real):
         raise DcrisError(f"{what} must be a number, not {kind_of(value)}")
-    number = float(value)
+    number = as_float(value)
     if not number >= low:  # NaN, too
         raise DcrisError(f"{what} must be {low:g} or more, not {number}")
     return number
+
+
+def as_float(number: Any) -> float:
+    """Return a number as a float; a whole one of more than 308 digits is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def require_names(names: Iterable[str], registry: Mapping[str, Any], setting: str) -> None:
