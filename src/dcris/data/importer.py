@@ -243,6 +243,8 @@ class _Export:
         self.copies = Counter(key_of(annotation.source) for annotation in annotations)
         categories |= {annotation.category for annotation in annotations if annotation.category is not None}
         self.known = None if phrases is None else read_phrases(phrases, self.copies.keys(), categories)
+        self.fitting: dict[tuple[object, str], list[Annotation]] = {}
+        """Annotations of an image that a phrase fits, by the image and the comparable phrase."""
         self.objects = self._with_phrases(annotations)
         self.of_image: dict[object, list[int]] = {}
         for place, one in enumerate(self.objects):
@@ -271,11 +273,13 @@ class _Export:
     def _with_phrases(self, annotations: Iterable[Annotation]) -> list[_Object]:
         """Give each annotation its phrases, and note which of them fit several of its image."""
         given = [(each, self._image_key(each), self._own(each), self._of_category(each)) for each in annotations]
-        own, every = Counter[tuple[object, str]](), Counter[tuple[object, str]]()
-        for _, image, phrases, of_category in given:
+        own = Counter[tuple[object, str]]()
+        for annotation, image, phrases, of_category in given:
             mine = {(image, _comparable(text)) for text in phrases}
             own.update(mine)
-            every.update(mine | {(image, _comparable(text)) for text in of_category})
+            for key in mine | {(image, _comparable(text)) for text in of_category}:
+                self.fitting.setdefault(key, []).append(annotation)
+        every = {key: len(same) for key, same in self.fitting.items()}
         objects = []
         for annotation, image, phrases, of_category in given:
             # An own phrase was written for one object, even if others are of that category.
@@ -387,16 +391,12 @@ class _Export:
                 self._leave_out(error)
 
     def _merged(self, one: _Object, done: set[tuple[object, str]], keep_crowds: bool) -> Iterator[dict[str, Any]]:
-        """Yield, once for each phrase that this object shares, a reference to all that have it."""
+        """Yield, once for each phrase that this object shares, a reference to all that it fits."""
         for text in one.shared:
             if (key := (one.image, _comparable(text))) in done:
                 continue
             done.add(key)
-            same = [
-                other.annotation
-                for other in map(self.objects.__getitem__, self.of_image[one.image])
-                if any(_comparable(each) == key[1] for each in other.shared)
-            ]
+            same = self.fitting[key]
             # Without one of them, the phrase would describe more than the mask has.
             if any(each.masks is None or (each.crowd and not keep_crowds) for each in same):
                 self.result.ambiguous += 1
