@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as arrays
 
 from annotated import OBJECTS, write_images
 from conftest import make_tiny_refer
+from dcris.cli import main
 from dcris.data.brush_rle import decode_brush, encode_brush
 from dcris.data.check import check_dataset
 from dcris.data.importer import ImportResult, import_annotations, list_without_phrase
@@ -381,6 +382,31 @@ def test_what_is_wrong_in_an_export_is_named(
     assert references
     with pytest.raises(DcrisError):
         load(source, tmp_path, ambiguous="keep", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([], "the file is not an object with named fields"),
+        ({"items": []}, "the file has no 'categories'"),
+        ({"items": [], "categories": [{"id": 1, "name": "cup"}]}, "the file has a 'categories' that is not an object"),
+        ({"items": [], "categories": {"label": "cup"}}, "'label' is not an object with named fields"),
+        ({"items": [], "categories": {"label": {}}}, "'label' has no 'labels'"),
+        (
+            {"items": [], "categories": {"label": {"labels": 7}}},
+            r"'label' has a 'labels' that is not a list but int \(7\)",
+        ),
+        ({"categories": {}}, "the file has no 'items'"),
+    ],
+)
+def test_a_file_that_is_not_datumaro_s_is_refused(
+    content: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong `--format` is a message with the file and the field, not a traceback."""
+    source = tmp_path / "export.json"
+    source.write_text(json.dumps(content))
+    assert main(["data", "import", str(source), "--format", "datumaro", "--out", str(tmp_path / "my.jsonl")]) == 2
+    assert re.search(f"{re.escape(str(source))}.*{sentence}", capsys.readouterr().err)
 
 
 def test_bitmaps_take_bounded_memory(tmp_path: Path) -> None:

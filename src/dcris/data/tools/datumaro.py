@@ -28,8 +28,9 @@ def _is_datumaro(content: Any) -> bool:
 
 
 def _read(path: Path, content: Any) -> Found:
-    labels = mapping(content["categories"].get("label"))
-    names = [mapping(record).get("name") for record in labels.get("labels") or []]
+    categories = field(content, "categories", dict, path, "the file")
+    labels = objects(categories["label"], "labels", path, "'label'") if "label" in categories else []
+    names = [mapping(record).get("name") for record in labels]
     yield from (name for name in names if type(name) is str)
     split = split_of(path)
     for place, item in enumerate(objects(content, "items", path), 1):
