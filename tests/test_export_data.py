@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -206,7 +207,10 @@ def test_a_stretched_image_without_an_ending(table: ReferenceTable, tmp_path: Pa
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a tool's export to a data set and back; the list of phrases; the question."""
+    """From a tool's export to a data set and back; the list of phrases; the question.
+
+    Ctrl-D at the question is its default answer, and not a traceback.
+    """
     source, out = labelme(tmp_path / "export"), tmp_path / "my.jsonl"
 
     def run(*words: object) -> str:
@@ -220,12 +224,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert text == f"{tmp_path / 'yolo'}: 4 references on 2 images\n"
     text = run("data", "import", tmp_path / "yolo", "--write-phrases", tmp_path / "todo.csv")
     assert f"{tmp_path / 'todo.csv'}: 2 objects need a phrase; fill in the last column" in text
-    answers = iter(["perhaps", "KEEP"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["perhaps", "KEEP", "perhaps", EOFError]))
     monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: True)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "asked.jsonl", "--val", 0)
     assert "4 train references" in text
+    text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "ended.jsonl")
+    assert "left out: 2 whose phrase fits several objects" in text
     monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: False)
     text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "dropped.jsonl")
     assert "left out: 2 whose phrase fits several objects" in text

@@ -255,13 +255,20 @@ def _data_export(args: argparse.Namespace) -> None:
 
 
 def _ask(count: int, example: str) -> str:
-    """Ask in a terminal what to do with ambiguous phrases; elsewhere they are dropped."""
+    """Ask in a terminal what to do with ambiguous phrases.
+
+    They are dropped elsewhere, and at the end of the input (Ctrl-D).
+    """
     from dcris.data.importer import AMBIGUOUS
 
     if not (is_terminal() and sys.stdin.isatty()):
         return "drop"
     note(f"{count:,} objects have only phrases that fit other objects of their image, too, such as {example}.")
     note("drop: leave them out; keep: use the phrases for each; merge: one expression for all; place: generate phrases")
-    while (answer := input("drop, keep, merge or place? [drop] ").strip().lower() or "drop") not in AMBIGUOUS:
-        note(f"{answer!r} is none of them")
+    try:
+        while (answer := input("drop, keep, merge or place? [drop] ").strip().lower() or "drop") not in AMBIGUOUS:
+            note(f"{answer!r} is none of them")
+    except EOFError:
+        output("")  # the cursor is still behind the question
+        return "drop"
     return answer
