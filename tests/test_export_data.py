@@ -22,7 +22,7 @@ from dcris.cli import main
 from dcris.data.exporter import export_table
 from dcris.data.importer import import_annotations
 from dcris.data.masks import decode_mask, encode_mask, union_mask
-from dcris.data.outlines import join_rings, mask_polygons
+from dcris.data.outlines import join_rings, mask_polygon, mask_polygons
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -177,6 +177,15 @@ def test_outlines_cover_exactly_the_mask(mask: Any) -> None:
     rings = [[(int(x), int(y)) for x, y in zip(flat[::2], flat[1::2], strict=True)] for flat in polygons]
     joined = [[float(value) for point in join_rings(rings) for value in point]]
     np.testing.assert_array_equal(decode_mask(joined, mask.shape), mask)
+
+
+@pytest.mark.timeout(60)
+def test_a_mask_with_thousands_of_holes_and_parts_takes_seconds() -> None:
+    """A speckled mask, as of a noisy threshold, would block an export or CVAT's function."""
+    mask = np.zeros((480, 640), np.uint8)
+    mask[:, :320] = 1
+    mask[1::5, 1::5] ^= 1
+    np.testing.assert_array_equal(decode_mask([mask_polygon(mask)], mask.shape), mask)
 
 
 def test_what_cannot_be_exported_leaves_nothing(table: ReferenceTable, tmp_path: Path) -> None:

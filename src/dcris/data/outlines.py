@@ -6,6 +6,7 @@ is connected with the outline around it by a cut without width, which covers no 
 
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,24 +16,17 @@ Ring = list[tuple[int, int]]
 _TURNS = {(1, 0): ((0, 1), (0, -1)), (0, 1): ((-1, 0), (1, 0)), (-1, 0): ((0, -1), (0, 1)), (0, -1): ((1, 0), (-1, 0))}
 """For each direction the turns to the right and to the left. x goes right and y goes down."""
 
+_PAIRS = 1 << 23
+"""Corners of an outline times corners before it that are compared to find short cuts, for all
+outlines together."""
+
 
 def mask_polygons(mask: NDArray[Any]) -> list[list[float]]:
     """Return polygons (x, y, x, y, ...) that cover exactly the pixels of a mask [H, W].
 
     One for each part, whose pixels share a side; an empty mask has none.
     """
-    outer, holes = list[Ring](), list[Ring]()
-    for ring in _rings(mask != 0):
-        (outer if _area(ring) > 0 else holes).append(ring)
-    # The smallest first: the part around a hole is the smallest one that contains it.
-    outer.sort(key=_area)
-    members: list[list[Ring]] = [[] for _ in outer]
-    for hole in holes:
-        x, y = min(hole)
-        place = next(place for place, ring in enumerate(outer) if _contains(ring, x - 0.5, y + 0.5))
-        members[place].append(hole)
-    joined = [join_rings([ring, *inside]) for ring, inside in zip(outer, members, strict=True)]
-    return [[float(value) for point in ring for value in point] for ring in joined]
+    return [_flat(ring) for ring in _parts(mask)]
 
 
 def mask_polygon(mask: NDArray[Any]) -> list[float]:
@@ -40,23 +34,52 @@ def mask_polygon(mask: NDArray[Any]) -> list[float]:
 
     Its parts are joined by cuts without width; an empty mask has no corners.
     """
-    found = mask_polygons(mask)
-    rings = [[(int(x), int(y)) for x, y in zip(flat[::2], flat[1::2], strict=True)] for flat in found]
-    return [float(value) for point in join_rings(rings) for value in point] if rings else []
+    return _flat(join_rings(_parts(mask)))
 
 
 def join_rings(rings: list[Ring]) -> Ring:
-    """Join closed outlines to one by cuts without width, each from its nearest corner."""
-    whole, *rest = rings
-    for ring in rest:
-        path, other = np.array(whole), np.array(ring)
-        distances = np.abs(path[:, None, :] - other[None, :, :]).sum(axis=2) if path.size * other.size < 1e7 else None
-        if distances is None:  # any cut is right; a short one only looks better
-            start, entry = 0, 0
-        else:
-            start, entry = (int(each) for each in np.unravel_index(distances.argmin(), distances.shape))
-        whole = [*whole[: start + 1], *ring[entry:], *ring[: entry + 1], *whole[start:]]
+    """Join closed outlines to one by cuts without width, each from the nearest corner before it.
+
+    Many outlines should be sorted by place: only the last corners before each are compared then.
+    Any cut is right; a short one looks better, and where borders are drawn it changes few pixels.
+    """
+    corners = [corner for ring in rings for corner in ring]
+    places = np.array(corners, np.int32)
+    following = list(range(1, len(corners) + 1))
+    end = 0
+    for ring in rings:
+        start, end = end, end + len(ring)
+        following[end - 1] = start
+        if start == 0:
+            continue
+        first = max(0, start - max(1, _PAIRS // len(rings) // len(ring)))
+        x, y = np.abs(places[first:start, None] - places[start:end]).transpose(2, 0, 1)
+        before, entry = np.unravel_index((x + y).argmin(), x.shape)
+        before, entry = first + int(before), start + int(entry)
+        # Linked, since lists would be copied for each outline: from `before` to a copy of `entry`,
+        # around, and from `entry` to a copy of `before`.
+        corners += [corners[entry], corners[before]]
+        following += [following[entry], following[before]]
+        following[before], following[entry] = len(corners) - 2, len(corners) - 1
+    whole, place = Ring(), 0
+    for _ in corners:
+        whole.append(corners[place])
+        place = following[place]
     return whole
+
+
+def _flat(ring: Ring) -> list[float]:
+    return [float(value) for corner in ring for value in corner]
+
+
+def _parts(mask: NDArray[Any]) -> list[Ring]:
+    """Return the outline of each part, joined with those of its holes, from left to right."""
+    _, labels = cv2.connectedComponents((mask != 0).astype(np.uint8), connectivity=4)
+    members: dict[int, list[Ring]] = {}
+    for ring in _rings(mask != 0):
+        x, y = ring[0]  # the leftmost corner: the part is at its right, but at the left of a hole
+        members.setdefault(int(labels[y, x] or labels[y, x - 1]), []).append(ring)
+    return [join_rings(rings) for rings in members.values()]
 
 
 def _rings(mask: NDArray[np.bool_]) -> list[Ring]:
@@ -97,16 +120,3 @@ def _follow(start: tuple[int, int], edges: dict[tuple[int, int], list[tuple[int,
         if place == start:
             break
     return ring
-
-
-def _area(ring: Ring) -> float:
-    """Return the area of an outline, negative if it goes around a hole."""
-    x, y = np.array(ring, np.int64).T
-    return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2
-
-
-def _contains(ring: Ring, x: float, y: float) -> bool:
-    """Return whether a point that is on no side is inside of an outline."""
-    (x0, y0), (x1, y1) = np.array(ring).T, np.roll(np.array(ring), -1, axis=0).T
-    upright = (x0 == x1) & (x0 > x) & ((y0 > y) != (y1 > y))
-    return bool(upright.sum() % 2)
