@@ -88,6 +88,29 @@ def test_what_is_exported_comes_back(format: str, table: ReferenceTable, tmp_pat
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_named_after_another_split_keeps_its_own(format: str, tmp_path: Path) -> None:
+    """Images of RefCOCO's val and testA are of COCO's train2014: they would become training images
+    in what is exported, corrected and imported."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    names = {"COCO_train2014_1.png": "val", "COCO_train2014_2.png": "testA", "val_3.png": "train"}
+    folder.mkdir()
+    polygon = [[float(value) for point in OBJECTS[0].polygon for value in point]]
+    lines = []
+    for name, split in names.items():
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name)
+        lines.append({"image": name, "mask": polygon, "expressions": [f"cup of {name}"], "split": split})
+    (folder / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["data", "export", str(folder / "my.jsonl"), "--format", format, "--out", str(out)]) == 0
+    source = out / "my" if format == "refer" else out
+    phrases = ["--phrases", str(out / "phrases.csv")] if format == "yolo" else []
+    assert main(["data", "import", str(source), "--out", str(out / "back.jsonl"), *phrases]) == 0
+    back = load_references(out / "back.jsonl", None)
+    assert {item.expressions[0].text: item.split for item in back.references} == {
+        f"cup of {name}": split for name, split in names.items()
+    }
+
+
 def test_the_refer_layout_is_read_as_a_data_set(table: ReferenceTable, tmp_path: Path) -> None:
     """And by REFER's own code, which takes lists of polygons only."""
     export_table(table, "refer", tmp_path / "out")

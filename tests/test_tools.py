@@ -332,6 +332,28 @@ def test_brush_strokes_of_other_encoders_are_read(runs: list[tuple[bool, list[in
         decode_brush(rle[:cut], (1, len(pixels)))
 
 
+@pytest.mark.parametrize("make", [labelme, supervisely])
+def test_splits_of_images_are_their_folders(make: Maker, tmp_path: Path) -> None:
+    """Not their names, nor what the folder of the export is called: test images would be trained
+    on."""
+    root = tmp_path / "test export"
+    for split, stem in (("train", "val_1"), ("valid", "COCO_train2014_1"), ("", "train_1")):
+        make(root / split)
+        for path in list((root / split).rglob("2.*")):
+            path.unlink()
+        for path in list((root / split).rglob("1.*")):
+            if path.suffix == ".json":
+                path.write_text(path.read_text().replace("1.png", f"{stem}.png"))
+            path.rename(path.with_name(path.name.replace("1.", f"{stem}.")))
+    references, done = load(root, root)
+    assert {(item.image_path.stem, item.split) for item in references} == {
+        ("val_1", "train"),
+        ("COCO_train2014_1", "val"),
+        ("train_1", "train"),
+    }
+    assert done.unusable == 0
+
+
 def test_shapes_of_one_group_are_one_object(tmp_path: Path) -> None:
     """labelme: an object in two parts; without a group they would be two."""
     labelme(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.tools import coco, datumaro, label_studio, labelme, predictions, refer, supervisely, via, yolo
-from dcris.data.tools.annotation import Annotation, Format, Found
+from dcris.data.tools.annotation import Annotation, Format, Found, split_of
 from dcris.errors import DcrisError
 from dcris.utils.files import read_json
 
@@ -84,8 +84,10 @@ def _format_of(content: Any) -> str | None:
 
 
 def _read_all(folder: Path, documents: Iterator[tuple[str, Path, Any]], several: bool) -> Found:
-    """Yield the annotations of all files; if they are several, their names distinguish what has the
-    same identifier."""
+    """Yield the annotations of all files, with the splits of their folders.
+
+    If the files are several, their names distinguish what has the same identifier.
+    """
     first: tuple[str, Path] | None = None
     for name, path, content in documents:
         first = first or (name, path)
@@ -93,9 +95,11 @@ def _read_all(folder: Path, documents: Iterator[tuple[str, Path, Any]], several:
             raise DcrisError(
                 f"{folder} has files of two formats, {first[1]} ({first[0]}) and {path} ({name}); give one of them, or --format"
             )
-        file = path.relative_to(folder).as_posix()
+        file = path.relative_to(folder)
+        split = split_of(*reversed(file.parent.parts))
         for found in FORMATS[name].read(path, content):
-            if several and isinstance(found, Annotation):
-                yield replace(found, source=f"{file}#{found.source}")
+            if isinstance(found, Annotation):
+                source = f"{file.as_posix()}#{found.source}" if several else found.source
+                yield replace(found, source=source, split=found.split or split)
             else:
                 yield found

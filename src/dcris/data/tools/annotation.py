@@ -60,6 +60,7 @@ class Annotation:
     phrases: Texts = ()
     """Its own phrases, in contrast to those of its category."""
     split: str | None = None
+    """None if the format does not state it; then the folders of a file may."""
     crowd: bool = False
     group: int | str | None = None
     """Annotations of an image with the same group are one reference with several objects."""
@@ -229,16 +230,14 @@ def category_name(value: Any, path: Path, where: str, key: str) -> str | None:
     return check_text(field({key: value}, key, str, path, where), path, where, key)
 
 
-def split_of(path: Path) -> str | None:
-    """Return the split that the name of a file or of its folder has as a word, or None.
+def split_of(*names: str) -> str | None:
+    """Return the split that the first of these names has as a word, or None.
 
-    Such as instances_val2017.json, train/_annotations.coco.json and labels/train/1.txt.
+    Names are those of folders of the export, and of files with a whole subset, such as
+    instances_val2017: that of an image may have such a word by chance (COCO_train2014_...).
     """
-    for name in (path.stem, *(parent.name for parent in list(path.parents)[:2])):
-        words = re.split(r"[^a-z]+", name.lower())
-        if (found := next((_SPLITS[word] for word in words if word in _SPLITS), None)) is not None:
-            return found
-    return None
+    words = (word for name in names for word in re.split(r"[^a-z]+", name.lower()))
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 def polygon_mask(value: Any) -> Mask | None:

@@ -80,7 +80,7 @@ def _read(path: Path, content: Any) -> Found:
         raise bad(path, "the file has 'categories' that is not a list")
     names = _Index("category", "categories", categories, path)
     named = mapping(content.get("info")).get("split")
-    split = named if type(named) is str and named.strip() else split_of(path)
+    split = named if type(named) is str and named.strip() else split_of(path.stem)
     first: dict[int, Any] = {}
 
     def read(place: int, record: Any) -> Annotation | None:

@@ -32,7 +32,7 @@ def _read(path: Path, content: Any) -> Found:
     labels = objects(categories["label"], "labels", path, "'label'") if "label" in categories else []
     names = [mapping(record).get("name") for record in labels]
     yield from (name for name in names if type(name) is str)
-    split = split_of(path)
+    split = split_of(path.stem)
     for place, item in enumerate(objects(content, "items", path), 1):
         where = f"item {place}"
         if type(item) is not dict:

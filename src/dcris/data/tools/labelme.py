@@ -25,7 +25,6 @@ from dcris.data.tools.annotation import (
     phrases_of,
     polygon_mask,
     recorded_size,
-    split_of,
     texts,
     whole,
 )
@@ -42,7 +41,7 @@ def _read(path: Path, content: Any) -> Found:
     image = field(content, "imagePath", str, path, "the file")
     size = recorded_size(content, "imageHeight", "imageWidth", path, "the file")
     named = content.get("split")
-    split = named if type(named) is str and named.strip() else split_of(path)
+    split = named if type(named) is str and named.strip() else None
 
     def read(place: int, record: Any) -> Annotation:
         where = f"shape {place}"

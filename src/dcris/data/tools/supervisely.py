@@ -64,7 +64,7 @@ def _read_image(file: Path, root: Path) -> Found:
     folder = file.parent.parent.relative_to(root)
     image = (folder / "img" / file.stem).as_posix()
     splits = _tags(content).get("split", [])
-    split = splits[0] if splits and type(splits[0]) is str and splits[0].strip() else split_of(file.parent)
+    split = splits[0] if splits and type(splits[0]) is str and splits[0].strip() else split_of(*reversed(folder.parts))
 
     def read(place: int, record: Any) -> Annotation:
         where = f"object {place}"

@@ -120,7 +120,8 @@ def _object(place: int, line: str, path: Path, root: Path, names: Mapping[int, s
         raise bad(path, f"{where} has a class that is not in the list of names: {shown(words[0])}")
     parts = list(path.relative_to(root).with_suffix("").parts)
     last = max(index for index, part in enumerate(parts[:-1]) if part == "labels")
-    split = split_of(path) or (parts[last + 1] if len(parts) > last + 2 else None)
+    below = parts[last + 1 : -1]
+    split = split_of(*below, *reversed(parts[:last])) or (below[0] if below else None)
     parts[last] = "images"
     return Annotation(
         path=root / "data.yaml",  # the images are named relative to it
