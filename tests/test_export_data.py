@@ -69,6 +69,15 @@ def content(table: ReferenceTable, absent: bool) -> list[Any]:
     )
 
 
+def there_and_back(data: Path, format: str, out: Path) -> ReferenceTable:
+    """Export a JSON Lines file and import what was written, by the commands."""
+    assert main(["data", "export", str(data), "--format", format, "--out", str(out)]) == 0
+    source = out / data.stem if format == "refer" else out
+    phrases = ["--phrases", str(out / "phrases.csv")] if format == "yolo" else []
+    assert main(["data", "import", str(source), "--out", str(out / "back.jsonl"), *phrases]) == 0
+    return load_references(out / "back.jsonl", None)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_exported_comes_back(format: str, table: ReferenceTable, tmp_path: Path) -> None:
     """Splits, expressions, categories and every pixel; two images of one name stay apart."""
@@ -101,14 +110,30 @@ def test_an_image_named_after_another_split_keeps_its_own(format: str, tmp_path:
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name)
         lines.append({"image": name, "mask": polygon, "expressions": [f"cup of {name}"], "split": split})
     (folder / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["data", "export", str(folder / "my.jsonl"), "--format", format, "--out", str(out)]) == 0
-    source = out / "my" if format == "refer" else out
-    phrases = ["--phrases", str(out / "phrases.csv")] if format == "yolo" else []
-    assert main(["data", "import", str(source), "--out", str(out / "back.jsonl"), *phrases]) == 0
-    back = load_references(out / "back.jsonl", None)
+    back = there_and_back(folder / "my.jsonl", format, out)
     assert {item.expressions[0].text: item.split for item in back.references} == {
         f"cup of {name}": split for name, split in names.items()
     }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_splits_with_one_name_as_files(format: str, tmp_path: Path) -> None:
+    """Files of one split would replace those of another: references would be lost without a
+    word."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    write_images(folder)
+    splits = ["train", "test A", "test_A", "test/a", "x" * 81, "x" * 82, "test_A_2"]
+    polygon = [[float(value) for point in OBJECTS[0].polygon for value in point]]
+    lines = []
+    for number, split in enumerate(splits):
+        shutil.copy(folder / "1.png", folder / f"image {number}.png")
+        lines.append({"image": f"image {number}.png", "mask": polygon, "expressions": [split], "split": split})
+    (folder / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    back = there_and_back(folder / "my.jsonl", format, out)
+    assert len({image.parent.as_posix().lower() for image in out.rglob("*.png")}) in (1, len(splits))
+    assert sorted(item.expressions[0].text for item in back.references) == sorted(splits)
+    if format != "yolo":  # it has the names of folders only
+        assert all(item.split == item.expressions[0].text for item in back.references)
 
 
 def test_the_refer_layout_is_read_as_a_data_set(table: ReferenceTable, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Write references in the formats of annotation tools, with copies of their images."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -70,12 +71,17 @@ def export_table(
     )
     if not kept:
         raise DcrisError(f"{table.root} has no reference with an object, so there is nothing to export as {format}")
+    used = set[str]()
+    split_names = {
+        split: _unique(split_folder(split), used) for split in dict.fromkeys(reference.split for reference in kept)
+    }
     splits: dict[Path, str] = {}
     for reference in kept:
-        splits.setdefault(reference.image_path, reference.split)
+        splits.setdefault(reference.image_path, split_names[reference.split])
     exported = Exported(
         ReferenceTable(table.dataset, table.split_by, table.root, kept),
         _names(splits, FORMATS[format].image_folder),
+        split_names,
         image_url,
     )
 
@@ -110,12 +116,14 @@ def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:
         stem, ending = quoted(path.stem), path.suffix if path.suffix.lower() in image_endings() else ""
         if stem.lower() in used:
             stem = quoted("_".join(path.relative_to(common).with_suffix("").parts))
-        number = 1
-        base = stem
-        while stem.lower() in used:
-            number += 1
-            stem = f"{base}_{number}"
-        used.add(stem.lower())
-        parts = folder.format(split=split_folder(split))
-        names[path] = (PurePosixPath(parts) / f"{stem}{ending}").as_posix()
+        names[path] = (PurePosixPath(folder.format(split=split)) / f"{_unique(stem, used)}{ending}").as_posix()
     return names
+
+
+def _unique(name: str, used: set[str]) -> str:
+    """Return a name, numbered if `used` has it, and add it there, ignoring case: some file systems
+    do."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    found = next(each for each in itertools.chain([name], numbered) if each.lower() not in used)
+    used.add(found.lower())
+    return found

@@ -102,6 +102,8 @@ class Exported:
     images: Mapping[Path, str]
     """Path of each image in the new folder, with slashes, by its path in the table. The last parts
     are unique even without their endings."""
+    split_names: Mapping[str, str]
+    """Name of each split as that of a file or folder. They are unique, ignoring case."""
     image_url: str
     """Prefix of the paths for tools that show images by URL."""
 

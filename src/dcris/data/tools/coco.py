@@ -29,7 +29,6 @@ from dcris.data.tools.annotation import (
     plain_segmentation,
     polygon_mask,
     recorded_size,
-    split_folder,
     split_of,
     texts,
     whole,
@@ -179,7 +178,7 @@ def _write(exported: Exported, folder: Path) -> None:
                     annotation |= {"id": next(ids), "image_id": numbers[image]}
                     annotation["category_id"] = categories[reference.category or "object"]
                     content["annotations"].append(annotation)
-        write_json(folder / "annotations" / f"instances_{split_folder(split)}.json", content)
+        write_json(folder / "annotations" / f"instances_{exported.split_names[split]}.json", content)
 
 
 def _annotation(reference: Reference, segmentation: Segmentation) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from dcris.data.tools.annotation import (
     mapping,
     number,
     phrases_of,
-    split_folder,
     split_of,
     whole,
 )
@@ -180,7 +179,7 @@ def _write(exported: Exported, folder: Path) -> None:
     names = {number - 1: name for name, number in categories.items()}
     first = next(iter(splits.values()))
     places = {"train": splits.get("train", first), "val": splits.get("val", splits.get("train", first))}
-    places |= {split_folder(split): place for split, place in splits.items()}
+    places |= {exported.split_names[split]: place for split, place in splits.items()}
     write_file(
         folder / "data.yaml",
         yaml.safe_dump({"path": ".", **places, "names": names}, sort_keys=False, allow_unicode=True),
