@@ -26,6 +26,7 @@ from dcris.data.outlines import join_rings, mask_polygon, mask_polygons
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
+from generalised import rrefcoco
 from runs import leftovers
 from tool_exports import labelme
 
@@ -69,10 +70,10 @@ def content(table: ReferenceTable, absent: bool) -> list[Any]:
     )
 
 
-def there_and_back(data: Path, format: str, out: Path) -> ReferenceTable:
-    """Export a JSON Lines file and import what was written, by the commands."""
-    assert main(["data", "export", str(data), "--format", format, "--out", str(out)]) == 0
-    source = out / data.stem if format == "refer" else out
+def there_and_back(data: Path, format: str, out: Path, *options: str) -> ReferenceTable:
+    """Export a data set and import what was written, by the commands."""
+    assert main(["data", "export", str(data), *options, "--format", format, "--out", str(out)]) == 0
+    source = next((file.parent for file in out.glob("*/instances.json")), out)
     phrases = ["--phrases", str(out / "phrases.csv")] if format == "yolo" else []
     assert main(["data", "import", str(source), "--out", str(out / "back.jsonl"), *phrases]) == 0
     return load_references(out / "back.jsonl", None)
@@ -134,6 +135,35 @@ def test_splits_with_one_name_as_files(format: str, tmp_path: Path) -> None:
     assert sorted(item.expressions[0].text for item in back.references) == sorted(splits)
     if format != "yolo":  # it has the names of folders only
         assert all(item.split == item.expressions[0].text for item in back.references)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_expressions_of_r_refcoco_that_describe_nothing(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They belong to a reference with an object, which may have no others. People would miss them
+    only in training: COCO and REFER have them, elsewhere they are counted as left out."""
+    layout, out = rrefcoco(), tmp_path / "out"
+    layout.references[2]["sentences"][1]["exist"] = False
+    data, own = layout.write(tmp_path / "data"), ("--dataset", layout.dataset)
+    back = there_and_back(data, format, out, *own)
+    written = {"coco": "5 references on 3 images\n", "refer": "3 references on 3 images\n"}
+    left_out = "2 references on 2 images; left out: 3 that describe nothing in their image\n"
+    assert f"{out}: {written.get(format, left_out)}" in capsys.readouterr().out
+
+    def said(table: ReferenceTable) -> set[Any]:
+        return {
+            (each.text, bool(item.targets(each)))
+            for item in table.references
+            for each in item.expressions
+            if item.targets(each) or format in written
+        }
+
+    truth = load_references(data, layout.dataset)
+    assert said(back) == said(truth)
+    if format == "refer":  # its protocol averages over references
+        again = load_references(out, layout.dataset, "own")
+        assert [len(item.expressions) for item in again.references] == [3, 3, 2]
 
 
 def test_the_refer_layout_is_read_as_a_data_set(table: ReferenceTable, tmp_path: Path) -> None:

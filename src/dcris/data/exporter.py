@@ -13,7 +13,7 @@ from dcris.data.dataset import fit_image
 from dcris.data.images import image_endings, image_size, read_image
 from dcris.data.table import ReferenceTable, quoted
 from dcris.data.tools import FORMATS
-from dcris.data.tools.annotation import Exported, split_folder
+from dcris.data.tools.annotation import Exported, apart, split_folder
 from dcris.errors import DcrisError
 from dcris.utils.files import write_directory
 
@@ -64,10 +64,14 @@ def export_table(
         raise DcrisError(f"the format {format!r} cannot be written; choose from {able}")
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DcrisError(f"{out} exists already and is not empty; delete it or choose another --out")
+    form = FORMATS[format]
+    references = table.references
+    if not form.mixes_absent:
+        references = tuple(part for each in references for part in apart(each))
     kept = tuple(
         each
-        for each in table.references
-        if bool(each.segmentations) == bool(each.expressions) or (FORMATS[format].holds_absent and each.expressions)
+        for each in references
+        if bool(each.segmentations) == bool(each.expressions) or (form.holds_absent and each.expressions)
     )
     if not kept:
         raise DcrisError(f"{table.root} has no reference with an object, so there is nothing to export as {format}")
@@ -80,7 +84,7 @@ def export_table(
         splits.setdefault(reference.image_path, split_names[reference.split])
     exported = Exported(
         ReferenceTable(table.dataset, table.split_by, table.root, kept),
-        _names(splits, FORMATS[format].image_folder),
+        _names(splits, form.image_folder),
         split_names,
         image_url,
     )
@@ -104,7 +108,7 @@ def export_table(
 
     write_directory(out, fill)
     doubtful = sum(1 for reference in kept if reference.ignored is not None)
-    return ExportResult(len(kept), len(exported.images), len(table.references) - len(kept), doubtful)
+    return ExportResult(len(kept), len(exported.images), len(references) - len(kept), doubtful)
 
 
 def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:

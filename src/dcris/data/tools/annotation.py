@@ -4,7 +4,7 @@ share."""
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,9 @@ class Format:
     """Folder of the images in what is written; `{split}` is the split of an image."""
     holds_absent: bool = False
     """Whether it can hold phrases that describe nothing in the image."""
+    mixes_absent: bool = False
+    """Whether it can hold them in a reference to objects, as R-RefCOCO does. Where not, they are
+    written as a reference of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,20 @@ class Exported:
         return {name: number for number, name in enumerate(names, 1)}
 
 
+def apart(reference: Reference) -> Iterator[Reference]:
+    """Yield the objects of a reference with the expressions that describe them, and without objects
+    the others, which describe nothing in the image."""
+    present = tuple(each for each in reference.expressions if reference.targets(each))
+    absent = tuple(each for each in reference.expressions if not reference.targets(each))
+    if present or not absent:
+        yield replace(reference, expressions=present)
+    if absent:
+        yield replace(reference, ann_ids=(), segmentations=(), category="", expressions=absent)
+
+
 def phrases_of(reference: Reference) -> list[str]:
-    """Return the phrases that describe the reference's objects; all of them if it has none."""
-    return [each.text for each in reference.expressions if each.exists or not reference.segmentations]
+    """Return the texts of a reference's expressions."""
+    return [each.text for each in reference.expressions]
 
 
 def plain_segmentation(segmentation: Segmentation, size: Size) -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 from dcris.data.masks import decode_mask, mask_box
 from dcris.data.outlines import mask_polygons
 from dcris.data.readers import refer_layout
-from dcris.data.tools.annotation import Annotation, Exported, Format, Found, Size, split_folder
+from dcris.data.tools.annotation import Annotation, Exported, Format, Found, Size, apart, phrases_of, split_folder
 from dcris.errors import DcrisError
-from dcris.types import Expression, Reference, Segmentation
+from dcris.types import Reference, Segmentation
 from dcris.utils.files import write_file, write_json
 
 
@@ -44,26 +44,19 @@ def _read(path: Path, content: Any) -> Found:
     root = Path(folder.parent)
     table = refer_layout.load(root, folder.name, found[0], errors.append)
     yield from errors
-    for reference in table.references:
-        there = tuple(one for one in reference.expressions if one.exists or not reference.segmentations)
-        absent = tuple(one for one in reference.expressions if one not in there)
-        yield _annotation(reference, reference.segmentations, there, folder)
-        if absent:
-            yield _annotation(reference, (), absent, folder)
+    yield from (_annotation(part, folder) for reference in table.references for part in apart(reference))
 
 
-def _annotation(
-    reference: Reference, segmentations: tuple[Segmentation, ...], expressions: tuple[Expression, ...], folder: Path
-) -> Annotation:
+def _annotation(reference: Reference, folder: Path) -> Annotation:
     return Annotation(
         path=folder,  # the images are below the folder above it
         where=f"reference {reference.ref_id}",
         source=reference.ref_id,
         image=reference.image_path.relative_to(folder.parent).as_posix(),
         size=reference.image_size,
-        masks=tuple(partial(_given, segmentation) for segmentation in segmentations),
+        masks=tuple(partial(_given, segmentation) for segmentation in reference.segmentations),
         category=reference.category or None,
-        phrases=tuple(expression.text for expression in expressions),
+        phrases=tuple(phrases_of(reference)),
         split=reference.split,
     )
 
@@ -131,4 +124,11 @@ def _instance(segmentation: Segmentation, size: Size) -> dict[str, Any]:
     return {"segmentation": polygons, "area": int(np.count_nonzero(mask)), "bbox": list(mask_box(mask) or (0, 0, 0, 0))}
 
 
-FORMAT = Format("REFER layout (RefCOCO, gRefCOCO)", _read, is_place=_is_refer, write=_write, holds_absent=True)
+FORMAT = Format(
+    "REFER layout (RefCOCO, gRefCOCO)",
+    _read,
+    is_place=_is_refer,
+    write=_write,
+    holds_absent=True,
+    mixes_absent=True,
+)
