@@ -19,7 +19,7 @@ from dcris.data.masks import mask_area, mask_box, union_mask
 from dcris.data.phrase_file import key_of, read_phrases, write_list
 from dcris.data.phrases import Instance, draw, statements
 from dcris.data.readers.jsonl import is_jsonl
-from dcris.data.table import bad, plain_path, shown
+from dcris.data.table import bad, check_text, plain_path, shown
 from dcris.data.tokenizer import clean_text
 from dcris.data.tools import FORMATS, recognise
 from dcris.data.tools.annotation import Annotation, Found, Size, Texts
@@ -255,7 +255,14 @@ class _Export:
         """Yield the annotations, and collect the names of categories."""
         for each in found:
             if isinstance(each, Annotation):
-                yield each
+                try:
+                    for key, value in (("split", each.split), ("id", each.source)):
+                        if isinstance(value, str):  # it is written as it is
+                            check_text(value, each.path, each.where, key)
+                except DcrisError as error:
+                    self._leave_out(error)
+                else:
+                    yield each
             elif isinstance(each, str):
                 categories.add(each)
             else:
