@@ -433,6 +433,32 @@ def test_a_file_that_is_not_datumaro_s_is_refused(
     assert re.search(f"{re.escape(str(source))}.*{sentence}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"imagePath": 7, "shapes": []}', r"bad\.json: .*'imagePath' that is not text"),
+        ('{"imagePath": "1.png", "shapes": {}}', r"bad\.json: .*'shapes' that is not a list"),
+        ('{"imagePath": "1.png", "shapes": [], "imageHeight": "x"}', r"bad\.json: .*'imageHeight'"),
+        ('{"imagePath": "1.png", "sha', r"bad\.json"),
+    ],
+)
+def test_a_file_among_several_that_cannot_be_read(text: str, sentence: str, tmp_path: Path) -> None:
+    """One damaged file of labelme would cost the annotations of a whole folder."""
+    source = labelme(tmp_path / "all")
+    (source / "bad.json").write_text(text)
+    references, done = load(source, source)
+    assert (len(references), done.unusable) == (len(OBJECTS), 1)
+    assert any(re.search(sentence, each) for each in done.problems)
+    with pytest.raises(DcrisError, match=sentence):
+        load(source, source, strict=True, ambiguous="keep")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (source / "bad.json").rename(alone / "bad.json")
+    for place in (alone, alone / "bad.json"):
+        with pytest.raises(DcrisError, match=sentence):
+            load(place, alone)
+
+
 def test_bitmaps_take_bounded_memory(tmp_path: Path) -> None:
     """A few kilobytes of text can stand for gigabytes of zeros."""
     source = supervisely(tmp_path)

@@ -1,6 +1,6 @@
 """The formats of annotation tools, one in each module. FORMATS is the registry."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -37,7 +37,7 @@ def recognise(source: Path, name: str | None = None) -> tuple[str, Found]:
 
     Raises:
         DcrisError: there is no such file or format, it is not recognised, or a folder has files of
-            several formats. While the annotations are read: a file cannot be read at all.
+            several formats. While the annotations are read: the only file cannot be read at all.
     """
     if name is not None and name not in FORMATS:
         raise DcrisError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
@@ -52,24 +52,33 @@ def recognise(source: Path, name: str | None = None) -> tuple[str, Found]:
         if found is None:
             raise DcrisError(f"the format of {source} is unknown; {_ADVICE}: {', '.join(FORMATS)}")
         return found, FORMATS[found].read(source, content)
-    documents = _documents(source, name)
+    unread: list[DcrisError] = []
+    documents = _documents(source, name, unread.append)
     first = list(islice(documents, 2))
+    if not first and unread:
+        raise unread[0]
     if not first:
         what = "a known format" if name is None else f"the format {name}"
         raise DcrisError(f"{source} has no file of {what}; {_ADVICE}: {', '.join(FORMATS)}")
-    return first[0][0], _read_all(source, chain(first, documents), several=len(first) > 1)
+    return first[0][0], chain(_read_all(source, chain(first, documents), several=len(first) > 1), unread)
 
 
 _ADVICE = "give the file that the tool exported, or the folder with it; formats that can be read"
 
 
-def _documents(folder: Path, name: str | None) -> Iterator[tuple[str, Path, Any]]:
+def _documents(
+    folder: Path, name: str | None, on_error: Callable[[DcrisError], None]
+) -> Iterator[tuple[str, Path, Any]]:
     """Yield format, path and content of the JSON files below a folder that have a known format, or
-    that of this name."""
+    that of this name. `on_error` receives the error of each that cannot be read."""
     for seen, path in enumerate(sorted(folder.rglob("*.json")), 1):
         if seen > _MAX_FILES:
             raise DcrisError(f"{folder} has more than {_MAX_FILES:,} JSON files; import its folders one by one")
-        content = _content(path)
+        try:
+            content = _content(path)
+        except DcrisError as error:
+            on_error(error)
+            continue
         found = _format_of(content)
         if found is not None and name in (None, found):
             yield found, path, content
@@ -86,7 +95,8 @@ def _format_of(content: Any) -> str | None:
 def _read_all(folder: Path, documents: Iterator[tuple[str, Path, Any]], several: bool) -> Found:
     """Yield the annotations of all files, with the splits of their folders.
 
-    If the files are several, their names distinguish what has the same identifier.
+    If the files are several, their names distinguish what has the same identifier, and a file that
+    cannot be read is one error among the annotations.
     """
     first: tuple[str, Path] | None = None
     for name, path, content in documents:
@@ -97,9 +107,14 @@ def _read_all(folder: Path, documents: Iterator[tuple[str, Path, Any]], several:
             )
         file = path.relative_to(folder)
         split = split_of(*reversed(file.parent.parts))
-        for found in FORMATS[name].read(path, content):
-            if isinstance(found, Annotation):
-                source = f"{file.as_posix()}#{found.source}" if several else found.source
-                yield replace(found, source=source, split=found.split or split)
-            else:
-                yield found
+        try:
+            for found in FORMATS[name].read(path, content):
+                if isinstance(found, Annotation):
+                    source = f"{file.as_posix()}#{found.source}" if several else found.source
+                    yield replace(found, source=source, split=found.split or split)
+                else:
+                    yield found
+        except DcrisError as error:
+            if not several:
+                raise
+            yield error
