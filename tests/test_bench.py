@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dcris.cli import main
+from dcris.errors import DcrisError
 from dcris.experiments import bench
 from dcris.experiments.bench import (
     count_operations,
@@ -89,6 +90,16 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     block = torch.ones(1 << 28)  # 1 GiB
     peak = in_own_process(peak_of_training, get_recipe("dcris_tiny").model_dump_json(), 2, "cpu", "float32")
     assert 0.1 < peak < block.numel() * 4 / 2**30
+
+
+def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random.py beside someone's data is not the standard library's, and may be of a stranger."""
+    (tmp_path / "random.py").write_text("raise SystemExit('code of this folder ran')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    config = get_recipe("dcris_tiny").model_dump_json()
+    with pytest.raises(DcrisError, match="unknown device 'nothing'"):
+        in_own_process(peak_of_training, config, 2, "nothing", "float32")
 
 
 def test_invalid_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

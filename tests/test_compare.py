@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +184,32 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     assert sentence in error
     assert error.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threshold": 0.5}, "threshold 0.35 and threshold 0.5"),
+        ({"refine": "guided"}, "no refine and refined, guided"),
+        ({"threshold": "high"}, "line 1 has a 'threshold' that is not a number"),
+    ],
+)
+def test_results_of_other_settings_do_not_compare(
+    change: dict[str, Any], words: str, trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Refined edges or a fitted threshold would look like a gain of the same weights."""
+    where = ("--data", scenes_root, "--split", "test", "--device", "cpu")
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    assert dcris("evaluate", trained_run, *where, "--answers", one) == 0
+    lines = [json.loads(line) for line in one.read_text().splitlines()]
+    other.write_text("\n".join(json.dumps(line | change) for line in lines))
+    for first in (one, trained_run):
+        capsys.readouterr()
+        assert dcris("compare", first, other, *where, "--dataset", "scenes") == 2
+        assert words in capsys.readouterr().err
+    # Files of before it was recorded compare, as they did.
+    other.write_text("\n".join(json.dumps({key: line[key] for key in line if key != "threshold"}) for line in lines))
+    assert dcris("compare", one, other, *where, "--dataset", "scenes") == 0
 
 
 def test_a_wrong_file_is_found_before_a_model_runs(

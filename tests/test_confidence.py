@@ -227,7 +227,7 @@ def test_calibration_is_stored_with_the_checkpoint(
 
     assert evaluate(model, root, "--calibrate-on", "val") == 0
     again = json.loads((model / "calibration.json").read_text())
-    assert again["temperature"] == pytest.approx(stored["temperature"], rel=1e-4)
+    assert again["temperature"] == stored["temperature"], "or the checksum of the weights would change each time"
 
     capsys.readouterr()
     assert evaluate(tmp_path / "copy.safetensors", root, "--calibrate-on", "val") == 0

@@ -371,6 +371,8 @@ def test_a_name_that_no_table_can_have_is_named_first(
         (("--split", "val"), "--split"),
         (("--report", "page.html"), "--report"),
         (("--refine", "guided"), "--refine"),
+        (("--none-rule", "foo"), "there is no rule 'foo'"),
+        (("--none-rule", "head"), "has no rule for absent targets"),
         (("--dataset", "refcoco"), "no split to evaluate of refcoco"),
         (("--name", " "), "' ' cannot be a name in tables; give another --name"),
     ],

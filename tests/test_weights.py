@@ -605,6 +605,9 @@ def test_towers_are_read_again_when_their_file_changes(tmp_path: Path, monkeypat
         file.write(content)
     with pytest.raises(DcrisError, match=r"another (vision|text) tower"):
         load_checkpoint(tmp_path / "model")
+    towers.unlink()  # random weights are nowhere else, so nothing is allocated for them
+    with pytest.raises(DcrisError, match=r"has no towers\.safetensors"):
+        load_checkpoint(tmp_path / "model")
 
 
 def test_a_file_of_ones_own_can_be_overwritten_while_it_is_used(hub: Hub, tmp_path: Path) -> None:

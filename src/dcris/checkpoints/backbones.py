@@ -222,5 +222,5 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{list(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
+        digest.update(value.numpy().data)
     return digest.hexdigest()

@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcris.checkpoints.backbones import TowerFiles, copy_strictly, fingerprint, frozen_state, load_towers
+from dcris.checkpoints.backbones import RANDOM, TowerFiles, copy_strictly, fingerprint, frozen_state, load_towers
 from dcris.checkpoints.tensor_files import open_safetensors
 from dcris.checkpoints.training_images import FILE, Images, images_from_text, images_to_text, pack_images, read_images
 from dcris.config import RunConfig, load_config, parse_config
@@ -491,8 +491,10 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
     # A hostile configuration may describe a model of any size, so check the shapes of the trained
     # tensors before allocating.
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
-    allocate(model)
     tower_file = path if path.is_file() else path / _TOWERS
+    if not tower_file.is_file() and RANDOM in (config.model.vision.name, config.model.text.name):
+        raise DcrisError(f"{path} has no {_TOWERS} with the weights of its towers; copy the whole folder")
+    allocate(model)
     if tower_file.is_file():
         files: TowerFiles = dict.fromkeys(("vision", "text"), file_state(tower_file))
         towers = _tower_tensors(model)

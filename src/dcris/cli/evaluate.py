@@ -80,7 +80,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.cli.evaluate_videos import evaluate_videos
     from dcris.data.registry import VIDEO_SETS
     from dcris.evaluation.evaluate import evaluate
-    from dcris.evaluation.results import write_results
+    from dcris.evaluation.results import RULES, write_results
     from dcris.utils.distributed import described_processes
     from dcris.utils.files import write_json
 
@@ -118,7 +118,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     # file fails.
     try:
         if args.answers is not None:
-            write_results(args.answers, found.results, found.protocol, found.record["data_sha256"])
+            rules = {key: value for key, value in found.record.items() if key in RULES}
+            write_results(args.answers, found.results, found.protocol, found.record["data_sha256"], rules)
         if args.out is not None:
             write_json(args.out, analysed)
         if args.report is not None:

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from dcris.checkpoints.checkpoint import load_checkpoint
+from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, read_config
 from dcris.data.dataset import Queries, cut_phrases
-from dcris.data.tokenizer import tokenizer_of
+from dcris.data.tokenizer import strips, tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import align, analyse, difference
 from dcris.evaluation.evaluator import EvalResult, predict_queries
 from dcris.evaluation.metrics import STANDARD_METRICS, Metric, Score, summarise
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.report.panels import first_on_distinct_images
-from dcris.evaluation.results import read_results
+from dcris.evaluation.results import RULES, read_results, rules_of
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
 from dcris.utils.streams import note
@@ -98,6 +98,27 @@ def results_of(
     )
 
 
+def _rules(path: Path, protocol: Protocol) -> dict[str, Any]:
+    """Return what a system's results are made with, besides the protocol, as in a result file."""
+    if is_results_file(path):
+        return rules_of(path)
+    config = read_config(find_checkpoint(path))
+    rule = {} if protocol.none_rule is None else {"none_rule": protocol.none_rule.name}
+    stripped = {"strip_phrases": config.data.strip_phrases} if strips(config.data, predicting=False) else {}
+    return {"threshold": protocol.threshold} | rule | stripped
+
+
+def _require_equal_rules(rules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise DcrisError if systems differ in those of RULES; nothing is known of some files."""
+    first, *others = [(name, each) for name, each in rules.items() if each] or [("", {})]
+    for name, each in others:
+        if key := next((key for key in RULES if each.get(key) != first[1].get(key)), None):
+            one, other = (RULES[key](some[key]) if key in some else f"no {key}" for some in (first[1], each))
+            raise DcrisError(
+                f"{first[0]} and {name} do not compare: they were made with {one} and {other}; evaluate one of them again"
+            )
+
+
 def evaluate_systems(
     sources: Mapping[str, Path],
     queries: Queries,
@@ -116,8 +137,10 @@ def evaluate_systems(
         progress: called with a system's name and its number of expressions done so far.
 
     Raises:
-        DcrisError: as `results_of` does.
+        DcrisError: as `results_of` does, or results do not compare: they were made with other
+            thresholds, refinements or stripping of phrases.
     """
+    _require_equal_rules({name: _rules(path, protocol) for name, path in sources.items()})
     found: dict[str, list[EvalResult]] = {}
     # Files come first, so that an error in one is reported before a model has run for hours.
     for name, path in sorted(sources.items(), key=lambda item: not is_results_file(item[1])):

@@ -154,7 +154,8 @@ def presence_temperature(results: Sequence[EvalResult], current: float) -> float
     if len(present) < len(results) or truths.all() or not truths.any():
         return None
     shares = np.clip(np.array(present, np.float64), 1e-7, 1 - 1e-7)
-    return fit_temperature(current * np.log(shares / (1 - shares)), truths)
+    # Presences are float32: fitted again to those of this temperature, other digits would change.
+    return round(fit_temperature(current * np.log(shares / (1 - shares)), truths), 4)
 
 
 def fit_temperature(logits: Floats, right: Truths) -> float:

@@ -2,15 +2,16 @@
 
 A line has `sent_id`, `ref_id`, `image` (file name), `phrase`, `protocol`, `iou` in 0..1,
 `intersection` and `union` in pixels as the protocol counts them, `data_sha256` (of the split),
-`segmentation` (the predicted mask as COCO's compressed run lengths) and, if known, `curve`: a pair
-of intersection and union for each of metrics.CURVE_THRESHOLDS, and `present`, the probability that
-the target is present. Protocols with absent targets add `none_rule`, the name of their rule,
-`none`, whether the prediction says "none", and the same as a third number in each entry of `curve`.
-With Boundary IoU, `boundary` is the pair of intersection and union of the boundaries.
+`segmentation` (the predicted mask as COCO's compressed run lengths), those of RULES that it was
+made with and, if known, `curve`: a pair of intersection and union for each of
+metrics.CURVE_THRESHOLDS, `present`, the probability that the target is present, and `score`, that
+of the mask. Protocols with absent targets add `none_rule`, the name of their rule, `none`, whether
+the prediction says "none", and the same as a third number in each entry of `curve`. With Boundary
+IoU, `boundary` is the pair of intersection and union of the boundaries.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,22 @@ from dcris.types import Expression, Reference
 from dcris.utils.files import read_json_lines, write_file
 from dcris.utils.streams import note
 
+RULES: Mapping[str, Callable[[Any], str]] = {
+    "threshold": lambda value: f"threshold {value:g}",
+    "none_rule": lambda value: f"none by {value}",
+    "refine": lambda value: f"refined, {value}",
+    "strip_phrases": lambda value: "phrases stripped",
+}
+"""Fields of a result file, besides the protocol, that change scores, and how they are named."""
 
-def write_results(path: Path, results: Iterable[EvalResult], protocol: Protocol, data: str | None = None) -> None:
+
+def write_results(
+    path: Path,
+    results: Iterable[EvalResult],
+    protocol: Protocol,
+    data: str | None = None,
+    rules: Mapping[str, Any] | None = None,
+) -> None:
     """Write results to a file atomically.
 
     Args:
@@ -36,6 +51,7 @@ def write_results(path: Path, results: Iterable[EvalResult], protocol: Protocol,
         results: with their masks.
         protocol: that measured them.
         data: checksum of their split.
+        rules: those of RULES that they were made with.
 
     Raises:
         DcrisError: if the file cannot be written.
@@ -44,7 +60,8 @@ def write_results(path: Path, results: Iterable[EvalResult], protocol: Protocol,
 
     def fill(temporary: Path) -> None:
         with temporary.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps(_record(result, protocol, data)) + "\n" for result in results)
+            lines = (_record(result, protocol, data) | dict(rules or {}) for result in results)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     write_file(path, fill)
 
@@ -64,7 +81,9 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
     if data is not None:
         record["data_sha256"] = data
     if result.present is not None:
-        record["present"] = round(result.present, 6)
+        record["present"] = result.present
+    if result.score is not None:
+        record["score"] = result.score
     if protocol.none_rule is not None:
         record |= {"none_rule": protocol.none_rule.name, "none": result.overlap.none}
     if protocol.boundary:
@@ -77,6 +96,23 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
     if result.prediction is None:
         raise ValueError("the masks of these results were not kept; evaluate with keep_masks=True")
     return {**record, "segmentation": dict(result.prediction)}
+
+
+def rules_of(path: Path) -> dict[str, Any]:
+    """Return those of RULES that a file's results were made with; nothing for files of dcris before
+    2026-12, which do not say it.
+
+    Raises DcrisError if the file cannot be read, or its lines disagree.
+    """
+    found: dict[str, Any] | None = None
+    for number, record in read_json_lines(path):
+        rules = {key: record[key] for key in RULES if key in record} if isinstance(record, dict) else {}
+        if type(rules.get("threshold", 0)) not in (int, float):
+            raise bad(path, f"line {number} has a 'threshold' that is not a number")
+        if found is not None and rules != found:
+            raise bad(path, f"line {number} was made with other settings than line 1 ({', '.join(RULES)})")
+        found = rules
+    return found if found and "threshold" in found else {}
 
 
 def read_results(path: Path, queries: Queries, protocol: Protocol, data: str | None = None) -> list[EvalResult]:
@@ -162,9 +198,7 @@ def _result(
         validate_segmentation(mask, reference.image_size)
     except DcrisError as error:
         raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
-    present = record.get("present")
-    if present is not None and (type(present) not in (int, float) or not 0 <= present <= 1):
-        raise bad(path, f"{where} has a 'present' that is not a number from 0 to 1")
+    present, score = (_probability(record, key, path, where) for key in ("present", "score"))
 
     def read(counts: Any) -> Overlap:
         return _overlap(counts, (reference, expression), protocol, path, where)
@@ -175,7 +209,16 @@ def _result(
             raise DcrisError(f"{path}, {where}: measured without Boundary IoU; leave out --boundary or evaluate again")
         shared, both = _pixels(record["boundary"], path, where)
         found = replace(found, boundary_intersection=shared, boundary_union=both)
-    return EvalResult(reference, expression, found, mask, tuple(map(read, curve)), present, present)
+    return EvalResult(
+        reference, expression, found, mask, tuple(map(read, curve)), present, present if score is None else score
+    )
+
+
+def _probability(record: Mapping[str, Any], key: str, path: Path, where: str) -> float | None:
+    value = record.get(key)
+    if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
+        raise bad(path, f"{where} has a '{key}' that is not a number from 0 to 1")
+    return value
 
 
 def _overlap(counts: Any, query: tuple[Reference, Expression], protocol: Protocol, path: Path, where: str) -> Overlap:

@@ -66,6 +66,10 @@ EXPRESSIONS = (
 )
 Part = Literal["speed", "memory"]
 PARTS: tuple[Part, ...] = ("speed", "memory")
+
+_PYTHON = (sys.executable, "-P")
+"""Command of a new process, which imports nothing from the current folder: a user's random.py there
+is not the standard library's."""
 LATE_LAYERS = (4, 8, 11)
 """Three late blocks with adapters (table 5): expressions share more of the vision tower."""
 
@@ -259,7 +263,7 @@ def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments
         f"import sys, json; from dcris.experiments.bench import {task.__name__} as f; print(f(*json.load(sys.stdin)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(arguments), capture_output=True, encoding="utf-8", check=False
+        [*_PYTHON, "-c", program], input=json.dumps(arguments), capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -488,7 +492,7 @@ def _start_seconds(command: Sequence[str], rounds: int) -> float:
     times = []
     for turn in range(rounds + 1):
         begin = time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        subprocess.run([*_PYTHON, *command], check=True, capture_output=True)
         if turn:
             times.append(time.perf_counter() - begin)
     return median(times)

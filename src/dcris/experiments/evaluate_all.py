@@ -119,6 +119,8 @@ def evaluate_all(
             )
             for table in tables
         }
+        if none_rule is not None and all(each.none_rule is None for each in protocols.values()):
+            get_protocol(next(iter(protocols.values())).name, none_rule)  # raises, and says why
         row: dict[str, Any] = {
             "name": system,
             "checkpoint": str(checkpoint),

@@ -16,6 +16,7 @@ from dcris.data.table import bad, check_text, field
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import BIOU, Score
 from dcris.evaluation.protocols import PROTOCOLS
+from dcris.evaluation.results import RULES
 from dcris.evaluation.video_protocols import VIDEO_PROTOCOLS
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.files import read_json
@@ -33,14 +34,6 @@ _MOST_RESULTS = 1000
 
 BLANK = "-"
 """A cell without a value."""
-
-_RULES: Mapping[str, Callable[[Any], str]] = {
-    "threshold": lambda value: f"threshold {value:g}",
-    "none_rule": lambda value: f"none by {value}",
-    "refine": lambda value: f"refined, {value}",
-    "strip_phrases": lambda value: "phrases stripped",
-}
-"""Fields of a result, besides the protocol, that change scores, and how they are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +251,7 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
     for key in keys:
         _number(record, key, path, where)
     rules = []
-    for key, named in _RULES.items():
+    for key, named in RULES.items():
         if key in record:
             if key != "threshold":
                 _text(record, key, path, where)
