@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import TinyRefer
 from dcris.cli import main
 from dcris.config import RunConfig, replace
 from dcris.errors import DcrisError
@@ -70,6 +71,18 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(module, "train_and_score", recording)
     return folders
+
+
+def planned_configs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Return a list of the configurations of the runs, which fail instead of training."""
+    configs: list[RunConfig] = []
+
+    def fail(run: Any, *_: Any) -> Any:
+        configs.append(run.config)
+        raise DcrisError("not trained")
+
+    monkeypatch.setattr(module, "train_and_score", fail)
+    return configs
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -136,6 +149,57 @@ def test_settings_change_all_rows() -> None:
         assert config.data.generate_phrases and config.data.image_size == 320
     with pytest.raises(DcrisError, match=r"unknown setting data\.magic"):
         study.changed({"data.magic": 1})
+    with pytest.raises(DcrisError, match=r"leave out --train\.seed and --train\.keep_last, .* --seeds"):
+        study.changed({"train.keep_last": 2, "train.seed": 7})
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "expected"),
+    [
+        ({"train.max_steps": 3}, {}, (3, 40)),
+        ({"train.epochs": 2}, {}, (None, 40)),
+        ({"train.max_steps": 3}, {"steps": 50}, (50, 40)),
+        ({"train.max_steps": 3}, {"epochs": 2}, (None, 40)),
+        ({"train.lr": 0.01}, {}, (100, 5)),
+    ],
+)
+def test_a_length_is_a_setting_of_all_rows(
+    settings: dict[str, Any],
+    length: dict[str, int],
+    expected: tuple[int | None, int],
+    scenes_root: Path,
+    tables: dict[str, Table],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trial of 3 steps must not train for the hours of the default; `--steps` comes first."""
+    planned = planned_configs(monkeypatch)
+    ablate(table_study("table9", "tiny").changed(settings), tmp_path, root=scenes_root, device="cpu", log=len, **length)
+    assert {(config.train.max_steps, config.train.warmup_steps) for config in planned} == {expected}
+
+
+def test_a_word_length_is_a_setting_of_all_rows(
+    tiny_refer: TinyRefer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phrases are cut where the user says, not where the data set's usually are."""
+    tiny_refer.dataset, tiny_refer.split_by = "refcocog", "umd"
+    root, planned = tiny_refer.write(), planned_configs(monkeypatch)
+    for settings in ({}, {"data.word_length": 9}):
+        study = recipe_study(["dcris_b", "lora_b"]).changed(settings)
+        ablate(study, tmp_path / "out", root=root, dataset="refcocog", seeds=(0,), device="cpu", log=len)
+    assert [config.data.word_length for config in planned] == [22, 22, 9, 9]
+
+
+def test_soft_masks_are_trained_with_a_threshold(tables: dict[str, Table], tmp_path: Path) -> None:
+    """The advice in the error of a soft mask can be followed."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    Image.linear_gradient("L").resize((20, 10)).save(tmp_path / "mask.png")
+    line = {"image": "a.png", "mask": "mask.png", "expressions": ["ring"]}
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps({**line, "split": split}) + "\n" for split in ("train", "val")))
+    words = ("ablate", "table9", "--recipe", "tiny", "--data", data, "--out", tmp_path / "out", "--seeds", 0)
+    words += ("--budget", "steps", "--train.max_steps", 1, "--device", "cpu", "--data.workers", 0)
+    assert main([str(word) for word in (*words, "--data.mask_threshold", 0.5)]) == 0
 
 
 def test_rows_of_table_3_leave_out_adapters() -> None:

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
 from functools import reduce
 from pathlib import Path
@@ -67,6 +67,8 @@ _TINY_REST = 10.0
 """Seconds of a tiny run besides its steps: building and evaluating the model."""
 _NO_EFFECT = ("workers", "log_every", "save_every", "keep_last", "trackers")
 """Settings that do not change results."""
+_DETERMINED = ("train.seed", "train.keep_last")
+"""Settings that each run gets from the study."""
 _POLL = 1.0  # seconds between checks of runs that other processes work on
 
 
@@ -85,6 +87,8 @@ class Study:
     """The names of each row in the table's columns."""
     steps: int | None = None
     """Length of a run with equal steps if none is given; None for the baseline's epochs."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Those that `changed` gave to all rows."""
 
     @property
     def default(self) -> RunConfig:
@@ -105,12 +109,20 @@ class Study:
         """Return the study with settings that all rows get.
 
         Raises:
-            DcrisError: a row has no such setting, or the value does not fit.
+            DcrisError: a row has no such setting, the value does not fit, or the study determines
+                it.
         """
+        if determined := [f"--{key}" for key in _DETERMINED if key in settings]:
+            raise DcrisError(
+                f"leave out {' and '.join(determined)}, which cannot be set for all rows; give the runs' seeds as --seeds"
+            )
         configs = tuple(
             replace(config, settings) if isinstance(config, RunConfig) else config for config in self.configs
         )
-        return replace_fields(self, configs=configs)
+        changed = replace_fields(self, configs=configs, settings={**self.settings, **settings})
+        if settings.keys().isdisjoint(("train.epochs", "train.max_steps")):
+            return changed
+        return replace_fields(changed, steps=changed.default.train.max_steps)
 
 
 def table_study(name: str, size: Size) -> Study:
@@ -307,10 +319,15 @@ class _Work:
         if root is None:
             self.table = load_references(self._scenes(), data.dataset)
         elif root.is_file():
-            self.table = load_references(root, dataset, split_by)
+            self.table = load_references(root, dataset, split_by, mask_threshold=data.mask_threshold)
         else:
             same = dataset in (None, data.dataset)
-            self.table = load_references(root, dataset or data.dataset, split_by or (data.split_by if same else None))
+            self.table = load_references(
+                root,
+                dataset or data.dataset,
+                split_by or (data.split_by if same else None),
+                mask_threshold=data.mask_threshold,
+            )
         self.checksum = self.table.sha256()
         self.splits = [split for split in self.table.splits() if split != data.train_split]
         if not self.splits:
@@ -362,7 +379,7 @@ class _Work:
             "data.dataset": self.table.dataset,
             "data.split_by": self.table.split_by,
         }
-        changes |= word_length_settings(changes, config.data.dataset)
+        changes |= word_length_settings({**self.study.settings, **changes}, config.data.dataset)
         if config.data.val_split not in {None, *self.splits}:
             changes["data.val_split"] = None
         changed = replace(config, changes)
