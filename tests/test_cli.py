@@ -25,6 +25,7 @@ from dcris import Segmenter
 from dcris.checkpoints.checkpoint import Checkpoint, list_checkpoints
 from dcris.cli import common, main
 from dcris.cli.train import configuration
+from dcris.config import load_config
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
 from dcris.recipes import RECIPES
@@ -578,6 +579,35 @@ def test_help_examples_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
             args.settings = [word.replace("train.lr", "train.lrr") for word in rest]
             with pytest.raises(DcrisError, match=r"train\.lrr"):
                 configuration(args)
+
+
+def test_settings_take_precedence_over_a_schedule(scenes_root: Path, tmp_path: Path) -> None:
+    """A trial of a published schedule with fewer epochs must not train for all of them."""
+    words = ("--schedule", "detris", "--train.epochs", 2, "--train.max_steps", 1, "--data.workers", 0)
+    assert dcris("train", "fixed_tiny", "--data", scenes_root, "--out", tmp_path, *words, "--device", "cpu") == 0
+    settings = load_config(tmp_path / "config.json").train
+    assert (settings.epochs, settings.milestones) == (2, (35, 55))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "key", "other"),
+    [
+        ("--batch-size", 4, "train.batch_size", 8),
+        ("--dataset", "scenes", "data.dataset", "refcoco"),
+        ("--split-by", "unc", "data.split_by", "null"),
+        ("--precision", "float32", "train.precision", "bfloat16"),
+        ("--from", "tiny", "train.start", "photos"),
+        ("--tracker", "wandb", "train.trackers", "[]"),
+        ("--on-bad-image", "skip", "data.on_bad_image", "stop"),
+        ("--mask-threshold", 0.5, "data.mask_threshold", 127),
+    ],
+)
+def test_an_option_and_a_setting_that_differ_are_refused(
+    option: str, value: object, key: str, other: object, scenes_root: Path, tmp_path: Path, capsys
+) -> None:
+    """One of both values would be ignored, and the user would compare runs that are equal."""
+    words = ("train", "fixed_tiny", "--data", scenes_root, "--out", tmp_path / "run", *QUICK[:2], "--device", "cpu")
+    assert f"{option} and --{key} give different values" in refused(capsys, *words, option, value, f"--{key}", other)
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> None:
 
 def configuration(args: argparse.Namespace) -> "RunConfig":
     """Return the run's configuration: the recipe, with the options and `--SECTION.FIELD VALUE`
-    settings applied.
+    settings applied. These settings take precedence over `--schedule`.
 
     Raises:
-        DcrisError: a setting is unknown or has a wrong value.
+        DcrisError: a setting is unknown or has a wrong value, or an option gives it another.
     """
     from dcris.config import load_config, replace
     from dcris.data.registry import VIDEO_SETS, word_length_settings
@@ -103,21 +103,27 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
 
     config = load_config(Path(args.recipe)) if args.recipe.endswith(".json") else get_recipe(args.recipe)
     settings = parse_settings(args.settings)
-    own = own_name(args.data, args)
-    for key, value in (
-        ("data.dataset", own or args.dataset),
-        ("data.split_by", args.split_by),
-        ("train.batch_size", None if args.batch_size == "auto" else args.batch_size),
-        ("train.precision", args.precision),
-        ("train.start", _start(args)),
-        ("train.trackers", args.tracker),
-        ("data.on_bad_image", args.on_bad_image),
-        ("data.mask_threshold", args.mask_threshold),
+    for option, key, value in (
+        ("--dataset", "data.dataset", args.dataset),
+        ("--split-by", "data.split_by", args.split_by),
+        ("--batch-size", "train.batch_size", None if args.batch_size == "auto" else args.batch_size),
+        ("--precision", "train.precision", args.precision),
+        ("--from", "train.start", args.start),
+        ("--tracker", "train.trackers", args.tracker),
+        ("--on-bad-image", "data.on_bad_image", args.on_bad_image),
+        ("--mask-threshold", "data.mask_threshold", args.mask_threshold),
     ):
-        if value is not None:
-            settings[key] = value
-    if args.schedule is not None:
-        settings |= {f"train.{key}": value for key, value in SCHEDULES[args.schedule].items()}
+        if value is None:
+            continue
+        if settings.setdefault(key, value) != value:
+            raise DcrisError(f"{option} and --{key} give different values; leave out one of them")
+    if (start := _start(args)) is not None:
+        settings["train.start"] = start
+    own = own_name(args.data, args)
+    if own is not None:
+        settings["data.dataset"] = own
+    schedule = SCHEDULES.get(args.schedule, {})
+    settings = {f"train.{key}": value for key, value in schedule.items()} | settings
     if own or settings.get("data.dataset", config.data.dataset) in VIDEO_SETS:
         settings["data.split_by"] = None
     return replace(config, settings | word_length_settings(settings, config.data.dataset))
