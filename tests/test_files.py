@@ -135,6 +135,18 @@ def test_folder_without_permission(tmp_path: Path) -> None:
         write_file(folder / "a.txt", "x")
 
 
+def test_a_run_whose_current_folder_was_deleted_writes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone tidies the folder that a training was started from; its checkpoints must not fail."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    write_directory(tmp_path / "checkpoint", lambda folder: (folder / "a").touch())
+    monkeypatch.chdir(tmp_path)
+    assert (tmp_path / "checkpoint/a").is_file()
+    with pytest.raises(DcrisError, match="current folder or above it"):
+        write_directory(tmp_path, lambda folder: None)
+
+
 def test_directory_is_replaced_whole(tmp_path: Path) -> None:
     """A checkpoint must not mix files of two steps."""
     path = tmp_path / "checkpoint"

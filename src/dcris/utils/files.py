@@ -329,9 +329,12 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         DcrisError: writing fails, or `path` is not a directory, or the current one or above it. An
             existing directory is then unchanged.
     """
-    here = Path.cwd()
-    if path.resolve() in (here, *here.parents):  # its processes would stay in the directory that it was
-        raise DcrisError(f"cannot write {path}: it is the current folder or above it; give the name of a new folder")
+    with suppress(OSError):  # the current folder may be gone, and `path` be elsewhere
+        here = Path.cwd()
+        if path.resolve() in (here, *here.parents):  # this process would stay in the folder that it was
+            raise DcrisError(
+                f"cannot write {path}: it is the current folder or above it; give the name of a new folder"
+            )
     make_directory(path.parent)
     require_replaceable(path, stat.S_ISDIR)
     temporary = _temporary(path)

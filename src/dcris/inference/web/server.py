@@ -211,16 +211,18 @@ def open_port(host: str, port: int, *, protected: bool) -> Iterator[tuple[socket
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
-            # At once, and not after the model is loaded: until then, another process could bind it,
-            # too.
-            listening.listen()
+            address, port = listening.getsockname()[:2]
+            allowed = protected or is_loopback(address)
+            if allowed:
+                # At once, and not after the model is loaded: until then, another process could bind
+                # it, too.
+                listening.listen()
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DcrisError(
                 f"cannot listen on {host}, port {port} ({reason}); choose another --port or --host"
             ) from error
-        address, port = listening.getsockname()[:2]
-        if not (protected or is_loopback(address)):
+        if not allowed:
             raise DcrisError(
                 f"--host {host} serves other machines too; set a password with {AUTH} or --auth USER:PASSWORD, or give "
                 "--no-auth"
