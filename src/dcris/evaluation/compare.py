@@ -99,13 +99,12 @@ def results_of(
 
 
 def _rules(path: Path, protocol: Protocol) -> dict[str, Any]:
-    """Return what a system's results are made with, besides the protocol, as in a result file."""
+    """Return what a system's results are made with, besides the protocol, as `rules_of` does."""
     if is_results_file(path):
         return rules_of(path)
     config = read_config(find_checkpoint(path))
-    rule = {} if protocol.none_rule is None else {"none_rule": protocol.none_rule.name}
     stripped = {"strip_phrases": config.data.strip_phrases} if strips(config.data, predicting=False) else {}
-    return {"threshold": protocol.threshold} | rule | stripped
+    return {"threshold": protocol.threshold} | stripped
 
 
 def _require_equal_rules(rules: Mapping[str, Mapping[str, Any]]) -> None:

@@ -100,13 +100,14 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
 
 def rules_of(path: Path) -> dict[str, Any]:
     """Return those of RULES that a file's results were made with; nothing for files of dcris before
-    2026-12, which do not say it.
+    2026-12, which do not say it. `none_rule` is left to `read_results`.
 
     Raises DcrisError if the file cannot be read, or its lines disagree.
     """
     found: dict[str, Any] | None = None
     for number, record in read_json_lines(path):
-        rules = {key: record[key] for key in RULES if key in record} if isinstance(record, dict) else {}
+        fields = record if isinstance(record, dict) else {}
+        rules = {key: fields[key] for key in RULES.keys() - {"none_rule"} if key in fields}
         if type(rules.get("threshold", 0)) not in (int, float):
             raise bad(path, f"line {number} has a 'threshold' that is not a number")
         if found is not None and rules != found:
