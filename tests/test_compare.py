@@ -189,9 +189,12 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"threshold": 0.5}, "threshold 0.35 and threshold 0.5"),
-        ({"refine": "guided"}, "no refine and refined, guided"),
-        ({"threshold": "high"}, "line 1 has a 'threshold' that is not a number"),
+        ({"threshold": 0.5}, "'threshold 0.35' and 'threshold 0.5'"),
+        ({"refine": "guided"}, "no refine and 'refined, guided'"),
+        ({"refine": "\x1b[31m" + "guided" * 100}, r"'refined, \x1b[31mguided"),
+        ({"refine": "guided" * 1000}, "line 1 has a 'refine' of 6,000 characters; the limit is 1,000"),
+        ({"protocol": "\x1b[31m"}, r"measured by protocol '\x1b[31m'"),
+        ({"threshold": "high"}, "line 1 has no number as 'threshold'"),
     ],
 )
 def test_results_of_other_settings_do_not_compare(
@@ -206,7 +209,9 @@ def test_results_of_other_settings_do_not_compare(
     for first in (one, trained_run):
         capsys.readouterr()
         assert dcris("compare", first, other, *where, "--dataset", "scenes") == 2
-        assert words in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert words in error
+        assert len(error) < 500
     # Files of before it was recorded compare, as they did.
     other.write_text("\n".join(json.dumps({key: line[key] for key in line if key != "threshold"}) for line in lines))
     assert dcris("compare", one, other, *where, "--dataset", "scenes") == 0

@@ -276,7 +276,7 @@ def test_results_of_a_file_have_their_presence(root: Path, tmp_path: Path, capsy
     path = tmp_path / "a.jsonl"
     assert evaluate(model, root, "--answers", str(path), "--out", str(tmp_path / "r.json")) == 0
     queries = all_queries(load_references(root, "own").split("test"))
-    results = read_results(path, queries, Cris())
+    results, _ = read_results(path, queries, Cris())
     expected, found = json.loads((tmp_path / "r.json").read_text())["confidence"], assess(results)
     assert found is not None
     assert found["present"]["auroc"] == pytest.approx(expected["present"]["auroc"])

@@ -375,7 +375,7 @@ def test_results_files_keep_boundaries(tmp_path: Path) -> None:
     results = scored(references, [np.roll(some, 1), nothing], protocol)
     queries = [(reference, reference.expressions[0]) for reference in references]
     write_results(tmp_path / "a.jsonl", results, protocol)
-    read = read_results(tmp_path / "a.jsonl", queries, protocol)
+    read, _ = read_results(tmp_path / "a.jsonl", queries, protocol)
     assert [each.overlap for each in read] == [each.overlap for each in results]
     write_results(tmp_path / "b.jsonl", results, get_protocol("lisa"))
     with pytest.raises(Exception, match="without Boundary IoU; leave out --boundary"):

@@ -132,6 +132,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
 
+_LONGEST = 1000
+"""Most characters of a name in a result file. Markdown pads a column to its longest cell."""
+
+_LARGEST = 1e18
+"""Of the numbers in a result file, among which are counts of operations."""
+
 _TYPE_NAMES = {
     int: "an integer",
     str: "text",
@@ -236,6 +242,22 @@ def check_text(text: str, path: Path, where: str, key: str) -> str:
     if not is_utf8(text):
         raise bad(path, f"{where} has a '{key}' that is not valid Unicode text: {text!r}")
     return text
+
+
+def short_text(record: Any, key: str, path: Path, where: str) -> str:
+    """Return a name from a file of unknown origin: `field` and `check_text`, and not too long."""
+    text = check_text(field(record, key, str, path, where), path, where, key)
+    if len(text) > _LONGEST:
+        raise bad(path, f"{where} has a '{key}' of {len(text):,} characters; the limit is {_LONGEST:,}")
+    return text
+
+
+def finite_number(record: Any, key: str, path: Path, where: str) -> float:
+    """Return a finite number from a file of unknown origin. Raises DcrisError if it is not one."""
+    value = record.get(key)
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:  # NaN is not
+        raise bad(path, f"{where} has no number as '{key}'")
+    return float(value)
 
 
 def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Iterable[Expression]:

@@ -15,6 +15,7 @@ import torch
 
 from dcris.checkpoints.checkpoint import find_checkpoint, load_checkpoint, read_config
 from dcris.data.dataset import Queries, cut_phrases
+from dcris.data.table import shown
 from dcris.data.tokenizer import strips, tokenizer_of
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import align, analyse, difference
@@ -22,7 +23,7 @@ from dcris.evaluation.evaluator import EvalResult, predict_queries
 from dcris.evaluation.metrics import STANDARD_METRICS, Metric, Score, summarise
 from dcris.evaluation.protocols import Protocol
 from dcris.evaluation.report.panels import first_on_distinct_images
-from dcris.evaluation.results import RULES, read_results, rules_of
+from dcris.evaluation.results import RULES, read_results
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
 from dcris.utils.streams import note
@@ -55,33 +56,15 @@ def is_results_file(path: Path) -> bool:
     return path.suffix == ".jsonl"
 
 
-def results_of(
+def _predict(
     path: Path,
     queries: Queries,
     protocol: Protocol,
-    *,
     device: torch.device,
-    precision: Precision | None = None,
-    data: str | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    precision: Precision | None,
+    progress: Callable[[int], None],
 ) -> list[EvalResult]:
-    """Return a system's results, read from its file or predicted by its model.
-
-    Args:
-        path: from `dcris.checkpoints.resolve.locate`, or a .jsonl file.
-        queries: what is evaluated.
-        protocol: of the evaluation; a file must have been measured by it.
-        device: where the model runs.
-        precision: working precision; that of the model's run by default.
-        data: checksum of the split; a note is printed for a file with another.
-        progress: called with the number of expressions done so far.
-
-    Raises:
-        DcrisError: if the system, an image or a mask cannot be read, or a file does not hold
-            exactly the results of these queries.
-    """
-    if is_results_file(path):
-        return read_results(path, queries, protocol, data)
+    """Return the results of a model."""
     model, config = load_checkpoint(path)
     if cut := cut_phrases(queries, config.data, tokenizer_of(config.model.text), ""):
         note(f"{path}: {cut}")
@@ -99,9 +82,7 @@ def results_of(
 
 
 def _rules(path: Path, protocol: Protocol) -> dict[str, Any]:
-    """Return what a system's results are made with, besides the protocol, as `rules_of` does."""
-    if is_results_file(path):
-        return rules_of(path)
+    """Return those of RULES, besides the protocol's, that a model's results will be made with."""
     config = read_config(find_checkpoint(path))
     stripped = {"strip_phrases": config.data.strip_phrases} if strips(config.data, predicting=False) else {}
     return {"threshold": protocol.threshold} | stripped
@@ -112,7 +93,7 @@ def _require_equal_rules(rules: Mapping[str, Mapping[str, Any]]) -> None:
     first, *others = [(name, each) for name, each in rules.items() if each] or [("", {})]
     for name, each in others:
         if key := next((key for key in RULES if each.get(key) != first[1].get(key)), None):
-            one, other = (RULES[key](some[key]) if key in some else f"no {key}" for some in (first[1], each))
+            one, other = (shown(RULES[key](some[key])) if key in some else f"no {key}" for some in (first[1], each))
             raise DcrisError(
                 f"{first[0]} and {name} do not compare: they were made with {one} and {other}; evaluate one of them again"
             )
@@ -131,27 +112,27 @@ def evaluate_systems(
     """Return all systems' results in one order.
 
     Args:
-        sources: each system's path by its name.
-        queries, protocol, device, precision, data: as in `results_of`.
+        sources: each system's path by its name: from `dcris.checkpoints.resolve.locate`, or a
+            .jsonl file.
+        queries: what is evaluated.
+        protocol: of the evaluation; a file must have been measured by it.
+        device: where models run.
+        precision: working precision; that of a model's run by default.
+        data: checksum of the split; a note is printed for a file with another.
         progress: called with a system's name and its number of expressions done so far.
 
     Raises:
-        DcrisError: as `results_of` does, or results do not compare: they were made with other
+        DcrisError: if a system, an image or a mask cannot be read, a file does not hold exactly the
+            results of these queries, or results do not compare: they were made with other
             thresholds, refinements or stripping of phrases.
     """
-    _require_equal_rules({name: _rules(path, protocol) for name, path in sources.items()})
-    found: dict[str, list[EvalResult]] = {}
     # Files come first, so that an error in one is reported before a model has run for hours.
-    for name, path in sorted(sources.items(), key=lambda item: not is_results_file(item[1])):
-        found[name] = results_of(
-            path,
-            queries,
-            protocol,
-            device=device,
-            precision=precision,
-            data=data,
-            progress=partial(progress, name),
-        )
+    read = {name: read_results(at, queries, protocol, data) for name, at in sources.items() if is_results_file(at)}
+    found = {name: results for name, (results, _) in read.items()}
+    _require_equal_rules({name: read[name][1] if name in read else _rules(sources[name], protocol) for name in sources})
+    for name, at in sources.items():
+        if name not in found:
+            found[name] = _predict(at, queries, protocol, device, precision, partial(progress, name))
     first = found[next(iter(sources))]
     return {name: align(found[name], first) for name in sources}
 

@@ -19,7 +19,7 @@ from typing import Any
 from dcris.data.dataset import Queries
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import bad, field
+from dcris.data.table import bad, field, finite_number, short_text, shown
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap
@@ -98,29 +98,26 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
     return {**record, "segmentation": dict(result.prediction)}
 
 
-def rules_of(path: Path) -> dict[str, Any]:
-    """Return those of RULES that a file's results were made with; nothing for files of dcris before
-    2026-12, which do not say it. `none_rule` is left to `read_results`.
+def rules_of(record: Mapping[str, Any], path: Path, where: str) -> dict[str, Any]:
+    """Return those of RULES that a record of unknown origin was made with.
 
-    Raises DcrisError if the file cannot be read, or its lines disagree.
+    Raises DcrisError, with `path` and `where`, for a value that is not a number or a short text.
     """
-    found: dict[str, Any] | None = None
-    for number, record in read_json_lines(path):
-        fields = record if isinstance(record, dict) else {}
-        rules = {key: fields[key] for key in RULES.keys() - {"none_rule"} if key in fields}
-        if type(rules.get("threshold", 0)) not in (int, float):
-            raise bad(path, f"line {number} has a 'threshold' that is not a number")
-        if found is not None and rules != found:
-            raise bad(path, f"line {number} was made with other settings than line 1 ({', '.join(RULES)})")
-        found = rules
-    return found if found and "threshold" in found else {}
+    checks = {key: finite_number if key == "threshold" else short_text for key in RULES if key in record}
+    return {key: check(record, key, path, where) for key, check in checks.items()}
 
 
-def read_results(path: Path, queries: Queries, protocol: Protocol, data: str | None = None) -> list[EvalResult]:
+def read_results(
+    path: Path, queries: Queries, protocol: Protocol, data: str | None = None
+) -> tuple[list[EvalResult], dict[str, Any]]:
     """Read the results of these queries from a file of `write_results`, in the queries' order.
 
     Pixel counts are taken from the file and not computed again. A note is printed if the file was
     measured on a split with another checksum, because masks may have changed.
+
+    Returns:
+        The results, and those of RULES that they were made with; none of these for files of dcris
+        before 2026-12, which do not say it.
 
     Args:
         path: the file.
@@ -130,9 +127,9 @@ def read_results(path: Path, queries: Queries, protocol: Protocol, data: str | N
 
     Raises:
         DcrisError: with file and line, if the file cannot be read, was measured by another protocol
-            or does not hold exactly one result for each query.
+            or does not hold exactly one result for each query, or its lines disagree in RULES.
     """
-    lines = _by_sentence(path)
+    lines, rules = _by_sentence(path)
     if data is not None and any(record.get("data_sha256", data) != data for _, record in lines.values()):
         note(f"{path} was measured on a split with another checksum; evaluate again if its masks have changed")
     results = []
@@ -148,19 +145,23 @@ def read_results(path: Path, queries: Queries, protocol: Protocol, data: str | N
             f"{path} has a result for sentence {next(iter(lines))}, which is not in this split; it is of another data "
             "set or split"
         )
-    return results
+    return results, rules if "threshold" in rules else {}
 
 
-def _by_sentence(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Read a file's lines: each sent_id's line number (as "line N") and record."""
+def _by_sentence(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """Read a file's lines: each sent_id's line number (as "line N") and record; and their rules."""
     lines: dict[int, tuple[str, dict[str, Any]]] = {}
+    rules: dict[str, Any] = {}
     for number, record in read_json_lines(path):
         where = f"line {number}"
         sent_id = field(record, "sent_id", int, path, where)
         if sent_id in lines:
             raise bad(path, f"{where} repeats sentence {sent_id} of {lines[sent_id][0]}")
-        lines[sent_id] = where, record
-    return lines
+        found = rules_of(record, path, where)
+        if lines and found != rules:
+            raise bad(path, f"{where} was made with other settings than line 1 ({', '.join(RULES)})")
+        lines[sent_id], rules = (where, record), found
+    return lines, rules
 
 
 def _result(
@@ -170,21 +171,21 @@ def _result(
     named = field(record, "ref_id", int, path, where), field(record, "phrase", str, path, where)
     if named != (reference.ref_id, expression.text):
         raise DcrisError(
-            f"{path}, {where}: sentence {expression.sent_id} is {named[1]!r} of reference {named[0]}, but "
+            f"{path}, {where}: sentence {expression.sent_id} is {shown(named[1])} of reference {named[0]}, but "
             f"{expression.text!r} of reference {reference.ref_id} in this data set; the file is of another data set"
         )
     measured = field(record, "protocol", str, path, where)
     if measured != protocol.name:
         raise DcrisError(
-            f"{path}, {where}: measured by protocol {measured!r}, not {protocol.name!r}; give --protocol {measured} "
+            f"{path}, {where}: measured by protocol {shown(measured)}, not {protocol.name!r}; give that --protocol "
             "or evaluate again"
         )
     if protocol.none_rule is not None:
         rule = field(record, "none_rule", str, path, where)
         if rule != protocol.none_rule.name:
             raise DcrisError(
-                f"{path}, {where}: measured with the rule {rule!r} for absent targets, not {protocol.none_rule.name!r}; give "
-                f"--none-rule {rule} or evaluate again"
+                f"{path}, {where}: measured with the rule {shown(rule)} for absent targets, not "
+                f"{protocol.none_rule.name!r}; give that --none-rule or evaluate again"
             )
     curve = field(record, "curve", list, path, where) if "curve" in record else []
     if len(curve) not in (0, len(CURVE_THRESHOLDS)):

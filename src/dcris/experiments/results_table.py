@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from dcris.data.table import bad, check_text, field
+from dcris.data.table import bad, field, finite_number, short_text
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import BIOU, Score
 from dcris.evaluation.protocols import PROTOCOLS
-from dcris.evaluation.results import RULES
+from dcris.evaluation.results import RULES, rules_of
 from dcris.evaluation.video_protocols import VIDEO_PROTOCOLS
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.files import read_json
@@ -25,10 +25,6 @@ from dcris.utils.text_tables import Mark, comma_separated, latex, markdown, rank
 
 Format = Literal["markdown", "latex", "csv"]
 FORMATS: tuple[Format, ...] = ("markdown", "latex", "csv")
-_LARGEST = 1e18
-"""Of the numbers in a result file, among which are counts of operations."""
-_LONGEST = 1000
-"""Most characters of a name in a result file. Markdown pads a column to its longest cell."""
 _MOST_RESULTS = 1000
 """Most results in a file. The columns of a table are compared with each other."""
 
@@ -223,8 +219,8 @@ def read_row(content: Any, path: Path) -> SystemResults:
             raise _twice(measure, path)
         records[measure] = record
     values = field(content, "cost", dict, path, "the file")
-    cost = {key: _number(values, key, path, "its 'cost'") for key in values}
-    name = _text(content, "name", path, "the file")
+    cost = {key: finite_number(values, key, path, "its 'cost'") for key in values}
+    name = short_text(content, "name", path, "the file")
     if not records:
         raise bad(path, "it has no results; evaluate again")
     return SystemResults(name, records, cost)
@@ -240,7 +236,7 @@ def _twice(measure: Measure, path: Path) -> DcrisError:
 def _measure(record: Any, path: Path, where: str) -> Measure:
     """Check a result, and return what it measures."""
     dataset, split_by, split, protocol, _ = (
-        _text(record, key, path, where) for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
+        short_text(record, key, path, where) for key in ("dataset", "split_by", "split", "protocol", "data_sha256")
     )
     if protocol not in PROTOCOLS and protocol not in VIDEO_PROTOCOLS:
         known = ", ".join([*PROTOCOLS, *VIDEO_PROTOCOLS])
@@ -249,33 +245,14 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
     if protocol in PROTOCOLS:
         keys += ["threshold", *([BIOU.key] if BIOU.key in record else [])]
     for key in keys:
-        _number(record, key, path, where)
-    rules = []
-    for key, named in RULES.items():
-        if key in record:
-            if key != "threshold":
-                _text(record, key, path, where)
-            rules.append((key, named(record[key])))
-    return Measure(dataset, split_by, split, protocol, tuple(rules))
+        finite_number(record, key, path, where)
+    rules = tuple((key, RULES[key](value)) for key, value in rules_of(record, path, where).items())
+    return Measure(dataset, split_by, split, protocol, rules)
 
 
 def _metrics(protocol: str) -> Sequence[Score]:
     """Return the scores of a protocol of images or videos."""
     return PROTOCOLS[protocol].metrics if protocol in PROTOCOLS else VIDEO_PROTOCOLS[protocol].metrics
-
-
-def _text(record: Any, key: str, path: Path, where: str) -> str:
-    text = check_text(field(record, key, str, path, where), path, where, key)
-    if len(text) > _LONGEST:
-        raise bad(path, f"{where} has a '{key}' of {len(text):,} characters; the limit is {_LONGEST:,}")
-    return text
-
-
-def _number(record: Any, key: str, path: Path, where: str) -> float:
-    value = record.get(key)
-    if type(value) not in (int, float) or not abs(value) <= _LARGEST:  # NaN is not
-        raise bad(path, f"{where} has no number as '{key}'")
-    return float(value)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -385,9 +362,9 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
                 )
             place = Path(system.name)
             for group in groups:
-                name = _text(group, "name", place, "a category")
+                name = short_text(group, "name", place, "a category")
                 size = field(group, "expressions", int, place, f"the category {name}")
-                sums[name] = sums.get(name, 0.0) + size * _number(group, key, place, f"the category {name}")
+                sums[name] = sums.get(name, 0.0) + size * finite_number(group, key, place, f"the category {name}")
                 counts[name] = counts.get(name, 0) + size
         columns.append({name: total / max(1, counts[name]) for name, total in sums.items()})
     lines = tuple(
