@@ -184,10 +184,11 @@ def test_a_word_length_is_a_setting_of_all_rows(
     """Phrases are cut where the user says, not where the data set's usually are."""
     tiny_refer.dataset, tiny_refer.split_by = "refcocog", "umd"
     root, planned = tiny_refer.write(), planned_configs(monkeypatch)
-    for settings in ({}, {"data.word_length": 9}):
+    named = {"data.dataset": "refcocog", "data.split_by": "umd"}
+    for settings, dataset in (({}, "refcocog"), ({"data.word_length": 9}, "refcocog"), (named, None)):
         study = recipe_study(["dcris_b", "lora_b"]).changed(settings)
-        ablate(study, tmp_path / "out", root=root, dataset="refcocog", seeds=(0,), device="cpu", log=len)
-    assert [config.data.word_length for config in planned] == [22, 22, 9, 9]
+        ablate(study, tmp_path / "out", root=root, dataset=dataset, seeds=(0,), device="cpu", log=len)
+    assert [config.data.word_length for config in planned] == [22, 22, 9, 9, 22, 22]
 
 
 def test_soft_masks_are_trained_with_a_threshold(tables: dict[str, Table], tmp_path: Path) -> None:

@@ -117,7 +117,10 @@ class Study:
                 f"leave out {' and '.join(determined)}, which cannot be set for all rows; give the runs' seeds as --seeds"
             )
         configs = tuple(
-            replace(config, settings) if isinstance(config, RunConfig) else config for config in self.configs
+            replace(config, {**settings, **word_length_settings(settings, config.data.dataset)})
+            if isinstance(config, RunConfig)
+            else config
+            for config in self.configs
         )
         changed = replace_fields(self, configs=configs, settings={**self.settings, **settings})
         if settings.keys().isdisjoint(("train.epochs", "train.max_steps")):
