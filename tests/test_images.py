@@ -106,6 +106,34 @@ def test_sixteen_bits_keep_their_upper_half(tmp_path):
     assert np.array_equal(read_image(path)[0, :, 2], [0, 1, 128, 255])
 
 
+@pytest.mark.parametrize("ending", ["png", "pgm", "tif"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_in_every_format(tmp_path, ending, order):
+    """The threshold of a big-endian TIFF and a PGM was a share of their greatest value instead of
+    65,535, so pixels of low probability became the object; a dark PGM was brightened.
+    """
+    values = np.array([[0, 1_000, 30_000]], np.uint16)
+    path = tmp_path / f"a.{ending}"
+    if ending == "tif":
+        mode = "I;16" if order == "<u2" else "I;16B"
+        Image.frombytes(mode, (3, 1), values.astype(order).tobytes()).save(path)
+    else:
+        cv2.imwrite(str(path), values)
+    assert read_image(path)[0, :, 0].tolist() == [0, 1_000 >> 8, 30_000 >> 8]
+    assert read_mask_image(path, 0.4).tolist() == [[0, 0, 1]]
+    assert read_mask_image(path, 0.5).tolist() == [[0, 0, 0]]
+    assert read_mask_image(path, 900).tolist() == [[0, 1, 1]]
+
+
+@given(values=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_the_greatest_of_32_bits_becomes_255(values):
+    """Rounding made it 254 for one greatest value in eight."""
+    greatest = max(255, *values)
+    image = to_rgb(Image.fromarray(np.array([values], np.int32)))
+    assert image[0, :, 0].tolist() == [value * 255 // greatest for value in values]
+
+
 def test_transparency_is_laid_on_white(tmp_path, photo):
     """The colour of a transparent pixel is arbitrary, mostly black."""
     half = np.dstack([photo, np.full((30, 40), 255, np.uint8)])

@@ -215,7 +215,8 @@ def read_mask_image(source: Path | bytes, threshold: float | None = None) -> NDA
         if mode not in ("1", "L", "P", "I", "F", "LA", "PA", "RGBA") and not mode.startswith("I;16"):
             mode = "RGB"
         pixel = np.asarray(image.crop((0, 0, 1, 1)).convert(mode))
-        values = _upright(image, pixel.shape[2:], pixel.dtype, lambda band: np.asarray(band.convert(mode)))
+        dtype = np.uint16 if _has_16_bits(image) else pixel.dtype
+        values = _upright(image, pixel.shape[2:], dtype, lambda band: np.asarray(band.convert(mode)))
     if values.shape[2:] in ((2,), (4,)):
         values[(values[..., -1] == 0) | ~values[..., :-1].any(axis=2)] = 0
     name = "the image of the mask" if isinstance(source, bytes) else str(source)
@@ -609,11 +610,19 @@ def _upright(image: Image.Image, channels: tuple[int, ...], dtype: Any, convert:
     return upright
 
 
+def _has_16_bits(image: Image.Image) -> bool:
+    """Return whether the values of an image are 0 to 65,535, in any byte order.
+
+    Pillow reads PGM files of more than 8 bits so, but as 32-bit integers.
+    """
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     image.load()  # for TIFF, this applies the orientation and removes its tag
     if image.mode == "F":
         raise DcrisError("it has floating-point pixels of unknown range; save it with 8 bits per channel")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips values above 255
+    if _has_16_bits(image):  # Pillow's own conversion clips values above 255
         return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band) >> 8)[..., None])
     if image.mode == "I":
         least, greatest = cast(tuple[int, int], image.getextrema())
@@ -621,8 +630,8 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
             raise DcrisError(
                 "it has negative pixels, or 32-bit ones of 2,147,483,648 or more; save it with 8 bits per channel"
             )
-        scale = 255 / max(255, greatest)
-        return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band) * scale)[..., None])
+        scale = max(255, greatest)
+        return _upright(image, (3,), np.uint8, lambda band: (np.asarray(band, np.int64) * 255 // scale)[..., None])
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         return _upright(image, (3,), np.uint8, _on_white)
     return _upright(image, (3,), np.uint8, lambda band: np.asarray(band.convert("RGB")))
