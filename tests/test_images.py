@@ -151,6 +151,20 @@ def test_transparency_is_laid_on_white(tmp_path, photo):
     assert read_image(_save(tmp_path, "g.png", grey))[..., 0].tolist() == [[90, 255]]
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_a_transparent_colour_is_background_of_a_mask(tmp_path, mode):
+    """PNG optimisers replace an alpha channel by one transparent colour; if that is white, the mask
+    was read inside out or refused.
+    """
+    pixels = np.full((4, 5, 4), (255, 255, 255, 0), np.uint8)
+    pixels[1:3, 1:3] = (200, 0, 0, 255) if mode == "RGB" else (0, 0, 0, 255)
+    whole = _save(tmp_path, "whole.png", Image.fromarray(pixels))
+    image = Image.fromarray(pixels[..., :3]).convert(mode)
+    optimised = _save(tmp_path, "optimised.png", image, transparency=(255, 255, 255) if mode == "RGB" else 255)
+    assert np.array_equal(read_image(optimised), read_image(whole))
+    assert np.array_equal(read_mask_image(optimised), read_mask_image(whole))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "CMYK", "YCbCr", "HSV", "LA", "La", "RGBA", "RGBa"])
 def test_pillow_images_of_every_mode_become_rgb(mode):
     """Callers may pass images of any mode."""

@@ -212,6 +212,8 @@ def read_mask_image(source: Path | bytes, threshold: float | None = None) -> NDA
     with _opened(source) as image:
         image.load()
         mode = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)
+        if "transparency" in image.info:  # one colour is transparent, instead of an alpha channel
+            mode = {"1": "LA", "L": "LA", "RGB": "RGBA"}.get(mode, mode)
         if mode not in ("1", "L", "P", "I", "F", "LA", "PA", "RGBA") and not mode.startswith("I;16"):
             mode = "RGB"
         pixel = np.asarray(image.crop((0, 0, 1, 1)).convert(mode))
