@@ -168,6 +168,15 @@ def test_a_small_file_cannot_take_gigabytes(tmp_path: Path, table: Callable[[], 
         load_references(tmp_path, "refcoco")
 
 
+def test_a_footer_cannot_claim_values_that_it_lacks(tmp_path: Path) -> None:
+    """A file of 25 bytes that claims a list of numbers took memory and time without a bound."""
+    footer = bytes([0x99, 0xF7, 0xC0, 0x84, 0x3D, 0])  # field 9, a list of a million doubles
+    content = b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    root = _write(tmp_path, "refcoco", {"validation.parquet": content})
+    with pytest.raises(DcrisError, match=r"not a whole Parquet file .*cut short"):
+        load_references(root, "refcoco")
+
+
 def test_a_pipe_is_refused(tmp_path: Path) -> None:
     """Opening a pipe would block for ever."""
     (tmp_path / "refcoco").mkdir()

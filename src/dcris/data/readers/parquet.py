@@ -347,6 +347,8 @@ class _ThriftReader:
         if kind in (7, 8):
             size = 8 if kind == 7 else self.number()
             self.at += size
+            if self.at > len(self.data):  # a list may claim any number of such values
+                raise ValueError("its footer is cut short")
             return self.data[self.at - size : self.at]
         if kind in (9, 10):
             head = self.data[self.at]
