@@ -150,6 +150,18 @@ def test_masks_that_are_missing_or_of_another_size(prepared):
         load_references(root, "refcocog")
 
 
+def test_a_damaged_mask_is_one_problem_among_others(prepared):
+    """`data check` stopped at the first image whose first mask was damaged, and listed nothing."""
+    original, root = prepared
+    path = root / "masks/refcocog_u/10.png"
+    path.write_bytes(path.read_bytes()[:20])
+    report = check_dataset(root, "refcocog")
+    assert "10.png" in report.problems[0]
+    assert sum(references for references, _ in report.splits.values()) == len(original.references) - 1
+    with pytest.raises(DcrisError, match=r"cannot read the image .*10\.png"):
+        load_references(root, "refcocog")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

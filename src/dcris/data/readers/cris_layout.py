@@ -52,10 +52,10 @@ def _split_files(root: Path, folder: str) -> list[Path]:
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
     """Read a data set in the layout of CRIS; see Reader.load.
 
-    The size of an image is that of its first mask, read from the header: masks have the annotated
-    size, so an image that was resized later is detected, and the images need not exist to read the
-    table. Every mask must exist; its own size is checked when it is decoded. Annotations have no
-    identifiers in this layout, so the ann_id is the ref_id.
+    The size of an image is that of its first usable mask, read from the header: masks have the
+    annotated size, so an image that was resized later is detected, and the images need not exist to
+    read the table. Every mask must exist; its own size is checked when it is decoded. Annotations
+    have no identifiers in this layout, so the ann_id is the ref_id.
     """
     folder = _find_folders(root, dataset, split_by)[split_by]
     masks = root / "masks" / folder
@@ -84,25 +84,26 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     images = find_images(root, {entry.split: entry.image for entry in reversed(entries)}.values())
     numbers = image_ids(entry.image for entry in entries)
     sizes: dict[str, tuple[int, int]] = {}
+    references: list[Reference] = []
     for entry in entries:
-        if entry.image not in sizes:
-            sizes[entry.image] = image_size(masks / entry.mask)
-    references = tuple(
-        Reference(
-            ref_id=entry.ref_id,
-            ann_ids=(entry.ref_id,),
-            image_id=numbers[entry.image],
-            image_path=images.path(entry.image),
-            image_size=sizes[entry.image],
-            category=entry.category,
-            split=entry.split,
-            segmentations=(masks / entry.mask,),
-            expressions=entry.expressions,
-        )
-        for entry in entries
-    )
+        with skip_errors(on_error):
+            if entry.image not in sizes:
+                sizes[entry.image] = image_size(masks / entry.mask)
+            references.append(
+                Reference(
+                    ref_id=entry.ref_id,
+                    ann_ids=(entry.ref_id,),
+                    image_id=numbers[entry.image],
+                    image_path=images.path(entry.image),
+                    image_size=sizes[entry.image],
+                    category=entry.category,
+                    split=entry.split,
+                    segmentations=(masks / entry.mask,),
+                    expressions=entry.expressions,
+                )
+            )
     name, _ = _FOLDERS.get(folder, (dataset, ""))
-    return ReferenceTable(name, split_by, root, references)
+    return ReferenceTable(name, split_by, root, tuple(references))
 
 
 class _Entry:
