@@ -250,7 +250,7 @@ def test_single_failures_are_named_at_the_end(
     assert "3 of 16 images could not be obtained: " in complaint
     assert f"{_name(3)} (HTTP 404 Not Found)" in complaint
     assert f"{_name(9)} (the received image is 9x7 pixels, but the annotations are for 40x29)" in complaint
-    assert f"{_name(11)} (the received file is not an image" in complaint
+    assert f"{_name(11)} (the received file is not a whole image" in complaint
     assert str(tmp_path / IMAGE_FOLDER) in complaint
     assert len(_files(tmp_path)) == COUNT - 3
     served.content = content
@@ -293,6 +293,17 @@ def test_responses_without_length_or_end(
         f"1 of 16 images could not be obtained: {_name(2)} (the received file has more than 60,000 bytes)" in complaint
     )
     assert _name(1) in _files(tmp_path)
+
+
+def test_half_an_image_is_not_kept(served: ImageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a response has no length, a broken connection looks like its end: half an image was
+    written, counted as complete, and stopped the training later.
+    """
+    served.faults[f"/train2014/{_name(1)}"] = [(0, {"Content-Length": ""})]
+    complaint = _refused(capsys, _fetch(tmp_path))
+    assert f"1 of 16 images could not be obtained: {_name(1)} (the received file is not a whole image" in complaint
+    assert _fetch(tmp_path) == 0
+    assert check_dataset(tmp_path, "refcoco", deep=True).problem_count == 0
 
 
 def test_ctrl_c_leaves_whole_files_and_the_same_command_continues(

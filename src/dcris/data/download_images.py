@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 
 from dcris.data.coco import NAMINGS, rename_image
-from dcris.data.images import image_size
+from dcris.data.images import image_size, read_image
 from dcris.errors import DcrisError
 from dcris.utils.files import expand_home, open_zip, read_bytes, write_file
 from dcris.utils.http import HTTP_ERRORS, TooLargeError, get, is_url, reason_of
@@ -88,7 +88,8 @@ def download_images(
 ) -> list[str]:
     """Copy images from a source, several at a time.
 
-    Each image's size is compared with the annotated one, and its file is written atomically. On an
+    Each image is decoded, its size is compared with the annotated one, and its file is written
+    atomically. On an
     interruption, images in progress are finished first.
 
     Args:
@@ -110,8 +111,10 @@ def download_images(
         content = source.read(image.name, stop)
         try:
             height, width = image_size(content)
+            if (height, width) == image.size:
+                read_image(content)  # of a response without a length, the end may be missing
         except DcrisError as error:
-            raise UnavailableError(f"the received file is not an image: {error}") from error
+            raise UnavailableError(f"the received file is not a whole image: {error}") from error
         if (height, width) != image.size:
             raise UnavailableError(
                 f"the received image is {width}x{height} pixels, but the annotations are for {image.size[1]}x{image.size[0]}"
