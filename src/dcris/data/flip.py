@@ -26,6 +26,10 @@ def _words(listed: str) -> frozenset[str]:
 # Abbreviations and misspellings of the sides, and words whose meaning changes in a mirrored image.
 _AMBIGUOUS = _words("l r lt rt lft lef rgt rigth rite lefty righty clockwise counterclockwise anticlockwise east west")
 
+# Words that contain a side ("topleft", "leftguy") are ambiguous, but not these.
+_GLUED = re.compile("left|right")
+_NO_SIDE = _words("bright brighter brightest brightly upright alright copyright leftover leftovers cleft")
+
 # In "right now" and "left alone" the word is not a side. The lists apply to both words, so that
 # swapping twice gives the original.
 _NOT_A_SIDE_AFTER = _words("all has have had been being is are was were gets got get")
@@ -54,6 +58,8 @@ def swap_sides(phrase: str) -> str | None:
             return None
         opposite = _OPPOSITE.get(word.lower())
         if opposite is None:
+            if _GLUED.search(word.lower()) and word.lower() not in _NO_SIDE:
+                return None
             continue
         before = words[place - 1].group().lower() if place else ""
         after = words[place + 1].group().lower() if place + 1 < len(words) else ""
