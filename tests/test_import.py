@@ -187,6 +187,15 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
     assert said(table) == [(1, ["a cup"])]
 
 
+def test_an_apostrophe_inside_a_category_is_part_of_its_name(export: Export) -> None:
+    """One that stood before a hyphen was taken for a spreadsheet's mark, and the category was not
+    found in the export.
+    """
+    export.content["categories"][1]["name"] = "kids'-toy"
+    table, _ = export.load("category,phrase\nkids'-toy,a toy\n")
+    assert (1, ["a toy"]) in said(table)
+
+
 @pytest.mark.parametrize(
     ("phrases", "sentence"),
     [

@@ -22,7 +22,7 @@ _MAX_BYTES = 50_000_000
 _MAX_ROWS = 1_000_000
 """Limit on its rows."""
 
-_FORMULA = re.compile(r"'(?=[=+\-@\t\r])")
+_FORMULA = re.compile(r"^'(?=[=+\-@\t\r])")
 """The mark before a cell that a spreadsheet would take for a formula."""
 
 
