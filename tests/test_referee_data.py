@@ -618,6 +618,20 @@ def test_refcocom_is_downloaded_with_its_images(hub: Hub, tmp_path: Path) -> Non
     assert check_dataset(root, "refcoco-m").problem_count == 0
 
 
+def test_an_interrupted_download_of_refcocom_is_continued(hub: Hub, tmp_path: Path) -> None:
+    """Once its references were written, the rest of the images was requested from COCO's server."""
+    name, rows = "data/validation-00000-of-00001.parquet", refcocom_rows()
+    image = rows[1]["image"]
+    rows[1]["image"] = image | {"bytes": b"not an image"}
+    hub.push("datasets/moondream/refcoco-m", {name: parquet(rows)})
+    fetch = ["data", "fetch", "refcoco-m", "--out", str(tmp_path / "data"), "--photographs", str(tmp_path)]
+    assert main(fetch) == 2
+    rows[1]["image"] = image
+    hub.push("datasets/moondream/refcoco-m", {name: parquet(rows)})
+    assert main(fetch) == 0
+    assert check_dataset(tmp_path / "data", "refcoco-m").problem_count == 0
+
+
 def test_gseval_is_downloaded_with_coco_images(hub: Hub, tmp_path: Path) -> None:
     source = write_gseval(tmp_path / "source")
     name = "GroundingSuite-Eval.jsonl"

@@ -178,21 +178,20 @@ def _fetch_annotations(
     records, content = images_to_refer(files) if dataset == "refcoco-m" else to_refer(files, dataset)
     folder = root / dataset
     # Check before anything is written.
-    refer_layout.read_records(records, folder, refer_layout.Instances.read(content, folder, root))
+    references = refer_layout.read_records(records, folder, refer_layout.Instances.read(content, folder, root))
     content = {"info": {"description": f"{dataset} ({split_by}) from {repo} on the Hub", "version": commit}, **content}
-    # In this order, an interruption leaves annotations without references, not references without
-    # annotations.
+    # In this order, an interruption leaves annotations or images without references, not references
+    # without annotations; the same command then starts here again.
     write_file(folder / "instances.json", json.dumps(content))
-    write_file(folder / f"refs({split_by}).p", pickle.dumps(records, protocol=2))
-    table = refer_layout.load(root, dataset, split_by)
     if dataset == "refcoco-m":
-        _write_images(files, table)
-    return table
+        _write_images(files, references)
+    write_file(folder / f"refs({split_by}).p", pickle.dumps(records, protocol=2))
+    return refer_layout.load(root, dataset, split_by)
 
 
-def _write_images(files: Mapping[Path, str], table: ReferenceTable) -> None:
+def _write_images(files: Mapping[Path, str], references: Sequence[Reference]) -> None:
     """Write the images in the Parquet files of RefCOCO-M that do not exist."""
-    missing = {each.image_path.name: each for each in table.references if not _image_exists(each)}
+    missing = {each.image_path.name: each for each in references if not _image_exists(each)}
     for path in files:
         for name, content in embedded_images(path):
             if (reference := missing.get(name)) is not None:
