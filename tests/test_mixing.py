@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import TinyRefer
 from dcris.data.check import check_dataset
 from dcris.data.mixing import Mixture, mix, parse_mixture
 from dcris.data.readers.load import has_references, load_references
@@ -158,6 +159,12 @@ def test_other_names_are_single_sets(name: str) -> None:
 def test_malformed_names_are_refused(name: str) -> None:
     with pytest.raises(DcrisError, match="is not a list of different data sets"):
         parse_mixture(name)
+
+
+def test_two_names_of_one_data_set_are_refused(tiny_refer: TinyRefer) -> None:
+    """Each of its references would count twice. A partition may be omitted where there is one."""
+    with pytest.raises(DcrisError, match="not a list of different data sets: it names tiny toy twice"):
+        load_references(tiny_refer.write(), "mixed:tiny,tiny(toy)")
 
 
 def test_the_published_mixture_has_its_published_size() -> None:

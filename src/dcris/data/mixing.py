@@ -63,9 +63,13 @@ def load_mixture(root: Path, name: str, mixture: Mixture, load: Load, has: Has) 
     """Read the data sets of a mixture below `root` and combine them.
 
     The val and test splits of all known partitions that `has` finds below `root` are held out,
-    whether they are in the mixture or not. Raises DcrisError as `load` does.
+    whether they are in the mixture or not. Raises DcrisError as `load` does, or if two names are
+    those of one data set.
     """
     tables = [load(root, *member) for member in mixture.members]
+    titles = [_title(table) for table in tables]
+    if twice := next((title for number, title in enumerate(titles) if title in titles[:number]), None):
+        raise DcrisError(f"{name!r} is not a list of different data sets: it names {twice} twice; leave one out")
     others = [
         load(root, dataset, split_by)
         for dataset, split_by in (PARTITIONS if mixture.filtered else ())
