@@ -117,6 +117,14 @@ def test_a_download_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         as_pixels(io.BytesIO(bytes(2000)))
 
 
+def test_a_server_that_redirects_in_circles_is_one_sentence() -> None:
+    """Python's description has several lines."""
+    with ImageServer(faults={"/a.png": [(302, {"Location": "/a.png"})] * 30}) as server:
+        with pytest.raises(DcrisError, match=r"a\.png \(HTTP 302 .*; check the address") as caught:
+            as_pixels(f"{server.url}/a.png")
+        assert "\n" not in str(caught.value)
+
+
 def test_a_server_that_sends_byte_by_byte_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, but the image would not be there before tomorrow."""
     monkeypatch.setattr(http, "_MOST_SECONDS", 0.3)

@@ -81,8 +81,9 @@ def get(
 
 
 def reason_of(error: Exception) -> str:
-    """Describe an error of `get` in a few words."""
-    if isinstance(error, HTTPError):
-        return f"HTTP {error.code} {error.reason}"
+    """Describe an error of `get` in a few words, on one line."""
     cause = error.reason if isinstance(error, URLError) else error
-    return str(getattr(cause, "strerror", None) or cause) or type(cause).__name__
+    text = str(getattr(cause, "strerror", None) or cause)
+    if isinstance(error, HTTPError):
+        text = f"HTTP {error.code} {text}"
+    return " ".join(text.split()) or type(cause).__name__
