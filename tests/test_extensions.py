@@ -271,6 +271,12 @@ def test_a_side_inside_a_word_is_not_mirrored(phrase: str) -> None:
     assert swap_sides(phrase) is None
 
 
+@pytest.mark.parametrize("phrase", ["\uff4ceft cup", "\uff32IGHT cup", "&#108;eft cup"])
+def test_a_side_that_only_tokenizers_read_is_not_mirrored(phrase: str) -> None:
+    """They read "left cup"; mirrored, that expression described another cup."""
+    assert swap_sides(phrase) is None
+
+
 @given(st.one_of(st.text(max_size=30), st.lists(st.sampled_from(PHRASES.split()), max_size=8).map(" ".join)))
 def test_swapping_twice_changes_nothing(phrase: str) -> None:
     """Swapping twice gives the expression back, with as many words."""

@@ -8,6 +8,8 @@ expressions together with their images: that costs a little variety and never gi
 
 import re
 
+from dcris.data.tokenizer import clean_text
+
 _PAIRS = (
     ("left", "right"),
     ("leftmost", "rightmost"),
@@ -27,7 +29,7 @@ def _words(listed: str) -> frozenset[str]:
 _AMBIGUOUS = _words("l r lt rt lft lef rgt rigth rite lefty righty clockwise counterclockwise anticlockwise east west")
 
 # Words that contain a side ("topleft", "leftguy") are ambiguous, but not these.
-_GLUED = re.compile("left|right")
+_SIDE = re.compile("left|right")
 _NO_SIDE = _words("bright brighter brightest brightly upright alright copyright leftover leftovers cleft")
 
 # In "right now" and "left alone" the word is not a side. The lists apply to both words, so that
@@ -49,6 +51,8 @@ def swap_sides(phrase: str) -> str | None:
     An expression without a side is returned unchanged. Swapping twice gives the original. Capitals
     are kept ("Left", "LEFT").
     """
+    if len(_SIDE.findall(clean_text(phrase))) != len(_SIDE.findall(phrase.lower())):
+        return None  # tokenizers read a side in wide letters or HTML entities
     parts: list[str] = []
     end = 0
     words = list(_WORD.finditer(phrase))
@@ -58,7 +62,7 @@ def swap_sides(phrase: str) -> str | None:
             return None
         opposite = _OPPOSITE.get(word.lower())
         if opposite is None:
-            if _GLUED.search(word.lower()) and word.lower() not in _NO_SIDE:
+            if _SIDE.search(word.lower()) and word.lower() not in _NO_SIDE:
                 return None
             continue
         before = words[place - 1].group().lower() if place else ""
