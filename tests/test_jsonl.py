@@ -159,6 +159,15 @@ def test_an_empty_mask_is_still_a_problem(folder: Path) -> None:
     assert ["reference 2" in report.problems[0], "reference 3" in report.problems[1]] == [True, True]
 
 
+def test_an_empty_mask_is_a_problem_beside_any_id(folder: Path) -> None:
+    """A mask of `masks` has a negative number of its own; where a line's `id` was equal, `data
+    check` took the mask for one that it had checked.
+    """
+    Image.new("L", (W, H), 0).save(folder / "empty.png")
+    record = {"image": "img/1.jpg", "masks": ["empty.png"], "expressions": ["it"]}
+    assert check_dataset(write(folder, line(id=-1), record), None).problem_count == 1
+
+
 def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
     """The file may be given as the root, whatever the data set of the recipe."""
     path = write(folder, line(), line(split="val"))

@@ -138,7 +138,7 @@ def _check_files(
             if progress is not None:
                 progress(len(image_problems))
     problem_of = dict(zip(first_references, image_problems, strict=True))
-    annotations: set[int] = set()
+    checked: set[int] = set()
     stretched: list[str] = []
     for reference in table.references:
         where = f"reference {reference.ref_id}"
@@ -153,9 +153,9 @@ def _check_files(
             except DcrisError as error:
                 report.add_problem(f"{where}: the ignored pixels: {error}")
         for ann_id, segmentation in zip(reference.ann_ids, reference.segmentations, strict=True):
-            if ann_id in annotations:
+            if id(segmentation) in checked:  # several references of gRefCOCO have the same object
                 continue
-            annotations.add(ann_id)
+            checked.add(id(segmentation))
             try:
                 if not mask_area(segmentation, reference.image_size):
                     report.add_problem(f"{where}: the mask of annotation {ann_id} is empty; remove the reference")
