@@ -89,8 +89,7 @@ def download_images(
     """Copy images from a source, several at a time.
 
     Each image is decoded, its size is compared with the annotated one, and its file is written
-    atomically. On an
-    interruption, images in progress are finished first.
+    atomically. On an interruption, images in progress are finished first.
 
     Args:
         images: what to copy.
