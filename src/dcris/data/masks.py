@@ -67,6 +67,23 @@ def union_mask(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> 
     return mask
 
 
+def summed_mask(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:
+    """Decode the union of several objects to a mask [H, W] bool, as code that adds the masks of an
+    object's polygons and compares with 1: pixels in two polygons of one object are background.
+
+    Raises DcrisError as `decode_mask` does.
+    """
+    _require_decodable(size)
+    mask = np.zeros(size, bool)
+    for segmentation in segmentations:
+        parts = [[polygon] for polygon in segmentation] if isinstance(segmentation, list) else [segmentation]
+        covered = np.zeros(size, np.uint8)
+        for part in parts:
+            covered += decode_mask(part, size)
+        mask |= covered == 1
+    return mask
+
+
 def true_mask(
     reference: Reference,
     expression: Expression,

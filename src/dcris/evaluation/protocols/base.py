@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dcris.data.masks import true_mask, union_mask
+from dcris.data.masks import summed_mask, true_mask, union_mask
 from dcris.data.transforms import Transform
 from dcris.evaluation.metrics import BIOU, STANDARD_METRICS, Metric, Overlap
 from dcris.evaluation.none_rules import NoneRule
@@ -53,6 +53,9 @@ class Protocol(ABC):
     canvas: ClassVar[int | None] = None
     """Side of the square on which masks are compared; None compares them at the image's own
     size."""
+    sums_polygons: ClassVar[bool] = False
+    """Whether pixels in two polygons of one object are background, as in code that adds the masks
+    of the polygons and compares with 1; otherwise polygons are united."""
     blanks: ClassVar[bool] = True
     """Whether "none" replaces the predicted mask by an empty one, and an empty mask says "none".
     Otherwise the rule alone decides, and the union remains that with the predicted mask."""
@@ -124,7 +127,8 @@ class Protocol(ABC):
     def rasterise(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:
         """Return the union of objects in an image of `size` (H, W), on the pixels that are
         compared."""
-        return self.to_canvas(union_mask(segmentations, size).astype(bool))
+        draw = summed_mask if self.sums_polygons else union_mask
+        return self.to_canvas(draw(segmentations, size).astype(bool))
 
     def judge(
         self,

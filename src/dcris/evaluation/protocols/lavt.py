@@ -13,7 +13,8 @@ class Lavt(Protocol):
     """Protocol of LAVT: masks are compared on a square of 480 pixels.
 
     LAVT takes the greater of two class scores, which for one logit is a probability above 0.5. The
-    true mask is resized to the square by nearest neighbour.
+    true mask is resized to the square by nearest neighbour. Source: test.py and
+    data/dataset_refer_bert.py of LAVT-RIS.
     """
 
     threshold: float = 0.5
@@ -22,6 +23,7 @@ class Lavt(Protocol):
     metrics = INCLUSIVE_METRICS
     interpolate_logits = True
     canvas = 480
+    sums_polygons = True
 
     @staticmethod
     def resampling(transform: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102

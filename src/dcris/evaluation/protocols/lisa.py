@@ -1,14 +1,12 @@
 """The protocol of LISA."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dcris.data.masks import decode_mask
 from dcris.evaluation.metrics import CIOU, MIOU, Overlap
 from dcris.evaluation.protocols.refer import Refer
-from dcris.types import Expression, MaskArray, Reference, Segmentation
+from dcris.types import Expression, Reference
 
 _GIOU = replace(
     MIOU,
@@ -24,24 +22,13 @@ class Lisa(Refer):
     """Protocol of LISA, GSVA and others for RefCOCO and ReasonSeg: masks as those of models on SAM,
     gIoU and cIoU without the pixels of ignored regions.
 
-    Two empty masks have IoU 1. Of an object in several polygons, LISA sums the polygons' masks and
-    compares with 1, so that pixels of two polygons count as background; other protocols unite them.
-    Source: validate in train_ds.py, ValDataset in utils/dataset.py and intersectionAndUnionGPU in
-    utils/utils.py of LISA.
+    Two empty masks have IoU 1. Source: validate in train_ds.py, ValDataset in utils/dataset.py and
+    intersectionAndUnionGPU in utils/utils.py of LISA.
     """
 
     name = "lisa"
     metrics = (_GIOU, CIOU)
-
-    def rasterise(self, segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:  # noqa: D102
-        mask = np.zeros(size, bool)
-        for segmentation in segmentations:
-            parts = [[polygon] for polygon in segmentation] if isinstance(segmentation, list) else [segmentation]
-            covered = np.zeros(size, np.uint8)
-            for part in parts:
-                covered += decode_mask(part, size)
-            mask |= covered == 1
-        return mask
+    sums_polygons = True
 
     def judge(  # noqa: D102
         self,

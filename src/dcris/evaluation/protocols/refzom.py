@@ -12,13 +12,15 @@ _ACC = replace(N_ACC, key="acc", title="Acc")
 @dataclass(frozen=True)
 class RefZom(Lavt):
     """Protocol of Ref-ZOM (DMMI): that of LAVT, on whose code it is built, for the expressions that
-    have a target, and the share of the others for which no pixel is predicted.
+    have a target, and the share of the others for which no pixel is predicted. Unlike in LAVT,
+    polygons are united.
 
-    Source: test.py of RIS-DMMI.
+    Source: test.py and refer/refer.py of RIS-DMMI.
     """
 
     none_rule: NoneRule | None = ANY_PIXEL
     name = "refzom"
+    sums_polygons = False
     metrics = (
         of_targets(OIOU),
         of_targets(MIOU),

@@ -62,8 +62,8 @@ class RRefcoco(Protocol):
     with corners aligned. Expressions without a target are measured on the square. A reference
     without expressions of one kind is left out of the means over this kind. Precision is the share
     of the expressions with a target whose IoU is at least the limit; the authors' code compares the
-    limit with a running sum instead. Source: utils/validation.py and model/refsegformer.py of
-    robust-ref-seg.
+    limit with a running sum instead. Source: utils/validation.py, dataset/ReferDataset.py and
+    model/refsegformer.py of robust-ref-seg.
     """
 
     threshold: float = 0.5
@@ -78,6 +78,7 @@ class RRefcoco(Protocol):
         *(of_targets(precision(limit, inclusive=True)) for limit in PRECISION_THRESHOLDS),
     )
     interpolate_logits = True
+    sums_polygons = True
 
     @staticmethod
     def resampling(transform: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:  # noqa: D102
