@@ -260,6 +260,18 @@ def test_a_mask_of_more_than_two_values_needs_a_threshold(tmp_path, kind, ending
     assert (found & DISC).sum() / (found | DISC).sum() > (0.85 if kind == "soft edges" else 0.999)
 
 
+def test_a_mask_in_which_polygons_overlap_as_cris_stores_it(tmp_path):
+    """Its script multiplies the sum of the polygons' masks by 255 in 8 bits. In data that were
+    prepared for CRIS or DETRIS, one object in 150 has such a mask, which stopped the evaluation."""
+    path = tmp_path / "mask.png"
+    polygons = DISC.astype(np.uint8) + np.roll(DISC, 5, 0) + np.roll(DISC, 8, 1)
+    Image.fromarray(polygons * np.uint8(255)).save(path)
+    assert set(np.unique(np.asarray(Image.open(path)))) == {0, 253, 254, 255}
+    np.testing.assert_array_equal(decode_mask(path, (40, 50)), polygons > 0)
+    assert mask_area(path, (40, 50)) == np.count_nonzero(polygons)
+    assert decode_mask(SoftMask(path, 254), (40, 50)).sum() == np.count_nonzero(polygons == 1)
+
+
 @pytest.mark.parametrize("quality", [75, 95, 100])
 def test_a_mask_saved_as_jpeg_needs_a_threshold(tmp_path, quality):
     """Compression creates values near 0 around the object, which would all count."""

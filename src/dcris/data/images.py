@@ -238,11 +238,17 @@ def read_label_image(source: Path | bytes) -> NDArray[np.uint8]:
         return _upright(image, (), np.uint8, lambda band: np.asarray(band, np.uint8))
 
 
+_SUMMED = 250
+"""Least value of an object in masks of CRIS's tools/data_process.py, which adds the masks of its
+polygons and multiplies by 255 in 8 bits: 254 where two overlap, 253 where three do."""
+
+
 def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:
     """Convert the values of a mask image to [H, W] uint8 of 0 and 1.
 
     A mask with soft edges or saved as JPEG, a probability map and a map of several objects have
-    more than two values. Which of them belong to the object is unknown, so a threshold is required.
+    more than two values. Which of them belong to the object is unknown, so a threshold is required;
+    not for 8-bit values that are all 0 or nearly 255, as in masks of CRIS.
 
     Args:
         values: [H, W] or [H, W, C]; 0 is background. With two or four channels, the last one is
@@ -262,6 +268,8 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
     value = values[np.unravel_index(found.argmax(), found.shape)]
     same = values == value
     if np.array_equal(found, same.all(axis=2) if values.ndim == 3 else same):
+        return found.astype(np.uint8)
+    if threshold is None and values.dtype == np.uint8 and values[found].min() >= _SUMMED:
         return found.astype(np.uint8)
     if threshold is None:
         raise DcrisError(
