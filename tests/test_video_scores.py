@@ -568,8 +568,21 @@ def test_results_compare_with_paired_intervals(
     (tmp_path / "c.json").write_text(json.dumps({"protocol": "cris", "miou": 50.0}))
     assert main(["compare", str(better), str(tmp_path / "c.json")]) == 2
     assert "is not a result of videos" in capsys.readouterr().err
-    assert main(["compare", str(better), str(worse), "--images", "x"]) == 2
-    assert "--images shows images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--protocol ref-youtube-vos", "--split train", "--dataset mevis", "--boundary", "--none-rule head", "--images x"],
+)
+def test_result_files_are_not_measured_in_another_way(
+    option: str, two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who asks for davis-by-label must not take the scores of another protocol for it."""
+    capsys.readouterr()
+    assert main(["compare", *map(str, two), *option.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{option.split()[0]} is for images; leave it out" in captured.err
 
 
 def test_a_long_name_in_a_result_takes_its_own_memory(two: tuple[Path, Path]) -> None:

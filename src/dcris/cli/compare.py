@@ -19,6 +19,12 @@ from dcris.cli.common import (
 )
 from dcris.errors import DcrisError
 
+_OF_IMAGES = (
+    *("data", "dataset", "split_by", "split", "protocol", "none_rule", "boundary", "mask_threshold", "precision"),
+    *("out", "images", "sent_ids", "phrases", "rows"),
+)
+"""Arguments that are for images."""
+
 
 def add(commands: Any) -> None:
     """Add the command's parser."""
@@ -37,6 +43,7 @@ def add(commands: Any) -> None:
         "result files of `dcris score --out`, which need none of the following options",
     )
     evaluation_arguments(compare, data_required=False)
+    compare.set_defaults(split=None, protocol=None)  # to tell whether they were given for videos
     compare.add_argument(
         "--names", nargs="+", metavar="NAME", help="names of the systems (default: parts of their paths)"
     )
@@ -76,9 +83,11 @@ def _compare_videos(args: argparse.Namespace) -> None:
     from dcris.evaluation.compare import as_latex, as_text, name_systems
     from dcris.evaluation.video_results import compare_videos
 
-    for option in ("out", "images", "sent_ids", "phrases", "rows"):
-        if getattr(args, option) is not None:
-            raise DcrisError(f"--{option.replace('_', '-')} shows images; leave it out for result files of videos")
+    for option in _OF_IMAGES:
+        if (value := getattr(args, option)) is not None and value is not False:
+            raise DcrisError(
+                f"--{option.replace('_', '-')} is for images; leave it out: result files of videos state what they measure"
+            )
     names = name_systems(args.systems, args.names or ())
     comparison, protocol = compare_videos(dict(zip(names, map(Path, args.systems), strict=True)))
     if args.json:
@@ -109,6 +118,7 @@ def _compare_images(args: argparse.Namespace) -> None:
 
     if args.data is None:
         raise DcrisError("the data set is missing; give --data ROOT")
+    args.split, args.protocol = args.split or "val", args.protocol or "cris"
     names = name_systems(args.systems, args.names or ())
     protocol, device = get_protocol(args.protocol, args.none_rule, args.boundary), choose_device(args.device)
     paths = [Path(each) if is_results_file(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
