@@ -215,6 +215,19 @@ def test_systems_are_ranked_in_each_category(tmp_path: Path, capsys: pytest.Capt
     assert (toprule, header) == (r"\toprule", r"Category & Expressions & a & b \\")  # no empty row between them
 
 
+def test_results_without_categories_are_no_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty table, or a complaint about splits that are equal, does not say what is wrong."""
+    of_references = row(tmp_path, "robust", record("val", 70.0, "rrefcoco", "rrefcoco", none_rule="any-pixel"))
+    assert dcris("table", of_references, "--by-category") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no result has a mean IoU by category" in captured.err
+    groups = {"by_category": [{"name": "cat", "expressions": 2, "miou": 50.0}]}
+    one, other = (row(tmp_path, f"at {at}", record("val", 70.0, threshold=at, analysis=groups)) for at in (0.35, 0.4))
+    assert dcris("table", one, other, "--by-category") == 2
+    assert "on different splits or by other rules" in capsys.readouterr().err
+
+
 def test_a_folder_has_the_costs_of_any_of_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ours"
     folder.mkdir()

@@ -339,14 +339,15 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
     by `rrefcoco`, which averages over references.
 
     Raises:
-        DcrisError: a system has no scores by category, or another set of splits than the first.
+        DcrisError: a system has no scores by category, or another set of splits and rules than the
+            first.
     """
     columns, counts = [], dict[str, int]()
     for system in systems:
         if system.records.keys() != systems[0].records.keys():
             raise DcrisError(
-                f"{systems[0].name} and {system.name} were measured on different splits, so their scores by category do not "
-                "compare; give result files of the same splits"
+                f"{systems[0].name} and {system.name} were measured on different splits or by other rules, so their scores by "
+                "category do not compare; give result files of the same splits, protocols and thresholds"
             )
         sums: dict[str, float] = {}
         counts = {}
@@ -367,6 +368,10 @@ def category_table(systems: Sequence[SystemResults]) -> ResultTable:
                 sums[name] = sums.get(name, 0.0) + size * finite_number(group, key, place, f"the category {name}")
                 counts[name] = counts.get(name, 0) + size
         columns.append({name: total / max(1, counts[name]) for name, total in sums.items()})
+    if not counts:
+        raise DcrisError(
+            "no result has a mean IoU by category, which those of videos, of rrefcoco and without any target lack; give others"
+        )
     lines = tuple(
         Line((name, f"{counts[name]:,}"), tuple(column.get(name) for column in columns)) for name in sorted(counts)
     )
