@@ -10,9 +10,11 @@ import pytest
 
 from dcris.cli import main
 from dcris.data.check_videos import VideoReport, check_videos
+from dcris.data.video_readers.load import load_videos
 from dcris.errors import DcrisError
 from referee import picture
 from video_layouts import (
+    DAVIS_FRAMES,
     WRITERS,
     YOUTUBE_FRAMES,
     H,
@@ -168,6 +170,23 @@ def test_frames_and_objects_beside_the_lists_are_warnings(tmp_path: Path) -> Non
     report, text = _check(root, "ref_davis17")
     assert "valid: 1 videos have objects without an expression; the official evaluation counts them" in text
     assert report.problem_count == 0
+
+
+def test_a_frame_of_davis_without_an_image_is_missing(tmp_path: Path) -> None:
+    """No file lists the frames of DAVIS: a video of which only a part was unpacked was checked, and
+    scored, without the others. Files that macOS adds to a copy are no frames."""
+    root = write_davis(tmp_path)
+    frames, masks = (
+        root / f"ref-davis/DAVIS/{kind}/480p/motorbike" for kind in ("JPEGImages", "Annotations_unsupervised")
+    )
+    (frames / "00002.jpg").unlink()
+    (masks / "00003.png").unlink()
+    for folder, name in ((frames, "._00001.jpg"), (masks, "._00001.png")):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    _, text = _check(root, "ref_davis17")
+    assert f"1 of 4 frames of video 'motorbike' are missing, the first {frames / '00002.jpg'}" in text
+    assert str(masks / "00003.png") in text
+    assert load_videos(root, "ref_davis17", "valid").expressions[0].frames == tuple(DAVIS_FRAMES)
 
 
 def test_deep_decodes_frames(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
     misspelt: set[str] = set()
     if (home := _original(root, split)) is not None:
         frames, labels = home / "DAVIS/JPEGImages/480p", home / "DAVIS/Annotations_unsupervised/480p"
-        expressions = list(_from_texts(home, split, frames, misspelt, on_error))
+        expressions = list(_from_texts(home, split, frames, labels, misspelt, on_error))
     else:
         home = _converted(root, split)
         assert home is not None
@@ -64,7 +64,7 @@ def load(root: Path, split: str, on_error: OnError | None = None) -> VideoSet:
 
 
 def _from_texts(
-    home: Path, split: str, frames: Path, misspelt: set[str], on_error: OnError | None
+    home: Path, split: str, frames: Path, labels: Path, misspelt: set[str], on_error: OnError | None
 ) -> Iterator[VideoExpression]:
     names = home / f"DAVIS/ImageSets/2017/{_SPLITS[split]}.txt"
     texts = [_read_texts(home / "davis_text_annotations" / name, misspelt, on_error) for name in _TEXTS]
@@ -78,10 +78,13 @@ def _from_texts(
             seen.add(video)
             if plain_path(video, names, f"line {number}", "name") != video or "/" in video:
                 raise bad(names, f"line {number} is not the name of a video: {shown(video)}")
-            yield from _of_video(home, video, [each.get(video, {}) for each in texts], frames / video)
+            of_video = [each.get(video, {}) for each in texts]
+            yield from _of_video(home, video, of_video, frames / video, labels / video)
 
 
-def _of_video(home: Path, video: str, texts: list[dict[str, str]], folder: Path) -> Iterator[VideoExpression]:
+def _of_video(
+    home: Path, video: str, texts: list[dict[str, str]], folder: Path, labels: Path
+) -> Iterator[VideoExpression]:
     """Yield the expressions of a video; expression 4 * k + a is text a of object k."""
     objects = sorted(texts[0], key=int)
     for name, each in zip(_TEXTS, texts, strict=True):
@@ -90,7 +93,9 @@ def _of_video(home: Path, video: str, texts: list[dict[str, str]], folder: Path)
                 home / "davis_text_annotations" / name,
                 f"it has texts for {_listed(each)} of video {shown(video)}, and {_TEXTS[0]} for {_listed(texts[0])}",
             )
-    found = sorted(path.stem for path in folder.glob("*.jpg"))
+    # Of both folders: no list names the frames, and one that was not unpacked would go unnoticed.
+    files = (*folder.glob("*.jpg"), *labels.glob("*.png"))
+    found = sorted({path.stem for path in files if not path.name.startswith(".")})
     if not found:
         raise DcrisError(f"there are no frames in {folder}; unpack DAVIS-2017-Unsupervised-trainval-480p.zip again")
     for place, target in enumerate(objects):
