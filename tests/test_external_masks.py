@@ -130,18 +130,44 @@ def _square(tiny_refer):
     return reference, reference.expressions[0]
 
 
+@pytest.mark.parametrize("protocol", ["cris", "lavt", "grefcoco", "refzom"])
 def test_results_of_a_model_keep_their_scores(
-    trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    protocol: str, scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`dcris score` gives the same scores as `dcris evaluate` for the same masks."""
+    """`dcris score` gives the same scores as `dcris evaluate` for the same masks, also where these
+    are compared on a square: at the size of the image, they would have others."""
     out = tmp_path / "answers.jsonl"
-    words = ["evaluate", trained_run, "--data", scenes_root, "--split", "test", "--answers", out, "--device", "cpu"]
-    assert main([str(word) for word in words]) == 0
+    rule = ["--protocol", protocol, *(["--none-rule", "pixels:50"] if protocol in ("grefcoco", "refzom") else [])]
+    words = ["evaluate", "tiny", "--data", scenes_root, "--split", "test", "--answers", out, "--device", "cpu"]
+    assert main([str(word) for word in [*words, *rule, "--boundary"]]) == 0
     theirs = json.loads(capsys.readouterr().out)
-    ours = score_line(capsys, scenes_root, out)
+    ours = score_line(capsys, scenes_root, out, *rule, "--boundary")
     unknown = {"weights_sha256", "precision", "device", "threads"}
     assert {key for key in theirs if ours[key] is None} == unknown
     assert {key: ours[key] for key in theirs.keys() - unknown} == {key: theirs[key] for key in theirs.keys() - unknown}
+    if protocol == "lavt":  # masks of another protocol's square are not those of this
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert decode_mask(lines[0]["compared"], (480, 480)).shape == (480, 480)
+        others = [{key: value for key, value in line.items() if key != "compared"} for line in lines]
+        plain = tmp_path / "plain.jsonl"
+        plain.write_text("\n".join(map(json.dumps, others)))
+        same = (score_line(capsys, scenes_root, path, "--protocol", "refzom") for path in (out, plain))
+        assert len({json.dumps({**each, "predictions": ""}) for each in same}) == 1
+        plain.write_text("\n".join(map(json.dumps, [{**lines[0], "compared": lines[0]["segmentation"]}, *lines[1:]])))
+        arguments = [
+            "score",
+            plain,
+            "--data",
+            scenes_root,
+            "--dataset",
+            "scenes",
+            "--split",
+            "test",
+            "--protocol",
+            "lavt",
+        ]
+        assert main([str(word) for word in arguments]) == 2
+        assert "line 1 has a 'compared' that cannot be decoded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

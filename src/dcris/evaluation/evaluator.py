@@ -53,6 +53,9 @@ class EvalResult:
     """Probability that the target is present, in 0..1; None if the model has no presence head."""
     score: float | None = None
     """As that of dcris.inference.prediction.Prediction; None if the probabilities are unknown."""
+    compared: Mapping[str, Any] | None = None
+    """The predicted mask on the square on which the protocol compares masks, as COCO run lengths;
+    None in protocols that compare them at the image's size, and if it is unknown or not kept."""
 
     def mask(self) -> MaskArray:
         """Decode the predicted mask [H, W] at the image's size.
@@ -178,10 +181,11 @@ def _predict_task(
         score = mean_inside(probabilities, protocol.own_threshold) if present is None else present
         pixels, query = int(truth.sum()), (reference, expression)
         overlap, *curve = (protocol.judge(each, pixels, query, present, score) for each in counted)
-        mask = None
+        mask = compared = None
         if predicted is not None and keep_masks:
             mask = encode_mask(measured.from_canvas(predicted, reference.image_size))
-        yield EvalResult(reference, expression, overlap, mask, tuple(curve), present, score)
+            compared = None if measured.canvas is None else encode_mask(predicted)
+        yield EvalResult(reference, expression, overlap, mask, tuple(curve), present, score, compared)
 
 
 def mean_inside(probabilities: Tensor, threshold: float) -> float:

@@ -6,7 +6,7 @@ Masks have the size of their image, one for each expression, identified by its `
   polygons);
 - an .npz file of arrays [H, W] named by sent_id, with two values;
 - a file of JSON Lines (.jsonl) with such entries, as `dcris evaluate --answers` writes it: its
-  masks are scored again.
+  masks are scored again, by the protocol that measured them on the pixels that this compared.
 
 Where the data set's own files call an expression otherwise (PhraseCut's task_id, RefSegRS's id,
 ReasonSeg's file name), PNG files and arrays may have that name. Entries may have GSEval's keys,
@@ -41,6 +41,8 @@ from dcris.utils.files import open_zip, read_json, read_json_lines
 _LONGEST_HEADER = 16_384
 """Bytes read of an .npy file's header; numpy accepts headers of up to 10,000 characters."""
 
+_KEPT = ("segmentation", "present", "score", "protocol", "compared")
+"""Fields of an entry that are kept in memory."""
 
 Key = int | str
 """A sent_id, or the name of an expression."""
@@ -92,6 +94,15 @@ class PredictedMasks(ABC):
             DcrisError: if it cannot be read or has another size.
         """
 
+    def compared(self, key: Key, protocol: Protocol) -> MaskArray | None:
+        """Return a mask on the canvas of the protocol that measured it; None if that is another one
+        or unknown.
+
+        Raises:
+            DcrisError: if it cannot be decoded.
+        """
+        return None
+
     def confidence(self, key: Key, kind: str) -> float | None:
         """Return the `present` or `score` of a mask; None if the format has none.
 
@@ -130,7 +141,7 @@ class _Records(PredictedMasks):
             sent_id = field(record, "idx" if theirs else "sent_id", int, path, where)
             if sent_id in self.records:
                 raise bad(path, f"{where} repeats sentence {sent_id} of {self.records[sent_id][0]}")
-            kept: dict[str, Any] = {key: record[key] for key in ("segmentation", "present", "score") if key in record}
+            kept: dict[str, Any] = {key: record[key] for key in _KEPT if key in record}
             if "segmentation" not in record and "predicted_segmentation" in record:
                 kept["segmentation"] = record["predicted_segmentation"]
             self.records[sent_id] = where, kept
@@ -146,10 +157,19 @@ class _Records(PredictedMasks):
             return np.zeros(size, bool)
         if type(segmentation) not in (list, dict):
             raise bad(self.path, f"{where} has no 'segmentation' in run lengths or polygons")
+        return self._decode(segmentation, size, where, "segmentation")
+
+    def compared(self, key: Key, protocol: Protocol) -> MaskArray | None:
+        where, record = self.records[key]
+        if protocol.canvas is None or record.get("protocol") != protocol.name or "compared" not in record:
+            return None
+        return self._decode(record["compared"], (protocol.canvas, protocol.canvas), where, "compared")
+
+    def _decode(self, segmentation: Any, size: tuple[int, int], where: str, name: str) -> MaskArray:
         try:
             return decode_mask(segmentation, size).astype(bool)
         except DcrisError as error:
-            raise bad(self.path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
+            raise bad(self.path, f"{where} has a '{name}' that cannot be decoded ({error})") from error
 
     def confidence(self, key: Key, kind: str) -> float | None:
         where, record = self.records[key]
@@ -274,7 +294,9 @@ def score_masks(
         targets, size = reference.targets(expression), reference.image_size
         key, mask = masks.find(expression, size) or (None, np.zeros(size, bool))
         truth = protocol.truth(reference, expression)
-        compared = protocol.for_target(bool(targets)).to_canvas(mask)
+        measures = protocol.for_target(bool(targets))
+        compared = None if key is None else masks.compared(key, measures)
+        compared = measures.to_canvas(mask) if compared is None else compared
         counted = overlap(compared, truth.mask, truth.ignored)
         if protocol.boundary:
             counted = with_boundary(counted, compared, truth.mask, truth.ignored)

@@ -7,7 +7,8 @@ made with and, if known, `curve`: a pair of intersection and union for each of
 metrics.CURVE_THRESHOLDS, `present`, the probability that the target is present, and `score`, that
 of the mask. Protocols with absent targets add `none_rule`, the name of their rule, `none`, whether
 the prediction says "none", and the same as a third number in each entry of `curve`. With Boundary
-IoU, `boundary` is the pair of intersection and union of the boundaries.
+IoU, `boundary` is the pair of intersection and union of the boundaries. Protocols that compare
+masks on a square add `compared`, the mask there, so that it can be scored again exactly.
 """
 
 import json
@@ -95,6 +96,8 @@ def _record(result: EvalResult, protocol: Protocol, data: str | None) -> dict[st
         ]
     if result.prediction is None:
         raise ValueError("the masks of these results were not kept; evaluate with keep_masks=True")
+    if result.compared is not None:
+        record["compared"] = dict(result.compared)
     return {**record, "segmentation": dict(result.prediction)}
 
 
