@@ -154,19 +154,8 @@ def test_results_of_a_model_keep_their_scores(
         same = (score_line(capsys, scenes_root, path, "--protocol", "refzom") for path in (out, plain))
         assert len({json.dumps({**each, "predictions": ""}) for each in same}) == 1
         plain.write_text("\n".join(map(json.dumps, [{**lines[0], "compared": lines[0]["segmentation"]}, *lines[1:]])))
-        arguments = [
-            "score",
-            plain,
-            "--data",
-            scenes_root,
-            "--dataset",
-            "scenes",
-            "--split",
-            "test",
-            "--protocol",
-            "lavt",
-        ]
-        assert main([str(word) for word in arguments]) == 2
+        words = ["score", plain, "--data", scenes_root, "--dataset", "scenes", "--split", "test", "--protocol", "lavt"]
+        assert main([str(word) for word in words]) == 2
         assert "line 1 has a 'compared' that cannot be decoded" in capsys.readouterr().err
 
 
