@@ -363,12 +363,15 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("evaluate RUN --data DATA --split dev", "'dev'"),
         ("evaluate RUN --data DATA --split test --protocol lvat", "lvat"),
         ("evaluate RUN --data DATA --dataset refcoco9 --split test", "refcoco9"),
-        ("evaluate RUN --data ABSENT --split test", "absent"),
+        (
+            "evaluate RUN --data DATA --dataset refcoco9 --split test",
+            "choose one of its data sets with --dataset: scenes",
+        ),
+        ("evaluate RUN --data ABSENT --split test", "there is no file or folder"),
         ("evaluate RUN --data DATA --split test --out NOIMAGE/a.json", "cannot write"),
         ("evaluate RUN --data DATA --split test --answers NOIMAGE/a.jsonl", "cannot write"),
         ("evaluate CUT --data DATA --split test", "cut short"),
         ("train dcris_xl --data DATA --out OUT", "dcris_xl"),
-        ("train dcris_tiny --data DATA --out OUT --train.lrr 1", "train.lrr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr fast", "train.lr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr -1", "train.lr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr NaN", "train.lr"),
@@ -383,9 +386,10 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("train dcris_tiny --data DATA --out OUT --device cuda:99", "cuda:99"),
         ("train ABSENT.json --data DATA --out OUT", "absent.json"),
         ("train dcris_tiny --data DATA --dataset scenes --out OUT --model.vision.name dinov5", "dinov2-base"),
-        ("data check ABSENT --dataset scenes", "absent"),
+        ("data check ABSENT --dataset scenes", "there is no file or folder"),
         ("data check DATA --dataset scenes --split-by unc", "unc"),
-        ("data check DATA", "--dataset"),
+        ("data check DATA", "choose one of its data sets with --dataset: scenes"),
+        ("data check EMPTY", "choose one with --dataset"),
         ("data check NOIMAGE.jsonl", "there is no file"),
         ("data check DATA/x.jsonl --dataset y", "leave out --dataset"),
         ("train dcris_tiny --data DATA/x.jsonl --split-by unc --out OUT", "leave out --dataset and --split-by"),
@@ -450,7 +454,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"), [("--data ABSENT", "no data set"), ("--data DATA --split dev", "'dev'")]
+    ("words", "sentence"), [("--data ABSENT", "no file or folder"), ("--data DATA --split dev", "'dev'")]
 )
 def test_evaluate_reads_the_data_before_the_model(
     words: str,

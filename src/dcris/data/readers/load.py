@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,8 +117,10 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
     for reader in READERS.values():
         if reader.single_file and (found := reader.find(root, root.stem, None)):
             return reader.load(root, root.stem, found[0], on_error)
+    if not root.exists():
+        raise DcrisError(f"there is no file or folder {root}; check the path of the data")
     if dataset is None:
-        raise DcrisError(f"{root} may contain several data sets; choose one with --dataset")
+        raise DcrisError(f"{root} may contain several data sets; {_choose(root) or 'choose one with --dataset'}")
     if mixture := parse_mixture(dataset):
         if split_by is not None:
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
@@ -143,9 +145,17 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
     source = DATASETS[dataset].source if dataset in DATASETS else ""
     advice = f"get it from {source}" if source else "download one with `dcris data fetch`"
     raise DcrisError(
-        f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; {advice}, or check the root folder "
-        "and the name"
+        f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; {advice}, or "
+        f"{_choose(root) or 'check the root folder and the name'}"
     )
+
+
+def _choose(root: Path) -> str:
+    """Name the data sets below `root` as an advice; empty if none is found."""
+    names = list[str]()
+    with suppress(DcrisError, OSError):  # the caller raises an error already
+        names = list(dict.fromkeys(name for name, _ in list_data_sets(root)))
+    return f"choose one of its data sets with --dataset: {', '.join(names)}" if names else ""
 
 
 @contextmanager
