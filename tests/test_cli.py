@@ -335,6 +335,7 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("fly", "fly"),
         ("predict RUN PHOTO --out OUT", "-e"),
         ("predict RUN -e ring --out OUT", "IMAGE_OR_FOLDER"),
+        ("predict PHOTO -e ring --out OUT", "42.jpg, is the model; add IMAGE_OR_FOLDER"),
         ("predict RUN PHOTO -e ring --out OUT --colour red", "--colour"),
         ("predict RUN PHOTO -e ring --out OUT --format jpeg", "jpeg"),
         ("predict RUN PHOTO -e ring --out OUT --threshold 2", "threshold"),

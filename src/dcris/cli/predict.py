@@ -179,7 +179,10 @@ def _predict(args: argparse.Namespace) -> None:
             "--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e or --phrases"
         )
     if args.pairs is None and not args.images:
-        raise DcrisError("no image was given; add IMAGE_OR_FOLDER, or a list with --pairs")
+        raise DcrisError(
+            f"no image was given: the first argument, {args.checkpoint}, is the model; add IMAGE_OR_FOLDER after it, or a list "
+            "with --pairs"
+        )
     if args.pairs is None and not args.expression and args.phrases is None:
         raise DcrisError("no phrase was given; add one with -e, several with --phrases, or a list with --pairs")
 
