@@ -41,9 +41,9 @@ def test_a_recipe_survives_the_way_through_its_file(name: str, tmp_path: Path) -
     assert config.recipe == name
 
 
-def test_an_unknown_recipe_lists_those_there_are() -> None:
-    """The error message lists the recipes."""
-    with pytest.raises(DcrisError, match=r"'dcris_xl'.*dcris_b"):
+def test_an_unknown_recipe_is_named_with_a_similar_one() -> None:
+    """Among the names of all recipes, a typing mistake is hard to see."""
+    with pytest.raises(DcrisError, match=r"'dcris_xl' \(did you mean dcris_l\?\); `dcris recipes` lists all"):
         get_recipe("dcris_xl")
 
 

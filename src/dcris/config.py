@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import Refinement, TrainingPrecision, kind_of, require
+from dcris.utils.arguments import Refinement, TrainingPrecision, did_you_mean, kind_of, require
 from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
@@ -506,7 +506,10 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise DcrisError(f"unknown setting {key}; `dcris recipes --show {config.recipe}` lists all settings")
+            raise DcrisError(
+                f"unknown setting {key}{did_you_mean(key, _flatten(tree))}; `dcris recipes --show {config.recipe}` lists all "
+                "settings"
+            )
         node[last] = value.model_dump() if isinstance(value, Section) else value
     return parse_config(tree, "invalid setting")
 

@@ -33,6 +33,7 @@ from dcris.models.adapters.houlsby import HoulsbyConfig
 from dcris.models.adapters.lora import LoraConfig
 from dcris.models.adapters.prompts import PromptsConfig
 from dcris.models.encoders import TEXT_TOWERS, VISION_TOWERS
+from dcris.utils.arguments import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,10 @@ def get_recipe(name: str) -> RunConfig:
     """Return the configuration of a recipe.
 
     Raises:
-        DcrisError: there is no such recipe; the message lists all.
+        DcrisError: there is no such recipe.
     """
     if not isinstance(name, str) or name not in RECIPES:
-        raise DcrisError(
-            f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)} (`dcris recipes` describes them)"
-        )
+        raise DcrisError(f"unknown recipe {name!r}{did_you_mean(str(name), RECIPES)}; `dcris recipes` lists all")
     return RECIPES[name].config
 
 

@@ -19,16 +19,13 @@ from dcris.checkpoints.checkpoint import is_model
 from dcris.checkpoints.convert_detris import convert_file, data_set_of
 from dcris.checkpoints.model_zoo import PACKAGED, PUBLISHED, REPOSITORY, Published
 from dcris.errors import DcrisError
-from dcris.utils.arguments import PathLike, as_path
+from dcris.utils.arguments import ALIKE, PathLike, as_path, did_you_mean
 from dcris.utils.cache import cache_folder
 from dcris.utils.files import expand_home, read_json, write_json
 from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
 from dcris.utils.streams import note
 
 Log = Callable[[str], None]
-
-_ALIKE = 0.75
-"""Least similarity of a mistyped name (difflib's ratio): 0.75 for two exchanged letters of four."""
 
 _MOST_NAMES = 1000
 """Names of a folder that are compared: each comparison takes time, and folders can be large."""
@@ -63,8 +60,9 @@ def locate(source: PathLike, *, towers: bool = True, log: Log = note) -> Path:
         return _repository(source, towers)
     if "detris" in source and "/" not in source:
         raise DcrisError(f"there is no published model {source!r}; the available ones are {', '.join(PUBLISHED)}")
+    hint = f" (did you mean {similar}?)" if similar else did_you_mean(source, PACKAGED)
     raise DcrisError(
-        f"there is no checkpoint {source}{f' (did you mean {similar}?)' if similar else ''}; give the directory of a run "
+        f"there is no checkpoint {source}{hint}; give the directory of a run "
         "(`dcris train --out`), a .safetensors bundle, owner/name or owner/name@main on the Hub, or the name of a model such "
         f"as {', '.join(PACKAGED)} or detris-b-refcoco"
     )
@@ -86,7 +84,7 @@ def _alike(path: Path) -> list[Path]:
     if not path.parent.is_dir():
         return []
     names = [each.name for each in islice(path.parent.iterdir(), _MOST_NAMES)]
-    return [path.parent / name for name in get_close_matches(path.name, names, cutoff=_ALIKE)]
+    return [path.parent / name for name in get_close_matches(path.name, names, cutoff=ALIKE)]
 
 
 def _is_local(source: str, similar: Path | None) -> bool:

@@ -4,6 +4,7 @@ it."""
 import math
 import os
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,6 +29,16 @@ Precision = Literal[TrainingPrecision, "int8"]
 Refinement = Literal["none", "guided"]
 """How the edges of predicted masks are refined by the image; guided: see
 dcris.evaluation.refinement."""
+
+
+ALIKE = 0.75
+"""Least similarity of a mistyped name (difflib's ratio): 0.75 for two exchanged letters of four."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return " (did you mean NAME?)" with the most similar of `names`; empty if none is similar."""
+    similar = get_close_matches(name, names, 1, ALIKE)
+    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def as_path(value: PathLike, what: str) -> Path:
