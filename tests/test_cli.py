@@ -44,7 +44,7 @@ COMMANDS = [
     "evaluate",
     "compare",
 ]
-COMMANDS += ["predict", "recipes", "completion"]
+COMMANDS += ["predict", "recipes", "completion", "ablate", "bench", "convert", "export", "serve", "web"]
 JOURNAL, STATE = "dcris-journal.jsonl", "dcris-journal.state.json"
 QUICK = shlex.split(
     "--train.max_steps 3 --train.batch_size 4 --train.warmup_steps 1 --data.workers 0 --data.image_size 56 --device cpu"
@@ -567,6 +567,7 @@ def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str])
         dcris(*command.split(), "--help")
     assert exit_interrupted.value.code == 0
     printed = capsys.readouterr().out
+    assert "tower" not in printed  # the documentation calls them encoders
     if command != "data":
         assert f"example: dcris {command}".rstrip() in " ".join(printed.split())
 
@@ -619,7 +620,11 @@ def test_an_option_and_a_setting_that_differ_are_refused(
 
 
 @pytest.mark.parametrize(
-    "names", [("dcris_b", "dcris_tiny", "fixed_tiny"), pytest.param(tuple(RECIPES), marks=pytest.mark.slow, id="all")]
+    "names",
+    [
+        ("dcris_b", "dcris_tiny", "dcris_tiny_generalised", "fixed_tiny"),
+        pytest.param(tuple(RECIPES), marks=pytest.mark.slow, id="all"),
+    ],
 )
 def test_recipes(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With exact numbers, for each of which a network is built."""
@@ -630,7 +635,9 @@ def test_recipes(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys
     assert tuple(rows) == names
     assert rows["dcris_tiny"]["adapters"] > 0 == rows["fixed_tiny"]["adapters"]
     assert dcris("recipes") == 0
-    assert f"{rows['dcris_b']['adapters']:,}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{rows['dcris_b']['adapters']:,}" in printed
+    assert len({len(line) for line in printed.splitlines() if line.startswith(("recipe ", *names))}) == 1  # aligned
     assert dcris("recipes", "--show", "dcris_tiny") == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "dcris_tiny"
 

@@ -199,8 +199,9 @@ def copy_strictly(target: dict[str, Tensor], source: dict[str, Tensor], where: s
     """Copy each tensor of `source` to the tensor of the same name in `target`.
 
     Raises:
-        DcrisError: a tensor is missing, unexpected, or of another shape; the error names the first
-            one, and nothing has been copied then.
+        DcrisError: a tensor is missing, unexpected, of another shape, or has integers or complex
+            numbers in place of others; the error names the first one, and nothing has been copied
+            then.
     """
     for name, value in target.items():
         if name not in source:
@@ -208,12 +209,19 @@ def copy_strictly(target: dict[str, Tensor], source: dict[str, Tensor], where: s
         if source[name].shape != value.shape:
             shapes = f"{list(source[name].shape)}, but this model needs {list(value.shape)}"
             raise DcrisError(f"the tensor {name} of {where} has the shape {shapes}; it is for another model")
+        if source[name].is_floating_point() != value.is_floating_point():
+            kinds = f"{_kind(source[name])} values, but this model needs {_kind(value)}"
+            raise DcrisError(f"the tensor {name} of {where} has {kinds}; quantised weights are not supported")
     for name in source:
         if name not in target:
             raise DcrisError(f"{where} has a tensor {name} that this model does not have; it is for another model")
     with torch.no_grad():
         for name, value in target.items():
             value.copy_(source[name])
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
