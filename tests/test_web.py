@@ -324,7 +324,7 @@ def test_the_documented_client(address: str, segmenter: Segmenter, tmp_path: Pat
     done = subprocess.run(
         [sys.executable, "-c", block], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=120, check=True
     )
-    found = segmenter.predict(tmp_path / "photo.jpg", ["left circle", "small red star"], threshold=0.35)
+    found = segmenter.predict(tmp_path / "photo.jpg", ["left dog", "bicycle"], threshold=0.35)
     lines = [f"{each['phrase']} {each['score']} {each['bbox']}" for each in coco_results(found, "")]
     assert done.stdout.splitlines()[-2:] == lines
 
