@@ -1,6 +1,7 @@
 """Reports: what they show, that they need nothing from outside, and that all text is escaped."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -395,3 +396,21 @@ def test_a_failed_write_raises(tmp_path):
             panels={},
             notes=[],
         )
+
+
+def test_images_of_a_card_are_level(report, tmp_path):
+    """A label of two lines would raise its image, and the object in it, above those beside it."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("there is no Chromium")
+    shown = panel()
+    system = NamedMask("a system with a name of more than one line below an image", shown.truth, 1.0)
+    report(panels=[Panel(shown.image, "star", shown.truth, (system,))])
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto((tmp_path / "deep/report.html").as_uri())
+        tops = page.locator(".images img").evaluate_all(
+            "images => images.map(each => each.getBoundingClientRect().top)"
+        )
+        browser.close()
+    assert len(tops) == 3 and len(set(tops)) == 1
