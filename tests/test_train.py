@@ -388,6 +388,21 @@ def test_start_refuses_another_model(table: ReferenceTable, broken: Path, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+def test_start_refuses_a_damaged_checkpoint(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
+    """A changed bit in the weights that a run starts from would change all its results unnoticed.
+    The optimizer's state is not needed."""
+    checkpoint = list_checkpoints(broken)[-1].path
+    (checkpoint / "optimizer.safetensors").unlink()
+    config = quick_config(1, ("train.start", json.dumps(str(broken))))
+    run_training(config, table, tmp_path / "intact")
+    content = bytearray((checkpoint / MODEL).read_bytes())
+    content[-1] ^= 1
+    (checkpoint / MODEL).write_bytes(content)
+    with pytest.raises(DcrisError, match=r"model\.safetensors does not match its checksum"):
+        run_training(config, table, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 # ---- what a checkpoint is ----------------------------------------------------------------------
 
 

@@ -63,6 +63,8 @@ from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 _TOWERS, _CALIBRATION = "towers.safetensors", "calibration.json"
+MODEL_FILES = (_MODEL, _CONFIG)
+"""Files of a checkpoint that are its model; the others are for --resume."""
 _BUNDLE = ".safetensors"
 _IMAGES = "training_images"
 """Key of the metadata of a bundle."""
@@ -358,7 +360,7 @@ def _read_state(path: Path, step: int) -> dict[str, Any]:
     return state
 
 
-def check_files(path: Path, names: Container[str] = (_MODEL, _OPTIMIZER, _CONFIG)) -> None:
+def check_files(path: Path, names: Container[str] = (*MODEL_FILES, _OPTIMIZER)) -> None:
     """Compare files of a checkpoint directory with the checksums in its state.json.
 
     Raises:
@@ -484,7 +486,7 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
 
     Raises as load_checkpoint does.
     """
-    check_files(path, (_MODEL, _CONFIG))
+    check_files(path, MODEL_FILES)
     config = read_config(path)
     with shapes_only():
         model = ReferringSegmenter(config.model)
@@ -580,7 +582,7 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
             on other towers.
     """
     path = find_checkpoint(path)
-    check_files(path, (_MODEL, _CONFIG))
+    check_files(path, MODEL_FILES)
     config = read_config(path)
     with shapes_only():
         model = ReferringSegmenter(config.model)

@@ -19,9 +19,11 @@ import torch
 from dcris.checkpoints import training_images
 from dcris.checkpoints.backbones import fingerprint, load_towers
 from dcris.checkpoints.checkpoint import (
+    MODEL_FILES,
     Checkpoint,
     Towers,
     best_checkpoint,
+    check_files,
     find_checkpoint,
     identify_towers,
     list_checkpoints,
@@ -687,6 +689,7 @@ class Trainer:
             self.done = newest.step
         elif self.settings.start is not None and self.group.first:
             start = find_checkpoint(Path(self.settings.start))
+            check_files(start, MODEL_FILES)
             try:
                 load_trained(self.model, start)
             except DcrisError as error:
