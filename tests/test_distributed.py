@@ -275,6 +275,21 @@ def test_twenty_steps_in_single_precision(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_trained_weights_inside_of_sharded_modules(scenes: Path, tmp_path: Path, method: str) -> None:
+    """Methods that train a part of an attention or an MLP learn the same on sharded towers: these
+    weights stay whole, and the checkpoint has them."""
+    words = ["--model.method", json.dumps({"name": method}), "--train.seed", "3"]
+    assert main(train_words(scenes, tmp_path / "one", 4, *words)) == 0
+    done = torchrun(2, *train_words(scenes, tmp_path / "two", 4, *words, "--train.shard_towers", "true"))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
+    ours, theirs = last_tensors(tmp_path / "two"), last_tensors(tmp_path / "one")
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    Segmenter.from_pretrained(tmp_path / "two", device="cpu")  # checks the towers
+
+
+@pytest.mark.slow
 def test_passes_of_two_processes_equal_those_of_one(scenes: Path, tmp_path: Path) -> None:
     """A pass of two processes with 2 samples each equals a pass of one with 4, also its batch
     norm."""

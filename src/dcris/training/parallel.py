@@ -149,9 +149,9 @@ def shard_towers(towers: Sequence[VisionTower | TextTower], device: torch.device
     """Spread the weights of the towers' attentions and MLPs over all ranks (FSDP2); a module is
     whole only while it runs.
 
-    The unit is half a block. Adapters stay outside, so their parameters, gradients and names do not
-    change. The rest of a tower (embeddings, norms) is whole on every rank. From here on, all ranks
-    have to run the towers equally often.
+    The unit is half a block. What is trained stays whole, also inside of these modules, so its
+    parameters, gradients and names do not change. So does the rest of a tower (embeddings, norms).
+    From here on, all ranks have to run the towers equally often.
 
     Raises:
         DcrisError: there is only one process.
@@ -167,5 +167,6 @@ def shard_towers(towers: Sequence[VisionTower | TextTower], device: torch.device
     for tower in towers:
         for block in [block for block in tower.blocks if isinstance(block, Block)]:
             for module in (block.attention, block.mlp):
+                trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
                 # Set explicitly: each module is a root of its own, and roots stay whole by default.
-                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+                fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
