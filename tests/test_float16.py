@@ -144,15 +144,17 @@ def test_skipped_steps_are_counted_and_training_goes_on(
     assert f"{skipped} of 20 steps were skipped because float16 overflowed" in lines
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_run_in_float16_resumes_exactly(
-    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    """While steps are skipped, before the optimizer has taken any, and while the scale grows; with
-    clipping, averages and shared images."""
+    """While steps are skipped, before the optimizer has taken any (Muon has no state until then),
+    and while the scale grows; with clipping, averages and shared images."""
     settings = (
         FLOAT16,
         SMALL,
         EVERY_STEP,
+        ("train.optimizer", optimizer),
         ("train.clip_norm", "0.5"),
         ("train.ema", "0.9"),
         ("data.phrases_per_image", "3"),

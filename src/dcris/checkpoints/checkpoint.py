@@ -719,7 +719,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: ReferringSegmenter, 
         for parameter, slot in zip(group["params"], numbered["params"], strict=True)
     }
     shapes = {slot: {key: value.shape for key, value in values.items()} for slot, values in slots.items()}
-    if not slots or any(found != wanted.get(slot) for slot, found in shapes.items()):
+    # With a loss scale, all steps so far may have been skipped.
+    if not (slots or loss_scale) or any(found != wanted.get(slot) for slot, found in shapes.items()):
         raise DcrisError(
             f"{path / _OPTIMIZER} is of another model; delete {path} to continue from the checkpoint before it"
         )
