@@ -197,6 +197,26 @@ def test_non_finite_loss_stops_the_run(
     assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss can have gradients that are not. A checkpoint of such weights would be useless,
+    and later ones would replace all that are intact."""
+    losses = trainer.training_losses
+    calls = iter(range(100))
+
+    def with_broken_gradient(*args: Any) -> dict[str, torch.Tensor]:
+        terms = losses(*args)
+        return terms | {"broken": (0 * terms["text_to_pixel"]).sqrt()} if next(calls) == 4 else terms
+
+    monkeypatch.setattr(trainer, "training_losses", with_broken_gradient)
+    with pytest.raises(DcrisError, match=r"the weights are not finite after step 5; .*--train.lr"):
+        run_training(quick_config(5, ("train.save_every", "2")), table, tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run")[-1].step == 4
+    model, _ = load_checkpoint(tmp_path / "run")
+    assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+
+
 def test_full_disk_keeps_the_previous_checkpoint(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

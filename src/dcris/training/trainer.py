@@ -429,10 +429,7 @@ class Trainer:
         """Raise DcrisError for a loss that is NaN or infinite; the weights are then still those of
         the step before."""
         if not math.isfinite(losses["loss"]):
-            raise DcrisError(
-                f"the loss is {losses['loss']} at step {step + 1}; the last checkpoint is intact: start another run --from it "
-                "with a lower --train.lr or with --precision float32"
-            )
+            raise _diverged(f"the loss is {losses['loss']} at step {step + 1}")
 
     @contextmanager
     def _memory_errors(self, step: int) -> Iterator[None]:
@@ -449,7 +446,13 @@ class Trainer:
             ) from error
 
     def save(self) -> Checkpoint:
-        """Write a checkpoint of the current step and delete old ones."""
+        """Write a checkpoint of the current step and delete old ones.
+
+        Raises DcrisError for weights that are NaN or infinite: the loss that shows them is that of
+        the next step.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self.parameters):
+            raise _diverged(f"the weights are not finite after step {self.done}")
         averages = self.average.values if self.average else None
         self.last = self.group.from_first(
             partial(
@@ -727,6 +730,13 @@ class Trainer:
             for weight, value in zip(weights, values, strict=True):
                 weight.copy_(value)
         self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def _diverged(what: str) -> DcrisError:
+    return DcrisError(
+        f"{what}; the last checkpoint is intact: start another run --from it with a lower --train.lr or with --precision "
+        "float32"
+    )
 
 
 def batch_iou(output: Output, masks: torch.Tensor, settings: TrainConfig) -> float:
