@@ -175,6 +175,19 @@ def test_existing_run_is_not_overwritten(table: ReferenceTable, broken: Path) ->
     assert {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_saved_model_is_not_overwritten(table: ReferenceTable, broken: Path, tmp_path: Path, resume: bool) -> None:
+    """Fine-tuning a model into its own folder would replace its configuration, and every command
+    would use the old weights with it."""
+    folder = tmp_path / "model"
+    Segmenter.from_pretrained(broken, device="cpu").save_pretrained(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*")}
+    config = quick_config(1, ("train.start", json.dumps(str(folder))))
+    with pytest.raises(DcrisError, match=r"holds a model, not a run; choose another --out"):
+        run_training(config, table, folder, resume=resume)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_loss_stops_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float

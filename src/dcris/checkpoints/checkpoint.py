@@ -445,6 +445,11 @@ def is_model(path: Path) -> bool:
     return True
 
 
+def is_directory_of_model(path: Path) -> bool:
+    """Whether the folder `path` is itself a checkpoint or a saved model, and not a run."""
+    return (path / _MODEL).is_file()
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint directory or bundle at `path`, or the best checkpoint if it is a run.
 
@@ -458,7 +463,7 @@ def find_checkpoint(path: Path) -> Path:
             f"{path} is neither a checkpoint directory nor a {_BUNDLE} file; convert a published DETRIS checkpoint (.pth) "
             "with `dcris convert` first"
         )
-    if (path / _MODEL).is_file():
+    if is_directory_of_model(path):
         return path
     checkpoints = list_checkpoints(path)
     if checkpoints:

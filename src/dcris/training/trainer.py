@@ -26,6 +26,7 @@ from dcris.checkpoints.checkpoint import (
     check_files,
     find_checkpoint,
     identify_towers,
+    is_directory_of_model,
     list_checkpoints,
     load_optimizer,
     load_trained,
@@ -222,11 +223,12 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            DcrisError: `out` holds a run and `resume` is not set, or the run has other settings or
-                references; another process trains in `out`; all its checkpoints are damaged;
-                `config.train.start` is from another model; the ranks have different settings; data
-                cannot be read or results not written; a worker dies; memory does not suffice; the
-                loss is not finite; float16 overflows at every step.
+            DcrisError: `out` holds a model, or a run and `resume` is not set, or the run has other
+                settings or references; another process trains in `out`; all its checkpoints are
+                damaged; `config.train.start` is damaged or from another model; the ranks have
+                different settings; data cannot be read or results not written; a worker dies;
+                memory does not suffice; the loss or the weights are not finite; float16 overflows
+                at every step.
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         """
         # Signals are handled until the monitor is closed, so that a second Ctrl-C can break off a
@@ -587,6 +589,8 @@ class Trainer:
         """
         resuming = self.resume and self.out.is_dir()
         checkpoints = []
+        if self.group.first and is_directory_of_model(self.out):
+            raise DcrisError(f"{self.out} holds a model, not a run; choose another --out")
         if self.group.first and resuming:
             stack.enter_context(lock_folder(self.out))
             checkpoints = sound_checkpoints(self.out, self.log)
