@@ -596,6 +596,7 @@ def test_settings_take_precedence_over_a_schedule(scenes_root: Path, tmp_path: P
     assert dcris("train", "fixed_tiny", "--data", scenes_root, "--out", tmp_path, *words, "--device", "cpu") == 0
     settings = load_config(tmp_path / "config.json").train
     assert (settings.epochs, settings.milestones) == (2, (35, 55))
+    assert settings.schedule == "step", "the recipe's is cosine, which ignores milestones"
 
 
 @pytest.mark.parametrize(

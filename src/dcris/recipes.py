@@ -48,8 +48,8 @@ RECIPES: dict[str, Recipe] = {}
 """All recipes by name."""
 
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "paper": {"epochs": 50, "milestones": (35,)},
-    "detris": {"epochs": 65, "milestones": (35, 55)},
+    "paper": {"epochs": 50, "schedule": "step", "milestones": (35,)},
+    "detris": {"epochs": 65, "schedule": "step", "milestones": (35, 55)},
 }
 """The published schedules: the paper's, and that of the DETRIS repository's base models."""
 
