@@ -298,6 +298,17 @@ def test_auto_micro_batch_is_recorded(
     assert main([*words[:-2], "--batch-size", "none"]) == 2
 
 
+def test_a_micro_batch_beside_auto_is_refused(
+    scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be replaced unnoticed, by one that may not fit where the user knows that this one
+    does."""
+    words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--batch-size", "auto"]
+    assert main([*words, "--train.micro_batch", "2", "--device", "cpu"]) == 2
+    assert "--batch-size auto chooses train.micro_batch itself; leave out one of them" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_configurations_without_micro_batch_load() -> None:
     """config.json of a run without the fields for passes."""
     tree = quick_config(1).model_dump(mode="json")

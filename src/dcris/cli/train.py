@@ -117,6 +117,8 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
             continue
         if settings.setdefault(key, value) != value:
             raise DcrisError(f"{option} and --{key} give different values; leave out one of them")
+    if args.batch_size == "auto" and settings.get("train.micro_batch") is not None:
+        raise DcrisError("--batch-size auto chooses train.micro_batch itself; leave out one of them")
     if (start := _start(args)) is not None:
         settings["train.start"] = start
     own = own_name(args.data, args)
