@@ -495,6 +495,10 @@ def reshape_first(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) ->
     tensors[min(tensors)] = torch.zeros(3, 5, 7)
 
 
+def first_as(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor], dict[str, str]], object]:
+    return lambda tensors, metadata: tensors.update({min(tensors): tensors[min(tensors)].to(dtype)})
+
+
 def other_towers(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     towers = json.loads(metadata["towers"])
     towers["vision"]["sha256"] = "0" * 64
@@ -522,6 +526,8 @@ MODEL = "model.safetensors"
             r"tensor extra that this model",
         ),
         (lambda at: rewritten(at / MODEL, reshape_first), r"has the shape \[3, 5, 7\]"),
+        (lambda at: rewritten(at / MODEL, first_as(torch.int8)), r"has int8 values, but this model needs float32"),
+        (lambda at: rewritten(at / MODEL, first_as(torch.complex64)), r"has complex64 values"),
         (lambda at: rewritten(at / MODEL, other_towers), r"trained on another vision tower than .*vision"),
         (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"has no record of its towers"),
         (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"has no record of its towers"),
