@@ -275,6 +275,18 @@ def test_upload_and_download(hub: Hub, towers: bool | None, monkeypatch: pytest.
         ours.push_to_hub(REPO)
 
 
+@pytest.mark.parametrize("images", [frozenset(), frozenset({b"image1", b"image2"})])
+def test_a_downloaded_model_knows_its_training_images(
+    hub: Hub, images: frozenset[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an evaluation on some of them would look like one on new images."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    ours = segmenter()
+    ours.images = images
+    ours.push_to_hub(REPO)
+    assert load(REPO).images == images
+
+
 def test_a_revision_can_be_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pinned revision still works after the repository has moved."""
     monkeypatch.setenv("HF_TOKEN", "hf_test")

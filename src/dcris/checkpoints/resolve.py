@@ -18,6 +18,7 @@ from pathlib import Path
 from dcris.checkpoints.checkpoint import is_model
 from dcris.checkpoints.convert_detris import convert_file, data_set_of
 from dcris.checkpoints.model_zoo import PACKAGED, PUBLISHED, REPOSITORY, Published
+from dcris.checkpoints.training_images import FILE
 from dcris.errors import DcrisError
 from dcris.utils.arguments import ALIKE, PathLike, as_path, did_you_mean
 from dcris.utils.cache import cache_folder
@@ -109,9 +110,10 @@ def _repository(source: str, towers: bool) -> Path:
         raise DcrisError(f"{repo} on the Hub is not a dcris model: {error}") from error
     except DcrisError as error:
         raise DcrisError(f"there is no local file or folder {source}, and on the Hub: {error}") from error
-    if towers:
-        with suppress(FileMissingError):  # then the configuration names them
-            fetch(repo, config.commit, ["towers.safetensors"])
+    # A repository may lack them: the configuration names the towers, and the images are unknown.
+    for name in (FILE, *(["towers.safetensors"] if towers else [])):
+        with suppress(FileMissingError):
+            fetch(repo, config.commit, [name])
     return config.path.parent
 
 
