@@ -203,6 +203,11 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         words = ("train", moved / "config.json", "--data", other, "--out", tuned, "--resume", *start)
         assert dcris(*words) == 0
     assert json.loads((tuned / "config.json").read_text())["train"]["start"] == str(run)
+    # Killed before its first checkpoint, it starts anew, and from what is named now.
+    shutil.rmtree(tuned / "checkpoints")
+    capsys.readouterr()
+    assert dcris("train", moved / "config.json", "--data", other, "--from", moved, "--out", tuned, "--resume") == 0
+    assert f"starting from the adapters and the head of {moved}" in capsys.readouterr().out
 
 
 def test_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,13 +134,15 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
 def _start(args: argparse.Namespace) -> str | None:
     """Return the checkpoint of `--from`.
 
-    A run that is resumed keeps its own, which is not read again, so it may be elsewhere or gone.
+    A run that is resumed keeps its own, which is not read again, so it may be elsewhere or gone. A
+    run without a checkpoint starts anew, from the one that is named now.
     """
     from dcris.checkpoints.resolve import locate
     from dcris.config import load_config
 
     path = args.out / "config.json"
-    if args.resume and path.is_file():
+    keeps = args.start is None or any(args.out.glob("checkpoints/step-*"))
+    if args.resume and keeps and path.is_file():
         with suppress(DcrisError):  # a damaged one is written again
             if before := load_config(path).train.start:
                 return before
