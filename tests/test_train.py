@@ -175,6 +175,15 @@ def test_existing_run_is_not_overwritten(table: ReferenceTable, broken: Path) ->
     assert {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()} == before
 
 
+def test_resume_refuses_another_order_of_augmentations(table: ReferenceTable, tmp_path: Path) -> None:
+    """They are applied in their order, so the samples would be others than before."""
+    one, other = (dict.fromkeys(names, 0.5) for names in (("flip", "light"), ("light", "flip")))
+    run_training(quick_config(1, ("data.augmentations", json.dumps(one))), table, tmp_path)
+    run_training(quick_config(2, ("data.augmentations", json.dumps(one))), table, tmp_path, resume=True)
+    with pytest.raises(DcrisError, match=r'data\.augmentations = \["flip", "light"\], not \["light", "flip"\]'):
+        run_training(quick_config(3, ("data.augmentations", json.dumps(other))), table, tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_saved_model_is_not_overwritten(table: ReferenceTable, broken: Path, tmp_path: Path, resume: bool) -> None:
     """Fine-tuning a model into its own folder would replace its configuration, and every command

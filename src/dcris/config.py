@@ -549,7 +549,11 @@ def refuse_other_run(before: RunConfig, now: RunConfig, where: Path) -> None:
         DcrisError: names the first setting that differs.
     """
     old, new = _flatten(before.model_dump()), _flatten(now.model_dump())
-    for key in sorted(old.keys() | new.keys()):
+    keys = sorted(old.keys() | new.keys())
+    # Augmentations are applied in their order, which dictionaries do not compare.
+    order = "data.augmentations"
+    old[order], new[order] = [*before.data.augmentations], [*now.data.augmentations]
+    for key in (*keys, order):
         if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
             raise DcrisError(
                 f"the run in {where} was started with {key} = {json.dumps(old.get(key))}, not "
