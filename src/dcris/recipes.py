@@ -76,7 +76,7 @@ def with_method(base: RunConfig, recipe: str, method: MethodConfig | None, **tra
     Args:
         base: the recipe to start from.
         recipe: the new recipe's name.
-        method: how the towers are tuned; None trains the head only.
+        method: how the encoders are tuned; None trains the head only.
         train: settings of the train section to replace.
     """
     changes = {"recipe": recipe, "model.method": method} | {f"train.{key}": value for key, value in train.items()}
@@ -212,9 +212,9 @@ _add(
     "unmeasured. As theirs, it trains on images of the test splits too; `--dataset mixed` excludes them.",
 )
 
-# DCRIS on the towers that ship with the package. The run is short. Hence adapters that start as the
+# DCRIS on the encoders in the package. The run is short. Hence adapters that start as the
 # identity, a short memory of the optimiser, and adapters in the last blocks only: the blocks before
-# them run without gradients, once for all phrases of an image. The towers have twelve blocks as in
+# them run without gradients, once for all phrases of an image. Both encoders have 12 blocks, as in
 # DCRIS-B, so the paper's layer lists apply, too; dcris.experiments.ablate uses them.
 _TINY = _add(
     RunConfig(
@@ -250,7 +250,7 @@ _TINY = _add(
             save_every=500,
         ),
     ),
-    "DCRIS on the towers that ship with the package and on generated scenes: minutes on two CPU cores. The towers were "
+    "DCRIS on the encoders that ship with the package and on generated scenes: minutes on two CPU cores. The encoders were "
     "never trained on photographs.",
 )
 
@@ -272,7 +272,7 @@ _add(
     "objects and for none.",
 )
 
-# DCRIS on towers from PyPI, for photographs without the Hub. The blocks of stride 32 that can have
+# DCRIS on encoders from PyPI, for photographs without the Hub. Blocks of stride 32 that can have
 # an adapter have one: what is before them can be computed once per photograph and stored.
 _PHOTOS = _add(
     RunConfig(
@@ -325,8 +325,8 @@ _ON_DCRIS_B: dict[str, tuple[MethodConfig | None, str]] = {
     ),
     "full": (
         FullConfig(),
-        "Full tuning (table 2) of all weights of both towers that segmentation uses. Paper: IoU 65.1 / 68.1 / 61.4. "
-        "Here: unmeasured. The paper does not state the learning rate; a tenth for the towers is that of CRIS's "
+        "Full tuning (table 2) of all weights of both encoders that segmentation uses. Paper: IoU 65.1 / 68.1 / 61.4. "
+        "Here: unmeasured. The paper does not state the learning rate; a tenth for the encoders is that of CRIS's "
         "configurations.",
     ),
     "houlsby": (
@@ -335,7 +335,7 @@ _ON_DCRIS_B: dict[str, tuple[MethodConfig | None, str]] = {
     ),
     "adaptformer": (
         AdaptFormerConfig(),
-        "AdaptFormer, 64 wide, in both towers. Not in the paper. Here: unmeasured.",
+        "AdaptFormer, 64 wide, in both encoders. Not in the paper. Here: unmeasured.",
     ),
     "compacter": (
         CompacterConfig(),
@@ -347,7 +347,7 @@ _ON_DCRIS_B: dict[str, tuple[MethodConfig | None, str]] = {
     ),
     "bitfit": (
         BitFitConfig(),
-        "BitFit: the biases of both towers. Not in the paper. Here: unmeasured.",
+        "BitFit: the biases of both encoders. Not in the paper. Here: unmeasured.",
     ),
     "prompts": (
         PromptsConfig(),
@@ -356,59 +356,62 @@ _ON_DCRIS_B: dict[str, tuple[MethodConfig | None, str]] = {
     ),
     "etris": (
         EtrisConfig(width=128),
-        "ETRIS's bridger on DCRIS-B's towers and head (table 2), wide enough for the paper's 1.38M trained weights. "
+        "ETRIS's bridger on DCRIS-B's encoders and head (table 2), wide enough for the paper's 1.38M trained weights. "
         "RefCOCO, batch 32, 50 epochs. Paper: IoU 74.5 / 76.5 / 72.9. Here: unmeasured.",
     ),
     "barleria": (
         BarleriaConfig(),
-        "BarLeRIa on DCRIS-B's towers and head, RefCOCO, batch 32, 50 epochs. Here: unmeasured. Published only on CLIP's "
-        "own vision tower (table 1: IoU 72.4 / 75.9 / 68.3).",
+        "BarLeRIa on DCRIS-B's encoders and head, RefCOCO, batch 32, 50 epochs. Here: unmeasured. Published only on CLIP's "
+        "own vision encoder (table 1: IoU 72.4 / 75.9 / 68.3).",
     ),
 }
 _ON_TINY: dict[str, tuple[MethodConfig | None, str]] = {
     "fixed": (None, 'The tiny model without adapters ("fix backbone", table 2): only the head is trained.'),
-    "full": (FullConfig(), "Full tuning of the tiny towers, at a tenth of the head's learning rate."),
+    "full": (FullConfig(), "Full tuning of the tiny encoders, at a tenth of the head's learning rate."),
     "houlsby": (
         HoulsbyConfig(width=9, zero_init=True),
-        "Houlsby adapters in the tiny towers, started as the identity.",
+        "Houlsby adapters in the tiny encoders, started as the identity.",
     ),
-    "adaptformer": (AdaptFormerConfig(width=24, dropout=0.0), "AdaptFormer in the tiny towers."),
+    "adaptformer": (AdaptFormerConfig(width=24, dropout=0.0), "AdaptFormer in the tiny encoders."),
     "compacter": (
         CompacterConfig(width=52, rank=5, zero_init=True),
-        "Compacter in the tiny towers, started as the identity.",
+        "Compacter in the tiny encoders, started as the identity.",
     ),
-    "lora": (LoraConfig(vision_rank=9, text_rank=6), "LoRA in the tiny towers."),
-    "bitfit": (BitFitConfig(), "BitFit on the tiny towers."),
+    "lora": (LoraConfig(vision_rank=9, text_rank=6), "LoRA in the tiny encoders."),
+    "bitfit": (BitFitConfig(), "BitFit on the tiny encoders."),
     "prompts": (
         PromptsConfig(vision_tokens=8, text_tokens=4, deep=True),
-        "Prompt tokens in every block of the tiny towers.",
+        "Prompt tokens in every block of the tiny encoders.",
     ),
     "etris": (
         EtrisConfig(width=32, heads=4),
-        "ETRIS's bridger on the tiny towers and generated scenes. Here: unmeasured.",
+        "ETRIS's bridger on the tiny encoders and generated scenes. Here: unmeasured.",
     ),
     "barleria": (
         BarleriaConfig(text_width=16, side_width=48, side_depth=4, queries=16, fused=(0, 3, 6), grid=8),
-        "BarLeRIa on the tiny towers and generated scenes, with a smaller side network. Here: unmeasured.",
+        "BarLeRIa on the tiny encoders and generated scenes, with a smaller side network. Here: unmeasured.",
     ),
 }
 _ON_PHOTOS: dict[str, tuple[MethodConfig | None, str]] = {
-    "fixed": (None, "The towers from PyPI without adapters: only the head is trained."),
-    "full": (FullConfig(), "Full tuning of the towers from PyPI, at a tenth of the head's learning rate."),
+    "fixed": (None, "The encoders from PyPI without adapters: only the head is trained."),
+    "full": (FullConfig(), "Full tuning of the encoders from PyPI, at a tenth of the head's learning rate."),
     "houlsby": (
         HoulsbyConfig(width=32, zero_init=True),
-        "Houlsby adapters in the towers from PyPI; in the vision tower one in each block that can have one.",
+        "Houlsby adapters in the encoders from PyPI; in the vision encoder one in each block that can have one.",
     ),
-    "adaptformer": (AdaptFormerConfig(width=32, dropout=0.0), "AdaptFormer in the towers from PyPI."),
+    "adaptformer": (AdaptFormerConfig(width=32, dropout=0.0), "AdaptFormer in the encoders from PyPI."),
     "compacter": (
         CompacterConfig(width=96, rank=8, zero_init=True),
-        "Compacter in the towers from PyPI; in the vision tower one in each block that can have one.",
+        "Compacter in the encoders from PyPI; in the vision encoder one in each block that can have one.",
     ),
-    "lora": (LoraConfig(), "LoRA in the text tower from PyPI. The vision tower has no attention that it could change."),
-    "bitfit": (BitFitConfig(), "BitFit on the towers from PyPI."),
+    "lora": (
+        LoraConfig(),
+        "LoRA in the text encoder from PyPI. The vision encoder has no attention that it could change.",
+    ),
+    "bitfit": (BitFitConfig(), "BitFit on the encoders from PyPI."),
     "prompts": (
         PromptsConfig(vision_tokens=0, text_tokens=8, deep=True),
-        "Prompt tokens in every block of the text tower from PyPI. The vision tower has no tokens.",
+        "Prompt tokens in every block of the text encoder from PyPI. The vision encoder has no tokens.",
     ),
 }
 _TRAIN: dict[str, dict[str, Any]] = {"full": {"lr_factors": {"towers": 0.1}}}

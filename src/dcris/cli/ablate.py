@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     ablate.add_argument("--split-by", help="partition of the data set; needed only if ROOT has several")
     ablate.add_argument("--out", type=Path, required=True, help="folder of the tables and all their runs")
     ablate.add_argument(
-        "--recipe", choices=SIZES, default="b", help="size of the towers in TABLE (default: %(default)s)"
+        "--recipe", choices=SIZES, default="b", help="size of the encoders in TABLE (default: %(default)s)"
     )
     ablate.add_argument(
         "--seeds", type=natural, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs (default: 0 1 2)"

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         _bench,
         "measure the speed and memory of a recipe on this machine",
         "--recipe dcris_tiny --json bench.json",
-        "Tower weights are random, so nothing is downloaded. Compare ratios and shares of the speed of matrix products; "
+        "Weights are random, so nothing is downloaded. Compare ratios and shares of the speed of matrix products; "
         "seconds depend on the machine and its other work.",
     )
     bench.add_argument(

@@ -28,7 +28,7 @@ _LONGEST_LINE = 1000
 
 Command = Callable[[argparse.Namespace], None]
 CHECKPOINT = (
-    "photos (part of the package), directory of a run or checkpoint, .safetensors bundle, owner/name on the Hub, or "
+    "photos or tiny (part of the package), directory of a run or checkpoint, .safetensors bundle, owner/name on the Hub, or "
     "published model: detris-{b,l}-{refcoco,refcoco+,refcocog-umd,refcocog-google}, detris-l-mixed"
 )
 ROOT = "folder of the data sets, or a .jsonl file with your own data"

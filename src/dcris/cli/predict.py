@@ -151,7 +151,7 @@ def add(commands: Any) -> None:
         _convert,
         "convert published DETRIS checkpoints",
         "base_refcoco.pth --out models",
-        "Writes each FILE as a checkpoint directory in DIR, named like the file, with the frozen towers.",
+        "Writes each FILE as a checkpoint directory in DIR, named like the file, with the frozen encoders.",
     )
     convert.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".pth file of thuteam/DETRIS on the Hub")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the checkpoint directories")
@@ -364,8 +364,9 @@ def _recipes(args: argparse.Namespace) -> None:
     if args.json:
         output(json.dumps(rows, indent=2))
         return
-    output(f"{'recipe':<20}{'adapters':>13}{'head':>14}{'frozen':>14}")
+    width = max(map(len, RECIPES))
+    output(f"{'recipe':<{width}}{'adapters':>13}{'head':>14}{'frozen':>14}")
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
-        output(f"{row['name']:<20}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
+        output(f"{row['name']:<{width}}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
         output(f"    {recipe.summary}")
     log("Train one with: dcris train RECIPE --data ROOT --out DIR. Adapters: all trained weights except the head.")

@@ -56,7 +56,7 @@ def _model_arguments(parser: argparse.ArgumentParser, selected: str) -> None:
         "checkpoints",
         metavar="CKPT",
         nargs="*",
-        help=f"{CHECKPOINT} (default: photos); several on the same towers can be {selected}",
+        help=f"{CHECKPOINT} (default: photos); several on the same encoders can be {selected}",
     )
 
 
