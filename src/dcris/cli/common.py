@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import DEVICES, Precision
+from dcris.utils.arguments import DEVICES, Precision, did_you_mean
 from dcris.utils.streams import complain, is_quiet, is_terminal, is_verbose, note, printable, write
 
 if TYPE_CHECKING:
@@ -155,8 +155,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Leave settings over, which argparse does not know. Without "=" it would take their values
         for positional arguments that are left out.
+
+        Raises DcrisError for an option that the command does not have.
         """
-        return super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
+        found, rest = super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
+        for word in rest:
+            option = word.partition("=")[0]
+            if option.startswith("-") and "." not in option:
+                self.error(f"there is no option {option}{did_you_mean(option, self._option_string_actions)}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Raise DcrisError, instead of printing the usage and exiting."""
