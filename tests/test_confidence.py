@@ -234,6 +234,23 @@ def test_calibration_is_stored_with_the_checkpoint(
     assert "save_pretrained" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit", [0.4, 0.7])
+def test_the_threshold_is_that_of_calibrated_scores(
+    limit: float,
+    segmenter: Segmenter,  # noqa: F811
+    root: Path,
+    tmp_path: Path,
+) -> None:
+    """A rule for "none" by the score sees calibrated probabilities in the evaluation, so the
+    threshold is chosen with them: a second calibration chooses the same."""
+    model, thresholds = segmenter.save_pretrained(tmp_path / "model"), []
+    for _ in range(2):
+        words = ("--calibrate-on", "val", "--protocol", "grefcoco", "--none-rule", f"score:{limit}")
+        assert evaluate(model, root, *words, "--out", str(tmp_path / "r.json")) == 0
+        thresholds.append(json.loads((tmp_path / "r.json").read_text())["threshold"])
+    assert thresholds[0] == thresholds[1]
+
+
 def test_a_split_without_absent_objects_calibrates_the_threshold_only(
     segmenter: Segmenter,  # noqa: F811
     tmp_path: Path,

@@ -26,6 +26,7 @@ from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.confidence import assess, presence_temperature
 from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries, result_record
 from dcris.evaluation.metrics import summarise
+from dcris.evaluation.none_rules import Score
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.protocols.base import Protocol
 from dcris.models.segmentation import ReferringSegmenter
@@ -222,16 +223,18 @@ def evaluate(
         if calibrate_on is not None:
             others = all_queries(table.split(calibrate_on))
             calibration = runner.predict(others, chosen, refine=refine)
-            chosen = replace(chosen, threshold=best_threshold(calibration, chosen.metrics))
             if model.head.presence is not None:
                 temperature = presence_temperature(calibration, float(model.head.presence.temperature))
                 if temperature is not None:
                     model.head.presence.temperature.fill_(temperature)
+                    if isinstance(chosen.none_rule, Score):  # other rules do not depend on the temperature
+                        calibration = runner.predict(others, chosen, refine=refine)
                 elif group.first:
                     note(
                         f"the split {calibrate_on} does not have both present and absent objects, so the probability of "
                         "presence is not calibrated"
                     )
+            chosen = replace(chosen, threshold=best_threshold(calibration, chosen.metrics))
         results = runner.predict(queries, chosen, refine=refine, keep_masks=keep_masks)
         first = group.first
     more: dict[str, Any] = {}
