@@ -568,6 +568,8 @@ def test_results_compare_with_paired_intervals(
     (tmp_path / "c.json").write_text(json.dumps({"protocol": "cris", "miou": 50.0}))
     assert main(["compare", str(better), str(tmp_path / "c.json")]) == 2
     assert "is not a result of videos" in capsys.readouterr().err
+    assert main(["compare", str(better), "images.jsonl"]) == 2
+    assert "better.json is a result file of videos (.json), and not all systems are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,14 @@ def add(commands: Any) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from dcris.evaluation.video_results import is_video_result
 
-    if all(is_video_result(Path(each)) for each in args.systems):
+    videos = [each for each in args.systems if is_video_result(Path(each))]
+    if len(videos) == len(args.systems):
         _compare_videos(args)
+    elif videos:
+        raise DcrisError(
+            f"{videos[0]} is a result file of videos (.json), and not all systems are; for images, give models or .jsonl files "
+            "of `dcris evaluate --answers`"
+        )
     else:
         _compare_images(args)
 
