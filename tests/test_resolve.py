@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file, save_file
 
 import dcris.checkpoints.convert_detris
@@ -285,6 +285,17 @@ def test_a_downloaded_model_knows_its_training_images(
     ours.images = images
     ours.push_to_hub(REPO)
     assert load(REPO).images == images
+
+
+def test_a_cache_that_another_program_filled_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hf download` on a machine with a network, and no network where the model is used."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    ours = segmenter()
+    ours.push_to_hub(REPO)
+    for name in ("config.json", "model.safetensors"):
+        hf_hub_download(REPO, name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same(scores(load(REPO)), scores(ours))
 
 
 def test_a_revision_can_be_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,9 +110,10 @@ def _repository(source: str, towers: bool) -> Path:
         raise DcrisError(f"{repo} on the Hub is not a dcris model: {error}") from error
     except DcrisError as error:
         raise DcrisError(f"there is no local file or folder {source}, and on the Hub: {error}") from error
-    # A repository may lack them: the configuration names the towers, and the images are unknown.
+    # Without them, the images are unknown, and the configuration names the towers, which have to
+    # match. Offline, a cache that another program filled does not tell what the Hub lacks.
     for name in (FILE, *(["towers.safetensors"] if towers else [])):
-        with suppress(FileMissingError):
+        with suppress(DcrisError):
             fetch(repo, config.commit, [name])
     return config.path.parent
 
