@@ -420,6 +420,17 @@ def test_other_files_beside_the_data_sets(scenes_root: Path, tmp_path: Path) -> 
         list_data_sets(tmp_path / "data")
 
 
+def test_an_error_names_some_data_sets_of_a_folder(tmp_path: Path) -> None:
+    """A folder with hundreds of them must not fill the terminal."""
+    for number in range(30):
+        (tmp_path / f"set{number:02}").mkdir()
+        (tmp_path / f"set{number:02}/refs(mine).p").touch()
+    (tmp_path / "set30").touch()
+    assert len(list_data_sets(tmp_path)) == 30
+    with pytest.raises(DcrisError, match=r"with --dataset: set00, .*, set19$"):
+        load_references(tmp_path, "other")
+
+
 def test_a_system_is_called_like_its_checkpoint(
     trained_run: Path, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,9 @@ from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
 from dcris.utils.arguments import PathLike, as_path, require, require_number
 
+_MOST_NAMES = 20
+"""Data sets that an error names."""
+
 
 def load_references(
     root: PathLike,
@@ -96,7 +99,8 @@ def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, st
     for reader in READERS.values():
         if reader.single_file and (found := reader.find(root, root.stem, None)):
             return [(root.stem, found[0])]
-    folders = [folder.name for place in (root, root / "anns") if place.is_dir() for folder in sorted(place.iterdir())]
+    entries = (entry for place in (root, root / "anns") if place.is_dir() for entry in sorted(place.iterdir()))
+    folders = [entry.name for entry in entries if entry.is_dir()]
     # Folders in which known data sets are, under other names than theirs.
     theirs = {(partition.cris_folder or "").lower() for partition in PARTITIONS.values()}
     theirs |= {name.replace("+", "plus") for name in DATASETS} | {*DATASETS}
@@ -155,7 +159,7 @@ def _choose(root: Path) -> str:
     names = list[str]()
     with suppress(DcrisError, OSError):  # the caller raises an error already
         names = list(dict.fromkeys(name for name, _ in list_data_sets(root)))
-    return f"choose one of its data sets with --dataset: {', '.join(names)}" if names else ""
+    return f"choose one of its data sets with --dataset: {', '.join(names[:_MOST_NAMES])}" if names else ""
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def _find_files(root: Path, dataset: str) -> dict[Path, str]:
     """
     if not root.is_dir():
         return {}
-    wanted = _canonical(dataset)
-    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _canonical(folder.name) == wanted]
-    folder = next((folder for folder in folders if folder.name == dataset), folders[0] if folders else root / dataset)
+    folder, wanted = root / dataset, _canonical(dataset)
+    if not folder.is_dir():  # only then, since a folder can have many files
+        spelt = (each for each in root.iterdir() if _canonical(each.name) == wanted and each.is_dir())
+        folder = min(spelt, default=folder)
     files = (
         path
         for path in sorted(folder.glob("**/*.parquet"))
