@@ -1,12 +1,15 @@
 """Models load by every kind of name with the same results, and others can load what is saved."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,6 +299,24 @@ def test_a_cache_that_another_program_filled_is_enough(hub: Hub, monkeypatch: py
         hf_hub_download(REPO, name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_same(scores(load(REPO)), scores(ours))
+
+
+@pytest.mark.parametrize("name", ["towers.safetensors", "training_images.bin"])
+def test_a_full_disk_is_no_missing_file(hub: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the repository has is not left out without a word: the reason would be unknown."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    ours = segmenter()
+    ours.images = frozenset({b"image1"})
+    ours.push_to_hub(REPO, towers=True)
+
+    def download(repo: str, file: str, **options: Any) -> str:
+        if file == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return hf_hub_download(repo, file, **options)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(DcrisError, match=r"the disk of the cache .* is full"):
+        load(REPO)
 
 
 def test_a_revision_can_be_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from dcris.errors import DcrisError
 from dcris.utils.arguments import ALIKE, PathLike, as_path, did_you_mean
 from dcris.utils.cache import cache_folder
 from dcris.utils.files import expand_home, read_json, write_json
-from dcris.utils.hub import FileMissingError, HubFile, fetch, list_files
+from dcris.utils.hub import FileMissingError, HubFile, UnreachableError, fetch, list_files
 from dcris.utils.streams import note
 
 Log = Callable[[str], None]
@@ -113,7 +113,7 @@ def _repository(source: str, towers: bool) -> Path:
     # Without them, the images are unknown, and the configuration names the towers, which have to
     # match. Offline, a cache that another program filled does not tell what the Hub lacks.
     for name in (FILE, *(["towers.safetensors"] if towers else [])):
-        with suppress(DcrisError):
+        with suppress(FileMissingError, UnreachableError):
             fetch(repo, config.commit, [name])
     return config.path.parent
 

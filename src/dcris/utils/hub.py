@@ -38,6 +38,10 @@ class FileMissingError(DcrisError):
     """The repository exists at that revision, but has none of the requested files."""
 
 
+class UnreachableError(DcrisError):
+    """A file is not cached, and the Hub cannot be reached or HF_HUB_OFFLINE is set."""
+
+
 def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") -> HubFile:
     """Return the first of several files that a repository has, from the cache or the Hub.
 
@@ -52,8 +56,9 @@ def fetch(repo: str, revision: str, names: Sequence[str], kind: Kind = "model") 
 
     Raises:
         FileMissingError: the repository has none of the files.
-        DcrisError: the repository or revision does not exist; the file is not cached and the Hub
-            cannot be reached or HF_HUB_OFFLINE is set; the disk is full; the file arrived damaged.
+        UnreachableError: the file is not cached, and the Hub cannot be asked for it.
+        DcrisError: the repository or revision does not exist; the disk is full; the file arrived
+            damaged.
     """
     from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -101,11 +106,11 @@ def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
         raise _unreachable(error, repo, kind) from error
 
 
-def _unreachable(error: Exception, repo: str, kind: Kind) -> DcrisError:
+def _unreachable(error: Exception, repo: str, kind: Kind) -> UnreachableError:
     from huggingface_hub import constants
 
     reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-    return DcrisError(
+    return UnreachableError(
         f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({reason}); "
         f"check the network, or {_instead(kind)}"
     )
@@ -195,7 +200,7 @@ def _explain(error: Exception, repo: str, revision: str, kind: Kind) -> DcrisErr
         return DcrisError(f"{repo} has no revision {revision}; use a branch, a tag or a full commit hash, or omit it")
     file_instead = _instead(kind)
     if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError):
-        return DcrisError(
+        return UnreachableError(
             f"{repo} at revision {revision} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it "
             f"for this command, or {file_instead}"
         )
