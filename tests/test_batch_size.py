@@ -309,6 +309,60 @@ def test_a_micro_batch_beside_auto_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def one_cell_run(scenes_root: Path, tmp_path: Path, *settings: str) -> tuple[list[str], Path]:
+    """The command of a run on images of one patch, on which batch norms get one value."""
+    out = tmp_path / "run"
+    words = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(out), "--device", "cpu", "--quiet"]
+    return [*words, "--data.val_split", "null", "--train.max_steps", "1", *settings], out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--data.image_size", "14", "--train.batch_size", "1"],
+        ["--data.image_size", "14", "--train.batch_size", "3", "--train.micro_batch", "2"],
+        # A size that is drawn in some later step, perhaps after hours.
+        [
+            "--data.image_size",
+            "56",
+            "--data.scales",
+            "[0.25, 1]",
+            "--train.batch_size",
+            "2",
+            "--train.micro_batch",
+            "1",
+        ],
+    ],
+)
+def test_one_value_for_batch_norm_is_refused(
+    settings: list[str], scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a traceback of torch; a user has to learn which settings help, before a run is
+    written."""
+    words, out = one_cell_run(scenes_root, tmp_path, *settings)
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "batch norm cannot train on one image of 14 x 14 pixels" in message
+    assert "raise data.image_size, or train.batch_size and train.micro_batch to two samples a pass" in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--data.image_size", "14", "--train.batch_size", "4", "--train.micro_batch", "2"],
+        ["--data.image_size", "28", "--train.batch_size", "1"],
+        # Its search tries passes of one sample first.
+        ["--data.image_size", "14", "--train.batch_size", "3", "--batch-size", "auto"],
+    ],
+)
+def test_two_values_suffice_for_batch_norm(settings: list[str], scenes_root: Path, tmp_path: Path) -> None:
+    """Settings beside those that are refused train; `--batch-size auto` was a traceback, too."""
+    words, out = one_cell_run(scenes_root, tmp_path, *settings)
+    assert main(words) == 0
+    assert list_checkpoints(out)[-1].step == 1
+
+
 def test_configurations_without_micro_batch_load() -> None:
     """config.json of a run without the fields for passes."""
     tree = quick_config(1).model_dump(mode="json")

@@ -102,10 +102,12 @@ def largest_micro_batch(
     side = max(training_sizes(config))
     was_training, parameters = model.training, [item for item in model.parameters() if item.requires_grad]
     model.to(device).train()
+    least = 1 if trains_on_one_sample(model, config, tokenizer, device) else 2
     model.checkpoint_activations(config.train.checkpoint_activations)
     on_cuda = device.type == "cuda"
 
     def run(size: int) -> None:
+        size = max(size, least)  # a sample that batch norms cannot train on alone is tiny
         # Blank images suffice: memory does not depend on their content.
         images = normalise(torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device), config.data)
         tokens = tokenizer(["left"] * size, config.data.word_length).to(device)
@@ -137,6 +139,34 @@ def largest_micro_batch(
             "or a smaller model"
         )
     return best
+
+
+def trains_on_one_sample(
+    model: ReferringSegmenter, config: RunConfig, tokenizer: Tokenizer, device: torch.device
+) -> bool:
+    """Return whether a pass of one sample gives each batch norm the two values that it needs.
+
+    A map of one cell does not. Which maps a model has depends on its encoder and method, so a blank
+    image of the smallest size is tried.
+
+    Args:
+        model: on `device`, in training mode; neither statistics nor the random state are changed.
+        config: of the run.
+        tokenizer: of the model's text tower.
+        device: to train on.
+    """
+    side, devices = min(training_sizes(config)), [device] if device.type == "cuda" else []
+    images = normalise(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device), config.data)
+    tokens = tokenizer(["left"], config.data.word_length).to(device)
+    precision = autocast(device, choose_precision(config.train.precision, device))
+    try:
+        with frozen_statistics(model), torch.random.fork_rng(devices), torch.no_grad(), precision:
+            model(images, tokens)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):  # torch has no class for it
+            raise
+        return False
+    return True
 
 
 def _recorded_micro_batch(out: Path) -> int | None:

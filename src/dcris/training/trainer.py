@@ -64,6 +64,7 @@ from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.training.averaging import WeightAverage
+from dcris.training.batch_size import trains_on_one_sample
 from dcris.training.compilation import compiled
 from dcris.training.features import CachedSamples, FeatureLayout
 from dcris.training.loggers import Monitor, check_trackers, panel_queries
@@ -226,9 +227,9 @@ class Trainer:
             DcrisError: `out` holds a model, or a run and `resume` is not set, or the run has other
                 settings or references; another process trains in `out`; all its checkpoints are
                 damaged; `config.train.start` is damaged or from another model; the ranks have
-                different settings; data cannot be read or results not written; a worker dies;
-                memory does not suffice; the loss or the weights are not finite; float16 overflows
-                at every step.
+                different settings; a pass has one sample, which is too small for batch norm; data
+                cannot be read or results not written; a worker dies; memory does not suffice; the
+                loss or the weights are not finite; float16 overflows at every step.
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         """
         # Signals are handled until the monitor is closed, so that a second Ctrl-C can break off a
@@ -607,6 +608,7 @@ class Trainer:
         self.towers = identify_towers(self.model)
         self._require_same_on_all_ranks(record["sha256"])
         self._prepare_model()
+        self._require_values_for_batch_norm()
         if self.config.data.cache_features:
             self._require_frozen_images()
         self._load_weights(newest, record)
@@ -676,6 +678,22 @@ class Trainer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(model, self.settings)
         self.forward = compiled(model, self.settings, self.device, self.group)
+
+    def _require_values_for_batch_norm(self) -> None:
+        """Raise DcrisError if some pass has a single sample, on which batch norms cannot train.
+
+        Several processes have several samples in each pass.
+        """
+        if self.group.count > 1 or min(map(len, self.passes)) > 1:
+            return
+        if not trains_on_one_sample(self.model, self.config, self.tokenizer, self.device):
+            side = min(training_sizes(self.config))
+            what = f"{len(self.passes)} passes, some of which have" if len(self.passes) > 1 else "one pass, which has"
+            raise DcrisError(
+                f"a batch of {self.batch_size} takes {what} one sample, and batch norm cannot train on one image of "
+                f"{side} x {side} pixels, as it gets a single value; raise data.image_size, or train.batch_size and "
+                "train.micro_batch to two samples a pass"
+            )
 
     def _require_frozen_images(self) -> None:
         """Raise DcrisError if the features of an image change during training."""
