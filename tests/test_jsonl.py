@@ -242,6 +242,10 @@ def without(key: str) -> dict[str, Any]:
         (line(expressions="the box"), "'expressions' that is not a list but str"),
         (line(expressions=["a", 1]), "'expressions' that are not all text"),
         (line(expressions=["a", " \t"]), "has a blank 'expressions'"),
+        # A model reads nothing of these, so it would be trained on and scored by an empty phrase.
+        (line(expressions=["a", "&nbsp;"]), "has a blank 'expressions': '&nbsp;'"),
+        (line(expressions=["a", "&amp;#160; "]), "has a blank 'expressions'"),
+        (line(expressions=["a", "\u200b\ufeff"]), r"has a blank 'expressions': '\\u200b\\ufeff'"),
         (json.dumps(line(expressions=["half \ud83d"])), "is not valid Unicode text"),
         (line(split=""), "has a blank 'split'"),
         (line(split=1), "'split' that is not text but int"),

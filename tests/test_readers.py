@@ -293,6 +293,7 @@ _ANN, _IMG = ("instances", "annotations", 1), ("instances", "images", 0)
         (_set((*_SENT, "sent"), _set), "sentence 200 of reference 11 has no 'sent'"),
         (_set((*_SENT, "sent"), ["a"]), "'sent' that is not text but list"),
         (_set((*_SENT, "sent"), " \t"), "sentence 200 of reference 11 has a blank 'sent'"),
+        (_set((*_SENT, "sent"), "&nbsp;"), "sentence 200 of reference 11 has a blank 'sent'"),
         (_set((*_SENT, "sent_id"), True), "'sent_id' that is not an integer but bool"),
         (_set((*_SENT, "sent_id"), 300), "sentence 300 of reference 12 occurs twice"),
         (_set((*_SENT, "kind"), 3), "'kind' that is not text"),

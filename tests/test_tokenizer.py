@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE
 
 from dcris.data import tokenizer as module
+from dcris.data.table import check_text
 from dcris.data.tokenizer import (
     CLIP_END,
     CLIP_REPOSITORY,
@@ -27,6 +28,7 @@ from dcris.data.tokenizer import (
     Tokenizer,
     clean_text,
     get_tokenizer,
+    is_blank,
     require_phrase,
     tokenizer_of,
 )
@@ -216,6 +218,24 @@ def test_the_embedded_words_make_a_tokenizer():
 
 def test_cleaning_equals_clips():
     assert clean_text(" The\tRED &amp;amp; “Blue”\u3000 schÃ¶n ") == 'the red & "blue" schön'
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \t\u3000", "&nbsp;", "&amp;#160;", "\u200b\u2060", "&zwnj;", "\x00", "\u00c2\xa0"]
+)
+def test_blank_phrases(text: str) -> None:
+    """What nobody can see is no phrase, for predictions and for data sets alike."""
+    assert is_blank(text)
+    with pytest.raises(DcrisError, match="is empty; describe the object"):
+        require_phrase(text)
+    with pytest.raises(DcrisError, match="line 3 has a blank 'sent'"):
+        check_text(text, Path("refs.json"), "line 3", "sent")
+
+
+@pytest.mark.parametrize("text", ["?", "&", "&lt;", "\u72d7", "\u00e9", "\U0001f469\u200d\U0001f467", "a\u200b"])
+def test_phrases_that_are_not_blank(text: str) -> None:
+    """Signs and any script are phrases, also with invisible characters in between."""
+    assert not is_blank(text)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "&nbsp;", "\u3000", "\x00\x07"])

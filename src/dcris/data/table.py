@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dcris.data.coco import portable_name
+from dcris.data.tokenizer import is_blank
 from dcris.errors import DcrisError
 from dcris.types import Expression, PixelPolygons, Reference, SoftMask
 
@@ -236,11 +237,12 @@ def index_by_id(records: list[Any], key: str, path: Path) -> dict[int, dict[str,
 
 
 def check_text(text: str, path: Path, where: str, key: str) -> str:
-    """Return `text` unchanged. Raises DcrisError if it is blank or cannot be encoded as UTF-8."""
-    if not text.strip():
-        raise bad(path, f"{where} has a blank '{key}'")
+    """Return `text` unchanged. Raises DcrisError if it is blank, also only after the cleaning that
+    models do, or cannot be encoded as UTF-8."""
     if not is_utf8(text):
         raise bad(path, f"{where} has a '{key}' that is not valid Unicode text: {text!r}")
+    if is_blank(text):
+        raise bad(path, f"{where} has a blank '{key}'" + (f": {shown(text)}" if text.strip() else ""))
     return text
 
 

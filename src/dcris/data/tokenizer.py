@@ -8,6 +8,7 @@ thread-safe.
 
 import html
 import re
+import unicodedata
 import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -121,10 +122,23 @@ def _unescape(text: str) -> str:
     return html.unescape(re.sub(r"(?<=&#)0*([0-9]{1,20})[0-9]*", r"\1", text))
 
 
+def is_blank(text: str) -> bool:
+    """Return whether nothing can be seen of a text after cleaning, as of "&nbsp;" and zero-width
+    spaces.
+    """
+    if "&" not in text and re.search("[0-9A-Za-z]", text):  # cleaning removes none of these, and takes long
+        return False
+    return all(unicodedata.category(char) in _INVISIBLE for char in clean_text(text))
+
+
+_INVISIBLE = frozenset(("Cc", "Cf", "Zl", "Zp", "Zs"))
+"""Unicode's categories of control and format characters, which have no width, and of spaces."""
+
+
 def require_phrase(text: str) -> str:
     """Return `text` unchanged if it can be used as a phrase.
 
-    Raises DcrisError if it is not a str, is empty after cleaning, or cannot be encoded as UTF-8:
+    Raises DcrisError if it is not a str, is blank after cleaning, or cannot be encoded as UTF-8:
     command line arguments may contain any bytes, result files may not.
     """
     if not isinstance(text, str):
@@ -133,7 +147,7 @@ def require_phrase(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DcrisError(f"the phrase {text!r} is not UTF-8 text; use a terminal or a --pairs file in UTF-8") from error
-    if not clean_text(text):
+    if is_blank(text):
         raise DcrisError(f"the phrase {text!r} is empty; describe the object in a few words")
     return text
 
