@@ -391,7 +391,13 @@ def test_bad_files_among_good_ones(
     assert [line.split(": ")[0] for line in printed.out.splitlines() if "skipped" in line] == [
         str(photos / name) for name in ("1.png", "2.png", "gone.png")
     ]
+    # A line names its file once: long paths twice in a line hide the reason between them.
+    assert all(printed.out.count(str(photos / name)) == 1 for name in ("1.png", "2.png", "gone.png"))
+    assert "2.png: skipped; cannot read the image (it is not an image" in printed.out
     assert [(entry["file_name"], entry["image_id"]) for entry in results(out)] == [("0.png", 1), ("3.png", 4)]
+    assert dcris("predict", model, photos / "2.png", "-e", "cup", "--out", tmp_path / "alone") == 2
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count(str(photos / "2.png")) == 1
     (photos / "1.png").write_bytes(good)
     (photos / "2.png").unlink()
     (photos / "gone.png").unlink()

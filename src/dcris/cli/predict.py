@@ -273,7 +273,9 @@ def _predict_rest(
                     detail(f"{event.task.path}: {time.monotonic() - latest:.2f} s")
                     latest = time.monotonic()
                 elif isinstance(event, Failed):
-                    say(f"{event.task.path}: skipped; {event.reason}")
+                    if len(tasks) > 1:  # of a single one, the error at the end says all
+                        reason = event.reason.replace(f" {event.task.path}", "", 1)
+                        say(f"{event.task.path}: skipped; {reason}")
                 else:
                     say(f"{event.path}: {event.description}")
             if isinstance(event, Done | Failed):
