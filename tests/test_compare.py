@@ -263,6 +263,9 @@ def test_scores_by_hand() -> None:
     table = as_text(found).splitlines()
     assert len(table) == 1 + len(STANDARD_METRICS)
     assert len({len(line) for line in table}) == 1
+    assert len(as_text(compare({"our\ns": ours, "theirs": theirs})).splitlines()) == len(
+        table
+    )  # as a file may be named
 
 
 @pytest.mark.parametrize("count", [0, 1])

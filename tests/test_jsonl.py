@@ -282,6 +282,17 @@ def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:
     assert "... and 15 more" in report.table()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\nb", r"a\nb"), ("a\tb", r"a\tb"), ("a\x1b[2K\u202eb", r"a\x1b[2K\u202eb")]
+)
+def test_a_split_stays_in_its_line_of_the_table(folder: Path, name: str, shown: str) -> None:
+    """A line feed in a name made two lines, the second of which read as another split; what the
+    terminal escapes later would shift the numbers."""
+    table = check_dataset(write(folder, line(split=name), line()), None).table().splitlines()
+    assert f"{shown:<10}{1:>12}{1:>13}" in table
+    assert f"{'train':<10}{1:>12}{1:>13}" in table
+
+
 def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen million invalid lines would take minutes and gigabytes."""
     monkeypatch.setattr(check, "MAX_ERRORS", 20)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from dcris.errors import DcrisError
 from dcris.utils.arguments import DEVICES, Precision, did_you_mean
-from dcris.utils.streams import complain, is_quiet, is_terminal, is_verbose, note, printable, write
+from dcris.utils.streams import complain, is_quiet, is_terminal, is_verbose, note, one_line, printable, write
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
@@ -59,7 +59,7 @@ def detail(text: str) -> None:
 
 def on_error(text: str) -> None:
     """Print an error message to standard error, as one line of bounded length."""
-    line = printable(text).replace("\n", "\\n")
+    line = one_line(text)
     half = _LONGEST_LINE // 2
     complain(line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}")
 

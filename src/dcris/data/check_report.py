@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcris.data.registry import agrees
+from dcris.utils.streams import one_line
 
 _MAX_SHOWN = 10
 
@@ -80,7 +81,7 @@ class Report:
                 same = agrees(counts, expected)
                 sizes = " / ".join("?" if size is None else f"{size:,}" for size in expected)
                 verdict = "unknown" if same is None else "yes" if same else sizes
-            lines.append(f"{name:<10}{counts[0]:>12,}{counts[1]:>13,}  {verdict}".rstrip())
+            lines.append(f"{one_line(name):<10}{counts[0]:>12,}{counts[1]:>13,}  {verdict}".rstrip())
         lines.append(self.total)
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -89,7 +90,7 @@ class Report:
             lines.append(f"problem: ... and {self.problem_count - len(self.problems):,} more")
         count = self.problem_count
         lines.append("no problems" if not count else f"{count:,} problem{'s' if count > 1 else ''}")
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))  # names and sentences contain what strangers wrote
 
     def details(self) -> dict[str, Any]:
         """Return what only this kind of report has, for JSON."""

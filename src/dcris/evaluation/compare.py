@@ -26,7 +26,7 @@ from dcris.evaluation.report.panels import first_on_distinct_images
 from dcris.evaluation.results import RULES, read_results
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
-from dcris.utils.streams import note
+from dcris.utils.streams import note, one_line
 from dcris.utils.text_tables import latex, ranks
 
 Systems = Mapping[str, Sequence[EvalResult]]
@@ -286,7 +286,7 @@ def as_text(comparison: Mapping[str, Any], metrics: Sequence[Score] = STANDARD_M
     for each in [*comparison["systems"], *comparison["differences"]]:
         name = f"{each['name']} - {each['minus']}" if "minus" in each else each["name"]
         sign = "+" if "minus" in each else ""
-        columns.append([name, *(_score(each, metric.key, sign) for metric in metrics)])
+        columns.append([one_line(name), *(_score(each, metric.key, sign) for metric in metrics)])
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(
         "  ".join(

@@ -68,6 +68,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
+def one_line(text: str) -> str:
+    """Return a text for one line of a table or a message: `printable`, line feeds included."""
+    return printable(text).replace("\n", "\\n")
+
+
 def write(text: str) -> None:
     """Print text to standard output and flush it, since a killed process loses what is buffered.
 
