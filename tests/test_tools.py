@@ -440,6 +440,9 @@ def test_a_file_that_is_not_datumaro_s_is_refused(
         ('{"imagePath": "1.png", "shapes": {}}', r"bad\.json: .*'shapes' that is not a list"),
         ('{"imagePath": "1.png", "shapes": [], "imageHeight": "x"}', r"bad\.json: .*'imageHeight'"),
         ('{"imagePath": "1.png", "sha', r"bad\.json"),
+        # Without a field that is needed they were taken for files of other kinds and not named.
+        ('{"shapes": [], "imageData": null}', r"bad\.json: the file has no 'imagePath'"),
+        ('{"imagePath": "1.png", "imageHeight": 8, "imageWidth": 9}', r"bad\.json: the file has no 'shapes'"),
     ],
 )
 def test_a_file_among_several_that_cannot_be_read(text: str, sentence: str, tmp_path: Path) -> None:

@@ -32,9 +32,14 @@ from dcris.data.tools.pixels import paste, png_mask, png_text
 from dcris.types import Segmentation
 from dcris.utils.files import write_json
 
+_FIELDS = frozenset(("shapes", "imagePath", "imageData", "imageHeight", "imageWidth"))
+
 
 def _is_labelme(content: Any) -> bool:
-    return type(content) is dict and "shapes" in content and "imagePath" in content
+    # Two suffice: a file without a field that is needed is an error, while one of another kind is
+    # ignored.
+    found = _FIELDS & content.keys() if type(content) is dict else ()
+    return len(found) > 1 and ("shapes" in found or "imagePath" in found)
 
 
 def _read(path: Path, content: Any) -> Found:
