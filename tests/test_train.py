@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcris import Segmenter
-from dcris.checkpoints.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
+from dcris.checkpoints.checkpoint import _sealed, best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
@@ -27,7 +27,7 @@ from dcris.training import trainer
 from dcris.training.loggers import read_log
 from dcris.training.optimizer import learning_rate
 from dcris.training.stopping import Interrupted
-from dcris.training.trainer import Trainer, build_model
+from dcris.training.trainer import Trainer, TrainResult, build_model
 from dcris.utils import files
 from launcher import Launcher
 from runs import (
@@ -297,6 +297,40 @@ def test_unvalidated_checkpoint_has_no_score(
         run_training(quick_config(6, ("data.val_split", "train")), few, out, log=stop_at(2))
     assert [item.score for item in list_checkpoints(out)] == [40.0, None]
     assert best_checkpoint(list_checkpoints(out)).step == 1
+
+
+def test_scores_of_two_splits_are_not_compared(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best checkpoint would be the one of the easier split, here of the training data.
+
+    Validation may be switched on and off, also before another split.
+    """
+    few, out = ReferenceTable(table.dataset, table.split_by, table.root, table.split("train")[:4]), tmp_path / "run"
+    few = ReferenceTable(few.dataset, few.split_by, few.root, (*few.references, *table.split("val")[:2]))
+    scores = iter([20.0, 90.0, 30.0, 40.0])
+    monkeypatch.setattr(Trainer, "compute_scores", lambda self: {"miou": next(scores)})
+
+    def resume(steps: int, split: str) -> TrainResult:
+        return run_training(quick_config(steps, ("data.val_split", split)), few, out, resume=True)
+
+    refused = (
+        r"best checkpoint by scores on the split 'train', with which scores on 'val' cannot be compared; resume it "
+    )
+    assert resume(1, "null").best.score is None
+    assert resume(2, "train").best.score == 90.0
+    with pytest.raises(DcrisError, match=refused + r"with --data\.val_split train or null"):
+        resume(3, "val")
+    assert resume(3, "null").best.step == 2
+    with pytest.raises(DcrisError, match=refused):
+        resume(4, "val")
+    for checkpoint in list_checkpoints(out):  # as of runs from before the split was recorded
+        state = json.loads((checkpoint.path / "state.json").read_text())
+        state.pop("split", None)
+        (checkpoint.path / "state.json").write_text(json.dumps(_sealed(state)))
+    with pytest.raises(DcrisError, match=refused):
+        resume(4, "val")
+    assert resume(4, "train").best.step == 2
 
 
 def test_validation_does_not_change_training(table: ReferenceTable, tmp_path: Path) -> None:

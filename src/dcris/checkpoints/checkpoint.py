@@ -25,7 +25,7 @@ Checkpoints contain no code.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from dcris.checkpoints.backbones import RANDOM, TowerFiles, copy_strictly, finge
 from dcris.checkpoints.tensor_files import open_safetensors
 from dcris.checkpoints.training_images import FILE, Images, images_from_text, images_to_text, pack_images, read_images
 from dcris.config import RunConfig, load_config, parse_config
+from dcris.data.table import shown
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
 from dcris.models.encoders.text import TextTower
@@ -157,17 +158,36 @@ def save_checkpoint(
     return Checkpoint(path, step, None)
 
 
-def score_checkpoint(checkpoint: Checkpoint, score: float, by: str) -> None:
-    """Record the validation score of a checkpoint and its metric.
+def score_checkpoint(checkpoint: Checkpoint, score: float, by: str, split: str | None) -> None:
+    """Record the validation score of a checkpoint, its metric, and the split that it is of.
 
     The weights are not written again.
 
     Raises:
         DcrisError: the state of the checkpoint cannot be read or written.
     """
-    write_json(
-        checkpoint.path / _STATE, _sealed({**_read_state(checkpoint.path, checkpoint.step), "score": score, "by": by})
-    )
+    before = _read_state(checkpoint.path, checkpoint.step)
+    write_json(checkpoint.path / _STATE, _sealed({**before, "score": score, "by": by, "split": split}))
+
+
+def refuse_other_split(checkpoints: Iterable[Checkpoint], split: str | None, run: Path) -> None:
+    """Check that the checkpoints of a run can be compared with those to come, which are scored on
+    `split`; None: on none.
+
+    Raises:
+        DcrisError: one was scored on another split.
+    """
+    for checkpoint in checkpoints if split is not None else ():
+        if checkpoint.score is not None:
+            state = _read_state(checkpoint.path, checkpoint.step)
+            # States had no split before; a run's splits seldom change.
+            scored = state["split"] if "split" in state else load_config(checkpoint.path / _CONFIG).data.val_split
+            if scored not in (None, split):
+                raise DcrisError(
+                    f"the run in {run} chooses its best checkpoint by scores on the split {shown(scored)}, with which scores "
+                    f"on {shown(split)} cannot be compared; resume it with --data.val_split {scored} or null, or choose "
+                    "another --out"
+                )
 
 
 def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:

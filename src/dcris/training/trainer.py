@@ -32,6 +32,7 @@ from dcris.checkpoints.checkpoint import (
     load_trained,
     prune_checkpoints,
     read_training_images,
+    refuse_other_split,
     save_checkpoint,
     score_checkpoint,
     sound_checkpoints,
@@ -506,7 +507,8 @@ class Trainer:
         self.monitor.validated(self.last.step, scores, panels)
         if self.group.first:
             # The score is written last: on resuming, a checkpoint without one is validated again.
-            score_checkpoint(self.last, scores[self.settings.best_by], self.settings.best_by)
+            by = self.settings.best_by
+            score_checkpoint(self.last, scores[by], by, self.config.data.val_split)
             prune_checkpoints(self.out, self.settings.keep_last)
 
     def compute_scores(self) -> dict[str, float]:
@@ -600,6 +602,7 @@ class Trainer:
         newest = checkpoints[-1] if checkpoints else None
         if newest is not None:
             refuse_other_run(load_config(newest.path / _CONFIG), self.config, self.out)
+            refuse_other_split(checkpoints, self.config.data.val_split, self.out)
         record = self._data_record(newest)
         cut = cut_phrases(all_queries(self.samples.references), self.config.data, self.tokenizer, self.table.dataset)
         for note in (*self.table.notes, *([cut] if cut else [])):
