@@ -21,7 +21,7 @@ from dcris.data.readers.load import list_data_sets, load_references
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluate import Runner
 from dcris.evaluation.protocols import PROTOCOLS
-from dcris.experiments.evaluate_all import evaluate_all
+from dcris.experiments.evaluate_all import averages, evaluate_all
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.text_tables import comma_separated, latex, markdown
 from latex import compile_latex, needs_pdflatex
@@ -127,6 +127,45 @@ def test_several_metrics_have_columns_and_averages(two: list[Path], capsys: pyte
     header, *_ = table(capsys, *two, "--metrics", "miou", "oiou")
     assert header[1:3] == ["refcoco val mIoU", "refcoco val oIoU"]
     assert header[-2:] == ["Avg mIoU", "Avg oIoU"]
+
+
+def test_metrics_that_share_a_name_only_have_no_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """gIoU counts absent targets by rule in `grefcoco` and by empty masks in `lisa`; the mIoU of
+    `rrefcoco` is over references. Their mean is a score of nothing."""
+    rule = {"none_rule": "head"}
+    generalised = [record(name, 40.0, "grefcoco", dataset="grefcoco", **rule) for name in ("val", "testA")]
+    reasoning = record("val", 50.0, "lisa", dataset="reasonseg")
+    robust = record("val", 30.0, "rrefcoco", dataset="rrefcoco", **rule)
+    header, _ = table(capsys, row(tmp_path, "a", *generalised, reasoning))
+    assert header[1:] == ["grefcoco val", "grefcoco testA", "reasonseg val"]
+    header, _ = table(capsys, row(tmp_path, "b", record("val", 70.0), robust), "--metrics", "miou")
+    assert header[1:] == ["refcoco val", "rrefcoco val"]
+    assert table(capsys, row(tmp_path, "c", *generalised))[0][-1] == "Avg"
+    # Both protocols average the IoU over the expressions.
+    same = record("val", 60.0, "phrasecut", dataset="phrasecut")
+    assert table(capsys, row(tmp_path, "d", record("val", 70.0), same))[1][-1] == "65.0"
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (("grefcoco", "lisa"), ["ciou"]),
+        (("lisa", "gseval"), ["ciou"]),
+        (("cris", "rrefcoco"), []),
+        (("cris", "lavt"), ["miou", "oiou"]),
+        (("cris", "phrasecut"), ["miou", *(f"prec@0.{tenths}" for tenths in range(5, 10))]),
+        (("refzom", "rrefcoco"), ["oiou", *(f"prec@0.{tenths}" for tenths in range(5, 10))]),
+    ],
+)
+def test_averages_are_of_one_definition(names: tuple[str, str], keys: list[str]) -> None:
+    """`dcris evaluate --all` writes its averages into the result file, from where people copy
+    them."""
+    protocols = {name: PROTOCOLS[name] for name in names}
+    records = [
+        {"dataset": name, **{metric.key: 10.0 * place for metric in protocol.metrics}}
+        for place, (name, protocol) in enumerate(protocols.items(), 1)
+    ]
+    assert averages(records, protocols) == dict.fromkeys(keys, 15.0)
 
 
 def test_costs_are_unknown_where_they_were_not_measured(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ objects weigh more.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
 
 import cv2
@@ -145,6 +146,7 @@ class Metric(Score):
         return np.asarray(100 * values.sum(axis=0) / np.where(total > 0, total, 1))
 
 
+@cache  # equal metrics are those of one definition; see `averages` and `_averaged`
 def precision(threshold: float, inclusive: bool = False) -> Metric:
     """Precision at an IoU threshold: the share of expressions whose IoU is greater.
 
@@ -205,6 +207,7 @@ T_ACC = Metric(
 )
 
 
+@cache
 def of_targets(metric: Metric) -> Metric:
     """Return a metric over the expressions that have a target only."""
     value, weight = metric.value, metric.weight

@@ -82,7 +82,7 @@ def evaluate_all(
         name, checkpoint.
         results: for each split, the content of a result file with scores by category.
         averages: by metric, the mean over data sets of the mean over their splits, of the metrics
-            that all results have.
+            that all results have by one definition.
         cost: see `measure_cost`.
         provenance: see `dcris.utils.provenance.describe`, and `seconds`.
 
@@ -167,9 +167,9 @@ def _protocol(dataset: str, name: str | None, none_rule: str | None, boundary: b
 
 def averages(records: Sequence[Mapping[str, Any]], protocols: Mapping[str, Protocol]) -> dict[str, float]:
     """Return the mean over data sets of the mean over their splits, by metric, of the metrics that
-    all results have."""
-    keys = [metric.key for metric in protocols[records[0]["dataset"]].metrics]
-    shared = [key for key in keys if all(key in record for record in records)]
+    all results have, by one definition: protocols call unlike metrics gIoU."""
+    first, *others = (protocols[name].metrics for name in dict.fromkeys(record["dataset"] for record in records))
+    shared = [metric.key for metric in first if all(metric in metrics for metrics in others)]
     return {key: _mean_of_means((record["dataset"], record[key]) for record in records) for key in shared}
 
 

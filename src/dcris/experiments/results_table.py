@@ -428,12 +428,19 @@ def _score(system: SystemResults, measure: Measure, metric: Score) -> float | No
 
 
 def _averaged(columns: Sequence[Column]) -> list[str]:
-    """Return the keys of the metrics that several columns have, each of another split."""
+    """Return the keys of the metrics that several columns have, each of another split, and all by
+    one definition: protocols call unlike metrics gIoU."""
     splits: dict[str, list[tuple[str, str, str]]] = {}
+    definitions: dict[str, set[Score]] = {}
     for column in columns:
-        measure = column.measure
-        splits.setdefault(column.metric.key, []).append((measure.dataset, measure.split_by, measure.split))
-    return [key for key, each in splits.items() if len(each) > 1 and len({*each}) == len(each)]
+        measure, key = column.measure, column.metric.key
+        splits.setdefault(key, []).append((measure.dataset, measure.split_by, measure.split))
+        definitions.setdefault(key, set()).add(column.metric)
+    return [
+        key
+        for key, each in splits.items()
+        if len(each) > 1 and len({*each}) == len(each) and len(definitions[key]) == 1
+    ]
 
 
 def _averages(columns: Sequence[Column], values: Sequence[float | None]) -> Iterator[float | None]:
