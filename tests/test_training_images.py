@@ -111,3 +111,31 @@ def test_saved_models_and_further_runs_keep_it(trained_run: Path, scenes_root: P
     others = replace(table, references=tuple(replace(each, split="train") for each in table.split("val")))
     run_training(quick_config(1, ("train.start", str(tmp_path / "saved"))), others, tmp_path / "tuned")
     assert read_images(tmp_path / "tuned") == images | hash_images(others.references)
+
+
+def test_a_lost_list_is_made_again_with_the_images_of_the_start(
+    trained_run: Path, scenes_root: Path, tmp_path: Path
+) -> None:
+    """Without them, an evaluation on images that the first run was trained on would call them
+    unseen. A run without a list is no such claim."""
+    table = load_references(scenes_root, "scenes")
+    start, out, lines = tmp_path / "start", tmp_path / "tuned", list[str]()
+    Segmenter.from_pretrained(trained_run, device="cpu").save_pretrained(start)
+    others = replace(table, references=tuple(replace(each, split="train") for each in table.split("val")))
+
+    def train(steps: int) -> None:
+        config = quick_config(steps, ("train.start", str(start)))
+        run_training(config, others, out, resume=True, log=lines.append)
+
+    train(1)
+    whole = read_images(out)
+    assert whole > hash_images(others.references)
+    (out / FILE).unlink()
+    train(2)
+    assert read_images(out) == whole
+    assert not any(FILE in line for line in lines)
+    (out / FILE).unlink()
+    start.rename(tmp_path / "moved")
+    train(3)
+    assert read_images(out) == frozenset()
+    assert any("restore it, as it cannot be made again without the images of train.start" in line for line in lines)

@@ -626,8 +626,7 @@ class Trainer:
             if newest is None or not (self.out / _DATA).exists():
                 write_json(self.out / _DATA, record)
             if newest is None or not (self.out / training_images.FILE).exists():
-                seen = training_images.hash_images(self.samples.references) | self.seen_before
-                write_file(self.out / training_images.FILE, training_images.pack_images(seen))
+                self._write_training_images(again=newest is not None)
             self.record.write()
         self.log(f"{len(self.samples):,} references, {self.per_epoch:,} steps an epoch, {self.total:,} steps in all")
         if (warmup := warmup_steps(self.settings, self.total)) < self.settings.warmup_steps:
@@ -656,6 +655,25 @@ class Trainer:
                 f"started on (see {path}); restore those, or choose another --out"
             )
         return before
+
+    def _write_training_images(self, again: bool) -> None:
+        """Write the list of the images that the run is trained on, with those of `train.start`.
+
+        A list without these would hide them from evaluations, so none is written `again`, after the
+        first was lost, if the checkpoint is lost, too.
+        """
+        path, start = self.out / training_images.FILE, self.settings.start
+        if again and start is not None:
+            try:
+                self.seen_before = read_training_images(find_checkpoint(Path(start)))
+            except DcrisError as error:
+                self.log(
+                    f"{path} is missing, so evaluations will not know which images this run was trained on; restore it, as it "
+                    f"cannot be made again without the images of train.start: {error}"
+                )
+                return
+        seen = training_images.hash_images(self.samples.references) | self.seen_before
+        write_file(path, training_images.pack_images(seen))
 
     def _require_same_on_all_ranks(self, references: str) -> None:
         """Raise DcrisError naming what differs, if the ranks were started differently."""
