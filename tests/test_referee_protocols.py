@@ -314,6 +314,22 @@ def test_a_pixel_in_two_polygons_of_an_object(polygons: list[list[tuple[float, f
         np.testing.assert_array_equal(protocol.rasterise((flat,), (16, 20)), protocol.to_canvas(mask), name)
 
 
+@pytest.mark.parametrize("name", ["cgformer", "lavt", "lisa", "rrefcoco", "cris", "refzom"])
+def test_a_pixel_in_two_polygons_of_a_mask_as_cris_stores_it(name: str, tmp_path: Path) -> None:
+    """The same annotations have the same truth, and so the same scores, whether they are read as
+    polygons or in the layout of CRIS, from which CGFormer's code reads them."""
+    square, beside = ([x, 2, x + 9, 2, x + 9, 11, x, 11] for x in (2, 7))
+    layers = np.sum(coco.decode(coco.frPyObjects([square, beside], 16, 20)), axis=2).astype(np.uint8)
+    assert {*np.unique(layers).tolist()} == {0, 1, 2}
+    path = tmp_path / "mask.png"
+    Image.fromarray(layers * np.uint8(255)).save(path)
+    protocol = get_protocol(name)
+    expected = protocol.rasterise(([square, beside],), (16, 20))
+    np.testing.assert_array_equal(protocol.rasterise((path,), (16, 20)), expected)
+    Image.fromarray((layers > 0).astype(np.uint8)).save(path)  # as others store it: nothing is known of polygons
+    np.testing.assert_array_equal(protocol.rasterise((path,), (16, 20)), protocol.to_canvas(layers > 0))
+
+
 def test_scores_by_subset() -> None:
     """PhraseCut's authors print all metrics for every subset; a phrase is in several."""
     random = np.random.default_rng(0)

@@ -203,7 +203,7 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
         return (width, height) if sideways else (height, width)
 
 
-def read_mask_image(source: Path | bytes, threshold: float | None = None) -> NDArray[np.uint8]:
+def read_mask_image(source: Path | bytes, threshold: float | None = None, *, once: bool = False) -> NDArray[np.uint8]:
     """Read a mask image as an upright mask, [H, W] uint8 of 0 and 1; see `binary_mask`.
 
     Palette images are read by index, as segmentation tools write them. Black and fully transparent
@@ -222,7 +222,7 @@ def read_mask_image(source: Path | bytes, threshold: float | None = None) -> NDA
     if values.shape[2:] in ((2,), (4,)):
         values[(values[..., -1] == 0) | ~values[..., :-1].any(axis=2)] = 0
     name = "the image of the mask" if isinstance(source, bytes) else str(source)
-    return binary_mask(values, name, threshold)
+    return binary_mask(values, name, threshold, once=once)
 
 
 def read_label_image(source: Path | bytes) -> NDArray[np.uint8]:
@@ -243,7 +243,9 @@ _SUMMED = 250
 polygons and multiplies by 255 in 8 bits: 254 where two overlap, 253 where three do."""
 
 
-def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None) -> NDArray[np.uint8]:
+def binary_mask(
+    values: NDArray[Any], name: str, threshold: float | None = None, *, once: bool = False
+) -> NDArray[np.uint8]:
     """Convert the values of a mask image to [H, W] uint8 of 0 and 1.
 
     A mask with soft edges or saved as JPEG, a probability map and a map of several objects have
@@ -258,6 +260,7 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
             (that of its brightest channel, times its opacity) is greater. Below 1 it is a share of
             the full scale: 1 for floating-point values, 255 for 8 bits, 65,535 for 16 bits, and the
             greatest value for more bits.
+        once: pixels in several polygons of a mask of CRIS are background.
 
     Raises:
         DcrisError: a threshold is required and not given.
@@ -270,7 +273,7 @@ def binary_mask(values: NDArray[Any], name: str, threshold: float | None = None)
     if np.array_equal(found, same.all(axis=2) if values.ndim == 3 else same):
         return found.astype(np.uint8)
     if threshold is None and values.dtype == np.uint8 and values[found].min() >= _SUMMED:
-        return found.astype(np.uint8)
+        return ((values == 255) if once and values.ndim == 2 else found).astype(np.uint8)
     if threshold is None:
         raise DcrisError(
             f"the mask {name} has more values than 0 and one other (from {values.min():g} to {values.max():g}); save it with "

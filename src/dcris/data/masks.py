@@ -69,13 +69,17 @@ def union_mask(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> 
 
 def summed_mask(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> MaskArray:
     """Decode the union of several objects to a mask [H, W] bool, as code that adds the masks of an
-    object's polygons and compares with 1: pixels in two polygons of one object are background.
+    object's polygons and compares with 1: pixels in two polygons of one object are background. So
+    they are where a mask image of CRIS records them.
 
     Raises DcrisError as `decode_mask` does.
     """
     _require_decodable(size)
     mask = np.zeros(size, bool)
     for segmentation in segmentations:
+        if isinstance(segmentation, Path):
+            mask |= _read_file(segmentation, size, once=True).astype(bool)
+            continue
         parts = [[polygon] for polygon in segmentation] if isinstance(segmentation, list) else [segmentation]
         covered = np.zeros(size, np.uint8)
         for part in parts:
@@ -217,11 +221,11 @@ def _validate_file(segmentation: Path | SoftMask, size: tuple[int, int]) -> None
         )
 
 
-def _read_file(segmentation: Path | SoftMask, size: tuple[int, int]) -> NDArray[np.uint8]:
+def _read_file(segmentation: Path | SoftMask, size: tuple[int, int], *, once: bool = False) -> NDArray[np.uint8]:
     _validate_file(segmentation, size)
     if isinstance(segmentation, SoftMask):
         return read_mask_image(segmentation.path, segmentation.threshold)
-    return read_mask_image(segmentation)
+    return read_mask_image(segmentation, once=once)
 
 
 def _draw_pixels(segmentation: PixelPolygons, size: tuple[int, int]) -> NDArray[np.uint8]:
