@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -603,6 +604,18 @@ def test_uploads_are_found_by_the_names_that_label_studio_gives_them(export: Exp
     export.content["images"][0]["file_name"] = "Tasse_1_ä_neu.png"
     with pytest.raises(DcrisError, match="no image file"):
         export.load(strict=True)
+
+
+@pytest.mark.parametrize(("stored", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_in_another_unicode_form_are_found(export: Export, stored: str, written: str) -> None:
+    """macOS may store a letter with its accent as two characters, and tools write it as one, so an
+    archive of photographs that looks right had no image."""
+    name = "Caf\u00e9.png"
+    path = export.folder / "photos" / normalize(stored, name)
+    (export.folder / "photos/1.png").rename(path)
+    export.content["images"][0]["file_name"] = normalize(written, name)
+    table, _ = export.load(strict=True)
+    assert table.references[0].image_path == path
 
 
 def test_images_of_one_name_are_told_apart_by_folder(export: Export) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -271,6 +273,28 @@ def test_each_wrong_line_is_named(folder: Path, wrong: dict[str, Any] | str | by
     report = check_dataset(folder / "mine.jsonl", None)
     assert (report.problem_count, report.splits) == (1, {"train": (2, 2)})
     assert report.problems == [str(caught.value)]
+
+
+@pytest.mark.parametrize(("stored", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("key", ["image", "mask"])
+def test_a_name_in_another_unicode_form_is_named(
+    folder: Path, tmp_path: Path, key: str, stored: str, written: str
+) -> None:
+    """The name in the error looks like that of the file, as macOS stores one of the two, so nobody
+    could see what is missing."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    source = tmp_path / {"image": "img/1.jpg", "mask": "mask.png"}[key]
+    place = tmp_path / normalize(stored, "\u00fc")
+    place.mkdir()
+    shutil.copy(source, place / normalize(stored, f"\u00e9{source.suffix}"))
+    name = normalize(written, f"\u00fc/\u00e9{source.suffix}")
+    with pytest.raises(DcrisError, match="one of the same letters in another Unicode normal form") as caught:
+        load(tmp_path, line(**{key: name}))
+    found = next(place.iterdir())
+    assert ascii(str(found)) in str(caught.value)
+    found.unlink()
+    with pytest.raises(DcrisError, match=r"there is no image file .*; check the name"):
+        load(tmp_path, line(**{key: name}))
 
 
 def test_all_wrong_lines_are_found_at_once(folder: Path) -> None:

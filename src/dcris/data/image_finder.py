@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable
 from pathlib import Path, PureWindowsPath
 from typing import TypeVar
+from unicodedata import normalize
 
 from dcris.data.images import image_endings, image_size
 from dcris.data.table import is_utf8, shown
@@ -66,7 +67,7 @@ class ImageFinder:
                 path = folder.joinpath(*parts)
                 if path.is_file() or (path.exists() and not path.is_dir()):  # other kinds of files are refused by name
                     return path
-        last = parts[-1] if parts else ""
+        last = normalize("NFC", parts[-1]) if parts else ""
         found = self._index().get(last)
         if not found and (upload := _UPLOAD.fullmatch(last)):
             found = self._index().get(upload[1]) or self._by_upload.get(upload[1])
@@ -78,7 +79,10 @@ class ImageFinder:
         )
 
     def _index(self) -> dict[str, list[Path]]:
-        """Return the image files below the folder by their names, with and without endings."""
+        """Return the image files below the folder by their names, with and without endings.
+
+        Names are in one Unicode normal form: tools write NFC, and macOS may store NFD.
+        """
         if self._by_name is None:
             self._by_name, seen, endings = defaultdict(list), 0, image_endings()
             for folder, folders, files in os.walk(self.root):
@@ -91,9 +95,10 @@ class ImageFinder:
                 for file in sorted(files):
                     path = Path(folder, file)
                     if path.suffix.lower() in endings:
-                        self._by_name[path.name].append(path)
-                        self._by_name[path.stem].append(path)
-                        self._by_upload[_NOT_STORED.sub("", file.strip().replace(" ", "_"))].append(path)
+                        name = normalize("NFC", file)
+                        self._by_name[name].append(path)
+                        self._by_name[Path(name).stem].append(path)
+                        self._by_upload[_NOT_STORED.sub("", name.strip().replace(" ", "_"))].append(path)
         return self._by_name
 
 

@@ -21,6 +21,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Union, cast, get_args
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -662,8 +663,27 @@ def _cannot_read(path: Path | bytes, error: Exception) -> DcrisError:
     if isinstance(path, bytes):
         return DcrisError(f"cannot read the image ({_reason(error)}); replace or remove it")
     if isinstance(error, FileNotFoundError):
+        if (found := _in_other_form(path)) is not None:
+            return DcrisError(
+                f"there is no image file {path}, but one of the same letters in another Unicode normal form (NFC or NFD; macOS "
+                f"changes it): {str(found)!a}; rename that file or folder, or write the name in its form"
+            )
         return DcrisError(f"there is no image file {path}; check the name, or download the images again")
     return DcrisError(f"cannot read the image {path} ({_reason(error)}); replace or remove that file")
+
+
+def _in_other_form(path: Path) -> Path | None:
+    """Return the path of an existing file that differs only in the Unicode normal forms of its
+    parts: "\u00e9" may be one character or two, which look alike."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        forms = (found / each for each in (part, normalize("NFC", part), normalize("NFD", part)))
+        # Path.exists raises an error for names that a longer form makes too long.
+        there = next((each for each in forms if os.path.exists(each)), None)  # noqa: PTH110
+        if there is None:
+            return None
+        found = there
+    return None if found == path else found
 
 
 def _reason(error: Exception) -> str:
