@@ -451,6 +451,32 @@ def test_resume_ignores_train_start(table: ReferenceTable, broken: Path, tmp_pat
         run_training(quick_config(4, EVERY_STEP), table, tmp_path / "new", resume=True)
 
 
+def test_a_presence_head_is_added_or_left_out_at_the_start(
+    table: ReferenceTable, trained_run: Path, tmp_path: Path
+) -> None:
+    """A model of RefCOCO learns what is not there, and one that knows it is trained on phrases that
+    always fit; all other weights are those of the start, and the run says it."""
+    presence = ("model.head.presence", "true")
+
+    def started(origin: Path, name: str, *settings: tuple[str, str]) -> tuple[set[str], str]:
+        lines: list[str] = []
+        config = quick_config(1, ("train.start", json.dumps(str(origin))), ("train.lr", "1e-30"), *settings)
+        run_training(config, table, tmp_path / name, log=lines.append)
+        before, after = weights(origin), weights(tmp_path / name)
+        assert all(torch.allclose(after[each], before[each], atol=1e-20) for each in after.keys() & before.keys())
+        return after.keys() ^ before.keys(), "\n".join(lines)
+
+    added, said = started(trained_run, "with", presence)
+    assert len(added) == 11
+    assert "a new one is trained" in said
+    removed, said = started(tmp_path / "with", "without")
+    assert removed == added
+    assert "is left out" in said
+    changed, said = started(tmp_path / "with", "kept", presence)
+    assert not changed
+    assert "presence head" not in said
+
+
 def test_start_refuses_another_model(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
     """A head of another width, or other towers: one error message, before anything is written."""
     start = ("train.start", json.dumps(str(broken)))

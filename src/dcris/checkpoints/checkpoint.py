@@ -572,13 +572,17 @@ def _load_calibration(model: ReferringSegmenter, path: Path) -> None:
     model.head.presence.temperature.fill_(temperature)
 
 
-def load_trained(model: ReferringSegmenter, path: Path, files: TowerFiles | None = None) -> Towers:
+def load_trained(
+    model: ReferringSegmenter, path: Path, files: TowerFiles | None = None, *, start: bool = False
+) -> Towers:
     """Copy the trained weights of a checkpoint into a model with loaded towers.
 
     Args:
         model: with the towers.
         path: the checkpoint.
         files: as for `identify_towers`.
+        start: of another training, in which the model may have a presence head that the checkpoint
+            lacks, which is left as it is, or lack the checkpoint's.
 
     Returns:
         The towers, as `identify_towers`.
@@ -587,7 +591,10 @@ def load_trained(model: ReferringSegmenter, path: Path, files: TowerFiles | None
     """
     found = identify_towers(model, files)
     towers = _require_towers(path, found)
-    copy_strictly(trained_state(model), _read_trained(path, model), str(path))
+    target, source = trained_state(model), _read_trained(path, model)
+    if start and len({any(map(_of_presence, each)) for each in (target, source)}) == 2:
+        target, source = ({name: each[name] for name in each if not _of_presence(name)} for each in (target, source))
+    copy_strictly(target, source, str(path))
     for name, tower in (("vision", model.vision), ("text", model.text)):
         # The fingerprints are equal, so the recorded source is also that of these weights.
         tower.source = tower.source or {key: towers[name][key] for key in ("source", "revision") if key in towers[name]}
@@ -693,6 +700,11 @@ def read_config(path: Path) -> RunConfig:
 def _read_trained(path: Path, model: ReferringSegmenter) -> dict[str, Tensor]:
     """Read the trained tensors of a directory, or of a bundle (all but the towers')."""
     return _read_tensors(path, but=_tower_tensors(model)) if path.is_file() else _read_tensors(path / _MODEL)
+
+
+def _of_presence(name: str) -> bool:
+    """Return whether a trained tensor is one of the presence head."""
+    return name.startswith("head.presence.")
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ from dcris.checkpoints.checkpoint import (
     load_optimizer,
     load_trained,
     prune_checkpoints,
+    read_config,
     read_training_images,
     refuse_other_split,
     save_checkpoint,
@@ -737,7 +738,7 @@ class Trainer:
             start = find_checkpoint(Path(self.settings.start))
             check_files(start, MODEL_FILES)
             try:
-                load_trained(self.model, start)
+                load_trained(self.model, start, start=True)
             except DcrisError as error:
                 raise DcrisError(
                     f"{error}; a run can only start from a checkpoint of the same model, so train with the config.json of that "
@@ -748,6 +749,11 @@ class Trainer:
             self.seen_before = read_training_images(start)
             record["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(self.model))}
             self.log(f"starting from the adapters and the head of {start}")
+            had, has = read_config(start).model.head.presence, self.model.head.presence is not None
+            if has and not had:
+                self.log(f"{start} has no presence head: a new one is trained")
+            elif had and not has:
+                self.log(f"the presence head of {start} is left out; --model.head.presence true keeps it")
         if self.settings.ema is not None:
             self.average = WeightAverage(self.model, self.settings.ema)
         if newest is not None:
