@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dcris.inference.export_onnx
@@ -24,6 +25,7 @@ from dcris.data.transforms import Letterbox
 from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.inference.export_onnx import export_onnx
+from dcris.models.head.presence import PresenceHead
 from runs import leftovers, quick_config, run_training
 
 onnx = pytest.importorskip("onnx")
@@ -242,6 +244,22 @@ def test_int8_is_smaller_and_nearly_the_same(segmenter: Segmenter, exported: Pat
     graph = onnx.load(tmp_path / "int8/image.onnx")
     assert "MatMulInteger" in {node.op_type for node in graph.graph.node}
     assert {"mean", "int8"} <= {entry.key for entry in graph.metadata_props}
+
+
+def test_a_presence_head_can_be_exported_with_int8(tmp_path: Path) -> None:
+    """Its last product is with a vector, which cannot have a scale for each column: `dcris export
+    tiny --int8` ended with a traceback of ONNX Runtime."""
+    torch.manual_seed(0)
+    head = PresenceHead(16, 8, 2)
+    torch.nn.init.normal_(head.weight)
+    inputs = {"features": torch.randn(2, 16, 3, 3), "sentence": torch.randn(2, 8)}
+    path = tmp_path / "head.onnx"
+    dcris.inference.export_onnx._write(path, head, inputs, dict.fromkeys(inputs), ("logit",), {}, int8=True)
+    (found,) = dcris.inference.export_onnx._session(path).run(
+        None, {name: tensor.numpy() for name, tensor in inputs.items()}
+    )
+    np.testing.assert_allclose(found, head(**inputs).detach().numpy(), atol=0.1)
+    assert "MatMulInteger" in {node.op_type for node in onnx.load(path).graph.node}
 
 
 @pytest.mark.slow

@@ -322,6 +322,7 @@ def _quantise(path: Path) -> None:
         plain,
         path,
         op_types_to_quantize=["MatMul", "Gemm"],
+        nodes_to_exclude=_products_with_vectors(plain),
         weight_type=QuantType.QInt8,
         per_channel=True,
         # 7 of the 8 bits: processors without VNNI add two products in 16 bits, which overflows and
@@ -330,6 +331,16 @@ def _quantise(path: Path) -> None:
         use_external_data_format=weights.exists(),
     )
     plain.unlink()
+
+
+def _products_with_vectors(path: Path) -> list[str]:
+    """Return the names of the matrix products of a graph whose weight is no matrix, such as that of
+    the presence head: ONNX Runtime cannot run them with a scale for each column."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    others = {weight.name for weight in graph.initializer if len(weight.dims) != 2}
+    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in others]
 
 
 def _inputs(config: RunConfig, images: int, phrases: int) -> tuple[Tensor, Tensor, Tensor]:
