@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import dcris.checkpoints.convert_detris
 from dcris import Segmenter
 from dcris.checkpoints.backbones import load_towers
+from dcris.checkpoints.checkpoint import store_calibration
 from dcris.checkpoints.convert_detris import published_name
 from dcris.checkpoints.model_zoo import PUBLISHED, REPOSITORY
 from dcris.checkpoints.resolve import locate
@@ -288,6 +289,22 @@ def test_a_downloaded_model_knows_its_training_images(
     ours.images = images
     ours.push_to_hub(REPO)
     assert load(REPO).images == images
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_uploaded_checkpoint_keeps_its_calibration(hub: Hub, tmp_path: Path, several: bool) -> None:
+    """`hf upload` of a directory that `dcris evaluate --calibrate-on` calibrated: whoever loaded it
+    from the Hub got other probabilities of presence than its author, without a word."""
+    path = segmenter(model__head__presence="true").save_pretrained(tmp_path / "model")
+    store_calibration(path, 3.0, {})
+    hub.push(REPO, {file.name: file.read_bytes() for file in path.iterdir()})
+    source: Any = {"first": tmp_path / "model", "hub": REPO} if several else REPO
+    found, expected = Segmenter.from_pretrained(source, device="cpu"), load(path)
+    assert expected.predict(PHOTO, PHRASES)[0].present != 0.5
+    for our, their in zip(
+        found.predict(PHOTO, PHRASES, adapters=found.adapters[-1]), expected.predict(PHOTO, PHRASES), strict=True
+    ):
+        assert our.present == their.present
 
 
 def test_a_cache_that_another_program_filled_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ from dcris.utils.files import (
 from dcris.version import __version__
 
 _MODEL, _OPTIMIZER, _CONFIG, _STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
-_TOWERS, _CALIBRATION = "towers.safetensors", "calibration.json"
+_TOWERS, CALIBRATION = "towers.safetensors", "calibration.json"
 MODEL_FILES = (_MODEL, _CONFIG)
 """Files of a checkpoint that are its model; the others are for --resume."""
 _BUNDLE = ".safetensors"
@@ -535,7 +535,7 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
 
 def model_files(path: Path) -> list[Path]:
     """Return the files that `load_checkpoint` reads at a path from `find_checkpoint`."""
-    names = (_MODEL, _CONFIG, _TOWERS, _CALIBRATION)
+    names = (_MODEL, _CONFIG, _TOWERS, CALIBRATION)
     return [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
 
 
@@ -554,12 +554,12 @@ def store_calibration(path: Path, temperature: float, facts: Mapping[str, str]) 
     """
     if path.is_file():
         raise DcrisError(f"{path} is a bundle, which cannot be changed; calibrate the checkpoint that it was made of")
-    write_json(path / _CALIBRATION, {"temperature": temperature, **facts})
+    write_json(path / CALIBRATION, {"temperature": temperature, **facts})
 
 
 def _load_calibration(model: ReferringSegmenter, path: Path) -> None:
     """Set the temperature of the presence head, if the checkpoint directory has one."""
-    file = path / _CALIBRATION
+    file = path / CALIBRATION
     if path.is_file() or not file.is_file():
         return
     content = read_json(file, "the calibration of the checkpoint")

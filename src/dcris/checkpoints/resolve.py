@@ -15,7 +15,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 
-from dcris.checkpoints.checkpoint import is_model
+from dcris.checkpoints.checkpoint import CALIBRATION, is_model
 from dcris.checkpoints.convert_detris import convert_file, data_set_of
 from dcris.checkpoints.model_zoo import PACKAGED, PUBLISHED, REPOSITORY, Published
 from dcris.checkpoints.training_images import FILE
@@ -110,9 +110,10 @@ def _repository(source: str, towers: bool) -> Path:
         raise DcrisError(f"{repo} on the Hub is not a dcris model: {error}") from error
     except DcrisError as error:
         raise DcrisError(f"there is no local file or folder {source}, and on the Hub: {error}") from error
-    # Without them, the images are unknown, and the configuration names the towers, which have to
-    # match. Offline, a cache that another program filled does not tell what the Hub lacks.
-    for name in (FILE, *(["towers.safetensors"] if towers else [])):
+    # Without them, the images are unknown, presence is not calibrated, and the configuration names
+    # the towers, which have to match. Offline, a cache that another program filled does not tell
+    # what the Hub lacks.
+    for name in (FILE, CALIBRATION, *(["towers.safetensors"] if towers else [])):
         with suppress(FileMissingError, UnreachableError):
             fetch(repo, config.commit, [name])
     return config.path.parent
