@@ -262,6 +262,20 @@ def test_a_presence_head_can_be_exported_with_int8(tmp_path: Path) -> None:
     assert "MatMulInteger" in {node.op_type for node in onnx.load(path).graph.node}
 
 
+def test_int8_replaces_weights_beside_the_graph(tmp_path: Path) -> None:
+    """onnx appends to the file of the weights of large models, which then had those in float32,
+    too: the export with --int8 was larger than without it."""
+    path, inputs = tmp_path / "large.onnx", {"input": torch.randn(2, 64)}
+    dcris.inference.export_onnx._write(
+        path, torch.nn.Linear(64, 64, bias=False), inputs, {"input": {}}, ("output",), {}, int8=False
+    )
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="large.onnx.data", size_threshold=0)
+    dcris.inference.export_onnx._quantise(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data"}
+    assert (tmp_path / "large.onnx.data").stat().st_size < 8000  # 4096 and their scales; 16,384 in float32
+    dcris.inference.export_onnx._session(path).run(None, {"input": inputs["input"].numpy()})
+
+
 @pytest.mark.slow
 def test_the_letterbox_graph(exported: Path, segmenter: Segmenter) -> None:
     """Images of any shape: the letterbox equals cv2's up to single grey levels, and the way back

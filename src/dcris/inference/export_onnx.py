@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -315,22 +316,25 @@ def _write(
 def _quantise(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    plain = path.with_name(f"plain.{path.name}")
-    path.rename(plain)
     weights = path.with_name(f"{path.name}.data")
-    quantize_dynamic(
-        plain,
-        path,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        nodes_to_exclude=_products_with_vectors(plain),
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        # 7 of the 8 bits: processors without VNNI add two products in 16 bits, which overflows and
-        # ruins the masks.
-        reduce_range=True,
-        use_external_data_format=weights.exists(),
-    )
-    plain.unlink()
+    external = weights.exists()
+    # In a folder of their own: onnx would append the new weights to a file of their name.
+    with TemporaryDirectory(dir=path.parent) as folder:
+        for file in (path, weights) if external else (path,):
+            file.rename(Path(folder) / file.name)
+        plain = Path(folder) / path.name
+        quantize_dynamic(
+            plain,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=_products_with_vectors(plain),
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            # 7 of the 8 bits: processors without VNNI add two products in 16 bits, which overflows
+            # and ruins the masks.
+            reduce_range=True,
+            use_external_data_format=external,
+        )
 
 
 def _products_with_vectors(path: Path) -> list[str]:
