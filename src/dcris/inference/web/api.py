@@ -156,9 +156,11 @@ def read_form(body: bytes, content_type: str, part: str = IMAGE) -> tuple[bytes,
 
     def on_file(file: File) -> None:
         files.append(file)
-        if len(files) > 1 or file.field_name != part.encode():
+        if file.field_name != part.encode():
             name = _text(file.field_name)[:60]
             raise DcrisError(f"there is a file in the part {name!r}; send one file, in the part {part!r}")
+        if len(files) > 1:
+            raise DcrisError(f"there are several files in the part {part!r}; send one image a request")
 
     def on_field(field: Field) -> None:
         if field.field_name == part.encode():
