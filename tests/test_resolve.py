@@ -526,6 +526,13 @@ def test_adapters_of_other_towers(several: dict[str, Path], tmp_path: Path) -> N
     other = segmenter(model__text__name='"random"').save_pretrained(tmp_path / "other")
     with pytest.raises(DcrisError, match="trained on another text tower than tiny-text"):
         shared.add_adapters("other", other)
+    # With "was trained on another vision tower than tiny-vision", nobody would try the other order.
+    tuned = segmenter(model__method='{"name": "bitfit"}').save_pretrained(tmp_path / "tuned")
+    with pytest.raises(
+        DcrisError, match=f"weights of its towers that the first .* has trained; load {several['scenes']} first"
+    ):
+        Segmenter.from_pretrained({"tuned": tuned, "scenes": several["scenes"]}, device="cpu")
+    assert Segmenter.from_pretrained({"scenes": several["scenes"], "tuned": tuned}, device="cpu").adapters[1] == "tuned"
     with pytest.raises(DcrisError, match="'scenes' is already used by other adapters"):
         shared.add_adapters("scenes", several["refcoco+"])
     with pytest.raises(DcrisError, match="no adapters 'refcocog'; the available ones are scenes"):

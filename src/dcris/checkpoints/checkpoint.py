@@ -622,6 +622,11 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
     if needed.keys() < present.keys():  # the method trains some tower weights; only the frozen ones identify the towers
         present = {name: present[name] for name in needed}
         towers = {name: {**towers[name], "sha256": fingerprint(_part(present, name))} for name in towers}
+    trained_there = trained_state(shared).keys()
+    if any(name not in present and name in trained_there for name in needed):
+        raise DcrisError(
+            f"{path} needs weights of its towers that the first model has trained; load {path} first, or alone"
+        )
     recorded = _require_towers(path, towers)
     copy_strictly(needed, present, "the tower in memory")  # only compares names and shapes: the targets are on "meta"
     expected, tensors = trained_state(model), _read_trained(path, model)
