@@ -30,12 +30,15 @@ from PIL import Image
 
 import dcris
 from dcris import Segmenter
+from dcris.checkpoints.backbones import load_towers
 from dcris.cli import main
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
 from dcris.inference.inputs import result_stem
 from dcris.inference.web.service import BusyError, InferenceService, Limits, Session, Sessions, coco_results, masks_zip
+from dcris.models.segmentation import ReferringSegmenter
+from dcris.recipes import get_recipe
 from marks import slow_except
 from servers import event, file, listen, picture, post, resident, send, serving, upload
 
@@ -312,6 +315,23 @@ def test_gradio_client(address: str, tmp_path: Path) -> None:
         with pytest.raises(Exception, match=message):
             client.predict(*arguments, api_name="/segment")
     client.close()
+
+
+def test_the_page_explains_the_score_of_each_adapter_set(tmp_path: Path) -> None:
+    """With `dcris web tiny runs/tiny`, the page said of both that no mask is drawn below 50%, and
+    that the score is the probability that the object is there; the second has no presence head."""
+    config = get_recipe("dcris_tiny")
+    model = ReferringSegmenter(config.model)
+    load_towers(model.vision, model.text, config.model)
+    plain = Segmenter(model, config, device="cpu").save_pretrained(tmp_path / "plain")
+    both = Segmenter.from_pretrained({"tiny": "tiny", "plain": plain}, device="cpu")
+    for segmenter, told in (
+        (both, "With the adapters tiny, it is the probability .* With the adapters plain, it is the mean .* above 35%"),
+        (Segmenter.from_pretrained(plain, device="cpu"), "is its score. It is the mean probability"),
+    ):
+        with served(segmenter, tmp_path / "home") as address:
+            words = " ".join(send(address, "GET /config")[1].decode().replace("\\n", " ").split())
+        assert re.search(told, words)
 
 
 def test_the_documented_client(address: str, segmenter: Segmenter, tmp_path: Path) -> None:

@@ -272,6 +272,14 @@ class Segmenter:
         """The names for `predict(..., adapters=)`, in the order in which they were added."""
         return tuple(self._sets)
 
+    def has_presence(self, adapters: str | None = None) -> bool:
+        """Return whether an adapter set has a presence head, whose probability is then the score.
+
+        Args:
+            adapters: as in `predict`.
+        """
+        return self._sets[self._name(adapters)].ready.head.presence is not None
+
     def add_adapters(self, name: str, source: Source) -> None:
         """Load the adapters and head of another checkpoint, for `predict(..., adapters=name)`.
 
@@ -766,8 +774,8 @@ class Segmenter:
         elif not isinstance(refine, str) or refine not in get_args(Refinement):
             raise DcrisError(f"there is no refinement {refine!r}; choose one of {', '.join(get_args(Refinement))}")
         threshold = self.protocol.threshold if threshold is None else require_threshold(threshold)
-        presence = self._sets[name].ready.head.presence is not None
-        return name, _Decision(threshold, *require_minima(min_score, min_area, presence), refine, bool(scores))
+        minima = require_minima(min_score, min_area, self.has_presence(name))
+        return name, _Decision(threshold, *minima, refine, bool(scores))
 
     @torch.no_grad()
     def _predict(

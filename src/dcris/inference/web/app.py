@@ -194,7 +194,7 @@ class Page:
         with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as blocks:
             gradio.api(self.api, api_name="segment")  # first: later events of this name get a number
             gradio.Markdown("## dcris: segment by phrase")
-            gradio.HTML(_render("about", self._title, segmenter.config.model.head.presence), elem_classes="about")
+            gradio.HTML(_render("about", self._title, self._kinds_of_score()), elem_classes="about")
             with gradio.Row(equal_height=False):
                 with gradio.Column(scale=2, min_width=300):
                     image = gradio.Image(
@@ -336,6 +336,13 @@ class Page:
         found = self._service.parse_phrases(phrases)
         query = Query(found, threshold, min_score, min_area, adapters, session.name, masks)
         return await answer(self._service, pixels, query)
+
+    def _kinds_of_score(self) -> dict[bool, list[str]]:
+        """Return the adapter sets by whether their score is a probability of presence."""
+        kinds: dict[bool, list[str]] = {}
+        for name in self._service.segmenter.adapters:
+            kinds.setdefault(self._service.segmenter.has_presence(name), []).append(name)
+        return kinds
 
     def shown(self, session: Session) -> NDArray[np.uint8]:
         """Return the image of a session in the size of the page."""
