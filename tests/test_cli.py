@@ -597,6 +597,25 @@ def test_help_examples_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
                 configuration(args)
 
 
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [
+        ("predict tiny -e ring a.jpg b.jpg", "a.jpg b.jpg"),
+        ("predict tiny a.jpg -e ring b.jpg --out o c.jpg", "a.jpg b.jpg c.jpg"),
+        ("predict tiny -e ring --format mask coco -- -a.jpg", "-a.jpg"),
+        ("predict -e ring tiny a.jpg", "a.jpg"),
+        ("predict tiny a.jpg -e ring", "a.jpg"),
+        ("predict tiny -e ring", ""),
+    ],
+)
+def test_images_may_follow_options(words: str, images: str) -> None:
+    """`dcris predict photos -e "left dog" photo.jpg` said that it does not take 'photo.jpg'."""
+    from dcris.cli import _parser
+
+    args, rest = _parser().parse_known_args(words.split())
+    assert (args.checkpoint, args.images, rest) == ("tiny", [Path(name) for name in images.split()], [])
+
+
 def test_settings_take_precedence_over_a_schedule(scenes_root: Path, tmp_path: Path) -> None:
     """A trial of a published schedule with fewer epochs must not train for all of them."""
     words = ("--schedule", "detris", "--train.epochs", 2, "--train.max_steps", 1, "--data.workers", 0)

@@ -159,6 +159,14 @@ class Parser(argparse.ArgumentParser):
         Raises DcrisError for an option that the command does not have.
         """
         found, rest = super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
+        # argparse takes the arguments of a list from one place, before Python 3.12.7 even an empty
+        # one: "MODEL -e PHRASE IMAGE" left IMAGE over.
+        for action in self._get_positional_actions():
+            if action.nargs == "*":
+                end = rest.index("--") if "--" in rest else len(rest)
+                words = [word for word in rest[:end] if not word.startswith("-")] + rest[end + 1 :]
+                setattr(found, action.dest, [*getattr(found, action.dest), *self._get_values(action, words)])
+                rest = [word for word in rest[:end] if word.startswith("-")]
         for word in rest:
             option = word.partition("=")[0]
             if option.startswith("-") and "." not in option:
