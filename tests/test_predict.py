@@ -1284,6 +1284,26 @@ def test_a_video(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert written(out) | {"video": (out / "clip.overlay.mp4").stat().st_mtime_ns} == before
 
 
+def test_label_studio_needs_an_address_for_each_image(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two folders have an image of the same name: in Label Studio, the masks of one would be drawn
+    on the other, and corrected there. Also if the second folder comes in a later call."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(photos / "1.png", other / "0.png")
+    rest = ("-e", "cup", "--format", "label-studio", "--out")
+    assert dcris("predict", model, photos / "0.png", other, *rest, tmp_path / "both") == 0
+    line = "2 images share the address of another one, such as /data/local-files/?d=0.png"
+    assert line in capsys.readouterr().out
+    assert dcris("predict", model, photos, *rest, tmp_path / "later") == 0
+    assert "share the address" not in capsys.readouterr().out
+    assert dcris("predict", model, other, *rest, tmp_path / "later") == 0
+    assert line in capsys.readouterr().out
+    assert dcris("predict", model, other, *rest, tmp_path / "later", "--image-url", "/data/local-files/?d=other/") == 0
+    assert "share the address" not in capsys.readouterr().out
+
+
 def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     """The note appears if there are videos, and only then."""
     pytest.importorskip("av")

@@ -22,6 +22,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -292,6 +293,8 @@ class BatchPredictor:
         self._known = {"checkpoint": _checkpoint_stamps(checkpoint) if checkpoint else {}, "model": model}
         """What the folder will know about the model."""
         self.notes = self.folder.notes
+        if group.first and "label-studio" in self.formats:
+            self.notes += _same_addresses(self.folder.addresses().values())
         images = [task for task in self.folder.tasks if not task.video and task.name not in self.folder.done]
         self.images = images[group.rank :: group.count]
         """This rank's share of the images that are left."""
@@ -745,6 +748,17 @@ def _until_error(frames: Iterator[Frame]) -> Iterator[Frame | str]:
             yield str(error)
             return
         yield frame
+
+
+def _same_addresses(addresses: Iterable[str]) -> Iterator[str]:
+    """Yield a line if images have the same address, so that Label Studio shows one of them with the
+    masks of all."""
+    shared = {address: number for address, number in Counter(addresses).items() if number > 1}
+    if shared:
+        yield (
+            f"label-studio: {sum(shared.values()):,} images share the address of another one, such as {next(iter(shared))}, "
+            "and Label Studio shows the same image for them; give each folder in a call of its own, with its --image-url"
+        )
 
 
 def long_phrases(unread: Mapping[str, str]) -> Iterator[str]:

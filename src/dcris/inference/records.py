@@ -417,6 +417,13 @@ class ResultFolder:
         """All records, in the order of images and frames."""
         return sorted_records(self._records.read().values())
 
+    def addresses(self) -> dict[str, str]:
+        """Return the URL for Label Studio of each image that has or gets a record, by source."""
+        recorded = {record.source: record.address for record in self._records.read().values() if not record.video}
+        return recorded | {
+            task.source: _description(task, self._image_url)["address"] for task in self.tasks if not task.video
+        }
+
     def is_current(self, record: Record) -> bool:
         """Whether a record is of one of these tasks and its source file has not changed."""
         return self._stamps.get(record.source) == record.stamp
