@@ -336,6 +336,8 @@ def test_pairs_are_predicted(model: Path, photos: Path, tmp_path: Path, capsys: 
         ("-e ring", "no image was given"),
         ("PHOTOS", "no phrase was given"),
         ("PHOTOS/*.gif -e ring", "no image or video matches"),
+        # Python takes addresses; "there is no file https:/example.org/a.jpg" looked like a bug.
+        ("https://example.org/a.jpg?b=1 -e ring", "https://example.org/a.jpg?b=1 is an address; download the image"),
         ("PHOTOS -e ring --every 0", "1 or more"),
         ("PHOTOS -e ring --threshold 1", "between 0 and 1"),
         ("PHOTOS -e ring --min-score 1.1", "'1.1' is not a number from 0 to 1"),

@@ -275,6 +275,8 @@ def _files_of(
     elif place.exists():
         yield place, PurePath(place.name)
         return
+    elif address := re.fullmatch(r"(https?:/)/?(.*)", place.as_posix()):  # Path drops a slash
+        raise DcrisError(f"{address[1]}/{address[2]} is an address; download the image, and give its file")
     elif glob.has_magic(place.as_posix()):
         found = sorted(set(_matches(place.as_posix())))
         files, others = _readable(found, image_endings() | VIDEO_ENDINGS, out)
