@@ -552,6 +552,22 @@ def test_other_settings_are_refused(
     assert contents(out) == before
 
 
+@pytest.mark.parametrize(("key", "value"), [("word_length", 4), ("image_size", 112)])
+def test_the_same_weights_with_other_settings_are_another_model(
+    key: str, value: int, model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`dcris convert --word-length` converts one file twice: whoever compared the two in one folder
+    got the results of the first for both ("1 of 1 are done already")."""
+    out, other = tmp_path / "out", Segmenter.from_pretrained(model).save_pretrained(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    assert config["data"][key] != value
+    config["data"][key] = value
+    (other / "config.json").write_text(json.dumps(config))
+    assert dcris("predict", model, photos / "0.png", "-e", "the red cup", "--out", out) == 0
+    assert dcris("predict", other, photos / "0.png", "-e", "the red cup", "--out", out) == 2
+    assert "made with another model" in capsys.readouterr().err
+
+
 def test_overwrite_replaces_only_the_images_of_the_call(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     """--overwrite deletes masks of phrases that are not requested any more, keeps other images, and
     reports mixed settings."""

@@ -35,7 +35,7 @@ from dcris.checkpoints.training_images import Images
 from dcris.config import RunConfig
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable, require_channels
-from dcris.data.tokenizer import cut_texts, require_phrase, tokenize, tokenizer_of, unread_end
+from dcris.data.tokenizer import cut_texts, require_phrase, strips, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning
 from dcris.evaluation.preparation import pairs_in_memory, prepared
@@ -324,9 +324,16 @@ class Segmenter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A checksum that identifies all weights of the first adapter set and its towers."""
+        """A checksum of everything that decides what the first adapter set predicts, except the
+        options of `predict`: all weights, those of the towers included, and the settings of the
+        network and of its input, with which the same weights give other masks."""
         towers = "".join(tower["sha256"] for tower in self._towers.values())
-        return hashlib.sha256(f"{towers}{fingerprint(trained_state(self.model))}".encode()).hexdigest()
+        weights = fingerprint(trained_state(self.model))
+        origin = {"name", "revision"}  # of the towers' weights, whatever they are
+        network = self.config.model.model_dump_json(exclude_defaults=True, exclude={"vision": origin, "text": origin})
+        data = self.config.data
+        given = (data.image_size, data.word_length, strips(data, predicting=True), data.mean, data.std)
+        return hashlib.sha256(f"{towers}{weights}{network}{given}".encode()).hexdigest()
 
     def save_pretrained(
         self,
