@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris import Segmenter
+from dcris.cli.web import _loader
 from dcris.data.images import read_image
 from dcris.data.masks import decode_mask
 from dcris.errors import DcrisError
@@ -410,6 +412,16 @@ def test_broken_forms_are_one_sentence(body: bytes, cut: int) -> None:
     for broken in (body, b"--" + BOUNDARY.encode() + body, whole[:cut], whole[cut:], whole + body):
         with suppress(DcrisError):
             read_form(broken, kind)
+
+
+def test_adapter_sets_are_named_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that names the model was refused while there was only one ("the available ones are
+    scenes"), and "." was a set without a name."""
+    saved = Segmenter.from_pretrained("tiny", device="cpu").save_pretrained(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(saved)
+    for checkpoints, names in ((["tiny"], ("tiny",)), ([".", "tiny"], ("mine", "tiny")), ([saved], ("mine",))):
+        args = SimpleNamespace(checkpoints=[str(each) for each in checkpoints], device="cpu", precision=None)
+        assert _loader(args)().adapters == names  # type: ignore[arg-type]
 
 
 def test_serve_needs_no_gradio(launcher: Launcher, tmp_path: Path) -> None:

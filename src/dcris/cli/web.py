@@ -91,12 +91,12 @@ def _loader(args: argparse.Namespace) -> "Callable[[], Segmenter]":
     """Return a function that loads the models of the command line."""
     from dcris.inference.segmenter import Segmenter
 
-    checkpoints = args.checkpoints or ["photos"]
-    sources = checkpoints[0] if len(checkpoints) == 1 else _named(checkpoints)
+    sources = _named(args.checkpoints or ["photos"])
     return lambda: Segmenter.from_pretrained(sources, device=args.device, precision=args.precision)
 
 
 def _named(sources: list[str]) -> dict[str, str]:
     """Name each source by the last part of its path, or by the whole path if two share it."""
-    short = [Path(source).name for source in sources]
+    paths = [Path(source) for source in sources]
+    short = [path.resolve().name if path.name in ("", "..") else path.name for path in paths]
     return {source if short.count(name) > 1 else name: source for name, source in zip(short, sources, strict=True)}
