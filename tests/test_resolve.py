@@ -250,14 +250,17 @@ def test_a_mistyped_model_is_guessed(hub: Hub, mistyped: str, tmp_path: Path, mo
 
 
 def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
-    """An existing folder must not be replaced by mistake."""
-    (tmp_path / "work").write_text("mine")
-    for name in (tmp_path, tmp_path / "work"):
+    """An existing folder must not be replaced by mistake, nor a bundle, which may be the only copy
+    of another model."""
+    files = [tmp_path / "work", tmp_path / "best.safetensors"]
+    for path in files:
+        path.write_text("mine")
+    for path in (tmp_path, *files):
         with pytest.raises(DcrisError, match="exists already"):
-            segmenter().save_pretrained(name)
+            segmenter().save_pretrained(path)
     with pytest.raises(DcrisError, match=r"ends in \.safetensors"):
         segmenter().save_pretrained(tmp_path / "new", bundle=True)
-    assert (tmp_path / "work").read_text() == "mine"
+    assert all(path.read_text() == "mine" for path in files)
 
 
 # ---- the Hub -------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def save_model(
     """Write a model for prediction: a checkpoint directory, or a bundle with the towers.
 
     Args:
-        path: a directory that does not exist, or a .safetensors file for a bundle.
+        path: a directory, or a .safetensors file for a bundle, that does not exist.
         model: on any device.
         towers: from identify_towers.
         config: configuration of the run that trained the model.
@@ -265,8 +265,10 @@ def save_model(
         images: what it was trained on, from `read_training_images`.
 
     Raises:
-        DcrisError: the directory exists or cannot be written.
+        DcrisError: it exists or cannot be written.
     """
+    if path.exists():
+        raise DcrisError(f"{path} exists already; delete it or choose another path")
     state = _on_cpu(trained_state(model))
     if half:
         state = _halved(state, model)
@@ -279,8 +281,6 @@ def save_model(
             lambda: write_file(path, lambda at: save_file(whole, at, {**metadata, "config": _config_text(config)})),
         )
         return
-    if path.exists():
-        raise DcrisError(f"{path} exists already; delete it or choose another path")
 
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, metadata)

@@ -350,7 +350,7 @@ class Segmenter:
         Of several adapter sets, the first is saved.
 
         Args:
-            path: a directory that does not exist; with `bundle`, a file.
+            path: a directory, with `bundle` a file, that does not exist.
             half: store adapters and head in float16, which halves their size. They are loaded as
                 float32.
             bundle: write one .safetensors file with everything and no card; implied by a path with
