@@ -107,7 +107,7 @@ def test_lock_with_changing_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_unwritable_paths(tmp_path: Path) -> None:
     """A file instead of a folder, a folder instead of a file, and a name that is too long: one
-    message each."""
+    message each, which does not send anybody to look for disk space."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     for write in (
@@ -118,9 +118,7 @@ def test_unwritable_paths(tmp_path: Path) -> None:
         lambda: make_directory(tmp_path / "file"),
         lambda: make_directory(tmp_path / "file" / "a"),
     ):
-        with pytest.raises(
-            DcrisError, match=r"cannot write .*; (free disk space there or choose another path|choose another name)"
-        ):
+        with pytest.raises(DcrisError, match=r"cannot write .*; choose another (path|name)"):
             write()
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]  # noqa: PTH208
     assert not leftovers(tmp_path)

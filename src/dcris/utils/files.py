@@ -53,7 +53,8 @@ class LockedError(DcrisError):
 
 
 def _cannot_write(path: Path, error: OSError) -> DcrisError:
-    return DcrisError(f"cannot write {path}: {error.strerror or error}; free disk space there or choose another path")
+    full = "free disk space there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return DcrisError(f"cannot write {path}: {error.strerror or error}; {full}choose another path")
 
 
 def make_directory(path: Path) -> Path:
