@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,25 @@ def test_skipped_steps_are_counted_and_training_goes_on(
     assert len(updates) == 20 - skipped
     assert updates == [step for step in range(20) if counts[step] == (counts[step - 1] if step else 0)]
     assert f"{skipped} of 20 steps were skipped because float16 overflowed" in lines
+
+
+def test_a_forward_pass_that_overflows_leaves_statistics_finite(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose log showed one skipped step among good losses had NaN in its batch norms for the
+    rest of the run, so every mask of its model was refused as "not finite"."""
+    images, calls = trainer.Trainer._images, []
+
+    def overflow_in_second_step(*arguments: Any) -> Any:
+        calls.append(None)
+        return images(*arguments) * (1e38 if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(trainer.Trainer, "_images", overflow_in_second_step)
+    start_with_scale(monkeypatch, 256)
+    result = run_training(quick_config(3, FLOAT16, SMALL, EVERY_STEP), table, tmp_path)
+    assert [line["skipped_steps"] for line in read_log(tmp_path)] == [0, 1, 1]
+    model, _ = load_checkpoint(result.last.path)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])

@@ -219,6 +219,7 @@ class Trainer:
         # Set by run():
         self.towers: Towers
         self.parameters: list[torch.nn.Parameter]
+        self.statistics: list[torch.Tensor]  # of the batch norms
         self.optimizer: torch.optim.Optimizer
         self.monitor: Monitor
 
@@ -278,13 +279,17 @@ class Trainer:
             lr = learning_rate(settings, step, self.per_epoch, self.total)
             set_learning_rate(self.optimizer, lr)
 
+            # A forward pass that overflows makes the statistics of batch norm NaN for good.
+            statistics = [each.clone() for each in self.statistics] if self.loss_scale.on else []
             with self._memory_errors(step):
                 losses, iou = self.forward_backward(step, batch, monitor.wants_iou(step + 1))
                 if not self.loss_scale.on:  # which skips such steps
                     self._require_finite(losses, step)
                 self.group.sum_gradients(self.parameters)
                 stepped = self.loss_scale.step(self.optimizer, self.parameters, losses["loss"], settings.clip_norm)
-                if stepped and self.average is not None:
+                if not stepped:
+                    torch._foreach_copy_(self.statistics, statistics)
+                elif self.average is not None:
                     self.average.update(step)
             self.done = step + 1
             monitor.step(self.done, losses, iou, lr, self.batch_size, self.loss_scale.report())
@@ -698,6 +703,8 @@ class Trainer:
         model.to(self.device).train()
         model.checkpoint_activations(self.settings.checkpoint_activations)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = trained_state(model)
+        self.statistics = [buffer for name, buffer in model.named_buffers() if name in trained]
         self.optimizer = make_optimizer(model, self.settings)
         self.forward = compiled(model, self.settings, self.device, self.group)
 
