@@ -16,7 +16,16 @@ from dcris.evaluation import analysis
 from dcris.evaluation.analysis import analyse, difference, resample, scores, tally
 from dcris.evaluation.compare import compare
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.metrics import CURVE_THRESHOLDS, INCLUSIVE_METRICS, STANDARD_METRICS, Metric, Overlap, summarise
+from dcris.evaluation.metrics import (
+    CURVE_THRESHOLDS,
+    GIOU,
+    INCLUSIVE_METRICS,
+    N_ACC,
+    STANDARD_METRICS,
+    Metric,
+    Overlap,
+    summarise,
+)
 from made_results import made_result
 
 KEYS = [metric.key for metric in STANDARD_METRICS]
@@ -166,7 +175,8 @@ def test_few_or_no_results() -> None:
     assert one["by_length"] == [{"name": "1-2 words", "expressions": 2, "miou": 50, "oiou": 50, "intervals": {}}]
     assert analyse([]) == {"photographs": 0, "intervals": {}, "by_length": [], "by_size": [], "by_kind": []}
     zero = analyse([made_result((0, 0), image=image) for image in range(3)])
-    assert zero["intervals"]["oiou"] == [0, 0]
+    assert zero["intervals"]["miou"] == [0, 0]
+    assert "oiou" not in zero["intervals"], "there is no union"
     assert difference([], [])["miou"] == 0
     for found in (one, zero):
         json.dumps(found, allow_nan=False)
@@ -258,6 +268,21 @@ def test_intervals_and_differences_use_the_protocols_metrics() -> None:
         assert analyse(results, metrics)["intervals"]["prec@0.5"] == [share, share]
         assert difference(results, nothing, metrics)["prec@0.5"] == share
         assert compare({"a": nothing, "b": results}, metrics)["systems"][1]["prec@0.5"] == share
+
+
+def test_resamples_without_an_absent_target_do_not_count_for_its_metric() -> None:
+    """A model that recognised both absent targets of a split had an N-acc of 100 with the interval
+    [0, 100]: in one of seven resamples there is no absent target, which counted as 0."""
+    absent = Overlap(0, 0, target=False, none=True)
+    results = [made_result((1, 2), image=image) for image in range(20)]
+    results[3:5] = [replace(each, overlap=absent) for each in results[3:5]]
+    found = analyse(results, (GIOU, N_ACC))["intervals"]
+    assert found["n_acc"] == [100, 100]
+    assert found["giou"][0] < found["giou"][1]
+    wrong = [*results[:3], replace(results[3], overlap=replace(absent, none=False, union=9)), *results[4:]]
+    assert difference(results, wrong, (GIOU, N_ACC))["intervals"]["n_acc"] == [0, 100]
+    everywhere = [made_result((1, 2), image=image) for image in range(3)]
+    assert [*analyse(everywhere, (GIOU, N_ACC))["intervals"]] == ["giou"], "nothing is known of absent targets"
 
 
 def test_the_threshold_curve() -> None:

@@ -11,6 +11,7 @@ how much a score depends on the choice of images, not how much it varies between
 Shape letters: P images, R resamples, C columns of counts, M metrics, T thresholds.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +50,8 @@ def analyse(
         A dict of
         photographs: number of images.
         intervals: by metric, the 95% interval [low, high] in percent; empty for fewer than two
-            images.
+            images, and without a metric that no expression counts for, such as N-acc without
+            absent targets.
         by_length, by_size, by_kind: lists of groups, each with `name`, `expressions`, the first two
             metrics and their `intervals`, drawn from the images that have such an expression.
             Groups without expressions are left out.
@@ -140,16 +142,17 @@ def tally(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_ME
     return sums
 
 
-def scores(counts: Floats, metrics: Sequence[Metric] = STANDARD_METRICS) -> Floats:
-    """Return metrics [..., M] in percent from summed counts [..., C]; 0 for no expressions."""
+def scores(counts: Floats, metrics: Sequence[Metric] = STANDARD_METRICS, undefined: float = 0.0) -> Floats:
+    """Return metrics [..., M] in percent from summed counts [..., C]; `undefined` for those that
+    none of the expressions counts for."""
     columns = iter(np.moveaxis(counts, -1, 0))
     expressions = next(columns)
     found = []
     for metric in metrics:
         values = next(columns)
         weights = expressions if metric.weight is None else next(columns)
-        found.append(values / np.where(weights > 0, weights, 1))
-    return 100 * np.stack(found, axis=-1)
+        found.append(np.where(weights > 0, 100 * (values / np.where(weights > 0, weights, 1)), undefined))
+    return np.stack(found, axis=-1)
 
 
 def resample(counts: Floats) -> Floats:
@@ -174,25 +177,33 @@ def _counts(systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) 
     return np.concatenate([tally(results, metrics) for results in systems], axis=1)
 
 
-def _scores_of(counts: Floats, metrics: Sequence[Metric]) -> Floats:
+def _scores_of(counts: Floats, metrics: Sequence[Metric], undefined: float = 0.0) -> Floats:
     """Return one system's metrics [..., M], or the first system's minus the second's.
 
     Args:
         counts: summed, [..., C] of one system or [..., 2 C] of two.
         metrics: of the protocol.
+        undefined: as in `scores`.
     """
     columns = 1 + sum(1 if metric.weight is None else 2 for metric in metrics)
-    found = scores(counts[..., :columns], metrics)
-    return found - scores(counts[..., columns:], metrics) if counts.shape[-1] > columns else found
+    found = scores(counts[..., :columns], metrics, undefined)
+    return found - scores(counts[..., columns:], metrics, undefined) if counts.shape[-1] > columns else found
 
 
 def _intervals(counts: Floats, metrics: Sequence[Metric], wanted: Sequence[Metric]) -> dict[str, list[float]]:
-    """Return the intervals of the wanted metrics by key; none for fewer than two images."""
+    """Return the intervals of the wanted metrics, the first ones of `metrics`, by key; none for
+    fewer than two images, or where no expression counts.
+
+    Resamples without an expression that counts for a metric have no score.
+    """
     if len(counts) < 2:
         return {}
-    low, high = np.percentile(_scores_of(resample(counts), metrics), [2.5, 97.5], axis=0)
-    bounds = {metric.key: [float(a), float(b)] for metric, a, b in zip(metrics, low, high, strict=True)}
-    return {metric.key: bounds[metric.key] for metric in wanted}
+    found = {}
+    for metric, drawn in zip(wanted, _scores_of(resample(counts), metrics, math.nan).T[: len(wanted)], strict=True):
+        defined = drawn[~np.isnan(drawn)]
+        if len(defined):
+            found[metric.key] = np.percentile(defined, [2.5, 97.5]).tolist()
+    return found
 
 
 def _describe(
