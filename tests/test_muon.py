@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcris.config import TrainConfig
+from dcris.models.adapters.barleria import SideBlock
 from dcris.models.adapters.compacter import HypercomplexLinear
 from dcris.models.adapters.lora import LoraConfig, LowRank
+from dcris.models.encoders.blocks import SelfAttention, SwiGLU
 from dcris.models.layers.attention import MultiHeadAttention
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.muon import Muon, orthogonalise, weight_matrices
@@ -22,6 +24,10 @@ def test_muon_takes_the_steps_of_torchs_muon() -> None:
     model = nn.Sequential(
         nn.Linear(24, 40),
         nn.Conv2d(8, 16, 3),
+        nn.Conv1d(8, 12, 3),  # in DETRIS's text adapter, which AdamW trained
+        SelfAttention(24, 2, causal=False),  # full tuning, whose packed projections took one step
+        SwiGLU(12),
+        SideBlock(24, 3),
         MultiHeadAttention(24, 2),
         LowRank(24, 6, LoraConfig()),
         HypercomplexLinear(32, 16, 4, 4),
@@ -30,16 +36,17 @@ def test_muon_takes_the_steps_of_torchs_muon() -> None:
 
     def split(name: str, whole: torch.Tensor) -> list[torch.Tensor]:
         """Return the matrices that a weight consists of."""
-        if whole.ndim == 3:
+        if whole.ndim == 3 and name != "2.weight":
             return [*whole]
-        return [*whole.chunk(3)] if name.endswith("in_weight") else [whole.flatten(1)]
+        packed = {"in_weight": 3, "qkv.weight": 3, "w12.weight": 2}
+        return [*whole.flatten(1).chunk(next((n for end, n in packed.items() if name.endswith(end)), 1))]
 
     alone = {
         name: [nn.Parameter(part.clone()) for part in split(name, whole.detach())]
         for name, whole in names.items()
         if whole.ndim > 1
     }
-    assert len(alone) == 8
+    assert len(alone) == 17
     optimizer = Muon([{"params": [*model.parameters()]}], weight_matrices(model), 0.01, (0.9, 0.98), 0.1)
     oracle = torch.optim.Muon(
         [part for parts in alone.values() for part in parts],

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcris.models.adapters.barleria import SideBlock
 from dcris.models.adapters.compacter import HypercomplexLinear
 from dcris.models.adapters.lora import LowRank
+from dcris.models.encoders.blocks import SelfAttention, SwiGLU
 from dcris.models.layers.attention import MultiHeadAttention
 
 Stack = tuple[int, int, int]
@@ -105,15 +107,24 @@ def weight_matrices(model: nn.Module) -> dict[nn.Parameter, Stack]:
     Weights of depthwise convolutions, embeddings and tokens are not matrices in this sense.
     """
     found: dict[nn.Parameter, Stack] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+    for module in model.modules():  # the layers of a module follow it
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1):
             weight = module.get_parameter("weight")
-            found[weight] = 1, len(weight), weight[0].numel()
+            found.setdefault(weight, (1, len(weight), weight[0].numel()))
         elif isinstance(module, MultiHeadAttention):
-            found[module.in_weight] = 3, len(module.in_weight) // 3, module.in_weight.shape[1]
+            found |= _packed(module.in_weight, 3)
+        elif isinstance(module, SelfAttention | SideBlock):
+            found |= _packed(module.get_parameter("qkv.weight"), 3)
+        elif isinstance(module, SwiGLU):
+            found |= _packed(module.get_parameter("w12.weight"), 2)
         elif isinstance(module, LowRank | HypercomplexLinear):
             found |= {weight: (*weight.shape,) for weight in module.parameters() if weight.ndim == 3}
     return found
+
+
+def _packed(weight: nn.Parameter, count: int) -> dict[nn.Parameter, Stack]:
+    """Return what a weight is that stores so many matrices one below the other."""
+    return {weight: (count, len(weight) // count, weight.shape[1])}
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
