@@ -384,6 +384,11 @@ def test_compacter_says_what_does_not_divide() -> None:
     """A width that cannot be divided is an error of the configuration."""
     with pytest.raises(DcrisError, match=r"method\.width 50 must be a multiple of method\.terms 4"):
         replace(get_recipe("compacter_tiny"), {"model.method.width": 50})
+    # EfficientNet's blocks have several widths; 320, that of the last one, is a multiple of 16.
+    with pytest.raises(
+        DcrisError, match=r"block 2 of the vision tower: width 24 must be a multiple of method\.terms 16"
+    ):
+        replace(get_recipe("compacter_photos"), {"model.method.terms": 16})
 
 
 def test_lora_is_what_peft_makes_of_it() -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import MethodConfig, ModelConfig, Width
+from dcris.config import VISION_FAMILIES, MethodConfig, ModelConfig, Width
 from dcris.models.encoders.blocks import BranchSlot, Place, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
@@ -27,16 +27,18 @@ class CompacterConfig(MethodConfig):
     width: Width = 384
     rank: Width = 16
     terms: Annotated[int, Field(gt=0, le=64, strict=True)] = 4
-    """n. The towers' widths and `width` must be multiples of it."""
+    """n. The widths of the towers' blocks and `width` must be multiples of it."""
     zero_init: bool = False
     """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the
     plain one."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError where a matrix cannot be divided into n x n parts."""
+        vision, tower = model.vision, VISION_FAMILIES[model.vision.family].tower
+        adapted = [layer for layer in range(vision.depth) if any(tower.has(vision, layer, place) for place in _PLACES)]
         for key, width in (
             ("method.width", self.width),
-            ("vision.width", model.vision.width),
+            *((f"block {layer} of the vision tower: width", tower.block_width(vision, layer)) for layer in adapted),
             ("text.width", model.text.width),
         ):
             if width % self.terms:

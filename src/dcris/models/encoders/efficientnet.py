@@ -146,6 +146,12 @@ class EfficientNetTower(VisionTower):
         (inputs, width, _, stride, _), _ = _shapes(config)[layer]
         return place == "mlp_slot" and stride == 1 and inputs == width
 
+    @classmethod
+    def block_width(cls, config: VisionConfig, layer: int) -> int:
+        """Return the channels of a block's output."""
+        (_, width, *_), _ = _shapes(config)[layer]
+        return width
+
     def start(self, images: Tensor) -> VisionState:
         """Run the first convolution: [B, 3, H, W] normalised images -> the state before block 0.
 

@@ -112,6 +112,11 @@ class VisionTower(nn.Module):
         """Whether a block has a slot of that name; a transformer's has all of them."""
         return True
 
+    @classmethod
+    def block_width(cls, config: VisionConfig, layer: int) -> int:
+        """Return the channels of a block's output; a transformer's blocks are all alike."""
+        return config.width
+
     @property
     def num_own_prefix_tokens(self) -> int:
         """Tokens that `embed` puts before the patches: class token and registers."""
