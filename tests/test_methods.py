@@ -28,7 +28,7 @@ from dcris.training.optimizer import parameter_groups
 from dcris.training.trainer import build_model
 from dcris.utils.device import choose_precision, precision_of
 from marks import slow_except
-from models import error, images, randomise
+from models import TINY_CLIP_VISION, TINY_TEXT, error, images, randomise, tiny_config
 from runs import CPU, last_tensors, quick_config, run_training
 
 METHODS = sorted(name for name, settings in REGISTRY.items() if settings.__module__.startswith("dcris."))
@@ -335,6 +335,19 @@ def test_houlsby_starts_nearly_as_the_identity() -> None:
     norms = {name for name in trained if not name.startswith("head.")}
     assert len(norms) == 2 * (12 * 2 * 2 + 2)
     assert all("norm" in name for name in norms)
+
+
+def test_houlsby_trains_all_layer_norms() -> None:
+    """Those before the first block, too, of CLIP's vision tower and of BERT, as the source does:
+    they stayed frozen."""
+    text = TINY_TEXT.model_copy(update={"family": "bert", "tokenizer": "bert", "sentence_width": TINY_TEXT.width})
+    model = ReferringSegmenter(tiny_config(vision=TINY_CLIP_VISION, text=text, method=HoulsbyConfig(norms=True)))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "_slot." not in name}
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert {name for name in norms if "head." not in name} == {
+        name.rpartition(".")[0] for name in trained if not name.startswith("head.")
+    }
+    assert {"vision.pre_norm", "text.embedding_norm"} < norms
 
 
 def test_adaptformer_is_a_scaled_bottleneck_in_parallel() -> None:

@@ -40,7 +40,7 @@ class HoulsbyConfig(MethodConfig):
 
     def trains(self, name: str) -> bool:
         """Return whether the weight belongs to a layer norm, if `norms` is set."""
-        return self.norms and re.search(r"\.norm[12]?\.", name) is not None
+        return self.norms and re.search(r"norm[12]?\.(weight|bias)$", name) is not None
 
 
 class HoulsbyAdapter(BranchSlot):
