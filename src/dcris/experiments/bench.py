@@ -38,7 +38,8 @@ from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.dcris import DcrisConfig
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training.losses import text_to_pixel_loss
+from dcris.training.losses import training_losses
+from dcris.training.optimizer import make_optimizer
 from dcris.utils.arguments import Precision
 from dcris.utils.device import (
     autocast,
@@ -212,8 +213,8 @@ class TrainingStep:
         self.model = ReferringSegmenter(config.model).to(device).train()
         self.model.checkpoint_activations(config.train.checkpoint_activations)
         cast_frozen(self.model, dtype)
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.train.lr, fused=True)
+        self.settings = config.train
+        self.optimizer = make_optimizer(self.model, self.settings)
         side = config.data.image_size
         self.images = torch.randn(batch_size, 3, side, side).to(device)
         tokens = tokenizer_of(config.model.text)(["left slice"] * batch_size, config.data.word_length)
@@ -225,7 +226,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
             output = self.model(self.images, self.tokens)
-        loss = text_to_pixel_loss(output.logits, self.masks)
+        loss = torch.stack([*training_losses(output, self.masks, self.settings).values()]).sum()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
