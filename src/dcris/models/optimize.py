@@ -50,7 +50,7 @@ def prepare_for_prediction(
     """Return a copy for prediction: batch norms folded, weights of products stored in `dtype`.
 
     Unchanged tensors are shared with `model`, which is not changed: save and fingerprint that one.
-    Later changes of its weights do not affect the copy.
+    Make another copy after a change of its weights: this one would have some of the new ones.
 
     A model whose towers are sharded over ranks is returned as it is.
 
