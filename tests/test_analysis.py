@@ -26,6 +26,10 @@ from dcris.evaluation.metrics import (
     Overlap,
     summarise,
 )
+from dcris.evaluation.protocols import RefZom
+from dcris.evaluation.report.comparison_report import write_comparison_report
+from dcris.evaluation.report.evaluation_report import write_report
+from dcris.evaluation.report.html import DASH
 from made_results import made_result
 
 KEYS = [metric.key for metric in STANDARD_METRICS]
@@ -283,6 +287,29 @@ def test_resamples_without_an_absent_target_do_not_count_for_its_metric() -> Non
     assert difference(results, wrong, (GIOU, N_ACC))["intervals"]["n_acc"] == [0, 100]
     everywhere = [made_result((1, 2), image=image) for image in range(3)]
     assert [*analyse(everywhere, (GIOU, N_ACC))["intervals"]] == ["giou"], "nothing is known of absent targets"
+
+
+def test_a_report_has_no_score_where_nothing_counts(tmp_path: Path) -> None:
+    """By Ref-ZOM's protocol, the expressions without a target had 0% oIoU and mIoU in the report,
+    as if the model failed on them, and a split without any had 0% of them recognised."""
+    metrics, file = RefZom.metrics, tmp_path / "report.html"
+    plain = [made_result((1, 2), image=image) for image in range(3)]
+    absent = [
+        replace(
+            each, reference=replace(each.reference, segmentations=()), overlap=Overlap(0, 0, target=False, none=True)
+        )
+        for each in [made_result(image=image) for image in range(2)]
+    ]
+    for results, unknown, end in (([*plain, *absent], ">no target<", "</tr>"), (plain, ">Acc<", "</div>")):
+        record = {**summarise((each.overlap for each in results), metrics), "analysis": analyse(results, metrics)}
+        write_report(file, title="", facts={}, record=record, log=(), panels={}, notes=(), metrics=metrics)
+        after = file.read_text(encoding="utf-8").partition(unknown)[2]
+        assert f">{DASH}<" in after.partition(end)[0]
+        compared = compare({"a": results, "b": results}, metrics)
+        write_comparison_report(file, title="", comparison=compared, measured={}, panels={}, metrics=metrics)
+        page = file.read_text(encoding="utf-8").partition("<body")[2]
+        assert f">{DASH}" in page and ">nan" not in page
+    assert [*analyse([*plain, *absent], metrics)["by_size"][-1]] == ["name", "expressions", "intervals"]
 
 
 def test_the_threshold_curve() -> None:

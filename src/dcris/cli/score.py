@@ -126,7 +126,10 @@ def _score_images(args: argparse.Namespace) -> None:
             output(form(header, rows))
             if len(rows) == 1 and "by_subset" in analysis:
                 keys = [metric.key for metric in protocol.metrics]
-                subsets = [[each["name"], *(f"{each[key]:.2f}" for key in keys)] for each in analysis["by_subset"]]
+                subsets = [
+                    [each["name"], *(f"{each[key]:.2f}" if key in each else "-" for key in keys)]
+                    for each in analysis["by_subset"]
+                ]
                 output("\n" + form([f"subsets of {table.dataset} {args.split}", *header[1:]], subsets))
 
 

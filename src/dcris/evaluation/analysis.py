@@ -54,7 +54,8 @@ def analyse(
             absent targets.
         by_length, by_size, by_kind: lists of groups, each with `name`, `expressions`, the first two
             metrics and their `intervals`, drawn from the images that have such an expression.
-            Groups without expressions are left out.
+            Groups without expressions are left out, as are scores that none of a group's
+            expressions counts for, such as those of targets in the group without any.
         by_subset: the same with all metrics by the data set's own subsets, if it has any.
         by_category: as by_length, by the category of the objects, if wanted; an expression with
             objects of several categories is in each of them.
@@ -236,10 +237,12 @@ def _group(
     name: str, systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric], shown: Sequence[Metric]
 ) -> dict[str, Any]:
     """Return the entry of one group: its size and the `shown` metrics, the first ones of `metrics`,
-    with intervals."""
+    with intervals, but for those that none of its expressions counts for."""
     counts = _counts(systems, metrics)
-    found = _scores_of(counts.sum(axis=0), metrics).tolist()
-    values = {metric.key: value for metric, value in zip(shown, found[: len(shown)], strict=True)}
+    found = _scores_of(counts.sum(axis=0), metrics, math.nan).tolist()
+    values = {
+        metric.key: value for metric, value in zip(shown, found[: len(shown)], strict=True) if not math.isnan(value)
+    }
     return {
         "name": name,
         "expressions": len(systems[0]),

@@ -1,5 +1,6 @@
 """The report of an evaluation: scores, curves of the training, and examples."""
 
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,6 +158,15 @@ def write_evaluation_report(
     )
 
 
+def known_score(scored: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], metric: Metric) -> Any:
+    """Return a score, or NaN, which is shown as a dash, if no expression counts for it.
+
+    Where there are intervals, a metric without one has no score (dcris.evaluation.analysis).
+    """
+    undefined = intervals and metric.key not in intervals and metric is not _EXCHANGED
+    return math.nan if undefined else scored.get(metric.key, math.nan)
+
+
 def _tiles(
     record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], metrics: Sequence[Metric]
 ) -> list[dict[str, Any]]:
@@ -164,7 +174,7 @@ def _tiles(
     return [
         {
             "title": metric.title,
-            "value": record[metric.key],
+            "value": known_score(record, intervals, metric),
             "interval": intervals.get(metric.key),
             "description": metric.description,
             "control": metric is _EXCHANGED,
@@ -182,9 +192,9 @@ def _tables(record: Mapping[str, Any], analysis: Mapping[str, Any], metrics: Seq
         rows = [
             {
                 "name": group["name"],
-                "value": group[first.key],
+                "value": known_score(group, group["intervals"], first),
                 "interval": group["intervals"].get(first.key),
-                "others": (percent(group[second.key]), number(group["expressions"])),
+                "others": (percent(known_score(group, group["intervals"], second)), number(group["expressions"])),
             }
             for group in analysis.get(key, ())
         ]
@@ -193,7 +203,7 @@ def _tables(record: Mapping[str, Any], analysis: Mapping[str, Any], metrics: Seq
     rows = [
         {
             "name": metric.title,
-            "value": record[metric.key],
+            "value": known_score(record, intervals, metric),
             "interval": intervals.get(metric.key),
             "others": (),
         }
