@@ -98,7 +98,7 @@ def test_the_largest_size_decides_about_memory(monkeypatch: pytest.MonkeyPatch) 
     sides = sides_of(monkeypatch)
     config = quick_config(1, SCALES)
     largest_micro_batch(build_model(config), config, tokenizer_of(config.model.text), 1, CPU)
-    assert set(sides) == {84}
+    assert set(sides[1:]) == {84}  # the first asks whether one sample suffices for the batch norms
 
 
 @pytest.mark.parametrize(
