@@ -7,7 +7,9 @@ Printed and written, in percent, over the expressions of all splits together:
 - the mIoU when each object is given the expressions of another object of its photograph;
 - of several of a kind: how often the predicted mask overlaps the right object best, and how often
   chance would;
-- mIoU by kind of generated phrase, and by size of the object.
+- mIoU by kind of generated phrase, and by size of the object;
+- of a model with a presence head: the AUROC of presence against expressions of other photographs
+  whose object is absent, and the shares of both for which its answer is right.
 
 `--splits train --licences 1 2 3 6 --short` measures it on training photographs whose licences keep
 them out of the training of `photos`: its settings are chosen on these, never on val and testA.
@@ -17,7 +19,8 @@ import argparse
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import numpy as np
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.checkpoints.resolve import locate
 from dcris.cli import exit_code
-from dcris.config import DataConfig
+from dcris.config import DataConfig, NegativesConfig
 from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, union_area, union_mask
 from dcris.data.readers import refer_layout
@@ -35,9 +38,11 @@ from dcris.data.readers.refer_layout import Instances
 from dcris.data.table import ReferenceTable
 from dcris.data.training_table import training_table
 from dcris.errors import DcrisError
+from dcris.evaluation.confidence import auroc
 from dcris.evaluation.evaluator import EvalResult, exchange_expressions, predict_queries
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
+from dcris.inference.prediction import LEAST_PRESENCE
 from dcris.types import Expression, Reference
 from dcris.utils.files import write_json
 
@@ -76,8 +81,12 @@ def main() -> None:
         "photographs": len({reference.image_id for reference in references}),
         **several_of_a_kind(own, instances),
     }
+    if config.model.head.presence:
+        absent = DataConfig(negatives=NegativesConfig(share=0.5))
+        scores["presence"] = presence(own, predict(all_queries(wanted(made(table, args.splits, absent)))))
     if not args.short:
-        generated = predict(all_queries(wanted(each for split in args.splits for each in generate(table, split))))
+        phrases = DataConfig(generate_phrases=True)
+        generated = predict(all_queries(wanted(made(table, args.splits, phrases))))
         scores |= {
             "exchanged": summary(predict(exchange_expressions(references)))["miou"],
             "generated": summary(generated),
@@ -112,14 +121,36 @@ def size(result: EvalResult) -> str:
     return next(name for name, (low, high) in SIZES.items() if low <= share <= high)
 
 
-def generate(table: ReferenceTable, split: str) -> list[Reference]:
-    """Return references with generated phrases on the photographs of a split."""
+def presence(own: Iterable[EvalResult], absent: Iterable[EvalResult]) -> dict[str, Any]:
+    """Return the AUROC of presence, and the shares in percent that a minimum of 0.5 keeps of the
+    objects of each size, and drops of the absent ones."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for result in own:
+        groups[size(result)].append(float(result.present or 0))
+    there, missing = [*chain.from_iterable(groups.values())], [float(result.present or 0) for result in absent]
+    area = auroc(np.array(there + missing), np.array([True] * len(there) + [False] * len(missing)))
+
+    def share(some: list[float]) -> float:
+        return round(100 * float(np.mean(np.array(some) >= LEAST_PRESENCE)), 1)
+
+    return {
+        "auroc": round(100 * (area or 0), 1),
+        "dropped": round(100 - share(missing), 1),
+        "kept": share(there),
+        "kept_by_size": {name: share(groups[name]) for name in SIZES if name in groups},
+        "absent": len(missing),
+    }
+
+
+def made(table: ReferenceTable, splits: Iterable[str], config: DataConfig) -> Iterator[Reference]:
+    """Yield the references that training with these settings on these splits would add."""
     before = {reference.ref_id for reference in table.references}
-    # Phrases are also generated on photographs without references, which are in no split; training
-    # uses them.
-    images = {reference.image_id for reference in table.split(split)}
-    extended = training_table(table, DataConfig(train_split=split, generate_phrases=True))
-    return [each for each in extended.references if each.ref_id not in before and each.image_id in images]
+    for split in splits:
+        # Phrases are also generated on photographs without references, which are in no split;
+        # training uses them.
+        images = {reference.image_id for reference in table.split(split)}
+        extended = training_table(table, config.model_copy(update={"train_split": split}))
+        yield from (each for each in extended.references if each.ref_id not in before and each.image_id in images)
 
 
 def several_of_a_kind(results: Iterable[EvalResult], instances: Instances) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from playwright.sync_api import sync_playwright
 
 
-def main(address: str, target: str, example: str = "2", width: str = "1200") -> None:
+def main(address: str, target: str, example: str = "1", width: str = "1200") -> None:
     with sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         # By default, the screenshot is 840 pixels wide, as a column of the documentation.

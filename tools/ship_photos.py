@@ -97,7 +97,7 @@ def photographs(root: Path, config: RunConfig) -> tuple[list[tuple[int, int, str
 
 def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: bool) -> str:
     """Return the sections of the model card between the description and the licence."""
-    counts = Counter(licence for _, licence, _ in rows)
+    counts, presence = Counter(licence for _, licence, _ in rows), scores["presence"]
     licences = ", ".join(f"{count} {LICENCES[licence]}" for licence, count in sorted(counts.items()))
     groups = [(name, found) for part in ("by_kind", "by_size") for name, found in scores[part].items()]
     return "\n".join(
@@ -118,6 +118,13 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: 
             f"| mIoU with the phrase of another object of the photograph | {scores['exchanged']:.1f} |",
             f"| of several of a kind the right one is hit best | {scores['right_one_best']:.0f} |",
             f"| the same by chance | {scores['chance']:.0f} |",
+            f"| AUROC of presence, against {presence['absent']} expressions for absent objects | {presence['auroc']:.1f} |",
+            f"| absent objects that are recognised, with a score below 0.5 | {presence['dropped']:.0f} |",
+            f"| objects that are found, with a score of at least 0.5 | {presence['kept']:.0f} |",
+            *(
+                f"| the same, {name} of the photograph | {kept:.0f} |"
+                for name, kept in presence["kept_by_size"].items()
+            ),
             "",
             f"mIoU on {scores['generated']['expressions']} generated phrases of the same photographs:",
             "",
@@ -128,9 +135,9 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: 
             "## What it cannot do",
             "",
             "It knows COCO's 80 categories, in the words of its training phrases. Rare words, objects that cover less",
-            "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. It often answers when the",
-            "object is not there. It is a demonstration that needs no download, not a substitute for a model on DINOv2",
-            "and CLIP.",
+            "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. Of 100 absent objects",
+            f"it finds {100 - presence['dropped']:.0f} all the same, and by rare words it does not find things that are there.",
+            "It is a demonstration that needs no download, not a substitute for a model on DINOv2 and CLIP.",
             "",
             "",
         ]

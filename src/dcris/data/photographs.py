@@ -5,12 +5,13 @@ from pathlib import Path
 
 _PHRASES = {
     "astronaut.jpg": ("person",),
-    "chelsea.jpg": ("cat",),
+    "chelsea.jpg": ("cat", "dog"),  # there is no dog
     "coffee.jpg": ("cup", "table"),
 }
 
 
 def example_photographs() -> list[tuple[Path, tuple[str, ...]]]:
-    """Return the file of each example photograph, and phrases for it."""
+    """Return the file of each example photograph, and phrases for it, one of them for an
+    absent object."""
     folder = Path(str(resources.files("dcris.assets") / "photographs"))
     return [(folder / name, phrases) for name, phrases in _PHRASES.items()]

@@ -114,7 +114,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str = "auto", log: Callable[
         log=read_log(out),
         opening={
             "Photographs": (
-                Panel(read_image(path), each.phrase, None, (NamedMask("photos", each.mask, None),))
+                Panel(read_image(path), each.phrase, None, (NamedMask(f"photos, {each.verdict}", each.mask, None),))
                 for path, each in photographs
             ),
             **generalised,
