@@ -252,6 +252,9 @@ def test_the_page_greys_what_is_probably_not_there(segmenter: Segmenter) -> None
             assert ('class="row absent"' in legend) == absent
             assert (f"not found ({before.score:.0%})" in legend) == absent
     assert {each.score < 0.5 for each in predictions} == {True, False}
+    # The page's second slider: what it would have drawn.
+    for each in session.at_threshold(0.01, min_score=0):
+        assert each.rejected is None and each.mask.any()
 
 
 @pytest.mark.slow

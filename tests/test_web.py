@@ -278,15 +278,16 @@ def test_errors_of_the_api(address: str, data: bytes, query: Any, status: int, m
 def test_downloads_are_checked(address: str) -> None:
     """A modified link gives an error message, not an internal error."""
     (name,) = upload(address, picture(), "..\\\\up/../a.png")
-    assert event(address, "segment_1", file(name), "left", 0.2, None)["data"][0] == ""
+    assert event(address, "segment_1", file(name), "left", 0.2, None, 0)["data"][0] == ""
 
     def get(path: str) -> tuple[int, bytes]:
         return send(address, f"GET /download/{path}")
 
-    for threshold in ("2", "nan", "much", ""):
-        status, content = get(f"{name}/coco.json?threshold={threshold}")
-        assert status == 400
-        assert "between 0 and 1" in json.loads(content)["error"]
+    for wrong in ("2", "nan", "much", ""):
+        for query in (f"threshold={wrong}", f"threshold=0.2&min_score={wrong}"):
+            status, content = get(f"{name}/coco.json?{query}")
+            assert status == 400
+            assert re.search("between 0 and 1|from 0 to 1", json.loads(content)["error"])
     assert get(f"{name}/coco.json?threshold=0.2")[0] == 200
     for wrong in (f"{name}/other.zip", "other/masks.zip"):
         assert get(f"{wrong}?threshold=0.2")[0] == 404
@@ -373,8 +374,11 @@ def short_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["segment", "open_image", "segment_1", "change_threshold"])
 def test_events_take_uploads_only(address: str, recorded: list[Any], name: str, path: str) -> None:
     """W1 to W4 for events: a client's path or address is text that names no upload."""
-    others: dict[str, list[Any]] = {"segment": [["left"], 0.5, None, 0, None, False], "segment_1": ["left", 0.5, None]}
-    output = event(address, name, file(path), *others.get(name, [0.5] if name == "change_threshold" else []))
+    others: dict[str, list[Any]] = {
+        "segment": [["left"], 0.5, None, 0, None, False],
+        "segment_1": ["left", 0.5, None, 0.5],
+    }
+    output = event(address, name, file(path), *others.get(name, [0.5, 0.5] if name == "change_threshold" else []))
     text = json.dumps(output)
     assert "paths and addresses are not opened" in text or "no longer stored" in text.lower()
     assert "root:" not in text
@@ -404,10 +408,10 @@ def test_events_are_checked(address: str, body: bytes, message: str) -> None:
 @pytest.mark.usefixtures("short_streams")
 def test_arguments_of_events_are_checked(address: str) -> None:
     """Values of other types are one sentence, for whoever sends events by hand."""
-    for data in ([1, 2, 3, 4], [None, None, None, None], [[], {}, "x", 5], [{"path": 5}, "left", 0.5, None]):
+    for data in ([1, 2, 3, 4, 5], [None] * 5, [[], {}, "x", 5, "y"], [{"path": 5}, "left", 0.5, None, 0.5]):
         assert "does not fit" in event(address, "segment_1", *data)["error"]
     (path,) = upload(address, picture())
-    assert "between 0 and 1" in event(address, "segment_1", file(path), "a", 7, None)["data"][0]
+    assert "between 0 and 1" in event(address, "segment_1", file(path), "a", 7, None, 0.5)["data"][0]
 
 
 def test_a_page_that_opens_late_keeps_its_image(address: str) -> None:

@@ -158,8 +158,8 @@ def answered(page: Any, site: Site, folder: Path, count: int = 1) -> list[str]:
     return phrases
 
 
-def move_slider(page: Any, value: float) -> None:
-    number = page.locator("#threshold input[type=number]")
+def move_slider(page: Any, value: float, slider: str = "threshold") -> None:
+    number = page.locator(f"#{slider} input[type=number]")
     number.fill(str(value))
     number.press("Enter")
     number.blur()
@@ -178,6 +178,33 @@ def visible(page: Any) -> list[bool]:
         int(layer.get_attribute("data-number")): layer.is_visible() for layer in page.locator("#result .layer").all()
     }
     return [layers[number] for number in sorted(layers)]
+
+
+def test_what_was_not_found_can_be_shown(page: Any, site: Site, tmp_path: Path) -> None:
+    """A word that the model does not know is "not found", although the object is there. The slider
+    of the lowest score shows its mask and downloads it; the model is not asked again."""
+    path = photograph(tmp_path)
+    words = [
+        f"{colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("ring", "star", "cross")
+    ]
+    absent = next(each.phrase for each in site.segmenter.predict(path, words) if each.rejected)
+    (expected,) = site.segmenter.predict(path, absent, threshold=0.05, min_score=0)
+    assert expected.mask.any()
+    upload(page, path)
+    move_slider(page, 0.05)
+    segment(page, absent)
+    page.wait_for_selector("#result .none")
+    assert not visible(page)
+    site.passes.clear()
+    move_slider(page, 0, "min_score")
+    page.wait_for_selector("#result .layer", state="attached")
+    assert visible(page) == [True]
+    assert page.locator("#result .number").all_text_contents() == [expected.verdict]
+    with page.expect_download() as download:
+        page.click(".downloads a >> nth=1")
+    (record,) = json.loads(Path(download.value.path()).read_text())
+    np.testing.assert_array_equal(decode_mask(record["segmentation"], expected.mask.shape), expected.mask)
+    assert site.passes == []
 
 
 def test_from_upload_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
@@ -223,8 +250,8 @@ def test_from_upload_to_masks(page: Any, site: Site, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(np.asarray(Image.open(file)) > 0, answer.mask)
 
     move_slider(page, high)
-    page.wait_for_function("() => !document.querySelector('.downloads a').href.endsWith('=0.05')")
-    assert page.get_attribute(".downloads a >> nth=0", "href").endswith("threshold=0.95")
+    page.wait_for_function("() => !document.querySelector('.downloads a').href.includes('=0.05')")
+    assert page.get_attribute(".downloads a >> nth=0", "href").endswith("threshold=0.95&min_score=0.5")
     assert site.passes == [], "the slider asked the model again"
 
 

@@ -27,7 +27,7 @@ from dcris.data.images import read_image
 from dcris.data.photographs import example_photographs
 from dcris.data.scenes import make_scene
 from dcris.errors import DcrisError
-from dcris.inference.prediction import Prediction
+from dcris.inference.prediction import LEAST_PRESENCE, Prediction
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.web.api import Query, answer, make_api, parse_number
 from dcris.inference.web.events import File, event_routes
@@ -114,10 +114,11 @@ def make_app(service: InferenceService, examples: Sequence[Path] | None = None, 
     async def download(request: "Request") -> Response:
         session, file = sessions.get(request.path_params["name"]), request.path_params["file"]
         threshold = parse_number("threshold", request.query_params.get("threshold", "")) or 0.0
+        min_score = parse_number("min_score", request.query_params.get("min_score"))
         headers = {"Content-Disposition": f'attachment; filename="{quote(file)}"'}
 
         def pack() -> Response:
-            predictions = session.at_threshold(threshold)
+            predictions = session.at_threshold(threshold, min_score)
             if file == "masks.zip":
                 return Response(masks_zip(predictions, session.stem), media_type="application/zip", headers=headers)
             return JSONResponse(coco_results(predictions, session.name), headers=headers)
@@ -234,6 +235,18 @@ class Page:
                         label="Threshold: probability above which a pixel belongs to the mask",
                         elem_id="threshold",
                     )
+                    sliders = [slider]
+                    if True in self._kinds_of_score():
+                        sliders.append(
+                            gradio.Slider(
+                                0,
+                                0.95,
+                                value=LEAST_PRESENCE,
+                                step=0.01,
+                                label="Lowest score: below it, the object counts as not found",
+                                elem_id="min_score",
+                            )
+                        )
             done = [note, result]
             # What is shown answers another question: it goes before the server answers, or does
             # not. Gradio runs the events of a trigger one after the other, in this order.
@@ -245,16 +258,17 @@ class Page:
 
             on(image.input, self.open_image, [image], [note, image, result])
             for trigger in (button.click, text.submit):
-                on(trigger, self.segment, [image, text, slider, adapters], done)
-            moved = slider.change(
-                self.change_threshold,
-                [image, slider],
-                done,
-                api_visibility="private",
-                trigger_mode="always_last",
-                show_progress="hidden",
-            )
-            moved.failure(None, **clear, api_visibility="private")
+                on(trigger, self.segment, [image, text, slider, adapters, *sliders[1:]], done)
+            for moved in sliders:
+                change = moved.change(
+                    self.change_threshold,
+                    [image, *sliders],
+                    done,
+                    api_visibility="private",
+                    trigger_mode="always_last",
+                    show_progress="hidden",
+                )
+                change.failure(None, **clear, api_visibility="private")
             if self._examples:
                 choice = gradio.Dataset(
                     components=[gradio.HTML(visible=False)],
@@ -294,7 +308,9 @@ class Page:
         return "", image, "\n".join(phrases) if phrases else _UNCHANGED, _render("empty")
 
     @validate_call
-    async def segment(self, image: File | None, text: str, threshold: float, adapters: str | None) -> tuple[str, str]:
+    async def segment(
+        self, image: File | None, text: str, threshold: float, adapters: str | None, min_score: float | None = None
+    ) -> tuple[str, str]:
         """Answer to the button."""
         try:
             if image is None:
@@ -305,17 +321,19 @@ class Page:
             session.predictions = await self._service.predict(pixels, phrases, adapters)
             session.answer += 1
             self._sessions.put(session, image.path)  # its size has grown
-            return "", await self._result(image.path, threshold)
+            return "", await self._result(image.path, threshold, min_score)
         except DcrisError as error:
             return _sentence(error), _render("empty")
 
     @validate_call
-    async def change_threshold(self, image: File | None, threshold: float) -> tuple[Any, ...]:
-        """Answer to the slider."""
+    async def change_threshold(
+        self, image: File | None, threshold: float, min_score: float | None = None
+    ) -> tuple[Any, ...]:
+        """Answer to the sliders."""
         try:
             if image is None or not self._sessions.get(image.path).predictions:
                 return _UNCHANGED, _UNCHANGED
-            return "", await self._result(image.path, threshold)
+            return "", await self._result(image.path, threshold, min_score)
         except DcrisError as error:
             return _sentence(error), _render("empty")
 
@@ -352,16 +370,15 @@ class Page:
         """Decode the image of a session on first use. Raises DcrisError if that is not possible."""
         return self._sessions.pixels(session, self._service.read_image)
 
-    async def _result(self, name: str, threshold: float) -> str:
+    async def _result(self, name: str, threshold: float, min_score: float | None) -> str:
         """Render the predictions for a session."""
         session = self._sessions.get(name)
+        query = f"threshold={threshold:g}" + ("" if min_score is None else f"&min_score={min_score:g}")
 
         def render() -> str:
-            rows, photo = _rows(session.at_threshold(threshold)), _data_uri(self.shown(session))
+            rows, photo = _rows(session.at_threshold(threshold, min_score)), _data_uri(self.shown(session))
             large_first = sorted(rows, key=lambda row: -row[1].area)  # small ones on top, or they would be covered
-            return _render(
-                "result", f"{name}.{session.answer}", photo, rows, large_first, _DOWNLOADS, name, f"{threshold:g}"
-            )
+            return _render("result", f"{name}.{session.answer}", photo, rows, large_first, _DOWNLOADS, name, query)
 
         return await self._service.render(render)
 

@@ -257,9 +257,20 @@ class Session:
         pixels = 0 if self.pixels is None else self.pixels.size
         return len(self.data) + pixels + sum(prediction.mask.size * 5 for prediction in self.predictions)
 
-    def at_threshold(self, threshold: float) -> list[Prediction]:
-        """Return the predictions at another threshold, without a forward pass."""
-        return [replace(each.with_threshold(threshold), probabilities=None) for each in self.predictions]
+    def at_threshold(self, threshold: float, min_score: float | None = None) -> list[Prediction]:
+        """Return the predictions at another threshold, without a forward pass.
+
+        Args:
+            threshold: as in `Segmenter.predict`.
+            min_score: the same, for a model with a presence head; others have none here.
+        """
+        return [
+            replace(
+                each.with_threshold(threshold, min_score=None if each.present is None else min_score),
+                probabilities=None,
+            )
+            for each in self.predictions
+        ]
 
 
 class Sessions:
