@@ -136,7 +136,7 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: 
             "",
             "It knows COCO's 80 categories, in the words of its training phrases. Rare words, objects that cover less",
             "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. Of 100 absent objects",
-            f"it finds {100 - presence['dropped']:.0f} all the same, and by rare words it does not find things that are there.",
+            f"it finds {100 - presence['dropped']:.0f} all the same, and it may not find a thing by a rare word.",
             "It is a demonstration that needs no download, not a substitute for a model on DINOv2 and CLIP.",
             "",
             "",

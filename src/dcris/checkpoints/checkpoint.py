@@ -177,17 +177,18 @@ def refuse_other_split(checkpoints: Iterable[Checkpoint], split: str | None, run
     Raises:
         DcrisError: one was scored on another split.
     """
-    for checkpoint in checkpoints if split is not None else ():
-        if checkpoint.score is not None:
-            state = _read_state(checkpoint.path, checkpoint.step)
-            # States had no split before; a run's splits seldom change.
-            scored = state["split"] if "split" in state else load_config(checkpoint.path / _CONFIG).data.val_split
-            if scored not in (None, split):
-                raise DcrisError(
-                    f"the run in {run} chooses its best checkpoint by scores on the split {shown(scored)}, with which scores "
-                    f"on {shown(split)} cannot be compared; resume it with --data.val_split {scored} or null, or choose "
-                    "another --out"
-                )
+    for checkpoint in checkpoints:
+        if split is None or checkpoint.score is None:
+            continue
+        state = _read_state(checkpoint.path, checkpoint.step)
+        # States had no split before; a run's splits seldom change.
+        scored = state["split"] if "split" in state else load_config(checkpoint.path / _CONFIG).data.val_split
+        if scored not in (None, split):
+            raise DcrisError(
+                f"the run in {run} chooses its best checkpoint by scores on the split {shown(scored)}, with which scores "
+                f"on {shown(split)} cannot be compared; resume it with --data.val_split {scored} or null, or choose "
+                "another --out"
+            )
 
 
 def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -573,7 +574,7 @@ def _load_calibration(model: ReferringSegmenter, path: Path) -> None:
 
 
 def load_trained(
-    model: ReferringSegmenter, path: Path, files: TowerFiles | None = None, *, start: bool = False
+    model: ReferringSegmenter, path: Path, files: TowerFiles | None = None, *, presence: bool = True
 ) -> Towers:
     """Copy the trained weights of a checkpoint into a model with loaded towers.
 
@@ -581,8 +582,8 @@ def load_trained(
         model: with the towers.
         path: the checkpoint.
         files: as for `identify_towers`.
-        start: of another training, in which the model may have a presence head that the checkpoint
-            lacks, which is left as it is, or lack the checkpoint's.
+        presence: whether the presence heads of both have to be equal; otherwise the model's is left
+            as it is.
 
     Returns:
         The towers, as `identify_towers`.
@@ -591,9 +592,10 @@ def load_trained(
     """
     found = identify_towers(model, files)
     towers = _require_towers(path, found)
-    target, source = trained_state(model), _read_trained(path, model)
-    if start and len({any(map(_of_presence, each)) for each in (target, source)}) == 2:
-        target, source = ({name: each[name] for name in each if not _of_presence(name)} for each in (target, source))
+    target, source = (
+        {name: value for name, value in each.items() if presence or not name.startswith("head.presence.")}
+        for each in (trained_state(model), _read_trained(path, model))
+    )
     copy_strictly(target, source, str(path))
     for name, tower in (("vision", model.vision), ("text", model.text)):
         # The fingerprints are equal, so the recorded source is also that of these weights.
@@ -705,11 +707,6 @@ def read_config(path: Path) -> RunConfig:
 def _read_trained(path: Path, model: ReferringSegmenter) -> dict[str, Tensor]:
     """Read the trained tensors of a directory, or of a bundle (all but the towers')."""
     return _read_tensors(path, but=_tower_tensors(model)) if path.is_file() else _read_tensors(path / _MODEL)
-
-
-def _of_presence(name: str) -> bool:
-    """Return whether a trained tensor is one of the presence head."""
-    return name.startswith("head.presence.")
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

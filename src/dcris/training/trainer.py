@@ -744,8 +744,9 @@ class Trainer:
         elif self.settings.start is not None and self.group.first:
             start = find_checkpoint(Path(self.settings.start))
             check_files(start, MODEL_FILES)
+            had, has = read_config(start).model.head.presence, self.model.head.presence is not None
             try:
-                load_trained(self.model, start, start=True)
+                load_trained(self.model, start, presence=had == has)
             except DcrisError as error:
                 raise DcrisError(
                     f"{error}; a run can only start from a checkpoint of the same model, so train with the config.json of that "
@@ -756,7 +757,6 @@ class Trainer:
             self.seen_before = read_training_images(start)
             record["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(self.model))}
             self.log(f"starting from the adapters and the head of {start}")
-            had, has = read_config(start).model.head.presence, self.model.head.presence is not None
             if has and not had:
                 self.log(f"{start} has no presence head: a new one is trained")
             elif had and not has:

@@ -192,10 +192,11 @@ class Page:
         import gradio
 
         limits, segmenter = self._service.limits, self._service.segmenter
+        kinds = self._kinds_of_score()
         with gradio.Blocks(title="dcris", analytics_enabled=False, fill_width=False) as blocks:
             gradio.api(self.api, api_name="segment")  # first: later events of this name get a number
             gradio.Markdown("## dcris: segment by phrase")
-            gradio.HTML(_render("about", self._title, self._kinds_of_score()), elem_classes="about")
+            gradio.HTML(_render("about", self._title, kinds), elem_classes="about")
             with gradio.Row(equal_height=False):
                 with gradio.Column(scale=2, min_width=300):
                     image = gradio.Image(
@@ -236,7 +237,7 @@ class Page:
                         elem_id="threshold",
                     )
                     sliders = [slider]
-                    if True in self._kinds_of_score():
+                    if True in kinds:  # some set has a presence head
                         sliders.append(
                             gradio.Slider(
                                 0,
