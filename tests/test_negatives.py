@@ -126,6 +126,22 @@ def test_an_expression_is_not_used_where_its_words_fit_another_category(tiny_ref
         add_negatives(table, NegativesConfig(), "train")
 
 
+def test_own_words_for_a_category_count_as_its_names(tiny_refer: TinyRefer) -> None:
+    """With "pet" as a word for cats, "pet" as an expression of a dog is not used where a cat is."""
+    tiny_refer.instances["categories"] = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
+    for number, (reference, annotation) in enumerate(
+        zip(tiny_refer.references, tiny_refer.instances["annotations"], strict=False)
+    ):
+        reference["category_id"] = annotation["category_id"] = (17, 18)[number % 2]
+        reference["split"] = "train"
+        reference["sentences"] = reference["sentences"][:1]
+        reference["sentences"][0]["sent"] = "pet"
+    table = load_references(tiny_refer.write(), tiny_refer.dataset)
+    assert absent(add_negatives(table, NegativesConfig(), "train"))
+    with pytest.raises(DcrisError, match="no expression was found"):
+        add_negatives(table, NegativesConfig(), "train", {"cat": ("cat", "pet"), "dog": ("dog", "pet")})
+
+
 def test_references_of_one_category_give_no_absent_one(tmp_path: Path) -> None:
     """Own data without categories: the user learns what to add."""
     write_scenes(tmp_path, train=3, val=0, test=0, side=64)

@@ -348,6 +348,26 @@ def test_generated_references_extend_the_training_split_only(tiny_refer: TinyRef
     assert "3 references" in extended.notes[-1]
 
 
+def test_own_words_for_a_category_replace_those_of_the_package(tiny_refer: TinyRefer):
+    """Data whose annotators say "puppy" is learned under that word."""
+    tiny = coco(tiny_refer)
+    found = train_on(tiny, generate_phrases=True, nouns={"dog": ["puppy"]})[3:]
+    texts = [each.text for reference in found if reference.category == "dog" for each in reference.expressions]
+    assert "left puppy" in texts
+    assert not any("dog" in text.split() for text in texts)
+
+
+def test_words_for_a_category_that_is_not_there_are_refused(tiny_refer: TinyRefer, tmp_path: Path, capsys: Any):
+    tiny = coco(tiny_refer)
+    arguments = ["train", "dcris_tiny", "--data", str(tiny.write()), "--dataset", tiny.dataset, "--out", str(tmp_path)]
+    assert main([*arguments, "--data.generate_phrases", "true", "--data.nouns", '{"dogs": ["puppy"]}']) == 2
+    assert "data.nouns has words for 'dogs' (did you mean dog?)" in capsys.readouterr().err
+    assert main([*arguments, "--data.nouns", '{"dog": ["puppy"]}']) == 2
+    assert "give data.generate_phrases true" in capsys.readouterr().err
+    assert main([*arguments, "--data.generate_phrases", "true", "--data.nouns", '{"dog": [" "]}']) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_photograph_under_two_identifiers_is_held_out(tiny_refer: TinyRefer):
     tiny = coco(tiny_refer)
     tiny.instances["images"][2]["file_name"] = "1.png"

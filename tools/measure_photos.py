@@ -8,6 +8,7 @@ Printed and written, in percent, over the expressions of all splits together:
 - of several of a kind: how often the predicted mask overlaps the right object best, and how often
   chance would;
 - mIoU by kind of generated phrase, and by size of the object;
+- the same with other words for the category of the object ("left man" for "left person");
 - of a model with a presence head: the AUROC of presence against expressions of other photographs
   whose object is absent, and the shares of both for which its answer is right.
 
@@ -17,9 +18,11 @@ them out of the training of `photos`: its settings are chosen on these, never on
 
 import argparse
 import math
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from dcris.cli import exit_code
 from dcris.config import DataConfig, NegativesConfig
 from dcris.data.dataset import all_queries
 from dcris.data.masks import decode_mask, union_area, union_mask
+from dcris.data.phrases import NOUNS
 from dcris.data.readers import refer_layout
 from dcris.data.readers.load import load_references
 from dcris.data.readers.refer_layout import Instances
@@ -48,6 +52,9 @@ from dcris.utils.files import write_json
 
 SIZES = {"under 2%": (0, 0.02), "2 to 10%": (0.02, 0.1), "above 10%": (0.1, 1)}
 """Shares of the photograph."""
+
+WORDS = {**NOUNS, "person": ("person", "human", "man", "woman", "guy", "lady", "boy", "girl", "kid", "child")}
+"""Words for categories; those for people are the ones that `photos` was trained with."""
 
 
 def main() -> None:
@@ -84,6 +91,7 @@ def main() -> None:
     if config.model.head.presence:
         absent = DataConfig(negatives=NegativesConfig(share=0.5))
         scores["presence"] = presence(own, predict(all_queries(wanted(made(table, args.splits, absent)))))
+    scores["words"] = by_word(own, predict([*in_other_words(references)]))
     if not args.short:
         phrases = DataConfig(generate_phrases=True)
         generated = predict(all_queries(wanted(made(table, args.splits, phrases))))
@@ -114,6 +122,38 @@ def grouped(results: Iterable[EvalResult], name: Any) -> dict[str, dict[str, Any
     return {name: {key: found[key] for key in ("miou", "expressions")} for name, found in summaries.items()}
 
 
+def in_other_words(references: Iterable[Reference]) -> Iterator[tuple[Reference, Expression]]:
+    """Yield expressions that contain the name of their category with each other word in its place;
+    the word is their kind."""
+    for reference in references:
+        category = reference.category
+        for expression in reference.expressions:
+            for word in dict.fromkeys(WORDS.get(category, ())):
+                text, found = re.subn(rf"\b{re.escape(category)}\b", word, expression.text)
+                if found and word != category:
+                    yield reference, replace(expression, text=text, kind=word)
+
+
+def by_word(own: Iterable[EvalResult], others: Sequence[EvalResult]) -> dict[str, dict[str, Any]]:
+    """Return mIoU, number of expressions and share found: with the names of the categories, with
+    other words, and with each of these."""
+    named = {(each.reference.ref_id, each.expression.sent_id): each for each in own}
+    same = [named[key] for key in {(each.reference.ref_id, each.expression.sent_id): None for each in others}]
+    groups = {"names": same, "other words": [*others]}
+    for result in others:
+        groups.setdefault(str(result.expression.kind), []).append(result)
+    return {
+        word: {key: summary(group)[key] for key in ("miou", "expressions")}
+        | {"kept": share_kept([float(each.present or 0) for each in group])}
+        for word, group in groups.items()
+    }
+
+
+def share_kept(scores: Sequence[float]) -> float:
+    """Return the share in percent of scores that keep their mask."""
+    return round(100 * float(np.mean(np.array(scores) >= LEAST_PRESENCE)), 1)
+
+
 def size(result: EvalResult) -> str:
     """Return the group of the object's share of its photograph."""
     reference = result.reference
@@ -130,14 +170,11 @@ def presence(own: Iterable[EvalResult], absent: Iterable[EvalResult]) -> dict[st
     there, missing = [*chain.from_iterable(groups.values())], [float(result.present or 0) for result in absent]
     area = auroc(np.array(there + missing), np.array([True] * len(there) + [False] * len(missing)))
 
-    def share(some: list[float]) -> float:
-        return round(100 * float(np.mean(np.array(some) >= LEAST_PRESENCE)), 1)
-
     return {
         "auroc": round(100 * (area or 0), 1),
-        "dropped": round(100 - share(missing), 1),
-        "kept": share(there),
-        "kept_by_size": {name: share(groups[name]) for name in SIZES if name in groups},
+        "dropped": round(100 - share_kept(missing), 1),
+        "kept": share_kept(there),
+        "kept_by_size": {name: share_kept(groups[name]) for name in SIZES if name in groups},
         "absent": len(missing),
     }
 

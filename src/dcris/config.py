@@ -31,6 +31,7 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Channels = tuple[Factor, Factor, Factor]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
+Noun = Annotated[str, Field(max_length=100, pattern=r"\S")]
 Revision = Annotated[str, Field(min_length=1)]
 
 _LARGEST_IMAGE = 4096
@@ -269,6 +270,9 @@ class DataConfig(Section):
     generate_phrases: bool = False
     """Add training references that are generated from all annotated instances; see
     dcris.data.phrases. REFER layout only."""
+    nouns: dict[str, Annotated[tuple[Noun, ...], Field(min_length=1)]] = {}
+    """Words for categories in generated phrases, in place of those of dcris.data.phrases: category
+    -> words. A repeated word is drawn more often."""
     negatives: NegativesConfig | None = None
     """Add training references whose object is absent: their masks are empty. None: none are added.
     """
@@ -431,6 +435,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.data.nouns and not self.data.generate_phrases:
+            raise ValueError("data.nouns is of generated phrases; give data.generate_phrases true, too")
         if self.data.image_size % self.model.vision.patch:
             raise ValueError(f"data.image_size {self.data.image_size} must be a multiple of {self.model.vision.patch}")
         if self.data.word_length > self.model.text.length:

@@ -7,16 +7,17 @@ from the image alone whether an expression fits.
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dcris.config import NegativesConfig
-from dcris.data.phrases import NOUNS
+from dcris.data.phrases import Nouns, words_for
 from dcris.data.readers import refer_layout
 from dcris.data.readers.refer_layout import Instances
 from dcris.data.scene_phrases import Thing, absent_phrase, read_thing
@@ -36,13 +37,16 @@ _Draw = Callable[[Reference, np.random.Generator], Expression | None]
 None."""
 
 
-def add_negatives(table: ReferenceTable, settings: NegativesConfig, split: str) -> ReferenceTable:
+def add_negatives(
+    table: ReferenceTable, settings: NegativesConfig, split: str, nouns: Nouns = MappingProxyType({})
+) -> ReferenceTable:
     """Return the table with references to absent objects in one split; a note states how many.
 
     Args:
         table: all references of the data set.
         settings: share and kinds.
         split: whose images and expressions are used.
+        nouns: further words for categories (`data.nouns`).
 
     Raises:
         DcrisError: the data set has no such split; it cannot give a kind: its references have all
@@ -51,7 +55,7 @@ def add_negatives(table: ReferenceTable, settings: NegativesConfig, split: str) 
     """
     references = table.split(split)
     instances = _instances(table)
-    draws = [_DRAWS[kind](table, references, instances) for kind in settings.kinds]
+    draws = [_DRAWS[kind](table, references, instances, nouns) for kind in settings.kinds]
     wanted = max(1, round(len(references) * settings.share / (1 - settings.share)))
     found = list(itertools.islice(_negatives(references, draws), wanted))
     if not found:
@@ -118,7 +122,9 @@ def _without_mask(record: dict[str, Any]) -> dict[str, Any]:
 # ---- the kinds -----------------------------------------------------------------------------------
 
 
-def _category(table: ReferenceTable, references: Sequence[Reference], instances: Instances | None) -> _Draw:
+def _category(
+    table: ReferenceTable, references: Sequence[Reference], instances: Instances | None, nouns: Nouns
+) -> _Draw:
     """Draw expressions of other images whose category the image lacks.
 
     The categories of an image are those of all its annotated instances, if the layout has them,
@@ -151,7 +157,9 @@ def _category(table: ReferenceTable, references: Sequence[Reference], instances:
     def draw(reference: Reference, rng: np.random.Generator) -> Expression | None:
         categories, expression = pool[int(rng.integers(len(pool)))]
         here = present[reference.image_path]
-        if not here.isdisjoint(categories) or any(_mentions(expression.text, other) for other in here):
+        if not here.isdisjoint(categories) or any(
+            _mentions(expression.text, (other, *words_for(other, nouns))) for other in here
+        ):
             return None
         return replace(expression, kind="absent category")
 
@@ -163,14 +171,15 @@ def _categories(reference: Reference) -> list[str]:
     return [name.strip() for name in reference.category.split(",") if name.strip()]
 
 
-def _mentions(text: str, category: str) -> bool:
+def _mentions(text: str, names: Iterable[str]) -> bool:
     """Return whether an expression contains a name of a category, which two categories may
     share."""
-    names = (category, *NOUNS.get(category, ()))
     return any(re.search(rf"\b{re.escape(name)}s?\b", text, re.IGNORECASE) for name in names if name)
 
 
-def _of_scenes(kind: str, table: ReferenceTable, references: Sequence[Reference], instances: Instances | None) -> _Draw:
+def _of_scenes(
+    kind: str, table: ReferenceTable, references: Sequence[Reference], instances: Instances | None, _: Nouns
+) -> _Draw:
     """Draw expressions from what is known about generated scenes."""
     if instances is None:
         raise DcrisError(
@@ -194,7 +203,7 @@ def _of_scenes(kind: str, table: ReferenceTable, references: Sequence[Reference]
     return draw
 
 
-_DRAWS: Mapping[str, Callable[[ReferenceTable, Sequence[Reference], Instances | None], _Draw]] = {
+_DRAWS: Mapping[str, Callable[[ReferenceTable, Sequence[Reference], Instances | None, Nouns], _Draw]] = {
     "category": _category,
     **{kind: partial(_of_scenes, kind) for kind in ("attribute", "place", "relation")},
 }

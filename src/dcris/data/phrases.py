@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 
@@ -18,22 +19,31 @@ from dcris.data.flip import swap_sides
 
 # ---- wording ------------------------------------------------------------------------------------
 
+Nouns = Mapping[str, tuple[str, ...]]
+"""Words for categories."""
+
 # fmt: off
-NOUNS: Mapping[str, tuple[str, ...]] = {
-    "person": ("person", "person", "human"), "bicycle": ("bicycle", "bike"), "motorcycle": ("motorcycle", "motorbike", "bike"),
-    "airplane": ("airplane", "plane"), "traffic light": ("traffic light", "stoplight"),
-    "fire hydrant": ("fire hydrant", "hydrant"), "bear": ("bear",), "teddy bear": ("teddy bear", "stuffed bear", "bear"),
-    "backpack": ("backpack", "bag"), "handbag": ("handbag", "purse", "bag"), "suitcase": ("suitcase", "bag"),
-    "tie": ("tie", "necktie"), "sports ball": ("ball",), "baseball glove": ("baseball glove", "glove", "mitt"),
-    "baseball bat": ("baseball bat", "bat"), "tennis racket": ("tennis racket", "racket"), "couch": ("couch", "sofa"),
-    "donut": ("donut", "doughnut"),
-    "hot dog": ("hot dog", "hotdog"), "potted plant": ("potted plant", "plant"), "dining table": ("table", "dining table"),
-    "tv": ("tv", "television", "screen"), "laptop": ("laptop", "computer", "screen"), "mouse": ("computer mouse", "mouse"),
-    "remote": ("remote", "remote control"), "cell phone": ("cell phone", "phone", "mobile phone"),
+NOUNS: Nouns = {
+    "person": ("person", "person", "human"), "bicycle": ("bicycle", "bike"), "car": ("car", "car", "vehicle"),
+    "motorcycle": ("motorcycle", "motorbike", "bike"), "airplane": ("airplane", "plane", "jet"),
+    "truck": ("truck", "truck", "vehicle"), "boat": ("boat", "boat", "ship"),
+    "traffic light": ("traffic light", "stoplight"), "fire hydrant": ("fire hydrant", "hydrant"),
+    "stop sign": ("stop sign", "sign"), "parking meter": ("parking meter", "meter"), "bear": ("bear",),
+    "teddy bear": ("teddy bear", "stuffed bear", "stuffed animal", "bear"), "backpack": ("backpack", "bag"),
+    "handbag": ("handbag", "purse", "bag"), "suitcase": ("suitcase", "luggage", "bag"), "tie": ("tie", "necktie"),
+    "sports ball": ("ball",), "baseball glove": ("baseball glove", "glove", "mitt"),
+    "baseball bat": ("baseball bat", "bat"), "tennis racket": ("tennis racket", "racket"),
+    "wine glass": ("wine glass", "glass"), "cup": ("cup", "cup", "mug"), "sandwich": ("sandwich", "sandwich", "burger"),
+    "hot dog": ("hot dog", "hotdog"), "donut": ("donut", "doughnut"), "chair": ("chair", "chair", "seat"),
+    "couch": ("couch", "sofa"), "potted plant": ("potted plant", "plant"), "dining table": ("table", "dining table"),
+    "tv": ("tv", "television", "monitor", "screen"), "laptop": ("laptop", "computer", "screen"),
+    "mouse": ("computer mouse", "mouse"), "remote": ("remote", "remote control"),
+    "cell phone": ("cell phone", "phone", "mobile phone"), "oven": ("oven", "stove"),
     "refrigerator": ("refrigerator", "fridge"), "hair drier": ("hair dryer",),
 }
-"""Words for a category; other categories are called by their names. A repeated word is drawn more
-often. A word that two categories of a photograph share is not used there."""
+"""Words for a category, unless `data.nouns` has others; further categories are called by their
+names. A repeated word is drawn more often. A word that two categories of a photograph share is not
+used there."""
 
 CATEGORY = ("{noun}", "the {noun}")
 
@@ -211,6 +221,8 @@ class _Scene:
     others: Sequence[Instance]
     anchors: Sequence[Instance]
     """The instances that are alone in their category, which is not the target's."""
+    nouns: Sequence[str]
+    """Words for the target's category."""
 
     @property
     def all(self) -> Sequence[Instance]:
@@ -233,28 +245,36 @@ def describable(instances: Iterable[Instance]) -> set[str]:
     return {one.category for one in instances if one.is_clear} - {one.category for one in instances if one.vague}
 
 
-def statements(instances: Sequence[Instance], target: Instance) -> list[Statement]:
+def words_for(category: str, nouns: Nouns) -> tuple[str, ...]:
+    """Return the words for a category: those of `data.nouns`, those of NOUNS, or its name."""
+    return nouns.get(category) or NOUNS.get(category, (category,))
+
+
+def statements(instances: Sequence[Instance], target: Instance, nouns: Nouns = MappingProxyType({})) -> list[Statement]:
     """Return everything that can be said of one instance of a photograph and of no other.
 
     Args:
         instances: all annotated instances of the photograph.
         target: one of them.
+        nouns: words for categories in place of those of NOUNS (`data.nouns`).
     """
     others = [other for other in instances if other.category == target.category and other is not target]
     if not target.is_clear or any(other.vague for other in others):
         return []
     counts = Counter(instance.category for instance in instances)
-    nouns = _usable_nouns(counts)
+    words = {category: words_for(category, nouns) for category in counts}
+    usable = _usable_nouns(words)
     anchors = [one for one in instances if counts[one.category] == 1 and one.is_clear and one is not target]
-    scene = _Scene(target, others, sorted(anchors, key=lambda one: -one.area)[:_MOST_ANCHORS])
+    largest = sorted(anchors, key=lambda one: -one.area)[:_MOST_ANCHORS]
+    scene = _Scene(target, others, largest, words[target.category])
     found = []
     for kind, rule in RULES.items():
         for wording in rule(scene):
             texts = (
                 template.format(noun=noun, anchor=anchor, colour=colour)
                 for template in wording.templates
-                for noun in nouns[target.category]
-                for anchor in (nouns[wording.anchor.category] if wording.anchor else ("",))
+                for noun in usable[target.category]
+                for anchor in (usable[wording.anchor.category] if wording.anchor else ("",))
                 for colour in SPELLINGS.get(wording.colour, (wording.colour,))
             )
             # Flip augmentation has to exchange left and right in them.
@@ -286,9 +306,8 @@ def _in_turn(lists: Sequence[list[tuple[str, str]]]) -> list[tuple[str, str]]:
     return [items[place] for place in range(longest) for items in lists if place < len(items)]
 
 
-def _usable_nouns(categories: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def _usable_nouns(nouns: Nouns) -> dict[str, tuple[str, ...]]:
     """Return the words for each category that mean no other category of the photograph."""
-    nouns = {category: NOUNS.get(category, (category,)) for category in categories}
     used = [noun for words in nouns.values() for noun in set(words)]
     return {
         # A name with a side in it ("left shoe") would be changed by flip augmentation.
@@ -421,7 +440,7 @@ def _colour(scene: _Scene) -> Iterator[_Wording]:
         return
     for name, (share, _) in scene.target.colours.items():
         alone = all(other.colours.get(name, (1.0, 1.0))[1] <= _NO_COLOUR for other in scene.others)
-        if share >= _CLEAR_COLOUR and alone and name not in NOUNS.get(scene.target.category, (scene.target.category,)):
+        if share >= _CLEAR_COLOUR and alone and name not in scene.nouns:
             if scene.target.category != PERSON:
                 yield _Wording(COLOUR, colour=name)
             elif name not in NOT_OF_CLOTHES:

@@ -26,6 +26,7 @@ from dcris.data.readers.refer_layout import Instances
 from dcris.data.table import ReferenceTable, bad, check_text, field
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
+from dcris.utils.arguments import did_you_mean
 
 _MOST_INSTANCES = 500
 """Most instances of a photograph. COCO has at most 100, and the time grows with the square."""
@@ -44,7 +45,7 @@ def training_table(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
 
     Args:
         table: all references of the data set, from `load_references`.
-        config: licences, generate_phrases, negatives, train_split and on_bad_image are used.
+        config: licences, generate_phrases, nouns, negatives, train_split and on_bad_image are used.
 
     Raises:
         DcrisError: the layout has no `instances.json`; the file is malformed or has only instances
@@ -53,7 +54,9 @@ def training_table(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
     """
     if config.licences is not None or config.generate_phrases:
         table = _from_instances(table, config)
-    return table if config.negatives is None else add_negatives(table, config.negatives, config.train_split)
+    return (
+        table if config.negatives is None else add_negatives(table, config.negatives, config.train_split, config.nouns)
+    )
 
 
 def _from_instances(table: ReferenceTable, config: DataConfig) -> ReferenceTable:
@@ -103,6 +106,12 @@ def _generate(table: ReferenceTable, instances: Instances, config: DataConfig) -
             f"{instances.path} has only instances that have references, and phrases cannot be generated without all "
             "instances of a photograph; use the file of the REFER release, or leave data.generate_phrases out"
         )
+    names = {*map(instances.category_name, instances.categories)}
+    if unknown := sorted(config.nouns.keys() - names):
+        raise DcrisError(
+            f"data.nouns has words for {unknown[0]!r}{did_you_mean(unknown[0], names)}, which is no category of "
+            f"{instances.path}; correct the name or leave it out"
+        )
     held_out = [reference for reference in table.references if reference.split != config.train_split]
     ids, paths = ({item.image_id for item in held_out}, {item.image_path for item in held_out})
     by_image: dict[int, list[dict[str, Any]]] = {}
@@ -118,7 +127,7 @@ def _generate(table: ReferenceTable, instances: Instances, config: DataConfig) -
         if config.licences is not None and _licence(instances, image_id) not in config.licences:
             continue
         try:
-            found = _photograph(instances, image_id, by_image[image_id], config.train_split)
+            found = _photograph(instances, image_id, by_image[image_id], config)
         except _UnreadableError:
             if config.on_bad_image == "stop":
                 raise
@@ -133,7 +142,7 @@ class _UnreadableError(DcrisError):
 
 
 def _photograph(
-    instances: Instances, image_id: int, annotations: Sequence[dict[str, Any]], split: str
+    instances: Instances, image_id: int, annotations: Sequence[dict[str, Any]], config: DataConfig
 ) -> list[tuple[Reference, list[tuple[str, str]]]]:
     """Return the instances of a photograph that can be described, with their phrases.
 
@@ -141,11 +150,11 @@ def _photograph(
     """
     if len(annotations) > _MOST_INSTANCES:
         raise bad(instances.path, f"image {image_id} has {len(annotations):,} annotations, more than {_MOST_INSTANCES}")
-    pairs = [_instance(instances, image_id, annotation, split) for annotation in annotations]
+    pairs = [_instance(instances, image_id, annotation, config.train_split) for annotation in annotations]
     described = _with_colours([instance for _, instance in pairs], [reference for reference, _ in pairs])
     found = []
     for (reference, _), instance in zip(pairs, described, strict=True):
-        if phrases := draw(statements(described, instance), instance.ann_id):
+        if phrases := draw(statements(described, instance, config.nouns), instance.ann_id):
             found.append((reference, phrases))
     return found
 
