@@ -189,6 +189,24 @@ def test_a_setting_inside_an_adapter_that_was_left_out() -> None:
         replace(get_recipe("dcris_tiny"), {"model.method.text": None, "model.method.text.width": 8})
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_section_and_a_field_of_it(order: int) -> None:
+    """Fields count beside their section, in any order, also if only the section brings them."""
+    changes = {
+        "model.method": {"name": "prompts"},
+        "model.method.deep": True,
+        "train.masking": {},
+        "train.masking.image": 0.5,
+    }
+    config = replace(get_recipe("dcris_tiny"), dict(list(changes.items())[::order]))
+    assert config.model.method.model_dump()["deep"] is True
+    assert config.train.masking is not None
+    assert config.train.masking.image == 0.5
+    assert changes["train.masking"] == {}
+    with pytest.raises(DcrisError, match=r"unknown setting model\.method\.depp"):
+        replace(get_recipe("dcris_tiny"), {"model.method": {"name": "prompts"}, "model.method.depp": True})
+
+
 @given(st.floats(1e-9, 1e3), st.integers(0, 2**32 - 1), st.text(max_size=20))
 def test_any_number_or_name_arrives_as_it_was_typed(lr: float, seed: int, name: str) -> None:
     """Numbers are not rounded, and text that resembles JSON can be given as JSON."""

@@ -6,6 +6,7 @@ those of the paper's DCRIS-B on RefCOCO, except that `model.method` has none.
 
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -496,7 +497,8 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
     Args:
         config: the configuration to start from; it is not changed.
-        changes: values by key (SECTION.FIELD). A value may be a whole section.
+        changes: values by key (SECTION.FIELD), in any order. A value may be a whole section, beside
+            which fields of it may be given, too.
 
     Raises:
         DcrisError: names the key that is unknown or whose value does not fit.
@@ -506,17 +508,20 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         raise DcrisError(f'changes must map keys to values, as in {{"train.lr": 0.001}}, not be {kind_of(changes)}')
     if "train.epochs" in changes:
         changes = {"train.max_steps": None, **changes}
-    for key, value in changes.items():
+    for key in sorted(changes, key=lambda key: key.count(".")):  # a section before its fields
+        value = changes[key]
         *parents, last = key.split(".")
+        # A section that is given may lack fields that have defaults; its parser checks the names.
+        is_given = any(".".join(parents[:length]) in changes for length in range(1, len(parents) + 1))
         node: Any = tree
         for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node:
+            node = (node.setdefault(parent, {}) if is_given else node.get(parent)) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or (last not in node and not is_given):
             raise DcrisError(
                 f"unknown setting {key}{did_you_mean(key, _flatten(tree))}; `dcris recipes --show {config.recipe}` lists all "
                 "settings"
             )
-        node[last] = value.model_dump() if isinstance(value, Section) else value
+        node[last] = value.model_dump() if isinstance(value, Section) else deepcopy(value)
     return parse_config(tree, "invalid setting")
 
 
