@@ -521,7 +521,10 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
     copy_strictly(trained_state(model), _read_trained(path, model), str(path))
     tower_file = path if path.is_file() else path / _TOWERS
     if not tower_file.is_file() and RANDOM in (config.model.vision.name, config.model.text.name):
-        raise DcrisError(f"{path} has no {_TOWERS} with the weights of its towers; copy the whole folder")
+        raise DcrisError(
+            f"{path} has no {_TOWERS}, without which the weights of its random towers are lost; copy the whole folder of a "
+            "saved model, or train on towers with weights: `dcris train` does not store random ones"
+        )
     allocate(model)
     if tower_file.is_file():
         files: TowerFiles = dict.fromkeys(("vision", "text"), file_state(tower_file))
