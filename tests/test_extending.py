@@ -3,7 +3,9 @@ docs/extending_models.md shows.
 """
 
 import importlib.util
+import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +110,23 @@ def test_a_method_can_be_folded(gain_run: Path) -> None:
     assert not adapters(merged.vision)
     expected = model(*batch)[0]
     assert (merged(*batch)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_a_program_of_ones_own_is_the_command_line(
+    page: dict[str, ModuleType], gain_run: Path, scenes_root: Path
+) -> None:
+    """The program of the page evaluates a model whose method `dcris` does not know."""
+    (code,) = re.findall(r"```python\n(import sys.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    program = Path(str(page["gain"].__file__)).parent / "my_dcris.py"
+    program.write_text(code, encoding="utf-8")
+    rest = ["evaluate", str(gain_run), "--data", str(scenes_root), "--split", "test"]
+    done = subprocess.run([sys.executable, str(program), *rest], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "miou" in json.loads(done.stdout)
+    done = subprocess.run([sys.executable, "-m", "dcris", *rest], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown method 'gain'" in done.stderr
 
 
 def test_unknown_methods_and_settings_are_named(page: dict[str, ModuleType]) -> None:

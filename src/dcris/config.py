@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dcris.errors import DcrisError
-from dcris.utils.arguments import Refinement, TrainingPrecision, did_you_mean, kind_of, require
+from dcris.utils.arguments import Refinement, TrackerName, TrainingPrecision, did_you_mean, kind_of, require
 from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
@@ -409,7 +409,7 @@ class TrainConfig(Section):
     """How many checkpoints are kept besides the best."""
     best_by: Literal["miou", "oiou", "prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9"] = "miou"
     """The validation score that determines the best checkpoint."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """Where curves and example predictions are shown, besides the log; see dcris.training.loggers.
     """
     max_steps: Count | None = None

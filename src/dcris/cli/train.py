@@ -3,7 +3,7 @@
 import argparse
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dcris.cli.common import (
     adder,
@@ -20,7 +20,7 @@ from dcris.cli.common import (
     quote,
 )
 from dcris.errors import DcrisError
-from dcris.utils.arguments import TrainingPrecision
+from dcris.utils.arguments import TrackerName, TrainingPrecision
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--tracker",
         action="append",
-        choices=("tensorboard", "wandb"),
+        choices=get_args(TrackerName),
         help="also log curves and predictions there, besides OUT/log.jsonl; can be repeated",
     )
     device_arguments(parser, TrainingPrecision)

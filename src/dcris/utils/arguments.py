@@ -26,6 +26,9 @@ Precision = Literal[TrainingPrecision, "int8"]
 """Precision of prediction and evaluation. int8 is for CPUs: large linear layers multiply in 8 bits
 (dcris.models.int8), everything else works as with auto."""
 
+TrackerName = Literal["tensorboard", "wandb"]
+"""Where training can show curves, besides its log; see dcris.training.loggers."""
+
 Refinement = Literal["none", "guided"]
 """How the edges of predicted masks are refined by the image; guided: see
 dcris.evaluation.refinement."""
