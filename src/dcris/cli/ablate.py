@@ -38,10 +38,13 @@ def add(commands: Any) -> None:
     )
     length = ablate.add_mutually_exclusive_group()
     length.add_argument(
-        "--steps", type=positive, metavar="N", help="steps of a run with equal steps (default: the recipe's)"
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="steps of a run with equal steps (default: 100 for a table of tiny, else the recipe's length)",
     )
     length.add_argument(
-        "--epochs", type=positive, metavar="N", help="epochs of a run with equal steps (default: the recipe's)"
+        "--epochs", type=positive, metavar="N", help="epochs of a run with equal steps, in place of --steps"
     )
     ablate.add_argument(
         "--budget",
