@@ -128,14 +128,27 @@ class _Decision:
 class Segmenter:
     """A trained model for prediction.
 
-    It keeps no state between calls, so several threads may share it. It can be pickled, for other
-    processes. A segmenter is called as its method `predict`.
+    Usually made by `Segmenter.from_pretrained`. It keeps no state between calls, so several threads
+    may share it. It can be pickled, for other processes. A segmenter is called as its method
+    `predict`.
 
     ```python
     segmenter = Segmenter.from_pretrained("runs/quickstart")
     for prediction in segmenter.predict("photo.jpg", ["left slice", "the red cup"]):
         print(prediction.phrase, prediction.score, prediction.box)
     ```
+
+    Args:
+        model: a network with its weights, which is moved to the device.
+        config: the configuration of the run that trained it.
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: auto, float32, bfloat16, float16 or, on CPUs, int8; by default the run's own.
+        origin: the published checkpoint that the model was converted from, for model cards.
+        images: hashes of the images that the model was trained on, which `save_pretrained` keeps.
+        towers: from identify_towers; computed when they are needed.
+
+    Raises:
+        DcrisError: an argument has the wrong type, or there is no such device or precision.
     """
 
     def __init__(
@@ -227,11 +240,12 @@ class Segmenter:
         """Load a trained model, or several adapter sets on the same towers.
 
         Args:
-            source: a run directory (its best checkpoint), a checkpoint directory, a .safetensors
-                bundle, a repository "owner/name" or "owner/name@revision" on the Hub, or a
-                published DETRIS model such as "detris-b-refcoco". A list or dict of these loads
-                several adapter sets on the towers of the first. A list names each set by its data
-                set, a dict by its key. `predict` uses the first set by default.
+            source: a packaged model ("photos", "tiny"), a run directory (its best checkpoint), a
+                checkpoint directory, a .safetensors bundle, a repository "owner/name" or
+                "owner/name@revision" on the Hub, or a published DETRIS model such as
+                "detris-b-refcoco". A list or dict of these loads several adapter sets on the towers
+                of the first. A list names each set by its data set, a dict by its key. `predict`
+                uses the first set by default.
             device: auto, cpu, cuda, cuda:N or mps.
             precision: auto, float32, bfloat16, float16 or, on CPUs, int8; by default the run's own.
 
