@@ -91,9 +91,9 @@ def draw(folder: Path) -> None:
 
 def copy_photographs(folder: Path, root: Path) -> None:
     """Copy photographs with the annotations of the objects that have expressions."""
-    from dcris.data.readers.load import load_references
+    from dcris import load_dataset
 
-    references = load_references(root, "cocomini").split("val")
+    references = load_dataset(root, "cocomini").split("val")
     stored = json.loads((root / "cocomini/instances.json").read_text())
     images = {reference.image_id: reference.image_path for reference in references}
     chosen = dict(sorted(images.items())[:IMAGES])
