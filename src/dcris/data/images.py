@@ -363,7 +363,7 @@ def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Rereadable:
         return _read_open(cast(BinaryIO, image))
     raise DcrisError(
         "an image must be a path, an http(s) address, the bytes of a file, an open file, a PIL image, a NumPy array or a "
-        f"torch tensor, not {type(image).__name__}; give several images as a list"
+        f"torch tensor, not {type(image).__name__}; give several images as a list to predict"
     )
 
 
