@@ -35,7 +35,8 @@ FORMATS = ["coco", "yolo", "labelme", "label-studio", "supervisely", "refer"]
 
 @pytest.fixture
 def table(tmp_path: Path) -> ReferenceTable:
-    """Polygons, run lengths, a mask image, several objects and none; two images of one name."""
+    """Polygons, one of which covers no pixel, run lengths, a mask image, several objects and none;
+    two images of one name."""
     folder = tmp_path / "data"
     for name in ("a", "b"):
         write_images(folder / name)
@@ -44,8 +45,9 @@ def table(tmp_path: Path) -> ReferenceTable:
     Image.fromarray(ring * np.uint8(255)).save(folder / "ring.png")
     polygon = [[float(value) for point in cup.polygon for value in point]]
     odd = [[0.3, 0.7, 39.9, 2.1, 20.5, 29.3, 3.7, 11.1]]
+    thin = [30.0, 1.0, 34.0, 1.0, 38.0, 1.0]
     lines: list[dict[str, Any]] = [
-        {"image": "a/1.png", "mask": polygon, "expressions": ["the left cup", "cup"], "category": "cup"},
+        {"image": "a/1.png", "mask": [*polygon, thin], "expressions": ["the left cup", "cup"], "category": "cup"},
         {"image": "a/1.png", "mask": encode_mask(OBJECTS[1].mask), "expressions": ["größer & <x>"], "category": "cup"},
         {"image": "a/1.png", "masks": [polygon, encode_mask(ring)], "expressions": ["both"], "category": "a & \"b\""},
         {"image": "a/ä 2.PNG", "mask": "ring.png", "expressions": ["a ring"], "split": "val"},

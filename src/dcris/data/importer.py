@@ -414,7 +414,7 @@ class _Export:
         """Return one reference. Raises DcrisError if it cannot be used."""
         first = annotations[0]
         size = self._size(first)
-        masks = [self._mask(annotation, make, size) for annotation in annotations for make in annotation.masks or ()]
+        masks = [mask for annotation in annotations for mask in self._masks(annotation, size)]
         line: dict[str, Any] = {"image": self._name(first)}
         if len(masks) > 1:
             line["masks"] = masks
@@ -429,16 +429,21 @@ class _Export:
         line["split"] = first.split
         return line
 
-    def _mask(self, annotation: Annotation, make: Callable[[Size], Any], size: Size) -> Any:
-        try:
-            segmentation = make(size)
-            area = mask_area(segmentation, size)
-        except DcrisError as error:
-            raise bad(annotation.path, f"{annotation.where} cannot be decoded ({error})") from error
-        if area == 0:
+    def _masks(self, annotation: Annotation, size: Size) -> list[Any]:
+        """Return the masks of an annotation. One of several may cover no pixel, such as a thin
+        polygon."""
+        masks = list[Any]()
+        for make in annotation.masks or ():
+            try:
+                segmentation = make(size)
+                if mask_area(segmentation, size):
+                    masks.append(segmentation)
+            except DcrisError as error:
+                raise bad(annotation.path, f"{annotation.where} cannot be decoded ({error})") from error
+        if annotation.masks and not masks:
             self.result.empty += 1
             raise _LeftOutError(f"{annotation.path}: {annotation.where} has a mask without a pixel")
-        return segmentation
+        return masks
 
     def _name(self, annotation: Annotation) -> str:
         """Return the path of the image relative to the written file."""
