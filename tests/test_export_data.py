@@ -51,7 +51,7 @@ def table(tmp_path: Path) -> ReferenceTable:
         {"image": "a/1.png", "mask": encode_mask(OBJECTS[1].mask), "expressions": ["größer & <x>"], "category": "cup"},
         {"image": "a/1.png", "masks": [polygon, encode_mask(ring)], "expressions": ["both"], "category": "a & \"b\""},
         {"image": "a/ä 2.PNG", "mask": "ring.png", "expressions": ["a ring"], "split": "val"},
-        {"image": "b/1.png", "mask": odd, "expressions": ["=odd", "odd, too"], "split": "testA"},
+        {"image": "b/1.png", "mask": odd, "expressions": ["=odd", "odd,\u2028too"], "split": "testA"},
         {"image": "b/1.png", "mask": None, "expressions": ["a dog"], "split": "testA"},
     ]  # fmt: skip
     (folder / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -63,7 +63,7 @@ def content(table: ReferenceTable, absent: bool) -> list[Any]:
     return sorted(
         (
             item.split,
-            sorted(each.text for each in item.expressions),
+            sorted(" ".join(each.text.split()) for each in item.expressions),
             item.category if item.segmentations else "object",
             union_mask(item.segmentations, item.image_size).tolist(),
         )
@@ -285,14 +285,25 @@ def test_what_cannot_be_exported_leaves_nothing(table: ReferenceTable, tmp_path:
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
-def test_a_stretched_image_without_an_ending(table: ReferenceTable, tmp_path: Path) -> None:
-    """Such an image of RRSIS-D is saved in the size of its mask, and its name says no format."""
-    image = tmp_path / "data/b/1"
-    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(image, "PNG")
-    item = replace(table.references[0], image_path=image, stretched=True)
-    with pytest.raises(DcrisError, match=r"cannot copy the image .*unknown file extension"):
-        export_table(replace(table, references=(item,)), "coco", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("kind", "ending"), [("JPEG", ".jpeg"), ("PNG", ".png"), ("JPEG2000", ".jp2")])
+def test_images_get_the_ending_of_their_format(
+    format: str, kind: str, ending: str, table: ReferenceTable, tmp_path: Path
+) -> None:
+    """Tools know images by it. The third is of RRSIS-D, and saved in the size of its mask."""
+    images = [tmp_path / "data" / name for name in ("one", "two.dat", "three")]
+    for image, width in zip(images, (WIDTH, WIDTH, WIDTH + 1), strict=True):
+        Image.new("RGB", (width, HEIGHT)).save(image, kind)
+    items = tuple(replace(table.references[0], ref_id=place, image_path=each) for place, each in enumerate(images))
+    items = (*items[:2], replace(items[2], stretched=True))
+    out = tmp_path / "out"
+    export_table(replace(table, references=items), format, out)
+    written = {
+        path.stem: path.suffix for path in out.rglob("*") if path.suffix not in (".json", ".txt") and path.is_file()
+    }
+    assert {"one": ending, "two": ending, "three": ending}.items() <= written.items()
+    done = import_annotations(out / "my" if format == "refer" else out, out / "back.jsonl", strict=True)
+    assert done.images == 3
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

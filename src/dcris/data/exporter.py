@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from dcris.data.dataset import fit_image
-from dcris.data.images import image_endings, image_size, read_image
+from dcris.data.images import image_size, read_image, usual_ending
 from dcris.data.table import ReferenceTable, quoted
 from dcris.data.tools import FORMATS
 from dcris.data.tools.annotation import Exported, apart, split_folder
@@ -113,11 +113,12 @@ def export_table(
 
 def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:
     """Return a path in the new folder for each image. The last parts are unique without their
-    endings and ignoring case, since tools name their files after them, and UTF-8."""
+    endings and ignoring case, since tools name their files after them, and UTF-8. They have an
+    ending, since tools know images by it."""
     used, names = set[str](), {}
     common = Path(os.path.commonpath([path.parent for path in splits])) if splits else Path()
     for path, split in splits.items():
-        stem, ending = quoted(path.stem), path.suffix if path.suffix.lower() in image_endings() else ""
+        stem, ending = quoted(path.stem), usual_ending(path)
         if stem.lower() in used:
             stem = quoted("_".join(path.relative_to(common).with_suffix("").parts))
         names[path] = (PurePosixPath(folder.format(split=split)) / f"{_unique(stem, used)}{ending}").as_posix()

@@ -204,6 +204,15 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
         return (width, height) if sideways else (height, width)
 
 
+def usual_ending(path: Path) -> str:
+    """Return the ending of an image file's name, or if that is not one of `image_endings`, one of
+    its format. Raises DcrisError as `image_size` does."""
+    if path.suffix.lower() in image_endings():
+        return path.suffix
+    with _opened(path, header_only=True) as image:
+        return ".jp2" if image.format == "JPEG2000" else f".{str(image.format).lower()}"
+
+
 def read_mask_image(source: Path | bytes, threshold: float | None = None, *, once: bool = False) -> NDArray[np.uint8]:
     """Read a mask image as an upright mask, [H, W] uint8 of 0 and 1; see `binary_mask`.
 

@@ -97,7 +97,8 @@ def _write(exported: Exported, folder: Path) -> None:
             shapes = [shape for one in reference.segmentations for shape in _shapes(one, reference.image_size)]
             for shape in shapes:
                 shape["label"] = reference.category or "object"
-                shape["description"] = "\n".join(phrases_of(reference))
+                # A line is a phrase.
+                shape["description"] = "\n".join(" ".join(text.split()) for text in phrases_of(reference))
                 shape["group_id"] = group if len(shapes) > 1 else None
             content["shapes"] += shapes
         write_json(target.with_suffix(".json"), content)
