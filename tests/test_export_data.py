@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 from unittest.mock import Mock
 
 import numpy as np
@@ -283,6 +284,24 @@ def test_what_cannot_be_exported_leaves_nothing(table: ReferenceTable, tmp_path:
     with pytest.raises(DcrisError, match="exists already and is not empty"):
         export_table(table, "coco", out)
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_that_some_file_systems_take_for_one(format: str, table: ReferenceTable, tmp_path: Path) -> None:
+    names = ["\u00e9.png", "e\u0301.png", "\u00c9.png"]
+    for number, name in enumerate(names):
+        Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(tmp_path / "data" / name)
+    items = [
+        replace(each, image_path=tmp_path / "data" / name) for each, name in zip(table.references, names, strict=False)
+    ]
+    out = tmp_path / "out"
+    export_table(replace(table, references=tuple(items)), format, out)
+    written = [path.name for path in out.rglob("*.png")]
+    assert len({normalize("NFD", name).lower() for name in written}) == 3
+    done = import_annotations(
+        out / "my" if format == "refer" else out, out / "back.jsonl", strict=True, ambiguous="keep"
+    )
+    assert done.images == 3
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from PIL import Image
 
@@ -113,22 +114,26 @@ def export_table(
 
 def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:
     """Return a path in the new folder for each image. The last parts are unique without their
-    endings and ignoring case, since tools name their files after them, and UTF-8. They have an
-    ending, since tools know images by it."""
+    endings and ignoring case and Unicode's normal forms, since tools name their files after them,
+    and UTF-8. They have an ending, since tools know images by it."""
     used, names = set[str](), {}
     common = Path(os.path.commonpath([path.parent for path in splits])) if splits else Path()
     for path, split in splits.items():
         stem, ending = quoted(path.stem), usual_ending(path)
-        if stem.lower() in used:
+        if _folded(stem) in used:
             stem = quoted("_".join(path.relative_to(common).with_suffix("").parts))
         names[path] = (PurePosixPath(folder.format(split=split)) / f"{_unique(stem, used)}{ending}").as_posix()
     return names
 
 
 def _unique(name: str, used: set[str]) -> str:
-    """Return a name, numbered if `used` has it, and add it there, ignoring case: some file systems
-    do."""
+    """Return a name, numbered if `used` has it, and add it there, folded."""
     numbered = (f"{name}_{number}" for number in itertools.count(2))
-    found = next(each for each in itertools.chain([name], numbered) if each.lower() not in used)
-    used.add(found.lower())
+    found = next(each for each in itertools.chain([name], numbered) if _folded(each) not in used)
+    used.add(_folded(found))
     return found
+
+
+def _folded(name: str) -> str:
+    """Return a name without what some file systems ignore: case and Unicode's normal form."""
+    return normalize("NFC", name).lower()
