@@ -16,14 +16,19 @@ from PIL import Image
 
 from dcris.data import check
 from dcris.data.check import check_dataset
+from dcris.data.dataset import TrainingSamples
+from dcris.data.exporter import export_table
+from dcris.data.importer import import_annotations
 from dcris.data.masks import encode_mask, union_area, union_mask
 from dcris.data.readers import jsonl
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
+from dcris.data.tokenizer import get_tokenizer
 from dcris.errors import DcrisError
 from dcris.evaluation.metrics import Overlap, overlap, overlap_curve
 from dcris.evaluation.protocols import get_protocol
-from dcris.types import SoftMask
+from dcris.recipes import get_recipe
+from dcris.types import Sample, SoftMask
 from dcris.utils import files
 
 H, W = 8, 12
@@ -145,6 +150,31 @@ def test_pixels_without_a_truth_count_neither_way(folder: Path) -> None:
     assert load(folder, line(ignored=encode_mask(unclear))).sha256() != load(folder, line()).sha256()
     soft = load_references(write(folder, line(ignored="mask.png")), None, mask_threshold=0.5)
     assert type(soft.references[0].ignored) is SoftMask
+
+
+@pytest.mark.parametrize("format", ["coco", "yolo", "labelme", "label-studio", "supervisely", "refer"])
+def test_pixels_without_a_truth_are_background_elsewhere(folder: Path, tmp_path: Path, format: str) -> None:
+    """In training and in exports, also where a mask has them."""
+    unclear = np.zeros((H, W), np.uint8)
+    unclear[:, 6:] = 1
+    known = RECTANGLE & ~unclear
+    for mask in ("mask.png", POLYGON, encode_mask(RECTANGLE)):
+        table = load(folder, line(mask=mask, ignored=encode_mask(unclear)))
+        clear = load(folder, line(mask=encode_mask(known)))
+        config = get_recipe("dcris_tiny").data
+        ours, theirs = (
+            TrainingSamples(each.references, config, get_tokenizer("tiny"), 0)[0] for each in (table, clear)
+        )
+        assert isinstance(ours, Sample)
+        assert isinstance(theirs, Sample)
+        torch.testing.assert_close(ours.mask, theirs.mask)
+        out = tmp_path / "out"
+        assert export_table(table, format, out, replace=True).ignored == 1
+        phrases = out / "phrases.csv" if format == "yolo" else None
+        source = out / "mine" if format == "refer" else out
+        import_annotations(source, out / "back.jsonl", phrases=phrases, strict=True)
+        (back,) = load_references(out / "back.jsonl", None).references
+        np.testing.assert_array_equal(union_mask(back.segmentations, (H, W)), known)
 
 
 def test_an_unusable_ignored_mask_is_named(folder: Path) -> None:

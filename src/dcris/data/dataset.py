@@ -26,7 +26,7 @@ from dcris.config import DataConfig, MaskingConfig
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.images import read_image
 from dcris.data.masking import hidden_patches, mask_tokens
-from dcris.data.masks import true_mask, union_mask
+from dcris.data.masks import true_mask
 from dcris.data.mixing import samples_of_sets
 from dcris.data.registry import DATASETS
 from dcris.data.tokenizer import Tokenizer, cut_texts, tokenize
@@ -162,7 +162,7 @@ class TrainingSamples(Dataset[Sample | Failure]):
         """
         reference = self.references[index % len(self)]
         text = expression.text
-        mask = union_mask(reference.targets(expression), reference.image_size)
+        mask = true_mask(reference, expression).mask.astype(np.uint8)
         image = fit_image(image, reference)
         for name, generator in self.draw_augmentations(index):
             image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -12,10 +13,12 @@ from PIL import Image
 
 from dcris.data.dataset import fit_image
 from dcris.data.images import image_size, read_image, usual_ending
+from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable, quoted
 from dcris.data.tools import FORMATS
 from dcris.data.tools.annotation import Exported, apart, split_folder
 from dcris.errors import DcrisError
+from dcris.types import Reference
 from dcris.utils.files import write_directory
 
 IMAGE_URL = "/data/local-files/?d="
@@ -66,7 +69,7 @@ def export_table(
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DcrisError(f"{out} exists already and is not empty; delete it or choose another --out")
     form = FORMATS[format]
-    references = table.references
+    references = tuple(map(_known, table.references))
     if not form.mixes_absent:
         references = tuple(part for each in references for part in apart(each))
     kept = tuple(
@@ -110,6 +113,18 @@ def export_table(
     write_directory(out, fill)
     doubtful = sum(1 for reference in kept if reference.ignored is not None)
     return ExportResult(len(kept), len(exported.images), len(references) - len(kept), doubtful)
+
+
+def _known(reference: Reference) -> Reference:
+    """Return a reference whose objects are without the pixels that have no truth: no format has
+    them, so they become background."""
+    if reference.ignored is None:
+        return reference
+    size = reference.image_size
+    known = decode_mask(reference.ignored, size) == 0
+    return replace_fields(
+        reference, segmentations=tuple(encode_mask(decode_mask(each, size) & known) for each in reference.segmentations)
+    )
 
 
 def _names(splits: Mapping[Path, str], folder: str) -> dict[Path, str]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dcris.config import RunConfig
 from dcris.data.dataset import Queries, fit_image
 from dcris.data.images import read_image
-from dcris.data.masks import union_mask
+from dcris.data.masks import true_mask
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.utils.device import resident_memory
@@ -430,8 +430,7 @@ def make_panel(result: EvalResult) -> Panel:
     """Return the panel of a result that has its mask."""
     reference = result.reference
     image = cell(fit_image(read_image(reference.image_path), reference), PANEL_CELL)
-    objects = reference.targets(result.expression)
-    truth = mask_cell(union_mask(objects, reference.image_size).astype(bool), PANEL_CELL)
+    truth = mask_cell(true_mask(reference, result.expression).mask, PANEL_CELL)
     prediction = mask_cell(result.mask(), PANEL_CELL)
     gap = np.full((len(image), _GAP, 3), 255, np.uint8)
     cells = [

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dcris.data.dataset import fit_image
 from dcris.data.images import read_image
-from dcris.data.masks import union_mask
+from dcris.data.masks import true_mask
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.report.html import render
 from dcris.types import MaskArray
@@ -97,7 +97,7 @@ def make_panel(results: Mapping[str, EvalResult]) -> Panel:
     """
     result = next(iter(results.values()))
     reference = result.reference
-    truth = union_mask(reference.targets(result.expression), reference.image_size).astype(bool)
+    truth = true_mask(reference, result.expression).mask
     predictions = tuple(NamedMask(name, each.mask(), each.overlap.iou) for name, each in results.items())
     image = fit_image(read_image(reference.image_path), reference)
     return Panel(image, result.expression.text, truth, predictions)
