@@ -107,6 +107,7 @@ def test_an_image_named_after_another_split_keeps_its_own(format: str, tmp_path:
     in what is exported, corrected and imported."""
     folder, out = tmp_path / "data", tmp_path / "out"
     names = {"COCO_train2014_1.png": "val", "COCO_train2014_2.png": "testA", "val_3.png": "train"}
+    names |= {"4.png": "test_seen", "5.png": "test-unseen", "6.png": "not_train"}
     folder.mkdir()
     polygon = [[float(value) for point in OBJECTS[0].polygon for value in point]]
     lines = []

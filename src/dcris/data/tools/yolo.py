@@ -9,7 +9,7 @@ https://docs.ultralytics.com/datasets/segment and ultralytics/data/utils.py.
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,7 +69,7 @@ def _label_files(folder: Path) -> Iterator[Path]:
 def _read(path: Path, content: Any) -> Found:
     if path.is_dir():
         path = next((path / name for name in _NAMES if (path / name).is_file()), path / _NAMES[0])
-    names = _class_names(path)
+    names, splits = _classes(path)
     yield from names.values()
     found = False
     for file in _label_files(path.parent):
@@ -79,13 +79,13 @@ def _read(path: Path, content: Any) -> Found:
         except OSError as error:
             yield DcrisError(f"cannot read {file}: {error.strerror or error}")
             continue
-        yield from each(_object, lines, file, path.parent, names)
+        yield from each(_object, lines, file, path.parent, names, splits)
     if not found:
         raise bad(path, "there is no folder 'labels' with text files beside it or below")
 
 
-def _class_names(path: Path) -> Mapping[int, str]:
-    """Return the names of the classes by their numbers."""
+def _classes(path: Path) -> tuple[Mapping[int, str], Collection[str]]:
+    """Return the names of the classes by their numbers, and the names of the splits."""
     try:
         text = read_text(path, _MAX_YAML)
     except FileNotFoundError as error:
@@ -94,11 +94,12 @@ def _class_names(path: Path) -> Mapping[int, str]:
         raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
     if path.suffix == ".txt":
         listed = dict(enumerate(text.splitlines()))
-        return {key: name for key, name in listed.items() if name.strip()}
+        return {key: name for key, name in listed.items() if name.strip()}, ()
     try:
-        names = mapping(yaml.load(text, Loader=_PlainLoader)).get("names")
+        content = mapping(yaml.load(text, Loader=_PlainLoader))
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         raise bad(path, f"it is not YAML of plain values ({shown(str(error))})") from error
+    names = content.get("names")
     if not isinstance(names, list | dict):
         raise bad(path, f"its 'names' are neither a list nor an object: {shown(names)}")
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
@@ -107,10 +108,12 @@ def _class_names(path: Path) -> Mapping[int, str]:
         if whole(key) is None or type(name) is not str:
             raise bad(path, f"its 'names' have an entry that is not a number with a name: {shown(key)}: {shown(name)}")
         found[whole(key) or 0] = check_text(name, path, f"class {whole(key)}", "name")
-    return found
+    return found, content.keys()
 
 
-def _object(place: int, line: str, path: Path, root: Path, names: Mapping[int, str]) -> Annotation | None:
+def _object(
+    place: int, line: str, path: Path, root: Path, names: Mapping[int, str], splits: Collection[str]
+) -> Annotation | None:
     words, where = line.split(), f"line {place}"
     if not words:
         return None
@@ -121,6 +124,8 @@ def _object(place: int, line: str, path: Path, root: Path, names: Mapping[int, s
     last = max(index for index, part in enumerate(parts[:-1]) if part == "labels")
     below = parts[last + 1 : -1]
     split = split_of(*below, *reversed(parts[:last])) or (below[0] if below else None)
+    if below and below[0] in splits and not below[0].isalpha():  # "val_seen", of which split_of sees "val" only
+        split = below[0]
     parts[last] = "images"
     return Annotation(
         path=root / "data.yaml",  # the images are named relative to it
