@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dcris.checkpoints.checkpoint import list_checkpoints, read_training_images
 from dcris.checkpoints.training_images import FILE, hash_images, image_hash, pack_images, read_images, unpack_images
@@ -40,8 +42,9 @@ def test_an_image_of_coco_is_known_under_any_name(tmp_path: Path) -> None:
     assert image_hash(image(tmp_path / "000000000010.jpg")) not in found
 
 
-def test_other_images_are_known_by_name_and_size(tmp_path: Path) -> None:
-    """Every data set has a 1.jpg; the same photograph in another folder is the same."""
+def test_other_images_are_known_by_name_size_and_content(tmp_path: Path) -> None:
+    """Every data set has a 1.jpg; the same photograph in another folder is the same. Images without
+    compression have all the same size, and often the same border."""
     for folder, content in (("a", b"one"), ("b", b"other"), ("moved", b"one")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.jpg").write_bytes(content)
@@ -52,6 +55,12 @@ def test_other_images_are_known_by_name_and_size(tmp_path: Path) -> None:
     assert images == {one, other}
     assert unpack_images(pack_images(images), tmp_path) == images
     assert len(pack_images(images)) < 40
+    frames = np.zeros((2, 300, 400, 3), np.uint8)
+    frames[1, 140:160, 190:210] = 200
+    for folder, frame in zip(("train", "val"), frames, strict=True):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(frame).save(tmp_path / folder / "1.bmp")
+    assert len(hash_images([image(tmp_path / name / "1.bmp") for name in ("train", "val")])) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"text", pack_images(frozenset())[:-1], pack_images(frozenset()) + b"12345"])
