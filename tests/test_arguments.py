@@ -44,6 +44,7 @@ WRONG_IMAGES = [
     5,
     b"photo.jpg",
     "a\0b",
+    "",
     "a" * 5000,
     (IMAGE,),
     torch.zeros(20, 30, 3, dtype=torch.uint8),

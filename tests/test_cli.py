@@ -355,6 +355,11 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("evaluate CUT --data DATA --split test --device tpu", "tpu"),
         ("train dcris_tiny --data ABSENT --out OUT --device tpu", "tpu"),
         ("predict RUN PHOTO -e '' --out OUT", "empty"),
+        # Shell variables that are not set; Path takes them for the current folder.
+        ("predict RUN '' -e ring --out OUT", "IMAGE_OR_FOLDER: the path is empty"),
+        ("predict RUN PHOTO -e ring --out ''", "--out: the path is empty"),
+        ("predict '' PHOTO -e ring --out OUT", "a model must be a path, and is empty"),
+        ("train dcris_tiny --data '' --out OUT", "--data: the path is empty"),
         ("predict RUN PHOTO -e ring -e '  ' --out OUT", "empty"),
         ("predict RUN ABSENT -e ring --out OUT", "absent"),
         ("predict RUN EMPTY -e ring --out OUT", "no images"),

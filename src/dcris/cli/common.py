@@ -150,7 +150,12 @@ def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = F
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as DcrisError, and help written like all other output."""
+    """argparse with errors as DcrisError, help written like all other output, no empty paths."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Create a parser as argparse does, whose arguments of the type Path are not empty."""
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Leave settings over, which argparse does not know. Without "=" it would take their values
@@ -222,6 +227,14 @@ def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
         return parser
 
     return add
+
+
+def _path(text: str) -> Path:
+    """Parse a path. An empty one is rather a shell variable that is not set than the current
+    folder, which Path takes it for."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; the current folder is '.'")
+    return Path(text)
 
 
 def natural(text: str) -> int:

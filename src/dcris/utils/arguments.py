@@ -48,11 +48,14 @@ def as_path(value: PathLike, what: str) -> Path:
     """Return `value` as a Path.
 
     Raises:
-        DcrisError: another type; `what` names the argument, as in "the data set".
+        DcrisError: another type, or empty text, which Path takes for the current folder; `what`
+            names the argument, as in "the data set".
     """
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
         raise DcrisError(f"{what} must be a path (str or pathlib.Path), not {kind_of(value)}")
+    if not text:
+        raise DcrisError(f"{what} must be a path, and is empty; the current folder is '.'")
     return Path(text)
 
 
