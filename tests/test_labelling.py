@@ -222,6 +222,8 @@ def test_uploads_are_fetched_from_label_studio_only() -> None:
             "/data/../api/users/",
             "/data/%2e%2e/api/users/",
             "//127.0.0.1:1/data/upload/1/a.png",
+            "/data/upload/1/\ud800.png",  # half of a surrogate pair, which JSON can contain
+            "/data/local-files/?d=\ud800",
         ):
             with pytest.raises(DcrisError, match="is not one that Label Studio itself holds"):
                 images.read(address, 10)

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree.ElementTree import ParseError, XMLParser
 
-from dcris.data.table import shown
+from dcris.data.table import is_utf8, shown
 from dcris.data.tools.annotation import PHRASE_FIELDS
 from dcris.data.tools.label_studio import BrushTags
 from dcris.errors import DcrisError
@@ -186,7 +186,7 @@ class TaskImages:
             DcrisError: the address is of another kind or place, or the file cannot be had.
         """
         try:
-            parts = urlsplit(address if type(address) is str else "")
+            parts = urlsplit(address if type(address) is str and is_utf8(address) else "")
             path, names = unquote(parts.path), parse_qs(parts.query).get("d", [])
         except ValueError:
             parts, path, names = urlsplit(""), "", []
