@@ -91,6 +91,7 @@ CALLS: dict[str, Call] = {
     "segment None": lambda s: s.segment(None, "a"),
     "segment an image": lambda s: s.segment(IMAGE, "a"),
     "segment no phrase": lambda s: s.segment(s.encode_image(IMAGE), None),
+    "segment by a minimum of 400 digits": lambda s: s.segment(s.encode_image(IMAGE), "a", min_score=10**400),
     "segment by a minimum of text": lambda s: s.segment(s.encode_image(IMAGE), "a", min_score="0.5"),
     "segment by nan": lambda s: s.segment(s.encode_image(IMAGE), "a", threshold=float("nan")),
     **{

@@ -365,7 +365,7 @@ def as_rereadable(image: ImageLike, channels: Channels = "rgb") -> Rereadable:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
-        return _as_rgb(image, channels)
+        return _as_rgb(np.asarray(image), channels)  # not of a subclass, such as np.ma, with other arithmetic
     if (torch := sys.modules.get("torch")) is not None and isinstance(image, torch.Tensor):
         return _as_rgb(_tensor_pixels(image), channels)
     if hasattr(image, "read"):
@@ -397,15 +397,18 @@ def _tensor_pixels(image: "Tensor") -> NDArray[np.uint8]:
     """Convert a tensor [3, H, W] or [1, H, W] to an array [H, W, C] uint8."""
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise DcrisError(f"an image tensor must be [3, H, W] or [1, H, W], and is {list(image.shape)}")
+    if image.is_meta or str(image.layout) != "torch.strided":
+        raise DcrisError(f"an image tensor must be dense and have values, and is {image.layout} on {image.device}")
     values = image.detach().cpu()
     if values.is_floating_point():
+        values = values.float()  # 8-bit types cannot be compared
         # NaN fails the comparison, too.
         if not bool(((values >= 0) & (values <= 1)).all()):
             raise DcrisError(
                 f"a floating-point image tensor must have values in 0..1, and has {values.min():g} to {values.max():g}; do not "
                 "normalise it"
             )
-        values = (values.float() * 255).round().byte()
+        values = (values * 255).round().byte()
     if str(values.dtype) != "torch.uint8":
         raise DcrisError(f"an image tensor must be uint8 or floating point, and is {values.dtype}")
     array: NDArray[np.uint8] = values.permute(1, 2, 0).contiguous().numpy()

@@ -410,7 +410,7 @@ def require_minima(min_score: float | None, min_area: int, presence: bool) -> tu
     if score is None:
         score = LEAST_PRESENCE if presence else 0.0
     area: Any = min_area
-    if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= float(score) <= 1:
+    if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= as_float(score) <= 1:
         raise DcrisError(f"the minimum score must be a number from 0 to 1, not {score!r}")
     if isinstance(area, bool) or not isinstance(area, Integral) or not 0 <= int(area) < 1 << 53:
         raise DcrisError(f"the minimum area must be a whole number of pixels, from 0 to 2^53 - 1, not {area!r}")
