@@ -561,6 +561,17 @@ def test_out_of_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys
         dcris("data", "check", ".", "--dataset", "any")
 
 
+def test_a_result_is_one_line(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file name with a line end looked like the result of another image."""
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png\nb.png: 'cup' box (1, 2, 3, 4), score 0.99\nc.png")
+    (tmp_path / "d\ne.png").write_text("no image")
+    words = ["predict", trained_run, tmp_path, "-e", "ring", "--out", tmp_path / "out", "--device", "cpu"]
+    assert main([str(word) for word in words]) == 2
+    first, second = capsys.readouterr().out.splitlines()
+    assert r"a.png\nb.png" in first
+    assert r"d\ne.png: skipped" in second
+
+
 def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """File names may contain control characters, or characters that no terminal can show."""
     name = "a\x1b[2J\n\udcff" + "x" * 5000

@@ -22,7 +22,7 @@ from dcris.cli.common import (
 from dcris.cli.predict_videos import predict_videos
 from dcris.errors import DcrisError
 from dcris.utils.arguments import Refinement
-from dcris.utils.streams import note
+from dcris.utils.streams import note, one_line
 
 if TYPE_CHECKING:
     from dcris.inference.batch import BatchOptions
@@ -194,7 +194,10 @@ def _predict(args: argparse.Namespace) -> None:
     from dcris.inference.inputs import find_tasks, read_pairs, read_phrases
     from dcris.utils.distributed import processes
 
-    say = note if args.json else log
+    def say(text: str) -> None:
+        """Print one line, also where the name of a file has several."""
+        (note if args.json else log)(one_line(text))
+
     notes: list[str] = []
     if args.pairs is not None:
         tasks = read_pairs(args.pairs)
@@ -269,8 +272,8 @@ def _predict_rest(
                     else:
                         frame = "" if event.frame is None else f", frame {event.frame}"
                         for found in event.predictions:
-                            log(f"{event.task.path}{frame}: {found.phrase!r} {found.describe()}")
-                    detail(f"{event.task.path}: {time.monotonic() - latest:.2f} s")
+                            say(f"{event.task.path}{frame}: {found.phrase!r} {found.describe()}")
+                    detail(f"{one_line(str(event.task.path))}: {time.monotonic() - latest:.2f} s")
                     latest = time.monotonic()
                 elif isinstance(event, Failed):
                     if len(tasks) > 1:  # of a single one, the error at the end says all
