@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.data.wording import expression_kinds
+from dcris.errors import DcrisError
 from dcris.evaluation import analysis
-from dcris.evaluation.analysis import analyse, difference, resample, scores, tally
-from dcris.evaluation.compare import compare
+from dcris.evaluation.analysis import analyse, best_threshold, difference, resample, scores, tally
+from dcris.evaluation.compare import as_latex, as_text, compare
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import (
     CURVE_THRESHOLDS,
@@ -24,6 +25,7 @@ from dcris.evaluation.metrics import (
     STANDARD_METRICS,
     Metric,
     Overlap,
+    known,
     summarise,
 )
 from dcris.evaluation.protocols import RefZom
@@ -64,7 +66,7 @@ def test_counts_by_image_add_up_to_the_scores(
     """The counts by image add up to the scores that the intervals belong to."""
     results = [made_result(share, image=image) for share, image in pairs]
     expected = summarise((each.overlap for each in results), metrics)
-    found = dict(zip(KEYS, scores(tally(results, metrics).sum(axis=0), metrics), strict=True))
+    found = dict(zip(KEYS, map(known, scores(tally(results, metrics).sum(axis=0), metrics).tolist()), strict=True))
     assert found == pytest.approx(expected)
     assert len(tally(results)) == len({image for _, image in pairs})
 
@@ -181,7 +183,7 @@ def test_few_or_no_results() -> None:
     zero = analyse([made_result((0, 0), image=image) for image in range(3)])
     assert zero["intervals"]["miou"] == [0, 0]
     assert "oiou" not in zero["intervals"], "there is no union"
-    assert difference([], [])["miou"] == 0
+    assert difference([], [])["miou"] is None
     for found in (one, zero):
         json.dumps(found, allow_nan=False)
 
@@ -309,7 +311,25 @@ def test_a_report_has_no_score_where_nothing_counts(tmp_path: Path) -> None:
         write_comparison_report(file, title="", comparison=compared, measured={}, panels={}, metrics=metrics)
         page = file.read_text(encoding="utf-8").partition("<body")[2]
         assert f">{DASH}" in page and ">nan" not in page
-    assert [*analyse([*plain, *absent], metrics)["by_size"][-1]] == ["name", "expressions", "intervals"]
+    assert analyse([*plain, *absent], metrics)["by_size"][-1]["miou"] is None
+
+
+def test_a_score_that_nothing_counts_for_is_none_everywhere() -> None:
+    """N-acc without absent targets was 0 in result files and comparisons, as if all were missed,
+    and a threshold was chosen by scores that were all 0."""
+    curve = tuple(Overlap(1, 2) for _ in CURVE_THRESHOLDS)
+    results = [replace(made_result((1, 2), image=image), curve=curve) for image in range(3)]
+    assert summarise((each.overlap for each in results), (GIOU, N_ACC)) == {"giou": 50, "n_acc": None}
+    found = compare({"a": results, "b": results}, (N_ACC, GIOU))
+    for described in (*found["systems"], *found["differences"]):
+        assert described["n_acc"] is None
+        assert {group["n_acc"] for group in described["by_kind"]} == {None}
+    assert set(found["systems"][0]["curve"]["n_acc"]) == {None}
+    json.dumps(found, allow_nan=False)
+    assert as_text(found, (GIOU, N_ACC)).splitlines()[-1].split() == ["N-acc", "-", "-", "-"]
+    assert r"a & 50.0 & - \\" in as_latex(found, (GIOU, N_ACC))
+    with pytest.raises(DcrisError, match="no expression counts for N-acc"):
+        best_threshold(results, (N_ACC, GIOU))
 
 
 def test_the_threshold_curve() -> None:

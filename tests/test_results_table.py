@@ -168,6 +168,18 @@ def test_averages_are_of_one_definition(names: tuple[str, str], keys: list[str])
     assert averages(records, protocols) == dict.fromkeys(keys, 15.0)
 
 
+def test_a_score_that_nothing_counts_for_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is null in a result file; older files, in which it is 0, can still be read."""
+    rule = {"dataset": "grefcoco", "none_rule": "head"}
+    new = row(tmp_path, "new", record("val", 40.0, "grefcoco", **rule, n_acc=None))
+    old = row(tmp_path, "old", record("val", 30.0, "grefcoco", **rule))
+    assert dcris("table", new, old, "--metrics", "giou", "n_acc") == 0
+    assert [line.split("|")[3].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["-", "0.0"]
+    protocols = {"grefcoco": PROTOCOLS["grefcoco"]}
+    assert "n_acc" not in averages([record("val", 40.0, "grefcoco", **rule, n_acc=None)], protocols)
+    assert "n_acc" in averages([record("val", 40.0, "grefcoco", **rule)], protocols)
+
+
 def test_costs_are_unknown_where_they_were_not_measured(two: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     header, ours, theirs = table(capsys, *two, "--cost")
     assert header[-5:] == ["Adapters (M)", "Trainable (M)", "FLOPs (G)", "Memory (GiB)", "s / image"]

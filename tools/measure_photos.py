@@ -110,7 +110,9 @@ def summary(results: Iterable[EvalResult]) -> dict[str, Any]:
     """Return the metrics in percent, rounded, and the number of expressions."""
     results = list(results)
     found = summarise(result.overlap for result in results)
-    return {name: round(value, 2) for name, value in found.items()} | {"expressions": len(results)}
+    return {name: None if value is None else round(value, 2) for name, value in found.items()} | {
+        "expressions": len(results)
+    }
 
 
 def grouped(results: Iterable[EvalResult], name: Any) -> dict[str, dict[str, Any]]:

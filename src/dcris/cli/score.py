@@ -74,7 +74,7 @@ def _score_images(args: argparse.Namespace) -> None:
     from dcris.evaluation.external_masks import score_masks
     from dcris.evaluation.protocols import get_protocol
     from dcris.utils.files import write_json
-    from dcris.utils.text_tables import latex, markdown
+    from dcris.utils.text_tables import latex, markdown, score_text
 
     protocol = get_protocol(args.protocol or "cris", args.none_rule, args.boundary)
     own_name(args.data, args)
@@ -96,7 +96,7 @@ def _score_images(args: argparse.Namespace) -> None:
                 show(len(results))
         record = result_record(results, table, args.split, protocol)
         records.append({"predictions": path.name, **record})
-        rows.append([path.stem, *(f"{record[metric.key]:.2f}" for metric in protocol.metrics)])
+        rows.append([path.stem, *(score_text(record[metric.key], ".2f") for metric in protocol.metrics)])
     analysis = analyse(results, protocol.metrics, by_category=args.by_category, size_subset=protocol.size_subset)
     analysed = {**records[0], "analysis": analysis}
     if (confidence := assess(results)) is not None:
@@ -127,8 +127,7 @@ def _score_images(args: argparse.Namespace) -> None:
             if len(rows) == 1 and "by_subset" in analysis:
                 keys = [metric.key for metric in protocol.metrics]
                 subsets = [
-                    [each["name"], *(f"{each[key]:.2f}" if key in each else "-" for key in keys)]
-                    for each in analysis["by_subset"]
+                    [each["name"], *(score_text(each[key], ".2f") for key in keys)] for each in analysis["by_subset"]
                 ]
                 output("\n" + form([f"subsets of {table.dataset} {args.split}", *header[1:]], subsets))
 

@@ -11,7 +11,6 @@ how much a score depends on the choice of images, not how much it varies between
 Shape letters: P images, R resamples, C columns of counts, M metrics, T thresholds.
 """
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +19,9 @@ import numpy as np
 
 from dcris.data.masks import union_area
 from dcris.data.wording import expression_kinds
+from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
-from dcris.evaluation.metrics import CURVE_THRESHOLDS, STANDARD_METRICS, Floats, Metric, Overlaps
+from dcris.evaluation.metrics import CURVE_THRESHOLDS, STANDARD_METRICS, Floats, Metric, Overlaps, in_percent, known
 from dcris.evaluation.protocols.base import SizeSubset
 
 RESAMPLES = 1000
@@ -54,8 +54,8 @@ def analyse(
             absent targets.
         by_length, by_size, by_kind: lists of groups, each with `name`, `expressions`, the first two
             metrics and their `intervals`, drawn from the images that have such an expression.
-            Groups without expressions are left out, as are scores that none of a group's
-            expressions counts for, such as those of targets in the group without any.
+            Groups without expressions are left out. A score is None if none of a group's
+            expressions counts for it, such as one of targets in the group without any.
         by_subset: the same with all metrics by the data set's own subsets, if it has any.
         by_category: as by_length, by the category of the objects, if wanted; an expression with
             objects of several categories is in each of them.
@@ -91,21 +91,27 @@ def difference(
         ValueError: if the two are not of the same expressions.
     """
     ordered = align(baseline, results)
-    total = _scores_of(_counts([results, ordered], metrics).sum(axis=0), metrics)
-    by_key = dict(zip((metric.key for metric in metrics), total.tolist(), strict=True))
-    return by_key | _describe([results, ordered], metrics)
+    total = _counts([results, ordered], metrics).sum(axis=0)
+    return _by_key(total, metrics) | _describe([results, ordered], metrics)
 
 
 def best_threshold(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_METRICS) -> float:
     """Return the lowest of CURVE_THRESHOLDS at which the first metric is greatest.
 
     Raises:
+        DcrisError: if no expression counts for that metric.
         ValueError: if there are no results or any has no curve.
     """
     curve = _curve(results, metrics[:1])
     if curve is None:
         raise ValueError("a threshold can only be chosen from results with threshold curves")
-    return float(curve["thresholds"][int(np.argmax(curve[metrics[0].key]))])
+    found = curve[metrics[0].key]
+    if None in found:
+        raise DcrisError(
+            f"no threshold can be chosen on a split in which no expression counts for {metrics[0].title}, such as one "
+            "without any target; choose another split"
+        )
+    return float(curve["thresholds"][int(np.argmax(found))])
 
 
 def align(results: Sequence[EvalResult], like: Sequence[EvalResult]) -> list[EvalResult]:
@@ -143,16 +149,15 @@ def tally(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_ME
     return sums
 
 
-def scores(counts: Floats, metrics: Sequence[Metric] = STANDARD_METRICS, undefined: float = 0.0) -> Floats:
-    """Return metrics [..., M] in percent from summed counts [..., C]; `undefined` for those that
-    none of the expressions counts for."""
+def scores(counts: Floats, metrics: Sequence[Metric] = STANDARD_METRICS) -> Floats:
+    """Return metrics [..., M] in percent from summed counts [..., C]; NaN for those that none of
+    the expressions counts for."""
     columns = iter(np.moveaxis(counts, -1, 0))
     expressions = next(columns)
     found = []
     for metric in metrics:
         values = next(columns)
-        weights = expressions if metric.weight is None else next(columns)
-        found.append(np.where(weights > 0, 100 * (values / np.where(weights > 0, weights, 1)), undefined))
+        found.append(in_percent(values, expressions if metric.weight is None else next(columns)))
     return np.stack(found, axis=-1)
 
 
@@ -178,17 +183,22 @@ def _counts(systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric]) 
     return np.concatenate([tally(results, metrics) for results in systems], axis=1)
 
 
-def _scores_of(counts: Floats, metrics: Sequence[Metric], undefined: float = 0.0) -> Floats:
+def _scores_of(counts: Floats, metrics: Sequence[Metric]) -> Floats:
     """Return one system's metrics [..., M], or the first system's minus the second's.
 
     Args:
         counts: summed, [..., C] of one system or [..., 2 C] of two.
         metrics: of the protocol.
-        undefined: as in `scores`.
     """
     columns = 1 + sum(1 if metric.weight is None else 2 for metric in metrics)
-    found = scores(counts[..., :columns], metrics, undefined)
-    return found - scores(counts[..., columns:], metrics, undefined) if counts.shape[-1] > columns else found
+    found = scores(counts[..., :columns], metrics)
+    return found - scores(counts[..., columns:], metrics) if counts.shape[-1] > columns else found
+
+
+def _by_key(counts: Floats, metrics: Sequence[Metric]) -> dict[str, float | None]:
+    """Return `_scores_of` by the metrics' keys."""
+    found = _scores_of(counts, metrics).tolist()
+    return {metric.key: known(value) for metric, value in zip(metrics, found, strict=True)}
 
 
 def _intervals(counts: Floats, metrics: Sequence[Metric], wanted: Sequence[Metric]) -> dict[str, list[float]]:
@@ -200,7 +210,7 @@ def _intervals(counts: Floats, metrics: Sequence[Metric], wanted: Sequence[Metri
     if len(counts) < 2:
         return {}
     found = {}
-    for metric, drawn in zip(wanted, _scores_of(resample(counts), metrics, math.nan).T[: len(wanted)], strict=True):
+    for metric, drawn in zip(wanted, _scores_of(resample(counts), metrics).T[: len(wanted)], strict=True):
         defined = drawn[~np.isnan(drawn)]
         if len(defined):
             found[metric.key] = np.percentile(defined, [2.5, 97.5]).tolist()
@@ -237,26 +247,23 @@ def _group(
     name: str, systems: Sequence[Sequence[EvalResult]], metrics: Sequence[Metric], shown: Sequence[Metric]
 ) -> dict[str, Any]:
     """Return the entry of one group: its size and the `shown` metrics, the first ones of `metrics`,
-    with intervals, but for those that none of its expressions counts for."""
+    with intervals."""
     counts = _counts(systems, metrics)
-    found = _scores_of(counts.sum(axis=0), metrics, math.nan).tolist()
-    values = {
-        metric.key: value for metric, value in zip(shown, found[: len(shown)], strict=True) if not math.isnan(value)
-    }
+    values = _by_key(counts.sum(axis=0), metrics)
     return {
         "name": name,
         "expressions": len(systems[0]),
-        **values,
+        **{metric.key: values[metric.key] for metric in shown},
         "intervals": _intervals(counts, metrics, shown),
     }
 
 
-def _curve(results: Sequence[EvalResult], metrics: Sequence[Metric]) -> dict[str, list[float]] | None:
+def _curve(results: Sequence[EvalResult], metrics: Sequence[Metric]) -> dict[str, list[Any]] | None:
     """Return the thresholds and each metric at each; None if any result has no curve."""
     if not results or any(len(result.curve) != len(CURVE_THRESHOLDS) for result in results):
         return None
     overlaps = Overlaps.of(result.curve for result in results)  # [N, T]
-    by_key = {metric.key: metric.score(overlaps).tolist() for metric in metrics}
+    by_key = {metric.key: [*map(known, metric.score(overlaps).tolist())] for metric in metrics}
     return {"thresholds": list(CURVE_THRESHOLDS), **by_key}
 
 

@@ -27,7 +27,7 @@ from dcris.evaluation.results import RULES, read_results
 from dcris.utils.arguments import Precision
 from dcris.utils.device import choose_precision
 from dcris.utils.streams import note, one_line
-from dcris.utils.text_tables import latex, ranks
+from dcris.utils.text_tables import latex, ranks, score_text
 
 Systems = Mapping[str, Sequence[EvalResult]]
 """Each system's results by its name, of the same expressions in the same order (see `align`)."""
@@ -266,7 +266,7 @@ def as_latex(comparison: Mapping[str, Any], metrics: Sequence[Score] = STANDARD_
     """Format the scores of a comparison as a LaTeX tabular: the best is bold, the second
     underlined. Differences follow, with their intervals."""
     systems, differences = comparison["systems"], comparison["differences"]
-    scores = [[f"{each[metric.key]:.1f}" for metric in metrics] for each in systems]
+    scores = [[score_text(each[metric.key]) for metric in metrics] for each in systems]
     marks = {
         (row, column + 1): kind
         for column in range(len(metrics))
@@ -299,4 +299,6 @@ def as_text(comparison: Mapping[str, Any], metrics: Sequence[Score] = STANDARD_M
 def _score(described: Mapping[str, Any], key: str, sign: str) -> str:
     """Format a metric with its interval."""
     bounds = described["intervals"].get(key)
-    return f"{described[key]:{sign}.1f}" + (f" [{bounds[0]:{sign}.1f}, {bounds[1]:{sign}.1f}]" if bounds else "")
+    return score_text(described[key], f"{sign}.1f") + (
+        f" [{bounds[0]:{sign}.1f}, {bounds[1]:{sign}.1f}]" if bounds else ""
+    )

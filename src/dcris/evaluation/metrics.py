@@ -136,14 +136,21 @@ class Metric(Score):
     """Sentence below the score in reports."""
 
     def score(self, overlaps: Overlaps) -> Floats:
-        """Return the score over the first axis of [N, ...] overlaps in percent; 0 for N = 0."""
+        """Return the score over the first axis of [N, ...] overlaps in percent; NaN where no
+        expression counts."""
         values = np.asarray(self.value(overlaps), np.float64)
-        if not len(values):
-            return np.zeros(values.shape[1:])
-        if self.weight is None:
-            return np.asarray(100 * values.mean(axis=0))
-        total = self.weight(overlaps).sum(axis=0)
-        return np.asarray(100 * values.sum(axis=0) / np.where(total > 0, total, 1))
+        weights = np.ones_like(values) if self.weight is None else self.weight(overlaps)
+        return in_percent(values.sum(axis=0), weights.sum(axis=0))
+
+
+def in_percent(values: Floats, weights: Floats) -> Floats:
+    """Return ratios of sums in percent; NaN where the weights are 0, so that nothing counts."""
+    return np.where(weights > 0, 100 * (values / np.where(weights > 0, weights, 1)), math.nan)
+
+
+def known(score: float) -> float | None:
+    """Return a score, or a difference of two, as result files hold it: None if nothing counts."""
+    return None if math.isnan(score) else score
 
 
 @cache  # equal metrics are those of one definition; see `averages` and `_averaged`
@@ -321,7 +328,7 @@ def overlap_curve(
     return tuple(curve)
 
 
-def summarise(overlaps: Iterable[Overlap], metrics: Sequence[Metric] = STANDARD_METRICS) -> dict[str, float]:
-    """Return each metric's score in percent by its key; all are 0 if there are no expressions."""
+def summarise(overlaps: Iterable[Overlap], metrics: Sequence[Metric] = STANDARD_METRICS) -> dict[str, float | None]:
+    """Return each metric's score in percent by its key; None if no expression counts for it."""
     collected = Overlaps.of(overlaps)
-    return {metric.key: float(metric.score(collected)) for metric in metrics}
+    return {metric.key: known(float(metric.score(collected))) for metric in metrics}

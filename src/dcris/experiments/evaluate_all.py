@@ -34,6 +34,7 @@ from dcris.utils.distributed import processes
 from dcris.utils.files import write_json
 from dcris.utils.provenance import describe
 from dcris.utils.streams import note
+from dcris.utils.text_tables import score_text
 
 TRAIN = "train"
 """The split that is not evaluated."""
@@ -82,7 +83,7 @@ def evaluate_all(
         name, checkpoint.
         results: for each split, the content of a result file with scores by category.
         averages: by metric, the mean over data sets of the mean over their splits, of the metrics
-            that all results have by one definition.
+            that all results have by one definition, and that are null in none.
         cost: see `measure_cost`.
         provenance: see `dcris.utils.provenance.describe`, and `seconds`.
 
@@ -141,7 +142,7 @@ def evaluate_all(
             row["averages"] = averages(row["results"], {each.dataset: protocols[each.dataset] for each in tables})
             row["provenance"]["seconds"] = round(time.monotonic() - begin, 1)
             if group.first:
-                shown = ", ".join(f"{metric.title} {record[metric.key]:.1f}" for metric in chosen.metrics[:2])
+                shown = ", ".join(f"{metric.title} {score_text(record[metric.key])}" for metric in chosen.metrics[:2])
                 log(f"{table.dataset} ({table.split_by}) {split}, {chosen.label}: {shown}")
                 if out is not None:
                     write_json(out, row)
@@ -167,9 +168,11 @@ def _protocol(dataset: str, name: str | None, none_rule: str | None, boundary: b
 
 def averages(records: Sequence[Mapping[str, Any]], protocols: Mapping[str, Protocol]) -> dict[str, float]:
     """Return the mean over data sets of the mean over their splits, by metric, of the metrics that
-    all results have, by one definition: protocols call unlike metrics gIoU."""
+    all results have, by one definition: protocols call unlike metrics gIoU. None of them is null in
+    any result."""
     first, *others = (protocols[name].metrics for name in dict.fromkeys(record["dataset"] for record in records))
     shared = [metric.key for metric in first if all(metric in metrics for metrics in others)]
+    shared = [key for key in shared if all(record[key] is not None for record in records)]
     return {key: _mean_of_means((record["dataset"], record[key]) for record in records) for key in shared}
 
 

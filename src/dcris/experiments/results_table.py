@@ -21,15 +21,12 @@ from dcris.evaluation.video_protocols import VIDEO_PROTOCOLS
 from dcris.experiments.paper_tables import TABLE_1, TABLE_1_SPLITS
 from dcris.utils.files import read_json
 from dcris.utils.streams import note
-from dcris.utils.text_tables import Mark, comma_separated, latex, markdown, ranks
+from dcris.utils.text_tables import BLANK, Mark, comma_separated, latex, markdown, ranks, score_text
 
 Format = Literal["markdown", "latex", "csv"]
 FORMATS: tuple[Format, ...] = ("markdown", "latex", "csv")
 _MOST_RESULTS = 1000
 """Most results in a file. The columns of a table are compared with each other."""
-
-BLANK = "-"
-"""A cell without a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ class ResultTable:
             form: markdown, latex or csv; the last has neither.
             digits: decimals of the scores.
         """
-        shown = [[BLANK if value is None else f"{value:.{digits}f}" for value in line.values] for line in self.lines]
+        shown = [[score_text(value, f".{digits}f") for value in line.values] for line in self.lines]
         rows = [[*line.cells, *cells, *line.costs] for line, cells in zip(self.lines, shown, strict=True)]
         groups = [text for text, count in self.spans for _ in range(count)] or [""] * len(self.labels)
         labels = [f"{group} {label}".strip() for group, label in zip(groups, self.labels, strict=True)]
@@ -243,9 +240,11 @@ def _measure(record: Any, path: Path, where: str) -> Measure:
         raise DcrisError(f"{path}, {where}: there is no protocol {protocol!r}; choose from {known}")
     keys = [metric.key for metric in _metrics(protocol)]
     if protocol in PROTOCOLS:
-        keys += ["threshold", *([BIOU.key] if BIOU.key in record else [])]
+        finite_number(record, "threshold", path, where)
+        keys += [BIOU.key] if BIOU.key in record else []
     for key in keys:
-        finite_number(record, key, path, where)
+        if record.get(key, ...) is not None:  # None: nothing counts for it
+            finite_number(record, key, path, where)
     rules = tuple((key, RULES[key](value)) for key, value in rules_of(record, path, where).items())
     return Measure(dataset, split_by, split, protocol, rules)
 
@@ -424,7 +423,8 @@ def _label(measure: Measure, measures: Sequence[Measure]) -> str:
 
 def _score(system: SystemResults, measure: Measure, metric: Score) -> float | None:
     record = system.records.get(measure)
-    return None if record is None or metric.key not in record else float(record[metric.key])
+    value = None if record is None else record.get(metric.key)
+    return None if value is None else float(value)
 
 
 def _averaged(columns: Sequence[Column]) -> list[str]:

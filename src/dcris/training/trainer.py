@@ -535,7 +535,8 @@ class Trainer:
             results = predict_on_all_ranks(
                 self.group, self.queries, lambda share: self.stop.take_until_stop(predict(share=share))
             )
-        return summarise(result.overlap for result in results)
+        scores = summarise(result.overlap for result in results)
+        return {key: score for key, score in scores.items() if score is not None}  # each, if there are results
 
     def _validate_unscored(self) -> None:
         """Validate the checkpoint that was resumed from, if the run was stopped before it was

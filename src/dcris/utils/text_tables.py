@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+BLANK = "-"
+"""A cell without a value."""
+
 Mark = Literal["best", "second"]
 Marks = Mapping[tuple[int, int], Mark]
 """Cells to emphasise, by row and column: the best is bold, the second underlined."""
@@ -90,7 +93,7 @@ def latex(
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
-def ranks(cells: Sequence[str], blank: str = "-") -> dict[int, Mark]:
+def ranks(cells: Sequence[str], blank: str = BLANK) -> dict[int, Mark]:
     """Return the rows with the best, that is the greatest, and the second number of a column; none
     if all are equal.
 
@@ -109,6 +112,11 @@ def ranks(cells: Sequence[str], blank: str = "-") -> dict[int, Mark]:
         if len(order) > 1
         else {}
     )
+
+
+def score_text(value: float | None, form: str = ".1f") -> str:
+    """Format a score of a result file; a dash for None, which is one that nothing counts for."""
+    return BLANK if value is None else format(value, form)
 
 
 def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -175,9 +175,10 @@ def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = 
 
 
 def threshold_chart(
-    curves: Mapping[str, Mapping[str, Sequence[float]]], metrics: Sequence[Metric] = STANDARD_METRICS
+    curves: Mapping[str, Mapping[str, Sequence[Any]]], metrics: Sequence[Metric] = STANDARD_METRICS
 ) -> Markup:
     """Draw scores by probability threshold: the first metric, and for one system also the second.
+    Without any score it is empty.
 
     Args:
         curves: by system name, the `curve` of `dcris.evaluation.analysis.analyse`.
@@ -187,13 +188,21 @@ def threshold_chart(
     first = metrics[0]
     names = {first.key: ""} if several else {metric.key: metric.title for metric in metrics[:2]}
     lines = [
-        Line(f"{system} {name}".strip(), np.column_stack([curve["thresholds"], curve[key]]))
+        Line(f"{system} {name}".strip(), points)
         for system, curve in curves.items()
         for key, name in names.items()
+        if len(points := _known_points(curve["thresholds"], curve[key]))
     ]
+    if not lines:
+        return Markup()
     return chart(
         "Score by threshold",
         lines,
         x="probability threshold of the mask",
         y=f"{first.title if several else 'score'} in percent",
     )
+
+
+def _known_points(thresholds: Sequence[float], scores: Sequence[float | None]) -> Floats:
+    """Return the points of a curve [N, 2], without those that nothing counts for."""
+    return np.array([pair for pair in zip(thresholds, scores, strict=True) if pair[1] is not None], np.float64)

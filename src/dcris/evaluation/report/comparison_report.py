@@ -1,13 +1,12 @@
 """The report of a comparison: scores of several systems, their differences, and examples."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcris.evaluation.metrics import STANDARD_METRICS, Metric
 from dcris.evaluation.report.charts import threshold_chart
-from dcris.evaluation.report.evaluation_report import GROUPINGS, NOTE_INTERVALS, known_score
+from dcris.evaluation.report.evaluation_report import GROUPINGS, NOTE_INTERVALS
 from dcris.evaluation.report.html import write_page
 from dcris.evaluation.report.panels import Panel, render_panels
 
@@ -90,8 +89,8 @@ def _parts(described: Sequence[Mapping[str, Any]], metrics: Sequence[Metric]) ->
 
 def _cell(column: Mapping[str, Any], scored: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
     """Return the template's variables of a score or a difference."""
-    value, bounds = known_score(scored, scored["intervals"], metric), scored["intervals"].get(metric.key)
-    difference = "minus" in column and not math.isnan(value)
+    value, bounds = scored[metric.key], scored["intervals"].get(metric.key)
+    difference = "minus" in column and value is not None
     certain = difference and bounds is not None and not bounds[0] <= 0 <= bounds[1]
     return {
         "value": value,

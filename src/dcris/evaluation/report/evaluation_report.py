@@ -1,6 +1,5 @@
 """The report of an evaluation: scores, curves of the training, and examples."""
 
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,9 +71,9 @@ def write_report(
         path: the .html file; its directory is created.
         title: the heading.
         facts: names and values about the run, in order.
-        record: content of a result file: the metrics in percent, what they were measured on, and
-            optionally `miou_shuffled` and `analysis` (from `analyse`). Other numbers and texts are
-            added to the facts.
+        record: content of a result file: the metrics in percent, None being shown as a dash, what
+            they were measured on, and optionally `miou_shuffled` and `analysis` (from `analyse`).
+            Other numbers and texts are added to the facts.
         log: lines of the training log, each with `step` and optionally `loss`, `iou` and
             `val_first_miou` (the last two in percent). Values that are not finite are left out.
         panels: examples by heading.
@@ -158,15 +157,6 @@ def write_evaluation_report(
     )
 
 
-def known_score(scored: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], metric: Metric) -> Any:
-    """Return a score, or NaN, which is shown as a dash, if no expression counts for it.
-
-    Where there are intervals, a metric without one has no score (dcris.evaluation.analysis).
-    """
-    undefined = intervals and metric.key not in intervals and metric is not _EXCHANGED
-    return math.nan if undefined else scored.get(metric.key, math.nan)
-
-
 def _tiles(
     record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]], metrics: Sequence[Metric]
 ) -> list[dict[str, Any]]:
@@ -174,7 +164,7 @@ def _tiles(
     return [
         {
             "title": metric.title,
-            "value": known_score(record, intervals, metric),
+            "value": record[metric.key],
             "interval": intervals.get(metric.key),
             "description": metric.description,
             "control": metric is _EXCHANGED,
@@ -192,9 +182,9 @@ def _tables(record: Mapping[str, Any], analysis: Mapping[str, Any], metrics: Seq
         rows = [
             {
                 "name": group["name"],
-                "value": known_score(group, group["intervals"], first),
+                "value": group.get(first.key),
                 "interval": group["intervals"].get(first.key),
-                "others": (percent(known_score(group, group["intervals"], second)), number(group["expressions"])),
+                "others": (percent(group.get(second.key)), number(group["expressions"])),
             }
             for group in analysis.get(key, ())
         ]
@@ -203,7 +193,7 @@ def _tables(record: Mapping[str, Any], analysis: Mapping[str, Any], metrics: Seq
     rows = [
         {
             "name": metric.title,
-            "value": known_score(record, intervals, metric),
+            "value": record[metric.key],
             "interval": intervals.get(metric.key),
             "others": (),
         }

@@ -38,10 +38,11 @@ def render(template: str, **context: Any) -> Markup:
     return Markup(_environment().get_template(template).render(context))
 
 
-def percent(value: float | int | str) -> str:
-    """Format a percentage; a value that is not finite becomes a dash, and text stays as it is."""
-    if isinstance(value, str):
-        return value
+def percent(value: float | int | str | None) -> str:
+    """Format a percentage; None and a value that is not finite become a dash, and text stays as it
+    is."""
+    if value is None or isinstance(value, str):
+        return DASH if value is None else value
     return Markup("{:.1f}<small>{}%</small>").format(value, _THIN_SPACE) if math.isfinite(value) else DASH
 
 
@@ -60,7 +61,7 @@ def number(value: float | int | str) -> str:
     return str(value)
 
 
-def length(value: float | int | str) -> float:
+def length(value: float | int | str | None) -> float:
     """Return a percentage clipped to 0..100; 0 if it is not a finite number."""
     return min(100.0, max(0.0, value)) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
