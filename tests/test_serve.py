@@ -107,6 +107,23 @@ def test_a_form_and_a_raw_body_give_the_same(address: str, segmenter: Segmenter)
         assert post_form(address, body, query) == (200, raw)
 
 
+def test_a_fault_of_the_server_is_json_too(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was a plain "Internal Server Error", which clients that read JSON cannot parse."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(InferenceService, "parse_phrases", fail)
+    status, content = send(address, "POST /api/segment?phrase=a", picture())
+    assert (status, [*json.loads(content)]) == (500, ["error"])
+    assert b"secret" not in content and b"Traceback" not in content
+    monkeypatch.undo()
+    assert post(address, picture(), phrase="red circle"), "the server goes on"
+    assert "ZeroDivisionError: a secret" in caplog.text
+
+
 def test_the_documented_requests(address: str, segmenter: Segmenter, tmp_path: Path) -> None:
     """The requests in docs/serve.md work as written, except for the URL."""
     (tmp_path / "photo.jpg").write_bytes(picture(kind="JPEG"))

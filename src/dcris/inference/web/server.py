@@ -74,7 +74,7 @@ class Application:
     close: Callable[[], None] = lambda: None
     """Called at the end."""
     log: Callable[[str], None] = lambda line: None
-    """Called with the path and message of each error of a route."""
+    """Called with the path and message of each bad request."""
 
 
 def serve(
@@ -130,7 +130,8 @@ def guard(
 ) -> "ASGIApp":
     """Return an application behind the guard, which see for the arguments.
 
-    All its errors are {"error": MESSAGE}.
+    All its errors are {"error": MESSAGE}, also those of programming, whose traceback is printed on
+    standard error only.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -151,7 +152,14 @@ def guard(
             sentence = f"there is nothing at this address; there is {', '.join(sorted(application.bodies))}"
         return on_error(request, Refused(error.status_code, sentence, error.headers))
 
-    app = Starlette(routes=application.routes, exception_handlers={DcrisError: on_error, HTTPException: on_http_error})
+    def on_fault(request: "Request", error: Exception) -> "Response":
+        # Starlette raises the error again after this answer, so that uvicorn logs its traceback.
+        return error_response(Refused(500, "the server failed to answer this request; its log has the reason"))
+
+    app = Starlette(
+        routes=application.routes,
+        exception_handlers={DcrisError: on_error, HTTPException: on_http_error, Exception: on_fault},
+    )
     app.router.redirect_slashes = False
     if application.fallback is not None:
         app.router.default = application.fallback
