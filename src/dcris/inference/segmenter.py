@@ -443,6 +443,12 @@ class Segmenter:
             if isinstance(metrics, Mapping)
             else [require(row, dict, "each of the metrics") for row in metrics]
         )
+        for row in rows:
+            if missing := [key for key in ("dataset", "split", "protocol") if not isinstance(row.get(key), str)]:
+                raise DcrisError(
+                    f"the metrics have no text as '{missing[0]}'; give the output of `dcris evaluate --out`, or the "
+                    "'results' in that of `dcris evaluate --all`"
+                )
         if licence is not None:
             require(licence, str, "the licence")
         card = model_card(self.config, self._towers, name=name, origin=self.origin, metrics=rows, licence=licence)
