@@ -14,9 +14,16 @@ import torch
 from PIL import Image
 
 from conftest import TinyRefer
+from dcris.checkpoints.checkpoint import list_checkpoints, load_checkpoint
 from dcris.cli import main
 from dcris.config import RunConfig, replace
+from dcris.data.dataset import all_queries
+from dcris.data.readers.load import load_references
+from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
+from dcris.evaluation.evaluator import predict_queries
+from dcris.evaluation.metrics import summarise
+from dcris.evaluation.protocols import Cris
 from dcris.experiments import ablate as module
 from dcris.experiments.ablate import Size, ablate, configure, recipe_study, table_study
 from dcris.experiments.ablation_report import Measured, summary, write_ablation
@@ -516,3 +523,40 @@ def test_the_summary_states_the_deviation_between_seeds() -> None:
     assert "within the seeds' deviation of 14.1" in summary([item("a", 40, 60), item("b", 50, 51)], ["test"])
     assert "one seed shows no variation" in summary([item("a", 40), item("b", 50)], ["test"])
     assert summary([item("a", 40)], ["test"]) == "There are no two rows to compare."
+
+
+@pytest.mark.slow
+def test_expressions_without_a_target_are_left_out(
+    tables: dict[str, Table], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The protocol `cris` gave them IoU 0 whatever was predicted, also in validation, so that data
+    with absent targets had low scores for no reason that was stated."""
+    write_scenes(tmp_path, train=6, val=2, test=2, seed=5, generalised=True)
+    table = load_references(tmp_path, "scenes")
+    words = ("--data", str(tmp_path), "--seeds", "0", "--steps", "2", "--budget", "steps", "--data.val_split", "val")
+    assert (
+        main(["ablate", "table9", "--recipe", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu", *words]) == 0
+    )
+    queries = {split: all_queries(table.split(split)) for split in ("val", "test")}
+    present = {split: [each for each in some if each[0].targets(each[1])] for split, some in queries.items()}
+    left_out = sum(len(queries[split]) - len(present[split]) for split in queries)
+    assert left_out
+    assert f"{left_out:,} expressions without a target are left out" in capsys.readouterr().out
+    for file in (tmp_path / "out" / "runs").glob("*/result.json"):
+        scores = json.loads(file.read_text())["scores"]
+        assert {split: scores[split]["expressions"] for split in present} == {
+            split: len(some) for split, some in present.items()
+        }
+    run = str(file.parent)
+    state = json.loads((list_checkpoints(file.parent)[-1].path / "state.json").read_text())
+    firsts = {reference.ref_id: expression for reference, expression in reversed(present["val"])}
+    model, config = load_checkpoint(file.parent)
+    validated = all_queries(table.split("val"), first_only=True, present_only=True)
+    assert [expression for _, expression in validated] == [*reversed(firsts.values())]
+    results = predict_queries(model, validated, config, Cris(), device="cpu", keep_masks=False)
+    assert state["score"] == pytest.approx(summarise(each.overlap for each in results)["miou"], abs=1e-4)
+    data = ("--data", str(tmp_path), "--split", "val", "--device", "cpu")
+    assert main(["evaluate", run, *data]) == 0
+    assert "--protocol grefcoco judges them" in capsys.readouterr().err
+    assert main(["evaluate", run, *data, "--protocol", "grefcoco", "--none-rule", "any-pixel"]) == 0
+    assert "judges them" not in capsys.readouterr().err

@@ -395,16 +395,22 @@ Queries = Sequence[tuple[Reference, Expression]]
 """Expressions to be segmented, each with its reference."""
 
 
-def all_queries(references: Sequence[Reference], first_only: bool = False) -> list[tuple[Reference, Expression]]:
-    """Return a query for each expression, or only for each reference's first one.
+def all_queries(
+    references: Sequence[Reference], first_only: bool = False, present_only: bool = False
+) -> list[tuple[Reference, Expression]]:
+    """Return a query for each expression.
 
-    Only the first is how CRIS and its successors validate during training.
+    Args:
+        references: with the expressions.
+        first_only: only each reference's first one, as CRIS and its successors validate during
+            training.
+        present_only: only those that have a target, for protocols that know no absent ones.
     """
-    return [
-        (reference, expression)
-        for reference in references
-        for expression in (reference.expressions[:1] if first_only else reference.expressions)
-    ]
+    found: list[tuple[Reference, Expression]] = []
+    for reference in references:
+        chosen = [each for each in reference.expressions if not present_only or reference.targets(each)]
+        found += ((reference, each) for each in (chosen[:1] if first_only else chosen))
+    return found
 
 
 def cut_phrases(queries: Queries, config: DataConfig, tokenizer: Tokenizer, dataset: str) -> str | None:

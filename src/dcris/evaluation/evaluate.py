@@ -19,6 +19,7 @@ from dcris.checkpoints.resolve import locate
 from dcris.checkpoints.training_images import Images, image_hash
 from dcris.config import RunConfig
 from dcris.data.dataset import Queries, all_queries, cut_phrases
+from dcris.data.registry import DATASETS
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import strips, tokenizer_of
 from dcris.errors import DcrisError
@@ -131,11 +132,21 @@ class Runner:
             )
         return seen
 
-    def warn_of_cuts(self, queries: Queries, dataset: str) -> None:
-        """Print a note, once for all processes, if expressions are longer than the model reads."""
-        cut = cut_phrases(queries, self.config.data, tokenizer_of(self.config.model.text), dataset)
-        if cut and self.group.first:
+    def warn(self, queries: Queries, dataset: str, protocol: Protocol) -> None:
+        """Print notes, once for all processes, if expressions are longer than the model reads, or
+        have no target, which the protocol does not know."""
+        if not self.group.first:
+            return
+        if cut := cut_phrases(queries, self.config.data, tokenizer_of(self.config.model.text), dataset):
             note(cut)
+        absent = sum(not reference.targets(expression) for reference, expression in queries)
+        if absent and protocol.empty_is_wrong:
+            usual = DATASETS[dataset].protocol if dataset in DATASETS else "cris"
+            better = next(name for name in (usual, "grefcoco") if not get_protocol(name).empty_is_wrong)
+            note(
+                f"{absent:,} of {len(queries):,} expressions have no target, which {protocol.name} scores 0 whatever "
+                f"is predicted; --protocol {better} judges them"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,7 +229,7 @@ def evaluate(
         queries = all_queries(table.split(split))
         runner = Runner.load(source, group, device=device, precision=precision, batch_size=batch_size, bar=bar)
         model = runner.model
-        runner.warn_of_cuts(queries, table.dataset)
+        runner.warn(queries, table.dataset, chosen)
         temperature = None
         if calibrate_on is not None:
             others = all_queries(table.split(calibrate_on))

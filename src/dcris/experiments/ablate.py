@@ -332,10 +332,12 @@ class _Work:
                 mask_threshold=data.mask_threshold,
             )
         self.checksum = self.table.sha256()
-        self.splits = [split for split in self.table.splits() if split != data.train_split]
+        others = [split for split in self.table.splits() if split != data.train_split]
+        self.splits = [split for split in others if all_queries(self.table.split(split), present_only=True)]
         if not self.splits:
+            has = "expressions with a target in" if others else "split to evaluate on, only"
             raise DcrisError(
-                f"{self.table.dataset} in {self.table.root} has no split to evaluate on, only '{data.train_split}'; "
+                f"{self.table.dataset} in {self.table.root} has no {has} '{', '.join(others or [data.train_split])}'; "
                 "assign a part of it to another split, such as val or test"
             )
         self.steps = steps or (study.steps if epochs is None else None)
@@ -526,6 +528,11 @@ class _Work:
             f"failed: {failures[0]}" if failures else None,
         )
 
+    def _absent(self, split: str) -> int:
+        """Return the number of a split's expressions without a target."""
+        references = self.table.split(split)
+        return len(all_queries(references)) - len(all_queries(references, present_only=True))
+
     def _write(self, measured: dict[str, list[Measured]]) -> str:
         """Write the table's files and return the Markdown."""
         baseline = _name(self.study.table.rows[self.study.baseline])
@@ -543,6 +550,11 @@ class _Work:
                 else "Seconds are wall-clock time on one GPU, including reading and validation."
             ),
         ]
+        if absent := sum(self._absent(split) for split in self.splits):
+            notes.append(
+                f"{absent:,} expressions without a target are left out, which the protocol does not know; "
+                "`dcris evaluate --protocol grefcoco` scores them, too."
+            )
         if self.study.tiny:
             notes.append(
                 "The tiny towers were pretrained on the attributes of generated scenes, and the runs are short. The "
@@ -588,7 +600,7 @@ def train_and_score(run: _Run, table: ReferenceTable, splits: Sequence[str], dev
     dtype = choose_precision(config.train.precision, device)
     protocol, scores = Cris(), {}
     for split in splits:
-        queries = all_queries(table.split(split))
+        queries = all_queries(table.split(split), present_only=True)  # the protocol knows no absent targets
         results = list(predict_queries(model, queries, config, protocol, device=device, keep_masks=False))
         scores[split] = result_record(results, table, split, protocol, model=model, device=device, dtype=dtype)
     rate = spent["seconds"] / max(1, spent["steps"])

@@ -133,7 +133,7 @@ def evaluate_all(
         for table, split in splits:
             chosen = protocols[table.dataset]
             queries = all_queries(table.split(split))
-            runner.warn_of_cuts(queries, table.dataset)
+            runner.warn(queries, table.dataset, chosen)
             results = runner.predict(queries, chosen)
             seen = runner.seen(results, chosen)
             record = runner.record(results, table, split, chosen, **({"trained_on": seen} if seen else {}))

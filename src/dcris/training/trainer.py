@@ -145,8 +145,12 @@ def check_run(config: RunConfig, table: ReferenceTable, group: Processes = _ALON
     references = len(table.split(config.data.train_split))
     batch = min(settings.batch_size, references)
     require_weights(config.data, table, batch * steps_per_epoch(references, batch))
-    if config.data.val_split:
-        table.split(config.data.val_split)
+    val_split = config.data.val_split
+    if val_split and not all_queries(table.split(val_split), present_only=True):
+        raise DcrisError(
+            f"no expression of the split {val_split} has a target, so it cannot validate training; choose another "
+            "--data.val_split, or null"
+        )
     samples = batch * group.local_count / group.count
     require_shared_memory(config.data.workers, batch_bytes(config.data, math.ceil(samples)))
 
@@ -198,7 +202,9 @@ class Trainer:
         self.loss_scale = LossScale(self.dtype, self.device)
         references, val_split = table.split(config.data.train_split), config.data.val_split
         self.samples = TrainingSamples(references, config.data, tokenizer, self.settings.seed, self.settings.masking)
-        self.queries: Queries = all_queries(table.split(val_split), first_only=True) if val_split else []
+        self.queries: Queries = (
+            all_queries(table.split(val_split), first_only=True, present_only=True) if val_split else []
+        )
         self.skipped = Skipped(len(self.samples), log)
         self.batch_size = min(self.settings.batch_size, len(self.samples))
         self.passes = divide_batch(self.batch_size, self.settings.micro_batch, group)
@@ -518,8 +524,8 @@ class Trainer:
             prune_checkpoints(self.out, self.settings.keep_last)
 
     def compute_scores(self) -> dict[str, float]:
-        """Return scores in percent on the validation split's first expressions, as the CRIS family
-        validates in training.
+        """Return scores in percent on the validation split's first expressions that have a target,
+        as the CRIS family validates in training.
 
         A stop request ends it early: a scheduler does not wait for a whole split. Leaves the model
         in evaluation mode.

@@ -73,6 +73,12 @@ class Protocol(ABC):
         """
         return float(getattr(type(self), "threshold", self.threshold))
 
+    @property
+    def empty_is_wrong(self) -> bool:
+        """Whether an absent target has IoU 0 whatever is predicted, because the protocol knows
+        none."""
+        return self.none_rule is None
+
     @staticmethod
     @abstractmethod
     def resampling(transform: Transform, grid: tuple[int, int]) -> tuple[Floats, Floats]:

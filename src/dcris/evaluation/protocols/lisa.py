@@ -30,6 +30,10 @@ class Lisa(Refer):
     metrics = (_GIOU, CIOU)
     sums_polygons = True
 
+    @property
+    def empty_is_wrong(self) -> bool:  # noqa: D102
+        return False
+
     def judge(  # noqa: D102
         self,
         counted: Overlap,
