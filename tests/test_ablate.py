@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dcris.experiments.ablation_report import Measured, summary, write_ablation
 from dcris.experiments.paper_tables import DATA_SET, SIZES, SPLITS, TABLES, Row, Table
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES, Recipe, get_recipe
+from dcris.training import trainer
 from dcris.utils.files import write_json
 from launcher import Launcher
 
@@ -523,6 +525,30 @@ def test_the_summary_states_the_deviation_between_seeds() -> None:
     assert "within the seeds' deviation of 14.1" in summary([item("a", 40, 60), item("b", 50, 51)], ["test"])
     assert "one seed shows no variation" in summary([item("a", 40), item("b", 50)], ["test"])
     assert summary([item("a", 40)], ["test"]) == "There are no two rows to compare."
+
+
+@pytest.mark.slow
+def test_the_time_is_that_of_training(
+    scenes_root: Path, tables: dict[str, Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds a step, by which rows of equal time are compared, included validation on a CPU
+    without a word, so that the table's times depended on the size of the validation split."""
+    validate, calls = trainer.Trainer._validate, list[int]()
+
+    def slow(self: trainer.Trainer) -> None:
+        begin = time.process_time()
+        while time.process_time() < begin + 5:
+            pass
+        calls.append(self.done)
+        validate(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_validate", slow)
+    study = table_study("table9", "tiny").changed({"data.val_split": "val"})
+    more = {"seeds": (0,), "steps": 2, "budgets": ("steps",), "device": "cpu", "log": len}
+    assert ablate(study, tmp_path / "out", root=scenes_root, **more) == []
+    assert calls == [2, 2]
+    for file in (tmp_path / "out" / "runs").glob("*/result.json"):
+        assert 0 < json.loads(file.read_text())["seconds"] < 5
 
 
 @pytest.mark.slow

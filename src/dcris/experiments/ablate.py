@@ -10,7 +10,7 @@ are neither finished nor locked by another.
 There are two budgets. With equal steps, all rows train on the same samples. With equal time, each
 row trains as long as the baseline does in its equal steps, by the measured seconds per step, with a
 schedule of that length. On a CPU the time is CPU time on one thread, which other work on the
-machine hardly changes; on a GPU it is wall-clock time.
+machine hardly changes; on a GPU it is wall-clock time. Validation does not count.
 """
 
 import hashlib
@@ -545,9 +545,9 @@ class _Work:
             "Equal steps: all rows train on the same samples. Equal time: each row trains as many seconds as "
             f"{baseline}, with a schedule of that length. "
             + (
-                "Seconds are CPU time on one thread, including reading and batching."
+                "Seconds are CPU time on one thread, including reading and batching, without validation."
                 if self.device.type == "cpu"
-                else "Seconds are wall-clock time on one GPU, including reading and validation."
+                else "Seconds are wall-clock time on one GPU, including reading and batching, without validation."
             ),
         ]
         if absent := sum(self._absent(split) for split in self.splits):
@@ -589,10 +589,11 @@ def train_and_score(run: _Run, table: ReferenceTable, splits: Sequence[str], dev
     counts = model.count_weights()
     steps = total_steps(config.train, len(table.split(config.data.train_split)))
     _warm_up(model.to(device), config)
-    with _timed(run.folder, steps, device):
-        trainer = Trainer(
+    with _timed(run.folder, steps, device) as watch:
+        trainer = _TimedTrainer(
             model, config, table, tokenizer, run.folder, device=device, resume=True, log=lambda line: None
         )
+        trainer.watch = watch
         trained = trainer.run()
     spent = read_json(run.folder / "time.json", "a run's time")
     model, _ = load_checkpoint(trained.best.path)
@@ -634,8 +635,38 @@ def _warm_up(model: ReferringSegmenter, config: RunConfig) -> None:
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device=device))], fused=True)
 
 
+class _Watch:
+    """Measures time without pauses."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._begin = clock, clock()
+
+    def seconds(self) -> float:
+        """Return the seconds so far, without those of pauses."""
+        return self._clock() - self._begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._begin += self._clock() - begin
+
+
+class _TimedTrainer(Trainer):
+    """Leaves validation out of the time: a row would train fewer steps for being validated."""
+
+    watch: _Watch
+
+    def validate(self) -> None:
+        with self.watch.paused():
+            super().validate()
+
+
 @contextmanager
-def _timed(folder: Path, total: int, device: torch.device) -> Iterator[None]:
+def _timed(folder: Path, total: int, device: torch.device) -> Iterator[_Watch]:
     """Add the time of the block to the run's time.json: seconds, and steps saved by checkpoints.
 
     A run that was killed after its last step and before its time was recorded starts again, because
@@ -652,9 +683,9 @@ def _timed(folder: Path, total: int, device: torch.device) -> Iterator[None]:
     if before >= total and not (folder / "time.json").exists():
         remove_directory(folder / "checkpoints")
         before = 0
-    begin = clock()
+    watch = _Watch(clock)
     try:
-        yield
+        yield watch
     finally:
         try:
             spent = read_json(folder / "time.json", "a run's time")
@@ -663,7 +694,7 @@ def _timed(folder: Path, total: int, device: torch.device) -> Iterator[None]:
         if (steps := _done(folder) - before) > 0:
             write_json(
                 folder / "time.json",
-                {"seconds": spent["seconds"] + clock() - begin, "steps": spent["steps"] + steps},
+                {"seconds": spent["seconds"] + watch.seconds(), "steps": spent["steps"] + steps},
             )
 
 
