@@ -24,6 +24,7 @@ from PIL import Image
 
 from dcris import Segmenter
 from dcris.data.images import read_image
+from dcris.errors import DcrisError
 from dcris.inference.web.service import coco_results
 
 _PHRASES = ("left circle", "the small red star", "second ring from the right", "blue square")
@@ -114,4 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=10)
     args = parser.parse_args()
-    print(json.dumps(load(args.checkpoint, args.requests, args.clients), indent=2))
+    try:
+        print(json.dumps(load(args.checkpoint, args.requests, args.clients), indent=2))
+    except DcrisError as error:
+        parser.error(str(error))

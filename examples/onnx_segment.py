@@ -4,6 +4,7 @@ dcris export runs/tiny --out onnx/tiny
 python examples/onnx_segment.py onnx/tiny photo.jpg "left slice" "the red cup"  # photo.0.png ...
 """
 
+import argparse
 import html
 import json
 import re
@@ -97,7 +98,11 @@ def read(file):
 
 
 if __name__ == "__main__":
-    _, folder, file, *phrases = sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="written by dcris export")
+    parser.add_argument("file", help="an image")
+    parser.add_argument("phrases", nargs="+")
+    folder, file, phrases = vars(parser.parse_args()).values()
     (masks,), present = segment(load(folder), [read(file)], phrases)
     for number, mask in enumerate(masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"{Path(file).stem}.{number}.png")

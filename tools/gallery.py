@@ -6,7 +6,7 @@ true mask in blue, the predicted mask in orange. Of the model `photos`, the exam
 shown with its masks for their phrases, and for phrases that it fails at.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import cv2
@@ -20,6 +20,7 @@ from dcris.data.masks import union_mask
 from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
 from dcris.data.scene_phrases import KINDS
+from dcris.errors import DcrisError
 from dcris.types import Expression, MaskArray, Reference
 from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
 
@@ -100,4 +101,10 @@ def photograph(segmenter: Segmenter, path: Path, text: str) -> NDArray[np.uint8]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run of dcris quickstart, or photos")
+    parser.add_argument("out", help="folder of the images")
+    try:
+        main(**vars(parser.parse_args()))
+    except DcrisError as error:
+        parser.error(str(error))

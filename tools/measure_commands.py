@@ -6,6 +6,7 @@ runs each command once on the CPU, in a temporary folder, and prints a table. Th
 all cores together, so that it can be measured on a machine that is busy.
 """
 
+import argparse
 import os
 import shlex
 import signal
@@ -66,7 +67,11 @@ def _segment(output: Path, photograph: Path) -> None:
 
 def main() -> None:
     """Run the commands and print a row for each."""
-    chosen = sys.argv[1:] or list(COMMANDS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"one of: {', '.join(COMMANDS)} (default: all)")
+    chosen = parser.parse_args().commands or list(COMMANDS)
+    if unknown := [name for name in chosen if name not in COMMANDS]:
+        parser.error(f"there is no command {unknown[0]!r}; choose from {', '.join(COMMANDS)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "photo.jpg").write_bytes(example_photographs()[0][0].read_bytes())

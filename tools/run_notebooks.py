@@ -2,17 +2,17 @@
 `python tools/run_notebooks.py [NOTEBOOK ...]`.
 """
 
-import sys
+import argparse
 from pathlib import Path
-
-import nbclient
-import nbformat
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(path: Path) -> None:
     """Run a notebook in its folder, and write it with its outputs."""
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
     nbclient.NotebookClient(
@@ -29,5 +29,10 @@ def run(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for each in [Path(word) for word in sys.argv[1:]] or sorted(EXAMPLES.glob("*.ipynb")):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", type=Path, nargs="*", help="default: all of examples/")
+    chosen = parser.parse_args().notebooks
+    if missing := [path for path in chosen if not path.is_file()]:
+        parser.error(f"there is no notebook {missing[0]}")
+    for each in chosen or sorted(EXAMPLES.glob("*.ipynb")):
         run(each)
