@@ -233,6 +233,30 @@ def test_yolo_names_its_folders(table: ReferenceTable, tmp_path: Path) -> None:
     assert (tmp_path / "out/images/val/ä 2.PNG").is_file()
 
 
+@pytest.mark.parametrize(
+    ("splits", "val"),
+    [
+        (("train", "validation"), "validation"),
+        (("train", "valid", "val"), "val"),
+        (("train", "test"), "train"),
+        (("mine", "valid"), "valid"),
+    ],
+)
+def test_yolo_validates_on_the_split_for_it(
+    table: ReferenceTable, tmp_path: Path, splits: tuple[str, ...], val: str
+) -> None:
+    """Ultralytics validated on the training images of data whose split was called validation."""
+    first = next(each for each in table.references if each.segmentations)
+    references = []
+    for number, split in enumerate(splits, 1):
+        image = first.image_path.with_name(f"{split}{first.image_path.suffix}")
+        shutil.copyfile(first.image_path, image)
+        references.append(replace(first, ref_id=number, image_id=number, image_path=image, split=split))
+    export_table(replace(table, references=tuple(references)), "yolo", tmp_path / "out")
+    described = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
+    assert (described["train"], described["val"]) == (f"images/{splits[0]}", f"images/{val}")
+
+
 def test_label_studio_gets_tasks_and_an_interface(table: ReferenceTable, tmp_path: Path) -> None:
     import xml.etree.ElementTree as ElementTree
 

@@ -182,8 +182,10 @@ def _write(exported: Exported, folder: Path) -> None:
     csv.writer(text).writerows([("annotation", "phrase"), *rows])
     write_file(folder / "phrases.csv", text.getvalue())
     names = {number - 1: name for name, number in categories.items()}
-    first = next(iter(splits.values()))
-    places = {"train": splits.get("train", first), "val": splits.get("val", splits.get("train", first))}
+    # Ultralytics needs a "train" and a "val", by whatever name: a split validation is a "val".
+    known = {split_of(split): place for split, place in reversed(splits.items())} | splits
+    train = known.get("train", next(iter(splits.values())))
+    places = {"train": train, "val": known.get("val", train)}
     places |= {exported.split_names[split]: place for split, place in splits.items()}
     write_file(
         folder / "data.yaml",
