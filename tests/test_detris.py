@@ -458,7 +458,7 @@ def test_from_file_to_mask(tmp_path: Path, capsys: Any) -> None:
     towers = folder / "towers.safetensors"
     content = towers.read_bytes()
     towers.write_bytes(content[:-4] + b"\0\0\0\x3f")
-    with pytest.raises(DcrisError, match=r"another (vision|text) tower"):
+    with pytest.raises(DcrisError, match=r"another (vision|text) encoder"):
         load_checkpoint(folder)
     towers.write_bytes(content[:-4])
     with pytest.raises(DcrisError, match="cut short"):

@@ -6,6 +6,7 @@ commands and settings are still parsed, so that renamed options are found there,
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -254,3 +255,14 @@ def test_the_site_builds(tmp_path: Path) -> None:
         r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', (tmp_path / "site/index.html").read_text()
     )
     assert not outside, "the site loads scripts, styles or fonts from other servers"
+
+
+def test_messages_call_encoders_as_the_documentation_does() -> None:
+    """Names in code (towers.safetensors, train.shard_towers) stay."""
+    for path in sorted((REPOSITORY / "src").rglob("*.py")):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                prose = node.value.replace("towers.safetensors", "")
+                assert " " not in prose.strip() or not re.search(r"\b[Tt]owers?\b", prose), f"{path}, {node.lineno}"

@@ -73,7 +73,7 @@ def test_how_the_bridger_starts() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("layers", "[3, 7, 12]", "method.layers .* below the tower's 12 blocks"),
+        ("layers", "[3, 7, 12]", "method.layers .* below the encoder's 12 blocks"),
         ("text_layers", "[7, 3, 11]", "method.text_layers .* ascending"),
         ("layers", "[]", "method.layers"),
         ("layers", "[3, 11]", "equally long"),

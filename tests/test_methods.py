@@ -207,7 +207,7 @@ def test_saved_and_loaded_it_answers_the_same(method: str, tmp_path: Path) -> No
     frozen = [p for p in other.vision.parameters() if not p.requires_grad]
     frozen[-1].add_(1.0)
     save_model(tmp_path / "other", other, identify_towers(other), config, with_towers=False)
-    with pytest.raises(DcrisError, match="trained on another vision tower"):
+    with pytest.raises(DcrisError, match="trained on another vision encoder"):
         load_checkpoint(tmp_path / "other")
 
 
@@ -399,7 +399,7 @@ def test_compacter_says_what_does_not_divide() -> None:
         replace(get_recipe("compacter_tiny"), {"model.method.width": 50})
     # EfficientNet's blocks have several widths; 320, that of the last one, is a multiple of 16.
     with pytest.raises(
-        DcrisError, match=r"block 2 of the vision tower: width 24 must be a multiple of method\.terms 16"
+        DcrisError, match=r"block 2 of the vision encoder: width 24 must be a multiple of method\.terms 16"
     ):
         replace(get_recipe("compacter_photos"), {"model.method.terms": 16})
 

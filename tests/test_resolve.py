@@ -129,10 +129,10 @@ def test_a_bundle_does_not_fit_other_towers(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["vision.norm.bias"][0] += 1
     save_file(tensors, path, metadata)
-    with pytest.raises(DcrisError, match="another vision tower"):
+    with pytest.raises(DcrisError, match="another vision encoder"):
         load(path)
     save_file({**tensors, "extra": torch.zeros(1)}, path, metadata)
-    with pytest.raises(DcrisError, match=r"does not have|another vision tower"):
+    with pytest.raises(DcrisError, match=r"does not have|another vision encoder"):
         load(path)
 
 
@@ -527,12 +527,12 @@ def test_adapters_of_other_towers(several: dict[str, Path], tmp_path: Path) -> N
     """Adapters must not run on other towers or under a name that is in use."""
     shared = Segmenter.from_pretrained([several["scenes"]], device="cpu")
     other = segmenter(model__text__name='"random"').save_pretrained(tmp_path / "other")
-    with pytest.raises(DcrisError, match="trained on another text tower than tiny-text"):
+    with pytest.raises(DcrisError, match="trained on another text encoder than tiny-text"):
         shared.add_adapters("other", other)
     # With "was trained on another vision tower than tiny-vision", nobody would try the other order.
     tuned = segmenter(model__method='{"name": "bitfit"}').save_pretrained(tmp_path / "tuned")
     with pytest.raises(
-        DcrisError, match=f"weights of its towers that the first .* has trained; load {several['scenes']} first"
+        DcrisError, match=f"weights of its encoders that the first .* has trained; load {several['scenes']} first"
     ):
         Segmenter.from_pretrained({"tuned": tuned, "scenes": several["scenes"]}, device="cpu")
     assert Segmenter.from_pretrained({"scenes": several["scenes"], "tuned": tuned}, device="cpu").adapters[1] == "tuned"

@@ -483,7 +483,7 @@ def test_start_refuses_another_model(table: ReferenceTable, broken: Path, tmp_pa
     with pytest.raises(DcrisError, match=r"has the shape .*checkpoint of the same model"):
         run_training(quick_config(1, start, ("model.head.width", "64")), table, tmp_path / "new")
     rewritten(list_checkpoints(broken)[-1].path / MODEL, other_towers)
-    with pytest.raises(DcrisError, match=r"trained on another vision tower"):
+    with pytest.raises(DcrisError, match=r"trained on another vision encoder"):
         run_training(quick_config(1, start), table, tmp_path / "new")
     with pytest.raises(DcrisError, match=r"there is no checkpoint"):
         run_training(quick_config(1, ("train.start", "absent")), table, tmp_path / "new")
@@ -598,8 +598,8 @@ MODEL = "model.safetensors"
         (lambda at: rewritten(at / MODEL, first_as(torch.int8)), r"has int8 values, but this model needs float32"),
         (lambda at: rewritten(at / MODEL, first_as(torch.complex64)), r"has complex64 values"),
         (lambda at: rewritten(at / MODEL, other_towers), r"trained on another vision tower than .*vision"),
-        (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"has no record of its towers"),
-        (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"has no record of its towers"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"has no record of its encoders"),
+        (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"has no record of its encoders"),
         (lambda at: shutil.rmtree(at.parent), r"has no checkpoint"),
     ],
 )

@@ -578,7 +578,7 @@ def test_a_checkpoint_uses_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path
     moved = ReferringSegmenter(config.model)
     weights.load_towers(moved.vision, moved.text, config.model)
     with pytest.raises(
-        DcrisError, match=f"another vision tower than {VISION} .* revision {towers['vision']['revision']}"
+        DcrisError, match=f"another vision encoder than {VISION} .* revision {towers['vision']['revision']}"
     ):
         load_trained(moved, saved_at)
 
@@ -603,7 +603,7 @@ def test_towers_are_read_again_when_their_file_changes(tmp_path: Path, monkeypat
     content[-1] ^= 1
     with towers.open("r+b") as file:
         file.write(content)
-    with pytest.raises(DcrisError, match=r"another (vision|text) tower"):
+    with pytest.raises(DcrisError, match=r"another (vision|text) encoder"):
         load_checkpoint(tmp_path / "model")
     towers.unlink()  # random weights are nowhere else, so nothing is allocated for them
     with pytest.raises(DcrisError, match=r"has no towers\.safetensors"):

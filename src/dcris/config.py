@@ -46,7 +46,7 @@ METHODS: dict[str, type["MethodConfig"]] = {}
 
 VISION_FAMILIES: dict[str, Any] = {}
 TEXT_FAMILIES: dict[str, Any] = {}
-"""The architectures of towers by name, as dcris.models.encoders.families.TowerFamily. Filled by
+"""The architectures of encoders by name, as dcris.models.encoders.families.TowerFamily. Filled by
 dcris.models.encoders."""
 
 
@@ -59,7 +59,7 @@ class Section(BaseModel):
 
 
 class VisionConfig(Section):
-    """The shape of a vision tower."""
+    """The shape of a vision encoder."""
 
     name: str = "dinov2-base"
     """Which weights fill it: a published tower's name (VISION_TOWERS of dcris.models.encoders), the
@@ -88,7 +88,7 @@ class VisionConfig(Section):
     """The MLP of DINOv2's blocks: "swiglu" for the giant model only; see
     dcris.models.encoders.blocks."""
     projected_width: Width | None = None
-    """Width of CLIP's projection of the final tokens; None for towers without a projection."""
+    """Width of CLIP's projection of the final tokens; None for encoders without a projection."""
 
     @property
     def out_width(self) -> int:
@@ -97,7 +97,7 @@ class VisionConfig(Section):
 
 
 class TextConfig(Section):
-    """The shape of a text tower."""
+    """The shape of a text encoder."""
 
     name: str = "clip-vit-base-patch16"
     """Which weights fill it: a published tower's name (TEXT_TOWERS of dcris.models.encoders), the
@@ -119,7 +119,7 @@ class TextConfig(Section):
 
 
 class MethodConfig(Section):
-    """Base class of a method's settings: how the towers are tuned.
+    """Base class of a method's settings: how the encoders are tuned.
 
     A method is one file in dcris.models.adapters with a subclass of this, and an entry in METHODS.
     """
@@ -127,11 +127,11 @@ class MethodConfig(Section):
     name: str
     """Fixed by the subclass, as in `name: Literal["lora"] = "lora"`."""
     foldable: ClassVar[bool] = False
-    """Whether the trained method can be folded into the towers' own weights, so that nothing
+    """Whether the trained method can be folded into the encoders' own weights, so that nothing
     remains of it in the network. Its slots then implement `fold`."""
 
     def check(self, model: "ModelConfig") -> None:
-        """Raise ValueError, in one sentence, where the method does not fit the towers."""
+        """Raise ValueError, in one sentence, where the method does not fit the encoders."""
 
     def attach(self, vision: Any, text: Any) -> None:
         """Put the method's modules, if any, into the slots of the VisionTower and the TextTower."""
@@ -141,7 +141,7 @@ class MethodConfig(Section):
         return None
 
     def trains(self, name: str) -> bool:
-        """Return whether one of the towers' own weights is trained too.
+        """Return whether one of the encoders' own weights is trained too.
 
         `name` is its name in the whole model, such as `text.blocks.0.norm1.bias`.
         """
@@ -180,7 +180,7 @@ class ModelConfig(Section):
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     method: SerializeAsAny[MethodConfig] | None = None
-    """How the towers are tuned: a method's `name` and its settings. None trains the head only."""
+    """How the encoders are tuned: a method's `name` and its settings. None trains the head only."""
     head: HeadConfig = HeadConfig()
 
     @field_validator("method", mode="before")
@@ -232,12 +232,12 @@ def check_layers(key: str, layers: Iterable[int], depth: int) -> None:
 
 
 def require_slots(method: str, layers: Iterable[int], place: str, vision: VisionConfig) -> None:
-    """Raise ValueError where a block of the vision tower has no slot that a method needs."""
+    """Raise ValueError where a block of the vision encoder has no slot that a method needs."""
     tower = VISION_FAMILIES[vision.family].tower
     if lacking := [layer for layer in layers if not tower.has(vision, layer, place)]:
         having = [layer for layer in range(vision.depth) if tower.has(vision, layer, place)]
         raise ValueError(
-            f"the method {method} needs a {place} in the blocks {lacking} of the vision tower, but {vision.name} has "
+            f"the method {method} needs a {place} in the blocks {lacking} of the vision encoder, but {vision.name} has "
             + (f"one in {having} only" if having else "none")
         )
 
@@ -358,12 +358,13 @@ class TrainConfig(Section):
     """Recompute vision blocks and decoder layers in the backward pass instead of storing
     activations."""
     shard_towers: bool = False
-    """Shard the frozen towers' weights over the ranks (FSDP2), for towers that do not fit on one
-    device."""
+    """Shard the frozen encoders' weights over the ranks (FSDP2), for encoders that do not fit on
+    one device."""
     lr: Positive = 1e-4
     lr_factors: dict[Part, Positive] = {}
     """Learning rates of the network's parts, as multiples of `lr`: the method's adapters, the head,
-    and the towers' own weights, where a method trains them. Parts that are not given have `lr`."""
+    and the encoders' own weights (towers), where a method trains them. Parts that are not given
+    have `lr`."""
     optimizer: Literal["adam", "adamw", "muon"] = "adam"
     """adamw applies `weight_decay` to the weights, adam adds it to the gradient. muon is adamw with
     other steps for weight matrices, see dcris.training.muon."""
@@ -442,7 +443,7 @@ class RunConfig(Section):
             raise ValueError(f"data.image_size {self.data.image_size} must be a multiple of {self.model.vision.patch}")
         if self.data.word_length > self.model.text.length:
             raise ValueError(
-                f"data.word_length {self.data.word_length} is more than the text tower's {self.model.text.length}"
+                f"data.word_length {self.data.word_length} is more than the text encoder's {self.model.text.length}"
             )
         for key, chosen in (("train.masking", self.train.masking), ("data.scales", self.data.scales)):
             if chosen and self.data.cache_features:

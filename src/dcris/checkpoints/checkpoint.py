@@ -522,8 +522,8 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
     tower_file = path if path.is_file() else path / _TOWERS
     if not tower_file.is_file() and RANDOM in (config.model.vision.name, config.model.text.name):
         raise DcrisError(
-            f"{path} has no {_TOWERS}, without which the weights of its random towers are lost; copy the whole folder of a "
-            "saved model, or train on towers with weights: `dcris train` does not store random ones"
+            f"{path} has no {_TOWERS}, without which the weights of its random encoders are lost; copy the whole folder of a "
+            "saved model, or train on encoders with weights: `dcris train` does not store random ones"
         )
     allocate(model)
     if tower_file.is_file():
@@ -630,10 +630,10 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
     trained_there = trained_state(shared).keys()
     if any(name not in present and name in trained_there for name in needed):
         raise DcrisError(
-            f"{path} needs weights of its towers that the first model has trained; load {path} first, or alone"
+            f"{path} needs weights of its encoders that the first model has trained; load {path} first, or alone"
         )
     recorded = _require_towers(path, towers)
-    copy_strictly(needed, present, "the tower in memory")  # only compares names and shapes: the targets are on "meta"
+    copy_strictly(needed, present, "the encoder in memory")  # only compares names and shapes: the targets are on "meta"
     expected, tensors = trained_state(model), _read_trained(path, model)
     copy_strictly(expected, tensors, str(path))
     device = shared.head.projector.visual.weight.device
@@ -680,8 +680,8 @@ def _require_towers(path: Path, towers: Towers) -> Towers:
         if known.get("sha256") != tower["sha256"]:
             revision = f" of revision {known['revision']}" if "revision" in known else ""
             raise DcrisError(
-                f"{path} was trained on another {name} tower than {tower['name']} as found here, and its adapters work only "
-                f"with the tower {known.get('name')}{revision}; load that one or train again"
+                f"{path} was trained on another {name} encoder than {tower['name']} as found here, and its adapters work only "
+                f"with the encoder {known.get('name')}{revision}; load that one or train again"
             )
     return recorded
 
@@ -728,7 +728,7 @@ def _read_towers(path: Path) -> Towers:
         return {part: {key: str(value) for key, value in entry.items()} for part, entry in towers.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DcrisError(
-            f"{path} has no record of its towers, so it was not written by dcris; use another checkpoint"
+            f"{path} has no record of its encoders, so it was not written by dcris; use another checkpoint"
         ) from error
 
 

@@ -222,7 +222,9 @@ def recognise(tensors: Mapping[str, Tensor], where: str) -> RunConfig:
     depth = len(_numbers(tensors, r"dinov2\.blocks\.([0-9]{1,4})\."))
     if (width, depth) not in _RECIPES:
         known = " or ".join(f"{blocks} blocks of width {wide}" for wide, blocks in _RECIPES)
-        raise DcrisError(f"{where} has a vision tower with {depth} blocks of width {width}; a DETRIS model has {known}")
+        raise DcrisError(
+            f"{where} has a vision encoder with {depth} blocks of width {width}; a DETRIS model has {known}"
+        )
     from dcris.recipes import get_recipe  # all recipes are built then, which prediction need not wait for
 
     recipes = [get_recipe(name) for name in _RECIPES[width, depth]]

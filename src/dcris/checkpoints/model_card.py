@@ -47,10 +47,10 @@ def model_card(
     partition = f", {config.data.split_by} partition" if config.data.split_by else ""
     data = f"{_TITLES.get(config.data.dataset, config.data.dataset)}{partition}"
     if config.model.method is None:
-        method = "no adapters, with the head of DCRIS; the head is trained, the towers are frozen"
+        method = "no adapters, with the head of DCRIS; the head is trained, the encoders are frozen"
     else:
         method = f"{config.model.method.describe()}; `model.safetensors` has all trained weights"
-    counted = [f"- {part} tower: {_tower(tower)}" for part, tower in towers.items()]
+    counted = [f"- {part} encoder: {_tower(tower)}" for part, tower in towers.items()]
     lines = [
         *header,
         "---",

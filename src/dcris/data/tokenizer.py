@@ -236,7 +236,7 @@ class _HubVocabulary:
         if found != expected:
             raise DcrisError(
                 f"{file} is not {title}'s vocabulary: its start and end tokens are {found[0]} and {found[1]}, not "
-                f"{expected[0]} and {expected[1]}; use tokenizer.json from the repository of the {title} text tower"
+                f"{expected[0]} and {expected[1]}; use tokenizer.json from the repository of the {title} text encoder"
             )
         self.tokenizer.no_truncation()  # the file may define its own length and padding
         self.tokenizer.no_padding()
@@ -383,7 +383,7 @@ def tokenizer_of(tower: TextConfig) -> Tokenizer:
     if tokenizer.vocabulary_size > tower.vocabulary:
         raise DcrisError(
             f"model.text.tokenizer {tower.tokenizer!r} has {tokenizer.vocabulary_size:,} ids, but model.text.vocabulary is "
-            f"{tower.vocabulary:,}; they belong to different towers"
+            f"{tower.vocabulary:,}; they belong to different encoders"
         )
     return tokenizer
 

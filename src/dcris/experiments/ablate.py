@@ -100,7 +100,7 @@ class Study:
 
     @property
     def tiny(self) -> bool:
-        """Whether all towers are the tiny ones of the package."""
+        """Whether all encoders are the tiny ones of the package."""
         return all(
             config.model.vision.name.startswith("tiny") for config in self.configs if isinstance(config, RunConfig)
         )
@@ -133,7 +133,7 @@ def table_study(name: str, size: Size) -> Study:
 
     Args:
         name: one of TABLES.
-        size: of the towers.
+        size: of the encoders.
 
     Raises:
         DcrisError: there is no such table, or none of that size.
@@ -142,7 +142,7 @@ def table_study(name: str, size: Size) -> Study:
         raise DcrisError(f"unknown table {name!r}; choose one of {', '.join(TABLES)}")
     rows = tuple(row for row in TABLES[name].rows if size in row.sizes)
     if not rows:
-        raise DcrisError(f"{name} is of towers with 12 transformer blocks; give --recipe b or tiny")
+        raise DcrisError(f"{name} is of encoders with 12 transformer blocks; give --recipe b or tiny")
     default = _recipe("dcris", size)
     configs = tuple(_attempt_configure(row, size) for row in rows)
     baseline = next(
@@ -189,7 +189,7 @@ def ablate(
         study: from `table_study` or `recipe_study`.
         out: folder of all tables and their runs.
         root: folder of the data sets, or a .jsonl file. If None, scenes are generated in OUT, which
-            needs a study of the tiny towers.
+            needs a study of the tiny encoders.
         dataset: name of the data set; the baseline's if None.
         split_by: its partition; needed if ROOT has several.
         seeds: of the runs; several give mean and deviation.
@@ -219,7 +219,7 @@ def ablate(
 
 
 def configure(row: Row, size: Size) -> RunConfig:
-    """Return the configuration of a table's row for towers of that size.
+    """Return the configuration of a table's row for encoders of that size.
 
     Raises:
         DcrisError: there is no such recipe, or the row does not fit it.
@@ -540,7 +540,7 @@ class _Work:
         notes = [
             "Scores are percentages by the protocol `cris`. Several seeds give mean \N{PLUS-MINUS SIGN} sample standard "
             "deviation.",
-            "Trainable weights exclude the head. Their percentage is of the weights of both towers: "
+            "Trainable weights exclude the head. Their percentage is of the weights of both encoders: "
             f"{', '.join(f'{count:,}' for count in towers)}.",
             "Equal steps: all rows train on the same samples. Equal time: each row trains as many seconds as "
             f"{baseline}, with a schedule of that length. "
@@ -557,7 +557,7 @@ class _Work:
             )
         if self.study.tiny:
             notes.append(
-                "The tiny towers were pretrained on the attributes of generated scenes, and the runs are short. The "
+                "The tiny encoders were pretrained on the attributes of generated scenes, and the runs are short. The "
                 "scores say nothing about the ranking on photographs with the paper's model."
             )
         return write_ablation(
@@ -576,7 +576,7 @@ def _name(row: Row) -> str:
 
 
 def _tower_weights(config: RunConfig) -> int:
-    """Return the number of weights of both towers."""
+    """Return the number of weights of both encoders."""
     with shapes_only():
         return ReferringSegmenter(replace(config, {"model.method": None}).model).count_weights()["frozen"]
 

@@ -145,7 +145,7 @@ def _header(table: Table, splits: Sequence[str], with_paper: bool) -> list[str]:
     scores = [f"{metric} {split}" for split in splits for metric in ("mIoU", "oIoU")]
     average = ["mIoU avg"] if len(splits) > 1 else []
     paper = [*(f"paper {split}" for split in SPLITS), "paper avg"] if with_paper else []
-    return [*table.columns, "Trainable", "Paper's", "% of towers", "Steps", "s per step", *scores, *average, *paper]
+    return [*table.columns, "Trainable", "Paper's", "% of encoders", "Steps", "s per step", *scores, *average, *paper]
 
 
 def _cells(item: Measured, splits: Sequence[str], with_paper: bool) -> list[str]:

@@ -237,21 +237,21 @@ class Segmenter:
         device: str = "auto",
         precision: Precision | None = None,
     ) -> "Segmenter":
-        """Load a trained model, or several adapter sets on the same towers.
+        """Load a trained model, or several adapter sets on the same encoders.
 
         Args:
             source: a packaged model ("photos", "tiny"), a run directory (its best checkpoint), a
                 checkpoint directory, a .safetensors bundle, a repository "owner/name" or
                 "owner/name@revision" on the Hub, or a published DETRIS model such as
-                "detris-b-refcoco". A list or dict of these loads several adapter sets on the towers
-                of the first. A list names each set by its data set, a dict by its key. `predict`
-                uses the first set by default.
+                "detris-b-refcoco". A list or dict of these loads several adapter sets on the
+                encoders of the first. A list names each set by its data set, a dict by its key.
+                `predict` uses the first set by default.
             device: auto, cpu, cuda, cuda:N or mps.
             precision: auto, float32, bfloat16, float16 or, on CPUs, int8; by default the run's own.
 
         Raises:
-            DcrisError: the model does not exist, cannot be fetched or loaded, its towers are not
-                those it was trained on, or one of several has other towers than the first.
+            DcrisError: the model does not exist, cannot be fetched or loaded, its encoders are not
+                those it was trained on, or one of several has other encoders than the first.
         """
         chosen = choose_device(device)  # fails before anything is fetched
         if precision is not None:
@@ -297,13 +297,13 @@ class Segmenter:
     def add_adapters(self, name: str, source: Source) -> None:
         """Load the adapters and head of another checkpoint, for `predict(..., adapters=name)`.
 
-        The first model is named by its data set. The new adapters use the frozen towers that are
+        The first model is named by its data set. The new adapters use the frozen encoders that are
         already in memory, and give the same results as their own checkpoint. Other threads may
         predict meanwhile, but only one thread at a time may add adapters.
 
         Raises:
             DcrisError: as in from_pretrained; also if the name is in use, or they were trained on
-                other towers.
+                other encoders.
         """
         self._add(require(name, str, "the name of the adapters"), source)
 
@@ -318,10 +318,10 @@ class Segmenter:
         self._sets = {**self._sets, name: self._prepared(model, config)}
 
     def merged(self) -> "Segmenter":
-        """Return a segmenter with trained weights merged into the towers, for methods like LoRA.
+        """Return a segmenter with trained weights merged into the encoders, for methods like LoRA.
 
-        The results are the same up to rounding, at the speed of the plain towers. A saved copy
-        includes its towers. Of several adapter sets, the first is used.
+        The results are the same up to rounding, at the speed of the plain encoders. A saved copy
+        includes its encoders. Of several adapter sets, the first is used.
 
         Raises:
             DcrisError: the method does not support merging.
@@ -339,7 +339,7 @@ class Segmenter:
     @cached_property
     def fingerprint(self) -> str:
         """A checksum of everything that decides what the first adapter set predicts, except the
-        options of `predict`: all weights, those of the towers included, and the settings of the
+        options of `predict`: all weights, those of the encoders included, and the settings of the
         network and of its input, with which the same weights give other masks."""
         towers = "".join(tower["sha256"] for tower in self._towers.values())
         weights = fingerprint(trained_state(self.model))
@@ -369,8 +369,8 @@ class Segmenter:
                 float32.
             bundle: write one .safetensors file with everything and no card; implied by a path with
                 that ending.
-            towers: write the frozen towers too, as towers.safetensors; by default only if others
-                cannot get them from the Hub or the package.
+            towers: write the frozen encoders too, as towers.safetensors; by default only if
+                others cannot get them from the Hub or the package.
             metrics: output of `dcris evaluate --out`, or a list of such outputs, for the card.
             licence: short licence name of the Hub, for the card.
 

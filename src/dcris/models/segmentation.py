@@ -149,7 +149,9 @@ class ReferringSegmenter(nn.Module):
         method = self.config.method
         if method is not None and not method.foldable:
             known = ", ".join(sorted(name for name, each in METHODS.items() if each.foldable))
-            raise DcrisError(f"the method {method.name} cannot be folded into the towers; methods that can be: {known}")
+            raise DcrisError(
+                f"the method {method.name} cannot be folded into the encoders; methods that can be: {known}"
+            )
         copy = deepcopy(self)
         vision, text = (part.model_copy(update={"name": "merged"}) for part in (self.config.vision, self.config.text))
         copy.config = self.config.model_copy(update={"method": None, "vision": vision, "text": text})

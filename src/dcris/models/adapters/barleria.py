@@ -54,7 +54,7 @@ class BarleriaConfig(MethodConfig):
         depth = model.vision.depth
         if list(self.fused) != sorted(set(self.fused)) or any(layer >= depth for layer in self.fused):
             raise ValueError(
-                f"method.fused {list(self.fused)} must be ascending numbers below the tower's {depth} blocks"
+                f"method.fused {list(self.fused)} must be ascending numbers below the encoder's {depth} blocks"
             )
         if len(self.fused) > self.side_depth + 1:
             raise ValueError(

@@ -38,7 +38,7 @@ class CompacterConfig(MethodConfig):
         adapted = [layer for layer in range(vision.depth) if any(tower.has(vision, layer, place) for place in _PLACES)]
         for key, width in (
             ("method.width", self.width),
-            *((f"block {layer} of the vision tower: width", tower.block_width(vision, layer)) for layer in adapted),
+            *((f"block {layer} of the vision encoder: width", tower.block_width(vision, layer)) for layer in adapted),
             ("text.width", model.text.width),
         ):
             if width % self.terms:

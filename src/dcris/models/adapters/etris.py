@@ -44,7 +44,7 @@ class EtrisConfig(MethodConfig):
         ):
             if not layers or list(layers) != sorted(set(layers)) or layers[-1] >= depth:
                 raise ValueError(
-                    f"method.{key} {list(layers)} must be ascending numbers below the tower's {depth} blocks"
+                    f"method.{key} {list(layers)} must be ascending numbers below the encoder's {depth} blocks"
                 )
         if len(self.layers) != len(self.text_layers):
             raise ValueError("method.layers and method.text_layers must be equally long: they are pairs of blocks")

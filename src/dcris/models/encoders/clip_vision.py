@@ -42,7 +42,7 @@ class ClipVisionTower(VisionTower):
     def check(cls, config: VisionConfig) -> None:
         """Raise ValueError where registers or another MLP are asked for."""
         if config.registers or config.mlp != "gelu":
-            raise ValueError('a CLIP vision tower needs vision.registers 0 and vision.mlp "gelu"')
+            raise ValueError('a CLIP vision encoder needs vision.registers 0 and vision.mlp "gelu"')
 
     def embed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Class token and patches, with positions, normalised: [B, N, D] -> [B, P, D]."""

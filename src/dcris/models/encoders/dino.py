@@ -42,7 +42,7 @@ class DinoTower(VisionTower):
     def check(cls, config: VisionConfig) -> None:
         """Raise ValueError for CLIP's settings, or a head's width that does not fit DINOv3."""
         if config.projected_width or config.published_grid:
-            raise ValueError("vision.projected_width and vision.published_grid are for CLIP's vision tower only")
+            raise ValueError("vision.projected_width and vision.published_grid are for CLIP's vision encoder only")
         if config.family == "dinov3" and config.width // config.heads % 4:
             raise ValueError(
                 f"vision.width {config.width} must give each of the {config.heads} heads a multiple of 4 channels "

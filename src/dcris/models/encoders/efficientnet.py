@@ -138,7 +138,7 @@ class EfficientNetTower(VisionTower):
                 "stride of its grid"
             )
         if config.projected_width or config.published_grid:
-            raise ValueError("vision.projected_width and vision.published_grid are for CLIP's vision tower only")
+            raise ValueError("vision.projected_width and vision.published_grid are for CLIP's vision encoder only")
 
     @classmethod
     def has(cls, config: VisionConfig, layer: int, place: str) -> bool:
