@@ -111,32 +111,27 @@ def test_an_expression_that_names_nothing_is_not_used(text: str, category: str, 
     assert names_object(text, category) is names
 
 
-def test_an_expression_is_not_used_where_its_words_fit_another_category(tiny_refer: TinyRefer) -> None:
-    """A "bear" may be the teddy bear that is there."""
-    tiny_refer.instances["categories"] = [{"id": 23, "name": "bear"}, {"id": 88, "name": "teddy bear"}]
-    for number, (reference, annotation) in enumerate(
-        zip(tiny_refer.references, tiny_refer.instances["annotations"], strict=False)
-    ):
-        reference["category_id"] = annotation["category_id"] = (23, 88)[number % 2]
+def two_categories(tiny: TinyRefer, names: tuple[str, str], texts: tuple[str, str]) -> ReferenceTable:
+    """Training references of two categories in turn, with one expression each."""
+    tiny.instances["categories"] = [{"id": number, "name": name} for number, name in enumerate(names)]
+    for number, (reference, annotation) in enumerate(zip(tiny.references, tiny.instances["annotations"], strict=False)):
+        reference["category_id"] = annotation["category_id"] = number % 2
         reference["split"] = "train"
         reference["sentences"] = reference["sentences"][:1]
-        reference["sentences"][0]["sent"] = ("brown bear", "teddy bear")[number % 2]
-    table = load_references(tiny_refer.write(), tiny_refer.dataset)
+        reference["sentences"][0]["sent"] = texts[number % 2]
+    return load_references(tiny.write(), tiny.dataset)
+
+
+def test_an_expression_is_not_used_where_its_words_fit_another_category(tiny_refer: TinyRefer) -> None:
+    """A "bear" may be the teddy bear that is there."""
+    table = two_categories(tiny_refer, ("bear", "teddy bear"), ("brown bear", "teddy bear"))
     with pytest.raises(DcrisError, match="no expression was found"):
         add_negatives(table, NegativesConfig(), "train")
 
 
 def test_own_words_for_a_category_count_as_its_names(tiny_refer: TinyRefer) -> None:
     """With "pet" as a word for cats, "pet" as an expression of a dog is not used where a cat is."""
-    tiny_refer.instances["categories"] = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
-    for number, (reference, annotation) in enumerate(
-        zip(tiny_refer.references, tiny_refer.instances["annotations"], strict=False)
-    ):
-        reference["category_id"] = annotation["category_id"] = (17, 18)[number % 2]
-        reference["split"] = "train"
-        reference["sentences"] = reference["sentences"][:1]
-        reference["sentences"][0]["sent"] = "pet"
-    table = load_references(tiny_refer.write(), tiny_refer.dataset)
+    table = two_categories(tiny_refer, ("cat", "dog"), ("pet", "pet"))
     assert absent(add_negatives(table, NegativesConfig(), "train"))
     with pytest.raises(DcrisError, match="no expression was found"):
         add_negatives(table, NegativesConfig(), "train", {"cat": ("cat", "pet"), "dog": ("dog", "pet")})
