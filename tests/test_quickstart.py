@@ -35,7 +35,7 @@ def test_it_writes_its_files(short: None, tmp_path: Path) -> None:
     assert list((tmp_path / "predictions").rglob("*.annotated.png"))
     photographs = [(each["photograph"], each["phrase"]) for each in stored["photographs"]]
     assert photographs == [(path.name, phrase) for path, phrases in example_photographs() for phrase in phrases]
-    assert [each["phrase"] for each in stored["photographs"] if each["score"] < 0.5 and not each["box"]] == ["dog"]
+    assert [each["phrase"] for each in stored["photographs"] if each["score"] < 0.5 and not each["box"]] == ["bird"]
     assert "photos, not found (" in page
     # What a visitor sees first is the real world.
     assert page.index("<h2>Photographs</h2>") < page.index("<h3>mIoU</h3>")

@@ -98,6 +98,7 @@ def photographs(root: Path, config: RunConfig) -> tuple[list[tuple[int, int, str
 def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: bool) -> str:
     """Return the sections of the model card between the description and the licence."""
     counts, presence = Counter(licence for _, licence, _ in rows), scores["presence"]
+    names, others = scores["words"]["names"], scores["words"]["other words"]
     licences = ", ".join(f"{count} {LICENCES[licence]}" for licence, count in sorted(counts.items()))
     groups = [(name, found) for part in ("by_kind", "by_size") for name, found in scores[part].items()]
     return "\n".join(
@@ -115,6 +116,8 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: 
             "expressions, in percent. `tools/measure_photos.py` measures them.",
             "",
             *measures(scores),
+            f"| mIoU of {names['expressions']} expressions whose category has other names | {names['miou']:.1f} |",
+            f'| the same with each of these ("boy" for "person", "mug" for "cup") | {others["miou"]:.1f} |',
             f"| mIoU with the phrase of another object of the photograph | {scores['exchanged']:.1f} |",
             f"| of several of a kind the right one is hit best | {scores['right_one_best']:.0f} |",
             f"| the same by chance | {scores['chance']:.0f} |",
@@ -136,7 +139,8 @@ def card(rows: list[tuple[int, int, str]], scores: dict[str, Any], with_scenes: 
             "",
             "It knows COCO's 80 categories, in the words of its training phrases. Rare words, objects that cover less",
             "than 2% of the photograph, ordinals, relations and long descriptions mostly fail. Of 100 absent objects",
-            f"it finds {100 - presence['dropped']:.0f} all the same, and it may not find a thing by a rare word.",
+            f"it finds {100 - presence['dropped']:.0f} all the same, and it may not find a thing by a rare word. Man, woman,",
+            "boy, girl, child and person mean the same to it.",
             "It is a demonstration that needs no download, not a substitute for a model on DINOv2 and CLIP.",
             "",
             "",

@@ -4,8 +4,8 @@ from importlib import resources
 from pathlib import Path
 
 _PHRASES = {
-    "astronaut.jpg": ("person",),
-    "chelsea.jpg": ("cat", "dog"),  # there is no dog
+    "astronaut.jpg": ("woman",),
+    "chelsea.jpg": ("cat", "bird"),  # there is no bird
     "coffee.jpg": ("cup",),
 }
 
