@@ -57,6 +57,17 @@ def test_a_stated_duration_may_be_anything(tag: bytes, tmp_path: Path) -> None:
     assert len([*read_frames(path)]) == 7
 
 
+@pytest.mark.parametrize("start", ["0.6", "10"])
+def test_an_intact_video_may_start_later_than_its_file(start: str, tmp_path: Path) -> None:
+    """FFmpeg counts the duration that it writes into Matroska from the start of the file."""
+    path = make_video(tmp_path / "a.mkv", frames=17, options={"output_ts_offset": start})
+    assert [frame.time for frame in read_frames(path)] == pytest.approx([number / 10 for number in range(17)])
+    assert frame_count(path) == 17
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(DcrisError, match=r"cut short: it ends after .* of 1\.7 s"):
+        [*read_frames(path)]
+
+
 @pytest.mark.parametrize("every", [7, 10**9, 10**20])
 def test_any_step_between_the_frames_of_an_overlay(every: int, tmp_path: Path) -> None:
     """`--every` may be greater than the video is long; encoders store rates in 32 bits."""

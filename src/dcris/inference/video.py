@@ -243,14 +243,19 @@ def _decoded(path: Path) -> Iterator[_Decoded]:
 
 
 def _seconds(stream: Any) -> float | None:
-    """Return the duration that the file states; Matroska has it in a tag."""
+    """Return the duration that the file states, from the first frame on.
+
+    Matroska has it in a tag, which FFmpeg counts from the start of the file: where a video starts
+    later than its sound, the duration is less.
+    """
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     found = _DURATION.fullmatch(str(stream.metadata.get("DURATION", "")))
     if found is None:
         return None
     hours, minutes, seconds = map(float, found.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    length = 3600 * hours + 60 * minutes + seconds - float((stream.start_time or 0) * stream.time_base)
+    return length if length > 0 else None
 
 
 class _Nameless:
