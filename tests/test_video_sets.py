@@ -1,6 +1,7 @@
 """`dcris predict --data`: masks of data sets of videos, in the layouts that servers take."""
 
 import json
+import shutil
 import signal
 import threading
 import zipfile
@@ -16,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import dcris.inference.video_sets as module
+from dcris.checkpoints.resolve import locate
 from dcris.cli import main
 from dcris.data.submissions import Labels, palette
 from dcris.data.video_readers.load import load_videos
@@ -78,6 +80,23 @@ def test_a_submission_has_a_binary_mask_for_each_expression_and_frame(
             np.testing.assert_array_equal(np.asarray(mask), expected.mask * np.uint8(255))
     assert any(np.asarray(mask).any() for mask in masks.values())
     assert _files(out) == {"submission.zip", "dcris-videos.json", *(f"masks/{name}" for name in names)}
+
+
+def test_expressions_are_read_as_they_are(tmp_path: Path) -> None:
+    """As in training; only what people type is stripped of quotes and a full stop."""
+    records = {"valid": {"a": {"frames": YOUTUBE_FRAMES, "expressions": {"0": {"exp": '"The blue star."'}}}}}
+    root, other = write_youtube(tmp_path, records), tmp_path / "never"
+    shutil.copytree(locate("tiny"), other)
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["strip_phrases"] = "never"
+    (other / "config.json").write_text(json.dumps(config))
+    masks = []
+    for model in ("tiny", other):
+        words = ("predict", model, "--data", root, "--dataset", "ref_youtube_vos", "--split", "valid", *OPTIONS)
+        out = tmp_path / f"{len(masks)}"
+        assert main([str(word) for word in (*words, "--out", out)]) == 0
+        masks.append({name: (out / "masks" / name).read_bytes() for name in _files(out / "masks")})
+    assert masks[0] == masks[1]
 
 
 def test_davis_gets_labels_of_all_objects_for_each_annotator(tiny: Segmenter, tmp_path: Path) -> None:

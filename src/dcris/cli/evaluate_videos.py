@@ -25,6 +25,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
     from dcris.checkpoints.backbones import fingerprint
     from dcris.checkpoints.checkpoint import find_checkpoint
     from dcris.checkpoints.resolve import locate
+    from dcris.data.tokenizer import strips
     from dcris.data.video_readers.load import load_videos
     from dcris.evaluation.video_protocols import get_video_protocol, mask_folders, require_truth, score_videos
     from dcris.evaluation.video_results import video_record
@@ -58,7 +59,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
             note(sentence)
         with progress(len(mask_folders(videos)), "clip") as show:
             results = score_videos(predictor.masks, videos, protocol, progress=show)
-        settings = predictor.settings
+        settings, data = predictor.settings, segmenter.config.data
     record = {
         **video_record(results, videos, protocol),
         "mask_threshold": settings.threshold,  # not `threshold`, which only results of images have
@@ -66,6 +67,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
         "precision": precision_of(segmenter.dtype),
         "device": device_name(segmenter.device),
         **({"refine": args.refine} if args.refine != "none" else {}),
+        **({"strip_phrases": data.strip_phrases} if strips(data, predicting=False) else {}),
     }
     try:
         if args.out is not None:

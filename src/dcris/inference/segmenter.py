@@ -630,18 +630,25 @@ class Segmenter:
         return EncodedImage(encoded.transforms[0].size, name, encoded)
 
     @torch.no_grad()
-    def encode_phrases(self, phrases: Phrases, *, adapters: str | None = None) -> EncodedPhrases:
+    def encode_phrases(
+        self, phrases: Phrases, *, adapters: str | None = None, predicting: bool = True
+    ) -> EncodedPhrases:
         """Compute the features of phrases, for `segment` with several images.
 
-        Args and errors: as in `predict`.
+        Args:
+            phrases, adapters: as in `predict`.
+            predicting: False for the expressions of a data set, which are read as they are, as in
+                training and evaluation, unless `data.strip_phrases` is "always".
+
+        Errors: as in `predict`.
         """
         name = self._name(adapters)
         model, config, _ = self._sets[name]
         checked = _check_phrases(_as_list(phrases))
-        tokens = tokenize(checked, config.data, tokenizer_of(config.model.text), predicting=True).to(self.device)
+        tokens = tokenize(checked, config.data, tokenizer_of(config.model.text), predicting=predicting).to(self.device)
         with autocast(self.device, self.dtype):
             text = model.encode_text(tokens)
-        return EncodedPhrases(tuple(checked), name, text, self.unread(checked, adapters=name))
+        return EncodedPhrases(tuple(checked), name, text, self.unread(checked, adapters=name, predicting=predicting))
 
     def segment(
         self,
@@ -689,6 +696,7 @@ class Segmenter:
         refine: Refinement | None = None,
         channels: Channels = "rgb",
         adapters: str | None = None,
+        predicting: bool = True,
         memory: float | None = None,
     ) -> Iterator[list[Prediction]]:
         """Predict for the frames of a video one after the other.
@@ -705,6 +713,7 @@ class Segmenter:
                 1 leaves them as they are.
             threshold, min_score, min_area, scores, refine, channels, adapters, memory: as in
                 `predict`.
+            predicting: as in `encode_phrases`.
 
         Yields:
             One prediction per phrase, in order, for each frame.
@@ -714,7 +723,8 @@ class Segmenter:
                 or `smooth` is not such a number.
         """
         name, decision = self._check(adapters, threshold, min_score, min_area, refine, scores)
-        window, encoded = require_window(smooth), self.encode_phrases(phrases, adapters=name)
+        window = require_window(smooth)
+        encoded = self.encode_phrases(phrases, adapters=name, predicting=predicting)
         if not encoded.phrases:
             raise DcrisError("no phrase was given for the frames; give one or several")
         if type(batch) is not int or batch < 1:
@@ -767,16 +777,17 @@ class Segmenter:
                     )
                 yield (frame, transform), Maps(of_frame, [*islice(present, count)])
 
-    def unread(self, phrases: Iterable[str], *, adapters: str | None = None) -> dict[str, str]:
+    def unread(self, phrases: Iterable[str], *, adapters: str | None = None, predicting: bool = True) -> dict[str, str]:
         """Return the ends of phrases that the model does not read, by phrase.
 
         Args:
             phrases: phrases that are not too long have no entry.
             adapters: as in `predict`.
+            predicting: as in `encode_phrases`.
         """
         config = self._sets[self._name(adapters)].config
         tokenizer = tokenizer_of(config.model.text)
-        cut = cut_texts([*dict.fromkeys(phrases)], config.data, tokenizer, predicting=True)
+        cut = cut_texts([*dict.fromkeys(phrases)], config.data, tokenizer, predicting=predicting)
         return {phrase: unread_end(phrase, config.data, tokenizer) for phrase in cut}
 
     def _name(self, adapters: str | None) -> str:

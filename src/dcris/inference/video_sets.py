@@ -149,7 +149,7 @@ class VideoSetPredictor:
         self.left = left[self.group.rank :: self.group.count]
         """Names of this rank's share of the other videos."""
         texts = (each.text for name in left for each in videos.videos[name])
-        self.notes = [*videos.notes, *long_phrases(segmenter.unread(texts))]
+        self.notes = [*videos.notes, *long_phrases(segmenter.unread(texts, predicting=False))]
 
     def remaining(self) -> int:
         """Return the number of frames that this rank has to predict."""
@@ -267,6 +267,7 @@ class VideoSetPredictor:
             min_area=settings.min_area,
             refine=settings.refine,
             scores=self.form.joint,
+            predicting=False,
         )
         pairs = zip(frames, _readable(found), strict=True)
         yield from overlapped(
