@@ -558,6 +558,7 @@ def test_results_compare_with_paired_intervals(
     for key, value, problem in (
         ("protocol", "ref-youtube-vos", "by another protocol"),
         ("data_sha256", "0", "on other expressions"),
+        ("refine", "guided", "with another 'refine'"),
         ("rows", other["rows"][:-1], "one row for each expression"),
         ("rows", [{**other["rows"][0], "j": "1"}], "no number from -1 to 1 as 'j'"),
         ("rows", [], "no rows"),

@@ -19,6 +19,7 @@ from dcris.data.videos import VideoSet
 from dcris.errors import DcrisError
 from dcris.evaluation.analysis import resample
 from dcris.evaluation.metrics import Floats
+from dcris.evaluation.results import RULES
 from dcris.evaluation.video_protocols import VIDEO_PROTOCOLS, VideoProtocol, VideoResult, checksum
 from dcris.utils.files import read_json
 from dcris.version import __version__
@@ -144,14 +145,16 @@ def compare_videos(sources: Mapping[str, Path]) -> tuple[dict[str, Any], VideoPr
         The systems' scores and differences with their intervals, and the protocol.
 
     Raises:
-        DcrisError: a file cannot be used, or was measured on other expressions or by another
-            protocol than the first.
+        DcrisError: a file cannot be used, or was measured on other expressions, by another protocol
+            or by other RULES than the first.
     """
     records = {name: read_video_record(path) for name, path in sources.items()}
     (first, baseline), *others = records.items()
+    differences = {"protocol": "by another protocol", "data_sha256": "on other expressions"}
+    differences |= {key: f"with another {key!r}" for key in RULES}
     for name, record in others:
-        for key, what in (("protocol", "by another protocol"), ("data_sha256", "on other expressions")):
-            if record[key] != baseline[key]:
+        for key, what in differences.items():
+            if record.get(key) != baseline.get(key):
                 raise DcrisError(
                     f"{sources[name]} was measured {what} than {sources[first]}, so they do not compare; score one again"
                 )
