@@ -775,6 +775,28 @@ def test_time_is_limited(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == ""
 
 
+async def _begins(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("app", "answer"), [(None, b"HTTP/1.1 503"), (_begins, b"HTTP/1.1 200")])
+def test_requests_that_are_not_answered_when_the_server_stops(
+    app: Any, answer: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """After Ctrl-C, each printed a traceback, and its client was told of an internal error."""
+    with guarded(Limits(), app) as address:
+        host, port = address.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=20)
+        connection.sendall(b"POST /never HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nab")
+        time.sleep(0.5)
+    with connection, connection.makefile("rb") as stream:
+        content = stream.read()
+    assert content.startswith(answer) and (app or b"the server was stopped" in content)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("header", ["", pytest.param("Connection: close\r\n", marks=pytest.mark.slow)])
 def test_slow_readers_get_their_response(header: str) -> None:
     """A slow download may take longer than the time limit of a head; one that is never read

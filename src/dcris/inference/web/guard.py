@@ -151,6 +151,10 @@ class Guard:
             await error_response(error)(scope, receive, respond)
         except _GoneError:
             pass
+        except asyncio.CancelledError:  # uvicorn stops; it would print a traceback for each request
+            unread = False
+            if not started:
+                await error_response(Refused(503, "the server was stopped"))(scope, receive, respond)
         finally:
             self._bodies.pop(body, None)
 
