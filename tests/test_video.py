@@ -68,6 +68,19 @@ def test_an_intact_video_may_start_later_than_its_file(start: str, tmp_path: Pat
         [*read_frames(path)]
 
 
+def test_a_damaged_video_has_an_overlay_up_to_the_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It had none, and was named and counted a second time for that."""
+    cut, whole = make_video(tmp_path / "cut.mkv", frames=30), make_video(tmp_path / "whole.mkv")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    out = tmp_path / "out"
+    words = ("predict", "tiny", cut, whole, "-e", "red", "--out", out, "--device", "cpu")
+    assert main([str(word) for word in words]) == 2
+    assert "dcris: 1 of 2 could not be read" in capsys.readouterr().err
+    frames = len([*(out / "cut.frames").glob("*.mask.png")])
+    assert 0 < frames < 25
+    assert len([*read_frames(out / "cut.overlay.mp4")]) == frames
+
+
 @pytest.mark.parametrize("every", [7, 10**9, 10**20])
 def test_any_step_between_the_frames_of_an_overlay(every: int, tmp_path: Path) -> None:
     """`--every` may be greater than the video is long; encoders store rates in 32 bits."""

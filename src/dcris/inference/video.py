@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -137,9 +138,8 @@ def write_overlay(
     def fill(path: Path) -> None:
         with path.open("wb") as file, av.open(file, "w", format="mp4") as output:
             stream: Any = None
-            for frame in _decoded(source):
-                if frame.index > last:
-                    break
+            # No further: what follows may be damaged.
+            for frame in islice(_decoded(source), last + 1):
                 drawn = masks(frame.index)
                 if drawn is None:
                     continue
