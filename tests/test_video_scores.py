@@ -379,7 +379,7 @@ def test_masks_that_cannot_be_used_are_named(
         assert "label 255, but objects are numbered from 1 to 20" in text
         assert "colour" in said(many.convert("RGB"))
     else:
-        assert "more values than 0 and one other" in text
+        assert "the mask image has more values than 0 and one other" in text
         found = record(root, masks, dataset, "--mask-threshold", 127)
         assert found["jf"] < 100
 

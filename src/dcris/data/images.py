@@ -231,7 +231,7 @@ def read_mask_image(source: Path | bytes, threshold: float | None = None, *, onc
         values = _upright(image, pixel.shape[2:], dtype, lambda band: np.asarray(band.convert(mode)))
     if values.shape[2:] in ((2,), (4,)):
         values[(values[..., -1] == 0) | ~values[..., :-1].any(axis=2)] = 0
-    name = "the image of the mask" if isinstance(source, bytes) else str(source)
+    name = "image" if isinstance(source, bytes) else str(source)
     return binary_mask(values, name, threshold, once=once)
 
 
