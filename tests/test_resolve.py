@@ -529,7 +529,7 @@ def test_adapters_of_other_towers(several: dict[str, Path], tmp_path: Path) -> N
     other = segmenter(model__text__name='"random"').save_pretrained(tmp_path / "other")
     with pytest.raises(DcrisError, match="trained on another text encoder than tiny-text"):
         shared.add_adapters("other", other)
-    # With "was trained on another vision tower than tiny-vision", nobody would try the other order.
+    # With "was trained on another vision encoder", nobody would try the other order.
     tuned = segmenter(model__method='{"name": "bitfit"}').save_pretrained(tmp_path / "tuned")
     with pytest.raises(
         DcrisError, match=f"weights of its encoders that the first .* has trained; load {several['scenes']} first"

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tools", "benchmarks", "examples")
 NEEDS_MORE = {"gallery", "onnx_segment", "screenshot_web"}
-QUICK = {*NEEDS_MORE, "measure_commands", "run_notebooks"}
+QUICK = {"onnx_segment", "screenshot_web"}
+"""Those that import no torch."""
 
 
 @pytest.mark.parametrize(

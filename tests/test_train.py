@@ -597,7 +597,7 @@ MODEL = "model.safetensors"
         (lambda at: rewritten(at / MODEL, reshape_first), r"has the shape \[3, 5, 7\]"),
         (lambda at: rewritten(at / MODEL, first_as(torch.int8)), r"has int8 values, but this model needs float32"),
         (lambda at: rewritten(at / MODEL, first_as(torch.complex64)), r"has complex64 values"),
-        (lambda at: rewritten(at / MODEL, other_towers), r"trained on another vision tower than .*vision"),
+        (lambda at: rewritten(at / MODEL, other_towers), r"trained on another vision encoder than .*vision"),
         (lambda at: rewritten(at / MODEL, lambda t, m: m.clear()), r"has no record of its encoders"),
         (lambda at: rewritten(at / MODEL, lambda t, m: m.update(towers="[1]")), r"has no record of its encoders"),
         (lambda at: shutil.rmtree(at.parent), r"has no checkpoint"),

@@ -45,8 +45,8 @@ def locate(source: PathLike, *, towers: bool = True, log: Log = note) -> Path:
     Raises:
         DcrisError: there is no such model, or fetching or converting fails.
     """
-    checked = as_path(source, "a model")
-    source = source if isinstance(source, str) else checked  # a str may be a name
+    if not source or not isinstance(source, str):  # a str may be a name
+        source = as_path(source, "a model")
     path = expand_home(source)
     if source in PACKAGED and not is_model(path):  # people have folders of photographs called photos
         return Path(str(resources.files("dcris.assets") / str(source)))

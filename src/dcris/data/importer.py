@@ -318,9 +318,11 @@ class _Export:
         if len(places) > _MOST_INSTANCES:
             return {}
         instances = [self._instance(self.objects[place].annotation) for place in places]
+        # As the annotators name them: another word may be one of their other categories.
+        names = {each.category: (each.category,) for each in instances}
         found = {}
         for place, instance in zip(places, instances, strict=True):
-            said = [each for each in statements(instances, instance) if each.kind in _PLACE_KINDS]
+            said = [each for each in statements(instances, instance, names) if each.kind in _PLACE_KINDS]
             found[place] = tuple(text for _, text in draw(said, instance.ann_id, _PLACE_PHRASES))
         return found
 
