@@ -528,11 +528,6 @@ class _Work:
             f"failed: {failures[0]}" if failures else None,
         )
 
-    def _absent(self, split: str) -> int:
-        """Return the number of a split's expressions without a target."""
-        references = self.table.split(split)
-        return len(all_queries(references)) - len(all_queries(references, present_only=True))
-
     def _write(self, measured: dict[str, list[Measured]]) -> str:
         """Write the table's files and return the Markdown."""
         baseline = _name(self.study.table.rows[self.study.baseline])
@@ -550,7 +545,8 @@ class _Work:
                 else "Seconds are wall-clock time on one GPU, including reading and batching, without validation."
             ),
         ]
-        if absent := sum(self._absent(split) for split in self.splits):
+        queries = [query for split in self.splits for query in all_queries(self.table.split(split))]
+        if absent := sum(not reference.targets(expression) for reference, expression in queries):
             notes.append(
                 f"{absent:,} expressions without a target are left out, which the protocol does not know; "
                 "`dcris evaluate --protocol grefcoco` scores them, too."
