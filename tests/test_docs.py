@@ -96,6 +96,13 @@ def parse(command: list[str]) -> None:
     replace(get_recipe(recipe), parse_settings(rest))
 
 
+@pytest.mark.parametrize("page", sorted({*PAGES} - {"CHANGELOG.md"}))
+def test_prose_wraps_at_100_characters(page: str) -> None:
+    """Tables, blocks, images, links alone on a line and HTML may be wider."""
+    lines = _FENCE.sub("", (REPOSITORY / page).read_text(encoding="utf-8")).splitlines()
+    assert not [line for line in lines if len(line) > 100 and line[0] not in "|<![#"]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page: str) -> None:
     """Renamed or misspelt options and settings are found, also in blocks that cannot run here."""
