@@ -477,6 +477,19 @@ def test_data_without_a_split_to_evaluate_on_raise(tables: dict[str, Table], tmp
         ablate(table_study("table9", "tiny"), tmp_path / "out", root=tmp_path / "own.jsonl", device="cpu")
 
 
+def test_a_validation_split_that_is_chosen_is_used_or_refused(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only a recipe's own split may be left out where a data set lacks it."""
+    configs, out = planned_configs(monkeypatch), tmp_path / "out"
+    words = ["ablate", "--recipes", "fixed_tiny", "dcris_tiny", "--data", str(scenes_root), "--out", str(out)]
+    assert main([*words, "--data.val_split", "dev"]) == 2
+    assert "no split 'dev'" in capsys.readouterr().err
+    assert not out.exists()
+    main([*words, "--data.val_split", "train", "--steps", "2", "--seeds", "0", "--budget", "steps"])
+    assert [config.data.val_split for config in configs] == ["train", "train"]
+
+
 def test_an_invalid_seed_raises(quiet_study: Callable[..., list[str]], tables: dict[str, Table]) -> None:
     """The error comes before anything is trained."""
     with pytest.raises(DcrisError, match=r"invalid setting: train\.seed"):

@@ -390,6 +390,7 @@ def test_very_large_image(trained_run: Path, tmp_path: Path) -> None:
         ("train dcris_tiny --data DATA --out OUT --train.lr -1", "train.lr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr NaN", "train.lr"),
         ("train dcris_tiny --data DATA --out OUT --train.lr", "no value"),
+        ("train dcris_tiny --data DATA --out OUT --data.train_split --train.max_steps 5", "train_split has no value"),
         ("train dcris_tiny --data DATA --out OUT --model.method.visual.layers [1,99]", "layers"),
         ("train dcris_tiny --data DATA --out OUT --lr 1", "there is no option --lr;"),
         ("train dcris_tiny --data DATA --out OUT --batchsize 1", "did you mean --batch-size?"),

@@ -85,16 +85,12 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     from dcris.config import parse_value
 
     values: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or "." not in word.partition("=")[0]:
-            raise DcrisError(f"there is no option {word!r}; settings are given as --SECTION.FIELD VALUE")
+    for word in _joined(words):
         key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise DcrisError(f"there is no option {word!r}; settings are given as --SECTION.FIELD VALUE")
         if not equals:
-            if not rest:
-                raise DcrisError(f"the setting --{key} has no value; give one after it")
-            value = rest.pop(0)
+            raise DcrisError(f"the setting --{key} has no value; give one after it")
         values[key] = parse_value(value)
     return values
 

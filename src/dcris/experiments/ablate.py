@@ -340,6 +340,8 @@ class _Work:
                 f"{self.table.dataset} in {self.table.root} has no {has} '{', '.join(others or [data.train_split])}'; "
                 "assign a part of it to another split, such as val or test"
             )
+        if (wanted := study.settings.get("data.val_split")) is not None:
+            self.table.split(wanted)  # raises, if there is none
         self.steps = steps or (study.steps if epochs is None else None)
         self.epochs = epochs or study.default.train.epochs
         self.durations: list[float] = []
@@ -385,8 +387,8 @@ class _Work:
             "data.split_by": self.table.split_by,
         }
         changes |= word_length_settings({**self.study.settings, **changes}, config.data.dataset)
-        if config.data.val_split not in {None, *self.splits}:
-            changes["data.val_split"] = None
+        if config.data.val_split not in {None, *self.splits} and "data.val_split" not in self.study.settings:
+            changes["data.val_split"] = None  # the recipe's split, which this data set lacks
         changed = replace(config, changes)
         # The warm-up is shortened with the run, or a short run would consist of its warm-up only.
         references = len(self.table.split(config.data.train_split))
