@@ -513,6 +513,14 @@ def test_no_place_for_temporary_files_is_one_sentence(
     assert "set TMPDIR to a folder that can be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--mask-threshold 0", "--boundary", "--calibrate-on train"])
+def test_evaluate_refuses_options_for_images(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of them is silently left out, 0 neither."""
+    words = ("--data", str(write_mevis(tmp_path)), "--dataset", "mevis", "--split", "valid_u")
+    assert main(["evaluate", "tiny", *words, *option.split()]) == 2
+    assert f"{option.split()[0]} is for images; leave it out for mevis" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dataset", ["mevis", "ref_davis17"])
 def test_evaluate_predicts_and_scores(dataset: str, tmp_path: Path) -> None:
     """It gives the scores that `predict` and `score` give, and names the weights."""

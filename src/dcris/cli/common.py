@@ -1,13 +1,14 @@
 """Shared by the commands: arguments, output and errors."""
 
 import argparse
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -74,6 +75,13 @@ def argument(path: Path | str) -> str:
     option."""
     text = str(path)
     return quote(f"./{text}" if text.startswith("-") else text)
+
+
+def given_options(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return those of some options that were given, as they are written; `names` are those of their
+    values, whose defaults are None or False."""
+    values = ((name, getattr(args, name)) for name in names)
+    return [f"--{name.replace('_', '-')}" for name, value in values if value is not None and value is not False]
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
@@ -255,23 +263,26 @@ def _whole(text: str, least: int) -> int:
 
 def share(text: str) -> float:
     """Parse a number of at least 0 and below 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below 1")
-    return number
+    return _number(text, lambda number: 0 <= number < 1, "of at least 0 and below 1")
 
 
 def level(text: str) -> float:
     """Parse a number of 0 or more."""
+    return _number(text, lambda number: 0 <= number < math.inf, "of 0 or more")
+
+
+def score(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    return _number(text, lambda number: 0 <= number <= 1, "from 0 to 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+        number = math.nan
+    if not fits(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {what}")
     return number
 
 

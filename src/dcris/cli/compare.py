@@ -2,8 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcris.cli.common import (
     CHECKPOINT,
@@ -11,6 +12,7 @@ from dcris.cli.common import (
     data_of,
     device_arguments,
     evaluation_arguments,
+    given_options,
     natural,
     output,
     own_name,
@@ -18,6 +20,9 @@ from dcris.cli.common import (
     progress,
 )
 from dcris.errors import DcrisError
+
+if TYPE_CHECKING:
+    from dcris.evaluation.metrics import Score
 
 _OF_IMAGES = (
     *("data", "dataset", "split_by", "split", "protocol", "none_rule", "boundary", "mask_threshold", "precision"),
@@ -86,20 +91,23 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _compare_videos(args: argparse.Namespace) -> None:
-    from dcris.evaluation.compare import as_latex, as_text, name_systems
+    from dcris.evaluation.compare import name_systems
     from dcris.evaluation.video_results import compare_videos
 
-    for option in _OF_IMAGES:
-        if (value := getattr(args, option)) is not None and value is not False:
-            raise DcrisError(
-                f"--{option.replace('_', '-')} is for images; leave it out: result files of videos state what they measure"
-            )
+    if of_images := given_options(args, _OF_IMAGES):
+        raise DcrisError(f"{of_images[0]} is for images; leave it out: result files of videos state what they measure")
     names = name_systems(args.systems, args.names or ())
     comparison, protocol = compare_videos(dict(zip(names, map(Path, args.systems), strict=True)))
+    _print(args, comparison, protocol.metrics)
+
+
+def _print(args: argparse.Namespace, comparison: Mapping[str, Any], metrics: "Sequence[Score]") -> None:
+    from dcris.evaluation.compare import as_latex, as_text
+
     if args.json:
         output(json.dumps(comparison, indent=2))
     else:
-        output((as_latex if args.latex else as_text)(comparison, protocol.metrics))
+        output((as_latex if args.latex else as_text)(comparison, metrics))
 
 
 def _compare_images(args: argparse.Namespace) -> None:
@@ -108,8 +116,6 @@ def _compare_images(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.compare import (
-        as_latex,
-        as_text,
         chosen_examples,
         compare,
         evaluate_systems,
@@ -188,7 +194,4 @@ def _compare_images(args: argparse.Namespace) -> None:
                 f"{table.dataset} {args.split}",
             )
     finally:
-        if args.json:
-            output(json.dumps(comparison, indent=2))
-        else:
-            output((as_latex if args.latex else as_text)(comparison, protocol.metrics))
+        _print(args, comparison, protocol.metrics)

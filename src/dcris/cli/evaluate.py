@@ -12,6 +12,7 @@ from dcris.cli.common import (
     data_of,
     device_arguments,
     evaluation_arguments,
+    given_options,
     log,
     output,
     own_name,
@@ -143,9 +144,8 @@ def _evaluate_all(args: argparse.Namespace) -> None:
     from dcris.experiments.results_table import read_row, scores_table
     from dcris.utils.distributed import described_processes
 
-    for option in ("split", "calibrate_on", "report", "answers"):
-        if getattr(args, option) is not None:
-            raise DcrisError(f"--all does not go with --{option.replace('_', '-')}; leave out one of them")
+    if single := given_options(args, ("split", "calibrate_on", "report", "answers")):
+        raise DcrisError(f"--all does not go with {single[0]}; leave out one of them")
     if args.refine != "none":
         raise DcrisError("--all does not go with --refine, which is part of no protocol; leave out one of them")
     first = described_processes().first

@@ -5,7 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from dcris.cli.common import output, progress
+from dcris.cli.common import given_options, output, progress
 from dcris.errors import DcrisError
 from dcris.utils.streams import note
 
@@ -35,9 +35,8 @@ def evaluate_videos(args: argparse.Namespace) -> None:
     from dcris.utils.distributed import processes
     from dcris.utils.files import write_json
 
-    for option in _OTHERS:
-        if getattr(args, option):
-            raise DcrisError(f"--{option.replace('_', '-')} is for images; leave it out for {args.dataset}")
+    if of_images := given_options(args, _OTHERS):
+        raise DcrisError(f"{of_images[0]} is for images; leave it out for {args.dataset}")
     protocol = get_video_protocol(args.dataset, args.protocol)
     videos = load_videos(args.data, args.dataset, args.split or "val")
     require_truth(videos)

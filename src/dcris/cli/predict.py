@@ -13,11 +13,13 @@ from dcris.cli.common import (
     argument,
     detail,
     device_arguments,
+    given_options,
     log,
     natural,
     output,
     positive,
     progress,
+    score,
 )
 from dcris.cli.predict_videos import predict_videos
 from dcris.errors import DcrisError
@@ -99,7 +101,7 @@ def add(commands: Any) -> None:
     )
     predict.add_argument(
         "--min-score",
-        type=_score,
+        type=score,
         metavar="SCORE",
         help="score from 0 to 1 below which the mask is empty (default: 0.5 for a model with a presence head, else 0)",
     )
@@ -171,9 +173,8 @@ def _predict(args: argparse.Namespace) -> None:
     if args.data is not None:
         predict_videos(args, _threshold(args.threshold))
         return
-    for_data = {name: getattr(args, name) for name in ("dataset", "split", "batch_size", "smooth")}
-    if given := [f"--{name.replace('_', '-')}" for name, value in for_data.items() if value is not None]:
-        raise DcrisError(f"{', '.join(given)} is for a data set of videos; add --data ROOT")
+    if for_data := given_options(args, ("dataset", "split", "batch_size", "smooth")):
+        raise DcrisError(f"{', '.join(for_data)} is for a data set of videos; add --data ROOT")
     if args.pairs is not None and (args.images or args.expression or args.phrases):
         raise DcrisError(
             "--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e or --phrases"
@@ -300,17 +301,6 @@ def _show_json(out: Path, given: Path, record: "Record") -> None:
 
     for result in result_objects(out, given, record):
         output(json.dumps(result))
-
-
-def _score(text: str) -> float:
-    """Parse a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return number
 
 
 def _threshold(given: str | None) -> float | None:

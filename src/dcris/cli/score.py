@@ -8,6 +8,7 @@ from typing import Any
 from dcris.cli.common import (
     adder,
     evaluation_arguments,
+    given_options,
     output,
     own_name,
     progress,
@@ -139,9 +140,8 @@ def _score_videos(args: argparse.Namespace) -> None:
     from dcris.utils.files import write_json
     from dcris.utils.text_tables import latex, markdown
 
-    for option in ("split_by", "none_rule", "boundary", "by_category", "report"):
-        if getattr(args, option):
-            raise DcrisError(f"--{option.replace('_', '-')} is for images; leave it out for {args.dataset}")
+    if of_images := given_options(args, ("split_by", "none_rule", "boundary", "by_category", "report")):
+        raise DcrisError(f"{of_images[0]} is for images; leave it out for {args.dataset}")
     protocol = get_video_protocol(args.dataset, args.protocol)
     videos = load_videos(args.data, args.dataset, args.split)
     scores = (*protocol.metrics, *protocol.decays)
