@@ -1,10 +1,10 @@
 """Evaluation of a checkpoint on every data set and split below a folder: a row of a table."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from dcris.checkpoints.checkpoint import find_checkpoint, read_config
@@ -27,6 +27,7 @@ from dcris.experiments.bench import (
     random_towers,
     take_turns,
 )
+from dcris.experiments.results_table import mean_of_means
 from dcris.inference.segmenter import Segmenter
 from dcris.utils.arguments import PathLike, Precision
 from dcris.utils.device import precision_of
@@ -172,15 +173,9 @@ def averages(records: Sequence[Mapping[str, Any]], protocols: Mapping[str, Proto
     any result."""
     first, *others = (protocols[name].metrics for name in dict.fromkeys(record["dataset"] for record in records))
     shared = [metric.key for metric in first if all(metric in metrics for metrics in others)]
-    shared = [key for key in shared if all(record[key] is not None for record in records)]
-    return {key: _mean_of_means((record["dataset"], record[key]) for record in records) for key in shared}
-
-
-def _mean_of_means(values: Iterable[tuple[str, float]]) -> float:
-    by_name: dict[str, list[float]] = {}
-    for name, value in values:
-        by_name.setdefault(name, []).append(value)
-    return fmean(fmean(each) for each in by_name.values())
+    data_sets = [record["dataset"] for record in records]
+    means = {key: mean_of_means(data_sets, [record[key] for record in records]) for key in shared}
+    return {key: mean for key, mean in means.items() if mean is not None}
 
 
 def measure_cost(runner: Runner, rounds: int = 3) -> dict[str, float]:

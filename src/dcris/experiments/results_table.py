@@ -325,7 +325,9 @@ def paper_table(systems: Sequence[SystemResults], cost: bool = False) -> ResultT
                 values = [_score(system, Measure(*place, protocol, rules), metric) for place in TABLE_1_SPLITS]
                 cells = (system.name, titles[metric.key], protocol)
                 groups = [place[0] for place in TABLE_1_SPLITS]
-                lines.append(Line(cells, (*values, _average(groups, values)), part="Measured here", rank=metric.key))
+                lines.append(
+                    Line(cells, (*values, mean_of_means(groups, values)), part="Measured here", rank=metric.key)
+                )
                 owners.append(system)
     labels = [*(split for _, _, split in TABLE_1_SPLITS[:6]), "val (umd)", "test (umd)", "val (google)", "Avg"]
     spans = (("RefCOCO", 3), ("RefCOCO+", 3), ("G-Ref", 3), ("", 1))
@@ -446,10 +448,10 @@ def _averaged(columns: Sequence[Column]) -> list[str]:
 def _averages(columns: Sequence[Column], values: Sequence[float | None]) -> Iterator[float | None]:
     for key in _averaged(columns):
         chosen = [(column, value) for column, value in zip(columns, values, strict=True) if column.metric.key == key]
-        yield _average([column.measure.dataset for column, _ in chosen], [value for _, value in chosen])
+        yield mean_of_means([column.measure.dataset for column, _ in chosen], [value for _, value in chosen])
 
 
-def _average(groups: Sequence[str], values: Sequence[float | None]) -> float | None:
+def mean_of_means(groups: Sequence[str], values: Sequence[float | None]) -> float | None:
     """Return the mean over groups of the mean over their values; None if a value is missing."""
     by_group: dict[str, list[float]] = {}
     for group, value in zip(groups, values, strict=True):
