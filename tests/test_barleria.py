@@ -86,7 +86,7 @@ def test_an_answer_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("fused", "[0, 12]", "method.fused .* below the encoder's 12 blocks"),
+        ("fused", "[0, 12]", "method.fused .* from 0 to 11"),
         ("fused", "[0, 1, 2, 3, 4, 5]", "method.fused has 6 blocks; with method.side_depth 4 there can be at most 5"),
         ("side_heads", "5", "method.side_width 48 cannot be divided among 5 heads"),
         ("flow_length", "-1", "model.method.flow_length"),

@@ -73,9 +73,10 @@ def test_how_the_bridger_starts() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("layers", "[3, 7, 12]", "method.layers .* below the encoder's 12 blocks"),
+        ("layers", "[3, 7, 12]", "method.layers .* from 0 to 11"),
         ("text_layers", "[7, 3, 11]", "method.text_layers .* ascending"),
         ("layers", "[]", "method.layers"),
+        ("layers text_layers", "[]", "at least one"),
         ("layers", "[3, 11]", "equally long"),
         ("heads", "5", "method.width 32 cannot be divided among 5 heads"),
         ("depth", "5", "unknown setting model.method.depth"),
@@ -84,7 +85,7 @@ def test_how_the_bridger_starts() -> None:
 def test_settings_that_do_not_fit_are_named(key: str, value: str, message: str) -> None:
     """Unsuitable settings are errors of the configuration."""
     with pytest.raises(DcrisError, match=message):
-        replace(get_recipe("etris_tiny"), {f"model.method.{key}": parse_value(value)})
+        replace(get_recipe("etris_tiny"), {f"model.method.{each}": parse_value(value) for each in key.split()})
 
 
 def test_stages_may_lie_anywhere() -> None:

@@ -202,11 +202,8 @@ class ModelConfig(Section):
             ("text", self.text.width, self.text.heads),
             ("head", self.head.width, self.head.heads),
         ):
-            if width % heads:
-                raise ValueError(f"{section}.width {width} cannot be divided among {heads} heads")
-        check_layers("head.feature_layers", self.head.feature_layers, self.vision.depth)
-        if self.head.feature_layers[0] > self.head.feature_layers[1]:
-            raise ValueError(f"head.feature_layers {list(self.head.feature_layers)} must be in ascending order")
+            check_heads(f"{section}.width", width, heads)
+        check_layers("head.feature_layers", self.head.feature_layers, self.vision.depth, ascending=True)
         for section, config, families in (
             ("vision", self.vision, VISION_FAMILIES),
             ("text", self.text, TEXT_FAMILIES),
@@ -224,11 +221,20 @@ def _choices(registry: Mapping[str, Any]) -> str:
     return f"known: {', '.join(sorted(registry))}" if registry else "import dcris.models first"
 
 
-def check_layers(key: str, layers: Iterable[int], depth: int) -> None:
-    """Raise ValueError, naming `key`, where block numbers are repeated or not below `depth`."""
+def check_heads(key: str, width: int, heads: int) -> None:
+    """Raise ValueError, naming `key`, where a width cannot be divided among attention heads."""
+    if width % heads:
+        raise ValueError(f"{key} {width} cannot be divided among {heads} heads")
+
+
+def check_layers(key: str, layers: Iterable[int], depth: int, *, ascending: bool = False) -> None:
+    """Raise ValueError, naming `key`, where block numbers are repeated, not below `depth` or, if
+    they have to be, not `ascending`."""
     layers = list(layers)
-    if len(set(layers)) < len(layers) or any(not 0 <= layer < depth for layer in layers):
-        raise ValueError(f"{key} {layers} must be different block numbers, from 0 to {depth - 1}")
+    in_order = layers == sorted(layers) or not ascending
+    if not in_order or len(set(layers)) < len(layers) or any(not 0 <= layer < depth for layer in layers):
+        kind = "ascending" if ascending else "different"
+        raise ValueError(f"{key} {layers} must be {kind} block numbers, from 0 to {depth - 1}")
 
 
 def require_slots(method: str, layers: Iterable[int], place: str, vision: VisionConfig) -> None:

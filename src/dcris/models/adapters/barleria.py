@@ -13,7 +13,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import Blocks, Count, Layers, MethodConfig, ModelConfig, Width, require_slots
+from dcris.config import (
+    Blocks,
+    Count,
+    Layers,
+    MethodConfig,
+    ModelConfig,
+    Width,
+    check_heads,
+    check_layers,
+    require_slots,
+)
 from dcris.models.adapters.attach import attach_everywhere
 from dcris.models.adapters.bridge import Bridge, Fused
 from dcris.models.encoders.blocks import MLP, BranchSlot
@@ -51,18 +61,13 @@ class BarleriaConfig(MethodConfig):
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError where the fused blocks are not the tower's, or widths do not fit."""
         require_slots("barleria", (0,), "token_slot", model.vision)
-        depth = model.vision.depth
-        if list(self.fused) != sorted(set(self.fused)) or any(layer >= depth for layer in self.fused):
-            raise ValueError(
-                f"method.fused {list(self.fused)} must be ascending numbers below the encoder's {depth} blocks"
-            )
+        check_layers("method.fused", self.fused, model.vision.depth, ascending=True)
         if len(self.fused) > self.side_depth + 1:
             raise ValueError(
                 f"method.fused has {len(self.fused)} blocks; with method.side_depth {self.side_depth} there can be at most "
                 f"{self.side_depth + 1}"
             )
-        if self.side_width % self.side_heads:
-            raise ValueError(f"method.side_width {self.side_width} cannot be divided among {self.side_heads} heads")
+        check_heads("method.side_width", self.side_width, self.side_heads)
 
     def attach(self, vision: Any, text: Any) -> None:
         """Put flows into both halves of every block of both towers."""

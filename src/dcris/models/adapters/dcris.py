@@ -24,6 +24,7 @@ from dcris.config import (
     Probability,
     Section,
     Width,
+    check_heads,
     check_layers,
     require_slots,
 )
@@ -83,11 +84,7 @@ class DcrisConfig(MethodConfig):
         if (visual := self.visual) is not None:
             check_layers("method.visual.layers", visual.layers, model.vision.depth)
             require_slots("dcris", visual.layers, "mlp_slot", model.vision)
-            if visual.attention_width % visual.heads:
-                raise ValueError(
-                    f"method.visual.attention_width {visual.attention_width} cannot be divided among "
-                    f"{visual.heads} heads"
-                )
+            check_heads("method.visual.attention_width", visual.attention_width, visual.heads)
         if (text := self.text) is not None:
             check_layers("method.text.layers", text.layers, model.text.depth)
             if text.kind == "dense" and text.width % 16:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dcris.config import Layers, MethodConfig, ModelConfig, Width, require_slots
+from dcris.config import Layers, MethodConfig, ModelConfig, Width, check_heads, check_layers, require_slots
 from dcris.models.adapters.bridge import Bridge, Fused
 from dcris.models.encoders.text import TextState, TextTower
 from dcris.models.encoders.vit import VisionState, VisionTower, as_map
@@ -38,18 +38,11 @@ class EtrisConfig(MethodConfig):
         the width.
         """
         require_slots("etris", (0,), "token_slot", model.vision)
-        for key, layers, depth in (
-            ("layers", self.layers, model.vision.depth),
-            ("text_layers", self.text_layers, model.text.depth),
-        ):
-            if not layers or list(layers) != sorted(set(layers)) or layers[-1] >= depth:
-                raise ValueError(
-                    f"method.{key} {list(layers)} must be ascending numbers below the encoder's {depth} blocks"
-                )
-        if len(self.layers) != len(self.text_layers):
-            raise ValueError("method.layers and method.text_layers must be equally long: they are pairs of blocks")
-        if self.width % self.heads:
-            raise ValueError(f"method.width {self.width} cannot be divided among {self.heads} heads")
+        check_layers("method.layers", self.layers, model.vision.depth, ascending=True)
+        check_layers("method.text_layers", self.text_layers, model.text.depth, ascending=True)
+        if not self.layers or len(self.layers) != len(self.text_layers):
+            raise ValueError("method.layers and method.text_layers must be equally long pairs of blocks, at least one")
+        check_heads("method.width", self.width, self.heads)
 
     def bridge(self, model: ModelConfig) -> Bridge:
         """Return the bridger."""
