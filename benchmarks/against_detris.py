@@ -240,6 +240,7 @@ def _measure(args: argparse.Namespace) -> None:
 
     from dcris.experiments.bench import machine
     from dcris.utils.device import choose_device, choose_precision, multiplies_int8
+    from dcris.utils.files import write_json
     from dcris.utils.text_tables import markdown
 
     device = choose_device(args.device)
@@ -276,8 +277,7 @@ def _measure(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
         clock = "process_time" if args.cpu_time else "perf_counter"
-        figures = {"machine": about, "batch": args.batch, "clock": clock, "rows": rows}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args.json, {"machine": about, "batch": args.batch, "clock": clock, "rows": rows})
 
 
 def _under(cudnn: bool, task: Callable[[], object]) -> Callable[[], object]:

@@ -10,7 +10,6 @@ compiler.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from dcris.models.optimize import prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.utils.device import autocast, choose_device, choose_precision
+from dcris.utils.files import write_json
 from dcris.utils.text_tables import markdown
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     about = machine(device) | {"precision": args.precision}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {"machine": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ one's. The test named in the row checks that both compute the same.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from dcris.models.optimize import cast_frozen, prepare_for_prediction
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.utils.device import autocast, choose_device, choose_precision, precision_of
+from dcris.utils.files import write_json
 from dcris.utils.text_tables import markdown
 
 Task = Callable[[], object]
@@ -360,7 +360,7 @@ def main() -> None:
     print(markdown(("optimisation", "of", "plain", "optimised", "ratio", "test"), cells))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {"machine": about, "rows": rows})
 
 
 if __name__ == "__main__":
