@@ -42,7 +42,7 @@ def make_model(folder: Path, name: str = "dcris_b") -> Path:
     config = get_recipe(name)
     torch.manual_seed(0)
     model = ReferringSegmenter(config.model).eval()
-    for tower in (model.vision, model.text):
+    for tower in model.towers.values():
         repository = _publish(tower, folder / "home" / "hub")
         tower.source = {"source": f"{repository}/model.safetensors", "revision": _COMMIT}
     save_model(path, model, identify_towers(model), config, with_towers=False)

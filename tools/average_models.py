@@ -37,7 +37,7 @@ def main() -> None:
             if value.is_floating_point():  # not batch norm's count of batches
                 value.copy_(torch.stack([state[name].float() for state in states]).mean(0))
     images = frozenset().union(*map(read_training_images, paths))
-    with_towers = not all(is_downloadable(tower) for tower in (model.vision, model.text))
+    with_towers = not all(is_downloadable(tower) for tower in model.towers.values())
     save_model(args.out, model, towers, config, with_towers=with_towers, images=images)
 
 

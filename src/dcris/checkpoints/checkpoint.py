@@ -104,7 +104,7 @@ def identify_towers(model: ReferringSegmenter, files: TowerFiles | None = None) 
     """
     return {
         name: {"name": part.config.name, **part.source, "sha256": _fingerprint_of(part, (files or {}).get(name))}
-        for name, part in (("vision", model.vision), ("text", model.text))
+        for name, part in model.towers.items()
     }
 
 
@@ -227,7 +227,7 @@ def save_whole(
     frozen = {name: value.contiguous() for name, value in tensors.items() if name not in trained}
     towers: Towers = {
         name: {"name": part.config.name, "sha256": fingerprint(_part(frozen, name))}
-        for name, part in (("vision", model.vision), ("text", model.text))
+        for name, part in model.towers.items()
     }
 
     def fill(folder: Path) -> None:
@@ -318,9 +318,7 @@ def _halved(state: Mapping[str, Tensor], model: ReferringSegmenter) -> dict[str,
 def _tower_tensors(model: ReferringSegmenter) -> dict[str, Tensor]:
     """The frozen tensors of the towers, by their names in the whole model."""
     return {
-        f"{name}.{key}": value
-        for name, tower in (("vision", model.vision), ("text", model.text))
-        for key, value in frozen_state(tower).items()
+        f"{name}.{key}": value for name, tower in model.towers.items() for key, value in frozen_state(tower).items()
     }
 
 
@@ -363,16 +361,16 @@ def _steps(run: Path, prefix: str) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda item: item[1])
 
 
-def _read_state(path: Path, step: int) -> dict[str, Any]:
+def _read_state(path: Path, step: int | None = None) -> dict[str, Any]:
     """Read state.json of a checkpoint.
 
-    Raises DcrisError if it is missing, damaged or of another step.
+    Raises DcrisError if it is missing, damaged or of another step than `step` (None: of any).
     """
     state = read_json(path / _STATE, "the checkpoint's state")
     if (
         not isinstance(state, dict)
         or type(state.get("step")) is not int
-        or state["step"] != step
+        or step not in (None, state["step"])
         or not isinstance(state.setdefault("score", None), int | float | None)
         or not isinstance(state.get("files"), dict)
         or state.get("sha256") != _sealed(state)["sha256"]
@@ -389,9 +387,7 @@ def check_files(path: Path, names: Container[str] = (*MODEL_FILES, _OPTIMIZER)) 
     """
     if not (path / _STATE).is_file():  # a converted or saved checkpoint
         return
-    state = read_json(path / _STATE, "the checkpoint's state")
-    step = state.get("step") if isinstance(state, dict) else None
-    for name, known in _read_state(path, step if isinstance(step, int) else -1)["files"].items():
+    for name, known in _read_state(path)["files"].items():
         if name in names and _sha256(path / name) != known:
             raise DcrisError(
                 f"{path / name} does not match its checksum: it is cut short or changed, so copy it again or use another "
@@ -600,10 +596,15 @@ def load_trained(
         for each in (trained_state(model), _read_trained(path, model))
     )
     copy_strictly(target, source, str(path))
-    for name, tower in (("vision", model.vision), ("text", model.text)):
+    for name, tower in model.towers.items():
         # The fingerprints are equal, so the recorded source is also that of these weights.
-        tower.source = tower.source or {key: towers[name][key] for key in ("source", "revision") if key in towers[name]}
-    return {name: {**each, **getattr(model, name).source} for name, each in found.items()}
+        tower.source = tower.source or _source(towers[name])
+    return {name: {**each, **model.towers[name].source} for name, each in found.items()}
+
+
+def _source(recorded: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of the record of a tower that `tower.source` holds."""
+    return {key: recorded[key] for key in ("source", "revision") if key in recorded}
 
 
 def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tuple[ReferringSegmenter, RunConfig]:
@@ -639,8 +640,8 @@ def load_adapters(path: Path, shared: ReferringSegmenter, towers: Towers) -> tup
     device = shared.head.projector.visual.weight.device
     trained = {name: value.to(device, expected[name].dtype) for name, value in tensors.items()}
     model.load_state_dict({**present, **trained}, assign=True)
-    for name, tower in (("vision", model.vision), ("text", model.text)):
-        tower.source = {key: recorded[name][key] for key in ("source", "revision") if key in recorded[name]}
+    for name, tower in model.towers.items():
+        tower.source = _source(recorded[name])
     _load_calibration(model, path)
     return model, config
 

@@ -433,7 +433,7 @@ class Segmenter:
         licence: str | None,
     ) -> None:
         if towers is None:
-            towers = not all(is_downloadable(tower) for tower in (self.model.vision, self.model.text))
+            towers = not all(is_downloadable(tower) for tower in self.model.towers.values())
         if not isinstance(metrics, dict | list | tuple):
             raise DcrisError(
                 f"metrics must be the output of `dcris evaluate --out` or a list of such outputs, not {kind_of(metrics)}"

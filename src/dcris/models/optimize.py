@@ -150,7 +150,7 @@ def cast_frozen(model: ReferringSegmenter, dtype: torch.dtype) -> None:
     if _packs(model, dtype):
         for module in model.vision.modules():
             _pack(module, {}, for_training=True)
-    for tower in (model.vision, model.text):
+    for tower in model.towers.values():
         inside = {module for adapter in adapters(tower) for module in adapter.modules()}
         for module in tower.modules():
             if module not in inside and not _trains(module):

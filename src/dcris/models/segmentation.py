@@ -111,6 +111,11 @@ class ReferringSegmenter(nn.Module):
         freeze(self.text, lambda name: method is not None and method.trains(f"text.{name}"))
         self.train(False)
 
+    @property
+    def towers(self) -> dict[str, VisionTower | TextTower]:
+        """Both towers, by the names of their sections in the configuration."""
+        return {"vision": self.vision, "text": self.text}
+
     def train(self, mode: bool = True) -> "ReferringSegmenter":
         """Switch adapters and head between training and evaluation; the towers stay in evaluation
         mode.

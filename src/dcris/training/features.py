@@ -31,7 +31,7 @@ from dcris.errors import DcrisError
 from dcris.models.encoders.vit import VisionState
 from dcris.types import Sample
 from dcris.utils.distributed import Processes
-from dcris.utils.files import make_directory, read_json, remove_directory, write_json
+from dcris.utils.files import make_directory, read_json, write_json
 from dcris.utils.workers import Failure, load
 
 _MASK_SHARE = 40
@@ -287,10 +287,6 @@ class CachedSamples(TrainingSamples):
         for rank in range(len(self.shares)):
             record = read_json(self._path("json", rank), "the record of stored features")
             self.failed |= {int(number): message for number, message in record["failed"].items()}
-
-    def remove(self) -> None:
-        """Delete the files of all ranks."""
-        remove_directory(self.folder)
 
     def _path(self, name: str, rank: int | None = None) -> Path:
         return self.folder / f"{self.rank if rank is None else rank}.{name}"
