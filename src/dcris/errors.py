@@ -18,6 +18,11 @@ class LongPhraseWarning(DcrisWarning):
     """A phrase is longer than a model reads, so its end does not change the prediction."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def out_of_memory(error: Exception) -> bool:
     """Return whether an error of Python or torch means that memory ran out. torch has a class of
     its own for GPUs only."""

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dcris.checkpoints.state_dicts import OtherValue, find_weights
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, first_line
 from dcris.utils.files import open_regular
 from dcris.utils.pickles import end_of_pickle, global_name
 
@@ -93,9 +93,9 @@ def _reading(path: Path) -> Iterator[None]:
         # as EINVAL.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise DcrisError(
-            f"{path} cannot be read as weights ({reason}); it may be cut short or damaged, so delete it and download it again"
+            f"{path} cannot be read as weights ({first_line(error)[:160]}); it may be cut short or damaged, so delete it and "
+            "download it again"
         ) from error
 
 

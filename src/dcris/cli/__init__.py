@@ -33,7 +33,7 @@ from dcris.cli import (
     web,
 )
 from dcris.cli.common import Parser, on_error
-from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning, out_of_memory
+from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning, first_line, out_of_memory
 from dcris.utils.streams import is_verbose, usable_streams, verbosity
 from dcris.utils.workers import dead_worker
 from dcris.version import __version__
@@ -106,8 +106,7 @@ def _sentence(error: Exception) -> str | None:
     if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or any(text in str(error) for text in texts):
         return "too many open files; raise the limit (`ulimit -n 1024`) or use fewer workers"
     if out_of_memory(error):
-        reason = (str(error).strip() or "out of memory").splitlines()[0]
-        return f"not enough memory ({reason}); use a smaller batch, image or model"
+        return f"not enough memory ({first_line(error)}); use a smaller batch, image or model"
     if isinstance(error, UnicodeEncodeError):
         return (
             f"the file name {error.object!r} cannot be encoded as {error.encoding}, the encoding of this system; set "

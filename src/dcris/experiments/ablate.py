@@ -36,7 +36,7 @@ from dcris.data.scenes import cores, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.data.training_table import training_table
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, first_line
 from dcris.evaluation.evaluator import predict_queries, result_record
 from dcris.evaluation.protocols import Cris
 from dcris.experiments.ablation_report import Measured, write_ablation
@@ -487,8 +487,8 @@ class _Work:
         except Interrupted:
             raise
         except Exception as error:  # of any class: the other rows continue
-            first, *_ = str(error).strip().splitlines() or [""]
-            sentence = first if isinstance(error, DcrisError) else f"{type(error).__name__}: {first}"
+            kind = "" if isinstance(error, DcrisError) else f"{type(error).__name__}: "
+            sentence = kind + first_line(error)
             write_file(run.folder / "failed.txt", f"{sentence}\n\n{traceback.format_exc()}")
             self.log(f"{run.title}: failed: {sentence}")
             return

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dcris.config import TrainConfig
-from dcris.errors import DcrisError, out_of_memory
+from dcris.errors import DcrisError, first_line, out_of_memory
 from dcris.models.segmentation import Output, ReferringSegmenter
 from dcris.utils.distributed import Processes
 
@@ -54,8 +54,8 @@ def compiled(
         except Exception as error:
             if out_of_memory(error) or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DcrisError(f"the network cannot be compiled ({reason[:200]}); leave train.compile off") from error
+            reason = first_line(error)[:200]
+            raise DcrisError(f"the network cannot be compiled ({reason}); leave train.compile off") from error
         return output
 
     return forward

@@ -28,7 +28,7 @@ from dcris.config import RunConfig
 from dcris.data.dataset import Queries, fit_image
 from dcris.data.images import read_image
 from dcris.data.masks import true_mask
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, first_line
 from dcris.evaluation.evaluator import EvalResult
 from dcris.utils.device import resident_memory
 from dcris.utils.drawing import (
@@ -192,7 +192,7 @@ class Monitor:
                 panels = [make_panel(result) for result in results()]
             except Exception as error:  # panels are not worth ending a run for
                 self.show_panels = False
-                self.log(f"training continues without images of predictions: {_reason(error)}")
+                self.log(f"training continues without images of predictions: {first_line(error)}")
             else:
                 self._for_each_tracker(lambda tracker: tracker.show(done, panels))
         self.speed = self.speed.resumed()
@@ -218,12 +218,7 @@ class Monitor:
                 self._report_failure(name, error)
 
     def _report_failure(self, tracker: str, error: Exception) -> None:
-        self.log(f"training continues without {tracker}: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its class if it has none."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        self.log(f"training continues without {tracker}: {first_line(error)}")
 
 
 @dataclass(frozen=True, slots=True)

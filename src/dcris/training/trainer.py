@@ -56,7 +56,7 @@ from dcris.data.masking import hide
 from dcris.data.mixing import require_weights
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import Tokenizer
-from dcris.errors import DcrisError, out_of_memory
+from dcris.errors import DcrisError, first_line, out_of_memory
 from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries
 from dcris.evaluation.metrics import summarise
 from dcris.evaluation.protocols import Cris
@@ -455,10 +455,9 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            reason = (str(error).strip() or "out of memory").splitlines()[0]
             raise DcrisError(
-                f"not enough memory for step {step + 1} ({reason}); the last checkpoint is intact: --resume with a smaller "
-                "--train.micro_batch or with --train.checkpoint_activations true, or start again with a smaller batch"
+                f"not enough memory for step {step + 1} ({first_line(error)}); the last checkpoint is intact: --resume with a "
+                "smaller --train.micro_batch or with --train.checkpoint_activations true, or start again with a smaller batch"
             ) from error
 
     def save(self) -> Checkpoint:
@@ -704,7 +703,7 @@ class Trainer:
         make the optimizer and the compiled network."""
         model = self.model
         if self.settings.shard_towers:
-            shard_towers((model.vision, model.text), self.device, self.group)
+            shard_towers([*model.towers.values()], self.device, self.group)
         if self.group.count > 1:
             synchronise_batch_norm(model)
         model.to(self.device).train()

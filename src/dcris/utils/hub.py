@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, first_line
 
 Kind = Literal["model", "dataset"]
 """Kind of repository: a model and a data set on the Hub can have the same name."""
@@ -109,7 +109,7 @@ def _require_reachable(repo: str, name: str, revision: str, kind: Kind) -> None:
 def _unreachable(error: Exception, repo: str, kind: Kind) -> UnreachableError:
     from huggingface_hub import constants
 
-    reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error.__cause__ or error)
     return UnreachableError(
         f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({reason}); "
         f"check the network, or {_instead(kind)}"
@@ -157,10 +157,9 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # see fetch
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DcrisError(
-            f"uploading to {repo} on {constants.ENDPOINT} failed ({reason}); check its name, and run `hf auth login` with a "
-            "token that has write access"
+            f"uploading to {repo} on {constants.ENDPOINT} failed ({first_line(error)}); check its name, and run `hf auth "
+            "login` with a token that has write access"
         ) from error
     return f"{constants.ENDPOINT}/{repo}"
 
@@ -213,5 +212,6 @@ def _explain(error: Exception, repo: str, revision: str, kind: Kind) -> DcrisErr
         )
     if isinstance(error, OSError) and error.errno is not None:
         return DcrisError(f"cannot write to the cache {constants.HF_HUB_CACHE}: {error.strerror or error}; set HF_HOME")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DcrisError(f"downloading {repo} from {constants.ENDPOINT} failed ({reason}); try again, or {file_instead}")
+    return DcrisError(
+        f"downloading {repo} from {constants.ENDPOINT} failed ({first_line(error)}); try again, or {file_instead}"
+    )

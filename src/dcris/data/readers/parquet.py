@@ -17,7 +17,7 @@ from dcris.data.coco import CATEGORIES
 from dcris.data.readers.refer_layout import Instances, read_records
 from dcris.data.registry import DATASETS
 from dcris.data.table import OnError, ReferenceTable, bad, field, plain_path
-from dcris.errors import DcrisError
+from dcris.errors import DcrisError, first_line
 from dcris.utils.files import open_regular, parse_json
 
 _REQUIRED = ("ref_id", "ann_id", "image_id", "category_id", "sentences", "raw_anns", "raw_image_info")
@@ -383,7 +383,7 @@ def _open_parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
 
 
 def _damaged(path: Path, error: Exception) -> DcrisError:
-    return bad(path, f"it is not a whole Parquet file ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+    return bad(path, f"it is not a whole Parquet file ({first_line(error)})")
 
 
 def require_pyarrow() -> None:
