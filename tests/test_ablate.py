@@ -490,6 +490,18 @@ def test_a_validation_split_that_is_chosen_is_used_or_refused(
     assert [config.data.val_split for config in configs] == ["train", "train"]
 
 
+@pytest.mark.parametrize("words", [("--dataset", "other"), ("--split-by", "umd")])
+def test_a_file_is_one_data_set(words: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever names another data set than the file must not get the scores of the file."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    line = {"image": "a.png", "mask": [[1, 1, 9, 1, 9, 9]], "expressions": ["ring"]}
+    lines = [json.dumps({**line, "split": split}) for split in ("train", "test")]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    data = ("--data", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out"), "--steps", "1")
+    assert main(["ablate", "--recipes", "fixed_tiny", "dcris_tiny", *data, *words]) == 2
+    assert "is a single data set, own; leave out --dataset and --split-by" in capsys.readouterr().err
+
+
 def test_an_invalid_seed_raises(quiet_study: Callable[..., list[str]], tables: dict[str, Table]) -> None:
     """The error comes before anything is trained."""
     with pytest.raises(DcrisError, match=r"invalid setting: train\.seed"):

@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import ROOT, adder, device_arguments, exit_interrupted, log, natural, parse_settings, positive
+from dcris.cli.common import (
+    ROOT,
+    adder,
+    device_arguments,
+    exit_interrupted,
+    log,
+    natural,
+    own_name,
+    parse_settings,
+    positive,
+)
 from dcris.errors import DcrisError
 from dcris.experiments.paper_tables import SIZES, TABLES
 
@@ -62,6 +72,8 @@ def _ablate(args: argparse.Namespace) -> None:
 
     if (args.table is None) == (not args.recipes):
         raise DcrisError("give either a TABLE or --recipes; see `dcris ablate --help`")
+    if args.data is not None:
+        own_name(args.data, args)
     study = recipe_study(args.recipes) if args.recipes else table_study(args.table, args.recipe)
     try:
         failures = ablate(

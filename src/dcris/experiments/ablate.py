@@ -296,7 +296,9 @@ class _Run:
 
 
 _Runs = dict[int, _Run] | DcrisError
-"""A row's run by seed, or why it has none."""
+"""A row's runs by seed, or why it has none."""
+_Ended = Mapping[int, _Run | str] | DcrisError
+"""The same after all runs; a text states why a run is missing."""
 
 
 class _Work:
@@ -321,16 +323,10 @@ class _Work:
         data = study.default.data
         if root is None:
             self.table = load_references(self._scenes(), data.dataset)
-        elif root.is_file():
-            self.table = load_references(root, dataset, split_by, mask_threshold=data.mask_threshold)
         else:
-            same = dataset in (None, data.dataset)
-            self.table = load_references(
-                root,
-                dataset or data.dataset,
-                split_by or (data.split_by if same else None),
-                mask_threshold=data.mask_threshold,
-            )
+            if dataset in (None, data.dataset):
+                dataset, split_by = data.dataset, split_by or data.split_by
+            self.table = load_references(root, dataset, split_by, mask_threshold=data.mask_threshold)
         self.checksum = self.table.sha256()
         others = [split for split in self.table.splits() if split != data.train_split]
         self.splits = [split for split in others if all_queries(self.table.split(split), present_only=True)]
@@ -396,7 +392,7 @@ class _Work:
         warmup = round(share * config.train.warmup_steps)
         return self._identified(_name(row), replace(changed, {"train.warmup_steps": warmup}))
 
-    def _equal_time(self, runs: dict[int, _Run], baseline: dict[int, _Run]) -> "dict[int, _Run | str]":
+    def _equal_time(self, runs: dict[int, _Run], baseline: dict[int, _Run]) -> dict[int, _Run | str]:
         """Return a row's runs of the budget "time" by seed, or why there is none.
 
         They have as many steps as fit into the baseline's seconds, and a schedule of that length.
@@ -502,16 +498,16 @@ class _Work:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def _measure(self, rows: "Sequence[dict[int, _Run] | dict[int, _Run | str] | DcrisError]") -> list[Measured]:
+    def _measure(self, rows: Sequence[_Ended]) -> list[Measured]:
         """Collect the results of all rows under one budget."""
         return [
             self._measured(index, row, runs)
             for index, (row, runs) in enumerate(zip(self.study.table.rows, rows, strict=True))
         ]
 
-    def _measured(self, index: int, row: Row, runs: "dict[int, _Run] | dict[int, _Run | str] | DcrisError") -> Measured:
+    def _measured(self, index: int, row: Row, runs: _Ended) -> Measured:
         results, failures = [], []
-        for run in runs.values() if isinstance(runs, dict) else ():
+        for run in runs.values() if isinstance(runs, Mapping) else ():
             if isinstance(run, str):
                 failures.append(run)
             elif (result := run.result()) is not None:
