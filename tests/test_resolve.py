@@ -53,7 +53,7 @@ def segmenter(seed: int = 0, dataset: str = "scenes", **changes: str) -> Segment
     torch.manual_seed(seed)
     model = ReferringSegmenter(config.model)
     randomise(model, seed)
-    load_towers(model.vision, model.text, config.model)
+    load_towers(model)
     return Segmenter(model, config, device="cpu")
 
 

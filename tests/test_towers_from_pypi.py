@@ -122,7 +122,7 @@ def test_adapters_train_and_towers_do_not() -> None:
     torch.manual_seed(0)
     model = ReferringSegmenter(config.model)
     # With random weights, what reaches block 16 is so small that gradients underflow.
-    load_towers(model.vision, model.text, config.model)
+    load_towers(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     assert len(adapters(model.vision)) == 4 and len(adapters(model.text)) == 3

@@ -323,7 +323,7 @@ def test_the_page_explains_the_score_of_each_adapter_set(tmp_path: Path) -> None
     that the score is the probability that the object is there; the second has no presence head."""
     config = get_recipe("dcris_tiny")
     model = ReferringSegmenter(config.model)
-    load_towers(model.vision, model.text, config.model)
+    load_towers(model)
     plain = Segmenter(model, config, device="cpu").save_pretrained(tmp_path / "plain")
     both = Segmenter.from_pretrained({"tiny": "tiny", "plain": plain}, device="cpu")
     for segmenter, told in (

@@ -565,7 +565,7 @@ def test_a_checkpoint_uses_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path
     hub.push(TEXT_REPO, {"model.safetensors": written(hub_clip(TINY_TEXT), tmp_path / "t")})
     config = RunConfig(recipe="tiny", model=tiny_config(**shapes), data=DataConfig(word_length=12))
     model = ReferringSegmenter(config.model)
-    weights.load_towers(model.vision, model.text, config.model)
+    weights.load_towers(model)
     towers = identify_towers(model)
     optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
     saved_at = save_checkpoint(tmp_path / "run", model, towers, optimizer, config, 1).path
@@ -576,7 +576,7 @@ def test_a_checkpoint_uses_the_commit_it_was_trained_on(hub: Hub, tmp_path: Path
     assert pinned.model.vision.revision == towers["vision"]["revision"]
     refuse_other_run(config, pinned, saved_at)  # so that a run can go on there too
     moved = ReferringSegmenter(config.model)
-    weights.load_towers(moved.vision, moved.text, config.model)
+    weights.load_towers(moved)
     with pytest.raises(
         DcrisError, match=f"another vision encoder than {VISION} .* revision {towers['vision']['revision']}"
     ):
@@ -594,7 +594,7 @@ def test_towers_are_read_again_when_their_file_changes(tmp_path: Path, monkeypat
     config = RunConfig(recipe="tiny", model=tiny_config(vision=vision, text=text), data=DataConfig(word_length=12))
     torch.manual_seed(0)
     model = ReferringSegmenter(config.model)
-    weights.load_towers(model.vision, model.text, config.model)
+    weights.load_towers(model)
     save_model(tmp_path / "model", model, identify_towers(model), config, with_towers=True)
     for _ in range(2):
         load_checkpoint(tmp_path / "model")

@@ -21,11 +21,12 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor, nn
 
 from dcris.checkpoints.tensor_files import StoredTensor, open_tensors
-from dcris.config import TEXT_FAMILIES, VISION_FAMILIES, ModelConfig, VisionConfig
+from dcris.config import TEXT_FAMILIES, VISION_FAMILIES, VisionConfig
 from dcris.errors import DcrisError
 from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.utils.cache import FileState, file_state
 from dcris.utils.hub import fetch
 from dcris.utils.wheels import WheelFile
@@ -40,7 +41,7 @@ _EMBEDDED_FILE = "tiny_towers.safetensors"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> TowerFiles:
+def load_towers(model: ReferringSegmenter) -> TowerFiles:
     """Load the weights of both towers by their configurations; adapters stay unchanged.
 
     Returns:
@@ -49,10 +50,7 @@ def load_towers(vision: VisionTower, text: TextTower, config: ModelConfig) -> To
     Raises:
         DcrisError: weights cannot be loaded, or do not match the shapes of the tower.
     """
-    return {
-        "vision": fill_tower(vision, config.vision.name, config.vision.revision),
-        "text": fill_tower(text, config.text.name, config.text.revision),
-    }
+    return {name: fill_tower(each, each.config.name, each.config.revision) for name, each in model.towers.items()}
 
 
 def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main") -> FileState | None:

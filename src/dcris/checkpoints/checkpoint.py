@@ -527,7 +527,7 @@ def load_identified(path: Path) -> tuple[ReferringSegmenter, RunConfig, Towers]:
         towers = _tower_tensors(model)
         copy_strictly(towers, _read_tensors(tower_file, only=towers if path.is_file() else None), str(tower_file))
     else:
-        files = load_towers(model.vision, model.text, config.model)
+        files = load_towers(model)
     found = load_trained(model, path, files)
     _load_calibration(model, path)
     return model, config, found

@@ -117,7 +117,7 @@ def build_model(config: RunConfig) -> ReferringSegmenter:
     """
     torch.manual_seed(require(config, RunConfig, "the configuration").train.seed)
     model = ReferringSegmenter(config.model)
-    load_towers(model.vision, model.text, config.model)
+    load_towers(model)
     return model
 
 
