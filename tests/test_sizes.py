@@ -17,7 +17,7 @@ from dcris.inference.segmenter import Segmenter
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.training.batch_size import largest_micro_batch
-from dcris.training.sizes import draw_size, resize, training_sizes
+from dcris.training.sizes import draw_size, resize
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import build_model
 from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training, timeless_log
@@ -44,9 +44,9 @@ def sides_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_sizes_are_whole_patches() -> None:
     """Rounded, at least one patch; off by default."""
-    assert training_sizes(quick_config(1, SCALES)) == (42, 56, 84)
-    assert training_sizes(quick_config(1)) == (56,)
-    assert training_sizes(quick_config(1, ("data.scales", "[0.1]"))) == (14,)
+    assert quick_config(1, SCALES).sizes == (42, 56, 84)
+    assert quick_config(1).sizes == (56,)
+    assert quick_config(1, ("data.scales", "[0.1]")).sizes == (14,)
     assert get_recipe("dcris_b").data.scales is None
     drawn = [draw_size((42, 56, 84), 0, step) for step in range(3000)]
     assert all(abs(count - 1000) < 120 for count in Counter(drawn).values())

@@ -18,6 +18,7 @@ from dcris.utils.files import read_json
 
 PositionRule = Literal["exact", "offset", "plain"]
 Part = Literal["adapters", "head", "towers"]
+MaskTarget = Literal["nearest", "area", "aligned"]
 NegativeKind = Literal["category", "attribute", "place", "relation"]
 
 # The bounds are far beyond sensible values. They keep an untrusted file from causing any amount of
@@ -400,7 +401,7 @@ class TrainConfig(Section):
     masking: MaskingConfig | None = None
     """Train on each sample a second time, with parts of its image and its words masked, to predict
     what the network predicts for the sample itself. None: off."""
-    target: Literal["nearest", "area", "aligned"] = "nearest"
+    target: MaskTarget = "nearest"
     """How masks are resized to the grid of the logits, for the losses and the training IoU:
     nearest, as published, takes one pixel for each cell; area takes the mean of the cell; aligned
     takes the mean of a cell that lies where the protocol cris expects it, so that its threshold
@@ -461,15 +462,15 @@ class RunConfig(Section):
                 f"data.scales {list(self.data.scales or ())} gives the sizes {list(self.sizes)}, in whole patches of "
                 f"{self.model.vision.patch} pixels; give scales of different sizes"
             )
-        if max(self.sizes, default=0) > _LARGEST_IMAGE:
+        if max(self.sizes) > _LARGEST_IMAGE:
             raise ValueError(f"data.scales gives a size of {max(self.sizes)} pixels; the largest is {_LARGEST_IMAGE}")
         return self
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sides of the input in training by `data.scales`, in pixels; empty without it."""
+        """The sides of the network's square input in training, in pixels (`data.scales`)."""
         patch, size = self.model.vision.patch, self.data.image_size
-        return tuple(patch * max(1, round(scale * size / patch)) for scale in self.data.scales or ())
+        return tuple(patch * max(1, round(scale * size / patch)) for scale in self.data.scales or (1.0,))
 
 
 def parse_config(value: Any, where: str) -> RunConfig:

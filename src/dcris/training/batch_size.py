@@ -15,7 +15,6 @@ from dcris.errors import DcrisError
 from dcris.models.layers.activation_checkpointing import frozen_statistics
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import training_losses
-from dcris.training.sizes import training_sizes
 from dcris.utils.device import autocast, choose_precision, free_memory, resident_memory
 from dcris.utils.distributed import Processes
 
@@ -99,7 +98,7 @@ def largest_micro_batch(
     """
     sizes = [*(2**power for power in range(share.bit_length()) if 2**power < share), share]
     dtype = choose_precision(config.train.precision, device)
-    side = max(training_sizes(config))
+    side = max(config.sizes)
     was_training, parameters = model.training, [item for item in model.parameters() if item.requires_grad]
     model.to(device).train()
     least = 1 if trains_on_one_sample(model, config, tokenizer, device) else 2
@@ -155,7 +154,7 @@ def trains_on_one_sample(
         tokenizer: of the model's text tower.
         device: to train on.
     """
-    side, devices = min(training_sizes(config)), [device] if device.type == "cuda" else []
+    side, devices = min(config.sizes), [device] if device.type == "cuda" else []
     images = normalise(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device), config.data)
     tokens = tokenizer(["left"], config.data.word_length).to(device)
     precision = autocast(device, choose_precision(config.train.precision, device))

@@ -6,18 +6,14 @@ Shape letters: B batch, S side of the input square, h w logit grid.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcris.config import TrainConfig
+from dcris.config import MaskTarget, TrainConfig
 from dcris.evaluation.protocols import Cris
 from dcris.models.segmentation import Output
-
-Target = Literal["nearest", "area", "aligned"]
-"""How masks are resized to the grid of the logits; see `resize_masks`."""
 
 _NOTHING = -40.0
 """Logit whose loss against an empty mask, and its gradient, are 0 in float32."""
@@ -31,7 +27,7 @@ value.
 """
 
 
-def resize_masks(masks: Tensor, size: tuple[int, ...], target: Target = "nearest") -> Tensor:
+def resize_masks(masks: Tensor, size: tuple[int, ...], target: MaskTarget = "nearest") -> Tensor:
     """Resize masks [B, 1, S, S] in 0..1 to [B, 1, h, w], the grid of the logits.
 
     Args:

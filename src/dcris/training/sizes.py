@@ -4,15 +4,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcris.config import RunConfig
-
 _STREAM = 0x53495A45
 """Keeps the draws of sizes apart from the other draws by seed and number."""
-
-
-def training_sizes(config: RunConfig) -> tuple[int, ...]:
-    """Return the sides of the network's square input in training, in pixels."""
-    return config.sizes or (config.data.image_size,)
 
 
 def draw_size(sizes: tuple[int, ...], seed: int, step: int) -> int:

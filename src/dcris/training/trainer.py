@@ -75,7 +75,7 @@ from dcris.training.losses import LOSSES, masked_losses, resize_masks, training_
 from dcris.training.optimizer import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from dcris.training.parallel import divide_batch, shard_towers, synchronise_batch_norm
 from dcris.training.provenance import RunRecord
-from dcris.training.sizes import draw_size, resize, training_sizes
+from dcris.training.sizes import draw_size, resize
 from dcris.training.stopping import Interrupted, StopRequest, StopWaiting, stop_requests
 from dcris.types import Batch
 from dcris.utils.arguments import PathLike, as_path, require, require_names
@@ -323,7 +323,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # Only rank 0 wants the IoU, by its clock, but summing it takes all ranks.
         compute_iou = want_iou or self.group.count > 1
-        size = draw_size(training_sizes(self.config), self.settings.seed, step)
+        size = draw_size(self.config.sizes, self.settings.seed, step)
         terms, ious, begin = [], [], 0
         for places in self.passes:
             part = slice(begin, begin + len(places))
@@ -722,7 +722,7 @@ class Trainer:
         if self.group.count > 1 or min(map(len, self.passes)) > 1:
             return
         if not trains_on_one_sample(self.model, self.config, self.tokenizer, self.device):
-            side = min(training_sizes(self.config))
+            side = min(self.config.sizes)
             what = f"{len(self.passes)} passes, some of which have" if len(self.passes) > 1 else "one pass, which has"
             raise DcrisError(
                 f"a batch of {self.batch_size} takes {what} one sample, and batch norm cannot train on one image of "

@@ -198,6 +198,15 @@ class DenseCrossAdapter(DenseAdapter):
         return torch.add(output, adapted, alpha=self.scale)
 
 
+def _text_up(config: TextAdapterConfig, width: int) -> nn.Linear:
+    """Return the up-projection of a text adapter, with its initial weights."""
+    up = nn.Linear(config.width, width)
+    if config.init == "zero":
+        nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.bias)
+    return up
+
+
 class TextAdapter(BranchSlot):
     """Equation 3: down, ReLU, up. It reads the residual stream before the MLP's norm, as in the
     published code.
@@ -207,10 +216,7 @@ class TextAdapter(BranchSlot):
         super().__init__()
         self.scale = config.scale
         self.down = nn.Linear(width, config.width)
-        self.up = nn.Linear(config.width, width)
-        if config.init == "zero":
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
+        self.up = _text_up(config, width)
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
         """MLP output [B, L, T] -> the same plus scale * f_w."""
@@ -229,10 +235,7 @@ class DenseTextAdapter(DenseAdapter):
     def __init__(self, width: int, config: TextAdapterConfig) -> None:
         super().__init__(width, config.width, dimensions=1)
         self.scale = config.scale
-        self.up = nn.Linear(config.width, width)
-        if config.init == "zero":
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
+        self.up = _text_up(config, width)
 
     def forward(self, output: Tensor, normed: Tensor, residual: Tensor, context: SlotContext) -> Tensor:
         """MLP output [B, L, T] -> the same plus scale times the adapter's output."""
