@@ -73,6 +73,21 @@ def test_own_data_without_a_split_for_validation(tmp_path: Path) -> None:
     assert any("without validation" in line for line in lines)
 
 
+def test_a_whole_section_keeps_its_fields(tmp_path: Path) -> None:
+    """What follows from the data set replaces no field that a section gives."""
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "expressions": ["left one"], "mask": [[1, 1, 9, 1, 9, 9]]}
+    rows = [row | {"split": split} for split in ("train", "train", "val")]
+    (tmp_path / "refcocog.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    section = get_recipe("dcris_tiny").data.model_copy(update={"word_length": 11, "image_size": 56})
+    for number, data in enumerate((section, section.model_dump())):
+        run = tmp_path / f"run{number}"
+        settings = {"train.max_steps": 1, "data": data}
+        dcris.train("dcris_tiny", dcris.load_dataset(tmp_path / "refcocog.jsonl"), run, settings, device="cpu", log=len)
+        config = json.loads((run / "config.json").read_text())
+        assert (config["data"]["word_length"], config["data"]["val_split"]) == (11, None)
+
+
 def test_wrong_arguments_are_one_sentence(scenes_root: Path, tmp_path: Path) -> None:
     """Before anything is written."""
     data = dcris.load_dataset(scenes_root, "scenes")
@@ -80,6 +95,11 @@ def test_wrong_arguments_are_one_sentence(scenes_root: Path, tmp_path: Path) -> 
         (("no_recipe", data, tmp_path / "a"), "unknown recipe 'no_recipe'"),
         (("dcris_tiny", scenes_root, tmp_path / "a"), "the data must be a ReferenceTable"),
         (("dcris_tiny", data, tmp_path / "a", {"train.lrr": 1}), "lrr"),
+        (
+            ("dcris_tiny", data, tmp_path / "a", "train.lr=1"),
+            r"changes must map keys to values, .* not be 'train\.lr=1'",
+        ),
+        (("dcris_tiny", data, tmp_path / "a", None), "not be None"),
         (("dcris_tiny", data, 7), "the folder of the run must be a path"),
     ):
         with pytest.raises(DcrisError, match=complaint) as caught:

@@ -512,8 +512,7 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         DcrisError: names the key that is unknown or whose value does not fit.
     """
     tree = require(config, RunConfig, "the configuration").model_dump()
-    if not isinstance(changes, Mapping) or not all(isinstance(key, str) for key in changes):
-        raise DcrisError(f'changes must map keys to values, as in {{"train.lr": 0.001}}, not be {kind_of(changes)}')
+    require_changes(changes)
     if "train.epochs" in changes:
         changes = {"train.max_steps": None, **changes}
     for key in sorted(changes, key=lambda key: key.count(".")):  # a section before its fields
@@ -531,6 +530,19 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             )
         node[last] = value.model_dump() if isinstance(value, Section) else deepcopy(value)
     return parse_config(tree, "invalid setting")
+
+
+def require_changes(changes: Any) -> None:
+    """Raise DcrisError if something is not a mapping of keys to values, as `replace` takes it."""
+    if not isinstance(changes, Mapping) or not all(isinstance(key, str) for key in changes):
+        raise DcrisError(f'changes must map keys to values, as in {{"train.lr": 0.001}}, not be {kind_of(changes)}')
+
+
+def gives(changes: Mapping[str, Any], key: str) -> bool:
+    """Return whether changes for `replace` give a field, alone or in a whole section."""
+    section, _, name = key.partition(".")
+    whole = changes.get(section)
+    return key in changes or isinstance(whole, Section) or (isinstance(whole, Mapping) and name in whole)
 
 
 def parse_value(text: str) -> Any:

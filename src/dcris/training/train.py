@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from dcris.config import RunConfig, replace
+from dcris.config import RunConfig, gives, replace, require_changes
 from dcris.data.readers.load import is_single_file
 from dcris.data.registry import word_length_settings
 from dcris.data.table import ReferenceTable
@@ -50,9 +50,12 @@ def train(
     require(data, ReferenceTable, "the data")
     config = recipe if isinstance(recipe, RunConfig) else get_recipe(recipe)
     own = is_single_file(data.root)
+    require_changes(settings)
     chosen = {"data.dataset": data.dataset, "data.split_by": None if own else data.split_by, **settings}
-    config = replace(config, chosen | word_length_settings(chosen, config.data.dataset))
-    if own and "data.val_split" not in settings:
+    if not gives(settings, "data.word_length"):
+        chosen |= word_length_settings(chosen, config.data.dataset)
+    config = replace(config, chosen)
+    if own and not gives(settings, "data.val_split"):
         config = validated_on_own_data(config, data, log)
     with processes(device) as group:
         return run_training(config, data, out, resume=resume, device=device, log=log, group=group)
