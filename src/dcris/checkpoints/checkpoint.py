@@ -154,7 +154,8 @@ def save_checkpoint(
             json.dumps(_sealed({"step": step, "score": None, "files": files}), indent=2) + "\n"
         )
 
-    _write(path, fill)
+    with _writing(path):
+        write_directory(path, fill)
     return Checkpoint(path, step, None)
 
 
@@ -229,13 +230,7 @@ def save_whole(
         name: {"name": part.config.name, "sha256": fingerprint(_part(frozen, name))}
         for name, part in model.towers.items()
     }
-
-    def fill(folder: Path) -> None:
-        save_file(state, folder / _MODEL, _metadata(towers, origin=origin))
-        save_file(frozen, folder / _TOWERS)
-        (folder / _CONFIG).write_text(_config_text(config))
-
-    _write(path, fill)
+    _write_model(path, state, _metadata(towers, origin=origin), config, frozen)
 
 
 def save_model(
@@ -276,24 +271,37 @@ def save_model(
     metadata = _metadata(towers, origin=origin)
     if path.suffix == _BUNDLE:
         whole = {**state, **_on_cpu(_tower_tensors(model))}
-        metadata |= {_IMAGES: images_to_text(images)} if images else {}
-        _guarded(
-            path,
-            lambda: write_file(path, lambda at: save_file(whole, at, {**metadata, "config": _config_text(config)})),
-        )
-        return
+        metadata |= {"config": _config_text(config), **({_IMAGES: images_to_text(images)} if images else {})}
+        with _writing(path):
+            write_file(path, lambda at: save_file(whole, at, metadata))
+    else:
+        frozen = _on_cpu(_tower_tensors(model)) if with_towers else None
+        _write_model(path, state, metadata, config, frozen, images, card)
+
+
+def _write_model(
+    path: Path,
+    state: dict[str, Tensor],
+    metadata: dict[str, str],
+    config: RunConfig,
+    frozen: dict[str, Tensor] | None,
+    images: Images = frozenset(),
+    card: str | None = None,
+) -> None:
+    """Write the directory of a model: the trained tensors and, if given, the frozen ones."""
 
     def fill(folder: Path) -> None:
         save_file(state, folder / _MODEL, metadata)
-        if with_towers:
-            save_file(_on_cpu(_tower_tensors(model)), folder / _TOWERS)
+        if frozen is not None:
+            save_file(frozen, folder / _TOWERS)
         (folder / _CONFIG).write_text(_config_text(config))
         if images:
             (folder / FILE).write_bytes(pack_images(images))
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-    _write(path, fill)
+    with _writing(path):
+        write_directory(path, fill)
 
 
 def _metadata(towers: Towers, step: int = 0, origin: Origin | None = None) -> dict[str, str]:
@@ -327,13 +335,10 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _write(path: Path, fill: Callable[[Path], None]) -> None:
-    _guarded(path, lambda: write_directory(path, fill))
-
-
-def _guarded(path: Path, write: Callable[[], None]) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        write()
+        yield
     except SafetensorError as error:  # safetensors wraps OSError
         raise DcrisError(f"cannot write the checkpoint {path}: {error}") from error
 
