@@ -23,8 +23,6 @@ def evaluate_videos(args: argparse.Namespace) -> None:
     from datetime import timedelta
 
     from dcris.checkpoints.backbones import fingerprint
-    from dcris.checkpoints.checkpoint import find_checkpoint
-    from dcris.checkpoints.resolve import locate
     from dcris.data.tokenizer import strips
     from dcris.data.video_readers.load import load_videos
     from dcris.evaluation.video_protocols import get_video_protocol, mask_folders, require_truth, score_videos
@@ -42,9 +40,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
     require_truth(videos)
     with processes(args.device, timeout=timedelta(days=7)) as group, tempfile.TemporaryDirectory() as own:
         folder = Path(group.from_first(lambda: own))
-        segmenter = Segmenter.from_pretrained(
-            find_checkpoint(locate(args.checkpoint)), device=args.device, precision=args.precision
-        )
+        segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
         options = VideoOptions(batch=args.batch_size, refine=args.refine)
         predictor = VideoSetPredictor(segmenter, videos, folder, options, group)
         with progress(predictor.remaining(), "frame", group.first) as show:

@@ -32,8 +32,6 @@ def predict_videos(args: argparse.Namespace, threshold: float | None) -> None:
 
     from tqdm import tqdm
 
-    from dcris.checkpoints.checkpoint import find_checkpoint
-    from dcris.checkpoints.resolve import locate
     from dcris.data.submissions import SUBMISSIONS
     from dcris.data.video_readers.load import load_videos
     from dcris.inference.segmenter import FRAMES_AT_ONCE, Segmenter
@@ -58,9 +56,7 @@ def predict_videos(args: argparse.Namespace, threshold: float | None) -> None:
         overwrite=args.overwrite,
     )
     with processes(args.device, timeout=timedelta(days=7)) as group:
-        segmenter = Segmenter.from_pretrained(
-            find_checkpoint(locate(args.checkpoint)), device=args.device, precision=args.precision
-        )
+        segmenter = Segmenter.from_pretrained(args.checkpoint, device=args.device, precision=args.precision)
         predictor = VideoSetPredictor(segmenter, videos, args.out, options, group)
         if group.first:
             for note in predictor.notes:

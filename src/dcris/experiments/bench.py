@@ -149,9 +149,8 @@ def count_operations(task: Callable[[], object]) -> float:
     def quantised(x: Sequence[int], *others: object, out_shape: Sequence[int], **more: object) -> int:
         return 2 * math.prod(out_shape) * x[-1]
 
-    # Operators of packed linear layers and convolutions in bfloat16 on a CPU
-    # (dcris.models.optimize),
-    # which torch does not count.
+    # Operators of packed linear layers and convolutions on a CPU (dcris.models.optimize), which
+    # torch does not count.
     products = (torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise)
     known: dict[Any, Callable[..., int]] = (
         dict.fromkeys(products, packed) if torch.backends.mkldnn.is_available() else {}
