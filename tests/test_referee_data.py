@@ -212,7 +212,7 @@ def test_an_id_with_two_phrases_is_one_reference(tmp_path: Path) -> None:
     [
         ("9", "line 1 is not an id and a phrase: '9'"),
         ("../9 van", "line 1 has a 'id' that is not a plain path inside its folder"),
-        ("a/9 van", "line 1 has an id that is not a file name"),
+        ("a/9 van", "line 1 has a 'id' that is not a plain name"),
         ("11 van", "11.tif"),
         ("9 \ud800", "UTF-8"),
     ],

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dcris.data.coco import portable_name
+from dcris.data.images import MAX_PIXELS
 from dcris.data.tokenizer import is_blank
 from dcris.errors import DcrisError
 from dcris.types import Expression, PixelPolygons, Reference, SoftMask
@@ -160,7 +161,8 @@ def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
         where: the place in the file, for the error, such as "reference 7".
 
     Raises:
-        DcrisError: the record is not an object, the field is missing, or it has another type.
+        DcrisError: the record is not an object, the field is missing or has another type, or its
+            text cannot be encoded as UTF-8.
     """
     if type(record) is not dict:
         raise bad(path, f"{where} is not an object with named fields")
@@ -172,6 +174,8 @@ def field(record: Any, key: str, kind: type[_T], path: Path, where: str) -> _T:
         raise bad(path, f"{where} has a '{key}' that is not {_TYPE_NAMES[kind]} but {found}")
     if isinstance(value, int) and abs(value) >= 1 << 63:  # Python refuses to print an int of thousands of digits
         raise bad(path, f"{where} has a '{key}' of more than 64 bits")
+    if isinstance(value, str) and not is_utf8(value):
+        raise bad(path, f"{where} has a '{key}' that is not valid Unicode text: {shown(value)}")
     return value
 
 
@@ -182,7 +186,7 @@ def shown(value: Any) -> str:
 
 def is_utf8(text: str) -> bool:
     """Return whether text can be encoded as UTF-8: it has no lone surrogate."""
-    return _SURROGATE.search(text) is None
+    return text.isascii() or _SURROGATE.search(text) is None
 
 
 def quoted(name: str) -> str:
@@ -207,7 +211,7 @@ def skip_errors(on_error: OnError | None) -> Iterator[None]:
         on_error(error)
 
 
-def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str:
+def plain_path(name: str, path: Path, where: str, key: str) -> str:
     """Return a relative path from a file of unknown origin, which must not lead out of its folder.
 
     The path is normalised: "./a.jpg", "a//b.jpg" and backslashes become "a.jpg" and "a/b.jpg". The
@@ -221,6 +225,28 @@ def plain_path(name: str, path: Path, where: str, key: str = "file_name") -> str
     if not parts or leads_out or unusable or "\0" in name or not is_utf8(name):
         raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder: {shown(name)}")
     return "/".join(parts)
+
+
+def path_field(record: Any, key: str, path: Path, where: str) -> str:
+    """Return the relative path `record[key]`: `field` and `plain_path`."""
+    return plain_path(field(record, key, str, path, where), path, where, key)
+
+
+def plain_name(name: str, path: Path, where: str, key: str) -> str:
+    """Return a name that becomes a part of paths. Raises DcrisError if it has several parts, or
+    `plain_path` would change it."""
+    if plain_path(name, path, where, key) != name or "/" in name:
+        raise bad(path, f"{where} has a '{key}' that is not a plain name: {shown(name)}")
+    return name
+
+
+def size_field(record: Any, path: Path, where: str) -> tuple[int, int]:
+    """Return `height` and `width` of an image's record. Raises DcrisError if no image can have
+    them."""
+    height, width = (field(record, key, int, path, where) for key in ("height", "width"))
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise bad(path, f"{where} cannot be {height} x {width} pixels")
+    return height, width
 
 
 def index_by_id(records: list[Any], key: str, path: Path) -> dict[int, dict[str, Any]]:
@@ -246,9 +272,14 @@ def check_text(text: str, path: Path, where: str, key: str) -> str:
     return text
 
 
+def text_field(record: Any, key: str, path: Path, where: str) -> str:
+    """Return the text `record[key]`, which is not blank: `field` and `check_text`."""
+    return check_text(field(record, key, str, path, where), path, where, key)
+
+
 def short_text(record: Any, key: str, path: Path, where: str) -> str:
-    """Return a name from a file of unknown origin: `field` and `check_text`, and not too long."""
-    text = check_text(field(record, key, str, path, where), path, where, key)
+    """Return a name from a file of unknown origin: `text_field`, and not too long."""
+    text = text_field(record, key, path, where)
     if len(text) > _LONGEST:
         raise bad(path, f"{where} has a '{key}' of {len(text):,} characters; the limit is {_LONGEST:,}")
     return text
@@ -273,11 +304,10 @@ def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Ite
         raise bad(path, f"{where} has an empty 'sentences'")
     for number, sentence in enumerate(sentences, 1):
         sent_id = field(sentence, "sent_id", int, path, f"sentence {number} of {where}")
-        text = field(sentence, "sent", str, path, f"sentence {sent_id} of {where}")
+        text = text_field(sentence, "sent", path, f"sentence {sent_id} of {where}")
         kind, exists = sentence.get("kind"), sentence.get("exist", True)
         if sent_id in seen:
             raise bad(path, f"sentence {sent_id} of {where} occurs twice")
-        check_text(text, path, f"sentence {sent_id} of {where}", "sent")
         if not (kind is None or type(kind) is str):
             raise bad(path, f"sentence {sent_id} of {where} has a 'kind' that is not text")
         if type(exists) not in (bool, int) or exists not in (0, 1):

@@ -13,7 +13,7 @@ from typing import Any
 from dcris.data.coco import CATEGORIES, find_images, image_ids
 from dcris.data.images import image_size
 from dcris.data.registry import PARTITIONS
-from dcris.data.table import OnError, ReferenceTable, bad, field, plain_path, read_expressions, skip_errors
+from dcris.data.table import OnError, ReferenceTable, bad, field, path_field, read_expressions, skip_errors
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json
@@ -117,6 +117,6 @@ class _Entry:
             raise bad(path, f"{where} has a 'cat' of {category}; valid are 0 to {len(_CATEGORY_NAMES) - 1}")
         self.split = path.stem
         self.mask = f"{self.ref_id}.png"
-        self.image = plain_path(field(record, "img_name", str, path, where), path, where, "img_name")
+        self.image = path_field(record, "img_name", path, where)
         self.category = _CATEGORY_NAMES[category]
         self.expressions: tuple[Expression, ...] = tuple(read_expressions(record, path, where, sentences))

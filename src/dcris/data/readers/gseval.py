@@ -14,7 +14,7 @@ from typing import Any
 from dcris.data.coco import image_ids
 from dcris.data.masks import only_mask, validate_segmentation
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import OnError, ReferenceTable, bad, check_text, field, plain_path, skip_errors
+from dcris.data.table import OnError, ReferenceTable, bad, field, path_field, skip_errors, text_field
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, Segmentation
 from dcris.utils.files import read_json_lines
@@ -85,13 +85,11 @@ class _Line:
 def _read(record: Any, path: Path, where: str) -> _Line:
     idx = field(record, "idx", int, path, where)
     where = f"{where} (idx {idx})"
-    image = plain_path(field(record, "image_path", str, path, where), path, where, "image_path")
+    image = path_field(record, "image_path", path, where)
     kind = record.get("class_id")
     if type(kind) not in (int, str):
         raise bad(path, f"{where} has no 'class_id' that is a number or text")
-    label, caption = (
-        check_text(field(record, key, str, path, where), path, where, key) for key in ("label", "caption")
-    )
+    label, caption = (text_field(record, key, path, where) for key in ("label", "caption"))
     mask = only_mask(record.get("segmentation"))
     size = mask.get("size") if type(mask) is dict else None
     if type(size) is not list or len(size) != 2 or not all(type(side) is int for side in size):

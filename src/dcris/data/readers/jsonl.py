@@ -18,7 +18,18 @@ from typing import Any
 
 from dcris.data.images import image_size
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import MAX_OBJECTS, OnError, ReferenceTable, bad, check_text, field, plain_path, skip_errors
+from dcris.data.table import (
+    MAX_OBJECTS,
+    OnError,
+    ReferenceTable,
+    bad,
+    check_text,
+    field,
+    path_field,
+    plain_path,
+    skip_errors,
+    text_field,
+)
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, Segmentation
 from dcris.utils.files import read_json_lines
@@ -77,7 +88,7 @@ class _LineReader:
     def read(self, record: Any, number: int) -> Reference:
         """Return the reference of line `number`. Raises DcrisError if the line cannot be used."""
         where, path = f"line {number}", self.path
-        name = plain_path(field(record, "image", str, path, where), path, where, "image")
+        name = path_field(record, "image", path, where)
         if name not in self.images:
             self.images[name] = (len(self.images) + 1, self._image_size(path.parent / name, where))
         image_id, size = self.images[name]
@@ -90,7 +101,7 @@ class _LineReader:
                 raise bad(path, f"{where} has 'expressions' that are not all text")
             check_text(text, path, where, "expressions")
         split, category = (
-            check_text(field(record, key, str, path, where), path, where, key) if key in record else default
+            text_field(record, key, path, where) if key in record else default
             for key, default in (("split", "train"), ("category", "object"))
         )
         ref_id = field(record, "id", int, path, where) if "id" in record else number

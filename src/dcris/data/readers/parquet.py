@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from dcris.data.coco import CATEGORIES
 from dcris.data.readers.refer_layout import Instances, read_records
 from dcris.data.registry import DATASETS
-from dcris.data.table import OnError, ReferenceTable, bad, field, plain_path
+from dcris.data.table import OnError, ReferenceTable, bad, field, path_field
 from dcris.errors import DcrisError, first_line
 from dcris.utils.files import open_regular, parse_json
 
@@ -222,11 +222,11 @@ def embedded_images(path: Path) -> Iterator[tuple[str, bytes]]:
         for batch in file.iter_batches(8, columns=["file_name", "image"]):
             batch.validate(full=True)
             for row in batch.to_pylist():
-                name = field(row, "file_name", str, path, "a row")
+                name = path_field(row, "file_name", path, "a row")
                 content = field(field(row, "image", dict, path, name), "bytes", bytes, path, name)
                 if len(content) > _MAX_IMAGE:
                     raise bad(path, f"the image {name} has {len(content) / 1e6:,.0f} MB; the limit is 50")
-                yield plain_path(name, path, name), content
+                yield name, content
 
 
 def _parse_json(text: str, path: Path, where: str, key: str) -> Any:

@@ -24,10 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.coco import CATEGORIES
-from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import MAX_OBJECTS, SPLIT_STEP, OnError, ReferenceTable, bad, check_text, field, skip_errors
+from dcris.data.table import (
+    MAX_OBJECTS,
+    SPLIT_STEP,
+    OnError,
+    ReferenceTable,
+    bad,
+    field,
+    size_field,
+    skip_errors,
+    text_field,
+)
 from dcris.errors import DcrisError
 from dcris.types import Expression, PixelPolygons, Reference
 from dcris.utils.files import read_json
@@ -124,11 +133,9 @@ def _read_images(home: Path) -> dict[int, _Image]:
     for number, record in enumerate(records, 1):
         image_id = field(record, "image_id", int, path, f"entry {number}")
         where = f"image {image_id}"
-        height, width = (field(record, key, int, path, where) for key in ("height", "width"))
-        if min(height, width) < 1 or height * width > MAX_PIXELS:
-            raise bad(path, f"{where} cannot be {height} x {width} pixels")
+        size = size_field(record, path, where)
         coco_id = field(record, "coco_id", int, path, where) if record.get("coco_id") else None
-        images[image_id] = _Image((height, width), field(record, "split", str, path, where), coco_id)
+        images[image_id] = _Image(size, field(record, "split", str, path, where), coco_id)
     return images
 
 
@@ -177,7 +184,7 @@ class _TaskReader:
             raise bad(path, f"{where} is of {split}, but its image {image_id} is of {image.split} in {_IMAGES[0]}")
         objects = self._objects(task, image.size, path, where)
         segmentations = tuple(each for each in objects if each.polygons)
-        text = check_text(field(task, "phrase", str, path, where), path, where, "phrase")
+        text = text_field(task, "phrase", path, where)
         structure = field(task, "phrase_structure", dict, path, where)
         category = field(structure, "name", str, path, f"the phrase_structure of {where}")
         self.seen.add(name)

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dcris.data.coco import ImageFolder, find_images
-from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import only_mask, validate_segmentation
 from dcris.data.registry import DATASETS
 from dcris.data.table import (
@@ -38,10 +37,12 @@ from dcris.data.table import (
     bad,
     field,
     index_by_id,
-    plain_path,
+    path_field,
     read_expressions,
     shown,
+    size_field,
     skip_errors,
+    text_field,
 )
 from dcris.errors import DcrisError
 from dcris.types import Reference, Segmentation
@@ -294,11 +295,7 @@ class Instances:
 
     def image_size(self, image_id: int) -> tuple[int, int]:
         """Return the annotated height and width of an image in pixels."""
-        image = self.images[image_id]
-        height, width = (field(image, key, int, self.path, f"image {image_id}") for key in ("height", "width"))
-        if min(height, width) < 1 or height * width > MAX_PIXELS:
-            raise bad(self.path, f"image {image_id} cannot be {height} x {width} pixels")
-        return height, width
+        return size_field(self.images[image_id], self.path, f"image {image_id}")
 
     def is_crowd(self, ann_id: int) -> bool:
         """Return whether an annotation covers a crowd of objects."""
@@ -330,9 +327,7 @@ def _read_reference(record: Any, ref_id: int, instances: Instances, path: Path, 
     where = f"reference {ref_id}"
     ann_ids = _annotation_ids(record, path, where)
     image_id = field(record, "image_id", int, path, where)
-    split = field(record, "split", str, path, where)
-    if not split.strip():
-        raise bad(path, f"{where} has a blank 'split'")
+    split = text_field(record, "split", path, where)
     if image_id not in instances.images:
         raise bad(path, f"{where} names image {image_id}, which {instances.path.name} does not have")
     for ann_id in ann_ids:
@@ -396,4 +391,4 @@ def _category(record: dict[str, Any], ann_ids: Sequence[int], instances: "Instan
 
 def _file_name(image: dict[str, Any], path: Path) -> str:
     where = f"image {image['id']}"
-    return plain_path(field(image, "file_name", str, path, where), path, where)
+    return path_field(image, "file_name", path, where)

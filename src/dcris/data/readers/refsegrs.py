@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dcris.data.images import image_size
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import SPLIT_STEP, OnError, ReferenceTable, bad, check_text, plain_path, shown, skip_errors
+from dcris.data.table import SPLIT_STEP, OnError, ReferenceTable, bad, check_text, plain_name, shown, skip_errors
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, SoftMask
 from dcris.utils.files import read_text
@@ -65,9 +65,7 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
                 match = _LINE.fullmatch(line.strip())
                 if match is None:
                     raise bad(path, f"{where} is not an id and a phrase: {shown(line)}")
-                name = plain_path(match[1], path, where, "id")
-                if "/" in name:
-                    raise bad(path, f"{where} has an id that is not a file name: {shown(name)}")
+                name = plain_name(match[1], path, where, "id")
                 phrases[split, name].append(check_text(match[2], path, where, "phrase"))
     official = _are_numbers([name for (_, name), texts in phrases.items() for _ in texts])
     numbers, sent_ids = _counters(), _counters()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.table import ReferenceTable, bad, check_text, field, shown
+from dcris.data.table import ReferenceTable, bad, check_text, field, shown, text_field
 from dcris.errors import DcrisError
 from dcris.types import PixelPolygons, Reference, Segmentation, SoftMask
 
@@ -243,7 +243,7 @@ def category_name(value: Any, path: Path, where: str, key: str) -> str | None:
     """Return the name of a category; None for an empty one."""
     if value is None or value == "":
         return None
-    return check_text(field({key: value}, key, str, path, where), path, where, key)
+    return text_field({key: value}, key, path, where)
 
 
 def split_of(*names: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dcris.data.masks import decode_mask, mask_box
-from dcris.data.table import bad, check_text, field
+from dcris.data.table import bad, field, text_field
 from dcris.data.tools.annotation import (
     Annotation,
     Exported,
@@ -95,9 +95,7 @@ def _read(path: Path, content: Any) -> Found:
         category = None
         if record.get("category_id") is not None and names.records:
             category_id = names.id_of(record, where)
-            of_category = f"category {category_id}"
-            category = field(names[category_id], "name", str, path, of_category)
-            check_text(category, path, of_category, "name")
+            category = text_field(names[category_id], "name", path, f"category {category_id}")
         phrases = own_phrases((record, record.get("attributes")), path, where)
         crowd = _is_crowd(record, path, where)
         return Annotation(

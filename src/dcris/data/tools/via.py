@@ -7,7 +7,7 @@ https://gitlab.com/vgg/via, via-2.x.y/CodeDoc.md.
 from pathlib import Path
 from typing import Any
 
-from dcris.data.table import bad, check_text, field, shown
+from dcris.data.table import bad, field, shown, text_field
 from dcris.data.tools.annotation import (
     CATEGORY_FIELDS,
     PHRASE_FIELDS,
@@ -93,7 +93,7 @@ def _category(attributes: dict[str, Any], path: Path, where: str) -> str | None:
         value = ", ".join(option for option, chosen in value.items() if chosen is True)
         if not value:
             return None
-    return check_text(field({key: value}, key, str, path, where), path, where, key)
+    return text_field({key: value}, key, path, where)
 
 
 FORMAT = Format("VGG Image Annotator (VIA 1 and 2)", _read, is_content=_is_via)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcris.data.registry import VIDEO_SETS
-from dcris.data.table import OnError, bad, check_text, field, plain_path, shown, skip_errors
+from dcris.data.table import OnError, bad, field, plain_name, shown, skip_errors, text_field
 from dcris.utils.files import read_json
 
 META = "meta_expressions.json"
@@ -50,29 +50,22 @@ def each_video(
 
 def _read(path: Path, name: str, record: Any) -> tuple[tuple[str, ...], Expressions]:
     where = f"video {shown(name)}"
-    _require_name(name, path, where, "name")
+    plain_name(name, path, where, "name")
     frames, expressions = field(record, "frames", list, path, where), field(record, "expressions", dict, path, where)
     if not frames:
         raise bad(path, f"{where} has no frames")
     for frame in frames:
         if type(frame) is not str:
             raise bad(path, f"{where} has a frame whose name is not text: {shown(frame)}")
-        _require_name(frame, path, where, "frame")
+        plain_name(frame, path, where, "frame")
     if len(set(frames)) < len(frames):
         raise bad(path, f"{where} has a frame twice")
     if len(expressions) > _MOST_EXPRESSIONS:
         raise bad(path, f"{where} has {len(expressions):,} expressions; the limit is {_MOST_EXPRESSIONS:,}")
     for key, each in expressions.items():
-        _require_name(key, path, where, "expression")
-        check_text(
-            field(each, "exp", str, path, f"expression {key} of {where}"), path, f"expression {key} of {where}", "exp"
-        )
+        plain_name(key, path, where, "expression")
+        text_field(each, "exp", path, f"expression {key} of {where}")
     return tuple(frames), expressions
-
-
-def _require_name(name: str, path: Path, where: str, key: str) -> None:
-    if plain_path(name, path, where, key) != name or "/" in name:
-        raise bad(path, f"{where} has a '{key}' that is not a plain name: {shown(name)}")
 
 
 def identifier(value: Any, path: Path, where: str, key: str) -> str:

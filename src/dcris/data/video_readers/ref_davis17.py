@@ -14,7 +14,7 @@ Source: tools/data/convert_davis_to_ytvos.py and inference_davis.py of ReferForm
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dcris.data.table import OnError, bad, check_text, plain_path, shown, skip_errors
+from dcris.data.table import OnError, bad, check_text, plain_name, shown, skip_errors
 from dcris.data.video_readers.meta import META, Expressions, each_video, home_of, label, read_videos
 from dcris.data.videos import LabelImages, VideoExpression, VideoSet
 from dcris.errors import DcrisError
@@ -76,8 +76,7 @@ def _from_texts(
             if video in seen:
                 raise bad(names, f"line {number} names the video {shown(video)} again")
             seen.add(video)
-            if plain_path(video, names, f"line {number}", "name") != video or "/" in video:
-                raise bad(names, f"line {number} is not the name of a video: {shown(video)}")
+            plain_name(video, names, f"line {number}", "name")
             of_video = [each.get(video, {}) for each in texts]
             yield from _of_video(home, video, of_video, frames / video, labels / video)
 
