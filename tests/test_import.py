@@ -707,3 +707,22 @@ def test_a_real_export(refer_root: Path, tmp_path: Path) -> None:
             if (other["image_id"], other["category_id"]) == (annotation["image_id"], annotation["category_id"])
         ]
         assert same == [annotation]
+
+
+def test_an_image_of_a_longer_path_than_any_is_left_out(tmp_path: Path) -> None:
+    """The other annotations are imported."""
+    folder = tmp_path / ("a" * 200) / ("b" * 200)
+    folder.mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(folder / "1.png")
+    names = ["1.png", "/".join(["c" * 240] * 16)]
+    content = {
+        "images": [{"id": number, "file_name": name, "height": 10, "width": 20} for number, name in enumerate(names)],
+        "annotations": [
+            {"id": number, "image_id": number, "category_id": 1, "segmentation": [[1, 1, 8, 1, 8, 8]]}
+            for number in (0, 1)
+        ],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    (folder / "coco.json").write_text(json.dumps(content))
+    result = import_annotations(folder / "coco.json", folder / "out.jsonl")
+    assert (result.expressions, result.unusable) == (1, 1)

@@ -522,7 +522,7 @@ def test_gseval_is_named_by_idx_and_grouped_by_class(tmp_path: Path) -> None:
         ("idx", "1", "line 1 has a 'idx' that is not an integer"),
         ("idx", 7, "line 2 has the idx 7, which another line has too"),
         ("image_path", "../a.jpg", "'image_path' that is not a plain path"),
-        ("class_id", None, "no 'class_id' that is a number or text"),
+        ("class_id", None, "'class_id' that is not text"),
         ("caption", " ", "blank 'caption'"),
         ("segmentation", None, "no 'segmentation' in run lengths"),
         ("segmentation", [[1, 2, 3, 4, 5, 6]], "no 'segmentation' in run lengths"),

@@ -387,7 +387,7 @@ def test_shapes_of_one_group_are_one_object(tmp_path: Path) -> None:
         (supervisely, "ds/ann/1.png.json", '"height": 30', '"height": 31', "has 31 x 40, so its masks do not fit"),
         (datumaro, "datumaro.json", '"label_id": 1', '"label_id": 9', "not in the list of labels: 9"),
         (labelme, "2.json", '"version"', r'"split": "\ud83d", "version"', "shape 1 has a 'split' that is not valid Uni"),
-        (datumaro, "datumaro.json", '"id": "1"', r'"id": "\ud83d"', "annotation 1 of item 1 has a 'id' that is not valid"),
+        (datumaro, "datumaro.json", '"id": "1"', r'"id": "\ud83d"', "item 1 has a 'id' that is not valid"),
         (predictions, "predictions.json", '"file_name": "1.png"', '"file_name": "3.png"', "no image file '3.png'"),
         (predictions, "predictions.json", '"score": 0.9', '"frame": 3', "result 1 is of a video, '1.png'"),
     ],

@@ -4,12 +4,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TypeVar
 from unicodedata import normalize
 
 from dcris.data.images import image_endings, image_size
-from dcris.data.table import is_utf8, shown
+from dcris.data.table import inner_path, path_parts, shown
 from dcris.data.tools.annotation import Annotation, Size
 from dcris.errors import DcrisError
 
@@ -61,12 +61,12 @@ class ImageFinder:
 
     def _search(self, key: tuple[str, Path]) -> Path:
         name, beside = key
-        parts = _parts(name)
-        if parts and ".." not in parts and not PureWindowsPath(name).drive and not name.startswith(("/", "\\")):
+        if (inner := inner_path(name)) is not None:
             for folder in (self.root,) if self.images else (beside, self.root):
-                path = folder.joinpath(*parts)
+                path = folder / inner
                 if path.is_file() or (path.exists() and not path.is_dir()):  # other kinds of files are refused by name
                     return path
+        parts = path_parts(name)
         last = normalize("NFC", parts[-1]) if parts else ""
         found = self._index().get(last)
         if not found and (upload := _UPLOAD.fullmatch(last)):
@@ -113,14 +113,6 @@ def _unless_error(known: dict[_Key, _Value | str], key: _Key, make: Callable[[_K
     if isinstance(found, str):
         raise DcrisError(found)  # a new one: re-raising one exception would grow its traceback
     return found
-
-
-def _parts(name: str) -> list[str]:
-    """Return the folders and the name of the file in a path, or nothing if no file can have it."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    # The operating system raises other errors for such names than for missing files.
-    unusable = len(name) > 4000 or any(len(part.encode(errors="replace")) > 255 for part in parts)
-    return [] if unusable or not is_utf8(name) or "\0" in name else parts
 
 
 def _closest(found: list[Path], parts: list[str], name: str) -> Path:

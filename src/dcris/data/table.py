@@ -135,7 +135,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
 
 _LONGEST = 1000
-"""Most characters of a name in a result file. Markdown pads a column to its longest cell."""
+"""Most characters of a path, and of a name in a result file: Markdown pads a column to its longest
+cell."""
 
 _LARGEST = 1e18
 """Of the numbers in a result file, among which are counts of operations."""
@@ -212,19 +213,34 @@ def skip_errors(on_error: OnError | None) -> Iterator[None]:
 
 
 def plain_path(name: str, path: Path, where: str, key: str) -> str:
-    """Return a relative path from a file of unknown origin, which must not lead out of its folder.
+    """Return a relative path from a file of unknown origin as `inner_path`.
 
-    The path is normalised: "./a.jpg", "a//b.jpg" and backslashes become "a.jpg" and "a/b.jpg". The
-    check holds on every operating system. `path`, `where` and `key` locate the name in the error.
+    Raises DcrisError if it leads out of its folder; `path`, `where` and `key` locate it.
     """
-    slashed = name.replace("\\", "/")
-    parts = [part for part in slashed.split("/") if part not in ("", ".")]
-    leads_out = slashed.startswith("/") or ".." in parts or PureWindowsPath(*parts).drive
-    # The operating system raises other errors for longer names than for missing files.
-    unusable = len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in parts)
-    if not parts or leads_out or unusable or "\0" in name or not is_utf8(name):
+    found = inner_path(name)
+    if found is None:
         raise bad(path, f"{where} has a '{key}' that is not a plain path inside its folder: {shown(name)}")
-    return "/".join(parts)
+    return found
+
+
+def inner_path(name: str) -> str | None:
+    """Return a relative path of unknown origin in normal form; None if it leads out of its folder.
+
+    "./a.jpg", "a//b.jpg" and backslashes become "a.jpg" and "a/b.jpg". The check holds on every
+    operating system.
+    """
+    parts = path_parts(name)
+    leads_out = name.startswith(("/", "\\")) or ".." in parts or PureWindowsPath(*parts).drive
+    return None if not parts or leads_out else "/".join(parts)
+
+
+def path_parts(name: str) -> list[str]:
+    """Return the folders and the name of the file in a path with slashes or backslashes; nothing if
+    no file can have it."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    # The operating system raises other errors for such names than for missing files.
+    unusable = len(name) > _LONGEST or any(len(part.encode(errors="replace")) > 255 for part in parts)
+    return [] if unusable or "\0" in name or not is_utf8(name) else parts
 
 
 def path_field(record: Any, key: str, path: Path, where: str) -> str:
@@ -305,11 +321,14 @@ def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Ite
     for number, sentence in enumerate(sentences, 1):
         sent_id = field(sentence, "sent_id", int, path, f"sentence {number} of {where}")
         text = text_field(sentence, "sent", path, f"sentence {sent_id} of {where}")
-        kind, exists = sentence.get("kind"), sentence.get("exist", True)
+        kind = (
+            None
+            if sentence.get("kind") is None
+            else field(sentence, "kind", str, path, f"sentence {sent_id} of {where}")
+        )
+        exists = sentence.get("exist", True)
         if sent_id in seen:
             raise bad(path, f"sentence {sent_id} of {where} occurs twice")
-        if not (kind is None or type(kind) is str):
-            raise bad(path, f"sentence {sent_id} of {where} has a 'kind' that is not text")
         if type(exists) not in (bool, int) or exists not in (0, 1):
             raise bad(path, f"sentence {sent_id} of {where} has an 'exist' that is neither true nor false")
         seen.add(sent_id)

@@ -87,8 +87,8 @@ def _read(record: Any, path: Path, where: str) -> _Line:
     where = f"{where} (idx {idx})"
     image = path_field(record, "image_path", path, where)
     kind = record.get("class_id")
-    if type(kind) not in (int, str):
-        raise bad(path, f"{where} has no 'class_id' that is a number or text")
+    if type(kind) is not int:
+        kind = text_field(record, "class_id", path, where)
     label, caption = (text_field(record, key, path, where) for key in ("label", "caption"))
     mask = only_mask(record.get("segmentation"))
     size = mask.get("size") if type(mask) is dict else None
