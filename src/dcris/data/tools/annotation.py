@@ -27,9 +27,6 @@ Texts = tuple[str, ...]
 PHRASE_FIELDS = ("expressions", "expression", "phrases", "phrase", "captions", "caption", "description")
 """Names of attributes that hold an annotation's own phrases; the first filled one counts."""
 
-CATEGORY_FIELDS = ("category", "class", "label", "type", "name", "object", "object_name", "object_category")
-"""Names of attributes that hold the category where a format has no field for it."""
-
 _MAX_NON_OBJECTS = 10_000
 """Entries of a list that may be something else than objects before the file is refused as another
 kind of file: 30 MB may contain 15 million numbers."""
@@ -256,15 +253,15 @@ def split_of(*names: str) -> str | None:
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
-def polygon_mask(value: Any) -> Mask | None:
-    """Return the mask of a segmentation as tools write COCO's; None if it is empty.
+def polygon_masks(value: Any) -> tuple[Mask] | None:
+    """Return the mask of a segmentation as tools write COCO's, alone; None if it is empty.
 
     Polygons may be flat or lists of points, and those with fewer than three corners are ignored
     beside others: editing leaves them. The numbers are checked when the mask is decoded.
     """
     if not value or (type(value) is list and not any(_corners(part) for part in _polygons(value))):
         return None
-    return lambda size: _segmentation(value)
+    return (lambda size: _segmentation(value),)
 
 
 def _segmentation(value: Any) -> Any:

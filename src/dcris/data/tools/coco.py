@@ -7,7 +7,6 @@ that it writes. Source: https://cocodataset.org/#format-data and the exporters o
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +26,7 @@ from dcris.data.tools.annotation import (
     own_phrases,
     phrases_of,
     plain_segmentation,
-    polygon_mask,
+    polygon_masks,
     recorded_size,
     split_of,
     texts,
@@ -51,8 +50,8 @@ class _Index:
         self.kind, self.key, self.path = kind, key, path
         self.records: dict[int, Any] = {}
         self.conflicting: set[int] = set()
-        for number, record in zip(_identifiers(records), records, strict=True):
-            if number is not None and self.records.setdefault(number, record) != record:
+        for record in records:
+            if (number := _identifier(record)) is not None and self.records.setdefault(number, record) != record:
                 self.conflicting.add(number)
 
     def __getitem__(self, number: int) -> Any:
@@ -83,7 +82,7 @@ def _read(path: Path, content: Any) -> Found:
     first: dict[int, Any] = {}
 
     def read(place: int, record: Any) -> Annotation | None:
-        (number,) = _identifiers([record])
+        number = _identifier(record)
         where = f"entry {place} of 'annotations'" if number is None else f"annotation {number}"
         if type(record) is not dict:
             raise bad(path, f"{where} is not an object with named fields")
@@ -91,7 +90,6 @@ def _read(path: Path, content: Any) -> Found:
             return None  # an equal record came before
         image_id = images.id_of(record, where)
         image, of_image = images[image_id], f"image {image_id}"
-        mask = polygon_mask(record.get("segmentation"))
         category = None
         if record.get("category_id") is not None and names.records:
             category_id = names.id_of(record, where)
@@ -104,7 +102,7 @@ def _read(path: Path, content: Any) -> Found:
             source=f"entry {place}" if number is None else number,
             image=field(image, "file_name", str, path, of_image),
             size=recorded_size(image, "height", "width", path, of_image),
-            masks=None if mask is None else (mask,),
+            masks=polygon_masks(record.get("segmentation")),
             category=category,
             phrases=phrases,
             split=split,
@@ -143,8 +141,8 @@ def _is_crowd(record: dict[str, Any], path: Path, where: str) -> bool:
     return known[plain]
 
 
-def _identifiers(records: Iterable[Any]) -> Iterator[int | None]:
-    return (whole(mapping(record).get("id")) for record in records)
+def _identifier(record: Any) -> int | None:
+    return whole(mapping(record).get("id"))
 
 
 def _write(exported: Exported, folder: Path) -> None:

@@ -17,7 +17,7 @@ from dcris.data.tools.annotation import (
     mapping,
     objects,
     own_phrases,
-    polygon_mask,
+    polygon_masks,
     split_of,
     whole,
 )
@@ -54,11 +54,11 @@ def _annotation(
     size = image.get("size")
     if size is not None and (type(size) is not list or len(size) != 2 or None in map(whole, size)):
         raise bad(path, f"{item_where} has a 'size' that is not height and width: {shown(size)}")
-    mask = None
+    masks = None
     if kind == "mask":
-        mask = polygon_mask(field(record, "rle", dict, path, where))
+        masks = polygon_masks(field(record, "rle", dict, path, where))
     elif kind == "polygon":
-        mask = polygon_mask([field(record, "points", list, path, where)])
+        masks = polygon_masks([field(record, "points", list, path, where)])
     label = whole(record.get("label_id"))
     if label is not None and not 0 <= label < len(names):
         raise bad(path, f"{where} has a 'label_id' that is not in the list of labels: {label}")
@@ -69,7 +69,7 @@ def _annotation(
         source=f"{name}#{place}",
         image=field(image, "path", str, path, item_where) if image.get("path") else name,
         size=None if size is None else (whole(size[0]) or 0, whole(size[1]) or 0),
-        masks=None if mask is None else (mask,),
+        masks=masks,
         category=None if label is None else category_name(names[label], path, where, "label"),
         phrases=own_phrases((record.get("attributes"),), path, where),
         split=split,

@@ -82,8 +82,7 @@ def _read(path: Path, content: Any) -> Found:
             data = task["data"] if full else task
             image = _image(data, path, where)
             regions = _regions(task, annotated) if full else _regions_of_min(task, path, where)
-            for key, values in regions:
-                yield from _region(path, where, f"{task.get('id', place)}#{key}", image, values, data.get("split"))
+            yield from each(_annotation, regions, path, where, task.get("id", place), image, data.get("split"))
         except DcrisError as error:
             yield error
 
@@ -182,16 +181,13 @@ def _path_of(address: str) -> str:
     return unquote(parts.path) if parts.scheme or address.startswith("/data/") else address
 
 
-def _region(path: Path, where: str, source: str, image: str, values: list[dict[str, Any]], split: Any) -> Found:
-    """Yield the annotation of a region, or nothing for a result that is none, such as a choice for
-    the whole image."""
-    return each(lambda _, values: _annotation(path, where, source, image, values, split), [values])
-
-
 def _annotation(
-    path: Path, where: str, source: str, image: str, values: list[dict[str, Any]], split: Any
+    _: int, region: tuple[str, list[dict[str, Any]]], path: Path, task_where: str, task: Any, image: str, split: Any
 ) -> Annotation | None:
-    where = f"region {source.rpartition('#')[2]} of {where}"
+    """Return the annotation of a region, which is an id and results; None for results without an
+    outline, such as a choice for the whole image."""
+    key, values = region
+    where = f"region {key} of {task_where}"
     outline = next((value for value in values if any(key in value for key in _OUTLINES)), None)
     if outline is None:
         return None
@@ -205,7 +201,7 @@ def _annotation(
     return Annotation(
         path=path,
         where=where,
-        source=source,
+        source=f"{task}#{key}",
         image=image,
         size=recorded_size(outline, "original_height", "original_width", path, where),
         masks=_masks(outline, path, where),

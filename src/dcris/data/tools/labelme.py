@@ -23,7 +23,7 @@ from dcris.data.tools.annotation import (
     objects,
     own_phrases,
     phrases_of,
-    polygon_mask,
+    polygon_masks,
     recorded_size,
     texts,
     whole,
@@ -75,8 +75,7 @@ def _masks(record: dict[str, Any], path: Path, where: str) -> tuple[Mask, ...] |
     kind = record.get("shape_type") or "polygon"  # old files have polygons only
     points = field(record, "points", list, path, where)
     if kind == "polygon":
-        mask = polygon_mask([points])
-        return None if mask is None else (mask,)
+        return polygon_masks([points])
     if kind != "mask":
         return None
     if not points or type(points[0]) is not list or len(points[0]) != 2:

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from dcris.data.table import bad, field
-from dcris.data.tools.annotation import Annotation, Format, Found, each, integer, mapping, polygon_mask, texts
+from dcris.data.tools.annotation import Annotation, Format, Found, each, integer, mapping, polygon_masks, texts
 
 
 def _is_predictions(content: Any) -> bool:
@@ -25,14 +25,13 @@ def _read(path: Path, content: Any) -> Found:
             raise bad(path, f"{where} is of a video, {name!r:.80}, whose frames are not image files")
         if record.get("percent_encoded") is True:
             name = os.fsdecode(unquote_to_bytes(name))
-        mask = polygon_mask(record.get("segmentation"))
         return Annotation(
             path=path,
             where=where,
             source=f"{name}#{integer(record, 'phrase_number', path, where)}",
             image=name,
             size=None,
-            masks=None if mask is None else (mask,),
+            masks=polygon_masks(record.get("segmentation")),
             phrases=texts(field(record, "phrase", str, path, where), path, where, "phrase"),
         )
 

@@ -105,7 +105,7 @@ def _write(exported: Exported, folder: Path) -> None:
             record |= {"sentences": sentences, "sent_ids": [each["sent_id"] for each in sentences]}
             alone = len(ann_ids) == 1
             record |= {
-                "ann_id": ann_ids[0] if alone else ann_ids or [-1],
+                "ann_id": ann_ids[0] if alone else ann_ids or [refer_layout.NO_TARGET],
                 "category_id": category if alone else [category],
             }
             references.append(record)

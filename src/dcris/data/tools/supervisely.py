@@ -12,7 +12,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import decode_mask, encode_mask, mask_box
 from dcris.data.table import bad, field, shown
 from dcris.data.tools.annotation import (
@@ -108,8 +107,6 @@ def _masks(record: dict[str, Any], path: Path, where: str) -> tuple[Mask, ...] |
     holes = [_ring(ring, path, where) for ring in field(points, "interior", list, path, where)]
 
     def draw(size: Size) -> dict[str, Any]:
-        if size[0] * size[1] > MAX_PIXELS:
-            raise DcrisError(f"the image has more than {MAX_PIXELS:,} pixels")
         mask = np.zeros(size, np.uint8)
         cv2.fillPoly(mask, [exterior], 1)
         cv2.fillPoly(mask, holes, 0)

@@ -9,7 +9,6 @@ from typing import Any
 
 from dcris.data.table import bad, field, shown, text_field
 from dcris.data.tools.annotation import (
-    CATEGORY_FIELDS,
     PHRASE_FIELDS,
     Annotation,
     Format,
@@ -18,10 +17,13 @@ from dcris.data.tools.annotation import (
     each,
     mapping,
     own_phrases,
-    polygon_mask,
+    polygon_masks,
 )
 
 _PROJECT = "_via_img_metadata"
+
+_CATEGORY_FIELDS = ("category", "class", "label", "type", "name", "object", "object_name", "object_category")
+"""Names of attributes that hold the category."""
 
 
 def _images(content: Any) -> dict[str, Any]:
@@ -72,8 +74,7 @@ def _masks(shape: dict[str, Any], path: Path, where: str) -> tuple[Mask, ...] | 
     xs, ys = (field(shape, key, list, path, where) for key in ("all_points_x", "all_points_y"))
     if len(xs) != len(ys):
         raise bad(path, f"{where} has {len(xs)} 'all_points_x' but {len(ys)} 'all_points_y'")
-    mask = polygon_mask([[value for point in zip(xs, ys, strict=True) for value in point]])
-    return None if mask is None else (mask,)
+    return polygon_masks([[value for point in zip(xs, ys, strict=True) for value in point]])
 
 
 def _category(attributes: dict[str, Any], path: Path, where: str) -> str | None:
@@ -82,7 +83,7 @@ def _category(attributes: dict[str, Any], path: Path, where: str) -> str | None:
     A choice of several options is an object with true for the chosen ones.
     """
     fields = {key.lower(): (key, value) for key, value in attributes.items() if value}
-    names = [name for name in CATEGORY_FIELDS if name in fields]
+    names = [name for name in _CATEGORY_FIELDS if name in fields]
     others = [name for name in fields if name not in PHRASE_FIELDS]
     if not names and len(others) == 1:
         names = others

@@ -34,7 +34,7 @@ from dcris.data.tools.annotation import (
 )
 from dcris.errors import DcrisError
 from dcris.types import Reference
-from dcris.utils.files import read_text, write_file
+from dcris.utils.files import read_text, reading, write_file
 
 _MAX_YAML = 200_000
 """Limit on the bytes of data.yaml: PyYAML is slow, and takes 200 times the memory."""
@@ -75,23 +75,20 @@ def _read(path: Path, content: Any) -> Found:
     for file in _label_files(path.parent):
         found = True
         try:
-            lines = read_text(file, _MAX_LABELS).splitlines()
-        except OSError as error:
-            yield DcrisError(f"cannot read {file}: {error.strerror or error}")
-            continue
-        yield from each(_object, lines, file, path.parent, names, splits)
+            with reading(file):
+                lines = read_text(file, _MAX_LABELS).splitlines()
+        except DcrisError as error:
+            yield error
+        else:
+            yield from each(_object, lines, file, path.parent, names, splits)
     if not found:
         raise bad(path, "there is no folder 'labels' with text files beside it or below")
 
 
 def _classes(path: Path) -> tuple[Mapping[int, str], Collection[str]]:
     """Return the names of the classes by their numbers, and the names of the splits."""
-    try:
+    with reading(path, "it has the names of the classes, so export it with the labels"):
         text = read_text(path, _MAX_YAML)
-    except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path} with the names of the classes; export it with the labels") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
     if path.suffix == ".txt":
         listed = dict(enumerate(text.splitlines()))
         return {key: name for key, name in listed.items() if name.strip()}, ()
@@ -166,8 +163,6 @@ def _write(exported: Exported, folder: Path) -> None:
         path = PurePosixPath(exported.images[image])
         splits[references[0].split] = path.parent.as_posix()
         labels = PurePosixPath("labels", *path.parts[1:]).with_suffix(".txt")
-        if path.suffix == "":
-            labels = PurePosixPath("labels", *path.parts[1:-1], f"{path.name}.txt")
         lines = list[str]()
         for reference in references:
             height, width = reference.image_size
