@@ -8,9 +8,8 @@ published mixed DETRIS does.
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dcris.config import DataConfig
 from dcris.data.coco import portable_name
@@ -19,8 +18,6 @@ from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference
 
-Load = Callable[[Path, str, str | None], ReferenceTable]
-Has = Callable[[Path, str, str], bool]
 Member = tuple[str, str | None]
 """A data set and its `split_by`; None if it has only one partition."""
 
@@ -57,25 +54,6 @@ def parse_mixture(name: str) -> Mixture | None:
                 f"{name!r} is not a list of different data sets; write it as in mixed:refcoco,refcocog(google)"
             )
     return Mixture(members, filtered=match[1] is None)
-
-
-def load_mixture(root: Path, name: str, mixture: Mixture, load: Load, has: Has) -> ReferenceTable:
-    """Read the data sets of a mixture below `root` and combine them.
-
-    The val and test splits of all known partitions that `has` finds below `root` are held out,
-    whether they are in the mixture or not. Raises DcrisError as `load` does, or if two names are
-    those of one data set.
-    """
-    tables = [load(root, *member) for member in mixture.members]
-    titles = [_title(table) for table in tables]
-    if twice := next((title for number, title in enumerate(titles) if title in titles[:number]), None):
-        raise DcrisError(f"{name!r} is not a list of different data sets: it names {twice} twice; leave one out")
-    others = [
-        load(root, dataset, split_by)
-        for dataset, split_by in (PARTITIONS if mixture.filtered else ())
-        if (dataset, split_by) not in mixture.members and has(root, dataset, split_by)
-    ]
-    return mix(name, tables, others, filtered=mixture.filtered)
 
 
 def mix(

@@ -97,14 +97,11 @@ def _negatives(references: Sequence[Reference], draws: Sequence[_Draw]) -> Itera
                     break
             if distinct:
                 empty = False
-                yield _absent(reference, [*distinct.values()])
+                yield replace(
+                    reference, ann_ids=(), category="", segmentations=(), expressions=tuple(distinct.values())
+                )
         if empty:
             return
-
-
-def _absent(reference: Reference, expressions: Sequence[Expression]) -> Reference:
-    """Return the reference of expressions that are true of nothing in an image."""
-    return replace(reference, ann_ids=(), category="", segmentations=(), expressions=tuple(expressions))
 
 
 def _instances(table: ReferenceTable) -> Instances | None:

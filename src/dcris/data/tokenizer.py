@@ -11,7 +11,7 @@ import re
 import unicodedata
 import zlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import resources
 from importlib.util import find_spec
@@ -152,20 +152,19 @@ def require_phrase(text: str) -> str:
     return text
 
 
-def _rows(phrases: Sequence[Sequence[int]], start: int, end: int, length: int) -> Tensor:
-    """Add start and end tokens, cut and pad: [B, length] int64."""
-    if length < 2:
-        raise DcrisError(f"the text length is {length}, but must be at least 2, for the start and the end token")
-    rows = torch.full((len(phrases), length), PADDING, dtype=torch.int64)
-    for row, ids in zip(rows, phrases, strict=True):
-        framed = [start, *ids[: length - 2], end]
-        row[: len(framed)] = torch.tensor(framed)
-    return rows
-
-
-def _refuse_bare_text(texts: Sequence[str]) -> None:
+def _rows(
+    texts: Sequence[str], encode: Callable[[str], list[int]], start: int, end: int, length: int, strip: bool
+) -> Tensor:
+    """Clean and encode texts, add start and end tokens, cut and pad: [B, length] int64."""
     if isinstance(texts, str):  # a str is also a sequence of str: each letter would become a row
         raise TypeError("a tokenizer takes a list of phrases, not a single phrase")
+    if length < 2:
+        raise DcrisError(f"the text length is {length}, but must be at least 2, for the start and the end token")
+    rows = torch.full((len(texts), length), PADDING, dtype=torch.int64)
+    for row, text in zip(rows, texts, strict=True):
+        framed = [start, *encode(clean_text(text, strip=strip))[: length - 2], end]
+        row[: len(framed)] = torch.tensor(framed)
+    return rows
 
 
 # In a phrase, CLIP converts the names of its two special tokens to these tokens, but only where its
@@ -201,9 +200,7 @@ class ClipTokenizer:
         OpenAI's case-insensitive pattern takes for "'s"), the Greek iota subscript, and characters
         that are newer than the Unicode tables of the library that splits the words.
         """
-        _refuse_bare_text(texts)
-        ids = [self._encode(clean_text(text, strip=strip)) for text in texts]
-        return _rows(ids, CLIP_START, CLIP_END, length)
+        return _rows(texts, self._encode, CLIP_START, CLIP_END, length, strip)
 
     def _encode(self, text: str) -> list[int]:
         backend = _clip_backend(self.file)
@@ -290,10 +287,7 @@ class BertTokenizer:
 
     def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
         """Return the tokens [B, length] int64 of the cleaned texts."""
-        _refuse_bare_text(texts)
-        backend = _bert_backend(self.file)
-        ids = [backend(clean_text(text, strip=strip)) for text in texts]
-        return _rows(ids, BERT_START, BERT_END, length)
+        return _rows(texts, _bert_backend(self.file), BERT_START, BERT_END, length, strip)
 
     def save(self, file: Path) -> None:
         """Write the vocabulary as a `tokenizer.json`."""
@@ -345,9 +339,7 @@ class TinyTokenizer:
 
     def __call__(self, texts: Sequence[str], length: int, *, strip: bool = False) -> Tensor:
         """Return the tokens [B, length] int64 of the cleaned texts. Punctuation marks are words."""
-        _refuse_bare_text(texts)
-        ids = [self._encode(clean_text(text, strip=strip)) for text in texts]
-        return _rows(ids, self.mask_token, self.end_token, length)
+        return _rows(texts, self._encode, self.mask_token, self.end_token, length, strip)
 
     def _encode(self, text: str) -> list[int]:
         return [self._ids.get(word) or self._bucket(word) for word in _WORD.findall(text)]

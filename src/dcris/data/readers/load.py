@@ -1,12 +1,13 @@
 """Read a data set in any layout (see dcris.data.readers), or a mixture of several."""
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from dcris.data.mixing import load_mixture, parse_mixture
+from dcris.data.mixing import Mixture, mix, parse_mixture
 from dcris.data.readers import READERS, Reader
 from dcris.data.registry import DATASETS, PARTITIONS, VIDEO_SETS
 from dcris.data.table import OnError, ReferenceTable
@@ -128,7 +129,7 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
     if mixture := parse_mixture(dataset):
         if split_by is not None:
             raise DcrisError(f"a mixture takes no --split-by; name partitions as in mixed:refcoco({split_by})")
-        return load_mixture(root, dataset, mixture, load_references, has_references)
+        return _load_mixture(root, dataset, mixture)
     if dataset in VIDEO_SETS:
         raise DcrisError(
             f"{dataset} is a data set of videos, not of images; `dcris data check`, `dcris train`, `dcris predict --data`, "
@@ -152,6 +153,24 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
         f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; {advice}, or "
         f"{_choose(root) or 'check the root folder and the name'}"
     )
+
+
+def _load_mixture(root: Path, name: str, mixture: Mixture) -> ReferenceTable:
+    """Read the data sets of a mixture and combine them.
+
+    The val and test splits of all known partitions below `root` are held out, whether they are in
+    the mixture or not.
+    """
+    tables = [load_references(root, *member) for member in mixture.members]
+    ((twice, times),) = Counter(f"{table.dataset} {table.split_by}" for table in tables).most_common(1)
+    if times > 1:
+        raise DcrisError(f"{name!r} is not a list of different data sets: it names {twice} twice; leave one out")
+    others = [
+        load_references(root, *partition)
+        for partition in (PARTITIONS if mixture.filtered else ())
+        if partition not in mixture.members and has_references(root, *partition)
+    ]
+    return mix(name, tables, others, filtered=mixture.filtered)
 
 
 def _choose(root: Path) -> str:
