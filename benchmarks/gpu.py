@@ -46,7 +46,7 @@ from dcris.checkpoints.checkpoint import list_checkpoints
 from dcris.config import RunConfig, replace
 from dcris.data.dataset import ImageTasks, Queries, all_queries, normalise, task_loader
 from dcris.data.readers.load import load_references
-from dcris.data.scenes import cores, write_scenes
+from dcris.data.scenes import write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.data.transforms import Letterbox
@@ -77,6 +77,7 @@ from dcris.utils.device import autocast, choose_device, choose_precision, precis
 from dcris.utils.distributed import Processes
 from dcris.utils.files import write_file, write_json
 from dcris.utils.text_tables import markdown
+from dcris.utils.workers import cores
 
 T = TypeVar("T")
 

@@ -195,7 +195,8 @@ def _data_check(args: argparse.Namespace) -> None:
 
 
 def _data_scenes(args: argparse.Namespace) -> None:
-    from dcris.data.scenes import cores, write_scenes
+    from dcris.data.scenes import write_scenes
+    from dcris.utils.workers import cores
 
     counts = {"train": args.train, "val": args.val, "test": args.test}
     with progress(sum(counts.values()), "scene") as show:

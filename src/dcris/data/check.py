@@ -13,10 +13,10 @@ from dcris.data.images import image_size, read_image
 from dcris.data.masks import mask_area
 from dcris.data.readers.load import load_references
 from dcris.data.registry import PARTITIONS, official_splits
-from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference
+from dcris.utils.workers import cores
 
 
 @dataclass(kw_only=True)

@@ -13,13 +13,13 @@ import numpy as np
 from dcris.data.check_report import MAX_ERRORS, Report
 from dcris.data.images import image_size, read_image
 from dcris.data.registry import VIDEO_SETS
-from dcris.data.scenes import cores
 from dcris.data.table import shown
 from dcris.data.video_readers.load import load_videos, video_splits
 from dcris.data.video_readers.mevis import RunLengths
 from dcris.data.videos import UNKNOWN, LabelImages, Truths, VideoExpression, VideoSet, shape_of
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
+from dcris.utils.workers import cores
 
 
 @dataclass(kw_only=True)

@@ -15,13 +15,13 @@ import numpy as np
 
 from dcris.data.masks import encode_mask
 from dcris.data.registry import OFFICIAL
-from dcris.data.scenes import cores
 from dcris.data.table import ReferenceTable
 from dcris.data.video_readers.load import load_videos, video_splits
 from dcris.data.video_readers.mevis import RunLengths
 from dcris.data.videos import LabelImages, Truths, VideoExpression, VideoSet
 from dcris.errors import DcrisError
 from dcris.types import Expression, MaskArray, Reference
+from dcris.utils.workers import cores
 
 _Target = tuple[str, VideoExpression, dict[str, Any], tuple[int, int]]
 """A frame, an expression, its mask as run lengths, and the size of the frame."""

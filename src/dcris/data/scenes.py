@@ -10,7 +10,6 @@ whether it is generalised.
 
 import itertools
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -233,14 +232,6 @@ def scene_rng(seed: int, split: str, number: int) -> np.random.Generator:
     """
     streams = (*SPLITS, "pretraining")
     return np.random.default_rng([seed, streams.index(split), number])
-
-
-def cores() -> int:
-    """Return the number of CPUs that this process may use.
-
-    In a container or a job these may be fewer than the machine's.
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_scene(folder: Path, seed: int, side: int, generalised: bool, place: Place) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from dcris.data.images import image_size
-from dcris.data.scenes import cores
 from dcris.data.submissions import SUBMISSIONS
 from dcris.data.videos import UNKNOWN, LabelImages, VideoExpression, VideoSet
 from dcris.errors import DcrisError
@@ -25,6 +24,7 @@ from dcris.evaluation.metrics import Floats, Score
 from dcris.evaluation.video_masks import SubmittedMasks, open_submission
 from dcris.evaluation.video_metrics import best_match, compare_labels, compare_masks, decay, recall
 from dcris.utils.streams import note
+from dcris.utils.workers import cores
 
 _JF = Score("jf", "J&F")
 _J, _F = Score("j", "J"), Score("f", "F")

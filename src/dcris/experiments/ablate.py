@@ -32,7 +32,7 @@ from dcris.config import RunConfig, replace
 from dcris.data.dataset import all_queries
 from dcris.data.readers.load import load_references
 from dcris.data.registry import word_length_settings
-from dcris.data.scenes import cores, write_scenes
+from dcris.data.scenes import write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.data.training_table import training_table
@@ -56,6 +56,7 @@ from dcris.utils.files import (
     write_file,
     write_json,
 )
+from dcris.utils.workers import cores
 from dcris.version import __version__
 
 Size = Literal["b", "tiny", "photos"]

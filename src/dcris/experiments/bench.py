@@ -29,7 +29,7 @@ from dcris.checkpoints.backbones import RANDOM
 from dcris.config import RunConfig, replace
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
 from dcris.data.readers.load import load_references
-from dcris.data.scenes import cores, write_scenes
+from dcris.data.scenes import write_scenes
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
 from dcris.inference.batch import BatchPredictor
@@ -53,6 +53,7 @@ from dcris.utils.device import (
 from dcris.utils.drawing import png_bytes
 from dcris.utils.files import make_directory, write_file
 from dcris.utils.text_tables import markdown
+from dcris.utils.workers import cores
 from dcris.version import __version__
 
 EXPRESSIONS = (

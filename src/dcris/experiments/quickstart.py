@@ -17,7 +17,7 @@ from dcris.data.images import read_image
 from dcris.data.masks import union_mask
 from dcris.data.photographs import example_photographs
 from dcris.data.readers.load import load_references
-from dcris.data.scenes import DATASET, SPLIT_BY, cores, write_scenes
+from dcris.data.scenes import DATASET, SPLIT_BY, write_scenes
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
@@ -39,6 +39,7 @@ from dcris.training.trainer import Trainer, build_model
 from dcris.types import Reference
 from dcris.utils.device import choose_device, choose_precision
 from dcris.utils.files import make_directory, write_json
+from dcris.utils.workers import cores
 
 TRAIN_SCENES, TEST_SCENES, GENERALISED_SCENES = 4800, 200, 40
 

@@ -50,6 +50,14 @@ CANNOT_START = (OSError, ImportError, NotImplementedError)
 more processes."""
 
 
+def cores() -> int:
+    """Return the number of CPUs that this process may use.
+
+    In a container or a job these may be fewer than the machine's.
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An error that a worker returns instead of raising, which would bury the message in a
