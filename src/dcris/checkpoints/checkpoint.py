@@ -51,11 +51,11 @@ from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.cache import FileState, file_state, remembered
 from dcris.utils.device import allocate, shapes_only
 from dcris.utils.files import (
-    open_regular,
     parse_json,
     read_json,
     remove_directory,
     remove_partial,
+    sha256_of,
     write_directory,
     write_file,
     write_json,
@@ -200,8 +200,7 @@ def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except FileNotFoundError as error:
         raise DcrisError(f"the checkpoint has no file {path}; copy it again or use another one") from error
     except OSError as error:

@@ -6,7 +6,6 @@ cache. "detris-b-refcoco" etc. are published DETRIS checkpoints, which are downl
 once into $DCRIS_CACHE (default: ~/.cache/dcris).
 """
 
-import hashlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +21,7 @@ from dcris.checkpoints.training_images import FILE
 from dcris.errors import DcrisError
 from dcris.utils.arguments import ALIKE, PathLike, as_path, did_you_mean
 from dcris.utils.cache import cache_folder
-from dcris.utils.files import expand_home, read_json, write_json
+from dcris.utils.files import expand_home, read_json, sha256_of, write_json
 from dcris.utils.hub import FileMissingError, HubFile, UnreachableError, fetch, list_files
 from dcris.utils.streams import note
 
@@ -167,8 +166,7 @@ def _check(file: HubFile, model: Published, record: Path) -> str:
     Raises:
         DcrisError: it differs from the expected one.
     """
-    with file.path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(file.path)
     seen = read_json(record, "the record of checksums") if record.exists() else {}
     if not isinstance(seen, dict):
         raise DcrisError(f"{record} is not a JSON object with checksums; delete it")

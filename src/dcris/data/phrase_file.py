@@ -10,7 +10,7 @@ from pathlib import Path
 from dcris.data.table import bad, check_text, shown
 from dcris.data.tools.annotation import Texts, texts, whole
 from dcris.errors import DcrisError
-from dcris.utils.files import read_json, read_text, write_file
+from dcris.utils.files import read_json, read_text, reading, write_file
 
 COLUMNS = ("annotation", "image", "category", "box", "phrase")
 """Columns of the list of objects without a phrase. `box` is left, top, width and height in
@@ -119,12 +119,8 @@ def _read_mapping(path: Path) -> Iterator[tuple[str, Texts, str]]:
 
 
 def _read_csv(path: Path) -> tuple[str, Iterable[tuple[str, Texts, str]]]:
-    try:
+    with reading(path):
         text = read_text(path, _MAX_BYTES)
-    except FileNotFoundError as error:
-        raise DcrisError(f"the phrase file is missing: there is no file {path}; check the name") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read the phrase file {path}: {error.strerror or error}") from error
     lines = io.StringIO(text, newline="")
     header = lines.readline()
     if declared := re.match("sep=(.)", header, re.IGNORECASE):  # Excel's declaration of the delimiter

@@ -19,6 +19,13 @@ from dcris.utils.arguments import DEVICES, Precision
 
 _CGROUP = Path("/sys/fs/cgroup")
 
+_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """Return a device by name; "auto" is the first GPU, or else the CPU.
@@ -63,7 +70,7 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "int8":
         return _choose_int8(device)
     if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        return _DTYPES[precision]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
@@ -112,12 +119,7 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def precision_of(dtype: torch.dtype) -> Precision:
     """Return the name of a dtype that `choose_precision` gives."""
-    names: dict[torch.dtype, Precision] = {
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-        torch.int8: "int8",
-    }
-    return names.get(dtype, "float32")
+    return next(name for name, each in _DTYPES.items() if each == dtype)
 
 
 _FILLS = frozenset(

@@ -78,7 +78,6 @@ def overlay(image: NDArray[np.uint8], mask: MaskArray, colour: Colour = COLOURS[
     Raises:
         ValueError: shapes or types do not fit.
     """
-    _require_image_and_mask(image, mask)
     result = image.copy()
     draw_mask(result, mask, colour)
     return result
@@ -96,18 +95,14 @@ def mask_layer(mask: MaskArray, colour: Colour = COLOURS[0]) -> NDArray[np.uint8
     return np.dstack((np.rint(solid).astype(np.uint8), alpha))
 
 
-def _require_image_and_mask(image: NDArray[np.uint8], mask: MaskArray) -> None:
+def draw_mask(image: NDArray[np.uint8], mask: MaskArray, colour: Colour) -> None:
+    """Draw a mask on an image in place; see `overlay`."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     if mask.shape != image.shape[:2] or mask.dtype != np.bool_:
         raise ValueError(
             f"the mask must be bool {list(image.shape[:2])} as its image, not {mask.dtype} {list(mask.shape)}"
         )
-
-
-def draw_mask(image: NDArray[np.uint8], mask: MaskArray, colour: Colour) -> None:
-    """Draw a mask on an image in place; see `overlay`."""
-    _require_image_and_mask(image, mask)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return

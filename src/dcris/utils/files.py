@@ -8,6 +8,7 @@ recognises it by its name.
 
 import codecs
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -88,6 +89,20 @@ def expand_home(path: str | Path, instead: str = "give the path in full") -> Pat
         ) from error
 
 
+@contextmanager
+def reading(path: Path, missing: str = "check the folder and the name") -> Iterator[None]:
+    """Context in which an error of reading a file becomes a DcrisError that names it.
+
+    `missing` ends the message if there is no such file.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DcrisError(f"there is no file {path}; {missing}") from error
+    except OSError as error:
+        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
+
+
 def open_regular(path: Path, max_bytes: int | None = None) -> BufferedReader:
     """Open a regular file, or a link to one, for reading in binary mode.
 
@@ -118,6 +133,12 @@ def open_regular(path: Path, max_bytes: int | None = None) -> BufferedReader:
         file.close()
         raise
     return file
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file. Raises OSError like `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -350,8 +371,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
             if file.is_dir():
                 sync_directory(file)
                 continue
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
+            _sync(file)
             file.chmod(mode)  # safetensors writes files that only their owner can read
         sync_directory(temporary)
         if path.exists():  # a rename cannot replace a directory that is not empty
@@ -566,38 +586,33 @@ def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = 
         DcrisError: the file cannot be read or, without `on_error`, a line is invalid.
     """
     brackets = length = 0
-    try:
-        with open_regular(path) as file:
-            _refuse_utf16(path, file.read(2))
-            file.seek(0)
-            # Not `for line in file`, which would load a file without line ends whole.
-            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
-                if len(line) > MAX_LINE:
-                    raise DcrisError(
-                        f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; write one object a line, and large masks "
-                        "as image files"
-                    )
-                brackets, length = brackets + line.count(b"[") + line.count(b"{"), length + len(line)
-                try:
-                    _refuse_dense(brackets, length)
-                except ValueError as error:
-                    raise DcrisError(f"{path}: {error}; split the file") from error
-                text = line.removeprefix(codecs.BOM_UTF8).strip()
-                if not text:
-                    continue
-                try:
-                    value = parse_json(text.decode())
-                except ValueError as error:
-                    found = DcrisError(f"{path}: line {number} {_of_line(error)}; correct that line")
-                    if on_error is None:
-                        raise found from error
-                    on_error(found)
-                else:
-                    yield number, value
-    except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path}; check the folder and the name") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
+    with reading(path), open_regular(path) as file:
+        _refuse_utf16(path, file.read(2))
+        file.seek(0)
+        # Not `for line in file`, which would load a file without line ends whole.
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+            if len(line) > MAX_LINE:
+                raise DcrisError(
+                    f"{path}: line {number} is longer than {MAX_LINE >> 20} MiB; write one object a line, and large masks "
+                    "as image files"
+                )
+            brackets, length = brackets + line.count(b"[") + line.count(b"{"), length + len(line)
+            try:
+                _refuse_dense(brackets, length)
+            except ValueError as error:
+                raise DcrisError(f"{path}: {error}; split the file") from error
+            text = line.removeprefix(codecs.BOM_UTF8).strip()
+            if not text:
+                continue
+            try:
+                value = parse_json(text.decode())
+            except ValueError as error:
+                found = DcrisError(f"{path}: line {number} {_of_line(error)}; correct that line")
+                if on_error is None:
+                    raise found from error
+                on_error(found)
+            else:
+                yield number, value
 
 
 def _of_line(error: ValueError) -> str:

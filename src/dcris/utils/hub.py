@@ -6,7 +6,6 @@ comparison of the checksum.
 """
 
 import errno
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dcris.errors import DcrisError, first_line
+from dcris.utils.files import sha256_of
 
 Kind = Literal["model", "dataset"]
 """Kind of repository: a model and a data set on the Hub can have the same name."""
@@ -174,8 +174,7 @@ def _verify(path: Path, repo: str) -> None:
     """
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        with blob.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(blob)
         if found != blob.name:
             path.unlink()
             blob.unlink()

@@ -100,18 +100,11 @@ def ranks(cells: Sequence[str], blank: str = BLANK) -> dict[int, Mark]:
     Numbers are compared as they are shown, so that two that read alike have the same mark.
     """
     values = {row: float(cell) for row, cell in enumerate(cells) if cell != blank}
-    order = sorted({*values.values()}, reverse=True)
-    marks: tuple[Mark, ...] = ("best", "second")
-    return (
-        {
-            row: mark
-            for mark, shown in zip(marks, order, strict=False)
-            for row, value in values.items()
-            if value == shown
-        }
-        if len(order) > 1
-        else {}
-    )
+    greatest = sorted({*values.values()}, reverse=True)[:2]
+    if len(greatest) < 2:
+        return {}
+    marks: dict[float, Mark] = {greatest[0]: "best", greatest[1]: "second"}
+    return {row: marks[value] for row, value in values.items() if value in marks}
 
 
 def score_text(value: float | None, form: str = ".1f") -> str:

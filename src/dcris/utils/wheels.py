@@ -1,12 +1,12 @@
 """Find files that packages from PyPI contain, without importing the packages."""
 
-import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from dcris.errors import DcrisError
 from dcris.utils.cache import file_state, remembered
+from dcris.utils.files import sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +38,13 @@ class WheelFile:
             raise DcrisError(
                 f"the package {self.distribution} is not installed; install it: pip install 'dcris[photos]'"
             )
-        found = remembered(file_state(path), "sha256", lambda: _sha256(path))
+        found = remembered(file_state(path), "sha256", lambda: sha256_of(path))
         if found != self.sha256:
             raise DcrisError(
                 f"{path} is not the file that {self.distribution} {self.version} contains (its SHA-256 is {found}); "
                 f"install that version: pip install --force-reinstall --no-deps {self.distribution}=={self.version}"
             )
         return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def minilm_file(name: str, sha256: str) -> WheelFile:

@@ -6,6 +6,7 @@ annotation and image record as JSON text; the images are not included. In RefCOC
 the file, are read by `embedded_images`, and else looked for among COCO's.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +167,7 @@ def images_to_refer(files: Mapping[Path, str]) -> tuple[list[Row], Row]:
     annotations: list[Row] = []
     images: list[Row] = []
     numbers = {name: number for number, name in CATEGORIES.items()}
-    categories = dict(CATEGORIES)
+    new = itertools.count(1 + max(CATEGORIES))
     sentences = 0
     for path, split in files.items():
         for number, row in enumerate(_read_rows(path, _OF_IMAGES), 1):
@@ -178,8 +179,7 @@ def images_to_refer(files: Mapping[Path, str]) -> tuple[list[Row], Row]:
                 place = f"sample {ref_id} of {where}"
                 category = field(sample, "category", str, path, place)
                 if category not in numbers:
-                    numbers[category] = 1 + max(categories)
-                    categories[numbers[category]] = category
+                    numbers[category] = next(new)
                 texts = field(sample, "sentences", list, path, place)
                 mask = field(sample, "mask", dict, path, place)
                 found = field(mask, "size", list, path, place)
@@ -209,7 +209,7 @@ def images_to_refer(files: Mapping[Path, str]) -> tuple[list[Row], Row]:
     return records, {
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": identifier, "name": name} for identifier, name in categories.items()],
+        "categories": [{"id": identifier, "name": name} for name, identifier in numbers.items()],
     }
 
 

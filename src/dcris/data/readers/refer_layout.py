@@ -46,7 +46,7 @@ from dcris.data.table import (
 )
 from dcris.errors import DcrisError
 from dcris.types import Reference, Segmentation
-from dcris.utils.files import read_bytes, read_json
+from dcris.utils.files import read_bytes, read_json, reading
 from dcris.utils.pickles import InstructionError, end_of_pickle, global_name
 
 _MAX_PICKLE = 256_000_000
@@ -92,12 +92,8 @@ def safe_unpickle(path: Path) -> Any:
         DcrisError: the file is missing, damaged or too large, would need far more memory than its
             size explains, or contains anything else, above all a request to run code.
     """
-    try:
+    with reading(path, "check the folder and the name, or download the file"):
         data = read_bytes(path, _MAX_PICKLE)
-    except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path}; check the folder and the name, or download the file") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
     try:
         end_of_pickle(data, admitted=_PLAIN)
         return _unpickle(data)

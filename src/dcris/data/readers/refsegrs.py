@@ -15,9 +15,8 @@ from pathlib import Path
 from dcris.data.images import image_size
 from dcris.data.registry import OFFICIAL
 from dcris.data.table import SPLIT_STEP, OnError, ReferenceTable, bad, check_text, plain_name, shown, skip_errors
-from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, SoftMask
-from dcris.utils.files import read_text
+from dcris.utils.files import read_text, reading
 
 _FOLDERS = ("RefSegRS", "refsegrs")
 _FILE = "output_phrase_{}.txt"
@@ -53,10 +52,8 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
         path = home / _FILE.format(split)
         if not path.is_file():
             continue
-        try:
+        with reading(path):
             lines = read_text(path, _LONGEST).splitlines()
-        except OSError as error:
-            raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

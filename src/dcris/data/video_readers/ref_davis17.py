@@ -18,7 +18,7 @@ from dcris.data.table import OnError, bad, check_text, plain_name, shown, skip_e
 from dcris.data.video_readers.meta import META, Expressions, each_video, home_of, label, read_videos
 from dcris.data.videos import LabelImages, VideoExpression, VideoSet
 from dcris.errors import DcrisError
-from dcris.utils.files import read_text
+from dcris.utils.files import read_text, reading
 
 _DATASET = "ref_davis17"
 _SPLITS = {"train": "train", "valid": "val"}
@@ -112,10 +112,8 @@ def _lines(path: Path) -> list[str]:
 
     Not by splitlines, which takes more for the end of a line: 0x85 is a letter in other codes.
     """
-    try:
+    with reading(path):
         return read_text(path, fallback="latin-1").split("\n")
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; get it again") from error
 
 
 def _read_texts(path: Path, misspelt: set[str], on_error: OnError | None) -> dict[str, dict[str, str]]:
