@@ -11,6 +11,7 @@ from dcris.data.table import bad, check_text, shown
 from dcris.data.tools.annotation import Texts, texts, whole
 from dcris.errors import DcrisError
 from dcris.utils.files import read_json, read_text, reading, write_file
+from dcris.utils.text_tables import declared_delimiter
 
 COLUMNS = ("annotation", "image", "category", "box", "phrase")
 """Columns of the list of objects without a phrase. `box` is left, top, width and height in
@@ -121,13 +122,14 @@ def _read_mapping(path: Path) -> Iterator[tuple[str, Texts, str]]:
 def _read_csv(path: Path) -> tuple[str, Iterable[tuple[str, Texts, str]]]:
     with reading(path):
         text = read_text(path, _MAX_BYTES)
+    declared, text = declared_delimiter(text)
     lines = io.StringIO(text, newline="")
+    if declared:
+        lines.readline()  # its line end
     header = lines.readline()
-    if declared := re.match("sep=(.)", header, re.IGNORECASE):  # Excel's declaration of the delimiter
-        header = lines.readline()
     # Excel's delimiter depends on the language. The header alone decides: csv.Sniffer would also
     # guess from phrases, which contain commas.
-    delimiter = declared[1] if declared else next((mark for mark in ",;\t" if mark in header), ",")
+    delimiter = declared or next((mark for mark in ",;\t" if mark in header), ",")
     columns = [name.strip(' "').lower() for name in header.strip().split(delimiter)]
     by = next((name for name in ("annotation", "category") if name in columns), None)
     if by is None or "phrase" not in columns:

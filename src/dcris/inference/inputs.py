@@ -20,6 +20,7 @@ from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
 from dcris.inference.video import VIDEO_ENDINGS
 from dcris.utils.files import is_partial, read_json_lines, read_text
+from dcris.utils.text_tables import declared_delimiter
 
 RECORDS = "dcris-journal.jsonl"
 """Name of the record file in a folder of results; see dcris.inference.records."""
@@ -391,10 +392,8 @@ def _is_path(value: Any) -> bool:
 
 
 def _table_pairs(path: Path, delimiters: str) -> Iterator[tuple[int, Any, Any]]:
-    text = _read_list(path)
-    declared = re.match(r'"?sep=(.)"?[ \t]*(?=[\r\n]|$)', text, re.IGNORECASE)  # Excel's first line
-    text = text[declared.end() :] if declared else text
-    delimiter = declared[1] if declared else max(delimiters, key=lambda delimiter: _fit(text, delimiter))
+    declared, text = declared_delimiter(_read_list(path))
+    delimiter = declared or max(delimiters, key=lambda delimiter: _fit(text, delimiter))
     rows = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     image, phrase, width, first = 0, 1, 2, True
     try:

@@ -1,4 +1,4 @@
-"""Tables as Markdown, LaTeX and CSV."""
+"""Tables as Markdown, LaTeX and CSV, and the delimiter of CSV."""
 
 import csv
 import io
@@ -28,6 +28,7 @@ _MARKDOWN = re.compile(r"[\\|<`*~]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|&(?=#?\w+;)
 """What Markdown does not show as it is: a name could be a link, or an image of another server."""
 _FORMULA = re.compile(r"\s*([=@\uff1d\uff20]|[+-](?![0-9.]+$)|[\uff0b\uff0d])")
 """What is a formula in a spreadsheet, also after spaces and in full width, unlike -1.5."""
+_DECLARED = re.compile(r'"?sep=(.)"?[ \t]*(?=[\r\n]|$)', re.IGNORECASE)
 _MARKED_LATEX: Mapping[Mark, str] = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}
 _MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 
@@ -122,6 +123,13 @@ def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     cells = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in plain]
     csv.writer(file, lineterminator="\n").writerows(cells)
     return file.getvalue().removesuffix("\n")
+
+
+def declared_delimiter(text: str) -> tuple[str | None, str]:
+    """Return the delimiter that Excel's first line ("sep=;") declares, or None, and the text after
+    it, from the end of that line on."""
+    declared = _DECLARED.match(text)
+    return (declared[1], text[declared.end() :]) if declared else (None, text)
 
 
 def latex_text(text: str) -> str:
