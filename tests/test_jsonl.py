@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dcris.data import check
+from dcris.data import check_report
 from dcris.data.check import check_dataset
 from dcris.data.dataset import TrainingSamples
 from dcris.data.exporter import export_table
@@ -349,9 +349,9 @@ def test_a_split_stays_in_its_line_of_the_table(folder: Path, name: str, shown: 
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen million invalid lines would take minutes and gigabytes."""
-    monkeypatch.setattr(check, "MAX_ERRORS", 20)
+    monkeypatch.setattr(check_report, "_MAX_ERRORS", 20)
     path = write(folder, *["1"] * 30)
-    with pytest.raises(DcrisError, match=r"stopped after 20 bad references; the first: .*line 1 is not an object"):
+    with pytest.raises(DcrisError, match=r"stopped after 20 errors; the first: .*line 1 is not an object"):
         check_dataset(path, None)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dcris.data.check_report import MAX_ERRORS, Report
+from dcris.data.check_report import Report
 from dcris.data.images import image_size, read_image
 from dcris.data.masks import mask_area
 from dcris.data.readers.load import load_references
@@ -24,7 +24,7 @@ class CheckReport(Report):
     """Result of a check of a data set of images."""
 
     split_by: str
-    images: int
+    images: int = 0
     """Number of distinct images."""
     shared_images: int = 0
     """Images in more than one split."""
@@ -76,24 +76,12 @@ def check_dataset(
     Raises:
         DcrisError: an annotation file cannot be used at all, so nothing else can be checked.
     """
-    errors: list[str] = []
-
-    def on_error(error: DcrisError) -> None:
-        errors.append(str(error))
-        if len(errors) == MAX_ERRORS:
-            raise DcrisError(f"reading stopped after {len(errors):,} bad references; the first: {errors[0]}")
-
-    table = load_references(root, dataset, split_by, on_error, mask_threshold=mask_threshold)
-    report = CheckReport(
-        dataset=table.dataset,
-        split_by=table.split_by,
-        splits=table.splits(),
-        official_splits=official_splits(table.dataset, table.split_by),
-        images=len({reference.image_path for reference in table.references}),
-        notes=list(table.notes),
-    )
-    for error in errors:
-        report.add_problem(error)
+    report = CheckReport(dataset="", split_by="")
+    table = load_references(root, dataset, split_by, report.add_error, mask_threshold=mask_threshold)
+    report.dataset, report.split_by = table.dataset, table.split_by
+    report.splits, report.official_splits = table.splits(), official_splits(table.dataset, table.split_by)
+    report.images = len({reference.image_path for reference in table.references})
+    report.notes = list(table.notes)
     report.compare_sizes()
     _check_leaks(table, report)
     _check_files(table, report, deep, progress)

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcris.data.registry import agrees
+from dcris.errors import DcrisError
 from dcris.utils.streams import one_line
 
 _MAX_SHOWN = 10
 
-MAX_ERRORS = 100_000
-"""Reading stops after this many unusable references: 30 MB of another kind of file may have 15
-million lines."""
+_MAX_ERRORS = 100_000
+"""Reading stops after this many unusable references or expressions: 30 MB of another kind of file
+may have 15 million lines."""
 
 
 @dataclass(kw_only=True)
@@ -22,9 +23,9 @@ class Report:
     """
 
     dataset: str
-    splits: dict[str, tuple[int, int]]
+    splits: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Number of `units` and of expressions in each split."""
-    official_splits: Mapping[str, tuple[int | None, int | None]]
+    official_splits: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """The official numbers; empty if none is known."""
     official: bool | None = None
     """Whether every split has its official size, as far as that is known; None if none is known."""
@@ -53,6 +54,15 @@ class Report:
         self.problem_count += 1
         if len(self.problems) < _MAX_SHOWN:
             self.problems.append(problem)
+
+    def add_error(self, error: DcrisError) -> None:
+        """Count the error of a reference or an expression that is left out.
+
+        Raises DcrisError if there are so many that reading should stop.
+        """
+        self.add_problem(str(error))
+        if self.problem_count == _MAX_ERRORS:
+            raise DcrisError(f"reading stopped after {_MAX_ERRORS:,} errors; the first: {self.problems[0]}")
 
     def compare_sizes(self) -> None:
         """Set `official`, and warn of splits that are missing or have another than their official
