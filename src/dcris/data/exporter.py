@@ -93,26 +93,29 @@ def export_table(
         image_url,
     )
 
-    # Of RRSIS-D: the tools want an image of the mask's size.
-    stretched = {reference.image_path: reference for reference in kept if reference.stretched}
-
     def fill(folder: Path) -> None:
-        for source, name in exported.images.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                if (reference := stretched.get(source)) and image_size(source) != reference.image_size:
-                    Image.fromarray(fit_image(read_image(source), reference)).save(target, quality=95)
-                else:
-                    shutil.copyfile(source, target)
-            except (OSError, ValueError, shutil.SpecialFileError) as error:  # ValueError: no format of that ending
-                raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
+        for image, of_image in exported.by_image().items():
+            _copy_image(of_image[0], folder / exported.images[image])
         write(exported, folder)
         on_written(folder)
 
     write_directory(out, fill)
     doubtful = sum(1 for reference in kept if reference.ignored is not None)
     return ExportResult(len(kept), len(exported.images), len(references) - len(kept), doubtful)
+
+
+def _copy_image(reference: Reference, target: Path) -> None:
+    """Copy the image of a reference, or write it at the size of its mask, as tools want it, where
+    these differ (RRSIS-D)."""
+    source = reference.image_path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if reference.stretched and image_size(source) != reference.image_size:
+            Image.fromarray(fit_image(read_image(source), reference)).save(target, quality=95)
+        else:
+            shutil.copyfile(source, target)
+    except (OSError, ValueError, shutil.SpecialFileError) as error:  # ValueError: no format of that ending
+        raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
 
 
 def _known(reference: Reference) -> Reference:

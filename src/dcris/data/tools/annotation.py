@@ -180,6 +180,11 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if type(value) is dict else {}
 
 
+def filled(value: Any) -> str | None:
+    """Return a text that is not blank; None for another value."""
+    return value if type(value) is str and value.strip() else None
+
+
 def whole(value: Any) -> int | None:
     """Return the integer that 7, 7.0 or "7" stands for, of at most 18 digits, or None."""
     if type(value) is float and value.is_integer() and abs(value) < 1e15:

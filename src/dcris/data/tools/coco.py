@@ -20,6 +20,7 @@ from dcris.data.tools.annotation import (
     Format,
     Found,
     each,
+    filled,
     integer,
     mapping,
     objects,
@@ -77,8 +78,7 @@ def _read(path: Path, content: Any) -> Found:
     if type(categories) is not list:
         raise bad(path, "the file has 'categories' that is not a list")
     names = _Index("category", "categories", categories, path)
-    named = mapping(content.get("info")).get("split")
-    split = named if type(named) is str and named.strip() else split_of(path.stem)
+    split = filled(mapping(content.get("info")).get("split")) or split_of(path.stem)
     first: dict[int, Any] = {}
 
     def read(place: int, record: Any) -> Annotation | None:

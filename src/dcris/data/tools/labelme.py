@@ -19,6 +19,7 @@ from dcris.data.tools.annotation import (
     Size,
     category_name,
     each,
+    filled,
     number,
     objects,
     own_phrases,
@@ -45,14 +46,13 @@ def _is_labelme(content: Any) -> bool:
 def _read(path: Path, content: Any) -> Found:
     image = field(content, "imagePath", str, path, "the file")
     size = recorded_size(content, "imageHeight", "imageWidth", path, "the file")
-    named = content.get("split")
-    split = named if type(named) is str and named.strip() else None
+    split = filled(content.get("split"))
 
     def read(place: int, record: Any) -> Annotation:
         where = f"shape {place}"
         label = category_name(field(record, "label", str, path, where), path, where, "label")
         group = whole(record.get("group_id"))
-        said = record.get("description")
+        said = filled(record.get("description"))
         return Annotation(
             path=path,
             where=where,
@@ -62,7 +62,7 @@ def _read(path: Path, content: Any) -> Found:
             masks=_masks(record, path, where),
             category=label,
             phrases=texts([line for line in said.splitlines() if line.strip()], path, where, "description")
-            if type(said) is str and said.strip()
+            if said
             else own_phrases((record, record.get("attributes")), path, where),
             split=split,
             group=None if group is None else f"{group} {label}",
@@ -108,10 +108,9 @@ def _shapes(segmentation: Segmentation, size: Size) -> list[dict[str, Any]]:
         rings = [[list(point) for point in zip(flat[::2], flat[1::2], strict=True)] for flat in segmentation]
         return [{"shape_type": "polygon", "points": ring, "flags": {}, "mask": None} for ring in rings]
     mask = decode_mask(segmentation, size)
-    left, top, width, height = mask_box(mask) or (0, 0, 1, 1)
+    left, top, width, height = box = mask_box(mask) or (0, 0, 1, 1)
     corners = [[left, top], [left + width - 1, top + height - 1]]
-    part = mask[top : top + height, left : left + width]
-    return [{"shape_type": "mask", "points": corners, "flags": {}, "mask": png_text(part)}]
+    return [{"shape_type": "mask", "points": corners, "flags": {}, "mask": png_text(mask, box)}]
 
 
 FORMAT = Format("labelme", _read, is_content=_is_labelme, write=_write, image_folder="{split}")

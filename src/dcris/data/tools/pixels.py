@@ -45,10 +45,12 @@ def png_mask(text: str, deflated: bool = False) -> NDArray[np.uint8]:
     return read_mask_image(data)
 
 
-def png_text(mask: NDArray[np.uint8], deflated: bool = False) -> str:
-    """Encode a mask [H, W] of 0 and 1 as a PNG in Base64; `deflated` as in `png_mask`."""
+def png_text(mask: NDArray[np.uint8], box: tuple[int, int, int, int], deflated: bool = False) -> str:
+    """Encode the part of a mask [H, W] of 0 and 1 in a box (left, top, width, height) as a PNG in
+    Base64; `deflated` as in `png_mask`."""
+    left, top, width, height = box
     stream = io.BytesIO()
-    Image.fromarray(mask.astype(bool)).save(stream, "PNG")
+    Image.fromarray(mask[top : top + height, left : left + width].astype(bool)).save(stream, "PNG")
     data = stream.getvalue()
     return base64.b64encode(zlib.compress(data) if deflated else data).decode("ascii")
 

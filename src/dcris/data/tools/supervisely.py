@@ -23,6 +23,7 @@ from dcris.data.tools.annotation import (
     Size,
     category_name,
     each,
+    filled,
     mapping,
     number,
     objects,
@@ -62,8 +63,8 @@ def _read_image(file: Path, root: Path) -> Found:
     size = recorded_size(field(content, "size", dict, file, "the file"), "height", "width", file, "the size")
     folder = file.parent.parent.relative_to(root)
     image = (folder / "img" / file.stem).as_posix()
-    splits = _tags(content).get("split", [])
-    split = splits[0] if splits and type(splits[0]) is str and splits[0].strip() else split_of(*reversed(folder.parts))
+    (named, *_) = _tags(content).get("split", [None])
+    split = filled(named) or split_of(*reversed(folder.parts))
 
     def read(place: int, record: Any) -> Annotation:
         where = f"object {place}"
@@ -77,7 +78,7 @@ def _read_image(file: Path, root: Path) -> Found:
             category=category_name(field(record, "classTitle", str, file, where), file, where, "classTitle"),
             phrases=own_phrases((_tags(record), record), file, where),
             split=split,
-            group=instance if type(instance := record.get("instance")) is str and instance.strip() else None,
+            group=filled(record.get("instance")),
         )
 
     return each(read, records)
@@ -156,12 +157,9 @@ def _write(exported: Exported, folder: Path) -> None:
 
 def _bitmap(segmentation: Segmentation, size: Size) -> dict[str, Any] | None:
     mask = decode_mask(segmentation, size)
-    box = mask_box(mask)
-    if box is None:
+    if (box := mask_box(mask)) is None:
         return None
-    left, top, width, height = box
-    data = png_text(mask[top : top + height, left : left + width], deflated=True)
-    return {"geometryType": "bitmap", "bitmap": {"data": data, "origin": [left, top]}}
+    return {"geometryType": "bitmap", "bitmap": {"data": png_text(mask, box, deflated=True), "origin": [*box[:2]]}}
 
 
 def _colour(place: int) -> str:
