@@ -48,7 +48,6 @@ def fetch_dataset(
     splits: Sequence[str] | None = None,
     images: str | None = None,
     connections: int = 8,
-    log: Callable[[str], None] = note,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReferenceTable:
     """Download a data set into `root`, in the REFER layout: annotations and images.
@@ -63,7 +62,6 @@ def fetch_dataset(
         images: the URL of a mirror of the images, or a folder or zip file to copy from; default:
             COCO's server, or the Hub where it has the images.
         connections: number of images downloaded at a time.
-        log: receives progress messages, with the space needed.
         progress: receives the number of images done and to do.
 
     Returns:
@@ -76,7 +74,7 @@ def fetch_dataset(
     facts = _downloadable(dataset, root)
     images = images or coco.IMAGE_SERVER.format(facts.server_folder)
     source = open_source(images)  # first: a mistyped path should not cost the download of the annotations
-    table = _fetch_annotations(dataset, root, splits, log)
+    table = _fetch_annotations(dataset, facts, root, splits)
     references = [reference for name in splits or table.splits() for reference in table.split(name)]
     needed = {reference.image_path: reference for reference in references}
     missing = [
@@ -84,7 +82,7 @@ def fetch_dataset(
         for path, reference in needed.items()
         if not _image_exists(reference)
     ]
-    _require_space(root, dataset, len(needed), len(missing), images, log)
+    _require_space(root, dataset, len(needed), len(missing), images)
     failures = download_images(missing, source, connections=connections, progress=progress)
     if failures:
         more = f" and {len(failures) - 5:,} more" if len(failures) > 5 else ""
@@ -103,16 +101,14 @@ def _image_exists(reference: Reference) -> bool:
         return False
 
 
-def _require_space(
-    root: Path, dataset: str, needed: int, missing: int, source: str, log: Callable[[str], None]
-) -> None:
-    """Log what will be downloaded. Raises DcrisError if the disk lacks the space for it."""
+def _require_space(root: Path, dataset: str, needed: int, missing: int, source: str) -> None:
+    """Print what will be downloaded. Raises DcrisError if the disk lacks the space for it."""
     if not missing:
-        log(f"{dataset}: all {needed:,} images exist")
+        note(f"{dataset}: all {needed:,} images exist")
         return
     free, size = shutil.disk_usage(make_directory(root)).free, missing * _BYTES_PER_IMAGE
     existing = f"; {needed - missing:,} exist" if needed > missing else ""
-    log(
+    note(
         f"{dataset}: {missing:,} images from {source}, about {_format_size(size)} ({_format_size(free)} free){existing}"
     )
     if free < size:
@@ -141,14 +137,11 @@ def _downloadable(dataset: str, root: Path) -> Dataset:
 # ---- annotations ---------------------------------------------------------------------------------
 
 
-def _fetch_annotations(
-    dataset: str, root: Path, splits: Sequence[str] | None, log: Callable[[str], None]
-) -> ReferenceTable:
+def _fetch_annotations(dataset: str, facts: Dataset, root: Path, splits: Sequence[str] | None) -> ReferenceTable:
     """Return the table with at least these splits.
 
     That is the existing one, or a new one from the Hub, which is written to `root`.
     """
-    facts = _downloadable(dataset, root)
     split_by, repo = facts.split_by, str(facts.repository)
     official = list(PARTITIONS[dataset, split_by].splits)
     unknown = [name for name in splits or () if name not in official]
@@ -156,9 +149,9 @@ def _fetch_annotations(
         raise DcrisError(f"{dataset} has no split {unknown[0]!r}; choose from {', '.join(official)}")
     if copy := _COPIED.get(dataset):
         if has_references(root, dataset, split_by):
-            log(f"{dataset}: the annotations exist")
+            note(f"{dataset}: the annotations exist")
         else:
-            log(f"{dataset}: {facts.files[0]} from {repo} on the Hub (or its cache)")
+            note(f"{dataset}: {facts.files[0]} from {repo} on the Hub (or its cache)")
             copy(fetch(repo, "main", facts.files, "dataset").path, root)
         return load_references(root, dataset, split_by)
     present: list[str] = []
@@ -166,14 +159,14 @@ def _fetch_annotations(
         table = refer_layout.load(root, dataset, split_by)
         present = list(table.splits())
         if set(splits or official) <= set(present):
-            log(f"{dataset}: the annotations exist ({', '.join(present)})")
+            note(f"{dataset}: the annotations exist ({', '.join(present)})")
             return table
     _refuse_overwriting(root / dataset, split_by, refer_layout.find(root, dataset), set(present) - set(official))
     if names := facts.files:
-        log(f"{dataset}: the annotations from {repo} on the Hub (or its cache)")
+        note(f"{dataset}: the annotations from {repo} on the Hub (or its cache)")
         return _copy_annotations(dataset, repo, names, split_by, root)
     wanted = [name for name in official if name in {*(splits or official), *present}]
-    log(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub (or its cache)")
+    note(f"{dataset}: the annotations of {', '.join(wanted)} from {repo} on the Hub (or its cache)")
     files, commit = _download_annotations(dataset, repo, wanted)
     records, content = images_to_refer(files) if dataset == "refcoco-m" else to_refer(files, dataset)
     folder = root / dataset

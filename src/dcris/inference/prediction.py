@@ -199,7 +199,7 @@ class Prediction:
         Raises:
             DcrisError: `min_area` is not a number of 0 or more.
         """
-        require_number(min_area, 0, "the minimum area")
+        require_number(min_area, "the minimum area")
         if self.box is None:
             return []
         left, top, width, height = self.box
@@ -305,7 +305,7 @@ class Prediction:
         Args:
             tolerance: maximum deviation in pixels of a simplified outline; 0 keeps every corner.
         """
-        if math.isinf(require_number(tolerance, 0, "the tolerance")):
+        if math.isinf(require_number(tolerance, "the tolerance")):
             raise DcrisError("the tolerance must be finite")
         # cv2 follows pixel centres, not borders. In the mask at twice the size, the centre of each
         # contour pixel lies on one side of an original pixel, which tells the border it belongs to.

@@ -914,7 +914,7 @@ class Segmenter:
     def _pairs_per_pass(self, config: RunConfig, memory: float | None) -> int:
         """Number of image-phrase pairs whose forward pass fits into the memory (bytes)."""
         if memory is not None:
-            memory = require_number(memory, 0, "the memory")
+            memory = require_number(memory, "the memory")
         return min(_MAX_PAIRS, pairs_in_memory(config, self.device, memory))
 
 

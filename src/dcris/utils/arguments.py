@@ -66,16 +66,16 @@ def require(value: Any, kind: type[T], what: str) -> T:
     return value
 
 
-def require_number(value: Any, low: float, what: str) -> float:
-    """Return `value` as a float if it is a number of at least `low`.
+def require_number(value: Any, what: str) -> float:
+    """Return `value` as a float if it is a number of at least 0.
 
     Raises DcrisError otherwise, also for NaN.
     """
     if not isinstance(value, Real):
         raise DcrisError(f"{what} must be a number, not {kind_of(value)}")
     number = as_float(value)
-    if not number >= low:  # NaN, too
-        raise DcrisError(f"{what} must be {low:g} or more, not {number}")
+    if not number >= 0:  # NaN, too
+        raise DcrisError(f"{what} must be 0 or more, not {number}")
     return number
 
 
