@@ -91,16 +91,19 @@ def expand_home(path: str | Path, instead: str = "give the path in full") -> Pat
 
 @contextmanager
 def reading(path: Path, missing: str = "check the folder and the name") -> Iterator[None]:
-    """Context in which an error of reading a file becomes a DcrisError that names it.
+    """Context in which an error of reading a file, or one below a folder, becomes a DcrisError that
+    names it.
 
     `missing` ends the message if there is no such file.
     """
     try:
         yield
     except FileNotFoundError as error:
-        raise DcrisError(f"there is no file {path}; {missing}") from error
+        raise DcrisError(f"there is no file {error.filename or path}; {missing}") from error
     except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}; check the folder and the name") from error
+        raise DcrisError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; check the folder and the name"
+        ) from error
 
 
 def open_regular(path: Path, max_bytes: int | None = None) -> BufferedReader:

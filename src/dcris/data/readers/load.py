@@ -14,6 +14,7 @@ from dcris.data.table import OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
 from dcris.utils.arguments import PathLike, as_path, require, require_number
+from dcris.utils.files import reading
 
 _MOST_NAMES = 20
 """Data sets that an error names."""
@@ -46,14 +47,11 @@ def load_references(
     for value, what in ((dataset, "the data set's name"), (split_by, "split_by")):
         if value is not None and "\0" in require(value, str, what):
             raise DcrisError(f"{what} must not contain NUL characters: {value!r}")
-    try:
-        with _no_garbage_collection():
-            table = _load(place, dataset, split_by, on_error)
-    except OSError as error:  # errors that no reader handles, such as names that are too long
-        raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+    with reading(place), _no_garbage_collection():  # errors that no reader handles, such as names that are too long
+        table = _load(place, dataset, split_by, on_error)
     if mask_threshold is None:
         return table
-    threshold = require_number(mask_threshold, 0, "the mask threshold")
+    threshold = require_number(mask_threshold, "the mask threshold")
 
     def soft(segmentation: Segmentation) -> Segmentation:
         return SoftMask(segmentation, threshold) if isinstance(segmentation, Path) else segmentation
@@ -73,7 +71,14 @@ def load_references(
 
 def is_single_file(root: Path) -> bool:
     """Return whether `root` is itself a data set, one file that is named after its stem."""
-    return any(reader.single_file and reader.find(root, root.stem, None) for reader in READERS.values())
+    return _single_file(root) is not None
+
+
+def _single_file(root: Path) -> tuple[Reader, str] | None:
+    """Return the layout of the data set that the file `root` is, and its partition; None if it is
+    none."""
+    readers = (reader for reader in READERS.values() if reader.single_file)
+    return next(((reader, found[0]) for reader in readers if (found := reader.find(root, root.stem, None))), None)
 
 
 def has_references(root: Path, dataset: str, split_by: str) -> bool:
@@ -97,9 +102,8 @@ def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, st
         DcrisError: the files of `dataset` or of a known data set have no split in their names. Any
             other such folder is not a data set.
     """
-    for reader in READERS.values():
-        if reader.single_file and (found := reader.find(root, root.stem, None)):
-            return [(root.stem, found[0])]
+    if (single := _single_file(root)) is not None:
+        return [(root.stem, single[1])]
     entries = (entry for place in (root, root / "anns") if place.is_dir() for entry in sorted(place.iterdir()))
     folders = [entry.name for entry in entries if entry.is_dir()]
     # Folders in which known data sets are, under other names than theirs.
@@ -119,9 +123,8 @@ def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, st
 
 
 def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnError | None) -> ReferenceTable:
-    for reader in READERS.values():
-        if reader.single_file and (found := reader.find(root, root.stem, None)):
-            return reader.load(root, root.stem, found[0], on_error)
+    if (single := _single_file(root)) is not None:
+        return single[0].load(root, root.stem, single[1], on_error)
     if not root.exists():
         raise DcrisError(f"there is no file or folder {root}; check the path of the data")
     if dataset is None:

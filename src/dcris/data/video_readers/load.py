@@ -8,6 +8,7 @@ from dcris.data.table import OnError
 from dcris.data.video_readers import VIDEO_READERS
 from dcris.data.videos import VideoSet
 from dcris.errors import DcrisError
+from dcris.utils.files import reading
 
 MAX_MASKS = 5_000_000
 """Most masks of a split, one for each expression and frame. MeViS's train has about 1.8 million."""
@@ -22,10 +23,8 @@ def video_splits(root: Path, dataset: str) -> Sequence[str]:
     reader = VIDEO_READERS.get(dataset)
     if reader is None:
         raise DcrisError(f"there is no data set of videos {dataset!r}; choose from {', '.join(VIDEO_READERS)}")
-    try:
+    with reading(root):
         found = reader.find(root)
-    except OSError as error:
-        raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
     if not found:
         source = VIDEO_SETS[dataset].source.replace("ROOT", str(root))
         raise DcrisError(f"there is no data set {dataset} in {root}: found no {reader.files}; get it from {source}")
@@ -49,10 +48,8 @@ def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None =
     found = video_splits(root, dataset)
     if split not in found:
         raise DcrisError(f"{dataset} in {root} has no split {split!r}; choose from {', '.join(found)}")
-    try:
+    with reading(root):
         videos = VIDEO_READERS[dataset].load(root, split, on_error)
-    except OSError as error:
-        raise DcrisError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
     # What follows has a name for each mask: a small file with as many frames as expressions would
     # fill the memory.
     masks = sum(len(each.frames) for each in videos.expressions)
