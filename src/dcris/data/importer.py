@@ -19,7 +19,7 @@ from dcris.data.masks import mask_area, mask_box, union_mask
 from dcris.data.phrase_file import key_of, read_phrases, write_list
 from dcris.data.phrases import Instance, draw, statements
 from dcris.data.readers.jsonl import is_jsonl
-from dcris.data.table import bad, check_text, plain_path, shown
+from dcris.data.table import bad, check_text, located, plain_path, shown
 from dcris.data.tokenizer import clean_text
 from dcris.data.tools import FORMATS, recognise
 from dcris.data.tools.annotation import Annotation, Found, Size, Texts
@@ -436,12 +436,10 @@ class _Export:
         polygon."""
         masks = list[Any]()
         for make in annotation.masks or ():
-            try:
+            with located(annotation.path, f"{annotation.where} cannot be decoded"):
                 segmentation = make(size)
                 if mask_area(segmentation, size):
                     masks.append(segmentation)
-            except DcrisError as error:
-                raise bad(annotation.path, f"{annotation.where} cannot be decoded ({error})") from error
         if annotation.masks and not masks:
             self.result.empty += 1
             raise _LeftOutError(f"{annotation.path}: {annotation.where} has a mask without a pixel")

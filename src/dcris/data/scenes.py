@@ -92,21 +92,8 @@ def _outline(shape: str) -> list[Points]:
         return [np.stack((np.cos(angles), np.sin(angles)), axis=1) * lengths[:, None]]
     if shape == "cross":
         a, b = 0.36, 1.0
-        corners = [
-            (-a, -b),
-            (a, -b),
-            (a, -a),
-            (b, -a),
-            (b, a),
-            (a, a),
-            (a, b),
-            (-a, b),
-            (-a, a),
-            (-b, a),
-            (-b, -a),
-            (-a, -a),
-        ]
-        return [np.array(corners)]
+        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a)]
+        return [np.array([*corners, *((-x, -y) for x, y in corners)])]
     assert shape == "heart"
     x = np.sin(turn) ** 3
     y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 16

@@ -202,6 +202,16 @@ def bad(path: Path, problem: str) -> DcrisError:
 
 
 @contextmanager
+def located(path: Path, problem: str) -> Iterator[None]:
+    """Context in which a DcrisError becomes that of an annotation file with a problem, as its
+    reason."""
+    try:
+        yield
+    except DcrisError as error:
+        raise bad(path, f"{problem} ({error})") from error
+
+
+@contextmanager
 def skip_errors(on_error: OnError | None) -> Iterator[None]:
     """Pass a DcrisError raised inside to `on_error`; without `on_error`, let it propagate."""
     try:
@@ -291,6 +301,18 @@ def check_text(text: str, path: Path, where: str, key: str) -> str:
 def text_field(record: Any, key: str, path: Path, where: str) -> str:
     """Return the text `record[key]`, which is not blank: `field` and `check_text`."""
     return check_text(field(record, key, str, path, where), path, where, key)
+
+
+def texts_field(record: Any, key: str, path: Path, where: str) -> list[str]:
+    """Return the texts in the list `record[key]`: one or more, none of them blank."""
+    texts = field(record, key, list, path, where)
+    if not texts:
+        raise bad(path, f"{where} has an empty '{key}'")
+    for text in texts:
+        if type(text) is not str:
+            raise bad(path, f"{where} has '{key}' that are not all text")
+        check_text(text, path, where, key)
+    return texts
 
 
 def short_text(record: Any, key: str, path: Path, where: str) -> str:

@@ -34,15 +34,7 @@ _LONG_NUMBER = 100_000
 Thousands of such integers can share one hash, and a dictionary of n of them then takes n * n steps.
 """
 
-_LINES = {
-    "INT": 1,
-    "LONG": 1,
-    "FLOAT": 1,
-    "STRING": 1,
-    "UNICODE": 1,
-    "GET": 1,
-    "PUT": 1,
-    "PERSID": 1,
+_LINES = dict.fromkeys(["INT", "LONG", "FLOAT", "STRING", "UNICODE", "GET", "PUT", "PERSID"], 1) | {
     "GLOBAL": 2,
     "INST": 2,
 }

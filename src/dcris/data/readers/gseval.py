@@ -14,8 +14,7 @@ from typing import Any
 from dcris.data.coco import image_ids
 from dcris.data.masks import only_mask, validate_segmentation
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import OnError, ReferenceTable, bad, field, path_field, skip_errors, text_field
-from dcris.errors import DcrisError
+from dcris.data.table import OnError, ReferenceTable, bad, field, located, path_field, skip_errors, text_field
 from dcris.types import Expression, Reference, Segmentation
 from dcris.utils.files import read_json_lines
 
@@ -95,12 +94,9 @@ def _read(record: Any, path: Path, where: str) -> _Line:
     if type(size) is not list or len(size) != 2 or not all(type(side) is int for side in size):
         raise bad(path, f"{where} has no 'segmentation' in run lengths with a 'size'")
     height, width = size
-    try:
-        return _Line(
-            idx, image, f"class {kind}", label, caption, validate_segmentation(mask, (height, width)), (height, width)
-        )
-    except DcrisError as error:
-        raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
+    with located(path, f"{where} has a 'segmentation' that cannot be decoded"):
+        validate_segmentation(mask, (height, width))
+    return _Line(idx, image, f"class {kind}", label, caption, mask, (height, width))
 
 
 def _find_images(root: Path, names: Sequence[str]) -> Path:

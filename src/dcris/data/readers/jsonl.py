@@ -23,12 +23,13 @@ from dcris.data.table import (
     OnError,
     ReferenceTable,
     bad,
-    check_text,
     field,
+    located,
     path_field,
     plain_path,
     skip_errors,
     text_field,
+    texts_field,
 )
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference, Segmentation
@@ -93,13 +94,7 @@ class _LineReader:
             self.images[name] = (len(self.images) + 1, self._image_size(path.parent / name, where))
         image_id, size = self.images[name]
         segmentations = self._read_segmentations(record, size, where)
-        texts = field(record, "expressions", list, path, where)
-        if not texts:
-            raise bad(path, f"{where} has an empty 'expressions'")
-        for text in texts:
-            if type(text) is not str:
-                raise bad(path, f"{where} has 'expressions' that are not all text")
-            check_text(text, path, where, "expressions")
+        texts = texts_field(record, "expressions", path, where)
         split, category = (
             text_field(record, key, path, where) if key in record else default
             for key, default in (("split", "train"), ("category", "object"))
@@ -156,7 +151,5 @@ class _LineReader:
     def _read_segmentation(self, mask: Any, size: tuple[int, int], where: str, what: str) -> Segmentation:
         if type(mask) is str:
             mask = self.path.parent / plain_path(mask, self.path, where, "mask")
-        try:
+        with located(self.path, f"{where} has an unusable {what}"):
             return validate_segmentation(mask, size)
-        except DcrisError as error:
-            raise bad(self.path, f"{where} has an unusable {what} ({error})") from error

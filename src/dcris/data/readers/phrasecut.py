@@ -33,11 +33,11 @@ from dcris.data.table import (
     ReferenceTable,
     bad,
     field,
+    located,
     size_field,
     skip_errors,
     text_field,
 )
-from dcris.errors import DcrisError
 from dcris.types import Expression, PixelPolygons, Reference
 from dcris.utils.files import read_json
 
@@ -218,11 +218,9 @@ class _TaskReader:
         for place, polygons in enumerate(objects, 1):
             if type(polygons) is not PixelPolygons:
                 raise bad(path, f"{where} has 'Polygons' that are not lists of polygons of [x, y]")
-            try:
-                if polygons.polygons:
+            if polygons.polygons:
+                with located(path, f"{where} has an unusable object {place} in its 'Polygons'"):
                     validate_segmentation(polygons, size)
-            except DcrisError as error:
-                raise bad(path, f"{where} has an unusable object {place} in its 'Polygons' ({error})") from error
         return tuple(objects)
 
     def _subsets(

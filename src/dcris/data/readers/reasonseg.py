@@ -19,8 +19,17 @@ from numpy.typing import NDArray
 from dcris.data.images import image_size
 from dcris.data.masks import encode_mask, require_polygons
 from dcris.data.registry import OFFICIAL
-from dcris.data.table import MAX_OBJECTS, SPLIT_STEP, OnError, ReferenceTable, bad, check_text, field, skip_errors
-from dcris.errors import DcrisError
+from dcris.data.table import (
+    MAX_OBJECTS,
+    SPLIT_STEP,
+    OnError,
+    ReferenceTable,
+    bad,
+    field,
+    located,
+    skip_errors,
+    texts_field,
+)
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json
 
@@ -75,13 +84,7 @@ def _read(stem: Path, split: str, number: int, sentences: int) -> Reference:
     image, path = stem.with_name(f"{stem.name}.jpg"), stem.with_name(f"{stem.name}.json")
     record = read_json(path, f"the annotation of {image.name}", fallback="cp1252")
     where = "the file"
-    texts = field(record, "text", list, path, where)
-    if not texts:
-        raise bad(path, "it has an empty 'text'")
-    for text in texts:
-        if type(text) is not str:
-            raise bad(path, "it has a 'text' that is not a list of texts")
-        check_text(text, path, where, "text")
+    texts = texts_field(record, "text", path, where)
     sentence = field(record, "is_sentence", bool, path, where)
     size = image_size(image)
     labels = _draw(field(record, "shapes", list, path, where), size, path)
@@ -120,15 +123,10 @@ def _draw(shapes: list[Any], size: tuple[int, int], path: Path) -> NDArray[np.ui
         if label == "flag":
             continue
         points = field(shape, "points", list, path, where)
-        try:
-            flat = [value for point in points for value in point]
-            if any(len(point) != 2 for point in points):
-                raise TypeError
-            require_polygons([flat], size, fewest=1)
-        except TypeError as error:
-            raise bad(path, f"{where} has 'points' that are not a list of [x, y]") from error
-        except DcrisError as error:
-            raise bad(path, f"{where} has unusable 'points' ({error})") from error
+        if not all(type(point) is list and len(point) == 2 for point in points):
+            raise bad(path, f"{where} has 'points' that are not a list of [x, y]")
+        with located(path, f"{where} has unusable 'points'"):
+            require_polygons([[value for point in points for value in point]], size, fewest=1)
         drawn.append((np.array(points).astype(np.int32), _IGNORED if "ignore" in label else _OBJECT))
     if len({label for _, label in drawn}) > 1:  # the order matters
         areas = [int(np.count_nonzero(_fill(np.zeros(size, np.uint8), polygon, 1))) for polygon, _ in drawn]

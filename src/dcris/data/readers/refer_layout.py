@@ -37,6 +37,7 @@ from dcris.data.table import (
     bad,
     field,
     index_by_id,
+    located,
     path_field,
     read_expressions,
     shown,
@@ -52,11 +53,11 @@ from dcris.utils.pickles import InstructionError, end_of_pickle, global_name
 _MAX_PICKLE = 256_000_000
 """Bytes. The largest official file has about 30 MB."""
 
-_NAMES = (re.compile(r"(?:refs|grefs|Ref-ZOM)\((.*)\)\.(?:p|json)"), re.compile(r"Ref_ZOM()\.p"))
-"""Names of the file of references; the group is its `split_by`. An empty one is Ref-ZOM's, which is
+_NAME = re.compile(r"(?:refs|grefs|Ref-ZOM)\((.*)\)\.(?:p|json)|Ref_ZOM\.p")
+"""Names of the file of references; the group is its `split_by`. Without one it is Ref-ZOM's,
 "final"."""
 
-_INSTANCES = "instances.json"
+INSTANCES = "instances.json"
 
 NO_TARGET = -1
 """The only entry in the `ann_id` of a reference of gRefCOCO without a target."""
@@ -134,27 +135,31 @@ def _describe_request(data: bytes, name: str) -> str:
 
 def find(root: Path, dataset: str, split_by: str | None = None) -> Sequence[str]:
     """Return the `split_by` of each file `<root>/<dataset>/refs(<split_by>).p`; see Reader.find."""
-    return [name for name in _find_files(root, dataset) if split_by in (None, name)]
+    return [name for name in find_files(root / dataset) if split_by in (None, name)]
 
 
-def _find_files(root: Path, dataset: str) -> dict[str, Path]:
-    """Return the files of references of a data set by their `split_by`.
+def find_files(folder: Path) -> dict[str, Path]:
+    """Return the files of references in the folder of a data set by their `split_by`.
 
     A pickle comes before a JSON file, as in the code of gRefCOCO.
     """
-    folder = root / dataset
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
-        for pattern in _NAMES:
-            if match := pattern.fullmatch(path.name):
-                found.setdefault(match[1] or "final", path)
+        if (split_by := split_by_of(path)) is not None:
+            found.setdefault(split_by, path)
     return dict(sorted(found.items()))
+
+
+def split_by_of(path: Path) -> str | None:
+    """Return the `split_by` in the name of a file of references; None for any other name."""
+    match = _NAME.fullmatch(path.name)
+    return (match[1] or "final") if match else None
 
 
 def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = None) -> ReferenceTable:
     """Read a data set in the REFER layout; see Reader.load. Only a few images are searched for."""
-    path = _find_files(root, dataset)[split_by]
-    return load_files(path, root / dataset / _INSTANCES, root, dataset, split_by, on_error)
+    path = find_files(root / dataset)[split_by]
+    return load_files(path, root / dataset / INSTANCES, root, dataset, split_by, on_error)
 
 
 def load_files(
@@ -209,7 +214,7 @@ def read_instances(root: Path, dataset: str, each_object: Callable[[dict[str, An
     Raises:
         DcrisError: the file is missing, is not JSON, or lacks one of its lists.
     """
-    path = root / dataset / _INSTANCES
+    path = root / dataset / INSTANCES
     return Instances.read(read_json(path, f"the annotation file of {dataset}", each_object), path, root)
 
 
@@ -307,10 +312,8 @@ class Instances:
         if not segmentation:
             raise bad(self.path, f"annotation {ann_id} of {where} has no 'segmentation'")
         segmentation = self.annotations[ann_id]["segmentation"] = only_mask(segmentation)
-        try:
+        with located(self.path, f"annotation {ann_id} of {where} cannot be decoded"):
             validate_segmentation(segmentation, size)
-        except DcrisError as error:
-            raise bad(self.path, f"annotation {ann_id} of {where} cannot be decoded ({error})") from error
         self.valid.add(ann_id)
         return segmentation
 

@@ -15,10 +15,9 @@ import numpy as np
 
 from dcris.data.images import refuse_shape
 from dcris.data.masks import decode_mask
-from dcris.data.table import MAX_OBJECTS, OnError, bad, field, shown, skip_errors
+from dcris.data.table import MAX_OBJECTS, OnError, bad, field, located, shown, skip_errors
 from dcris.data.video_readers.meta import META, each_video, home_of, identifier, read_videos
 from dcris.data.videos import VideoExpression, VideoSet
-from dcris.errors import DcrisError
 from dcris.types import MaskArray
 from dcris.utils.files import read_json
 
@@ -85,10 +84,8 @@ class RunLengths:
         for each in self._lists(expression):
             if each[number] is None:
                 continue
-            try:
+            with located(self.path, f"{self._where(expression, number)} cannot be decoded"):
                 mask = decode_mask(each[number], size).astype(np.bool_)
-            except DcrisError as error:
-                raise bad(self.path, f"{self._where(expression, number)} cannot be decoded ({error})") from error
             union = mask if union is None else union | mask
         return union
 
@@ -110,10 +107,8 @@ class RunLengths:
         size = field(runs, "size", list, self.path, where)
         if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
             raise bad(self.path, f"{where} has a 'size' that is not a height and a width: {shown(size)}")
-        try:
+        with located(self.path, f"{where} is too large"):
             refuse_shape(*size)
-        except DcrisError as error:
-            raise bad(self.path, f"{where} is too large: {error}") from error
         return size[0], size[1]
 
     @staticmethod
