@@ -5,6 +5,7 @@ counted. COCO is the example; tests/test_tools.py has the other formats.
 import csv
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -727,3 +728,26 @@ def test_an_image_of_a_longer_path_than_any_is_left_out(tmp_path: Path) -> None:
     (folder / "coco.json").write_text(json.dumps(content))
     result = import_annotations(folder / "coco.json", folder / "out.jsonl")
     assert (result.expressions, result.unusable) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["Ref_ZOM.p", "Ref-ZOM(final).p", "refs(own).json"])
+def test_a_file_of_references_is_read_under_any_of_its_names(tmp_path: Path, name: str) -> None:
+    """It is the given one, even if another of the same partition is beside it."""
+    folder = tmp_path / "zom"
+    folder.mkdir()
+    Image.new("RGB", (20, 10)).save(folder / "1.png")
+    instances = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 10, "width": 20}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 8, 1, 8, 8]]}],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    (folder / "instances.json").write_text(json.dumps(instances))
+    for file, phrase in ((name, "left cup"), ("refs(own).p", "another cup")):
+        sentences = [{"sent_id": 1, "sent": phrase}]
+        references = [
+            {"ref_id": 1, "ann_id": 1, "image_id": 1, "category_id": 1, "split": "train", "sentences": sentences}
+        ]
+        content = pickle.dumps(references) if file.endswith(".p") else json.dumps(references).encode()
+        (folder / file).write_bytes(content)
+    import_annotations(folder / name, folder / "out.jsonl", images=folder)
+    assert [each.expressions[0].text for each in load_references(folder / "out.jsonl").references] == ["left cup"]

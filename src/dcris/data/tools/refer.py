@@ -21,19 +21,20 @@ from dcris.utils.files import write_file, write_json
 
 
 def _is_refer(path: Path) -> bool:
-    return bool(_partitions(path))
+    return bool(_files(path))
 
 
-def _partitions(path: Path) -> list[str]:
-    """Return the partitions of a folder, or the one of a file of references in it."""
-    folder = path if path.is_dir() else path.parent
-    found = refer_layout.find(folder.parent, folder.name)
-    return [name for name in found if path.is_dir() or f"({name})" in path.name]
+def _files(path: Path) -> dict[str, Path]:
+    """Return the files of references in a folder, or the one that is given, by their `split_by`."""
+    if path.is_dir():
+        return refer_layout.find_files(path)
+    split_by = refer_layout.split_by_of(path)
+    return {} if split_by is None else {split_by: path}
 
 
 def _read(path: Path, content: Any) -> Found:
     folder = path if path.is_dir() else path.parent
-    found = _partitions(path)
+    found = _files(path)
     if not found:
         raise DcrisError(f"{path} is not a file of references in the REFER layout, such as refs(unc).p")
     if len(found) > 1:
@@ -41,8 +42,9 @@ def _read(path: Path, content: Any) -> Found:
             f"{folder} has several partitions: {', '.join(found)}; give the file of one, such as refs(unc).p"
         )
     errors: list[DcrisError] = []
-    root = Path(folder.parent)
-    table = refer_layout.load(root, folder.name, found[0], errors.append)
+    ((split_by, file),) = found.items()
+    instances = folder / refer_layout.INSTANCES
+    table = refer_layout.load_files(file, instances, folder.parent, folder.name, split_by, errors.append)
     yield from errors
     yield from (_annotation(part, folder) for reference in table.references for part in apart(reference))
 
