@@ -234,3 +234,12 @@ def test_an_unusable_file_of_expressions_is_one_sentence(tmp_path: Path) -> None
     (tmp_path / "ref-youtube-vos/meta_expressions/train/meta_expressions.json").write_text("[]")
     with pytest.raises(DcrisError, match="is not an object with named fields"):
         check_videos(tmp_path, "ref_youtube_vos")
+
+
+def test_a_split_without_expressions_is_refused(tmp_path: Path) -> None:
+    """As it is for training, and not a data set without problems."""
+    path = tmp_path / "mevis/valid/meta_expressions.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"videos": {"v": {"frames": ["00000"], "expressions": {}}}}')
+    with pytest.raises(DcrisError, match=r"mevis \(valid\) in .* has no expressions"):
+        check_videos(tmp_path, "mevis")

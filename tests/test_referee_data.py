@@ -651,3 +651,24 @@ def test_recipes_read_the_whole_phrase(dataset: str) -> None:
     config = get_recipe(f"dcris_b_{dataset}").data
     assert (config.dataset, config.split_by) == (dataset, DATASETS[dataset].split_by)
     assert config.word_length == 20
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file", "content"),
+    [
+        ("refsegrs", "RefSegRS/output_phrase_train.txt", "\n"),
+        ("gseval", "GSEval/GroundingSuite-Eval.jsonl", "\n"),
+        ("phrasecut", "VGPhraseCut_v0/refer_train.json", "[]"),
+        ("reasonseg", "ReasonSeg/train/notes.txt", ""),
+    ],
+)
+def test_files_without_references_are_no_data_set(tmp_path: Path, dataset: str, file: str, content: str) -> None:
+    """An empty download is an error, not a data set without problems."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(content)
+    (tmp_path / "VGPhraseCut_v0").mkdir(exist_ok=True)
+    (tmp_path / "VGPhraseCut_v0/image_data_split.json").write_text("[]")
+    (tmp_path / "VGPhraseCut_v0/name_att_rel_count.json").write_text('{"cat": [], "att": []}')
+    for read in (load_references, check_dataset):
+        with pytest.raises(DcrisError, match=f"{dataset} in .* has no references"):
+            read(tmp_path, dataset)

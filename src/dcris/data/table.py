@@ -211,6 +211,21 @@ def located(path: Path, problem: str) -> Iterator[None]:
         raise bad(path, f"{problem} ({error})") from error
 
 
+class ErrorCount:
+    """Callback that counts the errors that `on_error` receives; without `on_error`, it raises
+    them."""
+
+    def __init__(self, on_error: OnError | None) -> None:
+        self.on_error, self.count = on_error, 0
+
+    def __call__(self, error: DcrisError) -> None:
+        """Count and pass on an error."""
+        if self.on_error is None:
+            raise error
+        self.count += 1
+        self.on_error(error)
+
+
 @contextmanager
 def skip_errors(on_error: OnError | None) -> Iterator[None]:
     """Pass a DcrisError raised inside to `on_error`; without `on_error`, let it propagate."""

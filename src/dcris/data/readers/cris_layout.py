@@ -79,8 +79,6 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
                     )
                 identifiers.add(entry.ref_id)
                 entries.append(entry)
-    if not entries:
-        raise DcrisError(f"there are no references in {root / 'anns' / folder}; prepare the data set again")
     images = find_images(root, {entry.split: entry.image for entry in reversed(entries)}.values())
     numbers = image_ids(entry.image for entry in entries)
     sizes: dict[str, tuple[int, int]] = {}

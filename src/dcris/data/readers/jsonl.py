@@ -55,20 +55,10 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     number. Expressions and distinct images are numbered in the order of the file. The headers of
     all images and mask images are read.
     """
-    reader, references, errors = _LineReader(root), [], 0
-
-    def count_error(error: DcrisError) -> None:
-        nonlocal errors
-        if on_error is None:
-            raise error
-        errors += 1
-        on_error(error)
-
-    for number, record in read_json_lines(root, count_error):
-        with skip_errors(count_error):
+    reader, references = _LineReader(root), list[Reference]()
+    for number, record in read_json_lines(root, on_error):
+        with skip_errors(on_error):
             references.append(reader.read(record, number))
-    if not references and not errors:
-        raise bad(root, "it contains no references")
     return ReferenceTable(root.stem, _SPLIT_BY, root, tuple(references))
 
 

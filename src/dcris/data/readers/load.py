@@ -10,7 +10,7 @@ from pathlib import Path
 from dcris.data.mixing import Mixture, mix, parse_mixture
 from dcris.data.readers import READERS, Reader
 from dcris.data.registry import DATASETS, PARTITIONS, VIDEO_SETS
-from dcris.data.table import OnError, ReferenceTable
+from dcris.data.table import ErrorCount, OnError, ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Segmentation, SoftMask
 from dcris.utils.arguments import PathLike, as_path, require, require_number
@@ -47,8 +47,11 @@ def load_references(
     for value, what in ((dataset, "the data set's name"), (split_by, "split_by")):
         if value is not None and "\0" in require(value, str, what):
             raise DcrisError(f"{what} must not contain NUL characters: {value!r}")
+    errors = ErrorCount(on_error)
     with reading(place), _no_garbage_collection():  # errors that no reader handles, such as names that are too long
-        table = _load(place, dataset, split_by, on_error)
+        table = _load(place, dataset, split_by, errors)
+    if not table.references and not errors.count:
+        raise DcrisError(f"{table.dataset} in {root} has no references; download it again or write them again")
     if mask_threshold is None:
         return table
     threshold = require_number(mask_threshold, "the mask threshold")

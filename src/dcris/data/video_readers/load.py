@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcris.data.registry import VIDEO_SETS
-from dcris.data.table import OnError
+from dcris.data.table import ErrorCount, OnError
 from dcris.data.video_readers import VIDEO_READERS
 from dcris.data.videos import VideoSet
 from dcris.errors import DcrisError
@@ -48,8 +48,9 @@ def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None =
     found = video_splits(root, dataset)
     if split not in found:
         raise DcrisError(f"{dataset} in {root} has no split {split!r}; choose from {', '.join(found)}")
+    errors = ErrorCount(on_error)
     with reading(root):
-        videos = VIDEO_READERS[dataset].load(root, split, on_error)
+        videos = VIDEO_READERS[dataset].load(root, split, errors)
     # What follows has a name for each mask: a small file with as many frames as expressions would
     # fill the memory.
     masks = sum(len(each.frames) for each in videos.expressions)
@@ -58,6 +59,6 @@ def load_videos(root: Path, dataset: str, split: str, on_error: OnError | None =
             f"{dataset} ({split}) in {root} has {masks:,} masks, one for each expression and frame; the limit is "
             f"{MAX_MASKS:,}; leave some videos out"
         )
-    if not videos.expressions and on_error is None:
+    if not videos.expressions and not errors.count:
         raise DcrisError(f"{dataset} ({split}) in {root} has no expressions; download it again")
     return videos
