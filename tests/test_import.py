@@ -730,11 +730,9 @@ def test_an_image_of_a_longer_path_than_any_is_left_out(tmp_path: Path) -> None:
     assert (result.expressions, result.unusable) == (1, 1)
 
 
-@pytest.mark.parametrize("name", ["Ref_ZOM.p", "Ref-ZOM(final).p", "refs(own).json"])
-def test_a_file_of_references_is_read_under_any_of_its_names(tmp_path: Path, name: str) -> None:
-    """It is the given one, even if another of the same partition is beside it."""
-    folder = tmp_path / "zom"
-    folder.mkdir()
+def refer_folder(folder: Path, phrases: dict[str, str]) -> Path:
+    """Write files of references, each with one phrase, and their instances.json and image."""
+    folder.mkdir(parents=True)
     Image.new("RGB", (20, 10)).save(folder / "1.png")
     instances = {
         "images": [{"id": 1, "file_name": "1.png", "height": 10, "width": 20}],
@@ -742,12 +740,27 @@ def test_a_file_of_references_is_read_under_any_of_its_names(tmp_path: Path, nam
         "categories": [{"id": 1, "name": "cup"}],
     }
     (folder / "instances.json").write_text(json.dumps(instances))
-    for file, phrase in ((name, "left cup"), ("refs(own).p", "another cup")):
-        sentences = [{"sent_id": 1, "sent": phrase}]
-        references = [
-            {"ref_id": 1, "ann_id": 1, "image_id": 1, "category_id": 1, "split": "train", "sentences": sentences}
-        ]
+    for file, phrase in phrases.items():
+        record = {"ref_id": 1, "ann_id": 1, "image_id": 1, "category_id": 1, "split": "train"}
+        references = [{**record, "sentences": [{"sent_id": 1, "sent": phrase}]}]
         content = pickle.dumps(references) if file.endswith(".p") else json.dumps(references).encode()
         (folder / file).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Ref_ZOM.p", "Ref-ZOM(final).p", "refs(own).json"])
+def test_a_file_of_references_is_read_under_any_of_its_names(tmp_path: Path, name: str) -> None:
+    """It is the given one, even if another of the same partition is beside it."""
+    folder = refer_folder(tmp_path / "zom", {name: "left cup", "refs(own).p": "another cup"})
     import_annotations(folder / name, folder / "out.jsonl", images=folder)
     assert [each.expressions[0].text for each in load_references(folder / "out.jsonl").references] == ["left cup"]
+
+
+def test_a_folder_of_data_sets_in_the_refer_layout(tmp_path: Path) -> None:
+    """Its instances.json were read as COCO's, whose phrases are the names of categories."""
+    folder = refer_folder(tmp_path / "things", {"refs(own).p": "left cup"})
+    assert import_annotations(tmp_path, tmp_path / "out.jsonl", images=folder).format == "refer"
+    assert [each.expressions[0].text for each in load_references(tmp_path / "out.jsonl").references] == ["left cup"]
+    refer_folder(tmp_path / "others", {"refs(unc).p": "left cup"})
+    with pytest.raises(DcrisError, match=r"several partitions: others/refs\(unc\).p, things/refs\(own\).p; give"):
+        import_annotations(tmp_path, tmp_path / "again.jsonl")

@@ -24,25 +24,25 @@ def _is_refer(path: Path) -> bool:
     return bool(_files(path))
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """Return the files of references in a folder, or the one that is given, by their `split_by`."""
-    if path.is_dir():
-        return refer_layout.find_files(path)
-    split_by = refer_layout.split_by_of(path)
-    return {} if split_by is None else {split_by: path}
+def _files(path: Path) -> list[Path]:
+    """Return the files of references that a path means: itself, those in a folder, and those in the
+    folders of data sets below."""
+    if not path.is_dir():
+        return [] if refer_layout.split_by_of(path) is None else [path]
+    folders = (path, *sorted(each for each in path.iterdir() if each.is_dir()))
+    return [file for folder in folders for file in refer_layout.find_files(folder).values()]
 
 
 def _read(path: Path, content: Any) -> Found:
-    folder = path if path.is_dir() else path.parent
     found = _files(path)
     if not found:
         raise DcrisError(f"{path} is not a file of references in the REFER layout, such as refs(unc).p")
     if len(found) > 1:
-        raise DcrisError(
-            f"{folder} has several partitions: {', '.join(found)}; give the file of one, such as refs(unc).p"
-        )
+        names = ", ".join(file.relative_to(path).as_posix() for file in found)
+        raise DcrisError(f"{path} has several partitions: {names}; give the file of one")
+    (file,) = found
+    folder, split_by = file.parent, refer_layout.split_by_of(file) or ""
     errors: list[DcrisError] = []
-    ((split_by, file),) = found.items()
     instances = folder / refer_layout.INSTANCES
     table = refer_layout.load_files(file, instances, folder.parent, folder.name, split_by, errors.append)
     yield from errors
