@@ -357,16 +357,13 @@ def read_expressions(record: Any, path: Path, where: str, seen: set[int]) -> Ite
         raise bad(path, f"{where} has an empty 'sentences'")
     for number, sentence in enumerate(sentences, 1):
         sent_id = field(sentence, "sent_id", int, path, f"sentence {number} of {where}")
-        text = text_field(sentence, "sent", path, f"sentence {sent_id} of {where}")
-        kind = (
-            None
-            if sentence.get("kind") is None
-            else field(sentence, "kind", str, path, f"sentence {sent_id} of {where}")
-        )
+        place = f"sentence {sent_id} of {where}"
+        text = text_field(sentence, "sent", path, place)
+        kind = None if sentence.get("kind") is None else field(sentence, "kind", str, path, place)
         exists = sentence.get("exist", True)
         if sent_id in seen:
-            raise bad(path, f"sentence {sent_id} of {where} occurs twice")
+            raise bad(path, f"{place} occurs twice")
         if type(exists) not in (bool, int) or exists not in (0, 1):
-            raise bad(path, f"sentence {sent_id} of {where} has an 'exist' that is neither true nor false")
+            raise bad(path, f"{place} has an 'exist' that is neither true nor false")
         seen.add(sent_id)
         yield Expression(sent_id, text, kind, bool(exists))

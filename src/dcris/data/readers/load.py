@@ -51,7 +51,7 @@ def load_references(
     with reading(place), _no_garbage_collection():  # errors that no reader handles, such as names that are too long
         table = _load(place, dataset, split_by, errors)
     if not table.references and not errors.count:
-        raise DcrisError(f"{table.dataset} in {root} has no references; download it again or write them again")
+        raise DcrisError(f"{table.dataset} in {root} has no references; correct its files or download it again")
     if mask_threshold is None:
         return table
     threshold = require_number(mask_threshold, "the mask threshold")
