@@ -17,6 +17,7 @@ admitted.
 """
 
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -144,15 +145,15 @@ def find_files(folder: Path) -> dict[str, Path]:
     A pickle comes before a JSON file, as in the code of gRefCOCO.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
-        if (split_by := split_by_of(path)) is not None:
-            found.setdefault(split_by, path)
+    for name in sorted(os.listdir(folder), reverse=True) if folder.is_dir() else ():  # noqa: PTH208
+        if (split_by := split_by_of(name)) is not None:
+            found.setdefault(split_by, folder / name)
     return dict(sorted(found.items()))
 
 
-def split_by_of(path: Path) -> str | None:
+def split_by_of(name: str) -> str | None:
     """Return the `split_by` in the name of a file of references; None for any other name."""
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(name)
     return (match[1] or "final") if match else None
 
 

@@ -4,6 +4,7 @@ The images are searched for below the folder above it, as when it is read as a d
 """
 
 import itertools
+import os
 import pickle
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,8 +29,9 @@ def _files(path: Path) -> list[Path]:
     """Return the files of references that a path means: itself, those in a folder, and those in the
     folders of data sets below."""
     if not path.is_dir():
-        return [] if refer_layout.split_by_of(path) is None else [path]
-    folders = (path, *sorted(each for each in path.iterdir() if each.is_dir()))
+        return [] if refer_layout.split_by_of(path.name) is None else [path]
+    with os.scandir(path) as entries:  # not Path.is_dir, which asks for each image file
+        folders = (path, *sorted(Path(each) for each in entries if each.is_dir()))
     return [file for folder in folders for file in refer_layout.find_files(folder).values()]
 
 
@@ -41,7 +43,7 @@ def _read(path: Path, content: Any) -> Found:
         names = ", ".join(file.relative_to(path).as_posix() for file in found)
         raise DcrisError(f"{path} has several partitions: {names}; give the file of one")
     (file,) = found
-    folder, split_by = file.parent, refer_layout.split_by_of(file) or ""
+    folder, split_by = file.parent, refer_layout.split_by_of(file.name) or ""
     errors: list[DcrisError] = []
     instances = folder / refer_layout.INSTANCES
     table = refer_layout.load_files(file, instances, folder.parent, folder.name, split_by, errors.append)
