@@ -28,8 +28,3 @@ def out_of_memory(error: Exception) -> bool:
     its own for GPUs only."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, for a message; its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
