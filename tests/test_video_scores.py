@@ -7,6 +7,7 @@ import tempfile
 import tracemalloc
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -605,6 +606,24 @@ def test_a_long_name_in_a_result_takes_its_own_memory(two: tuple[Path, Path]) ->
         path.write_text(json.dumps(record))
     with at_most(100e6):
         assert main(["compare", *map(str, two)]) == 0
+
+
+def test_a_folder_of_masks_is_listed_a_few_times(
+    made: tuple[Path, VideoSet, Path], dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was listed once for each of its masks: the time grew with the square of the frames."""
+    root, _, masks = made
+    listed: Counter[Path] = Counter()
+    real = Path.iterdir
+
+    def counted(folder: Path) -> Iterator[Path]:
+        listed[folder] += 1
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", counted)
+    record(root, masks, dataset)
+    frames = max(len([*real(folder)]) for folder in listed if folder.is_relative_to(masks))
+    assert max(listed.values()) <= 2 < frames
 
 
 def test_results_are_columns_of_tables(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
