@@ -1435,6 +1435,41 @@ def test_a_video_is_continued(model: Path, tmp_path: Path) -> None:
     assert len(results(out)) == 10
 
 
+def test_records_are_gone_through_once_for_all_videos(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were for each video: 500 finished videos of 100 frames took 30 s before the first."""
+    names = [f"clip{number}" for number in range(20)]
+    for name in names:
+        (tmp_path / f"{name}.mp4").touch()
+    passes = 0
+
+    class Counted(dict[str, int | None]):
+        def __iter__(self) -> Any:
+            nonlocal passes
+            passes += 1
+            return super().__iter__()
+
+        def items(self) -> Any:
+            return [(name, self[name]) for name in self]
+
+    real = records_module.ResultFolder.__init__
+
+    def with_records(self: Any, *args: Any, **more: Any) -> None:
+        real(self, *args, **more)
+        frames = {f"{name}//{frame}": None for name in names for frame in range(3)}
+        self.done = Counted(frames | {f"{name}//end": 3 for name in names[1:]} | {f"{names[2]}//end": 4})
+
+    monkeypatch.setattr(records_module.ResultFolder, "__init__", with_records)
+    monkeypatch.setattr(batch, "frame_count", lambda path: 5)
+    tasks = find_tasks([tmp_path / "*.mp4"], ["cup"])
+    job = BatchPredictor(Segmenter.from_pretrained(model, device="cpu"), tasks, tmp_path / "out")
+    job.folder.close()
+    assert [task.name for task in job.videos] == ["clip0", "clip2"]
+    assert (job.already, job.remaining()) == (18, 4)
+    assert passes <= 2
+
+
 def test_without_pyav(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The error names the extra, and images are still predicted."""
     (tmp_path / "clip.mp4").touch()

@@ -298,7 +298,15 @@ class BatchPredictor:
         images = [task for task in self.folder.tasks if not task.video and task.name not in self.folder.done]
         self.images = images[group.rank :: group.count]
         """This rank's share of the images that are left."""
-        self.videos = [task for task in self.folder.tasks if task.video and not self._is_complete(task)]
+        self._frames_done = Counter(
+            name.partition("//")[0] for name, frames in self.folder.done.items() if frames is None
+        )
+        """Number of finished frames of each video."""
+        self.videos = [
+            task
+            for task in self.folder.tasks
+            if task.video and self.folder.done.get(_end_name(task)) != self._frames_done[task.name]
+        ]
         """Videos that are left; the ranks share the frames of each."""
         self.already = len(self.folder.tasks) - len(images) - len(self.videos)
         """Number of images and videos that are skipped because they are finished."""
@@ -326,8 +334,7 @@ class BatchPredictor:
             length = frame_count(task.path)
             if length is None:
                 return None
-            done = sum(name.startswith(f"{task.name}//") for name in self.folder.done)
-            frames += max(0, math.ceil(length / self.every) - done)
+            frames += max(0, math.ceil(length / self.every) - self._frames_done[task.name])
         return len(self.images) + math.ceil(frames / self.group.count)
 
     def run(self) -> Iterator[Done | Failed | Written]:
@@ -485,11 +492,6 @@ class BatchPredictor:
         return Done(task, None if frame is None else frame.index, written, record)
 
     # ---- videos
-
-    def _is_complete(self, task: Task) -> bool:
-        """Whether a video and all of its selected frames have records."""
-        frames = self.folder.done.get(_end_name(task))
-        return frames is not None and frames == sum(name.startswith(f"{task.name}//") for name in self.folder.done) - 1
 
     def _video_jobs(self) -> Iterator["_Job"]:
         for task in self.videos:
