@@ -226,6 +226,12 @@ def test_a_stream_can_leave_out_what_it_cannot_read(segmenter: Segmenter, tmp_pa
     for wrong, complaint in ((PIXELS, "for one, use predict"), (7, "int"), (tmp_path / "none", "none")):
         with pytest.raises(DcrisError, match=complaint):
             segmenter.stream(wrong, "star")  # type: ignore[arg-type]
+    # One image can be gone through, too: a file as its lines, a tensor as its channels.
+    for one in (io.BytesIO(png()), bytearray(png()), memoryview(png()), torch.zeros(3, 20, 20)):
+        for several in (segmenter.stream, segmenter.predict_frames):
+            with pytest.raises(DcrisError, match=f"several images, not .*{type(one).__name__}; for one"):
+                several(one, "star")  # type: ignore[arg-type]
+    assert len([*segmenter.stream(torch.zeros(2, 3, 20, 20), "star")]) == 2
     with pytest.raises(DcrisError, match="on_error must be raise or skip"):
         segmenter.stream(some, "star", on_error="ignore")  # type: ignore[arg-type]
     # A wrong option is no unreadable image: all would be left out.

@@ -594,7 +594,7 @@ class Segmenter:
         shared = _check_phrases(_as_list(phrases))
         if isinstance(images, str | os.PathLike) and not (isinstance(images, str) and is_url(images)):
             images = [task.path for task in find_tasks([as_path(images, "the images")], shared) if not task.video]
-        elif isinstance(images, str | bytes | np.ndarray | Image.Image) or not isinstance(images, Iterable):
+        elif not _are_several(images):
             raise DcrisError(
                 f"images must be a folder, a pattern or several images, not {kind_of(images)}; for one, use predict"
             )
@@ -729,7 +729,7 @@ class Segmenter:
             raise DcrisError("no phrase was given for the frames; give one or several")
         if type(batch) is not int or batch < 1:
             raise DcrisError(f"the number of frames that are encoded at once must be 1 or more, not {batch!r}")
-        if isinstance(frames, str | bytes | os.PathLike | np.ndarray | Image.Image) or not isinstance(frames, Iterable):
+        if not _are_several(frames):
             raise DcrisError(f"frames must be several images, not {kind_of(frames)}; for one image, use predict")
         require_channels(channels)
         at_once = self._pairs_per_pass(self._sets[name].config, memory)
@@ -924,6 +924,15 @@ def _require_masks(size: tuple[int, int], phrases: int) -> None:
             f"a frame of {size[1]} x {size[0]} pixels with {phrases:,} phrases has masks of more than {_MAX_MASK_PIXELS:,} "
             "pixels; use smaller frames or fewer phrases"
         )
+
+
+def _are_several(images: Any) -> bool:
+    """Return whether a value can be gone through as images. Single ones can be, too: an open file
+    as its lines, a tensor [3, H, W] as three."""
+    if isinstance(images, torch.Tensor):
+        return images.ndim == 4
+    one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | np.ndarray | Image.Image)
+    return isinstance(images, Iterable) and not one and not hasattr(images, "read")
 
 
 def _as_list(phrases: Any) -> list[Any]:
