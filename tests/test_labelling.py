@@ -173,7 +173,9 @@ def test_a_token_from_a_file_with_a_line_end() -> None:
 
 
 @contextmanager
-def label_studio(content: dict[str, bytes], token: str = TOKEN, redirect: str = "") -> Iterator[tuple[str, list[str]]]:
+def label_studio(
+    content: dict[str, bytes], token: str = TOKEN, redirect: str = "", answer: bytes = b'{"access": "short"}'
+) -> Iterator[tuple[str, list[str]]]:
     """A stand-in for Label Studio's files: its URL, and the requests with their token."""
     seen: list[str] = []
 
@@ -193,7 +195,7 @@ def label_studio(content: dict[str, bytes], token: str = TOKEN, redirect: str = 
             seen.append(f"{self.path} {asked}")
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps({"access": "short"}).encode())
+            self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
             """Print nothing."""
@@ -245,6 +247,9 @@ def test_a_personal_access_token_is_exchanged_once() -> None:
         images = TaskImages(None, url, "a.b.c")
         assert images.read(UPLOAD, 10) == images.read(UPLOAD, 10) == b"12345"
         assert seen == ["/api/token/refresh/ {'refresh': 'a.b.c'}", *[f"{UPLOAD} Bearer short"] * 2]
+    for answer in (b"[" * 90_000, b"\xff", b'{"access": 1}'):
+        with label_studio({}, answer=answer) as (url, _), pytest.raises(DcrisError, match="from Label Studio: "):
+            TaskImages(None, url, "a.b.c").read(UPLOAD, 10)
 
 
 # ---- the server ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dcris.data.table import is_utf8, shown
 from dcris.data.tools.annotation import PHRASE_FIELDS
 from dcris.data.tools.label_studio import BrushTags
 from dcris.errors import DcrisError
-from dcris.utils.files import read_bytes
+from dcris.utils.files import parse_json, read_bytes
 from dcris.utils.http import HTTP_ERRORS, get, is_url, reason_of
 
 TOKEN = "LABEL_STUDIO_API_KEY"
@@ -254,7 +254,7 @@ class TaskImages:
                 body=json.dumps({"refresh": self._token}).encode(),
                 redirects=False,
             )
-            found = json.loads(answer)
+            found = parse_json(answer.decode())
             access = found.get("access") if type(found) is dict else None
             if type(access) is not str or not access.isascii() or not access.isprintable():
                 raise ValueError("there is no access token in the answer")
