@@ -370,7 +370,8 @@ class BatchPredictor:
         finally:
             self.folder.close()
         if failed and self.group.first:
-            raise DcrisError(_summary(failed, len(self.folder.tasks)))
+            reasons = [each.reason for each in failed]
+            raise DcrisError(failures(reasons, len(self.folder.tasks), "could not be read"))
 
     def _jobs(self) -> Generator["_Job", None, None]:
         yield from self._image_jobs()
@@ -771,9 +772,9 @@ def long_phrases(unread: Mapping[str, str]) -> Iterator[str]:
         yield f"{len(unread) - _MAX_LISTED:,} more phrases are longer than the model reads; see `unread` in the results"
 
 
-def _summary(failed: Sequence[Failed], count: int) -> str:
+def failures(reasons: Sequence[str], count: int, problem: str) -> str:
+    """Return one sentence for all of `count` images or videos that have a problem."""
     if count == 1:
-        return failed[0].reason
-    reasons = "; ".join(event.reason for event in failed[:3])
-    more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
-    return f"{len(failed)} of {count} could not be read, all others are done: {reasons}{more}"
+        return reasons[0]
+    more = f"; and {len(reasons) - 3:,} more" if len(reasons) > 3 else ""
+    return f"{len(reasons):,} of {count:,} {problem}, all others are done: {'; '.join(reasons[:3])}{more}"

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from dcris.data.submissions import SUBMISSIONS, Labels, palette
 from dcris.data.videos import VideoExpression, VideoSet
 from dcris.errors import DcrisError
-from dcris.inference.batch import BatchOptions, long_phrases, settings_of
+from dcris.inference.batch import BatchOptions, failures, long_phrases, settings_of
 from dcris.inference.prediction import Prediction
 from dcris.inference.records import LOCK, Number, Settings
 from dcris.inference.segmenter import FRAMES_AT_ONCE, Segmenter
@@ -164,21 +164,21 @@ class VideoSetPredictor:
             DcrisError: at the end, if a video could not be read; there is no zip file then. At once
                 if a file cannot be written.
         """
-        failed: list[VideoFailed] = []
+        failed: list[str] = []
         try:
             for name in self.left:
                 begin = time.monotonic()
                 try:
                     yield from self._predict(self.videos.videos[name])
                 except _Unreadable as error:
-                    failed.append(VideoFailed(name, str(error)))
-                    yield failed[-1]
+                    failed.append(str(error))
+                    yield VideoFailed(name, str(error))
                 else:
                     some = self.videos.videos[name]
                     yield VideoDone(name, len(some), len(some[0].frames), time.monotonic() - begin)
             everywhere = [each for of_rank in self.group.all_gather(failed) for each in of_rank]
             if everywhere and self.group.first:
-                raise DcrisError(_summary(everywhere, len(self.videos.videos)))
+                raise DcrisError(failures(everywhere, len(self.videos.videos), "videos could not be predicted"))
             if not everywhere and self.group.first and self.form.zipped and not self.archive.is_file():
                 write_file(self.archive, self._pack)
         finally:
@@ -341,9 +341,3 @@ def _indexed_png(labels: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
-
-
-def _summary(failed: Sequence[VideoFailed], count: int) -> str:
-    reasons = "; ".join(each.reason for each in failed[:3])
-    more = f"; and {len(failed) - 3:,} more" if len(failed) > 3 else ""
-    return f"{len(failed):,} of {count:,} videos could not be predicted, all others are done: {reasons}{more}"
