@@ -466,7 +466,8 @@ class BatchPredictor:
         predictions: Iterable[Prediction],
     ) -> Done:
         """Write the files of one image or frame, then its record."""
-        stem, name = (task.name, task.name) if frame is None else _frame_names(task, frame.index)
+        index = None if frame is None else frame.index
+        stem, name = _stem(task.name, index), task.name if index is None else _frame_name(task, index)
         stems = [result_stem(stem, k, phrase) for k, phrase in enumerate(task.phrases)]
         endings = [_ENDINGS[key] for key in formats & _ENDINGS.keys()]
         planned = [f"{each}.{ending}" for each in stems for ending in endings]
@@ -490,7 +491,7 @@ class BatchPredictor:
         results = [prediction.to_coco() for prediction in written]
         where = {} if frame is None else {"frame": frame.index, "time": frame.time}
         record = self.folder.add(task, name, size=list(pixels.shape[:2]), files=files, results=results, **where)
-        return Done(task, None if frame is None else frame.index, written, record)
+        return Done(task, index, written, record)
 
     # ---- videos
 
@@ -502,7 +503,7 @@ class BatchPredictor:
                 nonlocal selected
                 selected += 1
                 mine = (index // self.every) % self.group.count == self.group.rank
-                return mine and _frame_names(task, index)[1] not in self.folder.done
+                return mine and _frame_name(task, index) not in self.folder.done
 
             def predict(frame: Frame | str, task: Task = task) -> list[Prediction] | None:
                 if isinstance(frame, str) or self._lanes == 1 or not self._fits_in_lane(task, frame.pixels.shape):
@@ -596,7 +597,7 @@ def result_objects(out: Path, given: Path, record: Record) -> Iterator[dict[str,
     They have the fields of predictions.json except the numbers of images, the image as it was
     `given`, and the paths of the result's files.
     """
-    name, image = _stem_of(record), str(given)
+    name, image = _stem(record.task, record.frame), str(given)
     where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
     for number, result in enumerate(record.results or ()):
         stem = result_stem(name, number, result.phrase)
@@ -644,7 +645,7 @@ def _coco_results(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     for record in records:
         image_id = next(frame_ids) if record.video else image_ids[record.source]  # each frame is an image of its own
         fields: dict[str, Any] = {"percent_encoded": True} if record.percent_encoded else {}
-        name = _stem_of(record)
+        name = _stem(record.task, record.frame)
         where = {} if record.frame is None else {"frame": record.frame, "time": record.time}
         for phrase_number, result in enumerate(record.results or ()):
             yield {
@@ -699,17 +700,14 @@ def _write_list(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     write_file(path, fill)
 
 
-def _stem_of(record: Record) -> str:
-    """Start of the names of the files of an image or frame."""
-    return record.task if record.frame is None else f"{frames_folder(record.task)}/{record.frame:06}"
+def _stem(name: str, frame: int | None) -> str:
+    """Start of the names of the files of an image or frame; `name` is that of its task."""
+    return name if frame is None else f"{frames_folder(name)}/{frame:06}"
 
 
-def _frame_names(task: Task, index: int) -> tuple[str, str]:
-    """Start of a frame's file names, and the name of its record.
-
-    No path has two slashes, so no task has that name.
-    """
-    return f"{frames_folder(task.name)}/{index:06}", f"{task.name}//{index}"
+def _frame_name(task: Task, index: int) -> str:
+    """The record name of a frame. No path has two slashes, so no task has that name."""
+    return f"{task.name}//{index}"
 
 
 def _end_name(task: Task) -> str:
