@@ -25,11 +25,10 @@ from dcris.utils.text_tables import declared_delimiter
 RECORDS = "dcris-journal.jsonl"
 """Name of the record file in a folder of results; see dcris.inference.records."""
 
-_RESULT = re.compile(
-    r".*\.\d+(-[^./]+)?\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(annotated\.png|overlay\.mp4|frames)|"
-    r"predictions\.json|label_studio\.(json|xml)|dcris-journal.*",
-    re.DOTALL,
-)
+RESULT_FILE = r".*\.\d+(-[^./]+)?\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(annotated\.png|overlay\.mp4)"
+"""Pattern of the names of the files of an image, frame or video; see dcris.inference.batch."""
+
+_RESULT = re.compile(rf"{RESULT_FILE}|.*\.frames|predictions\.json|label_studio\.(json|xml)|dcris-journal.*", re.DOTALL)
 _DATA_SET = re.compile(r"predictions-(coco|yolo|labelme)")
 """Folders of results that have copies of the images; see dcris.inference.data_sets."""
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dcris.data.table import is_utf8, quoted
 from dcris.errors import DcrisError
-from dcris.inference.inputs import RECORDS, Task, assign_names, frames_folder, source_path
+from dcris.inference.inputs import RECORDS, RESULT_FILE, Task, assign_names, frames_folder, source_path
 from dcris.utils.arguments import Refinement
 from dcris.utils.distributed import Processes
 from dcris.utils.files import (
@@ -35,6 +35,7 @@ from dcris.utils.files import (
     make_directory,
     open_append,
     open_regular,
+    parse_json,
     read_text,
     remove_partial,
     require_replaceable,
@@ -48,10 +49,6 @@ _MOST_STATE = 32_000_000
 
 _NAME = re.compile(r"dcris-journal(\.\d+)?\.jsonl")
 _UNFINISHED_NAME = re.compile(r"dcris-journal(\.\d+)?\.unfinished\.json")
-_RESULT_FILE = re.compile(
-    r".*(\.frames/\d+)?\.\d+(-[^./]+)?\.((mask|overlay|cutout)\.png|scores\.npy)|.*\.(annotated\.png|overlay\.mp4)",
-    re.DOTALL,
-)
 
 Stamp = tuple[int, int]
 """Size in bytes and modification time (ns) of a file."""
@@ -342,8 +339,8 @@ class Records:
         """
         done, found = set(recorded), set[str]()
         for path in self._unfinished_files():
-            with suppress(OSError, ValueError, RecursionError):  # cut short by the kill
-                content = json.loads(read_text(path))
+            with suppress(OSError, ValueError):  # cut short by the kill
+                content = parse_json(read_text(path))
                 for name, files in content.items() if isinstance(content, dict) else ():
                     if name not in done and isinstance(files, list):
                         found |= {file for file in files if isinstance(file, str) and _is_result_file(file)}
@@ -620,7 +617,11 @@ def _description(task: Task, image_url: str) -> dict[str, Any]:
 
 def _is_result_file(file: str) -> bool:
     """Whether a path in a record is inside the folder and has the name of a result."""
-    return not file.startswith("/") and ".." not in file.split("/") and _RESULT_FILE.fullmatch(file) is not None
+    return (
+        not file.startswith("/")
+        and ".." not in file.split("/")
+        and re.fullmatch(RESULT_FILE, file, re.DOTALL) is not None
+    )
 
 
 def _line(record: Record) -> str:
