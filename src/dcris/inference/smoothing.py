@@ -1,7 +1,8 @@
 """Smooth masks over time: a centred moving average of the probabilities of a video's frames."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ class Maps(NamedTuple):
 
     logits: Tensor
     """[P, 1, h, w]."""
-    present: list[float] | list[float | None] | list[None]
+    present: Sequence[float | None]
     """Probability that the object is there, one per phrase; None without a presence head."""
 
 
@@ -54,24 +55,18 @@ def smoothed(frames: Iterator[tuple[T, Maps]], width: int) -> Iterator[tuple[T, 
         yield from frames
         return
     half = width // 2
-    items, around = deque[T](), deque[Maps]()
-    centre = 0
-    for done, (item, maps) in enumerate(frames, 1):
-        items.append(item)
-        around.append(maps._replace(logits=maps.logits.float().sigmoid()))
-        if done > half:
-            yield items.popleft(), _mean(around)
-            centre += 1
-            if centre > half:
-                around.popleft()
-    while items:
-        yield items.popleft(), _mean(around)
-        centre += 1
-        if centre > half:
-            around.popleft()
+    items, around = deque[T](), deque[Maps | None](maxlen=width)  # `around` has no maps beyond the ends
+    for number, frame in enumerate(chain(frames, repeat(None, half))):
+        if frame is None:
+            around.append(None)
+        else:
+            items.append(frame[0])
+            around.append(frame[1]._replace(logits=frame[1].logits.float().sigmoid()))
+        if number >= half:
+            yield items.popleft(), _mean([maps for maps in around if maps is not None])
 
 
-def _mean(around: deque[Maps]) -> Maps:
+def _mean(around: Sequence[Maps]) -> Maps:
     probabilities = sum((each.logits for each in around), torch.zeros_like(around[0].logits)) / len(around)
     present = [
         None if None in values else sum(value for value in values if value is not None) / len(values)
