@@ -136,16 +136,21 @@ def tally(results: Sequence[EvalResult], metrics: Sequence[Metric] = STANDARD_ME
     The columns are the number of expressions, then for each metric the sum of its values and, if it
     is a ratio of sums, the sum of its weights.
     """
-    paths = [str(result.reference.image_path) for result in results]
-    images, owners = np.unique(np.array(paths, np.str_), return_inverse=True)
     overlaps = Overlaps.of(result.overlap for result in results)
     columns = [np.ones(len(results))]
     for metric in metrics:
         columns.append(np.asarray(metric.value(overlaps), np.float64))
         if metric.weight is not None:
             columns.append(metric.weight(overlaps))
-    sums = np.zeros((len(images), len(columns)))
-    np.add.at(sums, owners, np.column_stack(columns))
+    return sums_by_key([str(result.reference.image_path) for result in results], np.column_stack(columns))
+
+
+def sums_by_key(keys: Sequence[str], rows: Floats) -> Floats:
+    """Return the sums [P, C] of the rows [N, C] of each key, in the order of the keys."""
+    # Not by np.unique, whose array of text gives each key the length of the longest.
+    places = {key: place for place, key in enumerate(sorted({*keys}))}
+    sums = np.zeros((len(places), rows.shape[1]))
+    np.add.at(sums, [places[key] for key in keys], rows)
     return sums
 
 

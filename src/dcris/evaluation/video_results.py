@@ -17,7 +17,7 @@ from dcris.data.registry import OFFICIAL
 from dcris.data.table import bad, field
 from dcris.data.videos import VideoSet
 from dcris.errors import DcrisError
-from dcris.evaluation.analysis import resample
+from dcris.evaluation.analysis import resample, sums_by_key
 from dcris.evaluation.metrics import Floats
 from dcris.evaluation.results import RULES
 from dcris.evaluation.video_protocols import VIDEO_PROTOCOLS, VideoProtocol, VideoResult, checksum
@@ -78,11 +78,8 @@ def _means(rows: Sequence[Row], keys: Sequence[str]) -> dict[str, float]:
 
 def _tally(rows: Sequence[Row], keys: Sequence[str]) -> Floats:
     """Return for each video the number of its rows and the sums of their scores, [V, 1 + K]."""
-    # Not np.unique, whose array of text gives each name the length of the longest.
-    places = {name: place for place, name in enumerate(sorted({row["video"] for row in rows}))}
-    sums = np.zeros((len(places), 1 + len(keys)))
-    np.add.at(sums, [places[row["video"]] for row in rows], [[1, *(row[key] for key in keys)] for row in rows])
-    return sums
+    counts = np.array([[1, *(row[key] for key in keys)] for row in rows], np.float64)
+    return sums_by_key([row["video"] for row in rows], counts)
 
 
 def _intervals(systems: Sequence[Sequence[Row]], keys: Sequence[str]) -> dict[str, list[float]]:
