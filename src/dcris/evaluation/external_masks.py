@@ -35,6 +35,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import overlap, with_boundary
 from dcris.evaluation.protocols import Protocol
+from dcris.evaluation.results import probability
 from dcris.types import Expression, MaskArray, SoftMask
 from dcris.utils.files import open_zip, read_json, read_json_lines
 
@@ -173,12 +174,7 @@ class _Records(PredictedMasks):
 
     def confidence(self, key: Key, kind: str) -> float | None:
         where, record = self.records[key]
-        value = record.get(kind)
-        if value is None:
-            return None
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise bad(self.path, f"{where} has a '{kind}' that is not a number from 0 to 1")
-        return float(value)
+        return probability(record, kind, self.path, where)
 
 
 class _Arrays(PredictedMasks):
@@ -270,7 +266,8 @@ def score_masks(
 
     Args:
         path: folder or file in one of the formats listed above. Masks of other sentences are
-        ignored. queries: the expressions to score.
+            ignored.
+        queries: the expressions to score.
         protocol: defines the pixels on which masks are compared.
         missing_is_empty: score an expression without a mask as an empty mask.
         keep_masks: whether results hold their masks.

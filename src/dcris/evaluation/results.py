@@ -203,7 +203,7 @@ def _result(
         validate_segmentation(mask, reference.image_size)
     except DcrisError as error:
         raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
-    present, score = (_probability(record, key, path, where) for key in ("present", "score"))
+    present, score = (probability(record, key, path, where) for key in ("present", "score"))
 
     def read(counts: Any) -> Overlap:
         return _overlap(counts, (reference, expression), protocol, path, where)
@@ -219,11 +219,17 @@ def _result(
     )
 
 
-def _probability(record: Mapping[str, Any], key: str, path: Path, where: str) -> float | None:
+def probability(record: Mapping[str, Any], key: str, path: Path, where: str) -> float | None:
+    """Return the value of a key, in 0..1; None if there is none.
+
+    Raises DcrisError, with `path` and `where`, for another value.
+    """
     value = record.get(key)
-    if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= 1:
         raise bad(path, f"{where} has a '{key}' that is not a number from 0 to 1")
-    return value
+    return float(value)
 
 
 def _overlap(counts: Any, query: tuple[Reference, Expression], protocol: Protocol, path: Path, where: str) -> Overlap:
