@@ -25,7 +25,7 @@ from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import STANDARD_METRICS, Overlap
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.report.comparison_report import write_comparison_report
-from dcris.evaluation.report.figure import figure, figure_page, pdf_bytes, row, write_figures
+from dcris.evaluation.report.figure import draw, figure_page, pdf_bytes, row_page, write_figures
 from dcris.evaluation.report.panels import CELL, PREDICTION_COLOUR, TRUTH_COLOUR, NamedMask, Panel
 from dcris.evaluation.report.vector_pdf import vector_pdf
 from dcris.evaluation.results import write_results
@@ -360,7 +360,7 @@ def panel(*names: str, expression: str = "left one", size: tuple[int, int] = (30
 
 def test_a_row_shows_each_mask_in_its_column() -> None:
     """Each mask is in the column of its system."""
-    shown = row(panel("a", "b"))
+    shown = draw(row_page(panel("a", "b")))
     assert shown.shape[1] == 4 * (CELL + 20) + 20
     for column, colour in enumerate((None, TRUTH_COLOUR, PREDICTION_COLOUR, PREDICTION_COLOUR)):
         left = 20 + column * (CELL + 20)
@@ -390,7 +390,7 @@ def test_any_phrase_and_any_shape_fit(phrase: str) -> None:
     """Nothing reaches the page's edges, and text that is too long is cut."""
     for size in ((160, 500), (700, 160), (112, 112)):
         for predictions in (("a",), (phrase, "b", "c")):
-            shown = row(panel(*predictions, expression=phrase, size=size, truth=len(predictions) > 1))
+            shown = draw(row_page(panel(*predictions, expression=phrase, size=size, truth=len(predictions) > 1)))
             assert shown.dtype == np.uint8
             assert (shown[:, :8] == 255).all() and (shown[:, -8:] == 255).all()
             assert (shown[-4:] == 255).all()
@@ -400,13 +400,13 @@ def test_any_phrase_and_any_shape_fit(phrase: str) -> None:
 def test_a_figure_is_its_rows_and_a_foot() -> None:
     """Names are once below the columns, as in the paper's figure 4."""
     panels = [panel("a", "b"), panel("a", "b", size=(500, 300))]
-    shown = figure(panels)
-    heights = [row(each, names=False).shape[0] for each in panels]
-    np.testing.assert_array_equal(shown[: heights[0]], row(panels[0], names=False))
+    shown = draw(figure_page(panels))
+    heights = [row_page(each, names=False).height for each in panels]
+    np.testing.assert_array_equal(shown[: heights[0]], draw(row_page(panels[0], names=False)))
     assert 40 < len(shown) - sum(heights) < 150
     assert (shown[sum(heights) :] < 100).any()
     with pytest.raises(ValueError, match="at least one"):
-        figure([])
+        figure_page([])
     assert pdf_bytes(shown).startswith(b"%PDF")
 
 

@@ -67,9 +67,9 @@ def _thin(points: Floats) -> Floats:
     return np.asarray(points[np.linspace(0, len(points) - 1, _CURVE_POINTS).round().astype(int)])
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers in low..high, where low < high."""
-    rough = (high - low) / count
+def _ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers in low..high, where low < high."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.7 * rough)
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

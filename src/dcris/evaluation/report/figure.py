@@ -30,18 +30,13 @@ _TEXT, _LABEL = 34, 28  # font sizes in pixels
 _DOTS_PER_INCH = 300
 
 
-def row(panel: Panel, names: bool = True) -> Pixels:
-    """Draw one panel as an image [H, W, 3] uint8 on white.
+def row_page(panel: Panel, names: bool = True) -> Page:
+    """Lay out one panel.
 
     Args:
         panel: the expression with its masks.
         names: write each column's name below it.
     """
-    return draw(row_page(panel, names))
-
-
-def row_page(panel: Panel, names: bool = True) -> Page:
-    """Lay out one panel; arguments as in `row`."""
     pictures = _cells(panel)
     height, width = pictures[0].pixels.shape[0], len(pictures) * (CELL + _GAP) + _GAP
     words = wrap(OPEN_QUOTE + panel.expression + CLOSE_QUOTE, _TEXT, width - 2 * _GAP, 2)
@@ -62,20 +57,11 @@ def row_page(panel: Panel, names: bool = True) -> Page:
     )
 
 
-def figure(panels: Iterable[Panel]) -> Pixels:
-    """Draw panels of the same systems below one another, with the columns' names at the foot.
-
-    Returns:
-        [H, W, 3] uint8.
-
-    Raises:
-        ValueError: if there is no panel.
-    """
-    return draw(figure_page(panels))
-
-
 def figure_page(panels: Iterable[Panel]) -> Page:
-    """Lay out panels as `figure` draws them. Raises ValueError if there is none."""
+    """Lay out panels of the same systems below one another, with the columns' names at the foot.
+
+    Raises ValueError if there is none.
+    """
     pages, names = [], []
     for panel in panels:
         pages.append(row_page(panel, names=False))
@@ -132,7 +118,7 @@ def write_figures(folder: Path, panels: Iterable[tuple[str, Panel]], measured: s
 
     def written() -> Iterator[Panel]:
         for name, panel in panels:
-            write_file(folder / f"{name}.png", png_bytes(row(panel)))
+            write_file(folder / f"{name}.png", png_bytes(draw(row_page(panel))))
             names[:] = _names(panel)
             expressions.append(panel.expression)
             yield panel
