@@ -5,7 +5,7 @@ so the memory that its list of files, a file and a mask take is bounded before t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from dcris.data.images import image_size, read_label_image, read_mask_image
@@ -76,11 +76,7 @@ class SubmittedMasks(ABC):
         Raises:
             DcrisError: it cannot be read, or is not of `size` (H, W).
         """
-        content = self._sized(name, size)
-        try:
-            return read_mask_image(content, threshold).astype(bool)
-        except DcrisError as error:
-            raise self._bad(name, error) from error
+        return self._decoded(name, size, lambda content: read_mask_image(content, threshold)).astype(bool)
 
     def labels(self, name: str, size: tuple[int, int], most: int) -> Labels:
         """Return labels [H, W] of objects; 0 is the background.
@@ -88,11 +84,7 @@ class SubmittedMasks(ABC):
         Raises:
             DcrisError: they cannot be read, are not of `size` (H, W), or one is above `most`.
         """
-        content = self._sized(name, size)
-        try:
-            labels = read_label_image(content)
-        except DcrisError as error:
-            raise self._bad(name, error) from error
+        labels = self._decoded(name, size, read_label_image)
         if (greatest := int(labels.max())) > most:
             raise DcrisError(
                 f"{self._place(name)} has the label {greatest}, but objects are numbered from 1 to {most} here; write the "
@@ -100,8 +92,8 @@ class SubmittedMasks(ABC):
             )
         return labels
 
-    def _sized(self, name: str, size: tuple[int, int]) -> bytes:
-        """Return the content of an image of `size`, which is found in its header."""
+    def _decoded(self, name: str, size: tuple[int, int], decode: Callable[[bytes], Labels]) -> Labels:
+        """Return what `decode` makes of an image of `size`, which is found in its header."""
         try:
             content = self._read(self.prefix + name)
         except Exception as error:  # damaged archives raise errors of many classes
@@ -118,7 +110,10 @@ class SubmittedMasks(ABC):
                 f"{self._place(name)} is {found[0]} x {found[1]} pixels (height x width), but the true mask is {size[0]} x "
                 f"{size[1]}; write masks at the size of the frames"
             )
-        return content
+        try:
+            return decode(content)
+        except DcrisError as error:
+            raise self._bad(name, error) from error
 
     def _place(self, name: str) -> str:
         return f"{self.path}: {self.prefix}{name}"
