@@ -130,13 +130,9 @@ def best_cut(scores: Floats, right: Truths) -> float:
         np.searchsorted(np.sort(scores[~right]), values) / (~right).sum(),
     )
     place = int(np.argmax(kept + dropped))
-    below = values[place - 1] if place else 0.0
-    return round(float(below + values[place]) / 2, 3) if _rounds(below, values[place]) else float(values[place])
-
-
-def _rounds(low: float, high: float) -> bool:
-    """Return whether the middle of two scores, rounded to three digits, is still between them."""
-    return bool(low < round((low + high) / 2, 3) <= high)
+    below, least = float(values[place - 1]) if place else 0.0, float(values[place])
+    middle = round((below + least) / 2, 3)
+    return middle if below < middle <= least else least
 
 
 def presence_temperature(results: Sequence[EvalResult], current: float) -> float | None:

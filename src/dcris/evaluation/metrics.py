@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dcris.data.masks import mask_box
 from dcris.types import MaskArray
 
 Floats = NDArray[np.float64]
@@ -249,12 +250,12 @@ def boundary(mask: MaskArray) -> MaskArray:
     """
     height, width = mask.shape
     distance = max(1, round(_BOUNDARY * math.sqrt(height * height + width * width)))
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    found = np.zeros_like(mask)
-    if not len(rows):
+    found, box = np.zeros_like(mask), mask_box(mask)
+    if box is None:
         return found
     # Beyond its bounding box a mask has nothing that could be near.
-    window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    left, top, across, down = box
+    window = slice(top, top + down), slice(left, left + across)
     part = mask[window].astype(np.uint8)
     square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
     inner = cv2.erode(part, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)

@@ -334,8 +334,7 @@ class Prediction:
         if self.box is None:
             raise DcrisError(f"the mask of {self.phrase!r} is empty, so there is nothing to cut out")
         cutout = Image.fromarray(np.dstack((pixels, self.mask.astype(np.uint8) * np.uint8(255))))
-        left, top, width, height = self.box
-        return cutout.crop((left, top, left + width, top + height)) if crop else cutout
+        return cutout.crop(self.box_xyxy) if crop else cutout
 
     def overlay(self, image: ImageLike, colour: Colour = COLOURS[0]) -> Image.Image:
         """Draw the mask on the image.
@@ -382,9 +381,8 @@ def to_detections(predictions: Iterable[Prediction]) -> "supervision.Detections"
     found = [(number, each) for number, each in enumerate(every) if each.box is not None]
     if not found:
         return supervision.Detections.empty()
-    corners = [[x, y, x + width, y + height] for _, each in found if each.box for x, y, width, height in [each.box]]
     return supervision.Detections(
-        xyxy=np.array(corners, np.float32),
+        xyxy=np.array([each.box_xyxy for _, each in found], np.float32),
         mask=np.stack([each.mask for _, each in found]),
         confidence=np.array([each.score for _, each in found], np.float32),
         class_id=np.array([number for number, _ in found]),
