@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path, PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,7 +78,6 @@ Pixels = NDArray[np.uint8]
 Format = Literal[
     "mask", "annotated", "overlay", "coco", "scores", "cutout", "label-studio", "coco-dataset", "yolo", "labelme"
 ]
-ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 FORMATS: tuple[Format, ...] = ("mask", "annotated", "coco", "scores")
 """Default formats of images."""
 VIDEO_FORMATS: tuple[Format, ...] = ("mask", "overlay", "coco")

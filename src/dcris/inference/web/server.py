@@ -82,7 +82,6 @@ def serve(
     access: Access,
     limits: Limits,
     ready: Callable[[str], None] = lambda address: None,
-    extra: str = "serve",
 ) -> None:
     """Serve an application until the process is interrupted.
 
@@ -91,10 +90,9 @@ def serve(
         access: address, host names and passwords.
         limits: limits on requests.
         ready: called with the URL of the server when it answers.
-        extra: extra of dcris that has the libraries of this server.
 
     Raises:
-        DcrisError: the extra is not installed, the port is in use, the address serves other
+        DcrisError: the extra `serve` is not installed, the port is in use, the address serves other
             machines and there is neither a password nor `no_auth`, or one of `access.frames` is not
             an origin.
     """
@@ -107,7 +105,7 @@ def serve(
 
         from dcris.inference.web.guard import require_origin
     except ImportError as error:
-        raise DcrisError(f"the server needs the package {error.name}: pip install 'dcris[{extra}]'") from error
+        raise DcrisError(f"the server needs the package {error.name}: pip install 'dcris[serve]'") from error
     frames = [require_origin(origin) for origin in access.frames]
     protected = bool(credentials) or access.no_auth
     with open_port(access.host, access.port, protected=protected) as (listening, url):

@@ -321,11 +321,6 @@ class Sessions:
             self._sessions.move_to_end(name or "")
             return session
 
-    def delete(self, name: str | None) -> None:
-        """Delete a session if it exists."""
-        with self._lock:
-            self._sessions.pop(name or "", None)
-
     def delete_expired(self) -> None:
         """Delete the sessions that were not used for `Limits.kept_seconds`."""
         with self._lock:
