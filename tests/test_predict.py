@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -516,6 +516,23 @@ def test_frames_of_a_video_and_extracted_frames_beside_it(tmp_path: Path) -> Non
         assert not image.name.startswith(f"{video.name}.frames/")
         known = {task.source: task.name for task in tasks}
         assert assign_names(tasks[::-1], known) == tasks[::-1]
+
+
+def test_the_time_for_images_of_one_name_is_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames 00000.jpg of 4,000 videos took half a minute: each name was tried from ~2 on."""
+    (tmp_path / "pairs.csv").write_text("".join(f"{number}/00000.jpg,cup\n" for number in range(300)))
+    tried = 0
+
+    def counted(start: int) -> Iterator[int]:
+        nonlocal tried
+        for number in count(start):
+            tried += 1
+            yield number
+
+    monkeypatch.setattr(inputs_module, "count", counted)
+    names = [task.name for task in read_pairs(tmp_path / "pairs.csv")]
+    assert names == ["00000", *(f"00000~{number}" for number in range(2, 301))]
+    assert tried < 2 * 300
 
 
 @pytest.mark.parametrize(

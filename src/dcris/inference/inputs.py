@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -203,6 +203,7 @@ def assign_names(tasks: Iterable[Task], known: Mapping[str, str] | None = None) 
     """
     own = dict(known or {})
     taken, folders, of_frames = set[str](), set[str](), set[str]()
+    numbers = defaultdict[Any, Iterator[int]](lambda: count(2))  # those before are not free, nor will they be
 
     def is_free(name: str, video: bool) -> bool:
         name = name.casefold()
@@ -223,7 +224,8 @@ def assign_names(tasks: Iterable[Task], known: Mapping[str, str] | None = None) 
             inside = [folder for folder in _parents(task.name) if folder.casefold() in of_frames]
             place = inside[0] if inside else re.sub(r"~\d+$", "", task.name)  # what gets the number
             rest = task.name[len(place) :] if inside else ""
-            candidates = chain([task.name], (f"{place}~{number}{rest}" for number in count(2)))
+            more = numbers[place.casefold(), rest.casefold(), task.video]
+            candidates = chain([task.name], (f"{place}~{number}{rest}" for number in more))
             name = next(name for name in candidates if is_free(name, task.video))
         take(name, task.video)
         result.append(replace(task, name=name))
