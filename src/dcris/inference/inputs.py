@@ -66,17 +66,20 @@ class Task:
     """Start of its result files' names, relative to the output folder; unique among the tasks,
     ignoring case."""
     phrases: tuple[str, ...]
+    source: str = ""
+    """Identity of the file as UTF-8 text: its path with the links to its folder resolved. Found
+    once, as this takes a look at each folder of the path."""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            # The file itself may be a link.
+            path = os.path.join(os.path.realpath(self.path.parent), self.path.name)  # noqa: PTH118 (Path is slower)
+            object.__setattr__(self, "source", path if is_utf8(path) else _NOT_UTF8 + quoted(path))
 
     @property
     def video(self) -> bool:
         """Whether the file ending is that of a video."""
         return _is_video(self.path)
-
-    @property
-    def source(self) -> str:
-        """Identity of the file as UTF-8 text: its path with the links to its folder resolved."""
-        path = _real(self.path)
-        return path if is_utf8(path) else _NOT_UTF8 + quoted(path)
 
 
 def source_path(source: str) -> Path:
@@ -121,7 +124,8 @@ def find_tasks(
     for place in places:
         if not _is_result(place, out):  # the shell expands `photos/*` to results, too
             for path, shown in _files_of(place, out, recursive, on_skipped):
-                found.setdefault(_real(path), Task(path, str(shown), _stem(shown), checked))
+                task = Task(path, str(shown), _stem(shown), checked)
+                found.setdefault(task.source, task)
     if not found:
         raise DcrisError("all given files are results of earlier calls; give images, videos or folders of images")
     return assign_names(found.values())
@@ -180,9 +184,9 @@ def read_pairs(path: Path) -> list[Task]:
             require_phrase(phrase)
         except DcrisError as error:
             raise DcrisError(f"{path}, line {line}: {error}") from error
-        source = _real(path.parent / image)
-        task = tasks.get(source) or Task(path.parent / image, image, _stem(PurePath(PurePath(image).name)), ())
-        tasks[source] = replace(task, phrases=(*task.phrases, phrase))
+        new = Task(path.parent / image, image, _stem(PurePath(PurePath(image).name)), ())
+        task = tasks.get(new.source, new)
+        tasks[task.source] = replace(task, phrases=(*task.phrases, phrase))
     if not tasks:
         raise DcrisError(f"the list {path} has no pairs of an image and a phrase; write one a line")
     return assign_names(tasks.values())
@@ -239,7 +243,8 @@ def frames_folder(name: str) -> str:
 
 def _parents(name: str) -> set[str]:
     """Return the folders of the files of a task with this name."""
-    return {folder.as_posix() for folder in PurePath(name).parents}
+    parts = name.split("/")
+    return {"/".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def _is_video(path: PurePath) -> bool:
@@ -364,14 +369,6 @@ def _folders(top: Path, hidden: bool = True) -> Iterator[Path]:
 
 def _raise(error: OSError) -> NoReturn:
     raise error
-
-
-def _real(path: Path) -> str:
-    """The absolute path of a file with the links to its folder resolved.
-
-    The file itself may be a link.
-    """
-    return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118 (Path would be the slower way to text)
 
 
 def _stem(shown: PurePath) -> str:
