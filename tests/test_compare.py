@@ -236,6 +236,8 @@ def test_a_wrong_file_is_found_before_a_model_runs(
 def test_systems_are_named_by_their_paths() -> None:
     """Names are the last parts of the paths where they differ, else whole paths."""
     assert name_systems(["runs/a", "out/b.jsonl", "me/model"]) == ["a", "b", "model"]
+    dots = ["runs/lr0.01", "lr0.001/", "me/model@v1.5", "b-1.5.safetensors"]
+    assert name_systems(dots) == ["lr0.01", "lr0.001", "model@v1.5", "b-1.5"]
     assert name_systems(["one/run", "two/run"]) == ["one/run", "two/run"]
     assert name_systems(["a", "b"], ["ours ", "fixed"]) == ["ours", "fixed"]
     for sources, names in ((["a", "a"], []), (["a", "b"], ["", "x"]), (["a"], []), (["a", "b", "c"], ["x", "y"])):

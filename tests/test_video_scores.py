@@ -608,6 +608,16 @@ def test_a_long_name_in_a_result_takes_its_own_memory(two: tuple[Path, Path]) ->
         assert main(["compare", *map(str, two)]) == 0
 
 
+def test_a_row_has_the_whole_name_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of masks/at-0.35 and masks/at-0.5, both rows were called "at-0"."""
+    root = write_mevis(tmp_path / "root")
+    masks = submit(tmp_path / "at-0.35", load_videos(root, "mevis", "valid_u"))
+    assert score(root, masks, "mevis") == score(root, zipped(masks, tmp_path / "b-1.5.zip"), "mevis") == 0
+    shown = capsys.readouterr().out
+    assert "| at-0.35 " in shown
+    assert "| b-1.5 " in shown
+
+
 def test_a_folder_of_masks_is_listed_a_few_times(
     made: tuple[Path, VideoSet, Path], dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def _score_images(args: argparse.Namespace) -> None:
     from dcris.data.dataset import all_queries
     from dcris.data.readers.load import load_references
     from dcris.evaluation.analysis import analyse
+    from dcris.evaluation.compare import system_name
     from dcris.evaluation.confidence import assess
     from dcris.evaluation.evaluator import result_record
     from dcris.evaluation.external_masks import score_masks
@@ -97,7 +98,7 @@ def _score_images(args: argparse.Namespace) -> None:
                 show(len(results))
         record = result_record(results, table, args.split, protocol)
         records.append({"predictions": path.name, **record})
-        rows.append([path.stem, *(score_text(record[metric.key], ".2f") for metric in protocol.metrics)])
+        rows.append([system_name(path), *(score_text(record[metric.key], ".2f") for metric in protocol.metrics)])
     analysis = analyse(results, protocol.metrics, by_category=args.by_category, size_subset=protocol.size_subset)
     analysed = {**records[0], "analysis": analysis}
     if (confidence := assess(results)) is not None:
@@ -135,6 +136,7 @@ def _score_images(args: argparse.Namespace) -> None:
 
 def _score_videos(args: argparse.Namespace) -> None:
     from dcris.data.video_readers.load import load_videos
+    from dcris.evaluation.compare import system_name
     from dcris.evaluation.video_protocols import get_video_protocol, mask_folders, score_videos
     from dcris.evaluation.video_results import video_record
     from dcris.utils.files import write_json
@@ -158,7 +160,7 @@ def _score_videos(args: argparse.Namespace) -> None:
             )
         record = video_record(results, videos, protocol)
         records.append({"predictions": path.name, **record})
-        rows.append([path.stem, *(f"{record[score.key]:.2f}" for score in scores)])
+        rows.append([system_name(path), *(f"{record[score.key]:.2f}" for score in scores)])
     try:
         if args.out is not None:
             write_json(args.out, records[0])

@@ -29,6 +29,9 @@ from dcris.utils.device import choose_precision
 from dcris.utils.streams import note, one_line
 from dcris.utils.text_tables import latex, ranks, score_text
 
+_ENDINGS = (".jsonl", ".json", ".npz", ".zip", ".safetensors")
+"""Of files that are systems: results, masks or models."""
+
 Systems = Mapping[str, Sequence[EvalResult]]
 """Each system's results by its name, of the same expressions in the same order (see `align`)."""
 
@@ -43,12 +46,18 @@ def name_systems(sources: Sequence[str], names: Sequence[str] = ()) -> list[str]
         raise DcrisError("cannot compare one system alone; give two or more, or use `dcris evaluate`")
     if names and len(names) != len(sources):
         raise DcrisError(f"there are {len(sources)} systems and {len(names)} names; give one name for each system")
-    chosen = [name.strip() for name in names] or [Path(source).stem or source for source in sources]
+    chosen = [name.strip() for name in names] or [system_name(Path(source)) or source for source in sources]
     if not names and len(set(chosen)) < len(chosen):
         chosen = list(sources)
     if len(set(chosen)) < len(chosen) or not all(chosen):
         raise DcrisError(f"the systems' names are equal or empty: {', '.join(chosen)}; give distinct ones with --names")
     return chosen
+
+
+def system_name(path: Path) -> str:
+    """Return the last part of a system's path, without the ending of a file: "a" of out/a.jsonl,
+    but "lr0.01" of the folder runs/lr0.01."""
+    return path.stem if path.suffix.lower() in _ENDINGS else path.name
 
 
 def is_results_file(path: Path) -> bool:
