@@ -27,7 +27,7 @@ from dcris.evaluation.analysis import analyse, best_threshold
 from dcris.evaluation.confidence import assess, presence_temperature
 from dcris.evaluation.evaluator import EvalResult, predict_on_all_ranks, predict_queries, result_record
 from dcris.evaluation.metrics import summarise
-from dcris.evaluation.none_rules import Score
+from dcris.evaluation.none_rules import LeastScore
 from dcris.evaluation.protocols import get_protocol
 from dcris.evaluation.protocols.base import Protocol
 from dcris.models.segmentation import ReferringSegmenter
@@ -238,7 +238,7 @@ def evaluate(
                 temperature = presence_temperature(calibration, float(model.head.presence.temperature))
                 if temperature is not None:
                     model.head.presence.temperature.fill_(temperature)
-                    if isinstance(chosen.none_rule, Score):  # other rules do not depend on the temperature
+                    if isinstance(chosen.none_rule, LeastScore):  # other rules do not depend on the temperature
                         calibration = runner.predict(others, chosen, refine=refine)
                 elif group.first:
                     note(

@@ -76,7 +76,7 @@ class Pixels(NoneRule):
 
 
 @dataclass(frozen=True)
-class Score(NoneRule):
+class LeastScore(NoneRule):
     """None if the score is below a threshold, as DeRIS has it (0.7 and 0.9)."""
 
     threshold: float
@@ -115,7 +115,7 @@ def parse_none_rule(text: str) -> NoneRule:
         except ValueError:
             threshold = math.nan
         if 0 < threshold <= 1:
-            return Score(threshold)
+            return LeastScore(threshold)
     raise DcrisError(
         f"there is no rule {text!r} for absent targets; choose {RULES}, with N of 1 or more and T above 0 and at most 1"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dcris.evaluation.report.charts import Line, chart
+from dcris.evaluation.report.charts import Curve, chart
 from dcris.evaluation.report.html import write_page
 from dcris.experiments.paper_tables import DATA_SET, SPLITS, Row, Table
 from dcris.utils.files import write_file, write_json
@@ -197,7 +197,7 @@ def _chart(heading: str, rows: Sequence[Measured], splits: Sequence[str]) -> str
     return chart(title, lines, x="trainable weights without the head, in millions", y="mIoU in percent", legend=False)
 
 
-def _lines(points: Sequence[tuple[tuple[float, float], str]], name: str) -> Iterator[Line]:
+def _lines(points: Sequence[tuple[tuple[float, float], str]], name: str) -> Iterator[Curve]:
     if points:
         positions = np.array([position for position, _ in points], np.float64)
-        yield Line(name, positions, labels=tuple(label for _, label in points))
+        yield Curve(name, positions, labels=tuple(label for _, label in points))

@@ -88,7 +88,7 @@ def _tick_label(value: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Curve:
     """One curve of a chart."""
 
     name: str
@@ -117,7 +117,7 @@ class _Box:
         return self.height - self.bottom
 
 
-def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = False, legend: bool = True) -> Markup:
+def chart(heading: str, lines: Sequence[Curve], *, x: str, y: str, whole: bool = False, legend: bool = True) -> Markup:
     """Draw a chart as a card with inline SVG.
 
     Args:
@@ -143,7 +143,7 @@ def chart(heading: str, lines: Sequence[Line], *, x: str, y: str, whole: bool = 
     def place(some: Floats) -> list[tuple[float, float]]:
         return [(across(a), up(b)) for a, b in some]
 
-    def drawn(index: int, line: Line) -> dict[str, Any]:
+    def drawn(index: int, line: Curve) -> dict[str, Any]:
         smoothed = line.noisy and len(line.points) >= 8
         labels = []
         for (a, b), label in zip(line.points, line.labels, strict=False):
@@ -188,7 +188,7 @@ def threshold_chart(
     first = metrics[0]
     names = {first.key: ""} if several else {metric.key: metric.title for metric in metrics[:2]}
     lines = [
-        Line(f"{system} {name}".strip(), points)
+        Curve(f"{system} {name}".strip(), points)
         for system, curve in curves.items()
         for key, name in names.items()
         if len(points := _known_points(curve["thresholds"], curve[key]))

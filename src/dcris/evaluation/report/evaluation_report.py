@@ -15,7 +15,7 @@ from dcris.config import RunConfig
 from dcris.evaluation.confidence import assess
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import STANDARD_METRICS, Metric
-from dcris.evaluation.report.charts import Line, chart, series, threshold_chart
+from dcris.evaluation.report.charts import Curve, chart, series, threshold_chart
 from dcris.evaluation.report.html import number, percent, write_page
 from dcris.evaluation.report.panels import Panel, make_panel, render_panels, select_results
 from dcris.models.segmentation import ReferringSegmenter
@@ -249,12 +249,12 @@ def _confidence_tables(confidence: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _confidence_charts(confidence: Mapping[str, Any]) -> list[Markup]:
     """Draw the reliability diagrams."""
-    diagonal = Line("calibrated", np.array([(0.0, 0.0), (1.0, 1.0)]))
+    diagonal = Curve("calibrated", np.array([(0.0, 0.0), (1.0, 1.0)]))
     return [
         chart(
             f"Reliability. {name}",
             [
-                Line("measured", np.array([(each["mean"], each["share"]) for each in confidence[key]["bins"]])),
+                Curve("measured", np.array([(each["mean"], each["share"]) for each in confidence[key]["bins"]])),
                 diagonal,
             ],
             x="mean score of the bin",
@@ -270,9 +270,9 @@ def _charts(analysis: Mapping[str, Any], log: Sequence[Mapping[str, float]], met
     charts = [threshold_chart({"": analysis["curve"]}, metrics)] if "curve" in analysis else []
     loss = series(log, "loss")
     if len(loss):
-        charts.append(chart("Loss", [Line("training loss", loss, noisy=True)], x="step", y="loss", whole=True))
+        charts.append(chart("Loss", [Curve("training loss", loss, noisy=True)], x="step", y="loss", whole=True))
     shares = [
-        Line(name, points, noisy)
+        Curve(name, points, noisy)
         for key, name, noisy in (
             ("iou", "training", True),
             ("val_first_miou", "validation mIoU (first sentences)", False),
