@@ -593,7 +593,10 @@ class Segmenter:
             raise DcrisError(f"on_error must be raise or skip, not {on_error!r}")
         shared = _check_phrases(_as_list(phrases))
         if isinstance(images, str | os.PathLike) and not (isinstance(images, str) and is_url(images)):
-            images = [task.path for task in find_tasks([as_path(images, "the images")], shared) if not task.video]
+            place = as_path(images, "the images")
+            images = [task.path for task in find_tasks([place], shared) if not task.video]
+            if not images:
+                raise DcrisError(f"{place} has videos and no images; give the frames of a video to predict_frames")
         elif not _are_several(images):
             raise DcrisError(
                 f"images must be a folder, a pattern or several images, not {kind_of(images)}; for one, use predict"
