@@ -154,6 +154,30 @@ def test_suggested_commands_are_quoted_on_windows(monkeypatch: pytest.MonkeyPatc
     assert quoted == ['"C:\\my data\\a.jsonl"', "C:\\data", '"held out"']
 
 
+def test_one_of_each(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nouns are in the singular after "1"."""
+    folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))
+    coco, data, todo = folder / "scenes/instances.json", folder / "one.jsonl", tmp_path / "todo.csv"
+    content = json.loads(coco.read_text())
+    content["annotations"] = [{**content["annotations"][0], "caption": "it"}]
+    export = tmp_path / "export.json"
+    export.write_text(json.dumps(content))
+    content["annotations"][0] = {**content["annotations"][0], "caption": "", "category_id": None}
+    (tmp_path / "unnamed.json").write_text(json.dumps(content))
+    images = ("--images", folder / "images/mscoco/images/train2014", "--val", "0")
+    assert dcris("data", "import", tmp_path / "unnamed.json", *images, "--write-phrases", todo) == 0
+    assert dcris("data", "import", export, *images, "--out", data) == 0
+    assert dcris("data", "check", data) == 0
+    assert dcris("data", "export", data, "--format", "coco", "--out", tmp_path / "coco") == 0
+    settings = (*QUICK, "--train.max_steps", "1", "--train.batch_size", "1")
+    assert dcris("train", "dcris_tiny", "--data", data, "--out", tmp_path / "run", *settings) == 0
+    assert dcris("evaluate", tmp_path / "run", "--data", data, "--split", "train") == 0
+    printed = capsys.readouterr()
+    for text in ("1 object without", "1 reference on 1 image", "1 step in all"):
+        assert text in printed.out
+    assert not re.findall(r"(?<![\d.,])1 (?!loss)[a-z]+s\b", printed.out + printed.err)
+
+
 def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From an annotation tool's export to a model tuned on it; the file is the whole data set."""
     folder = Path(shutil.copytree(scenes_root, tmp_path / "own"))

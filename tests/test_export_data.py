@@ -367,7 +367,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     text = run("data", "export", out, "--format", "yolo", "--out", tmp_path / "yolo")
     assert text == f"{tmp_path / 'yolo'}: 4 references on 2 images\n"
     text = run("data", "import", tmp_path / "yolo", "--write-phrases", tmp_path / "todo.csv")
-    assert f"{tmp_path / 'todo.csv'}: 2 objects need a phrase; fill in the last column" in text
+    assert f"{tmp_path / 'todo.csv'}: 2 objects without a phrase; fill in the last column" in text
     monkeypatch.setattr("builtins.input", Mock(side_effect=["perhaps", "KEEP", "perhaps", EOFError]))
     monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: True)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())

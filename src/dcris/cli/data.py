@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcris.cli.common import ROOT, adder, argument, data_set_arguments, log, natural, output, own_name, progress, share
 from dcris.errors import DcrisError
-from dcris.utils.streams import is_terminal, note
+from dcris.utils.streams import counted, is_terminal, note
 
 if TYPE_CHECKING:
     from dcris.data.check_report import Report
@@ -222,8 +222,8 @@ def _data_import(args: argparse.Namespace) -> None:
     if args.write_phrases is not None:
         done = list_without_phrase(args.source, args.write_phrases, **common)
         text = (
-            f"{args.write_phrases}: {done.listed:,} objects need a phrase; fill in the last column, then repeat the command "
-            f"with --phrases {argument(args.write_phrases)} and --out"
+            f"{args.write_phrases}: {counted(done.listed, 'object')} without a phrase; fill in the last column, then repeat "
+            f"the command with --phrases {argument(args.write_phrases)} and --out"
         )
     else:
         done = import_annotations(
@@ -252,7 +252,7 @@ def _data_export(args: argparse.Namespace) -> None:
     done = export_table(table, args.format, args.out, image_url)
     left_out = f"; left out: {done.left_out:,} that describe nothing in their image" if done.left_out else ""
     ignored = f"; background now: the ignored pixels of {done.ignored:,}" if done.ignored else ""
-    log(f"{args.out}: {done.references:,} references on {done.images:,} images{left_out}{ignored}")
+    log(f"{args.out}: {counted(done.references, 'reference')} on {counted(done.images, 'image')}{left_out}{ignored}")
 
 
 def _ask(count: int, example: str) -> str:

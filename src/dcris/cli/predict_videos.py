@@ -4,6 +4,7 @@ import argparse
 
 from dcris.cli.common import detail, log, progress
 from dcris.errors import DcrisError
+from dcris.utils.streams import counted
 
 _OTHERS = {
     "images": "IMAGE_OR_FOLDER",
@@ -73,12 +74,12 @@ def predict_videos(args: argparse.Namespace, threshold: float | None) -> None:
                 with tqdm.external_write_mode():
                     if isinstance(event, VideoDone):
                         detail(
-                            f"{event.video}: {event.frames:,} frames, {event.expressions:,} expressions, "
+                            f"{event.video}: {counted(event.frames, 'frame')}, {counted(event.expressions, 'expression')}, "
                             f"{event.seconds:.1f} s"
                         )
                     else:
                         log(f"{event.video}: skipped; {event.reason}")
         if group.first:
             made = predictor.archive if predictor.form.zipped else predictor.masks
-            counts = f"{len(videos.expressions):,} expressions of {len(videos.videos):,} videos"
+            counts = f"{counted(len(videos.expressions), 'expression')} of {counted(len(videos.videos), 'video')}"
             log(f"{made}: {args.dataset} ({args.split}), {counts}")

@@ -16,6 +16,7 @@ from dcris.data.registry import PARTITIONS, official_splits
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.types import Reference
+from dcris.utils.streams import counted
 from dcris.utils.workers import cores
 
 
@@ -39,7 +40,7 @@ class CheckReport(Report):
     @property
     def total(self) -> str:
         """Number of images, in words."""
-        return f"{self.images:,} images"
+        return counted(self.images, "image")
 
     def details(self) -> dict[str, Any]:
         """Return the partition and the numbers of images."""

@@ -19,6 +19,7 @@ from dcris.data.video_readers.mevis import RunLengths
 from dcris.data.videos import UNKNOWN, LabelImages, Truths, VideoExpression, VideoSet, shape_of
 from dcris.errors import DcrisError
 from dcris.types import MaskArray
+from dcris.utils.streams import counted
 from dcris.utils.workers import cores
 
 
@@ -34,7 +35,7 @@ class VideoReport(Report):
     @property
     def total(self) -> str:
         """Number of frames, in words."""
-        return f"{self.frames:,} frames"
+        return counted(self.frames, "frame")
 
     def details(self) -> dict[str, Any]:
         """Return the number of frames."""

@@ -35,7 +35,7 @@ from dcris.errors import DcrisError
 from dcris.types import Reference
 from dcris.utils.files import make_directory, open_zip, write_file
 from dcris.utils.hub import fetch, list_files
-from dcris.utils.streams import note
+from dcris.utils.streams import counted, note
 
 _BYTES_PER_IMAGE = 165_000
 """Average: train2014 has 82,783 images in 13.5 GB."""
@@ -109,7 +109,8 @@ def _require_space(root: Path, dataset: str, needed: int, missing: int, source: 
     free, size = shutil.disk_usage(make_directory(root)).free, missing * _BYTES_PER_IMAGE
     existing = f"; {needed - missing:,} exist" if needed > missing else ""
     note(
-        f"{dataset}: {missing:,} images from {source}, about {_format_size(size)} ({_format_size(free)} free){existing}"
+        f"{dataset}: {counted(missing, 'image')} from {source}, about {_format_size(size)} "
+        f"({_format_size(free)} free){existing}"
     )
     if free < size:
         raise DcrisError(

@@ -21,6 +21,7 @@ from dcris.data.video_readers.mevis import RunLengths
 from dcris.data.videos import LabelImages, Truths, VideoExpression, VideoSet
 from dcris.errors import DcrisError
 from dcris.types import Expression, MaskArray, Reference
+from dcris.utils.streams import counted
 from dcris.utils.workers import cores
 
 _Target = tuple[str, VideoExpression, dict[str, Any], tuple[int, int]]
@@ -56,8 +57,8 @@ def load_frames(root: Path, dataset: str, step: int, splits: Sequence[str]) -> R
         made = list(_references(videos, step, numbers, sentences))
         frames = len({each.image_path for each in made})
         notes.append(
-            f"{videos.split}: one of {step:,} frames of {len(videos.videos):,} videos, {frames:,} images with a target; "
-            "expressions have no reference in frames without theirs"
+            f"{videos.split}: one of {step:,} frames of {counted(len(videos.videos), 'video')}, "
+            f"{counted(frames, 'image')} with a target; expressions have no reference in frames without theirs"
         )
         references += made
     return ReferenceTable(dataset, OFFICIAL, root, tuple(references), tuple(notes))

@@ -25,6 +25,7 @@ from dcris.data.tools import FORMATS, recognise
 from dcris.data.tools.annotation import Annotation, Found, Size, Texts
 from dcris.errors import DcrisError
 from dcris.utils.files import write_file
+from dcris.utils.streams import counted
 
 AMBIGUOUS = ("drop", "keep", "merge", "place")
 """What may become of a phrase that fits several objects of an image: leave it out; keep it for each
@@ -74,7 +75,7 @@ class ImportResult:
     def __str__(self) -> str:
         written = ", ".join(f"{count:,} {split}" for split, count in self.splits.items())
         return (
-            f"{written} references with {self.expressions:,} expressions on {self.images:,} images, from "
+            f"{written} references with {counted(self.expressions, 'expression')} on {counted(self.images, 'image')}, from "
             f"{FORMATS[self.format].title}{self.left_out}"
         )
 

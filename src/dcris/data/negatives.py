@@ -25,6 +25,7 @@ from dcris.data.table import ReferenceTable, field
 from dcris.data.wording import names_object
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
+from dcris.utils.streams import counted
 
 _EXPRESSIONS = 3
 """Most expressions of a reference, as many as those of RefCOCO have."""
@@ -74,7 +75,7 @@ def add_negatives(
         for reference in found
     ]
     expressions = sum(len(reference.expressions) for reference in added)
-    note = f"{len(added):,} references with {expressions:,} expressions whose object is absent were made"
+    note = f"for absent objects: {counted(len(added), 'reference')} with {counted(expressions, 'expression')}"
     return replace(table, references=(*table.references, *added), notes=(*table.notes, note))
 
 

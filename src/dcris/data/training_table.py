@@ -27,6 +27,7 @@ from dcris.data.table import ReferenceTable, bad, check_text, field
 from dcris.errors import DcrisError
 from dcris.types import Expression, Reference
 from dcris.utils.arguments import did_you_mean
+from dcris.utils.streams import counted
 
 _MOST_INSTANCES = 500
 """Most instances of a photograph. COCO has at most 100, and the time grows with the square."""
@@ -86,7 +87,10 @@ def _from_instances(table: ReferenceTable, config: DataConfig) -> ReferenceTable
         references += added
         expressions = sum(len(reference.expressions) for reference in added)
         images = len({reference.image_id for reference in added})
-        notes.append(f"{len(added):,} references with {expressions:,} phrases were generated on {images:,} photographs")
+        notes.append(
+            f"generated: {counted(len(added), 'reference')} with {counted(expressions, 'phrase')} on "
+            f"{counted(images, 'photograph')}"
+        )
     if not any(item.split == config.train_split for item in references):
         raise DcrisError(
             f"no training reference of {table.dataset} is left: its photographs have none of the licences "

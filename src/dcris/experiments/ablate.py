@@ -56,6 +56,7 @@ from dcris.utils.files import (
     write_file,
     write_json,
 )
+from dcris.utils.streams import counted
 from dcris.utils.workers import cores
 from dcris.version import __version__
 
@@ -445,7 +446,7 @@ class _Work:
         distinct = {run.key: run for run in runs}
         left = sum(run.result() is None for run in distinct.values())
         self.log(
-            f"{self.study.name}: {len(distinct)} runs with equal steps, {len(distinct) - left} of them finished; "
+            f"{self.study.name}: {counted(len(distinct), 'run')} with equal steps, {len(distinct) - left} of them finished; "
             f"{later} more with equal time"
         )
         if self.study.tiny and self.steps is not None:
@@ -493,8 +494,8 @@ class _Work:
         scores = ", ".join(f"{split} mIoU {record['miou']:.1f}" for split, record in result["scores"].items())
         minutes = (left - 1) * sum(self.durations) / len(self.durations) / 60 / self.processes
         self.log(
-            f"{run.title}: {scores} after {result['steps']:,} steps in {self.durations[-1]:.0f} s; "
-            f"{left - 1} runs left, about {minutes:.0f} min"
+            f"{run.title}: {scores} after {counted(result['steps'], 'step')} in {self.durations[-1]:.0f} s; "
+            f"{counted(left - 1, 'run')} left, about {minutes:.0f} min"
         )
 
     # ---- results ---------------------------------------------------------------------------------

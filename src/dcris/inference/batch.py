@@ -70,6 +70,7 @@ from dcris.utils.drawing import overlay_png, png_bytes
 from dcris.utils.files import require_replaceable, write_file
 from dcris.utils.lanes import ahead, lane_count, lanes
 from dcris.utils.overlap import Job, overlapped
+from dcris.utils.streams import counted
 from dcris.version import __version__
 
 Pixels = NDArray[np.uint8]
@@ -553,7 +554,7 @@ class BatchPredictor:
                 except DcrisError as error:
                     yield Failed(task, str(error))
                     continue
-                yield Written(path, f"{len(records)} frames, {codec}")
+                yield Written(path, f"{counted(len(records), 'frame')}, {codec}")
             if task.name not in failed:
                 self.folder.add(task, _end_name(task), files=files, frames=self._frames_read[task.name])
 

@@ -15,6 +15,7 @@ from dcris.inference.inputs import source_path
 from dcris.inference.records import Record, Result, State, WrittenFolder, checksum, stamp_of, stamps
 from dcris.types import Expression, Reference
 from dcris.utils.files import remove_directory
+from dcris.utils.streams import counted
 
 TOOLS = {"coco-dataset": "coco", "yolo": "yolo", "labelme": "labelme"}
 """Formats of `dcris predict` that are data sets, and their names in dcris.data.tools.FORMATS."""
@@ -86,9 +87,8 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
     elif folder.name in state.folders:
         remove_directory(folder)
     state.model_copy(update={"folders": written, "coming": coming}).write(out)
-    return (
-        f"{sum(bool(each.segmentations) for each in references):,} objects on {len(there):,} images{_listed(left_out)}"
-    )
+    found = sum(bool(each.segmentations) for each in references)
+    return f"{counted(found, 'object')} on {counted(len(there), 'image')}{_listed(left_out)}"
 
 
 def _listed(left_out: Sequence[str]) -> str:

@@ -82,6 +82,7 @@ from dcris.utils.arguments import PathLike, as_path, require, require_names
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.distributed import Processes
 from dcris.utils.files import lock_folder, make_directory, read_json, remove_directory, write_file, write_json
+from dcris.utils.streams import counted
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -581,7 +582,7 @@ class Trainer:
             images, needed = self.features.estimate()
             self.features.require_room(needed)
             self.log(
-                f"storing the features of up to {images:,} images, {needed / 1e9:,.2f} GB, in {self.features.folder}"
+                f"storing the features of up to {counted(images, 'image')}, {needed / 1e9:,.2f} GB, in {self.features.folder}"
             )
             written = self.features.write(self._encode, data.workers, _ENCODED_AT_ONCE)
             for _ in self.stop.take_until_stop(written):
@@ -640,10 +641,14 @@ class Trainer:
             if newest is None or not (self.out / training_images.FILE).exists():
                 self._write_training_images(again=newest is not None)
             self.record.write()
-        self.log(f"{len(self.samples):,} references, {self.per_epoch:,} steps an epoch, {self.total:,} steps in all")
+        self.log(
+            f"{counted(len(self.samples), 'reference')}, {counted(self.per_epoch, 'step')} an epoch, "
+            f"{counted(self.total, 'step')} in all"
+        )
         if (warmup := warmup_steps(self.settings, self.total)) < self.settings.warmup_steps:
             self.log(
-                f"the warm-up takes {warmup:,} steps, not {self.settings.warmup_steps:,}: that is more than half of this run"
+                f"the warm-up takes {counted(warmup, 'step')}, not {self.settings.warmup_steps:,}: that is more than half of "
+                "this run"
             )
         if not self.settings.shard_towers:  # FSDP holds sharded weights itself
             cast_frozen(self.model, self.dtype)

@@ -73,6 +73,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def write(text: str) -> None:
     """Print text to standard output and flush it, since a killed process loses what is buffered.
 
