@@ -103,7 +103,7 @@ def test_a_training_step_is_that_of_the_recipe() -> None:
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     """Memory that this process uses does not count."""
     block = torch.ones(1 << 28)  # 1 GiB
-    peak = in_own_process(peak_of_training, get_recipe("dcris_tiny").model_dump_json(), 2, "cpu", "float32")
+    peak = in_own_process(peak_of_training, get_recipe("dcris_tiny"), 2, "cpu", "float32")
     assert 0.1 < peak < block.numel() * 4 / 2**30
 
 
@@ -112,7 +112,7 @@ def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatc
     (tmp_path / "random.py").write_text("raise SystemExit('code of this folder ran')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    config = get_recipe("dcris_tiny").model_dump_json()
+    config = get_recipe("dcris_tiny")
     with pytest.raises(DcrisError, match="unknown device 'nothing'"):
         in_own_process(peak_of_training, config, 2, "nothing", "float32")
 

@@ -21,10 +21,12 @@ from dcris.config import METHODS, TEXT_FAMILIES, VISION_FAMILIES, RunConfig, rep
 from dcris.data.readers.load import load_references
 from dcris.data.tokenizer import tokenizer_of
 from dcris.errors import DcrisError
+from dcris.experiments.bench import in_own_process, peak_of_training
 from dcris.models.adapters.attach import adapters, trained_state
 from dcris.models.encoders.text import TextFeatures
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import TINY_TEXT, get_recipe, with_method
+from dcris.training.losses import LOSSES
 from dcris.training.trainer import Trainer, build_model
 from models import randomise
 from published import saved
@@ -253,3 +255,19 @@ def test_a_text_tower_reads_both_directions(page: dict[str, ModuleType]) -> None
     assert isinstance(one, TextFeatures)
     assert one.sentence.shape == (1, 24)
     assert not torch.allclose(one.tokens[:, 1], other.tokens[:, 1])
+
+
+# ---- all of them in a new process ----
+
+
+def test_their_memory_is_measured(page: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new process of `dcris bench` and `dcris evaluate --all` has the entries that the program
+    added, wherever it added them."""
+    monkeypatch.syspath_prepend(Path(str(page["gain"].__file__)).parent)
+    monkeypatch.setitem(LOSSES, "absolute", torch.nn.functional.l1_loss)
+    towers = {"model.vision": PLAIN_VIT, "model.text": PLAIN_TEXT, "train.losses": {"absolute": 1.0}}
+    config = replace(gain_config(page), towers)
+    assert in_own_process(peak_of_training, config, 2, "cpu", "float32") > 0.1
+    monkeypatch.setattr(page["gain"].GainConfig, "__module__", "__main__")
+    with pytest.raises(DcrisError, match=r"cannot import 'gain': define it .* in a file that your program imports"):
+        in_own_process(peak_of_training, config, 2, "cpu", "float32")

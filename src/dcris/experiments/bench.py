@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -26,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcris.checkpoints.backbones import RANDOM
-from dcris.config import RunConfig, replace
+from dcris.config import METHODS, TEXT_FAMILIES, VISION_FAMILIES, RunConfig, replace
 from dcris.data.dataset import TrainingBatches, TrainingSamples, training_loader
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import write_scenes
@@ -36,9 +37,10 @@ from dcris.inference.batch import BatchPredictor
 from dcris.inference.inputs import find_tasks
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.dcris import DcrisConfig
+from dcris.models.encoders.families import TowerFamily
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
-from dcris.training.losses import training_losses
+from dcris.training.losses import LOSSES, training_losses
 from dcris.training.optimizer import make_optimizer
 from dcris.utils.arguments import Precision
 from dcris.utils.device import (
@@ -258,18 +260,79 @@ def peak_of_prediction(config: str, batch_size: int, device_name: str, precision
     return peak_memory(segmenter.device)
 
 
-def in_own_process(task: Callable[[str, int, str, Precision], float], *arguments: Any) -> float:
-    """Call a function of this module in a new process, whose memory nothing else has used."""
-    program = (
-        f"import sys, json; from dcris.experiments.bench import {task.__name__} as f; print(f(*json.load(sys.stdin)))"
-    )
+def in_own_process(
+    task: Callable[[str, int, str, Precision], float],
+    config: RunConfig,
+    batch_size: int,
+    device: str,
+    precision: Precision | None,
+) -> float:
+    """Call a function of this module in a new process, whose memory nothing else has used.
+
+    Args:
+        task: gets the other arguments, the configuration as JSON.
+        config: may use entries that the program has added to the registries: the new process
+            imports the modules that define them.
+        batch_size: of the task.
+        device: as in `choose_device`.
+        precision: working precision.
+
+    Raises:
+        DcrisError: the process fails, or an added entry is not defined in a module.
+    """
+    message = {
+        "path": sys.path,
+        "entries": [*_added_entries(config, losses=task is peak_of_training)],
+        "arguments": (config.model_dump_json(), batch_size, device, precision),
+    }
+    program = f"from dcris.experiments import bench; bench.run_task(bench.{task.__name__})"
     done = subprocess.run(
-        [*_PYTHON, "-c", program], input=json.dumps(arguments), capture_output=True, encoding="utf-8", check=False
+        [*_PYTHON, "-c", program], input=json.dumps(message), capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise DcrisError(f"cannot measure memory: {reason[:300]}")
     return float(done.stdout.split()[-1])
+
+
+def _added_entries(config: RunConfig, *, losses: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the registry, key, module and name of what a configuration uses that is not of dcris.
+
+    A prediction needs no `losses`.
+    """
+    model = config.model
+    used: list[tuple[str, str, Any]] = []
+    used += [("losses", name, LOSSES[name]) for name in config.train.losses if losses and name in LOSSES]
+    used += [("vision", model.vision.family, VISION_FAMILIES[model.vision.family].tower)]
+    used += [("text", model.text.family, TEXT_FAMILIES[model.text.family].tower)]
+    used += [("methods", model.method.name, type(model.method))] if model.method else []
+    for registry, key, entry in used:
+        module, name = entry.__module__, getattr(entry, "__qualname__", "<instance>")
+        if module.partition(".")[0] == "dcris":
+            continue
+        if module == "__main__" or "<" in name:
+            raise DcrisError(
+                f"memory is measured in a new process, which cannot import {key!r}: define it as a class or function in a "
+                "file that your program imports"
+            )
+        yield registry, key, module, name
+
+
+def run_task(task: Callable[..., float]) -> None:
+    """Call a task with what `in_own_process` writes to standard input, and print its result."""
+    message = json.load(sys.stdin)
+    sys.path += message["path"]  # behind the standard library, see _PYTHON
+    registries: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+        "methods": (METHODS, lambda method: method),
+        "vision": (VISION_FAMILIES, TowerFamily),
+        "text": (TEXT_FAMILIES, TowerFamily),
+        "losses": (LOSSES, lambda loss: loss),
+    }
+    for registry, key, module, name in message["entries"]:
+        entry = getattr(import_module(module), name)  # which usually adds it, too
+        entries, made = registries[registry]
+        entries.setdefault(key, made(entry))
+    print(task(*message["arguments"]))
 
 
 def _segmenter(config: RunConfig, device: str, precision: Precision | None) -> Segmenter:
@@ -458,11 +521,10 @@ def folder_row(config: RunConfig, folder: Path, device: str, precision: Precisio
 
 def _memory(config: RunConfig, device: str, precision: Precision, batch_sizes: Sequence[int]) -> Iterator[Row]:
     """Measure peak memory, each value in a process of its own."""
-    text = config.model_dump_json()
     for batch_size in batch_sizes:
-        peak = in_own_process(peak_of_training, text, batch_size, device, precision)
+        peak = in_own_process(peak_of_training, config, batch_size, device, precision)
         yield Row(f"peak memory, training at batch {batch_size}", peak, "GiB")
-    yield Row("peak memory, prediction", in_own_process(peak_of_prediction, text, 1, device, precision), "GiB")
+    yield Row("peak memory, prediction", in_own_process(peak_of_prediction, config, 1, device, precision), "GiB")
 
 
 def render(measured: Mapping[str, Any]) -> str:

@@ -197,12 +197,12 @@ def measure_cost(runner: Runner, rounds: int = 3) -> dict[str, float]:
     predict()
     flops = count_operations(predict)
     seconds = take_turns({"one": predict}, rounds, runner.device)["one"]
-    text = random_towers(runner.config).model_dump_json()
+    config = random_towers(runner.config)
     return {
         "trained": counts["adapters"] + counts["head"],
         "adapters": counts["adapters"],
         "frozen": counts["frozen"],
         "flops": flops,
         "seconds": median(seconds),
-        "peak_memory": in_own_process(peak_of_prediction, text, 1, str(runner.device), precision),
+        "peak_memory": in_own_process(peak_of_prediction, config, 1, str(runner.device), precision),
     }
