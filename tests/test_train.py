@@ -490,6 +490,21 @@ def test_start_refuses_another_model(table: ReferenceTable, broken: Path, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+def test_start_names_what_differs(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
+    """Other settings can fit the same weights, and a run without a note would start from a network
+    that was never trained. The weights of other methods are named before their frozen encoders."""
+    start, lines = ("train.start", json.dumps(str(broken))), list[str]()
+    same = ("model.head.presence", "true"), ("train.lr", "0.1"), ("data.word_length", "9")
+    run_training(quick_config(1, start, *same), table, tmp_path / "same", log=lines.append)
+    assert not any("was trained with" in line for line in lines)
+    other = ("model.head.heads", "2"), ("data.std", "[1.0, 1.0, 1.0]")
+    run_training(quick_config(1, start, *other), table, tmp_path / "other", log=lines.append)
+    (line,) = (line for line in lines if "was trained with" in line)
+    assert re.search(r"with data\.std = \[0\..*\], not \[1\.0, 1\.0, 1\.0\]; model\.head\.heads = \d, not 2$", line)
+    with pytest.raises(DcrisError, match=r"has no tensor vision\..*; it is for another model"):
+        run_training(quick_config(1, start, ("model.method", '{"name": "bitfit"}')), table, tmp_path / "new")
+
+
 def test_start_refuses_a_damaged_checkpoint(table: ReferenceTable, broken: Path, tmp_path: Path) -> None:
     """A changed bit in the weights that a run starts from would change all its results unnoticed.
     The optimizer's state is not needed."""

@@ -592,6 +592,30 @@ def refuse_other_run(before: RunConfig, now: RunConfig, where: Path) -> None:
             )
 
 
+_SAME_WEIGHTS = ("model.", "data.mean", "data.std")
+"""Settings that decide what a network computes with its weights."""
+_ELSEWHERE = {f"model.{tower}.{key}" for tower in ("vision", "text") for key in ("name", "revision")}
+_ELSEWHERE |= {"model.head.presence"}
+
+
+def other_network(before: RunConfig, now: RunConfig) -> list[str]:
+    """Return how a network differs from the one that weights were trained in, such as
+    "model.method.scale = 1.0, not 2.0".
+
+    Presence heads, and the files of encoders, are left out: they are compared by their weights.
+
+    Args:
+        before: the configuration that the weights were trained with.
+        now: that of the network that they are loaded into.
+    """
+    old, new = _flatten(before.model_dump()), _flatten(now.model_dump())
+    return [
+        f"{key} = {json.dumps(old.get(key))}, not {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if key.startswith(_SAME_WEIGHTS) and key not in _ELSEWHERE and old.get(key) != new.get(key)
+    ]
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():

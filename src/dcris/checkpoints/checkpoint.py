@@ -594,12 +594,12 @@ def load_trained(
     Raises as load_checkpoint does.
     """
     found = identify_towers(model, files)
-    towers = _require_towers(path, found)
     target, source = (
         {name: value for name, value in each.items() if presence or not name.startswith("head.presence.")}
         for each in (trained_state(model), _read_trained(path, model))
     )
-    copy_strictly(target, source, str(path))
+    copy_strictly(target, source, str(path))  # first: methods that train encoders differ in their frozen weights, too
+    towers = _require_towers(path, found)
     for name, tower in model.towers.items():
         # The fingerprints are equal, so the recorded source is also that of these weights.
         tower.source = tower.source or _source(towers[name])

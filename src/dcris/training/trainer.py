@@ -38,7 +38,7 @@ from dcris.checkpoints.checkpoint import (
     score_checkpoint,
     sound_checkpoints,
 )
-from dcris.config import RunConfig, TrainConfig, load_config, refuse_other_run
+from dcris.config import RunConfig, TrainConfig, load_config, other_network, refuse_other_run
 from dcris.data.augmentations import AUGMENTATIONS
 from dcris.data.dataset import (
     Queries,
@@ -755,7 +755,8 @@ class Trainer:
         elif self.settings.start is not None and self.group.first:
             start = find_checkpoint(Path(self.settings.start))
             check_files(start, MODEL_FILES)
-            had, has = read_config(start).model.head.presence, self.model.head.presence is not None
+            before = read_config(start)
+            had, has = before.model.head.presence, self.model.head.presence is not None
             try:
                 load_trained(self.model, start, presence=had == has)
             except DcrisError as error:
@@ -768,6 +769,8 @@ class Trainer:
             self.seen_before = read_training_images(start)
             record["start"] = {"checkpoint": str(start), "sha256": fingerprint(trained_state(self.model))}
             self.log(f"starting from the adapters and the head of {start}")
+            if others := other_network(before, self.config):
+                self.log(f"{start} was trained with {'; '.join(others)}")
             if has and not had:
                 self.log(f"{start} has no presence head: a new one is trained")
             elif had and not has:
