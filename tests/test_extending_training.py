@@ -2,6 +2,7 @@
 others."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,33 @@ def test_an_augmentation_changes_its_share_of_the_samples(scenes_root: Path) -> 
             words = plain.draw(index).text if not drawn else f"not {plain.draw(index).text}"
             assert torch.equal(sample.tokens, tokenizer([words], config.data.word_length)[0])
     assert 60 < changed < 140
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (
+            lambda image, mask: (image / 255, mask, "cup"),
+            r"not float64 \[112, 112, 3\] up to \S+, uint8 .* up to 1, str",
+        ),
+        (
+            lambda image, mask: (image, mask * 255, "cup"),
+            r"a mask \[H, W\] of 0 and 1 .* uint8 \[112, 112\] up to 255, str",
+        ),
+        (lambda image, mask: (image[:50], mask, "cup"), r"uint8 \[50, 112, 3\]"),
+        (lambda image, mask: (image[:0], mask[:0], "cup"), r"uint8 \[0, 112, 3\], uint8 \[0, 112\], str"),
+        (lambda image, mask: (image, mask), r"uint8 \[112, 112\] up to 1$"),
+        (lambda image, mask: None, "not NoneType$"),
+    ],
+)
+def test_what_an_augmentation_must_return(
+    returned: Any, words: str, scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other arrays are refused, above all those that would be trained on as black or empty."""
+    monkeypatch.setitem(AUGMENTATIONS, "wrong", lambda image, mask, phrase, generator: returned(image, mask))
+    config = quick_config(1, ("data.augmentations", '{"wrong": 1.0}'))
+    with pytest.raises(DcrisError, match=f"the augmentation wrong must return .*{words}"):
+        run_training(config, scenes_root, tmp_path / "run")
 
 
 def test_one_augmentation_does_not_change_the_draws_of_another(scenes_root: Path) -> None:

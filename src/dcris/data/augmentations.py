@@ -1,11 +1,13 @@
 """Augmentations of training samples, by name. See docs/extending_training.md for adding one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dcris.data.flip import swap_sides
+from dcris.errors import DcrisError
 
 Augmentation = Callable[
     [NDArray[np.uint8], NDArray[np.uint8], str, np.random.Generator], tuple[NDArray[np.uint8], NDArray[np.uint8], str]
@@ -69,3 +71,42 @@ def zoom(
 
 AUGMENTATIONS: dict[str, Augmentation] = {"flip": flip, "light": light, "zoom": zoom}
 """Every augmentation by the name that `data.augmentations` uses."""
+
+
+def augment(
+    name: str, image: NDArray[np.uint8], mask: NDArray[np.uint8], phrase: str, generator: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:
+    """Apply the augmentation of that name.
+
+    Raises:
+        DcrisError: it returns something else than an `Augmentation` does. An image of 0 to 1 would
+            be trained on as black, and a mask of 0 and 255 as almost empty.
+    """
+    returned = AUGMENTATIONS[name](image, mask, phrase, generator)
+    if not _is_sample(returned):
+        parts = returned if isinstance(returned, tuple) else (returned,)
+        raise DcrisError(
+            f"the augmentation {name} must return an image [H, W, 3] (uint8), a mask [H, W] of 0 and 1 (uint8 or bool) and a "
+            f"phrase, not {', '.join(map(_described, parts))}"
+        )
+    return returned
+
+
+def _is_sample(value: Any) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], str)):
+        return False
+    image, mask, _ = value
+    if not (isinstance(image, np.ndarray) and isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.size):
+        return False
+    return (
+        image.dtype == np.uint8
+        and image.shape == (*mask.shape, 3)
+        and mask.dtype in (np.uint8, np.bool_)
+        and bool(mask.max() <= 1)
+    )
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, np.ndarray):
+        return type(value).__name__
+    return f"{value.dtype} {list(value.shape)}" + (f" up to {value.max():.4g}" if value.size else "")

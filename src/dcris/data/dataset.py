@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dcris.config import DataConfig, MaskingConfig
-from dcris.data.augmentations import AUGMENTATIONS
+from dcris.data.augmentations import AUGMENTATIONS, augment
 from dcris.data.images import read_image
 from dcris.data.masking import hidden_patches, mask_tokens
 from dcris.data.masks import true_mask
@@ -158,14 +158,15 @@ class TrainingSamples(Dataset[Sample | Failure]):
     def make(self, index: int, image: NDArray[np.uint8], expression: Expression) -> Sample:
         """Make the sample at `index` from its image [H, W, 3] uint8 and one of its expressions.
 
-        Raises DcrisError if the mask cannot be read, or is not of the image's size.
+        Raises DcrisError if the mask cannot be read, or is not of the image's size, or an
+        augmentation returns no sample.
         """
         reference = self.references[index % len(self)]
         text = expression.text
         mask = true_mask(reference, expression).mask.astype(np.uint8)
         image = fit_image(image, reference)
         for name, generator in self.draw_augmentations(index):
-            image, mask, text = AUGMENTATIONS[name](image, mask, text, generator)
+            image, mask, text = augment(name, image, mask, text, generator)
         square, letterbox = to_square(image, self.config, Letterbox)
         (tokens,) = tokenize([text], self.config, self.tokenizer)
         masked = None if self.masking is None else self._mask(index, tokens, self.masking)
