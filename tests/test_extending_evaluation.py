@@ -14,7 +14,7 @@ from dcris.data.masks import decode_mask, union_mask
 from dcris.data.readers.load import load_references
 from dcris.data.transforms import Resize, Transform
 from dcris.evaluation.metrics import MIOU, Metric
-from dcris.evaluation.protocols import PROTOCOLS, Protocol
+from dcris.evaluation.protocols import PROTOCOLS, RESULT_FIELDS, Protocol
 from dcris.evaluation.resampling import Floats, resize_matrix
 from pages import Page
 
@@ -81,6 +81,7 @@ def test_a_model_is_evaluated_by_its_metrics(
     printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert list(printed)[:4] == [*KEYS, "references"]
     assert printed["protocol"] == "bilinear"
+    assert written.keys() - KEYS <= RESULT_FIELDS
     assert list(written["analysis"]["intervals"]) == KEYS
     assert set(written["analysis"]["by_length"][0]) == {"name", "expressions", "mdice", "odice", "intervals"}
     curve = written["analysis"]["curve"]
@@ -101,6 +102,30 @@ def test_a_model_is_evaluated_by_its_metrics(
     for part in ("mDice", "Dice coefficient, averaged over the expressions.", "oDice", "mIoU", "by protocol bilinear"):
         assert part in words
     assert "Prec@" not in words
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "words"),
+    [
+        ("bilinear", (MIOU,), "has fewer than two metrics"),
+        ("bilinear", (MIOU, Metric("miou", "Other", _dice)), "has a metric 'miou', which is the key of another"),
+        ("bilinear", (MIOU, Metric("precision", "Precision", _dice)), "has a metric 'precision', which is a field"),
+        ("other", Bilinear.metrics, "calls itself 'other'"),
+    ],
+)
+def test_a_protocol_that_would_lose_scores_is_refused(
+    name: str,
+    metrics: tuple[Metric, ...],
+    words: str,
+    dcris: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is predicted: of equal keys only one would be in the result."""
+    monkeypatch.setattr(Bilinear, "name", name)
+    monkeypatch.setattr(Bilinear, "metrics", metrics)
+    assert dcris("evaluate", "tiny") == 2
+    assert f"the protocol bilinear {words}" in capsys.readouterr().err
 
 
 def test_masks_and_comparisons_are_scored_by_its_metrics(

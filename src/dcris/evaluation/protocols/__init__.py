@@ -48,6 +48,14 @@ PROTOCOLS: dict[str, Protocol] = {
     "gseval": GsEval(),
 }
 
+_FIELDS = """
+references expressions dataset split_by split data_sha256 protocol threshold none_rule refine strip_phrases
+weights_sha256 precision device threads version torch numpy calibrated_on temperature trained_on analysis confidence
+name minus intervals photographs
+"""
+RESULT_FIELDS = frozenset(_FIELDS.split())
+"""What results, and the parts of their analysis, have beside scores."""
+
 
 def get_protocol(name: str, none_rule: str | None = None, boundary: bool = False) -> Protocol:
     """Return the protocol of that name.
@@ -59,11 +67,12 @@ def get_protocol(name: str, none_rule: str | None = None, boundary: bool = False
 
     Raises:
         DcrisError: if there is no such protocol, which the message lists, or no such rule, or the
-            protocol has no absent targets.
+            protocol has no absent targets, or its definition would lose scores.
     """
     if not isinstance(name, str) or name not in PROTOCOLS:
         raise DcrisError(f"unknown protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
     protocol = replace(PROTOCOLS[name], boundary=True) if boundary else PROTOCOLS[name]
+    _check(name, protocol)
     if none_rule is None:
         return protocol
     rule = parse_none_rule(none_rule)
@@ -73,3 +82,16 @@ def get_protocol(name: str, none_rule: str | None = None, boundary: bool = False
             f"the protocol {name} has no rule for absent targets; leave out --none-rule, or use {generalised}"
         )
     return replace(protocol, none_rule=rule)
+
+
+def _check(name: str, protocol: Protocol) -> None:
+    """Raise DcrisError where results could not hold the scores of a protocol, and name it."""
+    keys = [metric.key for metric in protocol.metrics]
+    if protocol.name != name:
+        raise DcrisError(f"the protocol {name} calls itself {protocol.name!r}; give its class and its entry one name")
+    if len(keys) < 2:
+        raise DcrisError(f"the protocol {name} has fewer than two metrics; add one, such as MIOU")
+    for key in keys:
+        if keys.count(key) > 1 or key in RESULT_FIELDS:
+            what = "a field of results" if key in RESULT_FIELDS else "the key of another of its metrics"
+            raise DcrisError(f"the protocol {name} has a metric {key!r}, which is {what}; give it another key")
