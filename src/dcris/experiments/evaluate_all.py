@@ -109,7 +109,7 @@ def evaluate_all(
             wanted = " ".join(word for word in (dataset, split_by) if word)
             raise DcrisError(
                 f"{root} has no split to evaluate{f' of {wanted}' if wanted else ''}; give a folder of data sets with val or "
-                "test splits"
+                f"test splits{'' if dataset else ', or name a data set with --dataset'}"
             )
         for table, split in splits:
             for text in (table.dataset, table.split_by, split):
