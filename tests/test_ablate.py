@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import TinyRefer
+from dcris import cli
 from dcris.checkpoints.checkpoint import list_checkpoints, load_checkpoint
 from dcris.cli import main
 from dcris.config import RunConfig, replace
@@ -55,6 +56,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
     tables = {"table9": SMALL, "table8": other, "table7": broken}
     monkeypatch.setattr(module, "TABLES", tables)
     monkeypatch.setattr("dcris.cli.ablate.TABLES", tables)
+    monkeypatch.setattr("dcris.cli._parser", cli._parser.__wrapped__)  # with these tables
     return tables
 
 

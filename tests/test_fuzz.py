@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -55,7 +54,6 @@ from bombs import (
 from conftest import make_tiny_refer
 from dcris import Segmenter
 from dcris.checkpoints.backbones import tower_state
-from dcris.cli import _parser
 from dcris.config import RunConfig, parse_value
 from dcris.config import replace as replace_settings
 from dcris.data.dataset import all_queries
@@ -665,13 +663,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Path],
     return get
 
 
-_PARSER = cache(_parser)
-
-
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would slow thousands of cases down, or change with the machine."""
-    monkeypatch.setattr("dcris.cli._parser", _PARSER)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
