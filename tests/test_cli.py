@@ -31,7 +31,7 @@ from dcris.errors import DcrisError
 from dcris.recipes import RECIPES
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer
-from runs import assert_same_run, leftovers
+from runs import assert_same_run, leftovers, small_recipe
 
 COMMANDS = [
     "quickstart",
@@ -189,7 +189,7 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     report = json.loads(capsys.readouterr().out)
     assert (report["dataset"], report["leaked_images"], set(report["splits"])) == ("shapes", 0, {"train", "val"})
     run, tuned = tmp_path / "run", tmp_path / "tuned"
-    assert dcris("train", "dcris_tiny", "--data", data, "--out", run, *QUICK) == 0
+    assert dcris("train", small_recipe(), "--data", data, "--out", run, *QUICK) == 0
     assert json.loads((run / "config.json").read_text())["data"]["dataset"] == "shapes"
     # The recipe does not validate, but the data have a split for it.
     assert "validation (first sentences) after epoch" in capsys.readouterr().out
@@ -209,7 +209,8 @@ def test_own_data(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"starting from the adapters and the head of {list_checkpoints(run)[-1].path}" in printed
     assert f"next: dcris evaluate {tuned} --data {other} --split 'held out'" in printed
     assert (
-        dcris("train", "dcris_tiny", "--data", data, "--out", tmp_path / "not", *QUICK, "--data.val_split", "null") == 0
+        dcris("train", small_recipe(), "--data", data, "--out", tmp_path / "not", *QUICK, "--data.val_split", "null")
+        == 0
     )
     assert "validation" not in capsys.readouterr().out
     assert dcris("evaluate", tuned, "--data", other, "--split", "held out") == 0
@@ -245,7 +246,7 @@ def test_mixture(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (root / "again/refs(generated).p").write_bytes(pickle.dumps(content))
     leaks = sum(record["image_id"] in tested for record in content)
     run, name = tmp_path / "run", "mixed:scenes,again"
-    assert dcris("train", "dcris_tiny", "--data", root, "--dataset", name, "--out", run, *QUICK) == 0
+    assert dcris("train", small_recipe(), "--data", root, "--dataset", name, "--out", run, *QUICK) == 0
     assert "again generated: " in capsys.readouterr().out
     record = json.loads((run / "data.json").read_text())
     assert (record["dataset"], len(record["notes"])) == (name, 3)
@@ -725,7 +726,7 @@ def test_help_is_quick() -> None:
 def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Through `python -m dcris`: 0 with nothing on standard error, 2 with one line."""
     command = ("-m", "dcris", "predict", str(trained_run), str(photo), "--out", str(tmp_path / "out"))
-    good, bad = in_a_process(*command, "-e", "ring"), in_a_process(*command, "-e", "")
+    good, bad = in_a_process(*command, "-e", "ring"), in_a_process(*command, "-e", "ring", "--batch-size", "0")
     assert (good.returncode, good.stderr) == (0, "")
     assert bad.returncode == 2
     assert bad.stderr.startswith("dcris: ")
@@ -834,7 +835,7 @@ def test_quiet_and_verbose(trained_run: Path, photo: Path, tmp_path: Path, capsy
 
 def test_training_can_be_quiet(scenes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A scheduler mails what a job prints."""
-    words = ("train", "dcris_tiny", "--data", scenes_root, "--out", tmp_path / "run", *QUICK)
+    words = ("train", small_recipe(), "--data", scenes_root, "--out", tmp_path / "run", *QUICK)
     assert dcris(*words, "-q") == 0
     assert capsys.readouterr() == ("", "")
     assert dcris(*words, "--resume", "-v") == 0

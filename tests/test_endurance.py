@@ -31,7 +31,7 @@ from dcris.errors import DcrisError
 from dcris.evaluation.metrics import summarise
 from dcris.training import trainer
 from launcher import Launcher, torchrun_environment
-from runs import assert_same_run, leftovers, quick_config, run_training
+from runs import assert_same_run, leftovers, quick_config, run_training, small_recipe
 from test_distributed import half_mask_model
 
 STEPS, EPOCH = 12, 4
@@ -63,7 +63,7 @@ class Run:
 
     def command(self, *words: object) -> list[object]:
         settings = [word for key, value in self.settings.items() for word in (f"--{key}", value)]
-        command = ["train", "dcris_tiny", "--data", self.data, "--out", self.out, "--device", "cpu", "--resume"]
+        command = ["train", small_recipe(), "--data", self.data, "--out", self.out, "--device", "cpu", "--resume"]
         return [*command, *settings, *words]
 
     def start(self, *words: object, workers: int = 0) -> int:

@@ -24,7 +24,17 @@ from dcris.training.loggers import read_log
 from dcris.training.loss_scale import LossScale
 from dcris.training.muon import Muon
 from dcris.training.stopping import Interrupted
-from runs import CPU, EVERY_STEP, PLAIN_WORDS, assert_same_run, last_tensors, quick_config, run_training
+from marks import slow_except
+from runs import (
+    CPU,
+    EVERY_STEP,
+    PLAIN_WORDS,
+    assert_same_run,
+    last_tensors,
+    quick_config,
+    run_training,
+    small_recipe,
+)
 from test_distributed import torchrun, train_words
 from test_train import stop_at
 
@@ -164,7 +174,7 @@ def test_a_forward_pass_that_overflows_leaves_statistics_finite(
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", slow_except(["adam", "muon"], "muon"))
 def test_a_run_in_float16_resumes_exactly(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
@@ -212,7 +222,7 @@ def test_predictions_in_float16(table: ReferenceTable, scenes_root: Path, tmp_pa
     """A model that was trained in float16 validates, evaluates and predicts in it; another
     precision gives nearly the same."""
     words = ["--data.image_size", "56", "--train.max_steps", "2", "--train.batch_size", "4", "--data.val_split", "test"]
-    command = ["train", "dcris_tiny", "--data", scenes_root, "--out", tmp_path / "run", "--precision", "float16"]
+    command = ["train", small_recipe(), "--data", scenes_root, "--out", tmp_path / "run", "--precision", "float16"]
     assert main([str(word) for word in (*command, *words, *PLAIN_WORDS)]) == 0
     assert load_checkpoint(tmp_path / "run")[1].train.precision == "float16"
     command = ["evaluate", tmp_path / "run", "--data", scenes_root, "--split", "test", "--out", tmp_path / "scores"]

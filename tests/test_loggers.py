@@ -33,7 +33,7 @@ from dcris.training import loggers, trainer
 from dcris.training.loggers import PANEL_CELL, PANELS, Monitor, check_trackers, panel_queries, read_log
 from dcris.utils.drawing import cell
 from launcher import Launcher
-from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training
+from runs import CPU, EVERY_STEP, assert_same_run, quick_config, run_training, small_recipe
 
 VAL = ("data.val_split", "val")
 TENSORBOARD, WANDB = ("train.trackers", '["tensorboard"]'), ("train.trackers", '["wandb"]')
@@ -546,7 +546,9 @@ def test_trackers_are_not_imported_by_default(launcher: Launcher, scenes_root: P
         assert main({words}) == 0
         print({{'tensorboard', 'wandb', 'torch.utils.tensorboard'}} & set(sys.modules))
     """
-    words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.max_steps 2".split()
+    words = (
+        f"train {small_recipe()} --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.max_steps 2".split()
+    )
     words += ["--train.batch_size", "4", "--data.workers", "0", "--data.image_size", "56", "--train.warmup_steps", "1"]
     printed = launcher.run_code(program.format(words=words), tmp_path / "output.txt")
     assert printed.splitlines()[-1] == "set()"
@@ -562,7 +564,7 @@ def test_trackers_are_not_imported_by_default(launcher: Launcher, scenes_root: P
 
 def test_tracker_option(wandb: FakeWandB, scenes_root: Path, tmp_path: Path) -> None:
     """--tracker can be added when a run is resumed."""
-    words = f"train dcris_tiny --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.batch_size 4".split()
+    words = f"train {small_recipe()} --data {scenes_root} --out {tmp_path / 'run'} --device cpu --train.batch_size 4".split()
     words += ["--data.workers", "0", "--data.image_size", "56", "--train.log_every", "1", "--train.schedule", "step"]
     words += ["--train.warmup_steps", "1"]
     assert main([*words, "--train.max_steps", "1"]) == 0

@@ -23,6 +23,7 @@ from dcris.data.readers.load import load_references
 from dcris.data.training_table import training_table
 from dcris.errors import DcrisError
 from dcris.types import Reference
+from runs import small_recipe
 
 Box = tuple[float, float, float, float]
 
@@ -466,7 +467,16 @@ def test_training_records_the_generated_references(
     tiny_refer: TinyRefer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     tiny, out = coco(tiny_refer), tmp_path / "run"
-    arguments = ["train", "dcris_tiny", "--data", str(tiny.write()), "--dataset", tiny.dataset, "--out", str(out)]
+    arguments = [
+        "train",
+        str(small_recipe()),
+        "--data",
+        str(tiny.write()),
+        "--dataset",
+        tiny.dataset,
+        "--out",
+        str(out),
+    ]
     sizes = ["--train.max_steps", "1", "--train.warmup_steps", "0", "--data.image_size", "56", "--data.workers", "0"]
     assert main([*arguments, *sizes, "--data.val_split", "null", "--data.generate_phrases", "true"]) == 0
     data = json.loads((out / "data.json").read_text())

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dcris import Prediction, Segmenter
 from dcris.cli import main
-from dcris.config import RunConfig
+from dcris.config import RunConfig, replace
 from dcris.data.dataset import all_queries, normalise, to_square
 from dcris.data.masks import decode_mask
 from dcris.data.readers.load import load_references
@@ -36,7 +36,7 @@ from dcris.inference.web.app import _render, _rows
 from dcris.inference.web.service import Session
 from dcris.training.trainer import build_model
 from models import randomise
-from runs import CPU, quick_config
+from runs import CPU, quick_config, small_network
 from servers import post
 from test_export import REPOSITORY, example
 from test_web import served
@@ -51,9 +51,8 @@ MAPS = arrays.arrays(
 
 def config_with_presence() -> RunConfig:
     # A positive bias of the masks, so that none is empty.
-    return quick_config(
-        1, ("train.precision", '"float32"'), ("model.head.bias", "1.5"), recipe="dcris_tiny_generalised"
-    )
+    settings = ("train.precision", '"float32"'), ("model.head.bias", "1.5")
+    return replace(quick_config(1, *settings, recipe="dcris_tiny_generalised"), small_network())
 
 
 @pytest.fixture(scope="module")

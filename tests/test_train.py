@@ -30,6 +30,7 @@ from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, TrainResult, build_model
 from dcris.utils import files
 from launcher import Launcher
+from marks import slow_except
 from runs import (
     EVERY_STEP,
     PLAIN_WORDS,
@@ -38,6 +39,7 @@ from runs import (
     leftovers,
     quick_config,
     run_training,
+    small_recipe,
     timeless_log,
     unseal,
 )
@@ -107,8 +109,8 @@ def test_stopped_run_resumes_exactly(
     assert not leftovers(out)
 
 
-@pytest.mark.parametrize("recipe", ["dcris_tiny", pytest.param("lora_tiny", marks=pytest.mark.slow)])
-def test_bfloat16_run_resumes_exactly(table: ReferenceTable, tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", slow_except([None, "dcris_tiny", "lora_tiny"], None))
+def test_bfloat16_run_resumes_exactly(table: ReferenceTable, tmp_path: Path, recipe: str | None) -> None:
     """In bfloat16, frozen weights are stored differently (packed on some CPUs): validation copies
     them, and a resumed run packs them again."""
     few = ReferenceTable(
@@ -671,7 +673,7 @@ def start_training(launcher: Launcher, data: Path, out: Path, steps: int, worker
     """Start or resume a run beside which its errors are stored; return the process."""
     settings = {"max_steps": steps, "epochs": 1000, "batch_size": 4, "warmup_steps": 1, "log_every": 1}
     words = [word for key, value in settings.items() for word in (f"--train.{key}", value)]
-    command = ["train", "dcris_tiny", "--data", data, "--out", out, "--resume", "--data.image_size", 56, *PLAIN_WORDS]
+    command = ["train", small_recipe(), "--data", data, "--out", out, "--resume", "--data.image_size", 56, *PLAIN_WORDS]
     output, errors = out.with_name("output.txt"), out.with_name("errors.txt")
     return launcher.start([*command, "--data.workers", workers, *words], output, errors=errors)
 
@@ -712,5 +714,5 @@ def test_resume_after_ctrl_c_is_exact(launcher: Launcher, scenes_root: Path, tmp
     assert launcher.wait(process, 60) == 130
     again = start_training(launcher, scenes_root, out, steps, workers=1)
     assert launcher.wait(again) == 0, out.with_name("errors.txt").read_text()
-    run_training(quick_config(steps, EVERY_STEP, recipe="dcris_tiny"), scenes_root, tmp_path / "unbroken")
+    run_training(quick_config(steps, EVERY_STEP), scenes_root, tmp_path / "unbroken")
     assert_same_run(tmp_path / "unbroken", out)
