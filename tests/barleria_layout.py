@@ -12,6 +12,7 @@ from dcris.config import RunConfig
 from dcris.models.adapters.barleria import BarleriaConfig
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import ReferringSegmenter
+from dcris.utils.device import shapes_only
 from detris_layout import value_of
 from etris_layout import GRID, POSITIONS, Variant
 
@@ -84,7 +85,7 @@ def ours(variant: Variant) -> dict[str, Tensor]:
     config = config_of(variant).model
     method = config.method
     assert isinstance(method, BarleriaConfig)
-    with torch.device("meta"):
+    with shapes_only():
         wanted = ReferringSegmenter(config).state_dict()
     state = {}
     for name, like in wanted.items():

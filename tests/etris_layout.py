@@ -20,6 +20,7 @@ from dcris.models.encoders.text import TextState
 from dcris.models.encoders.vit import interpolate_positions
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
+from dcris.utils.device import shapes_only
 from detris_layout import PHRASES, value_of
 
 GRID = 14
@@ -114,7 +115,7 @@ def layout(variant: Variant) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the published state dict, with positions resized to the
     input's grid.
     """
-    with torch.device("meta"):
+    with shapes_only():
         ours = ReferringSegmenter(config_of(variant).model).state_dict()
     shapes = {}
     for name, value in ours.items():
@@ -137,7 +138,7 @@ def ours(variant: Variant) -> dict[str, Tensor]:
     state = weights(variant)
     grid = config.vision.grid
     state[POSITIONS] = interpolate_positions(state[POSITIONS][None], (grid, grid), config.vision.position_rule)[0]
-    with torch.device("meta"):
+    with shapes_only():
         names = list(ReferringSegmenter(config).state_dict())
     return {
         name: state[theirs(name)].transpose(0, 1).contiguous() if transposed(theirs(name)) else state[theirs(name)]

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import HeadConfig, ModelConfig, TextConfig, VisionConfig
 from dcris.models.adapters.dcris import DcrisConfig, DenseCrossConfig, TextAdapterConfig
+from dcris.models.segmentation import ReferringSegmenter
+from dcris.utils.device import allocate, shapes_only
 
 TINY_VISION = VisionConfig(name="test", width=32, depth=4, heads=4, grid=4, position_rule="exact")
 TINY_CLIP_VISION = VisionConfig(
@@ -68,6 +71,15 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
                 buffer.copy_(0.2 * noise(buffer))
             elif name.endswith("running_var"):
                 buffer.copy_(0.5 + noise(buffer).abs())
+
+
+def network_of(config: ModelConfig, weights: dict[str, Tensor]) -> ReferringSegmenter:
+    """Return a model with exactly these weights. To draw initial ones takes a second."""
+    with shapes_only():
+        model = ReferringSegmenter(config)
+    allocate(model)
+    copy_strictly(model.state_dict(), weights, "here")
+    return model
 
 
 def without_dropout(module: nn.Module) -> nn.Module:

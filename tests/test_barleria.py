@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from barleria_layout import VARIANT, config_of, ours
-from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import parse_value, replace
 from dcris.errors import DcrisError
 from dcris.models.adapters.barleria import BarleriaBridge, Flow
@@ -22,7 +21,7 @@ from dcris.recipes import get_recipe
 from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks
 from etris_layout import inputs, on_the_way
-from models import error, randomise, without_dropout
+from models import error, network_of, randomise, without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "barleria.safetensors"
 
@@ -30,8 +29,7 @@ GOLDEN = Path(__file__).parent / "golden" / "barleria.safetensors"
 def test_the_published_code_s_own_numbers() -> None:
     """Features, logits, losses and gradients equal those of the published code."""
     expected = load_file(GOLDEN)
-    model = ReferringSegmenter(config_of(VARIANT).model)
-    copy_strictly(model.state_dict(), ours(VARIANT), "here")
+    model = network_of(config_of(VARIANT).model, ours(VARIANT))
     images, tokens = inputs(VARIANT)
     model, images = model.double(), images.double()
     assert isinstance(model.bridge, BarleriaBridge)

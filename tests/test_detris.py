@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.checkpoints.backbones import copy_strictly
 from dcris.checkpoints.checkpoint import load_checkpoint
 from dcris.checkpoints.convert_detris import convert_detris, convert_file, published_name, rename_tensors
 from dcris.cli import main
@@ -56,7 +55,7 @@ from detris_layout import (
     weights,
 )
 from marks import slow_except
-from models import without_dropout
+from models import network_of, without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "detris.safetensors"
 
@@ -82,8 +81,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
         "instant_clip_tokenizer", reason="CLIP's vocabulary is neither in a package nor on the Hub here"
     )
     config, expected = config_of(name), golden(name)
-    model = ReferringSegmenter(config.model)
-    copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS[name]), config.model, "here"), "here")
+    model = network_of(config.model, rename_tensors(weights(VARIANTS[name]), config.model, "here"))
     images, tokens, boxes = inputs(config)
     dtype = torch.float64 if VARIANTS[name].double else torch.float32
     model, images = model.to(dtype), images.to(dtype)
@@ -155,8 +153,7 @@ def test_the_published_start(name: str) -> None:
 def test_five_published_steps() -> None:
     """Losses and weight updates of five training steps equal the published code's."""
     config, expected = config_of("small"), golden("small")
-    model = ReferringSegmenter(config.model)
-    copy_strictly(model.state_dict(), rename_tensors(weights(VARIANTS["small"]), config.model, "here"), "here")
+    model = network_of(config.model, rename_tensors(weights(VARIANTS["small"]), config.model, "here"))
     without_dropout(model).double().train()
     images, tokens, _ = inputs(config)
     images, truth = images.double(), masks(config.data.image_size).double()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcris.checkpoints.backbones import copy_strictly
 from dcris.config import parse_value, replace
 from dcris.errors import DcrisError
 from dcris.models.adapters.etris import EtrisBridge, EtrisConfig, Stage
@@ -21,7 +20,7 @@ from dcris.recipes import get_recipe
 from dcris.training.losses import text_to_pixel_loss
 from detris_layout import assert_norms, gradients_of, masks, norms, sums
 from etris_layout import VARIANTS, config_of, inputs, on_the_way, ours, theirs
-from models import error, randomise, without_dropout
+from models import error, network_of, randomise, without_dropout
 
 GOLDEN = Path(__file__).parent / "golden" / "etris.safetensors"
 
@@ -31,8 +30,7 @@ def test_the_published_code_s_own_numbers(name: str) -> None:
     """Features, logits, loss, gradients and statistics equal those of the published code."""
     variant = VARIANTS[name]
     expected = {key.removeprefix(f"{name}."): value for key, value in load_file(GOLDEN).items() if key.startswith(name)}
-    model = ReferringSegmenter(config_of(variant).model)
-    copy_strictly(model.state_dict(), ours(variant), "here")
+    model = network_of(config_of(variant).model, ours(variant))
     dtype = torch.float64 if variant.double else torch.float32
     images, tokens = inputs(variant)
     model, images = model.to(dtype), images.to(dtype)
