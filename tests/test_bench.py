@@ -100,18 +100,20 @@ def test_a_training_step_is_that_of_the_recipe() -> None:
     assert step() > plain() + 0.1
 
 
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    """Memory that this process uses does not count."""
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that this process uses does not count. A random.py beside someone's data is not the
+    standard library's, and may be of a stranger."""
+    (tmp_path / "random.py").write_text("raise SystemExit('code of this folder ran')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     block = torch.ones(1 << 28)  # 1 GiB
     peak = in_own_process(peak_of_training, get_recipe("dcris_tiny"), 2, "cpu", "float32")
     assert 0.1 < peak < block.numel() * 4 / 2**30
 
 
-def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random.py beside someone's data is not the standard library's, and may be of a stranger."""
-    (tmp_path / "random.py").write_text("raise SystemExit('code of this folder ran')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
+@pytest.mark.slow
+def test_an_error_of_the_process_is_raised_here() -> None:
+    """As one sentence, not as the end of a pool."""
     config = get_recipe("dcris_tiny")
     with pytest.raises(DcrisError, match="unknown device 'nothing'"):
         in_own_process(peak_of_training, config, 2, "nothing", "float32")

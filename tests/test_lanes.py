@@ -22,6 +22,7 @@ from dcris.evaluation.protocols import Cris
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import get_recipe
 from dcris.utils.lanes import in_lanes, lane_count
+from marks import slow_except
 
 CPU = torch.device("cpu")
 
@@ -53,11 +54,18 @@ def scene_queries(folder: Path, count: int) -> Queries:
     return all_queries(table.split("test"))
 
 
-@pytest.mark.parametrize("recipe", ["dcris_tiny_generalised", "etris_tiny", "barleria_tiny", "prompts_tiny"])
+@pytest.mark.parametrize(
+    "recipe",
+    slow_except(
+        ["dcris_tiny_generalised", "etris_tiny", "barleria_tiny", "prompts_tiny"],
+        "dcris_tiny_generalised",
+        "barleria_tiny",
+    ),
+)
 def test_scores_do_not_depend_on_the_number_of_lanes(tmp_path: Path, recipe: str) -> None:
     """Each image is computed by one thread, so results are the same bit for bit; also of methods
     that compute both encoders in turns."""
-    segmenter, queries = segmenter_of(recipe), scene_queries(tmp_path, 7)
+    segmenter, queries = segmenter_of(recipe), scene_queries(tmp_path, 4)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

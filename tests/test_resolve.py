@@ -1,7 +1,9 @@
 """Models load by every kind of name with the same results, and others can load what is saved."""
 
+import copy
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ from dcris.checkpoints.convert_detris import published_name
 from dcris.checkpoints.model_zoo import PUBLISHED, REPOSITORY
 from dcris.checkpoints.resolve import locate
 from dcris.cli import main
-from dcris.config import RunConfig, parse_value, replace
+from dcris.config import ModelConfig, RunConfig, parse_value, replace
 from dcris.errors import DcrisError
 from dcris.models.adapters.attach import trained_state
 from dcris.models.segmentation import ReferringSegmenter
@@ -50,11 +52,17 @@ def segmenter(seed: int = 0, dataset: str = "scenes", **changes: str) -> Segment
     """Tiny towers with random adapters and head."""
     settings = [(key.replace("__", "."), value) for key, value in changes.items()]
     config = tiny_run(("data.dataset", json.dumps(dataset)), *settings)
+    return Segmenter(copy.deepcopy(random_model(config.model.model_dump_json(), seed)), config, device="cpu")
+
+
+@functools.cache
+def random_model(network: str, seed: int) -> ReferringSegmenter:
+    config = ModelConfig.model_validate_json(network)
     torch.manual_seed(seed)
-    model = ReferringSegmenter(config.model)
+    model = ReferringSegmenter(config)
     randomise(model, seed)
     load_towers(model)
-    return Segmenter(model, config, device="cpu")
+    return model
 
 
 def scores(answering: Segmenter, adapters: str | None = None) -> list[np.ndarray]:
