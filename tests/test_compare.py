@@ -51,6 +51,15 @@ def other_run(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.fixture(scope="module")
+def answers(trained_run: Path, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `dcris evaluate --answers` writes of trained_run; nobody may change it."""
+    path = tmp_path_factory.mktemp("answers") / "one.jsonl"
+    where = ("--data", scenes_root, "--split", "test", "--device", "cpu")
+    assert dcris("evaluate", trained_run, *where, "--answers", path) == 0
+    return path
+
+
 def rescored(results: Sequence[EvalResult], shares: Sequence[int]) -> list[EvalResult]:
     """Return another system's results on the same expressions, with these intersections."""
     return [
@@ -198,12 +207,17 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     ],
 )
 def test_results_of_other_settings_do_not_compare(
-    change: dict[str, Any], words: str, trained_run: Path, scenes_root: Path, tmp_path: Path, capsys: Any
+    change: dict[str, Any],
+    words: str,
+    trained_run: Path,
+    answers: Path,
+    scenes_root: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     """Refined edges or a fitted threshold would look like a gain of the same weights."""
     where = ("--data", scenes_root, "--split", "test", "--device", "cpu")
-    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-    assert dcris("evaluate", trained_run, *where, "--answers", one) == 0
+    one, other = answers, tmp_path / "other.jsonl"
     lines = [json.loads(line) for line in one.read_text().splitlines()]
     other.write_text("\n".join(json.dumps(line | change) for line in lines))
     for first in (one, trained_run):

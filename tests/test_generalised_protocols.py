@@ -194,7 +194,7 @@ def many_samples(draw: st.DrawFn) -> list[Sample]:
 @pytest.mark.parametrize("protocol", SLOW)
 @every_rule
 @given(samples=many_samples())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_scores_are_those_of_the_authors_loops(protocol: str, rule: str, samples: list[Sample]) -> None:
     """A wrong sign in one branch gives scores that no paper's compare with."""
     results = [judged(each, protocol, rule, number) for number, each in enumerate(samples)]

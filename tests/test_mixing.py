@@ -63,7 +63,7 @@ def content(item: Reference) -> tuple[Any, ...]:
     return item.image_path, item.split, str(item.segmentations), tuple(each.text for each in item.expressions)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sets=tables(), others=tables())
 def test_no_test_image_is_trained_on(sets: list[ReferenceTable], others: list[ReferenceTable]) -> None:
     """Exactly the training references of images in val and test splits are left out."""
