@@ -30,6 +30,7 @@ from dcris.evaluation.confidence import (
 )
 from dcris.evaluation.evaluator import EvalResult
 from made_results import made_result
+from marks import slow_except
 from test_scores import PHRASES, picture, saved, segmenter  # noqa: F401
 
 PAIRS = st.lists(
@@ -234,7 +235,7 @@ def test_calibration_is_stored_with_the_checkpoint(
     assert "save_pretrained" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("limit", [0.4, 0.7])
+@pytest.mark.parametrize("limit", slow_except([0.4, 0.7], 0.7))
 def test_the_threshold_is_that_of_calibrated_scores(
     limit: float,
     segmenter: Segmenter,  # noqa: F811

@@ -30,6 +30,7 @@ from dcris.models.int8 import Int8Linear, choose_forms
 from dcris.recipes import get_recipe
 from dcris.utils import device as devices
 from dcris.utils.device import choose_precision
+from marks import slow_except
 
 CPU = torch.device("cpu")
 HAS_INT8 = torch.backends.mkldnn.is_available() and hasattr(torch, "quantize_per_tensor")
@@ -170,7 +171,7 @@ def iou(one: Tensor | np.ndarray, other: Tensor | np.ndarray) -> float:
     return float((one & other).sum() / max(1, (one | other).sum()))
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["as shipped", "large channels"])
+@pytest.mark.parametrize("large", slow_except([False, True], True), ids=["as shipped", "large channels"])
 def test_masks_are_those_of_float32(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 does not change what a trained model segments, also with outlier channels as in
     DINOv2."""

@@ -93,7 +93,7 @@ def test_blocks_without_a_slot_are_refused_by_name() -> None:
         replace(base, {"model.vision.depth": 20})
 
 
-@pytest.mark.parametrize("recipe", slow_except(PHOTOS, "dcris_photos", "lora_photos"))
+@pytest.mark.parametrize("recipe", slow_except(PHOTOS, "dcris_photos"))
 def test_expressions_share_the_image(recipe: str) -> None:
     """Segmenting pairs of an encoded image equals the whole network, for every method on these
     towers; so does the copy for prediction."""

@@ -515,7 +515,7 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_cache_features", lambda self: None)
 
 
-@pytest.mark.parametrize("recipe", slow_except(["dcris_tiny", "etris_tiny", "fixed_tiny"], "dcris_tiny", "etris_tiny"))
+@pytest.mark.parametrize("recipe", slow_except(["dcris_tiny", "etris_tiny", "fixed_tiny"], "etris_tiny"))
 def test_stored_features_do_not_change_the_run(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:

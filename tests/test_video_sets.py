@@ -25,6 +25,7 @@ from dcris.errors import DcrisError
 from dcris.inference.segmenter import Segmenter
 from dcris.inference.video_sets import FrameDone, VideoDone, VideoFailed, VideoOptions, VideoSetPredictor
 from launcher import Launcher
+from marks import slow_except
 from test_distributed import torchrun
 from video_layouts import DAVIS_FRAMES, MEVIS_FRAMES, WRITERS, YOUTUBE_FRAMES, H, W, write_davis, write_youtube
 
@@ -186,7 +187,7 @@ module.write_file = write
 """
 
 
-@pytest.mark.parametrize("calls", [3, 14])
+@pytest.mark.parametrize("calls", slow_except([3, 14], 14))
 def test_a_killed_call_is_repeated(launcher: Launcher, calls: int, tmp_path: Path) -> None:
     """After kill -9 between two files or in the zip file, the result equals that of one call."""
     root, out = write_youtube(tmp_path), tmp_path / "out"
