@@ -723,6 +723,21 @@ def test_help_is_quick() -> None:
     assert done.stdout.endswith("set()\n")
 
 
+def test_commands_on_data_are_quick(tmp_path: Path) -> None:
+    """They do not import torch, which takes longer than most of them."""
+    own, scenes = f"{tmp_path}/own.jsonl", f"{tmp_path}/scenes"
+    commands = [
+        f"data scenes {scenes} --train 2 --val 1 --test 1",
+        f"data check {scenes} --dataset scenes",
+        f"data import {scenes}/scenes/instances.json --images {scenes} --out {own}",
+        f"data export {own} --format coco --out {tmp_path}/coco",
+    ]
+    code = "import sys; from dcris.cli import main; assert not any(main(command.split()) for command in sys.argv[1:])\n"
+    done = in_a_process("-c", code + "print({'torch'} & set(sys.modules))", *commands)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
 def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Through `python -m dcris`: 0 with nothing on standard error, 2 with one line."""
     command = ("-m", "dcris", "predict", str(trained_run), str(photo), "--out", str(tmp_path / "out"))

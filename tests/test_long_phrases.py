@@ -18,10 +18,11 @@ from PIL import Image
 from dcris import Segmenter
 from dcris.cli import main
 from dcris.config import DataConfig, replace
+from dcris.data.cleaning import clean_text
 from dcris.data.dataset import ImageTasks, TrainingSamples, all_queries
 from dcris.data.readers.load import load_references
 from dcris.data.scenes import write_scenes
-from dcris.data.tokenizer import PADDING, clean_text, cut_texts, get_tokenizer, tokenize, unread_end
+from dcris.data.tokenizer import PADDING, cut_texts, get_tokenizer, tokenize, unread_end
 from dcris.errors import LongPhraseWarning
 from dcris.inference.export_onnx import _tokenizer_settings
 from dcris.inference.web.app import _render, _rows

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE
 
 from dcris.data import tokenizer as module
+from dcris.data.cleaning import clean_text, is_blank, require_phrase
 from dcris.data.table import check_text
 from dcris.data.tokenizer import (
     CLIP_END,
@@ -26,10 +27,7 @@ from dcris.data.tokenizer import (
     ClipTokenizer,
     TinyTokenizer,
     Tokenizer,
-    clean_text,
     get_tokenizer,
-    is_blank,
-    require_phrase,
     tokenizer_of,
 )
 from dcris.errors import DcrisError

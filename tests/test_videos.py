@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dcris.data import videos as videos_module
+from dcris.data.cleaning import is_blank
 from dcris.data.readers.load import list_data_sets, load_references
 from dcris.data.registry import VIDEO_SETS
-from dcris.data.tokenizer import is_blank
 from dcris.data.video_readers import VIDEO_READERS
 from dcris.data.video_readers.load import load_videos, video_splits
 from dcris.errors import DcrisError

@@ -291,7 +291,7 @@ class DataConfig(Section):
     dcris.data.registry for the usual lengths."""
     strip_phrases: Literal["predict", "always", "never"] = "predict"
     """Where quotes around an expression and a full stop at its end are left out (see
-    dcris.data.tokenizer.clean_text): predict: in predictions only, since people type them, but the
+    dcris.data.cleaning.clean_text): predict: in predictions only, since people type them, but the
     published models were trained and are evaluated on expressions as they are; always: in training
     and evaluation, too; never."""
     mean: Channels = CLIP_MEAN

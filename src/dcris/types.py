@@ -7,11 +7,13 @@ input, L text tokens, G patches along a side of it.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # its import takes longer than most commands on data
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,9 @@ class Reference:
 class Masked:
     """What `train.masking` changes in a sample, or in the samples of a batch."""
 
-    tokens: Tensor
+    tokens: "Tensor"
     """[L] int64, or [B, L]: the expression with masked tokens."""
-    hidden: Tensor
+    hidden: "Tensor"
     """[G, G] bool, or [I, G, G]: the patches of the image that are hidden."""
 
 
@@ -123,12 +125,12 @@ class Sample:
     """One training sample: a letterboxed image, the tokens of one of its reference's expressions,
     and the mask."""
 
-    image: Tensor
+    image: "Tensor"
     """[3, S, S] uint8, normalised on the device: a quarter of the bytes of float32 to move there;
     or [R] uint8, the image's features as dcris.training.features stores them."""
-    tokens: Tensor
+    tokens: "Tensor"
     """[L] int64."""
-    mask: Tensor
+    mask: "Tensor"
     """[S, S] float32 in 0..1: the object's mask on the network's square."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """See Batch."""
@@ -140,17 +142,17 @@ class Sample:
 class Batch:
     """Samples stacked for one training step."""
 
-    images: Tensor
+    images: "Tensor"
     """[B, 3, S, S] uint8, or the features [B, R] uint8; with `image_index` only the I distinct
     images, [I, 3, S, S] or [I, R]."""
-    tokens: Tensor
+    tokens: "Tensor"
     """[B, L] int64."""
-    masks: Tensor
+    masks: "Tensor"
     """[B, 1, S, S] float32 in 0..1."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """References that could not be read and were replaced by others: number in the training split
     -> reason."""
-    image_index: Tensor | None = None
+    image_index: "Tensor | None" = None
     """[B] int64: which of `images` belongs to each sample. None: sample b has image b."""
     masked: Masked | None = None
     """With `train.masking`, the masked copies of the samples and of the images."""

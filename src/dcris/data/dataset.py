@@ -18,13 +18,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dcris.config import DataConfig, MaskingConfig
 from dcris.data.augmentations import AUGMENTATIONS, augment
-from dcris.data.images import read_image
+from dcris.data.images import fit_image, read_image
 from dcris.data.masking import hidden_patches, mask_tokens
 from dcris.data.masks import true_mask
 from dcris.data.mixing import samples_of_sets
@@ -224,22 +223,6 @@ class Skipped:
         """Log the total, if any reference was skipped."""
         if self.numbers:
             self.log(f"{len(self.numbers)} of {self.references:,} references could not be read and were skipped")
-
-
-def fit_image(image: NDArray[np.uint8], reference: Reference) -> NDArray[np.uint8]:
-    """Return the image of a reference [H, W, 3] uint8 at its annotated size.
-
-    Raises DcrisError if it has another size and may not be stretched.
-    """
-    height, width = reference.image_size
-    if image.shape[:2] == reference.image_size:
-        return image
-    if reference.stretched:
-        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    raise DcrisError(
-        f"{reference.image_path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotations are for {width}x{height}; "
-        "it was resized or replaced, so download the original"
-    )
 
 
 class TrainingBatches(Sampler[list[int]]):

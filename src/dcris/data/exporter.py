@@ -11,8 +11,7 @@ from unicodedata import normalize
 
 from PIL import Image
 
-from dcris.data.dataset import fit_image
-from dcris.data.images import image_size, read_image, usual_ending
+from dcris.data.images import fit_image, image_size, read_image, usual_ending
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable, quoted
 from dcris.data.tools import FORMATS

@@ -8,7 +8,7 @@ expressions together with their images: that costs a little variety and never gi
 
 import re
 
-from dcris.data.tokenizer import clean_text
+from dcris.data.cleaning import clean_text
 
 _PAIRS = (
     ("left", "right"),

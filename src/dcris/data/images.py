@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from dcris.errors import DcrisError
+from dcris.types import Reference
 from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.files import open_regular
 from dcris.utils.http import HTTP_ERRORS, get, is_url, reason_of
@@ -180,6 +181,22 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np
     if pixels.size > _LARGE:
         _return_free_memory()
     return pixels
+
+
+def fit_image(image: NDArray[np.uint8], reference: Reference) -> NDArray[np.uint8]:
+    """Return the image of a reference [H, W, 3] uint8 at its annotated size.
+
+    Raises DcrisError if it has another size and may not be stretched.
+    """
+    height, width = reference.image_size
+    if image.shape[:2] == reference.image_size:
+        return image
+    if reference.stretched:
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    raise DcrisError(
+        f"{reference.image_path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotations are for {width}x{height}; "
+        "it was resized or replaced, so download the original"
+    )
 
 
 def _return_free_memory() -> None:

@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dcris.data.cleaning import clean_text
 from dcris.data.image_finder import ImageFinder
 from dcris.data.masks import mask_area, mask_box, union_mask
 from dcris.data.phrase_file import key_of, read_phrases, write_list
 from dcris.data.phrases import Instance, draw, statements
 from dcris.data.readers.jsonl import is_jsonl
 from dcris.data.table import bad, check_text, located, plain_path, shown
-from dcris.data.tokenizer import clean_text
 from dcris.data.tools import FORMATS, recognise
 from dcris.data.tools.annotation import Annotation, Found, Size, Texts
 from dcris.errors import DcrisError

@@ -17,9 +17,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from dcris.data.cleaning import is_blank
 from dcris.data.coco import portable_name
 from dcris.data.images import MAX_PIXELS
-from dcris.data.tokenizer import is_blank
 from dcris.errors import DcrisError
 from dcris.types import Expression, PixelPolygons, Reference, SoftMask
 

@@ -6,9 +6,7 @@ They import their libraries on first use, can be pickled for data loader workers
 thread-safe.
 """
 
-import html
 import re
-import unicodedata
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -22,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dcris.config import DataConfig, TextConfig
+from dcris.data.cleaning import clean_text, strip_text
 from dcris.errors import DcrisError
-from dcris.utils.arguments import kind_of
 from dcris.utils.hub import fetch
 from dcris.utils.wheels import minilm_file
 
@@ -80,76 +78,6 @@ class Tokenizer(Protocol):
 
         Raises DcrisError if `length` is below 2. Source: CLIP's tokenize(truncate=True).
         """
-
-
-def clean_text(text: str, *, strip: bool = False) -> str:
-    """Clean a phrase as CLIP does: repair encoding, unescape HTML twice, one space, lower case.
-
-    Cleaning is not idempotent ("&amp;amp;amp;lt;"), so only the tokenizers clean.
-    Source: `basic_clean` and `whitespace_clean` in simple_tokenizer.py of OpenAI's CLIP.
-
-    Args:
-        text: the phrase.
-        strip: also leave out quotes around the phrase and a full stop at its end, which CLIP
-            does not. Nothing is left out of a phrase that consists of these only.
-    """
-    repaired = text
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy  # late: its import takes longer than a prediction's tokens
-
-        repaired = _unescape(_unescape(ftfy.fix_text(text)))
-    cleaned = re.sub(r"\s+", " ", repaired).strip().lower()
-    return _strip(cleaned) if strip else cleaned
-
-
-# The cleaning has straightened curly quotes. Inside, the same quote may only be an apostrophe, so
-# that '"left" or "right"' is not taken for one quotation.
-_QUOTED = re.compile(r"""(["'`])((?:(?!\1).|(?<=\w)\1(?=\w))+)\1""")
-
-
-def _strip(text: str) -> str:
-    for _ in range(2):  # the full stop may be inside the quotes, and quotes inside other quotes
-        shorter = re.sub(r"(?<!\.)\.$", "", text).strip()
-        quoted = _QUOTED.fullmatch(shorter)
-        text = (quoted[2].strip() if quoted else shorter) or text
-    return text
-
-
-def _unescape(text: str) -> str:
-    """Apply `html.unescape`, also to numbers ("&#999...") with too many digits for `int`."""
-    # Leading zeros do not count and numbers of more than 7 digits are beyond Unicode, so no result
-    # changes.
-    return html.unescape(re.sub(r"(?<=&#)0*([0-9]{1,20})[0-9]*", r"\1", text))
-
-
-def is_blank(text: str) -> bool:
-    """Return whether nothing can be seen of a text after cleaning, as of "&nbsp;" and zero-width
-    spaces.
-    """
-    if "&" not in text and re.search("[0-9A-Za-z]", text):  # cleaning removes none of these, and takes long
-        return False
-    return all(unicodedata.category(char) in _INVISIBLE for char in clean_text(text))
-
-
-_INVISIBLE = frozenset(("Cc", "Cf", "Zl", "Zp", "Zs"))
-"""Unicode's categories of control and format characters, which have no width, and of spaces."""
-
-
-def require_phrase(text: str) -> str:
-    """Return `text` unchanged if it can be used as a phrase.
-
-    Raises DcrisError if it is not a str, is blank after cleaning, or cannot be encoded as UTF-8:
-    command line arguments may contain any bytes, result files may not.
-    """
-    if not isinstance(text, str):
-        raise DcrisError(f"a phrase must be a str, and is {kind_of(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DcrisError(f"the phrase {text!r} is not UTF-8 text; use a terminal or a --pairs file in UTF-8") from error
-    if is_blank(text):
-        raise DcrisError(f"the phrase {text!r} is empty; describe the object in a few words")
-    return text
 
 
 def _rows(
@@ -407,7 +335,7 @@ def cut_texts(texts: Sequence[str], config: DataConfig, tokenizer: Tokenizer, *,
     cross words: "&" begins HTML entities, "<|" CLIP's special tokens.
     """
     length, strip = config.word_length, strips(config, predicting=predicting)
-    plain = {text: _strip(text.strip()) if strip else text for text in texts if _PLAIN.fullmatch(text)}
+    plain = {text: strip_text(text.strip()) if strip else text for text in texts if _PLAIN.fullmatch(text)}
     words = [*{word for text in plain.values() for word in text.split()}]
     # The end token is last, since "<|" is excluded. A word that is cut here makes its text too long
     # anyway.

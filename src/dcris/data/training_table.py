@@ -16,8 +16,7 @@ import numpy as np
 
 from dcris.config import DataConfig
 from dcris.data.colours import colour_shares, shows_colours
-from dcris.data.dataset import fit_image
-from dcris.data.images import read_image
+from dcris.data.images import fit_image, read_image
 from dcris.data.masks import decode_mask, mask_area, mask_box
 from dcris.data.negatives import add_negatives
 from dcris.data.phrases import Instance, describable, draw, statements

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dcris.checkpoints.backbones import fingerprint
 from dcris.config import RunConfig
-from dcris.data.dataset import ImageTask, ImageTasks, Queries, fit_image, normalise, task_loader
-from dcris.data.images import read_image
+from dcris.data.dataset import ImageTask, ImageTasks, Queries, normalise, task_loader
+from dcris.data.images import fit_image, read_image
 from dcris.data.masks import decode_mask, encode_mask
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of

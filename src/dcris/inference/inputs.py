@@ -14,9 +14,9 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 from urllib.parse import unquote_to_bytes
 
+from dcris.data.cleaning import require_phrase
 from dcris.data.images import image_endings, why_not_read
 from dcris.data.table import is_utf8, quoted
-from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
 from dcris.inference.video import VIDEO_ENDINGS
 from dcris.utils.files import is_partial, read_json_lines, read_text

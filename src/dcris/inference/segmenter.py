@@ -33,9 +33,10 @@ from dcris.checkpoints.model_card import Metrics, model_card
 from dcris.checkpoints.resolve import locate
 from dcris.checkpoints.training_images import Images
 from dcris.config import RunConfig
+from dcris.data.cleaning import require_phrase
 from dcris.data.dataset import normalise, to_square
 from dcris.data.images import Channels, ImageLike, Rereadable, as_pixels, as_rereadable, require_channels
-from dcris.data.tokenizer import cut_texts, require_phrase, strips, tokenize, tokenizer_of, unread_end
+from dcris.data.tokenizer import cut_texts, strips, tokenize, tokenizer_of, unread_end
 from dcris.data.transforms import Transform
 from dcris.errors import DcrisError, DcrisWarning, LongPhraseWarning
 from dcris.evaluation.preparation import pairs_in_memory, prepared

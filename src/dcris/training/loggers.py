@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcris.config import RunConfig
-from dcris.data.dataset import Queries, fit_image
-from dcris.data.images import read_image
+from dcris.data.dataset import Queries
+from dcris.data.images import fit_image, read_image
 from dcris.data.masks import true_mask
 from dcris.errors import DcrisError, first_line
 from dcris.evaluation.evaluator import EvalResult

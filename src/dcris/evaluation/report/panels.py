@@ -12,8 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from dcris.data.dataset import fit_image
-from dcris.data.images import read_image
+from dcris.data.images import fit_image, read_image
 from dcris.data.masks import true_mask
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.report.html import render

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dcris.data.cleaning import require_phrase
 from dcris.data.images import read_image
-from dcris.data.tokenizer import require_phrase
 from dcris.errors import DcrisError
 from dcris.inference.inputs import result_stem
 from dcris.inference.prediction import Prediction
