@@ -38,7 +38,7 @@ def test_sharing_among_the_other_splits_is_worth_a_warning(tiny_refer):
     """No test score is affected, but a threshold chosen on val was chosen on test images."""
     report = check_dataset(tiny_refer.write(), "tiny")
     assert (report.problem_count, report.shared_images) == (0, 1)  # image 1 is in val and testA
-    assert report.warnings == ["1 images are in more than one split; training sees none of them"]
+    assert report.warnings == ["1 image in more than one split; training sees none of them"]
 
 
 def test_refcocogs_google_partition_shares_images_by_design(tiny_refer):
@@ -47,7 +47,7 @@ def test_refcocogs_google_partition_shares_images_by_design(tiny_refer):
     tiny_refer.references[1]["split"] = "train"
     report = check_dataset(tiny_refer.write(), "refcocog")
     assert (report.problem_count, report.shared_images) == (0, 1)
-    assert "1 images are in more than one split by design; training sees 1 of them" in report.warnings
+    assert "1 image in more than one split by design; training sees 1 of them" in report.warnings
 
 
 def test_a_mask_saved_as_jpeg_is_a_problem_unless_there_is_a_threshold(tmp_path, capsys):

@@ -40,7 +40,7 @@ def test_complete_sets_have_no_problem_but_those_that_they_are_made_with(tmp_pat
     report, text = _check(write_youtube(tmp_path), "ref_youtube_vos")
     assert (report.problem_count, report.frames, report.official) == (0, 12, False), text
     assert report.splits == {"train": (2, 4), "valid": (1, 2), "test": (1, 1)}
-    assert report.notes == ["valid: 1 videos of test, which the file of valid lists too, are left out"]
+    assert report.notes == ["valid: left out: 1 video of test, which the file of valid lists too"]
     assert report.warnings == ["not the official size: train, valid, test; published results do not compare"]
 
     report, text = _check(write_davis(tmp_path), "ref_davis17")
@@ -164,11 +164,11 @@ def test_frames_and_objects_beside_the_lists_are_warnings(tmp_path: Path) -> Non
     root = write_youtube(tmp_path)
     picture(root / ONE / "00001.jpg", H, W)
     _, text = _check(root, "ref_youtube_vos")
-    assert "train: 1 videos have frames that are not in its list of frames, and are not read; the first: '004" in text
+    assert "train: 1 video with frames that are not in its list of frames, and are not read; the first: '004" in text
     write_davis(root)
     write_labels(root / "ref-davis/DAVIS/Annotations_unsupervised/480p/motorbike/00002.png", labels((1, 2, 3), 2))
     report, text = _check(root, "ref_davis17")
-    assert "valid: 1 videos have objects without an expression; the official evaluation counts them" in text
+    assert "valid: 1 video with objects without an expression; the official evaluation counts them" in text
     assert report.problem_count == 0
 
 

@@ -870,7 +870,7 @@ def test_progress_in_a_log_and_in_a_terminal(
         show(4)
     lines = capsys.readouterr().err.splitlines()
     if total is None:
-        assert lines == ["dcris: 1 images", "dcris: 4 images"]
+        assert lines == ["dcris: 1 image", "dcris: 4 images"]
     else:
         assert re.fullmatch(r"dcris: 1 of 4 images, \d\d:\d\d left", lines[0])
         assert lines[1] == "dcris: 4 of 4 images, 00:00 left"

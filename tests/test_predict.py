@@ -1677,7 +1677,7 @@ def test_a_replaced_image_is_not_exported_with_its_old_masks(model: Path, tmp_pa
     Image.new("RGB", (31, 17)).save(photos / "0.png")
     capsys.readouterr()
     assert dcris("predict", model, photos / "1.png", *words) == 0
-    assert f"on 1 images; left out: gone or changed: {photos / '0.png'}\n" in capsys.readouterr().out
+    assert f"on 1 image; left out: gone or changed: {photos / '0.png'}\n" in capsys.readouterr().out
     (file,) = (out / "predictions-coco").rglob("*.json")
     assert [image["file_name"] for image in json.loads(file.read_text())["images"]] == ["1.png"]
     assert dcris("predict", model, photos, *words) == 0  # what is predicted again comes back

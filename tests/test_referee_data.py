@@ -114,7 +114,7 @@ def test_images_of_801_pixels_are_resized_to_their_mask(tmp_path: Path) -> None:
     assert sizes == [(H, H)] * 4
     report = check_dataset(root, "rrsisd")
     assert report.problem_count == 0
-    assert any("2 images have another size (height x width)" in each for each in report.warnings)
+    assert any("2 images of another size (height x width)" in each for each in report.warnings)
     assert any("00002.jpg (41 x 40), 00004.jpg (40 x 37)" in each for each in report.warnings)
     assert any("3 XML files for 4 images" in each for each in report.warnings)
     (root / "images/rrsisd/JPEGImages/00003.jpg").unlink()
@@ -247,7 +247,7 @@ def test_polygons_are_drawn_largest_first(tmp_path: Path) -> None:
     assert [item.expressions[0].name for item in table.references] == [None, "2", "3 copy"]
     assert [item.expressions[0].subsets for item in table.references] == [("long query",), *[("short query",)] * 2]
     (note,) = table.notes
-    assert note.startswith("1 images have no polygon of a target (test/3 copy)")
+    assert note.startswith("1 image without a polygon of a target (test/3 copy)")
 
 
 def test_equal_labels_need_no_order(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_valid_leaves_the_videos_of_test_out(tmp_path: Path) -> None:
     """A submission with the 305 videos of test, whose frames are elsewhere, would be refused."""
     valid = load_videos(write_youtube(tmp_path), "ref_youtube_vos", "valid")
     assert [*valid.videos] == ["0062f687f1"]
-    assert valid.notes == ("1 videos of test, which the file of valid lists too, are left out",)
+    assert valid.notes == ("left out: 1 video of test, which the file of valid lists too",)
     assert valid.truth(valid.expressions[0]) is None
     assert valid.labels("0062f687f1") is None
 

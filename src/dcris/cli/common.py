@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from dcris.errors import DcrisError
 from dcris.utils.arguments import DEVICES, Precision, did_you_mean
-from dcris.utils.streams import complain, is_quiet, is_terminal, is_verbose, note, one_line, printable, write
+from dcris.utils.streams import complain, counted, is_quiet, is_terminal, is_verbose, note, one_line, printable, write
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
@@ -126,13 +126,13 @@ def progress(total: int | None, unit: str, shown: bool = True) -> Iterator[Calla
         if not bar.disable or not shown or time.monotonic() - latest < _SECONDS_BETWEEN_LINES:
             return
         latest = time.monotonic()
-        of = "" if total is None else f" of {total:,}"
+        count = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
         left = (
             ""
             if total is None or not done
             else f", {tqdm.format_interval((latest - begin) / done * (total - done))} left"
         )
-        note(f"{done:,}{of} {unit}s{left}")
+        note(count + left)
 
     with tqdm(total=total, unit=unit, disable=not (shown and is_terminal()), dynamic_ncols=True) as bar:
         yield advance

@@ -108,7 +108,7 @@ def _check_leaks(table: ReferenceTable, report: CheckReport) -> None:
         reason = " by design" if by_design else ""
         seen = f"{len(leaked):,}" if leaked else "none"
         report.warnings.append(
-            f"{len(shared):,} images are in more than one split{reason}; training sees {seen} of them"
+            f"{counted(len(shared), 'image')} in more than one split{reason}; training sees {seen} of them"
         )
 
 
@@ -153,8 +153,8 @@ def _check_files(
 
     if stretched:
         report.warnings.append(
-            f"{len(stretched):,} images have another size (height x width) than their masks and are resized to it, as in the "
-            f"authors' code: {', '.join(stretched[:3])}{', ...' if len(stretched) > 3 else ''}"
+            f"{counted(len(stretched), 'image')} of another size (height x width) than the masks, resized to theirs, as in "
+            f"the authors' code: {', '.join(stretched[:3])}{', ...' if len(stretched) > 3 else ''}"
         )
 
 

@@ -115,7 +115,7 @@ def _warn(report: VideoReport, split: str, counts: Counter[str], what: str) -> N
     if counts:
         name = next(iter(counts))
         report.warnings.append(
-            f"{split}: {len(counts):,} videos have {what}; the first: {shown(name)}, {counts[name]:,} of them"
+            f"{split}: {counted(len(counts), 'video')} with {what}; the first: {shown(name)}, {counts[name]:,} of them"
         )
 
 

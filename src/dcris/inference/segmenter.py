@@ -54,6 +54,7 @@ from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind
 from dcris.utils.device import autocast, choose_device, choose_precision, precision_of
 from dcris.utils.http import is_url
 from dcris.utils.hub import push
+from dcris.utils.streams import counted
 
 Source = PathLike
 """A trained model by path or name; see Segmenter.from_pretrained."""
@@ -557,7 +558,7 @@ class Segmenter:
             checked = [_check_phrases(_as_list(each)) for each in given]
         else:
             raise DcrisError(
-                f"there are {len(image)} images, but phrases for {len(given)} images; give as many of both"
+                f"{counted(len(image), 'image')} given, but phrases for {len(given):,}; give as many of both"
             )
         found = self._predict(image, checked, name, decision, channels, memory)
         _warn(_unread_of(chain.from_iterable(found)))

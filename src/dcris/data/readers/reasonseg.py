@@ -32,6 +32,7 @@ from dcris.data.table import (
 )
 from dcris.types import Expression, Reference
 from dcris.utils.files import read_json
+from dcris.utils.streams import counted
 
 _FOLDERS = ("reason_seg/ReasonSeg", "ReasonSeg", "reasonseg")
 _SPLITS = ("train", "val", "test")
@@ -74,8 +75,8 @@ def load(root: Path, dataset: str, split_by: str, on_error: OnError | None = Non
     if empty:
         names = ", ".join(f"{each.split}/{each.image_path.stem}" for each in empty[:3])
         notes = (
-            f"{len(empty)} images have no polygon of a target ({names}{', ...' if len(empty) > 3 else ''}), so their "
-            "expressions have no target; some publications leave two such test images out (777 of 779)",
+            f"{counted(len(empty), 'image')} without a polygon of a target ({names}{', ...' if len(empty) > 3 else ''}), whose "
+            "expressions have none; some publications leave two such test images out (777 of 779)",
         )
     return ReferenceTable(dataset, split_by, root, tuple(references), notes)
 

@@ -19,6 +19,7 @@ from dcris.data.table import OnError, bad, shown, skip_errors
 from dcris.data.video_readers.meta import META, each_video, home_of, label, read_videos
 from dcris.data.videos import ExpressionImages, LabelImages, Truths, VideoExpression, VideoSet
 from dcris.errors import DcrisError
+from dcris.utils.streams import counted
 
 _DATASET = "ref_youtube_vos"
 _SPLITS = ("train", "valid", "test")
@@ -75,4 +76,4 @@ def _leave_out_test(videos: dict[str, Any], path: Path, test: Path) -> tuple[str
             f"expressions at {test}, so that they can be left out"
         )
     left_out = before - len(videos)
-    return (f"{left_out:,} videos of test, which the file of valid lists too, are left out",) if left_out else ()
+    return (f"left out: {counted(left_out, 'video')} of test, which the file of valid lists too",) if left_out else ()
