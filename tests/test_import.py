@@ -184,7 +184,8 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
     table, done = export.load("\r\n".join(mark.join(row) for row in rows))
     assert said(table) == [(1, ['the "blue" cup', "кубок"]), (1, ["dog"]), (3, ["dog"])]
     assert done.ambiguous == 2
-    for declared in (f"sep={mark}", f'"sep={mark}"'):  # as Excel and pandas write them, and as a spreadsheet saves it
+    # As Excel and pandas write them, and as a spreadsheet saves it, with the cells of other lines.
+    for declared in (f"sep={mark}", f'"sep={mark}"', f"sep={mark}{mark}", f'"sep={mark}"{mark * 4}'):
         table, _ = export.load(f"{declared}\nannotation{mark}phrase\n11.0{mark}a cup\n")
         assert said(table)[0] == (1, ["a cup"])
     table, _ = export.load(f"category{mark}phrase\n7{mark}dot\ncup{mark}a cup\n")

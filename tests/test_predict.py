@@ -248,6 +248,7 @@ PAIRS = {
     "semicolons.csv": "image;phrase\n0.png;the cup\n1.png;left, and small\n0.png;ring\n",
     "bare semicolons.csv": "0.png;the cup\n1.png;left, and small\n0.png;ring\n",
     "declared.csv": "sep=;\r\nimage;phrase\r\n0.png;the cup\r\n1.png;left, and small\r\n0.png;ring\r\n",
+    "declared cells.csv": '"sep=;";\nimage;phrase\n0.png;the cup\n1.png;left, and small\n0.png;ring\n',
     "declared commas.csv": 'sep=,\n0.png,the cup\n1.png,"left, and small"\n0.png,ring\n',
     "tabs.csv": "0.png\tthe cup\n1.png\tleft, and small\n0.png\tring\n",
     "commas.tsv": 'image,phrase\n0.png,the cup\n1.png,"left, and small"\n./0.png,ring\n',

@@ -28,7 +28,8 @@ _MARKDOWN = re.compile(r"[\\|<`*~]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|&(?=#?\w+;)
 """What Markdown does not show as it is: a name could be a link, or an image of another server."""
 _FORMULA = re.compile(r"\s*([=@\uff1d\uff20]|[+-](?![0-9.]+$)|[\uff0b\uff0d])")
 """What is a formula in a spreadsheet, also after spaces and in full width, unlike -1.5."""
-_DECLARED = re.compile(r'"?sep=(.)"?[ \t]*(?=[\r\n]|$)', re.IGNORECASE)
+_DECLARED = re.compile(r'"?sep=(.)"?\1*+[ \t]*+(?=[\r\n]|$)', re.IGNORECASE)
+"""Spreadsheets save this line with as many empty cells as the others have."""
 _MARKED_LATEX: Mapping[Mark, str] = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}
 _MARKED_MARKDOWN: Mapping[Mark, str] = {"best": "**%s**", "second": "<u>%s</u>"}
 
