@@ -759,6 +759,10 @@ def test_a_folder_of_data_sets_in_the_refer_layout(tmp_path: Path) -> None:
     folder = refer_folder(tmp_path / "things", {"refs(own).p": "left cup"})
     assert import_annotations(tmp_path, tmp_path / "out.jsonl", images=folder).format == "refer"
     assert [each.expressions[0].text for each in load_references(tmp_path / "out.jsonl").references] == ["left cup"]
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "nowhere").symlink_to("none")
+    (tmp_path / "out.jsonl").unlink()
+    import_annotations(tmp_path, tmp_path / "out.jsonl", images=folder)
     refer_folder(tmp_path / "others", {"refs(unc).p": "left cup"})
     with pytest.raises(DcrisError, match=r"several partitions: others/refs\(unc\).p, things/refs\(own\).p; give"):
         import_annotations(tmp_path, tmp_path / "again.jsonl")

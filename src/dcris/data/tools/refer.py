@@ -4,7 +4,6 @@ The images are searched for below the folder above it, as when it is read as a d
 """
 
 import itertools
-import os
 import pickle
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,8 +29,8 @@ def _files(path: Path) -> list[Path]:
     folders of data sets below."""
     if not path.is_dir():
         return [] if refer_layout.split_by_of(path.name) is None else [path]
-    with os.scandir(path) as entries:  # not Path.is_dir, which asks for each image file
-        folders = (path, *sorted(Path(each) for each in entries if each.is_dir()))
+    # Path.is_dir would ask for each image file, and os.scandir would stop at a link to itself.
+    folders = (path, *sorted(file.parent for file in path.glob(f"*/{refer_layout.INSTANCES}")))
     return [file for folder in folders for file in refer_layout.find_files(folder).values()]
 
 
