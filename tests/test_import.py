@@ -192,6 +192,16 @@ def test_phrases_from_a_spreadsheet(export: Export, mark: str) -> None:
     assert said(table) == [(1, ["a cup"])]
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_phrases_in_another_encoding_are_refused_with_one_advice(export: Export, encoding: str) -> None:
+    """The folder and the name are right."""
+    (export.folder / "coco.json").write_text(json.dumps(export.content))
+    path = export.folder / "phrases.csv"
+    path.write_bytes("category,phrase\ncup,die größere Tasse\n".encode(encoding))
+    with pytest.raises(DcrisError, match=r"phrases\.csv: it is .*; save it as UTF-8$"):
+        import_annotations(export.folder / "coco.json", export.folder / "my.jsonl", phrases=path)
+
+
 def test_an_apostrophe_inside_a_category_is_part_of_its_name(export: Export) -> None:
     """One that stood before a hyphen was taken for a spreadsheet's mark, and the category was not
     found in the export.

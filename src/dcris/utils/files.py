@@ -101,9 +101,8 @@ def reading(path: Path, missing: str = "check the folder and the name") -> Itera
     except FileNotFoundError as error:
         raise DcrisError(f"there is no file {error.filename or path}; {missing}") from error
     except OSError as error:
-        raise DcrisError(
-            f"cannot read {error.filename or path}: {error.strerror or error}; check the folder and the name"
-        ) from error
+        advice = "" if error.errno == errno.EILSEQ else "; check the folder and the name"  # see read_text
+        raise DcrisError(f"cannot read {error.filename or path}: {error.strerror or error}{advice}") from error
 
 
 def open_regular(path: Path, max_bytes: int | None = None) -> BufferedReader:
@@ -167,7 +166,8 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT, fallback: str = "utf-8-sig"
     A file that is not UTF-8 is decoded by the codec `fallback`.
 
     Raises:
-        OSError: as for `open_regular`, or the file is neither; `strerror` is the reason.
+        OSError: as for `open_regular`, or the file is neither (EILSEQ); `strerror` is the reason,
+            and for EILSEQ also what to do.
     """
     content = read_bytes(path, max_bytes)
     _refuse_utf16(path, content)
