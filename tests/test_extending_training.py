@@ -102,6 +102,7 @@ def test_an_augmentation_changes_its_share_of_the_samples(scenes_root: Path) -> 
         (lambda image, mask: (image[:50], mask, "cup"), r"uint8 \[50, 112, 3\]"),
         (lambda image, mask: (image[:0], mask[:0], "cup"), r"uint8 \[0, 112, 3\], uint8 \[0, 112\], str"),
         (lambda image, mask: (image, mask), r"uint8 \[112, 112\] up to 1$"),
+        (lambda image, mask: (image, mask, np.array(["cup"])), r"up to 1, <U3 \[1\]$"),
         (lambda image, mask: None, "not NoneType$"),
     ],
 )

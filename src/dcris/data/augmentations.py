@@ -109,4 +109,5 @@ def _is_sample(value: Any) -> bool:
 def _described(value: Any) -> str:
     if not isinstance(value, np.ndarray):
         return type(value).__name__
-    return f"{value.dtype} {list(value.shape)}" + (f" up to {value.max():.4g}" if value.size else "")
+    numbers = value.size and value.dtype.kind in "biuf"
+    return f"{value.dtype} {list(value.shape)}" + (f" up to {value.max():.4g}" if numbers else "")
