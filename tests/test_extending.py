@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -264,10 +265,16 @@ def test_their_memory_is_measured(page: dict[str, ModuleType], monkeypatch: pyte
     """The new process of `dcris bench` and `dcris evaluate --all` has the entries that the program
     added, wherever it added them."""
     monkeypatch.syspath_prepend(Path(str(page["gain"].__file__)).parent)
-    monkeypatch.setitem(LOSSES, "absolute", torch.nn.functional.l1_loss)
-    towers = {"model.vision": PLAIN_VIT, "model.text": PLAIN_TEXT, "train.losses": {"absolute": 1.0}}
+    monkeypatch.setitem(LOSSES, "absolute", partial(torch.nn.functional.l1_loss, reduction="sum"))
+    monkeypatch.setitem(LOSSES, "square", torch.nn.MSELoss())
+    losses = {"absolute": 1.0, "square": 1.0}
+    towers = {"model.vision": PLAIN_VIT, "model.text": PLAIN_TEXT, "train.losses": losses}
     config = replace(gain_config(page), towers)
     assert in_own_process(peak_of_training, config, 2, "cpu", "float32") > 0.1
+    words = r"cannot import '{}': define its class or function at the top level of a file that your program imports"
+    monkeypatch.setitem(LOSSES, "absolute", lambda logits, masks: logits.sum())
+    with pytest.raises(DcrisError, match=words.format("absolute")):
+        in_own_process(peak_of_training, config, 2, "cpu", "float32")
     monkeypatch.setattr(page["gain"].GainConfig, "__module__", "__main__")
-    with pytest.raises(DcrisError, match=r"cannot import 'gain': define it .* in a file that your program imports"):
+    with pytest.raises(DcrisError, match=words.format("gain")):
         in_own_process(peak_of_training, config, 2, "cpu", "float32")

@@ -7,6 +7,7 @@ the same turns, as the limit that the machine sets.
 
 import json
 import math
+import pickle
 import platform
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -37,7 +37,6 @@ from dcris.inference.batch import BatchPredictor
 from dcris.inference.inputs import find_tasks
 from dcris.inference.segmenter import Segmenter
 from dcris.models.adapters.dcris import DcrisConfig
-from dcris.models.encoders.families import TowerFamily
 from dcris.models.optimize import cast_frozen
 from dcris.models.segmentation import ReferringSegmenter
 from dcris.training.losses import LOSSES, training_losses
@@ -74,6 +73,8 @@ PARTS: tuple[Part, ...] = ("speed", "memory")
 _PYTHON = (sys.executable, "-P")
 """Command of a new process, which imports nothing from the current folder: a user's random.py there
 is not the standard library's."""
+_REGISTRIES: tuple[dict[str, Any], ...] = (METHODS, VISION_FAMILIES, TEXT_FAMILIES, LOSSES)
+"""What a user's program can add to, and a configuration names."""
 LATE_LAYERS = (4, 8, 11)
 """Three late blocks with adapters (table 5): expressions share more of the vision tower."""
 
@@ -278,60 +279,59 @@ def in_own_process(
         precision: working precision.
 
     Raises:
-        DcrisError: the process fails, or an added entry is not defined in a module.
+        DcrisError: the process fails, or cannot import what an added entry is made of.
     """
     message = {
         "path": sys.path,
-        "entries": [*_added_entries(config, losses=task is peak_of_training)],
+        "entries": _entries(config, losses=task is peak_of_training),
         "arguments": (config.model_dump_json(), batch_size, device, precision),
     }
     program = f"from dcris.experiments import bench; bench.run_task(bench.{task.__name__})"
-    done = subprocess.run(
-        [*_PYTHON, "-c", program], input=json.dumps(message), capture_output=True, encoding="utf-8", check=False
-    )
+    done = subprocess.run([*_PYTHON, "-c", program], input=pickle.dumps(message), capture_output=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise DcrisError(f"cannot measure memory: {reason[:300]}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise DcrisError(f"cannot measure memory: {(lines or [f'exit code {done.returncode}'])[-1][:300]}")
     return float(done.stdout.split()[-1])
 
 
-def _added_entries(config: RunConfig, *, losses: bool) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the registry, key, module and name of what a configuration uses that is not of dcris.
+def _entries(config: RunConfig, *, losses: bool) -> list[dict[str, bytes]]:
+    """Return what a configuration uses of each of _REGISTRIES; a prediction needs no `losses`."""
+    method, towers = config.model.method, (config.model.vision, config.model.text)
+    used = [
+        [method.name] if method else [],
+        *([tower.family] for tower in towers),
+        [*config.train.losses] if losses else [],
+    ]
+    return [
+        {name: _pickled(name, registry[name]) for name in names if name in registry}
+        for registry, names in zip(_REGISTRIES, used, strict=True)
+    ]
 
-    A prediction needs no `losses`.
+
+def _pickled(key: str, entry: object) -> bytes:
+    """Return an entry for another process, which imports the modules of its classes and functions.
+
+    The program itself, "__main__", is not imported there: that could run all of it again.
     """
-    model = config.model
-    used: list[tuple[str, str, Any]] = []
-    used += [("losses", name, LOSSES[name]) for name in config.train.losses if losses and name in LOSSES]
-    used += [("vision", model.vision.family, VISION_FAMILIES[model.vision.family].tower)]
-    used += [("text", model.text.family, TEXT_FAMILIES[model.text.family].tower)]
-    used += [("methods", model.method.name, type(model.method))] if model.method else []
-    for registry, key, entry in used:
-        module, name = entry.__module__, getattr(entry, "__qualname__", "<instance>")
-        if module.partition(".")[0] == "dcris":
-            continue
-        if module == "__main__" or "<" in name:
-            raise DcrisError(
-                f"memory is measured in a new process, which cannot import {key!r}: define it as a class or function in a "
-                "file that your program imports"
-            )
-        yield registry, key, module, name
+    try:
+        content = pickle.dumps(entry)
+        if b"__main__" in content:
+            raise pickle.PicklingError("it is part of the program")
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # lambdas, what a function defines, open files
+        raise DcrisError(
+            f"memory is measured in a new process, which cannot import {key!r}: define its class or function at the top "
+            "level of a file that your program imports"
+        ) from error
+    return content
 
 
 def run_task(task: Callable[..., float]) -> None:
     """Call a task with what `in_own_process` writes to standard input, and print its result."""
-    message = json.load(sys.stdin)
+    message = pickle.load(sys.stdin.buffer)  # noqa: S301 (from the program itself)
     sys.path += message["path"]  # behind the standard library, see _PYTHON
-    registries: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
-        "methods": (METHODS, lambda method: method),
-        "vision": (VISION_FAMILIES, TowerFamily),
-        "text": (TEXT_FAMILIES, TowerFamily),
-        "losses": (LOSSES, lambda loss: loss),
-    }
-    for registry, key, module, name in message["entries"]:
-        entry = getattr(import_module(module), name)  # which usually adds it, too
-        entries, made = registries[registry]
-        entries.setdefault(key, made(entry))
+    for registry, entries in zip(_REGISTRIES, message["entries"], strict=True):
+        for key, content in entries.items():
+            registry[key] = pickle.loads(content)  # noqa: S301
     print(task(*message["arguments"]))
 
 
