@@ -362,7 +362,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         return capsys.readouterr().out
 
     text = run("data", "import", source, "--out", out, "--val", 0)
-    assert "4 train references with 4 expressions on 2 images, from labelme; left out: 2 without a mask" in text
+    assert "4 references (4 train) with 4 expressions on 2 images, from labelme; left out: 2 without a mask" in text
     assert text.endswith(f"next: dcris data check {out}\n")
     text = run("data", "export", out, "--format", "yolo", "--out", tmp_path / "yolo")
     assert text == f"{tmp_path / 'yolo'}: 4 references on 2 images\n"
@@ -372,7 +372,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: True)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "asked.jsonl", "--val", 0)
-    assert "4 train references" in text
+    assert "4 references (4 train)" in text
     text = run("data", "import", tmp_path / "yolo", "--out", tmp_path / "ended.jsonl")
     assert "left out: 2 whose phrase fits several objects" in text
     monkeypatch.setattr("dcris.cli.data.is_terminal", lambda: False)

@@ -228,7 +228,7 @@ def test_a_stream_can_leave_out_what_it_cannot_read(segmenter: Segmenter, tmp_pa
             segmenter.stream(wrong, "star")  # type: ignore[arg-type]
     (tmp_path / "clip.mp4").touch()
     for place in (tmp_path / "clip.mp4", tmp_path / "*.mp4"):
-        with pytest.raises(DcrisError, match=r"mp4 has videos and no images; give the frames"):
+        with pytest.raises(DcrisError, match=r"mp4 holds only videos; give the frames"):
             segmenter.stream(place, "star")
     # One image can be gone through, too: a file as its lines, a tensor as its channels.
     for one in (io.BytesIO(png()), bytearray(png()), memoryview(png()), torch.zeros(3, 20, 20)):

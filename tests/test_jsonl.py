@@ -272,7 +272,7 @@ def without(key: str) -> dict[str, Any]:
         (line(mask={"size": [H, W], "counts": "0"}), "run lengths"),
         (line(expressions=[]), "has an empty 'expressions'"),
         (line(expressions="the box"), "'expressions' that is not a list but str"),
-        (line(expressions=["a", 1]), "'expressions' that are not all text"),
+        (line(expressions=["a", 1]), "an entry of 'expressions' that is not text"),
         (line(expressions=["a", " \t"]), "has a blank 'expressions'"),
         # A model reads nothing of these, so it would be trained on and scored by an empty phrase.
         (line(expressions=["a", "&nbsp;"]), "has a blank 'expressions': '&nbsp;'"),

@@ -295,7 +295,7 @@ def test_any_polygons_are_drawn_as_by_lisa(shapes: list[dict[str, Any]]) -> None
     [
         (lambda c: c.pop("text"), "the file has no 'text'"),
         (lambda c: c.update(text=[]), "the file has an empty 'text'"),
-        (lambda c: c.update(text=[3]), "the file has 'text' that are not all text"),
+        (lambda c: c.update(text=[3]), "the file has an entry of 'text' that is not text"),
         (lambda c: c.update(text=[" "]), "the file has a blank 'text'"),
         (lambda c: c.update(is_sentence="yes"), "'is_sentence' that is not true or false"),
         (lambda c: c.update(shapes=None), "'shapes' that is not a list"),

@@ -75,8 +75,8 @@ class ImportResult:
     def __str__(self) -> str:
         written = ", ".join(f"{count:,} {split}" for split, count in self.splits.items())
         return (
-            f"{written} references with {counted(self.expressions, 'expression')} on {counted(self.images, 'image')}, from "
-            f"{FORMATS[self.format].title}{self.left_out}"
+            f"{counted(sum(self.splits.values()), 'reference')} ({written}) with {counted(self.expressions, 'expression')} "
+            f"on {counted(self.images, 'image')}, from {FORMATS[self.format].title}{self.left_out}"
         )
 
     @property

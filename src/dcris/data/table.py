@@ -325,7 +325,7 @@ def texts_field(record: Any, key: str, path: Path, where: str) -> list[str]:
         raise bad(path, f"{where} has an empty '{key}'")
     for text in texts:
         if type(text) is not str:
-            raise bad(path, f"{where} has '{key}' that are not all text")
+            raise bad(path, f"{where} has an entry of '{key}' that is not text")
         check_text(text, path, where, key)
     return texts
 

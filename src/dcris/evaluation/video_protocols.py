@@ -354,7 +354,7 @@ def _require_masks(masks: SubmittedMasks, needed: Mapping[str, str], missing_is_
 
     `needed` has the folder of each name.
     """
-    there = {folder: masks.names(folder) for folder in {*needed.values()}}
+    there = {folder: masks.names(folder) for folder in dict.fromkeys(needed.values())}
     missing = [name for name, folder in needed.items() if name.rpartition("/")[2] not in there[folder]]
     if missing and (len(missing) == len(needed) or not missing_is_empty):
         incomplete = len({needed[name] for name in missing})

@@ -485,7 +485,7 @@ class _Work:
         except Interrupted:
             raise
         except Exception as error:  # of any class: the other rows continue
-            kind = "" if isinstance(error, DcrisError) else f"{type(error).__name__}: "
+            kind = "" if isinstance(error, DcrisError) or not str(error).strip() else f"{type(error).__name__}: "
             sentence = kind + first_line(error)
             write_file(run.folder / "failed.txt", f"{sentence}\n\n{traceback.format_exc()}")
             self.log(f"{run.title}: failed: {sentence}")

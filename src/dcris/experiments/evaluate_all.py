@@ -81,7 +81,7 @@ def evaluate_all(
 
     Returns:
         A dict of
-        name, checkpoint.
+        name, checkpoint: of the system.
         results: for each split, the content of a result file with scores by category.
         averages: by metric, the mean over data sets of the mean over their splits, of the metrics
             that all results have by one definition, and that are null in none.

@@ -598,7 +598,7 @@ class Segmenter:
             place = as_path(images, "the images")
             images = [task.path for task in find_tasks([place], shared) if not task.video]
             if not images:
-                raise DcrisError(f"{place} has videos and no images; give the frames of a video to predict_frames")
+                raise DcrisError(f"{place} holds only videos; give the frames of a video to predict_frames")
         elif not _are_several(images):
             raise DcrisError(
                 f"images must be a folder, a pattern or several images, not {kind_of(images)}; for one, use predict"

@@ -90,7 +90,7 @@ def _check(name: str, protocol: Protocol) -> None:
     if protocol.name != name:
         raise DcrisError(f"the protocol {name} calls itself {protocol.name!r}; give its class and its entry one name")
     if len(keys) < 2:
-        raise DcrisError(f"the protocol {name} has fewer than two metrics; add one, such as MIOU")
+        raise DcrisError(f"the protocol {name} has fewer than two metrics; give it two or more")
     for key in keys:
         if keys.count(key) > 1 or key in RESULT_FIELDS:
             what = "a field of results" if key in RESULT_FIELDS else "the key of another of its metrics"
