@@ -110,7 +110,7 @@ def test_a_model_is_evaluated_by_its_metrics(
         ("bilinear", (MIOU,), "has fewer than two metrics"),
         ("bilinear", (MIOU, Metric("miou", "Other", _dice)), "has a metric 'miou', which is the key of another"),
         ("bilinear", (MIOU, Metric("precision", "Precision", _dice)), "has a metric 'precision', which is a field"),
-        ("other", Bilinear.metrics, "calls itself 'other'"),
+        ("other", Bilinear.metrics, "has the name 'other'"),
     ],
 )
 def test_a_protocol_that_would_lose_scores_is_refused(

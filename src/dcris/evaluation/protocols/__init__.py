@@ -88,7 +88,7 @@ def _check(name: str, protocol: Protocol) -> None:
     """Raise DcrisError where results could not hold the scores of a protocol, and name it."""
     keys = [metric.key for metric in protocol.metrics]
     if protocol.name != name:
-        raise DcrisError(f"the protocol {name} calls itself {protocol.name!r}; give its class and its entry one name")
+        raise DcrisError(f"the protocol {name} has the name {protocol.name!r}; give its class and its entry one name")
     if len(keys) < 2:
         raise DcrisError(f"the protocol {name} has fewer than two metrics; give it two or more")
     for key in keys:
