@@ -30,7 +30,7 @@ import numpy as np
 from dcris.data.dataset import Queries
 from dcris.data.images import binary_mask
 from dcris.data.masks import decode_mask, encode_mask
-from dcris.data.table import bad, field
+from dcris.data.table import bad, field, located
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import overlap, with_boundary
@@ -167,10 +167,8 @@ class _Records(PredictedMasks):
         return self._decode(record["compared"], (protocol.canvas, protocol.canvas), where, "compared")
 
     def _decode(self, segmentation: Any, size: tuple[int, int], where: str, name: str) -> MaskArray:
-        try:
+        with located(self.path, f"{where} has a '{name}' that cannot be decoded"):
             return decode_mask(segmentation, size).astype(bool)
-        except DcrisError as error:
-            raise bad(self.path, f"{where} has a '{name}' that cannot be decoded ({error})") from error
 
     def confidence(self, key: Key, kind: str) -> float | None:
         where, record = self.records[key]

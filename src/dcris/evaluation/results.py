@@ -20,7 +20,7 @@ from typing import Any
 from dcris.data.dataset import Queries
 from dcris.data.images import MAX_PIXELS
 from dcris.data.masks import validate_segmentation
-from dcris.data.table import bad, field, finite_number, short_text, shown
+from dcris.data.table import bad, field, finite_number, located, short_text, shown
 from dcris.errors import DcrisError
 from dcris.evaluation.evaluator import EvalResult
 from dcris.evaluation.metrics import CURVE_THRESHOLDS, Overlap
@@ -199,10 +199,8 @@ def _result(
     mask = record.get("segmentation")
     if type(mask) is not dict:
         raise bad(path, f"{where} has no 'segmentation' in run lengths")
-    try:
+    with located(path, f"{where} has a 'segmentation' that cannot be decoded"):
         validate_segmentation(mask, reference.image_size)
-    except DcrisError as error:
-        raise bad(path, f"{where} has a 'segmentation' that cannot be decoded ({error})") from error
     present, score = (probability(record, key, path, where) for key in ("present", "score"))
 
     def read(counts: Any) -> Overlap:
