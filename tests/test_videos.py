@@ -208,12 +208,14 @@ def test_malformed_expressions_give_one_sentence(
 _ANY_TEXT = st.text(st.characters(max_codepoint=255, exclude_characters="\n\r\x1a"), min_size=1, max_size=20)
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
+def _as_read(text: str) -> str:
+    """A text with its white space as one space. To `str.split`, Latin-1's 0x85 is white space,
+    though cleaning sees the three dots of Windows-1252 in it."""
+    return " ".join(f'"{text}"'.split())[1:-1]
 
 
 @given(
-    texts=st.lists(_ANY_TEXT.filter(lambda text: not is_blank(text)), min_size=4, max_size=48),
+    texts=st.lists(_ANY_TEXT.filter(lambda text: not is_blank(_as_read(text))), min_size=4, max_size=48),
     random=st.randoms(use_true_random=False),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -232,7 +234,7 @@ def test_any_texts_of_davis_are_read(texts: list[str], random: Random, tmp_path:
             assume(content.decode() == "\r\n".join(lines))
         (root / f"ref-davis/davis_text_annotations/Davis17_{name}.txt").write_bytes(content)
     found = load_videos(root, "ref_davis17", "valid").expressions
-    assert [each.text for each in found] == [_words(f'"{text}"')[1:-1] for text in texts[: 4 * objects]]
+    assert [each.text for each in found] == [_as_read(text) for text in texts[: 4 * objects]]
     assert [int(each.objects[0]) for each in found] == [1 + number // 4 for number in range(4 * objects)]
 
 
