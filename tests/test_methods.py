@@ -392,6 +392,24 @@ def test_compacter_is_sums_of_kronecker_products() -> None:
         assert not torch.equal(later(y, y, y, SlotContext()), before(y, y, y, SlotContext()))
 
 
+def test_compacter_starts_as_published() -> None:
+    """Factors are uniform with gain sqrt(2), as in the authors' hypercomplex/inits.py, the rule has
+    the deviation of their configuration; `norms` trains the layer norms."""
+    torch.manual_seed(0)
+    adapter = CompacterAdapter(768, CompacterConfig(), None)
+    assert adapter.rule.std().item() == pytest.approx(1e-4, rel=0.3)
+    for layer in (adapter.down, adapter.up):
+        for factors in (layer.left, layer.right):
+            limit = (2 * 6 / sum(factors.shape[1:])) ** 0.5
+            assert factors.abs().max().item() == pytest.approx(limit, rel=0.02)
+            assert factors.std().item() == pytest.approx(limit / 3**0.5, rel=0.03)
+        assert not layer.bias.any()
+    method = CompacterConfig(norms=True)
+    assert method.trains("vision.blocks.0.norm1.weight")
+    assert not method.trains("vision.blocks.0.mlp.fc1.weight")
+    assert not CompacterConfig().trains("vision.blocks.0.norm1.weight")
+
+
 def test_compacter_says_what_does_not_divide() -> None:
     """A width that cannot be divided is an error of the configuration."""
     with pytest.raises(DcrisError, match=r"method\.width 50 must be a multiple of method\.terms 4"):

@@ -374,7 +374,7 @@ _ON_TINY: dict[str, tuple[MethodConfig | None, str]] = {
     ),
     "adaptformer": (AdaptFormerConfig(width=24, dropout=0.0), "AdaptFormer in the tiny encoders."),
     "compacter": (
-        CompacterConfig(width=52, rank=5, zero_init=True),
+        CompacterConfig(width=52, rank=5, rule_deviation=0.01, zero_init=True),
         "Compacter in the tiny encoders, started as the identity.",
     ),
     "lora": (LoraConfig(vision_rank=9, text_rank=6), "LoRA in the tiny encoders."),
@@ -401,7 +401,7 @@ _ON_PHOTOS: dict[str, tuple[MethodConfig | None, str]] = {
     ),
     "adaptformer": (AdaptFormerConfig(width=32, dropout=0.0), "AdaptFormer in the encoders from PyPI."),
     "compacter": (
-        CompacterConfig(width=96, rank=8, zero_init=True),
+        CompacterConfig(width=96, rank=8, rule_deviation=0.01, zero_init=True),
         "Compacter in the encoders from PyPI; in the vision encoder one in each block that can have one.",
     ),
     "lora": (

@@ -28,7 +28,11 @@ class AdaptFormerConfig(MethodConfig):
 
 
 class ParallelAdapter(BranchSlot):
-    """MLP(LN(x)) + scale * up(ReLU(down(LN(x)))). The up-projection starts at zero."""
+    """MLP(LN(x)) + scale * up(ReLU(down(LN(x)))). The up-projection starts at zero.
+
+    This is the paper's equation. The published code (models/custom_modules.py) gives the adapter x
+    itself.
+    """
 
     def __init__(self, width: int, config: AdaptFormerConfig) -> None:
         super().__init__()

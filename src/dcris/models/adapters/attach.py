@@ -4,6 +4,7 @@ Everything that a method adds to a tower is in a slot (dcris.models.encoders.blo
 of its weights contain `_slot.`, and those of the tower's own weights do not.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -31,6 +32,11 @@ def attach_everywhere(towers: Iterable[Any], place: Place, make: Callable[[int],
 def adapters(tower: nn.Module) -> list[Slot]:
     """Return the adapters of a tower in the order in which they run, without empty slots."""
     return [module for module in tower.modules() if isinstance(module, Slot) and not isinstance(module, EmptySlot)]
+
+
+def is_layer_norm(name: str) -> bool:
+    """Return whether a tower's own weight of this name belongs to a layer norm."""
+    return re.search(r"norm[12]?\.(weight|bias)$", name) is not None
 
 
 def freeze(tower: nn.Module, trains: Callable[[str], bool] = lambda name: False) -> None:

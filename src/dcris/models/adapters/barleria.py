@@ -153,7 +153,12 @@ class BarleriaBridge(Bridge):
         text_state: TextState,
         feature_layers: Collection[int],
     ) -> Fused:
-        """Insert the words behind the prefix tokens; run both towers and the side network."""
+        """Insert the words behind the prefix tokens; run both towers and the side network.
+
+        Padding tokens are words here, as in the published code: in the vision tower
+        (model/intertwiner.py, whose blocks have no mask), and in the side network's attention and
+        mean word (model/side_adapter/side_adapter.py).
+        """
         assert isinstance(state, BarleriaState) and state.side_patches is not None
         words, prefix = self.words_in(text_state.tokens), state.num_prefix_tokens
         tokens = torch.cat((state.tokens[:, :prefix], words, state.tokens[:, prefix:]), dim=1)

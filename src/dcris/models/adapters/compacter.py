@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcris.config import VISION_FAMILIES, MethodConfig, ModelConfig, Width
+from dcris.config import VISION_FAMILIES, MethodConfig, ModelConfig, Positive, Width
+from dcris.models.adapters.attach import is_layer_norm
 from dcris.models.encoders.blocks import BranchSlot, Place, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
@@ -28,6 +29,11 @@ class CompacterConfig(MethodConfig):
     rank: Width = 16
     terms: Annotated[int, Field(gt=0, le=64, strict=True)] = 4
     """n. The widths of the towers' blocks and `width` must be multiples of it."""
+    norms: bool = False
+    """Train the towers' layer norms too, as the source does."""
+    rule_deviation: Positive = 1e-4
+    """Standard deviation of the shared rule at the start, as in configs/compacter.json of the
+    source."""
     zero_init: bool = False
     """Start the up-projection at zero, so that the tower starts exactly, not approximately, as the
     plain one."""
@@ -56,6 +62,10 @@ class CompacterConfig(MethodConfig):
                     first = first or adapter
                     block.put(place, adapter)
 
+    def trains(self, name: str) -> bool:
+        """Return whether the weight belongs to a layer norm, if `norms` is set."""
+        return self.norms and is_layer_norm(name)
+
 
 class HypercomplexLinear(nn.Module):
     """y = x H + b with H [inputs, outputs] = sum over i of A_i (x) (S_i T_i); A is the rule that
@@ -68,7 +78,7 @@ class HypercomplexLinear(nn.Module):
         self.right = nn.Parameter(torch.empty(terms, rank, outputs // terms))
         self.bias = nn.Parameter(torch.zeros(outputs))
         for factor in (*self.left, *self.right):
-            nn.init.xavier_uniform_(factor)
+            nn.init.xavier_uniform_(factor, gain=2**0.5)  # the source's "glorot-uniform"
 
     def forward(self, x: Tensor, rule: Tensor) -> Tensor:
         """[B, P, inputs] and the rule A [n, n, n] -> [B, P, outputs]."""
@@ -88,7 +98,7 @@ class CompacterAdapter(BranchSlot):
         self._first = () if first is None else (first,)
         if first is None:
             self.rule = nn.Parameter(torch.empty(config.terms, config.terms, config.terms))
-            nn.init.normal_(self.rule, std=0.01)
+            nn.init.normal_(self.rule, std=config.rule_deviation)
         self.down = HypercomplexLinear(width, config.width, config.rank, config.terms)
         self.up = HypercomplexLinear(config.width, width, config.rank, config.terms)
         if config.zero_init:

@@ -87,7 +87,8 @@ class Stage(nn.Module):
 
         Args:
             patches: [B, D, h, w].
-            words: [B, L, T]; padding tokens take part, as in the published code.
+            words: [B, L, T]; padding tokens take part in both attentions and are changed, as in the
+                published code (Bridger_ViT in model/bridger.py gives InteractorT no mask).
             previous: [B, N, d] and [B, L, d], the inputs of the previous stage's attentions; None
                 in the first stage.
         """

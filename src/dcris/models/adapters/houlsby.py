@@ -4,7 +4,6 @@ of every block.
 Shape letters: B batch, P tokens, D tower width.
 """
 
-import re
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcris.config import MethodConfig, Width
-from dcris.models.adapters.attach import attach_everywhere
+from dcris.models.adapters.attach import attach_everywhere, is_layer_norm
 from dcris.models.encoders.blocks import BranchSlot, Place, SlotContext
 
 _PLACES: tuple[Place, Place] = ("attention_slot", "mlp_slot")
@@ -40,7 +39,7 @@ class HoulsbyConfig(MethodConfig):
 
     def trains(self, name: str) -> bool:
         """Return whether the weight belongs to a layer norm, if `norms` is set."""
-        return self.norms and re.search(r"norm[12]?\.(weight|bias)$", name) is not None
+        return self.norms and is_layer_norm(name)
 
 
 class HoulsbyAdapter(BranchSlot):
@@ -50,7 +49,9 @@ class HoulsbyAdapter(BranchSlot):
         super().__init__()
         self.down = nn.Linear(width, config.width)
         self.up = nn.Linear(config.width, width)
-        for linear in (self.down, self.up):  # so small that the adapter starts near the identity, as in the source
+        # So small that the adapter starts near the identity, as in the paper (section 3.6). The
+        # default of the authors' code is a tenth of it.
+        for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
             nn.init.zeros_(linear.bias)
         if config.zero_init:
