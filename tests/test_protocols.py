@@ -74,7 +74,8 @@ def slow_lavt(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.nd
 
 
 def slow_cgformer(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    return resized(torch.sigmoid(logits), truth.shape, "bicubic", True).numpy() - 0.5, truth
+    square = resized(logits, (side, side), "bilinear", True)
+    return resized(torch.sigmoid(square), truth.shape, "bicubic", True).numpy() - 0.5, truth
 
 
 def slow_refer(logits: torch.Tensor, truth: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:

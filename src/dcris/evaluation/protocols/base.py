@@ -30,7 +30,8 @@ class Protocol(ABC):
     """How a family of methods is evaluated: transform, resampling, threshold and metrics.
 
     Every interpolation from the logit grid to the compared pixels is linear and separable. A
-    protocol states it as two matrices (`resampling`), one for the rows and one for the columns.
+    protocol states it as two matrices (`resampling`), one for the rows and one for the columns. One
+    that interpolates both logits and probabilities overrides `probabilities`.
     """
 
     threshold: float
