@@ -15,10 +15,11 @@ from dcris.evaluation.resampling import Floats, resize_matrix
 class CgFormer(Protocol):
     """Protocol of CGFormer: bicubic probabilities at the image's own size, threshold 0.5.
 
-    Logits are first interpolated bilinearly to the network's input square, with corners aligned, in
-    CGFormer by the network itself. Its masks are those of CRIS, in which a pixel in two polygons is 254 instead of 255, and are cut
-    to whole numbers after a division by 255. Source: inference in engine/engine.py,
-    model/segmenter.py and utils/dataset.py of CGFormer; tools/data_process.py of CRIS.
+    CGFormer's network itself interpolates logits to its input square, bilinearly with corners
+    aligned, so that comes first. Its masks are those of CRIS, in which a pixel in two polygons is
+    254 instead of 255, and are cut to whole numbers after a division by 255. Source:
+    model/segmenter.py, inference in engine/engine.py and utils/dataset.py of CGFormer;
+    tools/data_process.py of CRIS.
     """
 
     threshold: float = 0.5
