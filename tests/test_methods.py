@@ -323,9 +323,7 @@ def test_houlsby_is_a_bottleneck_in_series() -> None:
 
 
 def test_houlsby_starts_nearly_as_the_identity() -> None:
-    """It starts within a hundredth of the identity, as in the source; `norms` trains the layer
-    norms.
-    """
+    """It starts within two hundredths of the identity; `norms` trains the layer norms."""
     adapter, x = HoulsbyAdapter(128, HoulsbyConfig()), torch.randn(2, 7, 128)
     assert 0 < error(adapter(x, x, x, SlotContext()), x) < 0.02
     config = get_recipe("dcris_tiny").model.model_copy(update={"method": HoulsbyConfig(norms=True)})

@@ -49,8 +49,8 @@ class HoulsbyAdapter(BranchSlot):
         super().__init__()
         self.down = nn.Linear(width, config.width)
         self.up = nn.Linear(config.width, width)
-        # So small that the adapter starts near the identity, as in the paper (section 3.6). The
-        # default of the authors' code is a tenth of it.
+        # So small that the adapter starts near the identity. The default of the authors' code
+        # (modeling.py of adapter-bert) is a tenth of it.
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
             nn.init.zeros_(linear.bias)
