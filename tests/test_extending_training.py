@@ -143,6 +143,43 @@ def test_a_run_with_both_resumes_exactly(scenes_root: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        pytest.param(
+            lambda logits, masks: (logits - masks).square().mean((1, 2, 3)), "a tensor [4]", id="one a sample"
+        ),
+        pytest.param(lambda logits, masks: logits.detach().square().mean(), "a constant", id="without a gradient"),
+        pytest.param(lambda logits, masks: logits.square().mean().item(), "of type float", id="a number"),
+        pytest.param(lambda logits, masks: None, "None", id="nothing"),
+    ],
+)
+def test_a_loss_that_cannot_be_added_is_refused(
+    loss: Any,
+    found: str,
+    monkeypatch: pytest.MonkeyPatch,
+    scenes_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a gradient it would be logged and train nothing; torch refuses the others."""
+    monkeypatch.setitem(LOSSES, "own", loss)
+    command = ["train", "dcris_tiny", "--data", str(scenes_root), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*command, '--train.losses={"own": 0.5}', "--train.batch_size=4"]) == 2
+    said = capsys.readouterr().err
+    assert "the loss own must be a tensor without dimensions" in said
+    assert said.endswith(f"not {found}\n") and "Traceback" not in said
+
+
+def test_a_loss_may_be_zero_without_a_gradient(
+    monkeypatch: pytest.MonkeyPatch, scenes_root: Path, tmp_path: Path
+) -> None:
+    """As for a batch without what it is about."""
+    monkeypatch.setitem(LOSSES, "own", lambda logits, masks: torch.zeros(()))
+    run_training(quick_config(1, EVERY_STEP, ("train.losses", '{"own": 1}')), scenes_root, tmp_path / "run")
+    assert read_log(tmp_path / "run")[0]["loss_own"] == 0
+
+
+@pytest.mark.parametrize(
     ("setting", "words"),
     [
         ('train.losses={"dcie": 1}', "train.losses: unknown name 'dcie'; use one of dice, mean_logit"),

@@ -168,7 +168,7 @@ def test_the_teacher_gets_no_gradient_and_absent_objects_teach_nothing() -> None
     masks = torch.ones(2, 1, 8, 8)
     masks[1] = 0
     settings = TrainConfig(losses={"dice": 0.5})
-    aside = {"aside": torch.tensor(3.0)}
+    aside = {"aside": torch.tensor(3.0, requires_grad=True)}
     plain = masked_losses(Output(masked, None, aside), Output(clean, None, {}), masks, settings)
     assert plain.keys() == {"masked", "aside"}
     plain["masked"].backward()

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcris.config import MaskTarget, TrainConfig
+from dcris.errors import DcrisError
 from dcris.evaluation.protocols import Cris
 from dcris.models.segmentation import Output
+from dcris.utils.arguments import kind_of
 
 _NOTHING = -40.0
 """Logit whose loss against an empty mask, and its gradient, are 0 in float32."""
@@ -144,7 +146,7 @@ def training_losses(output: Output, masks: Tensor, settings: TrainConfig) -> dic
     terms = _mask_losses(logits, resized, settings)
     if output.presence is not None:
         terms["presence"] = settings.presence * presence_loss(output.presence, masks)
-    return terms | output.losses
+    return terms | _auxiliary_losses(output)
 
 
 def masked_losses(output: Output, clean: Output, masks: Tensor, settings: TrainConfig) -> dict[str, Tensor]:
@@ -163,7 +165,7 @@ def masked_losses(output: Output, clean: Output, masks: Tensor, settings: TrainC
     """
     taught, teacher = _taught_logits(output, masks), _taught_logits(clean, masks)
     terms = _mask_losses(taught, teacher.detach().float().sigmoid(), settings)
-    return {"masked": torch.stack([*terms.values()]).sum()} | output.losses
+    return {"masked": torch.stack([*terms.values()]).sum()} | _auxiliary_losses(output)
 
 
 def _taught_logits(output: Output, masks: Tensor) -> Tensor:
@@ -183,4 +185,33 @@ def _mask_losses(logits: Tensor, masks: Tensor, settings: TrainConfig) -> dict[s
     Both tensors are on the grid of the logits.
     """
     terms = {"text_to_pixel": text_to_pixel_loss(logits, masks)}
-    return terms | {name: weight * LOSSES[name](logits, masks) for name, weight in settings.losses.items()}
+    for name, weight in settings.losses.items():
+        terms[name] = weight * _checked(f"the loss {name}", LOSSES[name](logits, masks), logits)
+    return terms
+
+
+def _auxiliary_losses(output: Output) -> dict[str, Tensor]:
+    return {
+        name: _checked(f"the loss {name} of the method", loss, output.logits) for name, loss in output.losses.items()
+    }
+
+
+def _checked(what: str, loss: object, logits: Tensor) -> Tensor:
+    """Return a loss that an extension returned.
+
+    Raises:
+        DcrisError: it is no scalar, or a number other than 0 from which no gradient reaches the
+            network: it would be logged and train nothing.
+    """
+    if not isinstance(loss, Tensor):
+        found = kind_of(loss)
+    elif loss.ndim:
+        found = f"a tensor {list(loss.shape)}"
+    elif logits.requires_grad and not loss.requires_grad and loss != 0:
+        found = "a constant"
+    else:
+        return loss
+    raise DcrisError(
+        f"{what} must be a tensor without dimensions, the mean over the batch, that operations of torch compute from what the "
+        f"network predicts, not {found}"
+    )
