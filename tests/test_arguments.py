@@ -107,6 +107,12 @@ CALLS: dict[str, Call] = {
         for value in ("nonsense", "half", torch.float32, 16, [])
     },
     "no model": lambda s: Segmenter(None, s.config),
+    **{
+        f"weights in {dtype}": lambda s, dtype=dtype: Segmenter(
+            copy.deepcopy(s.model).to(dtype), s.config, device="cpu"
+        )
+        for dtype in (torch.float16, torch.float64)
+    },
     "no configuration": lambda s: Segmenter(s.model, None),
     "adapters without a name": lambda s: s.add_adapters(None, "run"),
     "adapters of nothing": lambda s: s.add_adapters("b", None),

@@ -51,7 +51,7 @@ from dcris.models.encoders.vit import VisionState
 from dcris.models.optimize import CastWeights
 from dcris.models.segmentation import ReferringSegmenter, presence_probabilities
 from dcris.utils.arguments import PathLike, Precision, Refinement, as_path, kind_of, require, require_number
-from dcris.utils.device import autocast, choose_device, choose_precision, precision_of
+from dcris.utils.device import autocast, choose_device, choose_precision, precision_of, working_dtype
 from dcris.utils.http import is_url
 from dcris.utils.hub import push
 from dcris.utils.streams import counted
@@ -150,7 +150,8 @@ class Segmenter:
         towers: from identify_towers; computed when they are needed.
 
     Raises:
-        DcrisError: an argument has the wrong type, or there is no such device or precision.
+        DcrisError: an argument has the wrong type, there is no such device or precision, or the
+            weights are neither in float32 nor in that precision.
     """
 
     def __init__(
@@ -188,6 +189,13 @@ class Segmenter:
         self._sets: Mapping[str, _Set] = {name: self._prepared(*each) for name, each in sets.items()}
 
     def _prepared(self, model: ReferringSegmenter, config: RunConfig) -> _Set:
+        working = working_dtype(self.dtype, self.device)
+        for name, weight in model.named_parameters():
+            if weight.dtype not in (torch.float32, working):
+                raise DcrisError(
+                    f"the weight {name} of the model is {weight.dtype}, which cannot be computed with in {working}; leave the "
+                    "model in torch.float32, and choose the precision of the computation with `precision`"
+                )
         model.to(self.device)
         towers = self._towers if self.dtype == torch.int8 else None
         return _Set(prepared(model, config, self.dtype, self._cast_weights, towers), config, model)
