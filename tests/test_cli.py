@@ -28,9 +28,11 @@ from dcris.cli.train import configuration
 from dcris.config import load_config
 from dcris.data.scenes import write_scenes
 from dcris.errors import DcrisError
+from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer
+from dcris.utils.device import shapes_only
 from runs import assert_same_run, leftovers, small_recipe
 
 COMMANDS = [
@@ -695,18 +697,22 @@ def test_an_option_and_a_setting_that_differ_are_refused(
         pytest.param(tuple(RECIPES), marks=pytest.mark.slow, id="all"),
     ],
 )
-def test_recipes(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With exact numbers, for each of which a network is built."""
-    for name in RECIPES.keys() - set(names):
-        monkeypatch.delitem(RECIPES, name)
+def test_recipes(names: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """With exact numbers; `python tools/list_recipes.py` writes the list."""
     assert dcris("recipes", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert tuple(rows) == names
+    assert {name: row["summary"] for name, row in rows.items()} == {
+        name: each.summary for name, each in RECIPES.items()
+    }
+    for name in names:
+        with shapes_only():
+            counts = ReferringSegmenter(RECIPES[name].config.model).count_weights()
+        assert {key: rows[name][key] for key in ("adapters", "head", "frozen")} == counts, name
     assert rows["dcris_tiny"]["adapters"] > 0 == rows["fixed_tiny"]["adapters"]
     assert dcris("recipes") == 0
     printed = capsys.readouterr().out
     assert f"{rows['dcris_b']['adapters']:,}" in printed
-    assert len({len(line) for line in printed.splitlines() if line.startswith(("recipe ", *names))}) == 1  # aligned
+    assert len({len(line) for line in printed.splitlines() if line.startswith(("recipe ", *rows))}) == 1  # aligned
     assert dcris("recipes", "--show", "dcris_tiny") == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "dcris_tiny"
 
@@ -715,9 +721,10 @@ def in_a_process(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_help_is_quick() -> None:
+@pytest.mark.parametrize("word", ["--help", "recipes"])
+def test_help_is_quick(word: str) -> None:
     """It imports neither torch nor numpy, which takes seconds on a cold disk."""
-    code = "import sys; from dcris.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = f"import sys; from dcris.cli import main\ntry: main([{word!r}])\nexcept SystemExit: pass\n"
     done = in_a_process("-c", code + "print({'torch', 'numpy', 'cv2', 'PIL', 'pydantic'} & set(sys.modules))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("set()\n")

@@ -1,5 +1,5 @@
 """Files that the package carries; NOTICE states their sources and licences.
 
-The tiny towers' weights and vocabulary, the models "photos" and "tiny", and three example
-photographs.
+The tiny towers' weights and vocabulary, the models "photos" and "tiny", three example photographs,
+and the list of recipes.
 """

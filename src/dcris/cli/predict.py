@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -340,28 +341,20 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from dcris.recipes import RECIPES, get_recipe
-
     if args.show is not None:
+        from dcris.recipes import get_recipe
+
         output(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
         return
-    from dcris.models.segmentation import ReferringSegmenter
-    from dcris.utils.device import shapes_only
-
-    counts: dict[str, dict[str, int]] = {}
-    rows = []
-    for name, recipe in RECIPES.items():
-        network = recipe.config.model.model_dump_json()  # recipes for several data sets have the same
-        if network not in counts:
-            with shapes_only():
-                counts[network] = ReferringSegmenter(recipe.config.model).count_weights()
-        rows.append({"name": name, **counts[network]})
+    # Counting the weights means importing torch and building each network, which takes seconds.
+    text = resources.files("dcris").joinpath("assets", "recipes.json").read_text(encoding="utf-8")
     if args.json:
-        output(json.dumps(rows, indent=2))
+        output(text.rstrip())
         return
-    width = max(map(len, RECIPES))
+    rows = json.loads(text)
+    width = max(len(row["name"]) for row in rows)
     output(f"{'recipe':<{width}}{'adapters':>13}{'head':>14}{'frozen':>14}")
-    for row, recipe in zip(rows, RECIPES.values(), strict=True):
+    for row in rows:
         output(f"{row['name']:<{width}}{row['adapters']:>13,}{row['head']:>14,}{row['frozen']:>14,}")
-        output(f"    {recipe.summary}")
+        output(f"    {row['summary']}")
     log("Train one with: dcris train RECIPE --data ROOT --out DIR. Adapters: all trained weights except the head.")
