@@ -745,6 +745,14 @@ def test_commands_on_data_are_quick(tmp_path: Path) -> None:
     assert done.stdout.endswith("set()\n")
 
 
+def test_a_missing_image_is_quick() -> None:
+    """A mistake in the name of a file does not wait for torch."""
+    code = "import sys; from dcris.cli import main; main(['predict', 'photos', 'nowhere.jpg', '-e', 'cup'])\n"
+    done = in_a_process("-c", code + "print({'torch'} & set(sys.modules))")
+    assert "nowhere.jpg" in done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
 def test_exit_codes_reach_the_shell(trained_run: Path, photo: Path, tmp_path: Path) -> None:
     """Through `python -m dcris`: 0 with nothing on standard error, 2 with one line."""
     command = ("-m", "dcris", "predict", str(trained_run), str(photo), "--out", str(tmp_path / "out"))

@@ -188,13 +188,7 @@ def _predict(args: argparse.Namespace) -> None:
     if args.pairs is None and not args.expression and args.phrases is None:
         raise DcrisError("no phrase was given; add one with -e, several with --phrases, or a list with --pairs")
 
-    from datetime import timedelta
-
-    from dcris.checkpoints.checkpoint import find_checkpoint
-    from dcris.checkpoints.resolve import locate
-    from dcris.inference.batch import IMAGE_FORMATS, LOCAL_FILES, BatchOptions, finished_results
     from dcris.inference.inputs import find_tasks, read_pairs, read_phrases
-    from dcris.utils.distributed import processes
 
     def say(text: str) -> None:
         """Print one line, also where the name of a file has several."""
@@ -206,6 +200,15 @@ def _predict(args: argparse.Namespace) -> None:
     else:
         phrases = [*(args.expression or ()), *(read_phrases(args.phrases) if args.phrases is not None else ())]
         tasks = find_tasks(args.images, phrases, out=args.out, recursive=args.recursive, on_skipped=notes.append)
+
+    # These import torch, for which an error in the files above should not wait.
+    from datetime import timedelta
+
+    from dcris.checkpoints.checkpoint import find_checkpoint
+    from dcris.checkpoints.resolve import locate
+    from dcris.inference.batch import IMAGE_FORMATS, LOCAL_FILES, BatchOptions, finished_results
+    from dcris.utils.distributed import processes
+
     options = BatchOptions(
         formats=args.format,
         threshold=_threshold(args.threshold),
