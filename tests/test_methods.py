@@ -278,6 +278,8 @@ def test_folded_into_the_towers_it_answers_the_same(method: str, tmp_path: Path)
     again = Segmenter.from_pretrained(tmp_path / "merged", device="cpu")
     assert torch.equal(again.model(PIXELS, PHRASES)[0], merged.model(PIXELS, PHRASES)[0])
     assert again.config.model.method is None
+    with pytest.raises(DcrisError, match="to train further, start from the checkpoint that was merged"):
+        build_model(again.config)
 
 
 @every_method

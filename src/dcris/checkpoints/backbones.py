@@ -26,7 +26,7 @@ from dcris.errors import DcrisError
 from dcris.models.encoders.families import KeyMapping, TowerFamily
 from dcris.models.encoders.text import TextTower
 from dcris.models.encoders.vit import VisionTower, interpolate_positions
-from dcris.models.segmentation import ReferringSegmenter
+from dcris.models.segmentation import MERGED, ReferringSegmenter
 from dcris.utils.cache import FileState, file_state
 from dcris.utils.hub import fetch
 from dcris.utils.wheels import WheelFile
@@ -87,6 +87,11 @@ def fill_tower(tower: VisionTower | TextTower, name: str, revision: str = "main"
     elif Path(name).is_file():
         path = Path(name)
         tower.source = {"source": path.name}
+    elif name == MERGED:
+        raise DcrisError(
+            "the weights of merged encoders are in the saved model only, and `dcris train` cannot start from them; to train "
+            "further, start from the checkpoint that was merged; to use the model, copy its whole folder"
+        )
     else:
         known = ", ".join((*published, *_EMBEDDED))
         raise DcrisError(f"there are no weights {name!r}; give a file or one of {known}")

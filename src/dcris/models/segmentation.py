@@ -22,6 +22,10 @@ from dcris.models.head.presence import PresenceHead
 from dcris.models.head.projector import Projector
 from dcris.utils.device import autocast
 
+MERGED = "merged"
+"""Name of encoders with a trained method folded into them, whose weights are saved with the model.
+"""
+
 
 class Output(NamedTuple):
     """What the network computes for B pairs of an image and an expression."""
@@ -158,7 +162,7 @@ class ReferringSegmenter(nn.Module):
                 f"the method {method.name} cannot be folded into the encoders; methods that can be: {known}"
             )
         copy = deepcopy(self)
-        vision, text = (part.model_copy(update={"name": "merged"}) for part in (self.config.vision, self.config.text))
+        vision, text = (part.model_copy(update={"name": MERGED}) for part in (self.config.vision, self.config.text))
         copy.config = self.config.model_copy(update={"method": None, "vision": vision, "text": text})
         for tower, config in ((copy.vision, vision), (copy.text, text)):
             fold(tower)
