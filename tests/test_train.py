@@ -602,7 +602,7 @@ MODEL = "model.safetensors"
         (lambda at: flip(at / "config.json"), r"config\.json does not match its checksum"),
         (lambda at: (at / MODEL).write_bytes(b""), r"model\.safetensors does not match its checksum"),
         (lambda at: (at / MODEL).unlink(), r"no file .*model\.safetensors|no checkpoint"),
-        (lambda at: (at / "config.json").unlink(), r"has no file .*config\.json"),
+        (lambda at: (at / "config.json").unlink(), r"there is no file .*config\.json"),
         (lambda at: cut(at / "config.json"), r"config\.json does not match its checksum"),
         (lambda at: unsealed(at, (at / "config.json").unlink), r"configuration is missing: .*config\.json"),
         (lambda at: unsealed(at, lambda: cut(at / "config.json")), r"config\.json, is not valid JSON"),

@@ -53,6 +53,7 @@ from dcris.utils.device import allocate, shapes_only
 from dcris.utils.files import (
     parse_json,
     read_json,
+    reading,
     remove_directory,
     remove_partial,
     sha256_of,
@@ -199,12 +200,8 @@ def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    try:
+    with reading(path, "copy the checkpoint again or use another one"):
         return sha256_of(path)
-    except FileNotFoundError as error:
-        raise DcrisError(f"the checkpoint has no file {path}; copy it again or use another one") from error
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def save_whole(

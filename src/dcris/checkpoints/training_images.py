@@ -18,7 +18,7 @@ from pathlib import Path
 from dcris.data.coco import coco_number
 from dcris.errors import DcrisError
 from dcris.types import Reference
-from dcris.utils.files import open_regular, read_bytes
+from dcris.utils.files import open_regular, read_bytes, reading
 
 FILE = "training_images.bin"
 
@@ -75,11 +75,8 @@ def read_images(checkpoint: Path) -> Images:
     path = next((place / FILE for place in places if (place / FILE).exists()), None)
     if path is None:
         return frozenset()
-    try:
-        content = read_bytes(path, _MAX_BYTES)
-    except OSError as error:
-        raise DcrisError(f"cannot read {path}: {error.strerror or error}") from error
-    return unpack_images(content, path)
+    with reading(path):
+        return unpack_images(read_bytes(path, _MAX_BYTES), path)
 
 
 def unpack_images(content: bytes, path: Path) -> Images:
