@@ -271,6 +271,15 @@ def test_label_studio_gets_tasks_and_an_interface(table: ReferenceTable, tmp_pat
     assert {"tag", "phrase", "image"} == {each.get("name") for each in interface.iter() if each.get("name")}
 
 
+@pytest.mark.parametrize("prefix", ["/static/", "../", "", "https://host/a%20b/"])
+def test_images_are_found_by_relative_addresses(table: ReferenceTable, tmp_path: Path, prefix: str) -> None:
+    """ "images/%C3%A4%202.PNG" of a prefix that is no full address looks like a path."""
+    export_table(table, "label-studio", tmp_path / "out", prefix)
+    import_annotations(tmp_path / "out/tasks.json", tmp_path / "back.jsonl", strict=True, ambiguous="keep")
+    names = {each.image_path.name for each in load_references(tmp_path / "back.jsonl").references}
+    assert "\u00e4 2.PNG" in names
+
+
 @settings(max_examples=60, deadline=None)
 @given(mask=arrays.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
 def test_outlines_cover_exactly_the_mask(mask: Any) -> None:

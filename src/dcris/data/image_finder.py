@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TypeVar
 from unicodedata import normalize
+from urllib.parse import unquote
 
 from dcris.data.images import image_endings, image_size
 from dcris.data.table import inner_path, path_parts, shown
@@ -61,6 +62,15 @@ class ImageFinder:
 
     def _search(self, key: tuple[str, Path]) -> Path:
         name, beside = key
+        # Relative addresses look like paths, but have names such as "red%20cup.jpg".
+        if found := self._look_for(name, beside) or self._look_for(unquote(name), beside):
+            return found
+        raise DcrisError(
+            f"there is no image file {shown(name)} in {self.root}, nor one of its name in a folder below; give the folder of "
+            "the images with --images"
+        )
+
+    def _look_for(self, name: str, beside: Path) -> Path | None:
         if (inner := inner_path(name)) is not None:
             for folder in (self.root,) if self.images else (beside, self.root):
                 path = folder / inner
@@ -71,12 +81,7 @@ class ImageFinder:
         found = self._index().get(last)
         if not found and (upload := _UPLOAD.fullmatch(last)):
             found = self._index().get(upload[1]) or self._by_upload.get(upload[1])
-        if found:
-            return _closest(found, parts, name)
-        raise DcrisError(
-            f"there is no image file {shown(name)} in {self.root}, nor one of its name in a folder below; give the folder of "
-            "the images with --images"
-        )
+        return _closest(found, parts, name) if found else None
 
     def _index(self) -> dict[str, list[Path]]:
         """Return the image files below the folder by their names, with and without endings.
