@@ -1736,9 +1736,9 @@ def test_a_call_killed_after_the_export_does_not_count_as_a_correction(
 
     code = """if True:
         import os
-        from dcris.data import exporter
-        export = exporter.export_table
-        exporter.export_table = lambda *words, **options: (export(*words, **options), os._exit(9))
+        from dcris.inference import data_sets
+        export = data_sets.export_table
+        data_sets.export_table = lambda *words, **options: (export(*words, **options), os._exit(9))
     """
     assert launcher.wait(launcher.start(command, tmp_path / "output.txt", first=code)) == 9
     shutil.copytree(out, tmp_path / "corrected", copy_function=shutil.copy2)

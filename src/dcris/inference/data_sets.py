@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 
+from dcris.data.exporter import export_table
 from dcris.data.table import ReferenceTable
 from dcris.errors import DcrisError
 from dcris.inference.inputs import source_path
@@ -81,8 +82,6 @@ def write_data_set(out: Path, format: str, records: Sequence[Record]) -> str:
         state.model_copy(update={"coming": {**coming, folder.name: written[folder.name]}}).write(out)
 
     if references:
-        from dcris.data.exporter import export_table  # few predictions need the formats of all tools
-
         table = ReferenceTable("predictions", "", out, references)
         export_table(table, TOOLS[format], folder, replace=True, on_written=note)
     elif folder.name in state.folders:
