@@ -111,6 +111,14 @@ def test_a_model_is_evaluated_by_its_metrics(
         ("bilinear", (MIOU, Metric("miou", "Other", _dice)), "has a metric 'miou', which is the key of another"),
         ("bilinear", (MIOU, Metric("precision", "Precision", _dice)), "has a metric 'precision', which is a field"),
         ("other", Bilinear.metrics, "has the name 'other'"),
+        *(
+            ("bilinear", (MIOU, metric), "must compute a number for each expression")
+            for metric in (
+                Metric("mean", "Mean", lambda overlaps: overlaps.iou.mean()),
+                Metric("found", "Found", lambda overlaps: overlaps.iou[overlaps.target]),
+                Metric("odice", "oDice", lambda overlaps: overlaps.iou, lambda overlaps: overlaps.union.sum(axis=0)),
+            )
+        ),
     ],
 )
 def test_a_protocol_that_would_lose_scores_is_refused(
@@ -121,7 +129,7 @@ def test_a_protocol_that_would_lose_scores_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before anything is predicted: of equal keys only one would be in the result."""
+    """Before anything is predicted: one of two equal keys would be lost; a mean has no interval."""
     monkeypatch.setattr(Bilinear, "name", name)
     monkeypatch.setattr(Bilinear, "metrics", metrics)
     assert dcris("evaluate", "tiny") == 2

@@ -5,7 +5,10 @@ The choice of protocol changes scores by points, so results of different protoco
 
 from dataclasses import replace
 
+import numpy as np
+
 from dcris.errors import DcrisError
+from dcris.evaluation.metrics import Overlap, Overlaps
 from dcris.evaluation.none_rules import parse_none_rule
 from dcris.evaluation.protocols.base import Protocol
 from dcris.evaluation.protocols.cgformer import CgFormer
@@ -57,6 +60,12 @@ RESULT_FIELDS = frozenset(_FIELDS.split())
 """What results, and the parts of their analysis, have beside scores."""
 
 
+_EXAMPLE = Overlaps.of(
+    [Overlap(1, 2, True, False, group, 1, 2), Overlap(1, 2, False, True, group, 1, 2)] for group in range(3)
+)
+"""Overlaps [3, 2], on which metrics are tried before hours of computation would be lost."""
+
+
 def get_protocol(name: str, none_rule: str | None = None, boundary: bool = False) -> Protocol:
     """Return the protocol of that name.
 
@@ -95,3 +104,10 @@ def _check(name: str, protocol: Protocol) -> None:
         if keys.count(key) > 1 or key in RESULT_FIELDS:
             what = "a field of results" if key in RESULT_FIELDS else "the key of another of its metrics"
             raise DcrisError(f"the protocol {name} has a metric {key!r}, which is {what}; give it another key")
+    for metric in protocol.metrics:
+        for function in filter(None, (metric.value, metric.weight)):
+            if np.shape(function(_EXAMPLE)) != np.shape(_EXAMPLE.iou):
+                raise DcrisError(
+                    f"the metric {metric.key} of the protocol {name} must compute a number for each expression, from arrays "
+                    "[N] an array [N] and from [N, T] an array [N, T], such as `overlaps.iou`; dcris takes the mean or the sum"
+                )
