@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,9 @@ _SECONDS_BETWEEN_LINES = 30
 
 _LONGEST_LINE = 1000
 """Characters of an error message that are printed."""
+
+_EXAMPLE = "example: "
+"""Beginning of the last line of a command's help."""
 
 Command = Callable[[argparse.Namespace], None]
 CHECKPOINT = (
@@ -153,12 +157,24 @@ def exit_interrupted(stop: Any, again: str = "the same command", quiet: bool = F
     sys.exit(stop.exit_code)
 
 
+class _Help(argparse.HelpFormatter):
+    """argparse's help, in which names with hyphens and commands to copy are not broken."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(_EXAMPLE):
+            return text
+        return textwrap.fill(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors as DcrisError, help written like all other output, no empty paths."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Create a parser as argparse does, whose arguments of the type Path are not empty."""
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"formatter_class": _Help, **options})
         self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -179,8 +195,19 @@ class Parser(argparse.ArgumentParser):
         for word in rest:
             option = word.partition("=")[0]
             if option.startswith("-") and "." not in option:
-                self.error(f"there is no option {option}{did_you_mean(option, self._option_string_actions)}")
+                hint = did_you_mean(option, self._option_string_actions)
+                if not hint and self.get_default("takes_settings"):
+                    hint = "; settings of a recipe are given as --SECTION.FIELD VALUE"
+                self.error(f"there is no option {option}{hint}")
         return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the choice that a mistyped command or value resembles. The wording of argparse's
+        own message depends on the version of Python."""
+        if action.choices is not None and value not in action.choices:
+            names = [str(name) for name in action.choices]
+            hint = did_you_mean(str(value), names) or f" (choose from {', '.join(names)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
 
     def error(self, message: str) -> NoReturn:
         """Raise DcrisError, instead of printing the usage and exiting."""
@@ -218,7 +245,7 @@ def adder(commands: Any, prefix: str) -> Callable[..., argparse.ArgumentParser]:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}. {more}",
-            epilog=f"example: {prefix}{name} {example}",
+            epilog=f"{_EXAMPLE}{prefix}{name} {example}",
             allow_abbrev=False,
         )
         parser.set_defaults(run=run, name=f"{prefix}{name}".removeprefix("dcris "))

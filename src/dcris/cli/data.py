@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     """Add the parsers of the commands in this file."""
     data = commands.add_parser(
-        "data", help="download, check, generate, import and export data sets", allow_abbrev=False
+        "data",
+        help="download, check, generate, import and export data sets",
+        description="Download, check, generate, import and export data sets.",
+        epilog="example: dcris data check my.jsonl",
+        allow_abbrev=False,
     )
     add_data = adder(data.add_subparsers(title="commands", metavar="COMMAND", required=True), "dcris data ")
     fetch = add_data(

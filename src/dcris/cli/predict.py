@@ -33,6 +33,19 @@ if TYPE_CHECKING:
     from dcris.inference.records import Record
     from dcris.utils.distributed import Processes
 
+_FORMATS = (
+    "mask",
+    "annotated",
+    "overlay",
+    "coco",
+    "scores",
+    "cutout",
+    "label-studio",
+    "coco-dataset",
+    "yolo",
+    "labelme",
+)
+
 
 def add(commands: Any) -> None:
     """Add the commands of this file to the parser."""
@@ -80,19 +93,9 @@ def add(commands: Any) -> None:
     predict.add_argument(
         "--format",
         nargs="+",
-        choices=(
-            "mask",
-            "annotated",
-            "overlay",
-            "coco",
-            "scores",
-            "cutout",
-            "label-studio",
-            "coco-dataset",
-            "yolo",
-            "labelme",
-        ),
-        help="files to write (default: mask annotated coco scores; for videos mask overlay coco)",
+        choices=_FORMATS,
+        metavar="FORMAT",
+        help=f"files to write: {', '.join(_FORMATS)} (default: mask annotated coco scores; for videos mask overlay coco)",
     )
     predict.add_argument(
         "--threshold",
