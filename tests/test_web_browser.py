@@ -468,3 +468,41 @@ def test_the_dark_mode(page: Any, site: Site) -> None:
     page.wait_for_selector("body.dark")
     colour = page.locator("#result .empty").evaluate("element => getComputedStyle(element).backgroundColor")
     assert max(int(each) for each in re.findall("[0-9]+", colour)[:3]) < 100
+
+
+LOW_CONTRAST = """() => {
+    const numbers = colour => (([r, g, b, a = 1]) => [r, g, b, a])(colour.match(/[\\d.]+/g).map(Number));
+    const over = (front, back) => [0, 1, 2].map(i => front[i] * front[3] + back[i] * (1 - front[3]));
+    const luminance = colour => colour.map(each => each / 255)
+        .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, each, i) => sum + each * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = element => element
+        ? over(numbers(getComputedStyle(element).backgroundColor), behind(element.parentElement)) : [255, 255, 255];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+    for (let text; text = texts.nextNode();) {
+        const element = text.parentElement, back = behind(element);
+        if (!text.textContent.trim() || !element.checkVisibility() || element.matches("script, style")) continue;
+        const [low, high] = [over(numbers(getComputedStyle(element).color), back), back].map(luminance).sort((a, b) => a - b);
+        if ((high + 0.05) / (low + 0.05) < 4.5) found.push(text.textContent.trim());
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_and_focus(page: Any, site: Site, tmp_path: Path, scheme: str) -> None:
+    """Text has WCAG's contrast of 4.5, and each control shows that it has the keyboard's focus."""
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.reload()
+    page.wait_for_selector("#result .empty")
+    assert page.evaluate(LOW_CONTRAST) == []
+    upload(page, photograph(tmp_path))
+    segment(page, "circle", "the purple elephant at the top of the hill")
+    page.wait_for_selector("#result .legend")
+    page.mouse.move(1, 1)
+    page.wait_for_timeout(500)  # of transitions
+    assert page.evaluate(LOW_CONTRAST) == []
+    page.locator("#phrases textarea").focus()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"

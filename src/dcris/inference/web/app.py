@@ -59,6 +59,19 @@ _CLEANUP_INTERVAL = 60.0
 
 _DOWNLOADS = {"masks.zip": "Masks (zip of PNGs)", "coco.json": "COCO JSON"}
 
+_LEGIBLE = {
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "body_text_color_subdued": "*neutral_500",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "color_accent": "*primary_600",
+    "slider_color": "*primary_600",
+}
+"""Colours of Gradio's theme that had less than WCAG's contrast: 4.5 for text, 3 for controls."""
+
 _templates = Environment(
     loader=PackageLoader("dcris.inference.web"), autoescape=True, trim_blocks=True, undefined=StrictUndefined
 )
@@ -210,7 +223,7 @@ class Page:
                     text = gradio.Textbox(
                         label=f"Phrases, one per line (up to {limits.phrases})",
                         info="Shift+Enter segments",
-                        placeholder="left slice\nthe red cup",
+                        placeholder="left dog\nbicycle",
                         lines=3,
                         max_lines=limits.phrases,
                         elem_id="phrases",
@@ -398,7 +411,7 @@ def _gradio_app(page: "gradio.Blocks", limits: Limits) -> tuple["ASGIApp", froze
 
     theme = gradio.themes.Default(
         primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
-    )
+    ).set(**_LEGIBLE)
     app = gradio.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,
