@@ -1,7 +1,7 @@
 """Segment by phrase with ONNX Runtime: needs an export of dcris, but neither dcris nor torch.
 
 dcris export runs/tiny --out onnx/tiny
-python examples/onnx_segment.py onnx/tiny photo.jpg "left slice" "the red cup"  # photo.0.png ...
+python examples/onnx_segment.py onnx/tiny photo.jpg "left dog" "the red cup"  # photo.0.png ...
 """
 
 import argparse

@@ -55,7 +55,7 @@ def main() -> None:
     one = replace(table, references=tuple(each for each in table.references if len(each.segmentations) == 1))
     _, scores = evaluate_both_ways(model, config, one, "test", device=device)
     path = args.out / "README.md"
-    text = path.read_text(encoding="utf-8").replace("photo.jpg", "scene.jpg").replace("left slice", "left circle")
+    text = path.read_text(encoding="utf-8").replace("photo.jpg", "scene.jpg").replace("left dog", "left circle")
     write_file(path, text.replace("## Licence", card(scores, generalised, config.train.max_steps) + "## Licence"))
     print(json.dumps({name: scores[name] for name in ("miou", "oiou", "prec@0.7", "miou_shuffled", "miou_by_kind")}))
     print(json.dumps(generalised))

@@ -63,7 +63,7 @@ def model_card(
         "from dcris import Segmenter",
         "",
         f'segmenter = Segmenter.from_pretrained("{name}")',
-        'predictions = segmenter.predict("photo.jpg", ["left slice"])',
+        'predictions = segmenter.predict("photo.jpg", ["left dog"])',
         "```",
         "",
         "## Model",

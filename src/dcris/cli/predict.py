@@ -342,7 +342,7 @@ def _convert(args: argparse.Namespace) -> None:
         config = convert_file(file, target, args.word_length, half=args.half)
         log(
             f"{target}: {config.recipe} on {config.data.dataset}, {config.data.word_length} tokens per phrase; "
-            f'next: dcris predict {argument(target)} photo.jpg -e "left slice" --out out'
+            f'next: dcris predict {argument(target)} photo.jpg -e "left dog" --out out'
         )
 
 

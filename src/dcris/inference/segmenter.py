@@ -136,7 +136,7 @@ class Segmenter:
 
     ```python
     segmenter = Segmenter.from_pretrained("runs/quickstart")
-    for prediction in segmenter.predict("photo.jpg", ["left slice", "the red cup"]):
+    for prediction in segmenter.predict("photo.jpg", ["left dog", "the red cup"]):
         print(prediction.phrase, prediction.score, prediction.box)
     ```
 

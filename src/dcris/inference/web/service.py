@@ -138,7 +138,7 @@ class InferenceService:
         """
         phrases = [line.strip() for line in lines if line.strip()]
         if not phrases:
-            raise DcrisError("there is no phrase; enter one, for example: left slice")
+            raise DcrisError("there is no phrase; enter one, for example: left dog")
         if len(phrases) > self.limits.phrases:
             raise DcrisError(f"there are {len(phrases)} phrases; at most {self.limits.phrases} are allowed per request")
         for phrase in phrases:
