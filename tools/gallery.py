@@ -22,7 +22,7 @@ from dcris.data.readers.load import load_references
 from dcris.data.scene_phrases import KINDS
 from dcris.errors import DcrisError
 from dcris.types import Expression, MaskArray, Reference
-from dcris.utils.drawing import PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
+from dcris.utils.drawing import COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR, cell, jpeg_bytes, mask_cell, overlay
 
 SCENES = 3
 FAILURES = {
@@ -33,6 +33,8 @@ FAILURES = {
 """Phrases that `photos` fails at: words that it was not trained on, parts of things, and things
 that are not there."""
 SIDE, GAP, LETTERS = 150, 6, 14
+SHARP = 2  # photographs are stored at twice the size of the page, for screens with small pixels
+PHOTOGRAPH_COLOUR = COLOURS[1]  # orange is that of the astronaut's suit
 DRAWN = 450  # masks are drawn at this size and then reduced to SIDE, for thin smooth contours
 
 
@@ -89,14 +91,15 @@ def photograph(segmenter: Segmenter, path: Path, text: str) -> NDArray[np.uint8]
     """Draw the predicted mask on a photograph, with the expression above and the verdict below."""
     image = read_image(path)
     (prediction,) = segmenter.predict(image, text)
-    drawn = Image.fromarray(overlay(image, prediction.mask, PREDICTION_COLOUR))
-    drawn.thumbnail((SIDE + 4 * GAP, SIDE))
-    line = LETTERS + GAP
-    canvas = Image.new("RGB", (SIDE + 6 * GAP, SIDE + 2 * line + 2 * GAP), "white")
-    canvas.paste(drawn, (GAP, line + GAP))
-    write, font = ImageDraw.Draw(canvas), ImageFont.load_default(LETTERS)
-    write.text((GAP, GAP / 2), text, "black", font)
-    write.text((GAP, drawn.height + line + GAP), prediction.verdict, "black", font)
+    drawn = Image.fromarray(overlay(image, prediction.mask, PHOTOGRAPH_COLOUR))
+    side, gap, letters = (SHARP * each for each in (SIDE, GAP, LETTERS))
+    drawn.thumbnail((side + 4 * gap, side))
+    line = letters + gap
+    canvas = Image.new("RGB", (drawn.width + 2 * gap, side + 2 * line + 2 * gap), "white")
+    canvas.paste(drawn, (gap, line + gap))
+    write, font = ImageDraw.Draw(canvas), ImageFont.load_default(letters)
+    write.text((gap, gap / 2), text, "black", font)
+    write.text((gap, drawn.height + line + gap), prediction.verdict, "black", font)
     return np.asarray(canvas)
 
 
