@@ -25,8 +25,18 @@ from PIL import Image
 from conftest import make_tiny_refer
 from dcris.cli import _parser
 from dcris.cli.common import parse_settings
-from dcris.config import replace
+from dcris.config import (
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    RunConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+    replace,
+)
 from dcris.errors import DcrisError
+from dcris.models.adapters.dcris import DenseCrossConfig
 from dcris.recipes import get_recipe
 
 REPOSITORY = Path(__file__).parents[1]
@@ -258,6 +268,19 @@ def test_the_site_builds(tmp_path: Path) -> None:
     pages = {path.name for path in (tmp_path / "site").glob("*.html")}
     assert {"index.html", "api.html", "quickstart.html"} <= pages
     assert "from_pretrained" in (tmp_path / "site/api.html").read_text(encoding="utf-8")
+    settings = (tmp_path / "site/configuration.html").read_text(encoding="utf-8")
+    for section in (
+        RunConfig,
+        ModelConfig,
+        VisionConfig,
+        TextConfig,
+        HeadConfig,
+        DataConfig,
+        TrainConfig,
+        DenseCrossConfig,
+    ):
+        for field in section.model_fields:
+            assert f'id="{section.__module__}.{section.__name__}.{field}"' in settings
     outside = re.findall(
         r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', (tmp_path / "site/index.html").read_text()
     )
