@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageDraw
 
 from dcris.inference.prediction import Prediction
 from dcris.utils.annotate import Annotation, _free_place, _overlap, annotate, colour_of
@@ -44,6 +45,21 @@ def test_words_and_labels_are_drawn() -> None:
     ]
     assert all(np.array_equal(pictures[0][:300], other[:300]) for other in pictures)
     assert not any(np.array_equal(pictures[0][300:], other[300:]) for other in pictures[1:])
+
+
+def test_numbers_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first file is photo.0-cup.mask.png; in the picture its mask was number 1."""
+    drawn: list[str] = []
+    text = ImageDraw.ImageDraw.text
+
+    def recorded(self: ImageDraw.ImageDraw, xy: object, words: str, *args: object, **options: object) -> None:
+        drawn.append(words)
+        text(self, xy, words, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    masks = [box(300, 400, 20, 20, 100, 100), box(300, 400, 150, 200, 280, 390)]
+    annotate(np.zeros((300, 400, 3), np.uint8), [Annotation("", "", mask) for mask in masks])
+    assert sorted(each for each in drawn if each) == ["0", "0", "1", "1"]
 
 
 def test_one_mask_is_the_overlay() -> None:

@@ -37,7 +37,8 @@ class Annotation:
 def annotate(image: NDArray[np.uint8], annotations: Sequence[Annotation]) -> NDArray[np.uint8]:
     """Draw masks on an image in different colours, and a legend with phrases and labels below it.
 
-    Several masks have numbers, also in the legend, for people who see few colours.
+    Several masks have numbers, also in the legend, for people who see few colours: those that the
+    names of their files have, from 0.
 
     Args:
         image: [H, W, 3] uint8.
@@ -75,7 +76,7 @@ def _add_numbers(picture: NDArray[np.uint8], masks: Sequence[MaskArray], text: i
         if mask.any():
             box = _free_place(_middle(mask), _tag_size(number, text), placed, canvas.size)
             placed.append(box)
-            _tag(draw, box, number, text)
+            _tag(draw, box, number, text, str(number))
     return np.asarray(canvas)
 
 
@@ -87,7 +88,7 @@ def _middle(mask: MaskArray) -> tuple[int, int]:
 
 
 def _tag_size(number: int, text: int) -> tuple[int, int]:
-    width = find_font("0", text).getlength(str(number + 1))
+    width = find_font("0", text).getlength(str(number))
     return max(round(width + 0.6 * text), round(1.3 * text)), round(1.3 * text)
 
 
@@ -112,13 +113,13 @@ def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _tag(draw: ImageDraw.ImageDraw, box: Box, number: int, text: int) -> None:
-    """Draw a number on a field of its colour."""
+def _tag(draw: ImageDraw.ImageDraw, box: Box, number: int, text: int, written: str) -> None:
+    """Draw a field of a number's colour with what is written on it."""
     colour = colour_of(number)
     ink = contrasting(colour)
     draw.rounded_rectangle((box[0], box[1], box[2] - 1, box[3] - 1), 0.3 * text, colour, ink, max(1, text // 12))
     middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    draw.text(middle, str(number + 1), ink, find_font("0", text), anchor="mm")
+    draw.text(middle, written, ink, find_font("0", text), anchor="mm")
 
 
 def _legend(width: int, annotations: Sequence[Annotation], text: int) -> NDArray[np.uint8]:
@@ -137,7 +138,8 @@ def _legend(width: int, annotations: Sequence[Annotation], text: int) -> NDArray
     for number, (each, lines) in enumerate(zip(annotations, rows, strict=True)):
         found = bool(each.mask.any())
         if found:
-            _tag(draw, (gap, top, gap + column, top + round(1.3 * text)), number, text)
+            written = str(number) if len(annotations) > 1 else ""
+            _tag(draw, (gap, top, gap + column, top + round(1.3 * text)), number, text, written)
         ink = (0, 0, 0) if found else _GREY
         baseline = top + round(1.3 * text / 2)
         for line in lines:
