@@ -317,6 +317,7 @@ def test_any_recipes_are_compared(
     assert [item["runs"][0]["steps"] for item in rows] == [2, 2]
     assert rows[1]["runs"][0]["scores"]["test"]["dataset"] == "scenes"
     page = (out / "recipes.md").read_text()
+    assert "Paper's" not in page  # a column of dashes
     assert "train as many seconds as fixed_tiny" in page.replace("trains", "train")
 
     study = recipe_study(["dcris_tiny", "own"])

@@ -17,6 +17,9 @@ from dcris.utils.text_tables import latex, markdown
 BUDGETS = {"steps": "Equal steps", "time": "Equal time"}
 """Heading of each budget."""
 
+_PAPERS = "Paper's"
+"""Heading of the paper's numbers of trained weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -68,6 +71,10 @@ def write_ablation(
     for budget, rows in budgets.items():
         header = _header(table, splits, with_paper)
         cells = [_cells(measured, splits, with_paper) for measured in rows]
+        if not any(measured.row.parameters for measured in rows):  # recipes that are in no table of the paper
+            column = header.index(_PAPERS)
+            for line in (header, *cells):
+                del line[column]
         sentence = summary(rows, splits)
         parts += [f"## {BUDGETS[budget]}", markdown(header, cells), sentence]
         papers.append(f"% {table.title}, {BUDGETS[budget].lower()}\n{latex(header, cells)}\n")
@@ -90,7 +97,7 @@ def write_ablation(
         dataset=data[0],
         split_by=data[1],
         sections=sections,
-        notes=notes,
+        notes=[note.replace("`", "") for note in notes],
     )
     write_json(
         out / f"{name}.json",
@@ -145,7 +152,7 @@ def _header(table: Table, splits: Sequence[str], with_paper: bool) -> list[str]:
     scores = [f"{metric} {split}" for split in splits for metric in ("mIoU", "oIoU")]
     average = ["mIoU avg"] if len(splits) > 1 else []
     paper = [*(f"paper {split}" for split in SPLITS), "paper avg"] if with_paper else []
-    return [*table.columns, "Trainable", "Paper's", "% of encoders", "Steps", "s per step", *scores, *average, *paper]
+    return [*table.columns, "Trainable", _PAPERS, "% of encoders", "Steps", "s per step", *scores, *average, *paper]
 
 
 def _cells(item: Measured, splits: Sequence[str], with_paper: bool) -> list[str]:

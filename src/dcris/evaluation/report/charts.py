@@ -106,7 +106,7 @@ class _Box:
 
     width: int = 520
     height: int = 280
-    left: int = 56
+    left: int = 66
     right: int = 24
     top: int = 14
     bottom: int = 44
