@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from conftest import TinyRefer
-from dcris import Segmenter
+from dcris import Segmenter, load_dataset, train
 from dcris.checkpoints.checkpoint import Checkpoint, list_checkpoints
 from dcris.cli import common, main
 from dcris.cli.train import configuration
@@ -498,6 +498,74 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     # The folder for the results may exist, but must be empty.
     assert after - before <= {tmp_path / "out"}
     assert (tmp_path / "notes.jpg").read_text() == "these are notes"
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "reason"),
+    [
+        ("predict tiny PHOTO -e ring --out OUT", "--every 2", "for videos"),
+        ("predict tiny PHOTO -e ring --out OUT", "--image-url https://a/", "for --format label-studio"),
+        ("predict tiny --pairs ABSENT --out OUT", "--recursive", "for folders"),
+        ("evaluate tiny --data ABSENT", "--by-category", "adds to --out and --report"),
+        ("score ABSENT --data ABSENT", "--by-category", "adds to --out and --report"),
+        ("compare ABSENT.jsonl ABSENT.jsonl --data ABSENT", "--count 3", "what --out and --images show"),
+        ("compare ABSENT.jsonl ABSENT.jsonl --data ABSENT", "--sent-ids 3", "what --out and --images show"),
+        ("compare a.jsonl b.jsonl --data ABSENT", "--precision float32", "for models"),
+        ("bench --folder ABSENT", "--batch-size 3", "for training steps"),
+        ("bench --folder ABSENT", "--checkpoint-activations", "for training steps"),
+        ("bench --only memory", "--quick", "leaves out the memory"),
+        ("ablate --recipes dcris_tiny --out OUT", "--recipe tiny", "for TABLE"),
+        ("ablate table2 --recipe tiny --out OUT", "--split-by unc", "for the data sets in --data"),
+        ("data export DATA --dataset scenes --format coco --out OUT", "--image-url https://a/", "for label-studio"),
+        ("data import ABSENT --out OUT.jsonl --split val", "--val 0.5", "puts all into one split"),
+        ("data import ABSENT --out OUT.jsonl --split val", "--seed 0", "puts all into one split"),
+        ("train dcris_tiny --data DATA --dataset mevis --out OUT", "--split-by unc", "neither"),
+        ("train dcris_tiny --data DATA --data.dataset mevis --out OUT", "--data.mask_threshold 3", "neither"),
+        ("train dcris_tiny --data DATA/x.jsonl --out OUT", "--data.dataset y", "is a single data set"),
+        ("train dcris_tiny --data DATA/x.jsonl --out OUT", "--data.split_by unc", "is a single data set"),
+        ("train dcris_tiny --data DATA --out OUT", "--data.frame_step 3", "for a data set of videos"),
+        ("train dcris_tiny --data DATA --out OUT", "--train.gamma 0.5", "for the schedule step"),
+        ("train dcris_tiny --data DATA --out OUT", "--train.milestones [1]", "for the schedule step"),
+        ("train dcris_tiny --data DATA --out OUT", "--train.presence 2", "for a presence head"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    words: str,
+    option: str,
+    reason: str,
+    scenes_root: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Who gives it expects one. It is refused before any file is read that could take long."""
+    places = {"DATA": scenes_root, "PHOTO": photo, "OUT": tmp_path / "out", "ABSENT": tmp_path / "absent"}
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    sentence = refused(capsys, *shlex.split(words), *option.split())
+    assert reason in sentence
+    assert option.split()[0].removeprefix("--").replace("data.", "").replace("_", "-") in sentence.replace("_", "-")
+    assert "leave" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_effect_are_refused_in_python(scenes_root: Path, tmp_path: Path) -> None:
+    """As on the command line, where they are for another part of the network or of the data."""
+    data = load_dataset(scenes_root, "scenes")
+    with pytest.raises(DcrisError, match=r"train\.presence is for a presence head, which this run does not have"):
+        train("dcris_tiny", data, tmp_path / "out", {"train.presence": 2.0})
+
+
+def test_only_dcris_predict_advises_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other commands that take a folder of images have no --recursive."""
+    (tmp_path / "empty").mkdir()
+    for words in (
+        "predict tiny EMPTY -e ring",
+        "bench --recipe dcris_tiny --folder EMPTY",
+        "web tiny --examples EMPTY",
+    ):
+        sentence = refused(capsys, *words.replace("EMPTY", str(tmp_path / "empty")).split())
+        assert ("--recursive" in sentence) == words.startswith("predict"), sentence
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def parse(command: list[str]) -> None:
         if rest:
             raise DcrisError(f"unknown argument {rest[0]!r}")
         return
-    recipe = f"dcris_{args.recipe}" if args.name == "ablate" else args.recipe
+    recipe = f"dcris_{args.recipe or 'b'}" if args.name == "ablate" else args.recipe
     # A recipe that is a file of the reader's has the sections of every recipe.
     recipe = "dcris_b" if recipe.endswith(".json") else recipe
     replace(get_recipe(recipe), parse_settings(rest))

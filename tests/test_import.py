@@ -595,6 +595,18 @@ def test_objects_without_a_phrase_are_listed_and_taken_back(export: Export) -> N
     assert "=1" not in todo.read_text()  # an entry without an id is named by its place
 
 
+def test_crowds_that_are_kept_are_listed(export: Export) -> None:
+    """Else --crowds keep would still leave them out of the import that takes the list back."""
+    export.add(3, DOG, RUNS, iscrowd=1)
+    arguments = (export.folder / "coco.json", export.folder / "todo.csv")
+    (export.folder / "coco.json").write_text(json.dumps(export.content))
+    listed = []
+    for keep_crowds in (False, True):
+        (export.folder / "todo.csv").unlink(missing_ok=True)
+        listed.append(list_without_phrase(*arguments, images=export.folder / "photos", keep_crowds=keep_crowds).listed)
+    assert listed[1] == listed[0] + 1
+
+
 @pytest.mark.parametrize(
     "name", ["../../media/upload/1/0a1b2c3d-1.png", "images\\0a1b2c3d-1.png", "/data/1.png", "C:\\x\\1.png"]
 )

@@ -1828,7 +1828,8 @@ def test_json_lines(model: Path, photos: Path, tmp_path: Path, capsys: pytest.Ca
         (str(photos / f"{number}.png"), phrase) for number in range(4) for phrase in ("cup", "left ring")
     ]
     for line, entry in zip(lines, results(out), strict=True):
-        assert {key: entry[key] for key in ("phrase", "score", "bbox", "segmentation")}.items() <= line.items()
+        fields = ("phrase", "phrase_number", "score", "bbox", "segmentation")
+        assert {key: entry[key] for key in fields}.items() <= line.items()
         files = {name.rpartition(".0-cup" if line["phrase"] == "cup" else ".1-left-ring")[2] for name in line["files"]}
         assert files == {".mask.png", ".scores.npy", str(out / f"{entry['name']}.annotated.png")}
         assert all(Path(name).is_file() for name in line["files"])

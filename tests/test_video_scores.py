@@ -519,7 +519,7 @@ def test_evaluate_refuses_options_for_images(option: str, tmp_path: Path, capsys
     """None of them is silently left out, 0 neither."""
     words = ("--data", str(write_mevis(tmp_path)), "--dataset", "mevis", "--split", "valid_u")
     assert main(["evaluate", "tiny", *words, *option.split()]) == 2
-    assert f"{option.split()[0]} is for images; leave it out for mevis" in capsys.readouterr().err
+    assert f"{option.split()[0]} is for images, not for mevis; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dataset", ["mevis", "ref_davis17"])
@@ -594,7 +594,7 @@ def test_result_files_are_not_measured_in_another_way(
     assert main(["compare", *map(str, two), *option.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert f"{option.split()[0]} is for images; leave it out" in captured.err
+    assert f"{option.split()[0]} is for images, and result files" in captured.err
 
 
 def test_a_long_name_in_a_result_takes_its_own_memory(two: tuple[Path, Path]) -> None:

@@ -14,6 +14,7 @@ from dcris.cli.common import (
     own_name,
     parse_settings,
     positive,
+    refuse_given,
 )
 from dcris.errors import DcrisError
 from dcris.experiments.paper_tables import SIZES, TABLES
@@ -40,9 +41,7 @@ def add(commands: Any) -> None:
     ablate.add_argument("--dataset", help="name of the data set (default: that of the first row)")
     ablate.add_argument("--split-by", help="partition of the data set; needed only if ROOT has several")
     ablate.add_argument("--out", type=Path, required=True, help="folder of the tables and all their runs")
-    ablate.add_argument(
-        "--recipe", choices=SIZES, default="b", help="size of the encoders in TABLE (default: %(default)s)"
-    )
+    ablate.add_argument("--recipe", choices=SIZES, help="size of the encoders in TABLE (default: b)")
     ablate.add_argument(
         "--seeds", type=natural, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs (default: 0 1 2)"
     )
@@ -73,8 +72,12 @@ def _ablate(args: argparse.Namespace) -> None:
     if (args.table is None) == (not args.recipes):
         raise DcrisError("give either a TABLE or --recipes; see `dcris ablate --help`")
     if args.data is not None:
-        own_name(args.data, args)
-    study = recipe_study(args.recipes) if args.recipes else table_study(args.table, args.recipe)
+        own_name(args.data, args.dataset, args.split_by)
+    else:
+        refuse_given(args, ("split_by",), "is for the data sets in --data, which was not given")
+    if args.recipes:
+        refuse_given(args, ("recipe",), "is for TABLE, and --recipes names whole recipes")
+    study = recipe_study(args.recipes) if args.recipes else table_study(args.table, args.recipe or "b")
     try:
         failures = ablate(
             study.changed(parse_settings(args.settings)),

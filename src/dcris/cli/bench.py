@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dcris.cli.common import adder, device_arguments, log, output, positive
+from dcris.cli.common import adder, device_arguments, log, output, positive, refuse_given
 
 
 def add(commands: Any) -> None:
@@ -25,7 +25,6 @@ def add(commands: Any) -> None:
         "--batch-size",
         type=positive,
         nargs="+",
-        default=[2],
         metavar="N",
         help="batch sizes of the training step (default: 2)",
     )
@@ -56,6 +55,10 @@ def _bench(args: argparse.Namespace) -> None:
     def show(row: Row) -> None:
         output(f"{row.what}: {row.value:.4g} {row.unit}")
 
+    if args.folder is not None:
+        refuse_given(args, ("batch_size", "checkpoint_activations"), "is for training steps, which --folder leaves out")
+    if args.only == "memory":
+        refuse_given(args, ("quick",), "leaves out the memory, which --only memory measures")
     config = get_recipe(args.recipe)
     if args.checkpoint_activations:
         config = replace(config, {"train.checkpoint_activations": True})
@@ -69,7 +72,7 @@ def _bench(args: argparse.Namespace) -> None:
         device=args.device,
         precision=args.precision,
         quick=args.quick,
-        batch_sizes=args.batch_size,
+        batch_sizes=args.batch_size or [2],
         parts=parts,
         folder=args.folder,
         progress=show,

@@ -88,6 +88,24 @@ def given_options(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in values if value is not None and value is not False]
 
 
+def refuse_given(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raise DcrisError if some option was given that has no effect beside the others.
+
+    Args:
+        args: of the command.
+        names: of the options, as in `given_options`.
+        reason: the sentence after the option, such as "is for images".
+    """
+    if given := given_options(args, names):
+        raise DcrisError(f"{given[0]} {reason}; leave it out")
+
+
+def refuse_of_images(dataset: str, split_by: Any, mask_threshold: Any) -> None:
+    """Raise DcrisError where a data set of videos is given what only data sets of images have."""
+    if split_by is not None or mask_threshold is not None:
+        raise DcrisError(f"{dataset} takes neither --split-by nor --mask-threshold; leave them out")
+
+
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     """Return the values of `--section.field value` and `--section.field=value` by key.
 
@@ -417,17 +435,17 @@ def serving_at(address: str) -> None:
     log(f"{address} (stop with Ctrl-C)")
 
 
-def own_name(root: Path, args: argparse.Namespace) -> str | None:
+def own_name(root: Path, dataset: str | None, split_by: str | None) -> str | None:
     """Return the name of a data set that is a single file, and None for a folder of data sets.
 
     Raises:
-        DcrisError: `root` is a file, and --dataset or --split-by is given.
+        DcrisError: `root` is a file, and another `dataset` or a `split_by` is given.
     """
     from dcris.data.readers.load import is_single_file
 
     if not is_single_file(root):
         return None
-    if args.split_by is not None or args.dataset not in {None, root.stem}:
+    if split_by is not None or dataset not in (None, root.stem):
         raise DcrisError(f"{root} is a single data set, {root.stem}; leave out --dataset and --split-by")
     return root.stem
 
@@ -436,7 +454,7 @@ def data_of(args: argparse.Namespace, config: "RunConfig") -> Any:
     """Load the data set named on the command line, or else that of the run."""
     from dcris.data.readers.load import load_references
 
-    own_name(args.data, args)
+    own_name(args.data, args.dataset, args.split_by)
     threshold = config.data.mask_threshold if args.mask_threshold is None else args.mask_threshold
     dataset, split_by = args.dataset, args.split_by
     if dataset is None or dataset == config.data.dataset:

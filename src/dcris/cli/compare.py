@@ -12,21 +12,24 @@ from dcris.cli.common import (
     data_of,
     device_arguments,
     evaluation_arguments,
-    given_options,
     natural,
     output,
     own_name,
     positive,
     progress,
+    refuse_given,
 )
 from dcris.errors import DcrisError
 
 if TYPE_CHECKING:
     from dcris.evaluation.metrics import Score
 
+_OF_EXAMPLES = ("count", "sent_ids", "phrases", "rows")
+"""Arguments that choose the expressions that --out and --images show."""
+
 _OF_IMAGES = (
     *("data", "dataset", "split_by", "split", "protocol", "none_rule", "boundary", "mask_threshold", "precision"),
-    *("out", "images", "sent_ids", "phrases", "rows"),
+    *("out", "images", *_OF_EXAMPLES),
 )
 """Arguments that are for images."""
 
@@ -52,9 +55,7 @@ def add(commands: Any) -> None:
     compare.add_argument(
         "--names", nargs="+", metavar="NAME", help="names of the systems (default: parts of their paths)"
     )
-    compare.add_argument(
-        "--count", type=natural, default=8, metavar="N", help="number of expressions to show (default: %(default)s)"
-    )
+    compare.add_argument("--count", type=natural, metavar="N", help="number of expressions to show (default: 8)")
     chosen = compare.add_mutually_exclusive_group()
     chosen.add_argument("--sent-ids", type=int, nargs="+", metavar="ID", help="expressions to show, by sentence id")
     chosen.add_argument("--phrases", nargs="+", metavar="PHRASE", help="expressions to show, by their text")
@@ -94,8 +95,7 @@ def _compare_videos(args: argparse.Namespace) -> None:
     from dcris.evaluation.compare import name_systems
     from dcris.evaluation.video_results import compare_videos
 
-    if of_images := given_options(args, _OF_IMAGES):
-        raise DcrisError(f"{of_images[0]} is for images; leave it out: result files of videos state what they measure")
+    refuse_given(args, _OF_IMAGES, "is for images, and result files of videos state what they measure")
     names = name_systems(args.systems, args.names or ())
     comparison, protocol = compare_videos(dict(zip(names, map(Path, args.systems), strict=True)))
     _print(args, comparison, protocol.metrics)
@@ -130,14 +130,18 @@ def _compare_images(args: argparse.Namespace) -> None:
 
     if args.data is None:
         raise DcrisError("the data set is missing; give --data ROOT")
+    if args.out is None and args.images is None:
+        refuse_given(args, _OF_EXAMPLES, "chooses what --out and --images show, and neither was given")
     args.split, args.protocol = args.split or "val", args.protocol or "cris"
     names = name_systems(args.systems, args.names or ())
     protocol, device = get_protocol(args.protocol, args.none_rule, args.boundary), choose_device(args.device)
     paths = [Path(each) if is_results_file(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
     models = [path for path in paths if not is_results_file(path)]
+    if not models:
+        refuse_given(args, ("precision",), "is for models, and results files are of none")
     if models:
         table = data_of(args, read_config(models[0]))
-    elif own_name(args.data, args) is None and args.dataset is None:
+    elif own_name(args.data, args.dataset, args.split_by) is None and args.dataset is None:
         raise DcrisError("results files do not name their data set; give --dataset")
     else:
         table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
@@ -164,7 +168,7 @@ def _compare_images(args: argparse.Namespace) -> None:
         sent_ids=args.sent_ids or (),
         phrases=args.phrases or (),
         rows=args.rows or (),
-        count=args.count,
+        count=8 if args.count is None else args.count,
     )
     # The files are written even if standard output fails, and the scores printed even if a
     # file fails.

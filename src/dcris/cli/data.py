@@ -8,7 +8,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcris.cli.common import ROOT, adder, argument, data_set_arguments, log, natural, output, own_name, progress, share
+from dcris.cli.common import (
+    ROOT,
+    adder,
+    argument,
+    data_set_arguments,
+    log,
+    natural,
+    output,
+    own_name,
+    progress,
+    refuse_given,
+    refuse_of_images,
+    share,
+)
 from dcris.errors import DcrisError
 from dcris.utils.streams import counted, is_terminal, note
 
@@ -111,13 +124,10 @@ def add(commands: Any) -> None:
     load.add_argument(
         "--val",
         type=share,
-        default=0.1,
         metavar="SHARE",
-        help="share of the images for val if the export has no splits of its own (default: %(default)s)",
+        help="share of the images for val if the export has no splits of its own (default: 0.1)",
     )
-    load.add_argument(
-        "--seed", type=natural, default=0, help="random seed for the choice of these images (default: %(default)s)"
-    )
+    load.add_argument("--seed", type=natural, help="random seed for the choice of these images (default: 0)")
     load.add_argument("--split", metavar="NAME", help="put all references into this split")
     load.add_argument(
         "--crowds", choices=("skip", "keep"), default="skip", help="annotations with iscrowd (default: %(default)s)"
@@ -175,11 +185,10 @@ def _data_check(args: argparse.Namespace) -> None:
     from dcris.data.check_videos import check_videos
     from dcris.data.registry import VIDEO_SETS
 
-    own_name(args.root, args)
+    own_name(args.root, args.dataset, args.split_by)
     report: Report
     if args.dataset in VIDEO_SETS:
-        if args.split_by is not None or args.mask_threshold is not None:
-            raise DcrisError(f"{args.dataset} takes neither --split-by nor --mask-threshold; leave them out")
+        refuse_of_images(args.dataset, args.split_by, args.mask_threshold)
         with progress(None, "video") as show:
             report = check_videos(args.root, args.dataset, deep=args.deep, progress=show)
     else:
@@ -222,7 +231,15 @@ def _data_import(args: argparse.Namespace) -> None:
 
     if (args.out is None) == (args.write_phrases is None):
         raise DcrisError("give --out FILE.jsonl for the data set, or --write-phrases FILE.csv for a list of objects")
-    common = {"images": args.images, "format": args.format, "phrases": args.phrases, "strict": args.strict}
+    if args.split is not None:
+        refuse_given(args, ("val", "seed"), "divides the images, but --split puts all into one split")
+    common = {
+        "images": args.images,
+        "format": args.format,
+        "phrases": args.phrases,
+        "keep_crowds": args.crowds == "keep",
+        "strict": args.strict,
+    }
     if args.write_phrases is not None:
         done = list_without_phrase(args.source, args.write_phrases, **common)
         text = (
@@ -234,10 +251,9 @@ def _data_import(args: argparse.Namespace) -> None:
             args.source,
             args.out,
             split=args.split,
-            val=args.val,
-            seed=args.seed,
+            val=0.1 if args.val is None else args.val,
+            seed=args.seed or 0,
             ambiguous=_ask if args.ambiguous == "ask" else args.ambiguous,
-            keep_crowds=args.crowds == "keep",
             **common,
         )
         text = f"{args.out}: {done}; next: dcris data check {argument(args.out)}"
@@ -250,7 +266,9 @@ def _data_export(args: argparse.Namespace) -> None:
     from dcris.data.exporter import IMAGE_URL, export_table
     from dcris.data.readers.load import load_references
 
-    own_name(args.root, args)
+    own_name(args.root, args.dataset, args.split_by)
+    if args.format != "label-studio":
+        refuse_given(args, ("image_url",), f"is for label-studio, not for {args.format}")
     table = load_references(args.root, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     image_url = IMAGE_URL if args.image_url is None else args.image_url
     done = export_table(table, args.format, args.out, image_url)

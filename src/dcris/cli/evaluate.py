@@ -18,6 +18,7 @@ from dcris.cli.common import (
     own_name,
     positive,
     progress,
+    refuse_given,
 )
 from dcris.errors import DcrisError
 from dcris.utils.arguments import Refinement
@@ -45,7 +46,9 @@ def add(commands: Any) -> None:
         "--name", dest="system", metavar="NAME", help="name in tables, with --all (default: the last part of CKPT)"
     )
     evaluate.add_argument(
-        "--by-category", action="store_true", help="add scores by category of the objects to --out, as --all does"
+        "--by-category",
+        action="store_true",
+        help="add scores by category of the objects to --out and --report, as --all does",
     )
     evaluate.add_argument(
         "--calibrate-on",
@@ -93,6 +96,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.dataset in VIDEO_SETS:
         evaluate_videos(args)
         return
+    if args.out is None and args.report is None:
+        refuse_given(args, ("by_category",), "adds to --out and --report, and neither was given")
     args.split, args.protocol = args.split or "val", args.protocol or "cris"
     if args.calibrate_on == args.split:
         raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")
@@ -152,7 +157,7 @@ def _evaluate_all(args: argparse.Namespace) -> None:
     row = evaluate_all(
         args.checkpoint,
         args.data,
-        dataset=own_name(args.data, args) or args.dataset,
+        dataset=own_name(args.data, args.dataset, args.split_by) or args.dataset,
         split_by=args.split_by,
         mask_threshold=args.mask_threshold,
         protocol=args.protocol,

@@ -5,8 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from dcris.cli.common import given_options, output, progress
-from dcris.errors import DcrisError
+from dcris.cli.common import output, progress, refuse_given
 from dcris.utils.streams import note
 
 _OTHERS = ("split_by", "none_rule", "boundary", "by_category", "report", "answers", "calibrate_on", "mask_threshold")
@@ -33,8 +32,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
     from dcris.utils.distributed import processes
     from dcris.utils.files import write_json
 
-    if of_images := given_options(args, _OTHERS):
-        raise DcrisError(f"{of_images[0]} is for images; leave it out for {args.dataset}")
+    refuse_given(args, _OTHERS, f"is for images, not for {args.dataset}")
     protocol = get_video_protocol(args.dataset, args.protocol)
     videos = load_videos(args.data, args.dataset, args.split or "val")
     require_truth(videos)

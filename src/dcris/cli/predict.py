@@ -20,6 +20,7 @@ from dcris.cli.common import (
     output,
     positive,
     progress,
+    refuse_given,
     score,
 )
 from dcris.cli.predict_videos import predict_videos
@@ -177,12 +178,16 @@ def _predict(args: argparse.Namespace) -> None:
     if args.data is not None:
         predict_videos(args, _threshold(args.threshold))
         return
+    if args.format is None or "label-studio" not in args.format:
+        refuse_given(args, ("image_url",), "is for --format label-studio, which was not given")
     if for_data := given_options(args, ("dataset", "split", "batch_size", "smooth")):
         raise DcrisError(f"{', '.join(for_data)} is for a data set of videos; add --data ROOT")
     if args.pairs is not None and (args.images or args.expression or args.phrases):
         raise DcrisError(
             "--pairs already gives images and phrases; use either --pairs or IMAGE_OR_FOLDER with -e or --phrases"
         )
+    if args.pairs is not None:
+        refuse_given(args, ("recursive",), "is for folders, and --pairs names the images")
     if args.pairs is None and not args.images:
         raise DcrisError(
             f"no image was given: the first argument, {args.checkpoint}, is the model; add IMAGE_OR_FOLDER after it, or a list "
@@ -203,6 +208,8 @@ def _predict(args: argparse.Namespace) -> None:
     else:
         phrases = [*(args.expression or ()), *(read_phrases(args.phrases) if args.phrases is not None else ())]
         tasks = find_tasks(args.images, phrases, out=args.out, recursive=args.recursive, on_skipped=notes.append)
+    if args.every != 1 and not any(task.video for task in tasks):
+        raise DcrisError("--every is for videos, and there is none among the images; leave it out")
 
     # These import torch, for which an error in the files above should not wait.
     from datetime import timedelta

@@ -8,10 +8,10 @@ from typing import Any
 from dcris.cli.common import (
     adder,
     evaluation_arguments,
-    given_options,
     output,
     own_name,
     progress,
+    refuse_given,
 )
 from dcris.errors import DcrisError
 
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     score.add_argument(
         "--by-category",
         action="store_true",
-        help="add scores by category of the objects to --out, as `evaluate --all` does",
+        help="add scores by category of the objects to --out and --report, as `evaluate --all` does",
     )
     score.add_argument("--report", type=Path, help="HTML report to write, with good and bad predictions")
 
@@ -78,8 +78,10 @@ def _score_images(args: argparse.Namespace) -> None:
     from dcris.utils.files import write_json
     from dcris.utils.text_tables import latex, markdown, score_text
 
+    if args.out is None and args.report is None:
+        refuse_given(args, ("by_category",), "adds to --out and --report, and neither was given")
     protocol = get_protocol(args.protocol or "cris", args.none_rule, args.boundary)
-    own_name(args.data, args)
+    own_name(args.data, args.dataset, args.split_by)
     table = load_references(args.data, args.dataset, args.split_by, mask_threshold=args.mask_threshold)
     queries = all_queries(table.split(args.split))
     records, rows = [], []
@@ -142,8 +144,8 @@ def _score_videos(args: argparse.Namespace) -> None:
     from dcris.utils.files import write_json
     from dcris.utils.text_tables import latex, markdown
 
-    if of_images := given_options(args, ("split_by", "none_rule", "boundary", "by_category", "report")):
-        raise DcrisError(f"{of_images[0]} is for images; leave it out for {args.dataset}")
+    of_images = ("split_by", "none_rule", "boundary", "by_category", "report")
+    refuse_given(args, of_images, f"is for images, not for {args.dataset}")
     protocol = get_video_protocol(args.dataset, args.protocol)
     videos = load_videos(args.data, args.dataset, args.split)
     scores = (*protocol.metrics, *protocol.decays)

@@ -18,6 +18,7 @@ from dcris.cli.common import (
     parse_settings,
     positive,
     quote,
+    refuse_of_images,
 )
 from dcris.errors import DcrisError
 from dcris.utils.arguments import TrackerName, TrainingPrecision
@@ -121,12 +122,16 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
         raise DcrisError("--batch-size auto chooses train.micro_batch itself; leave out one of them")
     if (start := _start(args)) is not None:
         settings["train.start"] = start
-    own = own_name(args.data, args)
+    own = own_name(args.data, settings.get("data.dataset"), settings.get("data.split_by"))
     if own is not None:
         settings["data.dataset"] = own
     schedule = SCHEDULES.get(args.schedule, {})
     settings = {f"train.{key}": value for key, value in schedule.items()} | settings
-    if own or settings.get("data.dataset", config.data.dataset) in VIDEO_SETS:
+    dataset = settings.get("data.dataset", config.data.dataset)
+    videos = isinstance(dataset, str) and dataset in VIDEO_SETS
+    if videos:
+        refuse_of_images(dataset, settings.get("data.split_by"), settings.get("data.mask_threshold"))
+    if own or videos:
         settings["data.split_by"] = None
     return replace(config, settings | word_length_settings(settings, config.data.dataset))
 
@@ -151,13 +156,15 @@ def _start(args: argparse.Namespace) -> str | None:
 
 def _train(group: Any, args: argparse.Namespace) -> None:
     from dcris.data.frames import load_frames
-    from dcris.data.readers.load import load_references
+    from dcris.data.readers.load import is_single_file, load_references
     from dcris.data.registry import VIDEO_SETS
-    from dcris.training.train import run_training, validated_on_own_data
+    from dcris.training.train import refuse_unused, run_training, validated_on_own_data
     from dcris.utils.device import choose_device, choose_precision, device_name, precision_of
 
     device = choose_device(args.device)  # before the data, which can take long to read
     config = configuration(args)
+    settings = parse_settings(args.settings)
+    refuse_unused(config, settings)
     precision = precision_of(choose_precision(config.train.precision, device))
     if group.first:
         detail(f"training on {device} ({device_name(device)}) in {precision}")
@@ -169,7 +176,7 @@ def _train(group: Any, args: argparse.Namespace) -> None:
     else:
         table = load_references(args.data, data.dataset, data.split_by, mask_threshold=data.mask_threshold)
     print_line = log if group.first else lambda text: None
-    if (videos or own_name(args.data, args)) and "data.val_split" not in parse_settings(args.settings):
+    if (videos or is_single_file(args.data)) and "data.val_split" not in settings:
         config = validated_on_own_data(config, table, print_line)
     result = run_training(
         config,

@@ -177,6 +177,7 @@ def list_without_phrase(
     images: Path | None = None,
     format: str | None = None,
     phrases: Path | None = None,
+    keep_crowds: bool = False,
     strict: bool = False,
 ) -> ImportResult:
     """Write a CSV file with the objects that have no phrase, or none that fits them alone.
@@ -185,7 +186,7 @@ def list_without_phrase(
     `import_annotations`; `out` is the CSV file.
     """
     export = _Export(source, images, format, phrases, strict)
-    rows = list(export.rows())
+    rows = list(export.rows(keep_crowds))
     export.result.listed = len(rows)
     write_list(out, rows)
     return export.result
@@ -455,11 +456,11 @@ class _Export:
             )
         return plain_path(path.relative_to(self.home).as_posix(), annotation.path, annotation.where, "image")
 
-    def rows(self) -> Iterator[tuple[str, str, str, str]]:
+    def rows(self, keep_crowds: bool) -> Iterator[tuple[str, str, str, str]]:
         """Yield the objects that need a phrase, as `write_list` takes them."""
         for one in self.objects:
             annotation = one.annotation
-            if annotation.masks and not annotation.crowd and len(one.shared) == len(one.phrases):
+            if annotation.masks and (keep_crowds or not annotation.crowd) and len(one.shared) == len(one.phrases):
                 try:
                     size = self._size(annotation)
                     box = mask_box(union_mask([make(size) for make in annotation.masks], size))

@@ -607,6 +607,7 @@ def result_objects(out: Path, given: Path, record: Record) -> Iterator[dict[str,
             **({} if is_utf8(image) else {"percent_encoded": True}),
             **where,
             **result.model_dump(mode="json", exclude_none=True, exclude={"image_id", "category_id"}),
+            "phrase_number": number,
             "files": [quoted(str(out / file)) for file in files],
         }
 

@@ -94,7 +94,7 @@ def find_tasks(
     phrases: Sequence[str],
     *,
     out: Path | None = None,
-    recursive: bool = False,
+    recursive: bool | None = None,
     on_skipped: Callable[[str], None] = lambda line: None,
 ) -> list[Task]:
     """Find images and videos by files, folders and patterns (`photos/*.jpg`, also `**`), in order.
@@ -108,6 +108,7 @@ def find_tasks(
         phrases: the phrases of every image and video.
         out: the output folder of this call.
         recursive: search subfolders of folders; their results go to subfolders of the same names.
+            None: not, and the user has no --recursive, which errors then do not advise.
         on_skipped: receives one line per folder or pattern that has files which cannot be read: how
             many of which ending, and why.
 
@@ -268,7 +269,7 @@ def result_stem(stem: str, number: int, phrase: str) -> str:
 
 
 def _files_of(
-    place: Path, out: Path | None, recursive: bool, on_skipped: Callable[[str], None]
+    place: Path, out: Path | None, recursive: bool | None, on_skipped: Callable[[str], None]
 ) -> Iterator[tuple[Path, PurePath]]:
     """Yield the files of a place, each with its name in results."""
     if place.is_dir():
@@ -276,7 +277,7 @@ def _files_of(
         found = sorted(path for folder in folders for path in folder.iterdir())
         images, others = _readable(found, image_endings(), out)
         if not images:
-            more = "" if recursive else "; add --recursive to search subfolders"
+            more = "; add --recursive to search subfolders" if recursive is False else ""
             raise DcrisError(f"the folder {place} has no images in it{others and f'; it has {others}'}{more}")
         yield from ((path, path.relative_to(place)) for path in images)
     elif place.exists():

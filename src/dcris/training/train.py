@@ -6,10 +6,11 @@ from typing import Any
 
 from dcris.config import RunConfig, gives, replace, require_changes
 from dcris.data.readers.load import is_single_file
-from dcris.data.registry import word_length_settings
+from dcris.data.registry import VIDEO_SETS, word_length_settings
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import tokenizer_of
 from dcris.data.training_table import training_table
+from dcris.errors import DcrisError
 from dcris.recipes import get_recipe
 from dcris.training.batch_size import choose_micro_batch
 from dcris.training.trainer import Trainer, TrainResult, build_model, check_run
@@ -55,10 +56,29 @@ def train(
     if not gives(settings, "data.word_length"):
         chosen |= word_length_settings(chosen, config.data.dataset)
     config = replace(config, chosen)
+    refuse_unused(config, settings)
     if own and not gives(settings, "data.val_split"):
         config = validated_on_own_data(config, data, log)
     with processes(device) as group:
         return run_training(config, data, out, resume=resume, device=device, log=log, group=group)
+
+
+_ONLY_WITH: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
+    "data.frame_step": ("a data set of videos", lambda config: config.data.dataset in VIDEO_SETS),
+    "train.gamma": ("the schedule step", lambda config: config.train.schedule == "step"),
+    "train.milestones": ("the schedule step", lambda config: config.train.schedule == "step"),
+    "train.presence": ("a presence head", lambda config: config.model.head.presence),
+}
+"""Settings without effect in some runs: what they are for, and whether a run has it. Those that
+recipes leave empty are checked by the configuration, or where they are used."""
+
+
+def refuse_unused(config: RunConfig, changes: Mapping[str, Any]) -> None:
+    """Raise DcrisError where `changes`, which made the configuration, give a setting that has no
+    effect in it."""
+    for key, (what, has) in _ONLY_WITH.items():
+        if key in changes and not has(config):
+            raise DcrisError(f"{key} is for {what}, which this run does not have; leave it out")
 
 
 def validated_on_own_data(config: RunConfig, table: ReferenceTable, log: Callable[[str], None]) -> RunConfig:
