@@ -348,3 +348,34 @@ def test_without_a_home_folder(
     assert main(words) == 2
     assert "HF_HOME" in capsys.readouterr().err  # and no folder named ~ is created
     assert main(["data", "fetch", "refcoco", "--out", str(tmp_path), "--photographs", "~/train2014"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("evaluate tiny --data my.jsonl --out my.jsonl", "cannot write my.jsonl: this command reads that file"),
+        ("evaluate tiny --data my.jsonl --report sub/../my.jsonl", "my.jsonl: this command reads that file"),
+        ("evaluate m.safetensors --data my.jsonl --out m.safetensors", "m.safetensors: this command reads that file"),
+        ("evaluate tiny --data my.jsonl --out new --report ./new", "cannot write new: another result is to have this"),
+        ("evaluate tiny --data my.jsonl --all --out my.jsonl", "my.jsonl: this command reads that file"),
+        ("evaluate tiny --data my.jsonl --out my.jsonl/new.json", "my.jsonl/new.json: Not a directory"),
+        ("evaluate tiny --data my.jsonl --report sub", "cannot write sub: a folder with this name exists"),
+        ("score a.jsonl --data my.jsonl --out a.jsonl", "cannot write a.jsonl: this command reads that file"),
+        ("compare a.jsonl tiny --data my.jsonl --out a.jsonl", "cannot write a.jsonl: this command reads that file"),
+        ("table r.json --out r.json", "cannot write r.json: this command reads that file"),
+        ("bench --quick --json sub", "cannot write sub: a folder with this name exists"),
+    ],
+)
+def test_a_result_replaces_no_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, sentence: str
+) -> None:
+    """It is refused before anything is read: these files could not be."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("my.jsonl", "m.safetensors", "a.jsonl", "r.json"):
+        (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command.split()) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert sorted(tmp_path.rglob("*")) == before
+    assert {file.read_text() for file in before if file.is_file()} == {"mine"}

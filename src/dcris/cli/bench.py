@@ -50,7 +50,9 @@ def _bench(args: argparse.Namespace) -> None:
     from dcris.config import replace
     from dcris.experiments.bench import PARTS, Part, Row, bench, render
     from dcris.recipes import get_recipe
-    from dcris.utils.files import write_json
+    from dcris.utils.files import require_outputs, write_json
+
+    require_outputs((args.json,), ())
 
     def show(row: Row) -> None:
         output(f"{row.what}: {row.value:.4g} {row.unit}")

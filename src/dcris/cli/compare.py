@@ -127,7 +127,9 @@ def _compare_images(args: argparse.Namespace) -> None:
     from dcris.evaluation.report.figure import write_figures
     from dcris.evaluation.report.panels import make_panel
     from dcris.utils.device import choose_device
+    from dcris.utils.files import require_outputs
 
+    require_outputs((args.out,), (args.data, *args.systems))
     if args.data is None:
         raise DcrisError("the data set is missing; give --data ROOT")
     if args.out is None and args.images is None:

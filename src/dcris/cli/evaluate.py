@@ -86,8 +86,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dcris.evaluation.evaluate import evaluate
     from dcris.evaluation.results import RULES, write_results
     from dcris.utils.distributed import described_processes
-    from dcris.utils.files import write_json
+    from dcris.utils.files import require_outputs, write_json
 
+    first = described_processes().first
+    if first:
+        require_outputs((args.out, args.report, args.answers), (args.checkpoint, args.data))
     if args.all:
         _evaluate_all(args)
         return
@@ -101,7 +104,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     args.split, args.protocol = args.split or "val", args.protocol or "cris"
     if args.calibrate_on == args.split:
         raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")
-    first = described_processes().first
     found = evaluate(
         args.checkpoint,
         partial(data_of, args),

@@ -57,7 +57,9 @@ def add(commands: Any) -> None:
 
 def _score(args: argparse.Namespace) -> None:
     from dcris.data.registry import VIDEO_SETS
+    from dcris.utils.files import require_outputs
 
+    require_outputs((args.out, args.report), (args.data, *args.predictions))
     if len(args.predictions) > 1 and (args.out or args.report):
         raise DcrisError("--out and --report take the masks of one system; give one PREDICTIONS")
     if args.dataset in VIDEO_SETS:

@@ -62,8 +62,9 @@ def _digits(text: str) -> int:
 
 def _table(args: argparse.Namespace) -> None:
     from dcris.experiments.results_table import category_table, paper_table, read_systems, scores_table
-    from dcris.utils.files import write_file
+    from dcris.utils.files import require_outputs, write_file
 
+    require_outputs((args.out,), args.results)
     if args.metrics and (args.paper or args.by_category):
         raise DcrisError("--metrics does not go with --paper and --by-category, which have their own; leave it out")
     if args.cost and args.by_category:

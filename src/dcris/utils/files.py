@@ -268,6 +268,33 @@ def require_replaceable(path: Path, allowed: Callable[[int], bool] = stat.S_ISRE
         raise DcrisError(f"cannot write {path}: {kind_of_file(mode)} with this name exists; choose another name")
 
 
+def require_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raise DcrisError if the result files of a command cannot be written, before its work is done.
+
+    Nothing remains of the attempt.
+
+    Args:
+        outputs: the files; None: not asked for.
+        inputs: files that the command reads, which a result must not replace, or None. What is no
+            path, such as the name of a model, is ignored.
+    """
+    read = (each for each in inputs if each is not None and os.path.isfile(each))  # noqa: PTH113 - names of models
+    taken = {os.path.realpath(each): "this command reads that file" for each in read}
+    for path in (each for each in outputs if each is not None):
+        require_replaceable(path)
+        real = os.path.realpath(path)
+        if real in taken:
+            raise DcrisError(f"cannot write {path}: {taken[real]}; choose another name")
+        taken[real] = "another result is to have this name"
+        parents = path.absolute().parents
+        temporary = _temporary(next((each for each in parents if each.exists()), parents[-1]) / path.name)
+        try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            temporary.unlink()
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+
 def open_append(path: Path) -> TextIO:
     """Open a regular file for reading and appending, as UTF-8 text; it is created if missing.
 
