@@ -543,6 +543,20 @@ def test_stored_features_do_not_change_the_run(
     assert_same_run(tmp_path / "cached", tmp_path / "plain")
 
 
+def test_what_precedes_the_steps_shows_progress(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storing features and validation may take hours."""
+    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_LINES", 0)
+    lines: list[str] = []
+    run_training(quick_config(1, CACHED, ("data.val_split", "val")), table, tmp_path / "run", log=lines.append)
+    images = len({reference.image_path for reference in table.split("train")})
+    assert sum(f" of {images} images, " in line and line.endswith(" left") for line in lines) == images
+    assert f"{images} of {images} images, 00:00 left" in lines
+    expressions = [line for line in lines if " validation expressions, " in line]
+    assert expressions[-1] == f"{len(expressions)} of {len(expressions)} validation expressions, 00:00 left"
+
+
 def test_a_run_with_stored_features_resumes_exactly(table: ReferenceTable, tmp_path: Path) -> None:
     """With the files of the interrupted run, with files that are gone, and with damaged ones; also
     with shared images and workers."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from dcris.checkpoints import training_images
 from dcris.checkpoints.backbones import fingerprint, load_towers
@@ -85,6 +86,8 @@ from dcris.utils.files import lock_folder, make_directory, read_json, remove_dir
 from dcris.utils.streams import counted
 from dcris.utils.workers import dead_worker, require_shared_memory
 
+T = TypeVar("T")
+
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 """Distance between the seeds of neighbouring places in a batch, far beyond other steps and runs."""
 
@@ -96,6 +99,9 @@ _FEATURES = "features"
 """Folder in a run's directory for `data.cache_features`."""
 _ENCODED_AT_ONCE = 8
 """Images in a pass that computes features to be stored."""
+
+_SECONDS_BETWEEN_LINES = 30
+"""Of what precedes or interrupts the steps, which have lines of their own."""
 
 _ALONE = Processes()
 
@@ -539,7 +545,11 @@ class Trainer:
             results = predict()
         else:
             results = predict_on_all_ranks(
-                self.group, self.queries, lambda share: self.stop.take_until_stop(predict(share=share))
+                self.group,
+                self.queries,
+                lambda share: self._told(
+                    self.stop.take_until_stop(predict(share=share)), len(self.queries), "validation expression"
+                ),
             )
         scores = summarise(result.overlap for result in results)
         return {key: score for key, score in scores.items() if score is not None}  # each, if there are results
@@ -585,11 +595,23 @@ class Trainer:
                 f"storing the features of up to {counted(images, 'image')}, {needed / 1e9:,.2f} GB, in {self.features.folder}"
             )
             written = self.features.write(self._encode, data.workers, _ENCODED_AT_ONCE)
-            for _ in self.stop.take_until_stop(written):
+            for _ in self._told(self.stop.take_until_stop(written), sum(map(len, self.features.shares)), "image"):
                 pass
             self._stop_if_requested()
             self.log(f"stored the features in {time.monotonic() - begin:.0f} s")
         self.features.open()
+
+    def _told(self, items: Iterator[T], total: int, unit: str) -> Iterator[T]:
+        """Yield this rank's share of `total` items, and log how many are done after each half
+        minute."""
+        begin = latest = time.monotonic()
+        for done, item in enumerate(items, 1):
+            if time.monotonic() - latest >= _SECONDS_BETWEEN_LINES:
+                latest = time.monotonic()
+                of_all = min(done * self.group.count, total)
+                left = tqdm.format_interval((latest - begin) / of_all * (total - of_all))
+                self.log(f"{of_all:,} of {counted(total, unit)}, {left} left")
+            yield item
 
     @torch.no_grad()
     def _encode(self, squares: torch.Tensor) -> VisionState:
