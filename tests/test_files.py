@@ -206,9 +206,9 @@ def test_invalid_json_errors(tmp_path: Path, content: bytes) -> None:
         read_json(tmp_path, "the thing")
 
 
-def test_json_of_windows(tmp_path: Path) -> None:
+def test_json_that_is_something_else(tmp_path: Path) -> None:
     """Notepad and PowerShell write a byte order mark; `>` of PowerShell 5 writes UTF-16, which the
-    message names."""
+    message names, as it does a zip file (exports, spreadsheets) and XML (exports, error pages)."""
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}\r\n')
     assert read_json(path, "the thing") == {"a": "ä"}
@@ -216,6 +216,14 @@ def test_json_of_windows(tmp_path: Path) -> None:
         path.write_text('{"a": 1}', encoding)
         with pytest.raises(DcrisError, match=r"UTF-16 text.*save it as UTF-8"):
             read_json(path, "the thing")
+    path.write_bytes(b"PK\3\4\x14\0\0\0")
+    with pytest.raises(DcrisError, match=r"zip file.*unpack an archive first, and save a spreadsheet as CSV"):
+        read_json(path, "the thing")
+    with pytest.raises(DcrisError, match="zip file"):
+        next(read_json_lines(path))
+    path.write_text('\n<?xml version="1.0"?><annotations/>')
+    with pytest.raises(DcrisError, match=r"is XML or HTML, not JSON; export or download it again in a format"):
+        read_json(path, "the thing")
     path.write_bytes(b'{"a": "\xe4"}')
     with pytest.raises(DcrisError, match=r"not UTF-8 text \(from byte 8 on\)"):
         read_json(path, "the thing")

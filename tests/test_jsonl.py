@@ -21,7 +21,7 @@ from dcris.data.exporter import export_table
 from dcris.data.importer import import_annotations
 from dcris.data.masks import encode_mask, union_area, union_mask
 from dcris.data.readers import jsonl
-from dcris.data.readers.load import load_references
+from dcris.data.readers.load import list_data_sets, load_references
 from dcris.data.table import ReferenceTable
 from dcris.data.tokenizer import get_tokenizer
 from dcris.errors import DcrisError
@@ -209,7 +209,7 @@ def test_it_is_a_data_set_like_any_other(folder: Path) -> None:
     report = check_dataset(path, None, deep=True)
     assert (report.dataset, report.problem_count, report.leaked_images) == ("mine", 1, 1)
     assert "is in train (reference 1) and val (reference 2)" in report.problems[0]
-    with pytest.raises(DcrisError, match="--dataset"):
+    with pytest.raises(DcrisError, match=r"give the file of your own data, .*mine\.jsonl"):
         load_references(folder, None)
 
 
@@ -472,3 +472,15 @@ def test_the_checksum_is_that_of_the_content(folder: Path, tmp_path: Path) -> No
     sums |= {load(moved, *lines[1:], lines[0]).sha256(), load(moved, *lines[:2]).sha256()}
     assert len(sums) == len(changes) + 2
     assert before not in sums
+
+
+@pytest.mark.parametrize("dataset", [None, "refcoco"])
+def test_an_export_is_no_data_set(tmp_path: Path, dataset: str | None) -> None:
+    """The message names the command that makes one of it, and the file that was meant."""
+    (tmp_path / "instances.json").write_text("{}")
+    for read in (load_references, list_data_sets):
+        with pytest.raises(DcrisError, match=r"instances\.json is no data set: .*`dcris data import`"):
+            read(tmp_path / "instances.json", dataset)
+    (tmp_path / "my.jsonl").write_text("{}")
+    with pytest.raises(DcrisError, match=r"give the file of your own data, .*my\.jsonl"):
+        load_references(tmp_path, dataset)

@@ -170,7 +170,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT, fallback: str = "utf-8-sig"
             and for EILSEQ also what to do.
     """
     content = read_bytes(path, max_bytes)
-    _refuse_utf16(path, content)
+    _refuse_no_utf8(path, content)
     try:
         with suppress(UnicodeDecodeError):
             return content.decode("utf-8-sig")
@@ -181,8 +181,15 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT, fallback: str = "utf-8-sig"
         ) from error
 
 
-def _refuse_utf16(path: Path, start: bytes) -> None:
-    """Raise OSError if a file starts like UTF-16: with its byte order mark or a two-byte letter."""
+def _refuse_no_utf8(path: Path, start: bytes) -> None:
+    """Raise OSError if a file starts like a zip file or like UTF-16: with its byte order mark or a
+    two-byte letter."""
+    if start.startswith(b"PK\3\4"):
+        raise OSError(
+            errno.EILSEQ,
+            "it is a zip file, not text: unpack an archive first, and save a spreadsheet as CSV in UTF-8",
+            str(path),
+        )
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (start[1:2] == b"\0" and start[:1] != b"\0"):
         raise OSError(
             errno.EILSEQ,
@@ -592,13 +599,19 @@ def read_json(
     Raises:
         DcrisError: the file is missing, unreadable or not JSON.
     """
+    text = ""
     try:
-        return parse_json(read_text(path, fallback=fallback), each_object)
+        text = read_text(path, fallback=fallback)
+        return parse_json(text, each_object)
     except FileNotFoundError as error:
         raise DcrisError(f"{what} is missing: there is no file {path}; check the folder and the name") from error
     except OSError as error:
         raise DcrisError(f"cannot read {what}, {path}: {error.strerror or error}") from error
     except ValueError as error:
+        if text.lstrip().startswith("<"):  # no JSON does
+            raise DcrisError(
+                f"{what}, {path}, is XML or HTML, not JSON; export or download it again in a format that is JSON"
+            ) from error
         raise DcrisError(
             f"{what}, {path}, is not valid JSON ({error}); it may be truncated: download or write it again"
         ) from error
@@ -617,7 +630,7 @@ def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = 
     """
     brackets = length = 0
     with reading(path), open_regular(path) as file:
-        _refuse_utf16(path, file.read(2))
+        _refuse_no_utf8(path, file.read(4))
         file.seek(0)
         # Not `for line in file`, which would load a file without line ends whole.
         for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):

@@ -84,6 +84,15 @@ def _single_file(root: Path) -> tuple[Reader, str] | None:
     return next(((reader, found[0]) for reader in readers if (found := reader.find(root, root.stem, None))), None)
 
 
+def _refuse_file(root: Path) -> None:
+    """Raise DcrisError if `root`, which is no data set, is a file, such as an export."""
+    if root.is_file():
+        raise DcrisError(
+            f"{root} is no data set: of files, only .jsonl files are; convert the export of an annotation tool with "
+            "`dcris data import`, and give the .jsonl file that it writes"
+        )
+
+
 def has_references(root: Path, dataset: str, split_by: str) -> bool:
     """Return whether a partition of a data set exists below `root`, in any layout."""
     return any(reader.find(root, dataset, split_by) for reader in _layouts(dataset))
@@ -102,11 +111,12 @@ def list_data_sets(root: Path, dataset: str | None = None) -> list[tuple[str, st
     Known ones come first, then folders by name. Nothing but `dataset` is looked for if it is given.
 
     Raises:
-        DcrisError: the files of `dataset` or of a known data set have no split in their names. Any
-            other such folder is not a data set.
+        DcrisError: `root` is another file; or the files of `dataset` or of a known data set have no
+            split in their names. Any other such folder is not a data set.
     """
     if (single := _single_file(root)) is not None:
         return [(root.stem, single[1])]
+    _refuse_file(root)
     entries = (entry for place in (root, root / "anns") if place.is_dir() for entry in sorted(place.iterdir()))
     folders = [entry.name for entry in entries if entry.is_dir()]
     # Folders in which known data sets are, under other names than theirs.
@@ -130,6 +140,7 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
         return single[0].load(root, root.stem, single[1], on_error)
     if not root.exists():
         raise DcrisError(f"there is no file or folder {root}; check the path of the data")
+    _refuse_file(root)
     if dataset is None:
         raise DcrisError(f"{root} may contain several data sets; {_choose(root) or 'choose one with --dataset'}")
     if mixture := parse_mixture(dataset):
@@ -157,7 +168,7 @@ def _load(root: Path, dataset: str | None, split_by: str | None, on_error: OnErr
     advice = f"get it from {source}" if source else "download one with `dcris data fetch`"
     raise DcrisError(
         f"there is no data set {dataset} in {root}: found neither {', nor '.join(places)}; {advice}, or "
-        f"{_choose(root) or 'check the root folder and the name'}"
+        f"{_choose(root) or 'check the root folder and the name; your own data are a .jsonl file'}"
     )
 
 
@@ -180,10 +191,14 @@ def _load_mixture(root: Path, name: str, mixture: Mixture) -> ReferenceTable:
 
 
 def _choose(root: Path) -> str:
-    """Name the data sets below `root` as an advice; empty if none is found."""
-    names = list[str]()
+    """Name the data sets below `root`, or else a file of own data in it, as an advice; empty if
+    none is found."""
+    names, own = list[str](), list[Path]()
     with suppress(DcrisError, OSError):  # the caller raises an error already
         names = list(dict.fromkeys(name for name, _ in list_data_sets(root)))
+        own = sorted(path for path in root.glob("*.jsonl") if is_single_file(path))
+    if own and not names:
+        return f"give the file of your own data, {own[0]}"
     return f"choose one of its data sets with --dataset: {', '.join(names[:_MOST_NAMES])}" if names else ""
 
 

@@ -59,7 +59,10 @@ def recognise(source: Path, name: str | None = None) -> tuple[str, Found]:
         raise unread[0]
     if not first:
         what = "a known format" if name is None else f"the format {name}"
-        raise DcrisError(f"{source} has no file of {what}; {_ADVICE}: {', '.join(FORMATS)}")
+        raise DcrisError(
+            f"{source} has no file of {what}; {_ADVICE}: {', '.join(FORMATS)}; masks that are images need no import, but a "
+            "line of JSON each (docs/own_data.md)"
+        )
     return first[0][0], chain(_read_all(source, chain(first, documents), several=len(first) > 1), unread)
 
 
