@@ -471,7 +471,7 @@ def test_full_disk(launcher: Launcher, uninterrupted: Run, scenes_root: Path, sm
     assert launcher.wait(run.start()) == 2
     (sentence,) = [line for line in run.printed().splitlines() if line.startswith("dcris: ")]
     assert "cannot write" in sentence
-    assert "No space left" in sentence
+    assert "No space left on device; free disk space" in sentence
     assert "Traceback" not in run.printed()
     assert [step for step, _ in run.scores()] == [2]
     assert not leftovers(run.out)

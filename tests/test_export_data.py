@@ -1,5 +1,6 @@
 """`dcris data export`: what is written is what the tools read, and comes back as it was."""
 
+import errno
 import json
 import os
 import pickle
@@ -303,8 +304,14 @@ def test_a_mask_with_thousands_of_holes_and_parts_takes_seconds() -> None:
     np.testing.assert_array_equal(decode_mask([mask_polygon(mask)], mask.shape), mask)
 
 
-def test_what_cannot_be_exported_leaves_nothing(table: ReferenceTable, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_leaves_nothing(
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        with pytest.raises(DcrisError, match=r"cannot write .*out: No space left on device; free disk space there"):
+            export_table(table, "coco", out)
     with pytest.raises(DcrisError, match="the format 'via' cannot be written; choose from coco, label-studio, labelme"):
         export_table(table, "via", out)
     (tmp_path / "data/b/1.png").unlink()

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dcris import Segmenter
+from dcris.checkpoints import checkpoint as checkpoints
 from dcris.checkpoints.checkpoint import _sealed, best_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from dcris.data.readers.load import load_references
 from dcris.data.table import ReferenceTable
@@ -244,7 +246,13 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_full_disk_keeps_the_previous_checkpoint(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One error message, and a run that can be resumed."""
+    """One error message, also where safetensors notices it, and a run that can be resumed."""
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", Mock(side_effect=full))
+        with pytest.raises(DcrisError, match=r"cannot write .*step-0+1: No space left on device; free disk space"):
+            run_training(quick_config(1), table, tmp_path / "none")
+    assert not list_checkpoints(tmp_path / "none")
     out, syncs, fsync = tmp_path / "run", [], os.fsync
 
     def fills(handle: int) -> None:

@@ -22,8 +22,10 @@ A bundle is all of this in one .safetensors file, with the configuration in its 
 Checkpoints contain no code.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +53,7 @@ from dcris.utils.arguments import PathLike, as_path
 from dcris.utils.cache import FileState, file_state, remembered
 from dcris.utils.device import allocate, shapes_only
 from dcris.utils.files import (
+    cannot_write,
     parse_json,
     read_json,
     reading,
@@ -336,6 +339,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:  # safetensors wraps OSError
+        if f"(os error {errno.ENOSPC})" in str(error):
+            raise cannot_write(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
         raise DcrisError(f"cannot write the checkpoint {path}: {error}") from error
 
 

@@ -103,7 +103,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         refuse_given(args, ("by_category",), "adds to --out and --report, and neither was given")
     args.split, args.protocol = args.split or "val", args.protocol or "cris"
     if args.calibrate_on == args.split:
-        raise DcrisError(f"--calibrate-on and --split are both {args.split}; calibrate on another split")
+        raise DcrisError(
+            f"--calibrate-on and --split (default: val) are both {args.split}; give the split whose scores to report as "
+            "--split, such as test, and calibrate on another one"
+        )
     found = evaluate(
         args.checkpoint,
         partial(data_of, args),

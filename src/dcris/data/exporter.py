@@ -18,7 +18,7 @@ from dcris.data.tools import FORMATS
 from dcris.data.tools.annotation import Exported, apart, split_folder
 from dcris.errors import DcrisError
 from dcris.types import Reference
-from dcris.utils.files import write_directory
+from dcris.utils.files import FULL, write_directory
 
 IMAGE_URL = "/data/local-files/?d="
 """Where Label Studio looks for local files."""
@@ -114,6 +114,8 @@ def _copy_image(reference: Reference, target: Path) -> None:
         else:
             shutil.copyfile(source, target)
     except (OSError, ValueError, shutil.SpecialFileError) as error:  # ValueError: no format of that ending
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # the folder is at fault, and its writer says so
         raise DcrisError(f"cannot copy the image {source} ({error}); check the file") from error
 
 

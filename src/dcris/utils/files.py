@@ -53,8 +53,13 @@ class LockedError(DcrisError):
     """Another process holds the lock of a folder."""
 
 
-def _cannot_write(path: Path, error: OSError) -> DcrisError:
-    full = "free disk space there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
+
+
+def cannot_write(path: Path, error: OSError) -> DcrisError:
+    """Return the error of a path that cannot be written."""
+    full = "free disk space there or " if error.errno in FULL else ""
     return DcrisError(f"cannot write {path}: {error.strerror or error}; {full}choose another path")
 
 
@@ -67,7 +72,7 @@ def make_directory(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     return path
 
 
@@ -299,7 +304,7 @@ def require_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path 
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             temporary.unlink()
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
 
 def open_append(path: Path) -> TextIO:
@@ -315,7 +320,7 @@ def open_append(path: Path) -> TextIO:
     try:
         return os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666), "a+", encoding="utf-8")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_file(
@@ -343,7 +348,7 @@ def write_file(
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         if callable(content):
             content(temporary)
@@ -354,7 +359,7 @@ def write_file(
         temporary.chmod(mode)  # some writers (safetensors) replace the file by their own
         temporary.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -369,7 +374,7 @@ def sync_files(paths: Iterable[Path]) -> None:
         try:
             _sync(path)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
 
 def _sync(path: Path) -> None:
@@ -401,7 +406,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir()
         mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         fill(temporary)
         for file in temporary.rglob("*"):
@@ -425,7 +430,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
             temporary.rename(path)
         sync_directory(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -540,7 +545,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         sync_directory(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def parse_json(text: str, each_object: Callable[[dict[str, Any]], Any] | None = None) -> Any:

@@ -5,7 +5,6 @@ bars, and resuming a broken download. Added here: a message for each kind of fai
 comparison of the checksum.
 """
 
-import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dcris.errors import DcrisError, first_line
-from dcris.utils.files import sha256_of
+from dcris.utils.files import FULL, sha256_of
 
 Kind = Literal["model", "dataset"]
 """Kind of repository: a model and a data set on the Hub can have the same name."""
@@ -204,7 +203,7 @@ def _explain(error: Exception, repo: str, revision: str, kind: Kind) -> DcrisErr
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return _unreachable(error, repo, kind)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = isinstance(error, OSError) and error.errno in FULL
     if full or "No space left on device" in str(error):  # hf_xet, which downloads large files, raises it as text only
         return DcrisError(
             f"the disk of the cache {constants.HF_HUB_CACHE} is full; free disk space there, or set HF_HOME to another folder"
