@@ -31,9 +31,10 @@ def test_the_documented_lines_are_read(tmp_path: Path) -> None:
     assert [(len(each.expressions), len(each.segmentations)) for each in references] == [(2, 1), (1, 2), (1, 0)]
 
 
-def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
-    """Images with a colour per object, as CVAT exports them, become a mask and a line for each
-    object.
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".png"])
+def test_the_documented_script_splits_object_images(tmp_path: Path, ending: str) -> None:
+    """Images with a colour per object, as CVAT exports them beside images of any ending, become a
+    mask and a line for each object.
     """
     code = (REPOSITORY / "docs/own_data.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
     objects = np.zeros((6, 8, 3), np.uint8)
@@ -43,7 +44,7 @@ def test_the_documented_script_splits_object_images(tmp_path: Path) -> None:
     for folder in ("SegmentationObject", "JPEGImages"):
         (tmp_path / folder).mkdir()
     Image.fromarray(objects).quantize(16).save(tmp_path / "SegmentationObject/a b.png")
-    Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages/a b.jpg")
+    Image.new("RGB", (8, 6)).save(tmp_path / f"JPEGImages/a b{ending}")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert check_dataset(tmp_path / "my.jsonl", None, deep=True).problem_count == 0
     masks = [union_mask(item.segmentations, (6, 8)) for item in load_references(tmp_path / "my.jsonl", None).references]
