@@ -1341,7 +1341,8 @@ def test_label_studio_needs_an_address_for_each_image(
 
 
 def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """The note appears if there are videos, and only then."""
+    """The note appears if there are videos, and only then. Of videos alone, nothing would be
+    written: that is refused before they are predicted."""
     pytest.importorskip("av")
     clip = make_video(tmp_path / "clip.mp4", 2)
     rest = ("-e", "cup", "--format", "label-studio", "--out")
@@ -1350,6 +1351,10 @@ def test_label_studio_leaves_videos_out(model: Path, photos: Path, tmp_path: Pat
     assert len(json.loads((tmp_path / "both/label_studio.json").read_text())) == 1
     assert dcris("predict", model, photos / "0.png", *rest, tmp_path / "photo") == 0
     assert "videos" not in capsys.readouterr().out
+    assert dcris("predict", model, clip, "-e", "cup", "--format", "yolo", "labelme", "--out", tmp_path / "clip") == 2
+    assert "yolo labelme: of images only, and there are only videos; add mask" in capsys.readouterr().err
+    assert not (tmp_path / "clip").exists()
+    assert dcris("predict", model, clip, "-e", "cup", "--format", "yolo", "coco", "--out", tmp_path / "clip") == 0
 
 
 def test_a_video_is_predicted_as_its_frames(model: Path, tmp_path: Path) -> None:

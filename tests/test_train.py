@@ -511,7 +511,8 @@ def test_start_names_what_differs(table: ReferenceTable, broken: Path, tmp_path:
     run_training(quick_config(1, start, *other), table, tmp_path / "other", log=lines.append)
     (line,) = (line for line in lines if "was trained with" in line)
     assert re.search(r"with data\.std = \[0\..*\], not \[1\.0, 1\.0, 1\.0\]; model\.head\.heads = \d, not 2$", line)
-    with pytest.raises(DcrisError, match=r"has no tensor vision\..*; it is for another model"):
+    recipe = r"here of the recipe dcris_tiny: train with .*config\.json in place of "
+    with pytest.raises(DcrisError, match=rf"has no tensor vision\..*; it is for another model.*{recipe}"):
         run_training(quick_config(1, start, ("model.method", '{"name": "bitfit"}')), table, tmp_path / "new")
 
 

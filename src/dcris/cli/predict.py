@@ -231,6 +231,11 @@ def _predict(args: argparse.Namespace) -> None:
     )
     of_images = [each for each in IMAGE_FORMATS if each in (args.format or ())]
     if of_images and any(task.video for task in tasks):
+        if set(args.format) == set(of_images) and all(task.video for task in tasks):
+            raise DcrisError(
+                f"{' '.join(of_images)}: of images only, and there are only videos; add mask, annotated, overlay or coco to "
+                "--format"
+            )
         notes.append(f"{' '.join(of_images)}: of images only; use mask, annotated, overlay or coco for the videos")
     # A rank with a long video keeps the others waiting.
     with processes(args.device, timeout=timedelta(days=7)) as group:

@@ -783,8 +783,8 @@ class Trainer:
                 load_trained(self.model, start, presence=had == has)
             except DcrisError as error:
                 raise DcrisError(
-                    f"{error}; a run can only start from a checkpoint of the same model, so train with the config.json of that "
-                    "checkpoint"
+                    f"{error}; a run can only start from a checkpoint of the same model, here of the recipe {before.recipe}: "
+                    f"train with {start / 'config.json'} in place of {self.config.recipe}"
                 ) from error
             if self.model.head.presence is not None:
                 self.model.head.presence.temperature.fill_(1)  # of other weights than those to come
