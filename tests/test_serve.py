@@ -188,6 +188,18 @@ def test_parameters_are_checked_by_name(address: str, query: Any, message: str) 
     assert post_form(address, body) == (400, {"error": found})
 
 
+def test_a_phrase_in_another_encoding_is_refused(address: str) -> None:
+    """It would be answered for a phrase with a replacement character."""
+    status, content = send(address, "POST /api/segment?phrase=Fu%DFg%E4nger", picture())
+    assert (status, json.loads(content)["error"]) == (
+        400,
+        "the phrase 'Fu\ufffdg\ufffdnger' was not sent as UTF-8; send it in UTF-8",
+    )
+    body = form(('"image"; filename="a"', picture()), ('"phrase"', "Fussg")).replace(b"Fussg", "Fußg".encode("latin-1"))
+    assert post_form(address, body)[0] == 400
+    assert send(address, "POST /api/segment?phrase=Fu%C3%9Fg%C3%A4nger", picture())[0] == 200
+
+
 def _pairs(query: dict[str, Any]) -> list[tuple[str, str]]:
     return [(k, str(v)) for k, values in query.items() for v in (values if isinstance(values, list) else [values])]
 

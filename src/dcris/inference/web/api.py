@@ -94,7 +94,8 @@ async def answer(service: InferenceService, image: bytes | NDArray[np.uint8], qu
 def parse_query(service: InferenceService, values: Iterable[tuple[str, str]]) -> Query:
     """Check the parameters of a request.
 
-    Raises DcrisError for an unknown parameter, one that is given twice, or a value of another kind.
+    Raises DcrisError for an unknown parameter, one that is given twice, a value of another kind, or
+    a phrase that is not UTF-8.
     """
     phrases: list[str] = []
     given: dict[str, str] = {}
@@ -102,6 +103,8 @@ def parse_query(service: InferenceService, values: Iterable[tuple[str, str]]) ->
         if name not in PARAMETERS:
             raise DcrisError(f"there is no parameter {name[:60]!r}; the parameters are {', '.join(PARAMETERS)}")
         if name == "phrase":
+            if "\ufffd" in value:  # in place of what is not UTF-8
+                raise DcrisError(f"the phrase {value[:60]!r} was not sent as UTF-8; send it in UTF-8")
             phrases.append(value)
         elif name in given:
             raise DcrisError(f"the parameter {name!r} is given more than once")
