@@ -131,7 +131,8 @@ def import_annotations(
         phrases: a .json or .csv file; see read_phrases.
         split: name of the split for all references; default: the splits of the export if it has
             several and one of them is train, else images are divided into train and val.
-        val: share of the images for val. The choice depends only on `seed` and the file names.
+        val: share of the images for val. The choice depends only on `seed` and the
+            paths of the images, relative to the folder of `out`.
         seed: seed of the choice.
         ambiguous: one of AMBIGUOUS, or a function that chooses one if there are such phrases.
         keep_crowds: keep annotations of crowds. They always count for ambiguity.
@@ -523,7 +524,7 @@ def _choose(names: set[str], share: float, seed: int) -> set[str]:
     count = min(max(round(share * len(names)), share > 0), len(names) - 1)
 
     def order(name: str) -> str:
-        # By name, not by place: if images are added later, nearly all images of val stay there.
+        # By name, not by position: if images are added later, nearly all images of val stay there.
         return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 
     return set(sorted(names, key=order)[:count])
