@@ -547,7 +547,7 @@ class Trainer:
             results = predict_on_all_ranks(
                 self.group,
                 self.queries,
-                lambda share: self._told(
+                lambda share: self._with_progress(
                     self.stop.take_until_stop(predict(share=share)), len(self.queries), "validation expression"
                 ),
             )
@@ -595,13 +595,15 @@ class Trainer:
                 f"storing the features of up to {counted(images, 'image')}, {needed / 1e9:,.2f} GB, in {self.features.folder}"
             )
             written = self.features.write(self._encode, data.workers, _ENCODED_AT_ONCE)
-            for _ in self._told(self.stop.take_until_stop(written), sum(map(len, self.features.shares)), "image"):
+            for _ in self._with_progress(
+                self.stop.take_until_stop(written), sum(map(len, self.features.shares)), "image"
+            ):
                 pass
             self._stop_if_requested()
             self.log(f"stored the features in {time.monotonic() - begin:.0f} s")
         self.features.open()
 
-    def _told(self, items: Iterator[T], total: int, unit: str) -> Iterator[T]:
+    def _with_progress(self, items: Iterator[T], total: int, unit: str) -> Iterator[T]:
         """Yield this rank's share of `total` items, and log how many are done after each half
         minute."""
         begin = latest = time.monotonic()
