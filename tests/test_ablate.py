@@ -541,16 +541,17 @@ def test_the_papers_numbers_are_beside_ours(tmp_path: Path) -> None:
 
 
 def test_the_summary_states_the_deviation_between_seeds() -> None:
-    """A lead smaller than the deviation must not read as a result."""
+    """A lead that may be chance must not read as a result."""
 
     def item(name: str, *scores: float) -> Measured:
         runs = tuple(result(seed, test=score) for seed, score in enumerate(scores))
         return Measured(DEFAULT, name, (name,), runs, 150_011_649)
 
     sentence = summary([item("a", 50, 52), item("b", 60, 61), item("c")], ["test"])
-    assert sentence.startswith("Best: b, mIoU 60.5; then a, 51.0.")
-    assert "more than the seeds' deviation of 1.4" in sentence
-    assert "within the seeds' deviation of 14.1" in summary([item("a", 40, 60), item("b", 50, 51)], ["test"])
+    assert sentence.startswith("Best: b, mIoU 60.50; then a, 51.00.")
+    assert "9.50 points: decided, as it is more than twice the seeds' deviation of 1.41" in sentence
+    sentence = summary([item("a", 50, 56), item("b", 60, 61)], ["test"])
+    assert "7.50 points: undecided, as it is not more than twice the seeds' deviation of 4.24" in sentence
     assert "one seed shows no variation" in summary([item("a", 40), item("b", 50)], ["test"])
     assert summary([item("a", 40)], ["test"]) == "There are no two rows to compare."
 

@@ -118,7 +118,9 @@ def write_ablation(
 
 
 def summary(rows: Sequence[Measured], splits: Sequence[str]) -> str:
-    """State which row has the best mean mIoU, and whether its lead is significant."""
+    """State which row has the best mean mIoU, and whether its lead is decided: larger than twice
+    the larger deviation of the two best rows.
+    """
     ranked = sorted(((_mean(item, splits), item) for item in rows if item.runs), key=lambda pair: -pair[0])
     if len(ranked) < 2:
         return "There are no two rows to compare."
@@ -127,13 +129,13 @@ def summary(rows: Sequence[Measured], splits: Sequence[str]) -> str:
     certainty = (
         "one seed shows no variation between seeds"
         if len(best.runs) < 2
-        else f"more than the seeds' deviation of {deviation:.1f}"
-        if first - second > deviation
-        else f"within the seeds' deviation of {deviation:.1f}"
+        else f"decided, as it is more than twice the seeds' deviation of {deviation:.2f}"
+        if first - second > 2 * deviation
+        else f"undecided, as it is not more than twice the seeds' deviation of {deviation:.2f}"
     )
     return (
-        f"Best: {best.name}, mIoU {first:.1f}; then {next_best.name}, {second:.1f}. "
-        f"The difference is {first - second:.1f} points: {certainty}."
+        f"Best: {best.name}, mIoU {first:.2f}; then {next_best.name}, {second:.2f}. "
+        f"The difference is {first - second:.2f} points: {certainty}."
     )
 
 
