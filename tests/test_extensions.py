@@ -170,7 +170,7 @@ def test_the_threshold_is_chosen_on_another_split(
     assert record["miou"] == pytest.approx(record["analysis"]["curve"]["miou"][near], abs=1e-6)
     capsys.readouterr()
     assert dcris("evaluate", trained_run, *data, "--split", "test", "--calibrate-on", "test") == 2
-    assert "another split" in capsys.readouterr().err
+    assert "give two splits" in capsys.readouterr().err
     image = next((scenes_root / "images/mscoco/images/train2014").iterdir())
     out = tmp_path / "masks"
     command = ("predict", trained_run, image, "-e", "red circle", "--out", out, "--device", "cpu", "--threshold")

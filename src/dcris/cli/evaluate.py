@@ -104,8 +104,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     args.split, args.protocol = args.split or "val", args.protocol or "cris"
     if args.calibrate_on == args.split:
         raise DcrisError(
-            f"--calibrate-on and --split (default: val) are both {args.split}; give the split whose scores to report as "
-            "--split, such as test, and calibrate on another one"
+            f"--calibrate-on and --split (default: val) are both {args.split}; give two splits, such as --calibrate-on val "
+            "--split test"
         )
     found = evaluate(
         args.checkpoint,
