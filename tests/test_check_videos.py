@@ -216,7 +216,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert found["splits"]["valid_u"] == {"videos": 2, "expressions": 3}
     assert (found["problem_count"], found["frames"]) == (1, 9)
     assert main(["data", "check", str(root), "--dataset", "mevis", "--split-by", "unc"]) == 2
-    assert "takes neither --split-by nor --mask-threshold" in capsys.readouterr().err
+    assert "is for images, not for mevis; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dataset", [*WRITERS])

@@ -100,12 +100,6 @@ def refuse_given(args: argparse.Namespace, names: Iterable[str], reason: str) ->
         raise DcrisError(f"{given[0]} {reason}; leave it out")
 
 
-def refuse_of_images(dataset: str, split_by: Any, mask_threshold: Any) -> None:
-    """Raise DcrisError where a data set of videos is given what only data sets of images have."""
-    if split_by is not None or mask_threshold is not None:
-        raise DcrisError(f"{dataset} takes neither --split-by nor --mask-threshold; leave them out")
-
-
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     """Return the values of `--section.field value` and `--section.field=value` by key.
 

@@ -140,7 +140,7 @@ def _compare_images(args: argparse.Namespace) -> None:
     paths = [Path(each) if is_results_file(Path(each)) else find_checkpoint(locate(each)) for each in args.systems]
     models = [path for path in paths if not is_results_file(path)]
     if not models:
-        refuse_given(args, ("precision",), "is for models, and results files are of none")
+        refuse_given(args, ("precision",), "is for models, and only results files were given")
     if models:
         table = data_of(args, read_config(models[0]))
     elif own_name(args.data, args.dataset, args.split_by) is None and args.dataset is None:

@@ -19,7 +19,6 @@ from dcris.cli.common import (
     own_name,
     progress,
     refuse_given,
-    refuse_of_images,
     share,
 )
 from dcris.errors import DcrisError
@@ -188,7 +187,7 @@ def _data_check(args: argparse.Namespace) -> None:
     own_name(args.root, args.dataset, args.split_by)
     report: Report
     if args.dataset in VIDEO_SETS:
-        refuse_of_images(args.dataset, args.split_by, args.mask_threshold)
+        refuse_given(args, ("split_by", "mask_threshold"), f"is for images, not for {args.dataset}")
         with progress(None, "video") as show:
             report = check_videos(args.root, args.dataset, deep=args.deep, progress=show)
     else:

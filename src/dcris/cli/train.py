@@ -18,7 +18,7 @@ from dcris.cli.common import (
     parse_settings,
     positive,
     quote,
-    refuse_of_images,
+    refuse_given,
 )
 from dcris.errors import DcrisError
 from dcris.utils.arguments import TrackerName, TrainingPrecision
@@ -130,7 +130,7 @@ def configuration(args: argparse.Namespace) -> "RunConfig":
     dataset = settings.get("data.dataset", config.data.dataset)
     videos = isinstance(dataset, str) and dataset in VIDEO_SETS
     if videos:
-        refuse_of_images(dataset, settings.get("data.split_by"), settings.get("data.mask_threshold"))
+        refuse_given(args, ("split_by", "mask_threshold"), f"is for images, not for {dataset}")
     if own or videos:
         settings["data.split_by"] = None
     return replace(config, settings | word_length_settings(settings, config.data.dataset))

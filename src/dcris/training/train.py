@@ -65,6 +65,8 @@ def train(
 
 _ONLY_WITH: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "data.frame_step": ("a data set of videos", lambda config: config.data.dataset in VIDEO_SETS),
+    "data.mask_threshold": ("a data set of images", lambda config: config.data.dataset not in VIDEO_SETS),
+    "data.split_by": ("a data set of images", lambda config: config.data.dataset not in VIDEO_SETS),
     "train.gamma": ("the schedule step", lambda config: config.train.schedule == "step"),
     "train.milestones": ("the schedule step", lambda config: config.train.schedule == "step"),
     "train.presence": ("a presence head", lambda config: config.model.head.presence),
@@ -75,9 +77,9 @@ recipes leave empty are checked by the configuration, or where they are used."""
 
 def refuse_unused(config: RunConfig, changes: Mapping[str, Any]) -> None:
     """Raise DcrisError where `changes`, which made the configuration, give a setting that has no
-    effect in it."""
+    effect in it. Whole sections, which give all of theirs, are not checked."""
     for key, (what, has) in _ONLY_WITH.items():
-        if key in changes and not has(config):
+        if changes.get(key) is not None and not has(config):
             raise DcrisError(f"{key} is for {what}, which this run does not have; leave it out")
 
 
