@@ -198,6 +198,13 @@ def test_path_types(segmenter: Segmenter, trained_run: Path, scenes_root: Path, 
         assert load_checkpoint(kind(saved))[1] == segmenter.config
 
 
+def test_weights_that_are_whole_numbers_are_taken(segmenter: Segmenter) -> None:
+    """An encoder of the user's own may have frozen ones, such as tables or 8-bit weights."""
+    model = copy.deepcopy(segmenter.model)
+    model.head.table = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    assert Segmenter(model, segmenter.config, device="cpu").predict(IMAGE, "red")
+
+
 def told(predictions: list[Prediction]) -> list[dict[str, Any]]:
     return [prediction.to_dict() for prediction in predictions]
 

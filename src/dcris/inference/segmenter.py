@@ -151,7 +151,7 @@ class Segmenter:
 
     Raises:
         DcrisError: an argument has the wrong type, there is no such device or precision, or the
-            weights are neither in float32 nor in that precision.
+            floating-point weights are neither in float32 nor in that precision.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Segmenter:
     def _prepared(self, model: ReferringSegmenter, config: RunConfig) -> _Set:
         working = working_dtype(self.dtype, self.device)
         for name, weight in model.named_parameters():
-            if weight.dtype not in (torch.float32, working):
+            if weight.is_floating_point() and weight.dtype not in (torch.float32, working):
                 raise DcrisError(
                     f"the weight {name} of the model is {weight.dtype}, which cannot be computed with in {working}; leave the "
                     "model in torch.float32, and choose the precision of the computation with `precision`"
