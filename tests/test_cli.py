@@ -503,7 +503,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("words", "option", "reason"),
     [
-        ("predict tiny PHOTO -e ring --out OUT", "--every 2", "for videos"),
+        ("predict tiny PHOTO -e ring --out OUT", "--every 2", "give videos by name"),
         ("predict tiny PHOTO -e ring --out OUT", "--image-url https://a/", "for --format label-studio"),
         ("predict tiny --pairs ABSENT --out OUT", "--recursive", "for folders"),
         ("evaluate tiny --data ABSENT", "--by-category", "adds to --out and --report"),

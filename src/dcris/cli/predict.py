@@ -209,7 +209,10 @@ def _predict(args: argparse.Namespace) -> None:
         phrases = [*(args.expression or ()), *(read_phrases(args.phrases) if args.phrases is not None else ())]
         tasks = find_tasks(args.images, phrases, out=args.out, recursive=args.recursive, on_skipped=notes.append)
     if args.every != 1 and not any(task.video for task in tasks):
-        raise DcrisError("--every is for videos, and there is none among the images; leave it out")
+        raise DcrisError(
+            "--every is for videos, and none was given; leave it out, or give videos by name or by a pattern: those in a "
+            "folder are skipped"
+        )
 
     # These import torch, for which an error in the files above should not wait.
     from datetime import timedelta
