@@ -231,7 +231,9 @@ def _data_import(args: argparse.Namespace) -> None:
     if (args.out is None) == (args.write_phrases is None):
         raise DcrisError("give --out FILE.jsonl for the data set, or --write-phrases FILE.csv for a list of objects")
     if args.split is not None:
-        refuse_given(args, ("val", "seed"), "divides the images, but --split puts all into one split")
+        refuse_given(
+            args, ("val", "seed"), "is for the division into splits, but --split puts all images into one split"
+        )
     common = {
         "images": args.images,
         "format": args.format,
