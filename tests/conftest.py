@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from hub import Hub
@@ -30,6 +31,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # continues is the same bit for bit only with as many threads. torch reads it when it is imported.
 assert "torch" not in sys.modules
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine fails no test: speed is measured in benchmarks/.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 SLOW_TIMEOUT = 1800
 """Seconds a slow test may take; for the others see pyproject.toml."""

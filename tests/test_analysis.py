@@ -59,7 +59,7 @@ def in_order(results: Sequence[EvalResult]) -> list[list[EvalResult]]:
     st.lists(st.tuples(SHARES | st.just((7, 10)), st.integers(0, 4)), max_size=12),
     st.sampled_from([STANDARD_METRICS, INCLUSIVE_METRICS]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_counts_by_image_add_up_to_the_scores(
     pairs: list[tuple[tuple[int, int], int]], metrics: tuple[Metric, ...]
 ) -> None:

@@ -83,7 +83,7 @@ def test_a_small_object_on_a_large_one_stays_visible() -> None:
     phrases=st.lists(st.text(max_size=80), max_size=5),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_image_and_phrases(shape: tuple[int, int], phrases: list[str], seed: int) -> None:
     """A strip of one pixel, any text, no phrase at all."""
     random = np.random.default_rng(seed)

@@ -43,7 +43,7 @@ def arrays(pairs: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(PAIRS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_auroc_counts_pairs(pairs: list[tuple[float, bool]]) -> None:
     """A right and a wrong one, in the right order; half for equal scores."""
     right, wrong = ([score for score, truth in pairs if truth is wanted] for wanted in (True, False))
@@ -56,7 +56,7 @@ def test_auroc_counts_pairs(pairs: list[tuple[float, bool]]) -> None:
 
 
 @given(PAIRS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_calibration_error_is_that_of_ten_bins(pairs: list[tuple[float, bool]]) -> None:
     """The last bin includes 1; empty bins count nothing."""
     expected = 0.0
@@ -73,7 +73,7 @@ def test_the_calibration_error_is_that_of_ten_bins(pairs: list[tuple[float, bool
 
 
 @given(PAIRS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_other_cut_separates_better(pairs: list[tuple[float, bool]]) -> None:
     """The recommended minimum is the one that a search of all cuts finds."""
     scores, right = arrays(pairs)
@@ -90,7 +90,7 @@ def test_no_other_cut_separates_better(pairs: list[tuple[float, bool]]) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.booleans()), min_size=2, max_size=30), st.floats(*TEMPERATURES))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_other_temperature_fits_better(pairs: list[tuple[float, bool]], other: float) -> None:
     """By the cross entropy, within the range of temperatures."""
 

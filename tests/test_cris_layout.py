@@ -194,7 +194,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(key=st.sampled_from(["segment_id", "cat", "img_name", "sentences", "bbox", "sentences_num"]), value=_VALUES)
 def test_nothing_in_a_file_ends_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
     """Any content gives one sentence or references, never a traceback."""

@@ -257,7 +257,7 @@ PHRASES = st.lists(
 
 @pytest.mark.parametrize("name", ["tiny", "clip"])
 @given(texts=PHRASES, length=st.integers(3, 9))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_long_expressions_are_counted_as_the_tokenizer_does(name: str, texts: list[str], length: int) -> None:
     """Words are counted one by one, which is cheap for 120,000 expressions, and the number is
     exact.

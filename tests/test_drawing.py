@@ -41,7 +41,7 @@ def test_overlay_tints_the_inside_and_leaves_what_is_far_alone():
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.sampled_from(COLOURS))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_layer_over_the_image_is_the_overlay(height, width, seed, colour):
     """A browser that lays it over the image shows what `overlay` draws, up to rounding."""
     image, mask = noise(height, width, seed), np.random.default_rng(seed).random((height, width)) > 0.5
@@ -87,7 +87,7 @@ def test_empty_and_full_masks():
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_shape_and_mask(height, width, seed):
     mask = np.random.default_rng(seed).random((height, width)) > 0.8
     image = noise(height, width, seed)

@@ -281,7 +281,7 @@ def test_images_are_found_by_relative_addresses(table: ReferenceTable, tmp_path:
     assert "\u00e4 2.PNG" in names
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mask=arrays.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
 def test_outlines_cover_exactly_the_mask(mask: Any) -> None:
     """Parts that touch at a corner, holes, parts inside of holes; also joined to one polygon."""

@@ -110,7 +110,7 @@ def _maps(values: list[float]) -> Iterator[tuple[int, Maps]]:
 
 
 @given(st.lists(st.floats(0.01, 0.99), max_size=12), st.sampled_from([1, 3, 5, 7, 9]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_smoothing_is_a_centred_mean(values: list[float], width: int) -> None:
     """Equal to the definition for any length, also at the ends and in videos shorter than it."""
     half = width // 2

@@ -86,7 +86,7 @@ def test_the_parts_of_a_target_are_kept_apart(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from([71, 72, 73, 71]), max_size=4), st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_list_of_annotations(tmp_path: Path, ann_ids: list[int], zero: bool, exists: bool) -> None:
     """An annotation that is named twice is one object, in any order of the list."""
     layout = refzom()

@@ -194,7 +194,7 @@ def many_samples(draw: st.DrawFn) -> list[Sample]:
 @pytest.mark.parametrize("protocol", SLOW)
 @every_rule
 @given(samples=many_samples())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_scores_are_those_of_the_authors_loops(protocol: str, rule: str, samples: list[Sample]) -> None:
     """A wrong sign in one branch gives scores that no paper's compare with."""
     results = [judged(each, protocol, rule, number) for number, each in enumerate(samples)]
@@ -207,7 +207,7 @@ def test_scores_are_those_of_the_authors_loops(protocol: str, rule: str, samples
 
 @pytest.mark.parametrize("protocol", SLOW)
 @given(samples=many_samples())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_intervals_are_of_the_same_scores(protocol: str, samples: list[Sample]) -> None:
     """Sums by image must add up to the score, also where a mean is over references."""
     results = [judged(each, protocol, "any-pixel", number) for number, each in enumerate(samples)]

@@ -176,7 +176,7 @@ def test_decoder_is_section_3_4(text_width: int) -> None:
     columns=st.integers(1, 7),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_kernels_per_sample_are_a_grouped_convolution(
     batch: int, channels: int, rows: int, columns: int, seed: int
 ) -> None:
@@ -204,7 +204,7 @@ def test_kernels_per_sample_are_a_grouped_convolution(
     columns=st.integers(1, 7),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_finer_convolution_is_interpolation_then_convolution(
     batch: int, inputs: int, outputs: int, rows: int, columns: int, seed: int
 ) -> None:

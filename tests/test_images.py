@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -126,7 +126,6 @@ def test_sixteen_bits_in_every_format(tmp_path, ending, order):
 
 
 @given(values=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_the_greatest_of_32_bits_becomes_255(values):
     """Rounding made it 254 for one greatest value in eight."""
     greatest = max(255, *values)
@@ -403,7 +402,6 @@ _BETWEEN = b"\0", b"a" * 16_383, b"a" * 16_382, b"\xff\xff\xfe\x00\x03\xda", b"\
 
 
 @given(parts=st.lists(st.sampled_from(_BETWEEN)))
-@settings(deadline=None)
 def test_a_jpeg_with_bytes_between_its_segments_is_the_same_image(parts):
     """Cameras leave such bytes. Markers may begin at any place in what is read at a time."""
     pixels = np.full((16, 16, 3), 90, np.uint8)

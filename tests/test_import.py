@@ -438,7 +438,7 @@ def test_existing_files_are_not_overwritten(export: Export) -> None:
     assert not (export.folder / "new.jsonl").exists()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     objects=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([CUP, DOG, DOT])), min_size=1, max_size=12),
     val=st.sampled_from([0.0, 0.1, 0.5, 0.9]),

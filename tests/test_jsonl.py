@@ -428,7 +428,7 @@ json_values = st.recursive(
 FIELDS = ("image", "mask", "expressions", "split", "category", "id")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3), cut=st.integers(0, 200))
 def test_any_line_is_read_or_refused(folder: Path, changes: dict[str, Any], cut: int) -> None:
     """There is no traceback, and references that are read can be trained on."""

@@ -83,7 +83,7 @@ def test_what_is_wrong_in_an_interface(xml: str, sentence: str) -> None:
         LabellingInterface.parse(xml)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(place=st.integers(0, len(INTERFACE)), length=st.integers(0, 40), text=st.text(max_size=12))
 def test_a_damaged_interface_is_one_sentence(place: int, length: int, text: str) -> None:
     """It comes from the request."""

@@ -93,7 +93,7 @@ def test_the_example_without_torch_reads_the_same(name: str, monkeypatch: pytest
         library = pytest.importorskip("instant_clip_tokenizer")
         monkeypatch.setattr(library, "Tokenizer", cache(library.Tokenizer))
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(typed=TYPED)
     def check(typed: str) -> None:
         for strip in (True, False):
@@ -105,7 +105,7 @@ def test_the_example_without_torch_reads_the_same(name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", NAMES)
 @given(typed=st.lists(TYPED, min_size=1, max_size=4), predicting=st.booleans())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_unread_end_is_what_does_not_fit(name: str, typed: list[str], predicting: bool) -> None:
     """A phrase is called too long exactly if the tokenizer cuts it, and its end begins at the first
     word that is not read completely."""

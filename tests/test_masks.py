@@ -24,7 +24,7 @@ def masks(draw):
 
 
 @given(masks())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_mask_survives_compression_and_pycocotools_agrees(mask):
     """Predictions are written in this form, and other programs read the same mask."""
     encoded = encode_mask(mask)
@@ -37,7 +37,7 @@ def test_every_mask_survives_compression_and_pycocotools_agrees(mask):
 
 
 @given(masks())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_plain_run_lengths_give_the_same_mask(mask):
     """COCO's crowd annotations are uncompressed, column by column."""
     flat = mask.T.ravel()
@@ -50,7 +50,7 @@ def test_plain_run_lengths_give_the_same_mask(mask):
 
 
 @given(masks(), st.sampled_from(["run lengths", "polygons", "image file"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_area_is_that_of_the_decoded_mask(tmp_path_factory, mask, form):
     """Scores by object size use the area of the mask that is scored."""
     segmentation = encode_mask(mask)
@@ -145,7 +145,7 @@ def test_a_malformed_mask_is_refused(segmentation):
 
 
 @given(st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_either_fills_the_mask_exactly_or_is_refused(text):
     """Predicted masks from any source are scored, so the text may be anything."""
     segmentation = {"size": [6, 7], "counts": text}

@@ -63,7 +63,7 @@ def content(item: Reference) -> tuple[Any, ...]:
     return item.image_path, item.split, str(item.segmentations), tuple(each.text for each in item.expressions)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sets=tables(), others=tables())
 def test_no_test_image_is_trained_on(sets: list[ReferenceTable], others: list[ReferenceTable]) -> None:
     """Exactly the training references of images in val and test splits are left out."""
@@ -83,7 +83,7 @@ def test_no_test_image_is_trained_on(sets: list[ReferenceTable], others: list[Re
     assert sum(int(words[0]) for words in counts) == mixed.splits().get("train", (0, 0))[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sets=tables())
 def test_the_unfiltered_mixture_is_a_concatenation(sets: list[ReferenceTable]) -> None:
     """`mixed-unfiltered` reproduces DETRIS's published mixture."""
@@ -91,7 +91,7 @@ def test_the_unfiltered_mixture_is_a_concatenation(sets: list[ReferenceTable]) -
     assert [content(item) for item in mixed.references] == [content(item) for each in sets for item in each.references]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sets=tables(), filtered=st.booleans())
 def test_identifiers_are_unique(sets: list[ReferenceTable], filtered: bool) -> None:
     """Otherwise masks would be scored for another data set's reference, and predictions would

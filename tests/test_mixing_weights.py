@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dcris.data.dataset import TrainingBatches
@@ -46,7 +46,6 @@ def test_samples_are_in_proportion_to_the_weights(weights: list[float], samples:
     st.integers(1, 3),
     st.integers(0, 99),
 )
-@settings(deadline=None)
 def test_each_set_has_its_share_and_passes_of_its_own(
     lengths: list[int], weights: list[int], batch: int, together: int, seed: int
 ) -> None:

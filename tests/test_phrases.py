@@ -206,7 +206,7 @@ def photographs(draw_: st.DrawFn) -> list[Instance]:
 def test_every_phrase_is_understood(examples: int):
     kinds: set[str] = set()
 
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     @given(photographs())
     def check(instances: list[Instance]) -> None:
         for target in instances:
@@ -262,7 +262,7 @@ def interpret(text: str, instances: Sequence[Instance]) -> int:
     return only.ann_id
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(photographs())
 def test_a_mirrored_photograph_has_the_mirrored_phrases(instances: list[Instance]):
     mirrored = [
@@ -273,7 +273,7 @@ def test_a_mirrored_photograph_has_the_mirrored_phrases(instances: list[Instance
         assert {swap_sides(text) for text in said(instances, number)} == said(mirrored, number)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(photographs(), st.integers(-(2**63), 2**63))
 def test_no_phrase_is_drawn_for_two_instances(instances: list[Instance], shift: int):
     drawn: Counter[str] = Counter()

@@ -1181,7 +1181,7 @@ def decode_brush(code: list[int]) -> np.ndarray:
     return np.array(values, np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_brush_run_lengths(height: int, width: int, share: float, seed: int) -> None:
     """An independent decoder gives the same mask."""

@@ -28,7 +28,7 @@ def disc() -> np.ndarray:
 
 
 @given(MASKS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_polygons_are_the_mask_with_its_holes_filled(mask: np.ndarray) -> None:
     """pycocotools gives the same mask: half a pixel lost at each border is 10% of a small
     object."""
@@ -53,7 +53,7 @@ def test_simplified_polygons_stay_close() -> None:
 
 
 @given(MASKS, st.integers(1, 6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_instances_are_the_connected_components(mask: np.ndarray, min_area: int) -> None:
     """Who counts the objects of "both cups" needs each pixel in exactly one instance, and its box,
     area and score to be those of that instance."""
@@ -89,7 +89,7 @@ def test_instances_without_probabilities_have_the_score_of_the_prediction() -> N
 
 
 @given(MASKS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_run_lengths_and_coco_entries(mask: np.ndarray) -> None:
     """pycocotools decodes the JSON to the mask."""
     entry = json.loads(json.dumps(make_prediction(mask).to_coco(image_id=7, category_id=3)))

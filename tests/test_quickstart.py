@@ -38,10 +38,10 @@ def test_it_writes_its_files(short: None, tmp_path: Path) -> None:
     assert [each["phrase"] for each in stored["photographs"] if each["score"] < 0.5 and not each["box"]] == ["bird"]
     assert "photos, not found (" in page
     # What a visitor sees first is the real world.
-    assert page.index("<h2>Photographs</h2>") < page.index("<h3>mIoU</h3>")
+    assert page.index("<h2>Photographs</h2>") < page.index("<h2>mIoU</h2>")
     assert stored["generalised"]["presence_auroc"] > 70
     assert {"giou", "n_acc", "t_acc", "miou_several"} <= stored["generalised"].keys()
-    assert page.index("<h2>Several objects</h2>") < page.index("<h2>Not there</h2>") < page.index("<h3>mIoU</h3>")
+    assert page.index("<h2>Several objects</h2>") < page.index("<h2>Not there</h2>") < page.index("<h2>mIoU</h2>")
     assert "tiny, not found (" in page and "tiny: AUROC of presence" in page
 
 

@@ -269,7 +269,7 @@ _SHAPE = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(_SHAPE, max_size=5))
 def test_any_polygons_are_drawn_as_by_lisa(shapes: list[dict[str, Any]]) -> None:
     """An independent rendering: each polygon alone; a pixel is the smallest one's that has it."""
@@ -348,7 +348,7 @@ def drawn(*polygons: list[list[float]]) -> np.ndarray:
     return mask
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(_CORNER, min_size=2, max_size=6), min_size=1, max_size=4))
 def test_any_polygons_are_drawn_as_by_phrasecut(polygons: list[list[list[float]]]) -> None:
     (pixels,) = _compact({"Polygons": [polygons]})["Polygons"]

@@ -149,7 +149,7 @@ RULES: Mapping[str, Callable[[Sequence[Pair]], dict[str, float]]] = {
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_boundary_is_what_lies_near_the_background(data: st.DataObject) -> None:
     """Pixel by pixel: some pixel within the distance is not in the mask or not in the image."""
     size = data.draw(st.tuples(st.integers(1, 24), st.integers(1, 24)))
@@ -233,7 +233,7 @@ small_masks = arrays(bool, (6, 7))
 
 
 @given(st.lists(st.tuples(small_masks, small_masks, st.none() | small_masks), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_lisa_with_ignored_regions(drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> None:
     """Every combination of empty and full masks and regions, with Boundary IoU."""
     pairs = [
@@ -263,7 +263,7 @@ def test_boundary_iou_of_lisa_is_over_the_same_expressions_for_all_systems(pixel
 
 
 @given(st.lists(st.tuples(small_masks, small_masks), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_phrasecut_and_gseval_on_drawn_masks(drawn: list[tuple[np.ndarray, np.ndarray]]) -> None:
     pairs = [Pair(*each) for each in drawn]
     references = references_of([pair.truth for pair in pairs])
@@ -299,7 +299,7 @@ def test_two_empty_masks() -> None:
 @given(
     st.lists(st.lists(st.tuples(st.floats(-3, 23), st.floats(-3, 18)), min_size=3, max_size=6), min_size=1, max_size=4)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_pixel_in_two_polygons_of_an_object(polygons: list[list[tuple[float, float]]]) -> None:
     """LAVT, RefSegformer and LISA add the polygons' masks and compare with 1, CGFormer cuts the 254
     that CRIS stores for 2 to 0: their published scores count it as background. CRIS, ReLA and DMMI

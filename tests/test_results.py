@@ -36,7 +36,7 @@ def queries_of(results: list[EvalResult]) -> Queries:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_results_are_read_as_written(tmp_path_factory: pytest.TempPathFactory, phrases: list[str]) -> None:
     """Expressions may hold line ends; results come in the queries' order."""
     path = tmp_path_factory.mktemp("results") / "deep" / "a.jsonl"

@@ -89,7 +89,7 @@ def present(predictions: list[Prediction]) -> list[float]:
 
 
 @given(MAPS, st.floats(0.01, 0.99), st.none() | st.floats(0, 1), st.floats(0, 1), st.integers(0, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_mask_is_the_thresholds_or_empty_with_a_reason(
     probabilities: np.ndarray, threshold: float, presence: float | None, min_score: float, min_area: int
 ) -> None:

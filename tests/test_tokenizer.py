@@ -172,7 +172,7 @@ def test_workers_and_threads_see_the_same_ids(tokenizer):
 
 
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=3), st.integers(2, 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @pytest.mark.parametrize("kind", [pytest.param("clip", marks=needs_instant), "tiny"])
 def test_any_text_becomes_a_well_formed_row(kind, texts, length):
     tokenizer = ClipTokenizer() if kind == "clip" else TinyTokenizer(WORDS)

@@ -279,7 +279,7 @@ def test_what_predict_writes_for_label_studio_comes_back(tmp_path: Path) -> None
         np.testing.assert_array_equal(mask_of(reference), truth.mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mask=arrays.arrays(bool, st.tuples(st.integers(1, 20), st.integers(1, 30))))
 def test_brush_masks_survive(mask: Any) -> None:
     np.testing.assert_array_equal(decode_brush(encode_brush(mask), mask.shape), mask)
@@ -305,7 +305,7 @@ def _naive_brush(rle: list[int]) -> list[int]:
     return values
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     runs=st.lists(st.tuples(st.booleans(), st.lists(st.sampled_from([0, 1, 255]), min_size=1, max_size=8)), max_size=9),
     data=st.data(),

@@ -35,7 +35,7 @@ def _published(size, side):
 
 @given(sizes, sides, st.integers(0, 2**32 - 1))
 @example((224, 224), 224, 0)  # nothing to scale
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_pixel_is_that_of_the_published_formula(size, side, seed):
     """A difference of one pixel would change scores."""
     rng = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ def test_every_pixel_is_that_of_the_published_formula(size, side, seed):
 
 
 @given(sizes, sides)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_inverse_undoes_the_transform(size, side):
     """A shift would cost accuracy at every border of a mask."""
     box = Letterbox(size, side)

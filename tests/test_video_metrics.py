@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dcris.evaluation.video_metrics import (
@@ -41,7 +41,6 @@ def test_j_and_f_equal_their_definition(height, width):
         assert clip_scores(predictions, truths) == pytest.approx(slow_clip(predictions, truths), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_j_and_f_equal_their_definition_for_any_mask(seed, height, width):
     random = np.random.default_rng(seed)
@@ -50,7 +49,6 @@ def test_j_and_f_equal_their_definition_for_any_mask(seed, height, width):
     assert [*zip(*map(np.ndarray.tolist, np.nonzero(contour_pixels(one))), strict=True)] == slow_contour(one)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_scores_of_two_masks_do_not_depend_on_which_is_the_truth(seed, height, width):
     one, other = made_masks(np.random.default_rng(seed), (height, width), 2)
@@ -58,7 +56,6 @@ def test_scores_of_two_masks_do_not_depend_on_which_is_the_truth(seed, height, w
     assert compare_masks(one, one).tolist() == [1, 1]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), top=st.integers(1, 8), left=st.integers(1, 8))
 def test_scores_do_not_depend_on_where_in_the_frame_the_object_is(seed, top, left):
     random = np.random.default_rng(seed)
@@ -107,7 +104,6 @@ def test_masks_of_another_size_are_an_error():
         compare_labels(np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.uint8), (1, 1))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), predicted=st.integers(0, 4), true=st.integers(1, 3))
 def test_labels_are_compared_like_their_masks(seed, predicted, true):
     random = np.random.default_rng(seed)
@@ -123,7 +119,6 @@ def test_labels_are_compared_like_their_masks(seed, predicted, true):
             assert found[one, other] == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), columns=st.integers(1, 4), more=st.integers(0, 2), whole=st.booleans())
 def test_the_best_match_is_the_best_of_all_ways(seed, columns, more, whole):
     random = np.random.default_rng(seed)

@@ -124,7 +124,7 @@ def test_davis_gets_labels_of_all_objects_for_each_annotator(tiny: Segmenter, tm
 
 
 @given(arrays(np.float32, (3, 4, 5), elements=st.sampled_from([0, 0.09, 0.3, 0.5, 0.6, 0.75, 1.0])))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_overlaps_are_resolved_as_in_the_source(probabilities: np.ndarray) -> None:
     """inference_davis.py of ReferFormer: below 0.5 is 0, the background has 0.1, then argmax."""
     reference = np.zeros((4, 5), np.uint8)

@@ -218,7 +218,7 @@ def _as_read(text: str) -> str:
     texts=st.lists(_ANY_TEXT.filter(lambda text: not is_blank(_as_read(text))), min_size=4, max_size=48),
     random=st.randoms(use_true_random=False),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_texts_of_davis_are_read(texts: list[str], random: Random, tmp_path: Path) -> None:
     """Objects beyond 9, lines in any order and letters of Latin-1 must not exchange texts: 0x85
     looks like the end of a line, and "10" is sorted before "2" by some codes."""
