@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -367,6 +366,8 @@ def _recipes(args: argparse.Namespace) -> None:
 
         output(json.dumps(get_recipe(args.show).model_dump(mode="json"), indent=2))
         return
+    from importlib import resources
+
     # Counting the weights means importing torch and building each network, which takes seconds.
     text = resources.files("dcris").joinpath("assets", "recipes.json").read_text(encoding="utf-8")
     if args.json:

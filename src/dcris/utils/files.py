@@ -175,7 +175,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT, fallback: str = "utf-8-sig"
             and for EILSEQ also what to do.
     """
     content = read_bytes(path, max_bytes)
-    _refuse_no_utf8(path, content)
+    _refuse_non_utf8(path, content)
     try:
         with suppress(UnicodeDecodeError):
             return content.decode("utf-8-sig")
@@ -186,7 +186,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT, fallback: str = "utf-8-sig"
         ) from error
 
 
-def _refuse_no_utf8(path: Path, start: bytes) -> None:
+def _refuse_non_utf8(path: Path, start: bytes) -> None:
     """Raise OSError if a file starts like a zip file or like UTF-16: with its byte order mark or a
     two-byte letter."""
     if start.startswith(b"PK\3\4"):
@@ -635,7 +635,7 @@ def read_json_lines(path: Path, on_error: Callable[[DcrisError], None] | None = 
     """
     brackets = length = 0
     with reading(path), open_regular(path) as file:
-        _refuse_no_utf8(path, file.read(4))
+        _refuse_non_utf8(path, file.read(4))
         file.seek(0)
         # Not `for line in file`, which would load a file without line ends whole.
         for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
