@@ -32,6 +32,7 @@ from dcris.models.segmentation import ReferringSegmenter
 from dcris.recipes import RECIPES
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer
+from dcris.utils import streams
 from dcris.utils.device import shapes_only
 from runs import assert_same_run, leftovers, small_recipe
 
@@ -950,7 +951,7 @@ def test_progress_in_a_log_and_in_a_terminal(
     total: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A log gets plain lines, not the control characters of a bar, and both the time left."""
-    monkeypatch.setattr(common, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(streams, "_SECONDS_BETWEEN_LINES", 0)
     with common.progress(total, "image") as show:
         show(1)
         show(4)
@@ -960,7 +961,7 @@ def test_progress_in_a_log_and_in_a_terminal(
     else:
         assert re.fullmatch(r"dcris: 1 of 4 images, \d\d:\d\d left", lines[0])
         assert lines[1] == "dcris: 4 of 4 images, 00:00 left"
-    monkeypatch.setattr(common, "_SECONDS_BETWEEN_LINES", 1000)
+    monkeypatch.setattr(streams, "_SECONDS_BETWEEN_LINES", 1000)
     with common.progress(total, "image") as show:
         show(4)
     with common.progress(total, "image", shown=False) as show:

@@ -124,7 +124,7 @@ def test_the_whole_data_set_is_downloaded(
     served: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One command downloads RefCOCO in the layout of the release."""
-    monkeypatch.setattr("dcris.cli.common._SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("dcris.utils.streams._SECONDS_BETWEEN_LINES", 0)
     root = tmp_path / "data"
     assert _fetch(root) == 0
     printed = capsys.readouterr()

@@ -43,6 +43,7 @@ from dcris.training.optimizer import learning_rate, make_optimizer, set_learning
 from dcris.training.stopping import Interrupted
 from dcris.training.trainer import Trainer, build_model
 from dcris.types import Reference
+from dcris.utils import streams
 from marks import slow_except
 from models import randomise, tiny_config, without_dropout
 from runs import CPU, EVERY_STEP, assert_same_run, last_tensors, quick_config, run_training, timeless_log
@@ -547,7 +548,7 @@ def test_what_precedes_the_steps_shows_progress(
     table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storing features and validation may take hours."""
-    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(streams, "_SECONDS_BETWEEN_LINES", 0)
     lines: list[str] = []
     run_training(quick_config(1, CACHED, ("data.val_split", "val")), table, tmp_path / "run", log=lines.append)
     images = len({reference.image_path for reference in table.split("train")})

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,14 +15,21 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from dcris.errors import DcrisError
 from dcris.utils.arguments import DEVICES, Precision, did_you_mean
-from dcris.utils.streams import complain, counted, is_quiet, is_terminal, is_verbose, note, one_line, printable, write
+from dcris.utils.streams import (
+    complain,
+    is_quiet,
+    is_terminal,
+    is_verbose,
+    note,
+    one_line,
+    printable,
+    progress_lines,
+    write,
+)
 
 if TYPE_CHECKING:
     from dcris.config import RunConfig
     from dcris.inference.web.server import Access
-
-_SECONDS_BETWEEN_LINES = 30
-"""Of progress outside of a terminal."""
 
 _LONGEST_LINE = 1000
 """Characters of an error message that are printed."""
@@ -134,21 +140,12 @@ def progress(total: int | None, unit: str, shown: bool = True) -> Iterator[Calla
     """
     from tqdm import tqdm
 
-    begin = latest = time.monotonic()
+    lines = progress_lines(note, total, unit)
 
     def advance(done: int) -> None:
-        nonlocal latest
         bar.update(done - bar.n)
-        if not bar.disable or not shown or time.monotonic() - latest < _SECONDS_BETWEEN_LINES:
-            return
-        latest = time.monotonic()
-        count = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
-        left = (
-            ""
-            if total is None or not done
-            else f", {tqdm.format_interval((latest - begin) / done * (total - done))} left"
-        )
-        note(count + left)
+        if bar.disable and shown:
+            lines(done)
 
     with tqdm(total=total, unit=unit, disable=not (shown and is_terminal()), dynamic_ncols=True) as bar:
         yield advance

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from dcris.checkpoints import training_images
 from dcris.checkpoints.backbones import fingerprint, load_towers
@@ -83,7 +82,7 @@ from dcris.utils.arguments import PathLike, as_path, require, require_names
 from dcris.utils.device import autocast, choose_device, choose_precision
 from dcris.utils.distributed import Processes
 from dcris.utils.files import lock_folder, make_directory, read_json, remove_directory, write_file, write_json
-from dcris.utils.streams import counted
+from dcris.utils.streams import counted, progress_lines
 from dcris.utils.workers import dead_worker, require_shared_memory
 
 T = TypeVar("T")
@@ -99,9 +98,6 @@ _FEATURES = "features"
 """Folder in a run's directory for `data.cache_features`."""
 _ENCODED_AT_ONCE = 8
 """Images in a pass that computes features to be stored."""
-
-_SECONDS_BETWEEN_LINES = 30
-"""Of what precedes or interrupts the steps, which have lines of their own."""
 
 _ALONE = Processes()
 
@@ -606,13 +602,9 @@ class Trainer:
     def _with_progress(self, items: Iterator[T], total: int, unit: str) -> Iterator[T]:
         """Yield this rank's share of `total` items, and log how many are done after each half
         minute."""
-        begin = latest = time.monotonic()
+        advance = progress_lines(self.log, total, unit)
         for done, item in enumerate(items, 1):
-            if time.monotonic() - latest >= _SECONDS_BETWEEN_LINES:
-                latest = time.monotonic()
-                of_all = min(done * self.group.count, total)
-                left = tqdm.format_interval((latest - begin) / of_all * (total - of_all))
-                self.log(f"{of_all:,} of {counted(total, unit)}, {left} left")
+            advance(min(done * self.group.count, total))
             yield item
 
     @torch.no_grad()

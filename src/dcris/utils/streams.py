@@ -3,6 +3,7 @@ disk; and how much is written to them."""
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from dcris.errors import DcrisError
+
+_SECONDS_BETWEEN_LINES = 30
+"""Of progress outside of a terminal."""
 
 
 @contextmanager
@@ -76,6 +80,32 @@ def one_line(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: "1 image", "2,000 images"."""
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def progress_lines(log: Callable[[str], object], total: int | None, unit: str) -> Callable[[int], None]:
+    """Return a function that receives the number of units that are done, and logs it with the time
+    left each half minute.
+
+    Args:
+        log: receives the lines.
+        total: number of units; None: unknown.
+        unit: its name, in the singular.
+    """
+    from tqdm import tqdm
+
+    begin = latest = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal latest
+        if time.monotonic() - latest < _SECONDS_BETWEEN_LINES:
+            return
+        latest = time.monotonic()
+        line = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
+        if total is not None and done:
+            line += f", {tqdm.format_interval((latest - begin) / done * (total - done))} left"
+        log(line)
+
+    return advance
 
 
 def write(text: str) -> None:
